@@ -1,0 +1,45 @@
+# Everything runs in a local .venv; only Python 3.11+ and make are needed beforehand.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints.txt
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    squeeze the bundled adapter and print the report"
+	@echo "make test    run the whole test suite"
+	@echo "make lint    check style, types and import layers"
+	@echo "make bench   measure speed and memory against peers and copying"
+
+$(VENV)/.base: pyproject.toml tests/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable ".[lint,test]"
+	@touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/loratools info examples/tiny-llama/lora
+	$(BIN)/loratools squeeze examples/tiny-llama/lora --output demo-out --overwrite --rank 8
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
