@@ -1,0 +1,39 @@
+"""Adapters on disk to adapters in memory and back; no mathematics on ΔW, no command line.
+
+>>> import loratools_formats
+>>> loratools_formats.get_format("peft").name
+'peft'
+"""
+
+from loratools_formats.adapter import Adapter, Caveat, Dora, Layer, LowRank, Replacement
+from loratools_formats.errors import LoratoolsError
+from loratools_formats.registry import (
+    Format,
+    FormatEntry,
+    Loss,
+    find_format,
+    get_format,
+    read_adapter,
+    registered_formats,
+    write_adapter,
+)
+from loratools_formats.tensors import TensorRef
+
+__all__ = [
+    "Adapter",
+    "Caveat",
+    "Dora",
+    "Format",
+    "FormatEntry",
+    "Layer",
+    "LoratoolsError",
+    "Loss",
+    "LowRank",
+    "Replacement",
+    "TensorRef",
+    "find_format",
+    "get_format",
+    "read_adapter",
+    "registered_formats",
+    "write_adapter",
+]

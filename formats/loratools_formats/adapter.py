@@ -1,0 +1,225 @@
+"""What an adapter is, whatever file it came from.
+
+An adapter is a set of weight changes ΔW, one per adapted weight, plus tensors that replace base
+tensors. Readers resolve scale and layout once and hand out these classes; operations see only
+them; writers encode them again. Nothing here reads bytes or computes.
+
+Symbols: `a: (r, in)`, `b: (out, r)`, `ΔW = scale * b @ a: (out, in)`. Stacked experts put their
+number in front of both: `a: (E, r, in)`, `b: (E, out, r)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.files import RegularFile
+from loratools_formats.tensors import TensorRef
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The kind of layer a delta belongs to, and how its matrix maps to the stored weight.
+
+    Attributes:
+        kind: `linear` weights are (out, in), or (in, out) in the Conv1D layout of GPT-2; `conv`
+            weights are (out, in, *kernel), flattened to (out, in·kernel); `embedding` weights are
+            (in, out), in being the vocabulary; `experts` weights are 3-D, expert first.
+        kernel: spatial kernel of a convolution.
+        parameters: for experts, the names the adapted parameter may have.
+        transposed_if_square: what a square weight's orientation must be taken from, since its
+            shape does not show it: False for (out, in), True for (in, out), None if unknown.
+    """
+
+    kind: Literal["linear", "conv", "embedding", "experts"]
+    kernel: tuple[int, ...] = ()
+    parameters: tuple[str, ...] = ()
+    transposed_if_square: bool | None = False
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """ΔW = scale · b @ a, for one weight or a stack of experts.
+
+    Attributes:
+        a: (r, in) or (E, r, in).
+        b: (out, r) or (E, out, r).
+        scale: the number that multiplies the product.
+        layer: what is adapted.
+        bias: (out,), of which scale · bias is added to the layer's bias (PEFT's `lora_bias`).
+        alpha: the number the file states, from which the reader derived the scale; None if none.
+    """
+
+    a: TensorRef
+    b: TensorRef
+    scale: float
+    layer: Layer = Layer("linear")
+    bias: TensorRef | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (
+            len(self.a.shape) == len(self.b.shape) in (2, 3)
+            and self.a.shape[:-2] == self.b.shape[:-2]
+            and self.a.shape[-2] == self.b.shape[-1]
+        ):
+            raise AdapterError(
+                "factors do not fit together",
+                tensor=self.a.key,
+                got=f"a {list(self.a.shape)} and b {list(self.b.shape)}",
+                expected="a (r, in) and b (out, r)",
+            )
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the factors, per expert."""
+        return self.a.shape[-2]
+
+    @property
+    def experts(self) -> int:
+        """Number of stacked matrices, 1 for an ordinary weight."""
+        return self.a.shape[0] if len(self.a.shape) == 3 else 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of one matrix."""
+        return self.b.shape[-2], self.a.shape[-1]
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor it is made of."""
+        yield self.a
+        yield self.b
+        if self.bias is not None:
+            yield self.bias
+
+
+@dataclass(frozen=True)
+class Dora:
+    """W' = magnitude / ‖W + ΔW‖ · (W + ΔW), norms per output (arXiv 2402.09353).
+
+    Attributes:
+        direction: ΔW.
+        magnitude: one number per output, in the shape it was stored in.
+    """
+
+    direction: LowRank
+    magnitude: TensorRef
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor it is made of."""
+        yield from self.direction.tensors()
+        yield self.magnitude
+
+
+Delta = LowRank | Dora
+
+
+def low_rank_part(delta: Delta) -> LowRank:
+    """Return the factors of a delta: itself, or the direction of a DoRA."""
+    return delta.direction if isinstance(delta, Dora) else delta
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor that takes the place of a base tensor, or of some of its rows.
+
+    Attributes:
+        kind: `bias`, `module` (PEFT's modules_to_save), `embedding` (a whole, perhaps resized
+            matrix), `token_rows` (the rows listed), or `other` (a base tensor found in the file
+            though its config does not mention it; loaders copy it over all the same).
+        target: name of the base tensor.
+        tensor: the new values.
+        rows: for `token_rows`, the rows they go to.
+    """
+
+    kind: Literal["bias", "module", "embedding", "token_rows", "other"]
+    target: str
+    tensor: TensorRef
+    rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Caveat:
+    """A reason why the factors do not tell the true ΔW.
+
+    Attributes:
+        code: `mutated-base`, or the config key concerned.
+        reason: what is the matter.
+        remedy: what the user can do.
+    """
+
+    code: str
+    reason: str
+    remedy: str
+
+
+MUTATED_BASE = "mutated-base"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter read from somewhere, or made by an operation.
+
+    Every tensor of a file is in exactly one of `modules`, `replacements` and `carried`.
+
+    Attributes:
+        format: name of the format it was read as.
+        source: the path it was read from.
+        modules: weight changes by module path, as the base model names it where the format knows.
+        replacements: tensors that replace base tensors, by their key in the file.
+        carried: tensors known to be neither, preserved as they are, by key.
+        config: the format's own configuration, untouched.
+        metadata: the weight file's string metadata.
+        base_model: the base model's name, if recorded.
+        caveats: reasons why operations on ΔW must refuse this adapter.
+        notes: things a user should know that change nothing.
+        attachments: other files to keep beside the output, such as the tokenizer's, by name.
+        inputs: the files it was read from, the weights first, for digests and the check that
+            they did not change.
+        provenance: how it was made, if an operation made it.
+    """
+
+    format: str
+    source: Path | None
+    modules: Mapping[str, Delta]
+    replacements: Mapping[str, Replacement] = field(default_factory=dict)
+    carried: Mapping[str, TensorRef] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    caveats: tuple[Caveat, ...] = ()
+    notes: tuple[str, ...] = ()
+    attachments: Mapping[str, Path] = field(default_factory=dict)
+    inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
+    provenance: Mapping[str, Any] | None = None
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Size of the weight file it was read from; of its tensors if from none."""
+        return self.inputs[0].nbytes if self.inputs else sum(t.nbytes for t in self.tensors())
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor of the adapter."""
+        for delta in self.modules.values():
+            yield from delta.tensors()
+        for replacement in self.replacements.values():
+            yield replacement.tensor
+        yield from self.carried.values()
+
+    def require_true_delta(self, operation: str) -> None:
+        """Raise `UnsupportedError` if the factors do not tell the true ΔW."""
+        if self.caveats:
+            caveat = self.caveats[0]
+            raise UnsupportedError(
+                f"{operation} needs the true weight change: {caveat.reason}",
+                path=self.source,
+                hint=caveat.remedy,
+            )
+
+    def check_unchanged(self) -> None:
+        """Raise `AdapterError` if an input file was written to since it was opened."""
+        for file in self.inputs:
+            file.check_unchanged()

@@ -1,0 +1,104 @@
+"""The errors both packages raise, and nothing else.
+
+Each error is also an error of the standard library, so callers can catch either, and carries its
+parts as fields: what is wrong, in which file and tensor, what was found, what was expected and
+what to do next. Its text is one line, safe to print on a terminal whatever a hostile file put
+into a name.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def printable(text: object, limit: int = 200) -> str:
+    r"""Return `text` on one line with control, bidi and undecodable characters escaped.
+
+    >>> printable("a\nb\x1b[31m")
+    'a\\nb\\x1b[31m'
+    """
+    value = str(text)
+    if len(value) > limit:
+        value = f"{value[: limit - 1]}…"
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for c in value
+    )
+
+
+class LoratoolsError(Exception):
+    """Base of every error that a user can cause or meet.
+
+    Args:
+        message: what is wrong, without a full stop.
+        path: the file or folder concerned.
+        tensor: the tensor or module concerned.
+        got: what was found.
+        expected: what would have been right.
+        hint: the next step.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        got: object = None,
+        expected: object = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = None if path is None else os.fspath(path)
+        self.tensor = tensor
+        self.got = got
+        self.expected = expected
+        self.hint = hint
+
+    def __str__(self) -> str:
+        parts = [printable(self.message, 1000)]
+        if self.tensor is not None:
+            parts.append(f"tensor {printable(self.tensor)}")
+        if self.got is not None:
+            parts.append(f"got {printable(self.got)}")
+        if self.expected is not None:
+            parts.append(f"expected {printable(self.expected)}")
+        text = "; ".join(parts)
+        if self.path is not None:
+            text = f"{printable(self.path, 400)}: {text}"
+        if self.hint is not None:
+            text = f"{text}. {printable(self.hint, 1000)}"
+        return text
+
+
+class AdapterError(LoratoolsError, ValueError):
+    """A file is malformed, or its parts contradict each other."""
+
+
+class UnsupportedError(LoratoolsError, NotImplementedError):
+    """A file is understood well enough to know that the operation would be wrong on it."""
+
+
+class UnknownFormatError(LoratoolsError, ValueError):
+    """No registered format, or more than one, claims a path."""
+
+
+class MissingFileError(LoratoolsError, FileNotFoundError):
+    """A file that must exist does not."""
+
+
+class OutputExistsError(LoratoolsError, FileExistsError):
+    """The output exists and overwriting it was not asked for."""
+
+
+class OutputError(LoratoolsError, OSError):
+    """The output could not be written; what stood there before is intact."""
+
+
+class OptionError(LoratoolsError, ValueError):
+    """Options that contradict each other or are out of range."""
+
+
+class MissingDependencyError(LoratoolsError, ImportError):
+    """An optional package is needed and not installed."""

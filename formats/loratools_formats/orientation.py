@@ -1,0 +1,58 @@
+"""Which way round a delta lies in the weight it belongs to.
+
+A file's factors say (out, in); the base weight may be stored the other way round: transformers'
+Conv1D, embeddings, and expert parameters of some models and PEFT versions. PEFT's
+`fan_in_fan_out` is one flag for all modules and can be false for some, so shapes decide, and
+only a square weight falls back on what the reader found out.
+"""
+
+from __future__ import annotations
+
+import math
+
+from loratools_formats.adapter import LowRank
+from loratools_formats.errors import AdapterError, UnsupportedError
+
+
+def is_transposed(name: str, delta: LowRank, weight_shape: tuple[int, ...]) -> bool:
+    """Return whether the weight is stored as (in, out).
+
+    Args:
+        name: the module, for messages.
+        delta: its factors.
+        weight_shape: shape of the base weight, as stored.
+
+    Raises:
+        AdapterError: the factors fit the weight neither way.
+        UnsupportedError: the weight is square and nothing tells which way is meant.
+    """
+    out, in_ = delta.shape
+    kind = delta.layer.kind
+    stack: tuple[int, ...] = ()
+    if kind == "experts":
+        stack, matrix = tuple(weight_shape[:-2]), tuple(weight_shape[-2:])
+    elif kind == "conv":
+        matrix = (weight_shape[0], math.prod(weight_shape[1:]))
+    else:
+        matrix = tuple(weight_shape)
+    expected_stack = (delta.experts,) if kind == "experts" else ()
+    straight = matrix == (out, in_) and kind != "embedding"
+    crossed = matrix == (in_, out) and kind != "conv"
+    if stack != expected_stack or not (straight or crossed):
+        raise AdapterError(
+            "the delta does not fit the base weight",
+            tensor=name,
+            got=f"{kind} of out {out}, in {in_}"
+            + (f", {delta.experts} experts" if kind == "experts" else ""),
+            expected=f"a weight of shape {list(weight_shape)}",
+        )
+    if straight and crossed:
+        if delta.layer.transposed_if_square is None:
+            raise UnsupportedError(
+                "the weight is square and could be stored either way round",
+                tensor=name,
+                got=list(weight_shape),
+                hint="The base model's architecture must tell",
+            )
+        return delta.layer.transposed_if_square
+    return crossed

@@ -1,0 +1,58 @@
+"""PEFT adapter folders: `adapter_config.json` beside `adapter_model.safetensors` or `.bin`.
+
+Source: the peft package, versions 0.2 to 0.21, read and run. `config` validates and resolves the
+configuration, `keys` is the grammar of tensor names, `read` and `write` are the two halves, and
+`legacy_bin` opens pickled weights in a bounded child process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools_formats.registry import Format, Loss
+
+if TYPE_CHECKING:
+    from loratools_formats.adapter import Adapter
+
+
+def _sniff(path: Path) -> bool:
+    folder = path.parent if path.name.startswith("adapter_model.") else path
+    return (folder / "adapter_config.json").is_file()
+
+
+def _read(path: Path) -> Adapter:
+    from loratools_formats.peft.read import read
+
+    return read(path)
+
+
+def _losses(adapter: Adapter) -> list[Loss]:
+    from loratools_formats.peft.write import losses
+
+    return losses(adapter)
+
+
+def _write(adapter: Adapter, path: Path) -> None:
+    from loratools_formats.peft.write import write
+
+    write(adapter, path)
+
+
+def _weights_nbytes(adapter: Adapter) -> int:
+    from loratools_formats.peft.write import weights_nbytes
+
+    return weights_nbytes(adapter)
+
+
+FORMAT = Format(
+    name="peft",
+    description="PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)",
+    suffixes=(),
+    is_folder=True,
+    sniff=_sniff,
+    read=_read,
+    losses=_losses,
+    write=_write,
+    weights_nbytes=_weights_nbytes,
+)

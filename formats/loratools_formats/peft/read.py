@@ -1,0 +1,333 @@
+"""Reading a PEFT folder: which tensor is what, and with which scale.
+
+The tensors are the truth about which modules are adapted and with which rank; the configuration
+gives scale and kind. Every tensor ends up as part of a module's delta, as a replacement, or
+carried; one that could change ΔW and is not understood is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from loratools_formats.adapter import Adapter, Delta, Dora, Layer, LowRank
+from loratools_formats.errors import AdapterError, MissingFileError, UnsupportedError
+from loratools_formats.files import RegularFile, inside
+from loratools_formats.peft import keys
+from loratools_formats.peft.config import CONFIG_FILE, PeftConfig, read_config
+from loratools_formats.peft.legacy_bin import read_bin
+from loratools_formats.peft.replacements import classify
+from loratools_formats.safetensors_io import SafetensorsFile, read_safetensors
+from loratools_formats.tensors import TensorRef
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+LEGACY_WEIGHTS_FILE = "adapter_model.bin"
+_MAX_FACTOR_ELEMENTS = 1 << 31
+
+_ATTACHMENTS = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt",
+    "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md",
+)  # fmt: skip
+
+_CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+def read(path: Path) -> Adapter:
+    """Read a PEFT LoRA folder, or one named by its weight file.
+
+    Raises:
+        MissingFileError: the config or the weights are missing.
+        AdapterError: malformed or contradictory.
+        UnsupportedError: another adapter kind, or a variant whose layout is not known.
+    """
+    folder = path.parent if path.name.startswith("adapter_model.") else path
+    config = read_config(inside(folder, CONFIG_FILE))
+    weights, original, notes = _open_weights(folder)
+    modules, rest = _modules(config, weights.tensors, folder)
+    replacements, carried = classify(config, rest, modules, folder)
+    return Adapter(
+        format="peft",
+        source=folder,
+        modules=modules,
+        replacements=replacements,
+        carried=carried,
+        config=config.values,
+        metadata=weights.metadata,
+        base_model=config.values.get("base_model_name_or_path"),
+        caveats=config.caveats(),
+        notes=(*notes, *_folder_notes(folder)),
+        attachments={
+            name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
+        },
+        inputs=(original, RegularFile(folder / CONFIG_FILE)),
+    )
+
+
+def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]]:
+    safe, legacy = folder / WEIGHTS_FILE, folder / LEGACY_WEIGHTS_FILE
+    if safe.exists() or safe.is_symlink():
+        weights = read_safetensors(inside(folder, WEIGHTS_FILE))
+        both = legacy.exists()
+        note = f"{LEGACY_WEIGHTS_FILE} lies beside {WEIGHTS_FILE} and is ignored, as PEFT does"
+        return weights, weights.file, [note] if both else []
+    if legacy.exists() or legacy.is_symlink():
+        weights, original = read_bin(inside(folder, LEGACY_WEIGHTS_FILE))
+        return weights, original, [f"weights are pickled ({LEGACY_WEIGHTS_FILE})"]
+    raise MissingFileError(
+        "no weights in the folder", path=folder, expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}"
+    )
+
+
+def _folder_notes(folder: Path) -> list[str]:
+    others = sorted(
+        child.name
+        for child in folder.iterdir()
+        if child.is_dir() and (child / CONFIG_FILE).is_file()
+    )
+    return [f"sub-folders hold further adapters: {', '.join(others)}"] if others else []
+
+
+def _modules(
+    config: PeftConfig, tensors: Mapping[str, TensorRef], folder: Path
+) -> tuple[dict[str, Delta], dict[str, TensorRef]]:
+    parts: dict[str, dict[keys.Part, TensorRef]] = {}
+    rest: dict[str, TensorRef] = {}
+    for name, tensor in tensors.items():
+        key = keys.parse(name)
+        if key is None or key.part == "token_rows":
+            rest[name] = tensor
+        else:
+            parts.setdefault(key.path, {})[key.part] = tensor
+    expert_names = {path: _expert_parameters(config, path) for path in parts}
+    resolved = config.alpha_and_rank(
+        sorted({name for path, names in expert_names.items() for name in names or (path,)})
+    )
+    modules: dict[str, Delta] = {}
+    for path in sorted(parts):
+        names = expert_names[path]
+        settings = {resolved[name] for name in names or (path,)}
+        modules[path] = _delta(config, path, parts[path], names, settings, folder)
+    return modules, rest
+
+
+def _expert_parameters(config: PeftConfig, path: str) -> tuple[str, ...]:
+    """Return the parameter paths that `target_parameters` may mean by this module."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    found = []
+    for target in config.values.get("target_parameters") or ():
+        full = f"{path}.{target.rpartition('.')[2]}"
+        if full == target or full.endswith(f".{target}"):
+            found.append(full)
+    return tuple(sorted(found))
+
+
+def _delta(
+    config: PeftConfig,
+    path: str,
+    parts: dict[keys.Part, TensorRef],
+    expert_names: tuple[str, ...],
+    settings: set[tuple[float, int]],
+    folder: Path,
+) -> Delta:
+    a, b, embedding = _factor_pair(path, parts, folder)
+    if expert_names:
+        direction = _experts(config, path, a, b, expert_names, settings, folder)
+    else:
+        (setting,) = settings
+        direction = _ordinary(config, path, a, b, setting, embedding, folder)
+    bias = parts.get("b_bias")
+    if bias is not None:
+        if not config.values.get("lora_bias"):
+            raise _contradiction(bias, "a bias of lora_B, but config lora_bias is not true", folder)
+        direction = replace(direction, bias=bias)
+    return _with_magnitude(config, path, direction, parts.get("magnitude"), folder)
+
+
+def _factor_pair(
+    path: str, parts: dict[keys.Part, TensorRef], folder: Path
+) -> tuple[TensorRef, TensorRef, bool]:
+    """Return the two factors, and whether they are an embedding's."""
+    embedding = "embedding_a" in parts or "embedding_b" in parts
+    wanted: tuple[keys.Part, keys.Part] = (
+        ("embedding_a", "embedding_b") if embedding else ("a", "b")
+    )
+    for part in wanted:
+        if part not in parts:
+            raise AdapterError(
+                "module lacks one of its two factors",
+                path=folder,
+                tensor=path,
+                got=", ".join(tensor.key for tensor in parts.values()),
+                expected=keys.compose(path, part),
+            )
+    for part, tensor in parts.items():
+        if part not in (*wanted, "b_bias", "magnitude"):
+            raise AdapterError(
+                "module has both linear and embedding factors", path=folder, tensor=tensor.key
+            )
+        _check_factor(tensor, folder)
+    return parts[wanted[0]], parts[wanted[1]], embedding
+
+
+def _with_magnitude(
+    config: PeftConfig, path: str, direction: LowRank, magnitude: TensorRef | None, folder: Path
+) -> Delta:
+    if magnitude is None:
+        if config.use_dora:
+            raise AdapterError(
+                "config use_dora is true, but the module has no magnitude", path=folder, tensor=path
+            )
+        return direction
+    if not config.use_dora:
+        raise _contradiction(magnitude, "a magnitude, but config use_dora is not true", folder)
+    if magnitude.numel != direction.shape[0]:
+        raise AdapterError(
+            "magnitude does not fit the module",
+            path=folder,
+            tensor=magnitude.key,
+            got=list(magnitude.shape),
+            expected=f"{direction.shape[0]} elements",
+        )
+    return Dora(direction, magnitude)
+
+
+def _contradiction(tensor: TensorRef, message: str, folder: Path) -> AdapterError:
+    return AdapterError(f"file has {message}", path=folder, tensor=tensor.key)
+
+
+def _check_factor(tensor: TensorRef, folder: Path) -> None:
+    if not tensor.dtype.floating:
+        raise AdapterError(
+            "adapter factor is not of a floating-point type",
+            path=folder,
+            tensor=tensor.key,
+            got=tensor.dtype.code,
+        )
+    if tensor.numel == 0:
+        raise AdapterError(
+            "adapter factor is empty",
+            path=folder,
+            tensor=tensor.key,
+            got=list(tensor.shape),
+            hint="Sharded training saves such files when the shards were not gathered",
+        )
+    if tensor.numel > _MAX_FACTOR_ELEMENTS:
+        raise AdapterError(
+            "adapter factor is too large",
+            path=folder,
+            tensor=tensor.key,
+            got=list(tensor.shape),
+            expected=f"at most {_MAX_FACTOR_ELEMENTS} elements",
+        )
+
+
+def _ordinary(
+    config: PeftConfig,
+    path: str,
+    a: TensorRef,
+    b: TensorRef,
+    setting: tuple[float, int],
+    embedding: bool,
+    folder: Path,
+) -> LowRank:
+    alpha, rank = setting
+    if a.shape[:1] != (rank,):
+        raise AdapterError(
+            "rank in the file and rank in the config differ",
+            path=folder,
+            tensor=a.key,
+            got=f"shape {list(a.shape)}",
+            expected=f"r = {rank} for {path}",
+        )
+    dims = len(a.shape)
+    layer = Layer("embedding" if embedding else "linear")
+    if not embedding and dims > 2:
+        layer = Layer("conv", kernel=a.shape[2:])
+        if b.shape[2:] != (1,) * (dims - 2):
+            raise AdapterError(
+                "convolution's second factor must have a kernel of ones",
+                path=folder,
+                tensor=b.key,
+                got=list(b.shape),
+            )
+        if b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0:
+            raise UnsupportedError(
+                "grouped convolution: its weight change is not defined, PEFT cannot merge it "
+                "either",
+                path=folder,
+                tensor=b.key,
+                got=list(b.shape),
+            )
+        a = a.reshaped((a.shape[0], a.numel // a.shape[0]))
+        b = b.reshaped(b.shape[:2])
+    elif not embedding:
+        layer = Layer("linear", transposed_if_square=_square_orientation(config, path))
+    return LowRank(a, b, config.scale(alpha, rank), layer, alpha=alpha)
+
+
+def _square_orientation(config: PeftConfig, path: str) -> bool | None:
+    """Tell whether a square weight is stored (in, out), None where the file does not show it.
+
+    PEFT writes one `fan_in_fan_out` for all modules, that of the layer wrapped last; a GPT-2
+    adapter which also covers the linear lm_head says false although its Conv1D layers are not.
+    """
+    stored = bool(config.values.get("fan_in_fan_out"))
+    named_conv1d = path.rpartition(".")[2] in _CONV1D_LEAVES
+    return stored if stored == named_conv1d else None
+
+
+def _experts(
+    config: PeftConfig,
+    path: str,
+    a: TensorRef,
+    b: TensorRef,
+    names: tuple[str, ...],
+    settings: set[tuple[float, int]],
+    folder: Path,
+) -> LowRank:
+    """Unstack experts: A (E·r, in) holds them expert by expert, B (out, r·E) rank by rank."""
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise AdapterError(
+            "expert factors do not fit together",
+            path=folder,
+            tensor=a.key,
+            got=f"{list(a.shape)} and {list(b.shape)}",
+        )
+    possible = sorted((alpha, rank) for alpha, rank in settings if a.shape[0] % rank == 0)
+    if not possible:
+        raise AdapterError(
+            "rank in the file and rank in the config differ",
+            path=folder,
+            tensor=a.key,
+            got=f"{a.shape[0]} rows",
+            expected=f"a multiple of {sorted(r for _, r in settings)}",
+        )
+    if len(possible) > 1:
+        raise UnsupportedError(
+            "several expert parameters of one module have different rank or alpha, and the file "
+            "does not say which is which",
+            path=folder,
+            tensor=path,
+            got=", ".join(names),
+        )
+    alpha, rank = possible[0]
+    count = a.shape[0] // rank
+    scale = config.scale(alpha, rank)
+    if count == 1:
+        return LowRank(a, b, scale, Layer("linear", parameters=names), alpha=alpha)
+    out, in_ = b.shape[0], a.shape[1]
+    layer = Layer("experts", parameters=names, transposed_if_square=_square_experts(config))
+    stacked_b = b.reshaped((out, rank, count)).transposed((2, 0, 1))
+    return LowRank(a.reshaped((count, rank, in_)), stacked_b, scale, layer, alpha=alpha)
+
+
+def _square_experts(config: PeftConfig) -> bool | None:
+    """PEFT before 0.19 read all expert parameters as (E, in, out); now it depends on the model."""
+    version = str(config.values.get("peft_version") or "").split(".")
+    if len(version) >= 2 and version[0].isdigit() and version[1].isdigit():
+        return True if (int(version[0]), int(version[1])) < (0, 19) else None
+    return None

@@ -1,0 +1,117 @@
+"""Tensors of a PEFT file that are no factors: replacements of base tensors, or carried along.
+
+PEFT copies any such tensor over the base tensor of the same name when it loads an adapter, so all
+that have that form are replacements, whatever the configuration says. What stands beside a
+module's factors and is not known could change ΔW, and is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.adapter import Delta, Replacement
+from loratools_formats.errors import AdapterError
+from loratools_formats.peft import keys
+from loratools_formats.peft.config import PeftConfig
+from loratools_formats.tensors import TensorRef
+
+_EMBEDDING_LEAVES = ("embed_tokens", "lm_head", "wte", "word_embeddings")
+_LORA_WORD = re.compile(r"(?<![a-z])lora(?![a-z])", re.IGNORECASE)
+
+
+def classify(
+    config: PeftConfig, rest: dict[str, TensorRef], modules: Mapping[str, Delta], folder: Path
+) -> tuple[dict[str, Replacement], dict[str, TensorRef]]:
+    """Return the replacements and the carried tensors among the rest of a file.
+
+    Raises:
+        AdapterError: a tensor stands beside factors and is not known, or token rows do not fit.
+    """
+    replacements: dict[str, Replacement] = {}
+    carried: dict[str, TensorRef] = {}
+    for name, tensor in rest.items():
+        key = keys.parse(name)
+        if key is not None:
+            rows = _token_rows(config.values, key.path, tensor, folder)
+            replacements[name] = Replacement("token_rows", f"{key.path}.weight", tensor, rows)
+            continue
+        if _belongs_to_training(config, name):
+            carried[name] = tensor
+            continue
+        _refuse_if_beside_factors(name, modules, folder)
+        target = keys.base_tensor(name)
+        kind = None if target is None else _replacement_kind(config.values, name, target)
+        if kind is None or target is None:
+            carried[name] = tensor
+        else:
+            replacements[name] = Replacement(kind, target, tensor)
+    return replacements, carried
+
+
+def _belongs_to_training(config: PeftConfig, name: str) -> bool:
+    declared = any(
+        config.values.get(key) for key in ("kasa_config", "velora_config", "monteclora_config")
+    )
+    return declared and any(f"{suffix}." in f"{name}." for suffix in keys.TRAINING_SUFFIXES)
+
+
+def _refuse_if_beside_factors(name: str, modules: Mapping[str, Delta], folder: Path) -> None:
+    leaf = name.rpartition(".")[2]
+    plain = leaf in ("weight", "bias")
+    path = name.removeprefix(keys.PREFIX)
+    owners = [part for part in _prefixes(path) if part in modules]
+    wrapped = {f"{owner}.{leaf}" for owner in owners} | {
+        f"{owner}.base_layer.{leaf}" for owner in owners
+    }
+    if not _LORA_WORD.search(name) and (not owners or (plain and path in wrapped)):
+        return
+    raise AdapterError(
+        "unknown tensor beside adapter factors; it may change the weights",
+        path=folder,
+        tensor=name,
+        hint="This is a variant of LoRA that is not supported, or a foreign tensor",
+    )
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _token_rows(
+    values: Mapping[str, Any], path: str, tensor: TensorRef, folder: Path
+) -> tuple[int, ...]:
+    indices = values.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        matching = [rows for name, rows in indices.items() if path.endswith(name)]
+        # A tied output layer is trained through the embedding's entry.
+        choices = matching or (list(indices.values()) if len(indices) == 1 else [])
+        rows = choices[0] if len(choices) == 1 else None
+    else:
+        rows = indices
+    if rows is None or len(tensor.shape) != 2 or len(rows) != tensor.shape[0]:
+        raise AdapterError(
+            "token rows do not fit config trainable_token_indices",
+            path=folder,
+            tensor=tensor.key,
+            got=list(tensor.shape),
+            expected="one row per index",
+        )
+    return tuple(rows)
+
+
+def _replacement_kind(values: Mapping[str, Any], name: str, target: str) -> Any:
+    path, _, leaf = target.rpartition(".")
+    saved = values.get("modules_to_save") or ()
+    if any(prefix.endswith(entry) for entry in saved for prefix in [*_prefixes(target), path]):
+        return "module"
+    if leaf == "bias" and values.get("bias", "none") != "none":
+        return "bias"
+    if leaf == "weight" and (
+        name.endswith(".base_layer.weight") or path.rpartition(".")[2] in _EMBEDDING_LEAVES
+    ):
+        return "embedding"
+    return "other" if leaf in ("weight", "bias") else None

@@ -1,0 +1,166 @@
+"""Writing a PEFT folder: tensor names, and a configuration that gives every module its scale.
+
+The adapter's own configuration is kept as long as it still gives each module its rank and scale;
+else r, lora_alpha and the two patterns are rewritten. Scales are always written as α/r.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, low_rank_part
+from loratools_formats.errors import UnsupportedError
+from loratools_formats.peft import keys
+from loratools_formats.peft.config import CONFIG_FILE, PeftConfig
+from loratools_formats.peft.patterns import pattern_for
+from loratools_formats.peft.read import WEIGHTS_FILE
+from loratools_formats.registry import Loss
+from loratools_formats.safetensors_io import safetensors_nbytes, write_safetensors
+from loratools_formats.tensors import TensorRef
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """Return what PEFT cannot hold of an adapter read from another format."""
+    if adapter.format == "peft":
+        return []
+    return [Loss(name, "has no place in a PEFT file") for name in adapter.carried]
+
+
+def write(adapter: Adapter, path: Path) -> None:
+    """Write config, weights and attachments into the existing, empty folder `path`.
+
+    Raises:
+        UnsupportedError: a module's rank and scale cannot be expressed.
+    """
+    config = json.dumps(config_for(adapter), indent=2, ensure_ascii=False)
+    (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
+    for name, source in adapter.attachments.items():
+        shutil.copyfile(source, path / name)
+
+
+def weights_nbytes(adapter: Adapter) -> int:
+    """Return the size of the weight file that `write` would make."""
+    return safetensors_nbytes(stored_tensors(adapter), metadata_for(adapter))
+
+
+def metadata_for(adapter: Adapter) -> dict[str, str]:
+    """Return the weight file's metadata: the adapter's own, and `format`, which PEFT expects."""
+    return {"format": "pt", **adapter.metadata}
+
+
+def stored_tensors(adapter: Adapter) -> Iterator[TensorRef]:
+    """Yield every tensor under its name and in its layout in a PEFT file."""
+    for path, delta in adapter.modules.items():
+        yield from _factors(path, low_rank_part(delta))
+        if isinstance(delta, Dora):
+            yield delta.magnitude.renamed(keys.compose(path, "magnitude"))
+    for name, replacement in adapter.replacements.items():
+        yield replacement.tensor.renamed(name)
+    for name, tensor in adapter.carried.items():
+        yield tensor.renamed(name)
+
+
+def _factors(path: str, delta: LowRank) -> Iterator[TensorRef]:
+    a, b = delta.a, delta.b
+    out, in_ = delta.shape
+    kind = delta.layer.kind
+    if kind == "conv":
+        kernel = delta.layer.kernel
+        a = a.reshaped((delta.rank, in_ // math.prod(kernel), *kernel))
+        b = b.reshaped((out, delta.rank, *(1 for _ in kernel)))
+    elif kind == "experts":
+        total = delta.experts * delta.rank
+        a = a.reshaped((total, in_))
+        b = b.transposed((1, 2, 0)).reshaped((out, total))
+    if kind == "embedding":
+        yield a.renamed(keys.compose(path, "embedding_a"))
+        yield b.renamed(keys.compose(path, "embedding_b"))
+    else:
+        yield a.renamed(keys.compose(path, "a"))
+        yield b.renamed(keys.compose(path, "b"))
+    if delta.bias is not None:
+        yield delta.bias.renamed(keys.compose(path, "b_bias"))
+
+
+def config_for(adapter: Adapter) -> dict[str, Any]:
+    """Return the configuration to write.
+
+    Raises:
+        UnsupportedError: the adapter comes from another format and has no PEFT configuration.
+    """
+    if adapter.format != "peft":
+        raise UnsupportedError(
+            f"writing an adapter of format {adapter.format} as PEFT is not supported yet"
+        )
+    values = dict(adapter.config)
+    if PeftConfig(values).caveats() == adapter.caveats and _gives_same(values, adapter.modules):
+        return values
+    return _rewritten(values, adapter)
+
+
+def _pattern_names(modules: Mapping[str, Delta]) -> dict[str, tuple[str, ...]]:
+    """Return the paths PEFT matches patterns against, for each module."""
+    return {
+        path: low_rank_part(delta).layer.parameters or (path,) for path, delta in modules.items()
+    }
+
+
+def _gives_same(values: Mapping[str, Any], modules: Mapping[str, Delta]) -> bool:
+    config = PeftConfig(values)
+    names = _pattern_names(modules)
+    resolved = config.alpha_and_rank(sorted({n for group in names.values() for n in group}))
+    for path, delta in modules.items():
+        part = low_rank_part(delta)
+        for alpha, rank in (resolved[name] for name in names[path]):
+            if (rank, config.scale(alpha, rank)) != (part.rank, part.scale):
+                return False
+    return True
+
+
+def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    settings: dict[str, tuple[int, float]] = {}
+    for path, group in _pattern_names(adapter.modules).items():
+        part = low_rank_part(adapter.modules[path])
+        for name in group:
+            setting = (part.rank, _alpha(part))
+            if settings.setdefault(name, setting) != setting:
+                raise UnsupportedError(
+                    "two expert parameters of one module need different ranks or scales, which a "
+                    "PEFT file cannot express without naming them",
+                    tensor=path,
+                )
+    names = list(settings)
+    rank = max(r for r, _ in settings.values())
+    alpha = next(alpha for r, alpha in settings.values() if r == rank)
+    values["r"], values["lora_alpha"] = rank, alpha
+    values["rank_pattern"] = {
+        pattern_for(name, names): r for name, (r, _) in settings.items() if r != rank
+    }
+    values["alpha_pattern"] = {
+        pattern_for(name, names): a for name, (_, a) in settings.items() if a != alpha
+    }
+    if values.get("use_rslora"):
+        values["use_rslora"] = False
+    # The factors are no longer what an initialisation made; loading must not run one again, and
+    # some of them refuse odd ranks.
+    if isinstance(values.get("init_lora_weights"), str):
+        values["init_lora_weights"] = True
+        for key in ("eva_config", "corda_config", "lora_ga_config"):
+            if key in values:
+                values[key] = None
+        if "loftq_config" in values:
+            values["loftq_config"] = {}
+    return values
+
+
+def _alpha(delta: LowRank) -> int | float:
+    """Return the number that PEFT divides by the rank to get the scale, a whole one if possible."""
+    alpha = delta.scale * delta.rank
+    whole = round(alpha)
+    return whole if whole / delta.rank == delta.scale else alpha

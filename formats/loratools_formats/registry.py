@@ -1,0 +1,237 @@
+"""Finding the format of a path, reading it, and publishing what is written.
+
+Formats are entry points of the group `loratools.formats`, ours and third parties' alike. A plugin
+that cannot be loaded stays visible as a broken entry and stops nothing else. Formats only encode
+and decode; making the output appear whole, with its provenance, happens here for all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from loratools_formats.adapter import Adapter
+from loratools_formats.errors import (
+    MissingFileError,
+    OutputExistsError,
+    UnknownFormatError,
+    UnsupportedError,
+)
+from loratools_formats.provenance import PROVENANCE_FILE, statement
+from loratools_formats.publish import publish_file, publish_folder
+
+GROUP = "loratools.formats"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Something of an adapter that a format cannot hold."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: how to recognise, read and write it. Plugins register one of these.
+
+    Attributes:
+        name: what users type, such as `peft`.
+        description: one line for `loratools formats`.
+        suffixes: file endings it uses; empty for a folder.
+        is_folder: whether an adapter is a folder rather than a file.
+        sniff: whether a path looks like this format. Reads at most 64 KiB and never raises.
+        read: read headers only; tensors load later. None if it cannot be read.
+        losses: what the format could not hold of an adapter.
+        write: write to a path that does not exist yet. Whoever calls it publishes the result
+            atomically. None if it cannot be written.
+        weights_nbytes: size of the weight file that `write` would make; None if not writable.
+    """
+
+    name: str
+    description: str
+    suffixes: tuple[str, ...]
+    is_folder: bool
+    sniff: Callable[[Path], bool]
+    read: Callable[[Path], Adapter] | None = None
+    losses: Callable[[Adapter], list[Loss]] | None = None
+    write: Callable[[Adapter, Path], None] | None = None
+    weights_nbytes: Callable[[Adapter], int] | None = None
+
+
+@dataclass(frozen=True)
+class FormatEntry:
+    """A registered name: its format, or why it could not be loaded.
+
+    Attributes:
+        name: the entry point's name.
+        package: the distribution that registered it.
+        format: None if broken.
+        error: why it is broken, else None.
+    """
+
+    name: str
+    package: str
+    format: Format | None
+    error: str | None
+
+
+def _load(point: EntryPoint) -> FormatEntry:
+    package = point.dist.name if point.dist is not None else "unknown"
+    try:
+        found = point.load()
+    except Exception as error:  # noqa: BLE001 - any plugin failure becomes a visible entry
+        return FormatEntry(point.name, package, None, f"{type(error).__name__}: {error}")
+    if not isinstance(found, Format):
+        return FormatEntry(point.name, package, None, f"is a {type(found).__name__}, not a Format")
+    return FormatEntry(point.name, package, found, None)
+
+
+@functools.cache
+def registered_formats() -> tuple[FormatEntry, ...]:
+    """Return every registered format sorted by name, broken ones included."""
+    entries = [_load(point) for point in entry_points(group=GROUP)]
+    return tuple(sorted(entries, key=lambda entry: (entry.name, entry.package)))
+
+
+def get_format(name: str) -> Format:
+    """Return the format registered as `name`.
+
+    Raises:
+        UnknownFormatError: there is none, it is broken, or two packages claim the name.
+    """
+    matches = [entry for entry in registered_formats() if entry.name == name]
+    if len(matches) > 1:
+        packages = ", ".join(entry.package for entry in matches)
+        raise UnknownFormatError(f"format {name!r} is registered by several packages: {packages}")
+    if not matches:
+        known = [entry.name for entry in registered_formats()]
+        close = difflib.get_close_matches(name, known, n=1)
+        raise UnknownFormatError(
+            f"no format named {name!r}",
+            expected=" or ".join(known),
+            hint=f"Did you mean {close[0]!r}?" if close else None,
+        )
+    if matches[0].format is None:
+        raise UnknownFormatError(f"format {name!r} is broken", got=matches[0].error)
+    return matches[0].format
+
+
+def _sniffs(entry: FormatEntry, path: Path) -> bool:
+    if entry.format is None:
+        return False
+    try:
+        return entry.format.sniff(path)
+    except Exception as error:  # noqa: BLE001 - a plugin breaking its contract must not stop others
+        print(f"format {entry.name}: sniff failed: {error}", file=sys.stderr)
+        return False
+
+
+def find_format(path: str | os.PathLike[str]) -> Format:
+    """Return the one format that recognises `path`.
+
+    Raises:
+        MissingFileError: nothing is there.
+        UnknownFormatError: none recognises it, or several do.
+    """
+    target = Path(path)
+    try:
+        exists = os.path.lexists(target)
+    except ValueError:
+        exists = False
+    if not exists:
+        raise MissingFileError("no such file or folder", path=path)
+    found = [entry for entry in registered_formats() if _sniffs(entry, target)]
+    if len(found) == 1 and found[0].format is not None:
+        return found[0].format
+    if found:
+        names = ", ".join(entry.name for entry in found)
+        raise UnknownFormatError(
+            f"several formats recognise it: {names}", path=path, hint="Name one with --from"
+        )
+    known = ", ".join(entry.name for entry in registered_formats() if entry.format is not None)
+    hint = f"Known formats: {known}"
+    if target.is_dir():
+        below = sorted(
+            child.name
+            for child in target.iterdir()
+            if child.is_dir() and any(_sniffs(entry, child) for entry in registered_formats())
+        )
+        if below:
+            hint = f"It holds adapters in sub-folders; name one of: {', '.join(below)}"
+    raise UnknownFormatError("no known format recognises it as an adapter", path=path, hint=hint)
+
+
+def read_adapter(path: str | os.PathLike[str], format_name: str | None = None) -> Adapter:
+    """Read an adapter's headers; its tensors load on demand.
+
+    Args:
+        path: file or folder.
+        format_name: read it as this format instead of recognising it.
+
+    Raises:
+        LoratoolsError: nothing there, unknown format, or not a sound adapter.
+    """
+    chosen = find_format(path) if format_name is None else get_format(format_name)
+    if chosen.read is None:
+        raise UnsupportedError(f"format {chosen.name} can be written but not read", path=path)
+    return chosen.read(Path(path))
+
+
+def check_output(
+    adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Refuse, before any work is done, an output that could not be published.
+
+    Raises:
+        OutputExistsError: it exists and may not be replaced, or lies inside or around the input.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(path) and not overwrite:
+        raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
+    if adapter.source is None:
+        return
+    source = Path(os.path.realpath(adapter.source))
+    if source != target and (target in source.parents or source in target.parents):
+        raise OutputExistsError(
+            "the output lies inside the input or around it",
+            path=path,
+            hint="Choose an output beside it",
+        )
+
+
+def write_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    format_name: str,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write an adapter so that it appears whole or not at all, with its provenance beside it.
+
+    Raises:
+        OutputExistsError: the output exists and `overwrite` is false, or holds foreign files.
+        OutputError: the system refused; nothing was changed.
+        UnsupportedError: the format cannot hold the adapter.
+    """
+    chosen = get_format(format_name)
+    if chosen.write is None:
+        raise UnsupportedError(f"format {chosen.name} can be read but not written")
+    check_output(adapter, path, overwrite=overwrite)
+    publish = publish_folder if chosen.is_folder else publish_file
+    with publish(path, overwrite=overwrite) as temporary:
+        chosen.write(adapter, temporary)
+        adapter.check_unchanged()
+        if adapter.provenance is not None and chosen.is_folder:
+            files = sorted(p for p in temporary.iterdir() if p.suffix != ".md")
+            (temporary / PROVENANCE_FILE).write_bytes(statement(adapter.provenance, files))
+    if adapter.provenance is not None and not chosen.is_folder:
+        beside = Path(f"{os.fspath(path)}.{PROVENANCE_FILE}")
+        with publish_file(beside, overwrite=True) as temporary:
+            temporary.write_bytes(statement(adapter.provenance, [Path(path)]))

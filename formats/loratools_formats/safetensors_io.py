@@ -1,0 +1,340 @@
+"""The safetensors container: a bounded header reader and a streaming, reproducible writer.
+
+Source: the format section of the safetensors README and `validate()` in the safetensors crate 0.8.
+The reader is stricter than that library where it lets through what two parsers would read
+differently (duplicate keys, unknown fields), what breaks terminals (control characters) or
+what only a hostile file contains (a million tensors, a hundred thousand dimensions). The writer
+differs from it by fixed bytes (sorted metadata and tensors), an fsync before the rename, and the
+umask's permissions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools_formats import strict_json
+from loratools_formats.dtypes import DTYPES, DType
+from loratools_formats.errors import AdapterError, OutputError
+from loratools_formats.files import RegularFile
+from loratools_formats.publish import publish_file
+from loratools_formats.tensors import TensorRef, in_file
+
+_LENGTH_BYTES = 8
+_COPY_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds checked before anything is allocated.
+
+    Attributes:
+        header_bytes: longest header; the library's own bound is 100,000,000.
+        tensors: most tensors in a file.
+        dimensions: highest tensor rank.
+        name_bytes: longest tensor or metadata name, in UTF-8.
+        metadata_bytes: most metadata, keys and values together.
+    """
+
+    header_bytes: int = 16 << 20
+    tensors: int = 200_000
+    dimensions: int = 8
+    name_bytes: int = 512
+    metadata_bytes: int = 8 << 20
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """An open file: its metadata, its tensors by name, and the descriptor they read through."""
+
+    file: RegularFile
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorRef]
+
+
+def read_safetensors(
+    path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS
+) -> SafetensorsFile:
+    """Read the header of a file and check all of it; tensor bytes are read on demand.
+
+    Raises:
+        MissingFileError: nothing is at `path`.
+        AdapterError: not a regular file, not safetensors, malformed, or beyond `limits`.
+    """
+    file = RegularFile(path)
+    try:
+        return _read(file, limits)
+    except AdapterError:
+        file.close()
+        raise
+
+
+def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
+    size = file.nbytes
+    if size < _LENGTH_BYTES:
+        raise AdapterError(
+            "truncated safetensors header",
+            path=file.path,
+            got=f"{size} bytes",
+            expected="at least 8",
+        )
+    start = bytes(file.read_at(0, min(size, 64)))
+    (length,) = struct.unpack("<Q", start[:_LENGTH_BYTES])
+    if length > size - _LENGTH_BYTES or length < 2:
+        raise _not_safetensors(file, start, length)
+    if length > limits.header_bytes:
+        raise AdapterError(
+            "safetensors header is too long",
+            path=file.path,
+            got=f"{length} bytes",
+            expected=f"at most {limits.header_bytes}",
+        )
+    text = bytes(file.read_at(_LENGTH_BYTES, length))
+    if not text.startswith(b"{"):
+        raise _not_safetensors(file, start, length)
+    try:
+        header = strict_json.loads(text.rstrip(b" "))
+    except strict_json.StrictJsonError as error:
+        raise AdapterError(f"safetensors header: {error}", path=file.path) from error
+    if not isinstance(header, dict):
+        raise _not_safetensors(file, start, length)
+    data_start = _LENGTH_BYTES + length
+    metadata = _metadata(header.pop("__metadata__", {}), file.path, limits)
+    if len(header) > limits.tensors:
+        raise AdapterError(
+            "too many tensors",
+            path=file.path,
+            got=len(header),
+            expected=f"at most {limits.tensors}",
+        )
+    spans = [(*_entry(name, entry, file.path, limits), name) for name, entry in header.items()]
+    _check_layout(spans, size - data_start, file.path)
+    tensors = {
+        name: in_file(name, dtype, shape, file, data_start + begin)
+        for begin, _, dtype, shape, name in spans
+    }
+    return SafetensorsFile(file, metadata, tensors)
+
+
+def _not_safetensors(file: RegularFile, start: bytes, length: int) -> AdapterError:
+    if start.startswith(b"version https://git-lfs"):
+        return AdapterError(
+            "is a Git LFS pointer, not the file itself", path=file.path, hint="Run: git lfs pull"
+        )
+    if start[:_LENGTH_BYTES].isascii() and start[:1] in b"<{[ \n#PvV":
+        return AdapterError(
+            "is not a safetensors file", path=file.path, got=f"a start of {start[:24]!r}"
+        )
+    return AdapterError(
+        "truncated or not a safetensors file",
+        path=file.path,
+        got=f"a header length of {length} in a file of {file.nbytes} bytes",
+    )
+
+
+def _metadata(value: Any, path: Path, limits: Limits) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise AdapterError("__metadata__ is not a map of strings to strings", path=path)
+    total = sum(len(k.encode()) + len(v.encode()) for k, v in value.items())
+    if total > limits.metadata_bytes:
+        raise AdapterError(
+            "too much metadata",
+            path=path,
+            got=f"{total} bytes",
+            expected=f"at most {limits.metadata_bytes}",
+        )
+    for key in value:
+        _check_name(key, path, limits)
+    return value
+
+
+def _check_name(name: str, path: Path, limits: Limits) -> None:
+    if len(name.encode()) > limits.name_bytes:
+        raise AdapterError(
+            "name is too long",
+            path=path,
+            tensor=name,
+            expected=f"at most {limits.name_bytes} bytes",
+        )
+    if not name.isprintable():
+        raise AdapterError("name has control or invisible characters", path=path, tensor=name)
+
+
+def _entry(
+    name: str, entry: Any, path: Path, limits: Limits
+) -> tuple[int, int, DType, tuple[int, ...]]:
+    _check_name(name, path, limits)
+    fields = sorted(entry) if isinstance(entry, dict) else None
+    if fields != ["data_offsets", "dtype", "shape"]:
+        raise AdapterError(
+            "header entry has the wrong fields",
+            path=path,
+            tensor=name,
+            got=fields,
+            expected=["data_offsets", "dtype", "shape"],
+        )
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise AdapterError("unsupported dtype", path=path, tensor=name, got=code)
+    dtype = DTYPES[code]
+    if not _is_counts(shape) or len(shape) > limits.dimensions:
+        raise AdapterError(
+            "bad shape",
+            path=path,
+            tensor=name,
+            got=shape,
+            expected=f"at most {limits.dimensions} non-negative integers",
+        )
+    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise AdapterError("bad data offsets", path=path, tensor=name, got=offsets)
+    nbytes = dtype.nbytes(tuple(shape))
+    if any(size > 1 << 62 for size in shape) or nbytes != offsets[1] - offsets[0]:
+        raise AdapterError(
+            "shape and dtype do not fit the data",
+            path=path,
+            tensor=name,
+            got=f"{offsets[1] - offsets[0]} bytes",
+            expected=f"{nbytes} for {code} {shape}",
+        )
+    return offsets[0], offsets[1], dtype, tuple(shape)
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def _check_layout(
+    spans: list[tuple[int, int, DType, tuple[int, ...], str]], data_nbytes: int, path: Path
+) -> None:
+    position = 0
+    for begin, end, _, _, name in sorted(spans, key=lambda span: (span[0], span[1])):
+        if begin != position:
+            kind = "overlaps another tensor" if begin < position else "leaves a hole before it"
+            raise AdapterError(
+                f"tensor data {kind}",
+                path=path,
+                tensor=name,
+                got=f"offset {begin}",
+                expected=position,
+            )
+        position = end
+    if position != data_nbytes:
+        kind = "truncated" if position > data_nbytes else "bytes after the last tensor"
+        raise AdapterError(
+            f"safetensors data: {kind}", path=path, got=f"{data_nbytes} bytes", expected=position
+        )
+
+
+def _plan(tensors: Iterable[TensorRef]) -> list[TensorRef]:
+    """Order as the safetensors library does: wide types first, which aligns them, then names."""
+    return sorted(tensors, key=lambda tensor: (-tensor.dtype.bits, tensor.key))
+
+
+def _header(ordered: list[TensorRef], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {}
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    position = 0
+    for tensor in ordered:
+        end = position + tensor.nbytes
+        header[tensor.key] = {
+            "dtype": tensor.dtype.code,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return struct.pack("<Q", -(-len(text) // 8) * 8) + text.ljust(-(-len(text) // 8) * 8)
+
+
+def safetensors_nbytes(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> int:
+    """Return the exact size of the file that `write_safetensors` would make."""
+    ordered = _plan(tensors)
+    return len(_header(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Iterable[TensorRef],
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write tensors one after another, each read only when its turn comes.
+
+    The same tensors and metadata give the same bytes. Before the file appears under its name it is
+    flushed and its header is compared with what the `safetensors` library reads from it.
+
+    Raises:
+        AdapterError: two tensors share a name, or names differ only by case.
+        OutputExistsError: `path` exists and `overwrite` is false.
+        OutputError: writing failed; nothing was changed.
+    """
+    ordered = _plan(tensors)
+    _check_names(ordered)
+    header = _header(ordered, metadata)
+    with publish_file(path, overwrite=overwrite) as temporary:
+        with open(temporary, "xb", buffering=0) as out:
+            _write_all(out.fileno(), header)
+            for tensor in ordered:
+                _copy(tensor, out.fileno())
+        _check_written(temporary, ordered)
+
+
+def _check_names(ordered: list[TensorRef]) -> None:
+    seen: dict[str, str] = {}
+    for tensor in ordered:
+        folded = tensor.key.casefold()
+        if folded in seen:
+            raise AdapterError(
+                "two tensors to write have names that differ at most by case",
+                tensor=tensor.key,
+                got=seen[folded],
+            )
+        seen[folded] = tensor.key
+
+
+def _copy(tensor: TensorRef, out: int) -> None:
+    if tensor.file is None:
+        _write_all(out, tensor.raw())
+        return
+    for done in range(0, tensor.nbytes, _COPY_CHUNK_BYTES):
+        count = min(_COPY_CHUNK_BYTES, tensor.nbytes - done)
+        _write_all(out, tensor.file.read_at(tensor.offset + done, count))
+
+
+def _write_all(out: int, data: bytes | bytearray | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(out, view) :]
+
+
+def _check_written(path: Path, ordered: list[TensorRef]) -> None:
+    """Compare names, types and shapes with what the safetensors library finds in the file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as written:
+        found = set(written.keys())
+        for tensor in ordered:
+            if tensor.key not in found:
+                raise OutputError("written file lost a tensor", path=path, tensor=tensor.key)
+            part = written.get_slice(tensor.key)
+            got = (part.get_dtype(), tuple(part.get_shape()))
+            if got != (tensor.dtype.code, tensor.shape):
+                raise OutputError(
+                    "written file reads back differently",
+                    path=path,
+                    tensor=tensor.key,
+                    got=got,
+                    expected=(tensor.dtype.code, tensor.shape),
+                )
+    if len(found) != len(ordered):
+        raise OutputError("written file has extra tensors", path=path)

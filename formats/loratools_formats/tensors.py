@@ -1,0 +1,145 @@
+"""Tensors whose bytes stay where they are until asked for.
+
+A `TensorRef` knows its shape and type; reading happens in `raw()`, `load()` or `torch()`. It never
+caches: holding many of them costs nothing, and whoever loads one decides how long it lives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loratools_formats import dtypes
+from loratools_formats.dtypes import DTYPES, DType
+from loratools_formats.errors import AdapterError
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+    from loratools_formats.dtypes import Array
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ByteSource(Protocol):
+    """Something with bytes at positions: an open file, or a scratch file."""
+
+    def read_at(self, offset: int, nbytes: int) -> Buffer:
+        """Return exactly `nbytes` bytes from `offset`."""
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor somewhere: a file, a scratch file, memory, or a view of another one.
+
+    Attributes:
+        key: name in the file it came from, for messages.
+        dtype: element type as stored.
+        shape: dimensions, row-major.
+        read: returns the tensor's `nbytes` little-endian bytes.
+        file: the file that holds it, where `offset` counts bytes from its start; None if the
+            bytes are computed or held in memory.
+    """
+
+    key: str
+    dtype: DType
+    shape: tuple[int, ...]
+    read: Callable[[], Buffer] = field(repr=False, compare=False)
+    file: ByteSource | None = field(default=None, repr=False, compare=False)
+    offset: int = field(default=0, repr=False, compare=False)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes as stored."""
+        return self.numel * self.dtype.bits // 8
+
+    def raw(self) -> Buffer:
+        """Return the stored bytes, for bit-exact copies."""
+        return self.read()
+
+    def load(self, dtype: DTypeLike | None = None) -> Array:
+        """Return the values as an array of `shape`, in the stored type or converted to `dtype`.
+
+        Raises:
+            UnsupportedError: the stored type cannot be decoded.
+        """
+        array = dtypes.decode(self.read(), self.dtype, self.shape)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def torch(self) -> Any:
+        """Return the values as a torch tensor of the stored type, with memory of its own."""
+        return dtypes.to_torch(self.read(), self.dtype, self.shape)
+
+    def renamed(self, key: str) -> TensorRef:
+        """Return the same tensor under another name."""
+        return replace(self, key=key)
+
+    def reshaped(self, shape: tuple[int, ...]) -> TensorRef:
+        """Return the same bytes seen with another shape.
+
+        Raises:
+            AdapterError: the shapes hold different numbers of elements.
+        """
+        if math.prod(shape) != self.numel:
+            raise AdapterError(
+                "shape does not fit", tensor=self.key, got=list(self.shape), expected=list(shape)
+            )
+        return replace(self, shape=shape)
+
+    def transposed(self, axes: tuple[int, ...]) -> TensorRef:
+        """Return the tensor with its axes permuted, bit for bit; permuted when read.
+
+        Only types of whole bytes can be permuted, which adapter factors are.
+        """
+        shape = tuple(self.shape[axis] for axis in axes)
+
+        def read() -> Buffer:
+            import numpy as np
+
+            units = np.dtype(f"V{self.dtype.bits // 8}")
+            stored = np.frombuffer(self.read(), dtype=units).reshape(self.shape)
+            return np.ascontiguousarray(stored.transpose(axes)).tobytes()
+
+        return TensorRef(self.key, self.dtype, shape, read)
+
+
+def in_file(
+    key: str, dtype: DType, shape: tuple[int, ...], file: ByteSource, offset: int
+) -> TensorRef:
+    """Return a reference to the tensor whose bytes start at `offset` in `file`."""
+    nbytes = math.prod(shape) * dtype.bits // 8
+    return TensorRef(key, dtype, shape, lambda: file.read_at(offset, nbytes), file, offset)
+
+
+def in_memory(key: str, array: Array, code: str | None = None) -> TensorRef:
+    """Return a reference to an array, rounded once to the type `code` if that differs.
+
+    Args:
+        key: its name.
+        array: values; converted to little-endian and made contiguous.
+        code: a safetensors type name; by default the one of the array's own type.
+    """
+    import numpy as np
+
+    if code is None:
+        code = next(
+            (
+                d.code
+                for d in DTYPES.values()
+                if d.numpy and d.numpy.split(":")[-1] == array.dtype.name
+            ),
+            array.dtype.name,
+        )
+    if code not in DTYPES:
+        raise AdapterError("array type has no safetensors name", tensor=key, got=code)
+    dtype = DTYPES[code]
+    stored = dtypes.encode(array, dtype)
+    data = np.atleast_1d(stored).view(np.uint8).reshape(-1).data
+    return TensorRef(key, dtype, tuple(array.shape), lambda: data)
