@@ -1,0 +1,64 @@
+"""The `loratools` command: parse, call one library function, render its result.
+
+Commands are loaded when used, so that `loratools --help` imports nothing but click.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from loratools import __version__
+from loratools.cli.errors import run
+
+_COMMANDS = {
+    "formats": "loratools.cli.formats",
+    "info": "loratools.cli.info",
+    "squeeze": "loratools.cli.squeeze",
+}
+
+_SUMMARIES = {
+    "formats": "List the adapter formats, broken plugins included.",
+    "info": "Show what an adapter is, from its headers alone.",
+    "squeeze": "Compress an adapter's ranks with the smallest possible error.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, not when they are listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands, sorted."""
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command; None if there is no such name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(_COMMANDS[cmd_name]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from their summaries, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_SUMMARIES.items()))
+
+
+@click.command(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="loratools")
+@click.option("--traceback", is_flag=True, help="Show Python tracebacks of errors.")
+def cli(traceback: bool) -> None:
+    """Exact, fast and safe operations on LoRA adapter files.
+
+    Every operation works on the true weight change, says what error it made, never changes its
+    inputs, and writes its output whole or not at all.
+    """
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    run(cli)

@@ -1,0 +1,65 @@
+"""From exceptions to one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+import click
+
+EXIT_FOUND = 1
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def run(cli: click.Command) -> None:
+    """Run a command group and exit the process.
+
+    Exit codes: what the command returned, 2 for usage or bad input, 130 when interrupted. Nothing
+    but `--traceback` shows a Python traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if "--traceback" in sys.argv[1:2]:
+        sys.exit(_call(cli))
+    try:
+        code = _call(cli)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone; keep Python from complaining about it while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        code = EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = EXIT_ERROR
+    except Exception as error:  # noqa: BLE001 - users get one line, whatever happened
+        click.echo(f"error: {describe(error)}", err=True)
+        code = EXIT_ERROR
+    sys.exit(code)
+
+
+def _call(cli: click.Command) -> int:
+    result = cli.main(standalone_mode=False)
+    return result if isinstance(result, int) else 0
+
+
+def describe(error: BaseException) -> str:
+    """Return one line for an error: its own text if it is ours, its kind too if it is not."""
+    from loratools_formats.errors import LoratoolsError, printable
+
+    if isinstance(error, LoratoolsError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{printable(error.filename)}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    kind = type(error).__name__
+    return (
+        f"{kind}: {printable(error, 500)}. Run again with `loratools --traceback …` and report it"
+    )

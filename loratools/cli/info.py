@@ -1,0 +1,81 @@
+"""`loratools info`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from loratools.cli import options as shared
+from loratools.cli.output import human_bytes, note, print_json, print_table
+from loratools.info import AdapterInfo, counted, describe
+from loratools_formats import read_adapter
+from loratools_formats.errors import printable
+
+
+@click.command("info")
+@shared.adapter_argument
+@click.option("-v", "--verbose", is_flag=True, help="List every module.")
+@shared.json_option
+def command(adapter: Path, verbose: bool, as_json: bool) -> None:
+    """Show what an adapter is, from its headers alone."""
+    info = describe(read_adapter(adapter))
+    if as_json:
+        print_json({"operation": "info", **dataclasses.asdict(info)})
+        return
+    _print(info)
+    if verbose:
+        click.echo()
+        _print_modules(info)
+    for text in info.notes:
+        note(printable(text, 1000))
+
+
+def _print(info: AdapterInfo) -> None:
+    modules = info.modules
+    kinds = counted(f"{m.kind} on {m.layer}" for m in modules)
+    lines = [
+        ("format", info.format),
+        ("base model", info.base_model or "not recorded"),
+        ("modules", f"{len(modules)}: {kinds}" if modules else "none"),
+        ("rank", counted(m.rank for m in modules)),
+        ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in modules)),
+        ("scale", counted(f"{m.scale:g}" for m in modules)),
+        ("targets", ", ".join(sorted({m.name.rpartition(".")[2] for m in modules}))),
+        ("parameters", f"{info.parameters:,}"),
+        ("size", human_bytes(info.nbytes)),
+        ("dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in info.dtypes.items())),
+    ]
+    experts = sorted({m.experts for m in modules if m.experts > 1})
+    if experts:
+        lines.append(("experts", ", ".join(map(str, experts))))
+    for replacement in info.replacements:
+        shape = "×".join(map(str, replacement.shape))
+        lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
+    lines += [("carries", key) for key in info.carried]
+    lines += [(key.removeprefix("loratools."), value) for key, value in info.provenance.items()]
+    lines += [("caution", f"{caveat.reason}. {caveat.remedy}") for caveat in info.caveats]
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        if text:
+            click.echo(f"{label.ljust(width)}  {printable(text, 2000)}")
+
+
+def _print_modules(info: AdapterInfo) -> None:
+    print_table(
+        ["module", "kind", "layer", "out × in", "rank", "alpha", "scale", "dtypes"],
+        [
+            [
+                m.name,
+                m.kind,
+                m.layer if m.experts == 1 else f"{m.experts} experts",
+                f"{m.shape[0]} × {m.shape[1]}",
+                str(m.rank),
+                "none" if m.alpha is None else f"{m.alpha:g}",
+                f"{m.scale:g}",
+                " ".join(m.dtypes),
+            ]
+            for m in info.modules
+        ],
+    )

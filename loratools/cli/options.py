@@ -1,0 +1,169 @@
+"""Options that several commands share, each declared once, so that a flag means one thing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Function], Function]
+
+adapter_argument = click.argument("adapter", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Print no report, notes or progress; errors only."
+)
+
+
+def _all(options: list[Callable[[Any], Any]]) -> Callable[[Function], Function]:
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+output_options = _all(
+    [
+        click.option(
+            "-o", "--output", type=click.Path(path_type=Path), help="Where to write the result."
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace the output if it exists."),
+        click.option("--dry-run", is_flag=True, help="Compute and report, but write nothing."),
+    ]
+)
+
+_RANK_OPTIONS = [
+    click.option("-r", "--rank", type=int, help="The same rank for every module."),
+    click.option("--energy", type=float, help="Keep this share of ‖ΔW‖²_F, per module."),
+    click.option("--sv-ratio", type=float, help="Keep singular values down to σ₁/RATIO."),
+    click.option("--sv-fro", type=float, help="Keep this share of ‖ΔW‖_F, per module."),
+    click.option("--sv-cumulative", type=float, help="Keep this share of the sum of σ."),
+    click.option(
+        "--threshold-rank", is_flag=True, help="Keep σ above the Gavish–Donoho threshold."
+    ),
+    click.option("--budget", help="Spread a size for the whole file, such as 25% or 12MB."),
+    click.option("--max-rank", type=int, help="No rank above this."),
+    click.option("--min-rank", type=int, help="No rank below this."),
+    click.option(
+        "--rank-pattern",
+        multiple=True,
+        metavar="REGEX=N",
+        help="Rank of modules whose path matches; the first match decides. Repeatable.",
+    ),
+    click.option("--uniform", is_flag=True, help="Give all modules the largest rank chosen."),
+    click.option("--serve-ranks", is_flag=True, help="Use only ranks that vLLM accepts."),
+]
+
+
+def rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that choose ranks, and pass the `RankRule` they make as `rule`."""
+
+    @functools.wraps(function)
+    def with_rule(
+        *args: Any,
+        rank: int | None,
+        energy: float | None,
+        sv_ratio: float | None,
+        sv_fro: float | None,
+        sv_cumulative: float | None,
+        threshold_rank: bool,
+        budget: str | None,
+        max_rank: int | None,
+        min_rank: int | None,
+        rank_pattern: tuple[str, ...],
+        uniform: bool,
+        serve_ranks: bool,
+        **kwargs: Any,
+    ) -> Any:
+        from loratools.ranks import Budget, RankRule, overrides
+
+        rule = RankRule(
+            rank=rank,
+            energy=energy,
+            sv_ratio=sv_ratio,
+            sv_fro=sv_fro,
+            sv_cumulative=sv_cumulative,
+            threshold=threshold_rank,
+            budget=None if budget is None else Budget.parse(budget),
+            max_rank=max_rank,
+            min_rank=min_rank,
+            patterns=overrides(rank_pattern),
+            uniform=uniform,
+            serve=serve_ranks,
+        )
+        return function(*args, rule=rule, **kwargs)
+
+    return _all(_RANK_OPTIONS)(with_rule)
+
+
+_COMPUTE_OPTIONS = [
+    click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of new factors."),
+    click.option(
+        "--method",
+        type=click.Choice(["exact", "rsvd"]),
+        default="exact",
+        show_default=True,
+        help="exact, or a randomised SVD as in the LoRA-Squeeze paper.",
+    ),
+    click.option("--oversample", type=int, default=10, show_default=True, help="Of rsvd."),
+    click.option("--power-iterations", type=int, default=2, show_default=True, help="Of rsvd."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of rsvd."),
+    click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda", "mps"]),
+        default="cpu",
+        show_default=True,
+        help="Where to compute; cuda and mps need torch.",
+    ),
+    click.option("--keep-alpha", is_flag=True, help="Keep lora_alpha instead of alpha = rank."),
+    click.option(
+        "--workers", type=int, default=2, show_default=True, help="Threads over modules (CPU)."
+    ),
+]
+
+
+def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of how to compute and store, passed as a `ComputeOptions` named `options`."""
+
+    @functools.wraps(function)
+    def with_options(
+        *args: Any,
+        dtype: Any,
+        method: Any,
+        oversample: int,
+        power_iterations: int,
+        seed: int,
+        device: Any,
+        keep_alpha: bool,
+        workers: int,
+        **kwargs: Any,
+    ) -> Any:
+        from loratools.resize import ComputeOptions
+
+        options = ComputeOptions(
+            dtype=dtype,
+            method=method,
+            oversample=oversample,
+            power_iterations=power_iterations,
+            seed=seed,
+            device=device,
+            keep_alpha=keep_alpha,
+            workers=workers,
+        )
+        return function(*args, options=options, **kwargs)
+
+    return _all(_COMPUTE_OPTIONS)(with_options)
+
+
+selection_options = _all(
+    [
+        click.option("--include", metavar="REGEX", help="Touch only modules whose path matches."),
+        click.option("--exclude", metavar="REGEX", help="Leave modules whose path matches alone."),
+    ]
+)

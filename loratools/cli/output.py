@@ -1,0 +1,77 @@
+"""Rendering: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+
+SCHEMA = 1
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print one JSON object with the schema's version first."""
+    text = json.dumps({"schema": SCHEMA, **result}, ensure_ascii=False, allow_nan=False, indent=2)
+    click.echo(text)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        cells = [
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def note(text: str) -> None:
+    """Print a remark on stderr."""
+    click.echo(f"note: {text}", err=True)
+
+
+def human_bytes(count: int) -> str:
+    """Return a size in decimal units.
+
+    >>> human_bytes(999), human_bytes(1_234_567)
+    ('999 B', '1.2 MB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if value < 1000 or unit == "TB":
+            break
+    return f"{value:.1f} {unit}"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage with two decimals.
+
+    >>> percent(0.98765)
+    '98.77%'
+    """
+    return f"{100 * share:.2f}%"
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a function to call with (done, total), which draws on stderr if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=label, unit="module", file=sys.stderr, leave=False) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update

@@ -1,0 +1,142 @@
+"""One matrix ΔW = scale · b @ a, taken apart once and asked for spectra, factors and errors.
+
+Chooses between the Gram route and QR: Gram for factors stored in 32 bits or fewer, whose rounding
+hides its floor; QR for float64 factors and for devices without float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from loratools import linalg
+from loratools.device import Device, to_numpy
+from loratools_formats.adapter import LowRank
+from loratools_formats.errors import AdapterError
+
+Array = np.ndarray[Any, Any]
+
+_FLOAT64_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class RandomisedSvd:
+    """Parameters of the randomised SVD: oversampling p, power iterations q, and a seed."""
+
+    oversample: int
+    power_iterations: int
+    seed: int
+
+
+class Matrix:
+    """One matrix of a delta.
+
+    Args:
+        b: (out, r), float32 or float64, finite.
+        a: (r, in).
+        scale: multiplies b @ a.
+        device: where to compute.
+        use_gram: whether the floor of the Gram route is below the rounding of the factors.
+    """
+
+    def __init__(self, b: Array, a: Array, scale: float, device: Device, use_gram: bool) -> None:
+        self._b, self._a = device.put(b), device.put(a)
+        self._scale = scale
+        self._use_gram = use_gram and device.has_float64
+        self._device = device
+        self._grams = linalg.grams(self._b, self._a)
+
+    @functools.cached_property
+    def _core(self) -> linalg.GramCore:
+        return linalg.gram_core(self._grams, self._scale)
+
+    @functools.cached_property
+    def _qr(self) -> linalg.Factors:
+        return linalg.qr_factors(self._b, self._a, self._scale, self._a.shape[0])
+
+    @property
+    def squared_norm(self) -> float:
+        """‖ΔW‖²_F."""
+        return self._scale**2 * self._grams.squared_norm
+
+    @property
+    def singular_values(self) -> Array:
+        """(r,): descending; zeros where the shape allows fewer."""
+        found = self._core.singular_values if self._use_gram else self._qr.singular_values
+        values = np.zeros(self._a.shape[0])
+        values[: found.shape[0]] = to_numpy(found)
+        return values
+
+    def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
+        """Return the best (b, a) of a rank, balanced, of scale 1, padded with zeros if need be."""
+        if randomised is not None:
+            found = linalg.rsvd_factors(
+                self._b,
+                self._a,
+                self._scale,
+                rank,
+                oversample=randomised.oversample,
+                power_iterations=randomised.power_iterations,
+                seed=randomised.seed,
+            )
+        elif self._use_gram:
+            found = linalg.gram_factors(self._b, self._a, self._core, rank)
+        else:
+            found = linalg.Factors(
+                self._qr.b[:, :rank], self._qr.a[:rank, :], self._qr.singular_values[:rank]
+            )
+        return padded(to_numpy(found.b), to_numpy(found.a), rank)
+
+    def squared_error(self, b: Array, a: Array) -> float:
+        """Return ‖ΔW − b @ a‖²_F."""
+        new_b, new_a = self._device.put(b), self._device.put(a)
+        error, _ = linalg.residual_norm(self._b, self._a, self._scale, self._grams, new_b, new_a)
+        return error**2
+
+
+def padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
+    """Return factors of exactly `rank` by adding zero columns to b and zero rows to a."""
+    missing = rank - a.shape[0]
+    if missing <= 0:
+        return b, a
+    return np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
+
+
+def loaded(delta: LowRank) -> Iterator[tuple[Array, Array]]:
+    """Yield (b, a) of each matrix of a delta.
+
+    In float64, which spares converting them again at each use; large ones in float32, which spares
+    memory, unless they are stored as float64. Results do not depend on it.
+    """
+    large = max(delta.a.numel, delta.b.numel) > _FLOAT64_ELEMENTS
+    wide = np.float32 if large and not _is_float64(delta) else np.float64
+    a, b = delta.a.load(wide), delta.b.load(wide)
+    yield from zip(b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:]), strict=True)
+
+
+def matrices(delta: LowRank, device: Device) -> list[Matrix]:
+    """Return every matrix of a delta, one per expert.
+
+    Raises:
+        AdapterError: a factor holds NaN or infinite values.
+    """
+    use_gram = not _is_float64(delta)
+    found = [Matrix(b, a, delta.scale, device, use_gram) for b, a in loaded(delta)]
+    if not all(math.isfinite(matrix.squared_norm) for matrix in found):
+        for tensor in (delta.a, delta.b):
+            if not np.isfinite(tensor.load(np.float64)).all():
+                raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
+        raise AdapterError("squares of the factors overflow float64", tensor=delta.b.key)
+    return found
+
+
+def _is_float64(delta: LowRank) -> bool:
+    return "F64" in (delta.a.dtype.code, delta.b.dtype.code)
+
+
+Method = Literal["exact", "rsvd"]

@@ -1,0 +1,141 @@
+"""What an adapter is, from its headers and configuration alone; no tensor is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from loratools_formats.adapter import Adapter, Caveat, Delta, Dora, low_rank_part
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """One adapted module.
+
+    Attributes:
+        name: module path.
+        kind: `lora` or `dora`.
+        layer: `linear`, `conv`, `embedding` or `experts`.
+        shape: (out, in) of one matrix.
+        experts: number of stacked matrices, 1 if ordinary.
+        rank: of the factors.
+        alpha: as the file states it, None if it does not.
+        scale: that multiplies b @ a.
+        dtypes: stored types of its tensors.
+    """
+
+    name: str
+    kind: str
+    layer: str
+    shape: tuple[int, int]
+    experts: int
+    rank: int
+    alpha: float | None
+    scale: float
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ReplacementInfo:
+    """A tensor that takes the place of a base tensor, or of some of its rows."""
+
+    key: str
+    kind: str
+    target: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """Everything `loratools info` shows.
+
+    Attributes:
+        path: where it was read from.
+        format: name of its format.
+        base_model: as recorded, None if it is not.
+        modules: adapted modules, in path order.
+        replacements: tensors that replace base tensors.
+        carried: keys of tensors that are neither.
+        parameters: number of elements in all tensors.
+        nbytes: size of the weight file.
+        dtypes: number of tensors by stored type.
+        caveats: reasons why operations on ΔW refuse it.
+        notes: other remarks.
+        provenance: what the file says about how it was made, as metadata keys and values.
+    """
+
+    path: str
+    format: str
+    base_model: str | None
+    modules: tuple[ModuleInfo, ...]
+    replacements: tuple[ReplacementInfo, ...]
+    carried: tuple[str, ...]
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    caveats: tuple[Caveat, ...]
+    notes: tuple[str, ...]
+    provenance: dict[str, str]
+
+
+def describe(adapter: Adapter) -> AdapterInfo:
+    """Return what an adapter is; reads no tensor."""
+    return AdapterInfo(
+        path=str(adapter.source),
+        format=adapter.format,
+        base_model=adapter.base_model,
+        modules=tuple(_module(name, delta) for name, delta in adapter.modules.items()),
+        replacements=tuple(
+            ReplacementInfo(key, r.kind, r.target, r.tensor.shape, r.tensor.dtype.code)
+            for key, r in adapter.replacements.items()
+        ),
+        carried=tuple(adapter.carried),
+        parameters=sum(tensor.numel for tensor in adapter.tensors()),
+        nbytes=adapter.weights_nbytes,
+        dtypes=dict(sorted(Counter(t.dtype.code for t in adapter.tensors()).items())),
+        caveats=adapter.caveats,
+        notes=adapter.notes,
+        provenance={k: v for k, v in adapter.metadata.items() if k.startswith("loratools.")},
+    )
+
+
+def _module(name: str, delta: Delta) -> ModuleInfo:
+    part = low_rank_part(delta)
+    return ModuleInfo(
+        name=name,
+        kind="dora" if isinstance(delta, Dora) else "lora",
+        layer=part.layer.kind,
+        shape=part.shape,
+        experts=part.experts,
+        rank=part.rank,
+        alpha=part.alpha,
+        scale=part.scale,
+        dtypes=tuple(sorted({tensor.dtype.code for tensor in delta.tensors()})),
+    )
+
+
+def counted(values: Iterable[Any]) -> str:
+    """Return the distinct values with how often each occurs, most frequent first.
+
+    >>> counted([16, 16, 8])
+    '16 (2×), 8 (1×)'
+    >>> counted([16, 16])
+    '16'
+    """
+    counts = Counter(values).most_common()
+    if len(counts) == 1:
+        return str(counts[0][0])
+    return ", ".join(f"{value} ({count}×)" for value, count in counts)
+
+
+def inputs_of(provenance: dict[str, str]) -> dict[str, str]:
+    """Return the recorded digests by input name, empty if there are none or they are not JSON."""
+    try:
+        inputs = json.loads(provenance.get("loratools.inputs", "{}"))
+    except ValueError:
+        return {}
+    return inputs if isinstance(inputs, dict) else {}

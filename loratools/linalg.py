@@ -1,0 +1,262 @@
+"""Factor-space algebra: what can be known of ΔW = scale · b @ a without forming it.
+
+Written against the array API, so NumPy arrays (the CPU engine) and torch tensors on a device go
+through the same code. Nothing here knows about files, layers or formats.
+
+Two routes to the singular values of a product: thin QR of both factors, exact to rounding, and
+Gram matrices in float64, several times faster, with a floor of about 1e-8 of the largest singular
+value, which is below every rounding of a stored factor.
+
+Shapes: `b: (out, r)`, `a: (r, in)`, both real floating; results are float64 unless the device has
+none (MPS), where they are float32.
+
+Sources: Halko, Martinsson, Tropp, arXiv 0909.4061 (randomised SVD); algebra of products of thin
+factors is textbook.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = Any
+
+_BLOCK_ROWS = 8192
+_GRAM_ERROR_FLOOR = 1e-5
+
+
+def namespace(x: Array) -> Any:
+    """Return the array-API namespace of an array: NumPy itself, or torch's compat layer."""
+    if isinstance(x, np.ndarray):
+        return np
+    import array_api_compat
+
+    return array_api_compat.array_namespace(x)
+
+
+def _wide(x: Array) -> Any:
+    """Return the type to compute in: float64 where the array's device has it."""
+    xp = namespace(x)
+    return xp.float32 if str(getattr(x, "device", "")).startswith("mps") else xp.float64
+
+
+def _widened(x: Array) -> Array:
+    return namespace(x).astype(x, _wide(x), copy=False)
+
+
+def gram(x: Array, y: Array | None = None) -> Array:
+    """Return xᵀ @ y in float64 (xᵀ @ x without y), taking blocks of rows.
+
+    Args:
+        x: (n, p).
+        y: (n, q).
+
+    Returns:
+        (p, q).
+    """
+    total = None
+    for start in range(0, x.shape[0], _BLOCK_ROWS):
+        left = _widened(x[start : start + _BLOCK_ROWS, :])
+        right = left if y is None else _widened(y[start : start + _BLOCK_ROWS, :])
+        part = left.T @ right
+        total = part if total is None else total + part
+    return total
+
+
+def inner(b1: Array, a1: Array, b2: Array, a2: Array) -> float:
+    """Return the Frobenius inner product ⟨b1 @ a1, b2 @ a2⟩ = Σ (b1ᵀb2) ∘ (a1a2ᵀ)."""
+    xp = namespace(b1)
+    return float(xp.sum(gram(b1, b2) * gram(a1.T, a2.T)))
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Both Gram matrices of a product: `b: bᵀb (r, r)`, `a: aaᵀ (r, r)`."""
+
+    b: Array
+    a: Array
+
+    @property
+    def squared_norm(self) -> float:
+        """‖b @ a‖²_F."""
+        squared = float(namespace(self.b).sum(self.b * self.a))
+        return max(squared, 0.0)
+
+
+def grams(b: Array, a: Array) -> Grams:
+    """Return the Gram matrices of a product's factors."""
+    return Grams(gram(b), gram(a.T))
+
+
+@dataclass(frozen=True)
+class GramCore:
+    """The core of an SVD by Gram matrices.
+
+    Attributes:
+        singular_values: (r,), descending.
+        to_b: (r, r); U·√S = b @ to_b.
+        to_a: (r, r); √S·Vᵀ = to_a @ a.
+    """
+
+    singular_values: Array
+    to_b: Array
+    to_a: Array
+
+
+def gram_core(both: Grams, scale: float) -> GramCore:
+    """Decompose scale · b @ a from its Gram matrices.
+
+    With bᵀb = LLᵀ, the matrix M = scale² · Lᵀ(aaᵀ)L has the squared singular values as its
+    eigenvalues; its eigenvectors give both new factors without inverting anything but singular
+    values. Directions below the floor of the method come out as zeros.
+    """
+    xp = namespace(both.b)
+    values, vectors = xp.linalg.eigh(both.b)
+    root = vectors * xp.sqrt(xp.clip(values, 0.0, None))
+    squares, u = xp.linalg.eigh(scale * scale * (root.T @ both.a @ root))
+    squares = xp.clip(xp.flip(squares, axis=0), 0.0, None)
+    u = xp.flip(u, axis=1)
+    s = xp.sqrt(squares)
+    # eigh resolves eigenvalues to ε times the largest; below that their square roots are noise.
+    floor = float(s[0]) * math.sqrt(s.shape[0] * float(xp.finfo(s.dtype).eps))
+    s = xp.where(s > floor, s, xp.zeros_like(s))
+    kept = xp.where(s > 0.0, s, xp.ones_like(s))
+    inverse_root = xp.where(s > 0.0, 1.0 / xp.sqrt(kept), xp.zeros_like(s))
+    lifted = root @ u
+    to_a = scale * (lifted * inverse_root).T
+    to_b = scale * scale * (both.a @ lifted) * inverse_root / kept
+    return GramCore(s, to_b, to_a)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Canonical factors: `b = U·√S: (out, k)`, `a = √S·Vᵀ: (k, in)`, `b @ a` of scale 1.
+
+    Attributes:
+        b: left factor.
+        a: right factor.
+        singular_values: (k,), descending.
+    """
+
+    b: Array
+    a: Array
+    singular_values: Array
+
+
+def _sign_fixed(b: Array, a: Array, singular_values: Array) -> Factors:
+    """Make the largest entry of each column of b positive, so that equal ΔW give equal files."""
+    xp = namespace(b)
+    if b.shape[1] == 0:
+        return Factors(b, a, singular_values)
+    negative = -xp.min(b, axis=0) > xp.max(b, axis=0)
+    signs = xp.where(negative, -xp.ones_like(b[0, :]), xp.ones_like(b[0, :]))
+    return Factors(b * signs, a * signs[:, None], singular_values)
+
+
+def gram_factors(b: Array, a: Array, core: GramCore, rank: int) -> Factors:
+    """Return the best factors of a rank, from a core already computed for the same b and a."""
+    new_b = _widened(b) @ core.to_b[:, :rank]
+    new_a = core.to_a[:rank, :] @ _widened(a)
+    return _sign_fixed(new_b, new_a, core.singular_values[:rank])
+
+
+def qr_factors(b: Array, a: Array, scale: float, rank: int) -> Factors:
+    """Return the best factors of a rank by thin QR of both factors and an SVD of their core."""
+    xp = namespace(b)
+    q_b, r_b = xp.linalg.qr(_widened(b))
+    q_a, r_a = xp.linalg.qr(_widened(a.T))
+    u, s, vt = xp.linalg.svd(scale * (r_b @ r_a.T), full_matrices=False)
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank, :]
+    root = xp.sqrt(s)
+    return _sign_fixed(q_b @ (u * root), (root[:, None] * vt) @ q_a.T, s)
+
+
+def concatenate(terms: list[tuple[float, Array, Array]]) -> tuple[Array, Array]:
+    """Return one pair of factors for Σ scaleᵢ · bᵢ @ aᵢ, of rank Σ rᵢ.
+
+    Args:
+        terms: (scale, b (out, rᵢ), a (rᵢ, in)) each.
+    """
+    xp = namespace(terms[0][1])
+    b = xp.concat([scale * _widened(b) for scale, b, _ in terms], axis=1)
+    a = xp.concat([_widened(a) for _, _, a in terms], axis=0)
+    return b, a
+
+
+def singular_values(b: Array, a: Array, scale: float) -> Array:
+    """Return the min(r, out, in) singular values of scale · b @ a by thin QR, descending."""
+    xp = namespace(b)
+    _, r_b = xp.linalg.qr(_widened(b))
+    _, r_a = xp.linalg.qr(_widened(a.T))
+    return abs(scale) * xp.linalg.svdvals(r_b @ r_a.T)
+
+
+def rsvd_factors(
+    b: Array,
+    a: Array,
+    scale: float,
+    rank: int,
+    *,
+    oversample: int,
+    power_iterations: int,
+    seed: int,
+) -> Factors:
+    """Return factors of a rank by randomised SVD, applying b and a in turn to thin blocks.
+
+    Source: Halko et al. 2011, algorithm 4.4 and 5.1, on the operator x ↦ scale · b(ax).
+
+    Args:
+        b: (out, r).
+        a: (r, in).
+        scale: multiplies the product.
+        rank: k.
+        oversample: further random directions, p.
+        power_iterations: q.
+        seed: of the random start; the same on every device.
+    """
+    xp = namespace(b)
+    b, a = scale * _widened(b), _widened(a)
+    width = min(rank + oversample, b.shape[0], a.shape[1])
+    start = np.random.default_rng(seed).standard_normal((a.shape[1], width))
+    probe = xp.astype(xp.asarray(start, device=a.device), _wide(a))
+    q, _ = xp.linalg.qr(b @ (a @ probe))
+    for _ in range(power_iterations):
+        q, _ = xp.linalg.qr(a.T @ (b.T @ q))
+        q, _ = xp.linalg.qr(b @ (a @ q))
+    small = (q.T @ b) @ a
+    u, s, vt = xp.linalg.svd(small, full_matrices=False)
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank, :]
+    root = xp.sqrt(s)
+    return _sign_fixed(q @ (u * root), root[:, None] * vt, s)
+
+
+def residual_norm(
+    b: Array, a: Array, scale: float, both: Grams, new_b: Array, new_a: Array
+) -> tuple[float, float]:
+    """Return (‖Δ − Δ'‖, ‖Δ‖) for Δ = scale · b @ a, Δ' = new_b @ new_a.
+
+    From Gram matrices; where the difference is so small that their cancellation shows, by QR of
+    the stacked factors instead.
+
+    Args:
+        b: (out, r).
+        a: (r, in).
+        scale: of the first product.
+        both: Gram matrices of b and a.
+        new_b: (out, k).
+        new_a: (k, in).
+    """
+    squared = scale * scale * both.squared_norm
+    new_squared = grams(new_b, new_a).squared_norm
+    difference = squared + new_squared - 2.0 * scale * inner(b, a, new_b, new_a)
+    norm = math.sqrt(squared)
+    if difference <= (_GRAM_ERROR_FLOOR * norm) ** 2:
+        xp = namespace(b)
+        stacked_b, stacked_a = concatenate([(scale, b, a), (-1.0, new_b, new_a)])
+        _, r_b = xp.linalg.qr(stacked_b)
+        _, r_a = xp.linalg.qr(stacked_a.T)
+        return float(xp.sqrt(xp.sum((r_b @ r_a.T) ** 2))), norm
+    return math.sqrt(difference), norm

@@ -1,0 +1,48 @@
+"""What an operation records about itself in its output: name, options, version, input digests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loratools import __version__
+from loratools_formats.adapter import Adapter
+
+
+def operation_record(
+    operation: str, inputs: Mapping[str, Adapter], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the record of an operation: everything that determines its output's bytes.
+
+    Args:
+        operation: the command's name.
+        inputs: adapters by their role. Their files are named without folders.
+        options: the options that differ from nothing, as JSON values.
+    """
+    return {
+        "tool": {"name": "loratools", "version": __version__},
+        "operation": operation,
+        "options": dict(options),
+        "inputs": [
+            {"role": role, "name": file.path.name, "digest": {"sha256": file.sha256()}}
+            for role, adapter in inputs.items()
+            for file in adapter.inputs
+        ],
+    }
+
+
+def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the record as string metadata for a safetensors header."""
+    import json
+
+    def compact(value: Any) -> str:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+    return {
+        "loratools.version": record["tool"]["version"],
+        "loratools.operation": record["operation"],
+        "loratools.options": compact(record["options"]),
+        "loratools.inputs": compact(
+            {f"{i['role']}/{i['name']}": i["digest"]["sha256"] for i in record["inputs"]}
+        ),
+    }

@@ -1,0 +1,380 @@
+"""Which rank each module gets: rules per module, overrides, and a budget over all of them.
+
+Everything here works on singular values already known; nothing is loaded or written.
+
+Rules keep the smallest rank k ≥ 1 such that
+  energy E        Σ_{i≤k} σᵢ² ≥ E · Σ σᵢ²
+  sv_fro F        ‖ΔW_k‖_F ≥ F · ‖ΔW‖_F, which is energy F²
+  sv_cumulative C Σ_{i≤k} σᵢ ≥ C · Σ σᵢ
+  sv_ratio R      every σᵢ ≥ σ₁ / R is kept
+  threshold       every σᵢ above the Gavish–Donoho threshold is kept (arXiv 1305.5870)
+Stacked experts share one rank: the largest that any of them needs.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loratools_formats.errors import OptionError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float64]
+
+SERVE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values vLLM accepts for --max-lora-rank (vllm/config/lora.py, 2026)."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of one module's ΔW.
+
+    Attributes:
+        name: module path.
+        shape: (out, in) of one matrix.
+        singular_values: (E, r), descending along the last axis; E experts, or 1.
+        rank: the module's present rank.
+        bytes_per_rank: bytes that one more rank costs in the output.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    singular_values: Values
+    rank: int
+    bytes_per_rank: int
+
+    @property
+    def energies(self) -> Values:
+        """(r,): energy σᵢ² summed over experts."""
+        total: Values = np.sum(self.singular_values**2, axis=0)
+        return total
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A size for the output's weight file: a number of bytes, or a share of the input's."""
+
+    nbytes: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read `25%`, `12MB`, `800KiB` or a number of bytes.
+
+        >>> Budget.parse("25%")
+        Budget(nbytes=None, share=0.25)
+        >>> Budget.parse("1.5MB").nbytes
+        1500000
+
+        Raises:
+            OptionError: none of these.
+        """
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|(?:([kmg]i?)?b)?)\s*", text, re.IGNORECASE)
+        if match is None or float(match[1]) <= 0:
+            raise OptionError("not a budget", got=text, expected="such as 25% or 12MB")
+        number = float(match[1])
+        if match[2] == "%":
+            return cls(share=number / 100)
+        return cls(nbytes=int(number * _UNITS[(match[3] or "").lower()]))
+
+    def resolve(self, input_nbytes: int) -> int:
+        """Return the budget in bytes."""
+        if self.nbytes is not None:
+            return self.nbytes
+        return int((self.share or 0.0) * input_nbytes)
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """How ranks are chosen. At most one of the first seven fields may be set.
+
+    Attributes:
+        rank: the same rank for all.
+        energy: share of ‖ΔW‖²_F to keep, in (0, 1].
+        sv_ratio: largest ratio σ₁/σ_k to keep, at least 1.
+        sv_fro: share of ‖ΔW‖_F to keep, in (0, 1].
+        sv_cumulative: share of the sum of singular values to keep, in (0, 1].
+        threshold: the Gavish–Donoho threshold.
+        budget: a size for the whole output.
+        max_rank: no rank above this.
+        min_rank: no rank below this, as far as the module has it.
+        patterns: (regular expression searched in module paths, rank); the first match decides.
+        uniform: give every module the largest rank chosen.
+        serve: use only ranks that vLLM accepts, rounding up; down where a budget or max_rank binds.
+
+    Raises:
+        OptionError: several rules at once, or a value out of range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    sv_ratio: float | None = None
+    sv_fro: float | None = None
+    sv_cumulative: float | None = None
+    threshold: bool = False
+    budget: Budget | None = None
+    max_rank: int | None = None
+    min_rank: int | None = None
+    patterns: tuple[tuple[str, int], ...] = ()
+    uniform: bool = False
+    serve: bool = False
+
+    def __post_init__(self) -> None:
+        chosen = self._rules()
+        if len(chosen) > 1:
+            raise OptionError("rank rules exclude each other", got=", ".join(chosen))
+        for name in ("energy", "sv_fro", "sv_cumulative"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise OptionError(f"{name} is a share", got=value, expected="above 0, at most 1")
+        if self.sv_ratio is not None and not self.sv_ratio >= 1:
+            raise OptionError("sv_ratio is σ₁/σ_k", got=self.sv_ratio, expected="at least 1")
+        ranks = [("rank", self.rank), ("max_rank", self.max_rank), ("min_rank", self.min_rank)]
+        ranks += [(f"rank pattern {pattern}", rank) for pattern, rank in self.patterns]
+        for name, value in ranks:
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is too small", got=value, expected="at least 1")
+        if (
+            self.max_rank is not None
+            and self.min_rank is not None
+            and self.min_rank > self.max_rank
+        ):
+            raise OptionError("min_rank is above max_rank", got=self.min_rank)
+
+    def _rules(self) -> list[str]:
+        return [f.name for f in fields(self)[:7] if getattr(self, f.name) not in (None, False)]
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything decides a rank."""
+        return bool(self._rules() or self.patterns or self.max_rank or self.serve)
+
+    @property
+    def needs_all_spectra(self) -> bool:
+        """Whether one module's rank depends on the others'."""
+        return self.uniform or self.budget is not None
+
+    def of_module(self, spectrum: Spectrum) -> int:
+        """Return the rank of one module, ignoring the other modules."""
+        for pattern, rank in self.patterns:
+            if re.search(pattern, spectrum.name):
+                return self._served(min(rank, spectrum.rank))
+        sigma = spectrum.singular_values
+        if self.rank is not None:
+            wanted = self.rank
+        elif self.energy is not None:
+            wanted = _most(sigma**2, lambda e: _reaching(e, self.energy or 1.0))
+        elif self.sv_fro is not None:
+            wanted = _most(sigma**2, lambda e: _reaching(e, (self.sv_fro or 1.0) ** 2))
+        elif self.sv_cumulative is not None:
+            wanted = _most(sigma, lambda s: _reaching(s, self.sv_cumulative or 1.0))
+        elif self.sv_ratio is not None:
+            wanted = _most(sigma, lambda s: int(np.sum(s >= s[0] / (self.sv_ratio or 1.0))))
+        elif self.threshold:
+            wanted = _most(sigma, lambda s: int(np.sum(s > gavish_donoho(s, spectrum.shape))))
+        else:
+            wanted = spectrum.rank
+        return self._served(self._clamped(wanted, spectrum))
+
+    def _clamped(self, wanted: int, spectrum: Spectrum) -> int:
+        wanted = max(wanted, self.min_rank or 1)
+        return min(wanted, self.max_rank or wanted, spectrum.rank)
+
+    def _served(self, wanted: int) -> int:
+        if not self.serve:
+            return wanted
+        ceiling = SERVE_RANKS[-1] if self.max_rank is None else self.max_rank
+        allowed = [rank for rank in SERVE_RANKS if rank <= ceiling]
+        return next((rank for rank in allowed if rank >= wanted), allowed[-1])
+
+
+def _most(rows: Values, rule: Callable[[Values], int]) -> int:
+    return max(1, *(rule(row) for row in rows))
+
+
+def _reaching(parts: Values, share: float) -> int:
+    """Return the least k whose first k parts reach the share of the sum; 1 if all are zero.
+
+    >>> _reaching(np.array([3.0, 1.0, 0.0]), 0.75), _reaching(np.array([3.0, 1.0, 0.0]), 0.76)
+    (1, 2)
+    """
+    sums = np.cumsum(parts)
+    if share >= 1.0:
+        return int(np.count_nonzero(parts)) or 1
+    return int(np.searchsorted(sums, share * sums[-1])) + 1
+
+
+def gavish_donoho(sigma: Values, shape: tuple[int, int]) -> float:
+    """Return the optimal hard threshold ω(β)·median(σ) for unknown noise (arXiv 1305.5870, eq. 5).
+
+    β is the aspect ratio of the matrix. The median is taken over the r values that a product of
+    rank r can have: the others are zero by construction and say nothing about noise.
+    """
+    beta = min(shape) / max(shape)
+    omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+    return float(omega * np.median(sigma))
+
+
+def choose_ranks(
+    spectra: Sequence[Spectrum], rule: RankRule, *, input_nbytes: int, fixed_nbytes: int
+) -> dict[str, int]:
+    """Return the rank of every module.
+
+    Args:
+        spectra: of the modules to squeeze.
+        rule: how to choose.
+        input_nbytes: size of the input's weight file, for a budget given as a share.
+        fixed_nbytes: bytes of the output that do not depend on these ranks.
+
+    Raises:
+        OptionError: the budget is too small for one rank everywhere.
+    """
+    if rule.budget is not None:
+        available = rule.budget.resolve(input_nbytes) - fixed_nbytes
+        return _within(spectra, rule, available)
+    ranks = {spectrum.name: rule.of_module(spectrum) for spectrum in spectra}
+    if rule.uniform and ranks:
+        return dict.fromkeys(ranks, max(ranks.values()))
+    return ranks
+
+
+def _within(spectra: Sequence[Spectrum], rule: RankRule, available: int) -> dict[str, int]:
+    """Spend bytes where they remove most error.
+
+    One more rank on a module removes energy σ² at a price in bytes. Taking the best ratio first is
+    optimal for the total squared error whenever the budget is used up, since a module's gains
+    only shrink from rank to rank.
+    """
+    least = {s.name: _floor_rank(s, rule) for s in spectra}
+    most = {s.name: min(s.rank, rule.max_rank or s.rank) for s in spectra}
+    for spectrum in spectra:
+        for pattern, rank in rule.patterns:
+            if re.search(pattern, spectrum.name):
+                least[spectrum.name] = most[spectrum.name] = min(rank, spectrum.rank)
+                break
+    spent = sum(least[s.name] * s.bytes_per_rank for s in spectra)
+    if spent > available:
+        raise OptionError(
+            "the budget is too small",
+            got=f"{available} bytes for the factors",
+            expected=f"at least {spent} for the smallest ranks",
+        )
+    if rule.uniform:
+        return _uniform_within(spectra, rule, available, max(most.values(), default=1))
+    left = available - spent
+    ranks = dict(least)
+    heap = [(-_gain(s, ranks[s.name]), index) for index, s in enumerate(spectra)]
+    heapq.heapify(heap)
+    while heap:
+        _, index = heapq.heappop(heap)
+        spectrum = spectra[index]
+        if ranks[spectrum.name] >= most[spectrum.name] or spectrum.bytes_per_rank > left:
+            continue
+        ranks[spectrum.name] += 1
+        left -= spectrum.bytes_per_rank
+        heapq.heappush(heap, (-_gain(spectrum, ranks[spectrum.name]), index))
+    if rule.serve:
+        return {name: max(r for r in SERVE_RANKS if r <= rank) for name, rank in ranks.items()}
+    return ranks
+
+
+def _floor_rank(spectrum: Spectrum, rule: RankRule) -> int:
+    return min(rule.min_rank or 1, spectrum.rank)
+
+
+def _gain(spectrum: Spectrum, rank: int) -> float:
+    energies = spectrum.energies
+    return float(energies[rank]) / spectrum.bytes_per_rank if rank < len(energies) else 0.0
+
+
+def _uniform_within(
+    spectra: Sequence[Spectrum], rule: RankRule, available: int, highest: int
+) -> dict[str, int]:
+    price = sum(spectrum.bytes_per_rank for spectrum in spectra)
+    candidates = [r for r in (SERVE_RANKS if rule.serve else range(1, highest + 1)) if r <= highest]
+    fitting = [rank for rank in candidates if rank * price <= available]
+    if not fitting or fitting[-1] < (rule.min_rank or 1):
+        raise OptionError(
+            "the budget is too small",
+            got=f"{available} bytes for the factors",
+            expected=f"at least {price * (rule.min_rank or 1)}",
+        )
+    return {spectrum.name: fitting[-1] for spectrum in spectra}
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """A row of the table rank → size → error.
+
+    Attributes:
+        rank: given to every module that has more.
+        nbytes: size of the weight file.
+        energy: share of ‖ΔW‖²_F kept.
+        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ before rounding to the stored type.
+    """
+
+    rank: int
+    nbytes: int
+    energy: float
+    relative_error: float
+
+
+def rank_table(spectra: Sequence[Spectrum], fixed_nbytes: int) -> list[RankChoice]:
+    """Return what each power of two, and the present largest rank, would cost and lose."""
+    highest = max(spectrum.rank for spectrum in spectra)
+    ranks = [1 << power for power in range(highest.bit_length()) if 1 << power < highest]
+    total = sum(float(np.sum(spectrum.energies)) for spectrum in spectra)
+    rows = []
+    for rank in [*ranks, highest]:
+        lost = sum(float(np.sum(spectrum.energies[rank:])) for spectrum in spectra)
+        nbytes = sum(min(rank, s.rank) * s.bytes_per_rank for s in spectra) + fixed_nbytes
+        share = lost / total if total else 0.0
+        rows.append(RankChoice(rank, nbytes, 1.0 - share, share**0.5))
+    return rows
+
+
+def overrides(options: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Read `REGEX=N` options.
+
+    Raises:
+        OptionError: no rank after the last `=`, or not a regular expression.
+    """
+    result = []
+    for option in options:
+        pattern, separator, rank = option.rpartition("=")
+        if not separator or not rank.isascii() or not rank.isdigit():
+            raise OptionError("not a rank pattern", got=option, expected="REGEX=N")
+        check_regex(pattern)
+        result.append((pattern, int(rank)))
+    return tuple(result)
+
+
+def check_regex(pattern: str) -> None:
+    """Raise `OptionError` if a pattern is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise OptionError(f"not a regular expression: {error}", got=pattern) from error
+
+
+def as_options(rule: RankRule) -> Mapping[str, Any]:
+    """Return the rule's set fields, for the record of how an output was made."""
+    values: dict[str, Any] = {}
+    for field in fields(rule):
+        value = getattr(rule, field.name)
+        if value not in (None, False, ()):
+            values[field.name] = value
+    if rule.budget is not None:
+        values["budget"] = rule.budget.nbytes or f"{(rule.budget.share or 0) * 100:g}%"
+    if rule.patterns:
+        values["patterns"] = [list(pattern) for pattern in rule.patterns]
+    return values

@@ -1,0 +1,282 @@
+"""Rank compression: the best approximation of each ΔW by one of lower rank, in factor space.
+
+What it does: decompose every ΔW exactly from its factors, choose ranks, write canonical factors
+(σ split √σ·√σ, sorted, signs fixed, scale 1), and state the error that the written, rounded
+factors have. Source of the idea: LoRA-Squeeze, arXiv 2602.10993; optimality: Eckart–Young.
+
+What it does not: look at the base model or at data. The error of a DoRA is that of its direction;
+its magnitudes are kept, and the norm is taken again when the adapter is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loratools.decompose import matrices
+from loratools.device import Device
+from loratools.parallel import in_order
+from loratools.provenance import operation_record, record_metadata
+from loratools.ranks import (
+    RankChoice,
+    RankRule,
+    Spectrum,
+    as_options,
+    check_regex,
+    choose_ranks,
+    rank_table,
+)
+from loratools.resize import ComputeOptions, Resizer, spectrum_of
+from loratools.scratch import Scratch
+from loratools_formats.adapter import Adapter, Delta, Dora, low_rank_part
+from loratools_formats.errors import AdapterError, LoratoolsError
+
+_PROVENANCE_BYTES = 2048  # more than the metadata that a squeeze adds to the header
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which modules an operation touches, by regular expressions searched in their paths.
+
+    Raises:
+        OptionError: not a regular expression.
+    """
+
+    include: str | None = None
+    exclude: str | None = None
+
+    def __post_init__(self) -> None:
+        for pattern in (self.include, self.exclude):
+            if pattern is not None:
+                check_regex(pattern)
+
+    def __contains__(self, name: str) -> bool:
+        wanted = self.include is None or re.search(self.include, name) is not None
+        return wanted and not (self.exclude and re.search(self.exclude, name))
+
+    def record(self) -> dict[str, str]:
+        """Return what is set, for an output's provenance."""
+        given = {"include": self.include, "exclude": self.exclude}
+        return {name: pattern for name, pattern in given.items() if pattern is not None}
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What happened to one module.
+
+    Attributes:
+        name: module path.
+        rank_in: rank before.
+        rank_out: rank after.
+        energy: share of ‖ΔW‖²_F in the singular values kept.
+        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ of the stored, rounded factors.
+    """
+
+    name: str
+    rank_in: int
+    rank_out: int
+    energy: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class SqueezeResult:
+    """The squeezed adapter, not yet written, and the error it has.
+
+    Attributes:
+        adapter: to be given to `write_adapter`.
+        modules: one report each, in path order.
+        relative_error: over all modules together.
+        directional: True if modules are DoRA, whose error is that of the direction.
+    """
+
+    adapter: Adapter
+    modules: tuple[ModuleReport, ...]
+    relative_error: float
+    directional: bool
+
+
+def squeeze(
+    adapter: Adapter,
+    rule: RankRule,
+    options: ComputeOptions | None = None,
+    selection: Selection | None = None,
+    *,
+    scratch_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SqueezeResult:
+    """Compress an adapter's ranks.
+
+    Args:
+        adapter: any adapter whose factors tell its true ΔW.
+        rule: how ranks are chosen.
+        options: how to compute and store.
+        selection: modules to touch; the others keep every bit.
+        scratch_folder: where results wait until they are written.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        UnsupportedError: the factors do not tell the true ΔW.
+        AdapterError: nothing to squeeze, NaN or infinite values, or values beyond the dtype.
+        OptionError: options contradict each other, or the budget is too small.
+    """
+    options, selection = options or ComputeOptions(), selection or Selection()
+    selected = _selected(adapter, selection)
+    record = {"rule": as_options(rule), **options.record(), **selection.record()}
+    with ThreadPoolExecutor(1) as beside:
+        # Digesting the input takes as long as reading it, so it runs beside the arithmetic.
+        provenance = beside.submit(operation_record, "squeeze", {"adapter": adapter}, record)
+        done = _all_squeezed(adapter, selected, rule, options, scratch_folder, progress)
+    modules = {outcome.report.name: outcome.delta for outcome in done}
+    scales = {low_rank_part(delta).scale for delta in adapter.modules.values()}
+    if all(outcome.unchanged for outcome in done) and (not rule.uniform or len(scales) == 1):
+        modules = dict(adapter.modules)
+    return SqueezeResult(
+        adapter=replace(
+            adapter,
+            modules=modules,
+            provenance=provenance.result(),
+            metadata={**adapter.metadata, **record_metadata(provenance.result())},
+        ),
+        modules=tuple(outcome.report for outcome in done),
+        relative_error=_ratio(
+            sum(outcome.squared_error for outcome in done),
+            sum(outcome.squared_norm for outcome in done),
+        ),
+        directional=any(isinstance(delta, Dora) for delta in modules.values()),
+    )
+
+
+def _all_squeezed(
+    adapter: Adapter,
+    selected: set[str],
+    rule: RankRule,
+    options: ComputeOptions,
+    scratch_folder: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> list[_Outcome]:
+    ranks = None
+    if rule.needs_all_spectra:
+        ranks = choose_ranks(
+            _spectra(adapter, selected, options),
+            rule,
+            input_nbytes=adapter.weights_nbytes,
+            fixed_nbytes=_fixed_nbytes(adapter, selected) + _PROVENANCE_BYTES + len(str(rule)),
+        )
+    resizer = Resizer(options, Scratch(scratch_folder), rule.uniform)
+    device = Device(options.device)
+
+    def one(name: str) -> _Outcome:
+        try:
+            whole = adapter.modules[name]
+            if name not in selected:
+                return _untouched(name, whole, device)
+            return _squeezed(name, whole, rule, ranks, resizer, device)
+        except LoratoolsError as error:
+            if error.path is None and adapter.source is not None:
+                error.path = str(adapter.source)
+            raise
+
+    done: list[_Outcome] = []
+    for outcome in in_order(one, adapter.modules, options.threads):
+        done.append(outcome)
+        if progress is not None:
+            progress(len(done), len(adapter.modules))
+    return done
+
+
+def rank_choices(
+    adapter: Adapter, options: ComputeOptions | None = None, selection: Selection | None = None
+) -> list[RankChoice]:
+    """Return the table rank → size → error of an adapter, writing nothing.
+
+    Raises:
+        UnsupportedError: the factors do not tell the true ΔW.
+        AdapterError: nothing to squeeze, or NaN or infinite values.
+    """
+    selected = _selected(adapter, selection or Selection())
+    spectra = _spectra(adapter, selected, options or ComputeOptions())
+    return rank_table(spectra, _fixed_nbytes(adapter, selected))
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    delta: Delta
+    report: ModuleReport
+    squared_error: float
+    squared_norm: float
+    unchanged: bool
+
+
+def _untouched(name: str, whole: Delta, device: Device) -> _Outcome:
+    delta = low_rank_part(whole)
+    squared_norm = sum(part.squared_norm for part in matrices(delta, device))
+    report = ModuleReport(name, delta.rank, delta.rank, 1.0, 0.0)
+    return _Outcome(whole, report, 0.0, squared_norm, unchanged=True)
+
+
+def _squeezed(
+    name: str,
+    whole: Delta,
+    rule: RankRule,
+    ranks: dict[str, int] | None,
+    resizer: Resizer,
+    device: Device,
+) -> _Outcome:
+    delta = low_rank_part(whole)
+    parts = matrices(delta, device)
+    spectrum = spectrum_of(name, delta, parts, resizer.options)
+    rank = rule.of_module(spectrum) if ranks is None else ranks[name]
+    squared_norm = sum(part.squared_norm for part in parts)
+    squared_error = 0.0
+    new = resizer.without_loss(delta, rank)
+    unchanged = new is not None and (new.rank, new.a.dtype, new.b.dtype) == (
+        delta.rank,
+        delta.a.dtype,
+        delta.b.dtype,
+    )
+    if new is None:
+        new, squared_error = resizer.compressed(name, delta, parts, rank)
+    total = float(spectrum.energies.sum())
+    energy = float(spectrum.energies[:rank].sum()) / total if total else 1.0
+    error = _ratio(squared_error, squared_norm)
+    report = ModuleReport(name, delta.rank, new.rank, energy, error)
+    new_whole = replace(whole, direction=new) if isinstance(whole, Dora) else new
+    return _Outcome(new_whole, report, squared_error, squared_norm, unchanged)
+
+
+def _ratio(squared: float, squared_whole: float) -> float:
+    return math.sqrt(squared / squared_whole) if squared_whole else 0.0
+
+
+def _selected(adapter: Adapter, selection: Selection) -> set[str]:
+    adapter.require_true_delta("squeeze")
+    selected = {name for name in adapter.modules if name in selection}
+    if not selected:
+        raise AdapterError(
+            "no module to squeeze",
+            path=adapter.source,
+            got=f"{len(adapter.modules)} modules in the adapter, none of them selected",
+        )
+    return selected
+
+
+def _spectra(adapter: Adapter, selected: set[str], options: ComputeOptions) -> list[Spectrum]:
+    device = Device(options.device)
+
+    def spectrum(name: str) -> Spectrum:
+        delta = low_rank_part(adapter.modules[name])
+        return spectrum_of(name, delta, matrices(delta, device), options)
+
+    names = [name for name in adapter.modules if name in selected]
+    return list(in_order(spectrum, names, options.threads))
+
+
+def _fixed_nbytes(adapter: Adapter, selected: set[str]) -> int:
+    """Return the bytes of the weight file that ranks do not change: other tensors, the header."""
+    parts = [low_rank_part(adapter.modules[name]) for name in selected]
+    return adapter.weights_nbytes - sum(part.a.nbytes + part.b.nbytes for part in parts)
