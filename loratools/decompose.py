@@ -126,8 +126,10 @@ def matrices(delta: LowRank, device: Device) -> list[Matrix]:
         AdapterError: a factor holds NaN or infinite values.
     """
     use_gram = not _is_float64(delta)
-    found = [Matrix(b, a, delta.scale, device, use_gram) for b, a in loaded(delta)]
-    if not all(math.isfinite(matrix.squared_norm) for matrix in found):
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = [Matrix(b, a, delta.scale, device, use_gram) for b, a in loaded(delta)]
+        finite = all(math.isfinite(matrix.squared_norm) for matrix in found)
+    if not finite:
         for tensor in (delta.a, delta.b):
             if not np.isfinite(tensor.load(np.float64)).all():
                 raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)

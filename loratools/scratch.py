@@ -63,3 +63,7 @@ class Scratch:
                 raise OutputError(f"scratch file: {os.strerror(error.errno or 0)}") from error
             self._end += data.nbytes
         return in_file(key, dtype, tuple(array.shape), self, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()

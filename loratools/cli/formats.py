@@ -19,6 +19,7 @@ def command(as_json: bool) -> None:
         return
     print_table(
         ["name", "can", "package", "description"],
+        "<<<<",
         [[entry.name, _abilities(entry), entry.package, _description(entry)] for entry in entries],
     )
 

@@ -65,6 +65,7 @@ def _print(info: AdapterInfo) -> None:
 def _print_modules(info: AdapterInfo) -> None:
     print_table(
         ["module", "kind", "layer", "out × in", "rank", "alpha", "scale", "dtypes"],
+        "<<<>>>><",
         [
             [
                 m.name,

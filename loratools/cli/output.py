@@ -19,15 +19,27 @@ def print_json(result: dict[str, Any]) -> None:
     click.echo(text)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns: the first to the left, the others to the right."""
+def print_table(header: Sequence[str], align: str, rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns.
+
+    Args:
+        header: titles.
+        align: `<` or `>` for each column.
+        rows: cells.
+    """
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
-        cells = [
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        click.echo("  ".join(cells).rstrip())
+        cells = zip(row, align, widths, strict=True)
+        click.echo("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+
+
+def number(value: float) -> str:
+    """Return an error or a ratio with three significant digits.
+
+    >>> number(0.48712), number(3.21e-8), number(0.0)
+    ('0.487', '3.21e-08', '0')
+    """
+    return f"{value:.3g}"
 
 
 def note(text: str) -> None:

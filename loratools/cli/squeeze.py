@@ -8,7 +8,15 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
-from loratools.cli.output import human_bytes, note, percent, print_json, print_table, progress_bar
+from loratools.cli.output import (
+    human_bytes,
+    note,
+    number,
+    percent,
+    print_json,
+    print_table,
+    progress_bar,
+)
 from loratools.initial import subtract_initial
 from loratools.ranks import RankChoice, RankRule
 from loratools.resize import ComputeOptions
@@ -80,7 +88,7 @@ def command(
         _print_report(source, result)
     if too_large:
         click.echo(
-            f"relative error {result.relative_error:.3e} is above --max-error {max_error:g}; "
+            f"relative error {number(result.relative_error)} is above --max-error {max_error:g}; "
             "nothing was written",
             err=True,
         )
@@ -136,19 +144,20 @@ def _as_json(source: Adapter, result: SqueezeResult) -> dict[str, object]:
 def _print_report(source: Adapter, result: SqueezeResult) -> None:
     print_table(
         ["module", "rank", "energy kept", "relative error"],
+        "<>>>",
         [
             [
                 module.name,
                 f"{module.rank_in} → {module.rank_out}",
                 percent(module.energy),
-                f"{module.relative_error:.2e}",
+                number(module.relative_error),
             ]
             for module in result.modules
         ],
     )
     bytes_in, bytes_out = _sizes(source, result)
     of_what = " of the DoRA direction" if result.directional else ""
-    click.echo(f"relative error{of_what}: {result.relative_error:.3e}")
+    click.echo(f"relative error{of_what}: {number(result.relative_error)}")
     share = percent(bytes_out / bytes_in)
     click.echo(f"size: {human_bytes(bytes_in)} → {human_bytes(bytes_out)} ({share})")
 
@@ -168,13 +177,14 @@ def _print_choices(source: Adapter, choices: list[RankChoice], *, as_json: bool)
         return
     print_table(
         ["rank", "size", "of input", "energy kept", "relative error"],
+        ">>>>>",
         [
             [
                 str(choice.rank),
                 human_bytes(choice.nbytes),
                 percent(choice.nbytes / source.weights_nbytes),
                 percent(choice.energy),
-                f"{choice.relative_error:.2e}",
+                number(choice.relative_error),
             ]
             for choice in choices
         ],

@@ -1,0 +1,119 @@
+"""The conformance kit on the built-in formats and on a third-party plugin package."""
+
+import base64
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from loratools_formats import Format, get_format, registered_formats
+from loratools_formats.testing import FormatConformance
+
+PREFIX = "base_model.model."
+
+
+class TestPeft(FormatConformance):
+    """A folder with every kind of tensor that PEFT writes."""
+
+    format: Format = get_format("peft")
+
+    def make_sample(self, folder: Path) -> Path:
+        rng = np.random.default_rng(0)
+
+        def bf16(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+
+        tensors = {
+            "layers.0.q_proj.lora_A.weight": bf16(8, 20),
+            "layers.0.q_proj.lora_B.weight": bf16(12, 8),
+            "layers.0.q_proj.lora_B.bias": bf16(12),
+            "layers.1.q_proj.lora_A.weight": bf16(4, 20),
+            "layers.1.q_proj.lora_B.weight": bf16(12, 4),
+            "conv.lora_A.weight": bf16(8, 3, 5, 5),
+            "conv.lora_B.weight": bf16(6, 8, 1, 1),
+            "embed.lora_embedding_A": bf16(8, 50),
+            "embed.lora_embedding_B": bf16(16, 8),
+            "mlp.experts.lora_A.weight": bf16(24, 10),
+            "mlp.experts.lora_B.weight": bf16(14, 24),
+            "mlp.experts.base_layer.lora_A.weight": bf16(24, 7),
+            "mlp.experts.base_layer.lora_B.weight": bf16(10, 24),
+            "classifier.weight": bf16(3, 12),
+            "classifier.bias": bf16(3),
+            "tokens.token_adapter.trainable_tokens_delta": bf16(2, 16),
+            "unrelated.buffer": np.arange(4, dtype=np.int64),
+        }
+        save_file(
+            {PREFIX + name: tensor for name, tensor in tensors.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt", "kept": "yes"},
+        )
+        config = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": "somebody/model",
+            "r": 8,
+            "lora_alpha": 12,
+            "rank_pattern": {"layers.1.q_proj": 4},
+            "alpha_pattern": {"q_proj": 6.5},
+            "lora_bias": True,
+            "modules_to_save": ["classifier"],
+            "target_modules": ["q_proj", "conv", "embed"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "trainable_token_indices": {"tokens": [3, 9]},
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        return folder
+
+    def stored_keys(self, path: Path) -> set[str]:
+        with safe_open(path / "adapter_model.safetensors", "numpy") as file:
+            return set(file.keys())
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "plugin"))
+    registered_formats.cache_clear()
+    yield
+    registered_formats.cache_clear()
+
+
+@pytest.mark.usefixtures("plugins")
+class TestThirdParty(FormatConformance):
+    """A format from another package, found through its entry point."""
+
+    @property
+    def format(self) -> Format:
+        import loratools_demo_plugin
+
+        return loratools_demo_plugin.FORMAT
+
+    def make_sample(self, folder: Path) -> Path:
+        def entry(*shape: int) -> dict:
+            data = np.arange(np.prod(shape), dtype="<f4").tobytes()
+            return {
+                "dtype": "F32",
+                "shape": shape,
+                "data": base64.b64encode(data).decode(),
+            }
+
+        module = {"scale": 0.5, "a": entry(2, 5), "b": entry(3, 2)}
+        path = folder / "sample.demo.json"
+        path.write_text('{"demo-adapter":' + json.dumps({"layer": module}) + "}")
+        return path
+
+    def stored_keys(self, path: Path) -> set[str]:
+        modules = json.loads(path.read_text())["demo-adapter"]
+        return {f"{name}.{factor}" for name in modules for factor in ("a", "b")}
+
+
+@pytest.mark.usefixtures("plugins")
+def test_broken_plugin_stays_visible_and_stops_nothing():
+    entries = {entry.name: entry for entry in registered_formats()}
+    assert entries["broken"].format is None
+    assert "a library this plugin needs is missing" in entries["broken"].error
+    assert entries["broken"].package == "loratools-broken-plugin"
+    assert get_format("peft").name == "peft"
+    assert get_format("demo").name == "demo"

@@ -1,0 +1,206 @@
+"""Rank rules against their textbook definitions, and the budget against exhaustive search."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loratools.ranks import (
+    SERVE_RANKS,
+    Budget,
+    RankRule,
+    Spectrum,
+    choose_ranks,
+    gavish_donoho,
+    overrides,
+    rank_table,
+)
+from loratools_formats.errors import OptionError
+
+
+def spectrum(sigma, name="m", price=10, shape=(100, 80)):
+    rows = np.atleast_2d(np.asarray(sigma, dtype=np.float64))
+    return Spectrum(name, shape, rows, rows.shape[1], price)
+
+
+SIGMA = [4.0, 2.0, 1.0, 1.0]  # σ²: 16, 4, 1, 1 of 22; σ: 4, 6, 7, 8 of 8
+
+
+@pytest.mark.parametrize(
+    ("rule", "want"),
+    [
+        (RankRule(rank=3), 3),
+        (RankRule(rank=9), 4),
+        (RankRule(energy=16 / 22), 1),
+        (RankRule(energy=16 / 22 + 1e-9), 2),
+        (RankRule(energy=1.0), 4),
+        (RankRule(sv_fro=(16 / 22) ** 0.5 - 1e-12), 1),
+        (RankRule(sv_fro=(16 / 22) ** 0.5 + 1e-9), 2),
+        (RankRule(sv_cumulative=0.75), 2),
+        (RankRule(sv_cumulative=0.76), 3),
+        (RankRule(sv_ratio=1.0), 1),
+        (RankRule(sv_ratio=2.0), 2),
+        (RankRule(sv_ratio=3.9), 2),
+        (RankRule(sv_ratio=4.0), 4),
+        (RankRule(energy=0.1, min_rank=3), 3),
+        (RankRule(energy=1.0, max_rank=2), 2),
+        (RankRule(max_rank=3), 3),
+        (RankRule(rank=3, patterns=(("m", 2),)), 2),
+        (RankRule(rank=3, patterns=(("other", 2),)), 3),
+        (RankRule(rank=2, serve=True), 8),
+        (RankRule(rank=2, serve=True, max_rank=7), 1),
+    ],
+)
+def test_rank_of_one_module(rule, want):
+    assert rule.of_module(spectrum(SIGMA)) == want
+
+
+def test_all_zero_module_keeps_rank_one():
+    for rule in (RankRule(energy=0.9), RankRule(sv_cumulative=0.9), RankRule(threshold=True)):
+        assert rule.of_module(spectrum([0.0, 0.0, 0.0])) == 1
+
+
+def test_experts_get_the_largest_rank_any_of_them_needs():
+    rows = [[4.0, 0.1, 0.1], [1.0, 1.0, 1.0]]
+    assert RankRule(energy=0.9).of_module(spectrum(rows)) == 3
+
+
+def test_threshold_finds_planted_signal():
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((200, 100)) / np.sqrt(200)
+    signal = np.diag([8.0, 6.0, 4.0] + [0.0] * 97)
+    matrix = noise.copy()
+    matrix[:100] += signal
+    sigma = np.linalg.svd(matrix, compute_uv=False)
+    assert RankRule(threshold=True).of_module(spectrum(sigma, shape=(200, 100))) == 3
+    # ω(0.5) = 2.1711 exactly, the paper's table; its cubic is within 0.02.
+    assert gavish_donoho(np.ones(5), (200, 100)) == pytest.approx(2.1711, abs=0.02)
+
+
+def test_uniform_takes_the_largest():
+    spectra = [spectrum(SIGMA, "a"), spectrum([1.0, 0.0, 0.0, 0.0], "b")]
+    rule = RankRule(energy=0.99, uniform=True)
+    assert choose_ranks(spectra, rule, input_nbytes=0, fixed_nbytes=0) == {"a": 4, "b": 4}
+
+
+def budgeted(spectra, nbytes, **kwargs):
+    rule = RankRule(budget=Budget(nbytes=nbytes), **kwargs)
+    return choose_ranks(spectra, rule, input_nbytes=0, fixed_nbytes=0)
+
+
+def lost(spectra, ranks):
+    return sum(float(s.energies[ranks[s.name] :].sum()) for s in spectra)
+
+
+def spent(spectra, ranks):
+    return sum(ranks[s.name] * s.bytes_per_rank for s in spectra)
+
+
+sigmas = st.lists(st.floats(0.01, 10), min_size=1, max_size=4).map(
+    lambda values: sorted(values, reverse=True)
+)
+
+
+@given(st.lists(sigmas, min_size=1, max_size=4), st.integers(4, 20))
+@settings(max_examples=80, deadline=None)
+def test_budget_at_equal_prices_is_optimal(rows, units):
+    spectra = [spectrum(row, f"m{i}", price=10) for i, row in enumerate(rows)]
+    got = budgeted(spectra, units * 10)
+    options = itertools.product(*(range(1, s.rank + 1) for s in spectra))
+    names = [s.name for s in spectra]
+    candidates = [dict(zip(names, option, strict=True)) for option in options]
+    affordable = [c for c in candidates if spent(spectra, c) <= units * 10]
+    best = min(lost(spectra, c) for c in affordable)
+    assert spent(spectra, got) <= units * 10
+    assert lost(spectra, got) == pytest.approx(best, abs=1e-9)
+
+
+@given(
+    st.lists(st.tuples(sigmas, st.integers(1, 30)), min_size=1, max_size=4), st.integers(120, 400)
+)
+@settings(max_examples=80, deadline=None)
+def test_budget_at_any_prices_is_optimal_for_what_it_spends(rows, nbytes):
+    spectra = [spectrum(row, f"m{i}", price) for i, (row, price) in enumerate(rows)]
+    got = budgeted(spectra, nbytes)
+    assert spent(spectra, got) <= nbytes
+    # No module could take another rank with what is left.
+    left = nbytes - spent(spectra, got)
+    assert all(got[s.name] == s.rank or s.bytes_per_rank > left for s in spectra)
+
+
+def test_budget_prefers_energy_per_byte():
+    cheap = spectrum([1.0, 0.9], "cheap", price=1)
+    dear = spectrum([3.0, 1.5], "dear", price=10)
+    assert budgeted([cheap, dear], 12) == {"cheap": 2, "dear": 1}
+
+
+def test_budget_combines_with_other_options():
+    spectra = [spectrum(SIGMA, "a"), spectrum(SIGMA, "b")]
+    assert budgeted(spectra, 60, uniform=True) == {"a": 3, "b": 3}
+    assert budgeted(spectra, 80, max_rank=2) == {"a": 2, "b": 2}
+    assert budgeted(spectra, 60, patterns=(("a", 1),)) == {"a": 1, "b": 4}
+    assert budgeted(spectra, 60, min_rank=3) == {"a": 3, "b": 3}
+    wide = [spectrum(np.linspace(9, 1, 20), "a"), spectrum(np.linspace(9, 1, 20), "b")]
+    assert set(budgeted(wide, 300, serve=True).values()) <= set(SERVE_RANKS)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"uniform": True}])
+def test_too_small_a_budget_is_an_error(kwargs):
+    with pytest.raises(OptionError, match="budget is too small"):
+        budgeted([spectrum(SIGMA, "a"), spectrum(SIGMA, "b")], 19, **kwargs)
+
+
+def test_budget_share_is_of_the_input():
+    rule = RankRule(budget=Budget.parse("50%"))
+    ranks = choose_ranks([spectrum(SIGMA)], rule, input_nbytes=60, fixed_nbytes=10)
+    assert ranks == {"m": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("12MB", 12_000_000), ("12 mib", 12 << 20), ("800", 800), (".5kB", 500), ("1GiB", 1 << 30)],
+)
+def test_budget_sizes(text, nbytes):
+    assert Budget.parse(text).resolve(1) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "x", "-5MB", "0%", "12 apples", "1e9"])
+def test_bad_budgets(text):
+    with pytest.raises(OptionError, match="not a budget"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"rank": 2, "energy": 0.5},
+        {"energy": 0.0},
+        {"energy": 1.5},
+        {"energy": float("nan")},
+        {"sv_ratio": 0.5},
+        {"rank": 0},
+        {"max_rank": 2, "min_rank": 3},
+        {"patterns": (("q", 0),)},
+    ],
+)
+def test_bad_rules(kwargs):
+    with pytest.raises(OptionError):
+        RankRule(**kwargs)
+
+
+def test_overrides():
+    assert overrides([r"q=1\.q=4", "b=2"]) == ((r"q=1\.q", 4), ("b", 2))
+    for bad in ("q", "q=", "q=-1", "(=3"):
+        with pytest.raises(OptionError):
+            overrides([bad])
+
+
+def test_table_goes_from_one_to_the_present_rank():
+    rows = rank_table([spectrum([3.0, 2.0, 1.0]), spectrum([5.0, 0.0], "n")], fixed_nbytes=7)
+    assert [row.rank for row in rows] == [1, 2, 3]
+    assert [row.nbytes for row in rows] == [27, 47, 57]
+    assert rows[0].relative_error == pytest.approx((5 / 39) ** 0.5)
+    assert rows[-1].relative_error == 0.0
+    assert rows[0].energy == pytest.approx(34 / 39)
