@@ -24,6 +24,7 @@ BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 TRAIN_PER_LABEL = 150
 TEST_PER_LABEL = 40
 EPOCHS = 3
+QUICK_EXAMPLES = 48
 BATCH = 32
 LEARNING_RATE = 1e-3
 
@@ -134,10 +135,14 @@ def main() -> None:
     """Train, save, load again and print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "minilm-lora")
-    out: Path = parser.parse_args().out
+    parser.add_argument("--quick", action="store_true", help="use a few messages only")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
     fixture_common.make_deterministic(SEED)
     rng = random.Random(SEED)
     train_set, test_set = make_examples(rng, train=True), make_examples(rng, train=False)
+    if arguments.quick:
+        train_set, test_set = train_set[:QUICK_EXAMPLES], test_set[:QUICK_EXAMPLES]
     tokenizer = AutoTokenizer.from_pretrained(base_directory())
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,

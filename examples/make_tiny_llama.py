@@ -33,6 +33,7 @@ WINDOW = 128
 BATCH = 32
 BASE_STEPS = 500
 ADAPTER_STEPS = 120
+QUICK_STEPS = 3
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -159,7 +160,7 @@ def train(model: torch.nn.Module, data: torch.Tensor, steps: int, rate: float) -
             print(f"  step {step}: train loss {loss.item():.4f} ({seconds:.0f} s)", flush=True)
 
 
-def make_base(out: Path) -> None:
+def make_base(out: Path, steps: int) -> None:
     """Train the base model and its tokenizer, and save both."""
     fixture_common.fresh_directory(out)
     texts = tiny_llama_texts.documentation(SEED)
@@ -183,7 +184,7 @@ def make_base(out: Path) -> None:
     model = LlamaForCausalLM(config)
     print(f"base: {model.num_parameters()} parameters, {data.numel()} tokens of text")
     print(f"  before: held-out loss {evaluate(model, held_out):.4f}")
-    train(model, data, BASE_STEPS, 3e-3)
+    train(model, data, steps, 3e-3)
     print(f"  after:  held-out loss {evaluate(model, held_out):.4f}")
     model.to(torch.bfloat16).save_pretrained(str(out))
 
@@ -193,7 +194,7 @@ def load_base(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
 
 
-def make_adapter(adapter: Adapter, out: Path) -> None:
+def make_adapter(adapter: Adapter, out: Path, steps: int) -> None:
     """Train one adapter, save it and compare the losses after loading it again."""
     tokenizer = AutoTokenizer.from_pretrained(str(out / "model"))
     text = (out / "texts" / adapter.text).read_text(encoding="utf-8")
@@ -206,7 +207,7 @@ def make_adapter(adapter: Adapter, out: Path) -> None:
     print(f"{adapter.name}: {data.numel()} tokens of text, {held_out.numel()} held out")
     print(f"  base:     held-out loss {evaluate(base, held_out):.4f}")
     model = get_peft_model(base, config)
-    train(model, data, ADAPTER_STEPS, adapter.rate)
+    train(model, data, steps, adapter.rate)
     print(f"  adapted:  held-out loss {evaluate(model, held_out):.4f}")
     card = CARD.format(base=BASE_NAME, name=adapter.name, about=adapter.about)
     fixture_common.save_adapter(model, out / adapter.name, BASE_NAME, card)
@@ -220,8 +221,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=here)
     parser.add_argument("--only-adapters", action="store_true", help="keep the base model")
+    parser.add_argument("--quick", action="store_true", help="train a few steps only")
     arguments = parser.parse_args()
     out: Path = arguments.out
+    base_steps, adapter_steps = BASE_STEPS, ADAPTER_STEPS
+    if arguments.quick:
+        base_steps = adapter_steps = QUICK_STEPS
     fixture_common.make_deterministic(SEED)
     if out.resolve() != here.resolve():
         shutil.copytree(here / "texts", out / "texts", dirs_exist_ok=True)
@@ -229,9 +234,9 @@ def main() -> None:
     if not code.exists():
         code.write_text(tiny_llama_texts.library_code(), encoding="utf-8")
     if not arguments.only_adapters:
-        make_base(out / "model")
+        make_base(out / "model", base_steps)
     for adapter in ADAPTERS:
-        make_adapter(adapter, out)
+        make_adapter(adapter, out, adapter_steps)
 
 
 if __name__ == "__main__":
