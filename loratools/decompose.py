@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -31,6 +31,24 @@ class RandomisedSvd:
     oversample: int
     power_iterations: int
     seed: int
+
+
+class Decomposed(Protocol):
+    """A matrix that can be asked for its spectrum, for factors, and for their error."""
+
+    @property
+    def squared_norm(self) -> float:
+        """‖ΔW‖²_F."""
+
+    @property
+    def singular_values(self) -> Array:
+        """Those that are known, descending."""
+
+    def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
+        """Return the best (b, a) of a rank, balanced, of scale 1, padded with zeros if need be."""
+
+    def squared_error(self, b: Array, a: Array) -> float:
+        """Return ‖ΔW − b @ a‖²_F."""
 
 
 class Matrix:

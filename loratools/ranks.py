@@ -44,6 +44,8 @@ class Spectrum:
         singular_values: (E, r), descending along the last axis; E experts, or 1.
         rank: the module's present rank.
         bytes_per_rank: bytes that one more rank costs in the output.
+        tail: (E,): energy of singular values that were not computed, beyond those given; None if
+            all were.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Spectrum:
     singular_values: Values
     rank: int
     bytes_per_rank: int
+    tail: Values | None = None
 
     @property
     def energies(self) -> Values:
@@ -172,9 +175,9 @@ class RankRule:
         if self.rank is not None:
             wanted = self.rank
         elif self.energy is not None:
-            wanted = _most(sigma**2, lambda e: _reaching(e, self.energy or 1.0))
+            wanted = self._for_energy(spectrum, self.energy)
         elif self.sv_fro is not None:
-            wanted = _most(sigma**2, lambda e: _reaching(e, (self.sv_fro or 1.0) ** 2))
+            wanted = self._for_energy(spectrum, self.sv_fro**2)
         elif self.sv_cumulative is not None:
             wanted = _most(sigma, lambda s: _reaching(s, self.sv_cumulative or 1.0))
         elif self.sv_ratio is not None:
@@ -184,6 +187,23 @@ class RankRule:
         else:
             wanted = spectrum.rank
         return self._served(self._clamped(wanted, spectrum))
+
+    def _for_energy(self, spectrum: Spectrum, share: float) -> int:
+        energies = spectrum.singular_values**2
+        if spectrum.tail is None:
+            return _most(energies, lambda row: _reaching(row, share))
+        with_tail = np.concatenate([energies, spectrum.tail[:, None]], axis=1)
+        wanted = _most(with_tail, lambda row: _reaching(row, share))
+        reachable = float(
+            np.min(1.0 - with_tail[:, -1] / np.maximum(with_tail.sum(axis=1), 1e-300))
+        )
+        if wanted > spectrum.rank and self.max_rank is None and reachable < share - 1e-9:
+            raise OptionError(
+                f"rank {spectrum.rank} keeps only {reachable:.4f} of the energy of {spectrum.name}",
+                expected=share,
+                hint="Allow higher ranks with --max-rank, or ask for less",
+            )
+        return wanted
 
     def _clamped(self, wanted: int, spectrum: Spectrum) -> int:
         wanted = max(wanted, self.min_rank or 1)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from loratools.decompose import Matrix, Method, RandomisedSvd, loaded, padded
+from loratools.decompose import Decomposed, Method, RandomisedSvd, loaded, padded
 from loratools.device import DeviceName
 from loratools.ranks import Spectrum
 from loratools.scratch import Scratch
@@ -81,7 +82,7 @@ class ComputeOptions:
 
 
 def spectrum_of(
-    name: str, delta: LowRank, parts: list[Matrix], options: ComputeOptions
+    name: str, delta: LowRank, parts: Sequence[Decomposed], options: ComputeOptions
 ) -> Spectrum:
     """Return a module's singular values, and what a rank of it costs in the output."""
     out, in_ = delta.shape
@@ -127,7 +128,7 @@ class Resizer:
         return delta if same_type and rank == delta.rank and not self.one_scale else None
 
     def compressed(
-        self, name: str, delta: LowRank, parts: list[Matrix], rank: int
+        self, name: str, delta: LowRank, parts: Sequence[Decomposed], rank: int
     ) -> tuple[LowRank, float]:
         """Return the best delta of `rank` and ‖ΔW − ΔW'‖² of what is stored.
 

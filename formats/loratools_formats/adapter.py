@@ -176,7 +176,8 @@ class Adapter:
         base_model: the base model's name, if recorded.
         caveats: reasons why operations on ΔW must refuse this adapter.
         notes: things a user should know that change nothing.
-        attachments: other files to keep beside the output, such as the tokenizer's, by name.
+        attachments: other files to keep beside the output, such as the tokenizer's, by name: a
+            path to copy, or the content itself.
         inputs: the files it was read from, the weights first, for digests and the check that
             they did not change.
         provenance: how it was made, if an operation made it.
@@ -192,7 +193,7 @@ class Adapter:
     base_model: str | None = None
     caveats: tuple[Caveat, ...] = ()
     notes: tuple[str, ...] = ()
-    attachments: Mapping[str, Path] = field(default_factory=dict)
+    attachments: Mapping[str, Path | bytes] = field(default_factory=dict)
     inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
     provenance: Mapping[str, Any] | None = None
 

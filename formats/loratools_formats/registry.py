@@ -11,10 +11,11 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 from loratools_formats.adapter import Adapter
 from loratools_formats.errors import (
@@ -52,6 +53,8 @@ class Format:
         write: write to a path that does not exist yet. Whoever calls it publishes the result
             atomically. None if it cannot be written.
         weights_nbytes: size of the weight file that `write` would make; None if not writable.
+        merged_config: configuration of an adapter made from several, ranks and scales aside;
+            None if the format has no configuration.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Format:
     losses: Callable[[Adapter], list[Loss]] | None = None
     write: Callable[[Adapter, Path], None] | None = None
     weights_nbytes: Callable[[Adapter], int] | None = None
+    merged_config: Callable[[Sequence[Adapter]], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

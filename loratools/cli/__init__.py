@@ -15,12 +15,16 @@ from loratools.cli.errors import run
 _COMMANDS = {
     "formats": "loratools.cli.formats",
     "info": "loratools.cli.info",
+    "merge": "loratools.cli.merge",
+    "methods": "loratools.cli.methods",
     "squeeze": "loratools.cli.squeeze",
 }
 
 _SUMMARIES = {
     "formats": "List the adapter formats, broken plugins included.",
     "info": "Show what an adapter is, from its headers alone.",
+    "merge": "Merge adapters of any rank, scale and type into one.",
+    "methods": "List the merge methods with their parameters, broken plugins included.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
 }
 

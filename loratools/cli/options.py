@@ -12,6 +12,9 @@ import click
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
 
+max_error_option = click.option(
+    "--max-error", type=float, help="Write nothing, exit 1, if the error is above this."
+)
 adapter_argument = click.argument("adapter", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 quiet_option = click.option(
@@ -104,13 +107,6 @@ def rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _COMPUTE_OPTIONS = [
     click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of new factors."),
-    click.option(
-        "--method",
-        type=click.Choice(["exact", "rsvd"]),
-        default="exact",
-        show_default=True,
-        help="exact, or a randomised SVD as in the LoRA-Squeeze paper.",
-    ),
     click.option("--oversample", type=int, default=10, show_default=True, help="Of rsvd."),
     click.option("--power-iterations", type=int, default=2, show_default=True, help="Of rsvd."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of rsvd."),
@@ -128,14 +124,29 @@ _COMPUTE_OPTIONS = [
 ]
 
 
-def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of how to compute and store, passed as a `ComputeOptions` named `options`."""
+def compute_options(svd_flag: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options of how to compute and store, passed as a `ComputeOptions` named `compute`.
 
+    Args:
+        svd_flag: name of the option that chooses the SVD; `--method` where nothing else has it.
+    """
+    svd = click.option(
+        svd_flag,
+        "svd",
+        type=click.Choice(["exact", "rsvd"]),
+        default="exact",
+        show_default=True,
+        help="exact, or a randomised SVD as in the LoRA-Squeeze paper.",
+    )
+    return lambda function: _all([svd, *_COMPUTE_OPTIONS])(_with_compute(function))
+
+
+def _with_compute(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def with_options(
         *args: Any,
         dtype: Any,
-        method: Any,
+        svd: Any,
         oversample: int,
         power_iterations: int,
         seed: int,
@@ -146,9 +157,9 @@ def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         from loratools.resize import ComputeOptions
 
-        options = ComputeOptions(
+        compute = ComputeOptions(
             dtype=dtype,
-            method=method,
+            method=svd,
             oversample=oversample,
             power_iterations=power_iterations,
             seed=seed,
@@ -156,9 +167,9 @@ def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
             keep_alpha=keep_alpha,
             workers=workers,
         )
-        return function(*args, options=options, **kwargs)
+        return function(*args, compute=compute, **kwargs)
 
-    return _all(_COMPUTE_OPTIONS)(with_options)
+    return with_options
 
 
 selection_options = _all(

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from loratools.cli import options as shared
-from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
+from loratools.cli.errors import EXIT_ERROR
+from loratools.cli.outcome import checked_target, conclude, exceeds, scratch_folder
 from loratools.cli.output import (
     human_bytes,
     note,
@@ -23,17 +24,15 @@ from loratools.resize import ComputeOptions
 from loratools.squeeze import Selection, SqueezeResult, rank_choices, squeeze
 from loratools_formats import get_format, read_adapter, write_adapter
 from loratools_formats.adapter import Adapter
-from loratools_formats.errors import OptionError
-from loratools_formats.registry import check_output
 
 
 @click.command("squeeze")
 @shared.adapter_argument
 @shared.output_options
 @shared.rank_options
-@shared.compute_options
+@shared.compute_options("--method")
 @shared.selection_options
-@click.option("--max-error", type=float, help="Write nothing, exit 1, if the error is above this.")
+@shared.max_error_option
 @click.option(
     "--initial",
     type=click.Path(path_type=Path),
@@ -47,7 +46,7 @@ def command(
     overwrite: bool,
     dry_run: bool,
     rule: RankRule,
-    options: ComputeOptions,
+    compute: ComputeOptions,
     include: str | None,
     exclude: str | None,
     max_error: float | None,
@@ -66,36 +65,26 @@ def command(
     source = _read(adapter, initial, quiet=quiet)
     selection = Selection(include, exclude)
     if not rule.is_given:
-        _print_choices(source, rank_choices(source, options, selection), as_json=as_json)
+        _print_choices(source, rank_choices(source, compute, selection), as_json=as_json)
         click.echo("Choose with --rank, --energy, --budget or another rule; see --help.", err=True)
         return EXIT_ERROR
-    target = None if dry_run else _checked(output, source, overwrite=overwrite)
+    target = checked_target(output, [source], overwrite=overwrite, dry_run=dry_run)
     with progress_bar("squeeze", quiet=quiet) as progress:
         result = squeeze(
             source,
             rule,
-            options,
+            compute,
             selection,
-            scratch_folder=None if target is None else target.resolve().parent,
+            scratch_folder=scratch_folder(target),
             progress=progress,
         )
-    too_large = max_error is not None and result.relative_error > max_error
-    if target is not None and not too_large:
+    if target is not None and not exceeds(result.relative_error, max_error):
         write_adapter(result.adapter, target, source.format, overwrite=overwrite)
     if as_json:
         print_json(_as_json(source, result))
     elif not quiet:
         _print_report(source, result)
-    if too_large:
-        click.echo(
-            f"relative error {number(result.relative_error)} is above --max-error {max_error:g}; "
-            "nothing was written",
-            err=True,
-        )
-        return EXIT_FOUND
-    if not quiet:
-        note("dry run, nothing was written" if target is None else f"wrote {target}")
-    return 0
+    return conclude(result.relative_error, max_error, target, quiet=quiet)
 
 
 def _read(path: Path, initial: Path | None, *, quiet: bool) -> Adapter:
@@ -106,13 +95,6 @@ def _read(path: Path, initial: Path | None, *, quiet: bool) -> Adapter:
         for text in adapter.notes:
             note(text)
     return adapter
-
-
-def _checked(output: Path | None, source: Adapter, *, overwrite: bool) -> Path:
-    if output is None:
-        raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
-    check_output(source, output, overwrite=overwrite)
-    return output
 
 
 def _sizes(source: Adapter, result: SqueezeResult) -> tuple[int, int]:

@@ -7,8 +7,9 @@ configuration, `keys` is the grammar of tensor names, `read` and `write` are the
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools_formats.registry import Format, Loss
 
@@ -45,6 +46,12 @@ def _weights_nbytes(adapter: Adapter) -> int:
     return weights_nbytes(adapter)
 
 
+def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
+    from loratools_formats.peft.targets import merged_config
+
+    return merged_config(adapters)
+
+
 FORMAT = Format(
     name="peft",
     description="PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)",
@@ -55,4 +62,5 @@ FORMAT = Format(
     losses=_losses,
     write=_write,
     weights_nbytes=_weights_nbytes,
+    merged_config=_merged_config,
 )

@@ -41,7 +41,10 @@ def write(adapter: Adapter, path: Path) -> None:
     (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
     for name, source in adapter.attachments.items():
-        shutil.copyfile(source, path / name)
+        if isinstance(source, bytes):
+            (path / name).write_bytes(source)
+        else:
+            shutil.copyfile(source, path / name)
 
 
 def weights_nbytes(adapter: Adapter) -> int:
@@ -62,8 +65,11 @@ def stored_tensors(adapter: Adapter) -> Iterator[TensorRef]:
             yield delta.magnitude.renamed(keys.compose(path, "magnitude"))
     for name, replacement in adapter.replacements.items():
         yield replacement.tensor.renamed(name)
+    # The sampler of MonteCLoRA acts in training only, and its shapes hold the rank.
+    sampled = bool(adapter.config.get("monteclora_config")) and not _keeps_config(adapter)
     for name, tensor in adapter.carried.items():
-        yield tensor.renamed(name)
+        if not (sampled and ".lora_monteclora_sampler." in name):
+            yield tensor.renamed(name)
 
 
 def _factors(path: str, delta: LowRank) -> Iterator[TensorRef]:
@@ -99,15 +105,20 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
             f"writing an adapter of format {adapter.format} as PEFT is not supported yet"
         )
     values = dict(adapter.config)
-    if PeftConfig(values).caveats() == adapter.caveats and _gives_same(values, adapter.modules):
-        return values
-    return _rewritten(values, adapter)
+    return values if _keeps_config(adapter) else _rewritten(values, adapter)
+
+
+def _keeps_config(adapter: Adapter) -> bool:
+    """Return whether the adapter's own configuration still says what it is."""
+    resolved = set(PeftConfig(adapter.config).caveats()) - set(adapter.caveats)
+    return not resolved and _gives_same(adapter.config, adapter.modules)
 
 
 def _pattern_names(modules: Mapping[str, Delta]) -> dict[str, tuple[str, ...]]:
     """Return the paths PEFT matches patterns against, for each module."""
     return {
-        path: low_rank_part(delta).layer.parameters or (path,) for path, delta in modules.items()
+        path: low_rank_part(delta).layer.parameters or (keys.setting_name(path),)
+        for path, delta in modules.items()
     }
 
 
@@ -117,9 +128,12 @@ def _gives_same(values: Mapping[str, Any], modules: Mapping[str, Delta]) -> bool
     resolved = config.alpha_and_rank(sorted({n for group in names.values() for n in group}))
     for path, delta in modules.items():
         part = low_rank_part(delta)
-        for alpha, rank in (resolved[name] for name in names[path]):
-            if (rank, config.scale(alpha, rank)) != (part.rank, part.scale):
-                return False
+        # Which of several expert parameters it is, the reader told from the number of rows.
+        rows = part.experts * part.rank
+        settings = {resolved[name] for name in names[path]}
+        found = {(rank, config.scale(alpha, rank)) for alpha, rank in settings if rows % rank == 0}
+        if found != {(part.rank, part.scale)}:
+            return False
     return True
 
 
@@ -131,9 +145,10 @@ def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
             setting = (part.rank, _alpha(part))
             if settings.setdefault(name, setting) != setting:
                 raise UnsupportedError(
-                    "two expert parameters of one module need different ranks or scales, which a "
-                    "PEFT file cannot express without naming them",
+                    "several parameters of one module need different ranks or scales, which a PEFT "
+                    "file cannot express without naming them",
                     tensor=path,
+                    hint="Give them one rank, for instance with --uniform",
                 )
     names = list(settings)
     rank = max(r for r, _ in settings.values())
@@ -156,6 +171,8 @@ def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
                 values[key] = None
         if "loftq_config" in values:
             values["loftq_config"] = {}
+    if values.get("monteclora_config"):
+        values["monteclora_config"] = None
     return values
 
 

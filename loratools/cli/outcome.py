@@ -1,0 +1,55 @@
+"""What commands that write have in common: checking the output first, and how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from loratools.cli.errors import EXIT_FOUND
+from loratools.cli.output import note, number
+from loratools_formats.adapter import Adapter
+from loratools_formats.errors import OptionError
+from loratools_formats.registry import check_output
+
+
+def checked_target(
+    output: Path | None, inputs: Iterable[Adapter], *, overwrite: bool, dry_run: bool
+) -> Path | None:
+    """Return where to write, None on a dry run, refusing early what could not be published.
+
+    Raises:
+        OptionError: no output was given.
+        OutputExistsError: it exists and may not be replaced, or lies inside or around an input.
+    """
+    if dry_run:
+        return None
+    if output is None:
+        raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
+    for adapter in inputs:
+        check_output(adapter, output, overwrite=overwrite)
+    return output
+
+
+def scratch_folder(target: Path | None) -> Path | None:
+    """Return where results may wait: beside the output, which has to hold them anyway."""
+    return None if target is None else target.resolve().parent
+
+
+def exceeds(error: float, limit: float | None) -> bool:
+    """Return whether an error is above the user's limit."""
+    return limit is not None and not error <= limit
+
+
+def conclude(error: float, limit: float | None, target: Path | None, *, quiet: bool) -> int:
+    """Say what was written or why nothing was, and return the exit code."""
+    if exceeds(error, limit):
+        click.echo(
+            f"relative error {number(error)} is above --max-error {limit:g}; nothing was written",
+            err=True,
+        )
+        return EXIT_FOUND
+    if not quiet:
+        note("dry run, nothing was written" if target is None else f"wrote {target}")
+    return 0

@@ -1,0 +1,1 @@
+"""Merging adapters; `loratools.merge.operation.merge` is the operation."""

@@ -1,0 +1,102 @@
+"""Parts of a weighted sum of factors that need no SVD: exact joins, biases, the FedEx residual."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from loratools.merge.align import AlignedModule
+from loratools.merge.module import MergedModule
+from loratools_formats.adapter import LowRank, low_rank_part
+from loratools_formats.dtypes import DTYPES, DType
+from loratools_formats.errors import UnsupportedError
+from loratools_formats.tensors import TensorRef, in_memory
+
+
+def common_dtype(dtypes: list[DType]) -> DType:
+    """Return a type that holds every value of all."""
+    codes = {dtype.code for dtype in dtypes}
+    if len(codes) == 1:
+        return dtypes[0]
+    return DTYPES["F64" if "F64" in codes else "F32"]
+
+
+def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None:
+    """Return Σ cₜ·scaleₜ·biasₜ of the factors' biases."""
+    parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
+    with_bias = [part.bias for part in parts if part is not None and part.bias is not None]
+    if not with_bias:
+        return None
+    if merged.coefficients is None:
+        raise UnsupportedError(
+            "biases of factors (lora_bias) can only be merged by a weighted sum",
+            tensor=module.name,
+            hint="Use --method linear",
+        )
+    total = np.zeros(with_bias[0].shape)
+    for share, part in zip(merged.coefficients[0], parts, strict=True):
+        if part is not None and part.bias is not None:
+            total += share * part.scale * part.bias.load(np.float64)
+    return in_memory(with_bias[0].key, total, common_dtype([bias.dtype for bias in with_bias]).code)
+
+
+def joined_exactly(
+    module: AlignedModule, merged: MergedModule, template: LowRank
+) -> LowRank | None:
+    """Return the concatenated factors if no value needs rounding, None if one does.
+
+    One scale stands for all; the other terms' factors take up the ratio, exact if it is a power of
+    two.
+    """
+    if merged.coefficients is None or template.bias is not None:
+        return None
+    parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
+    shares = merged.coefficients
+    terms = [
+        (float(shares[0][index]) * part.scale, part)
+        for index, part in enumerate(parts)
+        if part is not None and shares[0][index] != 0.0
+    ]
+    if not terms or (shares != shares[0]).any():
+        return None
+    scale = terms[0][0]
+    ratios = [factor / scale for factor, _ in terms]
+    dtypes = {tensor.dtype for _, part in terms for tensor in (part.a, part.b)}
+    if len(dtypes) > 1 or any(abs(math.frexp(ratio)[0]) != 0.5 for ratio in ratios):
+        return None
+    if len(terms) == 1:
+        return replace(terms[0][1], scale=scale)
+    a = np.concatenate([part.a.load(np.float64) for _, part in terms], axis=-2)
+    b = np.concatenate(
+        [ratio * part.b.load(np.float64) for ratio, (_, part) in zip(ratios, terms, strict=True)],
+        axis=-1,
+    )
+    code = next(iter(dtypes)).code
+    joined_b = in_memory(template.b.key, b, code)
+    if not np.array_equal(joined_b.load(np.float64), b):
+        return None
+    return replace(template, a=in_memory(template.a.key, a, code), b=joined_b, scale=scale)
+
+
+def factor_residual(merged: MergedModule, module: AlignedModule) -> float | None:
+    """Return ‖Σ cₜΔWₜ − B̄Ā‖²_F, what averaging the factors themselves would get wrong."""
+    if merged.terms is None or merged.coefficients is None:
+        return None
+    total = 0.0
+    for shares, terms, matrix in zip(
+        merged.coefficients, merged.terms, merged.matrices, strict=True
+    ):
+        present = [
+            (float(share), low_rank_part(delta), term)
+            for share, delta, term in zip(shares, module.deltas, terms, strict=True)
+            if term is not None and delta is not None
+        ]
+        same = {(part.rank, part.scale) for _, part, _ in present}
+        if len(same) > 1 or len(present) < len(terms):
+            return None
+        mean_b = sum(share * term[0] for share, _, term in present)
+        mean_a = sum(share * term[1] for share, _, term in present)
+        total += matrix.squared_error(np.asarray(mean_b), np.asarray(mean_a))
+    return total

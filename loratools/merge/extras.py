@@ -1,0 +1,106 @@
+"""What adapters carry besides deltas: replaced tensors, unknown tensors, configuration.
+
+Values that replace base tensors are no deltas and cannot be summed. One that all who have it agree
+on is kept; a clash is refused unless the user says how to settle it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from loratools.merge.align import MergeInput
+from loratools_formats.adapter import Replacement
+from loratools_formats.dtypes import encode
+from loratools_formats.errors import AdapterError, OptionError
+from loratools_formats.tensors import TensorRef
+
+
+def settled_replacements(
+    inputs: Sequence[MergeInput], policy: str | None
+) -> dict[str, Replacement]:
+    """Return the replacements of the merged adapter.
+
+    Args:
+        inputs: the adapters.
+        policy: None to refuse clashes, `first`, `average`, or an adapter's name.
+
+    Raises:
+        AdapterError: a clash without a policy, or values that cannot be averaged.
+        OptionError: no adapter has the name given.
+    """
+    names = [item.name for item in inputs]
+    if policy not in (None, "first", "average", *names):
+        raise OptionError(
+            "no such way to settle replacements",
+            got=policy,
+            expected=", ".join(["first", "average", *names]),
+        )
+    result: dict[str, Replacement] = {}
+    for key in sorted({key for item in inputs for key in item.adapter.replacements}):
+        holders = [item for item in inputs if key in item.adapter.replacements]
+        found = [item.adapter.replacements[key] for item in holders]
+        if all(_same(found[0], other) for other in found[1:]):
+            result[key] = found[0]
+        elif policy is None:
+            raise AdapterError(
+                "adapters replace the same base tensor by different values",
+                tensor=key,
+                got=", ".join(item.name for item in holders),
+                hint="Settle it with --replacements first, average or an adapter's name",
+            )
+        elif policy == "average":
+            result[key] = _average(key, found)
+        else:
+            chosen = [r for item, r in zip(holders, found, strict=True) if item.name == policy]
+            result[key] = chosen[0] if chosen else found[0]
+    return result
+
+
+def _same(first: Replacement, second: Replacement) -> bool:
+    return (first.kind, first.target, first.rows) == (
+        second.kind,
+        second.target,
+        second.rows,
+    ) and _same_tensor(first.tensor, second.tensor)
+
+
+def _same_tensor(first: TensorRef, second: TensorRef) -> bool:
+    alike = (first.shape, first.dtype) == (second.shape, second.dtype)
+    return alike and bytes(first.raw()) == bytes(second.raw())
+
+
+def _average(key: str, found: list[Replacement]) -> Replacement:
+    first = found[0]
+    if any((r.tensor.shape, r.rows) != (first.tensor.shape, first.rows) for r in found):
+        raise AdapterError(
+            "replaced tensors of different shapes or rows cannot be averaged",
+            tensor=key,
+            got=", ".join(str(list(r.tensor.shape)) for r in found),
+        )
+    dtype, shape = first.tensor.dtype, first.tensor.shape
+
+    def read() -> bytes:
+        values = sum(r.tensor.load(np.float64) for r in found) / len(found)
+        return encode(np.asarray(values), dtype).tobytes()
+
+    return replace(first, tensor=TensorRef(first.tensor.key, dtype, shape, read))
+
+
+def settled_carried(inputs: Sequence[MergeInput]) -> dict[str, TensorRef]:
+    """Return the carried tensors of all adapters.
+
+    Raises:
+        AdapterError: two adapters carry different tensors under one name.
+    """
+    result: dict[str, TensorRef] = {}
+    for item in inputs:
+        for key, tensor in item.adapter.carried.items():
+            if key in result and not _same_tensor(result[key], tensor):
+                raise AdapterError(
+                    "adapters carry different tensors under one name", tensor=key, got=item.name
+                )
+            result.setdefault(key, tensor)
+    return result

@@ -1,0 +1,283 @@
+"""Merging one module: from aligned deltas to a matrix that can be asked for factors of any rank.
+
+Span and core methods give exact factors of the result. Elementwise methods, and everything that
+involves a DoRA, whose change has full rank, give rows, which are kept in an anonymous file and
+decomposed as a stream.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from loratools import linalg
+from loratools.decompose import Matrix, RandomisedSvd, loaded, padded
+from loratools.device import Device
+from loratools.merge.align import AlignedModule
+from loratools.merge.methods import Method
+from loratools.merge.space import lifted, shared_space
+from loratools.merge.stream import RowStore, StreamedSvd, squared_residual, streamed_svd
+from loratools.merge.tasks import DenseRows, FactorRows, RowSource, Tasks, ZeroRows
+from loratools_formats.adapter import Delta, Dora, low_rank_part
+from loratools_formats.checkpoint import Checkpoint
+from loratools_formats.errors import UnsupportedError
+from loratools_formats.orientation import is_transposed
+
+Array = np.ndarray[Any, Any]
+Space = Literal["full", "core"]
+Rows = Callable[[int, int], Array]
+
+
+@dataclass(frozen=True)
+class ModuleMethod:
+    """A method with everything that one module needs to run it.
+
+    Attributes:
+        method: what to do.
+        parameters: its parameters, checked.
+        weights: (T,) of the adapters, for this module.
+        space: where an elementwise method works.
+        seed: of random methods and of the streamed SVD.
+        power_iterations: of the streamed SVD.
+        width: triplets that the streamed SVD looks for, given (out, in).
+        share_threshold: see `Tasks`.
+    """
+
+    method: Method
+    parameters: Mapping[str, Any]
+    weights: Array
+    space: Space
+    seed: int
+    power_iterations: int
+    width: Callable[[AlignedModule], int]
+    share_threshold: Callable[[int, float], float] | None = None
+
+
+class StreamedMatrix:
+    """A streamed matrix with the same questions as `Matrix`."""
+
+    def __init__(self, store: RowStore, svd: StreamedSvd) -> None:
+        self._store = store
+        self._svd = svd
+
+    @property
+    def squared_norm(self) -> float:
+        """‖X‖²_F."""
+        return self._store.squared_norm
+
+    @property
+    def singular_values(self) -> Array:
+        """(k,): the leading ones, descending."""
+        return self._svd.singular_values
+
+    def factors(self, rank: int, _: RandomisedSvd | None = None) -> tuple[Array, Array]:
+        """Return the best (b, a) of a rank, balanced, of scale 1."""
+        svd = self._svd
+        root = np.sqrt(svd.singular_values[:rank])
+        b, a = svd.u[:, :rank] * root, root[:, None] * svd.vt[:rank]
+        signs = np.where(-b.min(axis=0) > b.max(axis=0), -1.0, 1.0)
+        return padded(b * signs, a * signs[:, None], rank)
+
+    def squared_error(self, b: Array, a: Array) -> float:
+        """Return ‖X − b @ a‖²_F."""
+        return squared_residual(self._store, b, a)
+
+
+MergedMatrix = Matrix | StreamedMatrix
+Term = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """The merged change of one module, one matrix per expert.
+
+    Attributes:
+        matrices: the results.
+        coefficients: of span methods, one row per expert; None for others.
+        terms: factors of scale 1 that were merged, per expert and adapter; None where streamed.
+    """
+
+    matrices: list[MergedMatrix]
+    coefficients: Array | None
+    terms: list[list[Term | None]] | None
+
+
+def merged_module(
+    module: AlignedModule,
+    run: ModuleMethod,
+    base: Checkpoint | None,
+    scratch_folder: Path | None,
+    device: Device,
+) -> MergedModule:
+    """Merge one module.
+
+    Raises:
+        UnsupportedError: a DoRA without the base, or in a method that needs factors.
+        AdapterError: NaN or infinite values, or a base weight that does not fit.
+    """
+    if module.needs_base:
+        return _through_base(module, run, base, scratch_folder)
+    stacks = [None if d is None else _terms(d) for d in module.deltas]
+    matrices: list[MergedMatrix] = []
+    coefficients, all_terms = [], []
+    for expert in range(module.first.experts):
+        terms = [None if stack is None else stack[expert] for stack in stacks]
+        label = f"{module.name}#{expert}"
+        if run.method.kind == "span":
+            shares = _coefficients(run, _factor_gram(terms))
+            matrices.append(_sum(terms, shares, device))
+            coefficients.append(shares)
+            all_terms.append(terms)
+        elif run.method.kind == "core":
+            space = shared_space(terms, module.first.shape)
+            b, a = run.method.function(space, run.weights, **run.parameters)
+            matrices.append(Matrix(b, a, 1.0, device, use_gram=False))
+        elif run.space == "core":
+            matrices.append(_elementwise_in_core(module, run, terms, label, device))
+        else:
+            sources: list[RowSource] = [
+                ZeroRows(module.first.shape[1]) if term is None else FactorRows(*term)
+                for term in terms
+            ]
+            tasks = Tasks(sources, module.first.shape, run.seed, label, run.share_threshold)
+            rows = run.method.function(tasks, run.weights, **run.parameters)
+            matrices.append(_streamed(tasks, rows, module, run, scratch_folder))
+    if run.method.kind == "span":
+        return MergedModule(matrices, np.array(coefficients), all_terms)
+    return MergedModule(matrices, None, None)
+
+
+def _terms(delta: Delta) -> list[Term]:
+    part = low_rank_part(delta)
+    return [
+        (part.scale * b.astype(np.float64), a.astype(np.float64, copy=False))
+        for b, a in loaded(part)
+    ]
+
+
+def _factor_gram(terms: list[Term | None]) -> Array:
+    gram = np.zeros((len(terms), len(terms)))
+    for i, first in enumerate(terms):
+        for j, second in enumerate(terms[: i + 1]):
+            if first is not None and second is not None:
+                gram[i, j] = gram[j, i] = linalg.inner(*first, *second)
+    return gram
+
+
+def _coefficients(run: ModuleMethod, gram: Array) -> Array:
+    result: Array = run.method.function(gram, run.weights, **run.parameters)
+    return result
+
+
+def _sum(terms: list[Term | None], shares: Array, device: Device) -> Matrix:
+    present = [
+        (float(share), *term) for share, term in zip(shares, terms, strict=True) if term is not None
+    ]
+    b, a = linalg.concatenate(present)
+    return Matrix(b, a, 1.0, device, use_gram=True)
+
+
+def _elementwise_in_core(
+    module: AlignedModule, run: ModuleMethod, terms: list[Term | None], label: str, device: Device
+) -> Matrix:
+    space = shared_space(terms, module.first.shape)
+    sources = [DenseRows(core) for core in space.cores]
+    tasks = Tasks(sources, (space.u.shape[1], space.v.shape[1]), run.seed, label)
+    rows = run.method.function(tasks, run.weights, **run.parameters)
+    core = np.concatenate([rows(*span) for span in tasks.spans()])
+    return Matrix(*lifted(space, core), 1.0, device, use_gram=False)
+
+
+def _streamed(
+    tasks: Tasks, rows: Rows, module: AlignedModule, run: ModuleMethod, folder: Path | None
+) -> StreamedMatrix:
+    store = RowStore(tasks.shape, folder)
+    for span in tasks.spans():
+        store.append(rows(*span))
+    seed = zlib.crc32(tasks.name.encode(), run.seed & 0xFFFFFFFF)
+    svd = streamed_svd(store, run.width(module), power_iterations=run.power_iterations, seed=seed)
+    return StreamedMatrix(store, svd)
+
+
+@dataclass(frozen=True)
+class _DoraRows:
+    """Rows of m/‖W + ΔW‖ · (W + ΔW) − W.
+
+    Attributes:
+        weight: (out, in) of the base, float32 or float64.
+        b: (out, r), the scale folded in.
+        a: (r, in).
+        magnitude: (out,).
+    """
+
+    weight: Array
+    b: Array
+    a: Array
+    magnitude: Array
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop)."""
+        weight = self.weight[start:stop].astype(np.float64)
+        moved = weight + self.b[start:stop] @ self.a
+        norms = np.linalg.norm(moved, axis=1, keepdims=True)
+        ratio = self.magnitude[start:stop, None] / np.where(norms > 0.0, norms, 1.0)
+        change: Array = (ratio * moved - weight).astype(np.float32)
+        return change
+
+
+def _through_base(
+    module: AlignedModule, run: ModuleMethod, base: Checkpoint | None, folder: Path | None
+) -> MergedModule:
+    if base is None:
+        raise UnsupportedError(
+            "a DoRA's weight change depends on the base weight",
+            tensor=module.name,
+            hint="Pass the base model with --base",
+        )
+    if run.method.kind == "core" or run.space == "core":
+        raise UnsupportedError(
+            f"{run.method.name} works on low-rank factors, and a DoRA's change has full rank",
+            tensor=module.name,
+            hint="Use another method",
+        )
+    weight = _canonical_weight(module, base)
+    sources = [_row_source(delta, weight, module) for delta in module.deltas]
+    tasks = Tasks(sources, module.first.shape, run.seed, f"{module.name}#0", run.share_threshold)
+    if run.method.kind == "elementwise":
+        rows: Rows = run.method.function(tasks, run.weights, **run.parameters)
+    else:
+        gram = np.zeros((tasks.count, tasks.count))
+        for span in tasks.spans():
+            block = tasks.block(*span).astype(np.float64).reshape(tasks.count, -1)
+            gram += block @ block.T
+        shares = _coefficients(run, gram)
+
+        def rows(start: int, stop: int) -> Array:
+            block = tasks.block(start, stop).astype(np.float64)
+            result: Array = np.tensordot(shares, block, axes=1)
+            return result
+
+    return MergedModule([_streamed(tasks, rows, module, run, folder)], None, None)
+
+
+def _canonical_weight(module: AlignedModule, base: Checkpoint) -> Array:
+    stored = base.weight(module.name)
+    crossed = is_transposed(module.name, module.first, stored.shape)
+    values = stored.load(np.float32).reshape(-1, math.prod(stored.shape[1:]))
+    return values.T if crossed else values
+
+
+def _row_source(delta: Delta | None, weight: Array, module: AlignedModule) -> RowSource:
+    if delta is None:
+        return ZeroRows(module.first.shape[1])
+    ((b, a),) = _terms(delta)
+    if not isinstance(delta, Dora):
+        return FactorRows(b, a)
+    magnitude = delta.magnitude.load(np.float64).reshape(-1)
+    return _DoraRows(weight, b, a, magnitude)

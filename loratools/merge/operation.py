@@ -1,0 +1,382 @@
+"""Merging adapters: align, merge every module, choose ranks, write factors, measure the error.
+
+The error reported is that of the stored factors against what the method defines, before any
+truncation or rounding. Modules are independent, so memory is bounded by the largest of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratools.device import Device
+from loratools.merge.align import AlignedModule, MergeInput, align
+from loratools.merge.exact import common_dtype, factor_residual, joined_exactly, merged_bias
+from loratools.merge.extras import settled_carried, settled_replacements
+from loratools.merge.methods import Method, get_method
+from loratools.merge.module import MergedModule, ModuleMethod, merged_module
+from loratools.merge.options import MergeOptions
+from loratools.merge.trim import SharedTrim
+from loratools.parallel import in_order
+from loratools.provenance import operation_record, record_metadata
+from loratools.ranks import Spectrum, choose_ranks
+from loratools.resize import Resizer
+from loratools.scratch import Scratch
+from loratools_formats.adapter import Adapter, LowRank, low_rank_part
+from loratools_formats.checkpoint import Checkpoint
+from loratools_formats.errors import LoratoolsError, OptionError
+from loratools_formats.registry import get_format
+
+_OVERSAMPLE = 10
+
+
+@dataclass(frozen=True)
+class MergeModuleReport:
+    """What happened to one module.
+
+    Attributes:
+        name: module path.
+        ranks_in: rank of each adapter's factors, None where it does not have the module.
+        rank_out: rank of the result.
+        energy: share of the merged change's ‖·‖²_F in the singular values kept.
+        relative_error: of the stored, rounded factors against the merged change.
+        absent: names of adapters that do not have the module and count as zero.
+    """
+
+    name: str
+    ranks_in: tuple[int | None, ...]
+    rank_out: int
+    energy: float
+    relative_error: float
+    absent: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The merged adapter, not yet written.
+
+    Attributes:
+        adapter: to be given to `write_adapter`.
+        modules: one report each, in path order.
+        energy: share kept, over all modules together.
+        relative_error: over all modules together.
+        factor_residual: for `fedex`, how far the product of averaged factors would be from the
+            averaged product; None for other methods or where factors cannot be averaged.
+    """
+
+    adapter: Adapter
+    modules: tuple[MergeModuleReport, ...]
+    energy: float
+    relative_error: float
+    factor_residual: float | None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    delta: LowRank
+    report: MergeModuleReport
+    squared_error: float
+    squared_norm: float
+    kept: float
+    squared_residual: float | None
+
+
+def merge(
+    inputs: Sequence[MergeInput],
+    options: MergeOptions,
+    *,
+    base: Checkpoint | None = None,
+    scratch_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeResult:
+    """Merge adapters into one.
+
+    Args:
+        inputs: adapters and weights, in order; the first gives the format and the settings.
+        options: what to do.
+        base: the base model, needed where a DoRA takes part.
+        scratch_folder: where results wait until they are written.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        OptionError: options that do not fit the method, each other, or the adapters.
+        AdapterError: adapters that do not fit together, or NaN and infinite values.
+        UnsupportedError: an adapter whose factors do not tell its ΔW, a DoRA without its base, or
+            biases of factors in a method that is not a weighted sum.
+    """
+    method = get_method(options.method)
+    parameters = method.checked(options.parameters)
+    _check(inputs, options, method)
+    modules = align(inputs, force_base=options.force_base)
+    work = _Merge(inputs, options, method, parameters, modules, base, scratch_folder)
+    with ThreadPoolExecutor(1) as beside:
+        adapters = {f"{index}": item.adapter for index, item in enumerate(inputs)}
+        record = options.record() | {"weights": [item.weight for item in inputs]}
+        provenance = beside.submit(operation_record, "merge", adapters, record)
+        done: list[_Outcome] = []
+        for outcome in work.outcomes():
+            done.append(outcome)
+            if progress is not None:
+                progress(len(done), len(modules))
+    first = inputs[0].adapter
+    squared_norm = sum(outcome.squared_norm for outcome in done)
+    residuals = [outcome.squared_residual for outcome in done]
+    adapter = replace(
+        first,
+        modules={outcome.report.name: outcome.delta for outcome in done},
+        replacements=settled_replacements(inputs, options.replacements),
+        carried=settled_carried(inputs),
+        config=_config(first, inputs),
+        # The first adapter's card does not describe the result.
+        attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
+        metadata={**first.metadata, **record_metadata(provenance.result())},
+        inputs=tuple(file for item in inputs for file in item.adapter.inputs),
+        provenance=provenance.result(),
+    )
+    return MergeResult(
+        adapter,
+        tuple(outcome.report for outcome in done),
+        _share(sum(outcome.kept for outcome in done), squared_norm),
+        math.sqrt(1.0 - _share(squared_norm - sum(o.squared_error for o in done), squared_norm)),
+        None
+        if any(residual is None for residual in residuals)
+        else math.sqrt(sum(r for r in residuals if r is not None) / squared_norm)
+        if squared_norm
+        else 0.0,
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return min(1.0, part / whole) if whole else 1.0
+
+
+def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) -> None:
+    count = len(inputs)
+    if count < method.least or (method.most is not None and count > method.most):
+        most = "" if method.most is None else f" and at most {method.most}"
+        raise OptionError(
+            f"method {method.name} has the wrong number of adapters",
+            got=count,
+            expected=f"at least {method.least}{most}",
+        )
+    if options.space == "core" and method.kind != "elementwise":
+        raise OptionError(f"--space core is for elementwise methods; {method.name} is not one")
+    if method.uncompressed and options.rule.is_given:
+        raise OptionError(f"{method.name} keeps all ranks", hint="Use linear to choose ranks")
+    if method.kind == "elementwise" and options.space == "full":
+        for name in ("sv_cumulative", "threshold"):
+            if getattr(options.rule, name):
+                raise OptionError(
+                    f"{name} needs all singular values, which {method.name} does not compute",
+                    hint="Use --rank or --energy",
+                )
+    for item in inputs:
+        item.adapter.require_true_delta("merge")
+    for override in options.overrides:
+        method.checked(override.parameters)
+        if override.weights is not None and len(override.weights) not in (1, count):
+            raise OptionError(
+                f"wrong number of weights for modules matching {override.match}",
+                got=len(override.weights),
+                expected=f"1 or {count}",
+            )
+
+
+def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:
+    merged = get_format(first.format).merged_config
+    if merged is None:
+        return first.config
+    return merged([item.adapter for item in inputs if item.adapter.format == first.format])
+
+
+class _Merge:
+    """One run: what all its modules share."""
+
+    def __init__(
+        self,
+        inputs: Sequence[MergeInput],
+        options: MergeOptions,
+        method: Method,
+        parameters: dict[str, Any],
+        modules: list[AlignedModule],
+        base: Checkpoint | None,
+        scratch_folder: Path | None,
+    ) -> None:
+        self.inputs = inputs
+        self.options = options
+        self.method = method
+        self.parameters = parameters
+        self.modules = modules
+        self.base = base
+        self.folder = scratch_folder
+        self.device = Device(options.compute.device)
+        self.resizer = Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform)
+        self.trim = None
+        if (
+            method.name == "ties"
+            and parameters.get("flavor") == "paper"
+            and options.space == "full"
+        ):
+            self.trim = SharedTrim(modules)
+
+    def outcomes(self) -> Any:
+        """Yield the outcome of every module in order."""
+        ranks = self._ranks_in_advance() if self.options.rule.needs_all_spectra else None
+        threads = self.options.compute.threads
+        return in_order(lambda module: self._outcome(module, ranks), self.modules, threads)
+
+    def _ranks_in_advance(self) -> dict[str, int]:
+        threads = self.options.compute.threads
+        spectra = list(
+            in_order(lambda m: self._spectrum(m, self._merged(m)), self.modules, threads)
+        )
+        sources = [item.adapter for item in self.inputs]
+        fixed = sum(
+            t.nbytes
+            for a in sources
+            for t in [*(r.tensor for r in a.replacements.values()), *a.carried.values()]
+        )
+        header = sum(256 + 2 * len(module.name) for module in self.modules) + 8192
+        return choose_ranks(
+            spectra,
+            self.options.rule,
+            input_nbytes=sum(a.weights_nbytes for a in sources),
+            fixed_nbytes=fixed + header,
+        )
+
+    def _weights(self, name: str) -> np.ndarray[Any, Any]:
+        for override in self.options.overrides:
+            weights = override.weights
+            if weights is not None and re.search(override.match, name):
+                return np.array(weights * len(self.inputs) if len(weights) == 1 else weights)
+        return np.array([item.weight for item in self.inputs])
+
+    def _parameters(self, name: str) -> dict[str, Any]:
+        for override in self.options.overrides:
+            if override.parameters and re.search(override.match, name):
+                return self.parameters | self.method.checked(override.parameters)
+        return self.parameters
+
+    def _width(self, module: AlignedModule) -> int:
+        """Return how many triplets a streamed SVD looks for: the highest rank, and some more."""
+        return min(self._highest(module) + _OVERSAMPLE, *module.first.shape)
+
+    def _highest(self, module: AlignedModule) -> int:
+        rule = self.options.rule
+        for pattern, rank in rule.patterns:
+            if re.search(pattern, module.name):
+                return rank
+        ranks = [low_rank_part(d).rank for d in module.deltas if d is not None]
+        if rule.rank is not None:
+            return rule.rank
+        if rule.max_rank is not None:
+            return rule.max_rank
+        return sum(ranks) if rule.is_given else max(ranks)
+
+    def _merged(self, module: AlignedModule) -> MergedModule:
+        run = ModuleMethod(
+            self.method,
+            self._parameters(module.name),
+            self._weights(module.name),
+            self.options.space,
+            self.options.compute.seed,
+            self.options.compute.power_iterations,
+            self._width,
+            None if self.trim is None else self.trim.threshold,
+        )
+        return merged_module(module, run, self.base, self.folder, self.device)
+
+    def _template(self, module: AlignedModule, merged: MergedModule) -> LowRank:
+        """Return a delta that says where and how to store the result; its values are not read."""
+        first = module.first
+        parts = [low_rank_part(delta) for delta in module.deltas if delta is not None]
+        dtype = common_dtype([tensor.dtype for part in parts for tensor in (part.a, part.b)])
+        return replace(
+            first,
+            a=replace(first.a, dtype=dtype),
+            b=replace(first.b, dtype=dtype),
+            scale=1.0,
+            bias=merged_bias(module, merged),
+        )
+
+    def _spectrum(self, module: AlignedModule, merged: MergedModule) -> Spectrum:
+        highest = min(self._highest(module), *module.first.shape)
+        rows = []
+        for matrix in merged.matrices:
+            found = (
+                matrix.singular_values[:highest]
+                if self._is_streamed(merged)
+                else (matrix.singular_values[: min(module.first.shape)])
+            )
+            rows.append(found)
+        width = max(len(row) for row in rows)
+        stacked = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+        tail = np.array([m.squared_norm for m in merged.matrices]) - (stacked**2).sum(axis=1)
+        template = self._template(module, merged)
+        out, in_ = module.first.shape
+        stored = self.options.compute.stored
+        bits = in_ * stored(template.a).bits + out * stored(template.b).bits
+        return Spectrum(
+            module.name,
+            module.first.shape,
+            stacked,
+            width,
+            module.first.experts * bits // 8,
+            np.maximum(tail, 0.0),
+        )
+
+    def _is_streamed(self, merged: MergedModule) -> bool:
+        return merged.terms is None and self.method.kind != "core" and self.options.space == "full"
+
+    def _outcome(self, module: AlignedModule, ranks: dict[str, int] | None) -> _Outcome:
+        try:
+            merged = self._merged(module)
+            spectrum = self._spectrum(module, merged)
+            template = self._template(module, merged)
+            new, squared_error = self._stored(module, merged, spectrum, template, ranks)
+        except LoratoolsError as error:
+            error.tensor = error.tensor or module.name
+            raise
+        squared_norm = sum(matrix.squared_norm for matrix in merged.matrices)
+        kept = min(float(spectrum.energies[: new.rank].sum()), squared_norm)
+        report = MergeModuleReport(
+            module.name,
+            tuple(None if d is None else low_rank_part(d).rank for d in module.deltas),
+            new.rank,
+            _share(kept, squared_norm),
+            math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
+            module.absent,
+        )
+        residual = factor_residual(merged, module) if self.method.name == "fedex" else None
+        return _Outcome(new, report, squared_error, squared_norm, kept, residual)
+
+    def _stored(
+        self,
+        module: AlignedModule,
+        merged: MergedModule,
+        spectrum: Spectrum,
+        template: LowRank,
+        ranks: dict[str, int] | None,
+    ) -> tuple[LowRank, float]:
+        rule = self.options.rule
+        if ranks is not None:
+            rank = ranks[module.name]
+        elif rule.is_given:
+            rank = rule.of_module(spectrum)
+        else:
+            rank = spectrum.rank
+        exact = joined_exactly(module, merged, template) if rank >= spectrum.rank else None
+        if exact is not None and (exact.rank <= rank or not rule.is_given):
+            kept = self.resizer.without_loss(exact, exact.rank)
+            if kept is not None:
+                return kept, 0.0
+        if not rule.is_given and merged.terms is not None:
+            rank = min(spectrum.rank, *module.first.shape)
+        return self.resizer.compressed(module.name, template, merged.matrices, rank)

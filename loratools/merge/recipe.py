@@ -1,0 +1,294 @@
+"""A merge as a file: YAML that says all of it, so that it can be repeated byte for byte.
+
+    version: 1
+    method: ties
+    parameters: {density: 0.3}
+    adapters:
+    - {path: ../chat, weight: 0.6, sha256: …}
+    - {path: ../code, weight: 0.4, sha256: …}
+    ranks: {rank: 16}
+    overrides:
+    - {match: mlp, weights: [0.3, 0.7]}
+
+Paths are relative to the recipe's folder. A digest, if given, must be that of the
+adapter's weights. Whatever is not known is an error that names its place in the file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loratools.merge.options import MergeOptions, Override
+from loratools.ranks import Budget, RankRule, as_options
+from loratools.resize import ComputeOptions
+from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
+from loratools_formats.files import read_small_file
+
+RECIPE_FILE = "recipe.yaml"
+_VERSION = 1
+_MAX_BYTES = 1 << 20
+_NOT_IN_RECIPES = ("workers", "device")
+
+
+@dataclass(frozen=True)
+class RecipeAdapter:
+    """An adapter of a recipe: where it is, its weight, and the digest of its weight file."""
+
+    path: Path
+    weight: float
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a merge needs."""
+
+    adapters: tuple[RecipeAdapter, ...]
+    options: MergeOptions
+    base: Path | None = None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain data only: no aliases, which can expand without bound, and no duplicate keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        repeated = {key for key in keys if keys.count(key) > 1}
+        if repeated:
+            raise yaml.YAMLError(f"duplicate key {min(map(str, repeated))!r}")
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        MissingFileError: it is not there.
+        AdapterError: not YAML, or something in it is not known or wrong; names its place.
+    """
+    try:
+        content = yaml.load(read_small_file(path, _MAX_BYTES), _StrictLoader)  # noqa: S506
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, LoratoolsError):
+            raise
+        reason = str(error).splitlines()
+        raise AdapterError(f"not a recipe: {reason[0] if reason else error}", path=path) from error
+    try:
+        return _recipe(content, path.parent)
+    except OptionError as error:
+        error.path = str(path)
+        raise
+
+
+def _fail(place: str, message: str, got: object = None, expected: object = None) -> OptionError:
+    return OptionError(f"{place}: {message}", got=got, expected=expected)
+
+
+def _fields(value: Any, place: str, known: Mapping[str, bool]) -> dict[str, Any]:
+    """Return a map whose keys are all known and the required ones present."""
+    if not isinstance(value, dict):
+        raise _fail(place, "must be a map", got=type(value).__name__)
+    for key in value:
+        if key not in known:
+            raise _fail(f"{place}.{key}", "unknown field", expected=", ".join(known))
+    for key, required in known.items():
+        if required and key not in value:
+            raise _fail(f"{place}.{key}", "is missing")
+    return value
+
+
+def _list(value: Any, place: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _fail(place, "must be a list", got=type(value).__name__)
+    return value
+
+
+def _number(value: Any, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _fail(place, "must be a finite number", got=value)
+    return value
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise _fail(place, "must be a string", got=value)
+    return value
+
+
+def _placed(place: str, build: Callable[[], Any]) -> Any:
+    """Run a constructor and put the place in front of what it complains about."""
+    try:
+        return build()
+    except OptionError as error:
+        raise _fail(place, error.message, error.got, error.expected) from error
+    except TypeError as error:
+        raise _fail(place, "has a value of the wrong type", got=error) from error
+
+
+def _recipe(content: Any, folder: Path) -> Recipe:
+    fields = _fields(
+        content,
+        "$",
+        {
+            "version": True,
+            "method": True,
+            "adapters": True,
+            "parameters": False,
+            "space": False,
+            "ranks": False,
+            "compute": False,
+            "overrides": False,
+            "replacements": False,
+            "base": False,
+            "force_base": False,
+        },
+    )
+    if fields["version"] != _VERSION:
+        raise _fail("$.version", "is not supported", got=fields["version"], expected=_VERSION)
+    adapters = [
+        _adapter(item, f"$.adapters[{index}]", folder)
+        for index, item in enumerate(_list(fields["adapters"], "$.adapters"))
+    ]
+    if not adapters:
+        raise _fail("$.adapters", "is empty")
+    space = fields.get("space", "full")
+    if space not in ("full", "core"):
+        raise _fail("$.space", "is wrong", got=space, expected="full or core")
+    force = fields.get("force_base", False)
+    if not isinstance(force, bool):
+        raise _fail("$.force_base", "must be true or false", got=force)
+    base = fields.get("base")
+    policy = fields.get("replacements")
+    options = MergeOptions(
+        method=_text(fields["method"], "$.method"),
+        parameters=_parameters(fields.get("parameters", {}), "$.parameters"),
+        rule=_rule(fields.get("ranks", {}), "$.ranks"),
+        compute=_compute(fields.get("compute", {}), "$.compute"),
+        space=space,
+        overrides=tuple(
+            _override(item, f"$.overrides[{index}]")
+            for index, item in enumerate(_list(fields.get("overrides", []), "$.overrides"))
+        ),
+        replacements=None if policy is None else _text(policy, "$.replacements"),
+        force_base=force,
+    )
+    return Recipe(
+        tuple(adapters), options, None if base is None else folder / _text(base, "$.base")
+    )
+
+
+def _adapter(value: Any, place: str, folder: Path) -> RecipeAdapter:
+    fields = _fields(value, place, {"path": True, "weight": False, "sha256": False})
+    digest = fields.get("sha256")
+    return RecipeAdapter(
+        folder / _text(fields["path"], f"{place}.path"),
+        _number(fields.get("weight", 1.0), f"{place}.weight"),
+        None if digest is None else _text(digest, f"{place}.sha256"),
+    )
+
+
+def _parameters(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise _fail(place, "must be a map from names to values", got=type(value).__name__)
+    return value
+
+
+def _rule(value: Any, place: str) -> RankRule:
+    known = dict.fromkeys(RankRule.__dataclass_fields__, False)
+    fields = dict(_fields(value, place, known))
+    if "budget" in fields:
+        text = str(fields["budget"])
+        fields["budget"] = _placed(f"{place}.budget", lambda: Budget.parse(text))
+    if "patterns" in fields:
+        fields["patterns"] = tuple(
+            _pattern(item, f"{place}.patterns[{index}]")
+            for index, item in enumerate(_list(fields["patterns"], f"{place}.patterns"))
+        )
+    rule: RankRule = _placed(place, lambda: RankRule(**fields))
+    return rule
+
+
+def _pattern(value: Any, place: str) -> tuple[str, int]:
+    pair = _list(value, place)
+    if len(pair) != 2 or not isinstance(pair[0], str) or type(pair[1]) is not int:
+        raise _fail(place, "must be a regular expression and a rank", got=value)
+    return pair[0], pair[1]
+
+
+def _compute(value: Any, place: str) -> ComputeOptions:
+    names = [n for n in ComputeOptions.__dataclass_fields__ if n not in _NOT_IN_RECIPES]
+    fields = _fields(value, place, dict.fromkeys(names, False))
+    options: ComputeOptions = _placed(place, lambda: ComputeOptions(**fields))
+    return options
+
+
+def _override(value: Any, place: str) -> Override:
+    fields = _fields(value, place, {"match": True, "weights": False, "parameters": False})
+    weights = fields.get("weights")
+    numbers = None
+    if weights is not None:
+        numbers = tuple(
+            _number(item, f"{place}.weights[{index}]")
+            for index, item in enumerate(_list(weights, f"{place}.weights"))
+        )
+    parameters = _parameters(fields.get("parameters", {}), f"{place}.parameters")
+    match = _text(fields["match"], f"{place}.match")
+    override: Override = _placed(f"{place}.match", lambda: Override(match, numbers, parameters))
+    return override
+
+
+def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
+    """Return a recipe as YAML, with paths relative to the folder it will lie in.
+
+    Args:
+        recipe: what was done.
+        digests: sha256 of each adapter's weight file.
+        folder: of the file to write.
+    """
+    options = recipe.options
+    content: dict[str, Any] = {"version": _VERSION, "method": options.method}
+    if options.parameters:
+        content["parameters"] = dict(options.parameters)
+    if options.space != "full":
+        content["space"] = options.space
+    content["adapters"] = [
+        {"path": _relative(item.path, folder), "weight": item.weight, "sha256": digest}
+        for item, digest in zip(recipe.adapters, digests, strict=True)
+    ]
+    ranks = as_options(options.rule)
+    if ranks:
+        content["ranks"] = dict(ranks)
+    defaults = asdict(ComputeOptions())
+    compute = {
+        name: value
+        for name, value in asdict(options.compute).items()
+        if name not in _NOT_IN_RECIPES and value != defaults[name]
+    }
+    if compute:
+        content["compute"] = compute
+    if options.overrides:
+        content["overrides"] = [override.record() for override in options.overrides]
+    if options.replacements is not None:
+        content["replacements"] = options.replacements
+    if recipe.base is not None:
+        content["base"] = _relative(recipe.base, folder)
+    if options.force_base:
+        content["force_base"] = True
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text.encode()
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
