@@ -99,6 +99,9 @@ def command(
     plan = _plan(context, adapters, recipe, settings)
     inputs = _inputs(plan, quiet=quiet)
     sources = [item.adapter for item in inputs]
+    bases = sorted({source.base_model for source in sources if source.base_model is not None})
+    if len(bases) > 1 and plan.options.force_base and not quiet:
+        note(f"the adapters name different base models: {', '.join(bases)}")
     target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
     with progress_bar("merge", quiet=quiet) as progress:
         result = merge(
