@@ -147,13 +147,18 @@ class Factors:
 
 
 def _sign_fixed(b: Array, a: Array, singular_values: Array) -> Factors:
-    """Make the largest entry of each column of b positive, so that equal ΔW give equal files."""
+    """Make the largest entry of each column of b positive, so that equal ΔW give equal files.
+
+    Changes both arrays in place; they are fresh here, and a copy costs as much as the product.
+    """
     xp = namespace(b)
     if b.shape[1] == 0:
         return Factors(b, a, singular_values)
     negative = -xp.min(b, axis=0) > xp.max(b, axis=0)
     signs = xp.where(negative, -xp.ones_like(b[0, :]), xp.ones_like(b[0, :]))
-    return Factors(b * signs, a * signs[:, None], singular_values)
+    b *= signs
+    a *= signs[:, None]
+    return Factors(b, a, singular_values)
 
 
 def gram_factors(b: Array, a: Array, core: GramCore, rank: int) -> Factors:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +40,10 @@ class RegularFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._fd = -1
         self.path = Path(path)
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
         flags |= getattr(os, "O_BINARY", 0)
-        self._fd = -1
         try:
             self._fd = os.open(path, flags)
         except FileNotFoundError as error:
@@ -72,33 +71,33 @@ class RegularFile:
         """Size in bytes when the file was opened."""
         return self._identity.nbytes
 
-    def read_at(self, offset: int, nbytes: int) -> bytearray:
+    def read_at(self, offset: int, nbytes: int) -> bytes:
         """Read exactly `nbytes` bytes from `offset`.
 
         Raises:
             AdapterError: the file ends earlier: it was truncated while open.
         """
-        buffer = bytearray(nbytes)
-        view = memoryview(buffer)
-        done = 0
+        data = self._read_some(offset, nbytes)
+        if len(data) == nbytes:
+            return data
+        parts, done = [data], len(data)
         while done < nbytes:
-            count = self._read_into(view[done:], offset + done)
-            if count == 0:
+            part = self._read_some(offset + done, nbytes - done)
+            if not part:
                 raise AdapterError(
                     "file ended while it was being read", path=self.path, got=offset + done
                 )
-            done += count
-        return buffer
+            parts.append(part)
+            done += len(part)
+        return b"".join(parts)
 
-    def _read_into(self, view: memoryview, offset: int) -> int:
+    def _read_some(self, offset: int, nbytes: int) -> bytes:
         try:
-            if sys.platform == "win32" or not hasattr(os, "preadv"):
-                with self._lock:
-                    os.lseek(self._fd, offset, os.SEEK_SET)
-                    chunk = os.read(self._fd, len(view))
-                view[: len(chunk)] = chunk
-                return len(chunk)
-            return os.preadv(self._fd, [view], offset)
+            if hasattr(os, "pread"):
+                return os.pread(self._fd, nbytes, offset)
+            with self._lock:
+                os.lseek(self._fd, offset, os.SEEK_SET)
+                return os.read(self._fd, nbytes)
         except OSError as error:
             raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
 
@@ -142,6 +141,14 @@ def read_small_file(path: str | os.PathLike[str], limit_bytes: int) -> bytes:
         return bytes(file.read_at(0, file.nbytes))
     finally:
         file.close()
+
+
+def refuse_lfs_pointer(start: bytes, path: str | os.PathLike[str]) -> None:
+    """Raise `AdapterError` if a file starts as a pointer does that Git LFS leaves in its place."""
+    if start.startswith(b"version https://git-lfs"):
+        raise AdapterError(
+            "is a Git LFS pointer, not the file itself", path=path, hint="Run: git lfs pull"
+        )
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -33,6 +33,8 @@ def is_transposed(name: str, delta: LowRank, weight_shape: tuple[int, ...]) -> b
         stack, matrix = tuple(weight_shape[:-2]), tuple(weight_shape[-2:])
     elif kind == "conv":
         matrix = (weight_shape[0], math.prod(weight_shape[1:]))
+    elif delta.layer.parameters and len(weight_shape) == 3 and weight_shape[0] == 1:
+        matrix = tuple(weight_shape[1:])  # a stack of one expert
     else:
         matrix = tuple(weight_shape)
     expected_stack = (delta.experts,) if kind == "experts" else ()

@@ -8,6 +8,7 @@ by other tools. It holds no time and no local paths, so equal runs give equal by
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from loratools_formats.files import RegularFile
 PROVENANCE_FILE = "provenance.json"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE_TYPE = "urn:loratools:operation:v1"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def statement(predicate: Mapping[str, Any], files: Iterable[Path]) -> bytes:
@@ -31,7 +33,9 @@ def statement(predicate: Mapping[str, Any], files: Iterable[Path]) -> bytes:
         "predicateType": _PREDICATE_TYPE,
         "predicate": predicate,
     }
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    # Bytes of file names and arguments that are no UTF-8, which JSON cannot hold.
+    return (_SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n").encode()
 
 
 def sha256_of(path: Path) -> str:

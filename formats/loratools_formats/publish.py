@@ -29,30 +29,43 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """Return where an output named `path` will lie: links are followed, so that they survive.
+
+    Raises:
+        OutputError: no file can have that name.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # a NUL byte in the name
+        raise OutputError(f"not a possible file name: {error}", path=path) from error
+
+
 @contextlib.contextmanager
 def publish_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path; on success flush it and rename it to `path`.
 
-    The caller creates the file under the yielded path. A symlink at `path` is followed, so that
-    the link survives. An existing file's permissions are kept; a new one gets the umask's.
+    The caller creates the file under the yielded path. An existing file's permissions are kept; a
+    new one gets the umask's.
 
     Raises:
         OutputExistsError: `path` exists and `overwrite` is false, or it is a folder.
         OutputError: the system refused a step; what stood at `path` is intact.
     """
-    target = Path(os.path.realpath(path))
-    mode = _check_target(path, target, overwrite, folder=False)
+    target = resolved(path)
+    old_mode = _check_target(path, target, overwrite, folder=False)
     temporary = _temporary_beside(target)
     with _os_errors_named(path):
         try:
             yield temporary
-            os.chmod(temporary, mode)
+            os.chmod(temporary, _mode_of_new_file() if old_mode is None else old_mode)
             sync_file(temporary)
             os.replace(temporary, target)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise
-        _sync_folder(target.parent)
+    _make_durable(path, target)
 
 
 @contextlib.contextmanager
@@ -67,14 +80,15 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
         OutputExistsError: `path` exists and `overwrite` is false, or it is a file.
         OutputError: the system refused a step; what stood at `path` is intact.
     """
-    target = Path(os.path.realpath(path))
-    mode = _check_target(path, target, overwrite, folder=True)
+    target = resolved(path)
+    old_mode = _check_target(path, target, overwrite, folder=True)
     temporary = _temporary_beside(target)
     with _os_errors_named(path):
         temporary.mkdir()
         try:
             yield temporary
-            os.chmod(temporary, mode)
+            if old_mode is not None:
+                os.chmod(temporary, old_mode)
             for root, _, names in os.walk(temporary):
                 for name in names:
                     sync_file(Path(root) / name)
@@ -83,14 +97,35 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+    _make_durable(path, target)
+
+
+def _make_durable(path: str | os.PathLike[str], target: Path) -> None:
+    try:
         _sync_folder(target.parent)
+    except OSError as error:
+        raise OutputError(
+            f"the output is in place, but the folder it is in cannot be flushed: {error.strerror}",
+            path=path,
+            hint="A power failure may undo it",
+        ) from error
+
+
+def _content(folder: Path) -> set[str]:
+    """Return everything below a folder, as paths relative to it."""
+    return {
+        os.path.relpath(os.path.join(root, name), folder)
+        for root, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    }
 
 
 def _swap_folder(temporary: Path, target: Path) -> None:
+    """Put `temporary` in the place of `target`, and remove what was there."""
     if not target.exists():
         os.rename(temporary, target)
         return
-    foreign = sorted(set(os.listdir(target)) - set(os.listdir(temporary)))
+    foreign = sorted(_content(target) - _content(temporary))
     if foreign:
         raise OutputExistsError(
             "replacing this folder would lose files",
@@ -99,7 +134,7 @@ def _swap_folder(temporary: Path, target: Path) -> None:
             hint="Move them away or choose another output",
         )
     if _exchange(temporary, target):
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         return
     aside = target.parent / f"{temporary.name}{_OLD}"
     os.rename(target, aside)
@@ -108,7 +143,7 @@ def _swap_folder(temporary: Path, target: Path) -> None:
     except OSError:
         os.rename(aside, target)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -123,9 +158,16 @@ def _exchange(first: Path, second: Path) -> bool:
     return status == 0
 
 
+def _mode_of_new_file() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 def _check_target(
     path: str | os.PathLike[str], target: Path, overwrite: bool, *, folder: bool
-) -> int:
+) -> int | None:
+    """Return the permissions of what is to be replaced, None if there is nothing."""
     try:
         status = os.lstat(target)
     except FileNotFoundError:
@@ -133,9 +175,7 @@ def _check_target(
             raise OutputError(
                 "the folder to write into does not exist", path=target.parent
             ) from None
-        umask = os.umask(0)
-        os.umask(umask)
-        return (0o777 if folder else 0o666) & ~umask
+        return None
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write there: {error}", path=path) from error
     if stat.S_ISDIR(status.st_mode) != folder or not (
@@ -170,7 +210,7 @@ def _remove_stale(folder: Path, stem: str) -> None:
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
         else:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(entry.path)
 
 

@@ -23,9 +23,10 @@ from loratools_formats.errors import (
     OutputExistsError,
     UnknownFormatError,
     UnsupportedError,
+    printable,
 )
 from loratools_formats.provenance import PROVENANCE_FILE, statement
-from loratools_formats.publish import publish_file, publish_folder
+from loratools_formats.publish import publish_file, publish_folder, resolved
 
 GROUP = "loratools.formats"
 
@@ -90,7 +91,7 @@ def _load(point: EntryPoint) -> FormatEntry:
     package = point.dist.name if point.dist is not None else "unknown"
     try:
         found = point.load()
-    except Exception as error:  # noqa: BLE001 - any plugin failure becomes a visible entry
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a failure becomes a visible entry
         return FormatEntry(point.name, package, None, f"{type(error).__name__}: {error}")
     if not isinstance(found, Format):
         return FormatEntry(point.name, package, None, f"is a {type(found).__name__}, not a Format")
@@ -110,7 +111,8 @@ def get_format(name: str) -> Format:
     Raises:
         UnknownFormatError: there is none, it is broken, or two packages claim the name.
     """
-    matches = [entry for entry in registered_formats() if entry.name == name]
+    named = [entry for entry in registered_formats() if entry.name == name]
+    matches = [entry for entry in named if entry.format is not None] or named
     if len(matches) > 1:
         packages = ", ".join(entry.package for entry in matches)
         raise UnknownFormatError(f"format {name!r} is registered by several packages: {packages}")
@@ -131,9 +133,9 @@ def _sniffs(entry: FormatEntry, path: Path) -> bool:
     if entry.format is None:
         return False
     try:
-        return entry.format.sniff(path)
+        return bool(entry.format.sniff(path))
     except Exception as error:  # noqa: BLE001 - a plugin breaking its contract must not stop others
-        print(f"format {entry.name}: sniff failed: {error}", file=sys.stderr)
+        print(f"note: format {entry.name}: sniff failed: {printable(error)}", file=sys.stderr)
         return False
 
 
@@ -162,14 +164,22 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     known = ", ".join(entry.name for entry in registered_formats() if entry.format is not None)
     hint = f"Known formats: {known}"
     if target.is_dir():
-        below = sorted(
-            child.name
-            for child in target.iterdir()
-            if child.is_dir() and any(_sniffs(entry, child) for entry in registered_formats())
-        )
+        below = _adapters_below(target)
         if below:
             hint = f"It holds adapters in sub-folders; name one of: {', '.join(below)}"
     raise UnknownFormatError("no known format recognises it as an adapter", path=path, hint=hint)
+
+
+def _adapters_below(folder: Path) -> list[str]:
+    try:
+        children = sorted(child for child in folder.iterdir() if child.is_dir())
+    except OSError:
+        return []
+    return [
+        child.name
+        for child in children
+        if any(_sniffs(entry, child) for entry in registered_formats())
+    ]
 
 
 def read_adapter(path: str | os.PathLike[str], format_name: str | None = None) -> Adapter:
@@ -196,7 +206,7 @@ def check_output(
     Raises:
         OutputExistsError: it exists and may not be replaced, or lies inside or around the input.
     """
-    target = Path(os.path.realpath(path))
+    target = resolved(path)
     if os.path.lexists(path) and not overwrite:
         raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
     if adapter.source is None:

@@ -21,12 +21,14 @@ from typing import Any
 from loratools_formats import strict_json
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import AdapterError, OutputError
-from loratools_formats.files import RegularFile
+from loratools_formats.files import RegularFile, refuse_lfs_pointer
 from loratools_formats.publish import publish_file
 from loratools_formats.tensors import TensorRef, in_file
 
 _LENGTH_BYTES = 8
 _COPY_CHUNK_BYTES = 8 << 20
+_MARKS_PER_TENSOR = 16
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
             expected="at least 8",
         )
     start = bytes(file.read_at(0, min(size, 64)))
+    refuse_lfs_pointer(start, file.path)
     (length,) = struct.unpack("<Q", start[:_LENGTH_BYTES])
     if length > size - _LENGTH_BYTES or length < 2:
         raise _not_safetensors(file, start, length)
@@ -99,22 +102,14 @@ def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
         )
     text = bytes(file.read_at(_LENGTH_BYTES, length))
     if not text.startswith(b"{"):
-        raise _not_safetensors(file, start, length)
+        raise AdapterError("safetensors header is not a JSON object", path=file.path, got=text[:24])
+    _check_amount(text, file.path, limits)
     try:
         header = strict_json.loads(text.rstrip(b" "))
     except strict_json.StrictJsonError as error:
         raise AdapterError(f"safetensors header: {error}", path=file.path) from error
-    if not isinstance(header, dict):
-        raise _not_safetensors(file, start, length)
     data_start = _LENGTH_BYTES + length
-    metadata = _metadata(header.pop("__metadata__", {}), file.path, limits)
-    if len(header) > limits.tensors:
-        raise AdapterError(
-            "too many tensors",
-            path=file.path,
-            got=len(header),
-            expected=f"at most {limits.tensors}",
-        )
+    metadata = _metadata(header.pop(_METADATA, {}), file.path, limits)
     spans = [(*_entry(name, entry, file.path, limits), name) for name, entry in header.items()]
     _check_layout(spans, size - data_start, file.path)
     tensors = {
@@ -124,11 +119,21 @@ def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
     return SafetensorsFile(file, metadata, tensors)
 
 
-def _not_safetensors(file: RegularFile, start: bytes, length: int) -> AdapterError:
-    if start.startswith(b"version https://git-lfs"):
-        return AdapterError(
-            "is a Git LFS pointer, not the file itself", path=file.path, hint="Run: git lfs pull"
+def _check_amount(text: bytes, path: Path, limits: Limits) -> None:
+    """Refuse a header that would become too many objects, before it is parsed.
+
+    A tensor's entry has one "dtype", and a dozen brackets and commas.
+    """
+    marks = sum(map(text.count, (b"{", b"[", b",")))
+    if text.count(b'"dtype"') > limits.tensors or marks > _MARKS_PER_TENSOR * limits.tensors:
+        raise AdapterError(
+            "too many tensors or values in the safetensors header",
+            path=path,
+            expected=f"at most {limits.tensors} tensors",
         )
+
+
+def _not_safetensors(file: RegularFile, start: bytes, length: int) -> AdapterError:
     if start[:_LENGTH_BYTES].isascii() and start[:1] in b"<{[ \n#PvV":
         return AdapterError(
             "is not a safetensors file", path=file.path, got=f"a start of {start[:24]!r}"
@@ -156,7 +161,9 @@ def _metadata(value: Any, path: Path, limits: Limits) -> dict[str, str]:
     return value
 
 
-def _check_name(name: str, path: Path, limits: Limits) -> None:
+def _check_name(name: str, path: Path | None, limits: Limits) -> None:
+    if not name.isprintable():
+        raise AdapterError("name has control or invisible characters", path=path, tensor=name)
     if len(name.encode()) > limits.name_bytes:
         raise AdapterError(
             "name is too long",
@@ -164,8 +171,6 @@ def _check_name(name: str, path: Path, limits: Limits) -> None:
             tensor=name,
             expected=f"at most {limits.name_bytes} bytes",
         )
-    if not name.isprintable():
-        raise AdapterError("name has control or invisible characters", path=path, tensor=name)
 
 
 def _entry(
@@ -241,7 +246,7 @@ def _plan(tensors: Iterable[TensorRef]) -> list[TensorRef]:
 def _header(ordered: list[TensorRef], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {}
     if metadata:
-        header["__metadata__"] = dict(sorted(metadata.items()))
+        header[_METADATA] = dict(sorted(metadata.items()))
     position = 0
     for tensor in ordered:
         end = position + tensor.nbytes
@@ -251,7 +256,10 @@ def _header(ordered: list[TensorRef], metadata: Mapping[str, str]) -> bytes:
             "data_offsets": [position, end],
         }
         position = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise AdapterError("names or metadata hold lone surrogates") from error
     return struct.pack("<Q", -(-len(text) // 8) * 8) + text.ljust(-(-len(text) // 8) * 8)
 
 
@@ -274,12 +282,13 @@ def write_safetensors(
     flushed and its header is compared with what the `safetensors` library reads from it.
 
     Raises:
-        AdapterError: two tensors share a name, or names differ only by case.
+        AdapterError: a tensor has no possible name, the name of another but for case, or not the
+            bytes that its shape and type ask for.
         OutputExistsError: `path` exists and `overwrite` is false.
         OutputError: writing failed; nothing was changed.
     """
     ordered = _plan(tensors)
-    _check_names(ordered)
+    _check_tensors(ordered)
     header = _header(ordered, metadata)
     with publish_file(path, overwrite=overwrite) as temporary:
         with open(temporary, "xb", buffering=0) as out:
@@ -289,9 +298,18 @@ def write_safetensors(
         _check_written(temporary, ordered)
 
 
-def _check_names(ordered: list[TensorRef]) -> None:
+def _check_tensors(ordered: list[TensorRef]) -> None:
     seen: dict[str, str] = {}
     for tensor in ordered:
+        _check_name(tensor.key, None, DEFAULT_LIMITS)
+        if tensor.key == _METADATA:
+            raise AdapterError("name is reserved for metadata", tensor=tensor.key)
+        if tensor.dtype.nbytes(tensor.shape) is None:
+            raise AdapterError(
+                f"a tensor of {tensor.dtype.code} must fill whole bytes",
+                tensor=tensor.key,
+                got=list(tensor.shape),
+            )
         folded = tensor.key.casefold()
         if folded in seen:
             raise AdapterError(
@@ -304,7 +322,15 @@ def _check_names(ordered: list[TensorRef]) -> None:
 
 def _copy(tensor: TensorRef, out: int) -> None:
     if tensor.file is None:
-        _write_all(out, tensor.raw())
+        data = memoryview(tensor.raw())
+        if data.nbytes != tensor.nbytes:
+            raise AdapterError(
+                "tensor has other bytes than its shape and type ask for",
+                tensor=tensor.key,
+                got=data.nbytes,
+                expected=tensor.nbytes,
+            )
+        _write_all(out, data)
         return
     for done in range(0, tensor.nbytes, _COPY_CHUNK_BYTES):
         count = min(_COPY_CHUNK_BYTES, tensor.nbytes - done)
@@ -319,9 +345,13 @@ def _write_all(out: int, data: bytes | bytearray | memoryview) -> None:
 
 def _check_written(path: Path, ordered: list[TensorRef]) -> None:
     """Compare names, types and shapes with what the safetensors library finds in the file."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="numpy") as written:
+    try:
+        opened = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise OutputError(f"written file cannot be read back: {error}", path=path) from error
+    with opened as written:
         found = set(written.keys())
         for tensor in ordered:
             if tensor.key not in found:

@@ -37,8 +37,13 @@ def _constant(text: str) -> float:
     raise StrictJsonError(f"{text} is not JSON")
 
 
-def loads(data: bytes) -> Any:
+def loads(data: bytes, *, max_depth: int | None = None) -> Any:
     """Parse UTF-8 JSON.
+
+    Args:
+        data: the text.
+        max_depth: most levels of lists and objects; by default what Python's parser can hold,
+            for values that are neither written nor printed again.
 
     Raises:
         StrictJsonError: not UTF-8, a byte order mark, duplicate keys at any level, NaN or
@@ -57,10 +62,26 @@ def loads(data: bytes) -> Any:
     except RecursionError as error:
         raise StrictJsonError("nested too deeply") from error
     except json.JSONDecodeError as error:
-        raise StrictJsonError(f"{error.msg} at byte {error.pos}") from error
+        raise StrictJsonError(f"{error.msg} at character {error.pos}") from error
     if "\\ud" in text.lower():
         _refuse_surrogates(value)
+    if max_depth is not None:
+        _refuse_depth(value, max_depth)
     return value
+
+
+def _refuse_depth(value: Any, max_depth: int) -> None:
+    level = [value]
+    for _ in range(max_depth + 1):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [
+            child
+            for item in containers
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise StrictJsonError("nested too deeply")
 
 
 def _refuse_surrogates(value: Any) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loratools_formats import dtypes
 from loratools_formats.dtypes import DTYPES, DType
-from loratools_formats.errors import AdapterError
+from loratools_formats.errors import AdapterError, UnsupportedError
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -71,7 +71,7 @@ class TensorRef:
             UnsupportedError: the stored type cannot be decoded.
         """
         array = dtypes.decode(self.read(), self.dtype, self.shape)
-        return array if dtype is None else array.astype(dtype, copy=False)
+        return array if dtype is None else dtypes.converted(array, dtype)
 
     def torch(self) -> Any:
         """Return the values as a torch tensor of the stored type, with memory of its own."""
@@ -125,6 +125,10 @@ def in_memory(key: str, array: Array, code: str | None = None) -> TensorRef:
         key: its name.
         array: values; converted to little-endian and made contiguous.
         code: a safetensors type name; by default the one of the array's own type.
+
+    Raises:
+        AdapterError: the array's type has no safetensors name.
+        UnsupportedError: elements of the type are smaller than a byte.
     """
     import numpy as np
 
@@ -140,6 +144,10 @@ def in_memory(key: str, array: Array, code: str | None = None) -> TensorRef:
     if code not in DTYPES:
         raise AdapterError("array type has no safetensors name", tensor=key, got=code)
     dtype = DTYPES[code]
+    if dtype.bits < 8:
+        raise UnsupportedError(
+            "types below a byte can be copied but not made", tensor=key, got=code
+        )
     stored = dtypes.encode(array, dtype)
     data = np.atleast_1d(stored).view(np.uint8).reshape(-1).data
     return TensorRef(key, dtype, tuple(array.shape), lambda: data)

@@ -22,6 +22,7 @@ from loratools.cli.output import (
     progress_bar,
 )
 from loratools.merge.align import MergeInput
+from loratools.merge.methods import get_method
 from loratools.merge.operation import MergeResult, merge
 from loratools.merge.options import MergeOptions, weight_override
 from loratools.merge.recipe import RECIPE_FILE, Recipe, RecipeAdapter, load_recipe, recipe_text
@@ -29,7 +30,12 @@ from loratools.ranks import RankRule
 from loratools.resize import ComputeOptions
 from loratools_formats import get_format, read_adapter, write_adapter
 from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import AdapterError, OptionError
+from loratools_formats.errors import (
+    AdapterError,
+    OptionError,
+    OutputError,
+    OutputExistsError,
+)
 from loratools_formats.publish import publish_file
 
 
@@ -103,6 +109,8 @@ def command(
     if len(bases) > 1 and plan.options.force_base and not quiet:
         note(f"the adapters name different base models: {', '.join(bases)}")
     target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
+    save_recipe = None if dry_run else save_recipe
+    _check_recipe_target(save_recipe, overwrite=overwrite)
     with progress_bar("merge", quiet=quiet) as progress:
         result = merge(
             inputs,
@@ -145,11 +153,12 @@ def _plan(
     if not adapters:
         raise OptionError("no adapters to merge", hint="Name some, or pass --recipe")
     rule: RankRule = settings["rule"]
+    method = get_method(settings["method"])
     return Recipe(
         tuple(_reference(text) for text in adapters),
         MergeOptions(
             method=settings["method"],
-            parameters=_parameters(settings),
+            parameters=method.checked(_parameters(settings)),
             rule=rule,
             compute=compute,
             space=settings["space"],
@@ -171,14 +180,14 @@ _IN_RECIPES = (
 
 def _parameters(settings: dict[str, Any]) -> dict[str, Any]:
     names = ("density", "lambda_", "majority_sign", "flavor")
-    parameters = {name: settings[name] for name in names if settings[name] is not None}
+    parameters = {n.rstrip("_"): settings[n] for n in names if settings[n] is not None}
     if settings["normalize"]:
         parameters["normalize"] = True
     for text in settings["param"]:
         name, separator, value = text.partition("=")
         if not separator:
             raise OptionError("not a parameter", got=text, expected="NAME=VALUE")
-        parameters["lambda_" if name == "lambda" else name.replace("-", "_")] = value
+        parameters[name.replace("-", "_")] = value
     return parameters
 
 
@@ -198,6 +207,7 @@ def _reference(text: str) -> RecipeAdapter:
 
 def _inputs(plan: Recipe, *, quiet: bool) -> list[MergeInput]:
     inputs: list[MergeInput] = []
+    names: list[str] = []
     for item in plan.adapters:
         adapter = read_adapter(item.path)
         if item.sha256 is not None and adapter.inputs[0].sha256() != item.sha256:
@@ -209,13 +219,24 @@ def _inputs(plan: Recipe, *, quiet: bool) -> list[MergeInput]:
         for text in () if quiet else adapter.notes:
             note(text)
         name = item.path.resolve().name
-        count = sum(other.name.split("#")[0] == name for other in inputs)
-        inputs.append(MergeInput(adapter, item.weight, f"{name}#{count + 1}" if count else name))
+        names.append(name)
+        count = names.count(name)
+        inputs.append(MergeInput(adapter, item.weight, f"{name}#{count}" if count > 1 else name))
     return inputs
 
 
 def _recipe(plan: Recipe, inputs: Sequence[MergeInput], folder: Path) -> bytes:
     return recipe_text(plan, [item.adapter.inputs[0].sha256() for item in inputs], folder)
+
+
+def _check_recipe_target(path: Path | None, *, overwrite: bool) -> None:
+    """Refuse early a recipe that could not be published."""
+    if path is None:
+        return
+    if path.exists() and not overwrite:
+        raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
+    if not path.resolve().parent.is_dir():
+        raise OutputError("the folder to write into does not exist", path=path.resolve().parent)
 
 
 def _save_recipe(

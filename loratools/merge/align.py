@@ -112,8 +112,9 @@ def _matched(name: str, whole: Delta, first: LowRank, item: MergeInput) -> Delta
 
 
 def _identity(delta: LowRank) -> tuple[object, ...]:
-    square = delta.shape[0] == delta.shape[1]
-    turn = delta.layer.transposed_if_square if square else None
+    # Only for experts does the file's (out, in) depend on how the weight is stored.
+    turned = delta.layer.kind == "experts" and delta.shape[0] == delta.shape[1]
+    turn = delta.layer.transposed_if_square if turned else None
     return delta.layer.kind, delta.layer.kernel, delta.shape, delta.experts, turn
 
 

@@ -35,19 +35,18 @@ def knots(
     """
     count, _, width = space.cores.shape
     joined = np.concatenate(list(space.cores), axis=1)
-    u, s, vt = np.linalg.svd(joined, full_matrices=False)
+    u, s, _ = np.linalg.svd(joined, full_matrices=False)
     kept = max(1, _nonzero(s))
-    u, s = _signed(u[:, :kept]), s[:kept]
-    vt = (u.T @ joined) / np.where(s > 0.0, s, 1.0)[:, None]
+    left, s = space.u @ u[:, :kept], s[:kept]
+    # Where votes are even, TIES chooses +, so the arbitrary signs of an SVD must be settled.
+    signs = np.where(-left.min(axis=0) > left.max(axis=0), -1.0, 1.0)
+    # Not the SVD's own right factors: where an adapter has no delta, those are noise, which votes.
+    vt = (u[:, :kept] * signs).T @ joined / np.where(s > 0.0, s, 1.0)[:, None]
     aligned = [DenseRows(vt[:, t * width : (t + 1) * width] @ space.v.T) for t in range(count)]
     tasks = Tasks(aligned, (kept, space.shape[1]), 0, "")
     merged = ties(tasks, weights, density=density, majority_sign=majority_sign, flavor=flavor)
     rows = np.concatenate([merged(*span) for span in tasks.spans()])
-    return space.u @ (lambda_ * u * s), rows
-
-
-def _signed(u: Array) -> Array:
-    return u * np.where(-u.min(axis=0) > u.max(axis=0), -1.0, 1.0)
+    return lambda_ * left * signs * s, rows
 
 
 def tsv(space: SharedSpace, weights: Array, *, lambda_: float = 1.0) -> tuple[Array, Array]:

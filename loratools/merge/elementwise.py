@@ -38,7 +38,7 @@ def _top(tasks: Tasks, density: float, flavor: Flavor) -> Rows:
     if _checked_density(density) >= 1.0:
         return tasks.block
     least = 1 if flavor == "mergekit" and density > 0.0 else 0
-    keep = max(least, int(density * tasks.shape[0] * tasks.shape[1]))
+    keep = max(least, int(density * (tasks.shape[0] * tasks.shape[1])))
     if flavor == "paper" and tasks.share_threshold is not None:
         thresholds = [tasks.share_threshold(task, density) for task in range(tasks.count)]
     else:

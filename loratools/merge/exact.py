@@ -47,10 +47,10 @@ def joined_exactly(
 ) -> LowRank | None:
     """Return the concatenated factors if no value needs rounding, None if one does.
 
-    One scale stands for all; the other terms' factors take up the ratio, exact if it is a power of
-    two.
+    One scale stands for all, a positive one; factors take up signs and ratios, exact if these are
+    powers of two.
     """
-    if merged.coefficients is None or template.bias is not None:
+    if merged.coefficients is None or merged.terms is None:
         return None
     parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
     shares = merged.coefficients
@@ -61,13 +61,14 @@ def joined_exactly(
     ]
     if not terms or (shares != shares[0]).any():
         return None
-    scale = terms[0][0]
+    scale = abs(terms[0][0])
     ratios = [factor / scale for factor, _ in terms]
-    dtypes = {tensor.dtype for _, part in terms for tensor in (part.a, part.b)}
-    if len(dtypes) > 1 or any(abs(math.frexp(ratio)[0]) != 0.5 for ratio in ratios):
-        return None
-    if len(terms) == 1:
+    if ratios == [1.0]:
         return replace(terms[0][1], scale=scale)
+    dtypes = {tensor.dtype for _, part in terms for tensor in (part.a, part.b)}
+    powers_of_two = all(abs(math.frexp(ratio)[0]) == 0.5 for ratio in ratios)
+    if template.bias is not None or len(dtypes) > 1 or not powers_of_two:
+        return None
     a = np.concatenate([part.a.load(np.float64) for _, part in terms], axis=-2)
     b = np.concatenate(
         [ratio * part.b.load(np.float64) for ratio, (_, part) in zip(ratios, terms, strict=True)],

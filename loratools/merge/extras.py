@@ -28,7 +28,8 @@ def settled_replacements(
         policy: None to refuse clashes, `first`, `average`, or an adapter's name.
 
     Raises:
-        AdapterError: a clash without a policy, or values that cannot be averaged.
+        AdapterError: a clash that the policy, if any, does not settle, or values that cannot be
+            averaged.
         OptionError: no adapter has the name given.
     """
     names = [item.name for item in inputs]
@@ -53,10 +54,23 @@ def settled_replacements(
             )
         elif policy == "average":
             result[key] = _average(key, found)
+        elif policy == "first":
+            result[key] = found[0]
         else:
-            chosen = [r for item, r in zip(holders, found, strict=True) if item.name == policy]
-            result[key] = chosen[0] if chosen else found[0]
+            result[key] = _named(key, policy, holders)
     return result
+
+
+def _named(key: str, name: str, holders: Sequence[MergeInput]) -> Replacement:
+    for item in holders:
+        if item.name == name:
+            return item.adapter.replacements[key]
+    raise AdapterError(
+        f"other adapters clash over a tensor that {name} does not replace",
+        tensor=key,
+        got=", ".join(item.name for item in holders),
+        hint="Settle it with --replacements first, average or one of these names",
+    )
 
 
 def _same(first: Replacement, second: Replacement) -> bool:

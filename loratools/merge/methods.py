@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,22 +67,25 @@ class Method:
         }
 
     def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return given parameters converted to their types.
+        """Return given parameters under their names in Python, converted to their types.
 
         Raises:
             OptionError: a name the method does not have, or a value of the wrong type.
         """
         hints = typing.get_type_hints(self.function)
         result = {}
-        for name, value in given.items():
+        for shown, value in given.items():
+            name = shown if shown in self.parameters else f"{shown}_"
             if name not in self.parameters:
-                close = difflib.get_close_matches(name, self.parameters, n=1)
+                known = [parameter.rstrip("_") for parameter in self.parameters]
+                close = difflib.get_close_matches(shown, known, n=1)
                 raise OptionError(
-                    f"method {self.name} has no parameter {name}",
-                    expected=", ".join(self.parameters) or "none",
+                    f"method {self.name} has no parameter {shown.rstrip('_')}",
+                    expected=", ".join(known) or "none",
                     hint=f"Did you mean {close[0]}?" if close else None,
                 )
-            result[name] = _converted(f"{self.name}: {name}", value, hints[name])
+            hint = hints.get(name, type(self.parameters[name]))
+            result[name] = _converted(f"{self.name}: {name.rstrip('_')}", value, hint)
         return result
 
 
@@ -97,9 +101,13 @@ def _converted(label: str, value: Any, hint: Any) -> Any:
             return {"true": True, "false": False}[str(value).lower()]
         if kind is int and float(value) != int(value):
             raise ValueError
-        return kind(value)
-    except (ValueError, TypeError, KeyError) as error:
-        raise OptionError(label, got=value, expected=f"a value of type {kind.__name__}") from error
+        result = kind(value)
+        if kind is float and not math.isfinite(result):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        expected = "a finite number" if kind is float else f"a value of type {kind.__name__}"
+        raise OptionError(label, got=value, expected=expected) from error
+    return result
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def registered_methods() -> tuple[MethodEntry, ...]:
         try:
             found = point.load()
             error = None if isinstance(found, Method) else f"is a {type(found).__name__}"
-        except Exception as failure:  # noqa: BLE001 - a broken plugin becomes a visible entry
+        except (Exception, SystemExit) as failure:  # noqa: BLE001 - becomes a visible entry
             found, error = None, f"{type(failure).__name__}: {failure}"
         entries.append(MethodEntry(point.name, package, None if error else found, error))
     order = {"span": 0, "core": 1, "elementwise": 2}

@@ -26,7 +26,7 @@ from loratools.merge.stream import RowStore, StreamedSvd, squared_residual, stre
 from loratools.merge.tasks import DenseRows, FactorRows, RowSource, Tasks, ZeroRows
 from loratools_formats.adapter import Delta, Dora, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.orientation import is_transposed
 
 Array = np.ndarray[Any, Any]
@@ -121,9 +121,24 @@ def merged_module(
         UnsupportedError: a DoRA without the base, or in a method that needs factors.
         AdapterError: NaN or infinite values, or a base weight that does not fit.
     """
-    if module.needs_base:
-        return _through_base(module, run, base, scratch_folder)
-    stacks = [None if d is None else _terms(d) for d in module.deltas]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if module.needs_base:
+            merged = _through_base(module, run, base, scratch_folder)
+        else:
+            merged = _from_factors(module, run, scratch_folder, device)
+    _check_finite(sum(matrix.squared_norm for matrix in merged.matrices))
+    return merged
+
+
+def _check_finite(squared_norm: float) -> None:
+    if not math.isfinite(squared_norm):
+        raise AdapterError("the merged change overflows", hint="Are scales and weights right?")
+
+
+def _from_factors(
+    module: AlignedModule, run: ModuleMethod, scratch_folder: Path | None, device: Device
+) -> MergedModule:
+    stacks = [None if d is None else terms_of(d) for d in module.deltas]
     matrices: list[MergedMatrix] = []
     coefficients, all_terms = [], []
     for expert in range(module.first.experts):
@@ -153,12 +168,20 @@ def merged_module(
     return MergedModule(matrices, None, None)
 
 
-def _terms(delta: Delta) -> list[Term]:
+def terms_of(delta: Delta) -> list[Term]:
+    """Return the factors of each matrix of a delta in float64, the scale folded in.
+
+    Raises:
+        AdapterError: a factor holds NaN or infinite values.
+    """
     part = low_rank_part(delta)
-    return [
-        (part.scale * b.astype(np.float64), a.astype(np.float64, copy=False))
-        for b, a in loaded(part)
-    ]
+    terms = []
+    for b, a in loaded(part):
+        for values, tensor in ((a, part.a), (b, part.b)):
+            if not (math.isfinite(values.sum()) or np.isfinite(values).all()):
+                raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
+        terms.append((part.scale * b.astype(np.float64), a.astype(np.float64, copy=False)))
+    return terms
 
 
 def _factor_gram(terms: list[Term | None]) -> Array:
@@ -200,6 +223,7 @@ def _streamed(
     store = RowStore(tasks.shape, folder)
     for span in tasks.spans():
         store.append(rows(*span))
+    _check_finite(store.squared_norm)
     seed = zlib.crc32(tasks.name.encode(), run.seed & 0xFFFFFFFF)
     svd = streamed_svd(store, run.width(module), power_iterations=run.power_iterations, seed=seed)
     return StreamedMatrix(store, svd)
@@ -249,6 +273,7 @@ def _through_base(
     weight = _canonical_weight(module, base)
     sources = [_row_source(delta, weight, module) for delta in module.deltas]
     tasks = Tasks(sources, module.first.shape, run.seed, f"{module.name}#0", run.share_threshold)
+    coefficients = None
     if run.method.kind == "elementwise":
         rows: Rows = run.method.function(tasks, run.weights, **run.parameters)
     else:
@@ -257,27 +282,33 @@ def _through_base(
             block = tasks.block(*span).astype(np.float64).reshape(tasks.count, -1)
             gram += block @ block.T
         shares = _coefficients(run, gram)
+        coefficients = shares[None, :]
 
         def rows(start: int, stop: int) -> Array:
             block = tasks.block(start, stop).astype(np.float64)
             result: Array = np.tensordot(shares, block, axes=1)
             return result
 
-    return MergedModule([_streamed(tasks, rows, module, run, folder)], None, None)
+    return MergedModule([_streamed(tasks, rows, module, run, folder)], coefficients, None)
 
 
 def _canonical_weight(module: AlignedModule, base: Checkpoint) -> Array:
     stored = base.weight(module.name)
     crossed = is_transposed(module.name, module.first, stored.shape)
-    values = stored.load(np.float32).reshape(-1, math.prod(stored.shape[1:]))
+    wide = np.float64 if stored.dtype.code == "F64" else np.float32
+    values = stored.load(wide).reshape(-1, math.prod(stored.shape[1:]))
+    if not np.isfinite(values).all():
+        raise AdapterError("base weight holds NaN or infinite values", tensor=stored.key)
     return values.T if crossed else values
 
 
 def _row_source(delta: Delta | None, weight: Array, module: AlignedModule) -> RowSource:
     if delta is None:
         return ZeroRows(module.first.shape[1])
-    ((b, a),) = _terms(delta)
+    ((b, a),) = terms_of(delta)
     if not isinstance(delta, Dora):
         return FactorRows(b, a)
     magnitude = delta.magnitude.load(np.float64).reshape(-1)
+    if not np.isfinite(magnitude).all():
+        raise AdapterError("magnitude holds NaN or infinite values", tensor=delta.magnitude.key)
     return _DoraRows(weight, b, a, magnitude)

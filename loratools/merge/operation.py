@@ -29,9 +29,9 @@ from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import Spectrum, choose_ranks
 from loratools.resize import Resizer
 from loratools.scratch import Scratch
-from loratools_formats.adapter import Adapter, LowRank, low_rank_part
+from loratools_formats.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
-from loratools_formats.errors import LoratoolsError, OptionError
+from loratools_formats.errors import LoratoolsError, OptionError, UnsupportedError
 from loratools_formats.registry import get_format
 
 _OVERSAMPLE = 10
@@ -112,10 +112,10 @@ def merge(
             biases of factors in a method that is not a weighted sum.
     """
     method = get_method(options.method)
-    parameters = method.checked(options.parameters)
+    options = replace(options, parameters=method.checked(options.parameters))
     _check(inputs, options, method)
     modules = align(inputs, force_base=options.force_base)
-    work = _Merge(inputs, options, method, parameters, modules, base, scratch_folder)
+    work = _Merge(inputs, options, method, modules, base, scratch_folder)
     with ThreadPoolExecutor(1) as beside:
         adapters = {f"{index}": item.adapter for index, item in enumerate(inputs)}
         record = options.record() | {"weights": [item.weight for item in inputs]}
@@ -144,17 +144,19 @@ def merge(
         adapter,
         tuple(outcome.report for outcome in done),
         _share(sum(outcome.kept for outcome in done), squared_norm),
-        math.sqrt(1.0 - _share(squared_norm - sum(o.squared_error for o in done), squared_norm)),
+        _relative(sum(outcome.squared_error for outcome in done), squared_norm),
         None
         if any(residual is None for residual in residuals)
-        else math.sqrt(sum(r for r in residuals if r is not None) / squared_norm)
-        if squared_norm
-        else 0.0,
+        else _relative(sum(r for r in residuals if r is not None), squared_norm),
     )
 
 
 def _share(part: float, whole: float) -> float:
     return min(1.0, part / whole) if whole else 1.0
+
+
+def _relative(squared_error: float, squared_norm: float) -> float:
+    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
 
 
 def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) -> None:
@@ -170,15 +172,17 @@ def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) 
         raise OptionError(f"--space core is for elementwise methods; {method.name} is not one")
     if method.uncompressed and options.rule.is_given:
         raise OptionError(f"{method.name} keeps all ranks", hint="Use linear to choose ranks")
-    if method.kind == "elementwise" and options.space == "full":
+    has_dora = any(isinstance(d, Dora) for item in inputs for d in item.adapter.modules.values())
+    if has_dora or (method.kind == "elementwise" and options.space == "full"):
         for name in ("sv_cumulative", "threshold"):
             if getattr(options.rule, name):
                 raise OptionError(
-                    f"{name} needs all singular values, which {method.name} does not compute",
+                    f"{name} needs all singular values, which are not computed for "
+                    + ("a DoRA" if has_dora else f"method {method.name}"),
                     hint="Use --rank or --energy",
                 )
     for item in inputs:
-        item.adapter.require_true_delta("merge")
+        _require_true_delta(item.adapter)
     for override in options.overrides:
         method.checked(override.parameters)
         if override.weights is not None and len(override.weights) not in (1, count):
@@ -187,6 +191,15 @@ def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) 
                 got=len(override.weights),
                 expected=f"1 or {count}",
             )
+
+
+def _require_true_delta(adapter: Adapter) -> None:
+    try:
+        adapter.require_true_delta("merge")
+    except UnsupportedError as error:
+        if adapter.caveats[0].code == MUTATED_BASE:
+            error.hint = "Make it a plain adapter first: loratools squeeze --initial INITIAL"
+        raise
 
 
 def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:
@@ -204,7 +217,6 @@ class _Merge:
         inputs: Sequence[MergeInput],
         options: MergeOptions,
         method: Method,
-        parameters: dict[str, Any],
         modules: list[AlignedModule],
         base: Checkpoint | None,
         scratch_folder: Path | None,
@@ -212,18 +224,15 @@ class _Merge:
         self.inputs = inputs
         self.options = options
         self.method = method
-        self.parameters = parameters
         self.modules = modules
         self.base = base
         self.folder = scratch_folder
         self.device = Device(options.compute.device)
         self.resizer = Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform)
         self.trim = None
-        if (
-            method.name == "ties"
-            and parameters.get("flavor") == "paper"
-            and options.space == "full"
-        ):
+        settings = [options.parameters, *(override.parameters for override in options.overrides)]
+        is_paper = any(each.get("flavor") == "paper" for each in settings)
+        if method.name == "ties" and is_paper and options.space == "full":
             self.trim = SharedTrim(modules)
 
     def outcomes(self) -> Any:
@@ -261,8 +270,8 @@ class _Merge:
     def _parameters(self, name: str) -> dict[str, Any]:
         for override in self.options.overrides:
             if override.parameters and re.search(override.match, name):
-                return self.parameters | self.method.checked(override.parameters)
-        return self.parameters
+                return self.options.parameters | self.method.checked(override.parameters)
+        return self.options.parameters
 
     def _width(self, module: AlignedModule) -> int:
         """Return how many triplets a streamed SVD looks for: the highest rank, and some more."""
@@ -351,7 +360,7 @@ class _Merge:
             tuple(None if d is None else low_rank_part(d).rank for d in module.deltas),
             new.rank,
             _share(kept, squared_norm),
-            math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
+            _relative(squared_error, squared_norm),
             module.absent,
         )
         residual = factor_residual(merged, module) if self.method.name == "fedex" else None
@@ -373,10 +382,9 @@ class _Merge:
         else:
             rank = spectrum.rank
         exact = joined_exactly(module, merged, template) if rank >= spectrum.rank else None
-        if exact is not None and (exact.rank <= rank or not rule.is_given):
-            kept = self.resizer.without_loss(exact, exact.rank)
+        if exact is not None:
+            free = ranks is None and not rule.is_given
+            kept = self.resizer.without_loss(exact, exact.rank if free else rank)
             if kept is not None:
                 return kept, 0.0
-        if not rule.is_given and merged.terms is not None:
-            rank = min(spectrum.rank, *module.first.shape)
         return self.resizer.compressed(module.name, template, merged.matrices, rank)

@@ -18,15 +18,20 @@ from __future__ import annotations
 
 import math
 import os
+import typing
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
 
+from loratools.merge.methods import Method, get_method
 from loratools.merge.options import MergeOptions, Override
-from loratools.ranks import Budget, RankRule, as_options
+from loratools.ranks import Budget, RankRule, as_options, check_regex
 from loratools.resize import ComputeOptions
 from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
 from loratools_formats.files import read_small_file
@@ -56,18 +61,20 @@ class Recipe:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain data only: no aliases, which can expand without bound, and no duplicate keys."""
+    """Plain data only: no aliases, which can expand without bound, no tags, no duplicate keys."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.events.AliasEvent):
+        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
             raise yaml.YAMLError("aliases are not allowed")
+        if getattr(self.peek_event(), "tag", None) is not None:  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("tags are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        repeated = {key for key in keys if keys.count(key) > 1}
+        counts = Counter(str(key.value) for key, _ in node.value)
+        repeated = [key for key, count in counts.items() if count > 1]
         if repeated:
-            raise yaml.YAMLError(f"duplicate key {min(map(str, repeated))!r}")
+            raise yaml.YAMLError(f"duplicate key {repeated[0]!r}")
         return super().construct_mapping(node, deep)
 
 
@@ -80,16 +87,21 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         content = yaml.load(read_small_file(path, _MAX_BYTES), _StrictLoader)  # noqa: S506
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         if isinstance(error, LoratoolsError):
             raise
-        reason = str(error).splitlines()
-        raise AdapterError(f"not a recipe: {reason[0] if reason else error}", path=path) from error
+        raise AdapterError(f"not a recipe: {_reason(error)}", path=path) from error
     try:
         return _recipe(content, path.parent)
     except OptionError as error:
         error.path = str(path)
         raise
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} in line {error.problem_mark.line + 1}"
+    return str(error).partition("\n")[0]
 
 
 def _fail(place: str, message: str, got: object = None, expected: object = None) -> OptionError:
@@ -116,9 +128,12 @@ def _list(value: Any, place: str) -> list[Any]:
 
 
 def _number(value: Any, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _fail(place, "must be a finite number", got=value)
-    return value
+    if type(value) in (int, float) and abs(value) < math.inf:
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    raise _fail(place, "must be a finite number", got=value)
 
 
 def _text(value: Any, place: str) -> str:
@@ -128,13 +143,36 @@ def _text(value: Any, place: str) -> str:
 
 
 def _placed(place: str, build: Callable[[], Any]) -> Any:
-    """Run a constructor and put the place in front of what it complains about."""
+    """Run a check and put the place in front of what it complains about."""
     try:
         return build()
     except OptionError as error:
-        raise _fail(place, error.message, error.got, error.expected) from error
-    except TypeError as error:
-        raise _fail(place, "has a value of the wrong type", got=error) from error
+        error.message = f"{place}: {error.message}"
+        raise
+
+
+def _values(value: Any, place: str, of: type, names: Sequence[str]) -> dict[str, Any]:
+    """Return a map of some fields of a dataclass, whose values have the types that it declares."""
+    hints = typing.get_type_hints(of)
+    fields = _fields(value, place, dict.fromkeys(names, False))
+    return {name: _value(item, f"{place}.{name}", hints[name]) for name, item in fields.items()}
+
+
+def _value(value: Any, place: str, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if NoneType in typing.get_args(hint) else (hint,)
+    kind = kinds[0]
+    if value is None and NoneType in kinds:
+        return None
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            expected = " or ".join(map(str, typing.get_args(kind)))
+            raise _fail(place, "is wrong", got=value, expected=expected)
+    elif kind is float:
+        return _number(value, place)
+    elif kind in (int, bool) and type(value) is not kind:
+        expected = "a whole number" if kind is int else "true or false"
+        raise _fail(place, "is wrong", got=value, expected=expected)
+    return value
 
 
 def _recipe(content: Any, folder: Path) -> Recipe:
@@ -155,7 +193,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             "force_base": False,
         },
     )
-    if fields["version"] != _VERSION:
+    if type(fields["version"]) is not int or fields["version"] != _VERSION:
         raise _fail("$.version", "is not supported", got=fields["version"], expected=_VERSION)
     adapters = [
         _adapter(item, f"$.adapters[{index}]", folder)
@@ -169,16 +207,18 @@ def _recipe(content: Any, folder: Path) -> Recipe:
     force = fields.get("force_base", False)
     if not isinstance(force, bool):
         raise _fail("$.force_base", "must be true or false", got=force)
+    name = _text(fields["method"], "$.method")
+    method: Method = _placed("$.method", lambda: get_method(name))
     base = fields.get("base")
     policy = fields.get("replacements")
     options = MergeOptions(
-        method=_text(fields["method"], "$.method"),
-        parameters=_parameters(fields.get("parameters", {}), "$.parameters"),
+        method=name,
+        parameters=_parameters(fields.get("parameters", {}), "$.parameters", method),
         rule=_rule(fields.get("ranks", {}), "$.ranks"),
         compute=_compute(fields.get("compute", {}), "$.compute"),
         space=space,
         overrides=tuple(
-            _override(item, f"$.overrides[{index}]")
+            _override(item, f"$.overrides[{index}]", method, len(adapters))
             for index, item in enumerate(_list(fields.get("overrides", []), "$.overrides"))
         ),
         replacements=None if policy is None else _text(policy, "$.replacements"),
@@ -199,15 +239,17 @@ def _adapter(value: Any, place: str, folder: Path) -> RecipeAdapter:
     )
 
 
-def _parameters(value: Any, place: str) -> dict[str, Any]:
+def _parameters(value: Any, place: str, method: Method) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise _fail(place, "must be a map from names to values", got=type(value).__name__)
-    return value
+    result: dict[str, Any] = {}
+    for name, item in value.items():
+        result |= _placed(f"{place}.{name}", partial(method.checked, {name: item}))
+    return result
 
 
 def _rule(value: Any, place: str) -> RankRule:
-    known = dict.fromkeys(RankRule.__dataclass_fields__, False)
-    fields = dict(_fields(value, place, known))
+    fields = _values(value, place, RankRule, list(RankRule.__dataclass_fields__))
     if "budget" in fields:
         text = str(fields["budget"])
         fields["budget"] = _placed(f"{place}.budget", lambda: Budget.parse(text))
@@ -224,17 +266,18 @@ def _pattern(value: Any, place: str) -> tuple[str, int]:
     pair = _list(value, place)
     if len(pair) != 2 or not isinstance(pair[0], str) or type(pair[1]) is not int:
         raise _fail(place, "must be a regular expression and a rank", got=value)
+    _placed(place, lambda: check_regex(pair[0]))
     return pair[0], pair[1]
 
 
 def _compute(value: Any, place: str) -> ComputeOptions:
     names = [n for n in ComputeOptions.__dataclass_fields__ if n not in _NOT_IN_RECIPES]
-    fields = _fields(value, place, dict.fromkeys(names, False))
+    fields = _values(value, place, ComputeOptions, names)
     options: ComputeOptions = _placed(place, lambda: ComputeOptions(**fields))
     return options
 
 
-def _override(value: Any, place: str) -> Override:
+def _override(value: Any, place: str, method: Method, count: int) -> Override:
     fields = _fields(value, place, {"match": True, "weights": False, "parameters": False})
     weights = fields.get("weights")
     numbers = None
@@ -243,7 +286,10 @@ def _override(value: Any, place: str) -> Override:
             _number(item, f"{place}.weights[{index}]")
             for index, item in enumerate(_list(weights, f"{place}.weights"))
         )
-    parameters = _parameters(fields.get("parameters", {}), f"{place}.parameters")
+        if len(numbers) not in (1, count):
+            expected = f"1 or {count}"
+            raise _fail(f"{place}.weights", "wrong number", got=len(numbers), expected=expected)
+    parameters = _parameters(fields.get("parameters", {}), f"{place}.parameters", method)
     match = _text(fields["match"], f"{place}.match")
     override: Override = _placed(f"{place}.match", lambda: Override(match, numbers, parameters))
     return override
@@ -260,7 +306,7 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
     options = recipe.options
     content: dict[str, Any] = {"version": _VERSION, "method": options.method}
     if options.parameters:
-        content["parameters"] = dict(options.parameters)
+        content["parameters"] = _shown(options.parameters)
     if options.space != "full":
         content["space"] = options.space
     content["adapters"] = [
@@ -270,6 +316,9 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
     ranks = as_options(options.rule)
     if ranks:
         content["ranks"] = dict(ranks)
+        share = options.rule.budget.share if options.rule.budget is not None else None
+        if share is not None:
+            content["ranks"]["budget"] = f"{share * 100:.12f}".rstrip("0").rstrip(".") + "%"
     defaults = asdict(ComputeOptions())
     compute = {
         name: value
@@ -279,7 +328,10 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
     if compute:
         content["compute"] = compute
     if options.overrides:
-        content["overrides"] = [override.record() for override in options.overrides]
+        content["overrides"] = [
+            {k: _shown(v) if k == "parameters" else v for k, v in override.record().items()}
+            for override in options.overrides
+        ]
     if options.replacements is not None:
         content["replacements"] = options.replacements
     if recipe.base is not None:
@@ -288,6 +340,11 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
         content["force_base"] = True
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return text.encode()
+
+
+def _shown(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters by the names that users type."""
+    return {name.rstrip("_"): value for name, value in parameters.items()}
 
 
 def _relative(path: Path, folder: Path) -> str:

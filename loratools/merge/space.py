@@ -31,7 +31,7 @@ class SharedSpace:
         v: (n, R_a) orthonormal columns.
         cores: (T, R_b, R_a); ΔWₜ = u @ cores[t] @ v.T.
         shape: (m, n).
-        ranks: rank of each adapter's factors; 0 where it does not have the module.
+        ranks: rank of each adapter's delta; 0 where it does not have the module.
     """
 
     u: Array
@@ -48,10 +48,7 @@ def shared_space(terms: list[tuple[Array, Array] | None], shape: tuple[int, int]
         terms: (b (m, r), a (r, n)) in float64 for each adapter, None where it has no delta.
         shape: (m, n).
     """
-    balanced = [
-        None if term is None else linalg.qr_factors(term[0], term[1], 1.0, term[1].shape[0])
-        for term in terms
-    ]
+    balanced = [None if term is None else _balanced(*term) for term in terms]
     present = [factors for factors in balanced if factors is not None]
     u = _basis(np.concatenate([factors.b for factors in present], axis=1))
     v = _basis(np.concatenate([factors.a.T for factors in present], axis=1))
@@ -61,6 +58,14 @@ def shared_space(terms: list[tuple[Array, Array] | None], shape: tuple[int, int]
             cores[index] = (u.T @ factors.b) @ (factors.a @ v)
     ranks = tuple(0 if factors is None else factors.a.shape[0] for factors in balanced)
     return SharedSpace(u, v, cores, shape, ranks)
+
+
+def _balanced(b: Array, a: Array) -> linalg.Factors:
+    """Return U√S and √SVᵀ without the directions that are only rounding."""
+    whole = linalg.qr_factors(b, a, 1.0, a.shape[0])
+    sizes = whole.singular_values
+    count = max(1, int(np.count_nonzero(sizes > _RELATIVE_FLOOR * sizes[0])))
+    return linalg.Factors(whole.b[:, :count], whole.a[:count], sizes[:count])
 
 
 def _basis(stacked: Array) -> Array:

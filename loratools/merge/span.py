@@ -81,8 +81,7 @@ def karcher(gram: Array, weights: Array, *, max_iter: int = 10, tol: float = 1e-
         return np.zeros_like(weights)
     shares = linear(gram, weights, normalize=True)
     length = float(shares @ norms)
-    inner = np.where(present, shares, 0.0)
-    inner = inner / inner.sum()
+    inner = linear(gram, np.where(present, shares, 0.0), normalize=True)
     units = np.where(present, norms, 1.0)
     cosines = np.where(np.outer(present, present), gram / np.outer(units, units), 0.0)
     mean = inner.copy()
@@ -93,7 +92,8 @@ def karcher(gram: Array, weights: Array, *, max_iter: int = 10, tol: float = 1e-
         dots = np.clip(cosines @ mean, -1.0, 1.0)
         for index in np.flatnonzero(present):
             angle = math.acos(float(dots[index]))
-            if angle >= tol:
+            # Opposite to the mean, all directions are as good, and noise would choose one.
+            if tol <= angle <= math.pi - 1e-6:
                 step = np.eye(len(mean))[index] - dots[index] * mean
                 tangent += inner[index] * angle / math.sin(angle) * step
         speed = math.sqrt(max(float(tangent @ cosines @ tangent), 0.0))

@@ -137,9 +137,9 @@ class Tasks:
 
     def random_rows(self, task: int, start: int, stop: int) -> Array:
         """Return uniform numbers in [0, 1) for rows of a task: the same whatever the blocks."""
-        key = zlib.crc32(self.name.encode())
+        key = [self.seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(self.name.encode())]
         streams = (
-            np.random.Generator(np.random.Philox(key=[self.seed, key], counter=[0, 0, row, task]))
+            np.random.Generator(np.random.Philox(key=key, counter=[0, 0, row, task]))
             for row in range(start, stop)
         )
         return np.stack([stream.random(self.shape[1], dtype=np.float32) for stream in streams])

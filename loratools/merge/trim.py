@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from loratools.decompose import loaded
 from loratools.merge.align import AlignedModule
+from loratools.merge.module import terms_of
 from loratools.merge.tasks import FactorRows, Histogram, Tasks, ZeroRows
-from loratools_formats.adapter import Dora, low_rank_part
+from loratools_formats.adapter import Dora
 from loratools_formats.errors import UnsupportedError
 
 Array = np.ndarray[Any, Any]
@@ -67,11 +67,7 @@ class SharedTrim:
             if delta is None:
                 sources: list[Any] = [ZeroRows(shape[1])] * module.first.experts
             else:
-                part = low_rank_part(delta)
-                sources = [
-                    FactorRows(part.scale * b.astype(np.float64), a.astype(np.float64))
-                    for b, a in loaded(part)
-                ]
+                sources = [FactorRows(*term) for term in terms_of(delta)]
             for source in sources:
                 tasks = Tasks([source], shape, 0, module.name)
                 for span in tasks.spans():

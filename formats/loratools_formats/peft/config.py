@@ -15,12 +15,14 @@ from typing import Any
 from loratools_formats import strict_json
 from loratools_formats.adapter import MUTATED_BASE, Caveat
 from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.files import read_small_file
+from loratools_formats.files import read_small_file, refuse_lfs_pointer
 from loratools_formats.peft.patterns import match_patterns
 
 CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_DEPTH = 64
 _MAX_RANK = 1 << 31
+_MAX_ALPHA = 1 << 31
 
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -60,8 +62,8 @@ def _is_rank(value: Any) -> bool:
     return _is_int(value) and 0 < value < _MAX_RANK
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _MAX_ALPHA
 
 
 def _is_strings(value: Any) -> bool:
@@ -78,9 +80,9 @@ def _is_rows(value: Any) -> bool:
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a whole number above 0"),
-    "lora_alpha": (_is_number, "a finite number"),
+    "lora_alpha": (_is_alpha, "a number of size below 2^31"),
     "rank_pattern": (lambda v: v is None or _is_map(_is_rank)(v), "a map from names to ranks"),
-    "alpha_pattern": (lambda v: v is None or _is_map(_is_number)(v), "a map from names to numbers"),
+    "alpha_pattern": (lambda v: v is None or _is_map(_is_alpha)(v), "a map from names to numbers"),
     "target_modules": (
         lambda v: v is None or isinstance(v, str) or _is_strings(v),
         "a string or a list of strings",
@@ -140,6 +142,10 @@ class PeftConfig:
         """Whether modules carry DoRA magnitudes."""
         return bool(self.values.get("use_dora"))
 
+    @property
+    def _alpha_pattern(self) -> Mapping[str, float]:
+        return self.values.get("alpha_pattern") or {}
+
     def alpha_and_rank(self, names: list[str]) -> dict[str, tuple[float, int]]:
         r"""Resolve (lora_alpha, r) for each module or parameter path, as PEFT does.
 
@@ -150,7 +156,7 @@ class PeftConfig:
             AdapterError: a pattern is no regular expression, or takes too long to match.
         """
         ranks = match_patterns(self.values.get("rank_pattern") or {}, names, self.path)
-        alphas = match_patterns(self.values.get("alpha_pattern") or {}, names, self.path)
+        alphas = match_patterns(self._alpha_pattern, names, self.path)
         r, alpha = self.values["r"], self.values["lora_alpha"]
         return {name: (alphas.get(name, alpha), ranks.get(name, r)) for name in names}
 
@@ -177,14 +183,12 @@ class PeftConfig:
                 found.append(
                     Caveat(key, f"config key {key}: {reason}", "This kind is not supported yet")
                 )
-        if self.values["lora_alpha"] <= 0:
-            found.append(
-                Caveat(
-                    "lora_alpha",
-                    f"lora_alpha is {self.values['lora_alpha']}",
-                    "Correct lora_alpha in adapter_config.json",
+        alphas = {f"alpha_pattern of {name}": alpha for name, alpha in self._alpha_pattern.items()}
+        for name, alpha in {"lora_alpha": self.values["lora_alpha"], **alphas}.items():
+            if alpha <= 0:
+                found.append(
+                    Caveat("lora_alpha", f"{name} is {alpha}", "Correct it in adapter_config.json")
                 )
-            )
         known = _NEUTRAL_KEYS | _HANDLED_KEYS | set(_REFUSED_KEYS)
         found += [
             _unknown(key, value)
@@ -214,8 +218,9 @@ def read_config(path: Path) -> PeftConfig:
         AdapterError: not strict JSON, not an object, over 1 MiB, or a bad value.
     """
     data = read_small_file(path, _MAX_CONFIG_BYTES)
+    refuse_lfs_pointer(data, path)
     try:
-        values = strict_json.loads(data)
+        values = strict_json.loads(data, max_depth=_MAX_DEPTH)
     except strict_json.StrictJsonError as error:
         raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
     if not isinstance(values, dict):

@@ -56,18 +56,49 @@ def compose(path: str, part: Part) -> str:
     return f"{PREFIX}{path}{suffix}"
 
 
+def setting_name(path: str) -> str:
+    """Return the path that PEFT matches rank and alpha patterns against for a module.
+
+    It adapts both projections of an `nn.MultiheadAttention` as one module, of the attention's
+    path, and puts the output projection's factors under its `base_layer`.
+
+    >>> setting_name("blocks.0.attn.base_layer.out_proj")
+    'blocks.0.attn'
+    """
+    return path.removesuffix(".base_layer.out_proj")
+
+
 def base_tensor(name: str) -> str | None:
     """Return the base tensor a name would be loaded over, None if it is not of that form.
 
     PEFT copies any remaining tensor over the base tensor of the same name; `.base_layer` is the
-    wrapper it puts around adapted modules.
+    wrapper it puts around adapted modules, `.token_adapter` the one around trained token rows.
 
     >>> base_tensor("base_model.model.lm_head.base_layer.weight")
     'lm_head.weight'
+    >>> base_tensor("base_model.model.embed.token_adapter.base_layer.weight")
+    'embed.weight'
     """
     if not name.startswith(PREFIX):
         return None
     path, _, leaf = name[len(PREFIX) :].rpartition(".")
     if not path:
         return None
-    return f"{path.removesuffix('.base_layer')}.{leaf}"
+    path = path.replace(".token_adapter.base_layer", ".base_layer")
+    return ".".join([part for part in path.split(".") if part != "base_layer"] + [leaf])
+
+
+def saved_again(name: str) -> str | None:
+    """Return the tensor that a name repeats, None if it is not of that form.
+
+    Asked to save a whole embedding which is in `modules_to_save` too, PEFT writes it three times:
+    under its name, under its wrapper's, and as it was before training. It loads the first.
+
+    >>> saved_again("base_model.model.lm_head.original_module.weight")
+    'base_model.model.lm_head.weight'
+    """
+    for wrapper in (".original_module.", ".modules_to_save."):
+        head, found, tail = name.rpartition(wrapper)
+        if found:
+            return f"{head}.{tail}"
+    return None

@@ -1,7 +1,7 @@
 """Pickled weights (`adapter_model.bin`) opened without trusting them.
 
 A child process with bounded memory and time loads the file with `torch.load(weights_only=True)`,
-checks that no tensor claims more than the file holds, and writes a temporary safetensors file,
+checks that its tensors claim no more than the file holds, and writes a temporary safetensors file,
 which is then read like any other. The temporary is unlinked as soon as it is open.
 """
 
@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratools_formats.errors import AdapterError, MissingDependencyError
-from loratools_formats.files import RegularFile
+from loratools_formats.files import RegularFile, refuse_lfs_pointer
 from loratools_formats.safetensors_io import SafetensorsFile, read_safetensors
 
-if TYPE_CHECKING:
-    import torch
-
-_EXTRA_BYTES = 3 << 30
-_TIMEOUT_SECONDS = 120.0
+_ARCHIVE_START = b"PK\x03\x04"
+_PICKLE_START = b"\x80"
+_EXTRA_BYTES = 1 << 30
+_MEMORY_PER_BYTE = 4
+_MAX_SHARING = 2  # tied embeddings are stored once under two names
+_CPU_SECONDS = 3
+_BYTES_PER_CPU_SECOND = 50_000_000
+_TIMEOUT_SECONDS = 120.0  # of the clock, to import torch on a busy machine
 _NO_TORCH = 3
 
 
@@ -36,13 +39,19 @@ def read_bin(path: Path) -> tuple[SafetensorsFile, RegularFile]:
         AdapterError: not a plain map of names to tensors, compressed, too large, or hostile.
     """
     original = RegularFile(path)
-    _check_archive(original)
+    _check_container(original)
     with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
         out = Path(folder) / "weights.safetensors"
-        command = [sys.executable, "-m", __name__, os.fspath(path), os.fspath(out)]
+        # -P: no module is imported from the current folder, which may be the adapter's.
+        command = [sys.executable, "-P", "-m", __name__, os.fspath(path), os.fspath(out)]
         try:
             child = subprocess.run(
-                command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
+                command,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=_TIMEOUT_SECONDS,
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
             raise AdapterError("pickled weights take too long to load", path=path) from error
@@ -51,43 +60,70 @@ def read_bin(path: Path) -> tuple[SafetensorsFile, RegularFile]:
                 "torch is needed to read pickled weights", path=path, hint="pip install torch"
             )
         if child.returncode != 0:
-            lines = child.stderr.strip().splitlines()
             raise AdapterError(
                 "pickled weights are not a plain map of names to tensors",
                 path=path,
-                got=lines[-1] if lines else f"exit status {child.returncode}",
+                got=_failure(child),
                 hint="Save the adapter again as safetensors",
             )
         return read_safetensors(out), original
 
 
+def _failure(child: subprocess.CompletedProcess[str]) -> str:
+    if child.returncode < 0:
+        return f"a loader stopped by {signal.Signals(-child.returncode).name}"
+    lines = child.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit status {child.returncode}"
+
+
+def _check_container(file: RegularFile) -> None:
+    """Refuse what is no pickle before torch is imported, and archives that could expand."""
+    start = bytes(file.read_at(0, min(file.nbytes, 64)))
+    refuse_lfs_pointer(start, file.path)
+    if start.startswith(_ARCHIVE_START):
+        _check_archive(file)
+    elif not start.startswith(_PICKLE_START):  # the format before torch 1.6 is a plain pickle
+        raise AdapterError("is not a file of pickled weights", path=file.path, got=start[:24])
+
+
 def _check_archive(file: RegularFile) -> None:
-    """Refuse compressed zip members, which can expand without bound; torch writes none."""
+    """Refuse compressed members, which can expand without bound; torch writes none."""
     try:
         with zipfile.ZipFile(file.path) as archive:
-            for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED:
-                    raise AdapterError(
-                        "pickled weights hold a compressed member",
-                        path=file.path,
-                        got=member.filename,
-                    )
-    except zipfile.BadZipFile:
-        return  # the format before torch 1.6 is a plain pickle; torch decides
-    except (OSError, ValueError, EOFError) as error:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
         raise AdapterError(f"cannot be read as an archive: {error}", path=file.path) from error
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise AdapterError(
+                "pickled weights hold a compressed member", path=file.path, got=member.filename
+            )
 
 
-def _limit_memory(nbytes: int) -> None:
+def _limit_resources(file_nbytes: int) -> None:
+    """Bound what loading may cost from here on; the bounds outlive a parent that is killed."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        ceiling = nbytes if hard == resource.RLIM_INFINITY else min(nbytes, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (ceiling, hard))
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = int(used.ru_utime + used.ru_stime) + _CPU_SECONDS
+        for limit, value in (
+            (resource.RLIMIT_DATA, _EXTRA_BYTES + _MEMORY_PER_BYTE * file_nbytes),
+            (resource.RLIMIT_CPU, seconds + file_nbytes // _BYTES_PER_CPU_SECOND),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            _, hard = resource.getrlimit(limit)
+            ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(limit, (ceiling, hard))
 
 
-def _check_tensor(name: object, value: object, file_nbytes: int) -> torch.Tensor:
+def _checked_nbytes(name: object, value: object, file_nbytes: int) -> int:
+    """Return the size of a tensor that the file can hold.
+
+    Raises:
+        TypeError: not a plain tensor with a name.
+        ValueError: it claims more bytes than its storage or the file has.
+    """
     import torch
 
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
@@ -97,7 +133,7 @@ def _check_tensor(name: object, value: object, file_nbytes: int) -> torch.Tensor
     claimed = value.numel() * value.element_size()
     if claimed > value.untyped_storage().nbytes() or claimed > file_nbytes:
         raise ValueError(f"tensor {name} claims {claimed} bytes, more than the file stores")
-    return value
+    return claimed
 
 
 def convert(source: str, target: str) -> None:
@@ -106,15 +142,23 @@ def convert(source: str, target: str) -> None:
     from safetensors.torch import save_file
 
     file_nbytes = os.path.getsize(source)
-    _limit_memory(_EXTRA_BYTES + 4 * file_nbytes)
+    _limit_resources(file_nbytes)
     state = torch.load(source, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise TypeError(f"content is a {type(state).__name__}, not a map")
-    tensors = {
-        name: _check_tensor(name, value, file_nbytes).detach().clone().contiguous()
-        for name, value in state.items()
-    }
-    save_file(tensors, target)
+    total = sum(_checked_nbytes(name, value, file_nbytes) for name, value in state.items())
+    if total > _MAX_SHARING * file_nbytes:
+        raise ValueError(f"tensors share storage and claim {total} bytes, many times the file")
+    save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, target)
+
+
+def _reason_of(error: Exception) -> str:
+    """Return one line of an error, without torch's advice to load the file unprotected."""
+    lines = [
+        line.rpartition("WeightsUnpickler error:")[2].strip() for line in f"{error}".split("\n")
+    ]
+    reasons = [line for line in lines if line and not line.startswith("Weights only load failed")]
+    return reasons[0] if reasons else ""
 
 
 def main() -> int:
@@ -126,8 +170,7 @@ def main() -> int:
     try:
         convert(sys.argv[1], sys.argv[2])
     except Exception as error:  # noqa: BLE001 - the parent turns any failure into one error
-        reason = str(error).strip().splitlines() or [""]
-        print(f"{type(error).__name__}: {reason[0]}", file=sys.stderr)
+        print(f"{type(error).__name__}: {_reason_of(error)}", file=sys.stderr)
         return 1
     return 0
 

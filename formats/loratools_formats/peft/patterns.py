@@ -22,10 +22,12 @@ Value = TypeVar("Value", int, float)
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+\Z")
 _MAX_PATTERN_CHARACTERS = 512
 _MAX_PATTERNS = 100_000
+_MAX_LOOK_UPS = 8_000_000
 _TIMEOUT_SECONDS = 1.0
 
 _CHILD = """
-import json, re, sys
+import json, re, signal, sys
+getattr(signal, "alarm", int)(5)  # in case the parent is killed and nobody stops this
 patterns, names = json.load(sys.stdin)
 try:
     compiled = [re.compile(rf"(.*\\.)?({p})$") for p in patterns]
@@ -52,8 +54,9 @@ def match_patterns(
     longest = max(keys, key=len)
     if len(longest) > _MAX_PATTERN_CHARACTERS or len(keys) > _MAX_PATTERNS:
         raise AdapterError("rank or alpha pattern is too long", path=path, got=longest)
-    if all(_PLAIN.match(key) for key in keys):
-        indices = _match_plain(keys, names)
+    tables = _tables(keys) if all(_PLAIN.match(key) for key in keys) else {}
+    if tables and len(tables) * len(names) <= _MAX_LOOK_UPS:
+        indices = _match_plain(tables, names)
     else:
         indices = _match_in_child(keys, names, path)
     return {
@@ -63,19 +66,28 @@ def match_patterns(
     }
 
 
-def _match_plain(keys: list[str], names: list[str]) -> list[int]:
-    """Match patterns of literal characters and dots by look-up.
+_Tables = dict[tuple[bool, int, tuple[int, ...]], dict[str, int]]
+
+
+def _tables(keys: list[str]) -> _Tables:
+    """Sort patterns of literal characters and dots into tables.
 
     Keys with wildcard dots at the same places differ only in literal characters, so one
     dictionary per set of places finds the match of a name whose characters there are blanked.
     """
-    tables: dict[tuple[bool, int, tuple[int, ...]], dict[str, int]] = {}
+    tables: _Tables = {}
     for index, key in enumerate(keys):
         anchored = key.startswith("^")
         characters = re.findall(r"\\?.", key.removeprefix("^"))
         wild = tuple(i for i, c in enumerate(characters) if c == ".")
         table = tables.setdefault((anchored, len(characters), wild), {})
         table.setdefault("".join(c[-1] for c in characters), index)
+    return tables
+
+
+def _match_plain(tables: _Tables, names: list[str]) -> list[int]:
+    """Return the index of the first pattern that matches each name, -1 where none does."""
+    none = sys.maxsize
     result = []
     for name in names:
         starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
@@ -88,9 +100,9 @@ def _match_plain(keys: list[str], names: list[str]) -> list[int]:
             blanked = list(tail)
             for place in wild:
                 blanked[place] = "."
-            found.append(table.get("".join(blanked), len(keys)))
-        best = min(found, default=len(keys))
-        result.append(best if best < len(keys) else -1)
+            found.append(table.get("".join(blanked), none))
+        best = min(found, default=none)
+        result.append(best if best < none else -1)
     return result
 
 

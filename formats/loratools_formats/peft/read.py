@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from loratools_formats.adapter import Adapter, Delta, Dora, Layer, LowRank
+from loratools_formats.adapter import Adapter, Caveat, Delta, Dora, Layer, LowRank
 from loratools_formats.errors import AdapterError, MissingFileError, UnsupportedError
 from loratools_formats.files import RegularFile, inside
 from loratools_formats.peft import keys
@@ -57,7 +57,7 @@ def read(path: Path) -> Adapter:
         config=config.values,
         metadata=weights.metadata,
         base_model=config.values.get("base_model_name_or_path"),
-        caveats=config.caveats(),
+        caveats=(*config.caveats(), *_module_caveats(modules)),
         notes=(*notes, *_folder_notes(folder)),
         attachments={
             name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
@@ -102,15 +102,31 @@ def _modules(
         else:
             parts.setdefault(key.path, {})[key.part] = tensor
     expert_names = {path: _expert_parameters(config, path) for path in parts}
-    resolved = config.alpha_and_rank(
-        sorted({name for path, names in expert_names.items() for name in names or (path,)})
-    )
+    setting_names = {path: expert_names[path] or (keys.setting_name(path),) for path in parts}
+    resolved = config.alpha_and_rank(sorted({n for names in setting_names.values() for n in names}))
     modules: dict[str, Delta] = {}
     for path in sorted(parts):
-        names = expert_names[path]
-        settings = {resolved[name] for name in names or (path,)}
-        modules[path] = _delta(config, path, parts[path], names, settings, folder)
+        settings = {resolved[name] for name in setting_names[path]}
+        modules[path] = _delta(config, path, parts[path], expert_names[path], settings, folder)
     return modules, rest
+
+
+def _module_caveats(modules: Mapping[str, Delta]) -> list[Caveat]:
+    """Return why the factors of some modules do not tell the true ΔW.
+
+    For `nn.MultiheadAttention`, peft 0.21.2 merges the output projection's change twice, in its
+    forward pass too, so that is what such adapters were trained with.
+    """
+    doubled = [path for path in modules if keys.setting_name(path) != path]
+    return [
+        Caveat(
+            "multihead-attention",
+            f"PEFT applies the change of {path} twice, since it belongs to an "
+            "nn.MultiheadAttention",
+            "This kind is not supported yet",
+        )
+        for path in doubled[:1]
+    ]
 
 
 def _expert_parameters(config: PeftConfig, path: str) -> tuple[str, ...]:
@@ -137,6 +153,12 @@ def _delta(
     if expert_names:
         direction = _experts(config, path, a, b, expert_names, settings, folder)
     else:
+        if b.shape[1:2] != a.shape[:1] and config.values.get("use_bdlora"):
+            raise UnsupportedError(
+                "config key use_bdlora: its factors are blocks of block-diagonal matrices",
+                path=folder,
+                tensor=path,
+            )
         (setting,) = settings
         direction = _ordinary(config, path, a, b, setting, embedding, folder)
     bias = parts.get("b_bias")
@@ -326,8 +348,12 @@ def _experts(
 
 
 def _square_experts(config: PeftConfig) -> bool | None:
-    """PEFT before 0.19 read all expert parameters as (E, in, out); now it depends on the model."""
-    version = str(config.values.get("peft_version") or "").split(".")
-    if len(version) >= 2 and version[0].isdigit() and version[1].isdigit():
+    """PEFT before 0.19 read all expert parameters as (E, in, out); now it depends on the model.
+
+    Development versions on the way to 0.19 may have done either.
+    """
+    text = str(config.values.get("peft_version") or "")
+    version = text.split(".")
+    if len(version) >= 2 and version[0].isdigit() and version[1].isdigit() and "dev" not in text:
         return True if (int(version[0]), int(version[1])) < (0, 19) else None
     return None

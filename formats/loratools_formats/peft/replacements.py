@@ -27,28 +27,31 @@ def classify(
 ) -> tuple[dict[str, Replacement], dict[str, TensorRef]]:
     """Return the replacements and the carried tensors among the rest of a file.
 
+    Replacements of rows come last, since they go over a whole embedding of the same file.
+
     Raises:
         AdapterError: a tensor stands beside factors and is not known, or token rows do not fit.
     """
     replacements: dict[str, Replacement] = {}
+    of_rows: dict[str, Replacement] = {}
     carried: dict[str, TensorRef] = {}
     for name, tensor in rest.items():
         key = keys.parse(name)
         if key is not None:
             rows = _token_rows(config.values, key.path, tensor, folder)
-            replacements[name] = Replacement("token_rows", f"{key.path}.weight", tensor, rows)
+            of_rows[name] = Replacement("token_rows", f"{key.path}.weight", tensor, rows)
             continue
-        if _belongs_to_training(config, name):
+        if _belongs_to_training(config, name) or keys.saved_again(name) in rest:
             carried[name] = tensor
             continue
-        _refuse_if_beside_factors(name, modules, folder)
         target = keys.base_tensor(name)
         kind = None if target is None else _replacement_kind(config.values, name, target)
+        _refuse_if_beside_factors(name, kind, modules, folder)
         if kind is None or target is None:
             carried[name] = tensor
         else:
             replacements[name] = Replacement(kind, target, tensor)
-    return replacements, carried
+    return replacements | of_rows, carried
 
 
 def _belongs_to_training(config: PeftConfig, name: str) -> bool:
@@ -58,15 +61,19 @@ def _belongs_to_training(config: PeftConfig, name: str) -> bool:
     return declared and any(f"{suffix}." in f"{name}." for suffix in keys.TRAINING_SUFFIXES)
 
 
-def _refuse_if_beside_factors(name: str, modules: Mapping[str, Delta], folder: Path) -> None:
+def _refuse_if_beside_factors(
+    name: str, kind: str | None, modules: Mapping[str, Delta], folder: Path
+) -> None:
     leaf = name.rpartition(".")[2]
-    plain = leaf in ("weight", "bias")
     path = name.removeprefix(keys.PREFIX)
     owners = [part for part in _prefixes(path) if part in modules]
     wrapped = {f"{owner}.{leaf}" for owner in owners} | {
         f"{owner}.base_layer.{leaf}" for owner in owners
     }
-    if not _LORA_WORD.search(name) and (not owners or (plain and path in wrapped)):
+    if leaf in ("weight", "bias") and path in wrapped:
+        return
+    # The base's own modules may be called lora-something.
+    if not owners and (kind in ("module", "bias") or not _LORA_WORD.search(name)):
         return
     raise AdapterError(
         "unknown tensor beside adapter factors; it may change the weights",

@@ -44,11 +44,7 @@ def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
             )
         if found:
             values[key] = found[0]
-    for key in ("lora_bias", "fan_in_fan_out"):
-        values[key] = any(config.get(key) for config in configs)
-    # A DoRA takes part in a merge by its effective change; the result is plain.
-    if "use_dora" in values:
-        values["use_dora"] = False
+    values["fan_in_fan_out"] = any(config.get("fan_in_fan_out") for config in configs)
     return values
 
 

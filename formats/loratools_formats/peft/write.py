@@ -104,14 +104,26 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
         raise UnsupportedError(
             f"writing an adapter of format {adapter.format} as PEFT is not supported yet"
         )
-    values = dict(adapter.config)
+    values = _with_kinds(adapter)
     return values if _keeps_config(adapter) else _rewritten(values, adapter)
 
 
+def _with_kinds(adapter: Adapter) -> dict[str, Any]:
+    """Return the adapter's configuration, saying which kinds of tensors its modules have now."""
+    values = dict(adapter.config)
+    is_dora = any(isinstance(delta, Dora) for delta in adapter.modules.values())
+    if bool(values.get("use_dora")) != is_dora:
+        values["use_dora"] = is_dora
+    if any(low_rank_part(delta).bias is not None for delta in adapter.modules.values()):
+        values["lora_bias"] = True
+    return values
+
+
 def _keeps_config(adapter: Adapter) -> bool:
-    """Return whether the adapter's own configuration still says what it is."""
-    resolved = set(PeftConfig(adapter.config).caveats()) - set(adapter.caveats)
-    return not resolved and _gives_same(adapter.config, adapter.modules)
+    """Return whether the adapter's own configuration still gives each module its scale."""
+    values = _with_kinds(adapter)
+    resolved = set(PeftConfig(values).caveats()) - set(adapter.caveats)
+    return not resolved and _gives_same(values, adapter.modules)
 
 
 def _pattern_names(modules: Mapping[str, Delta]) -> dict[str, tuple[str, ...]]:
