@@ -55,8 +55,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    make(arguments.out, arguments.rank, arguments.layers)
+    make(arguments.out, arguments.rank, arguments.layers, arguments.seed)
 
 
 if __name__ == "__main__":
