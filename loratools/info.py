@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -130,12 +129,3 @@ def counted(values: Iterable[Any]) -> str:
     if len(counts) == 1:
         return str(counts[0][0])
     return ", ".join(f"{value} ({count}×)" for value, count in counts)
-
-
-def inputs_of(provenance: dict[str, str]) -> dict[str, str]:
-    """Return the recorded digests by input name, empty if there are none or they are not JSON."""
-    try:
-        inputs = json.loads(provenance.get("loratools.inputs", "{}"))
-    except ValueError:
-        return {}
-    return inputs if isinstance(inputs, dict) else {}

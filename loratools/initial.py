@@ -43,6 +43,19 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
         raise AdapterError(
             "the initial adapter has other modules", path=initial.source, tensor=differing[0]
         )
+    if initial.caveats and set(initial.caveats) != set(adapter.caveats):
+        raise AdapterError(
+            "the initial adapter is of another kind",
+            path=initial.source,
+            got=initial.caveats[0].reason,
+            expected=adapter.caveats[0].reason,
+        )
+    if all(_equal(delta, initial.modules[name]) for name, delta in adapter.modules.items()):
+        raise AdapterError(
+            "the initial adapter equals the trained one",
+            path=initial.source,
+            hint="Give the adapter as it was saved before training",
+        )
     modules = {
         name: _difference(name, delta, low_rank_part(initial.modules[name]))
         for name, delta in adapter.modules.items()
@@ -51,7 +64,16 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
         adapter,
         modules=modules,
         caveats=tuple(caveat for caveat in adapter.caveats if caveat.code != MUTATED_BASE),
-        inputs=(*adapter.inputs, *initial.inputs),
+        other_inputs={**adapter.other_inputs, "initial": initial.inputs},
+    )
+
+
+def _equal(whole: Delta, other: Delta) -> bool:
+    first, second = low_rank_part(whole), low_rank_part(other)
+    pairs = ((first.a, second.a), (first.b, second.b))
+    return all(
+        x.shape == y.shape and np.array_equal(x.load(np.float64), y.load(np.float64))
+        for x, y in pairs
     )
 
 

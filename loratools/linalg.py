@@ -25,7 +25,7 @@ import numpy as np
 Array = Any
 
 _BLOCK_ROWS = 8192
-_GRAM_ERROR_FLOOR = 1e-5
+_GRAM_ERROR_FLOOR = 700.0  # times √ε: 1e-5 in float64
 
 
 def namespace(x: Array) -> Any:
@@ -258,8 +258,9 @@ def residual_norm(
     new_squared = grams(new_b, new_a).squared_norm
     difference = squared + new_squared - 2.0 * scale * inner(b, a, new_b, new_a)
     norm = math.sqrt(squared)
-    if difference <= (_GRAM_ERROR_FLOOR * norm) ** 2:
-        xp = namespace(b)
+    xp = namespace(b)
+    floor = _GRAM_ERROR_FLOOR * math.sqrt(float(xp.finfo(both.b.dtype).eps))
+    if difference <= (floor * norm) ** 2:
         stacked_b, stacked_a = concatenate([(scale, b, a), (-1.0, new_b, new_a)])
         _, r_b = xp.linalg.qr(stacked_b)
         _, r_a = xp.linalg.qr(stacked_a.T)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loratools import __version__
 from loratools_formats.adapter import Adapter
+from loratools_formats.files import RegularFile
 
 
 def operation_record(
@@ -25,10 +26,18 @@ def operation_record(
         "options": dict(options),
         "inputs": [
             {"role": role, "name": file.path.name, "digest": {"sha256": file.sha256()}}
-            for role, adapter in inputs.items()
-            for file in adapter.inputs
+            for role, files in _files_by_role(inputs)
+            for file in files
         ],
     }
+
+
+def _files_by_role(
+    inputs: Mapping[str, Adapter],
+) -> Iterator[tuple[str, tuple[RegularFile, ...]]]:
+    for role, adapter in inputs.items():
+        yield role, adapter.inputs
+        yield from adapter.other_inputs.items()
 
 
 def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""Which rank each module gets: rules per module, overrides, and a budget over all of them.
+"""How a module's rank is chosen: rules per module, overrides, and what limits them.
 
-Everything here works on singular values already known; nothing is loaded or written.
+Everything here works on singular values already known; nothing is loaded or written. Ranks that
+depend on several modules, budgets above all, are in `allot`.
 
 Rules keep the smallest rank k ≥ 1 such that
   energy E        Σ_{i≤k} σᵢ² ≥ E · Σ σᵢ²
@@ -13,9 +14,8 @@ Stacked experts share one rank: the largest that any of them needs.
 
 from __future__ import annotations
 
-import heapq
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ class RankRule:
         sv_fro: share of ‖ΔW‖_F to keep, in (0, 1].
         sv_cumulative: share of the sum of singular values to keep, in (0, 1].
         threshold: the Gavish–Donoho threshold.
-        budget: a size for the whole output.
+        budget: a size for the weight file.
         max_rank: no rank above this.
         min_rank: no rank below this, as far as the module has it.
         patterns: (regular expression searched in module paths, rank); the first match decides.
@@ -151,7 +151,11 @@ class RankRule:
             and self.min_rank is not None
             and self.min_rank > self.max_rank
         ):
-            raise OptionError("min_rank is above max_rank", got=self.min_rank)
+            raise OptionError(
+                "--min-rank is above --max-rank", got=f"{self.min_rank} and {self.max_rank}"
+            )
+        if self.uniform and self.budget is not None and self.patterns:
+            raise OptionError("--uniform with --budget leaves no place for rank patterns")
 
     def _rules(self) -> list[str]:
         return [f.name for f in fields(self)[:7] if getattr(self, f.name) not in (None, False)]
@@ -168,9 +172,9 @@ class RankRule:
 
     def of_module(self, spectrum: Spectrum) -> int:
         """Return the rank of one module, ignoring the other modules."""
-        for pattern, rank in self.patterns:
-            if re.search(pattern, spectrum.name):
-                return self._served(min(rank, spectrum.rank))
+        fixed = self.override(spectrum.name)
+        if fixed is not None:
+            return self.served(min(fixed, spectrum.rank))
         sigma = spectrum.singular_values
         if self.rank is not None:
             wanted = self.rank
@@ -181,12 +185,12 @@ class RankRule:
         elif self.sv_cumulative is not None:
             wanted = _most(sigma, lambda s: _reaching(s, self.sv_cumulative or 1.0))
         elif self.sv_ratio is not None:
-            wanted = _most(sigma, lambda s: int(np.sum(s >= s[0] / (self.sv_ratio or 1.0))))
+            wanted = _most(sigma, lambda s: _above(s, s[0] / (self.sv_ratio or 1.0)))
         elif self.threshold:
             wanted = _most(sigma, lambda s: int(np.sum(s > gavish_donoho(s, spectrum.shape))))
         else:
             wanted = spectrum.rank
-        return self._served(self._clamped(wanted, spectrum))
+        return self.served(self._clamped(wanted, spectrum))
 
     def _for_energy(self, spectrum: Spectrum, share: float) -> int:
         energies = spectrum.singular_values**2
@@ -209,16 +213,43 @@ class RankRule:
         wanted = max(wanted, self.min_rank or 1)
         return min(wanted, self.max_rank or wanted, spectrum.rank)
 
-    def _served(self, wanted: int) -> int:
+    def override(self, name: str) -> int | None:
+        """Return the rank that a pattern gives a module, None if none matches."""
+        return next((rank for pattern, rank in self.patterns if re.search(pattern, name)), None)
+
+    def served(self, wanted: int) -> int:
+        """Return the rank that vLLM accepts for a wanted one, or that one if it does not matter.
+
+        Raises:
+            OptionError: it accepts none that large.
+        """
         if not self.serve:
             return wanted
+        if self.max_rank is None and wanted > SERVE_RANKS[-1]:
+            raise OptionError(
+                "vLLM accepts no rank that large", got=wanted, expected=f"at most {SERVE_RANKS[-1]}"
+            )
         ceiling = SERVE_RANKS[-1] if self.max_rank is None else self.max_rank
         allowed = [rank for rank in SERVE_RANKS if rank <= ceiling]
         return next((rank for rank in allowed if rank >= wanted), allowed[-1])
 
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise `OptionError` if a pattern matches none of the modules."""
+        paths = list(names)
+        for pattern, _ in self.patterns:
+            if not any(re.search(pattern, path) for path in paths):
+                raise OptionError(
+                    "rank pattern matches no module", got=pattern, expected=f"such as {paths[0]}"
+                )
+
 
 def _most(rows: Values, rule: Callable[[Values], int]) -> int:
     return max(1, *(rule(row) for row in rows))
+
+
+def _above(sigma: Values, limit: float) -> int:
+    """Return how many values are not zero and at least `limit`."""
+    return int(np.sum((sigma >= limit) & (sigma > 0.0)))
 
 
 def _reaching(parts: Values, share: float) -> int:
@@ -242,124 +273,6 @@ def gavish_donoho(sigma: Values, shape: tuple[int, int]) -> float:
     beta = min(shape) / max(shape)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
     return float(omega * np.median(sigma))
-
-
-def choose_ranks(
-    spectra: Sequence[Spectrum], rule: RankRule, *, input_nbytes: int, fixed_nbytes: int
-) -> dict[str, int]:
-    """Return the rank of every module.
-
-    Args:
-        spectra: of the modules to squeeze.
-        rule: how to choose.
-        input_nbytes: size of the input's weight file, for a budget given as a share.
-        fixed_nbytes: bytes of the output that do not depend on these ranks.
-
-    Raises:
-        OptionError: the budget is too small for one rank everywhere.
-    """
-    if rule.budget is not None:
-        available = rule.budget.resolve(input_nbytes) - fixed_nbytes
-        return _within(spectra, rule, available)
-    ranks = {spectrum.name: rule.of_module(spectrum) for spectrum in spectra}
-    if rule.uniform and ranks:
-        return dict.fromkeys(ranks, max(ranks.values()))
-    return ranks
-
-
-def _within(spectra: Sequence[Spectrum], rule: RankRule, available: int) -> dict[str, int]:
-    """Spend bytes where they remove most error.
-
-    One more rank on a module removes energy σ² at a price in bytes. Taking the best ratio first is
-    optimal for the total squared error whenever the budget is used up, since a module's gains
-    only shrink from rank to rank.
-    """
-    least = {s.name: _floor_rank(s, rule) for s in spectra}
-    most = {s.name: min(s.rank, rule.max_rank or s.rank) for s in spectra}
-    for spectrum in spectra:
-        for pattern, rank in rule.patterns:
-            if re.search(pattern, spectrum.name):
-                least[spectrum.name] = most[spectrum.name] = min(rank, spectrum.rank)
-                break
-    spent = sum(least[s.name] * s.bytes_per_rank for s in spectra)
-    if spent > available:
-        raise OptionError(
-            "the budget is too small",
-            got=f"{available} bytes for the factors",
-            expected=f"at least {spent} for the smallest ranks",
-        )
-    if rule.uniform:
-        return _uniform_within(spectra, rule, available, max(most.values(), default=1))
-    left = available - spent
-    ranks = dict(least)
-    heap = [(-_gain(s, ranks[s.name]), index) for index, s in enumerate(spectra)]
-    heapq.heapify(heap)
-    while heap:
-        _, index = heapq.heappop(heap)
-        spectrum = spectra[index]
-        if ranks[spectrum.name] >= most[spectrum.name] or spectrum.bytes_per_rank > left:
-            continue
-        ranks[spectrum.name] += 1
-        left -= spectrum.bytes_per_rank
-        heapq.heappush(heap, (-_gain(spectrum, ranks[spectrum.name]), index))
-    if rule.serve:
-        return {name: max(r for r in SERVE_RANKS if r <= rank) for name, rank in ranks.items()}
-    return ranks
-
-
-def _floor_rank(spectrum: Spectrum, rule: RankRule) -> int:
-    return min(rule.min_rank or 1, spectrum.rank)
-
-
-def _gain(spectrum: Spectrum, rank: int) -> float:
-    energies = spectrum.energies
-    return float(energies[rank]) / spectrum.bytes_per_rank if rank < len(energies) else 0.0
-
-
-def _uniform_within(
-    spectra: Sequence[Spectrum], rule: RankRule, available: int, highest: int
-) -> dict[str, int]:
-    price = sum(spectrum.bytes_per_rank for spectrum in spectra)
-    candidates = [r for r in (SERVE_RANKS if rule.serve else range(1, highest + 1)) if r <= highest]
-    fitting = [rank for rank in candidates if rank * price <= available]
-    if not fitting or fitting[-1] < (rule.min_rank or 1):
-        raise OptionError(
-            "the budget is too small",
-            got=f"{available} bytes for the factors",
-            expected=f"at least {price * (rule.min_rank or 1)}",
-        )
-    return {spectrum.name: fitting[-1] for spectrum in spectra}
-
-
-@dataclass(frozen=True)
-class RankChoice:
-    """A row of the table rank → size → error.
-
-    Attributes:
-        rank: given to every module that has more.
-        nbytes: size of the weight file.
-        energy: share of ‖ΔW‖²_F kept.
-        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ before rounding to the stored type.
-    """
-
-    rank: int
-    nbytes: int
-    energy: float
-    relative_error: float
-
-
-def rank_table(spectra: Sequence[Spectrum], fixed_nbytes: int) -> list[RankChoice]:
-    """Return what each power of two, and the present largest rank, would cost and lose."""
-    highest = max(spectrum.rank for spectrum in spectra)
-    ranks = [1 << power for power in range(highest.bit_length()) if 1 << power < highest]
-    total = sum(float(np.sum(spectrum.energies)) for spectrum in spectra)
-    rows = []
-    for rank in [*ranks, highest]:
-        lost = sum(float(np.sum(spectrum.energies[rank:])) for spectrum in spectra)
-        nbytes = sum(min(rank, s.rank) * s.bytes_per_rank for s in spectra) + fixed_nbytes
-        share = lost / total if total else 0.0
-        rows.append(RankChoice(rank, nbytes, 1.0 - share, share**0.5))
-    return rows
 
 
 def overrides(options: Sequence[str]) -> tuple[tuple[str, int], ...]:

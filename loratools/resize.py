@@ -28,6 +28,8 @@ from loratools_formats.tensors import TensorRef
 Array = np.ndarray[Any, Any]
 OutputDtype = Literal["f32", "f16", "bf16"]
 
+_ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit
+
 
 @dataclass(frozen=True)
 class ComputeOptions:
@@ -92,6 +94,21 @@ def spectrum_of(
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """A delta of lower rank.
+
+    Attributes:
+        delta: its factors, rounded and stored.
+        squared_error: ‖ΔW − ΔW'‖²_F of what is stored.
+        energy: ‖·‖²_F of the factors before rounding.
+    """
+
+    delta: LowRank
+    squared_error: float
+    energy: float
+
+
+@dataclass(frozen=True)
 class Resizer:
     """Gives deltas other ranks.
 
@@ -105,8 +122,15 @@ class Resizer:
     scratch: Scratch
     one_scale: bool
 
-    def without_loss(self, delta: LowRank, rank: int) -> LowRank | None:
-        """Return the same ΔW at `rank` with no value rounded, or None if that cannot be."""
+    def without_loss(self, delta: LowRank, rank: int, *, keep_scale: bool = True) -> LowRank | None:
+        """Return the same ΔW at `rank` with no value rounded, or None if that cannot be.
+
+        Args:
+            delta: what to keep.
+            rank: at least its own.
+            keep_scale: whether it may come out with its old scale where that cannot be moved into
+                the factors.
+        """
         same_type = all(self.options.stored(t) == t.dtype for t in (delta.a, delta.b))
         holds = all(_holds(self.options.stored(t), t.dtype) for t in (delta.a, delta.b))
         if rank < delta.rank or not holds:
@@ -116,7 +140,7 @@ class Resizer:
         if ratio == 1.0 and same_type and rank == delta.rank:
             return delta
         pairs = [padded(b * ratio, a, rank) for b, a in loaded(delta)]
-        bias = None if delta.bias is None else delta.bias.load(np.float64) * ratio
+        bias = _scaled_bias(delta, ratio)
         exact = abs(math.frexp(ratio)[0]) == 0.5 and (
             _is_exact([b for b, _ in pairs], self.options.stored(delta.b))
             and (delta.bias is None or _is_exact([np.asarray(bias)], delta.bias.dtype))
@@ -125,12 +149,13 @@ class Resizer:
             types = self.options.stored(delta.b), self.options.stored(delta.a)
             pairs = [(encode(b, types[0]), encode(a, types[1])) for b, a in pairs]
             return self._stored(delta, pairs, scale, bias)
-        return delta if same_type and rank == delta.rank and not self.one_scale else None
+        may_stay = keep_scale and not self.one_scale and not self.options.keep_alpha
+        return delta if same_type and rank == delta.rank and may_stay else None
 
     def compressed(
         self, name: str, delta: LowRank, parts: Sequence[Decomposed], rank: int
-    ) -> tuple[LowRank, float]:
-        """Return the best delta of `rank` and ‖ΔW − ΔW'‖² of what is stored.
+    ) -> Compressed:
+        """Return the best delta of `rank`, and what is lost by it as it is stored.
 
         Args:
             name: the module, from which random seeds derive.
@@ -139,22 +164,22 @@ class Resizer:
             rank: wanted.
 
         Raises:
-            AdapterError: a value does not fit the stored type.
+            AdapterError: values do not fit the stored type.
         """
         scale = self._scale(delta, rank)
         root = math.sqrt(scale)
+        b_type, a_type = self.options.stored(delta.b), self.options.stored(delta.a)
         pairs = []
+        squared_error = energy = 0.0
         for index, part in enumerate(parts):
             b, a = part.factors(rank, self._randomised(f"{name}#{index}"))
-            pairs.append((b / root, a / root))
-        bias = None if delta.bias is None else delta.bias.load(np.float64) * (delta.scale / scale)
-        types = self.options.stored(delta.b), self.options.stored(delta.a)
-        pairs = [(_rounded(b, types[0], delta.b), _rounded(a, types[1], delta.a)) for b, a in pairs]
-        squared_error = sum(
-            part.squared_error(b.astype(np.float64) * scale, a.astype(np.float64))
-            for part, (b, a) in zip(parts, pairs, strict=True)
-        )
-        return self._stored(delta, pairs, scale, bias), squared_error
+            energy += float(np.sum(np.sum(b * b, axis=0) * np.sum(a * a, axis=1)))
+            b, b_back = _rounded(b / root, b_type, delta.b)
+            a, a_back = _rounded(a / root, a_type, delta.a)
+            squared_error += part.squared_error(b_back * scale, a_back)
+            pairs.append((b, a))
+        bias = _scaled_bias(delta, delta.scale / scale)
+        return Compressed(self._stored(delta, pairs, scale, bias), squared_error, energy)
 
     def _scale(self, delta: LowRank, rank: int) -> float:
         """Return the scale to write: 1, or alpha/rank where alpha is to be kept."""
@@ -169,7 +194,7 @@ class Resizer:
         b_type, a_type = self.options.stored(delta.b), self.options.stored(delta.a)
         new_bias = delta.bias
         if delta.bias is not None and bias is not None:
-            rounded = _rounded(bias, delta.bias.dtype, delta.bias)
+            rounded, _ = _rounded(bias, delta.bias.dtype, delta.bias)
             new_bias = self.scratch.store(delta.bias.key, rounded, delta.bias.dtype)
         if len(delta.a.shape) == 3:
             b, a = np.stack([b for b, _ in pairs]), np.stack([a for _, a in pairs])
@@ -201,20 +226,45 @@ def _is_exact(arrays: list[Array], dtype: DType) -> bool:
     return all(np.array_equal(encode(array, dtype).astype(array.dtype), array) for array in arrays)
 
 
-def _rounded(array: Array, dtype: DType, source: TensorRef) -> Array:
-    """Round once to `dtype`.
+def _scaled_bias(delta: LowRank, factor: float) -> Array | None:
+    """Return the bias of the second factor times a number, None if there is none.
 
     Raises:
-        AdapterError: a value does not fit the type.
+        AdapterError: NaN or infinite values.
+    """
+    if delta.bias is None:
+        return None
+    values: Array = delta.bias.load(np.float64) * factor
+    if not np.isfinite(values).all():
+        raise AdapterError("bias holds NaN or infinite values", tensor=delta.bias.key)
+    return values
+
+
+def _rounded(array: Array, dtype: DType, source: TensorRef) -> tuple[Array, Array]:
+    """Round once to `dtype`; returns the stored values, and the same in float64.
+
+    Raises:
+        AdapterError: values are too large for the type, or so small that it loses them.
     """
     stored = encode(array, dtype)
-    if not np.isfinite(stored.sum(dtype=np.float32)):
-        lost = int(np.count_nonzero(~np.isfinite(stored.astype(np.float64))))
-        if lost:
-            raise AdapterError(
-                f"{lost} values do not fit dtype {dtype.code}",
-                tensor=source.key,
-                got=f"up to {np.abs(array).max():.3g}",
-                hint="Ask for --dtype bf16 or f32",
-            )
-    return stored
+    back = stored.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        size, change = float(np.vdot(array, array)), float(np.sum((back - array) ** 2))
+    if change <= (_ROUNDING_UNITS * _epsilon(dtype)) ** 2 * size:
+        return stored, back
+    if not math.isfinite(change):
+        lost, what = int(np.count_nonzero(~np.isfinite(back))), "do not fit"
+    else:
+        lost, what = int(np.count_nonzero((back == 0.0) & (array != 0.0))), "vanish in"
+    raise AdapterError(
+        f"{lost} values {what} dtype {dtype.code}",
+        tensor=source.key,
+        got=f"up to {np.abs(array).max():.3g}",
+        hint="Ask for --dtype bf16 or f32",
+    )
+
+
+def _epsilon(dtype: DType) -> float:
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype.numpy_dtype()).eps)  # type: ignore[no-untyped-call]

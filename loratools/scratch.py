@@ -30,6 +30,7 @@ class Scratch:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives with this object
         except OSError as error:
@@ -60,7 +61,11 @@ class Scratch:
                 self._file.seek(offset)
                 self._file.write(data)
             except OSError as error:
-                raise OutputError(f"scratch file: {os.strerror(error.errno or 0)}") from error
+                raise OutputError(
+                    f"scratch file: {os.strerror(error.errno or 0)}",
+                    path=tempfile.gettempdir() if self._folder is None else self._folder,
+                    hint="Nothing was changed; check free space",
+                ) from error
             self._end += data.nbytes
         return in_file(key, dtype, tuple(array.shape), self, offset)
 

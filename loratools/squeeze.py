@@ -10,6 +10,7 @@ its magnitudes are kept, and the norm is taken again when the adapter is loaded.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -17,25 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from loratools.allot import RankChoice, choose_ranks, rank_table
 from loratools.decompose import matrices
 from loratools.device import Device
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
-from loratools.ranks import (
-    RankChoice,
-    RankRule,
-    Spectrum,
-    as_options,
-    check_regex,
-    choose_ranks,
-    rank_table,
-)
+from loratools.ranks import RankRule, Spectrum, as_options, check_regex
 from loratools.resize import ComputeOptions, Resizer, spectrum_of
 from loratools.scratch import Scratch
 from loratools_formats.adapter import Adapter, Delta, Dora, low_rank_part
-from loratools_formats.errors import AdapterError, LoratoolsError
+from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
+from loratools_formats.registry import get_format
 
-_PROVENANCE_BYTES = 2048  # more than the metadata that a squeeze adds to the header
+_PROVENANCE_BYTES = 1024  # more than a squeeze adds to the header, its options aside
 
 
 @dataclass(frozen=True)
@@ -126,22 +121,34 @@ def squeeze(
     """
     options, selection = options or ComputeOptions(), selection or Selection()
     selected = _selected(adapter, selection)
+    rule.check_patterns(selected)
+    if rule.uniform and selected != set(adapter.modules):
+        raise OptionError("uniform concerns all modules, and some are not selected")
+    if rule.uniform and options.keep_alpha and len(_alphas(adapter)) > 1:
+        raise OptionError(
+            "uniform wants one scale, and keeping alpha keeps several",
+            got=", ".join(f"{alpha:g}" for alpha in sorted(_alphas(adapter))),
+            hint="Leave out --keep-alpha or --uniform",
+        )
     record = {"rule": as_options(rule), **options.record(), **selection.record()}
     with ThreadPoolExecutor(1) as beside:
         # Digesting the input takes as long as reading it, so it runs beside the arithmetic.
         provenance = beside.submit(operation_record, "squeeze", {"adapter": adapter}, record)
-        done = _all_squeezed(adapter, selected, rule, options, scratch_folder, progress)
+        added = _PROVENANCE_BYTES + 2 * len(json.dumps(record))
+        done = _all_squeezed(adapter, selected, rule, options, added, scratch_folder, progress)
     modules = {outcome.report.name: outcome.delta for outcome in done}
     scales = {low_rank_part(delta).scale for delta in adapter.modules.values()}
     if all(outcome.unchanged for outcome in done) and (not rule.uniform or len(scales) == 1):
         modules = dict(adapter.modules)
+    squeezed = replace(
+        adapter,
+        modules=modules,
+        provenance=provenance.result(),
+        metadata={**adapter.metadata, **record_metadata(provenance.result())},
+    )
+    _check_budget(squeezed, rule, adapter.weights_nbytes)
     return SqueezeResult(
-        adapter=replace(
-            adapter,
-            modules=modules,
-            provenance=provenance.result(),
-            metadata={**adapter.metadata, **record_metadata(provenance.result())},
-        ),
+        adapter=squeezed,
         modules=tuple(outcome.report for outcome in done),
         relative_error=_ratio(
             sum(outcome.squared_error for outcome in done),
@@ -156,17 +163,25 @@ def _all_squeezed(
     selected: set[str],
     rule: RankRule,
     options: ComputeOptions,
+    header_nbytes: int,
     scratch_folder: Path | None,
     progress: Callable[[int, int], None] | None,
 ) -> list[_Outcome]:
+    groups = _sharing_settings(adapter)
     ranks = None
-    if rule.needs_all_spectra:
+    if rule.needs_all_spectra or groups:
         ranks = choose_ranks(
             _spectra(adapter, selected, options),
             rule,
             input_nbytes=adapter.weights_nbytes,
-            fixed_nbytes=_fixed_nbytes(adapter, selected) + _PROVENANCE_BYTES + len(str(rule)),
+            fixed_nbytes=_fixed_nbytes(adapter, selected) + header_nbytes,
         )
+    grouped: set[str] = set()
+    for group in groups:
+        chosen = {name: rank for name, rank in (ranks or {}).items() if name in group}
+        if any(rank != low_rank_part(adapter.modules[name]).rank for name, rank in chosen.items()):
+            ranks = {**(ranks or {}), **dict.fromkeys(chosen, max(chosen.values()))}
+            grouped |= set(chosen)
     resizer = Resizer(options, Scratch(scratch_folder), rule.uniform)
     device = Device(options.device)
 
@@ -175,7 +190,8 @@ def _all_squeezed(
             whole = adapter.modules[name]
             if name not in selected:
                 return _untouched(name, whole, device)
-            return _squeezed(name, whole, rule, ranks, resizer, device)
+            rank = None if ranks is None else ranks[name]
+            return _squeezed(name, whole, rule, rank, resizer, device, name not in grouped)
         except LoratoolsError as error:
             if error.path is None and adapter.source is not None:
                 error.path = str(adapter.source)
@@ -189,6 +205,25 @@ def _all_squeezed(
     return done
 
 
+def _alphas(adapter: Adapter) -> set[float]:
+    parts = [low_rank_part(delta) for delta in adapter.modules.values()]
+    return {part.alpha for part in parts if part.alpha is not None}
+
+
+def _sharing_settings(adapter: Adapter) -> list[list[str]]:
+    """Return groups of modules that must have one rank and scale.
+
+    PEFT names the settings of expert parameters by parameter, and a file does not say which of two
+    adapted parameters of one module is which, so both need the same.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, delta in adapter.modules.items():
+        parameters = low_rank_part(delta).layer.parameters
+        if len(parameters) > 1:
+            groups.setdefault(parameters, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
 def rank_choices(
     adapter: Adapter, options: ComputeOptions | None = None, selection: Selection | None = None
 ) -> list[RankChoice]:
@@ -198,9 +233,12 @@ def rank_choices(
         UnsupportedError: the factors do not tell the true ΔW.
         AdapterError: nothing to squeeze, or NaN or infinite values.
     """
+    options = options or ComputeOptions()
     selected = _selected(adapter, selection or Selection())
-    spectra = _spectra(adapter, selected, options or ComputeOptions())
-    return rank_table(spectra, _fixed_nbytes(adapter, selected))
+    others = _spectra(adapter, set(adapter.modules) - selected, options)
+    other_energy = sum(float(spectrum.energies.sum()) for spectrum in others)
+    spectra = _spectra(adapter, selected, options)
+    return rank_table(spectra, _fixed_nbytes(adapter, selected), other_energy)
 
 
 @dataclass(frozen=True)
@@ -223,26 +261,28 @@ def _squeezed(
     name: str,
     whole: Delta,
     rule: RankRule,
-    ranks: dict[str, int] | None,
+    rank: int | None,
     resizer: Resizer,
     device: Device,
+    keep_scale: bool,
 ) -> _Outcome:
     delta = low_rank_part(whole)
     parts = matrices(delta, device)
     spectrum = spectrum_of(name, delta, parts, resizer.options)
-    rank = rule.of_module(spectrum) if ranks is None else ranks[name]
+    rank = rule.of_module(spectrum) if rank is None else rank
     squared_norm = sum(part.squared_norm for part in parts)
     squared_error = 0.0
-    new = resizer.without_loss(delta, rank)
+    new = resizer.without_loss(delta, rank, keep_scale=keep_scale)
+    kept = squared_norm
     unchanged = new is not None and (new.rank, new.a.dtype, new.b.dtype) == (
         delta.rank,
         delta.a.dtype,
         delta.b.dtype,
     )
     if new is None:
-        new, squared_error = resizer.compressed(name, delta, parts, rank)
-    total = float(spectrum.energies.sum())
-    energy = float(spectrum.energies[:rank].sum()) / total if total else 1.0
+        compressed = resizer.compressed(name, delta, parts, rank)
+        new, squared_error, kept = compressed.delta, compressed.squared_error, compressed.energy
+    energy = min(kept / squared_norm, 1.0) if squared_norm else 1.0
     error = _ratio(squared_error, squared_norm)
     report = ModuleReport(name, delta.rank, new.rank, energy, error)
     new_whole = replace(whole, direction=new) if isinstance(whole, Dora) else new
@@ -261,6 +301,7 @@ def _selected(adapter: Adapter, selection: Selection) -> set[str]:
             "no module to squeeze",
             path=adapter.source,
             got=f"{len(adapter.modules)} modules in the adapter, none of them selected",
+            hint="Module paths are listed by `loratools info -v`",
         )
     return selected
 
@@ -279,4 +320,19 @@ def _spectra(adapter: Adapter, selected: set[str], options: ComputeOptions) -> l
 def _fixed_nbytes(adapter: Adapter, selected: set[str]) -> int:
     """Return the bytes of the weight file that ranks do not change: other tensors, the header."""
     parts = [low_rank_part(adapter.modules[name]) for name in selected]
-    return adapter.weights_nbytes - sum(part.a.nbytes + part.b.nbytes for part in parts)
+    return _planned_nbytes(adapter) - sum(part.a.nbytes + part.b.nbytes for part in parts)
+
+
+def _planned_nbytes(adapter: Adapter) -> int:
+    planned = get_format(adapter.format).weights_nbytes
+    return sum(t.nbytes for t in adapter.tensors()) if planned is None else planned(adapter)
+
+
+def _check_budget(result: Adapter, rule: RankRule, input_nbytes: int) -> None:
+    """Refuse what came out larger than the budget: a header that grew beyond all allowance."""
+    if rule.budget is not None and _planned_nbytes(result) > rule.budget.resolve(input_nbytes):
+        raise OptionError(
+            "the budget is too small",
+            got=f"{_planned_nbytes(result)} bytes",
+            expected=f"at most {rule.budget.resolve(input_nbytes)}",
+        )

@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools.ranks import (
-    SERVE_RANKS,
-    Budget,
-    RankRule,
-    Spectrum,
-    choose_ranks,
-    gavish_donoho,
-    overrides,
-    rank_table,
-)
+from loratools.allot import choose_ranks, rank_table
+from loratools.ranks import SERVE_RANKS, Budget, RankRule, Spectrum, gavish_donoho, overrides
 from loratools_formats.errors import OptionError
 
 

@@ -310,11 +310,16 @@ def test_initial_adapter_must_belong(make_folder):
     source = read_adapter(make_folder("trained", init_lora_weights="olora"))
     plain = read_adapter(make_folder("plain"))
     other = read_adapter(make_folder("other", modules={"layers.9.q": (24, 20, 8)}))
-    scaled = read_adapter(make_folder("scaled", lora_alpha=3))
+    scaled = read_adapter(make_folder("scaled", seed=1, lora_alpha=3))
+    pissa = read_adapter(make_folder("other-kind", seed=1, init_lora_weights="pissa"))
     with pytest.raises(AdapterError, match="other modules"):
         subtract_initial(source, other)
     with pytest.raises(AdapterError, match="another shape or scale"):
         subtract_initial(source, scaled)
+    with pytest.raises(AdapterError, match="of another kind"):
+        subtract_initial(source, pissa)
+    with pytest.raises(AdapterError, match="equals the trained one"):
+        subtract_initial(source, plain)
     with pytest.raises(OptionError, match="not trained against a changed base"):
         subtract_initial(plain, plain)
 

@@ -180,6 +180,7 @@ class Adapter:
             path to copy, or the content itself.
         inputs: the files it was read from, the weights first, for digests and the check that
             they did not change.
+        other_inputs: files that took part in making it, by their role.
         provenance: how it was made, if an operation made it.
     """
 
@@ -195,6 +196,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     attachments: Mapping[str, Path | bytes] = field(default_factory=dict)
     inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
+    other_inputs: Mapping[str, tuple[RegularFile, ...]] = field(default_factory=dict, compare=False)
     provenance: Mapping[str, Any] | None = None
 
     @property
@@ -222,5 +224,6 @@ class Adapter:
 
     def check_unchanged(self) -> None:
         """Raise `AdapterError` if an input file was written to since it was opened."""
-        for file in self.inputs:
-            file.check_unchanged()
+        for files in (self.inputs, *self.other_inputs.values()):
+            for file in files:
+                file.check_unchanged()

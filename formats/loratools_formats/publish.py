@@ -84,8 +84,8 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
     old_mode = _check_target(path, target, overwrite, folder=True)
     temporary = _temporary_beside(target)
     with _os_errors_named(path):
-        temporary.mkdir()
         try:
+            temporary.mkdir()
             yield temporary
             if old_mode is not None:
                 os.chmod(temporary, old_mode)

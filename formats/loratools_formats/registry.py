@@ -13,18 +13,19 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from loratools_formats.adapter import Adapter
 from loratools_formats.errors import (
     MissingFileError,
+    OutputError,
     OutputExistsError,
     UnknownFormatError,
     UnsupportedError,
     printable,
 )
+from loratools_formats.plugins import Plugin, load_group
 from loratools_formats.provenance import PROVENANCE_FILE, statement
 from loratools_formats.publish import publish_file, publish_folder, resolved
 
@@ -70,39 +71,19 @@ class Format:
     merged_config: Callable[[Sequence[Adapter]], Mapping[str, Any]] | None = None
 
 
-@dataclass(frozen=True)
-class FormatEntry:
-    """A registered name: its format, or why it could not be loaded.
+class FormatEntry(Plugin[Format]):
+    """A registered format, or why it could not be loaded."""
 
-    Attributes:
-        name: the entry point's name.
-        package: the distribution that registered it.
-        format: None if broken.
-        error: why it is broken, else None.
-    """
-
-    name: str
-    package: str
-    format: Format | None
-    error: str | None
-
-
-def _load(point: EntryPoint) -> FormatEntry:
-    package = point.dist.name if point.dist is not None else "unknown"
-    try:
-        found = point.load()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a failure becomes a visible entry
-        return FormatEntry(point.name, package, None, f"{type(error).__name__}: {error}")
-    if not isinstance(found, Format):
-        return FormatEntry(point.name, package, None, f"is a {type(found).__name__}, not a Format")
-    return FormatEntry(point.name, package, found, None)
+    @property
+    def format(self) -> Format | None:
+        """The format; None if broken."""
+        return self.loaded
 
 
 @functools.cache
 def registered_formats() -> tuple[FormatEntry, ...]:
     """Return every registered format sorted by name, broken ones included."""
-    entries = [_load(point) for point in entry_points(group=GROUP)]
-    return tuple(sorted(entries, key=lambda entry: (entry.name, entry.package)))
+    return tuple(FormatEntry(p.point, p.loaded, p.error) for p in load_group(GROUP, Format))
 
 
 def get_format(name: str) -> Format:
@@ -204,9 +185,12 @@ def check_output(
     """Refuse, before any work is done, an output that could not be published.
 
     Raises:
+        OutputError: the folder that it would be in does not exist.
         OutputExistsError: it exists and may not be replaced, or lies inside or around the input.
     """
     target = resolved(path)
+    if not target.parent.is_dir():
+        raise OutputError("the folder to write into does not exist", path=target.parent)
     if os.path.lexists(path) and not overwrite:
         raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
     if adapter.source is None:

@@ -12,6 +12,9 @@ EXIT_FOUND = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+_PROGRAM = "loratools"
+_COMPLETION = "_LORATOOLS_COMPLETE"
+
 
 def run(cli: click.Command) -> None:
     """Run a command group and exit the process.
@@ -26,7 +29,8 @@ def run(cli: click.Command) -> None:
         sys.exit(_call(cli))
     try:
         code = _call(cli)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader has gone; keep Python from complaining about it while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -35,7 +39,7 @@ def run(cli: click.Command) -> None:
         click.echo("interrupted", err=True)
         code = EXIT_INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        click.echo(f"error: {_usage(error)}", err=True)
         code = EXIT_ERROR
     except Exception as error:  # noqa: BLE001 - users get one line, whatever happened
         click.echo(f"error: {describe(error)}", err=True)
@@ -44,8 +48,22 @@ def run(cli: click.Command) -> None:
 
 
 def _call(cli: click.Command) -> int:
-    result = cli.main(standalone_mode=False)
+    """Run the group as its `main` would, which exits with 1 when the reader of stdout has gone."""
+    if _COMPLETION in os.environ:
+        cli.main(prog_name=_PROGRAM, complete_var=_COMPLETION)
+    try:
+        with cli.make_context(_PROGRAM, sys.argv[1:]) as context:
+            result = cli.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
     return result if isinstance(result, int) else 0
+
+
+def _usage(error: click.ClickException) -> str:
+    """Return one line for an error in the command line itself."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return text if context is None else f"{text}. See: {context.command_path} --help"
 
 
 def describe(error: BaseException) -> str:

@@ -17,10 +17,11 @@ from loratools_formats.errors import printable
 @click.command("info")
 @shared.adapter_argument
 @click.option("-v", "--verbose", is_flag=True, help="List every module.")
+@shared.from_option
 @shared.json_option
-def command(adapter: Path, verbose: bool, as_json: bool) -> None:
+def command(adapter: Path, verbose: bool, format_name: str | None, as_json: bool) -> None:
     """Show what an adapter is, from its headers alone."""
-    info = describe(read_adapter(adapter))
+    info = describe(read_adapter(adapter, format_name))
     if as_json:
         print_json({"operation": "info", **dataclasses.asdict(info)})
         return
@@ -29,7 +30,7 @@ def command(adapter: Path, verbose: bool, as_json: bool) -> None:
         click.echo()
         _print_modules(info)
     for text in info.notes:
-        note(printable(text, 1000))
+        note(text)
 
 
 def _print(info: AdapterInfo) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,7 @@ from loratools_formats.publish import publish_file
 @shared.rank_options
 @shared.compute_options("--svd")
 @shared.max_error_option
+@shared.from_option
 @shared.json_option
 @shared.quiet_option
 @click.pass_context
@@ -90,20 +92,21 @@ def command(
     recipe: Path | None,
     save_recipe: Path | None,
     max_error: float | None,
+    format_name: str | None,
     as_json: bool,
     quiet: bool,
     **settings: Any,
 ) -> int:
-    r"""Merge adapters of any rank, scale and type into one.
+    """Merge adapters of any rank, scale and type into one.
 
     A weight follows the path after a colon and is 1 by default. Weights may be negative.
 
     \b
     loratools merge chat:0.7 code:0.3 -o both
     loratools merge chat code --method ties --density 0.3 --rank 32 -o both
-    """
+    """  # noqa: D301 - click reads the backspace
     plan = _plan(context, adapters, recipe, settings)
-    inputs = _inputs(plan, quiet=quiet)
+    inputs = _inputs(plan, format_name, quiet=quiet)
     sources = [item.adapter for item in inputs]
     bases = sorted({source.base_model for source in sources if source.base_model is not None})
     if len(bases) > 1 and plan.options.force_base and not quiet:
@@ -205,11 +208,11 @@ def _reference(text: str) -> RecipeAdapter:
     return RecipeAdapter(Path(text), 1.0)
 
 
-def _inputs(plan: Recipe, *, quiet: bool) -> list[MergeInput]:
+def _inputs(plan: Recipe, format_name: str | None, *, quiet: bool) -> list[MergeInput]:
     inputs: list[MergeInput] = []
     names: list[str] = []
     for item in plan.adapters:
-        adapter = read_adapter(item.path)
+        adapter = read_adapter(item.path, format_name)
         if item.sha256 is not None and adapter.inputs[0].sha256() != item.sha256:
             raise AdapterError(
                 "the adapter is not the one that the recipe was made with",
@@ -218,7 +221,7 @@ def _inputs(plan: Recipe, *, quiet: bool) -> list[MergeInput]:
             )
         for text in () if quiet else adapter.notes:
             note(text)
-        name = item.path.resolve().name
+        name = Path(os.path.realpath(item.path)).name
         names.append(name)
         count = names.count(name)
         inputs.append(MergeInput(adapter, item.weight, f"{name}#{count}" if count > 1 else name))
@@ -235,8 +238,10 @@ def _check_recipe_target(path: Path | None, *, overwrite: bool) -> None:
         return
     if path.exists() and not overwrite:
         raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
-    if not path.resolve().parent.is_dir():
-        raise OutputError("the folder to write into does not exist", path=path.resolve().parent)
+    if not Path(os.path.realpath(path)).parent.is_dir():
+        raise OutputError(
+            "the folder to write into does not exist", path=Path(os.path.realpath(path)).parent
+        )
 
 
 def _save_recipe(
@@ -245,7 +250,7 @@ def _save_recipe(
     if path is None:
         return
     with publish_file(path, overwrite=overwrite) as temporary:
-        temporary.write_bytes(_recipe(plan, inputs, path.resolve().parent))
+        temporary.write_bytes(_recipe(plan, inputs, Path(os.path.realpath(path)).parent))
 
 
 def _write(
@@ -258,7 +263,7 @@ def _write(
 ) -> None:
     if target is None:
         return
-    recipe = _recipe(plan, inputs, target.resolve())
+    recipe = _recipe(plan, inputs, Path(os.path.realpath(target)))
     attachments = {**result.adapter.attachments, RECIPE_FILE: recipe}
     adapter = replace(result.adapter, attachments=attachments)
     write_adapter(adapter, target, adapter.format, overwrite=overwrite)

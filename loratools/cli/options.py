@@ -15,6 +15,9 @@ Decorator = Callable[[Function], Function]
 max_error_option = click.option(
     "--max-error", type=float, help="Write nothing, exit 1, if the error is above this."
 )
+from_option = click.option(
+    "--from", "format_name", help="Read as this format instead of recognising it."
+)
 adapter_argument = click.argument("adapter", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 quiet_option = click.option(

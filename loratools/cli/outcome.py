@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def checked_target(
 
 def scratch_folder(target: Path | None) -> Path | None:
     """Return where results may wait: beside the output, which has to hold them anyway."""
-    return None if target is None else target.resolve().parent
+    return None if target is None else Path(os.path.realpath(target)).parent
 
 
 def exceeds(error: float, limit: float | None) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from loratools_formats.errors import printable
+
 SCHEMA = 1
 
 
@@ -44,7 +46,7 @@ def number(value: float) -> str:
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
-    click.echo(f"note: {text}", err=True)
+    click.echo(f"note: {printable(text, 1000)}", err=True)
 
 
 def human_bytes(count: int) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from loratools.allot import RankChoice
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_ERROR
 from loratools.cli.outcome import checked_target, conclude, exceeds, scratch_folder
@@ -19,7 +20,7 @@ from loratools.cli.output import (
     progress_bar,
 )
 from loratools.initial import subtract_initial
-from loratools.ranks import RankChoice, RankRule
+from loratools.ranks import RankRule
 from loratools.resize import ComputeOptions
 from loratools.squeeze import Selection, SqueezeResult, rank_choices, squeeze
 from loratools_formats import get_format, read_adapter, write_adapter
@@ -38,6 +39,7 @@ from loratools_formats.adapter import Adapter
     type=click.Path(path_type=Path),
     help="The adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.",
 )
+@shared.from_option
 @shared.json_option
 @shared.quiet_option
 def command(
@@ -51,24 +53,25 @@ def command(
     exclude: str | None,
     max_error: float | None,
     initial: Path | None,
+    format_name: str | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
-    r"""Compress an adapter's ranks with the smallest possible error.
+    """Compress an adapter's ranks with the smallest possible error.
 
     Without a rule for the ranks, prints the table rank → size → error and writes nothing.
 
     \b
     loratools squeeze my-adapter -o smaller --rank 16
     loratools squeeze my-adapter -o smaller --budget 25%
-    """
-    source = _read(adapter, initial, quiet=quiet)
+    """  # noqa: D301 - click reads the backspace
+    source, sources = _read(adapter, initial, format_name, quiet=quiet)
     selection = Selection(include, exclude)
     if not rule.is_given:
         _print_choices(source, rank_choices(source, compute, selection), as_json=as_json)
         click.echo("Choose with --rank, --energy, --budget or another rule; see --help.", err=True)
         return EXIT_ERROR
-    target = checked_target(output, [source], overwrite=overwrite, dry_run=dry_run)
+    target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
     with progress_bar("squeeze", quiet=quiet) as progress:
         result = squeeze(
             source,
@@ -87,14 +90,18 @@ def command(
     return conclude(result.relative_error, max_error, target, quiet=quiet)
 
 
-def _read(path: Path, initial: Path | None, *, quiet: bool) -> Adapter:
-    adapter = read_adapter(path)
-    if initial is not None:
-        adapter = subtract_initial(adapter, read_adapter(initial))
+def _read(
+    path: Path, initial: Path | None, format_name: str | None, *, quiet: bool
+) -> tuple[Adapter, list[Adapter]]:
+    """Return the adapter to squeeze, and everything it was read from."""
+    adapter = read_adapter(path, format_name)
     if not quiet:
         for text in adapter.notes:
             note(text)
-    return adapter
+    if initial is None:
+        return adapter, [adapter]
+    first = read_adapter(initial, format_name)
+    return subtract_initial(adapter, first), [adapter, first]
 
 
 def _sizes(source: Adapter, result: SqueezeResult) -> tuple[int, int]:

@@ -120,7 +120,10 @@ def _identity(delta: LowRank) -> tuple[object, ...]:
 
 def _described(delta: LowRank) -> str:
     experts = f", {delta.experts} experts" if delta.experts > 1 else ""
-    return f"{delta.layer.kind}, out {delta.shape[0]}, in {delta.shape[1]}{experts}"
+    turn = delta.layer.transposed_if_square
+    stored = ", stored as (in, out)" if turn else ", stored either way" if turn is None else ""
+    square = stored if experts and delta.shape[0] == delta.shape[1] else ""
+    return f"{delta.layer.kind}, out {delta.shape[0]}, in {delta.shape[1]}{experts}{square}"
 
 
 def _flipped(delta: LowRank) -> LowRank:

@@ -37,16 +37,17 @@ def knots(
     joined = np.concatenate(list(space.cores), axis=1)
     u, s, _ = np.linalg.svd(joined, full_matrices=False)
     kept = max(1, _nonzero(s))
-    left, s = space.u @ u[:, :kept], s[:kept]
+    u, s = u[:, :kept], s[:kept]
     # Where votes are even, TIES chooses +, so the arbitrary signs of an SVD must be settled.
-    signs = np.where(-left.min(axis=0) > left.max(axis=0), -1.0, 1.0)
+    left = space.u @ u
+    u = u * np.where(-left.min(axis=0) > left.max(axis=0), -1.0, 1.0)
     # Not the SVD's own right factors: where an adapter has no delta, those are noise, which votes.
-    vt = (u[:, :kept] * signs).T @ joined / np.where(s > 0.0, s, 1.0)[:, None]
+    vt = (u.T @ joined) / np.where(s > 0.0, s, 1.0)[:, None]
     aligned = [DenseRows(vt[:, t * width : (t + 1) * width] @ space.v.T) for t in range(count)]
     tasks = Tasks(aligned, (kept, space.shape[1]), 0, "")
     merged = ties(tasks, weights, density=density, majority_sign=majority_sign, flavor=flavor)
     rows = np.concatenate([merged(*span) for span in tasks.spans()])
-    return lambda_ * left * signs * s, rows
+    return space.u @ (lambda_ * u * s), rows
 
 
 def tsv(space: SharedSpace, weights: Array, *, lambda_: float = 1.0) -> tuple[Array, Array]:
@@ -60,7 +61,7 @@ def tsv(space: SharedSpace, weights: Array, *, lambda_: float = 1.0) -> tuple[Ar
     left, sizes, right = [], [], []
     for weight, core in zip(weights, space.cores, strict=True):
         u, s, vt = np.linalg.svd(core, full_matrices=False)
-        kept = min(_nonzero(s), most)
+        kept = min(_nonzero(s), most) if weight else 0
         left.append(np.sign(weight) * u[:, :kept])
         sizes.append(abs(weight) * s[:kept])
         right.append(vt[:kept].T)

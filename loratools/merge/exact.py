@@ -11,7 +11,7 @@ from loratools.merge.align import AlignedModule
 from loratools.merge.module import MergedModule
 from loratools_formats.adapter import LowRank, low_rank_part
 from loratools_formats.dtypes import DTYPES, DType
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import TensorRef, in_memory
 
 
@@ -24,7 +24,12 @@ def common_dtype(dtypes: list[DType]) -> DType:
 
 
 def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None:
-    """Return Σ cₜ·scaleₜ·biasₜ of the factors' biases."""
+    """Return Σ cₜ·scaleₜ·biasₜ of the factors' biases.
+
+    Raises:
+        UnsupportedError: the method is no weighted sum.
+        AdapterError: NaN or infinite values.
+    """
     parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
     with_bias = [part.bias for part in parts if part is not None and part.bias is not None]
     if not with_bias:
@@ -39,6 +44,8 @@ def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None
     for share, part in zip(merged.coefficients[0], parts, strict=True):
         if part is not None and part.bias is not None:
             total += share * part.scale * part.bias.load(np.float64)
+    if not np.isfinite(total).all():
+        raise AdapterError("bias of factors holds NaN or infinite values", tensor=with_bias[0].key)
     return in_memory(with_bias[0].key, total, common_dtype([bias.dtype for bias in with_bias]).code)
 
 

@@ -18,6 +18,27 @@ from loratools_formats.errors import AdapterError, OptionError
 from loratools_formats.tensors import TensorRef
 
 
+def refuse_replaced_modules(inputs: Sequence[MergeInput]) -> None:
+    """Refuse a tensor that one adapter replaces and another changes by factors.
+
+    Loaders look for it under another name once the module has factors, so the values of the first
+    would be lost; an adapter that has both itself names it rightly.
+
+    Raises:
+        AdapterError: there is such a tensor.
+    """
+    for item in inputs:
+        changed = {n for other in inputs for n in other.adapter.modules} - set(item.adapter.modules)
+        for key, replacement in item.adapter.replacements.items():
+            if replacement.target.rpartition(".")[0] in changed:
+                raise AdapterError(
+                    "one adapter replaces a tensor of a module that another changes by factors",
+                    path=item.adapter.source,
+                    tensor=key,
+                    hint="A file cannot hold both",
+                )
+
+
 def settled_replacements(
     inputs: Sequence[MergeInput], policy: str | None
 ) -> dict[str, Replacement]:

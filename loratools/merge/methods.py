@@ -18,10 +18,10 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from loratools_formats.errors import OptionError
+from loratools_formats.plugins import Plugin, load_group
 
 GROUP = "loratools.methods"
 
@@ -110,32 +110,21 @@ def _converted(label: str, value: Any, hint: Any) -> Any:
     return result
 
 
-@dataclass(frozen=True)
-class MethodEntry:
-    """A registered name: its method, or why it could not be loaded."""
+class MethodEntry(Plugin[Method]):
+    """A registered method, or why it could not be loaded."""
 
-    name: str
-    package: str
-    method: Method | None
-    error: str | None
+    @property
+    def method(self) -> Method | None:
+        """The method; None if broken."""
+        return self.loaded
 
 
 @functools.cache
 def registered_methods() -> tuple[MethodEntry, ...]:
     """Return every registered method sorted by class and name, broken ones last."""
-    entries = []
-    for point in entry_points(group=GROUP):
-        package = point.dist.name if point.dist is not None else "unknown"
-        try:
-            found = point.load()
-            error = None if isinstance(found, Method) else f"is a {type(found).__name__}"
-        except (Exception, SystemExit) as failure:  # noqa: BLE001 - becomes a visible entry
-            found, error = None, f"{type(failure).__name__}: {failure}"
-        entries.append(MethodEntry(point.name, package, None if error else found, error))
     order = {"span": 0, "core": 1, "elementwise": 2}
-    return tuple(
-        sorted(entries, key=lambda e: (order[e.method.kind] if e.method else 3, e.name, e.package))
-    )
+    entries = [MethodEntry(p.point, p.loaded, p.error) for p in load_group(GROUP, Method)]
+    return tuple(sorted(entries, key=lambda e: 3 if e.method is None else order[e.method.kind]))
 
 
 def get_method(name: str) -> Method:

@@ -122,11 +122,15 @@ def merged_module(
         AdapterError: NaN or infinite values, or a base weight that does not fit.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        if module.needs_base:
-            merged = _through_base(module, run, base, scratch_folder)
-        else:
-            merged = _from_factors(module, run, scratch_folder, device)
-    _check_finite(sum(matrix.squared_norm for matrix in merged.matrices))
+        try:
+            if module.needs_base:
+                merged = _through_base(module, run, base, scratch_folder)
+            else:
+                merged = _from_factors(module, run, scratch_folder, device)
+        except np.linalg.LinAlgError:  # factors are finite, so their products are not
+            _check_finite(math.inf)
+            raise
+        _check_finite(sum(matrix.squared_norm for matrix in merged.matrices))
     return merged
 
 

@@ -16,17 +16,22 @@ from typing import Any
 
 import numpy as np
 
+from loratools.allot import choose_ranks
 from loratools.device import Device
 from loratools.merge.align import AlignedModule, MergeInput, align
 from loratools.merge.exact import common_dtype, factor_residual, joined_exactly, merged_bias
-from loratools.merge.extras import settled_carried, settled_replacements
+from loratools.merge.extras import (
+    refuse_replaced_modules,
+    settled_carried,
+    settled_replacements,
+)
 from loratools.merge.methods import Method, get_method
 from loratools.merge.module import MergedModule, ModuleMethod, merged_module
 from loratools.merge.options import MergeOptions
 from loratools.merge.trim import SharedTrim
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
-from loratools.ranks import Spectrum, choose_ranks
+from loratools.ranks import Spectrum
 from loratools.resize import Resizer
 from loratools.scratch import Scratch
 from loratools_formats.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_rank_part
@@ -115,6 +120,7 @@ def merge(
     options = replace(options, parameters=method.checked(options.parameters))
     _check(inputs, options, method)
     modules = align(inputs, force_base=options.force_base)
+    refuse_replaced_modules(inputs)
     work = _Merge(inputs, options, method, modules, base, scratch_folder)
     with ThreadPoolExecutor(1) as beside:
         adapters = {f"{index}": item.adapter for index, item in enumerate(inputs)}
@@ -349,7 +355,8 @@ class _Merge:
             merged = self._merged(module)
             spectrum = self._spectrum(module, merged)
             template = self._template(module, merged)
-            new, squared_error = self._stored(module, merged, spectrum, template, ranks)
+            with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
+                new, squared_error = self._stored(module, merged, spectrum, template, ranks)
         except LoratoolsError as error:
             error.tensor = error.tensor or module.name
             raise
@@ -387,4 +394,5 @@ class _Merge:
             kept = self.resizer.without_loss(exact, exact.rank if free else rank)
             if kept is not None:
                 return kept, 0.0
-        return self.resizer.compressed(module.name, template, merged.matrices, rank)
+        found = self.resizer.compressed(module.name, template, merged.matrices, rank)
+        return found.delta, found.squared_error

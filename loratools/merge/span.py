@@ -84,6 +84,7 @@ def karcher(gram: Array, weights: Array, *, max_iter: int = 10, tol: float = 1e-
     inner = linear(gram, np.where(present, shares, 0.0), normalize=True)
     units = np.where(present, norms, 1.0)
     cosines = np.where(np.outer(present, present), gram / np.outer(units, units), 0.0)
+    np.fill_diagonal(cosines, present)
     mean = inner.copy()
     size = math.sqrt(max(float(mean @ cosines @ mean), 0.0))
     mean = np.eye(len(weights))[int(np.argmax(present))] if size < tol else mean / size

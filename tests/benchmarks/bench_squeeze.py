@@ -6,6 +6,8 @@ import json
 import shutil
 import statistics
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +40,7 @@ machine. MB are 10⁶ bytes."""
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds for all modules, scaled up from some; the process that measured them."""
+    """Seconds for all modules, scaled up from some; the fastest process that measured them."""
 
     best: float
     median: float
@@ -91,17 +93,23 @@ def _starts() -> dict[str, Command]:
     }
 
 
-def _peer(method: str, adapter: Path, rank: int, *options: str) -> Estimate:
-    """Time a peer on some modules, and multiply by how many there are of each shape."""
-    script = str(HERE / "peers.py")
+def _peer(method: str, adapter: Path, rank: int, *options: str) -> Command:
     arguments = [method, adapter.name, "--rank", str(rank), *options]
-    sample = run_child(Command([sys.executable, script, *arguments]), adapter.parent)
-    times: dict[str, list[float]] = json.loads(sample.stdout)
-    times.setdefault(SKIPPED, times[TRANSPOSED])
+    return Command([sys.executable, str(HERE / "peers.py"), *arguments])
+
+
+def _scaled_up(samples: Sequence[Sample]) -> Estimate:
+    """Multiply what peers.py printed by the number of modules of each shape."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        for shape, found in json.loads(sample.stdout).items():
+            times[shape] += found
+    if SKIPPED not in times:
+        times[SKIPPED] = times[TRANSPOSED]
     return Estimate(
         LAYERS * sum(count * min(times[shape]) for shape, count in MODULES.items()),
         LAYERS * sum(count * statistics.median(times[shape]) for shape, count in MODULES.items()),
-        sample,
+        min(samples, key=lambda sample: sample.seconds),
     )
 
 
@@ -217,7 +225,7 @@ def _rank_table(
         "modules. (a): one module of each shape, `full_matrices=True` as in PEFT, timed once; "
         f"{SKIPPED}, which takes over a minute, counts as its faster transpose, so that (a) is a "
         "lower bound; at any rank the dense ΔW and its cost are the same. (b): "
-        f"`q={new_rank + 10}, niter=2`, every module of two layers."
+        f"`q={new_rank + 10}, niter=2`, every module of one layer, in as many runs."
     )
     return Table(f"Rank {rank} → {new_rank}", HEADER, rows, remark)
 
@@ -227,12 +235,13 @@ def run(workdir: Path) -> Report:
     adapters = {rank: _adapter(workdir, rank) for rank in (64, 256)}
     new_rank = {64: 16, 256: 32}
     timings: dict[int, dict[str, Timing]] = {}
-    lowrank = {}
     for rank, adapter in adapters.items():
         commands = _whole(adapter, new_rank[rank]) | ({} if timings else _starts())
+        commands["lowrank"] = _peer("lowrank", adapter, new_rank[rank])
         timings[rank] = {**timings.get(64, {}), **interleaved(commands, workdir, ROUNDS[rank])}
-        lowrank[rank] = _peer("lowrank", adapter, new_rank[rank], "--layers", "2")
-    svd = _peer("svd", adapters[64], new_rank[64], "--one-each", "--skip", SKIPPED)
+    lowrank = {rank: _scaled_up(found["lowrank"].samples) for rank, found in timings.items()}
+    options = ["--one-each", "--skip", SKIPPED]
+    svd = _scaled_up([run_child(_peer("svd", adapters[64], new_rank[64], *options), workdir)])
     by_layers = {
         layers: interleaved({"ours": _squeeze(_adapter(workdir, 64, layers), 16)}, workdir, 2)[
             "ours"

@@ -19,6 +19,7 @@ from peft_cases import Case
 from loratools.cli import cli
 from loratools.initial import subtract_initial
 from loratools.ranks import RankRule
+from loratools.resize import ComputeOptions
 from loratools.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.errors import OptionError, UnsupportedError
@@ -193,3 +194,14 @@ def test_an_initial_adapter_for_a_plain_one_is_an_error(trained):
     one = trained("pissa")
     with pytest.raises(OptionError, match="changed base"):
         subtract_initial(read_adapter(one.converted), read_adapter(one.initial))
+
+
+def test_the_nominal_alpha_doubles_with_the_rank_as_peft_does_it(trained, tmp_path):
+    one = trained("pissa-patterns")
+    result = squeeze(true_change(one), RankRule(rank=100), ComputeOptions(keep_alpha=True))
+    write_adapter(result.adapter, tmp_path / "out", "peft")
+    alphas = [
+        {path: delta.alpha for path, delta in read_adapter(folder).modules.items()}
+        for folder in (tmp_path / "out", one.converted)
+    ]
+    assert alphas[0] == alphas[1] == {"up": 24, "square": 24, "down": 11}

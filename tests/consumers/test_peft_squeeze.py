@@ -315,41 +315,26 @@ def test_experts_saved_before_0_19_keep_their_layout_and_version(tmp_path):
     oracle.assert_states_equal(oracle.own_deltas(again, base), got, 1e-12)
 
 
-def test_expert_parameters_of_one_module_that_need_different_ranks_are_refused(saved, tmp_path):
+@pytest.mark.parametrize(
+    "rule", [RankRule(patterns=((r"base_layer$", 2), ("", 3))), RankRule(energy=0.6)]
+)
+def test_two_expert_parameters_of_one_module_get_the_larger_rank(saved, tmp_path, rule):
     # PEFT tells the parameters of a module apart by name only, and files hold no names.
-    adapter = read_adapter(saved("experts-two"))
-    result = squeeze(adapter, RankRule(patterns=((r"base_layer$", 2), ("", 3))))
-    with pytest.raises(UnsupportedError, match="different ranks or scales") as caught:
+    case = CASES["experts-two"]
+    source, target, result = squeezed(saved, "experts-two", tmp_path, rule)
+    adapter, base = read_adapter(source), oracle.base_state(case)
+    ((rank, scale),) = set(settings_in_peft(target, case).values())
+    assert {module.rank_out for module in result.modules} == {rank}
+    assert scale == 1.0
+    whole = oracle.peft_deltas(oracle.loaded(source, case))
+    want = best(adapter, base, whole, dict.fromkeys(adapter.modules, rank))
+    oracle.assert_states_equal(oracle.peft_deltas(oracle.loaded(target, case)), want, 1e-5)
+
+
+def test_two_expert_parameters_with_different_alphas_cannot_keep_them(saved, tmp_path):
+    adapter = read_adapter(saved("experts-two-ranks"))
+    options = ComputeOptions(keep_alpha=True)
+    result = squeeze(adapter, RankRule(rank=2), options)
+    with pytest.raises(UnsupportedError, match="different ranks or scales"):
         write_adapter(result.adapter, tmp_path / "out", "peft")
-    assert "--uniform" in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_untrained_adapter_stays_without_effect(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    case = CASES["linear"]
-    model = get_peft_model(oracle.fresh(case), LoraConfig(r=4, **case.config))
-    model.save_pretrained(str(tmp_path / "adapter"))
-    result = squeeze(read_adapter(tmp_path / "adapter"), RankRule(rank=RANK))
-    assert result.relative_error == 0.0
-    write_adapter(result.adapter, tmp_path / "out", "peft")
-    loaded = oracle.loaded(tmp_path / "out", case)
-    assert all(not delta.any() for delta in oracle.peft_deltas(loaded).values())
-    want = oracle.outputs_with(case, oracle.base_state(case))
-    assert np.array_equal(oracle.outputs(loaded, case), want)
-
-
-def test_the_sampler_of_monteclora_is_left_out_as_its_shapes_hold_the_rank(saved, tmp_path):
-    source, target, _ = squeezed(saved, "monteclora", tmp_path)
-    assert len(read_adapter(source).carried) == 12
-    after = read_adapter(target)
-    assert (after.carried, after.config["monteclora_config"]) == ({}, None)
-
-
-def test_what_velora_keeps_for_training_stays(saved, tmp_path):
-    source, target, _ = squeezed(saved, "velora", tmp_path)
-    before, after = read_adapter(source), read_adapter(target)
-    assert len(after.carried) == 3
-    assert after.carried.keys() == before.carried.keys()
-    assert after.config["velora_config"] == before.config["velora_config"]

@@ -212,11 +212,19 @@ def weighted_sum(pairs: Sequence[tuple[Path, float]]) -> Deltas:
     return total
 
 
+def all_stacked(pairs: Sequence[tuple[Path, float]]) -> Deltas:
+    """Return every module's ΔW of all adapters: (T, …), zeros where one lacks it."""
+    found = [true_deltas(path) for path, _ in pairs]
+    shapes = {name: delta.shape for deltas in found for name, delta in deltas.items()}
+    return {
+        name: np.stack([deltas.get(name, np.zeros(shape)) for deltas in found])
+        for name, shape in shapes.items()
+    }
+
+
 def stacked(pairs: Sequence[tuple[Path, float]], name: str) -> Array:
     """Return one module's ΔW of all adapters: (T, out, in)."""
-    found = [true_deltas(path).get(name) for path, _ in pairs]
-    shape = next(delta.shape for delta in found if delta is not None)
-    return np.stack([np.zeros(shape) if delta is None else delta for delta in found])
+    return all_stacked(pairs)[name]
 
 
 def distance(got: Array, want: Array) -> float:

@@ -27,8 +27,8 @@ def trimmed(
         if thresholds is not None:
             limit = thresholds[task]
         else:
-            ordered = sorted(np.abs(values).ravel(), reverse=True)
-            limit = ordered[keep - 1] if keep else math.inf
+            ordered = np.sort(np.abs(values).ravel())
+            limit = ordered[-keep] if keep else math.inf
         values[np.abs(values) < limit] = 0.0
     return x
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from merge_cases import (
     Module,
+    all_stacked,
     distance,
     linear,
     run,
@@ -53,8 +54,7 @@ def triple(folder, weights=(1.0, 1.0, 1.0), ranks=(4, 2, 5), **config):
 def expected(pairs, define):
     """Apply a definition on (T, m, n) to every matrix."""
     result = {}
-    for name in ("tall", "wide", "square", "experts"):
-        found = stacked(pairs, name)
+    for name, found in all_stacked(pairs).items():
         if found.ndim == 4:
             result[name] = np.stack(
                 [define(found[:, e], f"{name}#{e}") for e in range(found.shape[1])]
@@ -119,6 +119,15 @@ def test_iso_is_its_dense_definition_on_the_nonzero_singular_values(tmp_path, we
     s = np.linalg.svd(got["wide"], compute_uv=False)
     np.testing.assert_allclose(s[:11], s[0], rtol=1e-9)
     assert s[11] <= 1e-12 * s[0]
+
+
+def test_an_adapter_of_weight_0_counts_in_tsv_as_one_without_the_module(tmp_path):
+    pairs = triple(tmp_path, (1.0, 0.0, 0.5), (4, 3, 5))
+    _, got = run(tmp_path / "out", pairs, "tsv")
+    for name in ("tall", "wide"):
+        x = stacked(pairs, name)
+        x[1] = 0.0
+        assert distance(got[name], tsv_definition_of(x, (1.0, 0.0, 0.5))) <= 1e-9
 
 
 def test_tsv_does_not_let_tasks_interfere(tmp_path):

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from merge_cases import (
     Module,
+    all_stacked,
     distance,
     linear,
     run,
     save,
-    stacked,
     total_distance,
     true_deltas,
     weighted_sum,
@@ -32,7 +32,7 @@ from merge_definitions import (
     trimmed,
     without_outliers,
 )
-from merge_peers import masks_given, mergekit, peft
+from merge_others import masks_given, mergekit, peft
 
 from loratools.merge import elementwise, tasks
 from loratools.merge.methods import get_method, registered_methods
@@ -447,8 +447,8 @@ def triple(folder, dtype="f64", weights=(0.6, -0.3, 1.1)):
 
 def matrices(pairs):
     """Yield (name, expert, (T, m, n) float32 entries) of every matrix."""
-    for name in true_deltas(pairs[0][0]):
-        found = stacked(pairs, name).astype(np.float32)
+    for name, deltas in all_stacked(pairs).items():
+        found = deltas.astype(np.float32)
         for expert in range(found.shape[1] if found.ndim == 4 else 1):
             yield name, expert, found[:, expert] if found.ndim == 4 else found
 

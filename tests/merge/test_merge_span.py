@@ -23,7 +23,7 @@ from merge_cases import (
     true_deltas,
     weighted_sum,
 )
-from merge_peers import mergekit
+from merge_others import mergekit
 
 from loratools.merge.span import karcher, model_stock, slerp
 from loratools.ranks import Budget, RankRule

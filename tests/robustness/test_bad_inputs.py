@@ -136,9 +136,9 @@ BAD_SETTINGS = {
     "r 0": ({"r": 0}, "r is wrong"),
     "r negative": ({"r": -4}, "r is wrong"),
     "r float": ({"r": 8.5}, "r is wrong"),
-    "r string": ({"r": "8"}, "r is wrong"),
-    "r true": ({"r": True}, "r is wrong"),
-    "r null": ({"r": None}, "r is wrong"),
+    "r string": ({"r": "8"}, 'r is wrong; got "8"'),
+    "r true": ({"r": True}, "r is wrong; got true"),
+    "r null": ({"r": None}, "r is wrong; got null"),
     "r 2^31": ({"r": 1 << 31}, "r is wrong"),
     "r not that of the tensors": ({"r": 4}, "differ"),
     "alpha null": ({"lora_alpha": None}, "lora_alpha is wrong"),
@@ -261,7 +261,7 @@ def test_many_patterns_and_modules(make_folder, refused):
 
 
 def replace_by(kind, path):
-    """Put something that is no regular file at a path; returns what must stay open."""
+    """Put something that is no regular file at a path."""
     path.unlink(missing_ok=True)
     if kind == "fifo":
         os.mkfifo(path)
@@ -318,13 +318,10 @@ def test_attachment_linked_from_elsewhere(make_folder, refused):
 
 
 class MarkerMaker:
-    """Unpickling this runs a shell command."""
-
-    def __init__(self, marker):
-        self.marker = marker
+    """Unpickling this runs a shell command in the current folder."""
 
     def __reduce__(self):
-        return os.system, (f"touch '{self.marker}'",)
+        return os.system, ("touch marker",)
 
 
 # {((((), ()), ((), ())), ...): 1}, a key whose hash takes 2^60 steps.
@@ -368,34 +365,48 @@ def views(count, shape, stride, names=(A,)):
     return stream.getvalue()
 
 
+def plain(pickled):
+    """Return a function that writes a pickle, given a path."""
+    return lambda path: path.write_bytes(pickled)
+
+
+def in_archive(pickled, *how, **more):
+    """Return a function that writes a pickle into an archive, given a path."""
+    return lambda path: archive(path, pickled, *how, **more)
+
+
+CODE = pickle.dumps(MarkerMaker(), 2)
+MANY_VIEWS = views(1 << 20, (1 << 20,), (1,), [f"x{i}" for i in range(1000)])
+LARGE = views(1 << 24, (1 << 24,), (1,))
+
 BAD_PICKLES = {
-    "not a pickle": lambda path, marker: path.write_bytes(b"\x93NUMPY" * 10),
-    "empty": lambda path, marker: path.write_bytes(b""),
-    "LFS pointer": lambda path, marker: path.write_bytes(LFS_POINTER),
-    "code": lambda path, marker: path.write_bytes(pickle.dumps(MarkerMaker(marker), 2)),
-    "code in an archive": lambda path, marker: archive(path, pickle.dumps(MarkerMaker(marker), 2)),
-    "a list": lambda path, marker: archive(path, pickle.dumps([1], 2)),
-    "entries that are no tensors": lambda path, marker: archive(path, pickle.dumps({A: [1]}, 2)),
-    "compressed": lambda path, marker: archive(
-        path, views(1 << 24, (1 << 24,), (1,)), zipfile.ZIP_DEFLATED, bytes(1 << 26)
+    "not a pickle": (plain(b"\x93NUMPY" * 10), "not a file of pickled weights"),
+    "empty": (plain(b""), "not a file of pickled weights"),
+    "LFS pointer": (plain(LFS_POINTER), "git lfs pull"),
+    "code": (plain(CODE), "posix.system"),
+    "code in an archive": (in_archive(CODE), "posix.system"),
+    "no archive": (plain(b"PK\x03\x04" + bytes(100)), "archive"),
+    "a list": (in_archive(pickle.dumps([1], 2)), "content is a list"),
+    "entries that are no tensors": (in_archive(pickle.dumps({A: [1]}, 2)), "is a list"),
+    "compressed": (in_archive(LARGE, zipfile.ZIP_DEFLATED, data=bytes(1 << 26)), "compressed"),
+    "tensor larger than its storage": (
+        in_archive(views(1, (1 << 36,), (0,)), data=bytes(4)),
+        "claims 274877906944 bytes",
     ),
-    "tensor larger than its storage": lambda path, marker: archive(
-        path, views(1, (1 << 36,), (0,)), data=bytes(4)
+    "storage larger than the file": (
+        in_archive(views(1 << 40, (1 << 40,), (1,)), data=bytes(4)),
+        "4398046511104",
     ),
-    "storage larger than the file": lambda path, marker: archive(
-        path, views(1 << 40, (1 << 40,), (1,)), data=bytes(4)
-    ),
-    "many views of one storage": lambda path, marker: archive(
-        path, views(1 << 20, (1 << 20,), (1,), [f"x{i}" for i in range(1000)]), data=bytes(1 << 22)
-    ),
-    "key that takes for ever to hash": lambda path, marker: archive(path, ENDLESS_HASH),
+    "many views of one storage": (in_archive(MANY_VIEWS, data=bytes(1 << 22)), "share storage"),
+    "key that takes for ever to hash": (in_archive(ENDLESS_HASH), "SIGXCPU"),
 }
 
 
 @pytest.mark.parametrize("defect", BAD_PICKLES)
 def test_pickle(defect, make_folder, refused, tmp_path):
-    folder, marker = make_folder(), tmp_path / "marker"
+    folder = make_folder()
     (folder / WEIGHTS).unlink()
-    BAD_PICKLES[defect](folder / PICKLED, marker)
-    refused(folder, PICKLED, seconds=SECONDS_WITH_TORCH)
-    assert not marker.exists()
+    write, word = BAD_PICKLES[defect]
+    write(folder / PICKLED)
+    refused(folder, PICKLED, word, seconds=SECONDS_WITH_TORCH, cwd=tmp_path)
+    assert not (tmp_path / "marker").exists()

@@ -28,7 +28,9 @@ def start(source, executable, tmp_path):
 
     def run(rank):
         command = [executable, "squeeze", source, "-o", tmp_path / "out", "--rank", str(rank)]
-        return subprocess.Popen([*command, "--overwrite", "--quiet"], start_new_session=True)
+        return subprocess.Popen(
+            [*command, "--overwrite", "--quiet"], stderr=subprocess.PIPE, start_new_session=True
+        )
 
     return run
 
@@ -54,7 +56,9 @@ def test_kill(moment, overwrite, start, tmp_path):
     out = tmp_path / "out"
 
     def finish(rank):
-        assert start(rank).wait() == 0
+        process = start(rank)
+        assert process.communicate() == (None, b"")
+        assert process.returncode == 0
         return content(out)
 
     started = time.monotonic()
@@ -75,7 +79,7 @@ def test_kill(moment, overwrite, start, tmp_path):
             wait_for_temporary(process, tmp_path)
             time.sleep(draw.uniform(0, 0.03))
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
         left = temporaries(tmp_path)
         assert content(out) in (before, new)
         assert set(os.listdir(tmp_path)) <= {"out", *left}
@@ -86,3 +90,19 @@ def test_kill(moment, overwrite, start, tmp_path):
         assert (False, True) in ends, "no run was killed between the first byte and the rename"
     assert finish(16) == new
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("round_", range(4))
+def test_interrupt(round_, start, tmp_path):
+    """Ctrl-C while writing leaves nothing behind at all."""
+    process = start(16)
+    wait_for_temporary(process, tmp_path)
+    time.sleep(0.005 * round_)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    if process.returncode in (0, -signal.SIGINT):  # it was done, or on its way out
+        assert os.listdir(tmp_path) == ["out"]
+    else:
+        assert process.returncode == 130
+        assert err.split() == [b"interrupted"]
+        assert os.listdir(tmp_path) in ([], ["out"])

@@ -16,9 +16,11 @@ from loratools_formats.registry import Format, Loss
 if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter
 
+_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
 
 def _sniff(path: Path) -> bool:
-    folder = path.parent if path.name.startswith("adapter_model.") else path
+    folder = path.parent if path.name in _WEIGHT_FILES else path
     return (folder / "adapter_config.json").is_file()
 
 

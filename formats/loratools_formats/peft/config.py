@@ -7,6 +7,7 @@ becomes a caveat which makes operations on ΔW refuse the adapter by that key's 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -134,7 +135,10 @@ class PeftConfig:
         for key, (is_valid, expected) in _RULES.items():
             if key in values and not is_valid(values[key]):
                 raise AdapterError(
-                    f"config value {key} is wrong", path=path, got=values[key], expected=expected
+                    f"config value {key} is wrong",
+                    path=path,
+                    got=json.dumps(values[key], default=str),
+                    expected=expected,
                 )
 
     @property
@@ -205,7 +209,7 @@ def _is_set(value: Any) -> bool:
 def _unknown(key: str, value: Any) -> Caveat:
     return Caveat(
         key,
-        f"config key {key} = {value!r} is not known and may change it",
+        f"config key {key} = {value!r} is not known and may change the weights",
         "Remove the key from adapter_config.json if it has no effect",
     )
 

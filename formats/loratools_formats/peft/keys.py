@@ -23,7 +23,10 @@ SUFFIXES: dict[str, Part] = {
     ".token_adapter.trainable_tokens_delta": "token_rows",
 }
 
-TRAINING_SUFFIXES = (".lora_diag", ".lora_velora_embed", ".lora_monteclora_sampler")
+SAMPLER = ".lora_monteclora_sampler."
+"""Part of the names of MonteCLoRA's sampler, whose shapes hold the rank."""
+
+TRAINING_SUFFIXES = (".lora_diag", ".lora_velora_embed", SAMPLER.rstrip("."))
 """Tensors of variants whose config key already says so; kept, and used by no operation."""
 
 

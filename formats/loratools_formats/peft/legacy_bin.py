@@ -142,6 +142,7 @@ def convert(source: str, target: str) -> None:
     from safetensors.torch import save_file
 
     file_nbytes = os.path.getsize(source)
+    torch.set_num_threads(1)  # the stacks of more would count as memory
     _limit_resources(file_nbytes)
     state = torch.load(source, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):

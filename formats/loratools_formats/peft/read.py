@@ -12,23 +12,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratools_formats.adapter import Adapter, Caveat, Delta, Dora, Layer, LowRank
-from loratools_formats.errors import AdapterError, MissingFileError, UnsupportedError
+from loratools_formats.errors import (
+    AdapterError,
+    LoratoolsError,
+    MissingFileError,
+    UnsupportedError,
+)
 from loratools_formats.files import RegularFile, inside
 from loratools_formats.peft import keys
 from loratools_formats.peft.config import CONFIG_FILE, PeftConfig, read_config
 from loratools_formats.peft.legacy_bin import read_bin
 from loratools_formats.peft.replacements import classify
+from loratools_formats.provenance import PROVENANCE_FILE
 from loratools_formats.safetensors_io import SafetensorsFile, read_safetensors
 from loratools_formats.tensors import TensorRef
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-_MAX_FACTOR_ELEMENTS = 1 << 31
+_MAX_FACTOR_ELEMENTS = 1 << 29
 
 _ATTACHMENTS = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt",
-    "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "spiece.model",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json", "merges.txt",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model",
+    "target.spm", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
     "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md",
 )  # fmt: skip
 
@@ -43,7 +51,15 @@ def read(path: Path) -> Adapter:
         AdapterError: malformed or contradictory.
         UnsupportedError: another adapter kind, or a variant whose layout is not known.
     """
-    folder = path.parent if path.name.startswith("adapter_model.") else path
+    folder = path.parent if path.name in (WEIGHTS_FILE, LEGACY_WEIGHTS_FILE) else path
+    try:
+        return _read(folder)
+    except LoratoolsError as error:
+        error.path = error.path or str(folder)
+        raise
+
+
+def _read(folder: Path) -> Adapter:
     config = read_config(inside(folder, CONFIG_FILE))
     weights, original, notes = _open_weights(folder)
     modules, rest = _modules(config, weights.tensors, folder)
@@ -58,7 +74,7 @@ def read(path: Path) -> Adapter:
         metadata=weights.metadata,
         base_model=config.values.get("base_model_name_or_path"),
         caveats=(*config.caveats(), *_module_caveats(modules)),
-        notes=(*notes, *_folder_notes(folder)),
+        notes=(*notes, *_folder_notes(folder), *_training_notes(carried)),
         attachments={
             name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
         },
@@ -81,13 +97,28 @@ def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]
     )
 
 
+def _training_notes(carried: Mapping[str, TensorRef]) -> list[str]:
+    if any(keys.SAMPLER in name for name in carried):
+        return ["MonteCLoRA's sampler acts in training only; it is left out when ranks change"]
+    return []
+
+
 def _folder_notes(folder: Path) -> list[str]:
+    own = {CONFIG_FILE, WEIGHTS_FILE, LEGACY_WEIGHTS_FILE, PROVENANCE_FILE, "recipe.yaml"}
+    foreign = sorted(
+        child.name
+        for child in folder.iterdir()
+        if child.is_file() and child.name not in own and child.name not in _ATTACHMENTS
+    )
+    notes = [f"files beside the adapter, not part of it: {', '.join(foreign)}"] if foreign else []
     others = sorted(
         child.name
         for child in folder.iterdir()
         if child.is_dir() and (child / CONFIG_FILE).is_file()
     )
-    return [f"sub-folders hold further adapters: {', '.join(others)}"] if others else []
+    if others:
+        notes.append(f"sub-folders hold further adapters: {', '.join(others)}")
+    return notes
 
 
 def _modules(
@@ -266,6 +297,10 @@ def _ordinary(
             expected=f"r = {rank} for {path}",
         )
     dims = len(a.shape)
+    if embedding and dims != 2:
+        raise AdapterError(
+            "embedding factor is not a matrix", path=folder, tensor=a.key, got=list(a.shape)
+        )
     layer = Layer("embedding" if embedding else "linear")
     if not embedding and dims > 2:
         layer = Layer("conv", kernel=a.shape[2:])
@@ -354,6 +389,7 @@ def _square_experts(config: PeftConfig) -> bool | None:
     """
     text = str(config.values.get("peft_version") or "")
     version = text.split(".")
-    if len(version) >= 2 and version[0].isdigit() and version[1].isdigit() and "dev" not in text:
-        return True if (int(version[0]), int(version[1])) < (0, 19) else None
-    return None
+    released = len(version) >= 2 and all(part.isdecimal() for part in version[:2])
+    if not released or len(text) > 20 or "dev" in text:
+        return None
+    return True if (int(version[0]), int(version[1])) < (0, 19) else None

@@ -48,7 +48,12 @@ def write(adapter: Adapter, path: Path) -> None:
 
 
 def weights_nbytes(adapter: Adapter) -> int:
-    """Return the size of the weight file that `write` would make."""
+    """Return the size of the weight file that `write` would make.
+
+    Raises:
+        UnsupportedError: it could not be written.
+    """
+    config_for(adapter)
     return safetensors_nbytes(stored_tensors(adapter), metadata_for(adapter))
 
 
@@ -68,7 +73,7 @@ def stored_tensors(adapter: Adapter) -> Iterator[TensorRef]:
     # The sampler of MonteCLoRA acts in training only, and its shapes hold the rank.
     sampled = bool(adapter.config.get("monteclora_config")) and not _keeps_config(adapter)
     for name, tensor in adapter.carried.items():
-        if not (sampled and ".lora_monteclora_sampler." in name):
+        if not (sampled and keys.SAMPLER in name):
             yield tensor.renamed(name)
 
 
@@ -160,7 +165,7 @@ def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
                     "several parameters of one module need different ranks or scales, which a PEFT "
                     "file cannot express without naming them",
                     tensor=path,
-                    hint="Give them one rank, for instance with --uniform",
+                    hint="Give them one rank and scale: --uniform without --keep-alpha does",
                 )
     names = list(settings)
     rank = max(r for r, _ in settings.values())

@@ -1,0 +1,3 @@
+"""A plugin that wants to end the process."""
+
+raise SystemExit("not on this machine")

@@ -1,0 +1,3 @@
+"""A plugin that registers something else."""
+
+METHOD = "a method"
