@@ -398,13 +398,11 @@ def test_karcher_leaves_out_absent_deltas_but_not_their_share_of_the_length():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_karcher_of_opposite_deltas_is_the_first_as_mergekit_has_it(seed):
-    deltas = np.random.default_rng(seed).standard_normal((1, 5, 4))
-    deltas = np.concatenate([deltas, -1.7 * deltas])
-    flat = deltas.reshape(2, -1)
-    coefficients = karcher(flat @ flat.T, np.ones(2))
-    got = np.tensordot(coefficients, deltas, axes=1)
-    assert distance(got, mergekit("karcher", deltas)) <= 1e-9
+def test_karcher_of_opposite_deltas_is_the_direction_of_the_first(seed):
+    # No mean is better than another; mergekit lets the rounding of the entries choose one.
+    delta = np.random.default_rng(seed).standard_normal((1, 20))
+    deltas = np.concatenate([delta, -1.7 * delta])
+    np.testing.assert_allclose(karcher(deltas @ deltas.T, np.ones(2)) @ deltas, 1.35 * delta[0])
 
 
 def dense_model_stock(deltas):
