@@ -196,3 +196,33 @@ def test_table_goes_from_one_to_the_present_rank():
     assert rows[0].relative_error == pytest.approx((5 / 39) ** 0.5)
     assert rows[-1].relative_error == 0.0
     assert rows[0].energy == pytest.approx(34 / 39)
+
+
+def test_served_ranks_use_the_budget_and_keep_other_options():
+    spectra = [spectrum(np.linspace(9, 1, 40), name) for name in "abc"]
+    got = budgeted(spectra, 10 * 50, serve=True)
+    assert set(got.values()) <= set(SERVE_RANKS)
+    assert sorted(got.values()) == [16, 16, 16]
+    with_options = budgeted(spectra, 10 * 80, serve=True, min_rank=9, patterns=(("b", 12),))
+    assert with_options["b"] == 16
+    assert min(with_options.values()) >= 16
+
+
+def test_budget_is_not_spent_on_nothing():
+    spectra = [spectrum([3.0, 2.0, 0.0, 0.0], "a"), spectrum([1.0, 0.0, 0.0, 0.0], "b")]
+    assert budgeted(spectra, 1000) == {"a": 2, "b": 1}
+
+
+def test_all_zero_module_has_rank_one_by_ratio():
+    assert RankRule(sv_ratio=10.0).of_module(spectrum([0.0, 0.0])) == 1
+
+
+def test_ranks_beyond_what_vllm_accepts_are_refused():
+    wide = spectrum(np.ones(600))
+    with pytest.raises(OptionError, match="vLLM accepts no rank that large"):
+        RankRule(rank=600, serve=True).of_module(wide)
+
+
+def test_uniform_budget_has_no_place_for_patterns():
+    with pytest.raises(OptionError, match="no place for rank patterns"):
+        RankRule(budget=Budget(share=0.5), uniform=True, patterns=(("a", 2),))

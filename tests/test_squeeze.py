@@ -338,3 +338,86 @@ def test_result_is_frozen(make_folder):
     result = squeeze(read_adapter(make_folder()), RankRule(rank=2))
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.relative_error = 0.0
+
+
+def weights_nbytes(path):
+    return (path / "adapter_model.safetensors").stat().st_size
+
+
+def test_budget_holds_where_the_factors_are_not_those_of_the_file(make_folder, tmp_path):
+    modules = {f"layers.{i}.q": (300, 200, 8) for i in range(6)}
+    folder = make_folder("trained", modules=modules, init_lora_weights="pissa")
+    first = make_folder("first", modules=modules, seed=1)
+    true = subtract_initial(read_adapter(folder), read_adapter(first))
+    assert all(row.nbytes > 0 for row in rank_choices(true))
+    result = squeeze(true, RankRule(budget=Budget(share=0.5)))
+    write_adapter(result.adapter, tmp_path / "out", "peft")
+    assert 0.4 * weights_nbytes(folder) < weights_nbytes(tmp_path / "out")
+    assert weights_nbytes(tmp_path / "out") <= 0.5 * weights_nbytes(folder)
+
+
+def test_provenance_tells_the_initial_adapter_apart(make_folder):
+    source = read_adapter(make_folder("trained", init_lora_weights="pissa"))
+    initial = read_adapter(make_folder("first", seed=1))
+    result = squeeze(subtract_initial(source, initial), RankRule(rank=2))
+    recorded = json.loads(result.adapter.metadata["loratools.inputs"])
+    weights = "adapter_model.safetensors"
+    assert recorded[f"adapter/{weights}"] == source.inputs[0].sha256()
+    assert recorded[f"initial/{weights}"] == initial.inputs[0].sha256()
+
+
+def test_values_that_vanish_in_the_dtype_are_refused(make_folder):
+    key = "base_model.model.layers.0.q.lora_B.weight"
+    tiny = np.full((24, 8), 1e-12, np.float32)
+    source = read_adapter(make_folder(dtype="f32", extra={key: tiny}))
+    with pytest.raises(AdapterError, match="vanish in dtype F16"):
+        squeeze(source, RankRule(rank=2), ComputeOptions(dtype="f16"))
+    assert squeeze(source, RankRule(rank=2), ComputeOptions(dtype="bf16")).relative_error < 0.01
+
+
+def test_nan_in_a_bias_is_named(make_folder):
+    key = "base_model.model.layers.0.q.lora_B.bias"
+    extra = {key: np.full(24, np.nan, np.float32)}
+    source = read_adapter(make_folder(dtype="f32", extra=extra, lora_bias=True))
+    with pytest.raises(AdapterError, match="bias holds NaN") as caught:
+        squeeze(source, RankRule(rank=2))
+    assert caught.value.tensor == key
+
+
+def test_options_that_contradict_each_other_are_refused(make_folder):
+    source = read_adapter(make_folder(modules=MODULES, alpha_pattern={"down": 3}))
+    uniform = RankRule(rank=2, uniform=True)
+    with pytest.raises(OptionError, match="concerns all modules"):
+        squeeze(source, uniform, selection=Selection(include="q"))
+    with pytest.raises(OptionError, match="uniform wants one scale"):
+        squeeze(source, uniform, ComputeOptions(keep_alpha=True))
+    with pytest.raises(OptionError, match="matches no module"):
+        squeeze(source, RankRule(rank=2, patterns=(("nothing", 4),)))
+
+
+def test_table_counts_modules_that_stay(make_folder):
+    source = read_adapter(make_folder(modules=MODULES, dtype="f32"))
+    selection = Selection(include="down")
+    result = squeeze(source, RankRule(rank=2), selection=selection)
+    row = next(row for row in rank_choices(source, selection=selection) if row.rank == 2)
+    assert row.relative_error == pytest.approx(result.relative_error, rel=1e-5)
+
+
+def test_energy_is_what_a_randomised_svd_kept(make_folder):
+    source = read_adapter(make_folder(modules={"q": (90, 80, 8)}, dtype="f32"))
+    options = ComputeOptions(method="rsvd", oversample=0, power_iterations=0)
+    module = squeeze(source, RankRule(rank=3), options).modules[0]
+    exact = squeeze(source, RankRule(rank=3)).modules[0]
+    assert module.energy < exact.energy
+    assert module.energy == pytest.approx(1 - module.relative_error**2, abs=1e-6)
+
+
+def test_kept_alpha_is_the_nominal_one_of_a_rank_stabilised_adapter(make_folder, tmp_path):
+    modules = {"layers.0.q": (24, 20, 6), "layers.1.q": (24, 20, 8)}
+    source = read_adapter(
+        make_folder(modules=modules, rank_pattern={"layers.0.q": 6}, use_rslora=True, dtype="f32")
+    )
+    options = ComputeOptions(keep_alpha=True)
+    after = written(squeeze(source, RankRule(max_rank=6), options), tmp_path / "out")
+    assert {low_rank_part(delta).alpha for delta in after.modules.values()} == {16}
+    assert after.config["use_rslora"] is False

@@ -7,6 +7,7 @@ To add one, write it and put its name into BENCHMARKS.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -17,27 +18,41 @@ from pathlib import Path
 from machine import describe
 from report import markdown
 
-BENCHMARKS = ["squeeze"]
+BENCHMARKS = ["squeeze", "merge"]
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
+_MARK = "<!-- {} -->\n"
+_HEAD = """\
+# Benchmark results
 
-def _document(names: list[str], workdir: Path) -> str:
-    command = f"python tests/benchmarks/bench.py {' '.join(names)}"
-    lines = [
-        "# Benchmark results",
-        "",
-        f"Written by `{command}` (`make bench`); do not edit.",
-        "",
+Written by `make bench` (`python tests/benchmarks/bench.py [NAME]...`); do not edit.
+"""
+
+
+def _section(name: str, workdir: Path) -> str:
+    """Run one benchmark; returns its part of the results, with when and where it was made."""
+    start = time.monotonic()
+    print(f"{name}:", file=sys.stderr)
+    made = [
         f"- Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         *(f"- {line}" for line in describe()),
     ]
-    for name in names:
-        start = time.monotonic()
-        print(f"{name}:", file=sys.stderr)
-        report = import_module(f"bench_{name}").run(workdir)
-        lines += ["", markdown(report).rstrip()]
-        print(f"{name} took {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return "\n".join(lines) + "\n"
+    report = import_module(f"bench_{name}").run(workdir)
+    print(f"{name} took {time.monotonic() - start:.0f} s", file=sys.stderr)
+    title, _, rest = markdown(report).partition("\n")
+    return "\n".join([_MARK.format(name), title, "", *made, rest.rstrip(), ""])
+
+
+def _kept(results: Path) -> dict[str, str]:
+    """Return the parts of an earlier results file, by benchmark."""
+    if not results.exists():
+        return {}
+    text = results.read_text(encoding="utf-8")
+    found = re.split(_MARK.format(r"(\w+)"), text)
+    return {
+        name: _MARK.format(name) + part.rstrip() + "\n"
+        for name, part in zip(found[1::2], found[2::2], strict=True)
+    }
 
 
 def main() -> None:
@@ -47,7 +62,9 @@ def main() -> None:
     parser.add_argument(
         "--results",
         type=Path,
-        help=f"file to write; {RESULTS.name} beside this script if all benchmarks are run",
+        default=RESULTS,
+        help=f"file to write, by default {RESULTS.name} beside this script; parts of benchmarks "
+        "that are not run stay",
     )
     parser.add_argument("--workdir", type=Path, help="keep the files here; temporary by default")
     arguments = parser.parse_args()
@@ -58,12 +75,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="loratools-bench-") as temporary:
         workdir = (arguments.workdir or Path(temporary)).resolve()
         workdir.mkdir(parents=True, exist_ok=True)
-        document = _document(names, workdir)
+        sections = _kept(arguments.results) | {name: _section(name, workdir) for name in names}
+    ordered = [sections[name] for name in BENCHMARKS if name in sections]
+    document = "\n".join([_HEAD, *ordered])
     print(document, end="")
-    results = arguments.results or (RESULTS if set(names) == set(BENCHMARKS) else None)
-    if results is not None:
-        results.write_text(document, encoding="utf-8")
-        print(f"wrote {results}", file=sys.stderr)
+    arguments.results.write_text(document, encoding="utf-8")
+    print(f"wrote {arguments.results}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,16 @@ def test_iso_is_its_dense_definition_on_the_nonzero_singular_values(tmp_path, we
     assert s[11] <= 1e-12 * s[0]
 
 
+def test_iso_counts_only_what_the_sum_has_left(tmp_path):
+    # The first two cancel, so the sum has rank 5 in a space of 4 + 5 dimensions.
+    pairs = triple(tmp_path)
+    (first, _), (third, _) = pairs[0], pairs[2]
+    _, got = run(tmp_path / "out", [(first, 1.0), (first, -1.0), (third, 1.0)], "iso")
+    want = true_deltas(third)
+    for name in ("tall", "wide"):
+        assert distance(got[name], iso_definition(want[name][None], [1.0])) <= 1e-9
+
+
 def test_an_adapter_of_weight_0_counts_in_tsv_as_one_without_the_module(tmp_path):
     pairs = triple(tmp_path, (1.0, 0.0, 0.5), (4, 3, 5))
     _, got = run(tmp_path / "out", pairs, "tsv")
@@ -266,8 +276,9 @@ def _doubled(b, a):
 
 
 def _hidden(b, a):
-    """Three more ranks that the product does not have, spread over all columns."""
-    return _rotated(*_padded(b, a))
+    """Three more ranks that only one factor has, spread over all columns of the other."""
+    more = np.random.default_rng(1).standard_normal((3, a.shape[1]))
+    return _rotated(np.pad(b, ((0, 0), (0, 3))), np.concatenate([a, more]))
 
 
 @pytest.mark.parametrize(("method", "space", "parameters"), CORE_METHODS)

@@ -391,6 +391,15 @@ def test_sce_is_mergekits(density, count):
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
+def test_sce_lets_a_faint_task_have_the_places_where_it_is_alone():
+    x = entries(count=2)
+    x[1] *= 0.01
+    x[0, :9] = 0.0
+    got = merged("sce", x, [1.0, 1.0])
+    np.testing.assert_allclose(got, mergekit("sce", x), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(got[:9], x[1, :9], rtol=1e-10)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_peft_ties_svd_on_a_real_model(tmp_path):
     from peft import PeftModel

@@ -240,13 +240,6 @@ def llama_modules(*names):
     return {name: linear(*shapes[name.rpartition(".")[2]], 4) for name in names}
 
 
-NARROWED = pytest.mark.xfail(
-    reason="peft/targets.py keeps the first adapter's narrowing where target_modules are equal",
-    strict=True,
-    raises=(AssertionError, RuntimeWarning),
-)
-
-
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -254,15 +247,13 @@ NARROWED = pytest.mark.xfail(
             ([Q0, DOWN], {"target_modules": ["q_proj", "down_proj"]}),
             ([Q0, Q1], {"target_modules": "model.*q_proj"}),
         ),
-        pytest.param(
+        (
             ([Q0], {"target_modules": ["q_proj"], "layers_to_transform": [0]}),
             ([Q0, Q1], {"target_modules": ["q_proj"], "layers_to_transform": [0, 1]}),
-            marks=NARROWED,
         ),
-        pytest.param(
+        (
             ([Q0], {"target_modules": ["q_proj"], "exclude_modules": [Q1]}),
             ([Q0, Q1], {"target_modules": ["q_proj"]}),
-            marks=NARROWED,
         ),
     ],
     ids=["target_modules", "layers_to_transform", "exclude_modules"],

@@ -29,7 +29,8 @@ def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
     if len(adapters) == 1:
         return values
     configs = [adapter.config for adapter in adapters]
-    if any(config.get("target_modules") != values.get("target_modules") for config in configs):
+    choosing = ("target_modules", *_NARROWING)
+    if any(config.get(key) != values.get(key) for config in configs for key in choosing):
         values["target_modules"] = _module_paths(adapters)
         values |= dict.fromkeys((key for key in _NARROWING if key in values), None)
     for key in ("modules_to_save", "target_parameters"):
