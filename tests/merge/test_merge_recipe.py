@@ -346,6 +346,17 @@ def test_what_is_written_is_read_again(tmp_path_factory, options, weights, has_b
     )
 
 
+@pytest.mark.parametrize(
+    "text", ["25%", "33.333333%", "12.3456789%", "0.07%", "150%", "12MB", "800KiB", "123456"]
+)
+def test_budgets_are_written_exactly(tmp_path, text):
+    options = MergeOptions(rule=RankRule(budget=Budget.parse(text)))
+    recipe = Recipe((RecipeAdapter(tmp_path / "a", 1.0),), options)
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(recipe_text(recipe, ["0"], tmp_path))
+    assert load_recipe(path).options.rule == options.rule
+
+
 def test_parameters_go_by_the_names_that_users_type(tmp_path):
     options = MergeOptions(
         method="ties",
