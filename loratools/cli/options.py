@@ -112,7 +112,7 @@ _COMPUTE_OPTIONS = [
     click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of new factors."),
     click.option("--oversample", type=int, default=10, show_default=True, help="Of rsvd."),
     click.option("--power-iterations", type=int, default=2, show_default=True, help="Of rsvd."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of rsvd."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random."),
     click.option(
         "--device",
         type=click.Choice(["cpu", "cuda", "mps"]),

@@ -258,7 +258,8 @@ class _Merge:
             for a in sources
             for t in [*(r.tensor for r in a.replacements.values()), *a.carried.values()]
         )
-        header = sum(256 + 2 * len(module.name) for module in self.modules) + 8192
+        header = sum(256 + 2 * len(module.name) for module in self.modules)
+        header += 2048 + 256 * len(self.inputs) + 2 * len(str(self.options))
         return choose_ranks(
             spectra,
             self.options.rule,
