@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from loratools.merge.align import AlignedModule
 from loratools.merge.module import MergedModule
 from loratools_formats.adapter import LowRank, low_rank_part
-from loratools_formats.dtypes import DTYPES, DType
+from loratools_formats.dtypes import DTYPES, DType, encode
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import TensorRef, in_memory
+
+Array = np.ndarray[Any, Any]
 
 
 def common_dtype(dtypes: list[DType]) -> DType:
@@ -76,16 +79,40 @@ def joined_exactly(
     powers_of_two = all(abs(math.frexp(ratio)[0]) == 0.5 for ratio in ratios)
     if template.bias is not None or len(dtypes) > 1 or not powers_of_two:
         return None
-    a = np.concatenate([part.a.load(np.float64) for _, part in terms], axis=-2)
-    b = np.concatenate(
-        [ratio * part.b.load(np.float64) for ratio, (_, part) in zip(ratios, terms, strict=True)],
-        axis=-1,
-    )
-    code = next(iter(dtypes)).code
-    joined_b = in_memory(template.b.key, b, code)
-    if not np.array_equal(joined_b.load(np.float64), b):
+    factors = [(ratio, part.b) for ratio, (_, part) in zip(ratios, terms, strict=True)]
+    dtype = next(iter(dtypes))
+    b = _concatenated(factors, -1)
+    if not np.array_equal(encode(b, dtype).astype(np.float64), b):
         return None
-    return replace(template, a=in_memory(template.a.key, a, code), b=joined_b, scale=scale)
+    rank = sum(part.rank for _, part in terms)
+    a_shape, b_shape = template.a.shape, template.b.shape
+    return replace(
+        template,
+        a=_joined(
+            template.a.key,
+            dtype,
+            (*a_shape[:-2], rank, a_shape[-1]),
+            [(1.0, part.a) for _, part in terms],
+            -2,
+        ),
+        b=_joined(template.b.key, dtype, (*b_shape[:-1], rank), factors, -1),
+        scale=scale,
+    )
+
+
+def _concatenated(parts: list[tuple[float, TensorRef]], axis: int) -> Array:
+    return np.concatenate([ratio * tensor.load(np.float64) for ratio, tensor in parts], axis=axis)
+
+
+def _joined(
+    key: str,
+    dtype: DType,
+    shape: tuple[int, ...],
+    parts: list[tuple[float, TensorRef]],
+    axis: int,
+) -> TensorRef:
+    """Return a reference that joins tensors when it is read, so that none is held until then."""
+    return TensorRef(key, dtype, shape, lambda: encode(_concatenated(parts, axis), dtype).tobytes())
 
 
 def factor_residual(merged: MergedModule, module: AlignedModule) -> float | None:
