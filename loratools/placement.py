@@ -1,0 +1,82 @@
+"""Where in a base checkpoint each change of an adapter goes; names and shapes only, no bytes.
+
+Adapters name modules as the model class does that they were trained with, checkpoints name tensors
+as the class did that saved them. Prefixes differ, projections are fused on one side and split on
+the other, experts are stacked or not, and tied weights are stored once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loratools_formats.adapter import Adapter, Delta, Replacement
+from loratools_formats.checkpoint import Checkpoint
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One change of one base tensor; a delta may have several, and so may a tensor.
+
+    Attributes:
+        key: the tensor it changes; for an untied weight, the new one.
+        module: the adapter's module, for messages.
+        delta: the module's delta.
+        transposed: whether the tensor is stored as (in, out) rather than (out, in).
+        plane: for a stacked 3-D tensor, which of its matrices; None for all, one expert each.
+        expert: for stacked experts, which of them; None for all, or if there is only one.
+        outputs: which outputs of the matrix it changes, in order; empty for all.
+        rows: which outputs of the delta go there, in order; empty for all.
+    """
+
+    key: str
+    module: str
+    delta: Delta
+    transposed: bool
+    plane: int | None = None
+    expert: int | None = None
+    outputs: tuple[Span, ...] = ()
+    rows: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class BiasPlacement:
+    """A bias of factors (`lora_bias`), scale · bias, that a base bias is increased by."""
+
+    key: str
+    module: str
+    delta: Delta
+    outputs: tuple[Span, ...] = ()
+    rows: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Placements:
+    """Everything one adapter changes in a checkpoint.
+
+    Attributes:
+        deltas: changes of weights.
+        biases: changes of biases.
+        replacements: tensors that replace others or rows of them, by base key, in order.
+        untied: new tensors by name, with the stored tensor that each begins as a copy of.
+        notes: what a user should know.
+    """
+
+    deltas: tuple[Placement, ...]
+    biases: tuple[BiasPlacement, ...]
+    replacements: tuple[tuple[str, Replacement], ...]
+    untied: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def place(adapter: Adapter, base: Checkpoint) -> Placements:
+    """Return where everything in an adapter goes.
+
+    Raises:
+        AdapterError: a module or tensor fits no base tensor, or several; the message lists all of
+            them and the nearest names.
+        UnsupportedError: a layout is ambiguous.
+    """
+    raise NotImplementedError
