@@ -14,6 +14,7 @@ from loratools.cli.errors import run
 
 _COMMANDS = {
     "formats": "loratools.cli.formats",
+    "fuse": "loratools.cli.fuse",
     "info": "loratools.cli.info",
     "merge": "loratools.cli.merge",
     "methods": "loratools.cli.methods",
@@ -22,6 +23,7 @@ _COMMANDS = {
 
 _SUMMARIES = {
     "formats": "List the adapter formats, broken plugins included.",
+    "fuse": "Fuse adapters into base weights, streamed, without loading a model.",
     "info": "Show what an adapter is, from its headers alone.",
     "merge": "Merge adapters of any rank, scale and type into one.",
     "methods": "List the merge methods with their parameters, broken plugins included.",
