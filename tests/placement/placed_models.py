@@ -27,7 +27,12 @@ def build(name: str) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(_SEED)
-        return BUILDERS[name]().double().eval()
+        model = BUILDERS[name]().double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # else biases are zero, and one lost would not show
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
 
 
 def inputs() -> dict[str, Any]:
@@ -44,9 +49,13 @@ def _plain(kind: str, **values: Any) -> Callable[[], Any]:
 
         config = getattr(transformers, f"{kind}Config")(**{**_SMALL, **values})
         # Grouped experts cannot do float64.
-        return getattr(transformers, f"{kind}ForCausalLM")._from_config(
-            config, experts_implementation="eager"
-        ) if "num_experts_per_tok" in values else getattr(transformers, f"{kind}ForCausalLM")(config)
+        return (
+            getattr(transformers, f"{kind}ForCausalLM")._from_config(
+                config, experts_implementation="eager"
+            )
+            if "num_experts_per_tok" in values
+            else getattr(transformers, f"{kind}ForCausalLM")(config)
+        )
 
     return made
 
@@ -56,9 +65,15 @@ def _gpt2() -> Any:
 
     return GPT2LMHeadModel(
         GPT2Config(
-            n_layer=2, n_embd=16, n_head=2, vocab_size=48, n_positions=32, initializer_range=0.3,
-            bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+            n_layer=2,
+            n_embd=16,
+            n_head=2,
+            vocab_size=48,
+            n_positions=32,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
     )
 
 
@@ -84,7 +99,11 @@ def _llava() -> Any:
     )
 
     return LlavaForConditionalGeneration(
-        LlavaConfig(CLIPVisionConfig(**_VISION), LlamaConfig(**_SMALL), image_token_index=47)
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**_VISION),
+            text_config=LlamaConfig(**_SMALL),
+            image_token_index=47,
+        )
     )
 
 
@@ -98,7 +117,12 @@ def _gemma3() -> Any:
 
     text = Gemma3TextConfig(**{**_SMALL, "head_dim": 8, "query_pre_attn_scalar": 8})
     return Gemma3ForConditionalGeneration(
-        Gemma3Config(text, SiglipVisionConfig(**_VISION), image_token_index=47, mm_tokens_per_image=4)
+        Gemma3Config(
+            text_config=text,
+            vision_config=SiglipVisionConfig(**_VISION),
+            image_token_index=47,
+            mm_tokens_per_image=4,
+        )
     )
 
 
@@ -133,9 +157,14 @@ BUILDERS = {
     ),
     "olmoe": _plain("Olmoe", num_experts=3, num_experts_per_tok=2),
     "gpt_oss": _plain(
-        "GptOss", num_local_experts=3, num_experts_per_tok=2, head_dim=8, sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"], rope_parameters=_ROPE,
-    ),  # fmt: skip
+        "GptOss",
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters=_ROPE,
+    ),
     "bert": _bert("BertForSequenceClassification"),
     "bert_mlm": _bert("BertForMaskedLM"),
     "llava": _llava,
