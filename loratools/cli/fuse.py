@@ -124,11 +124,15 @@ def _show_plan(fusion: Fusion, *, as_json: bool, quiet: bool) -> None:
         )
         total = len(fusion.plan.tensors)
         click.echo(f"tensors: {len(touched)} of {total} change")
-        click.echo(f"size: {human_bytes(nbytes)} in {len(fusion.new.shards)} files")
+        click.echo(f"size: {human_bytes(nbytes)} in {_files(len(fusion.new.shards))}")
     if not quiet:
         for text in fusion.plan.notes:
             note(text)
         note("dry run, nothing was written")
+
+
+def _files(count: int) -> str:
+    return f"{count} file" if count == 1 else f"{count} files"
 
 
 def _plan_as_json(plan: TensorPlan) -> dict[str, object]:
@@ -179,8 +183,7 @@ def _print_report(result: FuseResult) -> None:
     )
     click.echo(f"‖ΔW‖/‖W‖: {number(result.relative_change)}")
     click.echo(f"lost to rounding: {percent(result.lost)} of ΔW")
-    count = len(result.shards)
     click.echo(
-        f"size: {human_bytes(result.nbytes)} in {count} file{'s' if count > 1 else ''}; "
+        f"size: {human_bytes(result.nbytes)} in {_files(len(result.shards))}; "
         f"{len(result.tensors)} tensors changed, {result.copied} copied"
     )
