@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from loratools_formats import strict_json
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.tensors import Buffer, TensorRef
+from loratools_formats.tensors import TensorRef
 
 QuantType = Literal["nf4", "fp4"]
 
@@ -27,7 +27,7 @@ MAX_STATE_BYTES = 1024
 _STATE = ".quant_state.bitsandbytes__"
 _QUANT_TYPES: dict[str, QuantType] = {"nf4": "nf4", "fp4": "fp4"}
 _AUXILIARY = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PACKED = ("U8", "F16", "BF16", "F32")
 
@@ -197,7 +197,11 @@ def _sibling(
 
 
 class _State:
-    """The JSON of one weight, checked."""
+    """The JSON of one weight, checked.
+
+    Raises:
+        AdapterError: an entry is missing or out of range.
+    """
 
     def __init__(self, name: str, ref: TensorRef, quant_type: QuantType) -> None:
         self._ref = ref
@@ -206,8 +210,8 @@ class _State:
         if values.get("quant_type") != quant_type:
             raise self._wrong("quant_type", quant_type)
         self.blocksize: int = values.get("blocksize", 0)
-        if type(self.blocksize) is not int or self.blocksize not in _BLOCKSIZES:
-            raise self._wrong("blocksize", f"one of {_BLOCKSIZES}")
+        if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
+            raise self._wrong("blocksize", f"one of {BLOCKSIZES}")
         dtype = values.get("dtype")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise self._wrong("dtype", f"one of {', '.join(_DTYPES)}")
@@ -235,7 +239,7 @@ class _State:
                 expected="nested_dtype float32",
                 hint="Save the model again without running it first",
             )
-        offset = self._values.get("nested_offset")
+        offset: Any = self._values.get("nested_offset")
         if type(offset) not in (int, float) or not math.isfinite(offset):
             raise self._wrong("nested_offset", "a number")
         self.offset = float(offset)
@@ -335,5 +339,3 @@ def is_four_bit_config(config: Mapping[str, Any]) -> bool:
 def torch_name(dtype: DType) -> str:
     """Return torch's name of a type that weights are quantised from."""
     return {code: name for name, code in _DTYPES.items()}[dtype.code]
-
-

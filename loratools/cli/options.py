@@ -23,6 +23,36 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Print no report, notes or progress; errors only."
 )
+base_argument = click.argument("base", type=click.Path(path_type=Path))
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Threads; the bytes do not depend on them.",
+)
+max_shard_size_option = click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Split the output anew into files of at most this, such as 5GB; by default as the base.",
+)
+
+
+def shard_bytes(size: str | None) -> int | None:
+    """Return a `--max-shard-size` in bytes.
+
+    Raises:
+        OptionError: not a size.
+    """
+    from loratools.ranks import Budget
+    from loratools_formats.errors import OptionError
+
+    if size is None:
+        return None
+    nbytes = Budget.parse(size).nbytes
+    if nbytes is None:
+        raise OptionError("not a size", got=size, expected="such as 5GB")
+    return nbytes
 
 
 def _all(options: list[Callable[[Any], Any]]) -> Callable[[Function], Function]:

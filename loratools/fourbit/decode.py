@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratools.fourbit.scales import unnest
-from loratools.fourbit.tables import F32, four_bit
+from loratools.fourbit.tables import F32, four_bit, is_close
 from loratools_formats.bnb import QuantizedWeight
-from loratools_formats.errors import AdapterError
+from loratools_formats.errors import AdapterError, UnsupportedError
 
 CHUNK = 1 << 17  # elements at a time
 
@@ -29,11 +29,16 @@ class Dequantizer:
 
     Raises:
         AdapterError: scales that are no finite numbers.
+        UnsupportedError: another codebook than that of the type.
     """
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self.weight = weight
         self._kind = four_bit(weight.quant_type)
+        if not is_close(weight.quant_map.load(), self._kind.codebook):
+            raise UnsupportedError(
+                f"codebook is not that of {weight.quant_type}", tensor=weight.quant_map.key
+            )
         self._nested: tuple[F32, F32] | None = None
         if weight.nested is not None:
             self._nested = (

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loratools.fourbit.tables import BINS, F32, U8, dynamic_bins, dynamic_map
+from loratools_formats.bnb import NESTED_BLOCKSIZE
 
-NESTED_BLOCKSIZE = 256
 SMALLEST = np.float32(1e-38)
 
 
@@ -57,9 +57,7 @@ def nest(scales: F32) -> NestedScales:
     return NestedScales(codes.reshape(-1)[: scales.size], absmax, float(centre))
 
 
-def unnest(
-    codes: U8, absmax: F32, offset: float, values: F32 | None = None, first: int = 0
-) -> F32:
+def unnest(codes: U8, absmax: F32, offset: float, values: F32 | None = None, first: int = 0) -> F32:
     """Return the float32 scales of `codes`.
 
     Args:

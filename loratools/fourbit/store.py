@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratools.fourbit.encode import FourBitOptions, Scales, StreamingQuantizer
-from loratools.fourbit.scales import NESTED_BLOCKSIZE
 from loratools.fourbit.tables import dynamic_map, four_bit
-from loratools_formats.bnb import MAX_STATE_BYTES, state_json, state_key
+from loratools_formats.bnb import MAX_STATE_BYTES, NESTED_BLOCKSIZE, state_json, state_key
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.shards import Blank, Sink
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-QuantType = Literal["nf4", "fp4"]
+from loratools_formats.bnb import QuantType
+
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
@@ -71,9 +72,7 @@ def _nf4() -> FourBit:
     codebook = np.array(_NF4, np.float32)
     thresholds = _midpoints(codebook)
     cells = _cells(thresholds, 0.0)
-    return FourBit(
-        "nf4", codebook, thresholds, cells, CELLS_PER_UNIT, None, 7, _pairs(codebook)
-    )
+    return FourBit("nf4", codebook, thresholds, cells, CELLS_PER_UNIT, None, 7, _pairs(codebook))
 
 
 def _fp4() -> FourBit:
@@ -148,6 +147,12 @@ def dynamic_bins() -> U8:
     midpoints = np.float32(0.5) * (code[:-1] + code[1:])
     centres = np.arange(BINS + 1, dtype=np.float32) * np.float32(2) / np.float32(BINS) - 1
     return np.searchsorted(midpoints, centres.astype(np.float32), side="left").astype(np.uint8)
+
+
+@functools.cache
+def half_values() -> F32:
+    """Return the values of all 65,536 float16 numbers by their bits."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 def is_close(found: NDArray[Any], wanted: F32) -> bool:

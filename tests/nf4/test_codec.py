@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from fourbit_cases import DTYPES, dense, quantized, stored, torch_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from fourbit_cases import DTYPES, dense, quantized, stored, torch_tensor
 
 from loratools.fourbit import scales
 from loratools.fourbit.decode import Dequantizer
@@ -110,8 +110,10 @@ def test_levels_near_thresholds_and_edges(threshold, cell, steps, quant_type):
     ours = quantized(scaled, FourBitOptions(quant_type, 64, double_quant=False))
     codes = np.frombuffer(ours[""].raw(), np.uint8)
     levels = (kind.thresholds[None] < scaled[:, None]).sum(axis=1)
-    order = np.arange(16) if quant_type == "nf4" else np.array(
-        [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3]
+    order = (
+        np.arange(16)
+        if quant_type == "nf4"
+        else np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3])
     )
     want = order[levels].astype(np.uint8)
     assert np.array_equal(codes, want[0::2] << 4 | want[1::2])
@@ -254,5 +256,3 @@ def test_extreme_magnitudes(bnb):
             )
             assert bytes(ours[""].raw()) == theirs.numpy().tobytes()
             assert bytes(ours[".absmax"].raw()) == state.absmax.numpy().tobytes()
-
-
