@@ -127,7 +127,8 @@ def dequantize(
         left_out = write_checkpoint(
             new, output, overwrite=overwrite, workers=workers, progress=progress
         )
-        notes += [f"left out {name}" for name in left_out]
+        if left_out:
+            notes.append(f"not carried over, since stale: {', '.join(left_out)}")
     return _result(base, list(jobs.values()), notes)
 
 

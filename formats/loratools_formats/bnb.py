@@ -128,7 +128,7 @@ def quantized_weights(tensors: Mapping[str, TensorRef]) -> dict[str, QuantizedWe
 def _weight(
     name: str, state: TensorRef, quant_type: QuantType, tensors: Mapping[str, TensorRef]
 ) -> QuantizedWeight:
-    values = _State(name, state, quant_type)
+    values = _State(state, quant_type)
     numel = math.prod(values.shape)
     packed = _sibling(tensors, name, "", _PACKED)
     if packed.nbytes != -(-numel // 2):
@@ -203,7 +203,7 @@ class _State:
         AdapterError: an entry is missing or out of range.
     """
 
-    def __init__(self, name: str, ref: TensorRef, quant_type: QuantType) -> None:
+    def __init__(self, ref: TensorRef, quant_type: QuantType) -> None:
         self._ref = ref
         values = _json(ref)
         self._values = values

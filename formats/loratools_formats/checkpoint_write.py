@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.adapter import Adapter
 from loratools_formats.checkpoint import CONFIG_FILE, WEIGHT_SUFFIXES, Checkpoint
 from loratools_formats.errors import OptionError
 from loratools_formats.files import RegularFile, inside
@@ -35,12 +36,25 @@ class NewCheckpoint:
         shards: its weights.
         config: its `config.json`; None to copy the base's.
         provenance: how it was made.
+        adapters: what else took part in making it.
     """
 
     base: Checkpoint
     shards: Sequence[Shard]
     config: Mapping[str, Any] | None
     provenance: Mapping[str, Any]
+    adapters: tuple[Adapter, ...] = ()
+
+    def sources(self) -> list[Path]:
+        """Return the paths that it is made from."""
+        given = [adapter.source for adapter in self.adapters if adapter.source is not None]
+        return [self.base.path, *given]
+
+    def check_unchanged(self) -> None:
+        """Raise `AdapterError` if an input was written to since it was opened."""
+        self.base.check_unchanged()
+        for adapter in self.adapters:
+            adapter.check_unchanged()
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +164,7 @@ def write_checkpoint(
         OutputError: not enough space, or writing failed; nothing was changed.
         AdapterError: an input is truncated or changed meanwhile.
     """
-    check_target(output, [new.base.path], overwrite=overwrite)
+    check_target(output, new.sources(), overwrite=overwrite)
     carried, left_out = _others(new.base) if new.base.is_folder else ([], [])
     needed = new.nbytes + sum(path.stat().st_size for _, path in carried)
     check_space(resolved(output).parent, needed)
@@ -165,7 +179,7 @@ def write_checkpoint(
             _write_json(folder / new.base.index_file, _index(new, folder), sort_keys=True)
         if new.config is not None:
             _write_json(folder / CONFIG_FILE, new.config)
-        new.base.check_unchanged()
+        new.check_unchanged()
         files = sorted(folder / shard.name for shard in new.shards)
         (folder / PROVENANCE_FILE).write_bytes(statement(new.provenance, files, _digest))
     return tuple(left_out)
@@ -183,7 +197,7 @@ def _write_file(
     with publish_file(output, overwrite=overwrite) as temporary:
         shard = replace(shard, name=temporary.name)
         write_shards(temporary.parent, [shard], workers=workers, progress=progress)
-        new.base.check_unchanged()
+        new.check_unchanged()
     beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
     with publish_file(beside, overwrite=True) as temporary:
         temporary.write_bytes(statement(new.provenance, [Path(output)], _digest))

@@ -90,6 +90,23 @@ class TensorRef:
         array = dtypes.decode(self.read(), self.dtype, self.shape)
         return array if dtype is None else dtypes.converted(array, dtype)
 
+    def elements(self, start: int, stop: int) -> Array:
+        """Return elements [start, stop) of the flat tensor in the stored type, reading only them.
+
+        Raises:
+            UnsupportedError: the stored type is smaller than a byte, or cannot be decoded.
+        """
+        if self.dtype.bits < 8:
+            raise UnsupportedError(
+                "elements below a byte cannot be read apart", tensor=self.key, got=self.dtype.code
+            )
+        width = self.dtype.bits // 8
+        if self.file is None:
+            data: Buffer = memoryview(self.read()).cast("B")[start * width : stop * width]
+        else:
+            data = self.file.read_at(self.offset + start * width, (stop - start) * width)
+        return dtypes.decode(data, self.dtype, (stop - start,))
+
     def torch(self) -> Any:
         """Return the values as a torch tensor of the stored type, with memory of its own."""
         return dtypes.to_torch(self.read(), self.dtype, self.shape)

@@ -51,7 +51,7 @@ def command(
             checkpoint,
             target,
             dtype,
-            max_shard_bytes=shared.shard_bytes(max_shard_size),
+            max_shard_bytes=None if max_shard_size is None else shared.parsed_size(max_shard_size),
             overwrite=overwrite,
             workers=workers,
             progress=progress,

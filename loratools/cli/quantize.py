@@ -87,7 +87,12 @@ def command(
     loratools quantize my-model -o my-model-fp4 --quant-type fp4 --skip 'layers\\.0\\.'
     """  # noqa: D301 - click reads the backspace
     four_bit = FourBitOptions(quant_type, blocksize, double_quant)
-    options = QuantizeOptions(four_bit, skip, experts, shared.shard_bytes(max_shard_size))
+    options = QuantizeOptions(
+        four_bit,
+        skip,
+        experts,
+        None if max_shard_size is None else shared.parsed_size(max_shard_size),
+    )
     checkpoint = read_checkpoint(base)
     target = written_to(output, base, overwrite=overwrite, dry_run=dry_run)
     with progress_bar("quantize", quiet=quiet, unit="B") as progress:
