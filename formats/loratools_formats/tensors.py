@@ -64,6 +64,23 @@ class TensorRef:
         """Return the stored bytes, for bit-exact copies."""
         return self.read()
 
+    def raw_range(self, start: int, stop: int) -> Buffer:
+        """Return the stored bytes [start, stop), reading no others if they lie in a file.
+
+        Raises:
+            AdapterError: the tensor has fewer bytes.
+        """
+        if not 0 <= start <= stop <= self.nbytes:
+            raise AdapterError(
+                "bytes beyond the end of a tensor",
+                tensor=self.key,
+                got=f"{start} to {stop}",
+                expected=f"within {self.nbytes}",
+            )
+        if self.file is None:
+            return memoryview(self.read())[start:stop]
+        return self.file.read_at(self.offset + start, stop - start)
+
     def load(self, dtype: DTypeLike | None = None) -> Array:
         """Return the values as an array of `shape`, in the stored type or converted to `dtype`.
 

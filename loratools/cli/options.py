@@ -27,6 +27,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Print no report, notes or progress; errors only."
 )
+base_argument = click.argument("base", type=click.Path(path_type=Path))
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
