@@ -107,8 +107,15 @@ def _head_counts(names: Names, part: Part, section: Mapping[str, Any]) -> tuple[
             tensor=part.module,
             expected=" or ".join(_HEADS),
         )
-    # Falcon and GPTBigCode say by flags that all heads share one key and one value.
-    if "multi_query" in section and not section.get("new_decoder_architecture"):
+    types = rules.MULTI_QUERY_TYPES.intersection(names.types_of(part.module))
+    if types and not section.get("new_decoder_architecture"):
+        if not isinstance(section.get("multi_query"), bool):
+            raise UnsupportedError(
+                "the base model's config does not say whether heads share a key",
+                path=names.base.path,
+                tensor=part.module,
+                expected="multi_query",
+            )
         return heads, 1 if section["multi_query"] else heads
     listed = next((section[key] for key in _KEY_VALUE_HEADS if _is_count(section.get(key))), heads)
     return heads, listed

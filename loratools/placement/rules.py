@@ -116,13 +116,13 @@ QKV: dict[str, dict[str, Layout]] = {
     "qkv_proj": {"phi3": "joined", "phi4_multimodal": "joined"},
     "query_key_value": {
         "gpt_neox": "grouped", "gpt_neox_japanese": "grouped", "bloom": "grouped",
-        "falcon": "grouped", "persimmon": "grouped", "chatglm": "joined",
+        "falcon": "grouped", "persimmon": "grouped",
     },
     "c_attn": {
         "gpt2": "joined", "imagegpt": "joined", "decision_transformer": "joined",
         "openai-gpt": "joined", "gpt_bigcode": "grouped", "qwen": "joined",
     },
-    "Wqkv": {"mpt": "joined", "dbrx": "joined", "modernbert": "joined"},
+    "Wqkv": {"mpt": "joined", "modernbert": "joined"},
     "W_pack": {"baichuan": "joined"},
     "wqkv": {"internlm2": "grouped"},
     "qkv": {
@@ -134,6 +134,9 @@ QKV: dict[str, dict[str, Layout]] = {
 """By the fused module's name, the layout in each model type that has it.
 
 `in_proj_weight` is the parameter of `nn.MultiheadAttention`: joined, in every model."""
+
+MULTI_QUERY_TYPES = frozenset({"falcon", "gpt_bigcode"})
+"""Types whose flag `multi_query` says that all heads share one key and one value."""
 
 GLU_PARTS = (("gate_proj", "up_proj"), ("w1", "w3"))
 GLU = {
