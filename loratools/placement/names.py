@@ -112,5 +112,5 @@ class Names:
         # Comparing with every tensor would take seconds on large checkpoints.
         pool = [s for s in self._by_spelling if s.split(".")[-2:-1] == parts[-2:-1]]
         pool = pool or list(self._by_spelling)
-        close = difflib.get_close_matches(spelling, pool[:2000], n=3, cutoff=0.4)
-        return [key for s in close for key in self._by_spelling[s]][:3]
+        close = difflib.get_close_matches(spelling, pool[:2000], n=2, cutoff=0.4)
+        return [key for s in close for key in self._by_spelling[s]][:2]

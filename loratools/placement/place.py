@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 from loratools.placement.changes import BiasPlacement, Placement, Placements, Span
 from loratools.placement.experts import expert_placements
 from loratools.placement.fused import joined_spans, part_spans
@@ -12,9 +14,9 @@ from loratools.placement.sites import Site, sites
 from loratools.placement.tied import settle
 from loratools_formats.adapter import Adapter, Delta, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
-from loratools_formats.errors import AdapterError
+from loratools_formats.errors import AdapterError, printable
 
-_LISTED = 5
+_LISTED = 4
 
 
 def place(adapter: Adapter, base: Checkpoint) -> Placements:
@@ -155,28 +157,39 @@ def _does_not_fit(module: str, out: int, in_: int, expected: str) -> AdapterErro
 
 
 def _unmatched(names: Names, missing: list[str]) -> AdapterError:
-    listed = ", ".join(missing[:_LISTED])
-    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-    nearest = names.nearest(missing[0])
+    listed = []
+    for name in missing[:_LISTED]:
+        nearest = names.nearest(name)
+        listed.append(f"{printable(name)} (nearest: {', '.join(nearest) or 'none'})")
+    more = f"; and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
     return AdapterError(
-        f"{len(missing)} of the adapter's modules or tensors fit no base tensor",
+        f"no base tensor fits {len(missing)} of the adapter's modules or tensors: "
+        f"{'; '.join(listed)}{more}",
         path=names.base.path,
-        got=f"{listed}{more}",
-        expected="a base tensor for each",
-        hint=f"Nearest names: {', '.join(nearest)}" if nearest else None,
+        hint="Is this the model the adapter was trained on?",
     )
 
 
 def _refuse_clashes(names: Names, deltas: list[Placement]) -> None:
     """Refuse two modules on the same outputs of one matrix: one of them must be misplaced."""
-    taken: dict[tuple[str, int | None, tuple[Span, ...]], str] = {}
+    planes: dict[str, dict[int | None, list[Placement]]] = {}
     for placement in deltas:
-        where = (placement.key, placement.plane, placement.outputs)
-        other = taken.setdefault(where, placement.module)
-        if other != placement.module:
-            raise AdapterError(
-                "two modules of the adapter fit the same base tensor",
-                path=names.base.path,
-                tensor=placement.key,
-                got=f"{other} and {placement.module}",
-            )
+        planes.setdefault(placement.key, {}).setdefault(placement.plane, []).append(placement)
+    for by_plane in planes.values():
+        everywhere = by_plane.get(None, [])
+        for plane, here in by_plane.items():
+            near = here if plane is None else here + everywhere
+            for one, other in combinations(near, 2):
+                if one.module != other.module and _overlap(one.outputs, other.outputs):
+                    raise AdapterError(
+                        "two modules of the adapter fit the same base tensor",
+                        path=names.base.path,
+                        tensor=one.key,
+                        got=f"{one.module} and {other.module}",
+                    )
+
+
+def _overlap(one: tuple[Span, ...], other: tuple[Span, ...]) -> bool:
+    if not one or not other:
+        return True
+    return any(a < stop and start < b for a, b in one for start, stop in other)

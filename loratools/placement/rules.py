@@ -101,9 +101,10 @@ HALVED_EXPERTS = STRAIGHT_EXPERTS | {"aria", "aria_text"}
 """Stacked `gate_up_proj` holds all gate outputs, then all up outputs; gpt-oss alternates them."""
 
 
-Layout = Literal["joined", "grouped"]
-"""Order of the outputs of a fused attention projection: all of q, k and v one after the other, or
-for each key-value head its queries, its keys and its values."""
+Layout = Literal["thirds", "joined", "headwise", "grouped"]
+"""Order of the outputs of a fused attention projection: all of q, k and v one after the other, of
+equal or unequal size; or by heads, for each its query, key and value, or for each key-value head
+its queries, its key and its value."""
 
 QKV_PARTS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -115,25 +116,28 @@ QKV_PARTS = (
 QKV: dict[str, dict[str, Layout]] = {
     "qkv_proj": {"phi3": "joined", "phi4_multimodal": "joined"},
     "query_key_value": {
-        "gpt_neox": "grouped", "gpt_neox_japanese": "grouped", "bloom": "grouped",
-        "falcon": "grouped", "persimmon": "grouped", "chatglm": "joined",
+        "gpt_neox": "headwise", "gpt_neox_japanese": "headwise", "bloom": "headwise",
+        "persimmon": "headwise", "falcon": "grouped",
     },
     "c_attn": {
-        "gpt2": "joined", "imagegpt": "joined", "decision_transformer": "joined",
-        "openai-gpt": "joined", "gpt_bigcode": "grouped", "qwen": "joined",
+        "gpt2": "thirds", "imagegpt": "thirds", "decision_transformer": "thirds",
+        "openai-gpt": "thirds", "gpt_bigcode": "grouped", "qwen": "thirds",
     },
-    "Wqkv": {"mpt": "joined", "dbrx": "joined", "modernbert": "joined"},
-    "W_pack": {"baichuan": "joined"},
+    "Wqkv": {"mpt": "thirds", "modernbert": "thirds"},
+    "W_pack": {"baichuan": "thirds"},
     "wqkv": {"internlm2": "grouped"},
     "qkv": {
-        "qwen2_vl": "joined", "qwen2_5_vl": "joined", "qwen3_vl": "joined",
-        "qwen3_vl_moe": "joined", "glm4v": "joined", "blip-2": "joined",
+        "qwen2_vl": "thirds", "qwen2_5_vl": "thirds", "qwen3_vl": "thirds",
+        "qwen3_vl_moe": "thirds", "glm4v": "thirds", "blip-2": "thirds",
     },
     "in_proj_weight": {},
 }  # fmt: skip
 """By the fused module's name, the layout in each model type that has it.
 
-`in_proj_weight` is the parameter of `nn.MultiheadAttention`: joined, in every model."""
+`in_proj_weight` is the parameter of `nn.MultiheadAttention`: thirds, in every model."""
+
+MULTI_QUERY_TYPES = frozenset({"falcon", "gpt_bigcode"})
+"""Types whose flag `multi_query` says that all heads share one key and one value."""
 
 GLU_PARTS = (("gate_proj", "up_proj"), ("w1", "w3"))
 GLU = {
