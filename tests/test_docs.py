@@ -28,17 +28,24 @@ def clone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("command", "shown"), CONSOLE, ids=[c for c, _ in CONSOLE])
 def test_commands_print_what_is_shown(clone, command, shown):
+    arguments = shlex.split(command)
+    for earlier, _ in CONSOLE:
+        if earlier != command and {shlex.split(earlier)[-1]} & set(arguments[1:-1]):
+            _run(earlier)
+    assert _run(command) == shown
+
+
+def _run(command):
     program, *arguments = shlex.split(command)
     assert program == "loratools"
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", "from loratools.cli import main; main()", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
         env={**os.environ, "COLUMNS": "100"},
-    )
-    assert done.stdout == shown
+    ).stdout
 
 
 def test_every_command_has_an_example():
@@ -60,7 +67,7 @@ def test_options_named_in_the_readme_exist():
 
 def _options(name):
     command = cli.get_command(None, name)
-    return {option for parameter in command.params for option in parameter.opts}
+    return {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
 
 
 def test_files_named_in_the_documents_exist():
