@@ -240,6 +240,7 @@ class _Output:
             self.write_at(0, header)
             self.write_at(layout.text_start, text)
             os.ftruncate(self.fd, layout.text_start + len(text))
+        os.fsync(self.fd)  # now, while other shards are computed
         self.close()
         check_written(self.path, ordered)
 

@@ -14,7 +14,6 @@ from loratools.device import Device
 from loratools.fuse.blocks import fused_blocks, single_precision
 from loratools.fuse.plan import TensorPlan
 from loratools.fuse.terms import Term, View, load_terms, stacked
-from loratools_formats.dtypes import converted
 from loratools_formats.errors import AdapterError, LoratoolsError
 
 Array = np.ndarray[Any, Any]
@@ -74,12 +73,16 @@ def fuse_tensor(
     only = None if plan.replaces else _only_plain(terms)
     base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
+    rounded = np.empty(0, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in blocks:
             w, total = block.base.reshape(-1), block.total.reshape(-1)
-            stored = converted(total, dtype)
+            if len(rounded) < len(total):
+                rounded = np.empty(len(total), dtype)
+            stored = rounded[: len(total)]
+            np.copyto(stored, total, casting="unsafe")
             store(block.start, stored)
-            old = _old(plan, block.start, w)
+            old = plan.old_values(block.start, w)
             base += float(np.dot(old, old))
             if only is None:
                 change = total - old
@@ -97,17 +100,6 @@ def fuse_tensor(
         math.sqrt(delta),
         math.sqrt(rounding),
     )
-
-
-def _old(plan: TensorPlan, start: int, values: Array) -> Array:
-    """Return the base's values of a block: those it begins with, or those they replace."""
-    if not plan.replaces:
-        return values
-    old = np.zeros(values.shape)
-    if plan.original is not None and start < plan.original.numel:
-        stop = min(start + len(values), plan.original.numel)
-        old[: stop - start] = plan.original.elements(start, stop)
-    return old
 
 
 def _only_plain(terms: list[list[Term]]) -> list[Term] | None:

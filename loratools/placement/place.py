@@ -32,16 +32,16 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
     names = Names(base)
     tied = settle(names, adapter)
     missing: list[str] = []
-    replaced = place_replacements(names, adapter, tied.replaced, missing)
+    replaced = place_replacements(names, adapter, tied, missing)
     deltas: list[Placement] = list(tied.deltas)
     biases: list[BiasPlacement] = []
     for module, delta in adapter.modules.items():
-        if module in tied.modules:
-            continue
-        placed = _placements(names, module, delta)
-        if not placed:
-            missing.append(module)
-        deltas += placed
+        if module not in tied.modules:
+            placed = _placements(names, module, delta)
+            if not placed:
+                missing.append(module)
+                continue
+            deltas += placed
         if low_rank_part(delta).bias is not None:
             biases += _bias_placements(names, module, delta)
     if missing:

@@ -10,6 +10,7 @@ from loratools.placement.changes import Span
 from loratools.placement.fused import joined_spans, part_spans
 from loratools.placement.names import Names
 from loratools.placement.sites import Site, sites
+from loratools.placement.tied import Settled
 from loratools_formats.adapter import Adapter, Replacement
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import TensorRef
@@ -31,14 +32,14 @@ class Replaced:
 
 
 def place_replacements(
-    names: Names, adapter: Adapter, settled: frozenset[str], missing: list[str]
+    names: Names, adapter: Adapter, tied: Settled, missing: list[str]
 ) -> Replaced:
     """Return where an adapter's replacements go, and tell `names` of tensors they resize.
 
     Args:
         names: the checkpoint.
         adapter: the adapter.
-        settled: replacements, by key, that are dealt with elsewhere.
+        tied: what is dealt with already, and the new tensors there are.
         missing: is extended by the targets that the base does not have.
 
     Raises:
@@ -47,10 +48,13 @@ def place_replacements(
     """
     result = Replaced()
     for name, replacement in adapter.replacements.items():
-        if name in settled:
+        if name in tied.replaced:
+            continue
+        if replacement.target in tied.untied:
+            result.placed.append((replacement.target, replacement))
             continue
         module, _, leaf = replacement.target.rpartition(".")
-        found = sites(names, module, leaf)
+        found = sites(names, module, leaf) or _tied_bias(names, replacement)
         if found:
             result.placed += _at(names, replacement, found)
         elif _is_task_head(names, replacement):
@@ -59,6 +63,11 @@ def place_replacements(
         else:
             missing.append(replacement.target)
     return result
+
+
+def _tied_bias(names: Names, replacement: Replacement) -> list[Site]:
+    key = names.find(rules.HEAD_BIASES.get(replacement.target, replacement.target))
+    return [] if key is None else [Site(key)]
 
 
 def _is_task_head(names: Names, replacement: Replacement) -> bool:

@@ -172,6 +172,12 @@ HEADS = {
 }
 """The output layer that shares the token embedding's weight; `lm_head` in all other models."""
 
+HEAD_BIASES = {
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "lm_head.decoder.bias": "lm_head.bias",
+}
+"""Biases of such an output layer that are tied along with its weight, and stored once, too."""
+
 HEAD_CLASSES = (
     "ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForMaskedLM", "ForPreTraining",
 )  # fmt: skip

@@ -43,6 +43,9 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
     whole = names.find(f"{module}.{leaf}")
     if whole is not None:
         return [Site(whole)]
+    whole = names.find(f"{module}.in_proj_{leaf}")
+    if whole is not None:
+        return [Site(whole)]
     for part in fusions(module):
         # The parameters of `nn.MultiheadAttention` are called in_proj_weight and in_proj_bias.
         name = (

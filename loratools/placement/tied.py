@@ -3,7 +3,7 @@
 A checkpoint stores such a weight once. PEFT changes the layers it adapts, not the weight they
 share: a change of only one of the two, or two different changes, untie them, and the checkpoint
 must then hold both. Replaced weights are copied into the shared one, except `modules_to_save`,
-whose copies belong to their own layer.
+whose copies belong to their own layer; a resized vocabulary takes its partner along.
 """
 
 from __future__ import annotations
@@ -122,9 +122,10 @@ def settle(names: Names, adapter: Adapter) -> Settled:
     if not any((*_parts(embedding), *_parts(head))):
         return Settled()
     _refuse_doubles(adapter, embedding, head)
-    ensured = bool(adapter.config.get("ensure_weight_tying"))
-    same = _same_deltas(adapter, embedding, head, ensured=ensured) and _same_wholes(
-        names, adapter, tie, embedding, head, ensured=ensured
+    same = (
+        _same_deltas(adapter, embedding, head)
+        and _same_wholes(names, adapter, tie, embedding, head)
+        and _same_rows(adapter, embedding, head)
     )
     return (_together if same else _apart)(names, adapter, tie, embedding, head)
 
@@ -176,18 +177,16 @@ def _refuse_shared_encoder(names: Names, adapter: Adapter) -> None:
             )
 
 
-def _same_deltas(adapter: Adapter, embedding: _End, head: _End, *, ensured: bool) -> bool:
+def _same_deltas(adapter: Adapter, embedding: _End, head: _End) -> bool:
+    """Return whether both layers change alike.
+
+    Config ensure_weight_tying does not tell: for some models PEFT 0.21 ties nothing in spite of
+    it. Where it does, the file holds both changes.
+    """
     if not embedding.modules or not head.modules:
-        return ensured or not (embedding.modules or head.modules)
+        return not (embedding.modules or head.modules)
     one, other = adapter.modules[embedding.modules[0]], adapter.modules[head.modules[0]]
-    same = isinstance(one, LowRank) and isinstance(other, LowRank) and _is_mirrored(one, other)
-    if ensured and not same:
-        raise AdapterError(
-            "config ensure_weight_tying is true, but the two changes differ",
-            path=adapter.source,
-            got=f"{embedding.modules[0]} and {head.modules[0]}",
-        )
-    return same
+    return isinstance(one, LowRank) and isinstance(other, LowRank) and _is_mirrored(one, other)
 
 
 def _is_mirrored(embedding: LowRank, head: LowRank) -> bool:
@@ -206,16 +205,24 @@ def _is_mirrored(embedding: LowRank, head: LowRank) -> bool:
     return all(np.array_equal(one.load(), other.load().T) for one, other in pairs)
 
 
-def _same_wholes(
-    names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End, *, ensured: bool
-) -> bool:
+def _same_wholes(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> bool:
     found = [adapter.replacements[key] for key in (*embedding.whole, *head.whole)]
     if len(found) == 2:
         return _equal(found[0].tensor, found[1].tensor)
-    if not found or ensured:
+    if not found:
         return True
     resized = found[0].tensor.shape != names.tensors[tie.embedding].shape
     return resized or found[0].kind != "module"
+
+
+def _same_rows(adapter: Adapter, embedding: _End, head: _End) -> bool:
+    """PEFT ties trained rows of an embedding, not those of an output layer."""
+    if not head.rows:
+        return True
+    if not embedding.rows:
+        return False
+    one, other = adapter.replacements[embedding.rows[0]], adapter.replacements[head.rows[0]]
+    return one.rows == other.rows and _equal(one.tensor, other.tensor)
 
 
 def _equal(one: TensorRef, other: TensorRef) -> bool:
@@ -257,11 +264,11 @@ def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End
         for name in embedding.whole + head.whole
         if adapter.replacements[name].kind != "module" and len(embedding.whole + head.whole) == 1
     ]
-    rows = (embedding.rows + head.rows)[:1]
     deltas: list[Placement] = []
     replacements: list[tuple[str, Replacement]] = []
     for key, end in ((tie.embedding, embedding), (tie.head, head)):
         wholes = end.whole or follows
+        rows = end.rows or embedding.rows
         deltas += [_placement(names, adapter, tie, key, module, wholes) for module in end.modules]
         replacements += [(key, adapter.replacements[name]) for name in wholes + rows]
     note = (
@@ -272,9 +279,15 @@ def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End
         (embedding, head),
         deltas=deltas,
         replacements=replacements,
-        untied={tie.head: tie.embedding},
+        untied={tie.head: tie.embedding, **_untied_bias(names, tie)},
         notes=(note,),
     )
+
+
+def _untied_bias(names: Names, tie: Tie) -> dict[str, str]:
+    bias = tie.head.removesuffix("weight") + "bias"
+    stored = names.find(rules.HEAD_BIASES.get(bias, bias))
+    return {} if stored is None or stored == bias else {bias: stored}
 
 
 def _settled(ends: tuple[_End, _End], **found: Any) -> Settled:

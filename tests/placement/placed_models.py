@@ -27,7 +27,12 @@ def build(name: str) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(_SEED)
-        return BUILDERS[name]().double().eval()
+        model = BUILDERS[name]().double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # else biases are zero, and one lost would not show
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
 
 
 def inputs() -> dict[str, Any]:
@@ -68,7 +73,7 @@ def _gpt2() -> Any:
             initializer_range=0.3,
             bos_token_id=1,
             eos_token_id=2,
-        )  # fmt: skip
+        )
     )
 
 
@@ -94,7 +99,11 @@ def _llava() -> Any:
     )
 
     return LlavaForConditionalGeneration(
-        LlavaConfig(CLIPVisionConfig(**_VISION), LlamaConfig(**_SMALL), image_token_index=47)
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**_VISION),
+            text_config=LlamaConfig(**_SMALL),
+            image_token_index=47,
+        )
     )
 
 
@@ -109,7 +118,10 @@ def _gemma3() -> Any:
     text = Gemma3TextConfig(**{**_SMALL, "head_dim": 8, "query_pre_attn_scalar": 8})
     return Gemma3ForConditionalGeneration(
         Gemma3Config(
-            text, SiglipVisionConfig(**_VISION), image_token_index=47, mm_tokens_per_image=4
+            text_config=text,
+            vision_config=SiglipVisionConfig(**_VISION),
+            image_token_index=47,
+            mm_tokens_per_image=4,
         )
     )
 
@@ -152,7 +164,7 @@ BUILDERS = {
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters=_ROPE,
-    ),  # fmt: skip
+    ),
     "bert": _bert("BertForSequenceClassification"),
     "bert_mlm": _bert("BertForMaskedLM"),
     "llava": _llava,
