@@ -64,7 +64,11 @@ def test_options_named_in_the_readme_exist():
 
 def _options(name):
     command = cli.get_command(None, name)
-    return {option for parameter in command.params for option in parameter.opts}
+    return {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 def test_files_named_in_the_documents_exist():

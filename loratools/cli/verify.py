@@ -42,7 +42,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Check whether the checkpoint FUSED is a base with adapters fused in.
+    """Check whether a checkpoint is a base with adapters fused in.
 
     Exits with 0 if it is, with 1 if not, and with 2 if a tensor could not be checked.
 
