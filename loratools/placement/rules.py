@@ -47,7 +47,7 @@ class Renaming(NamedTuple):
 
 _MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe"})
 _GRANITE = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
-_VIT = frozenset({"vit", "deit", "ijepa", "vit_mae", "vit_msn", "vivit"})
+_VIT = frozenset({"vit", "deit", "beit", "dinov2", "ijepa", "vit_mae", "vit_msn", "vivit"})
 
 RENAMINGS = (
     Renaming(r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
@@ -61,6 +61,7 @@ RENAMINGS = (
     Renaming(r"\b(experts\.\d+)\.w1\b", r"\1.gate_proj", _MIXTRAL),
     Renaming(r"\b(experts\.\d+)\.w3\b", r"\1.up_proj", _MIXTRAL),
     Renaming(r"\b(experts\.\d+)\.w2\b", r"\1.down_proj", _MIXTRAL),
+    Renaming(r"^embed_out\.", "lm_head.", frozenset({"gpt_neox"})),
     Renaming(r"^encoder\.layer\.", "layers.", _VIT),
     Renaming(r"\battention\.attention\.query\b", "attention.q_proj", _VIT),
     Renaming(r"\battention\.attention\.key\b", "attention.k_proj", _VIT),
@@ -166,6 +167,7 @@ SHARED_EMBEDDINGS = frozenset({"shared", "encoder.embed_tokens", "decoder.embed_
 
 HEADS = {
     "gpt_neox": "embed_out",
+    "gpt_neox_japanese": "embed_out",
     "bert": "cls.predictions.decoder",
     "roberta": "lm_head.decoder",
     "xlm-roberta": "lm_head.decoder",

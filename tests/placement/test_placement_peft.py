@@ -35,6 +35,7 @@ CASES = [
         "bert", "bert_mlm", "llava", "gemma3", "qwen2_vl",
     )],
     *[(name, EXPERTS) for name in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")],
+    ("gpt_neox", {"target_modules": ["lm_head", "embed_in", "dense"]}),
     ("llava", LINEAR | {"use_dora": True}),
     ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True}),
     ("gpt2", {"target_modules": ["c_attn", "c_proj"], "lora_bias": True, "bias": "lora_only"}),
