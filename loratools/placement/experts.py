@@ -65,8 +65,10 @@ def _stacked(names: Names, module: str, parameter: str, delta: Delta) -> list[Pl
     if key is None:
         return []
     part = low_rank_part(delta)
-    crossed = whole_is_transposed(names, parameter, part, names.shape(key))
-    return [Placement(key, module, delta, crossed)]
+    shape = names.shape(key)
+    crossed = whole_is_transposed(names, parameter, part, shape)
+    only = 0 if part.layer.kind != "experts" and len(shape) == 3 else None
+    return [Placement(key, module, delta, crossed, plane=only)]
 
 
 def _per_expert(names: Names, module: str, parameter: str, delta: Delta) -> list[Placement]:

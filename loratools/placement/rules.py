@@ -93,12 +93,14 @@ STRAIGHT_EXPERTS = (
     | {
         "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe",
         "hunyuan_v1_moe", "jamba", "llama4", "llama4_text", "olmoe", "qwen2_moe", "qwen3_moe",
-        "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe", "qwen3_5_moe",
+        "qwen3_next", "qwen3_omni_moe", "qwen3_5_moe",
     }
 )  # fmt: skip
-"""Stacked experts whose class does not, so that PEFT reads them as (E, out, in)."""
+"""Stacked experts whose class does not, so that PEFT reads them as (E, out, in).
 
-HALVED_EXPERTS = STRAIGHT_EXPERTS | {"aria", "aria_text"}
+Not `qwen3_vl_moe`, whose checkpoints are stored either way."""
+
+HALVED_EXPERTS = STRAIGHT_EXPERTS | {"aria", "aria_text", "qwen3_vl_moe"}
 """Stacked `gate_up_proj` holds all gate outputs, then all up outputs; gpt-oss alternates them."""
 
 

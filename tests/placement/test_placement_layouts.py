@@ -178,7 +178,7 @@ def test_a_stack_of_one_expert():
         {f"{MOE}.gate_up_proj": (1, 10, 8), f"{MOE}.down_proj": (1, 8, 5)}, model_type="mixtral"
     )
     (placement,) = placed({MOE: delta}, stacked).deltas
-    assert (placement.key, placement.expert) == (f"{MOE}.gate_up_proj", None)
+    assert (placement.key, placement.expert, placement.plane) == (f"{MOE}.gate_up_proj", None, 0)
     result = placed({MOE: delta}, checkpoint(per_expert(1), model_type="mixtral"))
     assert [p.rows for p in result.deltas] == [((0, 5),), ((5, 10),)]
     assert {p.expert for p in result.deltas} == {None}

@@ -34,7 +34,7 @@ CASES = [
         "llama", "qwen2", "gemma2", "phi3", "gpt_neox", "bloom", "falcon", "gpt_bigcode", "gpt2",
         "bert", "bert_mlm", "llava", "gemma3", "qwen2_vl",
     )],
-    *[(name, EXPERTS) for name in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")],
+    *[(name, EXPERTS) for name in ("mixtral", "mixtral_single", "qwen3_moe", "olmoe", "gpt_oss")],
     ("gpt_neox", {"target_modules": ["lm_head", "embed_in", "dense"]}),
     ("llava", LINEAR | {"use_dora": True}),
     ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True}),
@@ -103,6 +103,16 @@ def test_experts_in_both_layouts_on_both_layouts(tmp_path, name, stack, leaves, 
         got = logits(load(name, tmp_path / f"fused-{adapter}"))
         assert np.abs(want - bare).max() > 0.1
         np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_a_stack_of_one_expert(tmp_path):
+    (tmp_path / "base").mkdir()
+    base = save_as_held(placed_models.build("mixtral_single"), tmp_path / "base")
+    live = save_adapter("mixtral_single", tmp_path / "adapter", **EXPERTS)
+    placements = fused(base, tmp_path / "adapter", tmp_path / "fused")
+    assert {p.plane for p in placements.deltas if ".experts." in p.key} == {0}
+    got = logits(load("mixtral_single", tmp_path / "fused"))
+    np.testing.assert_allclose(got, logits(live), atol=1e-12)
 
 
 def _as_phi3(llama, folder):
