@@ -158,16 +158,18 @@ def _refuse_doubles(adapter: Adapter, *ends: _End) -> None:
 def _refuse_shared_encoder(names: Names, adapter: Adapter) -> None:
     """Refuse changes of an embedding that an encoder and a decoder share, which is three layers."""
     config = names.base.config
-    if not config.get("is_encoder_decoder") or not _says_tied(config):
+    if not config.get("is_encoder_decoder"):
         return
-    shared = {f"{name}.weight" for name in rules.SHARED_EMBEDDINGS}
+    # `shared` is one whether the output layer is tied to it or not.
+    tied = rules.SHARED_EMBEDDINGS if _says_tied(config) else {"shared"}
+    shared = {f"{name}.weight" for name in tied}
     targets = [f"{module}.weight" for module in adapter.modules]
     targets += [replacement.target for replacement in adapter.replacements.values()]
     for target in targets:
         if names.spelling(target) in shared:
             raise UnsupportedError(
-                "an encoder, a decoder and an output layer share this embedding; changing it for "
-                "some of them is not supported",
+                "an encoder and a decoder share this embedding; changing it for one of them is not "
+                "supported",
                 path=names.base.path,
                 tensor=target,
             )

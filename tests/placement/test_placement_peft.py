@@ -231,3 +231,17 @@ def test_spans_are_the_queries_keys_and_values_that_the_model_computes(
         (weight.T if name == "gpt2" else weight)[rows["v_proj"]] = 0
         bias[rows["v_proj"]] = 0
     np.testing.assert_allclose(answer("q_proj"), logits(model), atol=1e-5)
+
+
+def test_a_classifier_on_the_checkpoint_of_a_body(tmp_path):
+    model = placed_models.build("bert")
+    base = save_base(model.bert, tmp_path / "base")
+    live = save_adapter(
+        "bert", tmp_path / "adapter", target_modules=["query"], modules_to_save=["classifier"]
+    )
+    placements = fused(base, tmp_path / "adapter", tmp_path / "fused")
+    assert "classifier.weight" in {key for key, _ in placements.replacements}
+    assert "classifier.weight: not in the base, added" in placements.notes
+    copy_config(tmp_path / "base", tmp_path / "fused", num_labels=3)
+    found = load("bert", tmp_path / "fused")
+    np.testing.assert_allclose(logits(found), logits(live), atol=1e-12)
