@@ -123,7 +123,7 @@ def dequantize(
             base,
             grouped(base, parts, max_shard_bytes=max_shard_bytes),
             plain_config(base.config, torch_name(stored)) if base.config else None,
-            operation_record("dequantize", {}, options, base),
+            lambda: operation_record("dequantize", {}, options, base),
         )
         left_out = write_checkpoint(
             new, output, overwrite=overwrite, workers=workers, progress=progress

@@ -165,7 +165,7 @@ def quantize(
             base,
             grouped(base, parts, max_shard_bytes=chosen.max_shard_bytes, metadata=metadata),
             _config(base, linears, chosen.four_bit),
-            operation_record("quantize", {}, chosen.record(), base),
+            lambda: operation_record("quantize", {}, chosen.record(), base),
         )
         left_out = write_checkpoint(
             new, output, overwrite=overwrite, workers=workers, progress=progress
