@@ -1,4 +1,4 @@
-"""`loratools quantize` and `dequantize` beside bitsandbytes on the CPU and the bytes' way to disk."""
+"""`loratools quantize` and `dequantize` beside bitsandbytes on the CPU, and writing the bytes."""
 
 from __future__ import annotations
 
