@@ -28,7 +28,7 @@ _EMBEDDING = re.compile(
     r"|relative_attention_bias"
 )
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
-_ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|wg|shared_expert_gate)(?:\.(?:classifier|layer))?")
+_ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|wg)(?:\.(?:classifier|layer))?")
 # Source: `_keep_in_fp32_modules` of the model classes in transformers 5.23.
 _KEPT_IN_F32 = {
     "wo": ("t5", "mt5", "umt5", "udop", "pop2piano"),

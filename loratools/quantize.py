@@ -295,10 +295,8 @@ class _Counting:
 
 def pieces_of(ref: TensorRef) -> Iterator[NDArray[Any]]:
     """Yield a tensor's elements in order, in its stored type, a few at a time."""
-    stored = ref.dtype.numpy_dtype()
-    for start in range(0, ref.nbytes, _PIECE * stored.itemsize):
-        stop = min(start + _PIECE * stored.itemsize, ref.nbytes)
-        yield np.frombuffer(ref.raw_range(start, stop), stored)
+    for start in range(0, ref.numel, _PIECE):
+        yield ref.elements(start, min(start + _PIECE, ref.numel))
 
 
 def transposed_pieces(ref: TensorRef) -> Iterator[NDArray[Any]]:

@@ -123,9 +123,9 @@ DEFECTS = {
         KEY,
     ),
     "nested groups": (lambda t: t.update({STATE: state(t, nested_blocksize=128)}), "256", STATE),
-    "nested in bf16": (
-        lambda t: t.update({STATE: state(t, nested_dtype="bfloat16")}),
-        "rounded to 16 bits",
+    "nested in int8": (
+        lambda t: t.update({STATE: state(t, nested_dtype="int8")}),
+        "nested_dtype",
         STATE,
     ),
     "offset text": (lambda t: t.update({STATE: state(t, nested_offset="0")}), "offset", STATE),
