@@ -21,7 +21,6 @@ from loratools.cli.output import (
 from loratools.device import DeviceName
 from loratools.fuse.operation import BaseMode, FuseOptions, FuseResult, Fusion
 from loratools.fuse.plan import FuseInput, TensorPlan
-from loratools_formats import read_adapter
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OptionError
 
@@ -63,10 +62,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Fuse adapters into the weights of BASE, a folder or a safetensors file.
+    """Fuse adapters into base weights, streamed, without loading a model.
 
-    A weight follows an adapter's path after a colon and is 1 by default; -1 takes a fused adapter
-    out again, up to rounding.
+    BASE is a checkpoint folder or a safetensors file. A weight follows an adapter's path after a
+    colon and is 1 by default; -1 takes a fused adapter out again, up to rounding.
 
     \b
     loratools fuse base-model my-adapter -o merged-model
@@ -74,7 +73,7 @@ def command(
     """  # noqa: D301 - click reads the backspace
     if output is None and not dry_run:
         raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
-    inputs = [_input(text, format_name) for text in adapters]
+    inputs = [shared.fuse_input(text, format_name) for text in adapters]
     options = FuseOptions(
         dtype=dtype,
         max_shard_bytes=None if max_shard_size is None else shared.parsed_size(max_shard_size),
@@ -96,11 +95,6 @@ def command(
         _print_report(result)
     if not quiet:
         _notes(inputs, result, output)
-
-
-def _input(text: str, format_name: str | None) -> FuseInput:
-    path, weight = shared.weighted_path(text)
-    return FuseInput(read_adapter(path, format_name), weight, path.name or str(path))
 
 
 def _notes(inputs: Sequence[FuseInput], result: FuseResult, output: Path) -> None:
