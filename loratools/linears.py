@@ -35,6 +35,11 @@ _KEPT_IN_F32 = {
     "qformer": ("blip-2",),
     "indexer.weights_proj": ("deepseek_v32", "glm_moe_dsa", "axk2"),
 }
+# Layers of classes derived from `nn.Linear`, which transformers does not convert, by model type.
+_OWN_CLASSES = {
+    "falcon": frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+    "deepseek_v4": frozenset({"o_a_proj"}),
+}
 _HEAD = "lm_head"
 
 
@@ -144,7 +149,8 @@ class _Choice:
             ),
             "expert": _EXPERT.fullmatch(module) is not None and not self._experts,
             "router": _ROUTER.fullmatch(module) is not None,
-            "not a plain linear layer": f"{parent}.in_proj_weight" in self._base.tensors,
+            "not a plain linear layer": f"{parent}.in_proj_weight" in self._base.tensors
+            or any(last in _OWN_CLASSES.get(model, ()) for model in self._models),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -275,7 +275,9 @@ class _BlockEncoder:
         """Join neighbours, the first into the high half."""
         both = level.view("<u2")
         packed = (both << 4 | both >> 8).astype(np.uint8)
-        return packed if self._kind.packed is None else np.take(self._kind.packed, packed)
+        return (
+            packed if self._kind.packed is None else np.take(self._kind.packed, packed, mode="wrap")
+        )
 
     def _add_up(self, unit: F32, packed: U8) -> None:
         n = unit.size

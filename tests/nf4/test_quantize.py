@@ -169,6 +169,7 @@ def test_experts_stay_unless_asked_for(make_base, tmp_path):
         "model.layers.0.mlp.gate",
     ]
     result, after = made(base, tmp_path, "with", experts=True)
+    assert quantized_weights(after.tensors).keys() == {t.name for t in result.tensors}
     assert len(result.tensors) == 4
     assert "model.layers.0.mlp.gate" in {kept.module for kept in result.kept}
 
@@ -182,6 +183,17 @@ def test_names_that_the_loader_would_take_for_a_kept_one_are_kept(make_base, tmp
         "skipped as asked",
         "named like one that is kept",
     }
+
+
+def test_layers_of_classes_of_their_own_are_kept(make_base, tmp_path):
+    """transformers converts only what is exactly `nn.Linear`."""
+    weights = {"h.0.self_attention.dense": (32, 32), "h.0.other": (32, 32)}
+    result, _ = made(make_base(weights=weights, model_type="falcon"), tmp_path)
+    assert {t.name for t in result.tensors} == {"model.h.0.other.weight"}
+    extra = {"model.attn.in_proj_weight": np.ones((96, 32), np.float32)}
+    base = make_base("attention", weights={"attn.out_proj": (32, 32), "up": (32, 32)}, extra=extra)
+    result, _ = made(base, tmp_path, "second")
+    assert {t.name for t in result.tensors} == {"model.up.weight"}
 
 
 def test_output_is_split_anew_when_asked(make_base, tmp_path):
