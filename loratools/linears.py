@@ -147,6 +147,7 @@ class _Choice:
                 for name, models in _KEPT_IN_F32.items()
                 if not self._models.isdisjoint(models)
             ),
+            "empty": ref.numel == 0,
             "expert": _EXPERT.fullmatch(module) is not None and not self._experts,
             "router": _ROUTER.fullmatch(module) is not None,
             "not a plain linear layer": f"{parent}.in_proj_weight" in self._base.tensors

@@ -196,6 +196,13 @@ def test_layers_of_classes_of_their_own_are_kept(make_base, tmp_path):
     assert {t.name for t in result.tensors} == {"model.up.weight"}
 
 
+def test_empty_weights_are_kept(make_base, tmp_path):
+    base = make_base(weights={"up": (32, 32)}, extra={"model.none.weight": np.ones((0, 8), "f4")})
+    result, after = made(base, tmp_path)
+    assert {kept.module: kept.reason for kept in result.kept} == {"model.none": "empty"}
+    assert after.tensors["model.none.weight"].shape == (0, 8)
+
+
 def test_output_is_split_anew_when_asked(make_base, tmp_path):
     base = make_base()
     made(base, tmp_path, max_shard_bytes=5000)
