@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from loratools.fourbit.encode import FourBitOptions, Scales, relative
 from loratools.fourbit.store import blanks, fill
@@ -167,9 +168,10 @@ def quantize(
             _config(base, linears, chosen.four_bit),
             operation_record("quantize", {}, chosen.record(), base),
         )
-        left_out = write_checkpoint(
-            new, output, overwrite=overwrite, workers=workers, progress=progress
-        )
+        with threadpool_limits(1):  # the sums of errors; threads go over weights
+            left_out = write_checkpoint(
+                new, output, overwrite=overwrite, workers=workers, progress=progress
+            )
         if left_out:
             notes.append(f"not carried over, since stale: {', '.join(left_out)}")
     return _result(base, list(jobs.values()), linears, notes)

@@ -112,7 +112,9 @@ def our_dequantize(folder: Path, threads: int) -> float:
 
 
 def _spent(job: Callable[[Any], None], items: Iterable[Any], threads: int) -> float:
-    with ThreadPoolExecutor(threads) as pool:
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
         start = time.perf_counter()
         list(pool.map(job, items))
         return time.perf_counter() - start

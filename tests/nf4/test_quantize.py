@@ -83,10 +83,13 @@ def test_reported_errors_are_those_of_what_was_written(make_base, tmp_path):
 
 def test_bytes_do_not_depend_on_workers(make_base, tmp_path):
     base = read_checkpoint(make_base(weights={f"layers.{i}.up": (70, 33) for i in range(9)}))
+    results = []
     for workers in (1, 2, 3):
-        quantize(base, tmp_path / f"four{workers}", workers=workers)
+        result = quantize(base, tmp_path / f"four{workers}", workers=workers)
         four = read_checkpoint(tmp_path / f"four{workers}")
-        dequantize(four, tmp_path / f"plain{workers}", workers=workers)
+        back = dequantize(four, tmp_path / f"plain{workers}", workers=workers)
+        results.append((result, back))
+    assert results[0] == results[1] == results[2]
     for kind in ("four", "plain"):
         first = contents(tmp_path / f"{kind}1")
         assert first == contents(tmp_path / f"{kind}2") == contents(tmp_path / f"{kind}3")
