@@ -69,7 +69,7 @@ def fuse_tensor(
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
     dtype = plan.dtype.numpy_dtype()
-    single = single_precision(terms, plan.dtype.code, base_code=plan.source.dtype.code)
+    single = single_precision(view, terms, plan.dtype.code, base_code=plan.source.dtype.code)
     only = None if plan.replaces else _only_plain(terms)
     base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
