@@ -1,7 +1,8 @@
 """Publishing a changed checkpoint: shards, index, configuration, and everything else beside them.
 
 Weights of the base that no index lists, and weights in other formats, are left out, since they
-would be stale, and so are hidden and linked folders; every other file is carried over. The folder appears whole or not at all.
+would be stale, and so are hidden and linked folders; every other file is carried over. The folder
+appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -120,7 +120,9 @@ MODELS = {
     "resnet-dora": Model(
         _resnet, {"target_modules": ["convolution"], "r": 4, "use_dora": True}, 11
     ),
-    "wav2vec2": Model(_wav2vec2, {"target_modules": r".*conv_layers\.\d\.conv|.*q_proj", "r": 4}, 3),
+    "wav2vec2": Model(
+        _wav2vec2, {"target_modules": r".*conv_layers\.\d\.conv|.*q_proj", "r": 4}, 3
+    ),
     "tied-apart": Model(
         lambda: _llama(tie_word_embeddings=True),
         {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "r": 8},
