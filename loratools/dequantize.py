@@ -131,7 +131,7 @@ def dequantize(
                 new, output, overwrite=overwrite, workers=workers, progress=progress
             )
         if left_out:
-            notes.append(f"not carried over, since stale: {', '.join(left_out)}")
+            notes.append(f"not carried over: {', '.join(left_out)}")
     return _result(base, list(jobs.values()), notes)
 
 

@@ -173,7 +173,7 @@ def quantize(
                 new, output, overwrite=overwrite, workers=workers, progress=progress
             )
         if left_out:
-            notes.append(f"not carried over, since stale: {', '.join(left_out)}")
+            notes.append(f"not carried over: {', '.join(left_out)}")
     return _result(base, list(jobs.values()), linears, notes)
 
 

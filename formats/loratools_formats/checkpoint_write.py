@@ -1,7 +1,8 @@
 """Publishing a changed checkpoint: shards, index, configuration, and everything else beside them.
 
 Weights of the base that no index lists, and weights in other formats, are left out, since they
-would be stale; every other file is carried over. The folder appears whole or not at all.
+would be stale, and so are hidden and linked folders; every other file is carried over. The folder
+appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def write_checkpoint(
             accept()
         for name, path in carried:
             _copy(path, folder / name)
-        if len(new.shards) > 1:
+        if [shard.name for shard in new.shards] != [f"{new.base.stem}.safetensors"]:
             _write_json(folder / new.base.index_file, _index(new, folder), sort_keys=True)
         if new.config is not None:
             _write_json(folder / CONFIG_FILE, new.config)
@@ -229,8 +230,9 @@ def _others(base: Checkpoint) -> tuple[list[tuple[str, Path]], list[str]]:
     carried, left_out = [], []
     for root, folders, names in os.walk(base.path):
         place = os.path.relpath(root, base.path)
-        left_out += [os.path.normpath(f"{place}/{f}") for f in folders if f.startswith(".")]
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        skipped = [f for f in folders if f.startswith(".") or os.path.islink(f"{root}/{f}")]
+        left_out += [os.path.normpath(f"{place}/{f}") for f in skipped]
+        folders[:] = sorted(set(folders) - set(skipped))
         for name in (os.path.normpath(f"{place}/{n}") for n in sorted(names)):
             if name in own:
                 continue
@@ -238,13 +240,12 @@ def _others(base: Checkpoint) -> tuple[list[tuple[str, Path]], list[str]]:
                 left_out.append(name)
             else:
                 carried.append((name, inside(base.path, name)))
+                RegularFile(carried[-1][1]).close()  # no pipe, no device, no link to nothing
     return carried, sorted(left_out)
 
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    file = RegularFile(source)  # no pipe, no device
-    file.close()
     shutil.copyfile(source, target)
 
 
