@@ -181,7 +181,7 @@ def weight_name(path: str, delta: LowRank, base: State) -> str:
 
 def _fitting(delta: LowRank, base: State) -> str:
     fitting = []
-    for name in delta.layer.parameters:
+    for name in base.keys() & set(delta.layer.parameters):
         try:
             is_transposed(name, delta, base[name].shape)
         except AdapterError:

@@ -165,8 +165,8 @@ def test_square_experts_are_refused_where_the_version_does_not_tell(tmp_path, ve
         effective_delta("experts", inner, (3, 6, 6))
 
 
-def test_expert_parameters_whose_ranks_the_file_does_not_tell_apart_are_refused(tmp_path):
-    config = CASES["experts-two"].config | {"rank_pattern": {"gate_up_proj": 8}}
+def test_expert_parameters_that_the_file_does_not_tell_apart_are_refused(tmp_path):
+    config = CASES["experts-two"].config | {"alpha_pattern": {"gate_up_proj": 8}}
     folder = oracle.save(tmp_path / "adapter", Case("experts", config))
     with pytest.raises(UnsupportedError, match="several expert parameters"):
         read_adapter(folder)

@@ -34,6 +34,7 @@ CASES = [
         "llama", "qwen2", "gemma2", "phi3", "gpt_neox", "bloom", "falcon", "gpt_bigcode", "gpt2",
         "bert", "bert_mlm", "llava", "gemma3", "qwen2_vl",
     )],
+    *[(name, LINEAR) for name in ("mixtral", "mixtral_single", "qwen3_moe", "olmoe")],
     *[(name, EXPERTS) for name in ("mixtral", "mixtral_single", "qwen3_moe", "olmoe", "gpt_oss")],
     ("gpt_neox", {"target_modules": ["lm_head", "embed_in", "dense"]}),
     ("llava", LINEAR | {"use_dora": True}),

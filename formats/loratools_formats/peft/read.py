@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from loratools_formats.adapter import Adapter, Caveat, Delta, Dora, Layer, LowRank
 from loratools_formats.errors import (
@@ -22,6 +23,7 @@ from loratools_formats.files import RegularFile, inside
 from loratools_formats.peft import keys
 from loratools_formats.peft.config import CONFIG_FILE, PeftConfig, read_config
 from loratools_formats.peft.legacy_bin import read_bin
+from loratools_formats.peft.parameters import Setting, settings, unstacked
 from loratools_formats.peft.replacements import classify
 from loratools_formats.provenance import PROVENANCE_FILE
 from loratools_formats.safetensors_io import SafetensorsFile, read_safetensors
@@ -132,13 +134,13 @@ def _modules(
             rest[name] = tensor
         else:
             parts.setdefault(key.path, {})[key.part] = tensor
-    expert_names = {path: _expert_parameters(config, path) for path in parts}
-    setting_names = {path: expert_names[path] or (keys.setting_name(path),) for path in parts}
-    resolved = config.alpha_and_rank(sorted({n for names in setting_names.values() for n in names}))
-    modules: dict[str, Delta] = {}
-    for path in sorted(parts):
-        settings = {resolved[name] for name in setting_names[path]}
-        modules[path] = _delta(config, path, parts[path], expert_names[path], settings, folder)
+    pairs = {path: _factor_pair(path, parts[path], folder) for path in sorted(parts)}
+    rows = {path: pair.a.shape[0] if pair.a.shape else 0 for path, pair in pairs.items()}
+    resolved = settings(config, rows, folder)
+    modules: dict[str, Delta] = {
+        path: _delta(config, path, parts[path], pair, resolved[path], folder)
+        for path, pair in pairs.items()
+    }
     return modules, rest
 
 
@@ -160,29 +162,17 @@ def _module_caveats(modules: Mapping[str, Delta]) -> list[Caveat]:
     ]
 
 
-def _expert_parameters(config: PeftConfig, path: str) -> tuple[str, ...]:
-    """Return the parameter paths that `target_parameters` may mean by this module."""
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    found = []
-    for target in config.values.get("target_parameters") or ():
-        full = f"{path}.{target.rpartition('.')[2]}"
-        if full == target or full.endswith(f".{target}"):
-            found.append(full)
-    return tuple(sorted(found))
-
-
 def _delta(
     config: PeftConfig,
     path: str,
     parts: dict[keys.Part, TensorRef],
-    expert_names: tuple[str, ...],
-    settings: set[tuple[float, int]],
+    pair: _Pair,
+    setting: Setting,
     folder: Path,
 ) -> Delta:
-    a, b, embedding = _factor_pair(path, parts, folder)
-    if expert_names:
-        direction = _experts(config, path, a, b, expert_names, settings, folder)
+    a, b, is_embedding = pair
+    if setting.names:
+        direction = unstacked(config, a, b, setting, folder)
     else:
         if b.shape[1:2] != a.shape[:1] and config.values.get("use_bdlora"):
             raise UnsupportedError(
@@ -190,8 +180,7 @@ def _delta(
                 path=folder,
                 tensor=path,
             )
-        (setting,) = settings
-        direction = _ordinary(config, path, a, b, setting, embedding, folder)
+        direction = _ordinary(config, path, a, b, setting, is_embedding, folder)
     bias = parts.get("b_bias")
     if bias is not None:
         if not config.values.get("lora_bias"):
@@ -200,10 +189,15 @@ def _delta(
     return _with_magnitude(config, path, direction, parts.get("magnitude"), folder)
 
 
-def _factor_pair(
-    path: str, parts: dict[keys.Part, TensorRef], folder: Path
-) -> tuple[TensorRef, TensorRef, bool]:
-    """Return the two factors, and whether they are an embedding's."""
+class _Pair(NamedTuple):
+    """The two factors of a module, and whether they are an embedding's."""
+
+    a: TensorRef
+    b: TensorRef
+    is_embedding: bool
+
+
+def _factor_pair(path: str, parts: dict[keys.Part, TensorRef], folder: Path) -> _Pair:
     embedding = "embedding_a" in parts or "embedding_b" in parts
     wanted: tuple[keys.Part, keys.Part] = (
         ("embedding_a", "embedding_b") if embedding else ("a", "b")
@@ -223,7 +217,7 @@ def _factor_pair(
                 "module has both linear and embedding factors", path=folder, tensor=tensor.key
             )
         _check_factor(tensor, folder)
-    return parts[wanted[0]], parts[wanted[1]], embedding
+    return _Pair(parts[wanted[0]], parts[wanted[1]], embedding)
 
 
 def _with_magnitude(
@@ -283,11 +277,11 @@ def _ordinary(
     path: str,
     a: TensorRef,
     b: TensorRef,
-    setting: tuple[float, int],
+    setting: Setting,
     embedding: bool,
     folder: Path,
 ) -> LowRank:
-    alpha, rank = setting
+    _, alpha, rank = setting
     if a.shape[:1] != (rank,):
         raise AdapterError(
             "rank in the file and rank in the config differ",
@@ -335,61 +329,3 @@ def _square_orientation(config: PeftConfig, path: str) -> bool | None:
     stored = bool(config.values.get("fan_in_fan_out"))
     named_conv1d = path.rpartition(".")[2] in _CONV1D_LEAVES
     return stored if stored == named_conv1d else None
-
-
-def _experts(
-    config: PeftConfig,
-    path: str,
-    a: TensorRef,
-    b: TensorRef,
-    names: tuple[str, ...],
-    settings: set[tuple[float, int]],
-    folder: Path,
-) -> LowRank:
-    """Unstack experts: A (E·r, in) holds them expert by expert, B (out, r·E) rank by rank."""
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise AdapterError(
-            "expert factors do not fit together",
-            path=folder,
-            tensor=a.key,
-            got=f"{list(a.shape)} and {list(b.shape)}",
-        )
-    possible = sorted((alpha, rank) for alpha, rank in settings if a.shape[0] % rank == 0)
-    if not possible:
-        raise AdapterError(
-            "rank in the file and rank in the config differ",
-            path=folder,
-            tensor=a.key,
-            got=f"{a.shape[0]} rows",
-            expected=f"a multiple of {sorted(r for _, r in settings)}",
-        )
-    if len(possible) > 1:
-        raise UnsupportedError(
-            "several expert parameters of one module have different rank or alpha, and the file "
-            "does not say which is which",
-            path=folder,
-            tensor=path,
-            got=", ".join(names),
-        )
-    alpha, rank = possible[0]
-    count = a.shape[0] // rank
-    scale = config.scale(alpha, rank)
-    if count == 1:
-        return LowRank(a, b, scale, Layer("linear", parameters=names), alpha=alpha)
-    out, in_ = b.shape[0], a.shape[1]
-    layer = Layer("experts", parameters=names, transposed_if_square=_square_experts(config))
-    stacked_b = b.reshaped((out, rank, count)).transposed((2, 0, 1))
-    return LowRank(a.reshaped((count, rank, in_)), stacked_b, scale, layer, alpha=alpha)
-
-
-def _square_experts(config: PeftConfig) -> bool | None:
-    """PEFT before 0.19 read all expert parameters as (E, in, out); now it depends on the model.
-
-    Development versions on the way to 0.19 may have done either.
-    """
-    text = str(config.values.get("peft_version") or "")
-    version = text.split(".")
-    released = len(version) >= 2 and all(part.isdecimal() for part in version[:2])
-    if not released or len(text) > 20 or "dev" in text:
-        return None
-    return True if (int(version[0]), int(version[1])) < (0, 19) else None

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, low_rank_part
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.peft import keys
 from loratools_formats.peft.config import CONFIG_FILE, PeftConfig
+from loratools_formats.peft.parameters import Setting, settings
 from loratools_formats.peft.patterns import pattern_for
 from loratools_formats.peft.read import WEIGHTS_FILE
 from loratools_formats.registry import Loss
@@ -141,41 +142,44 @@ def _pattern_names(modules: Mapping[str, Delta]) -> dict[str, tuple[str, ...]]:
 
 def _gives_same(values: Mapping[str, Any], modules: Mapping[str, Delta]) -> bool:
     config = PeftConfig(values)
-    names = _pattern_names(modules)
-    resolved = config.alpha_and_rank(sorted({n for group in names.values() for n in group}))
-    for path, delta in modules.items():
-        part = low_rank_part(delta)
-        # Which of several expert parameters it is, the reader told from the number of rows.
-        rows = part.experts * part.rank
-        settings = {resolved[name] for name in names[path]}
-        found = {(rank, config.scale(alpha, rank)) for alpha, rank in settings if rows % rank == 0}
-        if found != {(part.rank, part.scale)}:
-            return False
-    return True
+    found = _settings(config, modules)
+    return found is not None and all(
+        (found[path].rank, config.scale(found[path].alpha, found[path].rank))
+        == (part.rank, part.scale)
+        for path, part in _parts(modules).items()
+    )
+
+
+def _settings(config: PeftConfig, modules: Mapping[str, Delta]) -> dict[str, Setting] | None:
+    """Return what a reader finds in a configuration; None if it cannot tell."""
+    rows = {path: part.experts * part.rank for path, part in _parts(modules).items()}
+    try:
+        return settings(config, rows, None)
+    except (AdapterError, UnsupportedError):
+        return None
+
+
+def _parts(modules: Mapping[str, Delta]) -> dict[str, LowRank]:
+    return {path: low_rank_part(delta) for path, delta in modules.items()}
 
 
 def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
-    settings: dict[str, tuple[int, float]] = {}
+    wanted: dict[str, tuple[int, float]] = {}
     for path, group in _pattern_names(adapter.modules).items():
         part = low_rank_part(adapter.modules[path])
         for name in group:
             setting = (part.rank, _alpha(part))
-            if settings.setdefault(name, setting) != setting:
-                raise UnsupportedError(
-                    "several parameters of one module need different ranks or scales, which a PEFT "
-                    "file cannot express without naming them",
-                    tensor=path,
-                    hint="Give them one rank and scale: --uniform without --keep-alpha does",
-                )
-    names = list(settings)
-    rank = max(r for r, _ in settings.values())
-    alpha = next(alpha for r, alpha in settings.values() if r == rank)
+            if wanted.setdefault(name, setting) != setting:
+                raise _indistinct(path)
+    names = list(wanted)
+    rank = max(r for r, _ in wanted.values())
+    alpha = next(alpha for r, alpha in wanted.values() if r == rank)
     values["r"], values["lora_alpha"] = rank, alpha
     values["rank_pattern"] = {
-        pattern_for(name, names): r for name, (r, _) in settings.items() if r != rank
+        pattern_for(name, names): r for name, (r, _) in wanted.items() if r != rank
     }
     values["alpha_pattern"] = {
-        pattern_for(name, names): a for name, (_, a) in settings.items() if a != alpha
+        pattern_for(name, names): a for name, (_, a) in wanted.items() if a != alpha
     }
     if values.get("use_rslora"):
         values["use_rslora"] = False
@@ -190,7 +194,29 @@ def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
             values["loftq_config"] = {}
     if values.get("monteclora_config"):
         values["monteclora_config"] = None
+    _check_distinct(values, adapter.modules)
     return values
+
+
+def _check_distinct(values: Mapping[str, Any], modules: Mapping[str, Delta]) -> None:
+    """Refuse changes of parameters that no reader could tell apart again."""
+    parts = _parts(modules)
+    of_parameters = [path for path, part in parts.items() if part.layer.parameters]
+    if not of_parameters:
+        return
+    found = _settings(PeftConfig(values), modules)
+    for path in of_parameters:
+        if found is None or found[path].rank != parts[path].rank:
+            raise _indistinct(path)
+
+
+def _indistinct(path: str) -> UnsupportedError:
+    return UnsupportedError(
+        "several parameters of one module need different ranks or scales, which a PEFT file cannot "
+        "express without naming them",
+        tensor=path,
+        hint="Give them one rank and scale: --uniform without --keep-alpha does",
+    )
 
 
 def _alpha(delta: LowRank) -> int | float:
