@@ -22,7 +22,6 @@ from loratools.parallel import in_order
 from loratools.plain import PlainCheckpoint, plain
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import DType
-from loratools_formats.errors import AdapterError
 from loratools_formats.tensors import TensorRef
 
 Array = np.ndarray[Any, Any]
@@ -36,6 +35,9 @@ _SPACING = {
     "F16": (2.0**-10, 2.0**-24),
     "BF16": (2.0**-7, 2.0**-133),
 }
+# PEFT merges a DoRA in the type of its factors: it rounds the sum, its norm, the magnitude over the
+# norm, and the product, half a unit each, twice as much as what `_tolerance` says.
+_DORA_ROUNDINGS = 2
 _COMPARED = 1 << 20
 
 
@@ -135,22 +137,22 @@ def _judged(plan: TensorPlan, new: PlainCheckpoint) -> TensorVerdict:
     if there.shape != plan.source.shape:
         reason = f"shape {list(there.shape)}, expected {list(plan.source.shape)}"
         return TensorVerdict(plan.key, "not contained", plan.is_touched, reason=reason)
+    exactly = plan.key not in new.stored
+    if exactly and plan.is_copy and _same_bytes(plan.source, there):
+        return TensorVerdict(plan.key, "exact", plan.is_touched)
     if plan.source.dtype.code not in FLOATING or there.dtype.code not in FLOATING:
-        return _same_bytes(plan, there)
-    comparison = _compared(plan, there, exactly=plan.key not in new.stored)
+        reason = "differs from the base" if not plan.is_touched else "differs from the adapter's"
+        return TensorVerdict(plan.key, "not contained", plan.is_touched, reason=reason)
+    comparison = _compared(plan, there, exactly=exactly)
     return _verdict(plan, comparison, four_bit=plan.key in new.four_bit)
 
 
-def _same_bytes(plan: TensorPlan, there: TensorRef) -> TensorVerdict:
-    equal = plan.source.dtype == there.dtype and all(
-        bytes(plan.source.raw_range(start, min(start + _COMPARED, there.nbytes)))
-        == bytes(there.raw_range(start, min(start + _COMPARED, there.nbytes)))
-        for start in range(0, there.nbytes, _COMPARED)
+def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    return one.dtype == other.dtype and all(
+        bytes(one.raw_range(start, min(start + _COMPARED, one.nbytes)))
+        == bytes(other.raw_range(start, min(start + _COMPARED, one.nbytes)))
+        for start in range(0, one.nbytes, _COMPARED)
     )
-    if equal:
-        return TensorVerdict(plan.key, "exact", plan.is_touched)
-    reason = "differs from the base" if not plan.is_touched else "differs from the adapter's"
-    return TensorVerdict(plan.key, "not contained", plan.is_touched, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -180,27 +182,26 @@ def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparis
     # As `fuse` computes, so that what it wrote is found to be exact.
     single = single_precision(view, terms, there.dtype.code, base_code=plan.source.dtype.code)
     wanted_type = there.dtype.numpy_dtype()
+    roundings = _DORA_ROUNDINGS if any(t.dora for plane in terms for t in plane) else 1
     is_exact = is_near = base_is_near = True
     delta = along = off = 0.0
     blocks = fused_blocks(
         plan.source, view, terms, plan.patches, single=single, device=Device("cpu")
     )
-    for block in blocks:
-        total = block.total.reshape(-1)
-        stored = there.elements(block.start, block.start + len(total))
-        with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in blocks:
+            total = block.total.reshape(-1)
+            stored = there.elements(block.start, block.start + len(total))
             is_exact = is_exact and exactly and bool((total.astype(wanted_type) == stored).all())
-        wanted, found = total.astype(np.float64), stored.astype(np.float64)
-        old = plan.old_values(block.start, block.base.reshape(-1)).astype(np.float64)
-        change = wanted - old
-        tolerance = _tolerance(there.dtype, wanted, change)
-        is_near = is_near and bool((np.abs(found - wanted) <= tolerance).all())
-        base_is_near = base_is_near and bool((np.abs(old - wanted) <= tolerance).all())
-        delta += float(np.dot(change, change))
-        along += float(np.dot(found - old, change))
-        off += float(np.dot(found - wanted, found - wanted))
-    if not math.isfinite(delta):
-        raise AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
+            wanted, found = total.astype(np.float64), stored.astype(np.float64)
+            old = plan.old_values(block.start, block.base.reshape(-1)).astype(np.float64)
+            change = wanted - old
+            tolerance = roundings * _tolerance(there.dtype, wanted, change)
+            is_near = is_near and bool((np.abs(found - wanted) <= tolerance).all())
+            base_is_near = base_is_near and bool((np.abs(old - wanted) <= tolerance).all())
+            delta += float(np.dot(change, change))
+            along += float(np.dot(found - old, change))
+            off += float(np.dot(found - wanted, found - wanted))
     return _Comparison(is_exact, is_near, base_is_near, delta, along, off)
 
 
@@ -219,14 +220,24 @@ def _tolerance(dtype: DType, wanted: Array, change: Array) -> Array:
 
 
 def _verdict(plan: TensorPlan, c: _Comparison, *, four_bit: bool) -> TensorVerdict:
-    found = c.along / c.delta if c.delta else None
-    error = math.sqrt(c.off / c.delta) if c.delta else None
+    is_measured = c.delta > 0 and math.isfinite(c.off)
+    found = c.along / c.delta if is_measured else None
+    error = math.sqrt(c.off / c.delta) if is_measured else None
 
     def result(verdict: Verdict, reason: str | None = None) -> TensorVerdict:
         return TensorVerdict(plan.key, verdict, plan.is_touched, found, error, reason)
 
+    if not math.isfinite(c.delta):
+        return TensorVerdict(
+            plan.key,
+            "not checked",
+            plan.is_touched,
+            reason="the base tensor holds NaN or infinite values",
+        )
     if c.is_exact:
         return result("exact")
+    if not math.isfinite(c.off):
+        return result("not contained", "holds NaN or infinite values")
     if four_bit and plan.is_touched:
         return result("not checked", "stored in four bits, whose steps are larger than rounding")
     if c.is_near and c.base_is_near and c.delta:

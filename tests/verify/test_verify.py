@@ -164,3 +164,31 @@ def test_what_cannot_be_checked_exits_with_2(make_base, make_folder):
     run = CliRunner().invoke(cli, arguments, standalone_mode=False)
     assert run.return_value == 2
     assert "not in the base" in run.output
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_not_finite(make_base, make_folder):
+    from click.testing import CliRunner
+
+    adapter = make_folder(dtype="f32")
+    mask = {"mask": np.array([-np.inf, np.nan, 0], "f4")}
+    base = make_base(**mask)
+    fused = make_base("fused", change=delta_of(adapter), **mask)
+    found, contained = verdicts(fused, base, (adapter, 1.0))
+    assert found["mask"].verdict == "exact"
+    assert contained is True
+
+    tensors = load_file(fused / "model.safetensors")
+    save_file(tensors | {"mask": mask["mask"][::-1].copy()}, fused / "model.safetensors")
+    found, contained = verdicts(fused, base, (adapter, 1.0))
+    assert found["mask"].verdict == "not checked"
+    assert contained is None
+
+    tensors["layers.0.q.weight"][3, 4] = np.nan
+    save_file(tensors, fused / "model.safetensors")
+    arguments = ["verify", str(fused), "--base", str(base), "--adapter", str(adapter), "--json"]
+    run = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    assert run.return_value == 1
+    (tensor,) = [t for t in json.loads(run.stdout)["tensors"] if t["verdict"] == "not contained"]
+    assert (tensor["key"], tensor["error"]) == ("layers.0.q.weight", None)
+    assert "NaN" in tensor["reason"]
