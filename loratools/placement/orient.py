@@ -15,18 +15,28 @@ def whole_is_transposed(names: Names, module: str, delta: LowRank, shape: tuple[
     """Return whether a tensor that is all of a module's weight is stored as (in, out).
 
     Raises:
-        AdapterError: the delta does not fit.
+        AdapterError: the delta does not fit, or only in the layout that the architecture has not.
         UnsupportedError: it is square, and the architecture does not tell either.
     """
     layer = delta.layer
+    told = (
+        _experts_if_square(names, module)
+        if layer.kind == "experts"
+        else _linear_if_square(names, module)
+    )
     if layer.transposed_if_square is None:
-        square = (
-            _experts_if_square(names, module)
-            if layer.kind == "experts"
-            else _linear_if_square(names, module)
+        delta = replace(delta, layer=replace(layer, transposed_if_square=told))
+    crossed = is_transposed(module, delta, shape)
+    is_whole = layer.kind == "linear" and not layer.parameters
+    if is_whole and shape[0] != shape[1] and told not in (None, crossed):
+        raise AdapterError(
+            "the delta fits the base weight only the other way round",
+            path=names.base.path,
+            tensor=module,
+            got=f"out {delta.shape[0]}, in {delta.shape[1]}",
+            expected=f"a weight {'(in, out)' if told else '(out, in)'} of shape {list(shape)}",
         )
-        delta = replace(delta, layer=replace(layer, transposed_if_square=square))
-    return is_transposed(module, delta, shape)
+    return crossed
 
 
 def cut_is_transposed(

@@ -43,7 +43,8 @@ Q = "layers.0.self_attn.q_proj"
     ],
 )
 def test_wrappers_and_renames_are_seen_through(module, key, model_type):
-    base = checkpoint({key: (6, 4), "other.weight": (6, 4)}, model_type=model_type)
+    shape = (4, 6) if model_type == "gpt2" else (6, 4)
+    base = checkpoint({key: shape, "other.weight": (6, 4)}, model_type=model_type)
     assert keys({module: linear(6, 4)}, base) == [key]
 
 
@@ -149,6 +150,24 @@ def test_square_weights_follow_the_architecture_or_are_refused(model_type, leaf,
     else:
         (placement,) = placed(modules, base).deltas
         assert placement.transposed is expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "leaf", "is_in_out"),
+    [
+        ("llama", "q_proj", False), ("gpt2", "c_fc", True), ("gpt2", "lm_head", False),
+        ("novel", "q_proj", None),
+    ],
+)  # fmt: skip
+def test_a_weight_stored_as_the_architecture_does_not_is_refused(model_type, leaf, is_in_out):
+    for shape in ((6, 4), (4, 6)):
+        base = checkpoint({f"h.0.{leaf}.weight": shape}, model_type=model_type)
+        if is_in_out in (None, shape == (4, 6)):
+            (placement,) = placed({f"h.0.{leaf}": linear(6, 4)}, base).deltas
+            assert placement.transposed is (shape == (4, 6))
+        else:
+            with pytest.raises(AdapterError, match="only the other way round"):
+                placed({f"h.0.{leaf}": linear(6, 4)}, base)
 
 
 def test_a_bias_of_the_factors_goes_to_the_bias_of_the_layer():
