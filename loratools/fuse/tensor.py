@@ -11,7 +11,7 @@ import numpy as np
 
 from loratools import linalg
 from loratools.device import Device
-from loratools.fuse.blocks import fused_blocks, single_precision
+from loratools.fuse.blocks import MEMORY, fused_blocks, single_precision
 from loratools.fuse.plan import TensorPlan
 from loratools.fuse.terms import Term, View, load_terms, stacked
 from loratools_formats.errors import AdapterError, LoratoolsError
@@ -75,13 +75,10 @@ def fuse_tensor(
     only = None if plan.replaces else _only_plain(terms)
     base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
-    rounded = np.empty(0, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in blocks:
             w, total = block.base.reshape(-1), block.total.reshape(-1)
-            if len(rounded) < len(total):
-                rounded = np.empty(len(total), dtype)
-            stored = rounded[: len(total)]
+            stored = MEMORY.array("rounded", total.shape, dtype)
             np.copyto(stored, total, casting="unsafe")
             store(block.start, stored)
             old = plan.old_values(block.start, w)
