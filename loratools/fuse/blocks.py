@@ -288,5 +288,5 @@ def _compute_in_double(base: Array, total: Array, top: int, prepared: Sequence[_
         term = item.term
         for _, sums, start, stop in item.cut(base, exact, top):
             left = term.left[start - term.rows[0] : stop - term.rows[0]]
-            sums += term.weight * (left @ term.right)
+            np.add(sums, term.weight * (left @ term.right), out=sums)
     total[...] = exact
