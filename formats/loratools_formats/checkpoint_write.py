@@ -36,14 +36,14 @@ class NewCheckpoint:
         base: what it was made from.
         shards: its weights.
         config: its `config.json`; None to copy the base's.
-        provenance: how it was made.
+        provenance: returns how it was made; called when the weights are written.
         adapters: what else took part in making it.
     """
 
     base: Checkpoint
     shards: Sequence[Shard]
     config: Mapping[str, Any] | None
-    provenance: Mapping[str, Any]
+    provenance: Callable[[], Mapping[str, Any]]
     adapters: tuple[Adapter, ...] = ()
 
     def sources(self) -> list[Path]:
@@ -195,7 +195,7 @@ def write_checkpoint(
             _write_json(folder / CONFIG_FILE, new.config)
         new.check_unchanged()
         files = sorted(folder / shard.name for shard in new.shards)
-        (folder / PROVENANCE_FILE).write_bytes(statement(new.provenance, files, _digest))
+        (folder / PROVENANCE_FILE).write_bytes(statement(new.provenance(), files, _digest))
     return tuple(left_out)
 
 
@@ -217,7 +217,7 @@ def _write_file(
         new.check_unchanged()
     beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
     with publish_file(beside, overwrite=True) as temporary:
-        temporary.write_bytes(statement(new.provenance, [Path(output)], _digest))
+        temporary.write_bytes(statement(new.provenance(), [Path(output)], _digest))
 
 
 def _digest(path: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -151,7 +152,7 @@ class Fusion:
             base,
             grouped(base, self._parts(), max_shard_bytes=options.max_shard_bytes),
             self._config(),
-            self._record(base),
+            self._record,
             tuple(item.adapter for item in self.inputs),
         )
 
@@ -181,7 +182,7 @@ class Fusion:
             return self.plan.config
         return (self.plan.config or self._plain.checkpoint.config) or None
 
-    def _record(self, base: Checkpoint) -> Mapping[str, Any]:
+    def _record(self) -> Mapping[str, Any]:
         options = {
             "weights": [item.weight for item in self.inputs],
             "dtype": self.options.dtype,
@@ -190,7 +191,7 @@ class Fusion:
             "requantize": self.options.requantize,
         }
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
-        return operation_record("fuse", names, options, base)
+        return operation_record("fuse", names, options, self._base)
 
     def _parts(self) -> dict[str, Part]:
         parts: dict[str, Part] = {}
@@ -274,9 +275,10 @@ class Fusion:
             OutputError: not enough space, or writing failed; nothing was changed.
             AdapterError: an input is malformed, or values are not finite.
         """
-        with threadpool_limits(1):
+        with threadpool_limits(1), ThreadPoolExecutor(1) as digesting:
+            record = digesting.submit(self._record)
             left_out = write_checkpoint(
-                self.new,
+                replace(self.new, provenance=record.result),
                 output,
                 overwrite=overwrite,
                 workers=self.options.workers,

@@ -12,7 +12,7 @@ from loratools.placement.orient import cut_is_transposed, whole_is_transposed
 from loratools.placement.replacing import place_replacements
 from loratools.placement.sites import Site, sites
 from loratools.placement.tied import settle
-from loratools_formats.adapter import Adapter, Delta, low_rank_part
+from loratools_formats.adapter import Adapter, Delta, LowRank, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import AdapterError, printable
 
@@ -63,7 +63,7 @@ def _placements(names: Names, module: str, delta: Delta) -> list[Placement]:
     if part.layer.parameters:
         return expert_placements(names, module, delta)
     found = sites(names, module, "weight")
-    shares = _share_spans(names, module, found, part.shape)
+    shares = _share_spans(names, module, found, part)
     return [
         _placement(names, module, delta, site, share)
         for site, share in zip(found, shares, strict=True)
@@ -82,7 +82,7 @@ def _placement(
     if site.part is None and site.share is None and site.plane is None:
         return Placement(site.key, module, delta, whole_is_transposed(names, module, part, shape))
     oriented_by = module if site.part is None or site.plane is not None else site.part.module
-    crossed = cut_is_transposed(names, oriented_by, shape, in_, stacked=site.plane is not None)
+    crossed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
     total = shape[1] if crossed else shape[0]
     outputs = () if site.part is None else part_spans(names, site.part, total)
     here = sum(stop - start for start, stop in outputs) or total
@@ -105,16 +105,16 @@ def _check_plane(names: Names, module: str, site: Site, shape: tuple[int, ...]) 
 
 
 def _share_spans(
-    names: Names, module: str, found: list[Site], shape: tuple[int, int]
+    names: Names, module: str, found: list[Site], part: LowRank
 ) -> list[tuple[Span, ...]]:
     """Return which outputs of a delta go to each site, where it fuses several weights."""
     if not found or found[0].share is None:
         return [() for _ in found]
-    out, in_ = shape
+    out, in_ = part.shape
     sizes = []
     for site in found:
         stored = names.shape(site.key)
-        sizes.append(stored[1 if cut_is_transposed(names, module, stored, in_) else 0])
+        sizes.append(stored[1 if cut_is_transposed(names, module, part, stored) else 0])
     if sum(sizes) != out:
         raise _does_not_fit(module, out, in_, f"{sum(sizes)} outputs in all of its parts")
     return [(span,) for span in joined_spans(sizes)]

@@ -47,7 +47,7 @@ class Renaming(NamedTuple):
 
 _MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe"})
 _GRANITE = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
-_VIT = frozenset({"vit", "deit", "ijepa", "vit_mae", "vit_msn", "vivit"})
+_VIT = frozenset({"vit", "deit", "beit", "dinov2", "ijepa", "vit_mae", "vit_msn", "vivit"})
 
 RENAMINGS = (
     Renaming(r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
@@ -61,6 +61,7 @@ RENAMINGS = (
     Renaming(r"\b(experts\.\d+)\.w1\b", r"\1.gate_proj", _MIXTRAL),
     Renaming(r"\b(experts\.\d+)\.w3\b", r"\1.up_proj", _MIXTRAL),
     Renaming(r"\b(experts\.\d+)\.w2\b", r"\1.down_proj", _MIXTRAL),
+    Renaming(r"^embed_out\.", "lm_head.", frozenset({"gpt_neox"})),
     Renaming(r"^encoder\.layer\.", "layers.", _VIT),
     Renaming(r"\battention\.attention\.query\b", "attention.q_proj", _VIT),
     Renaming(r"\battention\.attention\.key\b", "attention.k_proj", _VIT),
@@ -92,12 +93,14 @@ STRAIGHT_EXPERTS = (
     | {
         "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe",
         "hunyuan_v1_moe", "jamba", "llama4", "llama4_text", "olmoe", "qwen2_moe", "qwen3_moe",
-        "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe", "qwen3_5_moe",
+        "qwen3_next", "qwen3_omni_moe", "qwen3_5_moe",
     }
 )  # fmt: skip
-"""Stacked experts whose class does not, so that PEFT reads them as (E, out, in)."""
+"""Stacked experts whose class does not, so that PEFT reads them as (E, out, in).
 
-HALVED_EXPERTS = STRAIGHT_EXPERTS | {"aria", "aria_text"}
+Not `qwen3_vl_moe`, whose checkpoints are stored either way."""
+
+HALVED_EXPERTS = STRAIGHT_EXPERTS | {"aria", "aria_text", "qwen3_vl_moe"}
 """Stacked `gate_up_proj` holds all gate outputs, then all up outputs; gpt-oss alternates them."""
 
 
@@ -166,6 +169,7 @@ SHARED_EMBEDDINGS = frozenset({"shared", "encoder.embed_tokens", "decoder.embed_
 
 HEADS = {
     "gpt_neox": "embed_out",
+    "gpt_neox_japanese": "embed_out",
     "bert": "cls.predictions.decoder",
     "roberta": "lm_head.decoder",
     "xlm-roberta": "lm_head.decoder",

@@ -159,6 +159,7 @@ BUILDERS = {
     ),
     "gpt2": _gpt2,
     "mixtral": _plain("Mixtral", num_local_experts=3, num_experts_per_tok=2),
+    "mixtral_single": _plain("Mixtral", num_local_experts=1, num_experts_per_tok=1),
     "qwen3_moe": _plain(
         "Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=8
     ),

@@ -178,7 +178,7 @@ def test_a_stack_of_one_expert():
         {f"{MOE}.gate_up_proj": (1, 10, 8), f"{MOE}.down_proj": (1, 8, 5)}, model_type="mixtral"
     )
     (placement,) = placed({MOE: delta}, stacked).deltas
-    assert (placement.key, placement.expert) == (f"{MOE}.gate_up_proj", None)
+    assert (placement.key, placement.expert, placement.plane) == (f"{MOE}.gate_up_proj", None, 0)
     result = placed({MOE: delta}, checkpoint(per_expert(1), model_type="mixtral"))
     assert [p.rows for p in result.deltas] == [((0, 5),), ((5, 10),)]
     assert {p.expert for p in result.deltas} == {None}
@@ -293,3 +293,42 @@ def test_every_module_appears_once_for_each_piece(count, inner, hidden):
 def test_headers_cannot_be_read():
     with pytest.raises(AssertionError, match="was read"):
         header("w", (2, 2)).load()
+
+
+def test_biases_of_the_factors_follow_their_weights():
+    joined = checkpoint(
+        {"attn.qkv_proj.weight": (16, 8), "attn.qkv_proj.bias": (16,)}, model_type="phi3", **GQA
+    )
+    result = placed({"attn.k_proj": linear(4, 8, bias=True)}, joined)
+    assert [(p.key, p.outputs, p.rows) for p in result.biases] == [
+        ("attn.qkv_proj.bias", ((8, 12),), ())
+    ]
+    separate = checkpoint(
+        {
+            f"attn.{name}_proj.{leaf}": shape
+            for name, size in (("q", 8), ("k", 4), ("v", 4))
+            for leaf, shape in (("weight", (size, 8)), ("bias", (size,)))
+        }
+    )
+    result = placed({"attn.qkv_proj": linear(16, 8, bias=True)}, separate)
+    assert [(p.key, p.rows) for p in result.biases] == [
+        ("attn.q_proj.bias", ((0, 8),)),
+        ("attn.k_proj.bias", ((8, 12),)),
+        ("attn.v_proj.bias", ((12, 16),)),
+    ]
+
+
+def test_replaced_weights_do_not_go_into_columns():
+    base = checkpoint({"h.0.attn.c_attn.weight": (8, 24)}, model_type="gpt2", n_head=4)
+    with pytest.raises(AdapterError):
+        place(adapter({}, k=replacing("module", "h.0.attn.k_proj.weight", (8, 8))), base)
+    stack = checkpoint({f"{MOE}.down_proj": (3, 8, 5)}, model_type="mixtral")
+    with pytest.raises(UnsupportedError, match="one expert"):
+        place(adapter({}, k=replacing("module", f"{MOE}.0.down_proj.weight", (8, 5))), stack)
+
+
+def test_whole_and_parts_of_one_weight_are_not_mixed():
+    base = checkpoint({"attn.qkv_proj.weight": (16, 8)}, model_type="phi3", **GQA)
+    modules = split(8, 4, 4) | {"attn.qkv_proj": linear(16, 8)}
+    with pytest.raises(AdapterError, match="two modules"):
+        placed(modules, base)

@@ -212,6 +212,20 @@ def test_a_delta_on_a_resized_embedding_fits_the_new_size():
     assert result.replacements[0][1].tensor.shape == (11, 4)
 
 
+@pytest.mark.parametrize("config", [
+    {"model_type": ["bert"]}, {"model_type": 3, "text_config": []}, {"architectures": [1, {}]},
+    {"model_type": "llama", "architectures": "x", "tie_word_embeddings": "yes"},
+    {"model_type": "llama", "text_config": {"model_type": {}}, "num_attention_heads": "four"},
+])  # fmt: skip
+def test_configs_of_wrong_types_do_no_harm(config):
+    base = checkpoint({"model.fc.weight": (6, 4), "model.embed_tokens.weight": (9, 4)}, **config)
+    modules = {"fc": linear(6, 4), "embed_tokens": linear(4, 9, kind="embedding")}
+    assert keys(modules, base)[0] in ("model.fc.weight", "model.embed_tokens.weight")
+    fused = checkpoint({"qkv_proj.weight": (12, 4)}, **config)
+    with pytest.raises(UnsupportedError):
+        keys({"q_proj": linear(4, 4)}, fused)
+
+
 def test_a_dora_is_placed_whole():
     (placement,) = placed({"fc": dora(6, 4)}, checkpoint({"fc.weight": (6, 4)})).deltas
     assert (placement.outputs, placement.rows) == ((), ())

@@ -34,7 +34,8 @@ CASES = [
         "llama", "qwen2", "gemma2", "phi3", "gpt_neox", "bloom", "falcon", "gpt_bigcode", "gpt2",
         "bert", "bert_mlm", "llava", "gemma3", "qwen2_vl",
     )],
-    *[(name, EXPERTS) for name in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")],
+    *[(name, EXPERTS) for name in ("mixtral", "mixtral_single", "qwen3_moe", "olmoe", "gpt_oss")],
+    ("gpt_neox", {"target_modules": ["lm_head", "embed_in", "dense"]}),
     ("llava", LINEAR | {"use_dora": True}),
     ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True}),
     ("gpt2", {"target_modules": ["c_attn", "c_proj"], "lora_bias": True, "bias": "lora_only"}),
@@ -102,6 +103,16 @@ def test_experts_in_both_layouts_on_both_layouts(tmp_path, name, stack, leaves, 
         got = logits(load(name, tmp_path / f"fused-{adapter}"))
         assert np.abs(want - bare).max() > 0.1
         np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_a_stack_of_one_expert(tmp_path):
+    (tmp_path / "base").mkdir()
+    base = save_as_held(placed_models.build("mixtral_single"), tmp_path / "base")
+    live = save_adapter("mixtral_single", tmp_path / "adapter", **EXPERTS)
+    placements = fused(base, tmp_path / "adapter", tmp_path / "fused")
+    assert {p.plane for p in placements.deltas if ".experts." in p.key} == {0}
+    got = logits(load("mixtral_single", tmp_path / "fused"))
+    np.testing.assert_allclose(got, logits(live), atol=1e-12)
 
 
 def _as_phi3(llama, folder):
@@ -220,3 +231,17 @@ def test_spans_are_the_queries_keys_and_values_that_the_model_computes(
         (weight.T if name == "gpt2" else weight)[rows["v_proj"]] = 0
         bias[rows["v_proj"]] = 0
     np.testing.assert_allclose(answer("q_proj"), logits(model), atol=1e-5)
+
+
+def test_a_classifier_on_the_checkpoint_of_a_body(tmp_path):
+    model = placed_models.build("bert")
+    base = save_base(model.bert, tmp_path / "base")
+    live = save_adapter(
+        "bert", tmp_path / "adapter", target_modules=["query"], modules_to_save=["classifier"]
+    )
+    placements = fused(base, tmp_path / "adapter", tmp_path / "fused")
+    assert "classifier.weight" in {key for key, _ in placements.replacements}
+    assert "classifier.weight: not in the base, added" in placements.notes
+    copy_config(tmp_path / "base", tmp_path / "fused", num_labels=3)
+    found = load("bert", tmp_path / "fused")
+    np.testing.assert_allclose(logits(found), logits(live), atol=1e-12)

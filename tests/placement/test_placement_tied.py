@@ -213,10 +213,11 @@ def test_a_base_that_stores_both_though_tied():
     assert [key for key, _ in result.replacements] == [EMB, "lm_head.weight"]
 
 
-def test_an_embedding_that_three_layers_share_is_refused():
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_encoder_and_decoder_share_is_refused(tied):
     base = checkpoint(
         {"shared.weight": (9, 4)}, model_type="t5", is_encoder_decoder=True,
-        architectures=["T5ForConditionalGeneration"],
+        architectures=["T5ForConditionalGeneration"], tie_word_embeddings=tied,
     )  # fmt: skip
     with pytest.raises(UnsupportedError, match="share this embedding"):
         placed({"shared": linear(4, 9, kind="embedding")}, base)
