@@ -35,9 +35,9 @@ def fuse(
     tensors: dict[str, torch.Tensor], factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
     """Add the changes to those tensors that have one."""
-    for name in tensors:
-        if name in factors:
-            tensors[name] = torch.addmm(tensors[name].float(), *factors[name]).bfloat16()
+    for name, (b, a) in factors.items():
+        if name in tensors:
+            tensors[name] = torch.addmm(tensors[name].float(), b, a).bfloat16()
 
 
 def main() -> None:
