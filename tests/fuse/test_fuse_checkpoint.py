@@ -13,7 +13,7 @@ from fuse_cases import EMBED, UP, matrix, names_in
 from safetensors.numpy import save_file
 
 from loratools.cli import cli
-from loratools_formats.errors import OptionError
+from loratools_formats.errors import AdapterError, OptionError
 
 
 def header(file):
@@ -84,6 +84,20 @@ def test_other_files_are_carried_and_stale_weights_are_not(sharded, ups, tmp_pat
     for name in ("tokenizer.json", "README.md", "config.json", "1_Pooling/config.json"):
         assert (out / name).read_bytes() == (sharded / name).read_bytes()
     assert not (out / "license").is_symlink()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(sharded, ups, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def refuses(path):
+        if os.path.basename(path) == "1_Pooling":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(AdapterError, match=r"1_Pooling: folder cannot be listed"):
+        cases.fused(tmp_path / "out", sharded, ups)
+    assert not (tmp_path / "out").exists()
 
 
 def test_provenance_says_how_it_was_made(sharded, ups, tmp_path):
