@@ -177,15 +177,23 @@ class _Stopped(Exception):  # noqa: N818 - no error: another task has failed
 class _Output:
     """An open shard.
 
-    Its bytes are flushed to the disk while others are computed, by whoever calls `flush`.
+    Its bytes are flushed to the disk while others are computed, by whoever calls `flush`; when all
+    are there, `completed` is called, and sees to it that `finish` is.
     """
 
-    def __init__(self, path: Path, shard: Shard, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shard: Shard,
+        stop: threading.Event,
+        completed: Callable[[_Output], None],
+    ) -> None:
         self.path = path
         self.layout = _Layout(shard)
         self.stop = stop
         self.texts: dict[str, bytes] = {}
         self._remaining = len(shard.parts)
+        self._completed = completed
         self._lock = threading.Lock()
         self._closing = threading.Lock()
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -195,7 +203,8 @@ class _Output:
         except BaseException:
             os.close(self.fd)
             raise
-        self._finish_if_done()
+        if not shard.parts:
+            completed(self)
 
     def write_at(self, position: int, data: Buffer) -> None:
         if self.stop.is_set():
@@ -232,13 +241,12 @@ class _Output:
             self.make(part)
         with self._lock:
             self._remaining -= 1
-        self._finish_if_done()
+            is_complete = self._remaining == 0
+        if is_complete:
+            self._completed(self)
 
-    def _finish_if_done(self) -> None:
-        with self._lock:
-            if self._remaining or self.fd < 0:
-                return
-            self._remaining = -1
+    def finish(self) -> None:
+        """Write what was not known before, flush, close and check."""
         layout = self.layout
         ordered = layout.ordered
         if layout.texts:
@@ -367,13 +375,21 @@ def write_shards(
     check_space(folder, sum(shard.nbytes for shard in shards))
     stop = threading.Event()
     opened: list[_Output] = []
-    tasks = _tasks(folder, shards, stop, opened)
+    endings: list[Future[None]] = []
     total = sum(part_nbytes(part) for shard in shards for part in shard.parts)
     done = 0
-    with _flushing(opened), ThreadPoolExecutor(workers) as pool:
+    with (
+        _flushing(opened),
+        ThreadPoolExecutor(1) as finisher,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         running: dict[Future[None], int] = {}
+
+        def completed(output: _Output) -> None:
+            endings.append(finisher.submit(output.finish))
+
         try:
-            for output, part in tasks:
+            for output, part in _tasks(folder, shards, stop, opened, completed):
                 running[pool.submit(output.do, part)] = part_nbytes(part)
                 while len(running) > 2 * workers:
                     done += _finished(running)
@@ -383,9 +399,12 @@ def write_shards(
                 done += _finished(running)
                 if progress is not None:
                     progress(done, total)
+            for ending in endings:
+                ending.result()
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+            finisher.shutdown(wait=True, cancel_futures=True)
             raise
         finally:
             for output in opened:
@@ -416,11 +435,15 @@ def _flushing(opened: list[_Output]) -> Iterator[None]:
 
 
 def _tasks(
-    folder: Path, shards: Sequence[Shard], stop: threading.Event, opened: list[_Output]
+    folder: Path,
+    shards: Sequence[Shard],
+    stop: threading.Event,
+    opened: list[_Output],
+    completed: Callable[[_Output], None],
 ) -> Iterator[tuple[_Output, Part]]:
     """Yield what is to be done, shard by shard, large tensors first; keeps `opened` up to date."""
     for shard in shards:
-        output = _Output(folder / shard.name, shard, stop)
+        output = _Output(folder / shard.name, shard, stop, completed)
         opened[:] = [*(o for o in opened if o.fd >= 0), output]
         for part in sorted(shard.parts, key=part_nbytes, reverse=True):
             yield output, part

@@ -6,7 +6,7 @@ a bfloat16 are found by a bound and computed again in float64, as is the whole o
 are small beside it. What remains is that some 3 in 100,000 entries, which lie next to a tie, take
 the other neighbour.
 
-Blocks of 2^18 elements were measured fastest: larger ones leave the processor's cache, and with
+Blocks of 2^19 elements were measured fastest: larger ones leave the processor's cache, and with
 smaller ones threads wait for each other more often.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from loratools.buffers import Buffers
 from loratools.device import Device, to_numpy
 from loratools.fuse.terms import DoraPart, Term, View
 from loratools_formats.errors import AdapterError
@@ -26,7 +27,7 @@ from loratools_formats.tensors import TensorRef
 
 Array = np.ndarray[Any, Any]
 
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 19
 _MIN_SINGLE_ELEMENTS = 1 << 20
 _MAX_SINGLE_RANK = 128
 _SINGLE_ROUNDING = 2.0**-24
@@ -37,9 +38,12 @@ _MAX_BOUND_TO_RMS = 2.0**-17
 _RMS_STRIDE = 61
 
 
+BUFFERS = Buffers()
+
+
 @dataclass(frozen=True)
 class Block:
-    """Consecutive elements of a tensor; the arrays are used again for the next block.
+    """Consecutive elements of a tensor; the arrays are used again for the thread's next block.
 
     Attributes:
         start: index of the first element in the flat tensor.
@@ -103,9 +107,9 @@ def fused_blocks(
     """
     dtype = np.float32 if single else np.float64
     height = max(1, min(view.rows, _BLOCK_ELEMENTS // max(view.columns, 1)))
-    base = np.empty((height, view.columns), dtype)
-    total, product = np.empty_like(base), np.empty_like(base)
-    masks = np.empty((2, *base.shape), np.bool_)
+    shape = (height, view.columns)
+    base, total, product = (BUFFERS.array(n, shape, dtype) for n in ("base", "total", "product"))
+    masks = BUFFERS.array("masks", (2, *shape), np.bool_)
     replaced = [(np.array(patch.rows), patch.values.load(dtype)) for patch in patches]
     reader = _Reader(tensor, view, replaced)
     for plane in range(view.planes):
@@ -132,13 +136,10 @@ class _Reader:
         self, tensor: TensorRef, view: View, patches: Sequence[tuple[Array, Array]]
     ) -> None:
         self.tensor, self.view, self.patches = tensor, view, patches
-        self._stored = np.empty(0, tensor.dtype.numpy_dtype())
 
     def read(self, plane: int, top: int, out: Array) -> None:
         start = (plane * self.view.rows + top) * self.view.columns
-        if len(self._stored) < out.size:
-            self._stored = np.empty(out.size, self._stored.dtype)
-        values = self._stored[: out.size]
+        values = BUFFERS.array("stored", (out.size,), self.tensor.dtype.numpy_dtype())
         self.tensor.elements_into(start, values)
         np.copyto(out, values.reshape(out.shape), casting="unsafe")
         for rows, replaced in self.patches:
@@ -175,8 +176,8 @@ class _Plain:
         if dtype == np.float32:
             self.right_lines = np.ascontiguousarray(term.right.T)  # for scattered columns
             lengths = [
-                np.linalg.norm(term.left, axis=1).max(),
-                np.linalg.norm(term.right, axis=0).max(),
+                math.sqrt(np.einsum("ij,ij->i", term.left, term.left).max()),
+                math.sqrt(np.einsum("ij,ij->j", term.right, term.right).max()),
             ]
             # Rounding errors of a product of r terms grow like √r unless they conspire
             # (Higham and Mary 2019, doi 10.1137/18M1226312).

@@ -19,7 +19,6 @@ from threadpoolctl import threadpool_limits
 
 from loratools.device import Device, DeviceName
 from loratools.fuse.plan import FuseInput, FusePlan, TensorPlan, plan_fuse
-from loratools.fuse.requantize import Requantized
 from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
 from loratools.linears import is_conv1d
 from loratools.plain import plain
@@ -206,6 +205,8 @@ class Fusion:
         return parts
 
     def _requantized(self, plan: TensorPlan, weight: QuantizedWeight) -> Made:
+        from loratools.fuse.requantize import Requantized
+
         turned = is_conv1d(plan.key, self._base.config)
         work = Requantized(plan, weight, self._device, turned=turned)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from loratools import linalg
 from loratools.device import Device
-from loratools.fuse.blocks import fused_blocks, single_precision
+from loratools.fuse.blocks import BUFFERS, fused_blocks, single_precision
 from loratools.fuse.plan import TensorPlan
 from loratools.fuse.terms import Term, View, load_terms, stacked
 from loratools_formats.errors import AdapterError, LoratoolsError
@@ -19,6 +19,7 @@ from loratools_formats.errors import AdapterError, LoratoolsError
 Array = np.ndarray[Any, Any]
 
 _CHECKED_ELEMENTS = 1 << 20
+_LEAST_SQUARES = 1e-25
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,19 @@ def fuse_tensor(
     only = None if plan.replaces else _only_plain(terms)
     base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
-    rounded = np.empty(0, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in blocks:
             w, total = block.base.reshape(-1), block.total.reshape(-1)
-            if len(rounded) < len(total):
-                rounded = np.empty(len(total), dtype)
-            stored = rounded[: len(total)]
+            stored = BUFFERS.array("rounded", total.shape, dtype)
             np.copyto(stored, total, casting="unsafe")
             store(block.start, stored)
             old = plan.old_values(block.start, w)
-            base += float(np.dot(old, old))
+            base += _squared_norm(old)
             if only is None:
                 change = total - old
-                delta += float(np.dot(change, change))
-            np.copyto(w, stored, casting="unsafe")
-            w -= total
-            rounding += float(np.dot(w, w))
+                delta += _squared_norm(change)
+            np.subtract(stored, total, out=w, dtype=w.dtype)
+            rounding += _squared_norm(w)
     if not math.isfinite(rounding + base + delta):
         raise _not_finite(plan)
     return TensorReport(
@@ -102,6 +99,14 @@ def fuse_tensor(
         math.sqrt(delta),
         math.sqrt(rounding),
     )
+
+
+def _squared_norm(values: Array) -> float:
+    found = float(np.dot(values, values))
+    if _LEAST_SQUARES < found < math.inf:
+        return found
+    wide = values.astype(np.float64)  # squares of values beyond 10^±19 are none of float32
+    return float(np.dot(wide, wide))
 
 
 def _only_plain(terms: list[list[Term]]) -> list[Term] | None:
