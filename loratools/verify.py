@@ -192,13 +192,15 @@ def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparis
         for block in blocks:
             total = block.total.reshape(-1)
             stored = there.elements(block.start, block.start + len(total))
-            is_exact = is_exact and exactly and bool((total.astype(wanted_type) == stored).all())
+            is_same = exactly and bool((total.astype(wanted_type) == stored).all())
+            is_exact = is_exact and is_same
             wanted, found = total.astype(np.float64), stored.astype(np.float64)
             old = plan.old_values(block.start, block.base.reshape(-1)).astype(np.float64)
             change = wanted - old
-            tolerance = roundings * _tolerance(there.dtype, wanted, change)
-            is_near = is_near and bool((np.abs(found - wanted) <= tolerance).all())
-            base_is_near = base_is_near and bool((np.abs(old - wanted) <= tolerance).all())
+            if base_is_near or (is_near and not is_same):
+                tolerance = roundings * _tolerance(there.dtype, wanted, change)
+                is_near = is_near and bool((np.abs(found - wanted) <= tolerance).all())
+                base_is_near = base_is_near and bool((np.abs(change) <= tolerance).all())
             delta += float(np.dot(change, change))
             along += float(np.dot(found - old, change))
             off += float(np.dot(found - wanted, found - wanted))
