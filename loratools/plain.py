@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+# Entries by which compressed-tensors and ModelOpt tell their variants apart, and those that store
+# eight-bit floats.
+_VARIANTS = {
+    "format": ("dense", "float-quantized", "naive-quantized"),
+    "quant_algo": ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"),
+}
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,18 @@ def _check_method(base: Checkpoint) -> None:
     if found is None:
         return
     method = found.get("quant_method") if isinstance(found, Mapping) else found
-    if isinstance(found, Mapping) and (is_four_bit_config(found) or method in METHODS):
-        return
+    variant = ""
+    if isinstance(found, Mapping):
+        variant = next((f", {key} {found[key]}" for key in _VARIANTS if found.get(key)), "")
+        is_fp8 = method in METHODS and all(
+            found.get(key) in (None, *known) for key, known in _VARIANTS.items()
+        )
+        if is_four_bit_config(found) or is_fp8:
+            return
     raise UnsupportedError(
         "the base is quantised in a way that cannot be read",
         path=base.path,
-        got=f"quant_method {method}",
+        got=f"quant_method {method}{variant}",
         expected=f"bitsandbytes in four bits, or {', '.join(METHODS)} with eight-bit floats",
         hint="Start from the original checkpoint",
     )

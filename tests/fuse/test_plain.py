@@ -152,6 +152,18 @@ def test_a_plain_checkpoint_stays_itself(make):
             UnsupportedError,
             "bitsandbytes",
         ),
+        (
+            {"q.weight": (6, 10)},
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            UnsupportedError,
+            "compressed-tensors, format pack-quantized",
+        ),
+        (
+            {"q.weight": (6, 10)},
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            UnsupportedError,
+            "modelopt, quant_algo NVFP4",
+        ),
     ],
 )
 def test_refusals(make, tensors, quantization, error, words):
@@ -161,6 +173,21 @@ def test_refusals(make, tensors, quantization, error, words):
     base = make(filled, quantization)
     with pytest.raises(error, match=words):
         plain(base)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+    ],
+)
+def test_variants_that_store_eight_bit_floats(make, quantization):
+    import torch
+
+    base = make({"q.weight": codes(6, 10), "q.weight_scale": torch.tensor(0.5)}, quantization)
+    (tensor,) = plain(base).checkpoint.tensors.values()
+    np.testing.assert_array_equal(tensor.load(), 0.5 * codes(6, 10).float().numpy())
 
 
 def test_fused_into_eight_bits(make, make_folder, tmp_path):
