@@ -227,7 +227,7 @@ def inside(folder: Path, name: str) -> Path:
     roots += [p for p in roots[0].parents if p.name.startswith(("models--", "datasets--"))]
     if not any(target.is_relative_to(root) for root in roots):
         raise AdapterError(
-            "symbolic link leads out of the adapter's folder",
+            "symbolic link leads out of its folder",
             path=path,
             got=target,
             hint="Copy the file into the folder if you trust it",

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
@@ -72,6 +72,7 @@ def test_bad(defect, tmp_path):
     assert caught.value.path == str(tmp_path)
 
 
+@example(["\\", "\\\\"])
 @given(st.lists(st.text("ab.-_1\\*(", min_size=1, max_size=7), min_size=1, max_size=6, unique=True))
 def test_written_patterns_mean_one_module(names):
     for name in names:

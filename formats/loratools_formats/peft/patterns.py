@@ -146,8 +146,12 @@ def pattern_for(name: str, names: list[str]) -> str:
     """
     tail = name.rpartition(".")[2]
     plain = re.compile(rf"(?:.*\.)?{name}") if _PLAIN.match(name) else None
-    if plain is not None and not any(
-        other != name and other.endswith(tail) and plain.fullmatch(other) for other in names
+    if (
+        plain is not None
+        and plain.fullmatch(name)  # not so if it holds a backslash
+        and not any(
+            other != name and other.endswith(tail) and plain.fullmatch(other) for other in names
+        )
     ):
         return name
     return "^" + re.escape(name)
