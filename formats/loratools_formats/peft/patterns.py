@@ -20,6 +20,7 @@ from loratools_formats.errors import AdapterError
 Value = TypeVar("Value", int, float)
 
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+\Z")
+_WRITTEN_PLAIN = re.compile(r"[\w.-]+")
 _MAX_PATTERN_CHARACTERS = 512
 _MAX_PATTERNS = 100_000
 _MAX_LOOK_UPS = 8_000_000
@@ -145,13 +146,9 @@ def pattern_for(name: str, names: list[str]) -> str:
     '^layers\\.1\\.q'
     """
     tail = name.rpartition(".")[2]
-    plain = re.compile(rf"(?:.*\.)?{name}") if _PLAIN.match(name) else None
-    if (
-        plain is not None
-        and plain.fullmatch(name)  # not so if it holds a backslash
-        and not any(
-            other != name and other.endswith(tail) and plain.fullmatch(other) for other in names
-        )
+    plain = re.compile(rf"(?:.*\.)?{name}") if _WRITTEN_PLAIN.fullmatch(name) else None
+    if plain is not None and not any(
+        other != name and other.endswith(tail) and plain.fullmatch(other) for other in names
     ):
         return name
     return "^" + re.escape(name)
