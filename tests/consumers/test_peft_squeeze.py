@@ -338,3 +338,22 @@ def test_two_expert_parameters_with_different_alphas_cannot_keep_them(saved, tmp
     with pytest.raises(UnsupportedError, match="different ranks or scales"):
         write_adapter(result.adapter, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
+
+
+def test_stacks_of_two_ranks_are_squeezed_to_ranks_of_their_own(saved, tmp_path):
+    """PEFT gives gate_up_proj twice the rank of down_proj; what is read again is what was meant."""
+    adapter = read_adapter(saved("experts-all-linear"))
+    result = squeeze(adapter, RankRule(energy=0.7))
+    write_adapter(result.adapter, tmp_path / "out", "peft")
+    again = read_adapter(tmp_path / "out")
+    for path, delta in result.adapter.modules.items():
+        want, got = low_rank_part(delta), low_rank_part(again.modules[path])
+        assert (got.rank, got.scale, got.experts) == (want.rank, want.scale, want.experts)
+
+
+def test_stacks_that_no_reader_could_tell_apart_are_not_written(saved, tmp_path):
+    adapter = read_adapter(saved("experts-all-linear"))
+    result = squeeze(adapter, RankRule(rank=1), ComputeOptions(keep_alpha=True))
+    with pytest.raises(UnsupportedError, match="different ranks or scales"):
+        write_adapter(result.adapter, tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
