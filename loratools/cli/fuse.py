@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.output import (
     human_bytes,
+    named,
     note,
     number,
     percent,
@@ -169,7 +169,7 @@ def _as_json(inputs: Sequence[FuseInput], result: FuseResult) -> dict[str, objec
         "notes": list(result.notes),
         "tensors": [
             {
-                **dataclasses.asdict(report),
+                **named(report),
                 "relative_change": report.relative_change,
                 "lost_to_rounding": report.lost,
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,12 @@ def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object with the schema's version first."""
     text = json.dumps({"schema": SCHEMA, **result}, ensure_ascii=False, allow_nan=False, indent=2)
     click.echo(text)
+
+
+def named(record: Any) -> dict[str, Any]:
+    """Return a report on one tensor, a dataclass with its `key`, as every command prints it."""
+    values = dataclasses.asdict(record)
+    return {"name": values.pop("key"), **values}
 
 
 def print_table(header: Sequence[str], align: str, rows: Sequence[Sequence[str]]) -> None:

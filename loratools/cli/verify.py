@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import click
 
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
-from loratools.cli.output import note, number, percent, print_json, print_table, progress_bar
+from loratools.cli.output import named, note, number, percent, print_json, print_table, progress_bar
 from loratools.verify import TensorVerdict, VerifyResult, verify
 from loratools_formats.checkpoint import read_checkpoint
 
@@ -72,7 +71,7 @@ def _as_json(result: VerifyResult) -> dict[str, object]:
         "operation": "verify",
         "contained": result.contained,
         "counts": result.counts,
-        "tensors": [dataclasses.asdict(tensor) for tensor in result.tensors],
+        "tensors": [named(tensor) for tensor in result.tensors],
     }
 
 

@@ -233,7 +233,7 @@ def test_the_report_as_json(sharded, ups, tmp_path):
     assert report["bytes_out"] == sum(p.stat().st_size for p in sharded.glob("*.safetensors"))
     assert report["copied"] == 4
     assert report["left_out"] == []
-    assert {row["key"]: row["modules"] for row in report["tensors"]} == {
+    assert {row["name"]: row["modules"] for row in report["tensors"]} == {
         f"{UP.format(i)}.weight": [UP.format(i)] for i in (0, 1)
     }
     delta = np.sqrt(sum(row["delta_norm"] ** 2 for row in report["tensors"]))

@@ -152,7 +152,7 @@ def test_command(make_base, make_folder, change, code, answer):
     report = json.loads(run.stdout)
     assert report["schema"] == 1
     assert report["contained"] is (code == 0)
-    assert {t["key"] for t in report["tensors"]} == {"layers.0.q.weight", "norm.weight"}
+    assert {t["name"] for t in report["tensors"]} == {"layers.0.q.weight", "norm.weight"}
 
 
 def test_what_cannot_be_checked_exits_with_2(make_base, make_folder):
@@ -190,5 +190,5 @@ def test_values_that_are_not_finite(make_base, make_folder):
     run = CliRunner().invoke(cli, arguments, standalone_mode=False)
     assert run.return_value == 1
     (tensor,) = [t for t in json.loads(run.stdout)["tensors"] if t["verdict"] == "not contained"]
-    assert (tensor["key"], tensor["error"]) == ("layers.0.q.weight", None)
+    assert (tensor["name"], tensor["error"]) == ("layers.0.q.weight", None)
     assert "NaN" in tensor["reason"]
