@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from loratools_formats.adapter import Adapter, Caveat, Delta, Dora, low_rank_part
+from loratools_formats.adapter import Adapter, Caveat, Delta, Dora, OtherDelta, low_rank_part
 
 
 @dataclass(frozen=True)
@@ -16,24 +16,24 @@ class ModuleInfo:
 
     Attributes:
         name: module path.
-        kind: `lora` or `dora`.
+        kind: `lora`, `dora`, or another kind's name.
         layer: `linear`, `conv`, `embedding` or `experts`.
-        shape: (out, in) of one matrix.
+        shape: (out, in) of one matrix; None for what the file does not tell.
         experts: number of stacked matrices, 1 if ordinary.
-        rank: of the factors.
+        rank: of the factors; None for another kind.
         alpha: as the file states it, None if it does not.
-        scale: that multiplies b @ a.
+        scale: that multiplies b @ a; None for another kind.
         dtypes: stored types of its tensors.
     """
 
     name: str
     kind: str
     layer: str
-    shape: tuple[int, int]
+    shape: tuple[int | None, int | None]
     experts: int
-    rank: int
+    rank: int | None
     alpha: float | None
-    scale: float
+    scale: float | None
     dtypes: tuple[str, ...]
 
 
@@ -103,6 +103,10 @@ def describe(adapter: Adapter) -> AdapterInfo:
 
 
 def _module(name: str, delta: Delta) -> ModuleInfo:
+    dtypes = tuple(sorted({tensor.dtype.code for tensor in delta.tensors()}))
+    if isinstance(delta, OtherDelta):
+        layer = delta.layer.kind
+        return ModuleInfo(name, delta.kind, layer, delta.shape, 1, None, None, None, dtypes)
     part = low_rank_part(delta)
     return ModuleInfo(
         name=name,
@@ -113,7 +117,7 @@ def _module(name: str, delta: Delta) -> ModuleInfo:
         rank=part.rank,
         alpha=part.alpha,
         scale=part.scale,
-        dtypes=tuple(sorted({tensor.dtype.code for tensor in delta.tensors()})),
+        dtypes=dtypes,
     )
 
 

@@ -5,7 +5,15 @@
 'peft'
 """
 
-from loratools_formats.adapter import Adapter, Caveat, Dora, Layer, LowRank, Replacement
+from loratools_formats.adapter import (
+    Adapter,
+    Caveat,
+    Dora,
+    Layer,
+    LowRank,
+    OtherDelta,
+    Replacement,
+)
 from loratools_formats.errors import LoratoolsError
 from loratools_formats.registry import (
     Format,
@@ -29,6 +37,7 @@ __all__ = [
     "LoratoolsError",
     "Loss",
     "LowRank",
+    "OtherDelta",
     "Replacement",
     "TensorRef",
     "find_format",

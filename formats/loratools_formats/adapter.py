@@ -114,11 +114,56 @@ class Dora:
         yield self.magnitude
 
 
-Delta = LowRank | Dora
+@dataclass(frozen=True)
+class OtherDelta:
+    """A weight change of another kind than factors, such as LoHa, VeRA, OFT or a difference.
+
+    What the kind means is declared once, in `loratools.kinds`; readers only say which it is and
+    hand over its tensors and numbers. Nothing about ΔW can be told without that declaration.
+
+    Attributes:
+        kind: name of the declaration, such as `loha`.
+        parts: the module's own tensors, by the names that the declaration gives them; each keeps
+            the key it has in the file.
+        settings: numbers that ΔW depends on, resolved by the reader: scale, block sizes, seeds.
+        layer: what is adapted.
+        shape: (out, in) of the weight as a matrix; None for what the file does not tell.
+        shared: tensors that it has in common with other modules, by the declaration's names; they
+            are in `Adapter.shared` too, and counted there.
+        magnitude: as of a DoRA, whose direction the rest then is; None if it is none.
+        bias: (out,), added to the layer's bias as it is.
+    """
+
+    kind: str
+    parts: Mapping[str, TensorRef]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    layer: Layer = Layer("linear")
+    shape: tuple[int | None, int | None] = (None, None)
+    shared: Mapping[str, TensorRef] = field(default_factory=dict)
+    magnitude: TensorRef | None = None
+    bias: TensorRef | None = None
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor that is its own."""
+        yield from self.parts.values()
+        yield from (tensor for tensor in (self.magnitude, self.bias) if tensor is not None)
+
+
+Delta = LowRank | Dora | OtherDelta
 
 
 def low_rank_part(delta: Delta) -> LowRank:
-    """Return the factors of a delta: itself, or the direction of a DoRA."""
+    """Return the factors of a delta: itself, or the direction of a DoRA.
+
+    Raises:
+        UnsupportedError: it has none before it is folded.
+    """
+    if isinstance(delta, OtherDelta):
+        raise UnsupportedError(
+            f"a weight change of kind {delta.kind} has no factors before it is folded",
+            tensor=next((tensor.key for tensor in delta.tensors()), None),
+            hint="Make it a plain LoRA first: loratools to-lora",
+        )
     return delta.direction if isinstance(delta, Dora) else delta
 
 
@@ -163,12 +208,13 @@ MUTATED_BASE = "mutated-base"
 class Adapter:
     """An adapter read from somewhere, or made by an operation.
 
-    Every tensor of a file is in exactly one of `modules`, `replacements` and `carried`.
+    Every tensor of a file is in exactly one of `modules`, `shared`, `replacements` and `carried`.
 
     Attributes:
         format: name of the format it was read as.
         source: the path it was read from.
         modules: weight changes by module path, as the base model names it where the format knows.
+        shared: tensors that the deltas of several modules are made of, by their key in the file.
         replacements: tensors that replace base tensors, by their key in the file.
         carried: tensors known to be neither, preserved as they are, by key.
         config: the format's own configuration, untouched.
@@ -187,6 +233,7 @@ class Adapter:
     format: str
     source: Path | None
     modules: Mapping[str, Delta]
+    shared: Mapping[str, TensorRef] = field(default_factory=dict)
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
     carried: Mapping[str, TensorRef] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -208,6 +255,7 @@ class Adapter:
         """Yield every tensor of the adapter."""
         for delta in self.modules.values():
             yield from delta.tensors()
+        yield from self.shared.values()
         for replacement in self.replacements.values():
             yield replacement.tensor
         yield from self.carried.values()

@@ -35,14 +35,15 @@ def command(adapter: Path, verbose: bool, format_name: str | None, as_json: bool
 
 def _print(info: AdapterInfo) -> None:
     modules = info.modules
+    plain = [m for m in modules if m.scale is not None]
     kinds = counted(f"{m.kind} on {m.layer}" for m in modules)
     lines = [
         ("format", info.format),
         ("base model", info.base_model or "not recorded"),
         ("modules", f"{len(modules)}: {kinds}" if modules else "none"),
-        ("rank", counted(m.rank for m in modules)),
-        ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in modules)),
-        ("scale", counted(f"{m.scale:g}" for m in modules)),
+        ("rank", counted(m.rank for m in plain)),
+        ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in plain)),
+        ("scale", counted(f"{m.scale:g}" for m in plain)),
         ("targets", ", ".join(sorted({m.name.rpartition(".")[2] for m in modules}))),
         ("parameters", f"{info.parameters:,}"),
         ("size", human_bytes(info.nbytes)),
@@ -72,10 +73,10 @@ def _print_modules(info: AdapterInfo) -> None:
                 m.name,
                 m.kind,
                 m.layer if m.experts == 1 else f"{m.experts} experts",
-                f"{m.shape[0]} × {m.shape[1]}",
-                str(m.rank),
+                " × ".join("?" if side is None else str(side) for side in m.shape),
+                "" if m.rank is None else str(m.rank),
                 "none" if m.alpha is None else f"{m.alpha:g}",
-                f"{m.scale:g}",
+                "" if m.scale is None else f"{m.scale:g}",
                 " ".join(m.dtypes),
             ]
             for m in info.modules

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, low_rank_part
+from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, OtherDelta, low_rank_part
 from loratools_formats.errors import UnsupportedError
 from loratools_formats.peft import keys
 from loratools_formats.peft.config import CONFIG_FILE, PeftConfig
@@ -65,9 +65,13 @@ def metadata_for(adapter: Adapter) -> dict[str, str]:
 def stored_tensors(adapter: Adapter) -> Iterator[TensorRef]:
     """Yield every tensor under its name and in its layout in a PEFT file."""
     for path, delta in adapter.modules.items():
+        if isinstance(delta, OtherDelta):
+            yield from delta.tensors()
+            continue
         yield from _factors(path, low_rank_part(delta))
         if isinstance(delta, Dora):
             yield delta.magnitude.renamed(keys.compose(path, "magnitude"))
+    yield from adapter.shared.values()
     for name, replacement in adapter.replacements.items():
         yield replacement.tensor.renamed(name)
     # The sampler of MonteCLoRA acts in training only, and its shapes hold the rank.
@@ -109,6 +113,8 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
         raise UnsupportedError(
             f"writing an adapter of format {adapter.format} as PEFT is not supported yet"
         )
+    if any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
+        return dict(adapter.config)
     values = _with_kinds(adapter)
     return values if _keeps_config(adapter) else _rewritten(values, adapter)
 
