@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from loratools_formats.adapter import Adapter, Caveat, Delta, Dora, OtherDelta, low_rank_part
+from loratools_formats.adapter import (
+    Adapter,
+    Caveat,
+    Delta,
+    Dialect,
+    Dora,
+    OtherDelta,
+    low_rank_part,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,16 @@ class ModuleInfo:
 
 
 @dataclass(frozen=True)
+class AdditionInfo:
+    """A tensor that is added to a bias or a norm's weight."""
+
+    key: str
+    target: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class ReplacementInfo:
     """A tensor that takes the place of a base tensor, or of some of its rows."""
 
@@ -55,8 +73,10 @@ class AdapterInfo:
     Attributes:
         path: where it was read from.
         format: name of its format.
+        dialects: of a single file, how its keys are spelled and what that is told by.
         base_model: as recorded, None if it is not.
         modules: adapted modules, in path order.
+        additions: tensors that are added to biases and norms.
         replacements: tensors that replace base tensors.
         carried: keys of tensors that are neither.
         parameters: number of elements in all tensors.
@@ -69,8 +89,10 @@ class AdapterInfo:
 
     path: str
     format: str
+    dialects: tuple[Dialect, ...]
     base_model: str | None
     modules: tuple[ModuleInfo, ...]
+    additions: tuple[AdditionInfo, ...]
     replacements: tuple[ReplacementInfo, ...]
     carried: tuple[str, ...]
     parameters: int
@@ -86,8 +108,13 @@ def describe(adapter: Adapter) -> AdapterInfo:
     return AdapterInfo(
         path=str(adapter.source),
         format=adapter.format,
+        dialects=adapter.dialects,
         base_model=adapter.base_model,
         modules=tuple(_module(name, delta) for name, delta in adapter.modules.items()),
+        additions=tuple(
+            AdditionInfo(key, a.target, a.tensor.shape, a.tensor.dtype.code)
+            for key, a in adapter.additions.items()
+        ),
         replacements=tuple(
             ReplacementInfo(key, r.kind, r.target, r.tensor.shape, r.tensor.dtype.code)
             for key, r in adapter.replacements.items()

@@ -1,8 +1,10 @@
 """The conformance kit on the built-in formats and on a third-party plugin package."""
 
 import base64
+import hashlib
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -70,6 +72,76 @@ class TestPeft(FormatConformance):
     def stored_keys(self, path: Path) -> set[str]:
         with safe_open(path / "adapter_model.safetensors", "numpy") as file:
             return set(file.keys())
+
+
+class SingleFileConformance(FormatConformance):
+    """One file of a naming, with tensors of several types and digests in its metadata."""
+
+    keys: ClassVar[dict[str, tuple[str, str, str]]]
+    others: tuple[str, ...] = ()
+
+    def make_sample(self, folder: Path) -> Path:
+        rng = np.random.default_rng(0)
+        tensors = {}
+        for start, leaves in self.keys.items():
+            down, up, alpha = leaves
+            tensors[start + down] = rng.standard_normal((4, 20)).astype(ml_dtypes.bfloat16)
+            tensors[start + up] = rng.standard_normal((12, 4)).astype(ml_dtypes.bfloat16)
+            if alpha:
+                tensors[start + alpha] = np.array(2.5, np.float32)
+        for key in self.others:
+            tensors[key] = rng.standard_normal(12).astype(np.float32)
+        path = folder / "sample.safetensors"
+        metadata = {"ss_network_dim": "4", "ss_network_alpha": "2.5", "kept": "yes"}
+        save_file(tensors, path, metadata)
+        data = path.read_bytes()
+        digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+        save_file(tensors, path, metadata | {"sshs_model_hash": digest})
+        return path
+
+    def stored_keys(self, path: Path) -> set[str]:
+        with safe_open(path, "numpy") as file:
+            return set(file.keys())
+
+
+KOHYA_LEAVES = (".lora_down.weight", ".lora_up.weight", ".alpha")
+PEFT_LEAVES = (".lora_A.weight", ".lora_B.weight", "")
+
+
+class TestKohya(SingleFileConformance):
+    format: Format = get_format("kohya")
+    keys: ClassVar = {
+        "lora_unet_mid_block_attentions_0_proj_in": KOHYA_LEAVES,
+        "lora_te_text_model_encoder_layers_0_mlp_fc1": KOHYA_LEAVES,
+    }
+    others = ("lora_unet_mid_block_norm.w_norm", "lora_unet_mid_block_norm.b_norm")
+
+
+class TestDiffusers(SingleFileConformance):
+    format: Format = get_format("diffusers")
+    keys: ClassVar = {
+        "transformer.blocks.0.attn.to_q": PEFT_LEAVES,
+        "transformer.blocks.0.attn.processor.to_out": ("_lora.down.weight", "_lora.up.weight", ""),
+        "text_encoder.layers.0.mlp": PEFT_LEAVES,
+    }
+
+
+class TestComfyUI(SingleFileConformance):
+    format: Format = get_format("comfyui")
+    keys: ClassVar = {
+        "diffusion_model.blocks.0.attn.qkv": PEFT_LEAVES,
+        "diffusion_model.blocks.1.attn.qkv": KOHYA_LEAVES,
+    }
+    others = ("diffusion_model.blocks.1.attn.qkv.diff_b", "diffusion_model.norm.set_weight")
+
+
+class TestOtherSingleFiles(SingleFileConformance):
+    format: Format = get_format("safetensors")
+    keys: ClassVar = {
+        "double_blocks.0.processor.qkv_lora1": (".down.weight", ".up.weight", ""),
+        "lora_unet_mid_block_attentions_0_proj_in": KOHYA_LEAVES,
+        "transformer_blocks.0.attn.to_q": (".lora_A", ".lora_B", ""),
+    }
 
 
 @pytest.fixture

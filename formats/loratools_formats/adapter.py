@@ -51,6 +51,7 @@ class LowRank:
         layer: what is adapted.
         bias: (out,), of which scale · bias is added to the layer's bias (PEFT's `lora_bias`).
         alpha: the number the file states, from which the reader derived the scale; None if none.
+        alpha_tensor: the tensor that states it, in formats which keep it in one.
     """
 
     a: TensorRef
@@ -59,6 +60,7 @@ class LowRank:
     layer: Layer = Layer("linear")
     bias: TensorRef | None = None
     alpha: float | None = None
+    alpha_tensor: TensorRef | None = None
 
     def __post_init__(self) -> None:
         if not (
@@ -92,8 +94,7 @@ class LowRank:
         """Yield every tensor it is made of."""
         yield self.a
         yield self.b
-        if self.bias is not None:
-            yield self.bias
+        yield from (t for t in (self.bias, self.alpha_tensor) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,13 @@ class Dora:
     Attributes:
         direction: ΔW.
         magnitude: one number per output, in the shape it was stored in.
+        axis: whether a norm and a magnitude belong to each output, as the paper's code and PEFT
+            have it, or to each input, as LyCORIS before version 3 has.
     """
 
     direction: LowRank
     magnitude: TensorRef
+    axis: Literal["output", "input"] = "output"
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor it is made of."""
@@ -132,6 +136,7 @@ class OtherDelta:
             are in `Adapter.shared` too, and counted there.
         magnitude: as of a DoRA, whose direction the rest then is; None if it is none.
         bias: (out,), added to the layer's bias as it is.
+        alpha_tensor: the tensor that states alpha, in formats which keep it in one.
     """
 
     kind: str
@@ -142,11 +147,13 @@ class OtherDelta:
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
     magnitude: TensorRef | None = None
     bias: TensorRef | None = None
+    alpha_tensor: TensorRef | None = None
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor that is its own."""
         yield from self.parts.values()
-        yield from (tensor for tensor in (self.magnitude, self.bias) if tensor is not None)
+        others = (self.magnitude, self.bias, self.alpha_tensor)
+        yield from (tensor for tensor in others if tensor is not None)
 
 
 Delta = LowRank | Dora | OtherDelta
@@ -187,6 +194,36 @@ class Replacement:
 
 
 @dataclass(frozen=True)
+class Addition:
+    """A tensor that is added to a bias or a norm's weight as it is, times the adapter's strength.
+
+    Attributes:
+        target: name of the base tensor.
+        tensor: what is added.
+    """
+
+    target: str
+    tensor: TensorRef
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way of spelling single-file adapters, met in a file.
+
+    Attributes:
+        name: what it is called.
+        why: what it is recognised by.
+        example: a key of the file that is spelled so.
+        keys: how many are.
+    """
+
+    name: str
+    why: str
+    example: str
+    keys: int
+
+
+@dataclass(frozen=True)
 class Caveat:
     """A reason why the factors do not tell the true ΔW.
 
@@ -208,13 +245,15 @@ MUTATED_BASE = "mutated-base"
 class Adapter:
     """An adapter read from somewhere, or made by an operation.
 
-    Every tensor of a file is in exactly one of `modules`, `shared`, `replacements` and `carried`.
+    Every tensor of a file is in exactly one of `modules`, `shared`, `additions`, `replacements` and
+    `carried`.
 
     Attributes:
         format: name of the format it was read as.
         source: the path it was read from.
         modules: weight changes by module path, as the base model names it where the format knows.
         shared: tensors that the deltas of several modules are made of, by their key in the file.
+        additions: tensors that are added to biases and norms, by their key in the file.
         replacements: tensors that replace base tensors, by their key in the file.
         carried: tensors known to be neither, preserved as they are, by key.
         config: the format's own configuration, untouched.
@@ -222,6 +261,7 @@ class Adapter:
         base_model: the base model's name, if recorded.
         caveats: reasons why operations on ΔW must refuse this adapter.
         notes: things a user should know that change nothing.
+        dialects: of a single file, how its keys are spelled.
         attachments: other files to keep beside the output, such as the tokenizer's, by name: a
             path to copy, or the content itself.
         inputs: the files it was read from, the weights first, for digests and the check that
@@ -234,6 +274,7 @@ class Adapter:
     source: Path | None
     modules: Mapping[str, Delta]
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
+    additions: Mapping[str, Addition] = field(default_factory=dict)
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
     carried: Mapping[str, TensorRef] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -241,6 +282,7 @@ class Adapter:
     base_model: str | None = None
     caveats: tuple[Caveat, ...] = ()
     notes: tuple[str, ...] = ()
+    dialects: tuple[Dialect, ...] = ()
     attachments: Mapping[str, Path | bytes] = field(default_factory=dict)
     inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
     other_inputs: Mapping[str, tuple[RegularFile, ...]] = field(default_factory=dict, compare=False)
@@ -256,6 +298,8 @@ class Adapter:
         for delta in self.modules.values():
             yield from delta.tensors()
         yield from self.shared.values()
+        for addition in self.additions.values():
+            yield addition.tensor
         for replacement in self.replacements.values():
             yield replacement.tensor
         yield from self.carried.values()

@@ -51,6 +51,8 @@ class Format:
         is_folder: whether an adapter is a folder rather than a file.
         sniff: whether a path looks like this format. Reads at most 64 KiB and never raises.
         read: read headers only; tensors load later. None if it cannot be read.
+        read_with_unknown: the same, carrying tensors that `read` refuses since it does not know
+            them; None if there are none such.
         losses: what the format could not hold of an adapter.
         write: write to a path that does not exist yet. Whoever calls it publishes the result
             atomically. None if it cannot be written.
@@ -65,6 +67,7 @@ class Format:
     is_folder: bool
     sniff: Callable[[Path], bool]
     read: Callable[[Path], Adapter] | None = None
+    read_with_unknown: Callable[[Path], Adapter] | None = None
     losses: Callable[[Adapter], list[Loss]] | None = None
     write: Callable[[Adapter, Path], None] | None = None
     weights_nbytes: Callable[[Adapter], int] | None = None
@@ -163,12 +166,15 @@ def _adapters_below(folder: Path) -> list[str]:
     ]
 
 
-def read_adapter(path: str | os.PathLike[str], format_name: str | None = None) -> Adapter:
+def read_adapter(
+    path: str | os.PathLike[str], format_name: str | None = None, *, carry_unknown: bool = False
+) -> Adapter:
     """Read an adapter's headers; its tensors load on demand.
 
     Args:
         path: file or folder.
         format_name: read it as this format instead of recognising it.
+        carry_unknown: keep tensors that the format does not know, where it would refuse them.
 
     Raises:
         LoratoolsError: nothing there, unknown format, or not a sound adapter.
@@ -176,6 +182,8 @@ def read_adapter(path: str | os.PathLike[str], format_name: str | None = None) -
     chosen = find_format(path) if format_name is None else get_format(format_name)
     if chosen.read is None:
         raise UnsupportedError(f"format {chosen.name} can be written but not read", path=path)
+    if carry_unknown and chosen.read_with_unknown is not None:
+        return chosen.read_with_unknown(Path(path))
     return chosen.read(Path(path))
 
 

@@ -238,9 +238,14 @@ def _check_layout(
         )
 
 
-def _plan(tensors: Iterable[TensorRef]) -> list[TensorRef]:
+def serialised_order(tensors: Iterable[TensorRef]) -> list[TensorRef]:
     """Order as the safetensors library does: wide types first, which aligns them, then names."""
     return sorted(tensors, key=lambda tensor: (-tensor.dtype.bits, tensor.key))
+
+
+def serialised_header(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
+    """Return what comes before the tensors' bytes in the file that `write_safetensors` makes."""
+    return _header(serialised_order(tensors), metadata)
 
 
 def _header(ordered: list[TensorRef], metadata: Mapping[str, str]) -> bytes:
@@ -265,7 +270,7 @@ def _header(ordered: list[TensorRef], metadata: Mapping[str, str]) -> bytes:
 
 def safetensors_nbytes(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> int:
     """Return the exact size of the file that `write_safetensors` would make."""
-    ordered = _plan(tensors)
+    ordered = serialised_order(tensors)
     return len(_header(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
 
 
@@ -287,7 +292,7 @@ def write_safetensors(
         OutputExistsError: `path` exists and `overwrite` is false.
         OutputError: writing failed; nothing was changed.
     """
-    ordered = _plan(tensors)
+    ordered = serialised_order(tensors)
     _check_tensors(ordered)
     header = _header(ordered, metadata)
     with publish_file(path, overwrite=overwrite) as temporary:

@@ -71,7 +71,7 @@ class FormatConformance(abc.ABC):
                 assert not self.format.sniff(path), content
 
     def test_every_tensor_is_in_one_place(self, tmp_path: Path) -> None:
-        """Modules, shared, replacements and carried tensors are the file's, none twice."""
+        """Every tensor of the file is found in one place of the adapter, none twice."""
         path = self.make_sample(tmp_path)
         keys = [tensor.key for tensor in read_adapter(path).tensors()]
         assert len(keys) == len(set(keys))
@@ -176,6 +176,9 @@ def _parts(adapter: Adapter) -> Iterator[tuple[object, ...]]:
             yield name, tensor.dtype.code, tensor.shape, bytes(tensor.raw())
     for key, tensor in adapter.shared.items():
         yield key, tensor.dtype.code, tensor.shape, bytes(tensor.raw())
+    for key, addition in adapter.additions.items():
+        tensor = addition.tensor
+        yield key, addition.target, tensor.dtype.code, tensor.shape, bytes(tensor.raw())
     for key, replacement in adapter.replacements.items():
         tensor = replacement.tensor
         yield key, replacement.kind, replacement.target, replacement.rows, tensor.shape

@@ -39,6 +39,7 @@ def _print(info: AdapterInfo) -> None:
     kinds = counted(f"{m.kind} on {m.layer}" for m in modules)
     lines = [
         ("format", info.format),
+        *(("dialect", f"{d.name} ({d.keys} keys): {d.why}") for d in info.dialects),
         ("base model", info.base_model or "not recorded"),
         ("modules", f"{len(modules)}: {kinds}" if modules else "none"),
         ("rank", counted(m.rank for m in plain)),
@@ -52,6 +53,9 @@ def _print(info: AdapterInfo) -> None:
     experts = sorted({m.experts for m in modules if m.experts > 1})
     if experts:
         lines.append(("experts", ", ".join(map(str, experts))))
+    for addition in info.additions:
+        shape = "×".join(map(str, addition.shape))
+        lines.append(("adds to", f"{addition.target} ({shape})"))
     for replacement in info.replacements:
         shape = "×".join(map(str, replacement.shape))
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))

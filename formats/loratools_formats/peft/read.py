@@ -18,6 +18,7 @@ from loratools_formats.errors import (
     MissingFileError,
     UnsupportedError,
 )
+from loratools_formats.factors import check_factor
 from loratools_formats.files import RegularFile, inside
 from loratools_formats.peft import keys
 from loratools_formats.peft.config import CONFIG_FILE, PeftConfig, read_config
@@ -29,7 +30,6 @@ from loratools_formats.tensors import TensorRef
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-_MAX_FACTOR_ELEMENTS = 1 << 29
 
 _ATTACHMENTS = (
     "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json", "merges.txt",
@@ -222,7 +222,7 @@ def _factor_pair(
             raise AdapterError(
                 "module has both linear and embedding factors", path=folder, tensor=tensor.key
             )
-        _check_factor(tensor, folder)
+        check_factor(tensor, folder)
     return parts[wanted[0]], parts[wanted[1]], embedding
 
 
@@ -250,32 +250,6 @@ def _with_magnitude(
 
 def _contradiction(tensor: TensorRef, message: str, folder: Path) -> AdapterError:
     return AdapterError(f"file has {message}", path=folder, tensor=tensor.key)
-
-
-def _check_factor(tensor: TensorRef, folder: Path) -> None:
-    if not tensor.dtype.floating:
-        raise AdapterError(
-            "adapter factor is not of a floating-point type",
-            path=folder,
-            tensor=tensor.key,
-            got=tensor.dtype.code,
-        )
-    if tensor.numel == 0:
-        raise AdapterError(
-            "adapter factor is empty",
-            path=folder,
-            tensor=tensor.key,
-            got=list(tensor.shape),
-            hint="Sharded training saves such files when the shards were not gathered",
-        )
-    if tensor.numel > _MAX_FACTOR_ELEMENTS:
-        raise AdapterError(
-            "adapter factor is too large",
-            path=folder,
-            tensor=tensor.key,
-            got=list(tensor.shape),
-            expected=f"at most {_MAX_FACTOR_ELEMENTS} elements",
-        )
 
 
 def _ordinary(
