@@ -45,7 +45,7 @@ def _print(info: AdapterInfo) -> None:
         ("rank", counted(m.rank for m in plain)),
         ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in plain)),
         ("scale", counted(f"{m.scale:g}" for m in plain)),
-        ("targets", ", ".join(sorted({m.name.rpartition(".")[2] for m in modules}))),
+        ("targets", ", ".join(sorted(_targets(info)))),
         ("parameters", f"{info.parameters:,}"),
         ("size", human_bytes(info.nbytes)),
         ("dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in info.dtypes.items())),
@@ -66,6 +66,12 @@ def _print(info: AdapterInfo) -> None:
     for label, text in lines:
         if text:
             click.echo(f"{label.ljust(width)}  {printable(text, 2000)}")
+
+
+def _targets(info: AdapterInfo) -> set[str]:
+    """Return the last parts of the modules' paths; a flattened path of a single file has none."""
+    names = [module.name for module in info.modules]
+    return {name.rpartition(".")[2] for name in names if "." in name or not info.dialects}
 
 
 def _print_modules(info: AdapterInfo) -> None:

@@ -312,6 +312,12 @@ def _row_source(delta: Delta | None, weight: Array, module: AlignedModule) -> Ro
     ((b, a),) = terms_of(delta)
     if not isinstance(delta, Dora):
         return FactorRows(b, a)
+    if delta.axis == "input":
+        raise UnsupportedError(
+            "a DoRA with a magnitude for each input cannot be merged",
+            tensor=delta.magnitude.key,
+            hint="Make it a plain LoRA first: loratools to-lora",
+        )
     magnitude = delta.magnitude.load(np.float64).reshape(-1)
     if not np.isfinite(magnitude).all():
         raise AdapterError("magnitude holds NaN or infinite values", tensor=delta.magnitude.key)

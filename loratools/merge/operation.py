@@ -21,6 +21,7 @@ from loratools.device import Device
 from loratools.merge.align import AlignedModule, MergeInput, align
 from loratools.merge.exact import common_dtype, factor_residual, joined_exactly, merged_bias
 from loratools.merge.extras import (
+    merged_additions,
     refuse_replaced_modules,
     settled_carried,
     settled_replacements,
@@ -38,6 +39,8 @@ from loratools_formats.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import LoratoolsError, OptionError, UnsupportedError
 from loratools_formats.registry import get_format
+
+Array = np.ndarray[Any, Any]
 
 _OVERSAMPLE = 10
 
@@ -137,6 +140,7 @@ def merge(
     adapter = replace(
         first,
         modules={outcome.report.name: outcome.delta for outcome in done},
+        additions=merged_additions(inputs, work.coefficients),
         replacements=settled_replacements(inputs, options.replacements),
         carried=settled_carried(inputs),
         config=_config(first, inputs),
@@ -240,6 +244,16 @@ class _Merge:
         is_paper = any(each.get("flavor") == "paper" for each in settings)
         if method.name == "ties" and is_paper and options.space == "full":
             self.trim = SharedTrim(modules)
+
+    @property
+    def coefficients(self) -> Callable[[str, Array], Array] | None:
+        """Coefficients from a name and inner products; None if the method is no weighted sum."""
+        if self.method.kind != "span":
+            return None
+        function = self.method.function
+        return lambda name, gram: np.asarray(
+            function(gram, self._weights(name), **self._parameters(name))
+        )
 
     def outcomes(self) -> Any:
         """Yield the outcome of every module in order."""
