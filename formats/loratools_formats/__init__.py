@@ -8,10 +8,12 @@
 from loratools_formats.adapter import Adapter, Caveat, Dora, Layer, LowRank, Replacement
 from loratools_formats.errors import LoratoolsError
 from loratools_formats.registry import (
+    Context,
     Format,
     FormatEntry,
     Loss,
     find_format,
+    format_for_output,
     get_format,
     read_adapter,
     registered_formats,
@@ -22,6 +24,7 @@ from loratools_formats.tensors import TensorRef
 __all__ = [
     "Adapter",
     "Caveat",
+    "Context",
     "Dora",
     "Format",
     "FormatEntry",
@@ -32,6 +35,7 @@ __all__ = [
     "Replacement",
     "TensorRef",
     "find_format",
+    "format_for_output",
     "get_format",
     "read_adapter",
     "registered_formats",
