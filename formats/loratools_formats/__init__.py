@@ -16,10 +16,12 @@ from loratools_formats.adapter import (
 )
 from loratools_formats.errors import LoratoolsError
 from loratools_formats.registry import (
+    Context,
     Format,
     FormatEntry,
     Loss,
     find_format,
+    format_for_output,
     get_format,
     read_adapter,
     registered_formats,
@@ -30,6 +32,7 @@ from loratools_formats.tensors import TensorRef
 __all__ = [
     "Adapter",
     "Caveat",
+    "Context",
     "Dora",
     "Format",
     "FormatEntry",
@@ -41,6 +44,7 @@ __all__ = [
     "Replacement",
     "TensorRef",
     "find_format",
+    "format_for_output",
     "get_format",
     "read_adapter",
     "registered_formats",

@@ -118,6 +118,19 @@ def in_file(
     return TensorRef(key, dtype, shape, lambda: file.read_at(offset, nbytes), file, offset)
 
 
+def rounded(tensor: TensorRef, dtype: DType) -> TensorRef:
+    """Return the tensor in another floating-point type, converted when it is read."""
+    if tensor.dtype == dtype:
+        return tensor
+
+    def read() -> Buffer:
+        import numpy as np
+
+        return dtypes.encode(tensor.load(), dtype).reshape(-1).view(np.uint8).data
+
+    return TensorRef(tensor.key, dtype, tensor.shape, read)
+
+
 def in_memory(key: str, array: Array, code: str | None = None) -> TensorRef:
     """Return a reference to an array, rounded once to the type `code` if that differs.
 

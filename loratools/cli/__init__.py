@@ -13,6 +13,7 @@ from loratools import __version__
 from loratools.cli.errors import run
 
 _COMMANDS = {
+    "convert": "loratools.cli.convert",
     "formats": "loratools.cli.formats",
     "info": "loratools.cli.info",
     "merge": "loratools.cli.merge",
@@ -21,6 +22,7 @@ _COMMANDS = {
 }
 
 _SUMMARIES = {
+    "convert": "Convert an adapter to another format, and check what was written.",
     "formats": "List the adapter formats, broken plugins included.",
     "info": "Show what an adapter is, from its headers alone.",
     "merge": "Merge adapters of any rank, scale and type into one.",

@@ -1,8 +1,9 @@
 """PEFT adapter folders: `adapter_config.json` beside `adapter_model.safetensors` or `.bin`.
 
 Source: the peft package, versions 0.2 to 0.21, read and run. `config` validates and resolves the
-configuration, `keys` is the grammar of tensor names, `read` and `write` are the two halves, and
-`legacy_bin` opens pickled weights in a bounded child process.
+configuration, `keys` is the grammar of tensor names, `read` and `write` are the two halves,
+`from_model` makes a configuration for adapters of other formats, and `legacy_bin` opens pickled
+weights in a bounded child process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.registry import Format, Loss
+from loratools_formats.registry import Context, Format, Loss
 
 if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter
@@ -54,6 +55,12 @@ def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
     return merged_config(adapters)
 
 
+def _from_model(adapter: Adapter, context: Context) -> Adapter:
+    from loratools_formats.peft.from_model import from_model
+
+    return from_model(adapter, context)
+
+
 FORMAT = Format(
     name="peft",
     description="PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)",
@@ -65,4 +72,6 @@ FORMAT = Format(
     write=_write,
     weights_nbytes=_weights_nbytes,
     merged_config=_merged_config,
+    from_model=_from_model,
+    dtypes=("f32", "f16", "bf16"),
 )

@@ -111,7 +111,8 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
     """
     if adapter.format != "peft":
         raise UnsupportedError(
-            f"writing an adapter of format {adapter.format} as PEFT is not supported yet"
+            f"an adapter of format {adapter.format} has no PEFT configuration",
+            hint="Make one with from_model, as `loratools convert` does",
         )
     if any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
         return dict(adapter.config)

@@ -1,0 +1,134 @@
+"""`loratools convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratools.cli import options as shared
+from loratools.cli.outcome import checked_target, conclude
+from loratools.cli.output import (
+    human_bytes,
+    note,
+    number,
+    print_json,
+    print_table,
+    progress_bar,
+)
+from loratools.convert import Conversion, ConversionCheck, prepare, write
+from loratools_formats import Context, format_for_output, read_adapter
+from loratools_formats.adapter import low_rank_part
+
+
+@click.command("convert")
+@shared.adapter_argument
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--to", "target_name", help="Format to write; by default found from OUTPUT's name.")
+@shared.from_option
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Base model (folder or file), where a format needs its names or layout.",
+)
+@click.option("--outtype", help="Type of the factors in the output, such as f32, f16 or bf16.")
+@click.option("--allow-lossy", is_flag=True, help="Leave out what the format cannot hold.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option("--dry-run", is_flag=True, help="Show what would be written, but write nothing.")
+@shared.max_error_option
+@click.option("-v", "--verbose", is_flag=True, help="List every module.")
+@shared.json_option
+@shared.quiet_option
+def command(
+    adapter: Path,
+    output: Path,
+    target_name: str | None,
+    format_name: str | None,
+    base: Path | None,
+    outtype: str | None,
+    allow_lossy: bool,
+    overwrite: bool,
+    dry_run: bool,
+    max_error: float | None,
+    verbose: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Convert an adapter to another format, and check what was written.
+
+    The output is read again, and the error printed is that of its weight changes.
+
+    \b
+    loratools convert my-adapter my-adapter.gguf --base my-model
+    loratools convert my-adapter.gguf my-adapter --base my-model
+    """  # noqa: D301 - click reads the backspace
+    source = read_adapter(adapter, format_name)
+    target_name = target_name or format_for_output(output).name
+    target = checked_target(output, [source], overwrite=overwrite, dry_run=dry_run)
+    conversion = prepare(source, target_name, Context(base, outtype), allow_lossy=allow_lossy)
+    check = None
+    if target is not None:
+        with progress_bar("check", quiet=quiet) as progress:
+            check = write(
+                conversion, target, overwrite=overwrite, max_error=max_error, progress=progress
+            )
+    if as_json:
+        print_json(_as_json(source.format, conversion, check))
+    elif not quiet:
+        _print(source.format, conversion, check, verbose=verbose)
+    error = 0.0 if check is None else check.relative_error
+    return conclude(error, max_error, target, quiet=quiet)
+
+
+def _nbytes(conversion: Conversion) -> int:
+    planned = conversion.target.weights_nbytes
+    return 0 if planned is None else planned(conversion.adapter)
+
+
+def _as_json(
+    source_format: str, conversion: Conversion, check: ConversionCheck | None
+) -> dict[str, object]:
+    errors = {} if check is None else {m.name: m.relative_error for m in check.modules}
+    return {
+        "operation": "convert",
+        "from": source_format,
+        "to": conversion.target.name,
+        "bytes_out": _nbytes(conversion),
+        "losses": [{"name": loss.name, "reason": loss.reason} for loss in conversion.losses],
+        "relative_error": None if check is None else check.relative_error,
+        "other_error": None if check is None else check.other_error,
+        "modules": [
+            {
+                "name": name,
+                "rank": low_rank_part(delta).rank,
+                "relative_error": errors.get(name),
+            }
+            for name, delta in conversion.adapter.modules.items()
+        ],
+    }
+
+
+def _print(
+    source_format: str, conversion: Conversion, check: ConversionCheck | None, *, verbose: bool
+) -> None:
+    for text in conversion.notes:
+        note(text)
+    for loss in conversion.losses:
+        note(f"left out: {loss.name} {loss.reason}")
+    if verbose:
+        errors = {} if check is None else {m.name: number(m.relative_error) for m in check.modules}
+        print_table(
+            ["module", "rank", "relative error"],
+            "<>>",
+            [
+                [name, str(low_rank_part(delta).rank), errors.get(name, "–")]
+                for name, delta in conversion.adapter.modules.items()
+            ],
+        )
+    click.echo(f"format: {source_format} → {conversion.target.name}")
+    click.echo(f"modules: {len(conversion.adapter.modules)}")
+    click.echo(f"size: {human_bytes(_nbytes(conversion))}")
+    if check is not None:
+        click.echo(f"relative error of the written file: {number(check.relative_error)}")
+        if check.other_error:
+            click.echo(f"largest error of its other tensors: {number(check.other_error)}")

@@ -1,0 +1,305 @@
+"""An adapter from one format to another, with proof that the weight changes are the same.
+
+The way goes through the base model's module names: one format's translation to them, the other's
+back. What the target cannot hold is listed before anything is written, and refused unless that is
+asked for. After writing, the output is read again and every ΔW compared with the one intended:
+the error reported is that of the file, not of a plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratools import linalg
+from loratools.decompose import loaded
+from loratools.parallel import in_order
+from loratools.provenance import operation_record, record_metadata
+from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, low_rank_part
+from loratools_formats.errors import AdapterError, OptionError, OutputError, UnsupportedError
+from loratools_formats.registry import (
+    Context,
+    Format,
+    Loss,
+    get_format,
+    read_adapter,
+    write_adapter,
+)
+from loratools_formats.tensors import TensorRef
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An adapter ready to be written in another format.
+
+    Attributes:
+        adapter: what to write.
+        exact: the same with every factor in the type it came in, to compare with.
+        target: the format to write.
+        losses: what the target does not hold; `adapter` is without it.
+        notes: what a user should know.
+    """
+
+    adapter: Adapter
+    exact: Adapter
+    target: Format
+    losses: tuple[Loss, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """How far one written module is from the one intended.
+
+    Attributes:
+        name: module path, as the target names it.
+        rank: of the factors.
+        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖.
+    """
+
+    name: str
+    rank: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class ConversionCheck:
+    """What the written file holds, compared with what was intended.
+
+    Attributes:
+        modules: one entry each, in path order.
+        relative_error: over all modules together.
+        other_error: the largest relative error of a tensor that is no factor: a magnitude, a
+            bias, a replacement.
+    """
+
+    modules: tuple[ModuleError, ...]
+    relative_error: float
+    other_error: float
+
+
+def prepare(
+    adapter: Adapter,
+    format_name: str,
+    context: Context | None = None,
+    *,
+    allow_lossy: bool = False,
+) -> Conversion:
+    """Translate an adapter into another format; loads no factor and writes nothing.
+
+    Args:
+        adapter: as read.
+        format_name: the format to convert to.
+        context: the base model and the type of the output's factors, where wanted.
+        allow_lossy: leave out what the target cannot hold.
+
+    Raises:
+        UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
+        OptionError: a type or base model was given that neither format has a use for.
+    """
+    context = context or Context()
+    target = get_format(format_name)
+    if target.write is None or target.losses is None:
+        raise UnsupportedError(f"format {target.name} can be read but not written")
+    if context.dtype is not None and context.dtype not in target.dtypes:
+        raise OptionError(
+            f"format {target.name} is not written in this type",
+            got=context.dtype,
+            expected=" or ".join(target.dtypes) or "no --outtype",
+        )
+    _require_true_delta(adapter, target)
+    model = _in_model_terms(adapter, target, context)
+    losses = tuple(target.losses(model))
+    if losses and not allow_lossy:
+        others = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
+        raise UnsupportedError(
+            f"{losses[0].name} {losses[0].reason}{others}",
+            path=adapter.source,
+            hint="Pass --allow-lossy to leave such things out",
+        )
+    from_model = target.from_model or _as_it_is(target)
+    exact = from_model(model, replace(context, dtype=None))
+    made = exact if context.dtype is None else from_model(model, context)
+    options: dict[str, Any] = {"to": target.name}
+    if context.dtype is not None:
+        options["outtype"] = context.dtype
+    if losses:
+        options["lost"] = [loss.name for loss in losses]
+    record = operation_record("convert", {"adapter": adapter}, options)
+    made = replace(made, provenance=record, metadata={**made.metadata, **record_metadata(record)})
+    return Conversion(made, exact, target, losses, _notes(adapter, made, target))
+
+
+def _require_true_delta(adapter: Adapter, target: Format) -> None:
+    caveats = tuple(c for c in adapter.caveats if c.code not in target.caveats_kept)
+    if adapter.format != target.name:
+        replace(adapter, caveats=caveats).require_true_delta("convert")
+
+
+def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
+    source = get_format(adapter.format)
+    has_use = (source.to_model, target.to_model) != (None, None) and source.name != target.name
+    if context.base is not None and not has_use:
+        raise OptionError(f"converting {source.name} to {target.name} needs no base model")
+    if source.name == target.name or source.to_model is None:
+        return adapter
+    return source.to_model(adapter, context)
+
+
+def _as_it_is(target: Format) -> Callable[[Adapter, Context], Adapter]:
+    return lambda adapter, _: replace(adapter, format=target.name)
+
+
+def _notes(adapter: Adapter, made: Adapter, target: Format) -> tuple[str, ...]:
+    if target.is_folder or not adapter.attachments:
+        return made.notes
+    names = ", ".join(sorted(adapter.attachments))
+    return (*made.notes, f"a {target.name} file has no place for {names}")
+
+
+class _TooInexactError(Exception):
+    """The error is above the limit, so the output must not appear."""
+
+
+def write(
+    conversion: Conversion,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    max_error: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConversionCheck:
+    """Write the output, read it again, and let it appear if it holds what was intended.
+
+    Args:
+        conversion: what to write.
+        path: where.
+        overwrite: whether an output that exists may be replaced.
+        max_error: nothing appears if the relative error is above it.
+        progress: called with (modules compared, modules in all).
+
+    Returns:
+        What the written file holds, even if it did not appear.
+
+    Raises:
+        OutputError: writing failed, or the output lacks a part or holds infinite values.
+        OutputExistsError: the output exists and `overwrite` is false.
+        AdapterError: the input holds NaN or infinite values.
+    """
+    done: list[ConversionCheck] = []
+
+    def check(temporary: Path) -> None:
+        done.append(compared(conversion, temporary, progress=progress))
+        if max_error is not None and not done[0].relative_error <= max_error:
+            raise _TooInexactError
+
+    with contextlib.suppress(_TooInexactError):
+        write_adapter(
+            conversion.adapter, path, conversion.target.name, overwrite=overwrite, check=check
+        )
+    return done[0]
+
+
+def compared(
+    conversion: Conversion,
+    path: Path,
+    *,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConversionCheck:
+    """Read a written output and compare everything in it with what was intended.
+
+    Raises:
+        OutputError: a module or tensor is missing, there is one too many, or infinite values.
+        AdapterError: the input holds NaN or infinite values.
+    """
+    written = read_adapter(path, conversion.target.name)
+    exact = conversion.exact
+    _same_names(path, set(exact.modules), set(written.modules))
+    _same_names(path, set(exact.replacements), set(written.replacements))
+    names = list(exact.modules)
+
+    def one(name: str) -> tuple[float, float]:
+        return _residual(name, exact.modules[name], written.modules[name])
+
+    found: list[tuple[float, float]] = []
+    for squares in in_order(one, names, workers):
+        found.append(squares)
+        if progress is not None:
+            progress(len(found), len(names))
+    modules = [
+        ModuleError(name, low_rank_part(written.modules[name]).rank, _ratio(*squares))
+        for name, squares in zip(names, found, strict=True)
+    ]
+    others = [
+        _ratio(*_difference(mine, theirs))
+        for name in names
+        for mine, theirs in zip(
+            _others(exact.modules[name]), _others(written.modules[name]), strict=True
+        )
+    ] + [
+        _ratio(*_difference(entry.tensor, written.replacements[key].tensor))
+        for key, entry in exact.replacements.items()
+    ]
+    return ConversionCheck(
+        modules=tuple(modules),
+        relative_error=_ratio(sum(e for e, _ in found), sum(n for _, n in found)),
+        other_error=max(others, default=0.0),
+    )
+
+
+def _same_names(path: Path, wanted: set[str], found: set[str]) -> None:
+    different = sorted(wanted ^ found)
+    if different:
+        kind = "lost" if different[0] in wanted else "gained"
+        raise OutputError(f"the written file {kind} a part", path=path, tensor=different[0])
+
+
+def _others(delta: Delta) -> list[TensorRef]:
+    factors = low_rank_part(delta)
+    return [t for t in delta.tensors() if t is not factors.a and t is not factors.b]
+
+
+def _residual(name: str, mine: Delta, theirs: Delta) -> tuple[float, float]:
+    """Return (‖ΔW − ΔW'‖², ‖ΔW‖²) of one module."""
+    first, second = low_rank_part(mine), low_rank_part(theirs)
+    same_kind = isinstance(mine, Dora) == isinstance(theirs, Dora)
+    if (first.shape, first.experts) != (second.shape, second.experts) or not same_kind:
+        raise OutputError(
+            "the written module is another",
+            tensor=name,
+            got=f"{list(second.shape)}, {second.experts} matrices",
+            expected=f"{list(first.shape)}, {first.experts}",
+        )
+    error = norm = 0.0
+    for (b, a), (new_b, new_a) in zip(loaded(first), loaded(second), strict=True):
+        part = linalg.residual_norm(
+            b, a, first.scale, linalg.grams(b, a), second.scale * new_b, new_a
+        )
+        error, norm = error + part[0] ** 2, norm + part[1] ** 2
+    if not math.isfinite(norm):
+        raise _not_finite(first)
+    if not math.isfinite(error):
+        raise OutputError("a value is beyond the range of the output's type", tensor=name)
+    return error, norm
+
+
+def _not_finite(delta: LowRank) -> AdapterError:
+    return AdapterError("factor holds NaN or infinite values", tensor=delta.a.key)
+
+
+def _difference(mine: TensorRef, theirs: TensorRef) -> tuple[float, float]:
+    a, b = mine.load(np.float64).reshape(-1), theirs.load(np.float64).reshape(-1)
+    if a.shape != b.shape:
+        raise OutputError("the written tensor has another size", tensor=mine.key)
+    return float(np.sum((a - b) ** 2)), float(np.sum(a**2))
+
+
+def _ratio(squared: float, squared_whole: float) -> float:
+    return math.sqrt(squared / squared_whole) if squared_whole else math.sqrt(squared)
