@@ -17,13 +17,13 @@ from typing import Any, Literal
 import numpy as np
 
 from loratools import linalg
-from loratools.decompose import Matrix, RandomisedSvd, loaded, padded
+from loratools.decompose import Matrix, loaded
 from loratools.device import Device
 from loratools.merge.align import AlignedModule
 from loratools.merge.methods import Method
 from loratools.merge.space import lifted, shared_space
-from loratools.merge.stream import RowStore, StreamedSvd, squared_residual, streamed_svd
 from loratools.merge.tasks import DenseRows, FactorRows, RowSource, Tasks, ZeroRows
+from loratools.stream import RowStore, StreamedMatrix, streamed_svd
 from loratools_formats.adapter import Delta, Dora, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import AdapterError, UnsupportedError
@@ -57,36 +57,6 @@ class ModuleMethod:
     power_iterations: int
     width: Callable[[AlignedModule], int]
     share_threshold: Callable[[int, float], float] | None = None
-
-
-class StreamedMatrix:
-    """A streamed matrix with the same questions as `Matrix`."""
-
-    def __init__(self, store: RowStore, svd: StreamedSvd) -> None:
-        self._store = store
-        self._svd = svd
-
-    @property
-    def squared_norm(self) -> float:
-        """‖X‖²_F."""
-        return self._store.squared_norm
-
-    @property
-    def singular_values(self) -> Array:
-        """(k,): the leading ones, descending."""
-        return self._svd.singular_values
-
-    def factors(self, rank: int, _: RandomisedSvd | None = None) -> tuple[Array, Array]:
-        """Return the best (b, a) of a rank, balanced, of scale 1."""
-        svd = self._svd
-        root = np.sqrt(svd.singular_values[:rank])
-        b, a = svd.u[:, :rank] * root, root[:, None] * svd.vt[:rank]
-        signs = np.where(-b.min(axis=0) > b.max(axis=0), -1.0, 1.0)
-        return padded(b * signs, a * signs[:, None], rank)
-
-    def squared_error(self, b: Array, a: Array) -> float:
-        """Return ‖X − b @ a‖²_F."""
-        return squared_residual(self._store, b, a)
 
 
 MergedMatrix = Matrix | StreamedMatrix
