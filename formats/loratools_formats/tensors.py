@@ -93,6 +93,19 @@ class TensorRef:
             )
         return replace(self, shape=shape)
 
+    def rows(self, start: int, stop: int) -> TensorRef:
+        """Return rows [start, stop) along the first axis, bit for bit.
+
+        Only types of whole bytes have rows that can be told apart.
+        """
+        row = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        if self.file is not None:
+            return in_file(self.key, self.dtype, shape, self.file, self.offset + start * row)
+        return TensorRef(
+            self.key, self.dtype, shape, lambda: memoryview(self.read())[start * row : stop * row]
+        )
+
     def transposed(self, axes: tuple[int, ...]) -> TensorRef:
         """Return the tensor with its axes permuted, bit for bit; permuted when read.
 

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from loratools.merge.align import MergeInput
-from loratools.merge.exact import common_dtype
 from loratools_formats.adapter import Addition, Replacement
-from loratools_formats.dtypes import encode
+from loratools_formats.dtypes import common_dtype, encode
 from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
 from loratools_formats.tensors import TensorRef, in_memory
 

@@ -19,7 +19,7 @@ import numpy as np
 from loratools.allot import choose_ranks
 from loratools.device import Device
 from loratools.merge.align import AlignedModule, MergeInput, align
-from loratools.merge.exact import common_dtype, factor_residual, joined_exactly, merged_bias
+from loratools.merge.exact import factor_residual, joined_exactly, merged_bias
 from loratools.merge.extras import (
     merged_additions,
     refuse_replaced_modules,
@@ -37,6 +37,7 @@ from loratools.resize import Resizer
 from loratools.scratch import Scratch
 from loratools_formats.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
+from loratools_formats.dtypes import common_dtype
 from loratools_formats.errors import LoratoolsError, OptionError, UnsupportedError
 from loratools_formats.registry import get_format
 

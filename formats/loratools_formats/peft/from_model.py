@@ -11,16 +11,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, Replacement, low_rank_part
-from loratools_formats.dtypes import DTYPES
+from loratools_formats.adapter import (
+    Adapter,
+    Delta,
+    Dora,
+    Replacement,
+    low_rank_part,
+)
+from loratools_formats.factors import stored_as
 from loratools_formats.peft import keys
 from loratools_formats.registry import Context
-from loratools_formats.tensors import rounded
 
 
 def from_model(adapter: Adapter, context: Context) -> Adapter:
     """Return the adapter with a PEFT configuration, and without tensors PEFT has no place for."""
-    modules = {path: _stored(delta, context.dtype) for path, delta in adapter.modules.items()}
+    modules = {path: stored_as(delta, context.dtype) for path, delta in adapter.modules.items()}
     if adapter.format == "peft":
         return replace(adapter, modules=modules)
     replacements = {_key(entry): entry for entry in adapter.replacements.values()}
@@ -38,19 +43,6 @@ def _key(entry: Replacement) -> str:
     if entry.kind == "token_rows":
         return keys.compose(entry.target.removesuffix(".weight"), "token_rows")
     return f"{keys.PREFIX}{entry.target}"
-
-
-def _stored(delta: Delta, dtype: str | None) -> Delta:
-    if dtype is None:
-        return delta
-    if isinstance(delta, Dora):
-        return replace(delta, direction=_rounded(delta.direction, dtype))
-    return _rounded(delta, dtype)
-
-
-def _rounded(delta: LowRank, dtype: str) -> LowRank:
-    stored = DTYPES[dtype.upper()]
-    return replace(delta, a=rounded(delta.a, stored), b=rounded(delta.b, stored))
 
 
 def _config(

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools_formats.registry import Format, Loss
+from loratools_formats.registry import Context, Format, Loss
 
 if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter
@@ -90,6 +90,16 @@ def _write(naming: Class, adapter: Adapter, path: Path) -> None:
     write(adapter, path, naming)
 
 
+def _from_model(naming: Class, adapter: Adapter, context: Context) -> Adapter:
+    from dataclasses import replace
+
+    from loratools_formats.factors import stored_as
+    from loratools_formats.singlefile.spelling import respelled
+
+    modules = {name: stored_as(delta, context.dtype) for name, delta in adapter.modules.items()}
+    return respelled(replace(adapter, modules=modules), naming)
+
+
 def _weights_nbytes(naming: Class, adapter: Adapter) -> int:
     from loratools_formats.singlefile.write import weights_nbytes
 
@@ -108,8 +118,12 @@ def _format(naming: Class, description: str) -> Format:
         losses=functools.partial(_losses, naming),
         write=functools.partial(_write, naming),
         weights_nbytes=functools.partial(_weights_nbytes, naming),
+        from_model=functools.partial(_from_model, naming),
+        dtypes=("f32", "f16", "bf16"),
     )
 
+
+NAMES = ("kohya", "diffusers", "comfyui", "safetensors")
 
 KOHYA = _format("kohya", "One file, flattened paths: sd-scripts, LyCORIS, OneTrainer, musubi-tuner")
 DIFFUSERS = _format("diffusers", "One file, component and dotted path: diffusers, ai-toolkit")

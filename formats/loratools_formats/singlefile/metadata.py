@@ -10,6 +10,7 @@ again wherever they are present. Sources: `precalculate_safetensors_hashes` of s
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratools_formats.adapter import Adapter
@@ -40,6 +41,8 @@ def updated(adapter: Adapter) -> dict[str, str]:
     if adapter.provenance is None:
         return metadata
     plain = [part for part in map(plain_part, adapter.modules.values()) if part is not None]
+    # Convolutions have a rank of their own, which sd-scripts records elsewhere.
+    plain = [part for part in plain if math.prod(part.layer.kernel) == 1] or plain
     if plain and "ss_network_dim" in metadata:
         metadata["ss_network_dim"] = _one({f"{part.rank}" for part in plain})
     if plain and "ss_network_alpha" in metadata:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from loratools_formats.adapter import (
     Adapter,
     Addition,
@@ -28,7 +30,7 @@ from loratools_formats.singlefile.scale import (
     plain_part,
     states_scale,
 )
-from loratools_formats.tensors import TensorRef
+from loratools_formats.tensors import TensorRef, in_memory
 
 _KOHYA: dict[Role, str] = {
     "a": ".lora_down.weight", "b": ".lora_up.weight", "mid": ".lora_mid.weight",
@@ -106,35 +108,87 @@ def naming_of(module: str) -> Class | None:
 
 def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
     """Return what a single file of a naming could not hold of an adapter."""
-    return [Loss(name, f"is understood by no loader of {target} files") for name in adapter.carried]
+    found = [
+        Loss(name, f"is understood by no loader of {target} files") for name in adapter.carried
+    ]
+    if target == "diffusers":
+        found += [
+            Loss(name, f"is a weight change of kind {delta.kind}, which diffusers does not load")
+            for name, delta in adapter.modules.items()
+            if isinstance(delta, OtherDelta)
+        ]
+        found += [
+            Loss(key, f"is added to {addition.target}, which diffusers does not do")
+            for key, addition in adapter.additions.items()
+        ]
+    found += [
+        Loss(key, f"replaces {replacement.target}, for which {target} files have no key")
+        for key, replacement in adapter.replacements.items()
+        if target != "comfyui" or not _is_whole_weight(replacement)
+    ]
+    return found
+
+
+def _is_whole_weight(replacement: Replacement) -> bool:
+    return replacement.target.endswith(".weight") and replacement.kind in ("other", "module")
 
 
 def respelled(adapter: Adapter, target: Class) -> Adapter:
-    """Return the adapter with every key as files of a naming have it.
+    """Return the adapter with every key as files of a naming have it, and without its losses.
 
     Raises:
         UnsupportedError: a module's name is not of that naming, or a tensor has no key there.
     """
-    for name in adapter.modules:
+    lost = {loss.name for loss in spelling_losses(adapter, target)}
+    kept = {name: delta for name, delta in adapter.modules.items() if name not in lost}
+    for name in kept:
         if target != "safetensors" and naming_of(name) != target:
             raise UnsupportedError(
                 f"module name is not one of a {target} file",
                 tensor=name,
                 hint="loratools convert gives modules other names",
             )
-    modules = {name: _module(name, delta, target) for name, delta in adapter.modules.items()}
-    additions: dict[str, Addition] = {}
-    for addition in adapter.additions.values():
-        module, _, leaf = addition.target.rpartition(".")
-        text = {"bias": ".diff_b", "weight": ".w_norm"}.get(leaf, f".{leaf}")
-        additions[module + text] = addition
-    replacements: dict[str, Replacement] = {}
-    for key, replacement in adapter.replacements.items():
-        module, _, leaf = replacement.target.rpartition(".")
-        if leaf != "weight" or replacement.kind != "other":
-            replacements[key] = replacement
-        else:
-            replacements[f"{module}.set_weight"] = replacement
+    additions = {}
+    for key, addition in adapter.additions.items():
+        if key not in lost:
+            module, _, leaf = addition.target.rpartition(".")
+            additions[module + _ADDED_LEAVES[leaf, _has_weight(kept.get(module))]] = addition
+    modules = {}
+    for name, delta in kept.items():
+        modules[name], bias = _module(name, delta, target)
+        if bias is not None:
+            additions[f"{name}.diff_b"] = Addition(f"{name}.bias", bias)
+    replacements = {
+        f"{replacement.target.removesuffix('.weight')}.set_weight": replacement
+        for key, replacement in adapter.replacements.items()
+        if key not in lost
+    }
+    return replace(
+        adapter,
+        format=target,
+        modules=modules,
+        additions=additions,
+        replacements=replacements,
+        carried={},
+        metadata=_metadata(adapter, modules, target),
+        config={},
+        dialects=(),
+    )
+
+
+_ADDED_LEAVES = {
+    ("bias", True): ".diff_b",
+    ("bias", False): ".b_norm",
+    ("weight", False): ".w_norm",
+    ("weight", True): ".w_norm",
+}
+
+
+def _has_weight(delta: Delta | None) -> bool:
+    return delta is not None
+
+
+def _metadata(adapter: Adapter, modules: Mapping[str, Delta], target: Class) -> dict[str, str]:
     metadata = {k: v for k, v in adapter.metadata.items() if k != METADATA_KEY}
     if target == "diffusers":
         parts = {name: plain_part(delta) for name, delta in modules.items()}
@@ -142,24 +196,30 @@ def respelled(adapter: Adapter, target: Class) -> Adapter:
         if any(scale != 1.0 for _, scale in settings.values()):
             metadata[METADATA_KEY] = packed(settings, {})
         metadata.setdefault("format", "pt")
-    return replace(
-        adapter,
-        format=target,
-        modules=modules,
-        additions=additions,
-        replacements=replacements,
-        metadata=metadata,
-        config={},
-    )
+    return metadata
 
 
-def _module(name: str, delta: Delta, target: Class) -> Delta:
+def _module(name: str, delta: Delta, target: Class) -> tuple[Delta, TensorRef | None]:
+    """Return a module's delta under its keys, and a bias that the target keeps elsewhere."""
     spelling = Spelling(name, LEAVES[target])
     if isinstance(delta, OtherDelta):
-        return _other(name, delta)
+        return _other(name, delta), None
+    part = delta.direction if isinstance(delta, Dora) else delta
+    bias = None
+    if part.bias is not None and target != "diffusers":
+        bias = _scaled(part.bias, part.scale)
+        part = replace(part, bias=None)
+    direction = _low_rank(part, spelling, target)
     if isinstance(delta, Dora):
-        return _dora(delta, spelling, target)
-    return _low_rank(delta, spelling, target)
+        return _dora(replace(delta, direction=direction), spelling, target), bias
+    return direction, bias
+
+
+def _scaled(bias: TensorRef, scale: float) -> TensorRef:
+    """Return scale · bias in its own type, or in float32 where that rounds less."""
+    if scale == 1.0:
+        return bias
+    return in_memory(bias.key, bias.load(np.float64) * scale, "F32")
 
 
 def _low_rank(delta: LowRank, spelling: Spelling, target: Class) -> LowRank:
@@ -170,15 +230,13 @@ def _low_rank(delta: LowRank, spelling: Spelling, target: Class) -> LowRank:
     alpha: TensorRef | None = None
     if target == "kohya" or (target != "diffusers" and delta.scale != 1.0):
         key = spelling.key("alpha")
-        alpha = alpha_tensor(key, delta)
         stored = delta.alpha_tensor
-        if stored is not None and states_scale(stored, delta):
-            alpha = stored.renamed(key)
+        keeps = stored is not None and states_scale(stored, delta)
+        alpha = stored.renamed(key) if keeps and stored else alpha_tensor(key, delta)
     return replace(delta, a=a, b=b, bias=bias, alpha_tensor=alpha)
 
 
 def _dora(delta: Dora, spelling: Spelling, target: Class) -> Dora:
-    direction = _low_rank(delta.direction, spelling, target)
     if target == "diffusers" and delta.axis == "input":
         raise UnsupportedError(
             "a DoRA with a magnitude for each input has no place in a diffusers file",
@@ -186,7 +244,7 @@ def _dora(delta: Dora, spelling: Spelling, target: Class) -> Dora:
             got=list(delta.magnitude.shape),
             hint="Make it a plain LoRA first: loratools to-lora",
         )
-    kernel = direction.layer.kernel
+    kernel = delta.direction.layer.kernel
     out = delta.direction.shape[0]
     shape = delta.magnitude.shape
     if delta.axis == "output":
@@ -196,7 +254,7 @@ def _dora(delta: Dora, spelling: Spelling, target: Class) -> Dora:
         else:
             shape = (out, 1, *ones)
     magnitude = delta.magnitude.reshaped(shape).renamed(spelling.key("magnitude"))
-    return replace(delta, direction=direction, magnitude=magnitude)
+    return replace(delta, magnitude=magnitude)
 
 
 def _other(name: str, delta: OtherDelta) -> OtherDelta:
