@@ -93,7 +93,7 @@ class TensorRef:
             )
         return replace(self, shape=shape)
 
-    def rows(self, start: int, stop: int) -> TensorRef:
+    def row_range(self, start: int, stop: int) -> TensorRef:
         """Return rows [start, stop) along the first axis, bit for bit.
 
         Only types of whole bytes have rows that can be told apart.

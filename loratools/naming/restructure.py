@@ -47,7 +47,7 @@ def rows_of(name: str, delta: Delta, start: int, stop: int) -> Delta:
     if isinstance(delta, Dora):
         if delta.axis == "input":
             raise _kept_whole(name, "a DoRA with a magnitude for each input")
-        magnitude = delta.magnitude.reshaped((delta.magnitude.numel,)).rows(start, stop)
+        magnitude = delta.magnitude.reshaped((delta.magnitude.numel,)).row_range(start, stop)
         shape = tuple(
             stop - start if n == delta.direction.shape[0] else n for n in delta.magnitude.shape
         )
@@ -56,7 +56,7 @@ def rows_of(name: str, delta: Delta, start: int, stop: int) -> Delta:
     if isinstance(delta, LowRank):
         return _low_rank_rows(delta, start, stop)
     if delta.kind == "full" and delta.magnitude is None:
-        diff = delta.parts["diff"].rows(start, stop)
+        diff = delta.parts["diff"].row_range(start, stop)
         return replace(delta, parts={"diff": diff}, shape=(stop - start, delta.shape[1]))
     raise _kept_whole(name, f"a weight change of kind {delta.kind}")
 
@@ -70,8 +70,8 @@ def _kept_whole(name: str, what: str) -> UnsupportedError:
 
 
 def _low_rank_rows(delta: LowRank, start: int, stop: int) -> LowRank:
-    b = delta.b.rows(start, stop)
-    bias = None if delta.bias is None else delta.bias.rows(start, stop)
+    b = delta.b.row_range(start, stop)
+    bias = None if delta.bias is None else delta.bias.row_range(start, stop)
     used = np.flatnonzero(b.load(np.float64).any(axis=0))
     if len(used) == delta.rank:
         return replace(delta, b=b, bias=bias, alpha_tensor=None)
@@ -223,5 +223,5 @@ def swapped_halves(name: str, delta: Delta) -> Delta:
     if not isinstance(delta, LowRank) or delta.bias is not None:
         raise _kept_whole(name, "what is no plain pair of factors")
     half = units(name, delta.b.shape[0], (1, 1))
-    halves = [delta.b.rows(half, 2 * half), delta.b.rows(0, half)]
+    halves = [delta.b.row_range(half, 2 * half), delta.b.row_range(0, half)]
     return replace(delta, b=_stacked(halves, delta.b.dtype))
