@@ -7,7 +7,7 @@ caches: holding many of them costs nothing, and whoever loads one decides how lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -109,6 +109,23 @@ class TensorRef:
 
         return TensorRef(self.key, self.dtype, shape, read)
 
+    def rows(self, order: Sequence[int]) -> TensorRef:
+        """Return the tensor with these rows of every matrix, in this order, bit for bit.
+
+        Args:
+            order: rows along the last axis but one; a row may be missing or listed twice.
+        """
+        *stack, _, width = self.shape
+
+        def read() -> Buffer:
+            import numpy as np
+
+            stored = np.frombuffer(self.read(), dtype=np.uint8)
+            matrices = stored.reshape(-1, self.shape[-2], width * self.dtype.bits // 8)
+            return matrices[:, np.asarray(order, dtype=np.intp)].reshape(-1).data
+
+        return TensorRef(self.key, self.dtype, (*stack, len(order), width), read)
+
 
 def in_file(
     key: str, dtype: DType, shape: tuple[int, ...], file: ByteSource, offset: int
@@ -129,6 +146,26 @@ def rounded(tensor: TensorRef, dtype: DType) -> TensorRef:
         return dtypes.encode(tensor.load(), dtype).reshape(-1).view(np.uint8).data
 
     return TensorRef(tensor.key, dtype, tensor.shape, read)
+
+
+def joined(key: str, tensors: Sequence[TensorRef], shape: tuple[int, ...]) -> TensorRef:
+    """Return the bytes of tensors of one type, one behind the other, seen with a shape.
+
+    Raises:
+        AdapterError: their types differ, or they do not fill the shape.
+    """
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.dtype != first.dtype:
+            raise AdapterError(
+                "tensors to join differ in type",
+                tensor=tensor.key,
+                got=tensor.dtype.code,
+                expected=first.dtype.code,
+            )
+    if sum(tensor.numel for tensor in tensors) != math.prod(shape):
+        raise AdapterError("tensors to join do not fill the shape", tensor=key, expected=shape)
+    return TensorRef(key, first.dtype, shape, lambda: b"".join(t.read() for t in tensors))
 
 
 def in_memory(key: str, array: Array, code: str | None = None) -> TensorRef:
