@@ -19,6 +19,7 @@ from loratools.fourbit.decode import CHUNK, Dequantizer
 from loratools.fourbit.encode import relative
 from loratools.linears import is_conv1d
 from loratools.parallel import in_order
+from loratools.plain import plain_config
 from loratools.provenance import operation_record
 from loratools_formats.bnb import QuantizedWeight, quantized_weights, torch_name
 from loratools_formats.checkpoint import Checkpoint
@@ -121,7 +122,7 @@ def dequantize(
         new = NewCheckpoint(
             base,
             grouped(base, parts, max_shard_bytes=max_shard_bytes),
-            _config(base.config, torch_name(stored)) if base.config else None,
+            plain_config(base.config, torch_name(stored)) if base.config else None,
             operation_record("dequantize", {}, options, base),
         )
         left_out = write_checkpoint(
@@ -136,19 +137,6 @@ def _method(config: Mapping[str, Any]) -> str:
     found = config.get("quantization_config", _NOTHING)
     method = found.get("quant_method") if isinstance(found, Mapping) else None
     return "no quantization_config" if method is None else f"quant_method {method}"
-
-
-def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a configuration, and those nested in it, for plain weights of a type."""
-    changed: dict[str, Any] = {}
-    for name, value in config.items():
-        if name in ("quantization_config", "_pre_quantization_dtype"):
-            continue
-        if name in ("dtype", "torch_dtype") and isinstance(value, str):
-            changed[name] = dtype
-        else:
-            changed[name] = _config(value, dtype) if isinstance(value, Mapping) else value
-    return changed
 
 
 def _result(base: Checkpoint, jobs: Sequence[_Job], notes: Sequence[str]) -> DequantizeResult:

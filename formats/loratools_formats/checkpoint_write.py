@@ -151,10 +151,19 @@ def write_checkpoint(
     overwrite: bool = False,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    accept: Callable[[], None] | None = None,
 ) -> tuple[str, ...]:
     """Write a checkpoint so that it appears whole or not at all, with its provenance beside it.
 
     A base that is a bare file makes a bare file; a folder makes a folder.
+
+    Args:
+        new: what to write.
+        output: where.
+        overwrite: replace an existing output.
+        workers: threads.
+        progress: called with (bytes done, bytes in all).
+        accept: called when all weights are written; what it raises keeps the output from appearing.
 
     Returns:
         Names of the base's files that were left out.
@@ -169,10 +178,14 @@ def write_checkpoint(
     needed = new.nbytes + sum(path.stat().st_size for _, path in carried)
     check_space(resolved(output).parent, needed)
     if not new.base.is_folder:
-        _write_file(new, output, overwrite=overwrite, workers=workers, progress=progress)
+        _write_file(
+            new, output, overwrite=overwrite, workers=workers, progress=progress, accept=accept
+        )
         return ()
     with publish_folder(output, overwrite=overwrite) as folder:
         write_shards(folder, new.shards, workers=workers, progress=progress)
+        if accept is not None:
+            accept()
         for name, path in carried:
             _copy(path, folder / name)
         if len(new.shards) > 1:
@@ -192,11 +205,14 @@ def _write_file(
     overwrite: bool,
     workers: int,
     progress: Callable[[int, int], None] | None,
+    accept: Callable[[], None] | None,
 ) -> None:
     (shard,) = new.shards
     with publish_file(output, overwrite=overwrite) as temporary:
         shard = replace(shard, name=temporary.name)
         write_shards(temporary.parent, [shard], workers=workers, progress=progress)
+        if accept is not None:
+            accept()
         new.check_unchanged()
     beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
     with publish_file(beside, overwrite=True) as temporary:

@@ -78,7 +78,7 @@ class TensorRef:
                 expected=f"within {self.nbytes}",
             )
         if self.file is None:
-            return memoryview(self.read())[start:stop]
+            return memoryview(self.read()).cast("B")[start:stop]
         return self.file.read_at(self.offset + start, stop - start)
 
     def load(self, dtype: DTypeLike | None = None) -> Array:
@@ -101,10 +101,7 @@ class TensorRef:
                 "elements below a byte cannot be read apart", tensor=self.key, got=self.dtype.code
             )
         width = self.dtype.bits // 8
-        if self.file is None:
-            data: Buffer = memoryview(self.read()).cast("B")[start * width : stop * width]
-        else:
-            data = self.file.read_at(self.offset + start * width, (stop - start) * width)
+        data = self.raw_range(start * width, stop * width)
         return dtypes.decode(data, self.dtype, (stop - start,))
 
     def torch(self) -> Any:

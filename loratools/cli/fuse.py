@@ -19,7 +19,7 @@ from loratools.cli.output import (
     progress_bar,
 )
 from loratools.device import DeviceName
-from loratools.fuse.operation import FuseOptions, FuseResult, Fusion
+from loratools.fuse.operation import BaseMode, FuseOptions, FuseResult, Fusion
 from loratools.fuse.plan import FuseInput, TensorPlan
 from loratools_formats import read_adapter
 from loratools_formats.checkpoint import read_checkpoint
@@ -32,6 +32,15 @@ from loratools_formats.errors import OptionError
 @shared.output_options
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of all weights.")
 @shared.max_shard_size_option
+@click.option(
+    "--base-mode",
+    type=click.Choice(["dequant", "original"]),
+    help="For a base in four bits: add to what its codes mean, or insist on the 16-bit original.",
+)
+@click.option("--requantize", is_flag=True, help="Store changed four-bit weights in four bits.")
+@click.option(
+    "--allow-lossy", is_flag=True, help="Do so even if less than half of the change survives."
+)
 @shared.device_option
 @shared.workers_option
 @shared.from_option
@@ -45,6 +54,9 @@ def command(
     dry_run: bool,
     dtype: str | None,
     max_shard_size: str | None,
+    base_mode: BaseMode | None,
+    requantize: bool,
+    allow_lossy: bool,
     device: DeviceName,
     workers: int,
     format_name: str | None,
@@ -68,6 +80,9 @@ def command(
         max_shard_bytes=None if max_shard_size is None else shared.parsed_size(max_shard_size),
         workers=workers,
         device=device,
+        base_mode=base_mode,
+        requantize=requantize,
+        allow_lossy=allow_lossy,
     )
     fusion = Fusion(read_checkpoint(base), inputs, options)
     if dry_run or output is None:
@@ -153,7 +168,9 @@ def _as_json(inputs: Sequence[FuseInput], result: FuseResult) -> dict[str, objec
         "lost_to_rounding": result.lost,
         "bytes_out": result.nbytes,
         "files": list(result.shards),
+        "surviving": result.surviving,
         "copied": result.copied,
+        "converted": result.converted,
         "left_out": list(result.left_out),
         "notes": list(result.notes),
         "tensors": [
@@ -168,22 +185,27 @@ def _as_json(inputs: Sequence[FuseInput], result: FuseResult) -> dict[str, objec
 
 
 def _print_report(result: FuseResult) -> None:
-    print_table(
-        ["tensor", "dtype", "‖ΔW‖/‖W‖", "lost to rounding"],
-        "<<>>",
+    header = ["tensor", "dtype", "‖ΔW‖/‖W‖", "lost to rounding"]
+    rows = [
         [
-            [
-                report.key,
-                report.dtype,
-                "new" if report.relative_change is None else number(report.relative_change),
-                percent(report.lost),
-            ]
-            for report in result.tensors
-        ],
-    )
+            report.key,
+            report.dtype,
+            "new" if report.relative_change is None else number(report.relative_change),
+            percent(report.lost),
+        ]
+        for report in result.tensors
+    ]
+    if result.surviving is not None:
+        header.append("survives")
+        for row, report in zip(rows, result.tensors, strict=True):
+            row.append("–" if report.surviving is None else percent(report.surviving))
+    print_table(header, "<<>>>"[: len(header)], rows)
     click.echo(f"‖ΔW‖/‖W‖: {number(result.relative_change)}")
     click.echo(f"lost to rounding: {percent(result.lost)} of ΔW")
+    if result.surviving is not None:
+        click.echo(f"survives four bits: {percent(result.surviving)} of ΔW")
+    converted = f", {result.converted} converted" if result.converted else ""
     click.echo(
         f"size: {human_bytes(result.nbytes)} in {_files(len(result.shards))}; "
-        f"{len(result.tensors)} tensors changed, {result.copied} copied"
+        f"{len(result.tensors)} tensors changed, {result.copied} copied{converted}"
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from loratools.fuse.blocks import Patch
 from loratools.fuse.terms import Change
 from loratools.placement import BiasPlacement, Placement, Placements, place
@@ -16,6 +18,8 @@ from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import TensorRef
 
 _VOCABULARY_LEAVES = (["embed_tokens"], ["lm_head"], ["wte"], ["word_embeddings"], ["embed_out"])
+Array = np.ndarray[Any, Any]
+
 FLOATING = ("F64", "F32", "F16", "BF16")
 
 
@@ -71,6 +75,21 @@ class TensorPlan:
         """Whether the bytes of its source are what is stored."""
         return not self.changes and not self.replaces and self.dtype == self.source.dtype
 
+    def old_values(self, start: int, values: Array) -> Array:
+        """Return the base's values of a block: those it begins with, or those they replace.
+
+        Args:
+            start: index of the block's first element.
+            values: (n,) what the block begins with.
+        """
+        if not self.replaces:
+            return values
+        old = np.zeros(values.shape)
+        if self.original is not None and start < self.original.numel:
+            stop = min(start + len(values), self.original.numel)
+            old[: stop - start] = self.original.elements(start, stop)
+        return old
+
     @property
     def modules(self) -> tuple[str, ...]:
         """The adapters' modules that change it."""
@@ -109,13 +128,19 @@ class _Draft:
     replaced_by: str | None = None
 
 
-def plan_fuse(base: Checkpoint, inputs: Sequence[FuseInput], dtype: str | None = None) -> FusePlan:
+def plan_fuse(
+    base: Checkpoint,
+    inputs: Sequence[FuseInput],
+    dtype: str | None = None,
+    stored: Mapping[str, DType] | None = None,
+) -> FusePlan:
     """Return what fusing adapters into a base will do.
 
     Args:
         base: a checkpoint of plain tensors.
         inputs: the adapters with their weights.
         dtype: safetensors code of the type of all floating tensors; each keeps its own by default.
+        stored: type to keep for some tensors instead of their own.
 
     Raises:
         AdapterError: a module fits no tensor, adapters contradict each other, or shapes differ.
@@ -152,11 +177,11 @@ def plan_fuse(base: Checkpoint, inputs: Sequence[FuseInput], dtype: str | None =
                 got=code,
                 expected=", ".join(FLOATING),
             )
-        stored = DTYPES[dtype] if dtype is not None and code in FLOATING else _own(base, key, draft)
+        kept = (stored or {}).get(key) or _own(base, key, draft)
         plans[key] = TensorPlan(
             key,
             draft.source.renamed(key),
-            stored,
+            DTYPES[dtype] if dtype is not None and code in FLOATING else kept,
             tuple(draft.changes),
             tuple(draft.patches),
             base.tensors.get(key),

@@ -82,7 +82,7 @@ def fuse_tensor(
             stored = rounded[: len(total)]
             np.copyto(stored, total, casting="unsafe")
             store(block.start, stored)
-            old = _old(plan, block.start, w)
+            old = plan.old_values(block.start, w)
             base += float(np.dot(old, old))
             if only is None:
                 change = total - old
@@ -100,17 +100,6 @@ def fuse_tensor(
         math.sqrt(delta),
         math.sqrt(rounding),
     )
-
-
-def _old(plan: TensorPlan, start: int, values: Array) -> Array:
-    """Return the base's values of a block: those it begins with, or those they replace."""
-    if not plan.replaces:
-        return values
-    old = np.zeros(values.shape)
-    if plan.original is not None and start < plan.original.numel:
-        stop = min(start + len(values), plan.original.numel)
-        old[: stop - start] = plan.original.elements(start, stop)
-    return old
 
 
 def _only_plain(terms: list[list[Term]]) -> list[Term] | None:
