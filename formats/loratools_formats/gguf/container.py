@@ -63,7 +63,6 @@ class KeyValue:
         count: number of elements, 1 if it is no array.
         offset: where the value starts in the file; of an array, its first element.
         end: where it ends.
-        entry: where the whole entry starts, its key included.
     """
 
     type: str
@@ -72,7 +71,6 @@ class KeyValue:
     count: int = 1
     offset: int = field(default=0, compare=False)
     end: int = field(default=0, compare=False)
-    entry: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,7 @@ class GgufFile:
         keys: the key/value table.
         tensors: by name.
         alignment: of tensor data, in bytes.
+        keys_end: where the key/value table ends.
         data_start: where tensor data starts.
     """
 
@@ -118,6 +117,7 @@ class GgufFile:
     keys: Mapping[str, KeyValue]
     tensors: Mapping[str, GgufTensor]
     alignment: int
+    keys_end: int
     data_start: int
 
     def get(self, key: str, *types: str) -> Any:
@@ -313,11 +313,11 @@ def _read(file: RegularFile) -> GgufFile:
     _check_count("tensors", tensor_count, _MAX_TENSORS, _SMALLEST_TENSOR_BYTES, cursor)
     keys: dict[str, KeyValue] = {}
     for _ in range(key_count):
-        entry = cursor.position
         key = cursor.string(_MAX_KEY_BYTES)
         if not key or key in keys:
             raise AdapterError("key is listed twice" if key else "key is empty", tensor=key)
-        keys[key] = _value(cursor, key, entry)
+        keys[key] = _value(cursor, key)
+    keys_end = cursor.position
     alignment = _alignment(keys)
     infos: dict[str, tuple[GgmlType, tuple[int, ...], int]] = {}
     for _ in range(tensor_count):
@@ -331,7 +331,7 @@ def _read(file: RegularFile) -> GgufFile:
         name: GgufTensor(name, kind, shape, file, data_start + offset)
         for name, (kind, shape, offset) in infos.items()
     }
-    return GgufFile(file, version, keys, tensors, alignment, data_start)
+    return GgufFile(file, version, keys, tensors, alignment, keys_end, data_start)
 
 
 def _check_count(what: str, count: int, limit: int, smallest: int, cursor: _Cursor) -> None:
@@ -342,20 +342,18 @@ def _check_count(what: str, count: int, limit: int, smallest: int, cursor: _Curs
         )
 
 
-def _value(cursor: _Cursor, key: str, entry: int) -> KeyValue:
+def _value(cursor: _Cursor, key: str) -> KeyValue:
     kind = _value_type(cursor, key)
     if kind == STRING:
         nbytes = cursor.length(cursor.remaining)
         offset = cursor.position
         if nbytes <= _MAX_LOADED:
-            return KeyValue(
-                kind, cursor.text(nbytes, _MAX_LOADED), "", 1, offset, cursor.position, entry
-            )
+            return KeyValue(kind, cursor.text(nbytes, _MAX_LOADED), "", 1, offset, cursor.position)
         cursor.seek(offset + nbytes)
-        return KeyValue(kind, None, "", 1, offset, offset + nbytes, entry)
+        return KeyValue(kind, None, "", 1, offset, offset + nbytes)
     if kind != ARRAY:
         offset = cursor.position
-        return KeyValue(kind, cursor.scalar(kind), "", 1, offset, cursor.position, entry)
+        return KeyValue(kind, cursor.scalar(kind), "", 1, offset, cursor.position)
     item = _value_type(cursor, key)
     (count,) = struct.unpack("<Q", cursor.take(8))
     if item == ARRAY:
@@ -375,7 +373,7 @@ def _value(cursor: _Cursor, key: str, entry: int) -> KeyValue:
         _check_bools(cursor, key, count)
     else:
         cursor.seek(offset + count * width)
-    return KeyValue(ARRAY, None, item, count, offset, cursor.position, entry)
+    return KeyValue(ARRAY, None, item, count, offset, cursor.position)
 
 
 def _check_bools(cursor: _Cursor, key: str, count: int) -> None:
