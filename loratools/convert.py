@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def prepare(
     context: Context | None = None,
     *,
     allow_lossy: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> Conversion:
     """Translate an adapter into another format; loads no factor and writes nothing.
 
@@ -98,6 +99,7 @@ def prepare(
         format_name: the format to convert to.
         context: the base model and the type of the output's factors, where wanted.
         allow_lossy: leave out what the target cannot hold.
+        metadata: text to add to the output's metadata.
 
     Raises:
         UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
@@ -131,8 +133,14 @@ def prepare(
         options["outtype"] = context.dtype
     if losses:
         options["lost"] = [loss.name for loss in losses]
+    if metadata:
+        options["metadata"] = dict(metadata)
     record = operation_record("convert", {"adapter": adapter}, options)
-    made = replace(made, provenance=record, metadata={**made.metadata, **record_metadata(record)})
+    made = replace(
+        made,
+        provenance=record,
+        metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
+    )
     return Conversion(made, exact, target, losses, _notes(adapter, made, target))
 
 

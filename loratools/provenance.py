@@ -7,11 +7,16 @@ from typing import Any
 
 from loratools import __version__
 from loratools_formats.adapter import Adapter
+from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.files import RegularFile
+from loratools_formats.safetensors_io import header_digest
 
 
 def operation_record(
-    operation: str, inputs: Mapping[str, Adapter], options: Mapping[str, Any]
+    operation: str,
+    inputs: Mapping[str, Adapter],
+    options: Mapping[str, Any],
+    base: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Return the record of an operation: everything that determines its output's bytes.
 
@@ -19,12 +24,18 @@ def operation_record(
         operation: the command's name.
         inputs: adapters by their role. Their files are named without folders.
         options: the options that differ from nothing, as JSON values.
+        base: a checkpoint that was changed; its shards are known by their headers.
     """
+    shards = () if base is None else base.files
     return {
         "tool": {"name": "loratools", "version": __version__},
         "operation": operation,
         "options": dict(options),
         "inputs": [
+            {"role": "base", "name": shard.file.path.name, "digest": header_digest(shard)}
+            for shard in shards
+        ]
+        + [
             {"role": role, "name": file.path.name, "digest": {"sha256": file.sha256()}}
             for role, files in _files_by_role(inputs)
             for file in files

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -142,6 +143,42 @@ class TestOtherSingleFiles(SingleFileConformance):
         "lora_unet_mid_block_attentions_0_proj_in": KOHYA_LEAVES,
         "transformer_blocks.0.attn.to_q": (".lora_A", ".lora_B", ""),
     }
+
+
+class TestGguf(FormatConformance):
+    """A file with every kind of tensor that llama.cpp loads, written with the gguf package."""
+
+    format: Format = get_format("gguf")
+
+    def make_sample(self, folder: Path) -> Path:
+        rng = np.random.default_rng(0)
+        path = folder / "sample.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 12.0)
+        writer.add_string("adapter.lora.task_name", "test")
+        writer.add_string("general.base_model.0.repo_url", "https://huggingface.co/some/model")
+        writer.add_uint32("general.base_model.count", 1)
+        writer.add_array("general.tags", ["lora", "test"])
+        for name, a, b in (
+            ("blk.0.attn_q", (8, 20), (12, 8)),
+            ("blk.1.attn_q", (3, 20), (12, 3)),
+            ("blk.0.ffn_up_exps", (4, 8, 20), (4, 12, 8)),
+            ("token_embd", (50, 8), (20, 8)),
+        ):
+            kind = np.float16 if name.startswith("blk.1") else np.float32
+            writer.add_tensor(f"{name}.weight.lora_a", rng.standard_normal(a).astype(kind))
+            writer.add_tensor(f"{name}.weight.lora_b", rng.standard_normal(b).astype(kind))
+        writer.add_tensor("blk.0.attn_norm.weight", np.ones(20, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    def stored_keys(self, path: Path) -> set[str]:
+        return {tensor.name for tensor in gguf.GGUFReader(path).tensors}
 
 
 @pytest.fixture

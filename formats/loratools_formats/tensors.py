@@ -7,7 +7,7 @@ caches: holding many of them costs nothing, and whoever loads one decides how lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,6 +64,23 @@ class TensorRef:
         """Return the stored bytes, for bit-exact copies."""
         return self.read()
 
+    def raw_range(self, start: int, stop: int) -> Buffer:
+        """Return the stored bytes [start, stop), reading no others if they lie in a file.
+
+        Raises:
+            AdapterError: the tensor has fewer bytes.
+        """
+        if not 0 <= start <= stop <= self.nbytes:
+            raise AdapterError(
+                "bytes beyond the end of a tensor",
+                tensor=self.key,
+                got=f"{start} to {stop}",
+                expected=f"within {self.nbytes}",
+            )
+        if self.file is None:
+            return memoryview(self.read()).cast("B")[start:stop]
+        return self.file.read_at(self.offset + start, stop - start)
+
     def load(self, dtype: DTypeLike | None = None) -> Array:
         """Return the values as an array of `shape`, in the stored type or converted to `dtype`.
 
@@ -72,6 +89,20 @@ class TensorRef:
         """
         array = dtypes.decode(self.read(), self.dtype, self.shape)
         return array if dtype is None else dtypes.converted(array, dtype)
+
+    def elements(self, start: int, stop: int) -> Array:
+        """Return elements [start, stop) of the flat tensor in the stored type, reading only them.
+
+        Raises:
+            UnsupportedError: the stored type is smaller than a byte, or cannot be decoded.
+        """
+        if self.dtype.bits < 8:
+            raise UnsupportedError(
+                "elements below a byte cannot be read apart", tensor=self.key, got=self.dtype.code
+            )
+        width = self.dtype.bits // 8
+        data = self.raw_range(start * width, stop * width)
+        return dtypes.decode(data, self.dtype, (stop - start,))
 
     def torch(self) -> Any:
         """Return the values as a torch tensor of the stored type, with memory of its own."""
@@ -122,6 +153,23 @@ class TensorRef:
 
         return TensorRef(self.key, self.dtype, shape, read)
 
+    def rows(self, order: Sequence[int]) -> TensorRef:
+        """Return the tensor with these rows of every matrix, in this order, bit for bit.
+
+        Args:
+            order: rows along the last axis but one; a row may be missing or listed twice.
+        """
+        *stack, _, width = self.shape
+
+        def read() -> Buffer:
+            import numpy as np
+
+            stored = np.frombuffer(self.read(), dtype=np.uint8)
+            matrices = stored.reshape(-1, self.shape[-2], width * self.dtype.bits // 8)
+            return matrices[:, np.asarray(order, dtype=np.intp)].reshape(-1).data
+
+        return TensorRef(self.key, self.dtype, (*stack, len(order), width), read)
+
 
 def in_file(
     key: str, dtype: DType, shape: tuple[int, ...], file: ByteSource, offset: int
@@ -142,6 +190,26 @@ def rounded(tensor: TensorRef, dtype: DType) -> TensorRef:
         return dtypes.encode(tensor.load(), dtype).reshape(-1).view(np.uint8).data
 
     return TensorRef(tensor.key, dtype, tensor.shape, read)
+
+
+def joined(key: str, tensors: Sequence[TensorRef], shape: tuple[int, ...]) -> TensorRef:
+    """Return the bytes of tensors of one type, one behind the other, seen with a shape.
+
+    Raises:
+        AdapterError: their types differ, or they do not fill the shape.
+    """
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.dtype != first.dtype:
+            raise AdapterError(
+                "tensors to join differ in type",
+                tensor=tensor.key,
+                got=tensor.dtype.code,
+                expected=first.dtype.code,
+            )
+    if sum(tensor.numel for tensor in tensors) != math.prod(shape):
+        raise AdapterError("tensors to join do not fill the shape", tensor=key, expected=shape)
+    return TensorRef(key, first.dtype, shape, lambda: b"".join(t.read() for t in tensors))
 
 
 def in_memory(key: str, array: Array, code: str | None = None) -> TensorRef:

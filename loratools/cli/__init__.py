@@ -14,19 +14,25 @@ from loratools.cli.errors import run
 
 _COMMANDS = {
     "convert": "loratools.cli.convert",
+    "dequantize": "loratools.cli.dequantize",
     "formats": "loratools.cli.formats",
+    "fuse": "loratools.cli.fuse",
     "info": "loratools.cli.info",
     "merge": "loratools.cli.merge",
     "methods": "loratools.cli.methods",
+    "quantize": "loratools.cli.quantize",
     "squeeze": "loratools.cli.squeeze",
 }
 
 _SUMMARIES = {
     "convert": "Convert an adapter to another format, and check what was written.",
+    "dequantize": "Turn a checkpoint's four-bit weights back into 16 or 32 bits.",
     "formats": "List the adapter formats, broken plugins included.",
+    "fuse": "Fuse adapters into base weights, streamed, without loading a model.",
     "info": "Show what an adapter is, from its headers alone.",
     "merge": "Merge adapters of any rank, scale and type into one.",
     "methods": "List the merge methods with their parameters, broken plugins included.",
+    "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
 }
 

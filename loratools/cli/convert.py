@@ -19,6 +19,7 @@ from loratools.cli.output import (
 from loratools.convert import Conversion, ConversionCheck, prepare, write
 from loratools_formats import Context, format_for_output, read_adapter
 from loratools_formats.adapter import low_rank_part
+from loratools_formats.errors import OptionError
 
 
 @click.command("convert")
@@ -32,6 +33,12 @@ from loratools_formats.adapter import low_rank_part
     help="Base model (folder or file), where a format needs its names or layout.",
 )
 @click.option("--outtype", help="Type of the factors in the output, such as f32, f16 or bf16.")
+@click.option(
+    "--metadata",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Text to add to the output's metadata. Repeatable.",
+)
 @click.option("--allow-lossy", is_flag=True, help="Leave out what the format cannot hold.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written, but write nothing.")
@@ -46,6 +53,7 @@ def command(
     format_name: str | None,
     base: Path | None,
     outtype: str | None,
+    metadata: tuple[str, ...],
     allow_lossy: bool,
     overwrite: bool,
     dry_run: bool,
@@ -65,7 +73,13 @@ def command(
     source = read_adapter(adapter, format_name)
     target_name = target_name or format_for_output(output).name
     target = checked_target(output, [source], overwrite=overwrite, dry_run=dry_run)
-    conversion = prepare(source, target_name, Context(base, outtype), allow_lossy=allow_lossy)
+    conversion = prepare(
+        source,
+        target_name,
+        Context(base, outtype),
+        allow_lossy=allow_lossy,
+        metadata=_key_values(metadata),
+    )
     check = None
     if target is not None:
         with progress_bar("check", quiet=quiet) as progress:
@@ -78,6 +92,14 @@ def command(
         _print(source.format, conversion, check, verbose=verbose)
     error = 0.0 if check is None else check.relative_error
     return conclude(error, max_error, target, quiet=quiet)
+
+
+def _key_values(texts: tuple[str, ...]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for key, sign, _ in pairs:
+        if not key or not sign:
+            raise OptionError("metadata is wrong", got=key, expected="KEY=VALUE")
+    return {key: value for key, _, value in pairs}
 
 
 def _nbytes(conversion: Conversion) -> int:

@@ -28,7 +28,9 @@ def losses(adapter: Adapter) -> list[Loss]:
     """Return what PEFT cannot hold of an adapter read from another format."""
     if adapter.format == "peft":
         return []
-    return [Loss(name, "has no place in a PEFT file") for name in adapter.carried]
+    return [
+        Loss(name, "has no place in a PEFT file") for name in [*adapter.additions, *adapter.carried]
+    ]
 
 
 def write(adapter: Adapter, path: Path) -> None:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratools_formats.adapter import Adapter
-from loratools_formats.safetensors_io import serialised_header, serialised_order
+from loratools_formats.safetensors_io import header_bytes, in_file_order
 from loratools_formats.singlefile.scale import plain_part
 from loratools_formats.tensors import TensorRef
 
@@ -65,9 +65,10 @@ def with_digests(metadata: dict[str, str], tensors: Sequence[TensorRef]) -> dict
         return metadata
     result = dict(metadata)
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    position = len(serialised_header(tensors, training))
+    ordered = in_file_order(tensors)
+    position = len(header_bytes(ordered, training))
     digest, window = hashlib.sha256(), hashlib.sha256()
-    for chunk in _chunks(serialised_order(tensors)):
+    for chunk in _chunks(ordered):
         digest.update(chunk)
         first = max(_LEGACY_OFFSET - position, 0)
         last = max(_LEGACY_OFFSET + _LEGACY_BYTES - position, 0)

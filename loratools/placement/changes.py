@@ -1,17 +1,11 @@
-"""Where in a base checkpoint each change of an adapter goes; names and shapes only, no bytes.
-
-Adapters name modules as the model class does that they were trained with, checkpoints name tensors
-as the class did that saved them. Prefixes differ, projections are fused on one side and split on
-the other, experts are stacked or not, and tied weights are stored once.
-"""
+"""What `place` returns: one record for each change of a base tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loratools_formats.adapter import Adapter, Delta, Replacement
-from loratools_formats.checkpoint import Checkpoint
+from loratools_formats.adapter import Delta, Replacement
 
 Span = tuple[int, int]
 
@@ -69,14 +63,3 @@ class Placements:
     replacements: tuple[tuple[str, Replacement], ...]
     untied: Mapping[str, str]
     notes: tuple[str, ...]
-
-
-def place(adapter: Adapter, base: Checkpoint) -> Placements:
-    """Return where everything in an adapter goes.
-
-    Raises:
-        AdapterError: a module or tensor fits no base tensor, or several; the message lists all of
-            them and the nearest names.
-        UnsupportedError: a layout is ambiguous.
-    """
-    raise NotImplementedError
