@@ -13,16 +13,21 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from loratools import linalg
 from loratools.decompose import loaded
+from loratools.naming.lists import names_of_adapter, names_of_base
+from loratools.naming.rename import NamingOptions, Renamed, renamed
+from loratools.naming.tables import find_table
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
-from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, low_rank_part
+from loratools.rescale import folded
+from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, OtherDelta, low_rank_part
 from loratools_formats.errors import AdapterError, OptionError, OutputError, UnsupportedError
+from loratools_formats.factors import stored_as
 from loratools_formats.registry import (
     Context,
     Format,
@@ -31,6 +36,8 @@ from loratools_formats.registry import (
     read_adapter,
     write_adapter,
 )
+from loratools_formats.singlefile.metadata import without_training_data
+from loratools_formats.singlefile.write import SINGLE_FILES
 from loratools_formats.tensors import TensorRef
 
 
@@ -64,8 +71,41 @@ class ModuleError:
     """
 
     name: str
-    rank: int
+    rank: int | None
     relative_error: float
+
+
+@dataclass(frozen=True)
+class SingleFileOptions:
+    """How to write or read single-file adapters, whose names need resolving.
+
+    Attributes:
+        names: a bundled table of names, or the path of a user's.
+        names_from: an adapter whose dotted names resolve flattened ones.
+        component: what part of a pipeline paths without a component are of, or which part to take.
+        alpha: what becomes of scales: moved into the factors where that is `exact`, or always
+            (`fold`), or never (`keep`).
+        as_it_is: whether keys and scales stay as they are, since the naming does.
+        strip_training_metadata: whether metadata about the training data is left out.
+    """
+
+    names: str | None = None
+    names_from: Path | None = None
+    component: str | None = None
+    alpha: Literal["exact", "fold", "keep"] = "exact"
+    as_it_is: bool = False
+    strip_training_metadata: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """Return what is set, for an output's provenance."""
+        values = {
+            "names": None if self.names is None else Path(self.names).name,
+            "names_from": None if self.names_from is None else self.names_from.name,
+            "component": self.component,
+            "alpha": None if self.alpha == "exact" else self.alpha,
+            "strip_training_metadata": self.strip_training_metadata or None,
+        }
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -91,6 +131,7 @@ def prepare(
     *,
     allow_lossy: bool = False,
     metadata: Mapping[str, str] | None = None,
+    single: SingleFileOptions | None = None,
 ) -> Conversion:
     """Translate an adapter into another format; loads no factor and writes nothing.
 
@@ -100,12 +141,13 @@ def prepare(
         context: the base model and the type of the output's factors, where wanted.
         allow_lossy: leave out what the target cannot hold.
         metadata: text to add to the output's metadata.
+        single: what single-file formats are asked for.
 
     Raises:
         UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
         OptionError: a type or base model was given that neither format has a use for.
     """
-    context = context or Context()
+    context, single = context or Context(), single or SingleFileOptions()
     target = get_format(format_name)
     if target.write is None or target.losses is None:
         raise UnsupportedError(f"format {target.name} can be read but not written")
@@ -116,8 +158,10 @@ def prepare(
             expected=" or ".join(target.dtypes) or "no --outtype",
         )
     _require_true_delta(adapter, target)
-    model = _in_model_terms(adapter, target, context)
-    losses = tuple(target.losses(model))
+    named = _named(_in_model_terms(adapter, target, context), target, context, single)
+    model = named.adapter
+    out_of_place = [Loss(name, "is of another component") for name in named.left_out]
+    losses = (*out_of_place, *target.losses(model))
     if losses and not allow_lossy:
         others = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
         raise UnsupportedError(
@@ -125,10 +169,10 @@ def prepare(
             path=adapter.source,
             hint="Pass --allow-lossy to leave such things out",
         )
-    from_model = target.from_model or _as_it_is(target)
-    exact = from_model(model, replace(context, dtype=None))
-    made = exact if context.dtype is None else from_model(model, context)
-    options: dict[str, Any] = {"to": target.name}
+    if single.strip_training_metadata:
+        model = replace(model, metadata=without_training_data(model.metadata))
+    exact, made = _translated(model, target, context, single)
+    options: dict[str, Any] = {"to": target.name, **single.record()}
     if context.dtype is not None:
         options["outtype"] = context.dtype
     if losses:
@@ -141,7 +185,43 @@ def prepare(
         provenance=record,
         metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
     )
-    return Conversion(made, exact, target, losses, _notes(adapter, made, target))
+    notes = (*_notes(adapter, made, target), *named.notes)
+    return Conversion(made, exact, target, losses, notes)
+
+
+def _translated(
+    model: Adapter, target: Format, context: Context, single: SingleFileOptions
+) -> tuple[Adapter, Adapter]:
+    """Return the adapter as the target has it: with its values as they came, and as wanted."""
+    if single.as_it_is:
+        stored = {name: stored_as(delta, context.dtype) for name, delta in model.modules.items()}
+        return model, replace(model, modules=stored)
+    from_model = target.from_model or _as_it_is(target)
+    exact = from_model(model, replace(context, dtype=None))
+    wanted = model
+    if target.name in SINGLE_FILES and single.alpha != "keep":
+        rounding = single.alpha == "fold"
+        modules = {n: folded(delta, rounding=rounding) for n, delta in model.modules.items()}
+        wanted = replace(model, modules=modules)
+    if context.dtype is None and wanted is model:
+        return exact, exact
+    return exact, from_model(wanted, context)
+
+
+def _named(
+    adapter: Adapter, target: Format, context: Context, single: SingleFileOptions
+) -> Renamed:
+    """Return the adapter under the names of the target, if single files take part."""
+    naming = next((name for name in SINGLE_FILES if name == target.name), None)
+    if single.as_it_is or (naming is None and adapter.format not in SINGLE_FILES):
+        return Renamed(adapter)
+    dotted: list[str] = []
+    if context.base is not None and naming is not None:
+        dotted += names_of_base(context.base, single.component)
+    if single.names_from is not None:
+        dotted += names_of_adapter(single.names_from)
+    table = None if single.names is None else find_table(single.names)
+    return renamed(adapter, naming or "bare", NamingOptions(table, tuple(dotted), single.component))
 
 
 def _require_true_delta(adapter: Adapter, target: Format) -> None:
@@ -153,6 +233,7 @@ def _require_true_delta(adapter: Adapter, target: Format) -> None:
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
     source = get_format(adapter.format)
     has_use = (source.to_model, target.to_model) != (None, None) and source.name != target.name
+    has_use |= source.name in SINGLE_FILES or target.name in SINGLE_FILES
     if context.base is not None and not has_use:
         raise OptionError(f"converting {source.name} to {target.name} needs no base model")
     if source.name == target.name or source.to_model is None:
@@ -230,6 +311,7 @@ def compared(
     written = read_adapter(path, conversion.target.name)
     exact = conversion.exact
     _same_names(path, set(exact.modules), set(written.modules))
+    _same_names(path, set(exact.additions), set(written.additions))
     _same_names(path, set(exact.replacements), set(written.replacements))
     names = list(exact.modules)
 
@@ -242,24 +324,27 @@ def compared(
         if progress is not None:
             progress(len(found), len(names))
     modules = [
-        ModuleError(name, low_rank_part(written.modules[name]).rank, _ratio(*squares))
+        ModuleError(name, rank_of(written.modules[name]), _ratio(*squares))
         for name, squares in zip(names, found, strict=True)
     ]
-    others = [
-        _ratio(*_difference(mine, theirs))
-        for name in names
-        for mine, theirs in zip(
-            _others(exact.modules[name]), _others(written.modules[name]), strict=True
-        )
-    ] + [
-        _ratio(*_difference(entry.tensor, written.replacements[key].tensor))
-        for key, entry in exact.replacements.items()
+    pairs = [
+        pair for name in names for pair in _others(name, exact.modules[name], written.modules[name])
     ]
+    pairs += [(each.tensor, written.additions[key].tensor) for key, each in exact.additions.items()]
+    pairs += [
+        (each.tensor, written.replacements[key].tensor) for key, each in exact.replacements.items()
+    ]
+    others = [_ratio(*_difference(mine, theirs)) for mine, theirs in pairs]
     return ConversionCheck(
         modules=tuple(modules),
         relative_error=_ratio(sum(e for e, _ in found), sum(n for _, n in found)),
         other_error=max(others, default=0.0),
     )
+
+
+def rank_of(delta: Delta) -> int | None:
+    """Return a delta's rank, None for a kind without factors."""
+    return None if isinstance(delta, OtherDelta) else low_rank_part(delta).rank
 
 
 def _same_names(path: Path, wanted: set[str], found: set[str]) -> None:
@@ -269,13 +354,36 @@ def _same_names(path: Path, wanted: set[str], found: set[str]) -> None:
         raise OutputError(f"the written file {kind} a part", path=path, tensor=different[0])
 
 
-def _others(delta: Delta) -> list[TensorRef]:
-    factors = low_rank_part(delta)
-    return [t for t in delta.tensors() if t is not factors.a and t is not factors.b]
+def _others(name: str, mine: Delta, theirs: Delta) -> list[tuple[TensorRef, TensorRef]]:
+    """Return pairs of tensors that are no factors: biases, magnitudes, those of other kinds."""
+    first, second = _beside_factors(mine), _beside_factors(theirs)
+    if set(first) != set(second):
+        raise OutputError(
+            "the written module has other parts",
+            tensor=name,
+            got=", ".join(sorted(second)),
+            expected=", ".join(sorted(first)),
+        )
+    return [(tensor, second[part]) for part, tensor in first.items()]
+
+
+def _beside_factors(delta: Delta) -> dict[str, TensorRef]:
+    named: dict[str, TensorRef | None]
+    if isinstance(delta, OtherDelta):
+        named = {**delta.parts, "magnitude": delta.magnitude, "bias": delta.bias}
+    elif isinstance(delta, Dora):
+        named = {"magnitude": delta.magnitude, "bias": delta.direction.bias}
+    else:
+        named = {"bias": delta.bias}
+    return {part: tensor for part, tensor in named.items() if tensor is not None}
 
 
 def _residual(name: str, mine: Delta, theirs: Delta) -> tuple[float, float]:
-    """Return (‖ΔW − ΔW'‖², ‖ΔW‖²) of one module."""
+    """Return (‖ΔW − ΔW'‖², ‖ΔW‖²) of one module; zeros for a kind without factors."""
+    if isinstance(mine, OtherDelta) or isinstance(theirs, OtherDelta):
+        if _settled(mine) != _settled(theirs):
+            raise OutputError("the written module is of another kind or scale", tensor=name)
+        return 0.0, 0.0
     first, second = low_rank_part(mine), low_rank_part(theirs)
     same_kind = isinstance(mine, Dora) == isinstance(theirs, Dora)
     if (first.shape, first.experts) != (second.shape, second.experts) or not same_kind:
@@ -296,6 +404,12 @@ def _residual(name: str, mine: Delta, theirs: Delta) -> tuple[float, float]:
     if not math.isfinite(error):
         raise OutputError("a value is beyond the range of the output's type", tensor=name)
     return error, norm
+
+
+def _settled(delta: Delta) -> object:
+    if not isinstance(delta, OtherDelta):
+        return None
+    return delta.kind, dict(delta.settings), delta.shape
 
 
 def _not_finite(delta: LowRank) -> AdapterError:

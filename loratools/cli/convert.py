@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 
@@ -16,10 +17,18 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
-from loratools.convert import Conversion, ConversionCheck, prepare, write
+from loratools.convert import (
+    Conversion,
+    ConversionCheck,
+    SingleFileOptions,
+    prepare,
+    rank_of,
+    write,
+)
 from loratools_formats import Context, format_for_output, read_adapter
-from loratools_formats.adapter import low_rank_part
+from loratools_formats.adapter import Delta
 from loratools_formats.errors import OptionError
+from loratools_formats.singlefile import NAMES as SINGLE_FILES
 
 
 @click.command("convert")
@@ -39,6 +48,28 @@ from loratools_formats.errors import OptionError
     metavar="KEY=VALUE",
     help="Text to add to the output's metadata. Repeatable.",
 )
+@click.option(
+    "--names",
+    metavar="TABLE",
+    help="Names of an architecture in single files: a bundled table, or FILE.toml.",
+)
+@click.option(
+    "--names-from",
+    type=click.Path(path_type=Path),
+    help="Adapter whose dotted names resolve flattened ones.",
+)
+@click.option(
+    "--component",
+    help="Part of a pipeline that names without one are of, or that is to be taken.",
+)
+@click.option("--keep-alpha", is_flag=True, help="Leave scales beside factors, as they are.")
+@click.option("--fold-alpha", is_flag=True, help="Move scales into factors even if that rounds.")
+@click.option(
+    "--strip-training-metadata",
+    is_flag=True,
+    help="Leave out what the metadata of single files tells about the training data.",
+)
+@shared.carry_unknown_option
 @click.option("--allow-lossy", is_flag=True, help="Leave out what the format cannot hold.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written, but write nothing.")
@@ -54,6 +85,7 @@ def command(
     base: Path | None,
     outtype: str | None,
     metadata: tuple[str, ...],
+    carry_unknown: bool,
     allow_lossy: bool,
     overwrite: bool,
     dry_run: bool,
@@ -61,6 +93,7 @@ def command(
     verbose: bool,
     as_json: bool,
     quiet: bool,
+    **single: Any,
 ) -> int:
     """Convert an adapter to another format, and check what was written.
 
@@ -70,8 +103,9 @@ def command(
     loratools convert my-adapter my-adapter.gguf --base my-model
     loratools convert my-adapter.gguf my-adapter --base my-model
     """  # noqa: D301 - click reads the backspace
-    source = read_adapter(adapter, format_name)
-    target_name = target_name or format_for_output(output).name
+    source = read_adapter(adapter, format_name, carry_unknown=carry_unknown)
+    as_it_is = target_name is None and _is_named_alike(source.format, output)
+    target_name = source.format if as_it_is else target_name or format_for_output(output).name
     target = checked_target(output, [source], overwrite=overwrite, dry_run=dry_run)
     conversion = prepare(
         source,
@@ -79,6 +113,7 @@ def command(
         Context(base, outtype),
         allow_lossy=allow_lossy,
         metadata=_key_values(metadata),
+        single=_single(as_it_is=as_it_is, **single),
     )
     check = None
     if target is not None:
@@ -92,6 +127,20 @@ def command(
         _print(source.format, conversion, check, verbose=verbose)
     error = 0.0 if check is None else check.relative_error
     return conclude(error, max_error, target, quiet=quiet)
+
+
+def _is_named_alike(source: str, output: Path) -> bool:
+    """Return whether the output is named as a single file, and the input is one too."""
+    return source in SINGLE_FILES and output.name.lower().endswith(".safetensors")
+
+
+def _single(*, keep_alpha: bool, fold_alpha: bool, **options: Any) -> SingleFileOptions:
+    if keep_alpha and fold_alpha:
+        raise OptionError("--keep-alpha and --fold-alpha exclude each other")
+    alpha: Literal["exact", "fold", "keep"] = "exact"
+    if keep_alpha or fold_alpha:
+        alpha = "keep" if keep_alpha else "fold"
+    return SingleFileOptions(alpha=alpha, **options)
 
 
 def _key_values(texts: tuple[str, ...]) -> dict[str, str]:
@@ -122,12 +171,17 @@ def _as_json(
         "modules": [
             {
                 "name": name,
-                "rank": low_rank_part(delta).rank,
+                "rank": rank_of(delta),
                 "relative_error": errors.get(name),
             }
             for name, delta in conversion.adapter.modules.items()
         ],
     }
+
+
+def _rank(delta: Delta) -> str:
+    rank = rank_of(delta)
+    return "–" if rank is None else str(rank)
 
 
 def _print(
@@ -143,7 +197,7 @@ def _print(
             ["module", "rank", "relative error"],
             "<>>",
             [
-                [name, str(low_rank_part(delta).rank), errors.get(name, "–")]
+                [name, _rank(delta), errors.get(name, "–")]
                 for name, delta in conversion.adapter.modules.items()
             ],
         )

@@ -52,10 +52,12 @@ class Renamed:
     Attributes:
         adapter: with modules, keys of additions and metadata as the target has them.
         notes: how the names were found.
+        left_out: modules of other components than the one asked for, if the target holds one.
     """
 
     adapter: Adapter
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def renamed(adapter: Adapter, target: Target, options: NamingOptions | None = None) -> Renamed:
@@ -72,23 +74,55 @@ def renamed(adapter: Adapter, target: Target, options: NamingOptions | None = No
         OptionError: several tables fit, and they disagree.
     """
     options = options or NamingOptions()
+    if target == "bare":
+        return _bare(adapter, options)
+    return _in_class(adapter, target, options)
+
+
+def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
+    """Return the modules of one component, by their dotted paths in it."""
+    by_diffusers = _in_class(adapter, "bare", options)
+    adapter = by_diffusers.adapter
+    prefixes = {name: key.prefix for name in adapter.modules if (key := module_key(name))}
+    wanted = {options.component + "."} if options.component else set(prefixes.values())
+    wanted &= {*prefixes.values(), *(() if options.component else ("",))}
+    if len(wanted) > 1:
+        raise UnsupportedError(
+            "the target holds one component of a pipeline, and the file has several",
+            path=adapter.source,
+            got=", ".join(sorted(prefix.rstrip(".") or "none" for prefix in wanted)),
+            hint="Take one with --component, and leave out the others with --allow-lossy",
+        )
+    prefix = next(iter(wanted), "")
+    kept = {n: d for n, d in adapter.modules.items() if prefixes.get(n, "") == prefix}
+    if not kept:
+        raise OptionError(
+            "the adapter has nothing of that component", path=adapter.source, got=options.component
+        )
+    modules = {name.removeprefix(prefix): delta for name, delta in kept.items()}
+    left_out = tuple(sorted(set(adapter.modules) - set(kept)))
+    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out)
+
+
+def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renamed:
     names = _with_component(adapter, options, target)
     if target == "safetensors":
-        return Renamed(adapter, ())
+        return Renamed(adapter)
     known = embedded_map(adapter)
     flat = {new for new in names.values() if (key := module_key(new)) is not None and key.flat}
     if target != "kohya":
         dotted = looked_up(flat, options.dotted, known)
         names = {old: dotted.get(new, new) for old, new in names.items()}
     if all(_is_of(new, target) for new in names.values()):
-        return Renamed(_moved(adapter, names, target), ())
-    table = _table(adapter, names, target, options)
-    if table is None:
-        return Renamed(_moved(adapter, _without_table(adapter, names, target), target), ())
-    crossing = Crossing(adapter, names, target, table)
+        return Renamed(_moved(adapter, names, target))
+    tables = _tables(adapter, names, target, options)
+    if not tables:
+        return Renamed(_moved(adapter, _without_table(adapter, names, target), target))
+    crossing = Crossing(adapter, names, target, tables[0])
     modules, additions = crossing.modules(), crossing.additions()
     done = _finished(adapter, modules, additions, target, crossing.dotted)
-    return Renamed(done, (f"names by the table of {table.title}",))
+    titles = " or ".join(table.title for table in tables)
+    return Renamed(done, (f"names by the table of {titles}",))
 
 
 def _with_component(adapter: Adapter, options: NamingOptions, target: Target) -> dict[str, str]:
@@ -98,7 +132,7 @@ def _with_component(adapter: Adapter, options: NamingOptions, target: Target) ->
         key = module_key(name)
         if key is not None and key.prefix:
             result[name] = name
-        elif options.component is not None:
+        elif options.component is not None and target != "bare":
             result[name] = f"{options.component}.{name}"
         elif target in ("bare", "safetensors") or _is_in_a_table(name, options):
             result[name] = name
@@ -132,30 +166,28 @@ def _is_of(name: str, target: Target) -> bool:
     return key.naming == target
 
 
-def _table(
+def _tables(
     adapter: Adapter, names: Mapping[str, str], target: Target, options: NamingOptions
-) -> Table | None:
-    """Return the table that locates every name, None if there is none and none is needed."""
+) -> list[Table]:
+    """Return the tables that locate every name, which all come to the same names."""
     if options.table is not None:
         missing = [new for new in names.values() if located(new, options.table) is None]
         if missing:
             raise _unresolved(adapter, missing, f"the table of {options.table.title}")
-        return options.table
+        return [options.table]
     fitting = [
         table
         for table in bundled_tables()
         if all(located(new, table) is not None for new in names.values())
     ]
-    outcomes = {_outcome(names, target, table): table for table in fitting}
-    if len(outcomes) > 1:
-        titles = ", ".join(table.name for table in fitting)
+    if len({_outcome(names, target, table) for table in fitting}) > 1:
         raise OptionError(
             "the names fit several architectures",
             path=adapter.source,
-            got=titles,
+            got=", ".join(table.name for table in fitting),
             hint="Name one with --names",
         )
-    return next(iter(outcomes.values()), None)
+    return fitting
 
 
 def _outcome(names: Mapping[str, str], target: Target, table: Table) -> tuple[str, ...]:
@@ -239,22 +271,9 @@ def _finished(
         metadata[MAP_KEY] = adapter.metadata[MAP_KEY]
     elif target == "kohya" and known:
         metadata |= as_metadata(known)
-    kept = dict(sorted(modules.items()))
-    if target == "bare":
-        kept = _one_component(adapter, kept)
     return replace(
-        adapter, modules=kept, additions=dict(sorted(additions.items())), metadata=metadata
+        adapter,
+        modules=dict(sorted(modules.items())),
+        additions=dict(sorted(additions.items())),
+        metadata=metadata,
     )
-
-
-def _one_component(adapter: Adapter, modules: Mapping[str, Delta]) -> dict[str, Delta]:
-    prefixes = {name: key.prefix for name in modules if (key := module_key(name)) is not None}
-    found = sorted(set(prefixes.values()))
-    if len(found) > 1:
-        raise UnsupportedError(
-            "the target holds one component of a pipeline, and the file has several",
-            path=adapter.source,
-            got=", ".join(prefix.rstrip(".") or "none" for prefix in found),
-            hint="Take one with --component",
-        )
-    return {name.removeprefix(prefixes.get(name, "")): d for name, d in modules.items()}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter
     from loratools_formats.singlefile.grammar import Class
 
+NAMES: tuple[Class, ...] = ("kohya", "diffusers", "comfyui", "safetensors")
+
 _SNIFFED_BYTES = 60_000
 _MOST_HEADER_BYTES = 100_000_000
 _ENTRY = re.compile(rb'"((?:[^"\\]|\\.)+)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
@@ -122,8 +124,6 @@ def _format(naming: Class, description: str) -> Format:
         dtypes=("f32", "f16", "bf16"),
     )
 
-
-NAMES = ("kohya", "diffusers", "comfyui", "safetensors")
 
 KOHYA = _format("kohya", "One file, flattened paths: sd-scripts, LyCORIS, OneTrainer, musubi-tuner")
 DIFFUSERS = _format("diffusers", "One file, component and dotted path: diffusers, ai-toolkit")

@@ -15,6 +15,7 @@ from loratools_formats.adapter import Adapter, Dora, LowRank, OtherDelta
 from loratools_formats.errors import UnsupportedError
 from loratools_formats.registry import Loss
 from loratools_formats.safetensors_io import safetensors_nbytes, write_safetensors
+from loratools_formats.singlefile import NAMES
 from loratools_formats.singlefile.grammar import Class, Role, parse
 from loratools_formats.singlefile.metadata import updated, with_digests
 from loratools_formats.singlefile.scale import (
@@ -28,7 +29,7 @@ from loratools_formats.singlefile.scale import (
 from loratools_formats.singlefile.spelling import Spelling, respelled, spelling_losses
 from loratools_formats.tensors import TensorRef
 
-SINGLE_FILES: tuple[Class, ...] = ("kohya", "diffusers", "comfyui", "safetensors")
+SINGLE_FILES: tuple[Class, ...] = NAMES
 
 
 def losses(adapter: Adapter, target: Class) -> list[Loss]:
