@@ -138,25 +138,27 @@ def packed(settings: Mapping[str, tuple[int, float]], metadata: Mapping[str, str
         AdapterError: the metadata before is not sound.
     """
     before = packed_configs(metadata, None)
+    by_component: dict[str, dict[str, tuple[int, float]]] = {}
+    for name, setting in settings.items():
+        component, _, path = name.partition(".")
+        by_component.setdefault(component, {})[_in_any_version(path)] = setting
     result: dict[str, Any] = {}
-    components = sorted({name.partition(".")[0] for name in settings})
-    for component in components:
-        paths = {
-            name.removeprefix(f"{component}."): setting
-            for name, setting in settings.items()
-            if name.startswith(f"{component}.")
-        }
-        old = (
-            dict(before.configs[component].values)
-            if before and component in (before.configs)
-            else {}
-        )
-        config = old | _settings(paths)
-        if old.get("use_rslora"):
+    for component, paths in sorted(by_component.items()):
+        old = before.configs.get(component) if before is not None else None
+        config = ({} if old is None else dict(old.values)) | _settings(paths)
+        if config.get("use_rslora"):
             config["use_rslora"] = False
         config.setdefault("target_modules", sorted(paths))
         result |= {f"{component}.{key}": value for key, value in config.items()}
     return json.dumps(result, indent=2, sort_keys=True)
+
+
+def _in_any_version(path: str) -> str:
+    """Return a path that matches a text encoder's module with and without its outer module.
+
+    transformers 5 dropped `text_model` from CLIP's paths; patterns and targets match from the end.
+    """
+    return path.removeprefix("text_model.")
 
 
 def _settings(paths: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
