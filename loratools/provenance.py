@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from loratools import __version__
 from loratools_formats.adapter import Adapter
+from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.files import RegularFile
 
 
@@ -38,6 +40,12 @@ def _files_by_role(
     for role, adapter in inputs.items():
         yield role, adapter.inputs
         yield from adapter.other_inputs.items()
+
+
+def with_base(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter that names a base model's files among those that took part."""
+    files = tuple(file.file for file in base.files)
+    return replace(adapter, other_inputs={**adapter.other_inputs, "base": files})
 
 
 def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:

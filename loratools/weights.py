@@ -7,15 +7,63 @@ other way round is held whole.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from loratools_formats.adapter import Layer, LowRank, OtherDelta
+from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import converted, decode
 from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.orientation import is_transposed
 from loratools_formats.tensors import TensorRef
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the base a module's weight is.
+
+    Attributes:
+        stored: the tensor.
+        crossed: whether it is stored as (in, out).
+        layer: what the module is, as the tensor's shape shows.
+        bias: the layer's bias, None if it has none.
+    """
+
+    stored: TensorRef
+    crossed: bool
+    layer: Layer
+    bias: TensorRef | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.stored.shape[0], math.prod(self.stored.shape[1:])
+        return (columns, rows) if self.crossed else (rows, columns)
+
+    def weight(self) -> BaseWeight:
+        """Return its weight."""
+        return BaseWeight(self.stored, crossed=self.crossed)
+
+
+def find_place(base: Checkpoint, name: str, delta: LowRank | OtherDelta) -> Place:
+    """Return where the weight of a module is.
+
+    Raises:
+        AdapterError: no tensor of the base fits, or several do.
+        UnsupportedError: it is not known which way round the weight is stored.
+    """
+    stored = base.weight(name)
+    crossed = is_transposed(name, delta, stored.shape)
+    layer = delta.layer
+    if len(stored.shape) > 2 and layer.kind != "experts" and not layer.parameters:
+        layer = Layer("conv", kernel=stored.shape[2:])
+    return Place(
+        stored, crossed, layer, base.tensors.get(f"{stored.key.removesuffix('weight')}bias")
+    )
 
 
 class BaseWeight:

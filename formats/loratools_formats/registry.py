@@ -57,6 +57,8 @@ class Format:
         weights_nbytes: size of the weight file that `write` would make; None if not writable.
         merged_config: configuration of an adapter made from several, ranks and scales aside;
             None if the format has no configuration.
+        plain_config: configuration of the same adapter once its modules are plain factors; None
+            if the format has no configuration.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Format:
     write: Callable[[Adapter, Path], None] | None = None
     weights_nbytes: Callable[[Adapter], int] | None = None
     merged_config: Callable[[Sequence[Adapter]], Mapping[str, Any]] | None = None
+    plain_config: Callable[[Adapter], Mapping[str, Any]] | None = None
 
 
 class FormatEntry(Plugin[Format]):

@@ -18,6 +18,8 @@ _COMMANDS = {
     "merge": "loratools.cli.merge",
     "methods": "loratools.cli.methods",
     "squeeze": "loratools.cli.squeeze",
+    "to-dora": "loratools.cli.to_dora",
+    "to-lora": "loratools.cli.to_lora",
 }
 
 _SUMMARIES = {
@@ -26,6 +28,8 @@ _SUMMARIES = {
     "merge": "Merge adapters of any rank, scale and type into one.",
     "methods": "List the merge methods with their parameters, broken plugins included.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
+    "to-dora": "Turn a LoRA into a DoRA that makes the same change.",
+    "to-lora": "Turn an adapter of any kind into a plain LoRA.",
 }
 
 

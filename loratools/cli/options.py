@@ -18,6 +18,14 @@ max_error_option = click.option(
 from_option = click.option(
     "--from", "format_name", help="Read as this format instead of recognising it."
 )
+base_option = click.option(
+    "--base", type=click.Path(path_type=Path), help="The base model: a folder or a file."
+)
+initial_option = click.option(
+    "--initial",
+    type=click.Path(path_type=Path),
+    help="The adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.",
+)
 adapter_argument = click.argument("adapter", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 quiet_option = click.option(

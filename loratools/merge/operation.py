@@ -18,6 +18,7 @@ import numpy as np
 
 from loratools.allot import choose_ranks
 from loratools.device import Device
+from loratools.fold.alone import folded_exactly
 from loratools.merge.align import AlignedModule, MergeInput, align
 from loratools.merge.exact import common_dtype, factor_residual, joined_exactly, merged_bias
 from loratools.merge.extras import (
@@ -118,6 +119,7 @@ def merge(
     """
     method = get_method(options.method)
     options = replace(options, parameters=method.checked(options.parameters))
+    inputs = [_folded(item, scratch_folder) for item in inputs]
     _check(inputs, options, method)
     modules = align(inputs, force_base=options.force_base)
     refuse_replaced_modules(inputs)
@@ -155,6 +157,11 @@ def merge(
         if any(residual is None for residual in residuals)
         else _relative(sum(r for r in residuals if r is not None), squared_norm),
     )
+
+
+def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
+    """Return an input of plain factors, where it folds into such exactly."""
+    return replace(item, adapter=folded_exactly(item.adapter, "merge", scratch_folder))
 
 
 def _share(part: float, whole: float) -> float:

@@ -54,6 +54,12 @@ def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
     return merged_config(adapters)
 
 
+def _plain_config(adapter: Adapter) -> Mapping[str, Any]:
+    from loratools_formats.peft.targets import plain_config
+
+    return plain_config(adapter)
+
+
 FORMAT = Format(
     name="peft",
     description="PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)",
@@ -65,4 +71,5 @@ FORMAT = Format(
     write=_write,
     weights_nbytes=_weights_nbytes,
     merged_config=_merged_config,
+    plain_config=_plain_config,
 )
