@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from loratools import __version__
 from loratools_formats.adapter import Adapter
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.files import RegularFile
+from loratools_formats.safetensors_io import header_digest
 
 
 def operation_record(
-    operation: str, inputs: Mapping[str, Adapter], options: Mapping[str, Any]
+    operation: str,
+    inputs: Mapping[str, Adapter],
+    options: Mapping[str, Any],
+    base: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Return the record of an operation: everything that determines its output's bytes.
 
@@ -21,12 +24,18 @@ def operation_record(
         operation: the command's name.
         inputs: adapters by their role. Their files are named without folders.
         options: the options that differ from nothing, as JSON values.
+        base: a checkpoint that was changed; its shards are known by their headers.
     """
+    shards = () if base is None else base.files
     return {
         "tool": {"name": "loratools", "version": __version__},
         "operation": operation,
         "options": dict(options),
         "inputs": [
+            {"role": "base", "name": shard.file.path.name, "digest": header_digest(shard)}
+            for shard in shards
+        ]
+        + [
             {"role": role, "name": file.path.name, "digest": {"sha256": file.sha256()}}
             for role, files in _files_by_role(inputs)
             for file in files
@@ -42,12 +51,6 @@ def _files_by_role(
         yield from adapter.other_inputs.items()
 
 
-def with_base(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return an adapter that names a base model's files among those that took part."""
-    files = tuple(file.file for file in base.files)
-    return replace(adapter, other_inputs={**adapter.other_inputs, "base": files})
-
-
 def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the record as string metadata for a safetensors header."""
     import json
@@ -60,6 +63,6 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
         "loratools.operation": record["operation"],
         "loratools.options": compact(record["options"]),
         "loratools.inputs": compact(
-            {f"{i['role']}/{i['name']}": i["digest"]["sha256"] for i in record["inputs"]}
+            {f"{i['role']}/{i['name']}": next(iter(i["digest"].values())) for i in record["inputs"]}
         ),
     }

@@ -18,7 +18,9 @@ from loratools.dora import output_norms
 from loratools.fold.alone import folded_exactly
 from loratools.kinds.declaration import Product
 from loratools.parallel import in_order
-from loratools.provenance import operation_record, record_metadata, with_base
+from loratools.placement.names import Names
+from loratools.plain import plain
+from loratools.provenance import operation_record, record_metadata
 from loratools.weights import find_place
 from loratools_formats.adapter import Adapter, Delta, Dora, LowRank
 from loratools_formats.checkpoint import Checkpoint
@@ -82,9 +84,11 @@ def to_dora(
     if not adapter.modules:
         raise AdapterError("no module to turn into a DoRA", path=adapter.source)
 
+    names = Names(plain(base).checkpoint)
+
     def one(name: str) -> tuple[Delta, ToDoraModuleReport]:
         try:
-            return _one(name, adapter.modules[name], base)
+            return _one(name, adapter.modules[name], names)
         except LoratoolsError as error:
             if error.path is None and adapter.source is not None:
                 error.path = str(adapter.source)
@@ -95,7 +99,7 @@ def to_dora(
         done.append(outcome)
         if progress is not None:
             progress(len(done), len(adapter.modules))
-    record = operation_record("to-dora", {"adapter": with_base(adapter, base)}, {})
+    record = operation_record("to-dora", {"adapter": adapter}, {}, base)
     result = replace(
         adapter,
         modules={report.name: delta for delta, report in done},
@@ -105,14 +109,14 @@ def to_dora(
     return ToDoraResult(result, tuple(report for _, report in done))
 
 
-def _one(name: str, delta: Delta, base: Checkpoint) -> tuple[Delta, ToDoraModuleReport]:
+def _one(name: str, delta: Delta, names: Names) -> tuple[Delta, ToDoraModuleReport]:
     if not isinstance(delta, LowRank):
         raise UnsupportedError("it is a DoRA already", tensor=name)
     if delta.layer.kind == "experts" or delta.layer.parameters:
         raise UnsupportedError(
             "stacked experts cannot be a DoRA, PEFT has no such thing", tensor=name
         )
-    place = find_place(base, name, delta)
+    place = find_place(names, name, delta)
     ((b, a),) = loaded(delta)
     change = rows_of(Product(delta.scale * b.astype(np.float64), a.astype(np.float64)))
     norms = output_norms(place.weight(), change)

@@ -1,7 +1,7 @@
 """Base checkpoints: one safetensors file, or shards listed by an index; headers only.
 
-Source: the `model.safetensors.index.json` convention of transformers. The index comes from a
-stranger too: it may name only files in its own folder, and must agree with what they hold.
+Source: the `model.safetensors.index.json` convention of transformers and diffusers. The index comes
+from a stranger too: it may name only files in its own folder, and must agree with what they hold.
 """
 
 from __future__ import annotations
@@ -20,20 +20,50 @@ from loratools_formats.files import inside, read_small_file
 from loratools_formats.safetensors_io import SafetensorsFile, read_safetensors
 from loratools_formats.tensors import TensorRef
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+_STEMS = ("model", "diffusion_pytorch_model")
+CONFIG_FILE = "config.json"
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
+    ".ot",
+)  # fmt: skip
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 _MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model's tensors by name, its configuration, and the files that hold them."""
+    """A base model's tensors by name, its configuration, and the files that hold them.
+
+    Attributes:
+        path: the folder, or the file if it is a single one without a configuration.
+        tensors: by name.
+        config: `config.json`, empty if there is none.
+        files: the shards.
+        stem: what the names of the weight files begin with.
+        index: the index as it is, None if there is a single file.
+    """
 
     path: Path
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any]
     files: tuple[SafetensorsFile, ...]
+    stem: str = "model"
+    index: Mapping[str, Any] | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder with a configuration rather than a bare file."""
+        return self.files[0].file.path != self.path
+
+    @property
+    def index_file(self) -> str:
+        """Name of the index file of its shards."""
+        return f"{self.stem}.safetensors.index.json"
+
+    def check_unchanged(self) -> None:
+        """Raise `AdapterError` if a shard was written to since it was opened."""
+        for file in self.files:
+            file.file.check_unchanged()
 
     def weight(self, module: str) -> TensorRef:
         """Return the weight of a module, whatever prefix either side puts before its path.
@@ -73,16 +103,30 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if target.is_file():
         file = read_safetensors(target)
         return Checkpoint(target, file.tensors, {}, (file,))
-    config = _json(target / "config.json") if (target / "config.json").exists() else {}
-    if (target / INDEX_FILE).exists():
-        files, tensors = _shards(target)
-        return Checkpoint(target, tensors, config, files)
-    if not (target / SINGLE_FILE).exists():
-        raise MissingFileError(
-            "no checkpoint there", path=path, expected=f"{SINGLE_FILE} or {INDEX_FILE}"
-        )
-    file = read_safetensors(inside(target, SINGLE_FILE))
-    return Checkpoint(target, file.tensors, config, (file,))
+    config = _json(target / CONFIG_FILE) if (target / CONFIG_FILE).exists() else {}
+    for stem in _STEMS:
+        index_file = target / f"{stem}.safetensors.index.json"
+        if index_file.exists():
+            index = _json(index_file)
+            files, tensors = _shards(index_file, index)
+            return Checkpoint(target, tensors, config, files, stem, index)
+        if (target / f"{stem}.safetensors").exists():
+            file = read_safetensors(inside(target, f"{stem}.safetensors"))
+            return Checkpoint(target, file.tensors, config, (file,), stem)
+    raise MissingFileError(
+        "no checkpoint there",
+        path=path,
+        expected=" or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS),
+        hint=_other_weights(target),
+    )
+
+
+def _other_weights(folder: Path) -> str | None:
+    """Return a hint about weight files of other kinds or names."""
+    if not folder.is_dir():
+        return None
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    return f"It holds {', '.join(found[:3])}; name a .safetensors file itself" if found else None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -95,9 +139,11 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(folder: Path) -> tuple[tuple[SafetensorsFile, ...], dict[str, TensorRef]]:
-    path = folder / INDEX_FILE
-    listed = _json(path).get("weight_map")
+def _shards(
+    path: Path, index: Mapping[str, Any]
+) -> tuple[tuple[SafetensorsFile, ...], dict[str, TensorRef]]:
+    folder = path.parent
+    listed = index.get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
         raise AdapterError("index has no weight_map of names to files", path=path)
     tensors: dict[str, TensorRef] = {}

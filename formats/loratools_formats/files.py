@@ -8,6 +8,7 @@ compare the file's identity at the end.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -18,6 +19,10 @@ from pathlib import Path
 from loratools_formats.errors import AdapterError, MissingFileError
 
 _HASH_CHUNK_BYTES = 1 << 20
+_COPY_CHUNK_BYTES = 1 << 20
+_NO_KERNEL_COPY = (
+    errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,44 @@ class RegularFile:
         except OSError as error:
             raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill a buffer of bytes from `offset`; spares the memory of `read_at`.
+
+        Raises:
+            AdapterError: the file ends earlier.
+        """
+        done = 0
+        while hasattr(os, "preadv") and done < len(out):
+            try:
+                count = os.preadv(self._fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
+            if count == 0:
+                break  # read_at says what is wrong
+            done += count
+        if done < len(out):
+            out[done:] = self.read_at(offset + done, len(out) - done)
+
+    def copy_at(self, offset: int, nbytes: int, out: int, out_offset: int) -> None:
+        """Copy bytes to an open file, inside the kernel where the systems can do that.
+
+        Args:
+            offset: where to begin here.
+            nbytes: how many.
+            out: descriptor to write to; its position stays.
+            out_offset: where to begin there.
+
+        Raises:
+            AdapterError: this file ends earlier.
+            OSError: writing failed.
+        """
+        done = _copied_in_kernel(self._fd, offset, nbytes, out, out_offset)
+        while done < nbytes:
+            view = memoryview(self.read_at(offset + done, min(_COPY_CHUNK_BYTES, nbytes - done)))
+            while view:
+                written = os.pwrite(out, view, out_offset + done)
+                view, done = view[written:], done + written
+
     def check_unchanged(self) -> None:
         """Raise `AdapterError` if the file was written to since it was opened."""
         if self._identify(os.fstat(self._fd)) != self._identity:
@@ -121,6 +164,22 @@ class RegularFile:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _copied_in_kernel(fd: int, offset: int, nbytes: int, out: int, out_offset: int) -> int:
+    """Copy with `copy_file_range` as far as it goes; returns the number of bytes copied."""
+    done = 0
+    while hasattr(os, "copy_file_range") and done < nbytes:
+        try:
+            count = os.copy_file_range(fd, out, nbytes - done, offset + done, out_offset + done)
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                return done
+            raise
+        if count == 0:  # the end of the source, or a file system that cannot do it
+            return done
+        done += count
+    return done
 
 
 def read_small_file(path: str | os.PathLike[str], limit_bytes: int) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,22 @@ _PREDICATE_TYPE = "urn:loratools:operation:v1"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def statement(predicate: Mapping[str, Any], files: Iterable[Path]) -> bytes:
+def statement(
+    predicate: Mapping[str, Any],
+    files: Iterable[Path],
+    digest: Callable[[Path], Mapping[str, str]] | None = None,
+) -> bytes:
     """Return the statement that `files` were made as `predicate` says, as UTF-8 JSON.
 
     Source: https://github.com/in-toto/attestation, spec/v1/statement.md.
+
+    Args:
+        predicate: how they were made.
+        files: the files.
+        digest: what to say of each; its sha256 by default.
     """
-    subject = [{"name": path.name, "digest": {"sha256": sha256_of(path)}} for path in files]
+    describe = digest or (lambda path: {"sha256": sha256_of(path)})
+    subject = [{"name": path.name, "digest": dict(describe(path))} for path in files]
     content = {
         "_type": _STATEMENT_TYPE,
         "subject": subject,

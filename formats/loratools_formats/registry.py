@@ -11,7 +11,7 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,29 +182,41 @@ def read_adapter(path: str | os.PathLike[str], format_name: str | None = None) -
     return chosen.read(Path(path))
 
 
-def check_output(
-    adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False
+def check_target(
+    path: str | os.PathLike[str], sources: Iterable[Path], *, overwrite: bool = False
 ) -> None:
     """Refuse, before any work is done, an output that could not be published.
 
     Raises:
         OutputError: the folder that it would be in does not exist.
-        OutputExistsError: it exists and may not be replaced, or lies inside or around the input.
+        OutputExistsError: it exists and may not be replaced, or lies inside or around a source.
     """
     target = resolved(path)
     if not target.parent.is_dir():
         raise OutputError("the folder to write into does not exist", path=target.parent)
     if os.path.lexists(path) and not overwrite:
         raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
-    if adapter.source is None:
-        return
-    source = Path(os.path.realpath(adapter.source))
-    if source != target and (target in source.parents or source in target.parents):
-        raise OutputExistsError(
-            "the output lies inside the input or around it",
-            path=path,
-            hint="Choose an output beside it",
-        )
+    for source in sources:
+        real = Path(os.path.realpath(source))
+        if real != target and (target in real.parents or real in target.parents):
+            raise OutputExistsError(
+                "the output lies inside the input or around it",
+                path=path,
+                hint="Choose an output beside it",
+            )
+
+
+def check_output(
+    adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Refuse, before any work is done, an output of an adapter that could not be published.
+
+    Raises:
+        OutputError: the folder that it would be in does not exist.
+        OutputExistsError: it exists and may not be replaced, or lies inside or around the input.
+    """
+    sources = [] if adapter.source is None else [adapter.source]
+    check_target(path, sources, overwrite=overwrite)
 
 
 def write_adapter(

@@ -10,13 +10,14 @@ umask's permissions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from loratools_formats import strict_json
 from loratools_formats.dtypes import DTYPES, DType
@@ -238,12 +239,47 @@ def _check_layout(
         )
 
 
-def _plan(tensors: Iterable[TensorRef]) -> list[TensorRef]:
+class Planned(Protocol):
+    """A tensor to be written, as far as a header tells: a `TensorRef`, or one yet to be made."""
+
+    @property
+    def key(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> DType:
+        """Element type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+
+
+P = TypeVar("P", bound=Planned)
+
+
+def in_file_order(tensors: Iterable[P]) -> list[P]:
     """Order as the safetensors library does: wide types first, which aligns them, then names."""
     return sorted(tensors, key=lambda tensor: (-tensor.dtype.bits, tensor.key))
 
 
-def _header(ordered: list[TensorRef], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(
+    ordered: Sequence[Planned], metadata: Mapping[str, str], nbytes: int | None = None
+) -> bytes:
+    """Return a header for tensors that lie one after another, the length in front included.
+
+    Args:
+        ordered: the tensors, in the order of their bytes.
+        metadata: string metadata.
+        nbytes: length to pad to with spaces; the next multiple of 8 by default.
+
+    Raises:
+        AdapterError: a name cannot be encoded.
+    """
     header: dict[str, Any] = {}
     if metadata:
         header[_METADATA] = dict(sorted(metadata.items()))
@@ -260,13 +296,29 @@ def _header(ordered: list[TensorRef], metadata: Mapping[str, str]) -> bytes:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         raise AdapterError("names or metadata hold lone surrogates") from error
-    return struct.pack("<Q", -(-len(text) // 8) * 8) + text.ljust(-(-len(text) // 8) * 8)
+    length = -(-len(text) // 8) * 8 if nbytes is None else nbytes - _LENGTH_BYTES
+    return struct.pack("<Q", length) + text.ljust(length)
+
+
+def header_of(file: SafetensorsFile) -> bytes:
+    """Return the header of a file as it is, the length in front included."""
+    (length,) = struct.unpack("<Q", file.file.read_at(0, _LENGTH_BYTES))
+    return bytes(file.file.read_at(0, _LENGTH_BYTES + length))
+
+
+def header_digest(file: SafetensorsFile) -> dict[str, str]:
+    """Return a digest of a file's header alone, and its size.
+
+    For checkpoints: digesting all their bytes takes longer than changing them.
+    """
+    digest = hashlib.sha256(header_of(file)).hexdigest()
+    return {"headerSha256": digest, "bytes": str(file.file.nbytes)}
 
 
 def safetensors_nbytes(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> int:
     """Return the exact size of the file that `write_safetensors` would make."""
-    ordered = _plan(tensors)
-    return len(_header(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
+    ordered = in_file_order(tensors)
+    return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
 
 
 def write_safetensors(
@@ -287,18 +339,19 @@ def write_safetensors(
         OutputExistsError: `path` exists and `overwrite` is false.
         OutputError: writing failed; nothing was changed.
     """
-    ordered = _plan(tensors)
-    _check_tensors(ordered)
-    header = _header(ordered, metadata)
+    ordered = in_file_order(tensors)
+    check_names(ordered)
+    header = header_bytes(ordered, metadata)
     with publish_file(path, overwrite=overwrite) as temporary:
         with open(temporary, "xb", buffering=0) as out:
-            _write_all(out.fileno(), header)
+            write_all(out.fileno(), header)
             for tensor in ordered:
                 _copy(tensor, out.fileno())
-        _check_written(temporary, ordered)
+        check_written(temporary, ordered)
 
 
-def _check_tensors(ordered: list[TensorRef]) -> None:
+def check_names(ordered: Sequence[Planned]) -> None:
+    """Raise `AdapterError` if a tensor has no possible name, or that of another but for case."""
     seen: dict[str, str] = {}
     for tensor in ordered:
         _check_name(tensor.key, None, DEFAULT_LIMITS)
@@ -330,20 +383,21 @@ def _copy(tensor: TensorRef, out: int) -> None:
                 got=data.nbytes,
                 expected=tensor.nbytes,
             )
-        _write_all(out, data)
+        write_all(out, data)
         return
     for done in range(0, tensor.nbytes, _COPY_CHUNK_BYTES):
         count = min(_COPY_CHUNK_BYTES, tensor.nbytes - done)
-        _write_all(out, tensor.file.read_at(tensor.offset + done, count))
+        write_all(out, tensor.file.read_at(tensor.offset + done, count))
 
 
-def _write_all(out: int, data: bytes | bytearray | memoryview) -> None:
+def write_all(out: int, data: bytes | bytearray | memoryview) -> None:
+    """Write all of `data` at the descriptor's position."""
     view = memoryview(data)
     while view:
         view = view[os.write(out, view) :]
 
 
-def _check_written(path: Path, ordered: list[TensorRef]) -> None:
+def check_written(path: Path, ordered: Sequence[Planned]) -> None:
     """Compare names, types and shapes with what the safetensors library finds in the file."""
     from safetensors import SafetensorError, safe_open
 

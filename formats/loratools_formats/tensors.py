@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loratools_formats import dtypes
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.files import RegularFile
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -64,6 +65,23 @@ class TensorRef:
         """Return the stored bytes, for bit-exact copies."""
         return self.read()
 
+    def raw_range(self, start: int, stop: int) -> Buffer:
+        """Return the stored bytes [start, stop), reading no others if they lie in a file.
+
+        Raises:
+            AdapterError: the tensor has fewer bytes.
+        """
+        if not 0 <= start <= stop <= self.nbytes:
+            raise AdapterError(
+                "bytes beyond the end of a tensor",
+                tensor=self.key,
+                got=f"{start} to {stop}",
+                expected=f"within {self.nbytes}",
+            )
+        if self.file is None:
+            return memoryview(self.read()).cast("B")[start:stop]
+        return self.file.read_at(self.offset + start, stop - start)
+
     def load(self, dtype: DTypeLike | None = None) -> Array:
         """Return the values as an array of `shape`, in the stored type or converted to `dtype`.
 
@@ -72,6 +90,33 @@ class TensorRef:
         """
         array = dtypes.decode(self.read(), self.dtype, self.shape)
         return array if dtype is None else dtypes.converted(array, dtype)
+
+    def elements(self, start: int, stop: int) -> Array:
+        """Return elements [start, stop) of the flat tensor in the stored type, reading only them.
+
+        Raises:
+            UnsupportedError: the stored type is smaller than a byte, or cannot be decoded.
+        """
+        if self.dtype.bits < 8:
+            raise UnsupportedError(
+                "elements below a byte cannot be read apart", tensor=self.key, got=self.dtype.code
+            )
+        width = self.dtype.bits // 8
+        data = self.raw_range(start * width, stop * width)
+        return dtypes.decode(data, self.dtype, (stop - start,))
+
+    def elements_into(self, start: int, out: Array) -> None:
+        """Fill a contiguous array of the stored type with the elements from `start` on.
+
+        Raises:
+            UnsupportedError: the stored type is smaller than a byte, or cannot be decoded.
+        """
+        width = self.dtype.bits // 8
+        if isinstance(self.file, RegularFile) and self.dtype.bits >= 8:
+            view = memoryview(out.reshape(-1).view("u1").data)
+            self.file.read_into(self.offset + start * width, view)
+        else:
+            out[...] = self.elements(start, start + out.size).reshape(out.shape)
 
     def torch(self) -> Any:
         """Return the values as a torch tensor of the stored type, with memory of its own."""

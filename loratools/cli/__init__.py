@@ -13,20 +13,28 @@ from loratools import __version__
 from loratools.cli.errors import run
 
 _COMMANDS = {
+    "dequantize": "loratools.cli.dequantize",
     "formats": "loratools.cli.formats",
+    "fuse": "loratools.cli.fuse",
     "info": "loratools.cli.info",
     "merge": "loratools.cli.merge",
     "methods": "loratools.cli.methods",
+    "quantize": "loratools.cli.quantize",
     "squeeze": "loratools.cli.squeeze",
     "to-dora": "loratools.cli.to_dora",
     "to-lora": "loratools.cli.to_lora",
+    "verify": "loratools.cli.verify",
 }
 
 _SUMMARIES = {
+    "dequantize": "Turn a checkpoint's four-bit weights back into 16 or 32 bits.",
     "formats": "List the adapter formats, broken plugins included.",
+    "fuse": "Fuse adapters into base weights, streamed, without loading a model.",
     "info": "Show what an adapter is, from its headers alone.",
     "merge": "Merge adapters of any rank, scale and type into one.",
     "methods": "List the merge methods with their parameters, broken plugins included.",
+    "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
+    "verify": "Check whether a checkpoint is a base with adapters fused in.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
     "to-dora": "Turn a LoRA into a DoRA that makes the same change.",
     "to-lora": "Turn an adapter of any kind into a plain LoRA.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from loratools.cli import options as shared
+from loratools.cli.options import weighted_path
 from loratools.cli.outcome import checked_target, conclude, exceeds, scratch_folder
 from loratools.cli.output import (
     human_bytes,
@@ -195,17 +195,7 @@ def _parameters(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reference(text: str) -> RecipeAdapter:
-    """Read PATH or PATH:WEIGHT; an existing path wins."""
-    path, separator, weight = text.rpartition(":")
-    if separator and not Path(text).exists():
-        try:
-            value = float(weight)
-        except ValueError as error:
-            raise OptionError("not a weight", got=weight, expected="ADAPTER:NUMBER") from error
-        if not math.isfinite(value):
-            raise OptionError("not a finite weight", got=weight)
-        return RecipeAdapter(Path(path), value)
-    return RecipeAdapter(Path(text), 1.0)
+    return RecipeAdapter(*weighted_path(text))
 
 
 def _inputs(plan: Recipe, format_name: str | None, *, quiet: bool) -> list[MergeInput]:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from loratools_formats.errors import OptionError
+
+if TYPE_CHECKING:
+    from loratools.fuse.plan import FuseInput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
@@ -31,6 +38,54 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Print no report, notes or progress; errors only."
 )
+base_argument = click.argument("base", type=click.Path(path_type=Path))
+
+
+def weighted_path(text: str) -> tuple[Path, float]:
+    """Read PATH or PATH:WEIGHT, the weight 1 by default; an existing path wins.
+
+    Raises:
+        OptionError: what follows the colon is not a finite number.
+    """
+    path, separator, weight = text.rpartition(":")
+    if not separator or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        value = float(weight)
+    except ValueError as error:
+        raise OptionError("not a weight", got=weight, expected="ADAPTER:NUMBER") from error
+    if not math.isfinite(value):
+        raise OptionError("not a finite weight", got=weight)
+    return Path(path), value
+
+
+def fuse_input(text: str, format_name: str | None) -> FuseInput:
+    """Read the adapter that PATH or PATH:WEIGHT names.
+
+    Raises:
+        LoratoolsError: not a weight, or not an adapter.
+    """
+    from loratools.fuse.plan import FuseInput
+    from loratools_formats import read_adapter
+
+    path, weight = weighted_path(text)
+    return FuseInput(read_adapter(path, format_name), weight, path.name or str(path))
+
+
+def parsed_size(text: str) -> int:
+    """Return a size such as 5GB, 500MB or 4GiB in bytes.
+
+    Raises:
+        OptionError: it is no size, or not above zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", text)
+    if match is None:
+        raise OptionError("not a size", got=text, expected="such as 5GB, 500MB or 4GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    nbytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if nbytes <= 0:
+        raise OptionError("not a size above zero", got=text)
+    return nbytes
 
 
 def _all(options: list[Callable[[Any], Any]]) -> Callable[[Function], Function]:
@@ -116,18 +171,31 @@ def rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return _all(_RANK_OPTIONS)(with_rule)
 
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "mps"]),
+    default="cpu",
+    show_default=True,
+    help="Where to compute; cuda and mps need torch.",
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Threads over tensors (CPU).",
+)
+max_shard_size_option = click.option(
+    "--max-shard-size", metavar="SIZE", help="Split weights into files of this size, such as 5GB."
+)
+
+
 _COMPUTE_OPTIONS = [
     click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of new factors."),
     click.option("--oversample", type=int, default=10, show_default=True, help="Of rsvd."),
     click.option("--power-iterations", type=int, default=2, show_default=True, help="Of rsvd."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random."),
-    click.option(
-        "--device",
-        type=click.Choice(["cpu", "cuda", "mps"]),
-        default="cpu",
-        show_default=True,
-        help="Where to compute; cuda and mps need torch.",
-    ),
+    device_option,
     click.option("--keep-alpha", is_flag=True, help="Keep lora_alpha instead of alpha = rank."),
     click.option(
         "--workers", type=int, default=2, show_default=True, help="Threads over modules (CPU)."

@@ -12,7 +12,7 @@ from loratools.cli.errors import EXIT_FOUND
 from loratools.cli.output import note, number
 from loratools_formats.adapter import Adapter
 from loratools_formats.errors import OptionError
-from loratools_formats.registry import check_output, read_adapter
+from loratools_formats.registry import check_output, check_target, read_adapter
 
 
 def read_source(
@@ -46,6 +46,21 @@ def checked_target(
         raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
     for adapter in inputs:
         check_output(adapter, output, overwrite=overwrite)
+    return output
+
+
+def written_to(output: Path | None, base: Path, *, overwrite: bool, dry_run: bool) -> Path | None:
+    """Return where to write a changed checkpoint, None on a dry run, refusing early as above.
+
+    Raises:
+        OptionError: no output was given.
+        OutputExistsError: it exists and may not be replaced, or lies inside or around the base.
+    """
+    if dry_run:
+        return None
+    if output is None:
+        raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
+    check_target(output, [base], overwrite=overwrite)
     return output
 
 

@@ -109,14 +109,16 @@ def percent(share: float) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(
+    label: str, *, quiet: bool, unit: str = "module"
+) -> Iterator[Callable[[int, int], None] | None]:
     """Yield a function to call with (done, total), which draws on stderr if that is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(desc=label, unit="module", file=sys.stderr, leave=False) as bar:
+    with tqdm(desc=label, unit=unit, unit_scale=unit == "B", file=sys.stderr, leave=False) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total

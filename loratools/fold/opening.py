@@ -14,6 +14,8 @@ from loratools.fold.alone import needs_base
 from loratools.fold.modules import checked_change, kind_name, known_shape, template_of
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Kronecker, Product, Weight
+from loratools.placement.names import Names
+from loratools.plain import plain
 from loratools.ranks import RankRule, Spectrum
 from loratools.resize import ComputeOptions, spectrum_of
 from loratools.weights import Place, ShapeOnly, find_place
@@ -90,11 +92,12 @@ class Opener:
                 )
             return {}
         places = {}
+        names = Names(plain(base).checkpoint)
         for name, delta in self.adapter.modules.items():
             if isinstance(delta, Dora):
-                places[name] = find_place(base, name, delta.direction)
+                places[name] = find_place(names, name, delta.direction)
             elif isinstance(delta, OtherDelta):
-                places[name] = find_place(base, name, delta)
+                places[name] = find_place(names, name, delta)
         return places
 
     def open(self, name: str) -> Opened:

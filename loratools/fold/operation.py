@@ -28,7 +28,7 @@ from loratools.fold.modules import stored_as_is
 from loratools.fold.opening import Opened, Opener
 from loratools.kinds import get_kind
 from loratools.parallel import in_order
-from loratools.provenance import operation_record, record_metadata, with_base
+from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import RankRule, Spectrum, as_options
 from loratools.resize import ComputeOptions, Resizer
 from loratools.scratch import Scratch
@@ -137,9 +137,8 @@ def to_lora(
     record = {"rule": as_options(rule), **work.options.record()} | (
         {"settings": dict(given)} if given else {}
     )
-    inputs = adapter if base is None else with_base(adapter, base)
     with ThreadPoolExecutor(1) as beside:
-        provenance = beside.submit(operation_record, "to-lora", {"adapter": inputs}, record)
+        provenance = beside.submit(operation_record, "to-lora", {"adapter": adapter}, record, base)
         done: list[_Outcome] = []
         for outcome in work.outcomes(json.dumps(record)):
             done.append(outcome)

@@ -31,6 +31,8 @@ from loratools.merge.module import MergedModule, ModuleMethod, merged_module
 from loratools.merge.options import MergeOptions
 from loratools.merge.trim import SharedTrim
 from loratools.parallel import in_order
+from loratools.placement.names import Names
+from loratools.plain import plain
 from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import Spectrum
 from loratools.resize import Resizer
@@ -238,7 +240,7 @@ class _Merge:
         self.options = options
         self.method = method
         self.modules = modules
-        self.base = base
+        self.base = None if base is None else Names(plain(base).checkpoint)
         self.folder = scratch_folder
         self.device = Device(options.compute.device)
         self.resizer = Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform)

@@ -1,17 +1,11 @@
-"""Where in a base checkpoint each change of an adapter goes; names and shapes only, no bytes.
-
-Adapters name modules as the model class does that they were trained with, checkpoints name tensors
-as the class did that saved them. Prefixes differ, projections are fused on one side and split on
-the other, experts are stacked or not, and tied weights are stored once.
-"""
+"""What `place` returns: one record for each change of a base tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loratools_formats.adapter import Adapter, Delta, Replacement
-from loratools_formats.checkpoint import Checkpoint
+from loratools_formats.adapter import Delta, Replacement
 
 Span = tuple[int, int]
 
@@ -59,8 +53,11 @@ class Placements:
     Attributes:
         deltas: changes of weights.
         biases: changes of biases.
-        replacements: tensors that replace others or rows of them, by base key, in order.
-        untied: new tensors by name, with the stored tensor that each begins as a copy of.
+        replacements: tensors that replace others or rows of them, by base key, in order. A part of
+            a fused weight or bias becomes `token_rows` of it. A key may be new: an untied weight,
+            or the head of a task.
+        untied: new tensors by name, with the stored tensor that each begins as a copy of; the
+            config must then say that embeddings are not tied.
         notes: what a user should know.
     """
 
@@ -69,14 +66,3 @@ class Placements:
     replacements: tuple[tuple[str, Replacement], ...]
     untied: Mapping[str, str]
     notes: tuple[str, ...]
-
-
-def place(adapter: Adapter, base: Checkpoint) -> Placements:
-    """Return where everything in an adapter goes.
-
-    Raises:
-        AdapterError: a module or tensor fits no base tensor, or several; the message lists all of
-            them and the nearest names.
-        UnsupportedError: a layout is ambiguous.
-    """
-    raise NotImplementedError

@@ -1,0 +1,205 @@
+"""`loratools fuse`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from loratools.cli import options as shared
+from loratools.cli.output import (
+    human_bytes,
+    note,
+    number,
+    percent,
+    print_json,
+    print_table,
+    progress_bar,
+)
+from loratools.device import DeviceName
+from loratools.fuse.operation import BaseMode, FuseOptions, FuseResult, Fusion
+from loratools.fuse.plan import FuseInput, TensorPlan
+from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.errors import OptionError
+
+
+@click.command("fuse")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@shared.output_options
+@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of all weights.")
+@shared.max_shard_size_option
+@click.option(
+    "--base-mode",
+    type=click.Choice(["dequant", "original"]),
+    help="For a base in four bits: add to what its codes mean, or insist on the 16-bit original.",
+)
+@click.option("--requantize", is_flag=True, help="Store changed four-bit weights in four bits.")
+@click.option(
+    "--allow-lossy", is_flag=True, help="Do so even if less than half of the change survives."
+)
+@shared.device_option
+@shared.workers_option
+@shared.from_option
+@shared.json_option
+@shared.quiet_option
+def command(
+    base: Path,
+    adapters: tuple[str, ...],
+    output: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    dtype: str | None,
+    max_shard_size: str | None,
+    base_mode: BaseMode | None,
+    requantize: bool,
+    allow_lossy: bool,
+    device: DeviceName,
+    workers: int,
+    format_name: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Fuse adapters into base weights, streamed, without loading a model.
+
+    BASE is a checkpoint folder or a safetensors file. A weight follows an adapter's path after a
+    colon and is 1 by default; -1 takes a fused adapter out again, up to rounding.
+
+    \b
+    loratools fuse base-model my-adapter -o merged-model
+    loratools fuse base-model chat:0.7 code:0.3 -o both --dtype bf16
+    """  # noqa: D301 - click reads the backspace
+    if output is None and not dry_run:
+        raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
+    inputs = [shared.fuse_input(text, format_name) for text in adapters]
+    options = FuseOptions(
+        dtype=dtype,
+        max_shard_bytes=None if max_shard_size is None else shared.parsed_size(max_shard_size),
+        workers=workers,
+        device=device,
+        base_mode=base_mode,
+        requantize=requantize,
+        allow_lossy=allow_lossy,
+    )
+    fusion = Fusion(read_checkpoint(base), inputs, options)
+    if dry_run or output is None:
+        _show_plan(fusion, as_json=as_json, quiet=quiet)
+        return
+    with progress_bar("fuse", quiet=quiet, unit="B") as progress:
+        result = fusion.write(output, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json(_as_json(inputs, result))
+    elif not quiet:
+        _print_report(result)
+    if not quiet:
+        _notes(inputs, result, output)
+
+
+def _notes(inputs: Sequence[FuseInput], result: FuseResult, output: Path) -> None:
+    for text in result.notes:
+        note(text)
+    if any(item.weight < 0 for item in inputs):
+        note("a negative weight takes a change out up to rounding, not bit for bit")
+    if result.left_out:
+        note(f"not carried over, since stale: {', '.join(result.left_out)}")
+    note(f"wrote {output}")
+
+
+def _sources(modules: Sequence[str], replaced_by: str | None) -> str:
+    return ", ".join(modules) if modules else f"replaced by {replaced_by}"
+
+
+def _show_plan(fusion: Fusion, *, as_json: bool, quiet: bool) -> None:
+    touched = fusion.plan.touched
+    nbytes = fusion.new.nbytes
+    if as_json:
+        rows = [_plan_as_json(plan) for plan in touched]
+        print_json({"operation": "fuse", "dry_run": True, "bytes_out": nbytes, "tensors": rows})
+    elif not quiet:
+        print_table(
+            ["tensor", "shape", "dtype", "changed by"],
+            "<<<<",
+            [
+                [
+                    plan.key,
+                    "×".join(map(str, plan.source.shape)),
+                    plan.dtype.code,
+                    _sources(plan.modules, plan.replaced_by or "token rows"),
+                ]
+                for plan in touched
+            ],
+        )
+        total = len(fusion.plan.tensors)
+        click.echo(f"tensors: {len(touched)} of {total} change")
+        click.echo(f"size: {human_bytes(nbytes)} in {_files(len(fusion.new.shards))}")
+    if not quiet:
+        for text in fusion.plan.notes:
+            note(text)
+        note("dry run, nothing was written")
+
+
+def _files(count: int) -> str:
+    return f"{count} file" if count == 1 else f"{count} files"
+
+
+def _plan_as_json(plan: TensorPlan) -> dict[str, object]:
+    return {
+        "name": plan.key,
+        "shape": list(plan.source.shape),
+        "dtype": plan.dtype.code,
+        "modules": list(plan.modules),
+        "replaced_by": plan.replaced_by,
+    }
+
+
+def _as_json(inputs: Sequence[FuseInput], result: FuseResult) -> dict[str, object]:
+    return {
+        "operation": "fuse",
+        "adapters": [{"name": item.name, "weight": item.weight} for item in inputs],
+        "relative_change": result.relative_change,
+        "lost_to_rounding": result.lost,
+        "bytes_out": result.nbytes,
+        "files": list(result.shards),
+        "surviving": result.surviving,
+        "copied": result.copied,
+        "converted": result.converted,
+        "left_out": list(result.left_out),
+        "notes": list(result.notes),
+        "tensors": [
+            {
+                **dataclasses.asdict(report),
+                "relative_change": report.relative_change,
+                "lost_to_rounding": report.lost,
+            }
+            for report in result.tensors
+        ],
+    }
+
+
+def _print_report(result: FuseResult) -> None:
+    header = ["tensor", "dtype", "‖ΔW‖/‖W‖", "lost to rounding"]
+    rows = [
+        [
+            report.key,
+            report.dtype,
+            "new" if report.relative_change is None else number(report.relative_change),
+            percent(report.lost),
+        ]
+        for report in result.tensors
+    ]
+    if result.surviving is not None:
+        header.append("survives")
+        for row, report in zip(rows, result.tensors, strict=True):
+            row.append("–" if report.surviving is None else percent(report.surviving))
+    print_table(header, "<<>>>"[: len(header)], rows)
+    click.echo(f"‖ΔW‖/‖W‖: {number(result.relative_change)}")
+    click.echo(f"lost to rounding: {percent(result.lost)} of ΔW")
+    if result.surviving is not None:
+        click.echo(f"survives four bits: {percent(result.surviving)} of ΔW")
+    converted = f", {result.converted} converted" if result.converted else ""
+    click.echo(
+        f"size: {human_bytes(result.nbytes)} in {_files(len(result.shards))}; "
+        f"{len(result.tensors)} tensors changed, {result.copied} copied{converted}"
+    )

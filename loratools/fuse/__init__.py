@@ -1,0 +1,1 @@
+"""Fusing adapters into base weights; `loratools.fuse.operation.fuse` is the operation."""

@@ -1,0 +1,358 @@
+"""What fusing will do, tensor by tensor, before a weight is read: changes, shapes, types, ties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loratools.fuse.blocks import Patch
+from loratools.fuse.terms import Change
+from loratools.placement import BiasPlacement, Placement, Placements, place
+from loratools_formats.adapter import MUTATED_BASE, Adapter, Replacement
+from loratools_formats.checkpoint import Checkpoint
+from loratools_formats.dtypes import DTYPES, DType
+from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.tensors import TensorRef
+
+_VOCABULARY_LEAVES = (["embed_tokens"], ["lm_head"], ["wte"], ["word_embeddings"], ["embed_out"])
+Array = np.ndarray[Any, Any]
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class FuseInput:
+    """An adapter to fuse.
+
+    Attributes:
+        adapter: read from anywhere.
+        weight: factor of its change; negative to take it out again.
+        name: for reports.
+    """
+
+    adapter: Adapter
+    weight: float
+    name: str
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output.
+
+    Attributes:
+        key: its name.
+        source: the values it begins with, under that name: the base's, or an adapter's.
+        dtype: type it is stored in.
+        changes: what is added.
+        patches: rows that are replaced first.
+        original: the base's tensor of that name, None for a new one.
+        replaced_by: name of the adapter whose tensor it is, None if it is the base's.
+    """
+
+    key: str
+    source: TensorRef
+    dtype: DType
+    changes: tuple[Change, ...] = ()
+    patches: tuple[Patch, ...] = ()
+    original: TensorRef | None = None
+    replaced_by: str | None = None
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether an adapter changes it."""
+        return bool(self.changes or self.patches or self.replaced_by)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether values of the base are replaced, which are then compared with the new ones."""
+        return bool(self.patches or self.replaced_by) and self.source.dtype.code in FLOATING
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes of its source are what is stored."""
+        return not self.changes and not self.replaces and self.dtype == self.source.dtype
+
+    def old_values(self, start: int, values: Array) -> Array:
+        """Return the base's values of a block: those it begins with, or those they replace.
+
+        Args:
+            start: index of the block's first element.
+            values: (n,) what the block begins with.
+        """
+        if not self.replaces:
+            return values
+        old = np.zeros(values.shape)
+        if self.original is not None and start < self.original.numel:
+            stop = min(start + len(values), self.original.numel)
+            old[: stop - start] = self.original.elements(start, stop)
+        return old
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The adapters' modules that change it."""
+        return tuple(dict.fromkeys(change.placement.module for change in self.changes))
+
+
+@dataclass(frozen=True)
+class FusePlan:
+    """Everything that fusing will do.
+
+    Attributes:
+        base: the checkpoint, as plain tensors.
+        tensors: every tensor of the output, new ones after the one they derive from.
+        config: the new configuration, None if it stays.
+        notes: what a user should know.
+    """
+
+    base: Checkpoint
+    tensors: Mapping[str, TensorPlan]
+    config: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+
+    @property
+    def touched(self) -> tuple[TensorPlan, ...]:
+        """The tensors that adapters change."""
+        return tuple(plan for plan in self.tensors.values() if plan.is_touched)
+
+
+@dataclass
+class _Draft:
+    """A tensor's plan in the making."""
+
+    source: TensorRef
+    changes: list[Change] = field(default_factory=list)
+    patches: list[Patch] = field(default_factory=list)
+    replaced_by: str | None = None
+
+
+def plan_fuse(
+    base: Checkpoint,
+    inputs: Sequence[FuseInput],
+    dtype: str | None = None,
+    stored: Mapping[str, DType] | None = None,
+) -> FusePlan:
+    """Return what fusing adapters into a base will do.
+
+    Args:
+        base: a checkpoint of plain tensors.
+        inputs: the adapters with their weights.
+        dtype: safetensors code of the type of all floating tensors; each keeps its own by default.
+        stored: type to keep for some tensors instead of their own.
+
+    Raises:
+        AdapterError: a module fits no tensor, adapters contradict each other, or shapes differ.
+        UnsupportedError: an adapter's ΔW is not known, or the base's type cannot be added to.
+    """
+    notes: list[str] = []
+    placed = []
+    for item in inputs:
+        _require_true_delta(item.adapter)
+        placements = place(item.adapter, base)
+        placed.append(placements)
+        notes += [note for note in placements.notes if note not in notes]
+        _refuse_weighted_replacement(item, placements)
+    untied = _untied(inputs, placed)
+    drafts = {key: _Draft(tensor) for key, tensor in base.tensors.items()}
+    for new, origin in untied.items():
+        drafts[new] = _Draft(base.tensors[origin].renamed(new))
+    for item, placements in zip(inputs, placed, strict=True):
+        for key, replacement in placements.replacements:
+            _replace(drafts, key, replacement, item)
+        all_placed: list[Placement | BiasPlacement] = [*placements.deltas, *placements.biases]
+        for placement in all_placed:
+            drafts[placement.key].changes.append(Change(placement, item.weight))
+    plans = {}
+    for key in _ordered(base, untied, drafts):
+        draft = drafts[key]
+        code = draft.source.dtype.code
+        changed = bool(draft.changes or draft.patches)
+        if changed and code not in FLOATING:
+            raise UnsupportedError(
+                "nothing can be added to a tensor of this type",
+                path=base.path,
+                tensor=key,
+                got=code,
+                expected=", ".join(FLOATING),
+            )
+        kept = (stored or {}).get(key) or _own(base, key, draft)
+        plans[key] = TensorPlan(
+            key,
+            draft.source.renamed(key),
+            DTYPES[dtype] if dtype is not None and code in FLOATING else kept,
+            tuple(draft.changes),
+            tuple(draft.patches),
+            base.tensors.get(key),
+            draft.replaced_by,
+        )
+    resized = _resized(base, plans)
+    config = _config(base, untied=bool(untied), resized=resized, dtype=dtype)
+    if resized is not None:
+        notes.append(f"the vocabulary has {resized[1]} entries now, {resized[0]} before")
+    return FusePlan(base, plans, config, tuple(notes))
+
+
+def _require_true_delta(adapter: Adapter) -> None:
+    if any(caveat.code == MUTATED_BASE for caveat in adapter.caveats):
+        raise UnsupportedError(
+            "fuse needs the true weight change, and the adapter was trained on a changed base",
+            path=adapter.source,
+            hint="Make it plain first: loratools squeeze ADAPTER --initial INITIAL --energy 1 "
+            "-o PLAIN",
+        )
+    adapter.require_true_delta("fuse")
+
+
+def _own(base: Checkpoint, key: str, draft: _Draft) -> DType:
+    """Return the type that a tensor is stored in if none is asked for: the base's."""
+    if key in base.tensors and draft.source.dtype.code in FLOATING:
+        return base.tensors[key].dtype
+    return draft.source.dtype
+
+
+def _refuse_weighted_replacement(item: FuseInput, placements: Placements) -> None:
+    if placements.replacements and item.weight != 1.0:
+        _, replacement = placements.replacements[0]
+        raise UnsupportedError(
+            f"{item.name} replaces base tensors, which cannot be weighted or taken out again",
+            tensor=replacement.tensor.key,
+            got=f"weight {item.weight:g}",
+            expected="weight 1",
+        )
+
+
+def _untied(inputs: Sequence[FuseInput], placed: Sequence[Placements]) -> dict[str, str]:
+    """Return the tensors to be untied, by name, with the stored ones they copy.
+
+    Raises:
+        UnsupportedError: one adapter unties a weight that another changes as tied.
+    """
+    untied = {new: origin for placements in placed for new, origin in placements.untied.items()}
+    for new, origin in untied.items():
+        for item, placements in zip(inputs, placed, strict=True):
+            touches = [p.key for p in placements.deltas] + [k for k, _ in placements.replacements]
+            if origin in touches and new not in placements.untied:
+                raise UnsupportedError(
+                    f"{item.name} changes tied weights alike, another adapter changes one of them",
+                    tensor=origin,
+                    hint="Fuse them one after the other",
+                )
+    return untied
+
+
+def _replace(
+    drafts: dict[str, _Draft], key: str, replacement: Replacement, item: FuseInput
+) -> None:
+    draft = drafts.get(key)
+    tensor = replacement.tensor
+    if replacement.kind == "token_rows":
+        if draft is None or tensor.shape[1:] != draft.source.shape[1:]:
+            got = list(tensor.shape)
+            raise AdapterError("token rows do not fit the embedding", tensor=tensor.key, got=got)
+        if max(replacement.rows, default=0) >= draft.source.shape[0]:
+            raise AdapterError(
+                "token rows lie beyond the vocabulary",
+                tensor=tensor.key,
+                got=max(replacement.rows),
+                expected=f"below {draft.source.shape[0]}",
+            )
+        draft.patches.append(Patch(replacement.rows, tensor))
+        return
+    if draft is None:
+        drafts[key] = _Draft(tensor, replaced_by=item.name)
+        return
+    if draft.replaced_by is not None and not _equal(draft.source, tensor):
+        raise AdapterError(
+            f"{draft.replaced_by} and {item.name} replace the same tensor by different ones",
+            tensor=key,
+            hint="Merge them first: loratools merge --replacements",
+        )
+    draft.source, draft.replaced_by = tensor, draft.replaced_by or item.name
+
+
+def _equal(first: TensorRef, second: TensorRef) -> bool:
+    same = first.dtype == second.dtype and first.shape == second.shape
+    return same and bytes(first.raw()) == bytes(second.raw())
+
+
+def _ordered(
+    base: Checkpoint, untied: Mapping[str, str], drafts: Mapping[str, _Draft]
+) -> list[str]:
+    """Return all names, each new one after the tensor it begins as a copy of."""
+    order = []
+    for key in base.tensors:
+        order.append(key)
+        order += [new for new, origin in untied.items() if origin == key]
+    return order + [key for key in drafts if key not in base.tensors and key not in untied]
+
+
+def _resized(base: Checkpoint, plans: Mapping[str, TensorPlan]) -> tuple[int, int] | None:
+    """Return the old and the new size of the vocabulary if it changes.
+
+    Raises:
+        AdapterError: a replacement has another shape otherwise.
+    """
+    found: tuple[int, int] | None = None
+    for key, plan in plans.items():
+        old = base.tensors[key].shape if key in base.tensors else plan.source.shape
+        new = plan.source.shape
+        if new == old:
+            continue
+        is_vocabulary = (
+            old[:1] == (_setting(base.config, "vocab_size"),)
+            and old[1:] == new[1:]
+            and found in (None, (old[0], new[0]))
+        )
+        if not is_vocabulary:
+            raise AdapterError(
+                "replacement has another shape than the base tensor",
+                path=base.path,
+                tensor=key,
+                got=list(new),
+                expected=list(old),
+            )
+        found = old[0], new[0]
+    if found is not None:
+        left = [
+            key
+            for key, plan in plans.items()
+            if plan.source.shape[:1] == (found[0],) and key.split(".")[-2:-1] in _VOCABULARY_LEAVES
+        ]
+        if left:
+            raise AdapterError(
+                "the vocabulary is resized, but not this tensor", path=base.path, tensor=left[0]
+            )
+    return found
+
+
+def _setting(config: Mapping[str, Any], name: str) -> Any:
+    """Return a value of the configuration, or of the text model's in a multimodal one."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and name in text:
+        return text[name]
+    return config.get(name)
+
+
+def _config(
+    base: Checkpoint, *, untied: bool, resized: tuple[int, int] | None, dtype: str | None
+) -> dict[str, Any] | None:
+    changes: dict[str, Any] = {}
+    if untied:
+        changes["tie_word_embeddings"] = False
+    if resized is not None:
+        changes["vocab_size"] = resized[1]
+    if dtype is not None:
+        name = DTYPES[dtype].torch
+        changes |= {key: name for key in ("torch_dtype", "dtype") if key in base.config}
+    if not changes or not base.config:
+        return None
+    config = {**base.config, **{k: v for k, v in changes.items() if k != "vocab_size"}}
+    if "vocab_size" in changes and "vocab_size" in config:
+        config["vocab_size"] = changes["vocab_size"]
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        kept = {k: v for k, v in changes.items() if k in text}
+        config["text_config"] = {**text, **kept}
+    return config

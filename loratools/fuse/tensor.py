@@ -1,0 +1,126 @@
+"""One tensor fused: its blocks computed, rounded, measured and handed on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loratools import linalg
+from loratools.device import Device
+from loratools.fuse.blocks import fused_blocks, single_precision
+from loratools.fuse.plan import TensorPlan
+from loratools.fuse.terms import Term, View, load_terms, stacked
+from loratools_formats.errors import AdapterError, LoratoolsError
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What fusing did to one tensor.
+
+    Attributes:
+        key: its name.
+        modules: the adapters' modules that change it; empty for a replacement.
+        dtype: type it is stored in.
+        base_norm: ‖W‖.
+        delta_norm: ‖ΔW‖, that of the difference for a replacement.
+        rounding_norm: ‖W' − (W + ΔW)‖, W' being what is stored.
+        surviving: share of ΔW found in what is stored, ⟨W' − W, ΔW⟩/‖ΔW‖²; only measured where
+            the result is quantised again, None otherwise.
+    """
+
+    key: str
+    modules: tuple[str, ...]
+    dtype: str
+    base_norm: float
+    delta_norm: float
+    rounding_norm: float
+    surviving: float | None = None
+
+    @property
+    def relative_change(self) -> float | None:
+        """‖ΔW‖/‖W‖, None if W is zero."""
+        return self.delta_norm / self.base_norm if self.base_norm else None
+
+    @property
+    def lost(self) -> float:
+        """Share of ΔW lost to rounding, ‖W' − (W + ΔW)‖/‖ΔW‖; 0 if nothing changes."""
+        return self.rounding_norm / self.delta_norm if self.delta_norm else 0.0
+
+
+def fuse_tensor(
+    plan: TensorPlan, device: Device, store: Callable[[int, Array], None]
+) -> TensorReport:
+    """Compute a tensor block by block and hand the rounded blocks to `store`.
+
+    Args:
+        plan: the tensor.
+        device: where products are computed.
+        store: called with the first element's index and the block in the type to store, in order.
+
+    Raises:
+        AdapterError: NaN or infinite values in the base, or in the result.
+    """
+    view = View.of(plan.source.shape, stacked=stacked(plan.changes))
+    terms = load_terms(plan.changes, view)
+    dtype = plan.dtype.numpy_dtype()
+    single = single_precision(terms, plan.dtype.code, base_code=plan.source.dtype.code)
+    only = None if plan.replaces else _only_plain(terms)
+    base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
+    blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
+    rounded = np.empty(0, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in blocks:
+            w, total = block.base.reshape(-1), block.total.reshape(-1)
+            if len(rounded) < len(total):
+                rounded = np.empty(len(total), dtype)
+            stored = rounded[: len(total)]
+            np.copyto(stored, total, casting="unsafe")
+            store(block.start, stored)
+            old = plan.old_values(block.start, w)
+            base += float(np.dot(old, old))
+            if only is None:
+                change = total - old
+                delta += float(np.dot(change, change))
+            np.copyto(w, stored, casting="unsafe")
+            w -= total
+            rounding += float(np.dot(w, w))
+    if not math.isfinite(rounding + base + delta):
+        raise _not_finite(plan)
+    return TensorReport(
+        plan.key,
+        plan.modules,
+        plan.dtype.code,
+        math.sqrt(base),
+        math.sqrt(delta),
+        math.sqrt(rounding),
+    )
+
+
+def _only_plain(terms: list[list[Term]]) -> list[Term] | None:
+    """Return the terms if their squared norms add up to that of the change, else None."""
+    if any(term.dora is not None for plane in terms for term in plane):
+        return None
+    if any(len(plane) > 1 for plane in terms):
+        return None
+    return [term for plane in terms for term in plane]
+
+
+def _squared(terms: list[Term]) -> float:
+    return sum(term.weight**2 * linalg.grams(term.left, term.right).squared_norm for term in terms)
+
+
+def _not_finite(plan: TensorPlan) -> LoratoolsError:
+    values = plan.source.load(np.float64)
+    if not np.isfinite(values).all():
+        return AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
+    return AdapterError(
+        f"the result does not fit {plan.dtype.code}: values overflow",
+        tensor=plan.key,
+        hint="Choose a wider type with --dtype",
+    )

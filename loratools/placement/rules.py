@@ -1,0 +1,200 @@
+"""Facts about names and layouts, as tables.
+
+Source: transformers 5.23, `conversion_mapping.py` (what it renames when it loads and saves), the
+modelling files (order of outputs in fused projections, layers that are Conv1D), and torch's
+`nn.MultiheadAttention`. A model type that is not listed has no rule; nothing here is a default.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+NEUTRAL = frozenset(
+    {"base_model", "model", "module", "transformer", "language_model", "text_model", "backbone"}
+)
+"""Leading parts of a name that wrappers add and that name no part of a model of their own."""
+
+TOWER = "vision_model"
+"""Beside it, `text_model` names the other of two towers and is not neutral."""
+
+BODY_PREFIX = {
+    "xlm-roberta": "roberta",
+    "camembert": "roberta",
+    "xlm-roberta-xl": "roberta",
+    "data2vec-text": "data2vec_text",
+    "deberta-v2": "deberta",
+    "clip_vision_model": "vision_model",
+    "siglip_vision_model": "vision_model",
+    "vit_mae": "vit",
+    "vit_msn": "vit",
+}
+"""The attribute under which a head keeps its body, where that is not the model type itself."""
+
+
+class Renaming(NamedTuple):
+    """A rename between generations of a model class, applied to the names of both sides.
+
+    Attributes:
+        pattern: regular expression, searched for.
+        replacement: what takes its place.
+        types: model types it holds for; None for all.
+    """
+
+    pattern: str
+    replacement: str
+    types: frozenset[str] | None = None
+
+
+_MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe"})
+_GRANITE = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
+_VIT = frozenset({"vit", "deit", "beit", "dinov2", "ijepa", "vit_mae", "vit_msn", "vivit"})
+
+RENAMINGS = (
+    Renaming(r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
+    Renaming(r"\bLayerNorm\.beta$", "LayerNorm.bias"),
+    Renaming(r"^(vision_tower|visual)\.vision_model\.", r"\1."),
+    Renaming(r"\bblock_sparse_moe\.input_linear\.weight$", "mlp.experts.gate_up_proj", _GRANITE),
+    Renaming(r"\bblock_sparse_moe\.output_linear\.weight$", "mlp.experts.down_proj", _GRANITE),
+    Renaming(r"\bblock_sparse_moe\.router\.layer\.", "mlp.router.", _GRANITE),
+    Renaming(r"\bblock_sparse_moe\.", "mlp.", _MIXTRAL | _GRANITE),
+    Renaming(r"\bmlp\.gate\.weight$", "mlp.router.weight", frozenset({"phimoe"})),
+    Renaming(r"\b(experts\.\d+)\.w1\b", r"\1.gate_proj", _MIXTRAL),
+    Renaming(r"\b(experts\.\d+)\.w3\b", r"\1.up_proj", _MIXTRAL),
+    Renaming(r"\b(experts\.\d+)\.w2\b", r"\1.down_proj", _MIXTRAL),
+    Renaming(r"^embed_out\.", "lm_head.", frozenset({"gpt_neox"})),
+    Renaming(r"^encoder\.layer\.", "layers.", _VIT),
+    Renaming(r"\battention\.attention\.query\b", "attention.q_proj", _VIT),
+    Renaming(r"\battention\.attention\.key\b", "attention.k_proj", _VIT),
+    Renaming(r"\battention\.attention\.value\b", "attention.v_proj", _VIT),
+    Renaming(r"\battention\.output\.dense\b", "attention.o_proj", _VIT),
+    Renaming(r"\bintermediate\.dense\b", "mlp.fc1", _VIT),
+    Renaming(r"(?<!attention\.)\boutput\.dense\b", "mlp.fc2", _VIT),
+)
+
+CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+"""Layers that transformers stores as (in, out), in the models of these types only."""
+
+LINEAR_TYPES = frozenset(
+    {
+        "bert", "bloom", "codegen", "falcon", "gemma", "gemma2", "gemma3", "gpt_bigcode",
+        "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "mixtral", "mpt", "opt", "phi", "phi3",
+        "qwen2", "qwen3", "roberta", "starcoder2",
+    }
+)  # fmt: skip
+"""Model types all of whose projections are `nn.Linear`, stored as (out, in)."""
+
+TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+"""Stacked experts whose class says `is_transposed`: (E, in, out)."""
+
+STRAIGHT_EXPERTS = (
+    _MIXTRAL
+    | _GRANITE
+    | {
+        "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe",
+        "hunyuan_v1_moe", "jamba", "llama4", "llama4_text", "olmoe", "qwen2_moe", "qwen3_moe",
+        "qwen3_next", "qwen3_omni_moe", "qwen3_5_moe",
+    }
+)  # fmt: skip
+"""Stacked experts whose class does not, so that PEFT reads them as (E, out, in).
+
+Not `qwen3_vl_moe`, whose checkpoints are stored either way."""
+
+HALVED_EXPERTS = STRAIGHT_EXPERTS | {"aria", "aria_text", "qwen3_vl_moe"}
+"""Stacked `gate_up_proj` holds all gate outputs, then all up outputs; gpt-oss alternates them."""
+
+
+Layout = Literal["thirds", "joined", "headwise", "grouped"]
+"""Order of the outputs of a fused attention projection: all of q, k and v one after the other, of
+equal or unequal size; or by heads, for each its query, key and value, or for each key-value head
+its queries, its key and its value."""
+
+QKV_PARTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+)
+
+QKV: dict[str, dict[str, Layout]] = {
+    "qkv_proj": {"phi3": "joined", "phi4_multimodal": "joined"},
+    "query_key_value": {
+        "gpt_neox": "headwise", "gpt_neox_japanese": "headwise", "bloom": "headwise",
+        "persimmon": "headwise", "falcon": "grouped",
+    },
+    "c_attn": {
+        "gpt2": "thirds", "imagegpt": "thirds", "decision_transformer": "thirds",
+        "openai-gpt": "thirds", "gpt_bigcode": "grouped", "qwen": "thirds",
+    },
+    "Wqkv": {"mpt": "thirds", "modernbert": "thirds"},
+    "W_pack": {"baichuan": "thirds"},
+    "wqkv": {"internlm2": "grouped"},
+    "qkv": {
+        "qwen2_vl": "thirds", "qwen2_5_vl": "thirds", "qwen3_vl": "thirds",
+        "qwen3_vl_moe": "thirds", "glm4v": "thirds", "blip-2": "thirds",
+    },
+    "in_proj_weight": {},
+}  # fmt: skip
+"""By the fused module's name, the layout in each model type that has it.
+
+`in_proj_weight` is the parameter of `nn.MultiheadAttention`: thirds, in every model."""
+
+MULTI_QUERY_TYPES = frozenset({"falcon", "gpt_bigcode"})
+"""Types whose flag `multi_query` says that all heads share one key and one value."""
+
+GLU_PARTS = (("gate_proj", "up_proj"), ("w1", "w3"))
+GLU = {
+    "gate_up_proj": frozenset(
+        {"phi3", "phi4_multimodal", "glm", "glm4", "glm4v", "glm_image", "glm_ocr", "zamba2"}
+    ),
+}
+"""By the fused module's name, the model types in which it is all gate outputs, then all up ones."""
+
+JOINED_BY_NAME = {
+    "qkv_proj": QKV_PARTS[0],
+    "gate_up_proj": GLU_PARTS[0],
+}
+"""Fused modules of adapters for bases which keep the parts separate: order of their outputs."""
+
+INPUT_EMBEDDINGS = frozenset(
+    {
+        "embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings.word_embeddings",
+        "decoder.embed_tokens", "embeddings.tok_embeddings",
+    }
+)  # fmt: skip
+"""Token embeddings, without their neutral prefix."""
+
+SHARED_EMBEDDINGS = frozenset({"shared", "encoder.embed_tokens", "decoder.embed_tokens"})
+"""Names of an embedding that the encoder and the decoder of one model share."""
+
+HEADS = {
+    "gpt_neox": "embed_out",
+    "gpt_neox_japanese": "embed_out",
+    "bert": "cls.predictions.decoder",
+    "roberta": "lm_head.decoder",
+    "xlm-roberta": "lm_head.decoder",
+    "camembert": "lm_head.decoder",
+    "distilbert": "vocab_projector",
+    "electra": "generator_lm_head",
+    "modernbert": "decoder",
+}
+"""The output layer that shares the token embedding's weight; `lm_head` in all other models."""
+
+HEAD_BIASES = {
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "lm_head.decoder.bias": "lm_head.bias",
+}
+"""Biases of such an output layer that are tied along with its weight, and stored once, too."""
+
+HEAD_CLASSES = (
+    "ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForMaskedLM", "ForPreTraining",
+)  # fmt: skip
+"""Endings of the classes that have such an output layer."""
+
+TASK_HEADS = frozenset(
+    {
+        "classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "lm_head",
+        "v_head", "regression_head", "logits_proj", "summary",
+    }
+)  # fmt: skip
+"""Modules that a task adds to a body, which a checkpoint of the body alone does not have."""
