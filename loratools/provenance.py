@@ -63,6 +63,6 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
         "loratools.operation": record["operation"],
         "loratools.options": compact(record["options"]),
         "loratools.inputs": compact(
-            {f"{i['role']}/{i['name']}": i["digest"]["sha256"] for i in record["inputs"]}
+            {f"{i['role']}/{i['name']}": next(iter(i["digest"].values())) for i in record["inputs"]}
         ),
     }

@@ -21,6 +21,7 @@ from pathlib import Path
 from loratools.allot import RankChoice, choose_ranks, rank_table
 from loratools.decompose import matrices
 from loratools.device import Device
+from loratools.fold.alone import folded_exactly
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import RankRule, Spectrum, as_options, check_regex
@@ -107,7 +108,7 @@ def squeeze(
     """Compress an adapter's ranks.
 
     Args:
-        adapter: any adapter whose factors tell its true ΔW.
+        adapter: any adapter whose factors tell its true ΔW, or that folds into such factors.
         rule: how ranks are chosen.
         options: how to compute and store.
         selection: modules to touch; the others keep every bit.
@@ -120,6 +121,7 @@ def squeeze(
         OptionError: options contradict each other, or the budget is too small.
     """
     options, selection = options or ComputeOptions(), selection or Selection()
+    adapter = folded_exactly(adapter, "squeeze", scratch_folder)
     selected = _selected(adapter, selection)
     rule.check_patterns(selected)
     if rule.uniform and selected != set(adapter.modules):
@@ -234,6 +236,7 @@ def rank_choices(
         AdapterError: nothing to squeeze, or NaN or infinite values.
     """
     options = options or ComputeOptions()
+    adapter = folded_exactly(adapter, "squeeze", None)
     selected = _selected(adapter, selection or Selection())
     others = _spectra(adapter, set(adapter.modules) - selected, options)
     other_energy = sum(float(spectrum.energies.sum()) for spectrum in others)

@@ -119,6 +119,19 @@ class Dora:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A setting that ΔW depends on and the file does not hold.
+
+    Attributes:
+        expected: what it may be, for people.
+        choices: the words it may be; empty if it is a number.
+    """
+
+    expected: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class OtherDelta:
     """A weight change of another kind than factors, such as LoHa, VeRA, OFT or a difference.
 
@@ -129,7 +142,8 @@ class OtherDelta:
         kind: name of the declaration, such as `loha`.
         parts: the module's own tensors, by the names that the declaration gives them; each keeps
             the key it has in the file.
-        settings: numbers that ΔW depends on, resolved by the reader: scale, block sizes, seeds.
+        settings: numbers that ΔW depends on, resolved by the reader: scale, block sizes, seeds; a
+            `Missing` for one that the user must give.
         layer: what is adapted.
         shape: (out, in) of the weight as a matrix; None for what the file does not tell.
         shared: tensors that it has in common with other modules, by the declaration's names; they
@@ -148,6 +162,11 @@ class OtherDelta:
     magnitude: TensorRef | None = None
     bias: TensorRef | None = None
     alpha_tensor: TensorRef | None = None
+
+    @property
+    def experts(self) -> int:
+        """Number of stacked matrices: always 1."""
+        return 1
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor that is its own."""

@@ -86,6 +86,8 @@ class Format:
         dtypes: types that the context may ask `from_model` to store factors in.
         caveats_kept: codes of caveats that this format expresses, so that they hinder no
             conversion into it.
+        plain_config: configuration of the same adapter once its modules are plain factors; None
+            if the format has no configuration.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Format:
     from_model: Callable[[Adapter, Context], Adapter] | None = None
     dtypes: tuple[str, ...] = ()
     caveats_kept: tuple[str, ...] = ()
+    plain_config: Callable[[Adapter], Mapping[str, Any]] | None = None
 
 
 class FormatEntry(Plugin[Format]):

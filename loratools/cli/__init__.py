@@ -22,6 +22,9 @@ _COMMANDS = {
     "methods": "loratools.cli.methods",
     "quantize": "loratools.cli.quantize",
     "squeeze": "loratools.cli.squeeze",
+    "to-dora": "loratools.cli.to_dora",
+    "to-lora": "loratools.cli.to_lora",
+    "verify": "loratools.cli.verify",
 }
 
 _SUMMARIES = {
@@ -33,7 +36,10 @@ _SUMMARIES = {
     "merge": "Merge adapters of any rank, scale and type into one.",
     "methods": "List the merge methods with their parameters, broken plugins included.",
     "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
+    "verify": "Check whether a checkpoint is a base with adapters fused in.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
+    "to-dora": "Turn a LoRA into a DoRA that makes the same change.",
+    "to-lora": "Turn an adapter of any kind into a plain LoRA.",
 }
 
 

@@ -7,11 +7,14 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from loratools_formats.errors import OptionError
+
+if TYPE_CHECKING:
+    from loratools.fuse.plan import FuseInput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
@@ -24,6 +27,14 @@ from_option = click.option(
 )
 carry_unknown_option = click.option(
     "--carry-unknown", is_flag=True, help="Keep tensors that the format does not know."
+)
+base_option = click.option(
+    "--base", type=click.Path(path_type=Path), help="The base model: a folder or a file."
+)
+initial_option = click.option(
+    "--initial",
+    type=click.Path(path_type=Path),
+    help="The adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.",
 )
 adapter_argument = click.argument("adapter", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -49,6 +60,19 @@ def weighted_path(text: str) -> tuple[Path, float]:
     if not math.isfinite(value):
         raise OptionError("not a finite weight", got=weight)
     return Path(path), value
+
+
+def fuse_input(text: str, format_name: str | None) -> FuseInput:
+    """Read the adapter that PATH or PATH:WEIGHT names.
+
+    Raises:
+        LoratoolsError: not a weight, or not an adapter.
+    """
+    from loratools.fuse.plan import FuseInput
+    from loratools_formats import read_adapter
+
+    path, weight = weighted_path(text)
+    return FuseInput(read_adapter(path, format_name), weight, path.name or str(path))
 
 
 def parsed_size(text: str) -> int:

@@ -112,10 +112,14 @@ class _Reader:
         self, tensor: TensorRef, view: View, patches: Sequence[tuple[tuple[int, ...], Array]]
     ) -> None:
         self.tensor, self.view, self.patches = tensor, view, patches
+        self._stored = np.empty(0, tensor.dtype.numpy_dtype())
 
     def read(self, plane: int, top: int, out: Array) -> None:
         start = (plane * self.view.rows + top) * self.view.columns
-        values = self.tensor.elements(start, start + out.size)
+        if len(self._stored) < out.size:
+            self._stored = np.empty(out.size, self._stored.dtype)
+        values = self._stored[: out.size]
+        self.tensor.elements_into(start, values)
         np.copyto(out, values.reshape(out.shape), casting="unsafe")
         for rows, replaced in self.patches:
             for row, new in zip(rows, replaced, strict=True):
@@ -141,10 +145,10 @@ class _Plain:
 
     def __init__(self, term: Term, dtype: Any, device: Device) -> None:
         self.term = term
-        self.device = device
+        self.device = device if device.has_float64 or dtype == np.float32 else Device("cpu")
         self.columns = slice(*term.columns)
-        self.left = device.put(term.left.astype(dtype))
-        self.right = device.put(np.ascontiguousarray(term.right, dtype))
+        self.left = self.device.put(term.left.astype(dtype))
+        self.right = self.device.put(np.ascontiguousarray(term.right, dtype))
         self.bound = 0.0
         if dtype == np.float32:
             lengths = [

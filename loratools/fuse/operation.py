@@ -18,6 +18,7 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from loratools.device import Device, DeviceName
+from loratools.fold.alone import folded_exactly
 from loratools.fuse.plan import FuseInput, FusePlan, TensorPlan, plan_fuse
 from loratools.fuse.requantize import Requantized
 from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
@@ -184,14 +185,16 @@ class Fusion:
 
     def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.options = options
-        self.inputs = tuple(inputs)
+        self.inputs = tuple(
+            replace(item, adapter=folded_exactly(item.adapter, "fuse", None)) for item in inputs
+        )
         self._base = base
         self._plain = plain(base)
         self._check_mode()
         checkpoint = self._plain.checkpoint
         if options.requantize:
             checkpoint = replace(checkpoint, config=base.config)
-        self.plan: FusePlan = plan_fuse(checkpoint, inputs, options.code, self._plain.stored)
+        self.plan: FusePlan = plan_fuse(checkpoint, self.inputs, options.code, self._plain.stored)
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()

@@ -11,7 +11,42 @@ from importlib import import_module
 from loratools.kinds.declaration import Kind
 from loratools_formats.errors import UnsupportedError
 
-_MODULES = ("full", "loha", "lokr", "tucker")
+_MODULES = (
+    "adalora",
+    "blockdiag",
+    "boft",
+    "c3a",
+    "deft",
+    "delora",
+    "fourierft",
+    "frod",
+    "full",
+    "gated",
+    "glora",
+    "gralora",
+    "hira",
+    "hra",
+    "ia3",
+    "kasa",
+    "loha",
+    "lokr",
+    "middle",
+    "miss",
+    "miss_bat",
+    "oft",
+    "osf",
+    "psoft",
+    "qalora",
+    "randlora",
+    "road",
+    "sparse",
+    "tinylora",
+    "tucker",
+    "unilora",
+    "vblora",
+    "vera",
+    "waveft",
+)
 
 
 def get_kind(name: str) -> Kind:

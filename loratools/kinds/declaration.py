@@ -1,8 +1,8 @@
 """How a kind of adapter is declared: its tensors, what it needs to know, and its ΔW.
 
-A declaration gives ΔW in one of three forms, from the cheapest to the most general: two factors,
-a Kronecker product, or rows on demand. Everything else (ranks, rounding, errors, writing) is the
-same for all kinds and lives elsewhere.
+A declaration gives ΔW in one of three forms, from the cheapest to the most general: two factors, a
+Kronecker product, or rows on demand. Everything else (ranks, rounding, errors, writing) is the same
+for all kinds and lives elsewhere.
 
 Shapes: ΔW is (out, in) in the orientation of `nn.Linear`, whatever the layer; convolutions are
 flattened to (out, in·kernel), embeddings have the vocabulary as `in`.
@@ -101,7 +101,8 @@ class Kind:
         needs: what must be known of the base: `nothing`, the `shape` of the weight where the file
             does not tell it, or the `weight` itself.
         low_rank: whether the fold to two factors is exact.
-        bias: the layer's bias after the change, given its bias before; None if it stays.
+        bias: what is added to the layer's bias, given the bias before; None if it stays.
+        caution: what a user should know about every fold of the kind; empty for nothing.
     """
 
     name: str
@@ -113,6 +114,12 @@ class Kind:
     needs: Needs = "nothing"
     low_rank: bool = True
     bias: Callable[[OtherDelta, Weight, Array], Array] | None = None
+    caution: str = ""
+
+    def knows(self, part: str) -> bool:
+        """Return whether a module may have a part of that name; `*` stands for any number."""
+        stem = part.rpartition(".")[0]
+        return part in self.parts or part in self.optional or f"{stem}.*" in self.optional
 
     @property
     def folds_alone(self) -> bool:

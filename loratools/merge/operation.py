@@ -18,6 +18,7 @@ import numpy as np
 
 from loratools.allot import choose_ranks
 from loratools.device import Device
+from loratools.fold.alone import folded_exactly
 from loratools.merge.align import AlignedModule, MergeInput, align
 from loratools.merge.exact import factor_residual, joined_exactly, merged_bias
 from loratools.merge.extras import (
@@ -31,6 +32,8 @@ from loratools.merge.module import MergedModule, ModuleMethod, merged_module
 from loratools.merge.options import MergeOptions
 from loratools.merge.trim import SharedTrim
 from loratools.parallel import in_order
+from loratools.placement.names import Names
+from loratools.plain import plain
 from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import Spectrum
 from loratools.resize import Resizer
@@ -122,6 +125,7 @@ def merge(
     """
     method = get_method(options.method)
     options = replace(options, parameters=method.checked(options.parameters))
+    inputs = [_folded(item, scratch_folder) for item in inputs]
     _check(inputs, options, method)
     modules = align(inputs, force_base=options.force_base)
     refuse_replaced_modules(inputs)
@@ -160,6 +164,11 @@ def merge(
         if any(residual is None for residual in residuals)
         else _relative(sum(r for r in residuals if r is not None), squared_norm),
     )
+
+
+def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
+    """Return an input of plain factors, where it folds into such exactly."""
+    return replace(item, adapter=folded_exactly(item.adapter, "merge", scratch_folder))
 
 
 def _share(part: float, whole: float) -> float:
@@ -236,7 +245,7 @@ class _Merge:
         self.options = options
         self.method = method
         self.modules = modules
-        self.base = base
+        self.base = None if base is None else Names(plain(base).checkpoint)
         self.folder = scratch_folder
         self.device = Device(options.compute.device)
         self.resizer = Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform)

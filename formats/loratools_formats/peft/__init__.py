@@ -61,6 +61,12 @@ def _from_model(adapter: Adapter, context: Context) -> Adapter:
     return from_model(adapter, context)
 
 
+def _plain_config(adapter: Adapter) -> Mapping[str, Any]:
+    from loratools_formats.peft.targets import plain_config
+
+    return plain_config(adapter)
+
+
 FORMAT = Format(
     name="peft",
     description="PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)",
@@ -74,4 +80,5 @@ FORMAT = Format(
     merged_config=_merged_config,
     from_model=_from_model,
     dtypes=("f32", "f16", "bf16"),
+    plain_config=_plain_config,
 )

@@ -11,7 +11,18 @@ from typing import Literal, NamedTuple
 
 PREFIX = "base_model.model."
 
-Part = Literal["a", "b", "b_bias", "embedding_a", "embedding_b", "magnitude", "token_rows"]
+Part = Literal[
+    "a",
+    "b",
+    "b_bias",
+    "diagonal",
+    "embedding_a",
+    "embedding_b",
+    "embedding_middle",
+    "magnitude",
+    "middle",
+    "token_rows",
+]
 
 SUFFIXES: dict[str, Part] = {
     ".lora_A.weight": "a",
@@ -20,13 +31,18 @@ SUFFIXES: dict[str, Part] = {
     ".lora_embedding_A": "embedding_a",
     ".lora_embedding_B": "embedding_b",
     ".lora_magnitude_vector": "magnitude",
+    ".lora_diag": "diagonal",
+    ".lora_N.weight": "middle",
+    ".lora_embedding_N": "embedding_middle",
+    ".default_lora_latent_mapping.weight": "middle",
+    "_lora_latent_mapping.weight": "middle",
     ".token_adapter.trainable_tokens_delta": "token_rows",
 }
 
 SAMPLER = ".lora_monteclora_sampler."
 """Part of the names of MonteCLoRA's sampler, whose shapes hold the rank."""
 
-TRAINING_SUFFIXES = (".lora_diag", ".lora_velora_embed", SAMPLER.rstrip("."))
+TRAINING_SUFFIXES = (".lora_velora_embed", SAMPLER.rstrip("."))
 """Tensors of variants whose config key already says so; kept, and used by no operation."""
 
 
@@ -69,6 +85,19 @@ def setting_name(path: str) -> str:
     'blocks.0.attn'
     """
     return path.removesuffix(".base_layer.out_proj")
+
+
+_CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+def square_orientation(fan_in_fan_out: bool, path: str) -> bool | None:
+    """Tell whether a square weight is stored (in, out), None where the file does not show it.
+
+    PEFT writes one `fan_in_fan_out` for all modules, that of the layer wrapped last; a GPT-2
+    adapter which also covers the linear lm_head says false although its Conv1D layers are not.
+    """
+    named_conv1d = path.rpartition(".")[2] in _CONV1D_LEAVES
+    return fan_in_fan_out if fan_in_fan_out == named_conv1d else None
 
 
 def base_tensor(name: str) -> str | None:
