@@ -29,6 +29,7 @@ from loratools.merge.extras import (
 )
 from loratools.merge.methods import Method, get_method
 from loratools.merge.module import MergedModule, ModuleMethod, merged_module
+from loratools.merge.naming import in_one_naming
 from loratools.merge.options import MergeOptions
 from loratools.merge.trim import SharedTrim
 from loratools.parallel import in_order
@@ -43,6 +44,7 @@ from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import common_dtype
 from loratools_formats.errors import LoratoolsError, OptionError, UnsupportedError
 from loratools_formats.registry import get_format
+from loratools_formats.singlefile.metadata import merged_from
 
 Array = np.ndarray[Any, Any]
 
@@ -125,7 +127,7 @@ def merge(
     """
     method = get_method(options.method)
     options = replace(options, parameters=method.checked(options.parameters))
-    inputs = [_folded(item, scratch_folder) for item in inputs]
+    inputs = in_one_naming([_folded(item, scratch_folder) for item in inputs])
     _check(inputs, options, method)
     modules = align(inputs, force_base=options.force_base)
     refuse_replaced_modules(inputs)
@@ -151,7 +153,11 @@ def merge(
         config=_config(first, inputs),
         # The first adapter's card does not describe the result.
         attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
-        metadata={**first.metadata, **record_metadata(provenance.result())},
+        metadata={
+            **first.metadata,
+            **merged_from([item.adapter for item in inputs]),
+            **record_metadata(provenance.result()),
+        },
         inputs=tuple(file for item in inputs for file in item.adapter.inputs),
         provenance=provenance.result(),
     )

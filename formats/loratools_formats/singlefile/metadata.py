@@ -35,6 +35,13 @@ def without_training_data(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in TRAINING_KEYS}
 
 
+def merged_from(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Return what the metadata of a merged file says about its sources: their titles."""
+    titles = [adapter.metadata.get("modelspec.title") for adapter in adapters]
+    known = [title for title in titles if title]
+    return {"modelspec.merged_from": ", ".join(known)} if known else {}
+
+
 def updated(adapter: Adapter) -> dict[str, str]:
     """Return an adapter's metadata with ranks and alphas that are true of it now."""
     metadata = dict(adapter.metadata)

@@ -97,7 +97,7 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
         replacements=dict(sorted(outside.replacements.items())),
         carried=outside.carried,
         metadata=file.metadata,
-        base_model=_base_model(file.metadata),
+        base_model=file.metadata.get("ss_base_model_version") or None,
         caveats=() if configs is None else configs.caveats(),
         notes=(f"carried without being understood: {', '.join(unknown)}",) if unknown else (),
         dialects=dialects(keys),
@@ -128,13 +128,6 @@ def naming_class(keys: Iterable[Key]) -> Class:
     """Return the class of a file's naming, `safetensors` if it has several."""
     found = {key.naming for key in keys if key.role != "learned_embedding"}
     return found.pop() if len(found) == 1 else "safetensors"
-
-
-def _base_model(metadata: Mapping[str, str]) -> str | None:
-    for key in ("ss_base_model_version", "modelspec.architecture"):
-        if metadata.get(key):
-            return metadata[key]
-    return None
 
 
 def _unclaimed(unknown: list[str], keys: Mapping[str, Key], path: Path) -> AdapterError:

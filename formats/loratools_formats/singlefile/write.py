@@ -26,7 +26,12 @@ from loratools_formats.singlefile.scale import (
     plain_part,
     states_scale,
 )
-from loratools_formats.singlefile.spelling import Spelling, respelled, spelling_losses
+from loratools_formats.singlefile.spelling import (
+    Spelling,
+    naming_of,
+    respelled,
+    spelling_losses,
+)
 from loratools_formats.tensors import TensorRef
 
 SINGLE_FILES: tuple[Class, ...] = NAMES
@@ -107,13 +112,21 @@ def _tensors(adapter: Adapter, *, in_metadata: bool) -> Iterator[TensorRef]:
 
 
 class _Keys:
-    """The keys of a module's tensors: those that they have, or such as the module's others have."""
+    """The keys of a module's tensors: those that they have, or such as the module's others have.
+
+    Attributes:
+        wants_alpha: whether the keys are new ones of kohya's, some of whose readers want an alpha.
+    """
 
     def __init__(self, name: str, part: LowRank) -> None:
         self._name = name
         parsed = parse(part.a.key, control=True)
-        known = parsed is not None and parsed.module == name
-        self._spelling = Spelling.of(part.a.key if known else name)
+        new = parsed is None or (parsed.module, parsed.role) not in (
+            (name, "a"),
+            (name, "embedding_a"),
+        )
+        self.wants_alpha = new and naming_of(name) == "kohya"
+        self._spelling = Spelling.of(name if new else part.a.key)
 
     def of(self, role: Role, tensor: TensorRef) -> str:
         parsed = parse(tensor.key, control=True)
@@ -150,5 +163,5 @@ def _alpha(part: LowRank, keys: _Keys) -> Iterator[TensorRef]:
             yield stored.renamed(keys.of("alpha", stored))
             return
         yield alpha_tensor(keys.of("alpha", stored), part)
-    elif part.scale != 1.0:
+    elif part.scale != 1.0 or keys.wants_alpha:
         yield alpha_tensor(keys.new("alpha"), part)
