@@ -105,6 +105,33 @@ class SingleFileConformance(FormatConformance):
             return set(file.keys())
 
 
+class TestMlx(FormatConformance):
+    """A folder as mlx-lm saves it, experts and an embedding included."""
+
+    format: Format = get_format("mlx")
+
+    def make_sample(self, folder: Path) -> Path:
+        rng = np.random.default_rng(0)
+        tensors = {}
+        for name, a, b in (
+            ("model.layers.0.self_attn.q_proj", (20, 4), (4, 12)),
+            ("model.layers.0.mlp.switch_mlp.up_proj", (3, 4, 20), (3, 12, 4)),
+            ("model.embed_tokens", (50, 4), (4, 20)),
+        ):
+            tensors[f"{name}.lora_a"] = rng.standard_normal(a).astype(np.float32)
+            tensors[f"{name}.lora_b"] = rng.standard_normal(b).astype(np.float32)
+        save_file(tensors, folder / "adapters.safetensors")
+        parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+        config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": parameters}
+        config["model"] = "somebody/model"
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        return folder
+
+    def stored_keys(self, path: Path) -> set[str]:
+        with safe_open(path / "adapters.safetensors", "numpy") as file:
+            return set(file.keys())
+
+
 KOHYA_LEAVES = (".lora_down.weight", ".lora_up.weight", ".alpha")
 PEFT_LEAVES = (".lora_A.weight", ".lora_B.weight", "")
 

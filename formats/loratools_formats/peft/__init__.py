@@ -22,7 +22,11 @@ _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 def _sniff(path: Path) -> bool:
     folder = path.parent if path.name in _WEIGHT_FILES else path
-    return (folder / "adapter_config.json").is_file()
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    # MLX adapters have a file of that name too, and weights of another.
+    is_mlx = (folder / "adapters.safetensors").is_file()
+    return not is_mlx or any((folder / name).is_file() for name in _WEIGHT_FILES)
 
 
 def _read(path: Path) -> Adapter:
