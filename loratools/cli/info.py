@@ -18,10 +18,13 @@ from loratools_formats.errors import printable
 @shared.adapter_argument
 @click.option("-v", "--verbose", is_flag=True, help="List every module.")
 @shared.from_option
+@shared.carry_unknown_option
 @shared.json_option
-def command(adapter: Path, verbose: bool, format_name: str | None, as_json: bool) -> None:
+def command(
+    adapter: Path, verbose: bool, format_name: str | None, carry_unknown: bool, as_json: bool
+) -> None:
     """Show what an adapter is, from its headers alone."""
-    info = describe(read_adapter(adapter, format_name))
+    info = describe(read_adapter(adapter, format_name, carry_unknown=carry_unknown))
     if as_json:
         print_json({"operation": "info", **dataclasses.asdict(info)})
         return

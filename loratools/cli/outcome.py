@@ -16,10 +16,15 @@ from loratools_formats.registry import check_output, check_target, read_adapter
 
 
 def read_source(
-    path: Path, initial: Path | None, format_name: str | None, *, quiet: bool
+    path: Path,
+    initial: Path | None,
+    format_name: str | None,
+    *,
+    carry_unknown: bool,
+    quiet: bool,
 ) -> tuple[Adapter, list[Adapter]]:
     """Return the adapter to work on, relative to its original base, and all it was read from."""
-    adapter = read_adapter(path, format_name)
+    adapter = read_adapter(path, format_name, carry_unknown=carry_unknown)
     if not quiet:
         for text in adapter.notes:
             note(text)

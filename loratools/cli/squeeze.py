@@ -41,6 +41,7 @@ from loratools_formats.adapter import Adapter
 @shared.max_error_option
 @shared.initial_option
 @shared.from_option
+@shared.carry_unknown_option
 @shared.json_option
 @shared.quiet_option
 def command(
@@ -55,6 +56,7 @@ def command(
     max_error: float | None,
     initial: Path | None,
     format_name: str | None,
+    carry_unknown: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -66,7 +68,9 @@ def command(
     loratools squeeze my-adapter -o smaller --rank 16
     loratools squeeze my-adapter -o smaller --budget 25%
     """  # noqa: D301 - click reads the backspace
-    source, sources = read_source(adapter, initial, format_name, quiet=quiet)
+    source, sources = read_source(
+        adapter, initial, format_name, carry_unknown=carry_unknown, quiet=quiet
+    )
     selection = Selection(include, exclude)
     if not rule.is_given:
         choices = rank_choices(source, compute, selection)

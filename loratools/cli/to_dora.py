@@ -27,6 +27,7 @@ from loratools_formats.checkpoint import read_checkpoint
     "--workers", type=int, default=2, show_default=True, help="Threads over modules (CPU)."
 )
 @shared.from_option
+@shared.carry_unknown_option
 @shared.json_option
 @shared.quiet_option
 def command(
@@ -37,6 +38,7 @@ def command(
     base: Path,
     workers: int,
     format_name: str | None,
+    carry_unknown: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -48,7 +50,9 @@ def command(
     \b
     loratools to-dora my-lora --base model -o my-dora
     """  # noqa: D301 - click reads the backspace
-    source, sources = read_source(adapter, None, format_name, quiet=quiet)
+    source, sources = read_source(
+        adapter, None, format_name, carry_unknown=carry_unknown, quiet=quiet
+    )
     target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
     with progress_bar("to-dora", quiet=quiet) as progress:
         result = to_dora(source, read_checkpoint(base), workers=workers, progress=progress)

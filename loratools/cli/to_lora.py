@@ -51,6 +51,7 @@ from loratools_formats.errors import OptionError
 @shared.compute_options("--method")
 @shared.max_error_option
 @shared.from_option
+@shared.carry_unknown_option
 @shared.json_option
 @shared.quiet_option
 def command(
@@ -65,6 +66,7 @@ def command(
     compute: ComputeOptions,
     max_error: float | None,
     format_name: str | None,
+    carry_unknown: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -78,7 +80,9 @@ def command(
     loratools to-lora my-loha -o plain
     loratools to-lora my-dora --base model -o plain --rank 64
     """  # noqa: D301 - click reads the backspace
-    source, sources = read_source(adapter, initial, format_name, quiet=quiet)
+    source, sources = read_source(
+        adapter, initial, format_name, carry_unknown=carry_unknown, quiet=quiet
+    )
     checkpoint = None if base is None else read_checkpoint(base)
     given = dict(_setting(text) for text in settings)
     if not rule.is_given:

@@ -418,7 +418,9 @@ MAKERS: tuple[Callable[[], DialectFile], ...] = (
 
 def save(file: DialectFile, path: Path) -> Path:
     """Write a file."""
-    save_file(file.tensors, path, metadata=file.metadata or None)
+    # The library writes other memory orders as they lie.
+    tensors = {name: np.array(tensor, order="C") for name, tensor in file.tensors.items()}
+    save_file(tensors, path, metadata=file.metadata or None)
     return path
 
 
