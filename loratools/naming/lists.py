@@ -20,11 +20,11 @@ from loratools_formats.singlefile.grammar import parse
 
 MAP_KEY = "loratools.module_map"
 _PROBE = ".lora_A.weight"
-_CHECKPOINT_PREFIX = "model.diffusion_model."
+CHECKPOINT_PREFIX = "model.diffusion_model."
 _FLAT_PREFIXES = {
     "unet.": ("lora_unet_",),
     "transformer.": ("lora_transformer_", "lora_unet_", "lora_unet__", "lycoris_"),
-    "diffusion_model.": ("lora_unet_", "lora_unet__", "lycoris_"),
+    "diffusion_model.": ("lora_unet_", "lora_unet__", "lycoris_", "lora_transformer_"),
     "text_encoder.": ("lora_te_", "lora_te1_"),
     "text_encoder_2.": ("lora_te2_", "lora_te3_"),
     "text_encoder_3.": ("lora_te3_",),
@@ -75,9 +75,9 @@ def names_of_base(path: Path, component: str | None) -> list[str]:
     """
     tensors = read_checkpoint(path).tensors
     modules = sorted({key.rpartition(".")[0] for key in tensors if key.count(".")})
-    if any(module.startswith(_CHECKPOINT_PREFIX) for module in modules):
-        start = len(_CHECKPOINT_PREFIX)
-        return [f"diffusion_model.{m[start:]}" for m in modules if m.startswith(_CHECKPOINT_PREFIX)]
+    if any(module.startswith(CHECKPOINT_PREFIX) for module in modules):
+        start = len(CHECKPOINT_PREFIX)
+        return [f"diffusion_model.{m[start:]}" for m in modules if m.startswith(CHECKPOINT_PREFIX)]
     if component is None:
         raise OptionError(
             "the base checkpoint does not say which component of a pipeline it is",
