@@ -40,6 +40,8 @@ from loratools_formats.singlefile.metadata import without_training_data
 from loratools_formats.singlefile.write import SINGLE_FILES
 from loratools_formats.tensors import TensorRef
 
+Array = np.ndarray[Any, Any]
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -395,15 +397,27 @@ def _residual(name: str, mine: Delta, theirs: Delta) -> tuple[float, float]:
         )
     error = norm = 0.0
     for (b, a), (new_b, new_a) in zip(loaded(first), loaded(second), strict=True):
-        part = linalg.residual_norm(
-            b, a, first.scale, linalg.grams(b, a), second.scale * new_b, new_a
-        )
+        grams = linalg.grams(b, a)
+        if first.scale == second.scale * _multiple(new_b, b) * _multiple(new_a, a):
+            norm += first.scale**2 * grams.squared_norm
+            continue
+        part = linalg.residual_norm(b, a, first.scale, grams, second.scale * new_b, new_a)
         error, norm = error + part[0] ** 2, norm + part[1] ** 2
     if not math.isfinite(norm):
         raise _not_finite(first)
     if not math.isfinite(error):
         raise OutputError("a value is beyond the range of the output's type", tensor=name)
     return error, norm
+
+
+def _multiple(new: Array, old: Array) -> float:
+    """Return k if `new` is k·`old` for a power of two k, bit for bit; NaN if it is not."""
+    places = np.flatnonzero(old)
+    if new.shape != old.shape or not len(places):
+        return math.nan
+    ratio = float(new.flat[places[0]]) / float(old.flat[places[0]])
+    same = abs(math.frexp(ratio)[0]) == 0.5 and np.array_equal(new, old * ratio)
+    return ratio if same else math.nan
 
 
 def _settled(delta: Delta) -> object:

@@ -38,6 +38,16 @@ def test_script_makes_what_is_bundled(tmp_path, script, bundled, made):
         assert shapes(out / fresh) == shapes(EXAMPLES / kept)
 
 
+def test_tiny_flux_is_what_its_script_makes(tmp_path):
+    script = EXAMPLES / "make_tiny_flux.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
+    made, kept = (read_adapter(f / "kohya.safetensors") for f in (tmp_path, EXAMPLES / "tiny-flux"))
+    assert [(t.key, bytes(t.raw())) for t in made.tensors()] == [
+        (t.key, bytes(t.raw())) for t in kept.tensors()
+    ]
+    assert made.metadata == kept.metadata
+
+
 def test_examples_stay_small():
     sizes = [path.stat().st_size for path in EXAMPLES.rglob("*") if path.is_file()]
     assert sum(sizes) < LIMIT_BYTES

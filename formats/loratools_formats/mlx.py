@@ -273,7 +273,7 @@ def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
 FORMAT = Format(
     name="mlx",
     description="MLX adapter folder (adapter_config.json + adapters.safetensors)",
-    suffixes=(),
+    suffixes=("-mlx",),
     is_folder=True,
     sniff=_sniff,
     read=_read,

@@ -65,7 +65,7 @@ class Format:
     Attributes:
         name: what users type, such as `peft`.
         description: one line for `loratools formats`.
-        suffixes: file endings it uses; empty for a folder.
+        suffixes: endings of its files' names, or of its folders' if they have one of their own.
         is_folder: whether an adapter is a folder rather than a file.
         sniff: whether a path looks like this format. Reads at most 64 KiB and never raises.
         read: read headers only; tensors load later. None if it cannot be read.
@@ -198,7 +198,7 @@ def format_for_output(path: str | os.PathLike[str]) -> Format:
     writable = [e.format for e in registered_formats() if e.format and e.format.write]
     found = [f for f in writable if any(name.endswith(suffix) for suffix in f.suffixes)]
     if not found and "." not in name:
-        found = [f for f in writable if f.is_folder]
+        found = [f for f in writable if f.is_folder and not f.suffixes]
     if len(found) == 1:
         return found[0]
     names = ", ".join(f.name for f in found or writable)
