@@ -90,6 +90,14 @@ def test_max_error_writes_nothing(tmp_path):
 ERRORS = {
     "no base": (["to-lora", DORA, "--rank", "2", "-o", "x"], "--base"),
     "no such setting": (["to-lora", LORA, "--set", "alpha=2", "--dry-run"], "alpha"),
+    "whole in PEFT": (
+        ["to-lora", DORA, "--base", BASE, "--exact", "-o", "x"],
+        "no full differences",
+    ),
+    "whole at a rank": (
+        ["to-lora", DORA, "--base", BASE, "--exact", "--rank", "2", "--dry-run"],
+        "--exact",
+    ),
     "not a setting": (["to-lora", LORA, "--set", "alpha", "--dry-run"], "NAME=VALUE"),
     "not the base": (
         ["to-lora", DORA, "--base", LORA, "--rank", "2", "--dry-run"],

@@ -177,3 +177,16 @@ def test_stacked_experts_cannot_be_a_dora(saved, tmp_path):
 def test_a_dora_is_not_made_one_again(base):
     with pytest.raises(UnsupportedError, match="DoRA already"):
         to_dora(read_adapter(TINY / "dora"), base)
+
+
+def test_a_dora_can_be_kept_whole_where_a_format_holds_that(base, tmp_path):
+    source = read_adapter(TINY / "dora")
+    result = to_lora(source, RankRule(), base=base, whole=True)
+    assert result.relative_error <= 1e-7
+    for name, delta in result.adapter.modules.items():
+        want = dora_change(source.modules[name], weight_of(base, name))
+        got = delta.parts["diff"].load(np.float64)
+        assert oracle.distance(got, want) <= 1e-7
+    with pytest.raises(UnsupportedError, match="no full differences"):
+        write_adapter(result.adapter, tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()

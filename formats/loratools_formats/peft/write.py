@@ -27,8 +27,16 @@ from loratools_formats.tensors import TensorRef
 def losses(adapter: Adapter) -> list[Loss]:
     """Return what PEFT cannot hold of an adapter read from another format."""
     if adapter.format == "peft":
-        return []
+        return [Loss(name, "PEFT has no full differences") for name in _kept_whole(adapter)]
     return [Loss(name, "has no place in a PEFT file") for name in adapter.carried]
+
+
+def _kept_whole(adapter: Adapter) -> list[str]:
+    return [
+        name
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and delta.kind == "full"
+    ]
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -113,6 +121,8 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
         raise UnsupportedError(
             f"writing an adapter of format {adapter.format} as PEFT is not supported yet"
         )
+    for name in _kept_whole(adapter):
+        raise UnsupportedError("PEFT has no full differences", tensor=name)
     if any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
         return dict(adapter.config)
     values = _with_kinds(adapter)
