@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,40 +23,15 @@ from loratools.device import Device
 from loratools.fold.alone import folded_exactly
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
-from loratools.ranks import RankRule, Spectrum, as_options, check_regex
+from loratools.ranks import RankRule, Spectrum, as_options
 from loratools.resize import ComputeOptions, Resizer, spectrum_of
 from loratools.scratch import Scratch
+from loratools.selection import Selection
 from loratools_formats.adapter import Adapter, Delta, Dora, low_rank_part
 from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
 from loratools_formats.registry import get_format
 
 _PROVENANCE_BYTES = 1024  # more than a squeeze adds to the header, its options aside
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which modules an operation touches, by regular expressions searched in their paths.
-
-    Raises:
-        OptionError: not a regular expression.
-    """
-
-    include: str | None = None
-    exclude: str | None = None
-
-    def __post_init__(self) -> None:
-        for pattern in (self.include, self.exclude):
-            if pattern is not None:
-                check_regex(pattern)
-
-    def __contains__(self, name: str) -> bool:
-        wanted = self.include is None or re.search(self.include, name) is not None
-        return wanted and not (self.exclude and re.search(self.exclude, name))
-
-    def record(self) -> dict[str, str]:
-        """Return what is set, for an output's provenance."""
-        given = {"include": self.include, "exclude": self.exclude}
-        return {name: pattern for name, pattern in given.items() if pattern is not None}
 
 
 @dataclass(frozen=True)

@@ -225,3 +225,7 @@ class StreamedMatrix:
     def squared_error(self, b: Array, a: Array) -> float:
         """Return ‖X − b @ a‖²_F."""
         return squared_residual(self._source, b, a)
+
+    def blocks(self) -> Iterator[tuple[int, int, Array]]:
+        """Yield (start, stop, rows in float64) in order."""
+        return self._source.blocks()

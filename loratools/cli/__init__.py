@@ -15,6 +15,7 @@ from loratools.cli.errors import run
 _COMMANDS = {
     "convert": "loratools.cli.convert",
     "dequantize": "loratools.cli.dequantize",
+    "extract": "loratools.cli.extract",
     "formats": "loratools.cli.formats",
     "fuse": "loratools.cli.fuse",
     "info": "loratools.cli.info",
@@ -30,6 +31,7 @@ _COMMANDS = {
 _SUMMARIES = {
     "convert": "Convert an adapter to another format, and check what was written.",
     "dequantize": "Turn a checkpoint's four-bit weights back into 16 or 32 bits.",
+    "extract": "Extract the LoRA between two checkpoints.",
     "formats": "List the adapter formats, broken plugins included.",
     "fuse": "Fuse adapters into base weights, streamed, without loading a model.",
     "info": "Show what an adapter is, from its headers alone.",

@@ -38,22 +38,22 @@ def print_table(header: Sequence[str], align: str, rows: Sequence[Sequence[str]]
         click.echo("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
 
 
-def print_choices(bytes_in: int, choices: Sequence[RankChoice]) -> None:
-    """Print the table rank → size → error."""
-    print_table(
-        ["rank", "size", "of input", "energy kept", "relative error"],
-        ">>>>>",
+def print_choices(bytes_in: int | None, choices: Sequence[RankChoice]) -> None:
+    """Print the table rank → size → error; sizes are compared with `bytes_in`, if there is any."""
+    rows = [
         [
-            [
-                str(choice.rank),
-                human_bytes(choice.nbytes),
-                percent(choice.nbytes / bytes_in),
-                percent(choice.energy),
-                number(choice.relative_error),
-            ]
-            for choice in choices
-        ],
-    )
+            str(choice.rank),
+            human_bytes(choice.nbytes),
+            percent(choice.nbytes / (bytes_in or 1)),
+            percent(choice.energy),
+            number(choice.relative_error),
+        ]
+        for choice in choices
+    ]
+    header = ["rank", "size", "of input", "energy kept", "relative error"]
+    if bytes_in is None:
+        header, rows = [*header[:2], *header[3:]], [[*row[:2], *row[3:]] for row in rows]
+    print_table(header, ">" * len(header), rows)
 
 
 def choices_as_json(choices: Sequence[RankChoice]) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ from loratools.cli.output import (
 )
 from loratools.ranks import RankRule
 from loratools.resize import ComputeOptions
-from loratools.squeeze import Selection, SqueezeResult, rank_choices, squeeze
+from loratools.selection import Selection
+from loratools.squeeze import SqueezeResult, rank_choices, squeeze
 from loratools_formats import get_format, write_adapter
 from loratools_formats.adapter import Adapter
 

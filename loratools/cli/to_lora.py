@@ -32,7 +32,7 @@ from loratools.resize import ComputeOptions
 from loratools_formats import get_format, write_adapter
 from loratools_formats.adapter import Adapter
 from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import OptionError
+from loratools_formats.errors import OptionError, UnsupportedError
 
 
 @click.command("to-lora")
@@ -46,6 +46,11 @@ from loratools_formats.errors import OptionError
     multiple=True,
     metavar="NAME=VALUE",
     help="A number that the change depends on and the file does not hold. Repeatable.",
+)
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Keep what is not of low rank whole, as full differences, where the format has them.",
 )
 @shared.rank_options
 @shared.compute_options("--method")
@@ -62,6 +67,7 @@ def command(
     base: Path | None,
     initial: Path | None,
     settings: tuple[str, ...],
+    exact: bool,
     rule: RankRule,
     compute: ComputeOptions,
     max_error: float | None,
@@ -85,7 +91,9 @@ def command(
     )
     checkpoint = None if base is None else read_checkpoint(base)
     given = dict(_setting(text) for text in settings)
-    if not rule.is_given:
+    if exact and rule.is_given:
+        raise OptionError("--exact keeps changes whole, and leaves no rank to choose")
+    if not rule.is_given and not exact:
         choices = fold_choices(source, compute, base=checkpoint, given=given)
         if choices is not None:
             _print_choices(source, choices, as_json=as_json)
@@ -103,9 +111,11 @@ def command(
             compute,
             base=checkpoint,
             given=given,
+            whole=exact,
             scratch_folder=scratch_folder(target),
             progress=progress,
         )
+    _check_format(result, source.format)
     if target is not None and not exceeds(result.relative_error, max_error):
         write_adapter(result.adapter, target, source.format, overwrite=overwrite)
     if as_json:
@@ -116,6 +126,19 @@ def command(
         for text in result.cautions:
             note(text)
     return conclude(result.relative_error, max_error, target, quiet=quiet)
+
+
+def _check_format(result: FoldResult, name: str) -> None:
+    """Refuse full differences in a format that has none, on a dry run too."""
+    losses = get_format(name).losses
+    found = [] if losses is None else losses(result.adapter)
+    if found:
+        raise UnsupportedError(
+            f"format {name} cannot hold it: {found[0].reason}",
+            tensor=found[0].name,
+            hint="Choose a rank instead of --exact, or put the change into the model with "
+            "loratools fuse",
+        )
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -163,7 +186,7 @@ def _print_report(source: Adapter, result: FoldResult) -> None:
         [
             module.name,
             module.kind,
-            str(module.rank),
+            "whole" if module.rank is None else str(module.rank),
             percent(module.energy),
             number(module.relative_error),
         ]

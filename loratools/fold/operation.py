@@ -32,8 +32,10 @@ from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import RankRule, Spectrum, as_options
 from loratools.resize import ComputeOptions, Resizer
 from loratools.scratch import Scratch
+from loratools.stream import StreamedMatrix
 from loratools_formats.adapter import Adapter, LowRank, OtherDelta
 from loratools_formats.checkpoint import Checkpoint
+from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
 
 _PROVENANCE_BYTES = 1024
@@ -46,7 +48,7 @@ class FoldModuleReport:
     Attributes:
         name: module path.
         kind: what it was.
-        rank: of the factors.
+        rank: of the factors; None if it is kept whole.
         energy: share of ‖ΔW‖²_F in the singular values kept.
         relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ of the stored, rounded factors.
         low_rank_energy: of a DoRA, ‖g⊙scale·BA‖²/‖ΔW‖²; None of others.
@@ -56,7 +58,7 @@ class FoldModuleReport:
 
     name: str
     kind: str
-    rank: int
+    rank: int | None
     energy: float
     relative_error: float
     low_rank_energy: float | None = None
@@ -98,7 +100,7 @@ class FoldChoices:
 
 @dataclass(frozen=True)
 class _Outcome:
-    delta: LowRank
+    delta: LowRank | OtherDelta
     report: FoldModuleReport
     squared_error: float
     squared_norm: float
@@ -111,6 +113,7 @@ def to_lora(
     *,
     base: Checkpoint | None = None,
     given: Mapping[str, str] | None = None,
+    whole: bool = False,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FoldResult:
@@ -123,16 +126,17 @@ def to_lora(
         options: how to compute and store; new factors are float32 unless it says otherwise.
         base: the base model, for kinds that need it.
         given: settings that the file does not hold, by name.
+        whole: keep changes that are not of low rank as full differences, where no rank is chosen.
         scratch_folder: where results wait until they are written.
         progress: called with (modules done, modules in all).
 
     Raises:
         UnsupportedError: the change cannot be told, or not without the base.
-        OptionError: no rule, where a change has no exact factors.
+        OptionError: no rule, where a change has no exact factors and is not to be kept whole.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
     adapter = with_settings(adapter, given or {})
-    work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder)
+    work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
     rule.check_patterns(adapter.modules)
     record = {"rule": as_options(rule), **work.options.record()} | (
         {"settings": dict(given)} if given else {}
@@ -176,7 +180,7 @@ def fold_choices(
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
     adapter = with_settings(adapter, given or {})
-    work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None)
+    work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
     if all(isinstance(d, LowRank) or folds_alone(d) for d in adapter.modules.values()):
         return None
     found = list(in_order(work.measured, adapter.modules, work.options.threads))
@@ -201,6 +205,8 @@ class _Fold:
         options: ComputeOptions,
         base: Checkpoint | None,
         scratch_folder: Path | None,
+        *,
+        whole: bool,
     ) -> None:
         adapter.require_true_delta("to-lora")
         if not adapter.modules:
@@ -208,6 +214,7 @@ class _Fold:
         self.adapter = adapter
         self.rule = rule
         self.options = options
+        self.whole = whole
         self.opener = Opener(adapter, rule, options, base)
         self.resizer = Resizer(options, Scratch(scratch_folder), rule.uniform)
 
@@ -255,7 +262,7 @@ class _Fold:
         whole = self.adapter.modules[name]
         squared_error, kept = 0.0, squared_norm
         exact = opened.exact
-        new = None
+        new: LowRank | OtherDelta | None = None
         if isinstance(whole, LowRank):
             new = self.resizer.without_loss(whole, whole.rank if rank is None else rank)
         elif exact is not None and (rank is None or rank >= len(exact.a)):
@@ -264,6 +271,8 @@ class _Fold:
                 part.squared_error(new.scale * b.astype(np.float64), a.astype(np.float64))
                 for part, (b, a) in zip(opened.parts, loaded(new), strict=True)
             )
+        elif rank is None:
+            new, squared_error = self._kept_whole(name, opened)
         if new is None:
             rank = opened.template.rank if rank is None else rank
             found = self.resizer.compressed(name, opened.template, opened.parts, rank)
@@ -273,7 +282,7 @@ class _Fold:
         report = FoldModuleReport(
             name,
             opened.kind,
-            new.rank,
+            None if isinstance(new, OtherDelta) else new.rank,
             min(kept / squared_norm, 1.0) if squared_norm else 1.0,
             _ratio(squared_error, squared_norm),
             None if of is None else of.squared_low_rank / total,
@@ -281,13 +290,31 @@ class _Fold:
         )
         return _Outcome(new, report, squared_error, squared_norm)
 
+    def _kept_whole(self, name: str, opened: Opened) -> tuple[OtherDelta, float]:
+        """Return a change as a full difference in float32, and the squared error of rounding it."""
+        (part,) = opened.parts
+        assert isinstance(part, StreamedMatrix)
+        template = opened.template
+        out, in_ = template.shape
+        values, squared_error = np.empty((out, in_), np.float32), 0.0
+        for start, stop, block in part.blocks():
+            values[start:stop] = block
+            squared_error += float(np.sum((values[start:stop] - block) ** 2))
+        kernel = template.layer.kernel
+        shape = (out, in_ // math.prod(kernel), *kernel) if kernel else (out, in_)
+        diff = self.resizer.scratch.store(f"{name}.diff", values.reshape(shape), DTYPES["F32"])
+        settings = {"scale": 1.0}
+        delta = OtherDelta("full", {"diff": diff}, settings, template.layer, (out, in_))
+        return delta, squared_error
+
     def _rank(self, name: str, opened: Opened, ranks: dict[str, int] | None) -> int | None:
         """Return the rank to give, None to keep what there is."""
         if ranks is not None:
             return ranks[name]
         if self.rule.is_given:
             return self.rule.of_module(self.opener.spectrum(name, opened))
-        if opened.exact is None and not isinstance(self.adapter.modules[name], LowRank):
+        is_plain = isinstance(self.adapter.modules[name], LowRank)
+        if opened.exact is None and not is_plain and not self.whole:
             raise OptionError(
                 f"a weight change of kind {opened.kind} is not of low rank",
                 hint="Choose a rank with --rank, --energy, --budget or another rule",

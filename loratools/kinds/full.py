@@ -1,16 +1,34 @@
-"""A full difference: ΔW = scale · diff, of any rank (LyCORIS `diff`, extracted checkpoints)."""
+"""A full difference: ΔW = scale · diff, of any rank (LyCORIS `diff`, extracted checkpoints).
+
+It is read a block of rows at a time, unless it is stored as (in, out), when `crossed` is set.
+"""
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Change, Kind, Rows, Tensors, Weight
+import math
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Rows, Weight
 from loratools_formats.adapter import OtherDelta
+from loratools_formats.errors import AdapterError
 
 
 def _change(delta: OtherDelta, _: Weight) -> Change:
-    diff = Tensors(delta)["diff"]
-    matrix = diff.reshape(len(diff), -1)
-    scale = delta.settings["scale"]
-    return Rows((matrix.shape[0], matrix.shape[1]), lambda start, stop: scale * matrix[start:stop])
+    diff, scale = delta.parts["diff"], delta.settings["scale"]
+    height, width = diff.shape[0], math.prod(diff.shape[1:])
+
+    def rows(start: int, stop: int) -> Array:
+        flat = diff.elements(start * width, stop * width).astype(np.float64)
+        if not np.isfinite(flat).all():
+            raise AdapterError("tensor holds NaN or infinite values", tensor=diff.key)
+        block: Array = scale * flat.reshape(stop - start, width)
+        return block
+
+    if not delta.settings.get("crossed"):
+        return Rows((height, width), rows)
+    whole = rows(0, height).astype(np.float32)
+    return Rows((width, height), lambda start, stop: whole[:, start:stop].T.astype(np.float64))
 
 
 KIND = Kind(

@@ -27,9 +27,17 @@ from loratools_formats.tensors import TensorRef
 def losses(adapter: Adapter) -> list[Loss]:
     """Return what PEFT cannot hold of an adapter read from another format."""
     if adapter.format == "peft":
-        return []
+        return [Loss(name, "PEFT has no full differences") for name in _kept_whole(adapter)]
     return [
         Loss(name, "has no place in a PEFT file") for name in [*adapter.additions, *adapter.carried]
+    ]
+
+
+def _kept_whole(adapter: Adapter) -> list[str]:
+    return [
+        name
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and delta.kind == "full"
     ]
 
 
@@ -116,6 +124,8 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
             f"an adapter of format {adapter.format} has no PEFT configuration",
             hint="Make one with from_model, as `loratools convert` does",
         )
+    for name in _kept_whole(adapter):
+        raise UnsupportedError("PEFT has no full differences", tensor=name)
     if any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
         return dict(adapter.config)
     values = _with_kinds(adapter)
