@@ -33,6 +33,10 @@ CONFIGS = {
     "qwen2": ("Qwen2Config", SIZES),
     "qwen3": ("Qwen3Config", SIZES | HEAD),
     "qwen3moe": ("Qwen3MoeConfig", SIZES | HEAD | EXPERTS | {"norm_topk_prob": True}),
+    "mixtral": (
+        "MixtralConfig",
+        SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         SIZES | HEAD | {"tie_word_embeddings": True, "query_pre_attn_scalar": 16},

@@ -23,6 +23,7 @@ MLP = {name: ["gate_proj", "up_proj", "down_proj"] for name in gguf_models.CONFI
     "phi3": ["gate_up_proj", "mlp.down_proj"],
     "gpt2": ["mlp.c_fc", "mlp.c_proj"],
     "qwen3moe": [],
+    "mixtral": [],
 }
 
 
@@ -44,7 +45,7 @@ def variants(name):
     if name not in gguf_models.TIED:
         found["embedding"] = basic | {"target_modules": ["embed_tokens", one]}
         found["output"] = basic | {"target_modules": ["lm_head", one]}
-    if name == "qwen3moe":
+    if name in ("qwen3moe", "mixtral"):
         found["experts"] = basic | {
             "target_modules": [],
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],

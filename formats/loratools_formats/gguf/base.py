@@ -91,7 +91,7 @@ def _of_config(path: Path) -> Base:
                 values, path, "moe_intermediate_size", "intermediate_size", default=0
             ),
         ),
-        tied=architecture.tied if tied is None else tied,
+        tied=not architecture.outputs or (architecture.tied if tied is None else tied),
         prefix=architecture.classes[names[0]],
     )
 

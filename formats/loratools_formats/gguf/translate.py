@@ -52,16 +52,19 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     for path, delta in adapter.modules.items():
         try:
             for name, expert, part in _placed(path, _plain(delta), base):
-                if expert is not None:
-                    stacks.setdefault(name, {})[expert] = part
-                elif name in modules:
+                known = name in modules if expert is None else expert in stacks.get(name, {})
+                if known:
                     raise AdapterError("two modules become the same GGUF tensor", got=name)
-                else:
+                if expert is None:
                     modules[name] = part
+                else:
+                    stacks.setdefault(name, {})[expert] = part
         except LoratoolsError as error:
             error.tensor = error.tensor or path
             raise
     for name, found in stacks.items():
+        if name in modules:
+            raise AdapterError("experts are adapted one by one and as a stack", tensor=name)
         modules[name] = _stacked(name, found, base.sizes.experts)
     _check_shapes(modules, base)
     keys = dict(base_model_keys(adapter.base_model or ""))
@@ -376,7 +379,7 @@ def _block_diagonal(path: str, parts: list[LowRank]) -> LowRank:
 def _with_layer(path: str, delta: LowRank, architecture: Architecture) -> LowRank:
     if delta.layer.kind == "experts":
         return replace(delta, layer=Layer("experts", parameters=(path,)))
-    if architecture.conv1d and delta.layer.kind == "linear" and path != architecture.output:
+    if architecture.conv1d and delta.layer.kind == "linear" and path not in architecture.outputs:
         return replace(delta, layer=Layer("linear", transposed_if_square=True))
     return delta
 
