@@ -1,4 +1,4 @@
-"""The table of architectures agrees with llama.cpp's converter, module by module, on full weights."""
+"""The table of architectures agrees with llama.cpp, module by module, on full weights."""
 
 import json
 import subprocess
