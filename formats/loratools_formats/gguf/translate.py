@@ -155,12 +155,12 @@ def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
     if name == OUTPUT and base.tied:
         raise UnsupportedError(
             "the base model's output layer is its embedding, and llama.cpp has no tensor for it",
-            hint="Fuse this adapter into the base model instead",
+            hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
         )
     if name == EMBEDDING and base.tied:
         raise UnsupportedError(
             "llama.cpp aborts on an adapter of an embedding that is the output layer too",
-            hint="Fuse this adapter into the base model instead",
+            hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
         )
     if (name == EMBEDDING) != (delta.layer.kind == "embedding"):
         raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
