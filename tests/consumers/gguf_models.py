@@ -208,12 +208,13 @@ def quantised(values, kind):
     return out.raw
 
 
-def start_llama_cpp(base, adapters, scales, vocabulary=VOCABULARY, prompt=PROMPT):
+def start_llama_cpp(base, adapters, scales, vocabulary=VOCABULARY, prompt=PROMPT, count=None):
     request = {
         "base": str(base),
         "adapters": list(map(str, adapters)),
         "prompt": prompt,
         "vocabulary": vocabulary,
+        "count": count or vocabulary,
         "scales": scales,
     }
     return subprocess.run(

@@ -148,7 +148,8 @@ def translations(tmp_path_factory):
             made = delta_for(architecture, key, shape, rng)
             if made is not None:
                 path, delta, weights[key] = made
-                modules[f"{prefix}{path}" if path != "lm_head" else path] = delta
+                called = prefix + path.removeprefix("model.") if path[:6] == "model." else path
+                modules[called] = delta
         np.savez(folder / "weights.npz", **weights)
         adapter = Adapter(format="peft", source=None, modules=modules)
         context = Context(base=folder)

@@ -1,5 +1,6 @@
 """GGUF adapters in the real llama.cpp say what PEFT says in torch, for every token."""
 
+import gguf
 import gguf_models
 import numpy as np
 import pytest
@@ -107,3 +108,37 @@ def test_squeezed_and_merged_gguf_adapters_are_what_they_say(gguf_bases, tmp_pat
     found = gguf_models.from_llama_cpp(base / "model.gguf", files)
     np.testing.assert_allclose(found[:2], found[2:], atol=SILU_TOLERANCE)
     assert np.abs(found[0] - found[1]).max() > EFFECT
+
+
+def handmade(path, architecture, name, a, b, add_alpha):
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    add_alpha(writer)
+    writer.add_tensor(f"{name}.weight.lora_a", np.ones(a, np.float32))
+    writer.add_tensor(f"{name}.weight.lora_b", np.ones(b, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+CRASHES = {
+    "an embedding that is the output layer": (
+        ("gemma3", "token_embd", (gguf_models.VOCABULARY, 4), (64, 4)),
+        lambda writer: writer.add_float32("adapter.lora.alpha", 4.0),
+    ),
+    "alpha as a whole number": (
+        ("llama", "blk.0.attn_q", (4, 64), (64, 4)),
+        lambda writer: writer.add_uint32("adapter.lora.alpha", 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CRASHES)
+def test_what_is_refused_kills_llama_cpp(gguf_bases, tmp_path, case):
+    (name, tensor, a, b), add_alpha = CRASHES[case]
+    handmade(tmp_path / "lora.gguf", name, tensor, a, b, add_alpha)
+    base = gguf_bases / name / "model.gguf"
+    done = gguf_models.start_llama_cpp(base, [tmp_path / "lora.gguf"], [[1.0]])
+    assert done.returncode < 0  # a signal

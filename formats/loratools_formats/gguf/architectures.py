@@ -161,7 +161,8 @@ class Architecture:
 
     Attributes:
         name: value of `general.architecture`.
-        classes: transformers classes that become it, and what each puts before the paths below.
+        classes: transformers classes that become it, and how each begins paths that begin with
+            `model.` below.
         stack: path of the list of blocks.
         blocks: modules of a block; where several become one tensor, the first is what reading
             back makes of it.
@@ -223,7 +224,7 @@ class Architecture:
 
 
 def _causal(*names: str) -> dict[str, str]:
-    return {f"{name}ForCausalLM": "" for name in names}
+    return {f"{name}ForCausalLM": "model." for name in names}
 
 
 _LLAMA_LIKE = _ATTENTION | _GATED
@@ -247,7 +248,7 @@ _TABLE = (
     Architecture("gemma2", _causal("Gemma2"), _LLAMA_LIKE, outputs=(), tied=True),
     Architecture(
         "gemma3",
-        {"Gemma3ForCausalLM": "", "Gemma3ForConditionalGeneration": "model.language_model."},
+        {"Gemma3ForCausalLM": "model.", "Gemma3ForConditionalGeneration": "model.language_model."},
         _LLAMA_LIKE,
         tied=True,
     ),
@@ -267,7 +268,7 @@ _TABLE = (
     )),
     Architecture(
         "gpt2",
-        {"GPT2LMHeadModel": ""},
+        {"GPT2LMHeadModel": "model."},
         _same(
             attn__c_attn="attn_qkv",
             attn__c_proj="attn_output",

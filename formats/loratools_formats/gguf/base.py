@@ -29,7 +29,7 @@ class Base:
         architecture: how its modules become GGUF tensors.
         sizes: what layouts depend on.
         tied: whether its output layer is its embedding.
-        prefix: what its class puts before the paths of the architecture.
+        prefix: how its class begins paths that begin with `model.` in the table.
         shapes: row-major shapes of its tensors by GGUF name; None if only its configuration is
             known.
     """
@@ -37,7 +37,7 @@ class Base:
     architecture: Architecture
     sizes: Sizes
     tied: bool
-    prefix: str = ""
+    prefix: str = "model."
     shapes: Mapping[str, tuple[int, ...]] | None = None
 
 

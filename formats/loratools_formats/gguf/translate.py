@@ -292,11 +292,12 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
         origin = _Origin(*found)
         origins[origin.path] = origin
         parts.setdefault(origin.path, {})[origin.part] = _plain(delta)
-    prefix = "" if base is None else base.prefix
+    prefix = "model." if base is None else base.prefix
     modules: dict[str, Delta] = {}
     for path, found_parts in parts.items():
         whole = _whole(origins[path], found_parts, None if base is None else base.sizes)
-        modules[f"{prefix}{path}"] = _with_layer(path, whole, architecture)
+        called = prefix + path.removeprefix("model.") if path.startswith("model.") else path
+        modules[called] = _with_layer(path, called, whole, architecture)
     return replace(adapter, modules=_parameters_wrapped(modules))
 
 
@@ -376,9 +377,9 @@ def _block_diagonal(path: str, parts: list[LowRank]) -> LowRank:
     return replace(parts[0], a=in_memory(path, a), b=in_memory(path, b), scale=1.0, alpha=None)
 
 
-def _with_layer(path: str, delta: LowRank, architecture: Architecture) -> LowRank:
+def _with_layer(path: str, called: str, delta: LowRank, architecture: Architecture) -> LowRank:
     if delta.layer.kind == "experts":
-        return replace(delta, layer=Layer("experts", parameters=(path,)))
+        return replace(delta, layer=Layer("experts", parameters=(called,)))
     if architecture.conv1d and delta.layer.kind == "linear" and path not in architecture.outputs:
         return replace(delta, layer=Layer("linear", transposed_if_square=True))
     return delta
