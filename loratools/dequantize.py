@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from loratools.fourbit.decode import CHUNK, Dequantizer
 from loratools.fourbit.encode import relative
@@ -123,13 +124,14 @@ def dequantize(
             base,
             grouped(base, parts, max_shard_bytes=max_shard_bytes),
             plain_config(base.config, torch_name(stored)) if base.config else None,
-            operation_record("dequantize", {}, options, base),
+            lambda: operation_record("dequantize", {}, options, base),
         )
-        left_out = write_checkpoint(
-            new, output, overwrite=overwrite, workers=workers, progress=progress
-        )
+        with threadpool_limits(1):  # the sums of errors; threads go over weights
+            left_out = write_checkpoint(
+                new, output, overwrite=overwrite, workers=workers, progress=progress
+            )
         if left_out:
-            notes.append(f"not carried over, since stale: {', '.join(left_out)}")
+            notes.append(f"not carried over: {', '.join(left_out)}")
     return _result(base, list(jobs.values()), notes)
 
 

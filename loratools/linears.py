@@ -11,32 +11,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
+from loratools.placement import rules
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import UnsupportedError
 from loratools_formats.tensors import TensorRef
 
 _WEIGHT = ".weight"
 _QUANTIZABLE = ("F32", "F16", "BF16")
-_OUTPUT = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)(?:\.decoder)?|(?:.*\.)?predictions\.decoder")
 _LAST = re.compile(r"score|classifier|qa_outputs")
 _EMBEDDING = re.compile(
     r"(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?|embed_?tokens.*|shared|tok_embeddings"
     r"|relative_attention_bias"
 )
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
-_ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|wg|shared_expert_gate)(?:\.(?:classifier|layer))?")
+_ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|wg)(?:\.(?:classifier|layer))?")
 # Source: `_keep_in_fp32_modules` of the model classes in transformers 5.23.
 _KEPT_IN_F32 = {
     "wo": ("t5", "mt5", "umt5", "udop", "pop2piano"),
     "qformer": ("blip-2",),
     "indexer.weights_proj": ("deepseek_v32", "glm_moe_dsa", "axk2"),
 }
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D = re.compile(r"(?:.*\.)?(?:c_attn|q_attn|c_proj|c_fc)")
-_OUTPUT_MODULE = "lm_head"
+# Layers of classes derived from `nn.Linear`, which transformers does not convert, by model type.
+_OWN_CLASSES = {
+    "falcon": frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+    "deepseek_v4": frozenset({"o_a_proj"}),
+}
+_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,18 @@ class Linears:
         weights: weights by key, in the checkpoint's order.
         kept: other two-dimensional weights.
         stacks: keys of weights of stacked experts, which have no four-bit layout.
+        heads: names of output embeddings, which may be tied and so absent.
     """
 
     weights: Mapping[str, TensorRef]
     kept: tuple[Kept, ...]
     stacks: tuple[str, ...]
+    heads: frozenset[str]
 
     def listed(self) -> list[str]:
         """Return the modules for `llm_int8_skip_modules`, experts of one layer as one."""
         names = {_shortened(kept.module) for kept in self.kept}
-        return sorted(names | {_OUTPUT_MODULE})
+        return sorted(names | self.heads)
 
 
 def linear_weights(
@@ -85,9 +91,7 @@ def linear_weights(
     Raises:
         UnsupportedError: a weight is of a type that is no plain float.
     """
-    models = set(_model_types(base.config))
-    vocabularies = set(_values(base.config, "vocab_size"))
-    rules = _Rules(base, models, vocabularies, tuple(map(re.compile, skip)), experts)
+    choice = _Choice(base, tuple(map(re.compile, skip)), experts)
     weights: dict[str, TensorRef] = {}
     kept: list[Kept] = []
     stacks = []
@@ -99,48 +103,55 @@ def linear_weights(
         if len(ref.shape) != 2 or not key.endswith(_WEIGHT):
             continue
         module = key.removesuffix(_WEIGHT)
-        reason = rules.reason_to_keep(module, ref)
+        reason = choice.reason_to_keep(module, ref)
         if reason is not None:
             kept.append(Kept(module, reason))
         else:
             _check_type(ref)
             weights[key] = ref
-    _keep_what_is_listed(weights, kept)
-    return Linears(weights, tuple(kept), tuple(stacks))
+    _keep_what_is_listed(weights, kept, choice.heads)
+    return Linears(weights, tuple(kept), tuple(stacks), choice.heads)
 
 
 def is_conv1d(key: str, config: Mapping[str, Any]) -> bool:
     """Return whether a weight belongs to transformers' Conv1D, which stores (in, out)."""
-    named = _CONV1D.fullmatch(key.removesuffix(_WEIGHT)) is not None
-    return named and not set(_model_types(config)).isdisjoint(_CONV1D_MODELS)
+    leaf = key.removesuffix(_WEIGHT).rpartition(".")[2]
+    return leaf in rules.CONV1D_LEAVES and not _model_types(config).isdisjoint(rules.CONV1D_TYPES)
 
 
-@dataclass(frozen=True)
-class _Rules:
-    base: Checkpoint
-    models: set[str]
-    vocabularies: set[Any]
-    skip: tuple[re.Pattern[str], ...]
-    experts: bool
+class _Choice:
+    """Which weights of one checkpoint stay as they are."""
+
+    def __init__(self, base: Checkpoint, skip: tuple[re.Pattern[str], ...], experts: bool) -> None:
+        self._base = base
+        self._skip = skip
+        self._experts = experts
+        self._models = _model_types(base.config)
+        self._vocabularies = set(_values(base.config, "vocab_size"))
+        self.heads = frozenset(rules.HEADS.get(m, _HEAD) for m in self._models) or frozenset(
+            {_HEAD}
+        )
 
     def reason_to_keep(self, module: str, ref: TensorRef) -> str | None:
         """Return why a module's weight stays as it is, None if it is quantised."""
         parent, _, last = module.rpartition(".")
-        without_bias = f"{module}.bias" not in self.base.tensors
+        without_bias = f"{module}.bias" not in self._base.tensors
         reasons = {
-            "skipped as asked": any(pattern.search(module) for pattern in self.skip),
-            "output embedding": _OUTPUT.fullmatch(module) is not None,
+            "skipped as asked": any(pattern.search(module) for pattern in self._skip),
+            "output embedding": any(f".{module}".endswith(f".{head}") for head in self.heads),
             "last module": _LAST.fullmatch(module) is not None and without_bias,
             "embedding": _EMBEDDING.fullmatch(last) is not None
-            or (without_bias and ref.shape[0] in self.vocabularies),
+            or (without_bias and ref.shape[0] in self._vocabularies),
             "kept in float32": any(
                 module.endswith(name) or f".{name}." in f".{module}."
                 for name, models in _KEPT_IN_F32.items()
-                if not self.models.isdisjoint(models)
+                if not self._models.isdisjoint(models)
             ),
-            "expert": _EXPERT.fullmatch(module) is not None and not self.experts,
+            "empty": ref.numel == 0,
+            "expert": _EXPERT.fullmatch(module) is not None and not self._experts,
             "router": _ROUTER.fullmatch(module) is not None,
-            "not a plain linear layer": f"{parent}.in_proj_weight" in self.base.tensors,
+            "not a plain linear layer": f"{parent}.in_proj_weight" in self._base.tensors
+            or any(last in _OWN_CLASSES.get(model, ()) for model in self._models),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -156,23 +167,30 @@ def _check_type(ref: TensorRef) -> None:
         )
 
 
-def _keep_what_is_listed(weights: dict[str, TensorRef], kept: list[Kept]) -> None:
+def _keep_what_is_listed(
+    weights: dict[str, TensorRef], kept: list[Kept], heads: frozenset[str]
+) -> None:
     """Keep also what the loader takes for a listed module: a name below it, or one that ends so."""
-    names = {_OUTPUT_MODULE, *(_shortened(k.module) for k in kept)}
-    for key in list(weights):
-        module = key.removesuffix(_WEIGHT)
-        if any(is_listed(module, name) for name in names):
+    names = heads | {_shortened(k.module) for k in kept}
+    while True:
+        modules = {key: key.removesuffix(_WEIGHT) for key in weights}
+        found = {key: module for key, module in modules.items() if is_listed(module, names)}
+        if not found:
+            return
+        for key, module in found.items():
             kept.append(Kept(module, "named like one that is kept"))
             del weights[key]
-            # Its own name may cover more names, but only ones that the name it is like covers.
+        names |= set(found.values())
 
 
-def is_listed(module: str, name: str) -> bool:
-    """Return whether the loader leaves `module` alone if `name` is listed.
+def is_listed(module: str, names: AbstractSet[str]) -> bool:
+    """Return whether the loader leaves a module alone if `names` are listed.
 
     Source: `should_convert_module` of transformers 5, for names without regular expressions.
     """
-    return module == name or module.startswith(f"{name}.") or module.endswith(name)
+    parts = module.split(".")
+    below = any(".".join(parts[:count]) in names for count in range(1, len(parts) + 1))
+    return below or any(module[start:] in names for start in range(len(module)))
 
 
 def _shortened(module: str) -> str:
@@ -181,8 +199,8 @@ def _shortened(module: str) -> str:
     return module if found is None else found[1]
 
 
-def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    return (value for value in _values(config, "model_type") if isinstance(value, str))
+def _model_types(config: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(v for v in _values(config, "model_type") if isinstance(v, str))
 
 
 def _values(config: Mapping[str, Any], name: str) -> Iterator[Any]:

@@ -14,7 +14,10 @@ from loratools.cli import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-CONSOLE = re.findall(r"```console\n\$ (.*?)\n(.*?)```", README, re.DOTALL)
+BLOCKS = [
+    re.findall(r"^\$ (.*?)\n(.*?)(?=^\$ |\Z)", block, re.DOTALL | re.MULTILINE)
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -26,23 +29,24 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("command", "shown"), CONSOLE, ids=[c for c, _ in CONSOLE])
-def test_commands_print_what_is_shown(clone, command, shown):
-    program, *arguments = shlex.split(command)
-    assert program == "loratools"
-    done = subprocess.run(
-        [sys.executable, "-c", "from loratools.cli import main; main()", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "100"},
-    )
-    assert done.stdout == shown
+@pytest.mark.parametrize("block", BLOCKS, ids=[block[0][0] for block in BLOCKS])
+def test_commands_print_what_is_shown(clone, block):
+    for command, shown in block:
+        program, *arguments = shlex.split(command)
+        assert program == "loratools"
+        done = subprocess.run(
+            [sys.executable, "-c", "from loratools.cli import main; main()", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            env={**os.environ, "COLUMNS": "100"},
+        )
+        assert done.stdout == shown
 
 
 def test_every_command_has_an_example():
-    shown = {command.split()[1] for command, _ in CONSOLE}
+    shown = {command.split()[1] for block in BLOCKS for command, _ in block}
     assert shown == set(cli.list_commands(None))
 
 
@@ -60,7 +64,11 @@ def test_options_named_in_the_readme_exist():
 
 def _options(name):
     command = cli.get_command(None, name)
-    return {option for parameter in command.params for option in parameter.opts}
+    return {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 def test_files_named_in_the_documents_exist():

@@ -106,6 +106,24 @@ class RegularFile:
         except OSError as error:
             raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill a buffer of bytes from `offset`; spares the memory of `read_at`.
+
+        Raises:
+            AdapterError: the file ends earlier.
+        """
+        done = 0
+        while hasattr(os, "preadv") and done < len(out):
+            try:
+                count = os.preadv(self._fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
+            if count == 0:
+                break  # read_at says what is wrong
+            done += count
+        if done < len(out):
+            out[done:] = self.read_at(offset + done, len(out) - done)
+
     def copy_at(self, offset: int, nbytes: int, out: int, out_offset: int) -> None:
         """Copy bytes to an open file, inside the kernel where the systems can do that.
 

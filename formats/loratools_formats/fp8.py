@@ -86,10 +86,11 @@ def _weight(
             expected=" or ".join(_SCALE_TYPES),
         )
     *stack, out, in_ = values.shape if len(values.shape) > 1 else (1, *values.shape)
-    if scale.numel in (1, _count(stack)):
+    trimmed = _trimmed(scale.shape)
+    if scale.numel == 1 or trimmed == _trimmed(tuple(stack)):
         return Fp8Weight(values, scale, None)
-    if scale.numel == _count(stack) * out:
-        return Fp8Weight(values, scale, (1, max(in_, 1)))
+    if trimmed == _trimmed((*stack, out)):
+        return Fp8Weight(values, scale, (1, in_))
     rows, columns = _block_size(config)
     grid = (*stack, -(-out // rows), -(-in_ // columns))
     if scale.shape != grid:
@@ -102,11 +103,11 @@ def _weight(
     return Fp8Weight(values, scale, (rows, columns))
 
 
-def _count(stack: list[int]) -> int:
-    count = 1
-    for size in stack:
-        count *= size
-    return count
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without the ones at its end, which spread a scale over the rest."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:

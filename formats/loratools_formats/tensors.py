@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loratools_formats import dtypes
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.files import RegularFile
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -103,6 +104,19 @@ class TensorRef:
         width = self.dtype.bits // 8
         data = self.raw_range(start * width, stop * width)
         return dtypes.decode(data, self.dtype, (stop - start,))
+
+    def elements_into(self, start: int, out: Array) -> None:
+        """Fill a contiguous array of the stored type with the elements from `start` on.
+
+        Raises:
+            UnsupportedError: the stored type is smaller than a byte, or cannot be decoded.
+        """
+        width = self.dtype.bits // 8
+        if isinstance(self.file, RegularFile) and self.dtype.bits >= 8:
+            view = memoryview(out.reshape(-1).view("u1").data)
+            self.file.read_into(self.offset + start * width, view)
+        else:
+            out[...] = self.elements(start, start + out.size).reshape(out.shape)
 
     def torch(self) -> Any:
         """Return the values as a torch tensor of the stored type, with memory of its own."""

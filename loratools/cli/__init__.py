@@ -22,6 +22,7 @@ _COMMANDS = {
     "methods": "loratools.cli.methods",
     "quantize": "loratools.cli.quantize",
     "squeeze": "loratools.cli.squeeze",
+    "verify": "loratools.cli.verify",
 }
 
 _SUMMARIES = {
@@ -33,6 +34,7 @@ _SUMMARIES = {
     "merge": "Merge adapters of any rank, scale and type into one.",
     "methods": "List the merge methods with their parameters, broken plugins included.",
     "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
+    "verify": "Check whether a checkpoint is a base with adapters fused in.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
 }
 

@@ -23,7 +23,6 @@ from loratools.device import DeviceName
 from loratools.fuse.gguf import GgufFuseOptions, GgufFusion, Outtype
 from loratools.fuse.operation import BaseMode, FuseOptions, FusePreview, FuseResult, Fusion
 from loratools.fuse.plan import FuseInput, TensorPlan
-from loratools_formats import read_adapter
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OptionError
 from loratools_formats.gguf.container import is_gguf, read_gguf
@@ -73,10 +72,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Fuse adapters into the weights of BASE, a folder, a safetensors file or a GGUF model.
+    """Fuse adapters into base weights, streamed, without loading a model.
 
-    A weight follows an adapter's path after a colon and is 1 by default; -1 takes a fused adapter
-    out again, up to rounding.
+    BASE is a checkpoint folder, a safetensors file or a GGUF model. A weight follows an adapter's
+    path after a colon and is 1 by default; -1 takes a fused adapter out again, up to rounding.
 
     \b
     loratools fuse base-model my-adapter -o merged-model
@@ -95,7 +94,7 @@ def command(
         _refuse(given, "a GGUF model")
     else:
         _refuse({"--outtype": outtype}, "a safetensors checkpoint")
-    inputs = [_input(text, format_name) for text in adapters]
+    inputs = [shared.fuse_input(text, format_name) for text in adapters]
     fusion: Fusion | GgufFusion
     if is_gguf(base):
         fusion = GgufFusion(
@@ -133,18 +132,13 @@ def _refuse(given: Mapping[str, object], kind: str) -> None:
             raise OptionError(f"{name} has no meaning for {kind}")
 
 
-def _input(text: str, format_name: str | None) -> FuseInput:
-    path, weight = shared.weighted_path(text)
-    return FuseInput(read_adapter(path, format_name), weight, path.name or str(path))
-
-
 def _notes(inputs: Sequence[FuseInput], result: FuseResult, output: Path) -> None:
     for text in result.notes:
         note(text)
     if any(item.weight < 0 for item in inputs):
         note("a negative weight takes a change out up to rounding, not bit for bit")
     if result.left_out:
-        note(f"not carried over, since stale: {', '.join(result.left_out)}")
+        note(f"not carried over: {', '.join(result.left_out)}")
     note(f"wrote {output}")
 
 

@@ -7,11 +7,14 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from loratools_formats.errors import OptionError
+
+if TYPE_CHECKING:
+    from loratools.fuse.plan import FuseInput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
@@ -46,6 +49,19 @@ def weighted_path(text: str) -> tuple[Path, float]:
     if not math.isfinite(value):
         raise OptionError("not a finite weight", got=weight)
     return Path(path), value
+
+
+def fuse_input(text: str, format_name: str | None) -> FuseInput:
+    """Read the adapter that PATH or PATH:WEIGHT names.
+
+    Raises:
+        LoratoolsError: not a weight, or not an adapter.
+    """
+    from loratools.fuse.plan import FuseInput
+    from loratools_formats import read_adapter
+
+    path, weight = weighted_path(text)
+    return FuseInput(read_adapter(path, format_name), weight, path.name or str(path))
 
 
 def parsed_size(text: str) -> int:

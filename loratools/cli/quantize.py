@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -79,8 +80,8 @@ def command(
 ) -> int:
     """Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.
 
-    Linear layers become NF4 or FP4 weights that transformers, PEFT and vLLM load without
-    converting anything. Output embedding, embeddings, norms and biases stay as they are.
+    Linear layers become NF4 or FP4 weights in the layout of bitsandbytes, which transformers
+    loads as they are. Output embedding, embeddings, norms and biases stay in 16 or 32 bits.
 
     \b
     loratools quantize my-model -o my-model-nf4
@@ -122,8 +123,9 @@ def _print_report(result: QuantizeResult) -> None:
             for tensor in result.tensors
         ],
     )
-    for kept in result.kept:
-        click.echo(f"kept: {kept.module} ({kept.reason})")
+    reasons = Counter(kept.reason for kept in result.kept)
+    kept = ", ".join(f"{count} ({reason})" for reason, count in sorted(reasons.items()))
+    click.echo(f"weights kept: {kept or 'none'}")
     click.echo(f"relative error: {number(result.relative_error)}")
     share = percent(result.bytes_out / result.bytes_in)
     click.echo(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)} ({share})")

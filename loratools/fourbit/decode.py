@@ -99,7 +99,9 @@ class Dequantizer:
         else:
             absmax, values = self._nested
             codes = np.frombuffer(data, np.uint8)
-            scales = unnest(codes, absmax, self.weight.nested.offset, values, first)
+            nested = self.weight.nested
+            rounded = nested.dtype.numpy_dtype()
+            scales = unnest(codes, absmax, nested.offset, values, first, rounded)
         return _finite(scales, stored.key)
 
 

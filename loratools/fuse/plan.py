@@ -11,7 +11,7 @@ import numpy as np
 from loratools.fuse.blocks import Patch
 from loratools.fuse.terms import Change
 from loratools.placement import BiasPlacement, Placement, Placements, place
-from loratools_formats.adapter import Adapter, Replacement
+from loratools_formats.adapter import MUTATED_BASE, Adapter, Replacement
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import AdapterError, UnsupportedError
@@ -149,7 +149,7 @@ def plan_fuse(
     notes: list[str] = []
     placed = []
     for item in inputs:
-        item.adapter.require_true_delta("fuse")
+        _require_true_delta(item.adapter)
         placements = place(item.adapter, base)
         placed.append(placements)
         notes += [note for note in placements.notes if note not in notes]
@@ -192,6 +192,17 @@ def plan_fuse(
     if resized is not None:
         notes.append(f"the vocabulary has {resized[1]} entries now, {resized[0]} before")
     return FusePlan(base, plans, config, tuple(notes))
+
+
+def _require_true_delta(adapter: Adapter) -> None:
+    if any(caveat.code == MUTATED_BASE for caveat in adapter.caveats):
+        raise UnsupportedError(
+            "fuse needs the true weight change, and the adapter was trained on a changed base",
+            path=adapter.source,
+            hint="Make it plain first: loratools squeeze ADAPTER --initial INITIAL --energy 1 "
+            "-o PLAIN",
+        )
+    adapter.require_true_delta("fuse")
 
 
 def _own(base: Checkpoint, key: str, draft: _Draft) -> DType:

@@ -11,12 +11,14 @@ import numpy as np
 
 from loratools import linalg
 from loratools.device import Device
-from loratools.fuse.blocks import fused_blocks, single_precision
+from loratools.fuse.blocks import MEMORY, fused_blocks, single_precision
 from loratools.fuse.plan import TensorPlan
 from loratools.fuse.terms import Term, View, load_terms, stacked
 from loratools_formats.errors import AdapterError, LoratoolsError
 
 Array = np.ndarray[Any, Any]
+
+_CHECKED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,14 @@ def fuse_tensor(
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
     dtype = plan.dtype.numpy_dtype()
-    single = single_precision(terms, plan.dtype.code, base_code=plan.source.dtype.code)
+    single = single_precision(view, terms, plan.dtype.code, base_code=plan.source.dtype.code)
     only = None if plan.replaces else _only_plain(terms)
     base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
-    rounded = np.empty(0, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in blocks:
             w, total = block.base.reshape(-1), block.total.reshape(-1)
-            if len(rounded) < len(total):
-                rounded = np.empty(len(total), dtype)
-            stored = rounded[: len(total)]
+            stored = MEMORY.array("rounded", total.shape, dtype)
             np.copyto(stored, total, casting="unsafe")
             store(block.start, stored)
             old = plan.old_values(block.start, w)
@@ -116,9 +115,12 @@ def _squared(terms: list[Term]) -> float:
 
 
 def _not_finite(plan: TensorPlan) -> LoratoolsError:
-    values = plan.source.load(np.float64)
-    if not np.isfinite(values).all():
-        return AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
+    whose = "base tensor" if plan.replaced_by is None else f"tensor of {plan.replaced_by}"
+    for tensor in (plan.source, *(patch.values for patch in plan.patches)):
+        for start in range(0, tensor.numel, _CHECKED_ELEMENTS):
+            stop = min(start + _CHECKED_ELEMENTS, tensor.numel)
+            if not np.isfinite(tensor.elements(start, stop).astype(np.float64)).all():
+                return AdapterError(f"{whose} holds NaN or infinite values", tensor=tensor.key)
     return AdapterError(
         f"the result does not fit {plan.dtype.code}: values overflow",
         tensor=plan.key,

@@ -35,7 +35,7 @@ class View:
         """Return the view of (out, in), (out, in, *kernel), (n,), or of a stack of experts."""
         if len(shape) < 2:
             return cls(1, math.prod(shape), 1)
-        if stacked:
+        if stacked and len(shape) == 3:
             return cls(shape[0], shape[1], math.prod(shape[2:]))
         return cls(1, shape[0], math.prod(shape[1:]))
 
@@ -87,16 +87,13 @@ class Term:
 
 
 def stacked(changes: Sequence[Change]) -> bool:
-    """Return whether the tensor that is changed is a stack of experts."""
+    """Return whether the tensor that is changed is a stack of matrices if it has three axes.
+
+    Those of a convolution are one matrix, whatever their number.
+    """
     return any(
         isinstance(change.placement, Placement)
-        and (
-            change.placement.plane is not None
-            or (
-                low_rank_part(change.placement.delta).layer.kind == "experts"
-                and change.placement.expert is None
-            )
-        )
+        and low_rank_part(change.placement.delta).layer.kind != "conv"
         for change in changes
     )
 

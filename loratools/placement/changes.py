@@ -53,8 +53,11 @@ class Placements:
     Attributes:
         deltas: changes of weights.
         biases: changes of biases.
-        replacements: tensors that replace others or rows of them, by base key, in order.
-        untied: new tensors by name, with the stored tensor that each begins as a copy of.
+        replacements: tensors that replace others or rows of them, by base key, in order. A part of
+            a fused weight or bias becomes `token_rows` of it. A key may be new: an untied weight,
+            or the head of a task.
+        untied: new tensors by name, with the stored tensor that each begins as a copy of; the
+            config must then say that embeddings are not tied.
         notes: what a user should know.
     """
 

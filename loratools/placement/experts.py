@@ -33,16 +33,13 @@ def expert_placements(names: Names, module: str, delta: Delta) -> list[Placement
     part = low_rank_part(delta)
     fitting: dict[str, list[Placement]] = {}
     misfit: AdapterError | None = None
-    found = False
     for parameter in part.layer.parameters:
         try:
             placed = _stacked(names, module, parameter, delta) or _per_expert(
                 names, module, parameter, delta
             )
-        except UnsupportedError:
-            raise
         except AdapterError as error:
-            found, misfit = True, error
+            misfit = error
             continue
         if placed:
             fitting[parameter] = placed
@@ -55,7 +52,7 @@ def expert_placements(names: Names, module: str, delta: Delta) -> list[Placement
         )
     if fitting:
         return next(iter(fitting.values()))
-    if found and misfit is not None:
+    if misfit is not None:
         raise misfit
     return []
 
@@ -65,8 +62,10 @@ def _stacked(names: Names, module: str, parameter: str, delta: Delta) -> list[Pl
     if key is None:
         return []
     part = low_rank_part(delta)
-    crossed = whole_is_transposed(names, parameter, part, names.shape(key))
-    return [Placement(key, module, delta, crossed)]
+    shape = names.shape(key)
+    crossed = whole_is_transposed(names, parameter, part, shape)
+    only = 0 if part.layer.kind != "experts" and len(shape) == 3 else None
+    return [Placement(key, module, delta, crossed, plane=only)]
 
 
 def _per_expert(names: Names, module: str, parameter: str, delta: Delta) -> list[Placement]:

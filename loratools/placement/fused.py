@@ -69,9 +69,13 @@ def part_spans(names: Names, part: Part, total: int) -> tuple[Span, ...]:
     known = [layouts[t] for t in names.types_of(part.module) if t in layouts]
     if not known:
         raise _unknown_layout(names, part.module)
+    layout = known[0]
+    if layout == "thirds":
+        return _joined((1, 1, 1), total, part)
     section = names.section(part.module)
-    heads, key_values = _head_counts(names, part, section)
-    if known[0] == "joined":
+    heads = _head_count(names, part, section)
+    key_values = heads if layout == "headwise" else _key_value_count(names, part, section, heads)
+    if layout == "joined":
         return _joined((heads, key_values, key_values), total, part)
     per_group = heads // key_values
     size, rest = divmod(total, key_values * (per_group + 2))
@@ -98,20 +102,30 @@ def _joined(weights: tuple[int, ...], total: int, part: Part) -> tuple[Span, ...
     return (joined_spans([weight * unit for weight in weights])[part.place],)
 
 
-def _head_counts(names: Names, part: Part, section: Mapping[str, Any]) -> tuple[int, int]:
-    heads = next((section[key] for key in _HEADS if _is_count(section.get(key))), None)
-    if heads is None:
-        raise UnsupportedError(
-            "the number of attention heads is not in the base model's config",
-            path=names.base.path,
-            tensor=part.module,
-            expected=" or ".join(_HEADS),
-        )
-    # Falcon and GPTBigCode say by flags that all heads share one key and one value.
-    if "multi_query" in section and not section.get("new_decoder_architecture"):
-        return heads, 1 if section["multi_query"] else heads
-    listed = next((section[key] for key in _KEY_VALUE_HEADS if _is_count(section.get(key))), heads)
-    return heads, listed
+def _head_count(names: Names, part: Part, section: Mapping[str, Any]) -> int:
+    for key in _HEADS:
+        if _is_count(section.get(key)):
+            return int(section[key])
+    raise UnsupportedError(
+        "the number of attention heads is not in the base model's config",
+        path=names.base.path,
+        tensor=part.module,
+        expected=" or ".join(_HEADS),
+    )
+
+
+def _key_value_count(names: Names, part: Part, section: Mapping[str, Any], heads: int) -> int:
+    types = rules.MULTI_QUERY_TYPES.intersection(names.types_of(part.module))
+    if types and not section.get("new_decoder_architecture"):
+        if not isinstance(section.get("multi_query"), bool):
+            raise UnsupportedError(
+                "the base model's config does not say whether heads share a key",
+                path=names.base.path,
+                tensor=part.module,
+                expected="multi_query",
+            )
+        return 1 if section["multi_query"] else heads
+    return next((section[key] for key in _KEY_VALUE_HEADS if _is_count(section.get(key))), heads)
 
 
 def _is_count(value: Any) -> bool:

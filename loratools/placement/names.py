@@ -38,10 +38,10 @@ class Names:
             for part in (config, *self._sections())
             if isinstance(part.get("model_type"), str)
         )
-        model_type = config.get("model_type")
-        own = {model_type, rules.BODY_PREFIX.get(model_type or "")}
-        # A type such as `vit` is neutral, `vision_model` only where it is the whole model.
-        self._neutral = rules.NEUTRAL | {name for name in own if isinstance(name, str)}
+        own = config.get("model_type")
+        self._neutral = rules.NEUTRAL
+        if isinstance(own, str):
+            self._neutral |= {own, rules.BODY_PREFIX.get(own, own)}
         if any(f".{rules.TOWER}." in f".{key}" for key in base.tensors):
             self._neutral -= {"text_model"}
         self._renamings = [
@@ -112,5 +112,5 @@ class Names:
         # Comparing with every tensor would take seconds on large checkpoints.
         pool = [s for s in self._by_spelling if s.split(".")[-2:-1] == parts[-2:-1]]
         pool = pool or list(self._by_spelling)
-        close = difflib.get_close_matches(spelling, pool[:2000], n=3, cutoff=0.4)
-        return [key for s in close for key in self._by_spelling[s]][:3]
+        close = difflib.get_close_matches(spelling, pool[:2000], n=2, cutoff=0.4)
+        return [key for s in close for key in self._by_spelling[s]][:2]

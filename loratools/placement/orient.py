@@ -30,21 +30,22 @@ def whole_is_transposed(names: Names, module: str, delta: LowRank, shape: tuple[
 
 
 def cut_is_transposed(
-    names: Names, module: str, shape: tuple[int, ...], width: int, *, stacked: bool = False
+    names: Names, module: str, delta: LowRank, shape: tuple[int, ...], *, stacked: bool = False
 ) -> bool:
     """Return whether a matrix that shares only its inputs with a delta is stored as (in, out).
 
     Args:
         names: the checkpoint.
-        module: for messages.
+        module: the module the matrix is the weight of.
+        delta: whose inputs it has.
         shape: of the stored matrix.
-        width: the delta's number of inputs.
         stacked: it is one of stacked experts.
 
     Raises:
         AdapterError: the delta has another number of inputs.
         UnsupportedError: it is square, and the architecture does not tell.
     """
+    width = delta.shape[1]
     if len(shape) != 2 or width not in shape:
         raise AdapterError(
             "the delta does not fit the base weight",
@@ -54,7 +55,11 @@ def cut_is_transposed(
         )
     if shape[0] != shape[1]:
         return shape[0] == width
-    told = _experts_if_square(names, module) if stacked else _linear_if_square(names, module)
+    if stacked:
+        told = _experts_if_square(names, module)
+    else:
+        told = _linear_if_square(names, module)
+        told = delta.layer.transposed_if_square if told is None else told
     if told is None:
         raise UnsupportedError(
             "the weight is square and could be stored either way round",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 from loratools.placement.changes import BiasPlacement, Placement, Placements, Span
 from loratools.placement.experts import expert_placements
 from loratools.placement.fused import joined_spans, part_spans
@@ -10,11 +12,11 @@ from loratools.placement.orient import cut_is_transposed, whole_is_transposed
 from loratools.placement.replacing import place_replacements
 from loratools.placement.sites import Site, sites
 from loratools.placement.tied import settle
-from loratools_formats.adapter import Adapter, Delta, low_rank_part
+from loratools_formats.adapter import Adapter, Delta, LowRank, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
-from loratools_formats.errors import AdapterError
+from loratools_formats.errors import AdapterError, printable
 
-_LISTED = 5
+_LISTED = 4
 
 
 def place(adapter: Adapter, base: Checkpoint) -> Placements:
@@ -61,7 +63,7 @@ def _placements(names: Names, module: str, delta: Delta) -> list[Placement]:
     if part.layer.parameters:
         return expert_placements(names, module, delta)
     found = sites(names, module, "weight")
-    shares = _share_spans(names, module, found, part.shape)
+    shares = _share_spans(names, module, found, part)
     return [
         _placement(names, module, delta, site, share)
         for site, share in zip(found, shares, strict=True)
@@ -80,7 +82,7 @@ def _placement(
     if site.part is None and site.share is None and site.plane is None:
         return Placement(site.key, module, delta, whole_is_transposed(names, module, part, shape))
     oriented_by = module if site.part is None or site.plane is not None else site.part.module
-    crossed = cut_is_transposed(names, oriented_by, shape, in_, stacked=site.plane is not None)
+    crossed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
     total = shape[1] if crossed else shape[0]
     outputs = () if site.part is None else part_spans(names, site.part, total)
     here = sum(stop - start for start, stop in outputs) or total
@@ -103,16 +105,16 @@ def _check_plane(names: Names, module: str, site: Site, shape: tuple[int, ...]) 
 
 
 def _share_spans(
-    names: Names, module: str, found: list[Site], shape: tuple[int, int]
+    names: Names, module: str, found: list[Site], part: LowRank
 ) -> list[tuple[Span, ...]]:
     """Return which outputs of a delta go to each site, where it fuses several weights."""
     if not found or found[0].share is None:
         return [() for _ in found]
-    out, in_ = shape
+    out, in_ = part.shape
     sizes = []
     for site in found:
         stored = names.shape(site.key)
-        sizes.append(stored[1 if cut_is_transposed(names, module, stored, in_) else 0])
+        sizes.append(stored[1 if cut_is_transposed(names, module, part, stored) else 0])
     if sum(sizes) != out:
         raise _does_not_fit(module, out, in_, f"{sum(sizes)} outputs in all of its parts")
     return [(span,) for span in joined_spans(sizes)]
@@ -155,28 +157,39 @@ def _does_not_fit(module: str, out: int, in_: int, expected: str) -> AdapterErro
 
 
 def _unmatched(names: Names, missing: list[str]) -> AdapterError:
-    listed = ", ".join(missing[:_LISTED])
-    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-    nearest = names.nearest(missing[0])
+    listed = []
+    for name in missing[:_LISTED]:
+        nearest = names.nearest(name)
+        listed.append(f"{printable(name)} (nearest: {', '.join(nearest) or 'none'})")
+    more = f"; and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
     return AdapterError(
-        f"{len(missing)} of the adapter's modules or tensors fit no base tensor",
+        f"no base tensor fits {len(missing)} of the adapter's modules or tensors: "
+        f"{'; '.join(listed)}{more}",
         path=names.base.path,
-        got=f"{listed}{more}",
-        expected="a base tensor for each",
-        hint=f"Nearest names: {', '.join(nearest)}" if nearest else None,
+        hint="Is this the model the adapter was trained on?",
     )
 
 
 def _refuse_clashes(names: Names, deltas: list[Placement]) -> None:
     """Refuse two modules on the same outputs of one matrix: one of them must be misplaced."""
-    taken: dict[tuple[str, int | None, tuple[Span, ...]], str] = {}
+    planes: dict[str, dict[int | None, list[Placement]]] = {}
     for placement in deltas:
-        where = (placement.key, placement.plane, placement.outputs)
-        other = taken.setdefault(where, placement.module)
-        if other != placement.module:
-            raise AdapterError(
-                "two modules of the adapter fit the same base tensor",
-                path=names.base.path,
-                tensor=placement.key,
-                got=f"{other} and {placement.module}",
-            )
+        planes.setdefault(placement.key, {}).setdefault(placement.plane, []).append(placement)
+    for by_plane in planes.values():
+        everywhere = by_plane.get(None, [])
+        for plane, here in by_plane.items():
+            near = here if plane is None else here + everywhere
+            for one, other in combinations(near, 2):
+                if one.module != other.module and _overlap(one.outputs, other.outputs):
+                    raise AdapterError(
+                        "two modules of the adapter fit the same base tensor",
+                        path=names.base.path,
+                        tensor=one.key,
+                        got=f"{one.module} and {other.module}",
+                    )
+
+
+def _overlap(one: tuple[Span, ...], other: tuple[Span, ...]) -> bool:
+    if not one or not other:
+        return True
+    return any(a < stop and start < b for a, b in one for start, stop in other)

@@ -47,7 +47,7 @@ class Renaming(NamedTuple):
 
 _MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe"})
 _GRANITE = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
-_VIT = frozenset({"vit", "deit", "ijepa", "vit_mae", "vit_msn", "vivit"})
+_VIT = frozenset({"vit", "deit", "beit", "dinov2", "ijepa", "vit_mae", "vit_msn", "vivit"})
 
 RENAMINGS = (
     Renaming(r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
@@ -61,6 +61,7 @@ RENAMINGS = (
     Renaming(r"\b(experts\.\d+)\.w1\b", r"\1.gate_proj", _MIXTRAL),
     Renaming(r"\b(experts\.\d+)\.w3\b", r"\1.up_proj", _MIXTRAL),
     Renaming(r"\b(experts\.\d+)\.w2\b", r"\1.down_proj", _MIXTRAL),
+    Renaming(r"^embed_out\.", "lm_head.", frozenset({"gpt_neox"})),
     Renaming(r"^encoder\.layer\.", "layers.", _VIT),
     Renaming(r"\battention\.attention\.query\b", "attention.q_proj", _VIT),
     Renaming(r"\battention\.attention\.key\b", "attention.k_proj", _VIT),
@@ -92,18 +93,21 @@ STRAIGHT_EXPERTS = (
     | {
         "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe",
         "hunyuan_v1_moe", "jamba", "llama4", "llama4_text", "olmoe", "qwen2_moe", "qwen3_moe",
-        "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe", "qwen3_5_moe",
+        "qwen3_next", "qwen3_omni_moe", "qwen3_5_moe",
     }
 )  # fmt: skip
-"""Stacked experts whose class does not, so that PEFT reads them as (E, out, in)."""
+"""Stacked experts whose class does not, so that PEFT reads them as (E, out, in).
 
-HALVED_EXPERTS = STRAIGHT_EXPERTS | {"aria", "aria_text"}
+Not `qwen3_vl_moe`, whose checkpoints are stored either way."""
+
+HALVED_EXPERTS = STRAIGHT_EXPERTS | {"aria", "aria_text", "qwen3_vl_moe"}
 """Stacked `gate_up_proj` holds all gate outputs, then all up outputs; gpt-oss alternates them."""
 
 
-Layout = Literal["joined", "grouped"]
-"""Order of the outputs of a fused attention projection: all of q, k and v one after the other, or
-for each key-value head its queries, its keys and its values."""
+Layout = Literal["thirds", "joined", "headwise", "grouped"]
+"""Order of the outputs of a fused attention projection: all of q, k and v one after the other, of
+equal or unequal size; or by heads, for each its query, key and value, or for each key-value head
+its queries, its key and its value."""
 
 QKV_PARTS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -115,25 +119,28 @@ QKV_PARTS = (
 QKV: dict[str, dict[str, Layout]] = {
     "qkv_proj": {"phi3": "joined", "phi4_multimodal": "joined"},
     "query_key_value": {
-        "gpt_neox": "grouped", "gpt_neox_japanese": "grouped", "bloom": "grouped",
-        "falcon": "grouped", "persimmon": "grouped", "chatglm": "joined",
+        "gpt_neox": "headwise", "gpt_neox_japanese": "headwise", "bloom": "headwise",
+        "persimmon": "headwise", "falcon": "grouped",
     },
     "c_attn": {
-        "gpt2": "joined", "imagegpt": "joined", "decision_transformer": "joined",
-        "openai-gpt": "joined", "gpt_bigcode": "grouped", "qwen": "joined",
+        "gpt2": "thirds", "imagegpt": "thirds", "decision_transformer": "thirds",
+        "openai-gpt": "thirds", "gpt_bigcode": "grouped", "qwen": "thirds",
     },
-    "Wqkv": {"mpt": "joined", "dbrx": "joined", "modernbert": "joined"},
-    "W_pack": {"baichuan": "joined"},
+    "Wqkv": {"mpt": "thirds", "modernbert": "thirds"},
+    "W_pack": {"baichuan": "thirds"},
     "wqkv": {"internlm2": "grouped"},
     "qkv": {
-        "qwen2_vl": "joined", "qwen2_5_vl": "joined", "qwen3_vl": "joined",
-        "qwen3_vl_moe": "joined", "glm4v": "joined", "blip-2": "joined",
+        "qwen2_vl": "thirds", "qwen2_5_vl": "thirds", "qwen3_vl": "thirds",
+        "qwen3_vl_moe": "thirds", "glm4v": "thirds", "blip-2": "thirds",
     },
     "in_proj_weight": {},
 }  # fmt: skip
 """By the fused module's name, the layout in each model type that has it.
 
-`in_proj_weight` is the parameter of `nn.MultiheadAttention`: joined, in every model."""
+`in_proj_weight` is the parameter of `nn.MultiheadAttention`: thirds, in every model."""
+
+MULTI_QUERY_TYPES = frozenset({"falcon", "gpt_bigcode"})
+"""Types whose flag `multi_query` says that all heads share one key and one value."""
 
 GLU_PARTS = (("gate_proj", "up_proj"), ("w1", "w3"))
 GLU = {
@@ -162,6 +169,7 @@ SHARED_EMBEDDINGS = frozenset({"shared", "encoder.embed_tokens", "decoder.embed_
 
 HEADS = {
     "gpt_neox": "embed_out",
+    "gpt_neox_japanese": "embed_out",
     "bert": "cls.predictions.decoder",
     "roberta": "lm_head.decoder",
     "xlm-roberta": "lm_head.decoder",

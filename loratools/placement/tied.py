@@ -119,7 +119,7 @@ def settle(names: Names, adapter: Adapter) -> Settled:
         return Settled()
     embedding = _end(names, adapter, tie.embedding)
     head = _end(names, adapter, tie.head)
-    if not any((*_parts(embedding), *_parts(head))):
+    if not (_modules(embedding, head) or _replaced(embedding, head)):
         return Settled()
     _refuse_doubles(adapter, embedding, head)
     same = (
@@ -128,10 +128,6 @@ def settle(names: Names, adapter: Adapter) -> Settled:
         and _same_rows(adapter, embedding, head)
     )
     return (_together if same else _apart)(names, adapter, tie, embedding, head)
-
-
-def _parts(end: _End) -> tuple[list[str], list[str], list[str]]:
-    return end.modules, end.whole, end.rows
 
 
 def _end(names: Names, adapter: Adapter, key: str) -> _End:
@@ -150,7 +146,7 @@ def _end(names: Names, adapter: Adapter, key: str) -> _End:
 
 def _refuse_doubles(adapter: Adapter, *ends: _End) -> None:
     for end in ends:
-        for found in _parts(end):
+        for found in (end.modules, end.whole, end.rows):
             if len(found) > 1:
                 raise AdapterError(
                     "the adapter changes one layer twice",
@@ -162,16 +158,18 @@ def _refuse_doubles(adapter: Adapter, *ends: _End) -> None:
 def _refuse_shared_encoder(names: Names, adapter: Adapter) -> None:
     """Refuse changes of an embedding that an encoder and a decoder share, which is three layers."""
     config = names.base.config
-    if not config.get("is_encoder_decoder") or not _says_tied(config):
+    if not config.get("is_encoder_decoder"):
         return
-    shared = {f"{name}.weight" for name in rules.SHARED_EMBEDDINGS}
+    # `shared` is one whether the output layer is tied to it or not.
+    tied = rules.SHARED_EMBEDDINGS if _says_tied(config) else {"shared"}
+    shared = {f"{name}.weight" for name in tied}
     targets = [f"{module}.weight" for module in adapter.modules]
     targets += [replacement.target for replacement in adapter.replacements.values()]
     for target in targets:
         if names.spelling(target) in shared:
             raise UnsupportedError(
-                "an encoder, a decoder and an output layer share this embedding; changing it for "
-                "some of them is not supported",
+                "an encoder and a decoder share this embedding; changing it for one of them is not "
+                "supported",
                 path=names.base.path,
                 tensor=target,
             )
@@ -238,15 +236,17 @@ def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _
     notes: tuple[str, ...] = ()
     if modules:
         notes = (f"{tie.embedding}: embedding and output layer stay tied, both changed alike",)
-    return _settled(
-        (embedding, head),
-        deltas=[
+    return Settled(
+        tuple(
             _placement(names, adapter, tie, key, module, wholes)
             for key in keys
             for module in modules
-        ],
-        replacements=[(key, adapter.replacements[name]) for key in keys for name in wholes + rows],
-        notes=notes,
+        ),
+        tuple((key, adapter.replacements[name]) for key in keys for name in wholes + rows),
+        {},
+        notes,
+        _modules(embedding, head),
+        _replaced(embedding, head),
     )
 
 
@@ -259,28 +259,28 @@ def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End
             tensor=tie.head,
             hint="Set tie_word_embeddings to false in its config.json, or remove the tensor",
         )
-    follows = [
-        name
-        for name in embedding.whole + head.whole
-        if adapter.replacements[name].kind != "module" and len(embedding.whole + head.whole) == 1
-    ]
+    wholes = embedding.whole + head.whole
+    # A single tensor that is not `modules_to_save` was copied into the weight both share.
+    shared = [name for name in wholes if adapter.replacements[name].kind != "module"]
+    follows = shared if len(wholes) == 1 else []
     deltas: list[Placement] = []
     replacements: list[tuple[str, Replacement]] = []
     for key, end in ((tie.embedding, embedding), (tie.head, head)):
-        wholes = end.whole or follows
+        whole = end.whole or follows
         rows = end.rows or embedding.rows
-        deltas += [_placement(names, adapter, tie, key, module, wholes) for module in end.modules]
-        replacements += [(key, adapter.replacements[name]) for name in wholes + rows]
+        deltas += [_placement(names, adapter, tie, key, module, whole) for module in end.modules]
+        replacements += [(key, adapter.replacements[name]) for name in whole + rows]
     note = (
         f"{tie.embedding} and {tie.head} were tied; the adapter changes them differently, so both "
         "are written and tie_word_embeddings becomes false"
     )
-    return _settled(
-        (embedding, head),
-        deltas=deltas,
-        replacements=replacements,
-        untied={tie.head: tie.embedding, **_untied_bias(names, tie)},
-        notes=(note,),
+    return Settled(
+        tuple(deltas),
+        tuple(replacements),
+        {tie.head: tie.embedding, **_untied_bias(names, tie)},
+        (note,),
+        _modules(embedding, head),
+        _replaced(embedding, head),
     )
 
 
@@ -290,15 +290,12 @@ def _untied_bias(names: Names, tie: Tie) -> dict[str, str]:
     return {} if stored is None or stored == bias else {bias: stored}
 
 
-def _settled(ends: tuple[_End, _End], **found: Any) -> Settled:
-    return Settled(
-        deltas=tuple(found["deltas"]),
-        replacements=tuple(found["replacements"]),
-        untied=found.get("untied", {}),
-        notes=found["notes"],
-        modules=frozenset(m for end in ends for m in end.modules),
-        replaced=frozenset(k for end in ends for k in (*end.whole, *end.rows)),
-    )
+def _modules(*ends: _End) -> frozenset[str]:
+    return frozenset(module for end in ends for module in end.modules)
+
+
+def _replaced(*ends: _End) -> frozenset[str]:
+    return frozenset(name for end in ends for name in (*end.whole, *end.rows))
 
 
 def _placement(

@@ -146,12 +146,20 @@ BUILDERS = {
     "qwen2": _plain("Qwen2", tie_word_embeddings=True),
     "gemma2": _plain("Gemma2", head_dim=8, query_pre_attn_scalar=8),
     "phi3": _plain("Phi3"),
-    "gpt_neox": _plain("GPTNeoX"),
+    "gpt_neox": _plain("GPTNeoX", rope_parameters={**_ROPE, "partial_rotary_factor": 0.5}),
     "bloom": _plain("Bloom", n_layer=2, n_head=4),
-    "falcon": _plain("Falcon", new_decoder_architecture=True, num_kv_heads=2),
+    "falcon": _plain(
+        "Falcon", new_decoder_architecture=True, num_kv_heads=2, alibi=True, bias=True
+    ),
+    "falcon_mha": _plain("Falcon", multi_query=False, alibi=True, bias=True),
+    "falcon_mqa": _plain("Falcon", multi_query=True, alibi=True, bias=True),
     "gpt_bigcode": _plain("GPTBigCode", n_layer=2, n_embd=16, n_head=4, n_inner=24),
+    "gpt_bigcode_mha": _plain(
+        "GPTBigCode", n_layer=2, n_embd=16, n_head=4, n_inner=24, multi_query=False
+    ),
     "gpt2": _gpt2,
     "mixtral": _plain("Mixtral", num_local_experts=3, num_experts_per_tok=2),
+    "mixtral_single": _plain("Mixtral", num_local_experts=1, num_experts_per_tok=1),
     "qwen3_moe": _plain(
         "Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=8
     ),

@@ -62,8 +62,6 @@ def _changed(stored: Array, p: Any) -> Array:
     kind = low_rank_part(p.delta).layer.kind
     if kind == "conv":
         stored = stored.reshape(shape[0], -1)
-    if len(stored.shape) == 3 and kind != "experts":
-        stored = stored[0]
     weight = np.swapaxes(stored, -1, -2) if p.transposed else stored
     weight = weight.copy()
     change = _delta(p.delta, p.expert)
