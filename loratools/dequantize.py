@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from loratools.buffers import Buffers
 from loratools.fourbit.decode import CHUNK, Dequantizer
 from loratools.fourbit.encode import relative
 from loratools.linears import is_conv1d
@@ -30,6 +31,7 @@ from loratools_formats.errors import AdapterError
 from loratools_formats.shards import Blank, Made, Part, Sink
 
 DTypeName = Literal["bf16", "f16", "f32"]
+_BUFFERS = Buffers()
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -206,12 +208,13 @@ class _Job:
 
     def _rounded(self, values: Dequantizer, start: int, stop: int) -> NDArray[Any]:
         """Return elements in the new type, and add up what rounding changed."""
-        exact = values.elements(start, stop)
+        exact = values.elements(start, stop, _BUFFERS.array("exact", (stop - start,), np.float32))
         self.squared_norm += _squares(exact)
         if self.blank.dtype.code == "F32":
             return exact
         with np.errstate(over="ignore", under="ignore"):
-            rounded = exact.astype(self._numpy)
+            rounded = _BUFFERS.array("rounded", exact.shape, self._numpy)
+            np.copyto(rounded, exact, casting="same_kind")
         exact -= rounded
         error = _squares(exact)
         if not math.isfinite(error):

@@ -13,13 +13,13 @@ smaller ones threads wait for each other more often.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from loratools.buffers import Buffers
 from loratools.device import Device, to_numpy
 from loratools.fuse.terms import DoraPart, Term, View
 from loratools_formats.errors import AdapterError
@@ -38,23 +38,7 @@ _MAX_BOUND_TO_RMS = 2.0**-17
 _RMS_STRIDE = 61
 
 
-class Memory(threading.local):
-    """Arrays by name that a thread uses again and again, since fresh memory costs page faults."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Array] = {}
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return an array with any content, whose memory the next of that name gets, too."""
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        held = self._held.get(name)
-        if held is None or held.nbytes < nbytes:
-            held = self._held[name] = np.empty(nbytes, np.uint8)
-        array: Array = held[:nbytes].view(dtype).reshape(shape)
-        return array
-
-
-MEMORY = Memory()
+BUFFERS = Buffers()
 
 
 @dataclass(frozen=True)
@@ -124,8 +108,8 @@ def fused_blocks(
     dtype = np.float32 if single else np.float64
     height = max(1, min(view.rows, _BLOCK_ELEMENTS // max(view.columns, 1)))
     shape = (height, view.columns)
-    base, total, product = (MEMORY.array(n, shape, dtype) for n in ("base", "total", "product"))
-    masks = MEMORY.array("masks", (2, *shape), np.bool_)
+    base, total, product = (BUFFERS.array(n, shape, dtype) for n in ("base", "total", "product"))
+    masks = BUFFERS.array("masks", (2, *shape), np.bool_)
     replaced = [(np.array(patch.rows), patch.values.load(dtype)) for patch in patches]
     reader = _Reader(tensor, view, replaced)
     for plane in range(view.planes):
@@ -155,7 +139,7 @@ class _Reader:
 
     def read(self, plane: int, top: int, out: Array) -> None:
         start = (plane * self.view.rows + top) * self.view.columns
-        values = MEMORY.array("stored", (out.size,), self.tensor.dtype.numpy_dtype())
+        values = BUFFERS.array("stored", (out.size,), self.tensor.dtype.numpy_dtype())
         self.tensor.elements_into(start, values)
         np.copyto(out, values.reshape(out.shape), casting="unsafe")
         for rows, replaced in self.patches:

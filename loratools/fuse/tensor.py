@@ -11,7 +11,7 @@ import numpy as np
 
 from loratools import linalg
 from loratools.device import Device
-from loratools.fuse.blocks import MEMORY, fused_blocks, single_precision
+from loratools.fuse.blocks import BUFFERS, fused_blocks, single_precision
 from loratools.fuse.plan import TensorPlan
 from loratools.fuse.terms import Term, View, load_terms, stacked
 from loratools_formats.errors import AdapterError, LoratoolsError
@@ -78,7 +78,7 @@ def fuse_tensor(
     with np.errstate(over="ignore", invalid="ignore"):
         for block in blocks:
             w, total = block.base.reshape(-1), block.total.reshape(-1)
-            stored = MEMORY.array("rounded", total.shape, dtype)
+            stored = BUFFERS.array("rounded", total.shape, dtype)
             np.copyto(stored, total, casting="unsafe")
             store(block.start, stored)
             old = plan.old_values(block.start, w)
@@ -86,8 +86,7 @@ def fuse_tensor(
             if only is None:
                 change = total - old
                 delta += float(np.dot(change, change))
-            np.copyto(w, stored, casting="unsafe")
-            w -= total
+            np.subtract(stored, total, out=w, dtype=w.dtype)
             rounding += float(np.dot(w, w))
     if not math.isfinite(rounding + base + delta):
         raise _not_finite(plan)
