@@ -135,7 +135,7 @@ def prepare(
         options["lost"] = [loss.name for loss in losses]
     if metadata:
         options["metadata"] = dict(metadata)
-    record = operation_record("convert", {"adapter": adapter}, options)
+    record = operation_record("convert", {"adapter": exact}, options)
     made = replace(
         made,
         provenance=record,

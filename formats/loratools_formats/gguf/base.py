@@ -12,7 +12,7 @@ from typing import Any
 
 from loratools_formats import strict_json
 from loratools_formats.errors import AdapterError, MissingFileError, UnsupportedError
-from loratools_formats.files import inside, read_small_file
+from loratools_formats.files import RegularFile, inside, read_small_file
 from loratools_formats.gguf.architectures import ARCHITECTURES, BY_CLASS, Architecture, Sizes
 from loratools_formats.gguf.container import GgufFile, is_gguf, read_gguf
 
@@ -32,6 +32,7 @@ class Base:
         prefix: how its class begins paths that begin with `model.` in the table.
         shapes: row-major shapes of its tensors by GGUF name; None if only its configuration is
             known.
+        files: what it was read from, as far as digests of it are worth their time.
     """
 
     architecture: Architecture
@@ -39,6 +40,7 @@ class Base:
     tied: bool
     prefix: str = "model."
     shapes: Mapping[str, tuple[int, ...]] | None = None
+    files: tuple[RegularFile, ...] = ()
 
 
 def read_base(path: Path) -> Base:
@@ -93,6 +95,7 @@ def _of_config(path: Path) -> Base:
         ),
         tied=not architecture.outputs or (architecture.tied if tied is None else tied),
         prefix=architecture.classes[names[0]],
+        files=(RegularFile(path),),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from loratools_formats.adapter import Adapter, Delta, Dora, Layer, LowRank
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.files import RegularFile
 from loratools_formats.gguf.architectures import ARCHITECTURES, Architecture, Module, Sizes
 from loratools_formats.gguf.base import Base, read_base
 from loratools_formats.gguf.container import ARRAY, KeyValue
@@ -85,8 +86,13 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         base_model=adapter.base_model,
         notes=adapter.notes,
         inputs=adapter.inputs,
-        other_inputs=adapter.other_inputs,
+        other_inputs=_with_base(adapter, base),
     )
+
+
+def _with_base(adapter: Adapter, base: Base | None) -> dict[str, tuple[RegularFile, ...]]:
+    others = dict(adapter.other_inputs)
+    return {**others, "base": base.files} if base is not None and base.files else others
 
 
 def _invocation(adapter: Adapter) -> dict[str, KeyValue]:
@@ -298,7 +304,8 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
         whole = _whole(origins[path], found_parts, None if base is None else base.sizes)
         called = prefix + path.removeprefix("model.") if path.startswith("model.") else path
         modules[called] = _with_layer(path, called, whole, architecture)
-    return replace(adapter, modules=_parameters_wrapped(modules))
+    wrapped = _parameters_wrapped(modules)
+    return replace(adapter, modules=wrapped, other_inputs=_with_base(adapter, base))
 
 
 def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -> LowRank:
