@@ -92,6 +92,20 @@ def test_fused_into_floats_says_what_torch_says(bases, adapter, tmp_path):
     assert np.abs(found - wanted).max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("qwen3moe", "experts"), ("mixtral", "experts"), ("phi3", "all"), ("gpt2", "plain")],
+)
+def test_other_layouts_fuse_to_what_torch_says(gguf_bases, tmp_path, name, title):
+    model = gguf_models.adapted(gguf_models.make_model(name), **gguf_models.variants(name)[title])
+    wanted = gguf_models.expected(model)
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    out = tmp_path / "fused.gguf"
+    fuse(gguf_bases / name / "model.gguf", out, (tmp_path / "lora", 1.0))
+    (found,) = gguf_models.from_llama_cpp(out, [], [[]])
+    assert np.abs(found - wanted).max() < (5e-3 if name in gguf_models.GELU else 1e-4)
+
+
 @pytest.mark.parametrize(("kind", "outtype"), [("F32", "f16"), ("Q4_K", "keep"), ("Q8_0", "keep")])
 def test_report_is_true_and_the_rest_is_verbatim(bases, adapter, tmp_path, kind, outtype):
     base, (folder, _) = bases(kind), adapter

@@ -11,6 +11,8 @@ import pytest
 
 from loratools.convert import prepare, write
 from loratools.decompose import loaded
+from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
+from loratools.fuse.plan import FuseInput
 from loratools_formats import (
     Adapter,
     Context,
@@ -424,3 +426,17 @@ def test_merged_adapters_must_be_of_one_architecture(tmp_path):
     two = replace(one, config={**one.config, "architecture": "qwen2"})
     with pytest.raises(AdapterError, match="llama, qwen2"):
         get_format("gguf").merged_config([one, two])
+
+
+def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):
+    adapter = read_adapter(file_with(tmp_path / "lora.gguf"))
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.attn_q.weight", floats(16, 16))
+    writer.add_tensor("blk.0.attn_q.scale", floats(1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedError, match="keeps a scale beside"):
+        GgufFusion(read_gguf(path), [FuseInput(adapter, 1.0, "lora")], GgufFuseOptions())

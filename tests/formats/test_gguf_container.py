@@ -111,7 +111,8 @@ def test_malformed_files_are_one_kind_of_error(tmp_path, name):
     assert time.monotonic() - start < 5  # a hang is what this is about
 
 
-def test_a_sound_file_is_read(tmp_path):
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_sound_file_is_read(tmp_path, version):
     path = tmp_path / "file.gguf"
     keys = [
         key("general.alignment", U32, struct.pack("<I", 64)),
@@ -122,7 +123,7 @@ def test_a_sound_file_is_read(tmp_path):
         key("text", STRING, string("é")),
     ]
     tensors = [tensor("x" * 63, [4, 2]), tensor("q", [32, 2], 8, offset=64)]
-    path.write_bytes(build(keys, tensors, bytes(range(64)) + bytes(68), align=64))
+    path.write_bytes(build(keys, tensors, bytes(range(64)) + bytes(68), align=64, version=version))
     file = read_gguf(path)
     assert file.get("half", "f32") == 0.5
     assert file.get("yes", "bool") is True
