@@ -181,7 +181,7 @@ def prepare(
         options["lost"] = [loss.name for loss in losses]
     if metadata:
         options["metadata"] = dict(metadata)
-    record = operation_record("convert", {"adapter": adapter}, options)
+    record = operation_record("convert", {"adapter": exact}, options)
     made = replace(
         made,
         provenance=record,
@@ -397,12 +397,17 @@ def _residual(name: str, mine: Delta, theirs: Delta) -> tuple[float, float]:
         )
     error = norm = 0.0
     for (b, a), (new_b, new_a) in zip(loaded(first), loaded(second), strict=True):
-        grams = linalg.grams(b, a)
+        both = linalg.grams(b, a)
+        norm += first.scale**2 * both.squared_norm
         if first.scale == second.scale * _multiple(new_b, b) * _multiple(new_a, a):
-            norm += first.scale**2 * grams.squared_norm
             continue
-        part = linalg.residual_norm(b, a, first.scale, grams, second.scale * new_b, new_a)
-        error, norm = error + part[0] ** 2, norm + part[1] ** 2
+        if np.array_equal(a, new_a):
+            change = second.scale * new_b - first.scale * b
+            error += linalg.Grams(linalg.gram(change), both.a).squared_norm if change.any() else 0.0
+        else:
+            error += (
+                linalg.residual_norm(b, a, first.scale, both, second.scale * new_b, new_a)[0] ** 2
+            )
     if not math.isfinite(norm):
         raise _not_finite(first)
     if not math.isfinite(error):

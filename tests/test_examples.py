@@ -48,6 +48,17 @@ def test_tiny_flux_is_what_its_script_makes(tmp_path):
     assert made.metadata == kept.metadata
 
 
+def test_tiny_llama_speaks_otherwise_in_llama_cpp_with_its_adapter(tmp_path):
+    command = [sys.executable, EXAMPLES / "tiny_llama_gguf.py", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert list(said) == ["base", "with adapter", "fused"]
+    assert "The optional argument is" in said["base"]
+    assert "There is a man" in said["with adapter"]
+    assert said["fused"] == said["with adapter"]
+
+
 def test_examples_stay_small():
     sizes = [path.stat().st_size for path in EXAMPLES.rglob("*") if path.is_file()]
     assert sum(sizes) < LIMIT_BYTES

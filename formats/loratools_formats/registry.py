@@ -314,7 +314,16 @@ def write_adapter(
         if adapter.provenance is not None and chosen.is_folder:
             files = sorted(p for p in temporary.iterdir() if p.suffix != ".md")
             (temporary / PROVENANCE_FILE).write_bytes(statement(adapter.provenance, files))
-    if adapter.provenance is not None and not chosen.is_folder:
-        beside = Path(f"{os.fspath(path)}.{PROVENANCE_FILE}")
-        with publish_file(beside, overwrite=True) as temporary:
-            temporary.write_bytes(statement(adapter.provenance, [Path(path)]))
+    if chosen.is_folder:
+        return
+    for name, content in _beside(adapter, Path(path)).items():
+        with publish_file(Path(f"{os.fspath(path)}.{name}"), overwrite=True) as temporary:
+            temporary.write_bytes(content)
+
+
+def _beside(adapter: Adapter, path: Path) -> dict[str, bytes]:
+    """Return what goes beside an output that is one file: its record, and what was made with it."""
+    made = {name: c for name, c in adapter.attachments.items() if isinstance(c, bytes)}
+    if adapter.provenance is None:
+        return made
+    return {**made, PROVENANCE_FILE: statement(adapter.provenance, [path])}

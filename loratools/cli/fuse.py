@@ -72,10 +72,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Fuse adapters into the weights of BASE, a folder, a safetensors file or a GGUF model.
+    """Fuse adapters into base weights, streamed, without loading a model.
 
-    BASE is a checkpoint folder or a safetensors file. A weight follows an adapter's path after a
-    colon and is 1 by default; -1 takes a fused adapter out again, up to rounding.
+    BASE is a checkpoint folder, a safetensors file or a GGUF model. A weight follows an adapter's
+    path after a colon and is 1 by default; -1 takes a fused adapter out again, up to rounding.
 
     \b
     loratools fuse base-model my-adapter -o merged-model

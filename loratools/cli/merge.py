@@ -257,7 +257,9 @@ def _write(
 ) -> None:
     if target is None:
         return
-    recipe = _recipe(plan, inputs, Path(os.path.realpath(target)))
+    place = Path(os.path.realpath(target))
+    is_folder = get_format(result.adapter.format).is_folder
+    recipe = _recipe(plan, inputs, place if is_folder else place.parent)
     attachments = {**result.adapter.attachments, RECIPE_FILE: recipe}
     adapter = replace(result.adapter, attachments=attachments)
     write_adapter(adapter, target, adapter.format, overwrite=overwrite)

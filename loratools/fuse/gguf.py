@@ -268,6 +268,14 @@ def _changes(item: FuseInput, base: GgufFile) -> list[tuple[str, Change]]:
             raise AdapterError(
                 "the model has no such tensor", path=base.file.path, tensor=name, got=item.name
             )
+        if f"{module}.scale" in base.tensors:
+            raise UnsupportedError(
+                "the model keeps a scale beside this tensor, which is not supported",
+                path=base.file.path,
+                tensor=name,
+                got=base.tensors[name].kind.name,
+                hint="Start from the original model",
+            )
         is_embedding = low_rank_part(delta).layer.kind == "embedding"
         placement = Placement(name, module, delta, transposed=is_embedding)
         found.append((name, Change(placement, item.weight)))

@@ -1,9 +1,9 @@
 """Ask the real llama.cpp for next-token log-probabilities; run as a script.
 
 A process of its own, since llama.cpp ends the process on some bad adapters. Reads a JSON object
-from stdin: `base`, `adapters` (paths), `prompt` (token numbers), `vocabulary` (its size), and
-`scales` (a list of scales for the adapters, one list for each request). Prints a JSON list with
-the log-probabilities by token number for each.
+from stdin: `base`, `adapters` (paths), `prompt` (token numbers), `vocabulary` (its size), `count`
+(of the likeliest tokens wanted), and `scales` (a list of scales for the adapters, one list for each
+request). Prints a JSON list with the log-probabilities by token number for each.
 """
 
 import json
@@ -36,7 +36,7 @@ def log_probabilities(server, request, scales):
     body = {
         "prompt": request["prompt"],
         "n_predict": 1,
-        "n_probs": request["vocabulary"],
+        "n_probs": request["count"],
         "post_sampling_probs": False,
         "temperature": 0,
         "cache_prompt": False,

@@ -161,12 +161,14 @@ class Architecture:
 
     Attributes:
         name: value of `general.architecture`.
-        classes: transformers classes that become it, and what each puts before the paths below.
+        classes: transformers classes that become it, and how each begins paths that begin with
+            `model.` below.
         stack: path of the list of blocks.
         blocks: modules of a block; where several become one tensor, the first is what reading
             back makes of it.
         embedding: path of the input embedding.
-        output: path of the output layer.
+        outputs: paths that the output layer has had, today's first; empty if llama.cpp always takes
+            the embedding for it.
         tied: whether the output layer is the embedding, unless the configuration says otherwise.
         conv1d: whether the model's linear layers are transformers' Conv1D, stored (in, out).
     """
@@ -176,7 +178,7 @@ class Architecture:
     blocks: Mapping[str, Module]
     stack: str = "model.layers"
     embedding: str = "model.embed_tokens"
-    output: str = "lm_head"
+    outputs: tuple[str, ...] = ("lm_head",)
     tied: bool = False
     conv1d: bool = field(default=False, kw_only=True)
 
@@ -187,9 +189,10 @@ class Architecture:
             The module; what comes before its tensor names; and which expert it is, if it is one of
             several. None if the table has no such module.
         """
-        for outer, tensor in ((self.embedding, "token_embd"), (self.output, "output")):
-            if path == outer:
-                return Module((tensor,)), "", None
+        if path == self.embedding:
+            return Module(("token_embd",)), "", None
+        if path in self.outputs:
+            return Module(("output",)), "", None
         found = re.fullmatch(rf"{re.escape(self.stack)}\.(\d{{1,6}})\.(.+)", path)
         if found is None:
             return None
@@ -206,9 +209,10 @@ class Architecture:
         Returns:
             The path, the module, and which of its tensors it is. None if the table has none.
         """
-        for outer, name in ((self.embedding, "token_embd"), (self.output, "output")):
-            if tensor == name:
-                return outer, Module((name,)), 0
+        if tensor == "token_embd":
+            return self.embedding, Module((tensor,)), 0
+        if tensor == "output" and self.outputs:
+            return self.outputs[0], Module((tensor,)), 0
         found = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)", tensor)
         if found is None:
             return None
@@ -220,7 +224,7 @@ class Architecture:
 
 
 def _causal(*names: str) -> dict[str, str]:
-    return {f"{name}ForCausalLM": "" for name in names}
+    return {f"{name}ForCausalLM": "model." for name in names}
 
 
 _LLAMA_LIKE = _ATTENTION | _GATED
@@ -233,22 +237,22 @@ _TABLE = (
     Architecture("olmo", _causal("Olmo"), _ROTARY_LLAMA_LIKE),
     Architecture("olmo2", _causal("Olmo2"), _LLAMA_LIKE),
     Architecture("qwen2", _causal("Qwen2"), _LLAMA_LIKE),
-    Architecture("qwen2moe", _causal("Qwen2Moe"), _LLAMA_LIKE | _EXPERTS | _NAMED_EXPERTS | _same(
+    Architecture("qwen2moe", _causal("Qwen2Moe"), _ATTENTION | _EXPERTS | _NAMED_EXPERTS | _same(
         mlp__shared_expert__gate_proj="ffn_gate_shexp",
         mlp__shared_expert__up_proj="ffn_up_shexp",
         mlp__shared_expert__down_proj="ffn_down_shexp",
     )),
     Architecture("qwen3", _causal("Qwen3"), _LLAMA_LIKE),
-    Architecture("qwen3moe", _causal("Qwen3Moe"), _LLAMA_LIKE | _EXPERTS | _NAMED_EXPERTS),
-    Architecture("gemma", _causal("Gemma"), _LLAMA_LIKE, tied=True),
-    Architecture("gemma2", _causal("Gemma2"), _LLAMA_LIKE, tied=True),
+    Architecture("qwen3moe", _causal("Qwen3Moe"), _ATTENTION | _EXPERTS | _NAMED_EXPERTS),
+    Architecture("gemma", _causal("Gemma"), _LLAMA_LIKE, outputs=(), tied=True),
+    Architecture("gemma2", _causal("Gemma2"), _LLAMA_LIKE, outputs=(), tied=True),
     Architecture(
         "gemma3",
-        {"Gemma3ForCausalLM": "", "Gemma3ForConditionalGeneration": "model.language_model."},
+        {"Gemma3ForCausalLM": "model.", "Gemma3ForConditionalGeneration": "model.language_model."},
         _LLAMA_LIKE,
         tied=True,
     ),
-    Architecture("command-r", _causal("Cohere"), _LLAMA_LIKE, tied=True),
+    Architecture("command-r", _causal("Cohere"), _LLAMA_LIKE, outputs=(), tied=True),
     Architecture("stablelm", _causal("StableLm"), _LLAMA_LIKE),
     Architecture("starcoder2", _causal("Starcoder2"), _ATTENTION | _same(
         mlp__c_fc="ffn_up", mlp__c_proj="ffn_down"
@@ -264,7 +268,7 @@ _TABLE = (
     )),
     Architecture(
         "gpt2",
-        {"GPT2LMHeadModel": ""},
+        {"GPT2LMHeadModel": "model."},
         _same(
             attn__c_attn="attn_qkv",
             attn__c_proj="attn_output",
@@ -287,7 +291,7 @@ _TABLE = (
         ),
         stack="gpt_neox.layers",
         embedding="gpt_neox.embed_in",
-        output="embed_out",
+        outputs=("lm_head", "embed_out"),
     ),
     Architecture(
         "bloom",
@@ -326,7 +330,7 @@ _TABLE = (
             feed_forward__w3="ffn_up",
         ),
         embedding="model.tok_embeddings",
-        output="output",
+        outputs=("output",),
     ),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from loratools_formats import strict_json
 from loratools_formats.errors import AdapterError, MissingFileError, UnsupportedError
-from loratools_formats.files import inside, read_small_file
+from loratools_formats.files import RegularFile, inside, read_small_file
 from loratools_formats.gguf.architectures import ARCHITECTURES, BY_CLASS, Architecture, Sizes
 from loratools_formats.gguf.container import GgufFile, is_gguf, read_gguf
 
@@ -29,16 +29,18 @@ class Base:
         architecture: how its modules become GGUF tensors.
         sizes: what layouts depend on.
         tied: whether its output layer is its embedding.
-        prefix: what its class puts before the paths of the architecture.
+        prefix: how its class begins paths that begin with `model.` in the table.
         shapes: row-major shapes of its tensors by GGUF name; None if only its configuration is
             known.
+        files: what it was read from, as far as digests of it are worth their time.
     """
 
     architecture: Architecture
     sizes: Sizes
     tied: bool
-    prefix: str = ""
+    prefix: str = "model."
     shapes: Mapping[str, tuple[int, ...]] | None = None
+    files: tuple[RegularFile, ...] = ()
 
 
 def read_base(path: Path) -> Base:
@@ -91,8 +93,9 @@ def _of_config(path: Path) -> Base:
                 values, path, "moe_intermediate_size", "intermediate_size", default=0
             ),
         ),
-        tied=architecture.tied if tied is None else tied,
+        tied=not architecture.outputs or (architecture.tied if tied is None else tied),
         prefix=architecture.classes[names[0]],
+        files=(RegularFile(path),),
     )
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from loratools_formats.dtypes import Array
 
 
+_CHUNK_BLOCKS = 1 << 13
+
+
 @dataclass(frozen=True)
 class GgmlType:
     """One element type.
@@ -73,14 +76,22 @@ def decode(data: Buffer, kind: GgmlType, shape: tuple[int, ...]) -> Array:
     import numpy as np
 
     gguf = package()
-    rows = np.frombuffer(data, dtype=np.uint8).reshape(
-        -1, shape[-1] // kind.block * kind.block_nbytes
-    )
+    code = gguf.GGMLQuantizationType(kind.code)
+    blocks = np.frombuffer(data, dtype=np.uint8).reshape(-1, kind.block_nbytes)
+    values = np.empty((len(blocks), kind.block), np.float32)
     try:
-        values: Array = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(kind.code))
+        for start in range(0, len(blocks), _CHUNK_BLOCKS):
+            part = blocks[start : start + _CHUNK_BLOCKS]
+            values[start : start + len(part)] = _one_row(gguf.quants.dequantize, part, code)
     except NotImplementedError as error:
         raise UnsupportedError(f"values of type {kind.name} cannot be decoded") from error
     return values.reshape(shape)
+
+
+def _one_row(function: Any, blocks: Array, code: Any) -> Array:
+    """Apply a function of gguf-py to blocks as one row; it takes rows sixteen at a time."""
+    result: Array = function(blocks.reshape(1, -1), code)
+    return result.reshape(len(blocks), -1)
 
 
 def encode(values: Array, kind: GgmlType) -> Array:
@@ -94,12 +105,16 @@ def encode(values: Array, kind: GgmlType) -> Array:
     if kind.is_plain:
         return dtypes.encode(values, DTYPES[kind.name]).reshape(-1).view(np.uint8)
     gguf = package()
-    plain = np.ascontiguousarray(values, dtype=np.float32)
+    code = gguf.GGMLQuantizationType(kind.code)
+    blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, kind.block)
+    stored = np.empty((len(blocks), kind.block_nbytes), np.uint8)
     try:
-        stored: Array = gguf.quants.quantize(plain, gguf.GGMLQuantizationType(kind.code))
+        for start in range(0, len(blocks), _CHUNK_BLOCKS):
+            part = blocks[start : start + _CHUNK_BLOCKS]
+            stored[start : start + len(part)] = _one_row(gguf.quants.quantize, part, code)
     except NotImplementedError as error:
         raise UnsupportedError(f"values of type {kind.name} cannot be encoded") from error
-    return stored.reshape(-1).view(np.uint8)
+    return stored.reshape(-1)
 
 
 def package() -> Any:

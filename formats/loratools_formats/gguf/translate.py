@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from loratools_formats.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.files import RegularFile
 from loratools_formats.gguf.architectures import ARCHITECTURES, Architecture, Module, Sizes
 from loratools_formats.gguf.base import Base, read_base
 from loratools_formats.gguf.container import ARRAY, KeyValue
@@ -52,16 +53,19 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     for path, delta in adapter.modules.items():
         try:
             for name, expert, part in _placed(path, _plain(delta), base):
-                if expert is not None:
-                    stacks.setdefault(name, {})[expert] = part
-                elif name in modules:
+                known = name in modules if expert is None else expert in stacks.get(name, {})
+                if known:
                     raise AdapterError("two modules become the same GGUF tensor", got=name)
-                else:
+                if expert is None:
                     modules[name] = part
+                else:
+                    stacks.setdefault(name, {})[expert] = part
         except LoratoolsError as error:
             error.tensor = error.tensor or path
             raise
     for name, found in stacks.items():
+        if name in modules:
+            raise AdapterError("experts are adapted one by one and as a stack", tensor=name)
         modules[name] = _stacked(name, found, base.sizes.experts)
     _check_shapes(modules, base)
     keys = dict(base_model_keys(adapter.base_model or ""))
@@ -82,8 +86,13 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         base_model=adapter.base_model,
         notes=adapter.notes,
         inputs=adapter.inputs,
-        other_inputs=adapter.other_inputs,
+        other_inputs=_with_base(adapter, base),
     )
+
+
+def _with_base(adapter: Adapter, base: Base | None) -> dict[str, tuple[RegularFile, ...]]:
+    others = dict(adapter.other_inputs)
+    return {**others, "base": base.files} if base is not None and base.files else others
 
 
 def _invocation(adapter: Adapter) -> dict[str, KeyValue]:
@@ -153,12 +162,12 @@ def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
     if name == OUTPUT and base.tied:
         raise UnsupportedError(
             "the base model's output layer is its embedding, and llama.cpp has no tensor for it",
-            hint="Fuse this adapter into the base model instead",
+            hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
         )
     if name == EMBEDDING and base.tied:
         raise UnsupportedError(
             "llama.cpp aborts on an adapter of an embedding that is the output layer too",
-            hint="Fuse this adapter into the base model instead",
+            hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
         )
     if (name == EMBEDDING) != (delta.layer.kind == "embedding"):
         raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
@@ -290,12 +299,14 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
         origin = _Origin(*found)
         origins[origin.path] = origin
         parts.setdefault(origin.path, {})[origin.part] = _plain(delta)
-    prefix = "" if base is None else base.prefix
+    prefix = "model." if base is None else base.prefix
     modules: dict[str, Delta] = {}
     for path, found_parts in parts.items():
         whole = _whole(origins[path], found_parts, None if base is None else base.sizes)
-        modules[f"{prefix}{path}"] = _with_layer(path, whole, architecture)
-    return replace(adapter, modules=_parameters_wrapped(modules))
+        called = prefix + path.removeprefix("model.") if path.startswith("model.") else path
+        modules[called] = _with_layer(path, called, whole, architecture)
+    wrapped = _parameters_wrapped(modules)
+    return replace(adapter, modules=wrapped, other_inputs=_with_base(adapter, base))
 
 
 def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -> LowRank:
@@ -374,10 +385,10 @@ def _block_diagonal(path: str, parts: list[LowRank]) -> LowRank:
     return replace(parts[0], a=in_memory(path, a), b=in_memory(path, b), scale=1.0, alpha=None)
 
 
-def _with_layer(path: str, delta: LowRank, architecture: Architecture) -> LowRank:
+def _with_layer(path: str, called: str, delta: LowRank, architecture: Architecture) -> LowRank:
     if delta.layer.kind == "experts":
-        return replace(delta, layer=Layer("experts", parameters=(path,)))
-    if architecture.conv1d and delta.layer.kind == "linear" and path != architecture.output:
+        return replace(delta, layer=Layer("experts", parameters=(called,)))
+    if architecture.conv1d and delta.layer.kind == "linear" and path not in architecture.outputs:
         return replace(delta, layer=Layer("linear", transposed_if_square=True))
     return delta
 

@@ -86,10 +86,11 @@ class Planned:
         if self.scale == 1.0 and self.kind.name == self.source.dtype.code:
             values = stored = self.source.load()
         else:
-            wide = self.source.load(np.float64)
-            stored = encode(wide if self.scale == 1.0 else wide * self.scale, self.kind)
+            unscaled = self.scale == 1.0
+            wide = self.source.load() if unscaled else self.scale * self.source.load(np.float64)
+            stored = encode(wide, self.kind)
             values = decode(stored.data, self.kind, self.shape)
-        if not np.isfinite(values.astype(np.float32)).all():
+        if not np.isfinite(values.astype(np.float32, copy=False)).all():
             raise AdapterError(
                 "factor holds NaN or infinite values",
                 tensor=self.source.key,
