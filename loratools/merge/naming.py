@@ -22,7 +22,8 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
         AdapterError: names that nothing resolves.
         OptionError: names that fit several architectures, or have no component.
     """
-    target = next((name for name in SINGLE_FILES if name == inputs[0].adapter.format), None)
+    formats = [item.adapter.format for item in inputs]
+    target = next((name for name in SINGLE_FILES if name in formats[:1]), None)
     if target is None or target == "safetensors":
         return list(inputs)
     result = [inputs[0]]
