@@ -112,6 +112,21 @@ class Dora:
     magnitude: TensorRef
     axis: Literal["output", "input"] = "output"
 
+    def of_outputs(self, operation: str) -> TensorRef:
+        """Return the magnitude of each output.
+
+        Raises:
+            UnsupportedError: they are of inputs.
+        """
+        if self.axis == "input":
+            raise UnsupportedError(
+                f"{operation} of a DoRA with a magnitude for each input is not supported",
+                tensor=self.magnitude.key,
+                got=list(self.magnitude.shape),
+                hint="LyCORIS trains the other form with wd_on_output, its default since version 3",
+            )
+        return self.magnitude
+
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor it is made of."""
         yield from self.direction.tensors()

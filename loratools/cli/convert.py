@@ -17,17 +17,11 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
-from loratools.convert import (
-    Conversion,
-    ConversionCheck,
-    SingleFileOptions,
-    prepare,
-    rank_of,
-    write,
-)
+from loratools.compare_written import ConversionCheck, rank_of
+from loratools.convert import Conversion, SingleFileOptions, prepare, write
 from loratools_formats import Context, format_for_output, read_adapter
 from loratools_formats.adapter import Delta
-from loratools_formats.errors import OptionError
+from loratools_formats.errors import OptionError, UnsupportedError
 from loratools_formats.singlefile import NAMES as SINGLE_FILES
 
 
@@ -111,7 +105,7 @@ def command(
         source,
         target_name,
         Context(base, outtype),
-        allow_lossy=allow_lossy,
+        allow_lossy=allow_lossy or dry_run,
         metadata=_key_values(metadata),
         single=_single(as_it_is=as_it_is, **single),
     )
@@ -125,6 +119,12 @@ def command(
         print_json(_as_json(source.format, conversion, check))
     elif not quiet:
         _print(source.format, conversion, check, verbose=verbose)
+    if conversion.losses and not allow_lossy:
+        raise UnsupportedError(
+            f"{conversion.target.name} cannot hold all of the adapter",
+            path=adapter,
+            hint="Pass --allow-lossy to leave out what is listed above",
+        )
     error = 0.0 if check is None else check.relative_error
     return conclude(error, max_error, target, quiet=quiet)
 

@@ -113,7 +113,7 @@ class Opener:
                 delta.direction.scale * b.astype(np.float64), a.astype(np.float64)
             )
             return self._through_dora(
-                name, place, change, delta.magnitude, _unscaled(delta.direction)
+                name, place, change, delta.of_outputs("to-lora"), _unscaled(delta.direction)
             )
         weight: Weight
         kind = get_kind(delta.kind)

@@ -236,6 +236,7 @@ class _Fold:
         """Return the bytes of the output that ranks do not change, header included, about."""
         adapter = self.adapter
         others = [*(r.tensor for r in adapter.replacements.values()), *adapter.carried.values()]
+        others += [addition.tensor for addition in adapter.additions.values()]
         return sum(t.nbytes for t in others) + sum(256 + 2 * len(name) for name in adapter.modules)
 
     def _spectrum_of(self, name: str) -> Spectrum:

@@ -260,11 +260,5 @@ def _row_source(delta: Delta | None, weight: Weight, module: AlignedModule) -> R
     ((b, a),) = terms_of(delta)
     if not isinstance(delta, Dora):
         return FactorRows(b, a)
-    if delta.axis == "input":
-        raise UnsupportedError(
-            "a DoRA with a magnitude for each input cannot be merged",
-            tensor=delta.magnitude.key,
-            hint="Make it a plain LoRA first: loratools to-lora",
-        )
     change = rows_of(Product(b, a))
-    return _DoraRows(Rescaling(weight, change, finite_vector(delta.magnitude)))
+    return _DoraRows(Rescaling(weight, change, finite_vector(delta.of_outputs("merge"))))

@@ -286,7 +286,11 @@ class _Merge:
         fixed = sum(
             t.nbytes
             for a in sources
-            for t in [*(r.tensor for r in a.replacements.values()), *a.carried.values()]
+            for t in [
+                *(r.tensor for r in a.replacements.values()),
+                *(addition.tensor for addition in a.additions.values()),
+                *a.carried.values(),
+            ]
         )
         header = sum(256 + 2 * len(module.name) for module in self.modules)
         header += 2048 + 256 * len(self.inputs) + 2 * len(str(self.options))

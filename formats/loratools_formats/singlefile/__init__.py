@@ -99,7 +99,11 @@ def _from_model(naming: Class, adapter: Adapter, context: Context) -> Adapter:
     from loratools_formats.singlefile.spelling import respelled
 
     modules = {name: stored_as(delta, context.dtype) for name, delta in adapter.modules.items()}
-    return respelled(replace(adapter, modules=modules), naming)
+    stored = replace(adapter, modules=modules)
+    # Files of no one naming have no spelling of their own.
+    return (
+        stored if naming == "safetensors" and adapter.format in NAMES else respelled(stored, naming)
+    )
 
 
 def _weights_nbytes(naming: Class, adapter: Adapter) -> int:

@@ -7,11 +7,18 @@ key, so that a file whose modules are not renamed is written with the keys that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loratools_formats.adapter import Adapter, Addition, Delta, Replacement
+from loratools_formats.adapter import (
+    Adapter,
+    Addition,
+    Caveat,
+    Delta,
+    OtherDelta,
+    Replacement,
+)
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.safetensors_io import read_safetensors
 from loratools_formats.singlefile.deltas import Parts, delta_of
@@ -98,7 +105,7 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
         carried=outside.carried,
         metadata=file.metadata,
         base_model=file.metadata.get("ss_base_model_version") or None,
-        caveats=() if configs is None else configs.caveats(),
+        caveats=(*(() if configs is None else configs.caveats()), *_caveats(modules)),
         notes=(f"carried without being understood: {', '.join(unknown)}",) if unknown else (),
         dialects=dialects(keys),
         inputs=(file.file,),
@@ -122,6 +129,20 @@ def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Key], list[str]
             if name != CONTROL_MARK:
                 unknown.append(name)
     return keys, unknown, outside
+
+
+def _caveats(modules: Mapping[str, Delta]) -> Iterator[Caveat]:
+    """Yield why modules are not what the declaration of their kind says."""
+    for name, delta in modules.items():
+        if isinstance(delta, OtherDelta) and delta.magnitude is not None:
+            shape = delta.magnitude.shape
+            if shape[0] == 1 and shape[0] != delta.shape[0]:
+                yield Caveat(
+                    "dora_scale",
+                    f"{name} has a magnitude for each input ({delta.kind})",
+                    "This kind is not supported yet",
+                )
+                return
 
 
 def naming_class(keys: Iterable[Key]) -> Class:

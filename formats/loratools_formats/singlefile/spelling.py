@@ -113,7 +113,7 @@ def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
     ]
     if target == "diffusers":
         found += [
-            Loss(name, f"is a weight change of kind {delta.kind}, which diffusers does not load")
+            Loss(name, f"is a {delta.kind} change, which few of diffusers' pipelines load")
             for name, delta in adapter.modules.items()
             if isinstance(delta, OtherDelta)
         ]
