@@ -221,9 +221,8 @@ def test_initial_adapter_on_the_command_line(make_folder, tmp_path):
 
 def test_formats_lists_peft():
     entries = json.loads(loratools("formats", "--json").stdout)["formats"]
-    assert {"name": "peft", "read": True, "write": True, "broken": False}.items() <= entries[
-        0
-    ].items()
+    found = {entry["name"]: entry for entry in entries}
+    assert {"read": True, "write": True, "broken": False}.items() <= found["peft"].items()
     assert "read+write" in loratools("formats").stdout
 
 
