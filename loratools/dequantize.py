@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
+from loratools.buffers import Buffers
 from loratools.fourbit.decode import CHUNK, Dequantizer
 from loratools.fourbit.encode import relative
 from loratools.linears import is_conv1d
@@ -29,6 +31,7 @@ from loratools_formats.errors import AdapterError
 from loratools_formats.shards import Blank, Made, Part, Sink
 
 DTypeName = Literal["bf16", "f16", "f32"]
+_BUFFERS = Buffers()
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -123,13 +126,14 @@ def dequantize(
             base,
             grouped(base, parts, max_shard_bytes=max_shard_bytes),
             plain_config(base.config, torch_name(stored)) if base.config else None,
-            operation_record("dequantize", {}, options, base),
+            lambda: operation_record("dequantize", {}, options, base),
         )
-        left_out = write_checkpoint(
-            new, output, overwrite=overwrite, workers=workers, progress=progress
-        )
+        with threadpool_limits(1):  # the sums of errors; threads go over weights
+            left_out = write_checkpoint(
+                new, output, overwrite=overwrite, workers=workers, progress=progress
+            )
         if left_out:
-            notes.append(f"not carried over, since stale: {', '.join(left_out)}")
+            notes.append(f"not carried over: {', '.join(left_out)}")
     return _result(base, list(jobs.values()), notes)
 
 
@@ -204,12 +208,13 @@ class _Job:
 
     def _rounded(self, values: Dequantizer, start: int, stop: int) -> NDArray[Any]:
         """Return elements in the new type, and add up what rounding changed."""
-        exact = values.elements(start, stop)
+        exact = values.elements(start, stop, _BUFFERS.array("exact", (stop - start,), np.float32))
         self.squared_norm += _squares(exact)
         if self.blank.dtype.code == "F32":
             return exact
         with np.errstate(over="ignore", under="ignore"):
-            rounded = exact.astype(self._numpy)
+            rounded = _BUFFERS.array("rounded", exact.shape, self._numpy)
+            np.copyto(rounded, exact, casting="same_kind")
         exact -= rounded
         error = _squares(exact)
         if not math.isfinite(error):

@@ -28,12 +28,17 @@ _EMBEDDING = re.compile(
     r"|relative_attention_bias"
 )
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
-_ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|wg|shared_expert_gate)(?:\.(?:classifier|layer))?")
+_ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|wg)(?:\.(?:classifier|layer))?")
 # Source: `_keep_in_fp32_modules` of the model classes in transformers 5.23.
 _KEPT_IN_F32 = {
     "wo": ("t5", "mt5", "umt5", "udop", "pop2piano"),
     "qformer": ("blip-2",),
     "indexer.weights_proj": ("deepseek_v32", "glm_moe_dsa", "axk2"),
+}
+# Layers of classes derived from `nn.Linear`, which transformers does not convert, by model type.
+_OWN_CLASSES = {
+    "falcon": frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+    "deepseek_v4": frozenset({"o_a_proj"}),
 }
 _HEAD = "lm_head"
 
@@ -147,9 +152,11 @@ class _Choice:
                 for name, models in _KEPT_IN_F32.items()
                 if not self._models.isdisjoint(models)
             ),
+            "empty": ref.numel == 0,
             "expert": _EXPERT.fullmatch(module) is not None and not self._experts,
             "router": _ROUTER.fullmatch(module) is not None,
-            "not a plain linear layer": f"{parent}.in_proj_weight" in self._base.tensors,
+            "not a plain linear layer": f"{parent}.in_proj_weight" in self._base.tensors
+            or any(last in _OWN_CLASSES.get(model, ()) for model in self._models),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 

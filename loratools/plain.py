@@ -11,11 +11,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratools.fourbit.decode import Dequantizer
 from loratools.linears import is_conv1d
 from loratools_formats.bnb import QuantizedWeight, is_four_bit_config, quantized_weights
 from loratools_formats.checkpoint import Checkpoint
@@ -23,6 +22,9 @@ from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import UnsupportedError
 from loratools_formats.fp8 import METHODS, Fp8Weight, activation_scales, fp8_weights
 from loratools_formats.tensors import Buffer, TensorRef, in_file
+
+if TYPE_CHECKING:
+    from loratools.fourbit.decode import Dequantizer
 
 Array = np.ndarray[Any, Any]
 
@@ -150,6 +152,8 @@ class _FourBitSource(_Source):
         self._decoder: Dequantizer | None = None
 
     def values(self, start: int, stop: int) -> Array:
+        from loratools.fourbit.decode import Dequantizer
+
         with self._lock:
             if self._decoder is None:
                 self._decoder = Dequantizer(self._weight)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from loratools.fourbit.encode import FourBitOptions, Scales, relative
 from loratools.fourbit.store import blanks, fill
@@ -165,13 +166,14 @@ def quantize(
             base,
             grouped(base, parts, max_shard_bytes=chosen.max_shard_bytes, metadata=metadata),
             _config(base, linears, chosen.four_bit),
-            operation_record("quantize", {}, chosen.record(), base),
+            lambda: operation_record("quantize", {}, chosen.record(), base),
         )
-        left_out = write_checkpoint(
-            new, output, overwrite=overwrite, workers=workers, progress=progress
-        )
+        with threadpool_limits(1):  # the sums of errors; threads go over weights
+            left_out = write_checkpoint(
+                new, output, overwrite=overwrite, workers=workers, progress=progress
+            )
         if left_out:
-            notes.append(f"not carried over, since stale: {', '.join(left_out)}")
+            notes.append(f"not carried over: {', '.join(left_out)}")
     return _result(base, list(jobs.values()), linears, notes)
 
 
@@ -295,10 +297,8 @@ class _Counting:
 
 def pieces_of(ref: TensorRef) -> Iterator[NDArray[Any]]:
     """Yield a tensor's elements in order, in its stored type, a few at a time."""
-    stored = ref.dtype.numpy_dtype()
-    for start in range(0, ref.nbytes, _PIECE * stored.itemsize):
-        stop = min(start + _PIECE * stored.itemsize, ref.nbytes)
-        yield np.frombuffer(ref.raw_range(start, stop), stored)
+    for start in range(0, ref.numel, _PIECE):
+        yield ref.elements(start, min(start + _PIECE, ref.numel))
 
 
 def transposed_pieces(ref: TensorRef) -> Iterator[NDArray[Any]]:

@@ -178,7 +178,7 @@ def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparis
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
     # As `fuse` computes, so that what it wrote is found to be exact.
-    single = single_precision(terms, there.dtype.code, base_code=plan.source.dtype.code)
+    single = single_precision(view, terms, there.dtype.code, base_code=plan.source.dtype.code)
     wanted_type = there.dtype.numpy_dtype()
     is_exact = is_near = base_is_near = True
     delta = along = off = 0.0

@@ -29,6 +29,7 @@ _QUANT_TYPES: dict[str, QuantType] = {"nf4": "nf4", "fp4": "fp4"}
 _AUXILIARY = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SPOILT = "bitsandbytes spoils scales when a model is saved after running on a CPU"
 _PACKED = ("U8", "F16", "BF16", "F32")
 
 
@@ -40,11 +41,14 @@ class Nested:
         absmax: F32 (ceil(blocks / 256),) scale of each group of 256 scales.
         quant_map: F32 (256,) what the codes of the scales mean.
         offset: added to every scale.
+        dtype: what scales are rounded to before and after the offset is added; 16 bits where
+            bitsandbytes saved a model that had run on a CPU.
     """
 
     absmax: TensorRef
     quant_map: TensorRef
     offset: float
+    dtype: DType
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def _weight(
             _sibling(tensors, name, ".nested_absmax", ("F32",), groups),
             _sibling(tensors, name, ".nested_quant_map", ("F32",), 256),
             values.offset,
+            values.nested_dtype,
         )
     elif values.is_nested:
         raise AdapterError(
@@ -184,6 +189,7 @@ def _sibling(
             tensor=key,
             got=ref.dtype.code,
             expected=" or ".join(codes),
+            hint=_SPOILT if suffix == ".absmax" else None,
         )
     if count is not None and ref.shape != (count,):
         raise AdapterError(
@@ -191,7 +197,7 @@ def _sibling(
             tensor=key,
             got=list(ref.shape),
             expected=[count],
-            hint="bitsandbytes spoils it when a model is saved after running on a CPU",
+            hint=_SPOILT,
         )
     return ref
 
@@ -212,10 +218,7 @@ class _State:
         self.blocksize: int = values.get("blocksize", 0)
         if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
             raise self._wrong("blocksize", f"one of {BLOCKSIZES}")
-        dtype = values.get("dtype")
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise self._wrong("dtype", f"one of {', '.join(_DTYPES)}")
-        self.dtype = DTYPES[_DTYPES[dtype]]
+        self.dtype = self.nested_dtype = self._dtype("dtype")
         shape = values.get("shape")
         if (
             not isinstance(shape, list)
@@ -228,21 +231,20 @@ class _State:
         self.offset = 0.0
 
     def check_nested(self) -> None:
-        """Check the entries on quantised scales, and take their offset."""
+        """Check the entries on quantised scales, and take their offset and type."""
         if self._values.get("nested_blocksize") != NESTED_BLOCKSIZE:
             raise self._wrong("nested_blocksize", NESTED_BLOCKSIZE)
-        if self._values.get("nested_dtype") != "float32":
-            raise UnsupportedError(
-                "scales are rounded to 16 bits, as bitsandbytes saves a model that ran on a CPU",
-                tensor=self._ref.key,
-                got=self._values.get("nested_dtype"),
-                expected="nested_dtype float32",
-                hint="Save the model again without running it first",
-            )
+        self.nested_dtype = self._dtype("nested_dtype")
         offset: Any = self._values.get("nested_offset")
         if type(offset) not in (int, float) or not math.isfinite(offset):
             raise self._wrong("nested_offset", "a number")
         self.offset = float(offset)
+
+    def _dtype(self, field: str) -> DType:
+        found = self._values.get(field)
+        if not isinstance(found, str) or found not in _DTYPES:
+            raise self._wrong(field, f"one of {', '.join(_DTYPES)}")
+        return DTYPES[_DTYPES[found]]
 
     def _wrong(self, field: str, expected: object) -> AdapterError:
         return AdapterError(

@@ -1,7 +1,8 @@
 """Publishing a changed checkpoint: shards, index, configuration, and everything else beside them.
 
 Weights of the base that no index lists, and weights in other formats, are left out, since they
-would be stale; every other file is carried over. The folder appears whole or not at all.
+would be stale, and so are hidden and linked folders; every other file is carried over. The folder
+appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from loratools_formats.adapter import Adapter
 from loratools_formats.checkpoint import CONFIG_FILE, WEIGHT_SUFFIXES, Checkpoint
-from loratools_formats.errors import OptionError
+from loratools_formats.errors import AdapterError, OptionError
 from loratools_formats.files import RegularFile, inside
 from loratools_formats.provenance import PROVENANCE_FILE, statement
 from loratools_formats.publish import publish_file, publish_folder, resolved
@@ -35,14 +36,14 @@ class NewCheckpoint:
         base: what it was made from.
         shards: its weights.
         config: its `config.json`; None to copy the base's.
-        provenance: how it was made.
+        provenance: returns how it was made; called when the weights are written.
         adapters: what else took part in making it.
     """
 
     base: Checkpoint
     shards: Sequence[Shard]
     config: Mapping[str, Any] | None
-    provenance: Mapping[str, Any]
+    provenance: Callable[[], Mapping[str, Any]]
     adapters: tuple[Adapter, ...] = ()
 
     def sources(self) -> list[Path]:
@@ -188,13 +189,13 @@ def write_checkpoint(
             accept()
         for name, path in carried:
             _copy(path, folder / name)
-        if len(new.shards) > 1:
+        if [shard.name for shard in new.shards] != [f"{new.base.stem}.safetensors"]:
             _write_json(folder / new.base.index_file, _index(new, folder), sort_keys=True)
         if new.config is not None:
             _write_json(folder / CONFIG_FILE, new.config)
         new.check_unchanged()
         files = sorted(folder / shard.name for shard in new.shards)
-        (folder / PROVENANCE_FILE).write_bytes(statement(new.provenance, files, _digest))
+        (folder / PROVENANCE_FILE).write_bytes(statement(new.provenance(), files, _digest))
     return tuple(left_out)
 
 
@@ -216,7 +217,7 @@ def _write_file(
         new.check_unchanged()
     beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
     with publish_file(beside, overwrite=True) as temporary:
-        temporary.write_bytes(statement(new.provenance, [Path(output)], _digest))
+        temporary.write_bytes(statement(new.provenance(), [Path(output)], _digest))
 
 
 def _digest(path: Path) -> dict[str, str]:
@@ -227,10 +228,11 @@ def _others(base: Checkpoint) -> tuple[list[tuple[str, Path]], list[str]]:
     """Return the files to carry over, by their path in the folder, and those to leave out."""
     own = {file.file.path.name for file in base.files} | {base.index_file, PROVENANCE_FILE}
     carried, left_out = [], []
-    for root, folders, names in os.walk(base.path):
+    for root, folders, names in os.walk(base.path, onerror=_refuse_unlisted):
         place = os.path.relpath(root, base.path)
-        left_out += [os.path.normpath(f"{place}/{f}") for f in folders if f.startswith(".")]
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        skipped = [f for f in folders if f.startswith(".") or os.path.islink(f"{root}/{f}")]
+        left_out += [os.path.normpath(f"{place}/{f}") for f in skipped]
+        folders[:] = sorted(set(folders) - set(skipped))
         for name in (os.path.normpath(f"{place}/{n}") for n in sorted(names)):
             if name in own:
                 continue
@@ -238,13 +240,16 @@ def _others(base: Checkpoint) -> tuple[list[tuple[str, Path]], list[str]]:
                 left_out.append(name)
             else:
                 carried.append((name, inside(base.path, name)))
+                RegularFile(carried[-1][1]).close()  # no pipe, no device, no link to nothing
     return carried, sorted(left_out)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise AdapterError(f"folder cannot be listed: {error.strerror}", path=error.filename) from error
 
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    file = RegularFile(source)  # no pipe, no device
-    file.close()
     shutil.copyfile(source, target)
 
 

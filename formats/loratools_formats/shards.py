@@ -10,10 +10,11 @@ Nothing here is atomic: the folder to write into is a temporary one that the cal
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from loratools_formats.safetensors_io import (
 from loratools_formats.tensors import Buffer, TensorRef
 
 _COPY_CHUNK_BYTES = 32 << 20
+_FLUSH_SECONDS = 0.03
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -173,15 +175,27 @@ class _Stopped(Exception):  # noqa: N818 - no error: another task has failed
 
 
 class _Output:
-    """An open shard."""
+    """An open shard.
 
-    def __init__(self, path: Path, shard: Shard, stop: threading.Event) -> None:
+    Its bytes are flushed to the disk while others are computed, by whoever calls `flush`; when all
+    are there, `completed` is called, and sees to it that `finish` is.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shard: Shard,
+        stop: threading.Event,
+        completed: Callable[[_Output], None],
+    ) -> None:
         self.path = path
         self.layout = _Layout(shard)
         self.stop = stop
         self.texts: dict[str, bytes] = {}
         self._remaining = len(shard.parts)
+        self._completed = completed
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             _allocate(self.fd, self.layout.end)
@@ -189,7 +203,8 @@ class _Output:
         except BaseException:
             os.close(self.fd)
             raise
-        self._finish_if_done()
+        if not shard.parts:
+            completed(self)
 
     def write_at(self, position: int, data: Buffer) -> None:
         if self.stop.is_set():
@@ -226,13 +241,12 @@ class _Output:
             self.make(part)
         with self._lock:
             self._remaining -= 1
-        self._finish_if_done()
+            is_complete = self._remaining == 0
+        if is_complete:
+            self._completed(self)
 
-    def _finish_if_done(self) -> None:
-        with self._lock:
-            if self._remaining or self.fd < 0:
-                return
-            self._remaining = -1
+    def finish(self) -> None:
+        """Write what was not known before, flush, close and check."""
         layout = self.layout
         ordered = layout.ordered
         if layout.texts:
@@ -240,14 +254,20 @@ class _Output:
             self.write_at(0, header)
             self.write_at(layout.text_start, text)
             os.ftruncate(self.fd, layout.text_start + len(text))
-        os.fsync(self.fd)  # now, while other shards are computed
+        os.fsync(self.fd)
         self.close()
         check_written(self.path, ordered)
 
+    def flush(self) -> None:
+        with self._closing:
+            if self.fd >= 0:
+                os.fsync(self.fd)
+
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        with self._closing:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
 
 
 class _Place:
@@ -354,13 +374,22 @@ def write_shards(
     """
     check_space(folder, sum(shard.nbytes for shard in shards))
     stop = threading.Event()
-    tasks = _tasks(folder, shards, stop)
+    opened: list[_Output] = []
+    endings: list[Future[None]] = []
     total = sum(part_nbytes(part) for shard in shards for part in shard.parts)
     done = 0
-    with ThreadPoolExecutor(workers) as pool:
+    with (
+        _flushing(opened),
+        ThreadPoolExecutor(1) as finisher,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         running: dict[Future[None], int] = {}
+
+        def completed(output: _Output) -> None:
+            endings.append(finisher.submit(output.finish))
+
         try:
-            for output, part in tasks:
+            for output, part in _tasks(folder, shards, stop, opened, completed):
                 running[pool.submit(output.do, part)] = part_nbytes(part)
                 while len(running) > 2 * workers:
                     done += _finished(running)
@@ -370,28 +399,54 @@ def write_shards(
                 done += _finished(running)
                 if progress is not None:
                     progress(done, total)
+            for ending in endings:
+                ending.result()
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            tasks.close()
+            finisher.shutdown(wait=True, cancel_futures=True)
             raise
+        finally:
+            for output in opened:
+                output.close()
+
+
+@contextlib.contextmanager
+def _flushing(opened: list[_Output]) -> Iterator[None]:
+    """Keep the disk busy with what has been written, so that little is left to wait for.
+
+    Errors are left to the flush at each shard's end.
+    """
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(_FLUSH_SECONDS):
+            for output in list(opened):
+                with contextlib.suppress(OSError):
+                    output.flush()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _tasks(
-    folder: Path, shards: Sequence[Shard], stop: threading.Event
-) -> Generator[tuple[_Output, Part], None, None]:
-    """Yield what is to be done, shard by shard, large tensors first."""
-    opened: list[_Output] = []
-    try:
-        for shard in shards:
-            output = _Output(folder / shard.name, shard, stop)
-            opened = [o for o in opened if o.fd >= 0] + [output]
-            for part in sorted(shard.parts, key=part_nbytes, reverse=True):
-                yield output, part
-        opened = []
-    finally:
-        for output in opened:
-            output.close()
+    folder: Path,
+    shards: Sequence[Shard],
+    stop: threading.Event,
+    opened: list[_Output],
+    completed: Callable[[_Output], None],
+) -> Iterator[tuple[_Output, Part]]:
+    """Yield what is to be done, shard by shard, large tensors first; keeps `opened` up to date."""
+    for shard in shards:
+        output = _Output(folder / shard.name, shard, stop, completed)
+        opened[:] = [*(o for o in opened if o.fd >= 0), output]
+        for part in sorted(shard.parts, key=part_nbytes, reverse=True):
+            yield output, part
 
 
 def _finished(running: dict[Future[None], int]) -> int:

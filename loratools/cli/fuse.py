@@ -103,7 +103,7 @@ def _notes(inputs: Sequence[FuseInput], result: FuseResult, output: Path) -> Non
     if any(item.weight < 0 for item in inputs):
         note("a negative weight takes a change out up to rounding, not bit for bit")
     if result.left_out:
-        note(f"not carried over, since stale: {', '.join(result.left_out)}")
+        note(f"not carried over: {', '.join(result.left_out)}")
     note(f"wrote {output}")
 
 

@@ -80,8 +80,8 @@ def command(
 ) -> int:
     """Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.
 
-    Linear layers become NF4 or FP4 weights that transformers, PEFT and vLLM load without
-    converting anything. Output embedding, embeddings, norms and biases stay as they are.
+    Linear layers become NF4 or FP4 weights in the layout of bitsandbytes, which transformers
+    loads as they are. Output embedding, embeddings, norms and biases stay in 16 or 32 bits.
 
     \b
     loratools quantize my-model -o my-model-nf4

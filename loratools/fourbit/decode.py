@@ -7,18 +7,19 @@ multiple of the blocksize: there it takes the wrong scales (0.50.2).
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loratools.buffers import Buffers
 from loratools.fourbit.scales import unnest
 from loratools.fourbit.tables import F32, four_bit, is_close
 from loratools_formats.bnb import QuantizedWeight
 from loratools_formats.errors import AdapterError, UnsupportedError
 
-CHUNK = 1 << 17  # elements at a time
+_BUFFERS = Buffers()
+CHUNK = 1 << 19  # elements at a time
 
 
 class Dequantizer:
@@ -45,7 +46,6 @@ class Dequantizer:
                 _finite(weight.nested.absmax.load(np.float32), weight.nested.absmax.key),
                 _finite(weight.nested.quant_map.load(np.float32), weight.nested.quant_map.key),
             )
-        self._buffers = threading.local()
 
     def elements(self, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return the elements [start, stop) of the flattened weight.
@@ -69,11 +69,8 @@ class Dequantizer:
         packed = np.frombuffer(
             self.weight.packed.raw_range(start // 2, (stop + 1) // 2), dtype=np.uint8
         )
-        if not hasattr(self._buffers, "pairs"):
-            self._buffers.pairs = np.empty(CHUNK // 2 + 1, np.uint64)
-        pairs = np.take(
-            self._kind.pairs, packed, out=self._buffers.pairs[: packed.size], mode="wrap"
-        )
+        pairs = _BUFFERS.array("pairs", (packed.size,), np.uint64)
+        np.take(self._kind.pairs, packed, out=pairs, mode="wrap")
         values = pairs.view(np.float32)[start % 2 : start % 2 + stop - start]
         size = self.weight.blocksize
         first, last = start // size, -(-stop // size)
@@ -99,7 +96,9 @@ class Dequantizer:
         else:
             absmax, values = self._nested
             codes = np.frombuffer(data, np.uint8)
-            scales = unnest(codes, absmax, self.weight.nested.offset, values, first)
+            nested = self.weight.nested
+            rounded = nested.dtype.numpy_dtype()
+            scales = unnest(codes, absmax, nested.offset, values, first, rounded)
         return _finite(scales, stored.key)
 
 

@@ -190,6 +190,7 @@ class _BlockEncoder:
         self._unit: F32 = np.empty(CHUNK, np.float32)
         self._work: F32 = np.empty(CHUNK, np.float32)
         self._cell = np.empty(CHUNK, np.uint16)
+        self._spare = np.empty(CHUNK, np.uint16)
         self._level: U8 = np.empty(CHUNK, np.uint8)
         self._pairs = np.empty(CHUNK // 2, np.uint64)
         self.sums = np.empty((CHUNK // blocksize + 1, 3), np.float64)
@@ -208,7 +209,7 @@ class _BlockEncoder:
             np.take(half_values(), piece.view(np.uint16), out=values, mode="wrap")
         else:
             np.copyto(values, piece, casting="same_kind")
-        self._largest(values, absmax)
+        self._largest(piece, absmax)
         if not np.isfinite(absmax).all():
             return None
         inverse = np.float32(1) / np.maximum(absmax, SMALLEST)
@@ -221,25 +222,33 @@ class _BlockEncoder:
         self._add_up(unit, packed)
         return packed
 
-    def _largest(self, values: F32, absmax: F32) -> None:
-        """Fill in the largest magnitude of each block; NaN if there is one.
+    def _largest(self, piece: NDArray[Any], absmax: F32) -> None:
+        """Fill in the largest magnitude of each block; infinite or NaN if a value is.
 
         The maximum of windows is doubled in width step by step over the whole piece: seven passes
-        over contiguous memory are faster than many short reductions.
+        over contiguous memory are faster than many short reductions. Bits without the sign order
+        numbers as their magnitudes do, so 16-bit types are compared as integers of half the size.
         """
-        full = values.size - values.size % self._blocksize
-        magnitude, other = np.abs(values, out=self._work[: values.size]), self._unit
-        if full < values.size:
-            absmax[-1] = magnitude[full:].max()
-        size, width = full, 1
-        while width < min(self._blocksize, 64) and size:
-            size -= width
-            np.maximum(magnitude[:size], magnitude[width : width + size], out=other[:size])
+        n, size = piece.size, self._blocksize
+        if piece.dtype.itemsize == 2:
+            bits = piece.view(np.uint16)
+            magnitude = np.bitwise_and(bits, np.uint16(0x7FFF), out=self._cell[:n])
+            other: NDArray[Any] = self._spare
+        else:
+            magnitude, other = np.abs(self._values[:n], out=self._work[:n]), self._unit
+        found = np.empty(absmax.size, magnitude.dtype)
+        full = n - n % size
+        if full < n:
+            found[-1] = magnitude[full:].max()
+        count, width = full, 1
+        while width < min(size, 64) and count:
+            count -= width
+            np.maximum(magnitude[:count], magnitude[width : width + count], out=other[:count])
             magnitude, other = other, magnitude
             width *= 2
-        if full:
-            starts = magnitude[:full:width].reshape(-1, self._blocksize // width)
-            starts.max(axis=1, out=absmax[: full // self._blocksize])
+        starts = magnitude[:full:width].reshape(-1, size // width)
+        starts.max(axis=1, out=found[: full // size])
+        absmax[:] = found.view(piece.dtype) if piece.dtype.itemsize == 2 else found
 
     def _levels(self, unit: F32) -> U8:
         n = unit.size
@@ -266,7 +275,9 @@ class _BlockEncoder:
         """Join neighbours, the first into the high half."""
         both = level.view("<u2")
         packed = (both << 4 | both >> 8).astype(np.uint8)
-        return packed if self._kind.packed is None else np.take(self._kind.packed, packed)
+        return (
+            packed if self._kind.packed is None else np.take(self._kind.packed, packed, mode="wrap")
+        )
 
     def _add_up(self, unit: F32, packed: U8) -> None:
         n = unit.size

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from loratools.fourbit.tables import BINS, F32, U8, dynamic_bins, dynamic_map
 from loratools_formats.bnb import NESTED_BLOCKSIZE
@@ -57,7 +58,14 @@ def nest(scales: F32) -> NestedScales:
     return NestedScales(codes.reshape(-1)[: scales.size], absmax, float(centre))
 
 
-def unnest(codes: U8, absmax: F32, offset: float, values: F32 | None = None, first: int = 0) -> F32:
+def unnest(
+    codes: U8,
+    absmax: F32,
+    offset: float,
+    values: F32 | None = None,
+    first: int = 0,
+    dtype: DTypeLike = np.float32,
+) -> F32:
     """Return the float32 scales of `codes`.
 
     Args:
@@ -66,7 +74,10 @@ def unnest(codes: U8, absmax: F32, offset: float, values: F32 | None = None, fir
         offset: added to all.
         values: (256,) what the codes mean; by default the dynamic map.
         first: number of the first of these blocks within its tensor.
+        dtype: what each of the two steps is rounded to.
     """
     table = dynamic_map() if values is None else values
     group = np.arange(first, first + codes.size) // NESTED_BLOCKSIZE
-    return table[codes] * absmax[group] + np.float32(offset)
+    scaled = (table[codes] * absmax[group]).astype(dtype, copy=False)
+    moved = scaled.astype(np.float32, copy=False) + np.float32(offset)
+    return moved.astype(dtype, copy=False).astype(np.float32, copy=False)

@@ -11,6 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +20,6 @@ from threadpoolctl import threadpool_limits
 from loratools.device import Device, DeviceName
 from loratools.fold.alone import folded_exactly
 from loratools.fuse.plan import FuseInput, FusePlan, TensorPlan, plan_fuse
-from loratools.fuse.requantize import Requantized
 from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
 from loratools.linears import is_conv1d
 from loratools.plain import plain
@@ -154,7 +154,7 @@ class Fusion:
             base,
             grouped(base, self._parts(), max_shard_bytes=options.max_shard_bytes),
             self._config(),
-            self._record(base),
+            self._record,
             tuple(item.adapter for item in self.inputs),
         )
 
@@ -184,7 +184,7 @@ class Fusion:
             return self.plan.config
         return (self.plan.config or self._plain.checkpoint.config) or None
 
-    def _record(self, base: Checkpoint) -> Mapping[str, Any]:
+    def _record(self) -> Mapping[str, Any]:
         options = {
             "weights": [item.weight for item in self.inputs],
             "dtype": self.options.dtype,
@@ -193,7 +193,7 @@ class Fusion:
             "requantize": self.options.requantize,
         }
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
-        return operation_record("fuse", names, options, base)
+        return operation_record("fuse", names, options, self._base)
 
     def _parts(self) -> dict[str, Part]:
         parts: dict[str, Part] = {}
@@ -208,6 +208,8 @@ class Fusion:
         return parts
 
     def _requantized(self, plan: TensorPlan, weight: QuantizedWeight) -> Made:
+        from loratools.fuse.requantize import Requantized
+
         turned = is_conv1d(plan.key, self._base.config)
         work = Requantized(plan, weight, self._device, turned=turned)
 
@@ -277,9 +279,10 @@ class Fusion:
             OutputError: not enough space, or writing failed; nothing was changed.
             AdapterError: an input is malformed, or values are not finite.
         """
-        with threadpool_limits(1):
+        with threadpool_limits(1), ThreadPoolExecutor(1) as digesting:
+            record = digesting.submit(self._record)
             left_out = write_checkpoint(
-                self.new,
+                replace(self.new, provenance=record.result),
                 output,
                 overwrite=overwrite,
                 workers=self.options.workers,

@@ -11,12 +11,15 @@ import numpy as np
 
 from loratools import linalg
 from loratools.device import Device
-from loratools.fuse.blocks import fused_blocks, single_precision
+from loratools.fuse.blocks import BUFFERS, fused_blocks, single_precision
 from loratools.fuse.plan import TensorPlan
 from loratools.fuse.terms import Term, View, load_terms, stacked
 from loratools_formats.errors import AdapterError, LoratoolsError
 
 Array = np.ndarray[Any, Any]
+
+_CHECKED_ELEMENTS = 1 << 20
+_LEAST_SQUARES = 1e-25
 
 
 @dataclass(frozen=True)
@@ -69,27 +72,23 @@ def fuse_tensor(
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
     dtype = plan.dtype.numpy_dtype()
-    single = single_precision(terms, plan.dtype.code, base_code=plan.source.dtype.code)
+    single = single_precision(view, terms, plan.dtype.code, base_code=plan.source.dtype.code)
     only = None if plan.replaces else _only_plain(terms)
     base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
-    rounded = np.empty(0, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in blocks:
             w, total = block.base.reshape(-1), block.total.reshape(-1)
-            if len(rounded) < len(total):
-                rounded = np.empty(len(total), dtype)
-            stored = rounded[: len(total)]
+            stored = BUFFERS.array("rounded", total.shape, dtype)
             np.copyto(stored, total, casting="unsafe")
             store(block.start, stored)
             old = plan.old_values(block.start, w)
-            base += float(np.dot(old, old))
+            base += _squared_norm(old)
             if only is None:
                 change = total - old
-                delta += float(np.dot(change, change))
-            np.copyto(w, stored, casting="unsafe")
-            w -= total
-            rounding += float(np.dot(w, w))
+                delta += _squared_norm(change)
+            np.subtract(stored, total, out=w, dtype=w.dtype)
+            rounding += _squared_norm(w)
     if not math.isfinite(rounding + base + delta):
         raise _not_finite(plan)
     return TensorReport(
@@ -100,6 +99,14 @@ def fuse_tensor(
         math.sqrt(delta),
         math.sqrt(rounding),
     )
+
+
+def _squared_norm(values: Array) -> float:
+    found = float(np.dot(values, values))
+    if _LEAST_SQUARES < found < math.inf:
+        return found
+    wide = values.astype(np.float64)  # squares of values beyond 10^±19 are none of float32
+    return float(np.dot(wide, wide))
 
 
 def _only_plain(terms: list[list[Term]]) -> list[Term] | None:
@@ -116,9 +123,12 @@ def _squared(terms: list[Term]) -> float:
 
 
 def _not_finite(plan: TensorPlan) -> LoratoolsError:
-    values = plan.source.load(np.float64)
-    if not np.isfinite(values).all():
-        return AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
+    whose = "base tensor" if plan.replaced_by is None else f"tensor of {plan.replaced_by}"
+    for tensor in (plan.source, *(patch.values for patch in plan.patches)):
+        for start in range(0, tensor.numel, _CHECKED_ELEMENTS):
+            stop = min(start + _CHECKED_ELEMENTS, tensor.numel)
+            if not np.isfinite(tensor.elements(start, stop).astype(np.float64)).all():
+                return AdapterError(f"{whose} holds NaN or infinite values", tensor=tensor.key)
     return AdapterError(
         f"the result does not fit {plan.dtype.code}: values overflow",
         tensor=plan.key,

@@ -18,7 +18,7 @@ from pathlib import Path
 from machine import describe
 from report import markdown
 
-BENCHMARKS = ["squeeze", "merge", "fold"]
+BENCHMARKS = ["squeeze", "merge", "fold", "fuse", "nf4"]
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
 _MARK = "<!-- {} -->\n"

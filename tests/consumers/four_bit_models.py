@@ -47,6 +47,21 @@ MODELS = {
         {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 192,
          "num_attention_heads": 2, "vocab_size": 320, "max_position_embeddings": 32},
     ),
+    "mixtral": Model(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320,
+         "num_local_experts": 3, "num_experts_per_tok": 2, "max_position_embeddings": 32},
+    ),
+    "qwen_moe": Model(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320,
+         "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+         "shared_expert_intermediate_size": 64, "max_position_embeddings": 32},
+    ),
     "t5": Model(
         "T5ForConditionalGeneration",
         "T5Config",

@@ -11,7 +11,9 @@ from loratools.fourbit.decode import Dequantizer
 from loratools.fourbit.encode import CHUNK, FourBitOptions, StreamingQuantizer
 from loratools.fourbit.scales import nest, unnest
 from loratools.fourbit.tables import dynamic_map, four_bit
+from loratools_formats.bnb import quantized_weights
 from loratools_formats.errors import AdapterError, OptionError
+from loratools_formats.tensors import in_memory
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHAPES = {"even": (64, 128), "odd": (33, 50), "tail": (7, 80), "one": (1, 1), "ragged": (5, 1003)}
@@ -186,6 +188,27 @@ def test_bitsandbytes_reads_the_same_values_where_it_is_right(bnb, double, tmp_p
             out = np.empty(values.size, DTYPES[dtype])
             Dequantizer(weight).elements(0, values.size, out)
             assert out.tobytes() == theirs.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_scales_in_16_bits_mean_what_bitsandbytes_reads(bnb, dtype):
+    """As it saves a model that has run on a CPU."""
+    import torch
+
+    values = example((64, 640), "bf16")
+    packed, state = bnb.quantize_4bit(torch_tensor(values), blocksize=64, quant_type="nf4")
+    half = state.absmax.to(torch.bfloat16 if dtype == "bf16" else torch.float16)
+    state.offset = half.mean().float()
+    state.absmax, state.state2 = bnb.quantize_blockwise(half - state.offset, blocksize=256)
+    state.nested = True
+    tensors = {"w": packed} | {f"w.{k}": v for k, v in state.as_dict(packed=True).items()}
+    refs = {k: in_memory(k, np.ascontiguousarray(v.numpy())) for k, v in tensors.items()}
+    weight = quantized_weights(refs)["w"]
+    assert weight.nested.dtype.code == dtype.upper()
+    out = np.empty(values.size, DTYPES["f32"])
+    Dequantizer(weight).elements(0, values.size, out)
+    state.dtype = torch.float32
+    assert np.array_equal(out, bnb.dequantize_4bit(packed, state).numpy().reshape(-1))
 
 
 @settings(max_examples=60, deadline=None)

@@ -83,10 +83,13 @@ def test_reported_errors_are_those_of_what_was_written(make_base, tmp_path):
 
 def test_bytes_do_not_depend_on_workers(make_base, tmp_path):
     base = read_checkpoint(make_base(weights={f"layers.{i}.up": (70, 33) for i in range(9)}))
+    results = []
     for workers in (1, 2, 3):
-        quantize(base, tmp_path / f"four{workers}", workers=workers)
+        result = quantize(base, tmp_path / f"four{workers}", workers=workers)
         four = read_checkpoint(tmp_path / f"four{workers}")
-        dequantize(four, tmp_path / f"plain{workers}", workers=workers)
+        back = dequantize(four, tmp_path / f"plain{workers}", workers=workers)
+        results.append((result, back))
+    assert results[0] == results[1] == results[2]
     for kind in ("four", "plain"):
         first = contents(tmp_path / f"{kind}1")
         assert first == contents(tmp_path / f"{kind}2") == contents(tmp_path / f"{kind}3")
@@ -169,6 +172,7 @@ def test_experts_stay_unless_asked_for(make_base, tmp_path):
         "model.layers.0.mlp.gate",
     ]
     result, after = made(base, tmp_path, "with", experts=True)
+    assert quantized_weights(after.tensors).keys() == {t.name for t in result.tensors}
     assert len(result.tensors) == 4
     assert "model.layers.0.mlp.gate" in {kept.module for kept in result.kept}
 
@@ -182,6 +186,24 @@ def test_names_that_the_loader_would_take_for_a_kept_one_are_kept(make_base, tmp
         "skipped as asked",
         "named like one that is kept",
     }
+
+
+def test_layers_of_classes_of_their_own_are_kept(make_base, tmp_path):
+    """transformers converts only what is exactly `nn.Linear`."""
+    weights = {"h.0.self_attention.dense": (32, 32), "h.0.other": (32, 32)}
+    result, _ = made(make_base(weights=weights, model_type="falcon"), tmp_path)
+    assert {t.name for t in result.tensors} == {"model.h.0.other.weight"}
+    extra = {"model.attn.in_proj_weight": np.ones((96, 32), np.float32)}
+    base = make_base("attention", weights={"attn.out_proj": (32, 32), "up": (32, 32)}, extra=extra)
+    result, _ = made(base, tmp_path, "second")
+    assert {t.name for t in result.tensors} == {"model.up.weight"}
+
+
+def test_empty_weights_are_kept(make_base, tmp_path):
+    base = make_base(weights={"up": (32, 32)}, extra={"model.none.weight": np.ones((0, 8), "f4")})
+    result, after = made(base, tmp_path)
+    assert {kept.module: kept.reason for kept in result.kept} == {"model.none": "empty"}
+    assert after.tensors["model.none.weight"].shape == (0, 8)
 
 
 def test_output_is_split_anew_when_asked(make_base, tmp_path):

@@ -123,9 +123,9 @@ DEFECTS = {
         KEY,
     ),
     "nested groups": (lambda t: t.update({STATE: state(t, nested_blocksize=128)}), "256", STATE),
-    "nested in bf16": (
-        lambda t: t.update({STATE: state(t, nested_dtype="bfloat16")}),
-        "rounded to 16 bits",
+    "nested in int8": (
+        lambda t: t.update({STATE: state(t, nested_dtype="int8")}),
+        "nested_dtype",
         STATE,
     ),
     "offset text": (lambda t: t.update({STATE: state(t, nested_offset="0")}), "offset", STATE),
@@ -154,7 +154,7 @@ def refused(loratools, tmp_path):
             assert word in line
         assert (run.code, run.out) == (2, "")
         assert sorted(tmp_path.rglob("*")) == before
-        assert run.seconds < 5
+        assert run.seconds < 15
         assert run.peak_bytes < 300_000_000
 
     return check
