@@ -31,13 +31,13 @@ from loratools_formats.adapter import Adapter, Delta, Layer, OtherDelta, Replace
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.peft.keys import replaced_name
 from loratools_formats.tensors import Buffer, TensorRef, in_file
 
 Array = np.ndarray[Any, Any]
 
 _WEIGHT = ".weight"
 _BLOCK_BYTES = 1 << 22
-_PREFIX = "base_model.model."
 _LINEAR = Layer("linear")
 
 
@@ -122,8 +122,7 @@ def difference(
         source=None,
         modules=modules,
         replacements={
-            comparison.stored_name(key, modules): replacement
-            for key, replacement in replacements.items()
+            replaced_name(key, modules): replacement for key, replacement in replacements.items()
         },
         config=comparison.config(modules, base_name),
         base_model=base_name,
@@ -347,12 +346,6 @@ class _Comparison:
                 tensor=key,
                 hint="Give the folder with the base's config.json",
             )
-
-    def stored_name(self, key: str, modules: Mapping[str, Delta]) -> str:
-        """Return the name of a replacement in a PEFT file."""
-        module, _, leaf = key.rpartition(".")
-        wrapped = f"{module}.base_layer" if module in modules else module
-        return f"{_PREFIX}{wrapped}.{leaf}"
 
     def config(self, modules: Mapping[str, Delta], base_name: str | None) -> dict[str, Any]:
         """Return a PEFT configuration; ranks and scales are the writer's."""

@@ -15,6 +15,7 @@ from loratools.ranks import RankRule
 from loratools.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.adapter import Adapter, Dora, Layer, OtherDelta
+from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import in_memory
 
@@ -52,7 +53,7 @@ def test_a_middle_matrix_stands_between_the_factors():
 
 def test_gates_of_zero_are_dead_ranks():
     gate = np.array([[0.5, 0.0, -2.0, 0.0]])
-    delta = other("gated", {"scale": 2.0}, a=A, b=B, gate=gate)
+    delta = other("gated", {"alpha": 8.0}, a=A, b=B, gate=gate)
     result = to_lora(adapter_of(delta), RankRule())
     assert result.adapter.modules["layer"].rank == 2
     close(change_of(delta, (36, 24)), 2.0 * B @ np.diag(gate[0]) @ A)
@@ -66,12 +67,20 @@ def test_pruned_ranks_of_adalora_are_dropped():
     close(change_of(delta, (36, 24)), 3.0 * B @ (A * e))
 
 
-def test_qa_lora_pools_its_input():
+@pytest.mark.parametrize("pooled", [True, False])
+def test_qa_lora_pools_its_input_where_the_weight_says_so(tmp_path, pooled):
     x = RNG.standard_normal(24)
-    small = RNG.standard_normal((4, 6))
-    delta = other("qalora", {"scale": 2.0, "group": 4}, a=small, b=B)
-    pooled = x.reshape(6, 4).mean(axis=1) * 6
-    close(change_of(delta, (36, 24)) @ x, 2.0 * B @ (small @ pooled))
+    small = random(4, 6 if pooled else 24)
+    factors = {".lora_A.weight": small, ".lora_B.weight": B.astype("f4")}
+    folder = saved(tmp_path / "adapter", factors, use_qalora=True, qalora_group_size=4)
+    adapter = read_adapter(folder)
+    with pytest.raises(UnsupportedError, match="--base"):
+        to_lora(adapter, RankRule())
+    save_file({"q_proj.weight": np.zeros((36, 24), "f4")}, tmp_path / "base.safetensors")
+    result = to_lora(adapter, RankRule(), base=read_checkpoint(tmp_path / "base.safetensors"))
+    got = effective_delta("q_proj", result.adapter.modules["q_proj"], (36, 24))
+    seen = x.reshape(6, 4).mean(axis=1) * 6 if pooled else x
+    close(got @ x, 2.0 * B @ (small @ seen))
 
 
 def test_a_core_of_a_convolution_joins_its_first_factor():
@@ -276,6 +285,19 @@ def test_the_mean_of_a_bayesian_lora_is_not_taken_in_silence(tmp_path):
     folder = saved(tmp_path / "adapter", FACTORS | {".lora_A_rho": A.astype("f4")})
     with pytest.raises(AdapterError, match="rho"):
         read_adapter(folder)
+
+
+def test_sparse_deltas_of_spiel_are_flat_places(tmp_path):
+    places = np.array([0, 25, 35 * 24 + 23], np.int32)
+    values = random(3)
+    tensors = {".sft_delta.values": values, ".sft_delta.indices": places}
+    folder = saved(tmp_path / "adapter", tensors, peft_type="SFT", r=None, lora_alpha=None)
+    save_file({"q_proj.weight": np.zeros((36, 24), "f4")}, tmp_path / "base.safetensors")
+    base = read_checkpoint(tmp_path / "base.safetensors")
+    result = to_lora(read_adapter(folder), RankRule(rank=24), base=base)
+    want = np.zeros((36, 24))
+    want[0, 0], want[1, 1], want[35, 23] = values
+    close(effective_delta("q_proj", result.adapter.modules["q_proj"], (36, 24)), want)
 
 
 def test_the_readme_has_a_row_for_every_kind():

@@ -139,11 +139,13 @@ class Missing:
 
     Attributes:
         expected: what it may be, for people.
-        choices: the words it may be; empty if it is a number.
+        choices: the words it may be; empty if it is none of some words.
+        pattern: regular expression that it must match whole; empty if it is a number.
     """
 
     expected: str
     choices: tuple[str, ...] = ()
+    pattern: str = ""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def command(
             progress=progress,
         )
     if target is not None and not exceeds(result.relative_error, max_error):
-        write_adapter(result.adapter, target, source.format, overwrite=overwrite)
+        write_adapter(result.adapter, target, result.adapter.format, overwrite=overwrite)
     if as_json:
         print_json(_as_json(source, result))
     elif not quiet:
@@ -102,7 +102,7 @@ def command(
 
 
 def _sizes(source: Adapter, result: SqueezeResult) -> tuple[int, int]:
-    planned = get_format(source.format).weights_nbytes
+    planned = get_format(result.adapter.format).weights_nbytes
     return source.weights_nbytes, 0 if planned is None else planned(result.adapter)
 
 

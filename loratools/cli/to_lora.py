@@ -115,9 +115,9 @@ def command(
             scratch_folder=scratch_folder(target),
             progress=progress,
         )
-    _check_format(result, source.format)
+    _check_format(result, result.adapter.format)
     if target is not None and not exceeds(result.relative_error, max_error):
-        write_adapter(result.adapter, target, source.format, overwrite=overwrite)
+        write_adapter(result.adapter, target, result.adapter.format, overwrite=overwrite)
     if as_json:
         print_json(_as_json(source, result))
     elif not quiet:
@@ -149,7 +149,7 @@ def _setting(text: str) -> tuple[str, str]:
 
 
 def _sizes(source: Adapter, result: FoldResult) -> tuple[int, int]:
-    planned = get_format(source.format).weights_nbytes
+    planned = get_format(result.adapter.format).weights_nbytes
     return source.weights_nbytes, 0 if planned is None else planned(result.adapter)
 
 

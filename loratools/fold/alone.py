@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from loratools.scratch import Scratch
 from loratools.weights import ShapeOnly
 from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, Missing, OtherDelta
 from loratools_formats.errors import OptionError, UnsupportedError
+from loratools_formats.peft.targets import as_peft
 from loratools_formats.registry import get_format
 
 
@@ -96,7 +98,7 @@ def with_settings(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
                         path=adapter.source,
                         tensor=name,
                         expected=value.expected,
-                        hint=f"Give it with --set {key}=VALUE",
+                        hint=f"Make it a plain LoRA with loratools to-lora --set {key}=VALUE",
                     )
             unused -= set(missing)
             filled = {key: _parsed(key, given[key], value) for key, value in missing.items()}
@@ -107,8 +109,8 @@ def with_settings(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
 
 
 def _parsed(key: str, text: str, missing: Missing) -> str | float:
-    if missing.choices:
-        if text in missing.choices:
+    if missing.choices or missing.pattern:
+        if text in missing.choices or re.fullmatch(missing.pattern or "(?!)", text):
             return text
     else:
         try:
@@ -122,8 +124,9 @@ def _parsed(key: str, text: str, missing: Missing) -> str | float:
 
 def plain_adapter(adapter: Adapter, modules: Mapping[str, Delta]) -> Adapter:
     """Return an adapter of other modules, with a configuration that says so."""
-    config = adapter.config
-    plain = get_format(adapter.format).plain_config
-    if plain is not None:
-        config = plain(adapter)
+    chosen = get_format(adapter.format)
+    if chosen.write is None:
+        adapter = as_peft(adapter)
+        chosen = get_format(adapter.format)
+    config = adapter.config if chosen.plain_config is None else chosen.plain_config(adapter)
     return replace(adapter, modules=dict(modules), shared={}, config=config)

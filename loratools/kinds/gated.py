@@ -1,6 +1,6 @@
 """Factors with a gate per rank between them: SoRA (arXiv 2311.11696).
 
-ΔW = scale · B @ diag(gate) @ A; a gate of zero is a dead rank.
+ΔW = α/r · B @ diag(gate) @ A, r with the dead ranks; a gate of zero is a dead rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ def _change(delta: OtherDelta, _: Weight) -> Change:
     a, b, gate = tensors["a"], tensors["b"], tensors["gate"].reshape(-1)
     if not len(gate) == len(a) == b.shape[1]:
         raise tensors.wrong_shape("gate", f"{len(a)} numbers")
-    return Product(delta.settings["scale"] * b, a * gate[:, None])
+    scale = delta.settings["alpha"] / len(a)
+    return Product(scale * b, a * gate[:, None])
 
 
 KIND = Kind(

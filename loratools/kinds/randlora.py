@@ -70,6 +70,8 @@ def _change(delta: OtherDelta, weight: Weight) -> Change:
     on_smaller = (a[:, None, :smaller] * lambdas[:, :, None] * gammas[None]).reshape(-1, smaller)
     on_larger = b[:larger, :count].reshape(larger, -1)
     scale = delta.settings["scale"]
+    if delta.settings["rule"] == "authors":
+        scale /= math.sqrt(count)
     left, right = (
         (on_larger, on_smaller)
         if weight.shape[1] == smaller

@@ -255,6 +255,58 @@ def test_the_scale_of_randlora_is_pefts_and_not_the_authors(made):
     assert np.linalg.norm(got / np.sqrt(count) - want["up.weight"]) > 0.1 * np.linalg.norm(got)
 
 
+def renamed(folder, target, names):
+    from safetensors.numpy import load_file, save_file
+
+    copy = oracle.copied(folder, target)
+    path = copy / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({names.get(key, key): value for key, value in tensors.items()}, path)
+    return copy
+
+
+def test_the_authors_files_of_randlora_have_another_scale(made, tmp_path):
+    folder, want = made("randlora")
+    base = read_checkpoint(folder / "base")
+    names = {f"base_model.randlora_{side}": f"base_model.randbasis_{side}" for side in "AB"}
+    names |= {
+        f"base_model.model.{module}.randlora_{side}": f"unused.{module}.{side}"
+        for module in ("up", "down", "sq")
+        for side in "AB"
+    }
+    copy = renamed(folder / "adapter", tmp_path / "copy", names)
+    with pytest.raises(AdapterError, match="unknown tensor"):
+        read_adapter(copy)
+    path = copy / "adapter_model.safetensors"
+    from safetensors.numpy import load_file, save_file
+
+    tensors = {k: v for k, v in load_file(path).items() if not k.startswith("unused")}
+    save_file(tensors, path)
+    adapter = read_adapter(copy)
+    result = to_lora(adapter, RankRule(rank=48), base=base)
+    got = effective_delta("up", result.adapter.modules["up"], (48, 24))
+    count = adapter.modules["up"].parts["lambda"].shape[1]
+    np.testing.assert_allclose(got * np.sqrt(count), want["up.weight"], rtol=1e-4, atol=1e-4)
+
+
+def test_seeded_files_of_randlora_without_a_version_must_say_whose_they_are(made, tmp_path):
+    folder, _ = made("randlora-seeded")
+    copy = oracle.copied(folder / "adapter", tmp_path / "copy")
+    oracle.edit_config(copy, peft_version=None)
+    with pytest.raises(UnsupportedError, match="--set rule=VALUE"):
+        to_lora(read_adapter(copy), RankRule(rank=2), base=read_checkpoint(folder / "base"))
+
+
+@pytest.mark.parametrize("name", ["loha", "vera", "oft", "unilora"])
+def test_a_tensor_that_is_not_known_is_refused(made, tmp_path, name):
+    folder, _ = made(name)
+    adapter = read_adapter(folder / "adapter")
+    key = next(iter(adapter.modules["up"].parts.values())).key
+    copy = renamed(folder / "adapter", tmp_path / "copy", {key: f"{key}_rho"})
+    with pytest.raises(AdapterError):
+        to_lora(read_adapter(copy), RankRule(rank=2), base=read_checkpoint(folder / "base"))
+
+
 @pytest.mark.parametrize("name", ["loha", "vera", "oft", "adalora", "ia3"])
 def test_a_config_key_that_is_not_known_is_refused_by_name(made, tmp_path, name):
     folder, _ = made(name)
@@ -336,7 +388,7 @@ def test_every_declaration_is_named_as_its_file_and_known_by_a_reader():
         assert get_kind(kind.name) is kind
         assert isinstance(kind.parts, tuple)
     # The rest belongs to other formats and trainers.
-    others = {"full", "tucker", "middle", "gated", "qalora"}
+    others = {"full", "tucker", "middle", "gated", "qalora", "loralib", "increlora"}
     assert {kind.name for kind in all_kinds()} - names == others
     with pytest.raises(UnsupportedError, match="future"):
         get_kind("future")
@@ -354,3 +406,61 @@ def test_a_tensor_that_the_kind_does_not_know_is_an_error(made):
 
     with pytest.raises(AdapterError, match="w3"):
         to_lora(replace(adapter, modules={"up": wrong}), RankRule())
+
+
+def test_qa_lora_on_ordinary_layers_is_what_peft_computes(tmp_path):
+    import peft
+    import torch
+    from peft_kinds import Net
+    from safetensors.torch import save_file
+
+    case = BY_NAME["loha"]
+    torch.manual_seed(3)
+    model = Net()
+    (tmp_path / "base").mkdir()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file(state, tmp_path / "base" / "model.safetensors")
+    config = peft.LoraConfig(
+        target_modules=["up", "sq"], r=3, lora_alpha=5, use_qalora=True, qalora_group_size=4
+    )
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter))
+        adapted.save_pretrained(tmp_path / "adapter")
+        want = adapted.double().eval()(inputs_of(case)).numpy()
+    # PEFT pools the input of GPTQ layers only, whatever the configuration says.
+    base = read_checkpoint(tmp_path / "base")
+    result = to_lora(read_adapter(tmp_path / "adapter"), RankRule(), base=base)
+    write_adapter(result.adapter, tmp_path / "plain", "peft")
+    assert not read_adapter(tmp_path / "plain").config["use_qalora"]
+    got = outputs_in_peft(tmp_path, case, tmp_path / "plain")
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_pissa_through_its_initial_adapter_is_the_change_of_the_original(tmp_path):
+    import peft
+    import torch
+    from peft_kinds import Net
+
+    from loratools.initial import subtract_initial
+
+    torch.manual_seed(4)
+    model = Net()
+    before = {k: v.clone().double().numpy() for k, v in model.state_dict().items()}
+    config = peft.LoraConfig(target_modules=["up", "sq"], r=3, init_lora_weights="pissa")
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = {k: v.double().numpy() for k, v in adapted.merge_and_unload().state_dict().items()}
+    trained = read_adapter(tmp_path / "adapter")
+    with pytest.raises(UnsupportedError, match="--initial"):
+        to_lora(trained, RankRule())
+    result = to_lora(subtract_initial(trained, read_adapter(tmp_path / "initial")), RankRule())
+    want = {key: merged[key] - before[key] for key in before}
+    assert max(errors(result.adapter, want).values()) <= 1e-5

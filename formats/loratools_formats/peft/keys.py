@@ -7,6 +7,7 @@ Source: peft 0.21.2, `get_peft_model_state_dict` and the layers' attribute names
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Literal, NamedTuple
 
 PREFIX = "base_model.model."
@@ -118,6 +119,17 @@ def base_tensor(name: str) -> str | None:
         return None
     path = path.replace(".token_adapter.base_layer", ".base_layer")
     return ".".join([part for part in path.split(".") if part != "base_layer"] + [leaf])
+
+
+def replaced_name(target: str, modules: Container[str]) -> str:
+    """Return the name of a tensor that replaces one of the base, as `base_tensor` reads it.
+
+    >>> replaced_name("q.bias", {"q"})
+    'base_model.model.q.base_layer.bias'
+    """
+    module, _, leaf = target.rpartition(".")
+    wrapped = f"{module}.base_layer" if module in modules else module
+    return f"{PREFIX}{wrapped}.{leaf}"
 
 
 def saved_again(name: str) -> str | None:

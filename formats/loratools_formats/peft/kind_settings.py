@@ -100,11 +100,17 @@ def vblora_shape(module: Module) -> Shape:
 
 def randlora(values: Values, module: Module) -> dict[str, Any]:
     """Return RandLoRA's scale, and how its bases are drawn if they are not stored."""
+    of_authors = "a" in module.parts and "randbasis" in module.parts["a"].key
     settings: dict[str, Any] = {
         "scale": values.number("randlora_alpha") / module.side("lambda", 0),
+        "rule": "authors" if of_authors else "peft",
         "seed": None,
         "sparsity": None,
     }
+    if "a" not in module.parts and "peft_version" not in values:
+        settings["rule"] = Missing(
+            "peft, if PEFT trained it, or authors, if their own fork did", ("peft", "authors")
+        )
     if "a" not in module.parts:
         settings["seed"] = values.whole("projection_prng_key")
         if values.flag_or_false("very_sparse"):

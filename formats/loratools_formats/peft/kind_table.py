@@ -166,7 +166,11 @@ PEFT_KINDS: dict[str, PeftKind] = {
         settings.randlora,
         _keys("randlora_alpha projection_prng_key sparse very_sparse"),
         _keys("r save_projection randlora_dropout"),
-        {"base_model.randlora_A": "a", "base_model.randlora_B": "b"},
+        {
+            f"base_model.{name}_{side}": side.lower()
+            for name in ("randlora", "randbasis")
+            for side in "AB"
+        },
     ),
     "FOURIERFT": PeftKind(
         "fourierft",

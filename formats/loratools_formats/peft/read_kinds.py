@@ -6,6 +6,7 @@ every tensor is a part of a module, shared, a replacement, or an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,7 @@ def read_modules(
     peft_type = values["peft_type"]
     kind = PEFT_KINDS[peft_type]
     _check(values)
+    stem = re.match(r"\.[a-z0-9]+_", next(iter(kind.parts)))
     own: dict[str, dict[str, TensorRef]] = {}
     shared: dict[str, TensorRef] = {}
     rest: dict[str, TensorRef] = {}
@@ -72,6 +74,13 @@ def read_modules(
             continue
         found = _own_part(kind, name)
         if found is None:
+            # What is no part of a module and lies outside the model, too, could change ΔW.
+            if not name.startswith(keys.PREFIX) or (stem is not None and stem[0] in name):
+                raise AdapterError(
+                    f"unknown tensor in an adapter of kind {peft_type}; it may change the weights",
+                    path=folder,
+                    tensor=name,
+                )
             rest[name] = tensor
         else:
             own.setdefault(found[0], {})[found[1]] = tensor

@@ -8,10 +8,12 @@ Source: `check_target_module_exists` in peft/tuners/tuners_utils.py, 0.21.2.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loratools_formats.adapter import Adapter, low_rank_part
 from loratools_formats.errors import AdapterError
+from loratools_formats.peft import keys
 from loratools_formats.peft.config import MIDDLE_INITS, VARIANT_KEYS, is_set
 
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -48,6 +50,19 @@ def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
             values[key] = found[0]
     values["fan_in_fan_out"] = any(config.get("fan_in_fan_out") for config in configs)
     return values
+
+
+def as_peft(adapter: Adapter) -> Adapter:
+    """Return an adapter of a format that is only read as one of a PEFT folder."""
+    replacements = {
+        keys.replaced_name(r.target, adapter.modules): r for r in adapter.replacements.values()
+    }
+    return replace(
+        adapter,
+        format="peft",
+        replacements=replacements,
+        config={"bias": "lora_only" if replacements else "none", "inference_mode": True},
+    )
 
 
 _KEPT = (

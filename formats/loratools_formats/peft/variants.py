@@ -100,7 +100,8 @@ def variant_delta(
         )
     own = {"a": a, "b": b}
     settings: dict[str, Any] = {"scale": scale}
-    out, in_ = b.shape[0], a.shape[1]
+    out: int = b.shape[0]
+    in_: int | None = a.shape[1]
     middle = middle_of(parts)
     if kind == "middle" and middle is not None:
         own["middle"] = middle
@@ -108,12 +109,12 @@ def variant_delta(
         own["diagonal"] = parts["diagonal"]
     elif kind == "qalora":
         settings["group"] = _group(values)
-        in_ *= settings["group"]
+        in_ = None  # pooled on GPTQ layers only
     else:
         a_is_blocks, b_is_blocks = _blocks(values, path)
         count = _block_count(values)
         settings |= {"blocks": count, "a_is_blocks": a_is_blocks, "b_is_blocks": b_is_blocks}
-        in_ *= count if a_is_blocks else 1
+        in_ = a.shape[1] * (count if a_is_blocks else 1)
     turn = keys.square_orientation(bool(values.get("fan_in_fan_out")), path)
     layer = Layer("embedding") if embedding else Layer("linear", transposed_if_square=turn)
     return OtherDelta(kind, own, settings, layer, (out, in_), magnitude=parts.get("magnitude"))

@@ -90,6 +90,8 @@ _XLABS = re.compile(r"(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lor
 _NORM = re.compile(
     r"(?:double|single)_blocks\.\d+\.(?:(?:img|txt)_attn\.)?norm\.(?:query|key)_norm"
 )
+# Elsewhere a bare leaf is loralib's, whose scale is in no file.
+_BLOCKS = re.compile(r"(?:transformer\.|diffusion_model\.)?(?:transformer_)?blocks\.\d+\..+")
 _LYCORIS: tuple[Role, ...] = (
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
@@ -113,8 +115,8 @@ _LEAVES = (
     Leaf(".lora_embedding_B", "embedding_b", "peft"),
     Leaf(".lora_magnitude_vector", "magnitude", "peft"),
     Leaf(".lora_magnitude_vector.weight", "magnitude", "peft"),
-    Leaf(".lora_A", "a", "bare"),
-    Leaf(".lora_B", "b", "bare"),
+    Leaf(".lora_A", "a", "bare", _BLOCKS),
+    Leaf(".lora_B", "b", "bare", _BLOCKS),
     Leaf(".down.weight", "a", "xlabs", _XLABS),
     Leaf(".up.weight", "b", "xlabs", _XLABS),
     Leaf(".lora.down.weight", "a", "old"),
