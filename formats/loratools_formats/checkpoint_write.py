@@ -17,7 +17,7 @@ from typing import Any
 
 from loratools_formats.adapter import Adapter
 from loratools_formats.checkpoint import CONFIG_FILE, WEIGHT_SUFFIXES, Checkpoint
-from loratools_formats.errors import OptionError
+from loratools_formats.errors import AdapterError, OptionError
 from loratools_formats.files import RegularFile, inside
 from loratools_formats.provenance import PROVENANCE_FILE, statement
 from loratools_formats.publish import publish_file, publish_folder, resolved
@@ -228,7 +228,7 @@ def _others(base: Checkpoint) -> tuple[list[tuple[str, Path]], list[str]]:
     """Return the files to carry over, by their path in the folder, and those to leave out."""
     own = {file.file.path.name for file in base.files} | {base.index_file, PROVENANCE_FILE}
     carried, left_out = [], []
-    for root, folders, names in os.walk(base.path):
+    for root, folders, names in os.walk(base.path, onerror=_refuse_unlisted):
         place = os.path.relpath(root, base.path)
         skipped = [f for f in folders if f.startswith(".") or os.path.islink(f"{root}/{f}")]
         left_out += [os.path.normpath(f"{place}/{f}") for f in skipped]
@@ -242,6 +242,10 @@ def _others(base: Checkpoint) -> tuple[list[tuple[str, Path]], list[str]]:
                 carried.append((name, inside(base.path, name)))
                 RegularFile(carried[-1][1]).close()  # no pipe, no device, no link to nothing
     return carried, sorted(left_out)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise AdapterError(f"folder cannot be listed: {error.strerror}", path=error.filename) from error
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -176,8 +176,8 @@ class _Plain:
         if dtype == np.float32:
             self.right_lines = np.ascontiguousarray(term.right.T)  # for scattered columns
             lengths = [
-                np.linalg.norm(term.left, axis=1).max(),
-                np.linalg.norm(term.right, axis=0).max(),
+                math.sqrt(np.einsum("ij,ij->i", term.left, term.left).max()),
+                math.sqrt(np.einsum("ij,ij->j", term.right, term.right).max()),
             ]
             # Rounding errors of a product of r terms grow like √r unless they conspire
             # (Higham and Mary 2019, doi 10.1137/18M1226312).

@@ -11,13 +11,20 @@ import numpy as np
 from loratools.fuse.blocks import Patch
 from loratools.fuse.terms import Change
 from loratools.placement import BiasPlacement, Placement, Placements, place
-from loratools_formats.adapter import MUTATED_BASE, Adapter, Replacement
+from loratools_formats.adapter import MUTATED_BASE, Adapter, Dora, Replacement
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import TensorRef
 
-_VOCABULARY_LEAVES = (["embed_tokens"], ["lm_head"], ["wte"], ["word_embeddings"], ["embed_out"])
+_VOCABULARY_LEAVES = (
+    ["embed_tokens"],
+    ["lm_head"],
+    ["wte"],
+    ["word_embeddings"],
+    ["embed_in"],
+    ["embed_out"],
+)
 Array = np.ndarray[Any, Any]
 
 FLOATING = ("F64", "F32", "F16", "BF16")
@@ -154,6 +161,11 @@ def plan_fuse(
         placed.append(placements)
         notes += [note for note in placements.notes if note not in notes]
         _refuse_weighted_replacement(item, placements)
+        if item.weight < 0 and any(isinstance(p.delta, Dora) for p in placements.deltas):
+            notes.append(
+                f"{item.name}: the change of a DoRA depends on the weights; a negative weight "
+                "subtracts that of these weights, and cannot take out one that is fused already"
+            )
     untied = _untied(inputs, placed)
     drafts = {key: _Draft(tensor) for key, tensor in base.tensors.items()}
     for new, origin in untied.items():
@@ -258,6 +270,8 @@ def _replace(
                 got=max(replacement.rows),
                 expected=f"below {draft.source.shape[0]}",
             )
+        for patch in draft.patches:
+            _refuse_other_rows(patch, replacement, item)
         draft.patches.append(Patch(replacement.rows, tensor))
         return
     if draft is None:
@@ -270,6 +284,22 @@ def _replace(
             hint="Merge them first: loratools merge --replacements",
         )
     draft.source, draft.replaced_by = tensor, draft.replaced_by or item.name
+
+
+def _refuse_other_rows(patch: Patch, replacement: Replacement, item: FuseInput) -> None:
+    before = {row: number for number, row in enumerate(patch.rows)}
+    common = [(number, row) for number, row in enumerate(replacement.rows) if row in before]
+    if not common:
+        return
+    old, new = patch.values.load(), replacement.tensor.load()
+    for number, row in common:
+        if not (old[before[row]] == new[number]).all():
+            raise AdapterError(
+                f"{item.name} and an adapter before it replace the same row by different ones",
+                tensor=replacement.target,
+                got=f"row {row}",
+                hint="Merge them first: loratools merge --replacements",
+            )
 
 
 def _equal(first: TensorRef, second: TensorRef) -> bool:

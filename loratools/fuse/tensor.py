@@ -19,6 +19,7 @@ from loratools_formats.errors import AdapterError, LoratoolsError
 Array = np.ndarray[Any, Any]
 
 _CHECKED_ELEMENTS = 1 << 20
+_LEAST_SQUARES = 1e-25
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ def fuse_tensor(
             np.copyto(stored, total, casting="unsafe")
             store(block.start, stored)
             old = plan.old_values(block.start, w)
-            base += float(np.dot(old, old))
+            base += _squared_norm(old)
             if only is None:
                 change = total - old
-                delta += float(np.dot(change, change))
+                delta += _squared_norm(change)
             np.subtract(stored, total, out=w, dtype=w.dtype)
-            rounding += float(np.dot(w, w))
+            rounding += _squared_norm(w)
     if not math.isfinite(rounding + base + delta):
         raise _not_finite(plan)
     return TensorReport(
@@ -98,6 +99,14 @@ def fuse_tensor(
         math.sqrt(delta),
         math.sqrt(rounding),
     )
+
+
+def _squared_norm(values: Array) -> float:
+    found = float(np.dot(values, values))
+    if _LEAST_SQUARES < found < math.inf:
+        return found
+    wide = values.astype(np.float64)  # squares of values beyond 10^±19 are none of float32
+    return float(np.dot(wide, wide))
 
 
 def _only_plain(terms: list[list[Term]]) -> list[Term] | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from loratools.placement import BiasPlacement, Placement, Span
 from loratools_formats.adapter import Dora, LowRank, low_rank_part
+from loratools_formats.dtypes import converted
 from loratools_formats.errors import AdapterError
 
 Array = np.ndarray[Any, Any]
@@ -124,7 +125,9 @@ def _terms(change: Change, view: View) -> list[Term]:
             if magnitude is not None:
                 picked = _picked(magnitude, placement.rows)[span[0] : span[1]]
                 dora = DoraPart(picked, placement.transposed)
-            left, right = part.scale * rows[span[0] : span[1]], a[index]
+            left, right = rows[span[0] : span[1]], a[index]
+            if part.scale != 1.0:
+                left = part.scale * left
             if placement.transposed:
                 left, right = right.T, left.T
             lines, others = (0, left.shape[0]), (0, right.shape[1])
@@ -141,10 +144,11 @@ def _loaded(part: LowRank, placement: Placement) -> tuple[Array, Array]:
     """Return a (E, r, in) and b (E, out, r) in float64; one expert only if one is placed."""
     arrays = []
     for tensor in (part.a, part.b):
-        values = tensor.load(np.float64)
-        values = values.reshape(-1, *values.shape[-2:])
+        stored = tensor.load()
+        stored = stored.reshape(-1, *stored.shape[-2:])
         if placement.expert is not None:
-            values = values[placement.expert : placement.expert + 1]
+            stored = stored[placement.expert : placement.expert + 1]
+        values = converted(stored, np.float64)
         if not np.isfinite(values).all():
             raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
         arrays.append(values)
@@ -226,7 +230,10 @@ def _joined(terms: list[Term]) -> list[Term]:
             groups.setdefault((term.rows, term.columns), []).append(term)
     joined = []
     for (rows, columns), group in groups.items():
-        left = np.concatenate([t.weight * t.left for t in group], axis=1)
-        right = np.concatenate([t.right for t in group], axis=0)
+        lefts = [t.left if t.weight == 1.0 else t.weight * t.left for t in group]
+        rights = [t.right for t in group]
+        # One alone is not copied: factors of a large vocabulary take most of the memory.
+        left = lefts[0] if len(group) == 1 else np.concatenate(lefts, axis=1)
+        right = rights[0] if len(group) == 1 else np.concatenate(rights, axis=0)
         joined.append(Term(group[0].module, group[0].plane, rows, columns, left, right, 1.0))
     return joined + doras

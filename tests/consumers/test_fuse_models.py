@@ -332,3 +332,26 @@ def test_the_type_that_is_asked_for_is_the_type_that_is_loaded(tmp_path, dtype):
     exact = oracle.state(live.merge_and_unload())
     for key, array in _stored(fused).items():
         rounding.assert_rounded_once(array, exact[key])
+
+
+@pytest.mark.parametrize("limit", [None, "400kB", "1GB"])
+def test_shards_are_loaded_as_one_file_is(tmp_path, limit):
+    """A base that transformers sharded; fused as it is, in smaller shards, and in one file."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base", max_shard_size="1MB")
+    count = len(list((tmp_path / "base").glob("*.safetensors")))
+    assert count > 2
+    options = [] if limit is None else ["--max-shard-size", limit]
+    fuse_oracle.fuse(tmp_path / "base", TINY / "lora", "-o", tmp_path / "out", *options)
+    fuse_oracle.fuse(TINY / "model", TINY / "lora", "-o", tmp_path / "one")
+    made = len(list((tmp_path / "out").glob("*.safetensors")))
+    assert made == count if limit is None else made > count if limit == "400kB" else made == 1
+    fused, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    want = _stored(AutoModelForCausalLM.from_pretrained(tmp_path / "one"))
+    got = _stored(fused)
+    assert got.keys() == want.keys()
+    assert all(got[key].tobytes() == want[key].tobytes() for key in want)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from loratools.fuse.operation import FuseOptions, FuseResult, Fusion
@@ -16,6 +17,8 @@ from loratools_formats.checkpoint import read_checkpoint
 
 Array = np.ndarray[Any, Any]
 
+UP = "model.layers.{}.mlp.up_proj"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 
 
@@ -91,3 +94,17 @@ def tensors(folder: Path) -> dict[str, Array]:
 def exact(w: Array, b: Array, a: Array, scale: float) -> Array:
     """Return W + scale · b @ a in float64."""
     return w.astype(np.float64) + scale * (b.astype(np.float64) @ a.astype(np.float64))
+
+
+def matrix(seed: int, *shape: int, kind: Any = "f4") -> Array:
+    """Return random values."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(kind)
+
+
+def names_in(folder: Path) -> dict[str, list[str]]:
+    """Return the names of tensors by file."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "np") as opened:
+            found[file.name] = sorted(opened.keys())
+    return found

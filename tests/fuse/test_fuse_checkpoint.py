@@ -9,60 +9,17 @@ import numpy as np
 import pytest
 import rounding
 from click.testing import CliRunner
-from safetensors import safe_open
+from fuse_cases import EMBED, UP, matrix, names_in
 from safetensors.numpy import save_file
 
 from loratools.cli import cli
-from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
-
-UP = "model.layers.{}.mlp.up_proj"
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def matrix(seed, *shape, kind="f4"):
-    return np.random.default_rng(seed).standard_normal(shape).astype(kind)
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    """A base of three shards: one touched, one half, one not; and files of all kinds beside it."""
-    shards = {
-        "model-00001-of-00003.safetensors": {
-            EMBED: matrix(1, 40, 16), f"{UP.format(0)}.weight": matrix(2, 24, 16),
-        },
-        "model-00002-of-00003.safetensors": {f"{UP.format(1)}.weight": matrix(3, 24, 16)},
-        "model-00003-of-00003.safetensors": {
-            "model.norm.weight": matrix(4, 16), "steps": np.arange(3), HEAD: matrix(5, 40, 16),
-        },
-    }  # fmt: skip
-    base = cases.base(tmp_path / "base", shards, vocab_size=40, tie_word_embeddings=False)
-    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "README.md"):
-        (base / name).write_text(f"the {name}")
-    (base / "1_Pooling").mkdir()
-    (base / "1_Pooling" / "config.json").write_text("{}")
-    return base
-
-
-@pytest.fixture
-def ups(tmp_path):
-    rng = np.random.default_rng(6)
-    return cases.adapter(
-        tmp_path / "ups", {UP.format(i): cases.factors(rng, 24, 16, 2) for i in range(2)}
-    )
+from loratools_formats.errors import AdapterError, OptionError
 
 
 def header(file):
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     return data[: 8 + length], json.loads(data[8 : 8 + length])
-
-
-def names_in(folder):
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "np") as opened:
-            found[file.name] = sorted(opened.keys())
-    return found
 
 
 def test_shards_are_those_of_the_base_and_untouched_bytes_its_bytes(sharded, ups, tmp_path):
@@ -127,6 +84,20 @@ def test_other_files_are_carried_and_stale_weights_are_not(sharded, ups, tmp_pat
     for name in ("tokenizer.json", "README.md", "config.json", "1_Pooling/config.json"):
         assert (out / name).read_bytes() == (sharded / name).read_bytes()
     assert not (out / "license").is_symlink()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(sharded, ups, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def refuses(path):
+        if os.path.basename(path) == "1_Pooling":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(AdapterError, match=r"1_Pooling: folder cannot be listed"):
+        cases.fused(tmp_path / "out", sharded, ups)
+    assert not (tmp_path / "out").exists()
 
 
 def test_provenance_says_how_it_was_made(sharded, ups, tmp_path):
@@ -217,128 +188,17 @@ def test_the_type_in_the_config_follows(ups, tmp_path, key, nested):
     assert (len(result.tensors), result.copied) == (2, 1)
 
 
-TIED = {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"], "vocab_size": 40}
-
-
-def tied(folder, **config):
-    tensors = {EMBED: matrix(1, 40, 16), f"{UP.format(0)}.weight": matrix(2, 24, 16)}
-    return cases.base(folder, tensors, **TIED | config)
-
-
-def test_a_change_of_the_head_unties_it(tmp_path):
-    rng = np.random.default_rng(1)
-    base = tied(tmp_path / "base", text_config={"tie_word_embeddings": True})
-    b, a = cases.factors(rng, 40, 16, 2)
-    adapter = cases.adapter(tmp_path / "adapter", {"lm_head": (b, a)})
-    result, after = cases.fused(tmp_path / "out", base, adapter)
-    np.testing.assert_array_equal(after[EMBED], matrix(1, 40, 16))
-    rounding.assert_rounded_once(after[HEAD], cases.exact(after[EMBED], b, a, 1))
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["tie_word_embeddings"] is False
-    assert config["text_config"] == {"tie_word_embeddings": False}
-    assert any("were tied" in note for note in result.notes)
-
-
-def test_one_adapter_on_both_tied_weights_and_one_on_the_head(tmp_path):
-    """An embedding is replaced for both by one, its head changed by the other: refused."""
-    rng = np.random.default_rng(1)
-    base = tied(tmp_path / "base")
-    head = cases.adapter(tmp_path / "head", {"lm_head": cases.factors(rng, 40, 16, 2)})
-    whole = cases.adapter(
-        tmp_path / "whole", {UP.format(0): cases.factors(rng, 24, 16, 2)},
-        {EMBED: matrix(9, 43, 16)},
-    )  # fmt: skip
-    with pytest.raises(UnsupportedError, match="one after the other"):
-        cases.fusion(base, head, whole)
-
-
-def saved_vocabulary(folder, rows, *, head=True):
-    extra = {EMBED: matrix(7, rows, 16)} | ({HEAD: matrix(8, rows, 16)} if head else {})
-    rng = np.random.default_rng(2)
-    return cases.adapter(folder, {UP.format(0): cases.factors(rng, 24, 16, 2)}, extra)
-
-
-@pytest.mark.parametrize("rows", [43, 38])
-def test_a_vocabulary_of_another_size(sharded, tmp_path, rows):
-    result, after = cases.fused(
-        tmp_path / "out", sharded, saved_vocabulary(tmp_path / "adapter", rows)
-    )
-    for key, seed in ((EMBED, 7), (HEAD, 8)):
-        np.testing.assert_array_equal(after[key], matrix(seed, rows, 16))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows
-    assert f"the vocabulary has {rows} entries now, 40 before" in result.notes
-    assert names_in(tmp_path / "out") == names_in(sharded)
-    reports = {report.key: report for report in result.tensors}
-    old = np.zeros((max(rows, 40), 16))
-    new = old.copy()
-    old[:40], new[:rows] = matrix(1, 40, 16), matrix(7, rows, 16)
-    change = np.linalg.norm((new - old)[:rows]) / np.linalg.norm(old[:rows])
-    assert reports[EMBED].relative_change == pytest.approx(change, rel=1e-9)
-
-
-def test_half_a_vocabulary_is_refused(sharded, tmp_path):
-    with pytest.raises(AdapterError, match=r"resized, but not this tensor.*lm_head"):
-        cases.fusion(sharded, saved_vocabulary(tmp_path / "adapter", 43, head=False))
-
-
-def test_replacements_go_in_whole_and_in_the_type_of_the_base(tmp_path):
-    rng = np.random.default_rng(3)
-    kind = rounding.TYPES["bf16"]
-    tensors = {
-        f"{UP.format(0)}.weight": matrix(2, 24, 16, kind=kind),
-        "model.norm.weight": matrix(3, 16, kind=kind),
-        f"{UP.format(0)}.bias": matrix(4, 24, kind=kind),
-    }
-    base = cases.base(tmp_path / "base", tensors)
-    extra = {"model.norm.weight": matrix(5, 16), f"{UP.format(0)}.bias": matrix(6, 24)}
-    adapter = cases.adapter(
-        tmp_path / "adapter", {UP.format(0): cases.factors(rng, 24, 16, 2)}, extra,
-        bias="all", modules_to_save=["norm"],
-    )  # fmt: skip
-    result, after = cases.fused(tmp_path / "out", base, adapter)
-    for key, values in extra.items():
-        assert after[key].dtype == kind
-        rounding.assert_rounded_once(after[key], values.astype(np.float64), unequal=0)
-    reports = {report.key: report for report in result.tensors}
-    old = tensors["model.norm.weight"].astype(np.float64)
-    change = np.linalg.norm(matrix(5, 16) - old) / np.linalg.norm(old)
-    assert reports["model.norm.weight"].relative_change == pytest.approx(change, rel=1e-9)
-    with pytest.raises(UnsupportedError, match="cannot be weighted or taken out"):
-        cases.fusion(base, (adapter, -1.0))
-
-
-@pytest.mark.parametrize("same", [False, True])
-def test_two_adapters_that_replace_one_tensor(sharded, tmp_path, same):
-    rng = np.random.default_rng(3)
-    made = [
-        cases.adapter(
-            tmp_path / f"a{i}",
-            {UP.format(i): cases.factors(rng, 24, 16, 2)},
-            {"model.norm.weight": matrix(5 if same else 5 + i, 16)},
-            modules_to_save=["norm"],
-        )
-        for i in range(2)
-    ]
-    if same:
-        _, after = cases.fused(tmp_path / "out", sharded, *made)
-        np.testing.assert_array_equal(after["model.norm.weight"], matrix(5, 16))
-    else:
-        with pytest.raises(AdapterError, match="replace the same tensor by different ones"):
-            cases.fusion(sharded, *made)
-
-
-def test_token_rows(sharded, tmp_path):
-    rng = np.random.default_rng(3)
-    rows = matrix(9, 2, 16)
-    adapter = cases.adapter(
-        tmp_path / "a", {UP.format(0): cases.factors(rng, 24, 16, 2)},
-        {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows},
-        trainable_token_indices=[39, 4],
-    )  # fmt: skip
-    _, after = cases.fused(tmp_path / "out", sharded, adapter)
-    wanted = matrix(1, 40, 16)
-    wanted[[39, 4]] = rows
-    np.testing.assert_array_equal(after[EMBED], wanted)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_tensors_of_no_or_one_element_are_converted(ups, tmp_path, dtype):
+    tensors = {f"{UP.format(i)}.weight": matrix(i, 24, 16) for i in range(2)}
+    odd = {"none": np.zeros((0, 4), "f4"), "scale": np.array(1.5, "f8"), "long": matrix(5, 300_001)}
+    base = cases.base(tmp_path / "base", tensors | odd)
+    result, after = cases.fused(tmp_path / "out", base, ups, dtype=dtype)
+    for key, array in odd.items():
+        assert after[key].shape == array.shape
+        assert after[key].dtype == rounding.TYPES[dtype]
+        rounding.assert_rounded_once(after[key], array.astype(np.float64))
+    assert result.converted == (3 if dtype == "bf16" else 1)
 
 
 def invoke(*arguments):

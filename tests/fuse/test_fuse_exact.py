@@ -281,3 +281,20 @@ def test_the_report_in_float32_is_right_to_some_digits(given_pair, tmp_path):
         base_norm = np.linalg.norm(w[key].astype(np.float64))
         assert by_key[key].relative_change == pytest.approx(delta / base_norm, rel=1e-5)
         assert by_key[key].lost == pytest.approx(lost / delta, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_large_and_small_values_are_no_overflow(tmp_path, size):
+    """Squares of such values are none of float32; the sums are of bfloat16."""
+    rng = np.random.default_rng(10)
+    key = "model.layers.0.mlp.up_proj"
+    w = (size * rng.standard_normal((1024, 1100))).astype(rounding.TYPES["bf16"])
+    b, a = cases.factors(rng, 1024, 1100, 4)
+    base = cases.base(tmp_path / "base", {f"{key}.weight": w})
+    adapter = cases.adapter(tmp_path / "adapter", {key: (b, a)})
+    weight = float(size)
+    result, stored = cases.fused(tmp_path / "out", base, (adapter, weight))
+    exact = w.astype(np.float64) + weight * 0.5 * (b.astype(np.float64) @ a.astype(np.float64))
+    rounding.assert_rounded_once(stored[f"{key}.weight"], exact)
+    norms = [np.linalg.norm(x) for x in (w.astype(np.float64), exact - w.astype(np.float64))]
+    assert result.relative_change == pytest.approx(norms[1] / norms[0], rel=1e-5)

@@ -1,20 +1,18 @@
-"""`fuse` when things go wrong: killed, interrupted, out of space, or given a broken checkpoint.
+"""`fuse` when things go wrong: out of space, or given a broken checkpoint.
 
 One line on stderr, exit code 2, nothing partial, and a base that is as it was, to the nanosecond.
 """
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import faults
 import numpy as np
 import pytest
+from fuse_bases import INDEX, adapter, content, hollow, linear, sharded, state, weights
 from safetensors.numpy import load_file, save_file
 
 from loratools.fuse.operation import FuseOptions, Fusion
@@ -23,166 +21,13 @@ from loratools_formats import read_adapter
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OutputError
 
-HIDDEN, LAYERS, RANK = 1024, 12, 8
 PEAK_BYTES = 150_000_000
-ROUNDS = 6
-INDEX = "model.safetensors.index.json"
-
-
-def linear(layer):
-    return f"model.layers.{layer}.mlp.up_proj"
-
-
-def sharded(folder, tensors, shards=3):
-    """Write a checkpoint of several shards, with an index, a config and a tokenizer."""
-    folder.mkdir()
-    names = sorted(tensors)
-    weight_map = {}
-    for number in range(shards):
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        held = {name: tensors[name] for name in names[number::shards]}
-        save_file(held, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(held, file)
-    size = sum(array.nbytes for array in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index))
-    (folder / "config.json").write_text('{"model_type": "llama", "dtype": "float16"}')
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
-
-
-def adapter(folder, layers, hidden):
-    rng = np.random.default_rng(1)
-    tensors = {}
-    for layer in range(layers):
-        prefix = f"base_model.model.{linear(layer)}.lora_"
-        shapes = {"A": (RANK, hidden), "B": (hidden, RANK)}
-        tensors |= {
-            f"{prefix}{letter}.weight": rng.standard_normal(shape).astype("f4") * 0.05
-            for letter, shape in shapes.items()
-        }
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": ["up_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def weights(layers, hidden):
-    rng = np.random.default_rng(0)
-    found = {
-        f"{linear(layer)}.weight": rng.standard_normal((hidden, hidden)).astype("f2")
-        for layer in range(layers)
-    }
-    return found | {"model.norm.weight": np.ones(hidden, "f2")}
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """A base of 25 MB in three shards and an adapter of all its linears; not to be changed."""
-    root = tmp_path_factory.mktemp("given")
-    base = sharded(root / "base", weights(LAYERS, HIDDEN))
-    return base, adapter(root / "adapter", LAYERS, HIDDEN)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     return sharded(root / "base", weights(6, 64)), adapter(root / "adapter", 6, 64)
-
-
-def state(folder):
-    """Return name, type, bytes and time of change of everything in a folder."""
-    return {
-        str(path.relative_to(folder)): (
-            path.lstat().st_mode,
-            path.lstat().st_mtime_ns,
-            path.read_bytes() if path.is_file() and not path.is_symlink() else None,
-        )
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def content(folder):
-    if not folder.exists():
-        return None
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "provenance.json"}
-
-
-@pytest.fixture
-def start(given, executable, tmp_path):
-    def run(weight):
-        base, source = given
-        command = [executable, "fuse", base, f"{source}:{weight}", "-o", tmp_path / "out"]
-        return subprocess.Popen(
-            [*command, "--overwrite", "--quiet"], stderr=subprocess.PIPE, start_new_session=True
-        )
-
-    return run
-
-
-def wait_for_temporary(process, folder):
-    own = f".out.loratools-{process.pid}-"
-    while process.poll() is None and not any(n.startswith(own) for n in os.listdir(folder)):
-        time.sleep(0.0005)
-
-
-@pytest.mark.parametrize("moment", ["any", "while writing"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_kill(moment, overwrite, start, given, tmp_path):
-    draw = random.Random(f"{moment} {overwrite}")
-    out, before = tmp_path / "out", state(given[0])
-
-    def finish(weight):
-        process = start(weight)
-        assert process.communicate() == (None, b"")
-        assert process.returncode == 0
-        return content(out)
-
-    started = time.monotonic()
-    old = finish(1)
-    duration = time.monotonic() - started
-    new = finish(2)
-    ends = []
-    for _ in range(ROUNDS):
-        if not overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-        elif content(out) != old:
-            finish(1)
-        process = start(2)
-        if moment == "any":
-            time.sleep(draw.uniform(0, duration))
-        else:
-            wait_for_temporary(process, tmp_path)
-            time.sleep(draw.uniform(0, 0.05))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        left = [name for name in os.listdir(tmp_path) if name.startswith(".out.loratools-")]
-        assert content(out) in (old if overwrite else None, new)
-        assert set(os.listdir(tmp_path)) <= {"out", *left}
-        assert len(left) <= 1, "temporaries of killed runs pile up"
-        ends.append((content(out) == new, bool(left)))
-    if moment == "while writing":
-        assert (False, True) in ends, "no run was killed between the first byte and the rename"
-    assert finish(2) == new
-    assert os.listdir(tmp_path) == ["out"]
-    assert state(given[0]) == before
-
-
-@pytest.mark.parametrize("round_", range(4))
-def test_interrupt(round_, start, tmp_path):
-    """Ctrl-C while shards are written, by several threads, leaves nothing behind at all."""
-    process = start(1)
-    wait_for_temporary(process, tmp_path)
-    time.sleep(0.01 * round_)
-    os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    if process.returncode in (0, -signal.SIGINT):  # it was done, or on its way out
-        assert os.listdir(tmp_path) == ["out"]
-    else:
-        assert process.returncode == 130
-        assert err.split() == [b"interrupted"]
-        assert os.listdir(tmp_path) in ([], ["out"])
 
 
 @pytest.fixture
@@ -425,14 +270,14 @@ def test_too_little_space_is_refused_before_the_first_write(broken, tmp_path, mo
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-def test_a_disk_that_is_really_full(given, loratools, tmp_path):
+def test_a_disk_that_is_really_full(small, loratools, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", disk], check=False)
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        run = loratools("fuse", *given, "-o", disk / "out")
+        run = loratools("fuse", *small, "-o", disk / "out")
         assert run.code == 2
         assert "not enough space" in run.err
         assert os.listdir(disk) == []
@@ -457,32 +302,6 @@ def test_a_shard_changed_while_it_is_read(broken, tmp_path):
     with pytest.raises(Exception, match="changed while it was being read"):
         fusion.write(tmp_path / "out")
     assert os.listdir(tmp_path) == ["base"]
-
-
-def hollow(folder, layers, hidden):
-    """Write a base of zeros that takes no space on the disk, one shard for every four layers."""
-    folder.mkdir()
-    weight_map = {}
-    for first in range(0, layers, 4):
-        file = f"model-{first:05d}.safetensors"
-        held = range(first, min(first + 4, layers))
-        nbytes = hidden * hidden * 2
-        entries = {
-            f"{linear(layer)}.weight": {
-                "dtype": "BF16",
-                "shape": [hidden, hidden],
-                "data_offsets": [i * nbytes, (i + 1) * nbytes],
-            }
-            for i, layer in enumerate(held)
-        }
-        header = json.dumps(entries).encode()
-        header += b" " * (-len(header) % 8)
-        (folder / file).write_bytes(len(header).to_bytes(8, "little") + header)
-        os.truncate(folder / file, 8 + len(header) + len(held) * nbytes)
-        weight_map |= dict.fromkeys(entries, file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    return folder
 
 
 def test_memory_does_not_grow_with_the_checkpoint(loratools, tmp_path):
