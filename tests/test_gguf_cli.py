@@ -133,3 +133,14 @@ def test_an_existing_output_is_kept(files, tmp_path):
     assert out.read_text() == "mine"
     assert loratools(*arguments, "--overwrite").returncode == 0
     assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", "out.gguf.provenance.json"}
+
+
+def test_factors_are_stored_in_another_type_without_a_base(files, tmp_path):
+    out = tmp_path / "narrow.gguf"
+    shown = succeeded("convert", files / "lora.gguf", out, "--outtype", "q8_0", "--json")
+    result = json.loads(shown)
+    assert (result["from"], result["to"]) == ("gguf", "gguf")
+    assert 1e-4 < result["relative_error"] < 0.02
+    assert result["bytes_out"] == out.stat().st_size < 0.3 * (files / "lora.gguf").stat().st_size
+    done = loratools("convert", files / "lora.gguf", out, "--base", EXAMPLES / "model")
+    assert done.returncode == 2

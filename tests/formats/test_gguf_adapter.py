@@ -8,6 +8,8 @@ from dataclasses import replace
 import gguf
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from loratools.convert import prepare, write
 from loratools.decompose import loaded
@@ -440,3 +442,34 @@ def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):
     writer.close()
     with pytest.raises(UnsupportedError, match="keeps a scale beside"):
         GgufFusion(read_gguf(path), [FuseInput(adapter, 1.0, "lora")], GgufFuseOptions())
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    half=st.integers(1, 5),
+    rank=st.integers(1, 4),
+    scale=st.floats(-8, 8).filter(lambda value: abs(value) > 1e-3),
+)
+def test_rows_are_interleaved_and_put_back(base, tmp_path, kv_heads, group, half, rank, scale):
+    heads, width = kv_heads * group, 2 * half
+    folder = base(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=8)
+    k = Q.replace("q_proj", "k_proj")
+    modules = {
+        Q: lora(heads * width, 8, rank, scale),
+        k: lora(kv_heads * width, 8, rank + 1, scale),
+    }
+    conversion = prepare(model_adapter(modules), "gguf", Context(folder))
+    write(conversion, tmp_path / "out.gguf", overwrite=True)
+    read = read_adapter(tmp_path / "out.gguf")
+    for path, name, count in ((Q, "blk.0.attn_q", heads), (k, "blk.0.attn_k", kv_heads)):
+        b = modules[path].b.load()
+        wanted = b.reshape(count, 2, half, -1).swapaxes(1, 2).reshape(b.shape)
+        found = read.modules[name]
+        np.testing.assert_allclose(found.scale * found.b.load(), scale * wanted, rtol=1e-6)
+    back = get_format("gguf").to_model(read, Context(folder))
+    for path, delta in modules.items():
+        again = back.modules[path]
+        np.testing.assert_allclose(again.scale * again.b.load(), scale * delta.b.load(), rtol=1e-6)
+        np.testing.assert_array_equal(again.a.load(), delta.a.load())

@@ -1,8 +1,9 @@
 """GGUF: LoRA adapters for llama.cpp, and the container that its models come in.
 
 `container` reads headers, `ggml_types` decodes values, `architectures` is the table of layouts,
-`base` finds a base model's facts, `read` and `write` are the two halves of the format, and
-`translate` leads from the base model's names to the file's and back.
+`base` finds a base model's facts, `read` and `write` are the two halves of the format,
+`from_model` and `to_model` lead from the base model's names to the file's and back, and `model` is
+for models that are to be changed.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
 
 
 def _to_model(adapter: Adapter, context: Context) -> Adapter:
-    from loratools_formats.gguf.translate import to_model
+    from loratools_formats.gguf.to_model import to_model
 
     return to_model(adapter, context)
 
 
 def _from_model(adapter: Adapter, context: Context) -> Adapter:
-    from loratools_formats.gguf.translate import from_model
+    from loratools_formats.gguf.from_model import from_model
 
     return from_model(adapter, context)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from loratools_formats.errors import AdapterError
 from loratools_formats.files import RegularFile, refuse_lfs_pointer
+from loratools_formats.gguf.cursor import ARRAY, LAYOUTS, STRING, VALUE_TYPES, Cursor
 from loratools_formats.gguf.ggml_types import TYPES, GgmlType
 from loratools_formats.tensors import Buffer
 
@@ -33,22 +34,10 @@ _MAX_DIMENSIONS = 4
 _MAX_LISTED_STRINGS = 1 << 22
 _MAX_LOADED = 1 << 20
 _MAX_ALIGNMENT = 1 << 20
-_WINDOW_BYTES = 1 << 20
+_CHECKED_BYTES = 1 << 20
 _VERSIONS = (2, 3)
 _SMALLEST_KEY_BYTES = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
-
-STRING, ARRAY = "string", "array"
-_SCALARS = {
-    0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"),
-    5: ("i32", "<i"), 6: ("f32", "<f"), 7: ("bool", "<B"), 10: ("u64", "<Q"), 11: ("i64", "<q"),
-    12: ("f64", "<d"),
-}  # fmt: skip
-VALUE_TYPES: dict[int, str] = {
-    8: STRING, 9: ARRAY, **{code: name for code, (name, _) in _SCALARS.items()}
-}  # fmt: skip
-VALUE_CODES = {name: code for code, name in VALUE_TYPES.items()}
-_LAYOUTS = dict(_SCALARS.values())
 
 
 @dataclass(frozen=True)
@@ -150,7 +139,7 @@ class GgufFile:
         """
         if entry.value is not None:
             return entry.value
-        cursor = _Cursor(self.file, entry.offset)
+        cursor = Cursor(self.file, entry.offset)
         if entry.type == STRING:
             return cursor.text(entry.end - entry.offset, _MAX_LOADED << 6)
         if entry.count > _MAX_LOADED:
@@ -192,111 +181,12 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
         raise
 
 
-class _Cursor:
-    """A position in a file, read through a window of bytes."""
-
-    def __init__(self, file: RegularFile, position: int) -> None:
-        self._file = file
-        self._size = file.nbytes
-        self._window = b""
-        self._start = position
-        self._at = 0
-
-    @property
-    def position(self) -> int:
-        return self._start + self._at
-
-    @property
-    def remaining(self) -> int:
-        return self._size - self.position
-
-    def seek(self, position: int) -> None:
-        self._window, self._start, self._at = b"", position, 0
-
-    def take(self, nbytes: int) -> bytes:
-        end = self._at + nbytes
-        if end > len(self._window):
-            if nbytes > self.remaining:
-                raise AdapterError(
-                    "truncated GGUF header",
-                    path=self._file.path,
-                    got=f"{self.remaining} bytes left",
-                    expected=nbytes,
-                )
-            self._refill(nbytes)
-            end = nbytes
-        data = self._window[self._at : end]
-        self._at = end
-        return data
-
-    def _refill(self, nbytes: int) -> None:
-        start = self.position
-        size = min(max(nbytes, _WINDOW_BYTES), self._size - start)
-        self._window, self._start, self._at = bytes(self._file.read_at(start, size)), start, 0
-
-    def scalar(self, kind: str) -> Any:
-        layout = _LAYOUTS[kind]
-        (value,) = struct.unpack(layout, self.take(struct.calcsize(layout)))
-        if kind != "bool":
-            return value
-        if value > 1:
-            raise AdapterError("truth value is neither 0 nor 1", path=self._file.path, got=value)
-        return bool(value)
-
-    def length(self, limit: int) -> int:
-        """Take the length of a string, which must fit the file and `limit`."""
-        (length,) = struct.unpack("<Q", self.take(8))
-        if length > min(self.remaining, limit):
-            raise AdapterError(
-                "string is longer than the file" if length > self.remaining else "string too long",
-                path=self._file.path,
-                got=f"{length} bytes",
-                expected=f"at most {min(self.remaining, limit)}",
-            )
-        return int(length)
-
-    def string(self, limit: int) -> str:
-        return self.text(self.length(limit), limit)
-
-    def text(self, nbytes: int, limit: int) -> str:
-        if nbytes > limit:
-            raise AdapterError("string is too long to be loaded", path=self._file.path, got=nbytes)
-        try:
-            return self.take(nbytes).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise AdapterError(
-                "string is not UTF-8", path=self._file.path, got=f"byte {error.start}"
-            ) from error
-
-    def skip_strings(self, count: int) -> None:
-        """Step over strings; a vocabulary has hundreds of thousands."""
-        unpack = struct.Struct("<Q").unpack_from
-        while count:
-            if self.remaining < 8:
-                self.take(8)
-            if len(self._window) - self._at < 8:
-                self._refill(8)
-            window, at, last = self._window, self._at, len(self._window) - 8
-            room = self.remaining + at
-            while count and at <= last:
-                at += 8 + unpack(window, at)[0]
-                count -= 1
-                if at > room:
-                    raise AdapterError(
-                        "string is longer than the file", path=self._file.path, got=f"{at - room}"
-                    )
-            if at <= len(window):
-                self._at = at
-            else:
-                self.seek(self._start + at)
-
-
 def _read(file: RegularFile) -> GgufFile:
     if file.nbytes < 24:
         raise AdapterError(
             "truncated GGUF header", got=f"{file.nbytes} bytes", expected="at least 24"
         )
-    cursor = _Cursor(file, 0)
+    cursor = Cursor(file, 0)
     start = cursor.take(24)
     refuse_lfs_pointer(start, file.path)
     if not start.startswith(MAGIC):
@@ -334,7 +224,7 @@ def _read(file: RegularFile) -> GgufFile:
     return GgufFile(file, version, keys, tensors, alignment, keys_end, data_start)
 
 
-def _check_count(what: str, count: int, limit: int, smallest: int, cursor: _Cursor) -> None:
+def _check_count(what: str, count: int, limit: int, smallest: int, cursor: Cursor) -> None:
     most = min(limit, cursor.remaining // smallest)
     if count > most:
         raise AdapterError(
@@ -342,7 +232,7 @@ def _check_count(what: str, count: int, limit: int, smallest: int, cursor: _Curs
         )
 
 
-def _value(cursor: _Cursor, key: str) -> KeyValue:
+def _value(cursor: Cursor, key: str) -> KeyValue:
     kind = _value_type(cursor, key)
     if kind == STRING:
         nbytes = cursor.length(cursor.remaining)
@@ -358,7 +248,7 @@ def _value(cursor: _Cursor, key: str) -> KeyValue:
     (count,) = struct.unpack("<Q", cursor.take(8))
     if item == ARRAY:
         raise AdapterError("key holds an array of arrays", tensor=key)
-    width = 8 if item == STRING else struct.calcsize(_LAYOUTS[item])
+    width = 8 if item == STRING else struct.calcsize(LAYOUTS[item])
     if count * width > cursor.remaining or (item == STRING and count > _MAX_LISTED_STRINGS):
         raise AdapterError(
             "array is longer than the file or the limit",
@@ -376,15 +266,15 @@ def _value(cursor: _Cursor, key: str) -> KeyValue:
     return KeyValue(ARRAY, None, item, count, offset, cursor.position)
 
 
-def _check_bools(cursor: _Cursor, key: str, count: int) -> None:
+def _check_bools(cursor: Cursor, key: str, count: int) -> None:
     while count:
-        part = cursor.take(min(count, _WINDOW_BYTES))
+        part = cursor.take(min(count, _CHECKED_BYTES))
         if part.strip(b"\0\1"):
             raise AdapterError("truth value is neither 0 nor 1", tensor=key)
         count -= len(part)
 
 
-def _value_type(cursor: _Cursor, key: str) -> str:
+def _value_type(cursor: Cursor, key: str) -> str:
     (code,) = struct.unpack("<I", cursor.take(4))
     if code not in VALUE_TYPES:
         raise AdapterError("key has an unknown type", tensor=key, got=code)
@@ -405,7 +295,7 @@ def _alignment(keys: Mapping[str, KeyValue]) -> int:
     return int(value)
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[GgmlType, tuple[int, ...], int]]:
+def _tensor_info(cursor: Cursor) -> tuple[str, tuple[GgmlType, tuple[int, ...], int]]:
     name = cursor.string(cursor.remaining)
     if not name or len(name.encode()) > MAX_NAME_BYTES or not name.isprintable():
         raise AdapterError(

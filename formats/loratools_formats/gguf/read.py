@@ -15,14 +15,8 @@ from typing import Any
 from loratools_formats.adapter import Adapter, Caveat, Delta, Layer, LowRank
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.gguf.container import (
-    ARRAY,
-    STRING,
-    GgufFile,
-    GgufTensor,
-    KeyValue,
-    read_gguf,
-)
+from loratools_formats.gguf.container import GgufFile, GgufTensor, KeyValue, read_gguf
+from loratools_formats.gguf.cursor import ARRAY, STRING
 from loratools_formats.gguf.ggml_types import decode
 from loratools_formats.tensors import Buffer, TensorRef, in_file
 

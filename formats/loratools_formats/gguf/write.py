@@ -20,15 +20,13 @@ from typing import Any
 from loratools_formats.adapter import Adapter, Delta, Dora, low_rank_part
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.gguf.container import (
-    ARRAY,
     DEFAULT_ALIGNMENT,
     MAGIC,
     MAX_NAME_BYTES,
-    STRING,
-    VALUE_CODES,
     KeyValue,
     read_gguf,
 )
+from loratools_formats.gguf.cursor import ARRAY, LAYOUTS, STRING, VALUE_CODES
 from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
 from loratools_formats.gguf.read import ALPHA, QUANTISATION, STRUCTURAL_KEYS
 from loratools_formats.registry import Loss
@@ -38,10 +36,6 @@ _VERSION = 3
 _MAX_ALPHA = 2.0**127
 _QUANTISATION_VERSION = 2
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
-_LAYOUTS = {
-    "u8": "<B", "i8": "<b", "u16": "<H", "i16": "<h", "u32": "<I", "i32": "<i", "f32": "<f",
-    "bool": "<?", "u64": "<Q", "i64": "<q", "f64": "<d",
-}  # fmt: skip
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -241,11 +235,11 @@ def value_bytes(entry: KeyValue) -> bytes:
     if entry.type == STRING:
         return code + _string(entry.value)
     if entry.type != ARRAY:
-        return code + struct.pack(_LAYOUTS[entry.type], entry.value)
+        return code + struct.pack(LAYOUTS[entry.type], entry.value)
     start = code + struct.pack("<IQ", VALUE_CODES[entry.item], len(entry.value))
     if entry.item == STRING:
         return start + b"".join(map(_string, entry.value))
-    return start + b"".join(struct.pack(_LAYOUTS[entry.item], item) for item in entry.value)
+    return start + b"".join(struct.pack(LAYOUTS[entry.item], item) for item in entry.value)
 
 
 def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:

@@ -1,30 +1,34 @@
-"""Between the base model's modules and GGUF tensors: names, row orders, splits and stacks.
+"""From the base model's modules to GGUF tensors: names, row orders, splits and stacks.
 
 Everything is a selection of rows of B, or a stacking of factors, so no value changes. The base
-model is needed to know the architecture, and the numbers of heads and experts.
+model is needed to know the architecture, and the numbers of heads and experts. What llama.cpp
+would ignore, refuse or crash on is refused, with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from loratools_formats.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.files import RegularFile
-from loratools_formats.gguf.architectures import ARCHITECTURES, Architecture, Module, Sizes
+from loratools_formats.gguf.architectures import Module
 from loratools_formats.gguf.base import Base, read_base
-from loratools_formats.gguf.container import ARRAY, KeyValue
+from loratools_formats.gguf.container import KeyValue
+from loratools_formats.gguf.cursor import ARRAY
 from loratools_formats.gguf.read import ALORA, EMBEDDING, INVOCATION_TOKENS, base_model_keys
 from loratools_formats.orientation import is_transposed
 from loratools_formats.registry import Context
-from loratools_formats.tensors import TensorRef, in_memory, joined
+from loratools_formats.tensors import TensorRef, joined
 
 OUTPUT = "output"
 DEFAULT_DTYPE = "f32"
 """ggml rounds activations to the type of 16-bit factors; with 32 bits nothing is lost."""
 
-_WRAPPER = ".base_layer"
+WRAPPER = ".base_layer"
+"""What PEFT puts behind a module's path for each further parameter of it that is adapted."""
+
 _OWN_KEYS = ("general.", "adapter.", "tokenizer.", "split.", "format")
 _PREFIXES = (
     "", "model.language_model.", "language_model.model.", "language_model.", "model.text_model.",
@@ -52,7 +56,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     modules: dict[str, Delta] = {}
     for path, delta in adapter.modules.items():
         try:
-            for name, expert, part in _placed(path, _plain(delta), base):
+            for name, expert, part in _placed(path, plain_factors(delta), base):
                 known = name in modules if expert is None else expert in stacks.get(name, {})
                 if known:
                     raise AdapterError("two modules become the same GGUF tensor", got=name)
@@ -86,11 +90,12 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         base_model=adapter.base_model,
         notes=adapter.notes,
         inputs=adapter.inputs,
-        other_inputs=_with_base(adapter, base),
+        other_inputs=with_base(adapter, base),
     )
 
 
-def _with_base(adapter: Adapter, base: Base | None) -> dict[str, tuple[RegularFile, ...]]:
+def with_base(adapter: Adapter, base: Base | None) -> dict[str, tuple[RegularFile, ...]]:
+    """Return the files that took part in making an adapter, the base's among them."""
     others = dict(adapter.other_inputs)
     return {**others, "base": base.files} if base is not None and base.files else others
 
@@ -106,7 +111,12 @@ def _invocation(adapter: Adapter) -> dict[str, KeyValue]:
     return {INVOCATION_TOKENS: KeyValue(ARRAY, tokens, "u32", len(tokens))}
 
 
-def _plain(delta: Delta) -> LowRank:
+def plain_factors(delta: Delta) -> LowRank:
+    """Return a delta if llama.cpp has its kind.
+
+    Raises:
+        UnsupportedError: it is a DoRA, or has a bias.
+    """
     if isinstance(delta, Dora):
         raise UnsupportedError(
             "llama.cpp has no DoRA", hint="Make a LoRA of it with `loratools to-lora` first"
@@ -137,13 +147,14 @@ def _placed(path: str, delta: LowRank, base: Base) -> list[tuple[str, int | None
     orders = module.rows(delta.shape[0], base.sizes)
     kind = delta.layer.kind
     parts = [
-        replace(delta, b=_in_order(delta.b, order), layer=Layer(kind), alpha=None)
+        replace(delta, b=in_order(delta.b, order), layer=Layer(kind), alpha=None)
         for order in orders
     ]
     return [(name, expert, part) for name, part in zip(names, parts, strict=True)]
 
 
-def _in_order(b: TensorRef, order: list[int]) -> TensorRef:
+def in_order(b: TensorRef, order: list[int]) -> TensorRef:
+    """Return a factor with its rows in another order; itself if it is the same order."""
     return b if order == list(range(b.shape[-2])) else b.rows(order)
 
 
@@ -176,8 +187,8 @@ def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
 def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, str, LowRank]:
     """Find by its shape which parameter a stack of experts adapts, and put it the base's way."""
     owner = path
-    while owner.endswith(_WRAPPER):
-        owner = owner.removesuffix(_WRAPPER)
+    while owner.endswith(WRAPPER):
+        owner = owner.removesuffix(WRAPPER)
     sizes = base.sizes
     shapes = {
         "gate_up_proj": (2 * sizes.expert_width, sizes.hidden),
@@ -253,160 +264,3 @@ def _check_shapes(modules: Mapping[str, Delta], base: Base) -> None:
                 got=[*stack, *shape],
                 expected="no such tensor" if wanted is None else list(wanted),
             )
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """Where a GGUF tensor comes from: the module's path, its row, and which of its tensors."""
-
-    path: str
-    module: Module
-    part: int
-
-
-def to_model(adapter: Adapter, context: Context) -> Adapter:
-    """Return an adapter read from GGUF in the names and layout of its base model.
-
-    Raises:
-        UnsupportedError: the architecture is not known, or the base model is needed and not given.
-        AdapterError: the base model is another one.
-    """
-    name = str(adapter.config.get("architecture"))
-    architecture = ARCHITECTURES.get(name)
-    if architecture is None:
-        raise UnsupportedError(
-            "GGUF adapters of this architecture cannot be translated: its layout is not known",
-            path=adapter.source,
-            got=name,
-            expected=", ".join(sorted(ARCHITECTURES)),
-        )
-    base = None if context.base is None else read_base(context.base)
-    if base is not None and base.architecture is not architecture:
-        raise AdapterError(
-            "the adapter is for another architecture than the base model",
-            path=adapter.source,
-            got=name,
-            expected=base.architecture.name,
-        )
-    parts: dict[str, dict[int, LowRank]] = {}
-    origins: dict[str, _Origin] = {}
-    for tensor, delta in adapter.modules.items():
-        found = architecture.origin(tensor)
-        if found is None:
-            raise UnsupportedError(
-                f"no module of {name} is known for this tensor", path=adapter.source, tensor=tensor
-            )
-        origin = _Origin(*found)
-        origins[origin.path] = origin
-        parts.setdefault(origin.path, {})[origin.part] = _plain(delta)
-    prefix = "model." if base is None else base.prefix
-    modules: dict[str, Delta] = {}
-    for path, found_parts in parts.items():
-        whole = _whole(origins[path], found_parts, None if base is None else base.sizes)
-        called = prefix + path.removeprefix("model.") if path.startswith("model.") else path
-        modules[called] = _with_layer(path, called, whole, architecture)
-    wrapped = _parameters_wrapped(modules)
-    return replace(adapter, modules=wrapped, other_inputs=_with_base(adapter, base))
-
-
-def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -> LowRank:
-    """Put the parts of a module together, and their rows back in the model's order."""
-    module = origin.module
-    missing = [t for i, t in enumerate(module.tensors) if i not in parts]
-    if missing:
-        raise UnsupportedError(
-            "a fused module is adapted in part only",
-            tensor=origin.path,
-            expected=", ".join(module.tensors),
-            hint="Such an adapter can be used with llama.cpp, but not be converted",
-        )
-    first = parts[0]
-    if module.keeps_order:
-        return first
-    if sizes is None and not module.stacked:
-        raise UnsupportedError(
-            "the order of this module's rows depends on the base model's heads",
-            tensor=origin.path,
-            hint="Pass --base with the model's folder (config.json is enough) or its GGUF file",
-        )
-    ordered = [parts[i] for i in range(len(module.tensors))]
-    if len(ordered) > 1:
-        first = _side_by_side(origin.path, ordered)
-    orders = module.rows(first.shape[0], sizes or Sizes(1, 1, 1))
-    source = [row for order in orders for row in order]
-    inverse = sorted(range(len(source)), key=source.__getitem__)
-    return replace(first, b=_in_order(first.b, inverse))
-
-
-def _side_by_side(path: str, parts: list[LowRank]) -> LowRank:
-    """Return one pair of factors for parts stacked on top of each other.
-
-    If all have the same A, it is kept; else ranks add up: [B₁ 0; 0 B₂] [A₁; A₂].
-    """
-    first = parts[0]
-    same = all(
-        part.scale == first.scale
-        and part.a.shape == first.a.shape
-        and part.a.dtype == first.a.dtype
-        and bytes(part.a.raw()) == bytes(first.a.raw())
-        for part in parts
-    )
-    if not same:
-        return _block_diagonal(path, parts)
-    rows = sum(part.shape[0] for part in parts)
-    if first.experts == 1:
-        return replace(first, b=joined(first.b.key, [p.b for p in parts], (rows, first.rank)))
-    stack = first.experts
-    flat = joined(first.b.key, [part.b for part in parts], (stack * rows, first.rank))
-    order: list[int] = []
-    for expert in range(stack):
-        starts = 0
-        for part in parts:
-            height = part.shape[0]
-            order += range(starts + expert * height, starts + (expert + 1) * height)
-            starts += stack * height
-    return replace(first, b=flat.rows(order).reshaped((stack, rows, first.rank)))
-
-
-def _block_diagonal(path: str, parts: list[LowRank]) -> LowRank:
-    import numpy as np
-
-    stack = (parts[0].experts,) if parts[0].layer.kind == "experts" else ()
-    rank = sum(part.rank for part in parts)
-    rows = sum(part.shape[0] for part in parts)
-    a = np.concatenate([part.a.load(np.float64) for part in parts], axis=-2)
-    b = np.zeros((*stack, rows, rank))
-    row = column = 0
-    for part in parts:
-        height, width = part.shape[0], part.rank
-        block = part.scale * part.b.load(np.float64)
-        b[..., row : row + height, column : column + width] = block
-        row, column = row + height, column + width
-    return replace(parts[0], a=in_memory(path, a), b=in_memory(path, b), scale=1.0, alpha=None)
-
-
-def _with_layer(path: str, called: str, delta: LowRank, architecture: Architecture) -> LowRank:
-    if delta.layer.kind == "experts":
-        return replace(delta, layer=Layer("experts", parameters=(called,)))
-    if architecture.conv1d and delta.layer.kind == "linear" and path not in architecture.outputs:
-        return replace(delta, layer=Layer("linear", transposed_if_square=True))
-    return delta
-
-
-def _parameters_wrapped(modules: Mapping[str, Delta]) -> dict[str, Delta]:
-    """Name adapted parameters as PEFT does: by their module, each further one a wrapper deeper."""
-    owners: dict[str, list[str]] = {}
-    result: dict[str, Delta] = {}
-    for path, delta in modules.items():
-        if isinstance(delta, LowRank) and delta.layer.parameters:
-            owners.setdefault(path.rpartition(".")[0], []).append(path)
-        else:
-            result[path] = delta
-    for owner, paths in owners.items():
-        names = tuple(sorted(paths))
-        for depth, path in enumerate(names):
-            delta = modules[path]
-            if isinstance(delta, LowRank):
-                layer = replace(delta.layer, parameters=names)
-                result[f"{owner}{_WRAPPER * depth}"] = replace(delta, layer=layer)
-    return dict(sorted(result.items()))
