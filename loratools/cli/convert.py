@@ -45,7 +45,8 @@ from loratools_formats.singlefile import NAMES as SINGLE_FILES
 @click.option(
     "--names",
     metavar="TABLE",
-    help="Names of an architecture in single files: a bundled table, or FILE.toml.",
+    help="Names of an architecture in single files: sd1, sdxl, flux1, wan2, qwen_image, z_image, "
+    "or a FILE.toml of yours.",
 )
 @click.option(
     "--names-from",

@@ -15,7 +15,7 @@ from loratools.naming.crossing import Crossing
 from loratools.naming.lists import MAP_KEY, as_metadata, embedded_map, looked_up
 from loratools.naming.places import Target, located, module_key, names_at, text_name
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
-from loratools_formats.adapter import Adapter, Addition, Delta
+from loratools_formats.adapter import Adapter, Addition, Delta, Replacement
 from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
 from loratools_formats.singlefile.grammar import COMPONENTS
 
@@ -275,5 +275,16 @@ def _finished(
         adapter,
         modules=dict(sorted(modules.items())),
         additions=dict(sorted(additions.items())),
+        replacements=_of_original(adapter) if target == "comfyui" else adapter.replacements,
         metadata=metadata,
     )
+
+
+def _of_original(adapter: Adapter) -> dict[str, Replacement]:
+    """Return replacements with their component, as BFL's control adapters leave it out."""
+    return {
+        key: replace(replacement, target=f"diffusion_model.{replacement.target}")
+        if replacement.target.startswith(("double_blocks.", "single_blocks."))
+        else replacement
+        for key, replacement in adapter.replacements.items()
+    }

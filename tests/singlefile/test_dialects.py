@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from dialect_files import GOLDEN, MAKERS, save
+from dialect_files import GOLDEN, MAKERS, DialectFile, save
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from safetensors import deserialize
 
 from loratools.decompose import loaded
@@ -74,3 +76,24 @@ def test_is_written_back_bit_for_bit(name, tmp_path):
     assert tensors_of(tmp_path / "copy.safetensors") == tensors_of(path)
     copy = read_adapter(tmp_path / "copy.safetensors")
     assert dict(copy.metadata) == dict(adapter.metadata)
+
+
+ALONE = {"diffusers_metadata", "control_lora"}  # which say something of the whole file
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.sets(st.sampled_from(sorted(set(NAMES) - ALONE)), min_size=2, max_size=5))
+def test_any_mixture_keeps_every_tensor_in_one_place(tmp_path_factory, names):
+    files = [FILES[name]() for name in sorted(names)]
+    modules = [module for file in files for module in file.deltas]
+    assume(len(modules) == len(set(modules)))
+    folder = tmp_path_factory.mktemp("mixture")
+    mixed = DialectFile("safetensors", set())
+    for file in files:
+        mixed.tensors |= file.tensors
+    path = save(mixed, folder / "in.safetensors")
+    adapter = read_adapter(path)
+    keys = [tensor.key for tensor in adapter.tensors()]
+    assert sorted(keys) == sorted(mixed.tensors)
+    write_adapter(adapter, folder / "out.safetensors", adapter.format)
+    assert tensors_of(folder / "out.safetensors") == tensors_of(path)

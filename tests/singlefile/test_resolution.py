@@ -221,6 +221,26 @@ def test_xlabs_blocks_are_rows_of_flux_modules(tmp_path):
             )
 
 
+def test_control_adapters_become_comfyuis(tmp_path):
+    """As ComfyUI itself converts them: biases, norms and the widened input have keys there."""
+    source, out = GOLDEN / "bfl_control.safetensors", tmp_path / "out.safetensors"
+    run("convert", source, out, "--to", "comfyui")
+    expected = {
+        "diffusion_model."
+        + key.replace(".lora_B.bias", ".diff_b").replace("_norm.scale", "_norm.scale.set_weight")
+        for key in tensors_of(source)
+    }
+    tensors = tensors_of(out)
+    assert set(tensors) == expected | {"diffusion_model.img_in.reshape_weight"}
+    assert read_adapter(out).carried["diffusion_model.img_in.reshape_weight"].load().tolist() == [
+        8,
+        16,
+    ]
+    norm = "diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale"
+    (replacement,) = read_adapter(out).replacements.values()
+    assert replacement.target == norm
+
+
 @pytest.mark.parametrize("pair", [("kohya", "diffusers"), ("diffusers", "comfyui")])
 def test_merging_across_dialects_goes_through_one_naming(tmp_path, pair):
     kohya = GOLDEN / "kohya_flux.safetensors"

@@ -20,6 +20,8 @@ class _Rule:
     holds: Callable[[Key], bool]
 
 
+BFL_CONTROL = "BFL control"
+
 _BFL_PATHS = ("double_blocks.", "single_blocks.", "img_in", "txt_in", "final_layer.")
 
 _RULES = (
@@ -64,7 +66,7 @@ _RULES = (
         lambda k: k.naming == "diffusers",
     ),
     _Rule(
-        "BFL control",
+        BFL_CONTROL,
         "unprefixed FLUX paths",
         lambda k: k.path.startswith(_BFL_PATHS) or k.role == "norm_scale",
     ),

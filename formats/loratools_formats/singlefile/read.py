@@ -76,7 +76,9 @@ class _Outside:
             self.additions[tensor.key] = Addition(f"{module}.{_ADDED[role]}", tensor)
         for role in parts.keys() & _REPLACED.keys():
             tensor = parts.pop(role)
-            target = f"{module}.{_REPLACED[role]}"
+            # ComfyUI names tensors that are no `weight` in full.
+            is_whole = role == "set_weight" and module.endswith(".scale")
+            target = module if is_whole else f"{module}.{_REPLACED[role]}"
             self.replacements[tensor.key] = Replacement("other", target, tensor)
 
 

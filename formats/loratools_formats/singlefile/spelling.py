@@ -22,6 +22,7 @@ from loratools_formats.adapter import (
 )
 from loratools_formats.errors import UnsupportedError
 from loratools_formats.registry import Loss
+from loratools_formats.singlefile.dialects import BFL_CONTROL
 from loratools_formats.singlefile.grammar import Class, Role, parse
 from loratools_formats.singlefile.scale import (
     METADATA_KEY,
@@ -130,7 +131,8 @@ def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
 
 
 def _is_whole_weight(replacement: Replacement) -> bool:
-    return replacement.target.endswith(".weight") and replacement.kind in ("other", "module")
+    known = replacement.target.endswith((".weight", ".scale"))
+    return known and replacement.kind in ("other", "module")
 
 
 def respelled(adapter: Adapter, target: Class) -> Adapter:
@@ -169,13 +171,23 @@ def respelled(adapter: Adapter, target: Class) -> Adapter:
         modules=modules,
         additions=additions,
         replacements=replacements,
-        carried={},
+        carried=_reshaping(adapter, modules) if target == "comfyui" else {},
         metadata=_metadata(adapter, modules, target),
         config={},
         dialects=(),
     )
 
 
+def _reshaping(adapter: Adapter, modules: Mapping[str, Delta]) -> dict[str, TensorRef]:
+    """Return what tells ComfyUI that BFL's control adapters widen the model's input."""
+    input_ = modules.get(_INPUT)
+    if not isinstance(input_, LowRank) or all(d.name != BFL_CONTROL for d in adapter.dialects):
+        return {}
+    key = f"{_INPUT}.reshape_weight"
+    return {key: in_memory(key, np.array(input_.shape, dtype=np.int64))}
+
+
+_INPUT = "diffusion_model.img_in"
 _ADDED_LEAVES = {
     ("bias", True): ".diff_b",
     ("bias", False): ".b_norm",
