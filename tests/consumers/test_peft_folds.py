@@ -464,3 +464,88 @@ def test_pissa_through_its_initial_adapter_is_the_change_of_the_original(tmp_pat
     result = to_lora(subtract_initial(trained, read_adapter(tmp_path / "initial")), RankRule())
     want = {key: merged[key] - before[key] for key in before}
     assert max(errors(result.adapter, want).values()) <= 1e-5
+
+
+def test_ranks_that_adalora_pruned_keep_the_scale_of_the_first_rank(tmp_path):
+    import peft
+    import torch
+    from peft_kinds import Net
+    from safetensors.torch import save_file
+
+    torch.manual_seed(5)
+    model = Net()
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    config = peft.AdaLoraConfig(target_modules=["up", "sq"], init_r=4, target_r=2, total_step=9)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter))
+    masks = {"up": [True, False, True, False], "sq": [True, True, True, False]}
+    adapted.peft_config["default"].rank_pattern = {
+        f"{name}.lora_E.default": mask for name, mask in masks.items()
+    }
+    adapted.save_pretrained(tmp_path / "adapter")
+    fresh = Net()
+    fresh.load_state_dict(base)
+    loaded = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))
+    merged = loaded.merge_and_unload().state_dict()
+    want = {key: (merged[key].double() - base[key].double()).numpy() for key in base}
+    result = to_lora(read_adapter(tmp_path / "adapter"), RankRule())
+    assert {m.name: m.rank for m in result.modules} == {"up": 2, "sq": 3}
+    assert max(errors(result.adapter, want).values()) <= 1e-5
+
+
+def test_saved_modules_stay_with_a_folded_adapter(tmp_path):
+    import peft
+    import torch
+    from peft_kinds import Net
+
+    torch.manual_seed(6)
+    model = Net()
+    config = peft.LoHaConfig(target_modules=["up"], r=2, modules_to_save=["sq"])
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    source = read_adapter(tmp_path / "adapter")
+    assert {r.target: r.kind for r in source.replacements.values()} == {
+        "sq.weight": "module",
+        "sq.bias": "module",
+    }
+    result = to_lora(source, RankRule())
+    write_adapter(result.adapter, tmp_path / "plain", "peft")
+    again = read_adapter(tmp_path / "plain")
+    assert again.config["modules_to_save"] == ["sq"]
+    assert {k: bytes(r.tensor.raw()) for k, r in again.replacements.items()} == {
+        k: bytes(r.tensor.raw()) for k, r in source.replacements.items()
+    }
+
+
+def test_fuse_folds_on_the_fly(made, tmp_path):
+    from loratools.fuse.operation import FuseOptions, Fusion
+    from loratools.fuse.plan import FuseInput
+
+    folder, want = made("lokr-small")
+    base = read_checkpoint(folder / "base")
+    item = FuseInput(read_adapter(folder / "adapter"), 1.0, "lokr")
+    Fusion(base, [item], FuseOptions()).write(tmp_path / "fused")
+    fused = read_checkpoint(tmp_path / "fused")
+    for key, tensor in base.tensors.items():
+        change = fused.tensors[key].load(np.float64) - tensor.load(np.float64)
+        np.testing.assert_allclose(change, want[key], atol=1e-6)
+
+
+def test_info_names_the_kind(made):
+    from click.testing import CliRunner
+
+    from loratools.cli import cli
+
+    folder, _ = made("vera")
+    done = CliRunner().invoke(cli, ["info", "-v", str(folder / "adapter")])
+    assert done.exit_code == 0
+    assert "3: vera on linear" in done.output
+    assert "24 × ?" in done.output
