@@ -17,6 +17,7 @@ from loratools.decompose import loaded
 from loratools.dora import output_norms
 from loratools.fold.alone import folded_exactly
 from loratools.kinds.declaration import Product
+from loratools.naming.for_base import names_in_base
 from loratools.parallel import in_order
 from loratools.placement.names import Names
 from loratools.plain import plain
@@ -85,10 +86,11 @@ def to_dora(
         raise AdapterError("no module to turn into a DoRA", path=adapter.source)
 
     names = Names(plain(base).checkpoint)
+    in_base = names_in_base(adapter, base)
 
     def one(name: str) -> tuple[Delta, ToDoraModuleReport]:
         try:
-            return _one(name, adapter.modules[name], names)
+            return _one(name, adapter.modules[name], names, in_base[name])
         except LoratoolsError as error:
             if error.path is None and adapter.source is not None:
                 error.path = str(adapter.source)
@@ -109,14 +111,14 @@ def to_dora(
     return ToDoraResult(result, tuple(report for _, report in done))
 
 
-def _one(name: str, delta: Delta, names: Names) -> tuple[Delta, ToDoraModuleReport]:
+def _one(name: str, delta: Delta, names: Names, in_base: str) -> tuple[Delta, ToDoraModuleReport]:
     if not isinstance(delta, LowRank):
         raise UnsupportedError("it is a DoRA already", tensor=name)
     if delta.layer.kind == "experts" or delta.layer.parameters:
         raise UnsupportedError(
             "stacked experts cannot be a DoRA, PEFT has no such thing", tensor=name
         )
-    place = find_place(names, name, delta)
+    place = find_place(names, in_base, delta)
     ((b, a),) = loaded(delta)
     change = rows_of(Product(delta.scale * b.astype(np.float64), a.astype(np.float64)))
     norms = output_norms(place.weight(), change)

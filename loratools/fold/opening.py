@@ -14,6 +14,7 @@ from loratools.fold.alone import needs_base
 from loratools.fold.modules import checked_change, kind_name, known_shape, template_of
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Kronecker, Product, Weight
+from loratools.naming.for_base import names_in_base
 from loratools.placement.names import Names
 from loratools.plain import plain
 from loratools.ranks import RankRule, Spectrum
@@ -93,11 +94,12 @@ class Opener:
             return {}
         places = {}
         names = Names(plain(base).checkpoint)
+        in_base = names_in_base(self.adapter, base)
         for name, delta in self.adapter.modules.items():
             if isinstance(delta, Dora):
-                places[name] = find_place(names, name, delta.direction)
+                places[name] = find_place(names, in_base[name], delta.direction)
             elif isinstance(delta, OtherDelta):
-                places[name] = find_place(names, name, delta)
+                places[name] = find_place(names, in_base[name], delta)
         return places
 
     def open(self, name: str) -> Opened:

@@ -87,8 +87,17 @@ def merged_module(
     base: Names | None,
     scratch_folder: Path | None,
     device: Device,
+    in_base: str | None = None,
 ) -> MergedModule:
     """Merge one module.
+
+    Args:
+        module: deltas, aligned.
+        run: the method.
+        base: the base model, if there is one.
+        scratch_folder: where streamed rows wait.
+        device: where to compute.
+        in_base: what the base calls the module, if not as the adapters do.
 
     Raises:
         UnsupportedError: a DoRA without the base, or in a method that needs factors.
@@ -97,7 +106,7 @@ def merged_module(
     with np.errstate(over="ignore", invalid="ignore"):
         try:
             if module.needs_base:
-                merged = _through_base(module, run, base, scratch_folder)
+                merged = _through_base(module, run, base, in_base or module.name, scratch_folder)
             else:
                 merged = _from_factors(module, run, scratch_folder, device)
         except np.linalg.LinAlgError:  # factors are finite, so their products are not
@@ -218,7 +227,11 @@ class _DoraRows:
 
 
 def _through_base(
-    module: AlignedModule, run: ModuleMethod, base: Names | None, folder: Path | None
+    module: AlignedModule,
+    run: ModuleMethod,
+    base: Names | None,
+    in_base: str,
+    folder: Path | None,
 ) -> MergedModule:
     if base is None:
         raise UnsupportedError(
@@ -232,7 +245,7 @@ def _through_base(
             tensor=module.name,
             hint="Use another method",
         )
-    weight = find_place(base, module.name, module.first).weight()
+    weight = find_place(base, in_base, module.first).weight()
     sources = [_row_source(delta, weight, module) for delta in module.deltas]
     tasks = Tasks(sources, module.first.shape, run.seed, f"{module.name}#0", run.share_threshold)
     coefficients = None

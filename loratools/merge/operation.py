@@ -32,6 +32,7 @@ from loratools.merge.module import MergedModule, ModuleMethod, merged_module
 from loratools.merge.naming import in_one_naming
 from loratools.merge.options import MergeOptions
 from loratools.merge.trim import SharedTrim
+from loratools.naming.for_base import names_in_base
 from loratools.parallel import in_order
 from loratools.placement.names import Names
 from loratools.plain import plain
@@ -252,6 +253,10 @@ class _Merge:
         self.method = method
         self.modules = modules
         self.base = None if base is None else Names(plain(base).checkpoint)
+        self.in_base: dict[str, str] = {}
+        if base is not None:
+            for item in inputs:
+                self.in_base |= names_in_base(item.adapter, base)
         self.folder = scratch_folder
         self.device = Device(options.compute.device)
         self.resizer = Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform)
@@ -341,7 +346,8 @@ class _Merge:
             self._width,
             None if self.trim is None else self.trim.threshold,
         )
-        return merged_module(module, run, self.base, self.folder, self.device)
+        in_base = self.in_base.get(module.name)
+        return merged_module(module, run, self.base, self.folder, self.device, in_base)
 
     def _template(self, module: AlignedModule, merged: MergedModule) -> LowRank:
         """Return a delta that says where and how to store the result; its values are not read."""

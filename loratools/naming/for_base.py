@@ -56,6 +56,19 @@ def named_for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
     )
 
 
+def names_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
+    """Return what the base calls each module that it has as the adapter has it.
+
+    Others keep their names, also where the base fuses or splits what the adapter does not.
+    """
+    names = {name: name for name in adapter.modules}
+    if adapter.format not in SINGLE_FILES:
+        return names
+    modules = _Modules(base)
+    found = {name: modules.full(path) for name, path in _unflattened(adapter, modules).items()}
+    return names | {n: full for n, full in found.items() if full is not None and n in names}
+
+
 class _Modules:
     """The modules of a checkpoint, by their paths without its prefix."""
 

@@ -156,3 +156,53 @@ def test_a_module_that_the_base_lacks_stops_everything(bases, tmp_path):
     done = CliRunner().invoke(cli, ["fuse", str(bases["original"]), str(adapter), "-o", str(out)])
     assert "lora_unet_double_blocks_7_img_mlp_0" in str(done.exception)
     assert not out.exists()
+
+
+def test_to_dora_to_lora_and_merge_find_weights_in_the_base(bases, tmp_path):
+    """A LoRA becomes a DoRA with the same change, which is merged and made plain again."""
+    file = DialectFile("kohya", {"kohya"}, seed=3)
+    for name, out in (
+        ("double_blocks_0_img_attn_qkv", 3 * H),
+        ("double_blocks_0_img_mlp_0", 4 * H),
+    ):
+        file.pair(f"lora_unet_{name}", out, H, 4, KOHYA, alpha=2.0)
+    plain, base = save(file, tmp_path / "plain.safetensors"), bases["original"]
+    dora, back = tmp_path / "dora.safetensors", tmp_path / "back.safetensors"
+    run("to-dora", plain, "--base", base, "-o", dora)
+    keys = {name: list(tensor.shape) for name, tensor in load_file(dora).items()}
+    assert keys["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"] == [3 * H, 1]
+    rank = ("--rank", str(H), "--dtype", "f32")
+    run("to-lora", dora, "--base", base, "-o", back, *rank)
+    merged = tmp_path / "merged.safetensors"
+    run("merge", f"{dora}:0.5", f"{plain}:0.5", "--base", base, "-o", merged, *rank)
+    for path in (back, merged):
+        for name, delta in read_adapter(path).modules.items():
+            np.testing.assert_allclose(dense(delta), file.deltas[name], atol=1e-5)
+    fused = tmp_path / "fused.safetensors"
+    run("fuse", base, dora, "-o", fused)
+    found = changes(base, fused)
+    for name, expected in file.deltas.items():
+        (key,) = [key for key in found if key.replace(".", "_") == f"{name[10:]}_weight"]
+        np.testing.assert_allclose(found[key], expected, atol=1e-5)
+
+
+def test_a_dora_of_inputs_is_never_taken_for_one_of_outputs(bases, tmp_path):
+    """Square weights would let it pass; LyCORIS before version 3 saves them."""
+    file = DialectFile("kohya", {"kohya"}, seed=4)
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    file.pair(name, H, H, 4, KOHYA, alpha=2.0)
+    file.tensors[f"{name}.dora_scale"] = np.ones((1, H), np.float32)
+    dora, base = save(file, tmp_path / "dora.safetensors"), bases["original"]
+    out = tmp_path / "out.safetensors"
+    for arguments in (
+        ("fuse", base, dora),
+        ("to-lora", dora, "--base", base, "--rank", "4"),
+        ("merge", dora, dora, "--base", base, "--rank", "4"),
+    ):
+        done = CliRunner().invoke(cli, [*map(str, arguments), "-o", str(out)])
+        assert "magnitude for each input" in str(done.exception)
+        assert not out.exists()
+    run("squeeze", dora, "-o", out, "--rank", "2")
+    squeezed = read_adapter(out).modules[name]
+    assert squeezed.axis == "input"
+    assert squeezed.magnitude.shape == (1, H)

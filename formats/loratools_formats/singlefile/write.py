@@ -99,7 +99,7 @@ def _tensors(adapter: Adapter, *, in_metadata: bool) -> Iterator[TensorRef]:
         keys = _Keys(name, part)
         yield from _stored_factors(part, keys)
         if isinstance(delta, Dora):
-            yield delta.magnitude.renamed(keys.of("magnitude", delta.magnitude))
+            yield _stored_magnitude(delta, keys)
         if not in_metadata:
             yield from _alpha(part, keys)
     yield from adapter.shared.values()
@@ -154,6 +154,15 @@ def _stored_factors(part: LowRank, keys: _Keys) -> Iterator[TensorRef]:
     yield b.renamed(keys.of("embedding_b" if embedding else "b", b))
     if part.bias is not None:
         yield part.bias.renamed(keys.of("bias", part.bias))
+
+
+def _stored_magnitude(delta: Dora, keys: _Keys) -> TensorRef:
+    magnitude = delta.magnitude
+    key = keys.of("magnitude", magnitude)
+    if key != magnitude.key and key.endswith(".dora_scale") and delta.axis == "output":
+        ones = (1,) * (1 + len(delta.direction.layer.kernel))
+        magnitude = magnitude.reshaped((delta.direction.shape[0], *ones))
+    return magnitude.renamed(key)
 
 
 def _alpha(part: LowRank, keys: _Keys) -> Iterator[TensorRef]:
