@@ -127,7 +127,9 @@ def test_unknown_types_and_names_are_refused(make_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("init", "target"), [("pissa", "demo"), ({"use_qalora": True}, "demo")], ids=["pissa", "qalora"]
+    ("init", "target"),
+    [("pissa", "demo"), ({"alora_invocation_tokens": [1]}, "demo")],
+    ids=["pissa", "alora"],
 )
 @pytest.mark.usefixtures("plugins")
 def test_adapters_without_a_true_delta_are_refused(make_folder, init, target):
