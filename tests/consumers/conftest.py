@@ -11,6 +11,9 @@ import peft_oracle
 import pytest
 from peft_cases import CASES
 
+# Run as scripts; importing them would put llama.cpp's own gguf in the place of the package.
+collect_ignore_glob = ["llama_cpp_*.py"]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:

@@ -153,6 +153,8 @@ class GgufFile:
 
 def is_gguf(path: Path) -> bool:
     """Return whether a regular file starts as a GGUF file does; never raises."""
+    if not os.path.isfile(path):
+        return False
     try:
         file = RegularFile(path)
     except (AdapterError, OSError):
