@@ -130,10 +130,11 @@ def rank_table(
     """
     highest = max(spectrum.rank for spectrum in spectra)
     ranks = [1 << power for power in range(highest.bit_length()) if 1 << power < highest]
-    total = sum(float(np.sum(spectrum.energies)) for spectrum in spectra) + other_energy
+    tails = sum(float(np.sum(s.tail)) for s in spectra if s.tail is not None)
+    total = sum(float(np.sum(spectrum.energies)) for spectrum in spectra) + other_energy + tails
     rows = []
     for rank in [*ranks, highest]:
-        lost = sum(float(np.sum(spectrum.energies[rank:])) for spectrum in spectra)
+        lost = tails + sum(float(np.sum(spectrum.energies[rank:])) for spectrum in spectra)
         nbytes = sum(min(rank, s.rank) * s.bytes_per_rank for s in spectra) + fixed_nbytes
         share = lost / total if total else 0.0
         rows.append(RankChoice(rank, nbytes, 1.0 - share, share**0.5))

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from loratools_formats.adapter import Adapter, Caveat, Delta, Dora, low_rank_part
+from loratools_formats.adapter import (
+    Adapter,
+    Caveat,
+    Delta,
+    Dialect,
+    Dora,
+    OtherDelta,
+    low_rank_part,
+)
 
 
 @dataclass(frozen=True)
@@ -16,25 +24,35 @@ class ModuleInfo:
 
     Attributes:
         name: module path.
-        kind: `lora` or `dora`.
+        kind: `lora`, `dora`, or another kind's name.
         layer: `linear`, `conv`, `embedding` or `experts`.
-        shape: (out, in) of one matrix.
+        shape: (out, in) of one matrix; None for what the file does not tell.
         experts: number of stacked matrices, 1 if ordinary.
-        rank: of the factors.
+        rank: of the factors; None for another kind.
         alpha: as the file states it, None if it does not.
-        scale: that multiplies b @ a.
+        scale: that multiplies b @ a; None for another kind.
         dtypes: stored types of its tensors.
     """
 
     name: str
     kind: str
     layer: str
-    shape: tuple[int, int]
+    shape: tuple[int | None, int | None]
     experts: int
-    rank: int
+    rank: int | None
     alpha: float | None
-    scale: float
+    scale: float | None
     dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdditionInfo:
+    """A tensor that is added to a bias or a norm's weight."""
+
+    key: str
+    target: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -55,8 +73,10 @@ class AdapterInfo:
     Attributes:
         path: where it was read from.
         format: name of its format.
+        dialects: of a single file, how its keys are spelled and what that is told by.
         base_model: as recorded, None if it is not.
         modules: adapted modules, in path order.
+        additions: tensors that are added to biases and norms.
         replacements: tensors that replace base tensors.
         carried: keys of tensors that are neither.
         parameters: number of elements in all tensors.
@@ -69,8 +89,10 @@ class AdapterInfo:
 
     path: str
     format: str
+    dialects: tuple[Dialect, ...]
     base_model: str | None
     modules: tuple[ModuleInfo, ...]
+    additions: tuple[AdditionInfo, ...]
     replacements: tuple[ReplacementInfo, ...]
     carried: tuple[str, ...]
     parameters: int
@@ -86,8 +108,13 @@ def describe(adapter: Adapter) -> AdapterInfo:
     return AdapterInfo(
         path=str(adapter.source),
         format=adapter.format,
+        dialects=adapter.dialects,
         base_model=adapter.base_model,
         modules=tuple(_module(name, delta) for name, delta in adapter.modules.items()),
+        additions=tuple(
+            AdditionInfo(key, a.target, a.tensor.shape, a.tensor.dtype.code)
+            for key, a in adapter.additions.items()
+        ),
         replacements=tuple(
             ReplacementInfo(key, r.kind, r.target, r.tensor.shape, r.tensor.dtype.code)
             for key, r in adapter.replacements.items()
@@ -103,6 +130,10 @@ def describe(adapter: Adapter) -> AdapterInfo:
 
 
 def _module(name: str, delta: Delta) -> ModuleInfo:
+    dtypes = tuple(sorted({tensor.dtype.code for tensor in delta.tensors()}))
+    if isinstance(delta, OtherDelta):
+        layer = delta.layer.kind
+        return ModuleInfo(name, delta.kind, layer, delta.shape, 1, None, None, None, dtypes)
     part = low_rank_part(delta)
     return ModuleInfo(
         name=name,
@@ -113,7 +144,7 @@ def _module(name: str, delta: Delta) -> ModuleInfo:
         rank=part.rank,
         alpha=part.alpha,
         scale=part.scale,
-        dtypes=tuple(sorted({tensor.dtype.code for tensor in delta.tensors()})),
+        dtypes=dtypes,
     )
 
 

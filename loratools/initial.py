@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratools_formats.adapter import MUTATED_BASE, Adapter, Delta, Dora, LowRank, low_rank_part
-from loratools_formats.dtypes import DTYPES, DType, encode
+from loratools_formats.dtypes import common_dtype, encode
 from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
 from loratools_formats.tensors import TensorRef
 
@@ -98,7 +98,7 @@ def _difference(name: str, whole: Delta, start: LowRank) -> Delta:
 
 
 def _joined(first: TensorRef, second: TensorRef, axis: int, sign: int) -> TensorRef:
-    dtype = _common(first.dtype, second.dtype)
+    dtype = common_dtype([first.dtype, second.dtype])
     shape = list(first.shape)
     shape[axis] += second.shape[axis]
 
@@ -107,10 +107,3 @@ def _joined(first: TensorRef, second: TensorRef, axis: int, sign: int) -> Tensor
         return encode(np.concatenate(parts, axis=axis), dtype).tobytes()
 
     return TensorRef(first.key, dtype, tuple(shape), read)
-
-
-def _common(first: DType, second: DType) -> DType:
-    """Return a type that holds every value of both."""
-    if first == second:
-        return first
-    return DTYPES["F64" if "F64" in (first.code, second.code) else "F32"]

@@ -119,6 +119,11 @@ def is_conv1d(key: str, config: Mapping[str, Any]) -> bool:
     return leaf in rules.CONV1D_LEAVES and not _model_types(config).isdisjoint(rules.CONV1D_TYPES)
 
 
+def is_embedding(module: str) -> bool:
+    """Return whether a module is named as embeddings are."""
+    return _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
+
+
 class _Choice:
     """Which weights of one checkpoint stay as they are."""
 

@@ -17,6 +17,7 @@ def operation_record(
     inputs: Mapping[str, Adapter],
     options: Mapping[str, Any],
     base: Checkpoint | None = None,
+    tuned: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Return the record of an operation: everything that determines its output's bytes.
 
@@ -24,16 +25,18 @@ def operation_record(
         operation: the command's name.
         inputs: adapters by their role. Their files are named without folders.
         options: the options that differ from nothing, as JSON values.
-        base: a checkpoint that was changed; its shards are known by their headers.
+        base: a checkpoint that was changed or read; its shards are known by their headers.
+        tuned: another that it was compared with.
     """
-    shards = () if base is None else base.files
+    checkpoints = {"base": base, "tuned": tuned}
     return {
         "tool": {"name": "loratools", "version": __version__},
         "operation": operation,
         "options": dict(options),
         "inputs": [
-            {"role": "base", "name": shard.file.path.name, "digest": header_digest(shard)}
-            for shard in shards
+            {"role": role, "name": shard.file.path.name, "digest": header_digest(shard)}
+            for role, checkpoint in checkpoints.items()
+            for shard in (() if checkpoint is None else checkpoint.files)
         ]
         + [
             {"role": role, "name": file.path.name, "digest": {"sha256": file.sha256()}}
@@ -63,6 +66,10 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
         "loratools.operation": record["operation"],
         "loratools.options": compact(record["options"]),
         "loratools.inputs": compact(
-            {f"{i['role']}/{i['name']}": i["digest"]["sha256"] for i in record["inputs"]}
+            {f"{i['role']}/{i['name']}": _hash(i["digest"]) for i in record["inputs"]}
         ),
     }
+
+
+def _hash(digest: Mapping[str, str]) -> str:
+    return digest["sha256"] if "sha256" in digest else digest["headerSha256"]

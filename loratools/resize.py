@@ -174,8 +174,8 @@ class Resizer:
         for index, part in enumerate(parts):
             b, a = part.factors(rank, self._randomised(f"{name}#{index}"))
             energy += float(np.sum(np.sum(b * b, axis=0) * np.sum(a * a, axis=1)))
-            b, b_back = _rounded(b / root, b_type, delta.b)
-            a, a_back = _rounded(a / root, a_type, delta.a)
+            b, b_back = rounded(b / root, b_type, delta.b)
+            a, a_back = rounded(a / root, a_type, delta.a)
             squared_error += part.squared_error(b_back * scale, a_back)
             pairs.append((b, a))
         bias = _scaled_bias(delta, delta.scale / scale)
@@ -194,8 +194,8 @@ class Resizer:
         b_type, a_type = self.options.stored(delta.b), self.options.stored(delta.a)
         new_bias = delta.bias
         if delta.bias is not None and bias is not None:
-            rounded, _ = _rounded(bias, delta.bias.dtype, delta.bias)
-            new_bias = self.scratch.store(delta.bias.key, rounded, delta.bias.dtype)
+            stored, _ = rounded(bias, delta.bias.dtype, delta.bias)
+            new_bias = self.scratch.store(delta.bias.key, stored, delta.bias.dtype)
         if len(delta.a.shape) == 3:
             b, a = np.stack([b for b, _ in pairs]), np.stack([a for _, a in pairs])
         else:
@@ -240,7 +240,7 @@ def _scaled_bias(delta: LowRank, factor: float) -> Array | None:
     return values
 
 
-def _rounded(array: Array, dtype: DType, source: TensorRef) -> tuple[Array, Array]:
+def rounded(array: Array, dtype: DType, source: TensorRef) -> tuple[Array, Array]:
     """Round once to `dtype`; returns the stored values, and the same in float64.
 
     Raises:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,42 +20,18 @@ from pathlib import Path
 from loratools.allot import RankChoice, choose_ranks, rank_table
 from loratools.decompose import matrices
 from loratools.device import Device
+from loratools.fold.alone import folded_exactly
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
-from loratools.ranks import RankRule, Spectrum, as_options, check_regex
+from loratools.ranks import RankRule, Spectrum, as_options
 from loratools.resize import ComputeOptions, Resizer, spectrum_of
 from loratools.scratch import Scratch
+from loratools.selection import Selection
 from loratools_formats.adapter import Adapter, Delta, Dora, low_rank_part
 from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
 from loratools_formats.registry import get_format
 
 _PROVENANCE_BYTES = 1024  # more than a squeeze adds to the header, its options aside
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which modules an operation touches, by regular expressions searched in their paths.
-
-    Raises:
-        OptionError: not a regular expression.
-    """
-
-    include: str | None = None
-    exclude: str | None = None
-
-    def __post_init__(self) -> None:
-        for pattern in (self.include, self.exclude):
-            if pattern is not None:
-                check_regex(pattern)
-
-    def __contains__(self, name: str) -> bool:
-        wanted = self.include is None or re.search(self.include, name) is not None
-        return wanted and not (self.exclude and re.search(self.exclude, name))
-
-    def record(self) -> dict[str, str]:
-        """Return what is set, for an output's provenance."""
-        given = {"include": self.include, "exclude": self.exclude}
-        return {name: pattern for name, pattern in given.items() if pattern is not None}
 
 
 @dataclass(frozen=True)
@@ -107,7 +82,7 @@ def squeeze(
     """Compress an adapter's ranks.
 
     Args:
-        adapter: any adapter whose factors tell its true ΔW.
+        adapter: any adapter whose factors tell its true ΔW, or that folds into such factors.
         rule: how ranks are chosen.
         options: how to compute and store.
         selection: modules to touch; the others keep every bit.
@@ -120,6 +95,7 @@ def squeeze(
         OptionError: options contradict each other, or the budget is too small.
     """
     options, selection = options or ComputeOptions(), selection or Selection()
+    adapter = folded_exactly(adapter, "squeeze", scratch_folder)
     selected = _selected(adapter, selection)
     rule.check_patterns(selected)
     if rule.uniform and selected != set(adapter.modules):
@@ -234,6 +210,7 @@ def rank_choices(
         AdapterError: nothing to squeeze, or NaN or infinite values.
     """
     options = options or ComputeOptions()
+    adapter = folded_exactly(adapter, "squeeze", None)
     selected = _selected(adapter, selection or Selection())
     others = _spectra(adapter, set(adapter.modules) - selected, options)
     other_energy = sum(float(spectrum.energies.sum()) for spectrum in others)

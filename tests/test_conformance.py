@@ -1,9 +1,12 @@
 """The conformance kit on the built-in formats and on a third-party plugin package."""
 
 import base64
+import hashlib
 import json
 from pathlib import Path
+from typing import ClassVar
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -70,6 +73,139 @@ class TestPeft(FormatConformance):
     def stored_keys(self, path: Path) -> set[str]:
         with safe_open(path / "adapter_model.safetensors", "numpy") as file:
             return set(file.keys())
+
+
+class SingleFileConformance(FormatConformance):
+    """One file of a naming, with tensors of several types and digests in its metadata."""
+
+    keys: ClassVar[dict[str, tuple[str, str, str]]]
+    others: tuple[str, ...] = ()
+
+    def make_sample(self, folder: Path) -> Path:
+        rng = np.random.default_rng(0)
+        tensors = {}
+        for start, leaves in self.keys.items():
+            down, up, alpha = leaves
+            tensors[start + down] = rng.standard_normal((4, 20)).astype(ml_dtypes.bfloat16)
+            tensors[start + up] = rng.standard_normal((12, 4)).astype(ml_dtypes.bfloat16)
+            if alpha:
+                tensors[start + alpha] = np.array(2.5, np.float32)
+        for key in self.others:
+            tensors[key] = rng.standard_normal(12).astype(np.float32)
+        path = folder / "sample.safetensors"
+        metadata = {"ss_network_dim": "4", "ss_network_alpha": "2.5", "kept": "yes"}
+        save_file(tensors, path, metadata)
+        data = path.read_bytes()
+        digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+        save_file(tensors, path, metadata | {"sshs_model_hash": digest})
+        return path
+
+    def stored_keys(self, path: Path) -> set[str]:
+        with safe_open(path, "numpy") as file:
+            return set(file.keys())
+
+
+class TestMlx(FormatConformance):
+    """A folder as mlx-lm saves it, experts and an embedding included."""
+
+    format: Format = get_format("mlx")
+
+    def make_sample(self, folder: Path) -> Path:
+        rng = np.random.default_rng(0)
+        tensors = {}
+        for name, a, b in (
+            ("model.layers.0.self_attn.q_proj", (20, 4), (4, 12)),
+            ("model.layers.0.mlp.switch_mlp.up_proj", (3, 4, 20), (3, 12, 4)),
+            ("model.embed_tokens", (50, 4), (4, 20)),
+        ):
+            tensors[f"{name}.lora_a"] = rng.standard_normal(a).astype(np.float32)
+            tensors[f"{name}.lora_b"] = rng.standard_normal(b).astype(np.float32)
+        save_file(tensors, folder / "adapters.safetensors")
+        parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+        config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": parameters}
+        config["model"] = "somebody/model"
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        return folder
+
+    def stored_keys(self, path: Path) -> set[str]:
+        with safe_open(path / "adapters.safetensors", "numpy") as file:
+            return set(file.keys())
+
+
+KOHYA_LEAVES = (".lora_down.weight", ".lora_up.weight", ".alpha")
+PEFT_LEAVES = (".lora_A.weight", ".lora_B.weight", "")
+
+
+class TestKohya(SingleFileConformance):
+    format: Format = get_format("kohya")
+    keys: ClassVar = {
+        "lora_unet_mid_block_attentions_0_proj_in": KOHYA_LEAVES,
+        "lora_te_text_model_encoder_layers_0_mlp_fc1": KOHYA_LEAVES,
+    }
+    others = ("lora_unet_mid_block_norm.w_norm", "lora_unet_mid_block_norm.b_norm")
+
+
+class TestDiffusers(SingleFileConformance):
+    format: Format = get_format("diffusers")
+    keys: ClassVar = {
+        "transformer.blocks.0.attn.to_q": PEFT_LEAVES,
+        "transformer.blocks.0.attn.processor.to_out": ("_lora.down.weight", "_lora.up.weight", ""),
+        "text_encoder.layers.0.mlp": PEFT_LEAVES,
+    }
+
+
+class TestComfyUI(SingleFileConformance):
+    format: Format = get_format("comfyui")
+    keys: ClassVar = {
+        "diffusion_model.blocks.0.attn.qkv": PEFT_LEAVES,
+        "diffusion_model.blocks.1.attn.qkv": KOHYA_LEAVES,
+    }
+    others = ("diffusion_model.blocks.1.attn.qkv.diff_b", "diffusion_model.norm.set_weight")
+
+
+class TestOtherSingleFiles(SingleFileConformance):
+    format: Format = get_format("safetensors")
+    keys: ClassVar = {
+        "double_blocks.0.processor.qkv_lora1": (".down.weight", ".up.weight", ""),
+        "lora_unet_mid_block_attentions_0_proj_in": KOHYA_LEAVES,
+        "transformer_blocks.0.attn.to_q": (".lora_A", ".lora_B", ""),
+    }
+
+
+class TestGguf(FormatConformance):
+    """A file with every kind of tensor that llama.cpp loads, written with the gguf package."""
+
+    format: Format = get_format("gguf")
+
+    def make_sample(self, folder: Path) -> Path:
+        rng = np.random.default_rng(0)
+        path = folder / "sample.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 12.0)
+        writer.add_string("adapter.lora.task_name", "test")
+        writer.add_string("general.base_model.0.repo_url", "https://huggingface.co/some/model")
+        writer.add_uint32("general.base_model.count", 1)
+        writer.add_array("general.tags", ["lora", "test"])
+        for name, a, b in (
+            ("blk.0.attn_q", (8, 20), (12, 8)),
+            ("blk.1.attn_q", (3, 20), (12, 3)),
+            ("blk.0.ffn_up_exps", (4, 8, 20), (4, 12, 8)),
+            ("token_embd", (50, 8), (20, 8)),
+        ):
+            kind = np.float16 if name.startswith("blk.1") else np.float32
+            writer.add_tensor(f"{name}.weight.lora_a", rng.standard_normal(a).astype(kind))
+            writer.add_tensor(f"{name}.weight.lora_b", rng.standard_normal(b).astype(kind))
+        writer.add_tensor("blk.0.attn_norm.weight", np.ones(20, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    def stored_keys(self, path: Path) -> set[str]:
+        return {tensor.name for tensor in gguf.GGUFReader(path).tensors}
 
 
 @pytest.fixture

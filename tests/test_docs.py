@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = [
     re.findall(r"^\$ (.*?)\n(.*?)(?=^\$ |\Z)", block, re.DOTALL | re.MULTILINE)
-    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    for document in (README, (ROOT / "examples" / "README.md").read_text())
+    for block in re.findall(r"```console\n(.*?)```", document, re.DOTALL)
 ]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -29,7 +30,7 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block[0][0] for block in BLOCKS])
+@pytest.mark.parametrize("block", BLOCKS, ids=[block[-1][0] for block in BLOCKS])
 def test_commands_print_what_is_shown(clone, block):
     for command, shown in block:
         program, *arguments = shlex.split(command)

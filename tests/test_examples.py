@@ -38,6 +38,27 @@ def test_script_makes_what_is_bundled(tmp_path, script, bundled, made):
         assert shapes(out / fresh) == shapes(EXAMPLES / kept)
 
 
+def test_tiny_flux_is_what_its_script_makes(tmp_path):
+    script = EXAMPLES / "make_tiny_flux.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
+    made, kept = (read_adapter(f / "kohya.safetensors") for f in (tmp_path, EXAMPLES / "tiny-flux"))
+    assert [(t.key, bytes(t.raw())) for t in made.tensors()] == [
+        (t.key, bytes(t.raw())) for t in kept.tensors()
+    ]
+    assert made.metadata == kept.metadata
+
+
+def test_tiny_llama_speaks_otherwise_in_llama_cpp_with_its_adapter(tmp_path):
+    command = [sys.executable, EXAMPLES / "tiny_llama_gguf.py", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert list(said) == ["base", "with adapter", "fused"]
+    assert "The optional argument is" in said["base"]
+    assert "There is a man" in said["with adapter"]
+    assert said["fused"] == said["with adapter"]
+
+
 def test_examples_stay_small():
     sizes = [path.stat().st_size for path in EXAMPLES.rglob("*") if path.is_file()]
     assert sum(sizes) < LIMIT_BYTES

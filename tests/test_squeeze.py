@@ -13,7 +13,8 @@ from loratools.effective import effective_delta
 from loratools.initial import subtract_initial
 from loratools.ranks import Budget, RankRule
 from loratools.resize import ComputeOptions
-from loratools.squeeze import Selection, rank_choices, squeeze
+from loratools.selection import Selection
+from loratools.squeeze import rank_choices, squeeze
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.adapter import low_rank_part
 from loratools_formats.errors import AdapterError, OptionError, UnsupportedError

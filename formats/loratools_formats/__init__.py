@@ -5,13 +5,23 @@
 'peft'
 """
 
-from loratools_formats.adapter import Adapter, Caveat, Dora, Layer, LowRank, Replacement
+from loratools_formats.adapter import (
+    Adapter,
+    Caveat,
+    Dora,
+    Layer,
+    LowRank,
+    OtherDelta,
+    Replacement,
+)
 from loratools_formats.errors import LoratoolsError
 from loratools_formats.registry import (
+    Context,
     Format,
     FormatEntry,
     Loss,
     find_format,
+    format_for_output,
     get_format,
     read_adapter,
     registered_formats,
@@ -22,6 +32,7 @@ from loratools_formats.tensors import TensorRef
 __all__ = [
     "Adapter",
     "Caveat",
+    "Context",
     "Dora",
     "Format",
     "FormatEntry",
@@ -29,9 +40,11 @@ __all__ = [
     "LoratoolsError",
     "Loss",
     "LowRank",
+    "OtherDelta",
     "Replacement",
     "TensorRef",
     "find_format",
+    "format_for_output",
     "get_format",
     "read_adapter",
     "registered_formats",

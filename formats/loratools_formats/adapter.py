@@ -51,6 +51,7 @@ class LowRank:
         layer: what is adapted.
         bias: (out,), of which scale · bias is added to the layer's bias (PEFT's `lora_bias`).
         alpha: the number the file states, from which the reader derived the scale; None if none.
+        alpha_tensor: the tensor that states it, in formats which keep it in one.
     """
 
     a: TensorRef
@@ -59,6 +60,7 @@ class LowRank:
     layer: Layer = Layer("linear")
     bias: TensorRef | None = None
     alpha: float | None = None
+    alpha_tensor: TensorRef | None = None
 
     def __post_init__(self) -> None:
         if not (
@@ -92,8 +94,7 @@ class LowRank:
         """Yield every tensor it is made of."""
         yield self.a
         yield self.b
-        if self.bias is not None:
-            yield self.bias
+        yield from (t for t in (self.bias, self.alpha_tensor) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,28 @@ class Dora:
     Attributes:
         direction: ΔW.
         magnitude: one number per output, in the shape it was stored in.
+        axis: whether a norm and a magnitude belong to each output, as the paper's code and PEFT
+            have it, or to each input, as LyCORIS before version 3 has.
     """
 
     direction: LowRank
     magnitude: TensorRef
+    axis: Literal["output", "input"] = "output"
+
+    def of_outputs(self, operation: str) -> TensorRef:
+        """Return the magnitude of each output.
+
+        Raises:
+            UnsupportedError: they are of inputs.
+        """
+        if self.axis == "input":
+            raise UnsupportedError(
+                f"{operation} of a DoRA with a magnitude for each input is not supported",
+                tensor=self.magnitude.key,
+                got=list(self.magnitude.shape),
+                hint="LyCORIS trains the other form with wd_on_output, its default since version 3",
+            )
+        return self.magnitude
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor it is made of."""
@@ -114,11 +133,80 @@ class Dora:
         yield self.magnitude
 
 
-Delta = LowRank | Dora
+@dataclass(frozen=True)
+class Missing:
+    """A setting that ΔW depends on and the file does not hold.
+
+    Attributes:
+        expected: what it may be, for people.
+        choices: the words it may be; empty if it is none of some words.
+        pattern: regular expression that it must match whole; empty if it is a number.
+    """
+
+    expected: str
+    choices: tuple[str, ...] = ()
+    pattern: str = ""
+
+
+@dataclass(frozen=True)
+class OtherDelta:
+    """A weight change of another kind than factors, such as LoHa, VeRA, OFT or a difference.
+
+    What the kind means is declared once, in `loratools.kinds`; readers only say which it is and
+    hand over its tensors and numbers. Nothing about ΔW can be told without that declaration.
+
+    Attributes:
+        kind: name of the declaration, such as `loha`.
+        parts: the module's own tensors, by the names that the declaration gives them; each keeps
+            the key it has in the file.
+        settings: numbers that ΔW depends on, resolved by the reader: scale, block sizes, seeds; a
+            `Missing` for one that the user must give.
+        layer: what is adapted.
+        shape: (out, in) of the weight as a matrix; None for what the file does not tell.
+        shared: tensors that it has in common with other modules, by the declaration's names; they
+            are in `Adapter.shared` too, and counted there.
+        magnitude: as of a DoRA, whose direction the rest then is; None if it is none.
+        bias: (out,), added to the layer's bias as it is.
+        alpha_tensor: the tensor that states alpha, in formats which keep it in one.
+    """
+
+    kind: str
+    parts: Mapping[str, TensorRef]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    layer: Layer = Layer("linear")
+    shape: tuple[int | None, int | None] = (None, None)
+    shared: Mapping[str, TensorRef] = field(default_factory=dict)
+    magnitude: TensorRef | None = None
+    bias: TensorRef | None = None
+    alpha_tensor: TensorRef | None = None
+
+    @property
+    def experts(self) -> int:
+        """Number of stacked matrices: always 1."""
+        return 1
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor that is its own."""
+        yield from self.parts.values()
+        others = (self.magnitude, self.bias, self.alpha_tensor)
+        yield from (tensor for tensor in others if tensor is not None)
+
+
+Delta = LowRank | Dora | OtherDelta
 
 
 def low_rank_part(delta: Delta) -> LowRank:
-    """Return the factors of a delta: itself, or the direction of a DoRA."""
+    """Return the factors of a delta: itself, or the direction of a DoRA.
+
+    Raises:
+        UnsupportedError: it has none before it is folded.
+    """
+    if isinstance(delta, OtherDelta):
+        raise UnsupportedError(
+            f"a weight change of kind {delta.kind} has no factors before it is folded",
+            tensor=next((tensor.key for tensor in delta.tensors()), None),
+            hint="Make it a plain LoRA first: loratools to-lora",
+        )
     return delta.direction if isinstance(delta, Dora) else delta
 
 
@@ -139,6 +227,36 @@ class Replacement:
     target: str
     tensor: TensorRef
     rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A tensor that is added to a bias or a norm's weight as it is, times the adapter's strength.
+
+    Attributes:
+        target: name of the base tensor.
+        tensor: what is added.
+    """
+
+    target: str
+    tensor: TensorRef
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way of spelling single-file adapters, met in a file.
+
+    Attributes:
+        name: what it is called.
+        why: what it is recognised by.
+        example: a key of the file that is spelled so.
+        keys: how many are.
+    """
+
+    name: str
+    why: str
+    example: str
+    keys: int
 
 
 @dataclass(frozen=True)
@@ -163,12 +281,15 @@ MUTATED_BASE = "mutated-base"
 class Adapter:
     """An adapter read from somewhere, or made by an operation.
 
-    Every tensor of a file is in exactly one of `modules`, `replacements` and `carried`.
+    Every tensor of a file is in exactly one of `modules`, `shared`, `additions`, `replacements` and
+    `carried`.
 
     Attributes:
         format: name of the format it was read as.
         source: the path it was read from.
         modules: weight changes by module path, as the base model names it where the format knows.
+        shared: tensors that the deltas of several modules are made of, by their key in the file.
+        additions: tensors that are added to biases and norms, by their key in the file.
         replacements: tensors that replace base tensors, by their key in the file.
         carried: tensors known to be neither, preserved as they are, by key.
         config: the format's own configuration, untouched.
@@ -176,6 +297,7 @@ class Adapter:
         base_model: the base model's name, if recorded.
         caveats: reasons why operations on ΔW must refuse this adapter.
         notes: things a user should know that change nothing.
+        dialects: of a single file, how its keys are spelled.
         attachments: other files to keep beside the output, such as the tokenizer's, by name: a
             path to copy, or the content itself.
         inputs: the files it was read from, the weights first, for digests and the check that
@@ -187,6 +309,8 @@ class Adapter:
     format: str
     source: Path | None
     modules: Mapping[str, Delta]
+    shared: Mapping[str, TensorRef] = field(default_factory=dict)
+    additions: Mapping[str, Addition] = field(default_factory=dict)
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
     carried: Mapping[str, TensorRef] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -194,6 +318,7 @@ class Adapter:
     base_model: str | None = None
     caveats: tuple[Caveat, ...] = ()
     notes: tuple[str, ...] = ()
+    dialects: tuple[Dialect, ...] = ()
     attachments: Mapping[str, Path | bytes] = field(default_factory=dict)
     inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
     other_inputs: Mapping[str, tuple[RegularFile, ...]] = field(default_factory=dict, compare=False)
@@ -208,6 +333,9 @@ class Adapter:
         """Yield every tensor of the adapter."""
         for delta in self.modules.values():
             yield from delta.tensors()
+        yield from self.shared.values()
+        for addition in self.additions.values():
+            yield addition.tensor
         for replacement in self.replacements.values():
             yield replacement.tensor
         yield from self.carried.values()

@@ -7,6 +7,7 @@ floats; `ml_dtypes` supplies them and is imported only when one is met.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,14 @@ _TABLE = (
 )
 
 DTYPES: dict[str, DType] = {entry.code: entry for entry in _TABLE}
+
+
+def common_dtype(dtypes: Sequence[DType]) -> DType:
+    """Return a type that holds every value of all."""
+    codes = {dtype.code for dtype in dtypes}
+    if len(codes) == 1:
+        return dtypes[0]
+    return DTYPES["F64" if "F64" in codes else "F32"]
 
 
 def decode(data: bytes | bytearray | memoryview, dtype: DType, shape: tuple[int, ...]) -> Array:

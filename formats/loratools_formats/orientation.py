@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 
-from loratools_formats.adapter import LowRank
+from loratools_formats.adapter import LowRank, OtherDelta
 from loratools_formats.errors import AdapterError, UnsupportedError
 
 
-def is_transposed(name: str, delta: LowRank, weight_shape: tuple[int, ...]) -> bool:
+def is_transposed(name: str, delta: LowRank | OtherDelta, weight_shape: tuple[int, ...]) -> bool:
     """Return whether the weight is stored as (in, out).
 
     Args:
         name: the module, for messages.
-        delta: its factors.
+        delta: its factors, or a change of another kind, which may leave one side open.
         weight_shape: shape of the base weight, as stored.
 
     Raises:
@@ -35,11 +35,14 @@ def is_transposed(name: str, delta: LowRank, weight_shape: tuple[int, ...]) -> b
         matrix = (weight_shape[0], math.prod(weight_shape[1:]))
     elif delta.layer.parameters and len(weight_shape) == 3 and weight_shape[0] == 1:
         matrix = tuple(weight_shape[1:])  # a stack of one expert
+    elif isinstance(delta, OtherDelta) and len(weight_shape) > 2:
+        # A flattened convolution looks like a linear layer in the file.
+        matrix, kind = (weight_shape[0], math.prod(weight_shape[1:])), "conv"
     else:
         matrix = tuple(weight_shape)
     expected_stack = (delta.experts,) if kind == "experts" else ()
-    straight = matrix == (out, in_) and kind != "embedding"
-    crossed = matrix == (in_, out) and kind != "conv"
+    straight = _fits(matrix, (out, in_)) and kind != "embedding"
+    crossed = _fits(matrix, (in_, out)) and kind != "conv"
     if stack != expected_stack or not (straight or crossed):
         raise AdapterError(
             "the delta does not fit the base weight",
@@ -58,3 +61,9 @@ def is_transposed(name: str, delta: LowRank, weight_shape: tuple[int, ...]) -> b
             )
         return delta.layer.transposed_if_square
     return crossed
+
+
+def _fits(matrix: tuple[int, ...], known: tuple[int | None, int | None]) -> bool:
+    return len(matrix) == 2 and all(
+        side is None or side == found for side, found in zip(known, matrix, strict=True)
+    )

@@ -41,22 +41,53 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Context:
+    """What translating between a format's module names and the base model's may need.
+
+    Attributes:
+        base: folder or file of the base model; only headers and configuration are read.
+        dtype: type to store factors in, one of the format's `dtypes`; None for its own choice.
+    """
+
+    base: Path | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
 class Format:
     """A format: how to recognise, read and write it. Plugins register one of these.
+
+    Readers hand out modules under the names and in the layout of the file, and writers take them
+    so: squeezing or merging files of one format needs no names of the base model. Converting to
+    another does, and goes through the base model's names: `to_model` of the one format, then
+    `from_model` of the other.
 
     Attributes:
         name: what users type, such as `peft`.
         description: one line for `loratools formats`.
-        suffixes: file endings it uses; empty for a folder.
+        suffixes: endings of its files' names, or of its folders' if they have one of their own.
         is_folder: whether an adapter is a folder rather than a file.
         sniff: whether a path looks like this format. Reads at most 64 KiB and never raises.
         read: read headers only; tensors load later. None if it cannot be read.
+        read_with_unknown: the same, carrying tensors that `read` refuses since it does not know
+            them; None if there are none such.
         losses: what the format could not hold of an adapter.
         write: write to a path that does not exist yet. Whoever calls it publishes the result
             atomically. None if it cannot be written.
         weights_nbytes: size of the weight file that `write` would make; None if not writable.
         merged_config: configuration of an adapter made from several, ranks and scales aside;
             None if the format has no configuration.
+        to_model: give an adapter of this format the base model's module names and layout. None if
+            it has them as read.
+        from_model: give an adapter with the base model's names and layout those of this format,
+            and everything else that `write` wants; what `losses` lists is left out. Changes no
+            ΔW, unless the context asks for a type that cannot hold it. None if any adapter can be
+            written as it is.
+        dtypes: types that the context may ask `from_model` to store factors in.
+        caveats_kept: codes of caveats that this format expresses, so that they hinder no
+            conversion into it.
+        plain_config: configuration of the same adapter once its modules are plain factors; None
+            if the format has no configuration.
     """
 
     name: str
@@ -65,10 +96,16 @@ class Format:
     is_folder: bool
     sniff: Callable[[Path], bool]
     read: Callable[[Path], Adapter] | None = None
+    read_with_unknown: Callable[[Path], Adapter] | None = None
     losses: Callable[[Adapter], list[Loss]] | None = None
     write: Callable[[Adapter, Path], None] | None = None
     weights_nbytes: Callable[[Adapter], int] | None = None
     merged_config: Callable[[Sequence[Adapter]], Mapping[str, Any]] | None = None
+    to_model: Callable[[Adapter, Context], Adapter] | None = None
+    from_model: Callable[[Adapter, Context], Adapter] | None = None
+    dtypes: tuple[str, ...] = ()
+    caveats_kept: tuple[str, ...] = ()
+    plain_config: Callable[[Adapter], Mapping[str, Any]] | None = None
 
 
 class FormatEntry(Plugin[Format]):
@@ -151,6 +188,27 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     raise UnknownFormatError("no known format recognises it as an adapter", path=path, hint=hint)
 
 
+def format_for_output(path: str | os.PathLike[str]) -> Format:
+    """Return the one writable format whose outputs are named like `path`.
+
+    Raises:
+        UnknownFormatError: none, or several.
+    """
+    name = os.path.basename(os.fspath(path)).lower()
+    writable = [e.format for e in registered_formats() if e.format and e.format.write]
+    found = [f for f in writable if any(name.endswith(suffix) for suffix in f.suffixes)]
+    if not found and "." not in name:
+        found = [f for f in writable if f.is_folder and not f.suffixes]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(f.name for f in found or writable)
+    raise UnknownFormatError(
+        "several formats have outputs named so" if found else "no format has outputs named so",
+        path=path,
+        hint=f"Name one with --to: {names}",
+    )
+
+
 def _adapters_below(folder: Path) -> list[str]:
     try:
         children = sorted(child for child in folder.iterdir() if child.is_dir())
@@ -163,12 +221,15 @@ def _adapters_below(folder: Path) -> list[str]:
     ]
 
 
-def read_adapter(path: str | os.PathLike[str], format_name: str | None = None) -> Adapter:
+def read_adapter(
+    path: str | os.PathLike[str], format_name: str | None = None, *, carry_unknown: bool = False
+) -> Adapter:
     """Read an adapter's headers; its tensors load on demand.
 
     Args:
         path: file or folder.
         format_name: read it as this format instead of recognising it.
+        carry_unknown: keep tensors that the format does not know, where it would refuse them.
 
     Raises:
         LoratoolsError: nothing there, unknown format, or not a sound adapter.
@@ -176,6 +237,8 @@ def read_adapter(path: str | os.PathLike[str], format_name: str | None = None) -
     chosen = find_format(path) if format_name is None else get_format(format_name)
     if chosen.read is None:
         raise UnsupportedError(f"format {chosen.name} can be written but not read", path=path)
+    if carry_unknown and chosen.read_with_unknown is not None:
+        return chosen.read_with_unknown(Path(path))
     return chosen.read(Path(path))
 
 
@@ -222,8 +285,16 @@ def write_adapter(
     format_name: str,
     *,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an adapter so that it appears whole or not at all, with its provenance beside it.
+
+    Args:
+        adapter: what to write.
+        path: where.
+        format_name: in which format.
+        overwrite: whether an output that exists may be replaced.
+        check: looks at the output before it appears; by raising it keeps it from appearing.
 
     Raises:
         OutputExistsError: the output exists and `overwrite` is false, or holds foreign files.
@@ -237,11 +308,22 @@ def write_adapter(
     publish = publish_folder if chosen.is_folder else publish_file
     with publish(path, overwrite=overwrite) as temporary:
         chosen.write(adapter, temporary)
+        if check is not None:
+            check(temporary)
         adapter.check_unchanged()
         if adapter.provenance is not None and chosen.is_folder:
             files = sorted(p for p in temporary.iterdir() if p.suffix != ".md")
             (temporary / PROVENANCE_FILE).write_bytes(statement(adapter.provenance, files))
-    if adapter.provenance is not None and not chosen.is_folder:
-        beside = Path(f"{os.fspath(path)}.{PROVENANCE_FILE}")
-        with publish_file(beside, overwrite=True) as temporary:
-            temporary.write_bytes(statement(adapter.provenance, [Path(path)]))
+    if chosen.is_folder:
+        return
+    for name, content in _beside(adapter, Path(path)).items():
+        with publish_file(Path(f"{os.fspath(path)}.{name}"), overwrite=True) as temporary:
+            temporary.write_bytes(content)
+
+
+def _beside(adapter: Adapter, path: Path) -> dict[str, bytes]:
+    """Return what goes beside an output that is one file: its record, and what was made with it."""
+    made = {name: c for name, c in adapter.attachments.items() if isinstance(c, bytes)}
+    if adapter.provenance is None:
+        return made
+    return {**made, PROVENANCE_FILE: statement(adapter.provenance, [path])}

@@ -147,6 +147,8 @@ def _not_safetensors(file: RegularFile, start: bytes, length: int) -> AdapterErr
 
 
 def _metadata(value: Any, path: Path, limits: Limits) -> dict[str, str]:
+    if value is None:  # as MLX writes it
+        return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise AdapterError("__metadata__ is not a map of strings to strings", path=path)
     total = sum(len(k.encode()) + len(v.encode()) for k, v in value.items())

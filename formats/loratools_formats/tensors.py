@@ -7,7 +7,7 @@ caches: holding many of them costs nothing, and whoever loads one decides how lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -138,6 +138,19 @@ class TensorRef:
             )
         return replace(self, shape=shape)
 
+    def row_range(self, start: int, stop: int) -> TensorRef:
+        """Return rows [start, stop) along the first axis, bit for bit.
+
+        Only types of whole bytes have rows that can be told apart.
+        """
+        row = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        if self.file is not None:
+            return in_file(self.key, self.dtype, shape, self.file, self.offset + start * row)
+        return TensorRef(
+            self.key, self.dtype, shape, lambda: memoryview(self.read())[start * row : stop * row]
+        )
+
     def transposed(self, axes: tuple[int, ...]) -> TensorRef:
         """Return the tensor with its axes permuted, bit for bit; permuted when read.
 
@@ -154,6 +167,23 @@ class TensorRef:
 
         return TensorRef(self.key, self.dtype, shape, read)
 
+    def rows(self, order: Sequence[int]) -> TensorRef:
+        """Return the tensor with these rows of every matrix, in this order, bit for bit.
+
+        Args:
+            order: rows along the last axis but one; a row may be missing or listed twice.
+        """
+        *stack, _, width = self.shape
+
+        def read() -> Buffer:
+            import numpy as np
+
+            stored = np.frombuffer(self.read(), dtype=np.uint8)
+            matrices = stored.reshape(-1, self.shape[-2], width * self.dtype.bits // 8)
+            return matrices[:, np.asarray(order, dtype=np.intp)].reshape(-1).data
+
+        return TensorRef(self.key, self.dtype, (*stack, len(order), width), read)
+
 
 def in_file(
     key: str, dtype: DType, shape: tuple[int, ...], file: ByteSource, offset: int
@@ -161,6 +191,39 @@ def in_file(
     """Return a reference to the tensor whose bytes start at `offset` in `file`."""
     nbytes = math.prod(shape) * dtype.bits // 8
     return TensorRef(key, dtype, shape, lambda: file.read_at(offset, nbytes), file, offset)
+
+
+def rounded(tensor: TensorRef, dtype: DType) -> TensorRef:
+    """Return the tensor in another floating-point type, converted when it is read."""
+    if tensor.dtype == dtype:
+        return tensor
+
+    def read() -> Buffer:
+        import numpy as np
+
+        return dtypes.encode(tensor.load(), dtype).reshape(-1).view(np.uint8).data
+
+    return TensorRef(tensor.key, dtype, tensor.shape, read)
+
+
+def joined(key: str, tensors: Sequence[TensorRef], shape: tuple[int, ...]) -> TensorRef:
+    """Return the bytes of tensors of one type, one behind the other, seen with a shape.
+
+    Raises:
+        AdapterError: their types differ, or they do not fill the shape.
+    """
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.dtype != first.dtype:
+            raise AdapterError(
+                "tensors to join differ in type",
+                tensor=tensor.key,
+                got=tensor.dtype.code,
+                expected=first.dtype.code,
+            )
+    if sum(tensor.numel for tensor in tensors) != math.prod(shape):
+        raise AdapterError("tensors to join do not fill the shape", tensor=key, expected=shape)
+    return TensorRef(key, first.dtype, shape, lambda: b"".join(t.read() for t in tensors))
 
 
 def in_memory(key: str, array: Array, code: str | None = None) -> TensorRef:

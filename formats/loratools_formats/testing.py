@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from loratools_formats.adapter import Adapter, Dora, low_rank_part
+from loratools_formats.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
 from loratools_formats.errors import LoratoolsError, OutputExistsError
 from loratools_formats.registry import (
     Format,
@@ -71,7 +71,7 @@ class FormatConformance(abc.ABC):
                 assert not self.format.sniff(path), content
 
     def test_every_tensor_is_in_one_place(self, tmp_path: Path) -> None:
-        """Modules, replacements and carried tensors together are the file's, none twice."""
+        """Every tensor of the file is found in one place of the adapter, none twice."""
         path = self.make_sample(tmp_path)
         keys = [tensor.key for tensor in read_adapter(path).tensors()]
         assert len(keys) == len(set(keys))
@@ -171,13 +171,24 @@ def _contents(adapter: Adapter) -> list[tuple[object, ...]]:
 
 def _parts(adapter: Adapter) -> Iterator[tuple[object, ...]]:
     for name, delta in adapter.modules.items():
-        part = low_rank_part(delta)
-        yield name, part.scale, part.layer.kind, part.layer.kernel, isinstance(delta, Dora)
+        yield name, *_described(delta)
         for tensor in delta.tensors():
             yield name, tensor.dtype.code, tensor.shape, bytes(tensor.raw())
+    for key, tensor in adapter.shared.items():
+        yield key, tensor.dtype.code, tensor.shape, bytes(tensor.raw())
+    for key, addition in adapter.additions.items():
+        tensor = addition.tensor
+        yield key, addition.target, tensor.dtype.code, tensor.shape, bytes(tensor.raw())
     for key, replacement in adapter.replacements.items():
         tensor = replacement.tensor
         yield key, replacement.kind, replacement.target, replacement.rows, tensor.shape
         yield key, tensor.dtype.code, bytes(tensor.raw())
     for key, tensor in adapter.carried.items():
         yield key, tensor.dtype.code, tensor.shape, bytes(tensor.raw())
+
+
+def _described(delta: Delta) -> tuple[object, ...]:
+    if isinstance(delta, OtherDelta):
+        return delta.kind, delta.shape, delta.layer, sorted(delta.settings.items())
+    part = low_rank_part(delta)
+    return part.scale, part.layer.kind, part.layer.kernel, isinstance(delta, Dora)

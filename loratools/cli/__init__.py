@@ -13,7 +13,9 @@ from loratools import __version__
 from loratools.cli.errors import run
 
 _COMMANDS = {
+    "convert": "loratools.cli.convert",
     "dequantize": "loratools.cli.dequantize",
+    "extract": "loratools.cli.extract",
     "formats": "loratools.cli.formats",
     "fuse": "loratools.cli.fuse",
     "info": "loratools.cli.info",
@@ -21,11 +23,15 @@ _COMMANDS = {
     "methods": "loratools.cli.methods",
     "quantize": "loratools.cli.quantize",
     "squeeze": "loratools.cli.squeeze",
+    "to-dora": "loratools.cli.to_dora",
+    "to-lora": "loratools.cli.to_lora",
     "verify": "loratools.cli.verify",
 }
 
 _SUMMARIES = {
+    "convert": "Convert an adapter to another format, and check what was written.",
     "dequantize": "Turn a checkpoint's four-bit weights back into 16 or 32 bits.",
+    "extract": "Extract the LoRA between two checkpoints.",
     "formats": "List the adapter formats, broken plugins included.",
     "fuse": "Fuse adapters into base weights, streamed, without loading a model.",
     "info": "Show what an adapter is, from its headers alone.",
@@ -34,6 +40,8 @@ _SUMMARIES = {
     "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
     "verify": "Check whether a checkpoint is a base with adapters fused in.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
+    "to-dora": "Turn a LoRA into a DoRA that makes the same change.",
+    "to-lora": "Turn an adapter of any kind into a plain LoRA.",
 }
 
 

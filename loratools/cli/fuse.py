@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -19,10 +20,12 @@ from loratools.cli.output import (
     progress_bar,
 )
 from loratools.device import DeviceName
-from loratools.fuse.operation import BaseMode, FuseOptions, FuseResult, Fusion
+from loratools.fuse.gguf import GgufFuseOptions, GgufFusion, Outtype
+from loratools.fuse.operation import BaseMode, FuseOptions, FusePreview, FuseResult, Fusion
 from loratools.fuse.plan import FuseInput, TensorPlan
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OptionError
+from loratools_formats.gguf.container import is_gguf, read_gguf
 
 
 @click.command("fuse")
@@ -30,6 +33,12 @@ from loratools_formats.errors import OptionError
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @shared.output_options
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of all weights.")
+@click.option(
+    "--outtype",
+    type=click.Choice(get_args(Outtype)),
+    help="Type of changed tensors in a GGUF model; keep, the default, leaves each its own where "
+    "that can be written, else f16.",
+)
 @shared.max_shard_size_option
 @click.option(
     "--base-mode",
@@ -52,6 +61,7 @@ def command(
     overwrite: bool,
     dry_run: bool,
     dtype: str | None,
+    outtype: Outtype | None,
     max_shard_size: str | None,
     base_mode: BaseMode | None,
     requantize: bool,
@@ -64,28 +74,47 @@ def command(
 ) -> None:
     """Fuse adapters into base weights, streamed, without loading a model.
 
-    BASE is a checkpoint folder or a safetensors file. A weight follows an adapter's path after a
-    colon and is 1 by default; -1 takes a fused adapter out again, up to rounding.
+    BASE is a checkpoint folder, a safetensors file or a GGUF model. A weight follows an adapter's
+    path after a colon and is 1 by default; -1 takes a fused adapter out again, up to rounding.
 
     \b
     loratools fuse base-model my-adapter -o merged-model
     loratools fuse base-model chat:0.7 code:0.3 -o both --dtype bf16
+    loratools fuse base.gguf my-adapter -o merged.gguf --outtype q8_0
     """  # noqa: D301 - click reads the backspace
     if output is None and not dry_run:
         raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
+    if is_gguf(base):
+        given = {
+            "--dtype": dtype,
+            "--max-shard-size": max_shard_size,
+            "--base-mode": base_mode,
+            "--requantize": requantize,
+        }
+        _refuse(given, "a GGUF model")
+    else:
+        _refuse({"--outtype": outtype}, "a safetensors checkpoint")
     inputs = [shared.fuse_input(text, format_name) for text in adapters]
-    options = FuseOptions(
-        dtype=dtype,
-        max_shard_bytes=None if max_shard_size is None else shared.parsed_size(max_shard_size),
-        workers=workers,
-        device=device,
-        base_mode=base_mode,
-        requantize=requantize,
-        allow_lossy=allow_lossy,
-    )
-    fusion = Fusion(read_checkpoint(base), inputs, options)
+    fusion: Fusion | GgufFusion
+    if is_gguf(base):
+        fusion = GgufFusion(
+            read_gguf(base),
+            inputs,
+            GgufFuseOptions(outtype or "keep", workers, device, allow_lossy),
+        )
+    else:
+        options = FuseOptions(
+            dtype=dtype,
+            max_shard_bytes=None if max_shard_size is None else shared.parsed_size(max_shard_size),
+            workers=workers,
+            device=device,
+            base_mode=base_mode,
+            requantize=requantize,
+            allow_lossy=allow_lossy,
+        )
+        fusion = Fusion(read_checkpoint(base), inputs, options)
     if dry_run or output is None:
-        _show_plan(fusion, as_json=as_json, quiet=quiet)
+        _show_plan(fusion.preview, as_json=as_json, quiet=quiet)
         return
     with progress_bar("fuse", quiet=quiet, unit="B") as progress:
         result = fusion.write(output, overwrite=overwrite, progress=progress)
@@ -95,6 +124,12 @@ def command(
         _print_report(result)
     if not quiet:
         _notes(inputs, result, output)
+
+
+def _refuse(given: Mapping[str, object], kind: str) -> None:
+    for name, value in given.items():
+        if value:
+            raise OptionError(f"{name} has no meaning for {kind}")
 
 
 def _notes(inputs: Sequence[FuseInput], result: FuseResult, output: Path) -> None:
@@ -111,12 +146,17 @@ def _sources(modules: Sequence[str], replaced_by: str | None) -> str:
     return ", ".join(modules) if modules else f"replaced by {replaced_by}"
 
 
-def _show_plan(fusion: Fusion, *, as_json: bool, quiet: bool) -> None:
-    touched = fusion.plan.touched
-    nbytes = fusion.new.nbytes
+def _show_plan(preview: FusePreview, *, as_json: bool, quiet: bool) -> None:
+    touched, dtypes = preview.touched, preview.dtypes
     if as_json:
-        rows = [_plan_as_json(plan) for plan in touched]
-        print_json({"operation": "fuse", "dry_run": True, "bytes_out": nbytes, "tensors": rows})
+        print_json(
+            {
+                "operation": "fuse",
+                "dry_run": True,
+                "bytes_out": preview.nbytes,
+                "tensors": [_plan_as_json(plan, dtypes[plan.key]) for plan in touched],
+            }
+        )
     elif not quiet:
         print_table(
             ["tensor", "shape", "dtype", "changed by"],
@@ -125,17 +165,16 @@ def _show_plan(fusion: Fusion, *, as_json: bool, quiet: bool) -> None:
                 [
                     plan.key,
                     "×".join(map(str, plan.source.shape)),
-                    plan.dtype.code,
+                    dtypes[plan.key],
                     _sources(plan.modules, plan.replaced_by or "token rows"),
                 ]
                 for plan in touched
             ],
         )
-        total = len(fusion.plan.tensors)
-        click.echo(f"tensors: {len(touched)} of {total} change")
-        click.echo(f"size: {human_bytes(nbytes)} in {_files(len(fusion.new.shards))}")
+        click.echo(f"tensors: {len(touched)} of {preview.total} change")
+        click.echo(f"size: {human_bytes(preview.nbytes)} in {_files(preview.files)}")
     if not quiet:
-        for text in fusion.plan.notes:
+        for text in preview.notes:
             note(text)
         note("dry run, nothing was written")
 
@@ -144,11 +183,11 @@ def _files(count: int) -> str:
     return f"{count} file" if count == 1 else f"{count} files"
 
 
-def _plan_as_json(plan: TensorPlan) -> dict[str, object]:
+def _plan_as_json(plan: TensorPlan, dtype: str) -> dict[str, object]:
     return {
         "name": plan.key,
         "shape": list(plan.source.shape),
-        "dtype": plan.dtype.code,
+        "dtype": dtype,
         "modules": list(plan.modules),
         "replaced_by": plan.replaced_by,
     }
@@ -197,7 +236,7 @@ def _print_report(result: FuseResult) -> None:
     click.echo(f"‖ΔW‖/‖W‖: {number(result.relative_change)}")
     click.echo(f"lost to rounding: {percent(result.lost)} of ΔW")
     if result.surviving is not None:
-        click.echo(f"survives four bits: {percent(result.surviving)} of ΔW")
+        click.echo(f"survives quantising: {percent(result.surviving)} of ΔW")
     converted = f", {result.converted} converted" if result.converted else ""
     click.echo(
         f"size: {human_bytes(result.nbytes)} in {_files(len(result.shards))}; "

@@ -18,10 +18,13 @@ from loratools_formats.errors import printable
 @shared.adapter_argument
 @click.option("-v", "--verbose", is_flag=True, help="List every module.")
 @shared.from_option
+@shared.carry_unknown_option
 @shared.json_option
-def command(adapter: Path, verbose: bool, format_name: str | None, as_json: bool) -> None:
+def command(
+    adapter: Path, verbose: bool, format_name: str | None, carry_unknown: bool, as_json: bool
+) -> None:
     """Show what an adapter is, from its headers alone."""
-    info = describe(read_adapter(adapter, format_name))
+    info = describe(read_adapter(adapter, format_name, carry_unknown=carry_unknown))
     if as_json:
         print_json({"operation": "info", **dataclasses.asdict(info)})
         return
@@ -35,15 +38,17 @@ def command(adapter: Path, verbose: bool, format_name: str | None, as_json: bool
 
 def _print(info: AdapterInfo) -> None:
     modules = info.modules
+    plain = [m for m in modules if m.scale is not None]
     kinds = counted(f"{m.kind} on {m.layer}" for m in modules)
     lines = [
         ("format", info.format),
+        *(("dialect", f"{d.name} ({d.keys} keys): {d.why}") for d in info.dialects),
         ("base model", info.base_model or "not recorded"),
         ("modules", f"{len(modules)}: {kinds}" if modules else "none"),
-        ("rank", counted(m.rank for m in modules)),
-        ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in modules)),
-        ("scale", counted(f"{m.scale:g}" for m in modules)),
-        ("targets", ", ".join(sorted({m.name.rpartition(".")[2] for m in modules}))),
+        ("rank", counted(m.rank for m in plain)),
+        ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in plain)),
+        ("scale", counted(f"{m.scale:g}" for m in plain)),
+        ("targets", ", ".join(sorted(_targets(info)))),
         ("parameters", f"{info.parameters:,}"),
         ("size", human_bytes(info.nbytes)),
         ("dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in info.dtypes.items())),
@@ -51,6 +56,9 @@ def _print(info: AdapterInfo) -> None:
     experts = sorted({m.experts for m in modules if m.experts > 1})
     if experts:
         lines.append(("experts", ", ".join(map(str, experts))))
+    for addition in info.additions:
+        shape = "×".join(map(str, addition.shape))
+        lines.append(("adds to", f"{addition.target} ({shape})"))
     for replacement in info.replacements:
         shape = "×".join(map(str, replacement.shape))
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
@@ -63,6 +71,12 @@ def _print(info: AdapterInfo) -> None:
             click.echo(f"{label.ljust(width)}  {printable(text, 2000)}")
 
 
+def _targets(info: AdapterInfo) -> set[str]:
+    """Return the last parts of the modules' paths; a flattened path of a single file has none."""
+    names = [module.name for module in info.modules]
+    return {name.rpartition(".")[2] for name in names if "." in name or not info.dialects}
+
+
 def _print_modules(info: AdapterInfo) -> None:
     print_table(
         ["module", "kind", "layer", "out × in", "rank", "alpha", "scale", "dtypes"],
@@ -72,10 +86,10 @@ def _print_modules(info: AdapterInfo) -> None:
                 m.name,
                 m.kind,
                 m.layer if m.experts == 1 else f"{m.experts} experts",
-                f"{m.shape[0]} × {m.shape[1]}",
-                str(m.rank),
+                " × ".join("?" if side is None else str(side) for side in m.shape),
+                "" if m.rank is None else str(m.rank),
                 "none" if m.alpha is None else f"{m.alpha:g}",
-                f"{m.scale:g}",
+                "" if m.scale is None else f"{m.scale:g}",
                 " ".join(m.dtypes),
             ]
             for m in info.modules

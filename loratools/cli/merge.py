@@ -79,6 +79,7 @@ from loratools_formats.publish import publish_file
 @shared.compute_options("--svd")
 @shared.max_error_option
 @shared.from_option
+@shared.carry_unknown_option
 @shared.json_option
 @shared.quiet_option
 @click.pass_context
@@ -93,6 +94,7 @@ def command(
     save_recipe: Path | None,
     max_error: float | None,
     format_name: str | None,
+    carry_unknown: bool,
     as_json: bool,
     quiet: bool,
     **settings: Any,
@@ -106,7 +108,7 @@ def command(
     loratools merge chat code --method ties --density 0.3 --rank 32 -o both
     """  # noqa: D301 - click reads the backspace
     plan = _plan(context, adapters, recipe, settings)
-    inputs = _inputs(plan, format_name, quiet=quiet)
+    inputs = _inputs(plan, format_name, carry_unknown=carry_unknown, quiet=quiet)
     sources = [item.adapter for item in inputs]
     bases = sorted({source.base_model for source in sources if source.base_model is not None})
     if len(bases) > 1 and plan.options.force_base and not quiet:
@@ -198,11 +200,13 @@ def _reference(text: str) -> RecipeAdapter:
     return RecipeAdapter(*weighted_path(text))
 
 
-def _inputs(plan: Recipe, format_name: str | None, *, quiet: bool) -> list[MergeInput]:
+def _inputs(
+    plan: Recipe, format_name: str | None, *, carry_unknown: bool, quiet: bool
+) -> list[MergeInput]:
     inputs: list[MergeInput] = []
     names: list[str] = []
     for item in plan.adapters:
-        adapter = read_adapter(item.path, format_name)
+        adapter = read_adapter(item.path, format_name, carry_unknown=carry_unknown)
         if item.sha256 is not None and adapter.inputs[0].sha256() != item.sha256:
             raise AdapterError(
                 "the adapter is not the one that the recipe was made with",
@@ -253,7 +257,9 @@ def _write(
 ) -> None:
     if target is None:
         return
-    recipe = _recipe(plan, inputs, Path(os.path.realpath(target)))
+    place = Path(os.path.realpath(target))
+    is_folder = get_format(result.adapter.format).is_folder
+    recipe = _recipe(plan, inputs, place if is_folder else place.parent)
     attachments = {**result.adapter.attachments, RECIPE_FILE: recipe}
     adapter = replace(result.adapter, attachments=attachments)
     write_adapter(adapter, target, adapter.format, overwrite=overwrite)

@@ -25,6 +25,17 @@ max_error_option = click.option(
 from_option = click.option(
     "--from", "format_name", help="Read as this format instead of recognising it."
 )
+carry_unknown_option = click.option(
+    "--carry-unknown", is_flag=True, help="Keep tensors that the format does not know."
+)
+base_option = click.option(
+    "--base", type=click.Path(path_type=Path), help="The base model: a folder or a file."
+)
+initial_option = click.option(
+    "--initial",
+    type=click.Path(path_type=Path),
+    help="The adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.",
+)
 adapter_argument = click.argument("adapter", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 quiet_option = click.option(

@@ -12,7 +12,28 @@ from loratools.cli.errors import EXIT_FOUND
 from loratools.cli.output import note, number
 from loratools_formats.adapter import Adapter
 from loratools_formats.errors import OptionError
-from loratools_formats.registry import check_output, check_target
+from loratools_formats.registry import check_output, check_target, read_adapter
+
+
+def read_source(
+    path: Path,
+    initial: Path | None,
+    format_name: str | None,
+    *,
+    carry_unknown: bool,
+    quiet: bool,
+) -> tuple[Adapter, list[Adapter]]:
+    """Return the adapter to work on, relative to its original base, and all it was read from."""
+    adapter = read_adapter(path, format_name, carry_unknown=carry_unknown)
+    if not quiet:
+        for text in adapter.notes:
+            note(text)
+    if initial is None:
+        return adapter, [adapter]
+    from loratools.initial import subtract_initial
+
+    first = read_adapter(initial, format_name)
+    return subtract_initial(adapter, first), [adapter, first]
 
 
 def checked_target(

@@ -7,11 +7,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratools_formats.errors import printable
+
+if TYPE_CHECKING:
+    from loratools.allot import RankChoice
 
 SCHEMA = 1
 
@@ -40,6 +43,37 @@ def print_table(header: Sequence[str], align: str, rows: Sequence[Sequence[str]]
     for row in [header, *rows]:
         cells = zip(row, align, widths, strict=True)
         click.echo("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+
+
+def print_choices(bytes_in: int | None, choices: Sequence[RankChoice]) -> None:
+    """Print the table rank → size → error; sizes are compared with `bytes_in`, if there is any."""
+    rows = [
+        [
+            str(choice.rank),
+            human_bytes(choice.nbytes),
+            percent(choice.nbytes / (bytes_in or 1)),
+            percent(choice.energy),
+            number(choice.relative_error),
+        ]
+        for choice in choices
+    ]
+    header = ["rank", "size", "of input", "energy kept", "relative error"]
+    if bytes_in is None:
+        header, rows = [*header[:2], *header[3:]], [[*row[:2], *row[3:]] for row in rows]
+    print_table(header, ">" * len(header), rows)
+
+
+def choices_as_json(choices: Sequence[RankChoice]) -> list[dict[str, Any]]:
+    """Return the table for a JSON object."""
+    return [
+        {
+            "rank": choice.rank,
+            "bytes": choice.nbytes,
+            "energy": choice.energy,
+            "relative_error": choice.relative_error,
+        }
+        for choice in choices
+    ]
 
 
 def number(value: float) -> str:

@@ -6,24 +6,30 @@ from pathlib import Path
 
 import click
 
-from loratools.allot import RankChoice
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_ERROR
-from loratools.cli.outcome import checked_target, conclude, exceeds, scratch_folder
+from loratools.cli.outcome import (
+    checked_target,
+    conclude,
+    exceeds,
+    read_source,
+    scratch_folder,
+)
 from loratools.cli.output import (
+    choices_as_json,
     human_bytes,
-    note,
     number,
     percent,
+    print_choices,
     print_json,
     print_table,
     progress_bar,
 )
-from loratools.initial import subtract_initial
 from loratools.ranks import RankRule
 from loratools.resize import ComputeOptions
-from loratools.squeeze import Selection, SqueezeResult, rank_choices, squeeze
-from loratools_formats import get_format, read_adapter, write_adapter
+from loratools.selection import Selection
+from loratools.squeeze import SqueezeResult, rank_choices, squeeze
+from loratools_formats import get_format, write_adapter
 from loratools_formats.adapter import Adapter
 
 
@@ -34,12 +40,9 @@ from loratools_formats.adapter import Adapter
 @shared.compute_options("--method")
 @shared.selection_options
 @shared.max_error_option
-@click.option(
-    "--initial",
-    type=click.Path(path_type=Path),
-    help="The adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.",
-)
+@shared.initial_option
 @shared.from_option
+@shared.carry_unknown_option
 @shared.json_option
 @shared.quiet_option
 def command(
@@ -54,6 +57,7 @@ def command(
     max_error: float | None,
     initial: Path | None,
     format_name: str | None,
+    carry_unknown: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -65,10 +69,17 @@ def command(
     loratools squeeze my-adapter -o smaller --rank 16
     loratools squeeze my-adapter -o smaller --budget 25%
     """  # noqa: D301 - click reads the backspace
-    source, sources = _read(adapter, initial, format_name, quiet=quiet)
+    source, sources = read_source(
+        adapter, initial, format_name, carry_unknown=carry_unknown, quiet=quiet
+    )
     selection = Selection(include, exclude)
     if not rule.is_given:
-        _print_choices(source, rank_choices(source, compute, selection), as_json=as_json)
+        choices = rank_choices(source, compute, selection)
+        if as_json:
+            rows = choices_as_json(choices)
+            print_json({"operation": "squeeze", "bytes_in": source.weights_nbytes, "choices": rows})
+        else:
+            print_choices(source.weights_nbytes, choices)
         click.echo("Choose with --rank, --energy, --budget or another rule; see --help.", err=True)
         return EXIT_ERROR
     target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
@@ -82,7 +93,7 @@ def command(
             progress=progress,
         )
     if target is not None and not exceeds(result.relative_error, max_error):
-        write_adapter(result.adapter, target, source.format, overwrite=overwrite)
+        write_adapter(result.adapter, target, result.adapter.format, overwrite=overwrite)
     if as_json:
         print_json(_as_json(source, result))
     elif not quiet:
@@ -90,22 +101,8 @@ def command(
     return conclude(result.relative_error, max_error, target, quiet=quiet)
 
 
-def _read(
-    path: Path, initial: Path | None, format_name: str | None, *, quiet: bool
-) -> tuple[Adapter, list[Adapter]]:
-    """Return the adapter to squeeze, and everything it was read from."""
-    adapter = read_adapter(path, format_name)
-    if not quiet:
-        for text in adapter.notes:
-            note(text)
-    if initial is None:
-        return adapter, [adapter]
-    first = read_adapter(initial, format_name)
-    return subtract_initial(adapter, first), [adapter, first]
-
-
 def _sizes(source: Adapter, result: SqueezeResult) -> tuple[int, int]:
-    planned = get_format(source.format).weights_nbytes
+    planned = get_format(result.adapter.format).weights_nbytes
     return source.weights_nbytes, 0 if planned is None else planned(result.adapter)
 
 
@@ -149,32 +146,3 @@ def _print_report(source: Adapter, result: SqueezeResult) -> None:
     click.echo(f"relative error{of_what}: {number(result.relative_error)}")
     share = percent(bytes_out / bytes_in)
     click.echo(f"size: {human_bytes(bytes_in)} → {human_bytes(bytes_out)} ({share})")
-
-
-def _print_choices(source: Adapter, choices: list[RankChoice], *, as_json: bool) -> None:
-    if as_json:
-        rows = [
-            {
-                "rank": choice.rank,
-                "bytes": choice.nbytes,
-                "energy": choice.energy,
-                "relative_error": choice.relative_error,
-            }
-            for choice in choices
-        ]
-        print_json({"operation": "squeeze", "bytes_in": source.weights_nbytes, "choices": rows})
-        return
-    print_table(
-        ["rank", "size", "of input", "energy kept", "relative error"],
-        ">>>>>",
-        [
-            [
-                str(choice.rank),
-                human_bytes(choice.nbytes),
-                percent(choice.nbytes / source.weights_nbytes),
-                percent(choice.energy),
-                number(choice.relative_error),
-            ]
-            for choice in choices
-        ],
-    )

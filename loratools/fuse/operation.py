@@ -13,11 +13,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
 
 from loratools.device import Device, DeviceName
+from loratools.fold.alone import folded_exactly
 from loratools.fuse.plan import FuseInput, FusePlan, TensorPlan, plan_fuse
 from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
 from loratools.linears import is_conv1d
@@ -113,6 +115,53 @@ class FuseResult:
         return math.sqrt(sum(t.rounding_norm**2 for t in self.tensors)) / delta if delta else 0.0
 
 
+@dataclass(frozen=True)
+class FusePreview:
+    """What fusing would write.
+
+    Attributes:
+        touched: tensors that adapters change.
+        dtypes: the type each would be stored in.
+        total: number of tensors in all.
+        nbytes: size of the weight files.
+        files: their number.
+        notes: what a user should know.
+    """
+
+    touched: tuple[TensorPlan, ...]
+    dtypes: Mapping[str, str]
+    total: int
+    nbytes: int
+    files: int
+    notes: tuple[str, ...]
+
+
+def refuse_erased(
+    reports: Sequence[TensorReport], path: Path, *, what: str, hint: str, allow_lossy: bool
+) -> None:
+    """Refuse a result in which quantising erases most of the change.
+
+    Args:
+        reports: what was measured.
+        path: the base.
+        what: what erases it, in the plural.
+        hint: the next step.
+        allow_lossy: do not refuse.
+
+    Raises:
+        UnsupportedError: less than half of it survives, and that was not allowed.
+    """
+    share = surviving(reports)
+    if share is not None and share < _SURVIVING and not allow_lossy:
+        raise UnsupportedError(
+            f"{what} erase most of the change",
+            path=path,
+            got=f"{100 * share:.1f} % of ΔW survives",
+            expected=f"at least {100 * _SURVIVING:.0f} %",
+            hint=hint,
+        )
+
+
 def surviving(reports: Sequence[TensorReport]) -> float | None:
     """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over the tensors where it was measured; None if there are none."""
     measured = [(r.surviving, r.delta_norm**2) for r in reports if r.surviving is not None]
@@ -136,14 +185,16 @@ class Fusion:
 
     def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.options = options
-        self.inputs = tuple(inputs)
+        self.inputs = tuple(
+            replace(item, adapter=folded_exactly(item.adapter, "fuse", None)) for item in inputs
+        )
         self._base = base
         self._plain = plain(base)
         self._check_mode()
         checkpoint = self._plain.checkpoint
         if options.requantize:
             checkpoint = replace(checkpoint, config=base.config)
-        self.plan: FusePlan = plan_fuse(checkpoint, inputs, options.code, self._plain.stored)
+        self.plan: FusePlan = plan_fuse(checkpoint, self.inputs, options.code, self._plain.stored)
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()
@@ -240,15 +291,26 @@ class Fusion:
         Raises:
             UnsupportedError: less than half of it survives, and that was not allowed.
         """
-        share = surviving(list(self._reports.values()))
-        if share is not None and share < _SURVIVING and not self.options.allow_lossy:
-            raise UnsupportedError(
-                "four bits erase most of the change",
-                path=self._base.path,
-                got=f"{100 * share:.1f} % of ΔW survives",
-                expected=f"at least {100 * _SURVIVING:.0f} %",
-                hint="Leave out --requantize to store 16 bits, or pass --allow-lossy",
-            )
+        refuse_erased(
+            list(self._reports.values()),
+            self._base.path,
+            what="four bits",
+            hint="Leave out --requantize to store 16 bits, or pass --allow-lossy",
+            allow_lossy=self.options.allow_lossy,
+        )
+
+    @property
+    def preview(self) -> FusePreview:
+        """What would be written."""
+        touched = self.plan.touched
+        return FusePreview(
+            touched,
+            {plan.key: plan.dtype.code for plan in touched},
+            len(self.plan.tensors),
+            self.new.nbytes,
+            len(self.new.shards),
+            self.plan.notes,
+        )
 
     def _notes(self) -> list[str]:
         dropped = self._plain.dropped

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from loratools.fuse.blocks import Patch
 from loratools.fuse.terms import Change
+from loratools.naming.for_base import named_for_base
 from loratools.placement import BiasPlacement, Placement, Placements, place
 from loratools_formats.adapter import MUTATED_BASE, Adapter, Dora, Replacement
 from loratools_formats.checkpoint import Checkpoint
@@ -155,6 +156,7 @@ def plan_fuse(
     """
     notes: list[str] = []
     placed = []
+    inputs = [replace(item, adapter=named_for_base(item.adapter, base)) for item in inputs]
     for item in inputs:
         _require_true_delta(item.adapter)
         placements = place(item.adapter, base)

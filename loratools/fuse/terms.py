@@ -158,7 +158,7 @@ def _loaded(part: LowRank, placement: Placement) -> tuple[Array, Array]:
 def _magnitude(placement: Placement) -> Array | None:
     if not isinstance(placement.delta, Dora):
         return None
-    values: Array = placement.delta.magnitude.load(np.float64).reshape(-1)
+    values: Array = placement.delta.of_outputs("fuse").load(np.float64).reshape(-1)
     if not np.isfinite(values).all():
         raise AdapterError(
             "magnitude holds NaN or infinite values", tensor=placement.delta.magnitude.key

@@ -6,10 +6,19 @@ module is: its shape, layer kind and, for square weights, which way round it is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loratools_formats.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
+from loratools_formats.adapter import (
+    Adapter,
+    Delta,
+    Dora,
+    Layer,
+    LowRank,
+    OtherDelta,
+    low_rank_part,
+)
 from loratools_formats.errors import AdapterError, OptionError
 
 
@@ -98,6 +107,8 @@ def _matched(name: str, whole: Delta, first: LowRank, item: MergeInput) -> Delta
     delta = low_rank_part(whole)
     if _identity(delta) == _identity(first):
         return whole
+    if _is_pointwise(delta) and _is_pointwise(first) and delta.shape == first.shape:
+        return _with_layer(whole, first.layer)
     if isinstance(whole, LowRank) and delta.layer.kind == "experts":
         turned = _flipped(delta)
         if _identity(turned) == _identity(first):
@@ -109,6 +120,20 @@ def _matched(name: str, whole: Delta, first: LowRank, item: MergeInput) -> Delta
         got=_described(delta),
         expected=_described(first),
     )
+
+
+def _is_pointwise(delta: LowRank) -> bool:
+    """Return whether it is a linear layer, or a convolution that is one at each place.
+
+    Models of one architecture store the same projections either way.
+    """
+    return delta.layer.kind in ("linear", "conv") and math.prod(delta.layer.kernel) == 1
+
+
+def _with_layer(whole: Delta, layer: Layer) -> Delta:
+    if isinstance(whole, Dora):
+        return replace(whole, direction=replace(whole.direction, layer=layer))
+    return whole if isinstance(whole, OtherDelta) else replace(whole, layer=layer)
 
 
 def _identity(delta: LowRank) -> tuple[object, ...]:

@@ -11,19 +11,11 @@ import numpy as np
 from loratools.merge.align import AlignedModule
 from loratools.merge.module import MergedModule
 from loratools_formats.adapter import LowRank, low_rank_part
-from loratools_formats.dtypes import DTYPES, DType, encode
+from loratools_formats.dtypes import DType, common_dtype, encode
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import TensorRef, in_memory
 
 Array = np.ndarray[Any, Any]
-
-
-def common_dtype(dtypes: list[DType]) -> DType:
-    """Return a type that holds every value of all."""
-    codes = {dtype.code for dtype in dtypes}
-    if len(codes) == 1:
-        return dtypes[0]
-    return DTYPES["F64" if "F64" in codes else "F32"]
 
 
 def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None:

@@ -6,16 +6,19 @@ on is kept; a clash is refused unless the user says how to settle it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from loratools.merge.align import MergeInput
-from loratools_formats.adapter import Replacement
-from loratools_formats.dtypes import encode
-from loratools_formats.errors import AdapterError, OptionError
-from loratools_formats.tensors import TensorRef
+from loratools_formats.adapter import Addition, Replacement
+from loratools_formats.dtypes import common_dtype, encode
+from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.tensors import TensorRef, in_memory
+
+Array = np.ndarray[Any, Any]
 
 
 def refuse_replaced_modules(inputs: Sequence[MergeInput]) -> None:
@@ -122,6 +125,52 @@ def _average(key: str, found: list[Replacement]) -> Replacement:
         return encode(np.asarray(values), dtype).tobytes()
 
     return replace(first, tensor=TensorRef(first.tensor.key, dtype, shape, read))
+
+
+def merged_additions(
+    inputs: Sequence[MergeInput], coefficients: Callable[[str, Array], Array] | None
+) -> dict[str, Addition]:
+    """Return the weighted sums of what the adapters add to biases and norms.
+
+    Args:
+        inputs: the adapters; one that does not have a tensor counts as zero.
+        coefficients: of the adapters, given a target and the (T, T) matrix of inner products of
+            what they add to it; None if the method is no weighted sum.
+
+    Raises:
+        UnsupportedError: there are some, and the method is no weighted sum.
+        AdapterError: shapes differ, or NaN and infinite values.
+    """
+    result: dict[str, Addition] = {}
+    by_target = [{a.target: (k, a) for k, a in i.adapter.additions.items()} for i in inputs]
+    for target in sorted({target for each in by_target for target in each}):
+        found = [each.get(target) for each in by_target]
+        key, first = next(entry for entry in found if entry is not None)
+        if coefficients is None:
+            raise UnsupportedError(
+                "what adapters add to biases and norms can only be merged by a weighted sum",
+                tensor=key,
+                hint="Use --method linear",
+            )
+        shape = first.tensor.shape
+        if any(entry is not None and entry[1].tensor.shape != shape for entry in found):
+            raise AdapterError("adapters add tensors of different shapes to one", tensor=key)
+        rows = np.stack(
+            [
+                np.zeros(shape).reshape(-1)
+                if entry is None
+                else entry[1].tensor.load(np.float64).reshape(-1)
+                for entry in found
+            ]
+        )
+        if not np.isfinite(rows).all():
+            raise AdapterError("tensor holds NaN or infinite values", tensor=key)
+        shares = coefficients(target, rows @ rows.T)
+        dtypes = [entry[1].tensor.dtype for entry in found if entry is not None]
+        values = (shares @ rows).reshape(shape)
+        tensor = in_memory(first.tensor.key, values, common_dtype(dtypes).code)
+        result[key] = replace(first, tensor=tensor)
+    return result
 
 
 def settled_carried(inputs: Sequence[MergeInput]) -> dict[str, TensorRef]:

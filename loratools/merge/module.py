@@ -17,17 +17,20 @@ from typing import Any, Literal
 import numpy as np
 
 from loratools import linalg
-from loratools.decompose import Matrix, RandomisedSvd, loaded, padded
+from loratools.change import rows_of
+from loratools.decompose import Matrix, loaded
 from loratools.device import Device
+from loratools.dora import Rescaling, finite_vector
+from loratools.kinds.declaration import Product, Weight
 from loratools.merge.align import AlignedModule
 from loratools.merge.methods import Method
 from loratools.merge.space import lifted, shared_space
-from loratools.merge.stream import RowStore, StreamedSvd, squared_residual, streamed_svd
 from loratools.merge.tasks import DenseRows, FactorRows, RowSource, Tasks, ZeroRows
+from loratools.placement.names import Names
+from loratools.stream import RowStore, StreamedMatrix, streamed_svd
+from loratools.weights import find_place
 from loratools_formats.adapter import Delta, Dora, low_rank_part
-from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.orientation import is_transposed
 
 Array = np.ndarray[Any, Any]
 Space = Literal["full", "core"]
@@ -59,36 +62,6 @@ class ModuleMethod:
     share_threshold: Callable[[int, float], float] | None = None
 
 
-class StreamedMatrix:
-    """A streamed matrix with the same questions as `Matrix`."""
-
-    def __init__(self, store: RowStore, svd: StreamedSvd) -> None:
-        self._store = store
-        self._svd = svd
-
-    @property
-    def squared_norm(self) -> float:
-        """‖X‖²_F."""
-        return self._store.squared_norm
-
-    @property
-    def singular_values(self) -> Array:
-        """(k,): the leading ones, descending."""
-        return self._svd.singular_values
-
-    def factors(self, rank: int, _: RandomisedSvd | None = None) -> tuple[Array, Array]:
-        """Return the best (b, a) of a rank, balanced, of scale 1."""
-        svd = self._svd
-        root = np.sqrt(svd.singular_values[:rank])
-        b, a = svd.u[:, :rank] * root, root[:, None] * svd.vt[:rank]
-        signs = np.where(-b.min(axis=0) > b.max(axis=0), -1.0, 1.0)
-        return padded(b * signs, a * signs[:, None], rank)
-
-    def squared_error(self, b: Array, a: Array) -> float:
-        """Return ‖X − b @ a‖²_F."""
-        return squared_residual(self._store, b, a)
-
-
 MergedMatrix = Matrix | StreamedMatrix
 Term = tuple[Array, Array]
 
@@ -111,11 +84,20 @@ class MergedModule:
 def merged_module(
     module: AlignedModule,
     run: ModuleMethod,
-    base: Checkpoint | None,
+    base: Names | None,
     scratch_folder: Path | None,
     device: Device,
+    in_base: str | None = None,
 ) -> MergedModule:
     """Merge one module.
+
+    Args:
+        module: deltas, aligned.
+        run: the method.
+        base: the base model, if there is one.
+        scratch_folder: where streamed rows wait.
+        device: where to compute.
+        in_base: what the base calls the module, if not as the adapters do.
 
     Raises:
         UnsupportedError: a DoRA without the base, or in a method that needs factors.
@@ -124,7 +106,7 @@ def merged_module(
     with np.errstate(over="ignore", invalid="ignore"):
         try:
             if module.needs_base:
-                merged = _through_base(module, run, base, scratch_folder)
+                merged = _through_base(module, run, base, in_base or module.name, scratch_folder)
             else:
                 merged = _from_factors(module, run, scratch_folder, device)
         except np.linalg.LinAlgError:  # factors are finite, so their products are not
@@ -235,32 +217,21 @@ def _streamed(
 
 @dataclass(frozen=True)
 class _DoraRows:
-    """Rows of m/‖W + ΔW‖ · (W + ΔW) − W.
+    """Rows of a DoRA's change."""
 
-    Attributes:
-        weight: (out, in) of the base, float32 or float64.
-        b: (out, r), the scale folded in.
-        a: (r, in).
-        magnitude: (out,).
-    """
-
-    weight: Array
-    b: Array
-    a: Array
-    magnitude: Array
+    rescaling: Rescaling
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows [start, stop)."""
-        weight = self.weight[start:stop].astype(np.float64)
-        moved = weight + self.b[start:stop] @ self.a
-        norms = np.linalg.norm(moved, axis=1, keepdims=True)
-        ratio = self.magnitude[start:stop, None] / np.where(norms > 0.0, norms, 1.0)
-        change: Array = (ratio * moved - weight).astype(np.float32)
-        return change
+        return self.rescaling.rows(start, stop).astype(np.float32)
 
 
 def _through_base(
-    module: AlignedModule, run: ModuleMethod, base: Checkpoint | None, folder: Path | None
+    module: AlignedModule,
+    run: ModuleMethod,
+    base: Names | None,
+    in_base: str,
+    folder: Path | None,
 ) -> MergedModule:
     if base is None:
         raise UnsupportedError(
@@ -274,7 +245,7 @@ def _through_base(
             tensor=module.name,
             hint="Use another method",
         )
-    weight = _canonical_weight(module, base)
+    weight = find_place(base, in_base, module.first).weight()
     sources = [_row_source(delta, weight, module) for delta in module.deltas]
     tasks = Tasks(sources, module.first.shape, run.seed, f"{module.name}#0", run.share_threshold)
     coefficients = None
@@ -296,23 +267,11 @@ def _through_base(
     return MergedModule([_streamed(tasks, rows, module, run, folder)], coefficients, None)
 
 
-def _canonical_weight(module: AlignedModule, base: Checkpoint) -> Array:
-    stored = base.weight(module.name)
-    crossed = is_transposed(module.name, module.first, stored.shape)
-    wide = np.float64 if stored.dtype.code == "F64" else np.float32
-    values = stored.load(wide).reshape(-1, math.prod(stored.shape[1:]))
-    if not np.isfinite(values).all():
-        raise AdapterError("base weight holds NaN or infinite values", tensor=stored.key)
-    return values.T if crossed else values
-
-
-def _row_source(delta: Delta | None, weight: Array, module: AlignedModule) -> RowSource:
+def _row_source(delta: Delta | None, weight: Weight, module: AlignedModule) -> RowSource:
     if delta is None:
         return ZeroRows(module.first.shape[1])
     ((b, a),) = terms_of(delta)
     if not isinstance(delta, Dora):
         return FactorRows(b, a)
-    magnitude = delta.magnitude.load(np.float64).reshape(-1)
-    if not np.isfinite(magnitude).all():
-        raise AdapterError("magnitude holds NaN or infinite values", tensor=delta.magnitude.key)
-    return _DoraRows(weight, b, a, magnitude)
+    change = rows_of(Product(b, a))
+    return _DoraRows(Rescaling(weight, change, finite_vector(delta.of_outputs("merge"))))

@@ -18,26 +18,36 @@ import numpy as np
 
 from loratools.allot import choose_ranks
 from loratools.device import Device
+from loratools.fold.alone import folded_exactly
 from loratools.merge.align import AlignedModule, MergeInput, align
-from loratools.merge.exact import common_dtype, factor_residual, joined_exactly, merged_bias
+from loratools.merge.exact import factor_residual, joined_exactly, merged_bias
 from loratools.merge.extras import (
+    merged_additions,
     refuse_replaced_modules,
     settled_carried,
     settled_replacements,
 )
 from loratools.merge.methods import Method, get_method
 from loratools.merge.module import MergedModule, ModuleMethod, merged_module
+from loratools.merge.naming import in_one_naming
 from loratools.merge.options import MergeOptions
 from loratools.merge.trim import SharedTrim
+from loratools.naming.for_base import names_in_base
 from loratools.parallel import in_order
+from loratools.placement.names import Names
+from loratools.plain import plain
 from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import Spectrum
 from loratools.resize import Resizer
 from loratools.scratch import Scratch
 from loratools_formats.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
+from loratools_formats.dtypes import common_dtype
 from loratools_formats.errors import LoratoolsError, OptionError, UnsupportedError
 from loratools_formats.registry import get_format
+from loratools_formats.singlefile.metadata import merged_from
+
+Array = np.ndarray[Any, Any]
 
 _OVERSAMPLE = 10
 
@@ -118,6 +128,7 @@ def merge(
     """
     method = get_method(options.method)
     options = replace(options, parameters=method.checked(options.parameters))
+    inputs = in_one_naming([_folded(item, scratch_folder) for item in inputs])
     _check(inputs, options, method)
     modules = align(inputs, force_base=options.force_base)
     refuse_replaced_modules(inputs)
@@ -137,12 +148,17 @@ def merge(
     adapter = replace(
         first,
         modules={outcome.report.name: outcome.delta for outcome in done},
+        additions=merged_additions(inputs, work.coefficients),
         replacements=settled_replacements(inputs, options.replacements),
         carried=settled_carried(inputs),
         config=_config(first, inputs),
         # The first adapter's card does not describe the result.
         attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
-        metadata={**first.metadata, **record_metadata(provenance.result())},
+        metadata={
+            **first.metadata,
+            **merged_from([item.adapter for item in inputs]),
+            **record_metadata(provenance.result()),
+        },
         inputs=tuple(file for item in inputs for file in item.adapter.inputs),
         provenance=provenance.result(),
     )
@@ -155,6 +171,11 @@ def merge(
         if any(residual is None for residual in residuals)
         else _relative(sum(r for r in residuals if r is not None), squared_norm),
     )
+
+
+def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
+    """Return an input of plain factors, where it folds into such exactly."""
+    return replace(item, adapter=folded_exactly(item.adapter, "merge", scratch_folder))
 
 
 def _share(part: float, whole: float) -> float:
@@ -231,7 +252,11 @@ class _Merge:
         self.options = options
         self.method = method
         self.modules = modules
-        self.base = base
+        self.base = None if base is None else Names(plain(base).checkpoint)
+        self.in_base: dict[str, str] = {}
+        if base is not None:
+            for item in inputs:
+                self.in_base |= names_in_base(item.adapter, base)
         self.folder = scratch_folder
         self.device = Device(options.compute.device)
         self.resizer = Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform)
@@ -240,6 +265,16 @@ class _Merge:
         is_paper = any(each.get("flavor") == "paper" for each in settings)
         if method.name == "ties" and is_paper and options.space == "full":
             self.trim = SharedTrim(modules)
+
+    @property
+    def coefficients(self) -> Callable[[str, Array], Array] | None:
+        """Coefficients from a name and inner products; None if the method is no weighted sum."""
+        if self.method.kind != "span":
+            return None
+        function = self.method.function
+        return lambda name, gram: np.asarray(
+            function(gram, self._weights(name), **self._parameters(name))
+        )
 
     def outcomes(self) -> Any:
         """Yield the outcome of every module in order."""
@@ -256,7 +291,11 @@ class _Merge:
         fixed = sum(
             t.nbytes
             for a in sources
-            for t in [*(r.tensor for r in a.replacements.values()), *a.carried.values()]
+            for t in [
+                *(r.tensor for r in a.replacements.values()),
+                *(addition.tensor for addition in a.additions.values()),
+                *a.carried.values(),
+            ]
         )
         header = sum(256 + 2 * len(module.name) for module in self.modules)
         header += 2048 + 256 * len(self.inputs) + 2 * len(str(self.options))
@@ -307,7 +346,8 @@ class _Merge:
             self._width,
             None if self.trim is None else self.trim.threshold,
         )
-        return merged_module(module, run, self.base, self.folder, self.device)
+        in_base = self.in_base.get(module.name)
+        return merged_module(module, run, self.base, self.folder, self.device, in_base)
 
     def _template(self, module: AlignedModule, merged: MergedModule) -> LowRank:
         """Return a delta that says where and how to store the result; its values are not read."""

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 from loratools.placement import rules
 from loratools.placement.names import Names
-from loratools_formats.adapter import LowRank
+from loratools_formats.adapter import LowRank, OtherDelta
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.orientation import is_transposed
 
 
-def whole_is_transposed(names: Names, module: str, delta: LowRank, shape: tuple[int, ...]) -> bool:
+def whole_is_transposed(
+    names: Names, module: str, delta: LowRank | OtherDelta, shape: tuple[int, ...]
+) -> bool:
     """Return whether a tensor that is all of a module's weight is stored as (in, out).
 
     Raises:
@@ -40,7 +42,12 @@ def whole_is_transposed(names: Names, module: str, delta: LowRank, shape: tuple[
 
 
 def cut_is_transposed(
-    names: Names, module: str, delta: LowRank, shape: tuple[int, ...], *, stacked: bool = False
+    names: Names,
+    module: str,
+    delta: LowRank | OtherDelta,
+    shape: tuple[int, ...],
+    *,
+    stacked: bool = False,
 ) -> bool:
     """Return whether a matrix that shares only its inputs with a delta is stored as (in, out).
 

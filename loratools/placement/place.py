@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import numpy as np
+
 from loratools.placement.changes import BiasPlacement, Placement, Placements, Span
 from loratools.placement.experts import expert_placements
 from loratools.placement.fused import joined_spans, part_spans
@@ -15,6 +17,7 @@ from loratools.placement.tied import settle
 from loratools_formats.adapter import Adapter, Delta, LowRank, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import AdapterError, printable
+from loratools_formats.tensors import in_memory
 
 _LISTED = 4
 
@@ -46,6 +49,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
             deltas += placed
         if low_rank_part(delta).bias is not None:
             biases += _bias_placements(names, module, delta)
+    biases += _additions(names, adapter, missing)
     if missing:
         raise _unmatched(names, missing)
     _refuse_clashes(names, deltas)
@@ -144,6 +148,32 @@ def _bias_placements(names: Names, module: str, delta: Delta) -> list[BiasPlacem
     )
     if here != out:
         raise _does_not_fit(module, out, in_, f"a bias of {here}")
+    return placed
+
+
+def _additions(names: Names, adapter: Adapter, missing: list[str]) -> list[BiasPlacement]:
+    """Return what is added to biases and norms as biases of factors that do nothing else."""
+    placed = []
+    for addition in adapter.additions.values():
+        stored = names.base.tensors.get(addition.target)
+        if stored is None:
+            missing.append(addition.target)
+            continue
+        if stored.shape != addition.tensor.shape:
+            raise AdapterError(
+                "what is added does not fit the base tensor",
+                tensor=addition.tensor.key,
+                got=list(addition.tensor.shape),
+                expected=f"{list(stored.shape)} of {addition.target}",
+            )
+        key = addition.tensor.key
+        nothing = LowRank(
+            in_memory(key, np.zeros((1, 1))),
+            in_memory(key, np.zeros((addition.tensor.numel, 1))),
+            1.0,
+            bias=addition.tensor,
+        )
+        placed.append(BiasPlacement(addition.target, addition.target, nothing))
     return placed
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from machine import describe
 from report import markdown
 
-BENCHMARKS = ["squeeze", "merge", "fuse", "nf4"]
+BENCHMARKS = ["squeeze", "merge", "fuse", "nf4", "fold", "gguf", "dialects"]
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
 _MARK = "<!-- {} -->\n"

@@ -18,20 +18,7 @@ _TWO = {"target_modules": ["up", "square"]}
 _QUERY = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 VARIANTS = {
-    "kasa_config": Case("linear", _TWO | {"kasa_config": {}}),
-    "use_bdlora": Case(
-        "linear",
-        _TWO
-        | {
-            "use_bdlora": {
-                "target_modules_bd_a": ["up"],
-                "target_modules_bd_b": [],
-                "nblocks": 2,
-                "match_strict": False,
-            }
-        },
-    ),
-    "use_qalora": Case("linear", _TWO | {"use_qalora": True, "qalora_group_size": 2}),
+    "kasa": Case("linear", _TWO | {"kasa_config": {}}),
     "alora_invocation_tokens": Case("llama", _QUERY | {"alora_invocation_tokens": [3, 4]}),
     "layer_replication": Case("llama", _QUERY | {"layer_replication": [[0, 2], [1, 2]]}),
 }
@@ -68,13 +55,6 @@ def test_config_values_that_change_the_delta_are_refused_by_name(saved, tmp_path
     folder = oracle.copied(saved("linear"), tmp_path / "adapter")
     edit_config(folder, **{key: EDITED[key]})
     assert_refused(folder, tmp_path, key)
-
-
-def test_blocks_of_the_second_factor_are_refused_by_the_name_of_their_key(tmp_path):
-    blocks = {"target_modules_bd_a": [], "target_modules_bd_b": ["square"], "nblocks": 2}
-    case = Case("linear", _TWO | {"use_bdlora": blocks | {"match_strict": False}})
-    with pytest.raises(UnsupportedError, match="use_bdlora"):
-        read_adapter(oracle.save(tmp_path / "adapter", case))
 
 
 @pytest.mark.parametrize("value", [False, [], {}, ""])
@@ -139,9 +119,7 @@ def with_tensors(folder, **tensors):
 @pytest.mark.parametrize(
     "name",
     [
-        "up.default_lora_latent_mapping.weight",
         "up.lora_latent_mapping.weight",
-        "up.lora_N.weight",
         "up.lora_N.bias",
         "up.gate",
         "head.lora_latent_mapping.weight",

@@ -16,7 +16,8 @@ from peft_cases import CASES, Case, old_experts
 from loratools.cli import cli
 from loratools.ranks import SERVE_RANKS, RankRule
 from loratools.resize import ComputeOptions
-from loratools.squeeze import Selection, squeeze
+from loratools.selection import Selection
+from loratools.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.adapter import low_rank_part
 from loratools_formats.errors import UnsupportedError

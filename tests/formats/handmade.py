@@ -64,7 +64,6 @@ DEFECTS = {
     "same field twice": (with_text(b'"dtype"', b'"dtype": "F32", "dtype"'), "duplicate"),
     "same metadata twice": (one_more(b'"__metadata__"', b'{"k":"1","k":"2"}'), "duplicate"),
     "metadata of numbers": (one_more(b'"__metadata__"', b'{"k":1}'), "__metadata__"),
-    "metadata null": (one_more(b'"__metadata__"', b"null"), "__metadata__"),
     "metadata a list": (one_more(b'"__metadata__"', b"[]"), "__metadata__"),
     "nested deeply": (one_more(value=DEEP), "deep"),
     "unknown field": (with_entry(extra=1), "fields"),

@@ -561,7 +561,7 @@ BESIDE = [
 ]  # fmt: skip
 FREE = {
     "format_name", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error",
-    "as_json", "quiet", "workers", "device",
+    "as_json", "quiet", "workers", "device", "carry_unknown",
 }  # fmt: skip
 
 

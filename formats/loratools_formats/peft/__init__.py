@@ -1,8 +1,9 @@
 """PEFT adapter folders: `adapter_config.json` beside `adapter_model.safetensors` or `.bin`.
 
 Source: the peft package, versions 0.2 to 0.21, read and run. `config` validates and resolves the
-configuration, `keys` is the grammar of tensor names, `read` and `write` are the two halves, and
-`legacy_bin` opens pickled weights in a bounded child process.
+configuration, `keys` is the grammar of tensor names, `read` and `write` are the two halves,
+`from_model` makes a configuration for adapters of other formats, and `legacy_bin` opens pickled
+weights in a bounded child process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.registry import Format, Loss
+from loratools_formats.registry import Context, Format, Loss
 
 if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter
@@ -21,7 +22,11 @@ _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 def _sniff(path: Path) -> bool:
     folder = path.parent if path.name in _WEIGHT_FILES else path
-    return (folder / "adapter_config.json").is_file()
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    # MLX adapters have a file of that name too, and weights of another.
+    is_mlx = (folder / "adapters.safetensors").is_file()
+    return not is_mlx or any((folder / name).is_file() for name in _WEIGHT_FILES)
 
 
 def _read(path: Path) -> Adapter:
@@ -54,6 +59,18 @@ def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
     return merged_config(adapters)
 
 
+def _from_model(adapter: Adapter, context: Context) -> Adapter:
+    from loratools_formats.peft.from_model import from_model
+
+    return from_model(adapter, context)
+
+
+def _plain_config(adapter: Adapter) -> Mapping[str, Any]:
+    from loratools_formats.peft.targets import plain_config
+
+    return plain_config(adapter)
+
+
 FORMAT = Format(
     name="peft",
     description="PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)",
@@ -65,4 +82,7 @@ FORMAT = Format(
     write=_write,
     weights_nbytes=_weights_nbytes,
     merged_config=_merged_config,
+    from_model=_from_model,
+    dtypes=("f32", "f16", "bf16"),
+    plain_config=_plain_config,
 )

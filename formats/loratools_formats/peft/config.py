@@ -15,7 +15,7 @@ from typing import Any
 
 from loratools_formats import strict_json
 from loratools_formats.adapter import MUTATED_BASE, Caveat
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.errors import AdapterError
 from loratools_formats.files import read_small_file, refuse_lfs_pointer
 from loratools_formats.peft.patterns import match_patterns
 
@@ -25,7 +25,10 @@ _MAX_DEPTH = 64
 _MAX_RANK = 1 << 31
 _MAX_ALPHA = 1 << 31
 
-_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
+MIDDLE_INITS = frozenset({"n_lora", "s_lora"})
+"""Initialisations of NLoRA, which puts a matrix between the factors and leaves the base alone."""
+
+_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"}) | MIDDLE_INITS
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 _NEUTRAL_KEYS = frozenset(
@@ -44,10 +47,11 @@ _HANDLED_KEYS = frozenset(
         "use_dora", "use_rslora",
     }
 )  # fmt: skip
+VARIANT_KEYS = ("use_bdlora", "use_qalora", "kasa_config")
+"""Keys of variants whose factors are no plain ones; see `variants`."""
+
 _REFUSED_KEYS = {
-    "use_bdlora": "its factors are blocks of block-diagonal matrices (BD-LoRA)",
-    "use_qalora": "its input is pooled in groups (QA-LoRA)",
-    "kasa_config": "a diagonal stands between the factors and the base loses components (KaSA)",
+    "use_nola": "its factors are sums of random matrices that are not in the file (NOLA)",
     "alora_invocation_tokens": "it acts only after the invocation tokens (activated LoRA)",
     "arrow_config": "it is routed per token (Arrow)",
     "layer_replication": "its layers are numbered unlike the base model's",
@@ -113,22 +117,11 @@ class PeftConfig:
 
     Raises:
         AdapterError: a value has the wrong type or is out of range.
-        UnsupportedError: the adapter is of another kind than LoRA.
     """
 
     def __init__(self, values: Mapping[str, Any], path: Path | None = None) -> None:
         self.values = values
         self.path = path
-        kind = values.get("peft_type")
-        if not isinstance(kind, str):
-            raise AdapterError("config has no peft_type", path=path, got=kind, expected="LORA")
-        if kind != "LORA":
-            raise UnsupportedError(
-                "adapter kind is not supported",
-                path=path,
-                got=f"peft_type {kind}",
-                expected="LORA",
-            )
         for required in ("r", "lora_alpha"):
             if required not in values:
                 raise AdapterError(f"config lacks {required}", path=path)
@@ -181,9 +174,9 @@ class PeftConfig:
                 )
             )
         elif isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-            found.append(_unknown("init_lora_weights", init))
+            found.append(unknown_key("init_lora_weights", init))
         for key, reason in _REFUSED_KEYS.items():
-            if _is_set(self.values.get(key)):
+            if is_set(self.values.get(key)):
                 found.append(
                     Caveat(key, f"config key {key}: {reason}", "This kind is not supported yet")
                 )
@@ -193,20 +186,22 @@ class PeftConfig:
                 found.append(
                     Caveat("lora_alpha", f"{name} is {alpha}", "Correct it in adapter_config.json")
                 )
-        known = _NEUTRAL_KEYS | _HANDLED_KEYS | set(_REFUSED_KEYS)
+        known = _NEUTRAL_KEYS | _HANDLED_KEYS | set(_REFUSED_KEYS) | set(VARIANT_KEYS)
         found += [
-            _unknown(key, value)
+            unknown_key(key, value)
             for key, value in sorted(self.values.items())
-            if key not in known and _is_set(value)
+            if key not in known and is_set(value)
         ]
         return tuple(found)
 
 
-def _is_set(value: Any) -> bool:
+def is_set(value: Any) -> bool:
+    """Return whether a configuration value says anything."""
     return value is not None and value is not False and value not in ({}, [], "")
 
 
-def _unknown(key: str, value: Any) -> Caveat:
+def unknown_key(key: str, value: Any) -> Caveat:
+    """Return the caveat about a key that is not known."""
     return Caveat(
         key,
         f"config key {key} = {value!r} is not known and may change the weights",
@@ -214,12 +209,12 @@ def _unknown(key: str, value: Any) -> Caveat:
     )
 
 
-def read_config(path: Path) -> PeftConfig:
-    """Read and validate a configuration file.
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a configuration file, of any kind of adapter.
 
     Raises:
         MissingFileError: it is not there.
-        AdapterError: not strict JSON, not an object, over 1 MiB, or a bad value.
+        AdapterError: not strict JSON, not an object, over 1 MiB, or without a kind.
     """
     data = read_small_file(path, _MAX_CONFIG_BYTES)
     refuse_lfs_pointer(data, path)
@@ -229,4 +224,7 @@ def read_config(path: Path) -> PeftConfig:
         raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
     if not isinstance(values, dict):
         raise AdapterError("config is not a JSON object", path=path, got=type(values).__name__)
-    return PeftConfig(values, path)
+    kind = values.get("peft_type")
+    if not isinstance(kind, str):
+        raise AdapterError("config has no peft_type", path=path, got=kind, expected="LORA")
+    return values

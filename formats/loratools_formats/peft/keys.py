@@ -7,11 +7,23 @@ Source: peft 0.21.2, `get_peft_model_state_dict` and the layers' attribute names
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Literal, NamedTuple
 
 PREFIX = "base_model.model."
 
-Part = Literal["a", "b", "b_bias", "embedding_a", "embedding_b", "magnitude", "token_rows"]
+Part = Literal[
+    "a",
+    "b",
+    "b_bias",
+    "diagonal",
+    "embedding_a",
+    "embedding_b",
+    "embedding_middle",
+    "magnitude",
+    "middle",
+    "token_rows",
+]
 
 SUFFIXES: dict[str, Part] = {
     ".lora_A.weight": "a",
@@ -20,13 +32,18 @@ SUFFIXES: dict[str, Part] = {
     ".lora_embedding_A": "embedding_a",
     ".lora_embedding_B": "embedding_b",
     ".lora_magnitude_vector": "magnitude",
+    ".lora_diag": "diagonal",
+    ".lora_N.weight": "middle",
+    ".lora_embedding_N": "embedding_middle",
+    ".default_lora_latent_mapping.weight": "middle",
+    "_lora_latent_mapping.weight": "middle",
     ".token_adapter.trainable_tokens_delta": "token_rows",
 }
 
 SAMPLER = ".lora_monteclora_sampler."
 """Part of the names of MonteCLoRA's sampler, whose shapes hold the rank."""
 
-TRAINING_SUFFIXES = (".lora_diag", ".lora_velora_embed", SAMPLER.rstrip("."))
+TRAINING_SUFFIXES = (".lora_velora_embed", SAMPLER.rstrip("."))
 """Tensors of variants whose config key already says so; kept, and used by no operation."""
 
 
@@ -71,6 +88,19 @@ def setting_name(path: str) -> str:
     return path.removesuffix(".base_layer.out_proj")
 
 
+_CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+def square_orientation(fan_in_fan_out: bool, path: str) -> bool | None:
+    """Tell whether a square weight is stored (in, out), None where the file does not show it.
+
+    PEFT writes one `fan_in_fan_out` for all modules, that of the layer wrapped last; a GPT-2
+    adapter which also covers the linear lm_head says false although its Conv1D layers are not.
+    """
+    named_conv1d = path.rpartition(".")[2] in _CONV1D_LEAVES
+    return fan_in_fan_out if fan_in_fan_out == named_conv1d else None
+
+
 def base_tensor(name: str) -> str | None:
     """Return the base tensor a name would be loaded over, None if it is not of that form.
 
@@ -89,6 +119,17 @@ def base_tensor(name: str) -> str | None:
         return None
     path = path.replace(".token_adapter.base_layer", ".base_layer")
     return ".".join([part for part in path.split(".") if part != "base_layer"] + [leaf])
+
+
+def replaced_name(target: str, modules: Container[str]) -> str:
+    """Return the name of a tensor that replaces one of the base, as `base_tensor` reads it.
+
+    >>> replaced_name("q.bias", {"q"})
+    'base_model.model.q.base_layer.bias'
+    """
+    module, _, leaf = target.rpartition(".")
+    wrapped = f"{module}.base_layer" if module in modules else module
+    return f"{PREFIX}{wrapped}.{leaf}"
 
 
 def saved_again(name: str) -> str | None:

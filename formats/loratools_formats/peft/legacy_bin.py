@@ -147,6 +147,8 @@ def convert(source: str, target: str) -> None:
     state = torch.load(source, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise TypeError(f"content is a {type(state).__name__}, not a map")
+    if list(state) == ["model_state_dict"] and isinstance(state["model_state_dict"], dict):
+        state = state["model_state_dict"]  # as the examples of loralib save theirs
     total = sum(_checked_nbytes(name, value, file_nbytes) for name, value in state.items())
     if total > _MAX_SHARING * file_nbytes:
         raise ValueError(f"tensors share storage and claim {total} bytes, many times the file")

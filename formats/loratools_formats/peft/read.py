@@ -8,30 +8,42 @@ carried; one that could change ΔW and is not understood is an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from loratools_formats.adapter import Adapter, Caveat, Delta, Dora, Layer, LowRank
+from loratools_formats.adapter import (
+    Adapter,
+    Caveat,
+    Delta,
+    Dora,
+    Layer,
+    LowRank,
+    OtherDelta,
+    Replacement,
+)
 from loratools_formats.errors import (
     AdapterError,
     LoratoolsError,
     MissingFileError,
     UnsupportedError,
 )
+from loratools_formats.factors import check_factor
 from loratools_formats.files import RegularFile, inside
 from loratools_formats.peft import keys
-from loratools_formats.peft.config import CONFIG_FILE, PeftConfig, read_config
+from loratools_formats.peft.config import CONFIG_FILE, PeftConfig, read_values
+from loratools_formats.peft.kind_table import PEFT_KINDS
 from loratools_formats.peft.legacy_bin import read_bin
 from loratools_formats.peft.parameters import Setting, settings, unstacked
+from loratools_formats.peft.read_kinds import caveats_of, read_modules, reason_against
 from loratools_formats.peft.replacements import classify
+from loratools_formats.peft.variants import lost_middle, variant_delta, variant_kind
 from loratools_formats.provenance import PROVENANCE_FILE
 from loratools_formats.safetensors_io import SafetensorsFile, read_safetensors
 from loratools_formats.tensors import TensorRef
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-_MAX_FACTOR_ELEMENTS = 1 << 29
 
 _ATTACHMENTS = (
     "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json", "merges.txt",
@@ -42,11 +54,9 @@ _ATTACHMENTS = (
     "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md",
 )  # fmt: skip
 
-_CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-
 
 def read(path: Path) -> Adapter:
-    """Read a PEFT LoRA folder, or one named by its weight file.
+    """Read a PEFT folder, or one named by its weight file.
 
     Raises:
         MissingFileError: the config or the weights are missing.
@@ -62,26 +72,65 @@ def read(path: Path) -> Adapter:
 
 
 def _read(folder: Path) -> Adapter:
-    config = read_config(inside(folder, CONFIG_FILE))
+    values = read_values(inside(folder, CONFIG_FILE))
     weights, original, notes = _open_weights(folder)
-    modules, rest = _modules(config, weights.tensors, folder)
-    replacements, carried = classify(config, rest, modules, folder)
+    found = _contents(values, weights.tensors, folder)
+    replacements: dict[str, Replacement] = {}
+    carried = found.rest
+    if found.modules or values["peft_type"] == "LORA":
+        replacements, carried = classify(values, found.rest, found.modules, folder)
     return Adapter(
         format="peft",
         source=folder,
-        modules=modules,
+        modules=found.modules,
+        shared=found.shared,
         replacements=replacements,
         carried=carried,
-        config=config.values,
+        config=values,
         metadata=weights.metadata,
-        base_model=config.values.get("base_model_name_or_path"),
-        caveats=(*config.caveats(), *_module_caveats(modules)),
+        base_model=values.get("base_model_name_or_path"),
+        caveats=found.caveats,
         notes=(*notes, *_folder_notes(folder), *_training_notes(carried)),
         attachments={
             name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
         },
         inputs=(original, RegularFile(folder / CONFIG_FILE)),
     )
+
+
+@dataclass(frozen=True)
+class _Contents:
+    modules: Mapping[str, Delta]
+    shared: Mapping[str, TensorRef]
+    rest: dict[str, TensorRef]
+    caveats: tuple[Caveat, ...]
+
+
+def _contents(
+    values: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path
+) -> _Contents:
+    peft_type = values["peft_type"]
+    if peft_type == "LORA":
+        config = PeftConfig(values, folder / CONFIG_FILE)
+        modules, rest = _modules(config, tensors, folder)
+        has_middle = any(isinstance(d, OtherDelta) and d.kind == "middle" for d in modules.values())
+        caveats = (
+            *config.caveats(),
+            *_module_caveats(modules),
+            *lost_middle(folder, has_middle),
+        )
+        return _Contents(modules, {}, rest, caveats)
+    reason = reason_against(peft_type)
+    if reason is not None:
+        return _Contents({}, {}, dict(tensors), (reason,))
+    if peft_type not in PEFT_KINDS:
+        raise UnsupportedError(
+            "adapter kind is not known",
+            got=f"peft_type {peft_type}",
+            expected=", ".join(["LORA", *PEFT_KINDS]),
+        )
+    others, shared, rest = read_modules(values, tensors, folder)
+    return _Contents(others, shared, rest, tuple(caveats_of(values)))
 
 
 def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]]:
@@ -171,15 +220,14 @@ def _delta(
     folder: Path,
 ) -> Delta:
     a, b, is_embedding = pair
+    kind = variant_kind(config.values, path, parts)
     if setting.names:
         direction = unstacked(config, a, b, setting, folder)
     else:
-        if b.shape[1:2] != a.shape[:1] and config.values.get("use_bdlora"):
-            raise UnsupportedError(
-                "config key use_bdlora: its factors are blocks of block-diagonal matrices",
-                path=folder,
-                tensor=path,
-            )
+        if kind is not None:
+            scale = config.scale(setting.alpha, setting.rank)
+            resolved = (setting.alpha, setting.rank)
+            return variant_delta(kind, config.values, path, parts, pair, resolved, scale)
         direction = _ordinary(config, path, a, b, setting, is_embedding, folder)
     bias = parts.get("b_bias")
     if bias is not None:
@@ -197,6 +245,10 @@ class _Pair(NamedTuple):
     is_embedding: bool
 
 
+_BESIDE = ("b_bias", "diagonal", "embedding_middle", "magnitude", "middle")
+"""Parts that may stand beside a module's factors."""
+
+
 def _factor_pair(path: str, parts: dict[keys.Part, TensorRef], folder: Path) -> _Pair:
     embedding = "embedding_a" in parts or "embedding_b" in parts
     wanted: tuple[keys.Part, keys.Part] = (
@@ -212,11 +264,11 @@ def _factor_pair(path: str, parts: dict[keys.Part, TensorRef], folder: Path) -> 
                 expected=keys.compose(path, part),
             )
     for part, tensor in parts.items():
-        if part not in (*wanted, "b_bias", "magnitude"):
+        if part not in (*wanted, *_BESIDE):
             raise AdapterError(
                 "module has both linear and embedding factors", path=folder, tensor=tensor.key
             )
-        _check_factor(tensor, folder)
+        check_factor(tensor, folder)
     return _Pair(parts[wanted[0]], parts[wanted[1]], embedding)
 
 
@@ -244,32 +296,6 @@ def _with_magnitude(
 
 def _contradiction(tensor: TensorRef, message: str, folder: Path) -> AdapterError:
     return AdapterError(f"file has {message}", path=folder, tensor=tensor.key)
-
-
-def _check_factor(tensor: TensorRef, folder: Path) -> None:
-    if not tensor.dtype.floating:
-        raise AdapterError(
-            "adapter factor is not of a floating-point type",
-            path=folder,
-            tensor=tensor.key,
-            got=tensor.dtype.code,
-        )
-    if tensor.numel == 0:
-        raise AdapterError(
-            "adapter factor is empty",
-            path=folder,
-            tensor=tensor.key,
-            got=list(tensor.shape),
-            hint="Sharded training saves such files when the shards were not gathered",
-        )
-    if tensor.numel > _MAX_FACTOR_ELEMENTS:
-        raise AdapterError(
-            "adapter factor is too large",
-            path=folder,
-            tensor=tensor.key,
-            got=list(tensor.shape),
-            expected=f"at most {_MAX_FACTOR_ELEMENTS} elements",
-        )
 
 
 def _ordinary(
@@ -316,16 +342,6 @@ def _ordinary(
         a = a.reshaped((a.shape[0], a.numel // a.shape[0]))
         b = b.reshaped(b.shape[:2])
     elif not embedding:
-        layer = Layer("linear", transposed_if_square=_square_orientation(config, path))
+        turn = keys.square_orientation(bool(config.values.get("fan_in_fan_out")), path)
+        layer = Layer("linear", transposed_if_square=turn)
     return LowRank(a, b, config.scale(alpha, rank), layer, alpha=alpha)
-
-
-def _square_orientation(config: PeftConfig, path: str) -> bool | None:
-    """Tell whether a square weight is stored (in, out), None where the file does not show it.
-
-    PEFT writes one `fan_in_fan_out` for all modules, that of the layer wrapped last; a GPT-2
-    adapter which also covers the linear lm_head says false although its Conv1D layers are not.
-    """
-    stored = bool(config.values.get("fan_in_fan_out"))
-    named_conv1d = path.rpartition(".")[2] in _CONV1D_LEAVES
-    return stored if stored == named_conv1d else None

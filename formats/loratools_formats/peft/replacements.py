@@ -15,7 +15,6 @@ from typing import Any
 from loratools_formats.adapter import Delta, Replacement
 from loratools_formats.errors import AdapterError
 from loratools_formats.peft import keys
-from loratools_formats.peft.config import PeftConfig
 from loratools_formats.tensors import TensorRef
 
 _EMBEDDING_LEAVES = ("embed_tokens", "lm_head", "wte", "word_embeddings")
@@ -23,7 +22,10 @@ _LORA_WORD = re.compile(r"(?<![a-z])lora(?![a-z])", re.IGNORECASE)
 
 
 def classify(
-    config: PeftConfig, rest: dict[str, TensorRef], modules: Mapping[str, Delta], folder: Path
+    values: Mapping[str, Any],
+    rest: dict[str, TensorRef],
+    modules: Mapping[str, Delta],
+    folder: Path,
 ) -> tuple[dict[str, Replacement], dict[str, TensorRef]]:
     """Return the replacements and the carried tensors among the rest of a file.
 
@@ -37,15 +39,15 @@ def classify(
     carried: dict[str, TensorRef] = {}
     for name, tensor in rest.items():
         key = keys.parse(name)
-        if key is not None:
-            rows = _token_rows(config.values, key.path, tensor, folder)
+        if key is not None and key.part == "token_rows":
+            rows = _token_rows(values, key.path, tensor, folder)
             of_rows[name] = Replacement("token_rows", f"{key.path}.weight", tensor, rows)
             continue
-        if _belongs_to_training(config, name) or keys.saved_again(name) in rest:
+        if _belongs_to_training(values, name) or keys.saved_again(name) in rest:
             carried[name] = tensor
             continue
         target = keys.base_tensor(name)
-        kind = None if target is None else _replacement_kind(config.values, name, target)
+        kind = None if target is None else _replacement_kind(values, name, target)
         _refuse_if_beside_factors(name, kind, modules, folder)
         if kind is None or target is None:
             carried[name] = tensor
@@ -54,10 +56,8 @@ def classify(
     return replacements | of_rows, carried
 
 
-def _belongs_to_training(config: PeftConfig, name: str) -> bool:
-    declared = any(
-        config.values.get(key) for key in ("kasa_config", "velora_config", "monteclora_config")
-    )
+def _belongs_to_training(values: Mapping[str, Any], name: str) -> bool:
+    declared = any(values.get(key) for key in ("velora_config", "monteclora_config"))
     return declared and any(f"{suffix}." in f"{name}." for suffix in keys.TRAINING_SUFFIXES)
 
 

@@ -8,10 +8,13 @@ Source: `check_target_module_exists` in peft/tuners/tuners_utils.py, 0.21.2.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loratools_formats.adapter import Adapter, low_rank_part
 from loratools_formats.errors import AdapterError
+from loratools_formats.peft import keys
+from loratools_formats.peft.config import MIDDLE_INITS, VARIANT_KEYS, is_set
 
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -47,6 +50,49 @@ def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
             values[key] = found[0]
     values["fan_in_fan_out"] = any(config.get("fan_in_fan_out") for config in configs)
     return values
+
+
+def as_peft(adapter: Adapter) -> Adapter:
+    """Return an adapter of a format that is only read as one of a PEFT folder."""
+    replacements = {
+        keys.replaced_name(r.target, adapter.modules): r for r in adapter.replacements.values()
+    }
+    return replace(
+        adapter,
+        format="peft",
+        replacements=replacements,
+        config={"bias": "lora_only" if replacements else "none", "inference_mode": True},
+    )
+
+
+_KEPT = (
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "modules_to_save", "peft_version", "revision", "task_type",
+    "trainable_token_indices",
+)  # fmt: skip
+
+
+def plain_config(adapter: Adapter) -> Mapping[str, Any]:
+    """Return the configuration of an adapter whose modules have become plain factors.
+
+    That of a LoRA stays, since the writer rewrites what depends on the factors. Of another kind,
+    what every kind has is kept; ranks and scales are the writer's.
+    """
+    values = adapter.config
+    if values.get("peft_type") == "LORA":
+        cleared: dict[str, Any] = {key: None for key in VARIANT_KEYS if is_set(values.get(key))}
+        if values.get("init_lora_weights") in MIDDLE_INITS:
+            cleared["init_lora_weights"] = True
+        return {**values, **cleared}
+    kept = {key: values[key] for key in _KEPT if key in values}
+    return {
+        "peft_type": "LORA",
+        **kept,
+        "bias": kept.get("bias") or "none",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": sorted(adapter.modules),
+    }
 
 
 def _module_paths(adapters: Sequence[Adapter]) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, low_rank_part
+from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, OtherDelta, low_rank_part
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.peft import keys
 from loratools_formats.peft.config import CONFIG_FILE, PeftConfig
@@ -28,8 +28,18 @@ from loratools_formats.tensors import TensorRef
 def losses(adapter: Adapter) -> list[Loss]:
     """Return what PEFT cannot hold of an adapter read from another format."""
     if adapter.format == "peft":
-        return []
-    return [Loss(name, "has no place in a PEFT file") for name in adapter.carried]
+        return [Loss(name, "PEFT has no full differences") for name in _kept_whole(adapter)]
+    return [
+        Loss(name, "has no place in a PEFT file") for name in [*adapter.additions, *adapter.carried]
+    ]
+
+
+def _kept_whole(adapter: Adapter) -> list[str]:
+    return [
+        name
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and delta.kind == "full"
+    ]
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -66,9 +76,13 @@ def metadata_for(adapter: Adapter) -> dict[str, str]:
 def stored_tensors(adapter: Adapter) -> Iterator[TensorRef]:
     """Yield every tensor under its name and in its layout in a PEFT file."""
     for path, delta in adapter.modules.items():
+        if isinstance(delta, OtherDelta):
+            yield from delta.tensors()
+            continue
         yield from _factors(path, low_rank_part(delta))
         if isinstance(delta, Dora):
             yield delta.magnitude.renamed(keys.compose(path, "magnitude"))
+    yield from adapter.shared.values()
     for name, replacement in adapter.replacements.items():
         yield replacement.tensor.renamed(name)
     # The sampler of MonteCLoRA acts in training only, and its shapes hold the rank.
@@ -108,8 +122,13 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
     """
     if adapter.format != "peft":
         raise UnsupportedError(
-            f"writing an adapter of format {adapter.format} as PEFT is not supported yet"
+            f"an adapter of format {adapter.format} has no PEFT configuration",
+            hint="Make one with from_model, as `loratools convert` does",
         )
+    for name in _kept_whole(adapter):
+        raise UnsupportedError("PEFT has no full differences", tensor=name)
+    if any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
+        return dict(adapter.config)
     values = _with_kinds(adapter)
     return values if _keeps_config(adapter) else _rewritten(values, adapter)
 

@@ -1,0 +1,338 @@
+"""Which architectures GGUF adapters can be made for, and what becomes of each of their modules.
+
+llama.cpp keeps some weights in another layout than transformers: rows of q and k in the order
+that its rotary embedding wants, fused projections split or sorted by kind, experts stacked. All of
+it concerns rows of ΔW = B·A only, hence rows of B. A file made with the wrong layout loads without
+complaint and does harm, so what is not in this table is refused.
+Source: the model classes of convert_hf_to_gguf.py, llama.cpp b10605; a test runs them on full
+weights and compares names and values with this table, row by row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from loratools_formats.errors import AdapterError
+
+Rows = list[int]
+"""For each row of a GGUF tensor, the row of the model's weight that goes there."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What layouts depend on.
+
+    Attributes:
+        heads: number of query heads.
+        kv_heads: number of key and value heads.
+        hidden: width of the model.
+        experts: number of experts, 0 if it has none.
+        expert_width: width inside an expert.
+    """
+
+    heads: int
+    kv_heads: int
+    hidden: int
+    experts: int = 0
+    expert_width: int = 0
+
+
+def _per_head(rows: int, heads: int) -> int:
+    if rows % heads:
+        raise AdapterError("rows do not divide into heads", got=rows, expected=f"{heads} heads")
+    return rows // heads
+
+
+def _rotary(rows: Rows, heads: int) -> Rows:
+    """Interleave the two halves of each head."""
+    width = _per_head(len(rows), heads)
+    if width % 2:
+        raise AdapterError("heads of odd width have no halves", got=width)
+    half = width // 2
+    return [
+        rows[h * width + t * half + j] for h in range(heads) for j in range(half) for t in (0, 1)
+    ]
+
+
+def _whole(rows: int, _: Sizes) -> list[Rows]:
+    return [list(range(rows))]
+
+
+def _query(rows: int, sizes: Sizes) -> list[Rows]:
+    return [_rotary(list(range(rows)), sizes.heads)]
+
+
+def _key(rows: int, sizes: Sizes) -> list[Rows]:
+    return [_rotary(list(range(rows)), sizes.kv_heads)]
+
+
+def _halves(rows: int, _: Sizes) -> list[Rows]:
+    half = _per_head(rows, 2)
+    return [list(range(half)), list(range(half, rows))]
+
+
+def _grouped(rows: int, groups: int, queries: int) -> tuple[Rows, Rows, Rows]:
+    """Sort rows that come as groups of `queries` query heads, a key and a value head."""
+    width = _per_head(rows, groups * (queries + 2))
+    q: Rows = []
+    k: Rows = []
+    v: Rows = []
+    for group in range(groups):
+        start = group * (queries + 2) * width
+        q += range(start, start + queries * width)
+        k += range(start + queries * width, start + (queries + 1) * width)
+        v += range(start + (queries + 1) * width, start + (queries + 2) * width)
+    return q, k, v
+
+
+def _sorted_per_head(rows: int, sizes: Sizes) -> list[Rows]:
+    q, k, v = _grouped(rows, sizes.heads, 1)
+    return [q + k + v]
+
+
+def _sorted_per_group(rows: int, sizes: Sizes) -> list[Rows]:
+    q, k, v = _grouped(rows, sizes.kv_heads, sizes.heads // sizes.kv_heads)
+    return [q + k + v]
+
+
+def _split_per_group(rows: int, sizes: Sizes) -> list[Rows]:
+    q, k, v = _grouped(rows, sizes.kv_heads, sizes.heads // sizes.kv_heads)
+    return [_rotary(q, sizes.heads), _rotary(k, sizes.kv_heads), v]
+
+
+class Module(NamedTuple):
+    """What becomes of one module.
+
+    Attributes:
+        tensors: GGUF names of the tensors it becomes, without the block they are in.
+        rows: given its number of rows, which of them each tensor takes, in order.
+        stacked: whether it is a parameter that holds all experts.
+    """
+
+    tensors: tuple[str, ...]
+    rows: Callable[[int, Sizes], list[Rows]] = _whole
+    stacked: bool = False
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether it becomes one tensor with its rows as they are."""
+        return self.rows is _whole
+
+
+def _same(**tensors: str) -> dict[str, Module]:
+    return {name.replace("__", "."): Module((tensor,)) for name, tensor in tensors.items()}
+
+
+_ATTENTION = _same(
+    self_attn__q_proj="attn_q",
+    self_attn__k_proj="attn_k",
+    self_attn__v_proj="attn_v",
+    self_attn__o_proj="attn_output",
+)
+_ROTARY_ATTENTION = _ATTENTION | {
+    "self_attn.q_proj": Module(("attn_q",), _query),
+    "self_attn.k_proj": Module(("attn_k",), _key),
+}
+_GATED = _same(mlp__gate_proj="ffn_gate", mlp__up_proj="ffn_up", mlp__down_proj="ffn_down")
+_EXPERTS = {
+    "mlp.gate": Module(("ffn_gate_inp",)),
+    "mlp.experts.gate_up_proj": Module(("ffn_gate_exps", "ffn_up_exps"), _halves, stacked=True),
+    "mlp.experts.down_proj": Module(("ffn_down_exps",), stacked=True),
+}
+_NAMED_EXPERTS = {
+    "mlp.experts.*.gate_proj": Module(("ffn_gate_exps",)),
+    "mlp.experts.*.up_proj": Module(("ffn_up_exps",)),
+    "mlp.experts.*.down_proj": Module(("ffn_down_exps",)),
+}
+_MIXTRAL = _EXPERTS | {
+    "block_sparse_moe.gate": Module(("ffn_gate_inp",)),
+    "block_sparse_moe.experts.*.w1": Module(("ffn_gate_exps",)),
+    "block_sparse_moe.experts.*.w2": Module(("ffn_down_exps",)),
+    "block_sparse_moe.experts.*.w3": Module(("ffn_up_exps",)),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of llama.cpp.
+
+    Attributes:
+        name: value of `general.architecture`.
+        classes: transformers classes that become it, and how each begins paths that begin with
+            `model.` below.
+        stack: path of the list of blocks.
+        blocks: modules of a block; where several become one tensor, the first is what reading
+            back makes of it.
+        embedding: path of the input embedding.
+        outputs: paths that the output layer has had, today's first; empty if llama.cpp always takes
+            the embedding for it.
+        tied: whether the output layer is the embedding, unless the configuration says otherwise.
+        conv1d: whether the model's linear layers are transformers' Conv1D, stored (in, out).
+    """
+
+    name: str
+    classes: Mapping[str, str]
+    blocks: Mapping[str, Module]
+    stack: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    outputs: tuple[str, ...] = ("lm_head",)
+    tied: bool = False
+    conv1d: bool = field(default=False, kw_only=True)
+
+    def module(self, path: str) -> tuple[Module, str, int | None] | None:
+        """Find what becomes of a module path.
+
+        Returns:
+            The module; what comes before its tensor names; and which expert it is, if it is one of
+            several. None if the table has no such module.
+        """
+        if path == self.embedding:
+            return Module(("token_embd",)), "", None
+        if path in self.outputs:
+            return Module(("output",)), "", None
+        found = re.fullmatch(rf"{re.escape(self.stack)}\.(\d{{1,6}})\.(.+)", path)
+        if found is None:
+            return None
+        block, rest = f"blk.{int(found[1])}.", found[2]
+        expert = re.search(r"\.(\d{1,6})\.", rest)
+        if expert is not None:
+            rest = f"{rest[: expert.start()]}.*.{rest[expert.end() :]}"
+        module = self.blocks.get(rest)
+        return None if module is None else (module, block, expert and int(expert[1]))
+
+    def origin(self, tensor: str) -> tuple[str, Module, int] | None:
+        """Find the module path that a GGUF tensor comes from.
+
+        Returns:
+            The path, the module, and which of its tensors it is. None if the table has none.
+        """
+        if tensor == "token_embd":
+            return self.embedding, Module((tensor,)), 0
+        if tensor == "output" and self.outputs:
+            return self.outputs[0], Module((tensor,)), 0
+        found = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)", tensor)
+        if found is None:
+            return None
+        for rest, module in self.blocks.items():
+            if found[2] in module.tensors and "*" not in rest:
+                path = f"{self.stack}.{int(found[1])}.{rest}"
+                return path, module, module.tensors.index(found[2])
+        return None
+
+
+def _causal(*names: str) -> dict[str, str]:
+    return {f"{name}ForCausalLM": "model." for name in names}
+
+
+_LLAMA_LIKE = _ATTENTION | _GATED
+_ROTARY_LLAMA_LIKE = _ROTARY_ATTENTION | _GATED
+
+_TABLE = (
+    Architecture("llama", _causal("Llama", "Mistral", "Mixtral"), _ROTARY_LLAMA_LIKE | _MIXTRAL),
+    Architecture("smollm3", _causal("SmolLM3"), _ROTARY_LLAMA_LIKE, tied=True),
+    Architecture("granite", _causal("Granite"), _ROTARY_LLAMA_LIKE),
+    Architecture("olmo", _causal("Olmo"), _ROTARY_LLAMA_LIKE),
+    Architecture("olmo2", _causal("Olmo2"), _LLAMA_LIKE),
+    Architecture("qwen2", _causal("Qwen2"), _LLAMA_LIKE),
+    Architecture("qwen2moe", _causal("Qwen2Moe"), _ATTENTION | _EXPERTS | _NAMED_EXPERTS | _same(
+        mlp__shared_expert__gate_proj="ffn_gate_shexp",
+        mlp__shared_expert__up_proj="ffn_up_shexp",
+        mlp__shared_expert__down_proj="ffn_down_shexp",
+    )),
+    Architecture("qwen3", _causal("Qwen3"), _LLAMA_LIKE),
+    Architecture("qwen3moe", _causal("Qwen3Moe"), _ATTENTION | _EXPERTS | _NAMED_EXPERTS),
+    Architecture("gemma", _causal("Gemma"), _LLAMA_LIKE, outputs=(), tied=True),
+    Architecture("gemma2", _causal("Gemma2"), _LLAMA_LIKE, outputs=(), tied=True),
+    Architecture(
+        "gemma3",
+        {"Gemma3ForCausalLM": "model.", "Gemma3ForConditionalGeneration": "model.language_model."},
+        _LLAMA_LIKE,
+        tied=True,
+    ),
+    Architecture("command-r", _causal("Cohere"), _LLAMA_LIKE, outputs=(), tied=True),
+    Architecture("stablelm", _causal("StableLm"), _LLAMA_LIKE),
+    Architecture("starcoder2", _causal("Starcoder2"), _ATTENTION | _same(
+        mlp__c_fc="ffn_up", mlp__c_proj="ffn_down"
+    ), tied=True),
+    Architecture("phi2", _causal("Phi"), _ATTENTION | _same(
+        self_attn__dense="attn_output", mlp__fc1="ffn_up", mlp__fc2="ffn_down"
+    )),
+    Architecture("phi3", _causal("Phi3"), _same(
+        self_attn__qkv_proj="attn_qkv",
+        self_attn__o_proj="attn_output",
+        mlp__gate_up_proj="ffn_up",
+        mlp__down_proj="ffn_down",
+    )),
+    Architecture(
+        "gpt2",
+        {"GPT2LMHeadModel": "model."},
+        _same(
+            attn__c_attn="attn_qkv",
+            attn__c_proj="attn_output",
+            mlp__c_fc="ffn_up",
+            mlp__c_proj="ffn_down",
+        ),
+        stack="transformer.h",
+        embedding="transformer.wte",
+        tied=True,
+        conv1d=True,
+    ),
+    Architecture(
+        "gptneox",
+        _causal("GPTNeoX"),
+        {"attention.query_key_value": Module(("attn_qkv",), _sorted_per_head)}
+        | _same(
+            attention__dense="attn_output",
+            mlp__dense_h_to_4h="ffn_up",
+            mlp__dense_4h_to_h="ffn_down",
+        ),
+        stack="gpt_neox.layers",
+        embedding="gpt_neox.embed_in",
+        outputs=("lm_head", "embed_out"),
+    ),
+    Architecture(
+        "bloom",
+        _causal("Bloom"),
+        {"self_attention.query_key_value": Module(("attn_qkv",), _sorted_per_head)}
+        | _same(
+            self_attention__dense="attn_output",
+            mlp__dense_h_to_4h="ffn_up",
+            mlp__dense_4h_to_h="ffn_down",
+        ),
+        stack="transformer.h",
+        embedding="transformer.word_embeddings",
+        tied=True,
+    ),
+    Architecture(
+        "falcon",
+        _causal("Falcon"),
+        {"self_attention.query_key_value": Module(("attn_qkv",), _sorted_per_group)}
+        | _same(
+            self_attention__dense="attn_output",
+            mlp__dense_h_to_4h="ffn_up",
+            mlp__dense_4h_to_h="ffn_down",
+        ),
+        stack="transformer.h",
+        embedding="transformer.word_embeddings",
+        tied=True,
+    ),
+    Architecture(
+        "internlm2",
+        _causal("InternLM2"),
+        {"attention.wqkv": Module(("attn_q", "attn_k", "attn_v"), _split_per_group)}
+        | _same(
+            attention__wo="attn_output",
+            feed_forward__w1="ffn_gate",
+            feed_forward__w2="ffn_down",
+            feed_forward__w3="ffn_up",
+        ),
+        embedding="model.tok_embeddings",
+        outputs=("output",),
+    ),
+)  # fmt: skip
+
+ARCHITECTURES: dict[str, Architecture] = {entry.name: entry for entry in _TABLE}
+BY_CLASS: dict[str, Architecture] = {name: entry for entry in _TABLE for name in entry.classes}

@@ -1,0 +1,1 @@
+"""Adapters of every kind as plain low-rank factors."""

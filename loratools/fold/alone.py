@@ -1,0 +1,132 @@
+"""Folding without the base: exactly, on the fly, and with settings that the user gives."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from loratools.change import exact_factors
+from loratools.fold.modules import checked_change, known_shape, stored_as_is, template_of
+from loratools.kinds import get_kind
+from loratools.resize import ComputeOptions
+from loratools.scratch import Scratch
+from loratools.weights import ShapeOnly
+from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, Missing, OtherDelta
+from loratools_formats.errors import OptionError, UnsupportedError
+from loratools_formats.peft.targets import as_peft
+from loratools_formats.registry import get_format
+
+
+def folds_alone(delta: Delta) -> bool:
+    """Return whether a change folds exactly without a look at the base."""
+    return isinstance(delta, OtherDelta) and get_kind(delta.kind).folds_alone
+
+
+def needs_base(delta: Delta) -> bool:
+    """Return whether a change cannot be told without the base's weights or shapes."""
+    if isinstance(delta, LowRank):
+        return False
+    if isinstance(delta, Dora) or delta.magnitude is not None:
+        return True
+    needs = get_kind(delta.kind).needs
+    return needs == "weight" or (needs == "shape" and None in delta.shape)
+
+
+def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None) -> Adapter:
+    """Return an adapter whose other kinds are folded, exactly and without the base.
+
+    Plain and DoRA modules stay; a DoRA of another kind becomes an ordinary one.
+
+    Args:
+        adapter: of any kind.
+        operation: what it is for, for messages.
+        scratch_folder: where new factors wait until they are written.
+
+    Raises:
+        UnsupportedError: a module does not fold exactly, or not without the base.
+        AdapterError: NaN or infinite values, or tensors that do not fit.
+    """
+    if not any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
+        return adapter
+    adapter.require_true_delta(operation)
+    scratch = Scratch(scratch_folder)
+    modules = dict(adapter.modules)
+    for name, delta in with_settings(adapter, {}).modules.items():
+        if not isinstance(delta, OtherDelta):
+            continue
+        change = None
+        if folds_alone(delta):
+            found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
+            change = exact_factors(found, of_any_rank=True)
+        if change is None:
+            raise UnsupportedError(
+                f"a weight change of kind {delta.kind} has no factors that {operation} could use",
+                path=adapter.source,
+                tensor=name,
+                hint="Make it a plain LoRA first: loratools to-lora",
+            )
+        template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
+        plain = stored_as_is(template, change, ComputeOptions(), scratch)
+        modules[name] = plain if delta.magnitude is None else Dora(plain, delta.magnitude)
+    return plain_adapter(adapter, modules)
+
+
+def with_settings(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
+    """Return an adapter with settings that its file does not hold filled in.
+
+    Args:
+        adapter: of any kind.
+        given: values by the setting's name.
+
+    Raises:
+        UnsupportedError: a setting is still missing.
+        OptionError: a value is not one, or no module lacks the setting.
+    """
+    unused = set(given)
+    modules: dict[str, Delta] = {}
+    for name, delta in adapter.modules.items():
+        modules[name] = delta
+        if isinstance(delta, OtherDelta):
+            missing = {k: v for k, v in delta.settings.items() if isinstance(v, Missing)}
+            for key, value in missing.items():
+                if key not in given:
+                    raise UnsupportedError(
+                        f"the weight change depends on {key}, which the file does not hold",
+                        path=adapter.source,
+                        tensor=name,
+                        expected=value.expected,
+                        hint=f"Make it a plain LoRA with loratools to-lora --set {key}=VALUE",
+                    )
+            unused -= set(missing)
+            filled = {key: _parsed(key, given[key], value) for key, value in missing.items()}
+            modules[name] = replace(delta, settings={**delta.settings, **filled})
+    if unused:
+        raise OptionError("no module lacks this setting", got=", ".join(sorted(unused)))
+    return replace(adapter, modules=modules)
+
+
+def _parsed(key: str, text: str, missing: Missing) -> str | float:
+    if missing.choices or missing.pattern:
+        if text in missing.choices or re.fullmatch(missing.pattern or "(?!)", text):
+            return text
+    else:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise OptionError(f"not a value of {key}", got=text, expected=missing.expected)
+
+
+def plain_adapter(adapter: Adapter, modules: Mapping[str, Delta]) -> Adapter:
+    """Return an adapter of other modules, with a configuration that says so."""
+    chosen = get_format(adapter.format)
+    if chosen.write is None:
+        adapter = as_peft(adapter)
+        chosen = get_format(adapter.format)
+    config = adapter.config if chosen.plain_config is None else chosen.plain_config(adapter)
+    return replace(adapter, modules=dict(modules), shared={}, config=config)

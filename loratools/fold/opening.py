@@ -1,0 +1,189 @@
+"""Opening modules of any kind: finding their weights in the base, and taking changes apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loratools.change import Streaming, decomposed, exact_factors, rows_of
+from loratools.decompose import Decomposed, Matrix, loaded, matrices
+from loratools.device import Device
+from loratools.dora import Rescaling, finite_vector, rescaled_rows
+from loratools.fold.alone import needs_base
+from loratools.fold.modules import checked_change, kind_name, known_shape, template_of
+from loratools.kinds import get_kind
+from loratools.kinds.declaration import Change, Kronecker, Product, Weight
+from loratools.naming.for_base import names_in_base
+from loratools.placement.names import Names
+from loratools.plain import plain
+from loratools.ranks import RankRule, Spectrum
+from loratools.resize import ComputeOptions, spectrum_of
+from loratools.weights import Place, ShapeOnly, find_place
+from loratools_formats.adapter import Adapter, Dora, LowRank, OtherDelta
+from loratools_formats.checkpoint import Checkpoint
+from loratools_formats.errors import UnsupportedError
+from loratools_formats.tensors import TensorRef, in_memory
+
+_OVERSAMPLE = 16
+_MOST_TRIPLETS = 256
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One module's change, ready to be asked.
+
+    Attributes:
+        exact: factors that lose nothing but rounding, if there are any.
+        parts: its matrices, taken apart.
+        template: says where and how to store the result; its values are not read.
+        rescaling: of a DoRA.
+        kind: what it was.
+    """
+
+    exact: Product | None
+    parts: list[Decomposed]
+    template: LowRank
+    rescaling: Rescaling | None
+    kind: str
+
+
+class Opener:
+    """Opens the modules of one adapter.
+
+    Args:
+        adapter: of any kind.
+        rule: how ranks will be chosen.
+        options: how to compute and store.
+        base: the base model, for kinds that need it.
+
+    Raises:
+        UnsupportedError: a module needs the base, and there is none.
+        AdapterError: a module's weight is not in the base.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        rule: RankRule,
+        options: ComputeOptions,
+        base: Checkpoint | None,
+    ) -> None:
+        self.adapter = adapter
+        self.rule = rule
+        self.options = options
+        self.device = Device(options.device)
+        self.places = self._find_places(base)
+        shapes = [place.shape for place in self.places.values()]
+        self.largest = (
+            max((shape[0] for shape in shapes), default=0),
+            max((shape[1] for shape in shapes), default=0),
+        )
+
+    def _find_places(self, base: Checkpoint | None) -> dict[str, Place]:
+        needing = [name for name, delta in self.adapter.modules.items() if needs_base(delta)]
+        if base is None:
+            if needing:
+                kind = kind_name(self.adapter.modules[needing[0]])
+                raise UnsupportedError(
+                    f"a weight change of kind {kind} depends on the base model",
+                    path=self.adapter.source,
+                    tensor=needing[0],
+                    hint="Pass it with --base",
+                )
+            return {}
+        places = {}
+        names = Names(plain(base).checkpoint)
+        in_base = names_in_base(self.adapter, base)
+        for name, delta in self.adapter.modules.items():
+            if isinstance(delta, Dora):
+                places[name] = find_place(names, in_base[name], delta.direction)
+            elif isinstance(delta, OtherDelta):
+                places[name] = find_place(names, in_base[name], delta)
+        return places
+
+    def open(self, name: str) -> Opened:
+        """Return a module ready to be asked for spectra and factors."""
+        delta = self.adapter.modules[name]
+        if isinstance(delta, LowRank):
+            return Opened(None, list(matrices(delta, self.device)), delta, None, "lora")
+        place = self.places.get(name)
+        if isinstance(delta, Dora):
+            assert place is not None
+            ((b, a),) = loaded(delta.direction)
+            change: Change = Product(
+                delta.direction.scale * b.astype(np.float64), a.astype(np.float64)
+            )
+            return self._through_dora(
+                name, place, change, delta.of_outputs("to-lora"), _unscaled(delta.direction)
+            )
+        weight: Weight
+        kind = get_kind(delta.kind)
+        if place is None:
+            weight = ShapeOnly(known_shape(delta))
+        elif kind.needs == "weight" or delta.magnitude is not None:
+            weight = place.weight()
+        else:
+            weight = ShapeOnly(place.shape)
+        change = checked_change(name, delta, weight, self.largest)
+        layer = delta.layer if place is None else place.layer
+        template = template_of(name, delta, layer, rows_of(change).shape)
+        template = replace(template, bias=self._bias(delta, weight, place))
+        if delta.magnitude is not None and place is not None:
+            return self._through_dora(name, place, change, delta.magnitude, template)
+        exact = exact_factors(change, of_any_rank=kind.low_rank and not self.rule.is_given)
+        matrix: Decomposed
+        if exact is not None and not isinstance(change, Kronecker):
+            matrix = Matrix(exact.b, exact.a, 1.0, self.device, use_gram=True)
+        else:
+            matrix = decomposed(change, self.device, self._streaming(name), name)
+        return Opened(exact, [matrix], template, None, delta.kind)
+
+    def _through_dora(
+        self, name: str, place: Place, change: Change, magnitude: TensorRef, like: LowRank
+    ) -> Opened:
+        weight = place.weight()
+        values = finite_vector(magnitude)
+        rescaling = Rescaling(weight, rows_of(change), values)
+        matrix = decomposed(rescaled_rows(rescaling), self.device, self._streaming(name), name)
+        kind = kind_name(self.adapter.modules[name])
+        template = template_of(name, like, place.layer, weight.shape)
+        return Opened(None, [matrix], template, rescaling, kind)
+
+    def _bias(self, delta: OtherDelta, weight: Weight, place: Place | None) -> TensorRef | None:
+        """Return what the change adds to the layer's bias, None if nothing."""
+        function = get_kind(delta.kind).bias
+        if function is None or place is None or place.bias is None:
+            return delta.bias
+        added = function(delta, weight, finite_vector(place.bias))
+        return in_memory(place.bias.key, added.astype(np.float32))
+
+    def _streaming(self, name: str) -> Streaming:
+        rule = self.rule
+        highest = rule.override(name) or rule.rank or rule.max_rank or _MOST_TRIPLETS
+        return Streaming(highest + _OVERSAMPLE, self.options.seed)
+
+    def spectrum(self, name: str, opened: Opened) -> Spectrum:
+        """Return a module's singular values, as far as they are known."""
+        spectrum = spectrum_of(name, opened.template, opened.parts, self.options)
+        known = spectrum.singular_values
+        if opened.exact is None and known.shape[1] < min(spectrum.shape):
+            # Triplets beyond those asked for are there to make the others accurate.
+            known = known[:, : self._streaming(name).width - _OVERSAMPLE]
+        norms = np.array([part.squared_norm for part in opened.parts])
+        tail = np.maximum(norms - (known**2).sum(axis=1), 0.0)
+        rank = len(opened.exact.a) if opened.exact is not None else known.shape[1]
+        return replace(
+            spectrum,
+            singular_values=known,
+            rank=min(rank, known.shape[1]),
+            tail=tail if opened.exact is None and known.shape[1] < min(spectrum.shape) else None,
+        )
+
+
+def _unscaled(delta: LowRank) -> LowRank:
+    """Return a delta whose bias is what is added, not what its scale multiplies."""
+    if delta.bias is None:
+        return delta
+    added = delta.scale * finite_vector(delta.bias)
+    return replace(delta, bias=in_memory(delta.bias.key, added.astype(np.float32)))

@@ -1,0 +1,334 @@
+"""Fusing into a GGUF model: what llama.cpp's export-lora does, for any adapters, with a report.
+
+Untouched tensors are copied byte for byte inside the kernel, keys too. Touched ones are decoded,
+added to in float64 and stored in the type asked for, a block of rows at a time. The K and I
+quantisations cannot be written again, since no NumPy code makes them; their tensors become F16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from loratools.device import Device, DeviceName
+from loratools.fuse.blocks import fused_blocks
+from loratools.fuse.operation import FusePreview, FuseResult, refuse_erased
+from loratools.fuse.plan import FuseInput, TensorPlan
+from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
+from loratools.fuse.terms import Change, View, load_terms, stacked
+from loratools.parallel import in_order
+from loratools.placement import Placement
+from loratools.provenance import operation_record
+from loratools_formats.adapter import Adapter, low_rank_part
+from loratools_formats.dtypes import DTYPES
+from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.gguf.container import GgufFile
+from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
+from loratools_formats.gguf.model import ModelLayout, plain
+from loratools_formats.provenance import PROVENANCE_FILE, statement
+from loratools_formats.publish import publish_file, resolved
+from loratools_formats.registry import Context, check_target, get_format
+from loratools_formats.shards import check_space
+
+Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+_ENCODED = frozenset(name.upper() for name in get_args(Outtype)[1:])
+_FALLBACK = "F16"
+
+
+@dataclass(frozen=True)
+class GgufFuseOptions:
+    """How to fuse into a GGUF model.
+
+    Attributes:
+        outtype: type of the tensors that change; `keep` leaves each its own where that can be
+            written, else F16.
+        workers: threads over tensors.
+        device: where products are computed.
+        allow_lossy: write even if less than half of the change survives quantising.
+    """
+
+    outtype: Outtype = "keep"
+    workers: int = 2
+    device: DeviceName = "cpu"
+    allow_lossy: bool = False
+
+
+class GgufFusion:
+    """A planned fusion, ready to be written.
+
+    Args:
+        base: the model.
+        inputs: adapters with their weights.
+        options: how.
+
+    Raises:
+        UnsupportedError: an adapter has no true ΔW, or something llama.cpp has no tensor for.
+        AdapterError: a module does not fit the model.
+    """
+
+    def __init__(
+        self, base: GgufFile, inputs: Sequence[FuseInput], options: GgufFuseOptions
+    ) -> None:
+        self.base, self.options = base, options
+        self.inputs = tuple(inputs)
+        changes: dict[str, list[Change]] = {}
+        for item in inputs:
+            for name, change in _changes(item, base):
+                changes.setdefault(name, []).append(change)
+        fallen: list[str] = []
+        kinds: dict[str, GgmlType] = {}
+        for name in changes:
+            kinds[name], is_asked_for = _kind(base, name, options.outtype)
+            if not is_asked_for:
+                fallen.append(name)
+        self.layout = ModelLayout(base, kinds)
+        self.plans = {
+            name: self._plan(name, changes[name]) for name in base.tensors if name in changes
+        }
+        self.notes = _fallback_notes(base, fallen)
+
+    def _plan(self, name: str, changes: Sequence[Change]) -> TensorPlan:
+        source = plain(self.base.tensors[name])
+        kind = self.layout.kinds[name]
+        dtype = DTYPES[kind.name if kind.is_plain else "F32"]
+        return TensorPlan(name, source, dtype, tuple(changes), original=source)
+
+    @property
+    def preview(self) -> FusePreview:
+        """What would be written."""
+        kinds = {name: self.layout.kinds[name].name for name in self.plans}
+        return FusePreview(
+            tuple(self.plans.values()),
+            kinds,
+            len(self.base.tensors),
+            self.layout.nbytes,
+            1,
+            self.notes,
+        )
+
+    def write(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> FuseResult:
+        """Write the fused model, whole or not at all, and say what it did.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: not enough space, or writing failed; nothing was changed.
+            AdapterError: values are not finite, or an input changed meanwhile.
+            UnsupportedError: quantising erases most of the change, and that was not allowed.
+        """
+        check_target(output, self._sources(), overwrite=overwrite)
+        check_space(resolved(output).parent, self.layout.nbytes)
+        with publish_file(output, overwrite=overwrite) as temporary:
+            reports = self._fill(temporary, progress)
+            refuse_erased(
+                reports,
+                self.base.file.path,
+                what="quantised types",
+                hint="Choose a wider --outtype such as f16, or pass --allow-lossy",
+                allow_lossy=self.options.allow_lossy,
+            )
+            self.layout.check_written(temporary)
+            self._check_unchanged()
+            digest = _header_digest(temporary, self.layout.data_start)
+        beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
+        with publish_file(beside, overwrite=True) as temporary:
+            temporary.write_bytes(statement(self._record(), [Path(output)], lambda _: digest))
+        return FuseResult(
+            tensors=reports,
+            copied=len(self.base.tensors) - len(self.plans),
+            converted=0,
+            nbytes=self.layout.nbytes,
+            shards=(Path(output).name,),
+            notes=self.notes,
+            left_out=(),
+        )
+
+    def _sources(self) -> list[Path]:
+        given = [item.adapter.source for item in self.inputs]
+        return [self.base.file.path, *(path for path in given if path is not None)]
+
+    def _check_unchanged(self) -> None:
+        self.base.file.check_unchanged()
+        for item in self.inputs:
+            item.adapter.check_unchanged()
+
+    def _record(self) -> dict[str, Any]:
+        names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
+        weights = [item.weight for item in self.inputs]
+        record = operation_record(
+            "fuse", names, {"weights": weights, "outtype": self.options.outtype}
+        )
+        path = self.base.file.path
+        digest = _header_digest(path, self.base.data_start)
+        record["inputs"].insert(0, {"role": "base", "name": path.name, "digest": digest})
+        return record
+
+    def _fill(
+        self, path: Path, progress: Callable[[int, int], None] | None
+    ) -> tuple[TensorReport, ...]:
+        device = Device(self.options.device)
+        out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        reports, done = [], 0
+        try:
+            self.layout.write_header(out)
+
+            def one(name: str) -> TensorReport | None:
+                if name in self.plans:
+                    return self._fused(self.plans[name], device, out)
+                self.layout.copy_tensor(name, out)
+                return None
+
+            names = list(self.base.tensors)
+            for name, report in zip(names, in_order(one, names, self.options.workers), strict=True):
+                if report is not None:
+                    reports.append(report)
+                done += self.layout.kinds[name].nbytes(self.base.tensors[name].shape)
+                if progress is not None:
+                    progress(done, self.layout.nbytes)
+        finally:
+            os.close(out)
+        return tuple(reports)
+
+    def _fused(self, plan: TensorPlan, device: Device, out: int) -> TensorReport:
+        offset = self.layout.offsets[plan.key]
+        kind = self.layout.kinds[plan.key]
+
+        def store(start: int, values: Array) -> None:
+            place = offset + start // kind.block * kind.block_nbytes
+            view = memoryview(values.reshape(-1).view(np.uint8).data)
+            while view:
+                written = os.pwrite(out, view, place)
+                view, place = view[written:], place + written
+
+        if kind.is_plain:
+            return fuse_tensor(plan, device, store)
+        return quantised(plan, kind, device, store)
+
+
+def quantised(
+    plan: TensorPlan, kind: GgmlType, device: Device, store: Callable[[int, Array], None]
+) -> TensorReport:
+    """Compute a tensor block by block, quantise it, and measure what of the change survives.
+
+    Args:
+        plan: the tensor.
+        kind: type to store.
+        device: where products are computed.
+        store: called with the first element's index and the bytes of a block, in order.
+
+    Raises:
+        AdapterError: NaN or infinite values.
+    """
+    view = View.of(plan.source.shape, stacked=stacked(plan.changes))
+    terms = load_terms(plan.changes, view)
+    base = delta = lost = found = 0.0
+    blocks = fused_blocks(plan.source, view, terms, plan.patches, single=False, device=device)
+    for block in blocks:
+        if not np.isfinite(block.total).all():
+            raise AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
+        stored = encode(block.total, kind)
+        store(block.start, stored)
+        new = decode(stored.data, kind, block.total.shape).astype(np.float64)
+        change = block.total - block.base
+        base += float(np.vdot(block.base, block.base))
+        delta += float(np.vdot(change, change))
+        found += float(np.vdot(new - block.base, change))
+        new -= block.total
+        lost += float(np.vdot(new, new))
+    return TensorReport(
+        plan.key,
+        plan.modules,
+        kind.name,
+        math.sqrt(base),
+        math.sqrt(delta),
+        math.sqrt(lost),
+        surviving=found / delta if delta else 1.0,
+    )
+
+
+def _changes(item: FuseInput, base: GgufFile) -> list[tuple[str, Change]]:
+    """Return the tensors that an adapter changes, with the changes, in GGUF's layout."""
+    item.adapter.require_true_delta("fuse")
+    found = []
+    for module, delta in _in_gguf_terms(item.adapter, base).modules.items():
+        name = f"{module}.weight"
+        if name not in base.tensors:
+            raise AdapterError(
+                "the model has no such tensor", path=base.file.path, tensor=name, got=item.name
+            )
+        if f"{module}.scale" in base.tensors:
+            raise UnsupportedError(
+                "the model keeps a scale beside this tensor, which is not supported",
+                path=base.file.path,
+                tensor=name,
+                got=base.tensors[name].kind.name,
+                hint="Start from the original model",
+            )
+        is_embedding = low_rank_part(delta).layer.kind == "embedding"
+        placement = Placement(name, module, delta, transposed=is_embedding)
+        found.append((name, Change(placement, item.weight)))
+    return found
+
+
+def _in_gguf_terms(adapter: Adapter, base: GgufFile) -> Adapter:
+    target = get_format("gguf")
+    if adapter.format == target.name:
+        wanted = base.get("general.architecture", "string")
+        if adapter.config.get("architecture") != wanted:
+            raise AdapterError(
+                "the adapter is for another architecture than the model",
+                path=adapter.source,
+                got=adapter.config.get("architecture"),
+                expected=wanted,
+            )
+        return adapter
+    context = Context(base=base.file.path)
+    source = get_format(adapter.format)
+    if source.to_model is not None:
+        adapter = source.to_model(adapter, context)
+    losses = [] if target.losses is None else target.losses(adapter)
+    if losses:
+        raise UnsupportedError(
+            f"{losses[0].name} {losses[0].reason}",
+            path=adapter.source,
+            hint="Fuse it into the transformers checkpoint instead, and convert that",
+        )
+    if target.from_model is None:
+        raise UnsupportedError("the GGUF format cannot be written")
+    return target.from_model(adapter, context)
+
+
+def _kind(base: GgufFile, name: str, outtype: Outtype) -> tuple[GgmlType, bool]:
+    """Return the type to store a changed tensor in, and whether it is the one asked for."""
+    tensor = base.tensors[name]
+    wanted = tensor.kind if outtype == "keep" else BY_NAME[outtype.upper()]
+    if wanted.name in _ENCODED and tensor.shape[-1] % wanted.block == 0:
+        return wanted, True
+    return BY_NAME[_FALLBACK], False
+
+
+def _fallback_notes(base: GgufFile, names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    kinds = ", ".join(sorted({base.tensors[name].kind.name for name in names}))
+    count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+    return (f"{count} of type {kinds} became {_FALLBACK}, since they cannot be quantised so again",)
+
+
+def _header_digest(path: Path, nbytes: int) -> Mapping[str, str]:
+    """Return a digest of a file's header alone, and its size."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(nbytes)).hexdigest()
+    return {"headerSha256": digest, "bytes": str(path.stat().st_size)}

@@ -1,0 +1,173 @@
+"""How a kind of adapter is declared: its tensors, what it needs to know, and its ΔW.
+
+A declaration gives ΔW in one of three forms, from the cheapest to the most general: two factors, a
+Kronecker product, or rows on demand. Everything else (ranks, rounding, errors, writing) is the same
+for all kinds and lives elsewhere.
+
+Shapes: ΔW is (out, in) in the orientation of `nn.Linear`, whatever the layer; convolutions are
+flattened to (out, in·kernel), embeddings have the vocabulary as `in`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from loratools_formats.adapter import OtherDelta
+from loratools_formats.errors import AdapterError
+
+Array = np.ndarray[Any, Any]
+Needs = Literal["nothing", "shape", "weight"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """ΔW = b @ a.
+
+    Attributes:
+        b: (out, r) float64.
+        a: (r, in) float64.
+    """
+
+    b: Array
+    a: Array
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """ΔW = scale · left ⊗ right.
+
+    Attributes:
+        left: (p, q) float64.
+        right: (out/p, in/q) float64.
+        scale: multiplies the product.
+    """
+
+    left: Array
+    right: Array
+    scale: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """ΔW of full rank, a block of rows at a time.
+
+    Attributes:
+        shape: (out, in).
+        rows: returns rows [start, stop) in float64.
+    """
+
+    shape: tuple[int, int]
+    rows: Callable[[int, int], Array]
+
+
+Change = Product | Kronecker | Rows
+
+
+class Weight(Protocol):
+    """The weight that a change belongs to, as a matrix (out, in).
+
+    Attributes:
+        shape: (out, in).
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop) of the base weight in float64.
+
+        Raises:
+            UnsupportedError: only its shape is known.
+            AdapterError: NaN or infinite values.
+        """
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter.
+
+    Attributes:
+        name: what readers call it in `OtherDelta.kind`.
+        title: what people call it.
+        source: paper or code that defines it.
+        parts: names of the tensors that every module has, its own and shared ones.
+        change: ΔW, given the tensors and the weight.
+        optional: names of further tensors that a module may have.
+        needs: what must be known of the base: `nothing`, the `shape` of the weight where the file
+            does not tell it, or the `weight` itself.
+        low_rank: whether the fold to two factors is exact.
+        bias: what is added to the layer's bias, given the bias before; None if it stays.
+        caution: what a user should know about every fold of the kind; empty for nothing.
+    """
+
+    name: str
+    title: str
+    source: str
+    parts: tuple[str, ...]
+    change: Callable[[OtherDelta, Weight], Change]
+    optional: tuple[str, ...] = ()
+    needs: Needs = "nothing"
+    low_rank: bool = True
+    bias: Callable[[OtherDelta, Weight, Array], Array] | None = None
+    caution: str = ""
+
+    def knows(self, part: str) -> bool:
+        """Return whether a module may have a part of that name; `*` stands for any number."""
+        stem = part.rpartition(".")[0]
+        return part in self.parts or part in self.optional or f"{stem}.*" in self.optional
+
+    @property
+    def folds_alone(self) -> bool:
+        """Whether it folds exactly without a look at the base."""
+        return self.low_rank and self.needs == "nothing"
+
+
+class Tensors:
+    """The tensors of a delta as float64 arrays, by the names of the declaration.
+
+    Args:
+        delta: whose tensors, own and shared.
+    """
+
+    def __init__(self, delta: OtherDelta) -> None:
+        self._refs = {**delta.shared, **delta.parts}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._refs
+
+    def __getitem__(self, name: str) -> Array:
+        """Return a tensor's values.
+
+        Raises:
+            AdapterError: NaN or infinite values.
+        """
+        ref = self._refs[name]
+        values = ref.load(np.float64)
+        if not np.isfinite(values).all():
+            raise AdapterError("tensor holds NaN or infinite values", tensor=ref.key)
+        return values
+
+    def integers(self, name: str) -> Array:
+        """Return a tensor of indices as int64.
+
+        Raises:
+            AdapterError: it holds fractions, or numbers that are no indices.
+        """
+        ref = self._refs[name]
+        values = ref.load()
+        whole = values.astype(np.int64)
+        if not np.array_equal(whole.astype(values.dtype), values) or (whole < 0).any():
+            raise AdapterError("tensor of indices holds other numbers", tensor=ref.key)
+        return whole
+
+    def wrong_shape(self, name: str, expected: str) -> AdapterError:
+        """Return the error that a tensor does not fit."""
+        ref = self._refs[name]
+        return AdapterError(
+            "tensor does not fit the others", tensor=ref.key, got=list(ref.shape), expected=expected
+        )

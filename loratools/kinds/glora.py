@@ -1,0 +1,74 @@
+"""GLoRA: entrywise factors and a summand for the weight, and three terms for the bias.
+
+ΔW = W ∘ A + B, Δb = b ∘ D + E + W C, each of A … E being a low-rank product, a vector, a number or
+nothing. Source: arXiv 2306.07967 and `GloraLayer.merge` in peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.stream import row_spans
+from loratools_formats.adapter import OtherDelta
+
+_PATHS = ("A", "B", "C", "D", "E")
+_FORMS = ("Xd", "Xu", "X", "zeros")
+
+
+class _Path:
+    """One of the five: a product Xd @ Xu, or something that broadcasts."""
+
+    def __init__(self, tensors: Tensors, name: str) -> None:
+        self._down = self._up = None
+        self._value: Array = np.zeros(1)
+        if f"{name}.Xd" in tensors:
+            self._down, self._up = tensors[f"{name}.Xd"], tensors[f"{name}.Xu"]
+        elif f"{name}.X" in tensors:
+            self._value = tensors[f"{name}.X"]
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop), or what broadcasts to them."""
+        if self._down is not None and self._up is not None:
+            product: Array = self._down[start:stop] @ self._up
+            return product
+        value = self._value
+        return value[start:stop] if value.ndim == 2 and len(value) > 1 else value
+
+    def whole(self) -> Array:
+        """Return it all."""
+        return self.rows(0, 1 << 60)
+
+
+def _change(delta: OtherDelta, weight: Weight) -> Change:
+    tensors = Tensors(delta)
+    first, second = _Path(tensors, "A"), _Path(tensors, "B")
+
+    def rows(start: int, stop: int) -> Array:
+        base = weight.rows(start, stop)
+        result: Array = base * first.rows(start, stop) + second.rows(start, stop)
+        return np.broadcast_to(result, base.shape)
+
+    return Rows(weight.shape, rows)
+
+
+def _bias(delta: OtherDelta, weight: Weight, bias: Array) -> Array:
+    tensors = Tensors(delta)
+    c, d, e = (_Path(tensors, name).whole().reshape(-1) for name in "CDE")
+    column = np.broadcast_to(c, weight.shape[1:])
+    moved = np.concatenate([weight.rows(*span) @ column for span in row_spans(weight.shape)])
+    added: Array = bias * d + e + moved
+    return added
+
+
+KIND = Kind(
+    name="glora",
+    title="GLoRA",
+    source="arXiv 2306.07967",
+    parts=(),
+    optional=tuple(f"{path}.{form}" for path in _PATHS for form in _FORMS),
+    needs="weight",
+    low_rank=False,
+    change=_change,
+    bias=_bias,
+)

@@ -1,0 +1,46 @@
+"""LoKr: a Kronecker product (KronA, arXiv 2212.10650; LyCORIS).
+
+ΔW = scale · w1 ⊗ w2, either of which may be a product of two factors, and w2 of a convolution may
+have a Tucker core. The scale is the reader's business: LyCORIS uses 1 where both are whole,
+whatever alpha says, and PEFT always uses alpha/r.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Kronecker, Tensors, Weight
+from loratools_formats.adapter import OtherDelta
+from loratools_formats.errors import AdapterError
+
+
+def _side(tensors: Tensors, number: int) -> Array:
+    """Return one of the two matrices, the kernel flattened into its columns."""
+    whole, a, b, core = (f"w{number}{suffix}" for suffix in ("", "_a", "_b", "_t"))
+    if whole in tensors:
+        matrix = tensors[whole]
+        return matrix.reshape(len(matrix), -1)
+    if a not in tensors or b not in tensors:
+        raise AdapterError(f"module lacks {whole}, or {a} and {b}")
+    if core in tensors:
+        spread: Array = np.einsum("ij...,ip,jr->pr...", tensors[core], tensors[a], tensors[b])
+        return spread.reshape(len(spread), -1)
+    left, right = tensors[a], tensors[b]
+    if left.shape[1] != len(right):
+        raise tensors.wrong_shape(b, f"({left.shape[1]}, …)")
+    return left @ right.reshape(len(right), -1)
+
+
+def _change(delta: OtherDelta, _: Weight) -> Change:
+    tensors = Tensors(delta)
+    return Kronecker(_side(tensors, 1), _side(tensors, 2), delta.settings["scale"])
+
+
+KIND = Kind(
+    name="lokr",
+    title="LoKr",
+    source="arXiv 2212.10650",
+    parts=(),
+    optional=("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "w2_t"),
+    change=_change,
+)

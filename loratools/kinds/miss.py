@@ -1,0 +1,33 @@
+"""MiSS (once Bone): one small matrix repeated along the input (arXiv 2409.15371).
+
+ΔW is `block` (r, out) transposed, side by side until `in` is reached; in its `mini` form the block
+itself is repeated along the output. Source: `get_delta_weight_miss` in peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools_formats.adapter import OtherDelta
+
+
+def _change(delta: OtherDelta, weight: Weight) -> Change:
+    tensors = Tensors(delta)
+    block, (out, in_) = tensors["block"], weight.shape
+    repeats = out // block.shape[1]
+    if block.ndim != 2 or block.shape[1] * repeats != out:
+        raise tensors.wrong_shape("block", f"(r, {out}), or a divisor of it")
+    rank = len(block)
+    a = (np.arange(in_)[None, :] % rank == np.arange(rank)[:, None]).astype(np.float64)
+    return Product(np.tile(block, repeats).T, a)
+
+
+KIND = Kind(
+    name="miss",
+    title="MiSS",
+    source="arXiv 2409.15371",
+    parts=("block",),
+    needs="shape",
+    change=_change,
+)

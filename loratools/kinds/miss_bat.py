@@ -1,0 +1,44 @@
+"""MiSS in its `bat` form: every r×r block of W is multiplied by a matrix, which is added too.
+
+ΔW[i, j] = W[i, j] @ block[i] + block[i] for block row i and block column j. Source:
+`get_delta_weight` of miss in peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools_formats.adapter import OtherDelta
+
+
+def _change(delta: OtherDelta, weight: Weight) -> Change:
+    tensors = Tensors(delta)
+    block, (out, in_) = tensors["block"], weight.shape
+    rank = block.shape[-1]
+    if block.ndim != 3 or block.shape[1] != rank or out % rank or in_ % rank:
+        raise tensors.wrong_shape("block", "(out/r, r, r)")
+    if len(block) != out // rank:
+        raise tensors.wrong_shape("block", f"({out // rank}, {rank}, {rank})")
+
+    def rows(start: int, stop: int) -> Array:
+        first, last = start // rank * rank, -(-stop // rank) * rank
+        base = weight.rows(first, last).reshape(-1, rank, in_ // rank, rank)
+        mats = block[first // rank : last // rank]
+        moved = np.einsum("iajb,ibc->iajc", base, mats)
+        moved += mats[:, :, None, :]
+        result: Array = moved.reshape(last - first, in_)[start - first : stop - first]
+        return result
+
+    return Rows(weight.shape, rows)
+
+
+KIND = Kind(
+    name="miss_bat",
+    title="MiSS (bat)",
+    source="arXiv 2409.15371",
+    parts=("block",),
+    needs="weight",
+    low_rank=False,
+    change=_change,
+)

@@ -1,0 +1,83 @@
+"""OFT: blocks of inputs are rotated (arXiv 2306.07280, 2506.19847).
+
+W' = W Rᵀ with R block-diagonal, each block from a skew-symmetric Q stored as its upper triangle:
+the Cayley transform (I − Q)(I + Q)⁻¹ or its Neumann series of `terms` terms. In COFT, Q is first
+shortened to a bound. Source: `OFTRotationModule` in peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools_formats.adapter import OtherDelta
+
+
+def cayley(skew: Array) -> Array:
+    """Return (I − Q)(I + Q)⁻¹ for a stack of skew-symmetric Q (n, b, b)."""
+    eye = np.eye(skew.shape[-1])
+    turned = np.linalg.solve((eye + skew).swapaxes(-1, -2), (eye - skew).swapaxes(-1, -2))
+    result: Array = turned.swapaxes(-1, -2)
+    return result
+
+
+def cayley_neumann(skew: Array, terms: int) -> Array:
+    """Return the series I + 2Q + 2Q² + … + Qᵗ⁻¹ that PEFT uses for (I + Q)(I − Q)⁻¹."""
+    total = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy()
+    if terms > 1:
+        total += 2.0 * skew
+    if terms > 2:
+        power = skew @ skew
+        total += 2.0 * power
+        for _ in range(3, terms - 1):
+            power = power @ skew
+            total += 2.0 * power
+        total += power @ skew
+    return total
+
+
+def skew_symmetric(triangles: Array, size: int) -> Array:
+    """Return the stack (n, size, size) whose upper triangles are the rows of `triangles`."""
+    result = np.zeros((len(triangles), size, size))
+    rows, columns = np.triu_indices(size, 1)
+    result[:, rows, columns] = triangles
+    return result - result.swapaxes(1, 2)
+
+
+def _change(delta: OtherDelta, weight: Weight) -> Change:
+    tensors = Tensors(delta)
+    triangles, settings = tensors["triangles"], delta.settings
+    in_ = weight.shape[1]
+    size = (1 + round((1 + 8 * triangles.shape[-1]) ** 0.5)) // 2
+    if triangles.ndim != 2 or triangles.shape[1] * 2 != size * (size - 1) or in_ % size:
+        raise tensors.wrong_shape("triangles", "(blocks, b(b − 1)/2) for a divisor b of the input")
+    if len(triangles) not in (1, in_ // size):
+        raise tensors.wrong_shape("triangles", f"{in_ // size} blocks, or one for all")
+    skew = skew_symmetric(triangles, size)
+    if settings["bound"] is not None:
+        bound = settings["bound"] / np.sqrt(len(triangles))
+        norms = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
+        skew = np.where(norms <= bound, skew, bound * skew / np.maximum(norms, 1e-300))
+    terms = settings["terms"]
+    turns = cayley(skew) if terms is None else cayley_neumann(skew, terms)
+    turns = turns - np.eye(size)
+
+    def rows(start: int, stop: int) -> Array:
+        base = weight.rows(start, stop).reshape(stop - start, in_ // size, size)
+        changed: Array = np.einsum(
+            "onb,nab->ona", base, np.broadcast_to(turns, (in_ // size, size, size)), optimize=True
+        )
+        return changed.reshape(stop - start, in_)
+
+    return Rows(weight.shape, rows)
+
+
+KIND = Kind(
+    name="oft",
+    title="OFT",
+    source="arXiv 2306.07280",
+    parts=("triangles",),
+    needs="weight",
+    low_rank=False,
+    change=_change,
+)

@@ -1,0 +1,77 @@
+"""PSOFT: a rotation between the leading singular directions of the weight (arXiv 2505.11235).
+
+ΔW = U_r diag(σ_r) (R − I) V_rᵀ, R from a triangle as in OFT, scaled on both sides; with `balanced`,
+diag(σ) is split between the sides. R belongs to the signs of the singular vectors that training
+had, which no file holds: those that torch finds on a CPU are taken, as PEFT does when it loads one
+there. Source: `PsoftLayer` and `OrthLayer` in peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.oft import cayley, cayley_neumann, skew_symmetric
+from loratools_formats.adapter import OtherDelta
+from loratools_formats.errors import MissingDependencyError
+
+
+def _rotation(tensors: Tensors, delta: OtherDelta) -> Array:
+    settings, stored = delta.settings, tensors["matrix"]
+    matrix: Array
+    if settings["orthogonal"]:
+        size = (1 + round((1 + 8 * stored.size) ** 0.5)) // 2
+        (skew,) = skew_symmetric(stored.reshape(1, -1), size)
+        bound, terms = settings["bound"], settings["terms"]
+        norm = np.linalg.norm(skew)
+        if terms is not None and bound is not None and norm > bound:
+            skew = skew * (bound / norm)
+        matrix = cayley(-skew[None])[0] if terms is None else cayley_neumann(skew[None], terms)[0]
+    else:
+        matrix = stored
+    if "left" in tensors:
+        matrix = tensors["left"][:, None] * matrix
+    if "right" in tensors:
+        matrix = matrix * tensors["right"][None, :]
+    return matrix
+
+
+def _triplets(weight: Weight) -> tuple[Array, Array, Array]:
+    """Return Uᵀ, the singular values and Vᵀ of the weight, as torch signs them on a CPU."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError(
+            "PSOFT belongs to the singular vectors that torch finds", hint="pip install torch"
+        ) from error
+    whole = torch.from_numpy(weight.rows(0, weight.shape[0]).astype(np.float32))
+    u, s, vt = torch.linalg.svd(whole, full_matrices=False)
+    return tuple(part.double().numpy() for part in (u.T, s, vt))
+
+
+def _change(delta: OtherDelta, weight: Weight) -> Change:
+    tensors = Tensors(delta)
+    matrix = _rotation(tensors, delta)
+    rank = len(matrix)
+    if rank > min(weight.shape):
+        raise tensors.wrong_shape("matrix", f"a rank of at most {min(weight.shape)}")
+    u, s, vt = (part[:rank] for part in _triplets(weight))
+    u = u.T
+    moved = matrix - np.eye(rank)
+    if delta.settings["balanced"]:
+        root = np.sqrt(s)
+        return Product(u * root, (moved * root) @ vt)
+    return Product(u * s, moved @ vt)
+
+
+KIND = Kind(
+    name="psoft",
+    title="PSOFT",
+    source="arXiv 2505.11235",
+    parts=("matrix",),
+    optional=("left", "right"),
+    needs="weight",
+    change=_change,
+    caution="the signs of singular vectors are not in a PSOFT file; they are taken as torch finds "
+    "them on this machine's CPU, as PEFT would when it loads the adapter there",
+)

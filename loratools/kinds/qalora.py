@@ -1,0 +1,35 @@
+"""QA-LoRA: the input is pooled in groups before the first factor (arXiv 2309.14717).
+
+The layer sees the mean of each group times the number of groups, so every column of A (r, in/group)
+stands for a whole group. PEFT does so on GPTQ layers only, and trains plain factors on others, with
+the same configuration: the inputs of the weight tell which. Source: `QALoraLinearVariant` in peft
+0.21.2.
+"""
+
+from __future__ import annotations
+
+from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools_formats.adapter import OtherDelta
+
+
+def _change(delta: OtherDelta, weight: Weight) -> Change:
+    tensors = Tensors(delta)
+    a, b, group = tensors["a"], tensors["b"], delta.settings["group"]
+    if b.shape[1] != len(a):
+        raise tensors.wrong_shape("b", f"(out, {len(a)})")
+    count, in_ = a.shape[1], weight.shape[1]
+    if count * group == in_:
+        a = (a * (count / group)).repeat(group, axis=1)
+    elif count != in_:
+        raise tensors.wrong_shape("a", f"(r, {in_}), or (r, {in_}/{group})")
+    return Product(delta.settings["scale"] * b, a)
+
+
+KIND = Kind(
+    name="qalora",
+    title="QA-LoRA",
+    source="arXiv 2309.14717",
+    parts=("a", "b"),
+    needs="shape",
+    change=_change,
+)

@@ -1,0 +1,71 @@
+"""RoAd: pairs of outputs are rotated and scaled (arXiv 2409.00119).
+
+W' = R W, b' = R b, with R of 2×2 rotations between the two halves of each group of outputs. Source:
+`_get_delta_weight` of road in peft 0.21.2, whose variants differ in how many angles and lengths a
+group has.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools_formats.adapter import OtherDelta
+from loratools_formats.errors import UnsupportedError
+
+
+def _columns(tensors: Tensors, variant: str, group: int) -> tuple[Array, Array]:
+    """Return the diagonal of R, and what each output gets from its partner, without sign."""
+    theta, alpha = tensors["theta"], tensors["alpha"]
+    if variant == "road_1":
+        theta = theta.reshape(-1, group // 2).repeat(2, axis=0).reshape(-1)
+        alpha = alpha.reshape(-1, group // 2).repeat(2, axis=0).reshape(-1)
+    elif variant == "road_4":
+        theta, alpha = theta.reshape(-1, 2, group), alpha.reshape(-1, 2, group)
+        diagonal = (alpha[:, 0] * np.cos(theta[:, 0])).reshape(-1)
+        return diagonal, (alpha[:, 1] * np.sin(theta[:, 1])).reshape(-1)
+    elif variant != "road_2":
+        raise UnsupportedError("variant of RoAd is not known", got=variant)
+    return alpha * np.cos(theta), alpha * np.sin(theta)
+
+
+def _applied(columns: tuple[Array, Array], values: Array, group: int) -> Array:
+    """Return R @ values − values for whole groups of rows."""
+    diagonal, across = columns
+    halves = values.reshape(-1, 2, group // 2, values.shape[1])
+    partners = np.stack([-halves[:, 1], halves[:, 0]], axis=1).reshape(values.shape)
+    result: Array = (diagonal - 1.0)[:, None] * values + across[:, None] * partners
+    return result
+
+
+def _change(delta: OtherDelta, weight: Weight) -> Change:
+    tensors, group = Tensors(delta), delta.settings["group"]
+    diagonal, across = _columns(tensors, delta.settings["variant"], group)
+    if len(diagonal) != weight.shape[0] or weight.shape[0] % group:
+        raise tensors.wrong_shape("theta", f"groups of {group} for {weight.shape[0]} outputs")
+
+    def rows(start: int, stop: int) -> Array:
+        first, last = start // group * group, -(-stop // group) * group
+        columns = diagonal[first:last], across[first:last]
+        changed = _applied(columns, weight.rows(first, last), group)
+        return changed[start - first : stop - first]
+
+    return Rows(weight.shape, rows)
+
+
+def _bias(delta: OtherDelta, _: Weight, bias: Array) -> Array:
+    group = delta.settings["group"]
+    columns = _columns(Tensors(delta), delta.settings["variant"], group)
+    return _applied(columns, bias[:, None], group)[:, 0]
+
+
+KIND = Kind(
+    name="road",
+    title="RoAd",
+    source="arXiv 2409.00119",
+    parts=("theta", "alpha"),
+    needs="weight",
+    low_rank=False,
+    change=_change,
+    bias=_bias,
+)

@@ -1,0 +1,62 @@
+"""TinyLoRA: a few shared numbers choose the matrix between two fixed factors.
+
+ΔW = B @ (Σ vᵢ Pᵢ) @ A, with A and B from an SVD of the base weight and P (u, r, r) fixed. Source:
+`TinyLoraLayer` in peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.random_stream import TorchStream
+from loratools_formats.adapter import OtherDelta
+from loratools_formats.errors import UnsupportedError
+
+_SAME = 1e-3  # stored in half precision perhaps
+
+
+def _group(delta: OtherDelta, p: Array) -> int:
+    """Return which of the shared vectors is the module's.
+
+    The file does not say which module is which; but P was drawn from the seed plus the module's
+    number, so the number is the one whose stream begins as P does.
+
+    Raises:
+        UnsupportedError: none of them does.
+    """
+    groups = sorted(int(name.removeprefix("v.")) for name in delta.shared)
+    if len(groups) == 1:
+        return groups[0]
+    seed, count = delta.settings["seed"], delta.settings["count"]
+    numbers = max(1, round(count * (1.0 - delta.settings["tying"])))
+    size = max(1, count // numbers)
+    for index in range(count):
+        drawn = TorchStream(seed + index).normal(p.shape, 1.0 / math.sqrt(p.shape[1]))
+        if np.abs(drawn - p).max() < _SAME:
+            return int(min(index // size, numbers - 1))
+    raise UnsupportedError(
+        "which of the shared vectors belongs to the module cannot be told",
+        got=f"{len(groups)} vectors",
+    )
+
+
+def _change(delta: OtherDelta, _: Weight) -> Change:
+    tensors = Tensors(delta)
+    a, b, p = tensors["a"], tensors["b"], tensors["p"]
+    v = tensors[f"v.{_group(delta, p)}"]
+    if p.shape != (len(v), b.shape[1], len(a)):
+        raise tensors.wrong_shape("p", f"({len(v)}, {b.shape[1]}, {len(a)})")
+    return Product(b, np.tensordot(v, p, axes=1) @ a)
+
+
+KIND = Kind(
+    name="tinylora",
+    title="TinyLoRA",
+    source="peft TinyLoraLayer",
+    parts=("a", "b", "p"),
+    optional=("v.*",),
+    change=_change,
+)

@@ -1,0 +1,170 @@
+"""An adapter's deltas carried through a table: renamed, split, fused, halves swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loratools.naming.places import (
+    Target,
+    TextPlace,
+    dotted_name,
+    located,
+    prefixed,
+    target_scheme,
+    text_name,
+)
+from loratools.naming.restructure import fused, rows_of, swapped_halves, units
+from loratools.naming.tables import Place, Row, Table, filled
+from loratools_formats.adapter import Adapter, Addition, Delta, Dora, OtherDelta
+from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.tensors import TensorRef
+
+_Group = dict[tuple[int, ...], tuple[Place, str, Delta]]
+
+
+class Crossing:
+    """One adapter on its way through a table.
+
+    Args:
+        source: the adapter.
+        names: what each of its modules is called, component included.
+        target: the naming it goes to.
+        table: of its architecture; locates every name.
+
+    Attributes:
+        dotted: for every new name that is flattened, the dotted one.
+    """
+
+    def __init__(
+        self, source: Adapter, names: Mapping[str, str], target: Target, table: Table
+    ) -> None:
+        self._source = source
+        self._names = names
+        self._target: Target = target
+        self._table = table
+        self._scheme = target_scheme(target, table)
+        self.dotted: dict[str, str] = {}
+
+    def modules(self) -> dict[str, Delta]:
+        """Return the modules under their new names.
+
+        Raises:
+            AdapterError: two modules become one, or rows do not divide.
+            UnsupportedError: a kind that cannot be taken apart or put together.
+        """
+        return self._all(self._source.modules)
+
+    def additions(self) -> dict[str, Addition]:
+        """Return what is added to biases and norms, by its new target."""
+        result: dict[str, Addition] = {}
+        by_leaf: dict[str, dict[str, Delta]] = {}
+        for addition in self._source.additions.values():
+            module, _, leaf = addition.target.rpartition(".")
+            by_leaf.setdefault(leaf, {})[module] = _as_delta(addition)
+        for leaf, vectors in sorted(by_leaf.items()):
+            for name, delta in self._all(vectors).items():
+                target = f"{name}.{leaf}"
+                result[target] = Addition(target, _as_tensor(delta))
+        return result
+
+    def _all(self, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+        result: dict[str, Delta] = {}
+        groups: dict[tuple[Row, tuple[str, ...]], _Group] = {}
+        for name, delta in deltas.items():
+            place = located(self._names[name], self._table)
+            if isinstance(place, TextPlace):
+                self._put(result, text_name(place, self._target), delta)
+                self.dotted[text_name(place, "kohya")] = text_name(place, "diffusers")
+            elif place is not None:
+                group = groups.setdefault((place.row, place.numbers), {})
+                if place.covered in group:
+                    raise AdapterError(
+                        "two modules are one in the other naming",
+                        path=self._source.source,
+                        tensor=name,
+                        got=group[place.covered][1],
+                    )
+                group[place.covered] = (place, name, delta)
+        for (row, numbers), group in groups.items():
+            if self._scheme == "original":
+                path = filled(row.original, numbers)
+                self._name(result, path, self._as_one(path, row, group))
+            else:
+                for place, name, delta in group.values():
+                    self._taken_apart(result, place, name, delta)
+        return result
+
+    def _name(self, result: dict[str, Delta], path: str, delta: Delta) -> None:
+        name = prefixed(path, self._target, self._table)
+        self.dotted[name] = dotted_name(path, self._table, self._scheme)
+        self._put(result, name, delta)
+
+    def _put(self, result: dict[str, Delta], name: str, delta: Delta) -> None:
+        if name in result:
+            raise AdapterError(
+                "two modules have one name in the other naming",
+                path=self._source.source,
+                tensor=name,
+            )
+        result[name] = delta
+
+    def _as_one(self, path: str, row: Row, group: _Group) -> Delta:
+        (place, name, delta), *others = group.values()
+        if others or len(place.covered) < len(row.parts):
+            return self._fused(path, row, group)
+        turn = row.swapped_halves and place.scheme != self._scheme
+        return swapped_halves(name, delta) if turn else delta
+
+    def _taken_apart(self, result: dict[str, Delta], place: Place, name: str, delta: Delta) -> None:
+        row = place.row
+        start, height = 0, 0
+        if len(place.covered) > 1:
+            height = units(name, _height(delta), [row.parts[part] for part in place.covered])
+        for part in place.covered:
+            stop = start + height * row.parts[part]
+            piece = rows_of(name, delta, start, stop) if len(place.covered) > 1 else delta
+            if row.swapped_halves and place.scheme != self._scheme:
+                piece = swapped_halves(name, piece)
+            self._name(result, filled(row.diffusers[part], place.numbers), piece)
+            start = stop
+
+    def _fused(self, path: str, row: Row, group: _Group) -> Delta:
+        covered = sorted(group)
+        if len({part for parts in covered for part in parts}) != sum(map(len, covered)):
+            raise AdapterError("modules overlap in the other naming", tensor=path)
+        _, name, first = group[covered[0]]
+        height = units(name, _height(first), [row.parts[part] for part in covered[0]])
+        starts = {parts[0]: parts for parts in covered}
+        deltas: list[Delta | None] = []
+        heights: list[int] = []
+        position = 0
+        while position < len(row.parts):
+            span = starts.get(position, (position,))
+            deltas.append(group[span][2] if span in group else None)
+            heights.append(height * sum(row.parts[part] for part in span))
+            position += len(span)
+        return fused(path, deltas, heights)
+
+
+def _height(delta: Delta) -> int:
+    if isinstance(delta, Dora):
+        return delta.direction.shape[0]
+    height = delta.shape[0]
+    if height is None:
+        raise UnsupportedError(
+            "a weight change whose shape the file does not tell cannot be renamed so",
+            tensor=next((t.key for t in delta.tensors()), None),
+        )
+    return height
+
+
+def _as_delta(addition: Addition) -> OtherDelta:
+    """Return a vector as a matrix of one column, which is taken apart and put together alike."""
+    tensor = addition.tensor
+    return OtherDelta("full", {"diff": tensor}, shape=(tensor.shape[0], 1))
+
+
+def _as_tensor(delta: Delta) -> TensorRef:
+    if not isinstance(delta, OtherDelta):
+        raise TypeError("not a vector")
+    return delta.parts["diff"]

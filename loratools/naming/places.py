@@ -1,0 +1,106 @@
+"""Where a module's name stands in a table, and what a module there is called in a naming."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from loratools.naming.tables import Place, Scheme, Table, TextEncoder, filled, flattened
+from loratools_formats.singlefile.grammar import Class, Key, parse
+
+Target = Class | Literal["bare"]
+"""A naming of single files, or `bare`: paths within one component, as other formats have them."""
+
+_PROBE = ".lora_A.weight"
+_TEXT_PREFIXES = ("lora_te", "text_encoder")
+
+
+@dataclass(frozen=True)
+class TextPlace:
+    """A module of a text encoder."""
+
+    role: str
+    encoder: TextEncoder
+    path: str
+
+
+def module_key(name: str) -> Key | None:
+    """Return a module name's parts, None if it is no name of a single file's module."""
+    key = parse(name + _PROBE)
+    return None if key is None or key.module != name else key
+
+
+def _schemes(key: Key) -> tuple[Scheme, ...]:
+    """Return the schemes that a module's path may be of, told by its prefix."""
+    if key.prefix == "diffusion_model.":
+        return ("original",)
+    if key.naming == "diffusers" or key.prefix == "lora_transformer_":
+        return ("diffusers",)
+    return ("original", "diffusers")
+
+
+def located(name: str, table: Table) -> Place | TextPlace | None:
+    """Return where a module's name stands in a table or its text encoders, None if nowhere."""
+    key = module_key(name)
+    if key is None:
+        return None
+    for role, encoder in table.text_encoders.items():
+        prefixes = (encoder.kohya, f"{role}.", f"text_encoders.{encoder.comfyui}.")
+        if key.prefix.startswith(prefixes) or key.prefix in prefixes:
+            if not key.flat:
+                return TextPlace(role, encoder, key.path)
+            path = _text_path(key.path, encoder)
+            return None if path is None else TextPlace(role, encoder, path)
+    if key.prefix.startswith(_TEXT_PREFIXES) or key.prefix == "transformer_2.":
+        return None
+    if key.naming == "diffusers" and key.prefix != f"{table.component}.":
+        return None
+    return table.locate(key.path, flat=key.flat, schemes=_schemes(key))
+
+
+def _text_path(path: str, encoder: TextEncoder) -> str | None:
+    for pattern in encoder.paths:
+        text = re.escape(flattened(pattern)).replace(re.escape("{}"), r"(\d{1,4})")
+        found = re.fullmatch(text, path)
+        if found is not None:
+            return filled(pattern, found.groups())
+    return None
+
+
+def names_at(place: Place, target: Target, table: Table) -> list[str]:
+    """Return what the modules at a place are called in the target."""
+    scheme = target_scheme(target, table)
+    if scheme == "original":
+        paths = [filled(place.row.original, place.numbers)]
+    else:
+        paths = [filled(place.row.diffusers[part], place.numbers) for part in place.covered]
+    return [prefixed(path, target, table) for path in paths]
+
+
+def target_scheme(target: Target, table: Table) -> Scheme:
+    """Return which of an architecture's two namings a target uses."""
+    if target == "kohya":
+        return table.kohya
+    return "original" if target == "comfyui" else "diffusers"
+
+
+def prefixed(path: str, target: Target, table: Table) -> str:
+    """Return a module's name in the target."""
+    if target == "kohya":
+        return f"lora_unet_{flattened(path)}"
+    return f"diffusion_model.{path}" if target == "comfyui" else f"{table.component}.{path}"
+
+
+def dotted_name(path: str, table: Table, scheme: Scheme) -> str:
+    """Return a module's name with its component, dotted."""
+    return f"diffusion_model.{path}" if scheme == "original" else f"{table.component}.{path}"
+
+
+def text_name(text: TextPlace, target: Target) -> str:
+    """Return what a text encoder's module is called in the target."""
+    if target == "kohya":
+        return text.encoder.kohya + flattened(text.path)
+    if target == "comfyui":
+        return f"text_encoders.{text.encoder.comfyui}.transformer.{text.path}"
+    return f"{text.role}.{text.path}"

@@ -1,0 +1,290 @@
+"""An adapter's modules under the names of another naming.
+
+First flattened names are looked up, where a list or an embedded map is there; then a table brings
+modules from one scheme into the other, fusing and splitting them; last, prefixes are put before
+paths, which are flattened if need be. Each step happens only where the target asks for it, and a
+name that no step resolves is an error: none is ever guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from loratools.naming.crossing import Crossing
+from loratools.naming.lists import MAP_KEY, as_metadata, embedded_map, looked_up
+from loratools.naming.places import Target, located, module_key, names_at, text_name
+from loratools.naming.tables import Place, Table, bundled_tables, flattened
+from loratools_formats.adapter import Adapter, Addition, Delta, Replacement
+from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.singlefile.grammar import COMPONENTS
+
+_FLAT_OF = {
+    "unet.": "lora_unet_",
+    "diffusion_model.": "lora_unet_",
+    "transformer.": "lora_transformer_",
+    "prior.": "lora_prior_",
+    "decoder.": "lora_decoder_",
+    "text_encoder_2.": "lora_te2_",
+    "text_encoder_3.": "lora_te3_",
+}
+
+
+@dataclass(frozen=True)
+class NamingOptions:
+    """What a user gives to resolve names.
+
+    Attributes:
+        table: names of the architecture; None to find the bundled one that fits.
+        dotted: a list of dotted names, components included.
+        component: what to put before paths that have no component.
+    """
+
+    table: Table | None = None
+    dotted: tuple[str, ...] = ()
+    component: str | None = None
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """An adapter under other names.
+
+    Attributes:
+        adapter: with modules, keys of additions and metadata as the target has them.
+        notes: how the names were found.
+        left_out: modules of other components than the one asked for, if the target holds one.
+    """
+
+    adapter: Adapter
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def renamed(adapter: Adapter, target: Target, options: NamingOptions | None = None) -> Renamed:
+    """Return an adapter with the names of another naming.
+
+    Args:
+        adapter: of any format.
+        target: the naming.
+        options: what the user gives to resolve names.
+
+    Raises:
+        AdapterError: names that nothing resolves, or that fall together.
+        UnsupportedError: deltas that would have to be fused or split and cannot be.
+        OptionError: several tables fit, and they disagree.
+    """
+    options = options or NamingOptions()
+    if target == "bare":
+        return _bare(adapter, options)
+    return _in_class(adapter, target, options)
+
+
+def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
+    """Return the modules of one component, by their dotted paths in it."""
+    by_diffusers = _in_class(adapter, "bare", options)
+    adapter = by_diffusers.adapter
+    prefixes = {name: key.prefix for name in adapter.modules if (key := module_key(name))}
+    wanted = {options.component + "."} if options.component else set(prefixes.values())
+    wanted &= {*prefixes.values(), *(() if options.component else ("",))}
+    if len(wanted) > 1:
+        raise UnsupportedError(
+            "the target holds one component of a pipeline, and the file has several",
+            path=adapter.source,
+            got=", ".join(sorted(prefix.rstrip(".") or "none" for prefix in wanted)),
+            hint="Take one with --component, and leave out the others with --allow-lossy",
+        )
+    prefix = next(iter(wanted), "")
+    kept = {n: d for n, d in adapter.modules.items() if prefixes.get(n, "") == prefix}
+    if not kept:
+        raise OptionError(
+            "the adapter has nothing of that component", path=adapter.source, got=options.component
+        )
+    modules = {name.removeprefix(prefix): delta for name, delta in kept.items()}
+    left_out = tuple(sorted(set(adapter.modules) - set(kept)))
+    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out)
+
+
+def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renamed:
+    names = _with_component(adapter, options, target)
+    if target == "safetensors":
+        return Renamed(adapter)
+    known = embedded_map(adapter)
+    flat = {new for new in names.values() if (key := module_key(new)) is not None and key.flat}
+    if target != "kohya":
+        dotted = looked_up(flat, options.dotted, known)
+        names = {old: dotted.get(new, new) for old, new in names.items()}
+    if all(_is_of(new, target) for new in names.values()):
+        return Renamed(_moved(adapter, names, target))
+    tables = _tables(adapter, names, target, options)
+    if not tables:
+        return Renamed(_moved(adapter, _without_table(adapter, names, target), target))
+    crossing = Crossing(adapter, names, target, tables[0])
+    modules, additions = crossing.modules(), crossing.additions()
+    done = _finished(adapter, modules, additions, target, crossing.dotted)
+    titles = " or ".join(table.title for table in tables)
+    return Renamed(done, (f"names by the table of {titles}",))
+
+
+def _with_component(adapter: Adapter, options: NamingOptions, target: Target) -> dict[str, str]:
+    """Return what each module is called with its component before it."""
+    result = {}
+    for name in _all_names(adapter):
+        key = module_key(name)
+        if key is not None and key.prefix:
+            result[name] = name
+        elif options.component is not None and target != "bare":
+            result[name] = f"{options.component}.{name}"
+        elif target in ("bare", "safetensors") or _is_in_a_table(name, options):
+            result[name] = name
+        else:
+            raise OptionError(
+                "the module's name does not say which component of a pipeline it is of",
+                path=adapter.source,
+                got=name,
+                hint=f"Pass --component, one of {', '.join(COMPONENTS)} or diffusion_model",
+            )
+    return result
+
+
+def _is_in_a_table(name: str, options: NamingOptions) -> bool:
+    tables = (options.table,) if options.table else bundled_tables()
+    return any(located(name, table) is not None for table in tables)
+
+
+def _all_names(adapter: Adapter) -> list[str]:
+    """Return the names of all modules that are changed, by factors or otherwise."""
+    added = [addition.target.rpartition(".")[0] for addition in adapter.additions.values()]
+    return list(dict.fromkeys([*adapter.modules, *added]))
+
+
+def _is_of(name: str, target: Target) -> bool:
+    key = module_key(name)
+    if key is None:
+        return False
+    if target == "bare":
+        return not key.flat
+    return key.naming == target
+
+
+def _tables(
+    adapter: Adapter, names: Mapping[str, str], target: Target, options: NamingOptions
+) -> list[Table]:
+    """Return the tables that locate every name, which all come to the same names."""
+    if options.table is not None:
+        missing = [new for new in names.values() if located(new, options.table) is None]
+        if missing:
+            raise _unresolved(adapter, missing, f"the table of {options.table.title}")
+        return [options.table]
+    fitting = [
+        table
+        for table in bundled_tables()
+        if all(located(new, table) is not None for new in names.values())
+    ]
+    if len({_outcome(names, target, table) for table in fitting}) > 1:
+        raise OptionError(
+            "the names fit several architectures",
+            path=adapter.source,
+            got=", ".join(table.name for table in fitting),
+            hint="Name one with --names",
+        )
+    return fitting
+
+
+def _outcome(names: Mapping[str, str], target: Target, table: Table) -> tuple[str, ...]:
+    found = []
+    for name in names.values():
+        place = located(name, table)
+        if isinstance(place, Place):
+            found += names_at(place, target, table)
+        elif place is not None:
+            found.append(text_name(place, target))
+    return tuple(sorted(found))
+
+
+def _unresolved(adapter: Adapter, missing: list[str], where: str) -> AdapterError:
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    return AdapterError(
+        f"{len(missing)} module names are not in {where}",
+        path=adapter.source,
+        got=shown,
+        hint="Give a list of names with --base or --names-from, or a table with --names",
+    )
+
+
+def _without_table(adapter: Adapter, names: Mapping[str, str], target: Target) -> dict[str, str]:
+    """Return names that need no table: flattened ones of dotted ones.
+
+    Raises:
+        AdapterError: others.
+    """
+    if target != "kohya":
+        missing = [new for new in names.values() if not _is_of(new, target)]
+        raise _unresolved(adapter, missing, "any bundled table")
+    second = any(new.startswith("text_encoder_2.") for new in names.values())
+    flat_of = {**_FLAT_OF, "text_encoder.": "lora_te1_" if second else "lora_te_"}
+    result = {}
+    for old, new in names.items():
+        key = module_key(new)
+        if key is not None and key.flat:
+            result[old] = new
+            continue
+        prefix = next((p for p in flat_of if new.startswith(p)), None)
+        if prefix is None:
+            raise _unresolved(adapter, [new], "any bundled table")
+        result[old] = flat_of[prefix] + flattened(new.removeprefix(prefix))
+    return result
+
+
+def _moved(adapter: Adapter, names: Mapping[str, str], target: Target) -> Adapter:
+    """Return the adapter with other names and nothing else changed."""
+    falling: dict[str, str] = {}
+    for old, new in names.items():
+        if new in falling:
+            raise AdapterError(
+                "two names are the same when flattened",
+                path=adapter.source,
+                tensor=new,
+                got=f"{falling[new]} and {old}",
+            )
+        falling[new] = old
+    modules = {names[name]: delta for name, delta in adapter.modules.items()}
+    additions = {}
+    for addition in adapter.additions.values():
+        module, _, leaf = addition.target.rpartition(".")
+        name = f"{names[module]}.{leaf}"
+        additions[name] = replace(addition, target=name)
+    dotted = {new: old for old, new in names.items() if "." in old and "." not in new}
+    return _finished(adapter, modules, additions, target, dotted)
+
+
+def _finished(
+    adapter: Adapter,
+    modules: Mapping[str, Delta],
+    additions: Mapping[str, Addition],
+    target: Target,
+    dotted: Mapping[str, str],
+) -> Adapter:
+    """Return the adapter with its new contents, and the map back if names were flattened."""
+    metadata = {k: v for k, v in adapter.metadata.items() if k != MAP_KEY}
+    known = {name: full for name, full in dotted.items() if name in modules}
+    if target == "kohya" and not known and MAP_KEY in adapter.metadata:
+        metadata[MAP_KEY] = adapter.metadata[MAP_KEY]
+    elif target == "kohya" and known:
+        metadata |= as_metadata(known)
+    return replace(
+        adapter,
+        modules=dict(sorted(modules.items())),
+        additions=dict(sorted(additions.items())),
+        replacements=_of_original(adapter) if target == "comfyui" else adapter.replacements,
+        metadata=metadata,
+    )
+
+
+def _of_original(adapter: Adapter) -> dict[str, Replacement]:
+    """Return replacements with their component, as BFL's control adapters leave it out."""
+    return {
+        key: replace(replacement, target=f"diffusion_model.{replacement.target}")
+        if replacement.target.startswith(("double_blocks.", "single_blocks."))
+        else replacement
+        for key, replacement in adapter.replacements.items()
+    }

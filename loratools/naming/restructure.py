@@ -1,0 +1,227 @@
+"""Deltas of fused modules taken apart, and of split modules put together; exact, and lazy.
+
+A slice of a fused ΔW's rows has a slice of `b` and all of `a`; columns of `b` that are zero
+throughout the slice have no part in it and are dropped with their rows of `a`, so that what was
+put together comes apart with the ranks it had. Put together, `a` is stacked and `b` block-diagonal,
+unless all parts have one `a`. Bytes move; values change only where parts with different scales that
+are no powers of two must share one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from loratools_formats.adapter import Delta, Dora, LowRank, OtherDelta
+from loratools_formats.dtypes import DType, common_dtype, encode
+from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.tensors import TensorRef, rounded
+
+
+def units(name: str, out: int, parts: Sequence[int]) -> int:
+    """Return how many rows one part has.
+
+    Raises:
+        AdapterError: the rows do not divide so.
+    """
+    whole = sum(parts)
+    if out % whole:
+        raise AdapterError(
+            "rows of a fused module do not divide as its parts do",
+            tensor=name,
+            got=out,
+            expected=f"a multiple of {whole}",
+        )
+    return out // whole
+
+
+def rows_of(name: str, delta: Delta, start: int, stop: int) -> Delta:
+    """Return rows [start, stop) of a delta.
+
+    Raises:
+        UnsupportedError: a kind whose rows are not of the same kind.
+    """
+    if isinstance(delta, Dora):
+        if delta.axis == "input":
+            raise _kept_whole(name, "a DoRA with a magnitude for each input")
+        magnitude = delta.magnitude.reshaped((delta.magnitude.numel,)).row_range(start, stop)
+        shape = tuple(
+            stop - start if n == delta.direction.shape[0] else n for n in delta.magnitude.shape
+        )
+        direction = _low_rank_rows(delta.direction, start, stop)
+        return replace(delta, direction=direction, magnitude=magnitude.reshaped(shape))
+    if isinstance(delta, LowRank):
+        return _low_rank_rows(delta, start, stop)
+    if delta.kind == "full" and delta.magnitude is None:
+        diff = delta.parts["diff"].row_range(start, stop)
+        return replace(delta, parts={"diff": diff}, shape=(stop - start, delta.shape[1]))
+    raise _kept_whole(name, f"a weight change of kind {delta.kind}")
+
+
+def _kept_whole(name: str, what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{what} cannot be taken apart or put together",
+        tensor=name,
+        hint="Make it a plain LoRA first: loratools to-lora",
+    )
+
+
+def _low_rank_rows(delta: LowRank, start: int, stop: int) -> LowRank:
+    b = delta.b.row_range(start, stop)
+    bias = None if delta.bias is None else delta.bias.row_range(start, stop)
+    used = np.flatnonzero(b.load(np.float64).any(axis=0))
+    if len(used) == delta.rank:
+        return replace(delta, b=b, bias=bias, alpha_tensor=None)
+    used = used if len(used) else np.zeros(1, dtype=np.intp)
+    rank = len(used)
+    return replace(
+        delta,
+        a=_taken(delta.a, used, 0),
+        b=_taken(b, used, 1),
+        bias=bias,
+        alpha=None if delta.alpha is None else delta.scale * rank,
+        alpha_tensor=None,
+    )
+
+
+def _taken(tensor: TensorRef, indices: np.ndarray, axis: int) -> TensorRef:
+    shape = tuple(len(indices) if i == axis else n for i, n in enumerate(tensor.shape))
+
+    def read() -> bytes:
+        units = np.dtype(f"V{tensor.dtype.bits // 8}")
+        stored = np.frombuffer(tensor.raw(), dtype=units).reshape(tensor.shape)
+        return np.take(stored, indices, axis=axis).tobytes()
+
+    return TensorRef(tensor.key, tensor.dtype, shape, read)
+
+
+def fused(name: str, parts: Sequence[Delta | None], heights: Sequence[int]) -> Delta:
+    """Return the delta whose rows are those of several, one after another.
+
+    Args:
+        name: of the fused module, for messages.
+        parts: in the order of their rows; None where nothing changes.
+        heights: rows of each.
+
+    Raises:
+        UnsupportedError: kinds that cannot be put together.
+        AdapterError: shapes that do not fit.
+    """
+    present = [part for part in parts if part is not None]
+    if all(isinstance(part, LowRank) for part in present):
+        return _fused_factors(name, [p if isinstance(p, LowRank) else None for p in parts], heights)
+    if len(present) == len(parts) and all(isinstance(part, Dora) for part in present):
+        return _fused_dora(name, [part for part in present if isinstance(part, Dora)], heights)
+    kinds = {"full" if isinstance(p, OtherDelta) and p.kind == "full" else "other" for p in present}
+    if kinds == {"full"} and len(present) == len(parts):
+        return _fused_full([part for part in present if isinstance(part, OtherDelta)])
+    raise _kept_whole(name, "modules of different or incomplete kinds")
+
+
+def _fused_factors(name: str, parts: Sequence[LowRank | None], heights: Sequence[int]) -> LowRank:
+    present = [part for part in parts if part is not None]
+    first = present[0]
+    for part, height in zip(parts, heights, strict=True):
+        if part is not None and (part.shape, part.layer) != ((height, first.shape[1]), first.layer):
+            raise AdapterError(
+                "parts of a fused module do not fit together",
+                tensor=name,
+                got=f"{list(part.shape)}",
+                expected=f"{[height, first.shape[1]]}",
+            )
+    if any(part.bias is not None for part in present):
+        raise _kept_whole(name, "factors with a bias")
+    if first.scale == 0.0 and any(part.scale != 0.0 for part in present):
+        raise AdapterError("parts of a fused module have a scale of zero", tensor=name)
+    dtype = common_dtype([t.dtype for part in present for t in (part.a, part.b)])
+    shared = len(present) == len(parts) and _one_a(present)
+    rank = first.rank if shared else sum(part.rank for part in present)
+    a = rounded(first.a, dtype) if shared else _stacked([part.a for part in present], dtype)
+    b = _blocks(parts, heights, rank, first.scale, dtype, shared=shared)
+    return replace(
+        first,
+        a=a,
+        b=b,
+        alpha=None if first.alpha is None else first.scale * rank,
+        alpha_tensor=None,
+    )
+
+
+def _one_a(parts: Sequence[LowRank]) -> bool:
+    first = parts[0].a
+    return all(
+        (part.a.dtype, part.a.shape) == (first.dtype, first.shape)
+        and bytes(part.a.raw()) == bytes(first.raw())
+        for part in parts[1:]
+    )
+
+
+def _stacked(tensors: Sequence[TensorRef], dtype: DType) -> TensorRef:
+    shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
+    return TensorRef(
+        tensors[0].key,
+        dtype,
+        shape,
+        lambda: b"".join(bytes(rounded(tensor, dtype).raw()) for tensor in tensors),
+    )
+
+
+def _blocks(
+    parts: Sequence[LowRank | None],
+    heights: Sequence[int],
+    rank: int,
+    scale: float,
+    dtype: DType,
+    *,
+    shared: bool,
+) -> TensorRef:
+    """Return `b` of the fused module, with the scale of the first part."""
+    key = next(part.b.key for part in parts if part is not None)
+    shape = (sum(heights), rank)
+
+    def read() -> bytes:
+        whole = np.zeros(shape, dtype=dtype.numpy_dtype())
+        row = column = 0
+        for part, height in zip(parts, heights, strict=True):
+            if part is not None:
+                ratio = part.scale / scale if part.scale != scale else 1.0
+                values = part.b.load() if ratio == 1.0 else part.b.load(np.float64) * ratio
+                whole[row : row + height, column : column + part.rank] = encode(values, dtype)
+                column += 0 if shared else part.rank
+            row += height
+        return whole.tobytes()
+
+    return TensorRef(key, dtype, shape, read)
+
+
+def _fused_dora(name: str, parts: Sequence[Dora], heights: Sequence[int]) -> Dora:
+    if any(part.axis == "input" for part in parts):
+        raise _kept_whole(name, "a DoRA with a magnitude for each input")
+    direction = _fused_factors(name, [part.direction for part in parts], heights)
+    dtype = common_dtype([part.magnitude.dtype for part in parts])
+    flat = [part.magnitude.reshaped((part.magnitude.numel,)) for part in parts]
+    magnitude = _stacked(flat, dtype)
+    return replace(parts[0], direction=direction, magnitude=magnitude)
+
+
+def _fused_full(parts: Sequence[OtherDelta]) -> OtherDelta:
+    diffs = [part.parts["diff"] for part in parts]
+    whole = _stacked(diffs, common_dtype([diff.dtype for diff in diffs]))
+    columns = math.prod(whole.shape[1:])
+    return replace(parts[0], parts={"diff": whole}, shape=(whole.shape[0], columns))
+
+
+def swapped_halves(name: str, delta: Delta) -> Delta:
+    """Return the delta with the two halves of its rows in the other order.
+
+    Raises:
+        UnsupportedError: a kind whose rows cannot be moved.
+    """
+    if not isinstance(delta, LowRank) or delta.bias is not None:
+        raise _kept_whole(name, "what is no plain pair of factors")
+    half = units(name, delta.b.shape[0], (1, 1))
+    halves = [delta.b.row_range(half, 2 * half), delta.b.row_range(0, half)]
+    return replace(delta, b=_stacked(halves, delta.b.dtype))

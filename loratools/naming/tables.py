@@ -1,0 +1,257 @@
+"""Tables of the two namings of an architecture: data files, read and checked, and looked up.
+
+A table has rows: a module of the original naming, and the modules that stand for it in diffusers'
+naming, one, or several that divide its rows. Patterns have `{}` for numbers. A user's own table is
+a file of the same form.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from loratools_formats.errors import OptionError
+from loratools_formats.files import read_small_file
+
+Scheme = Literal["original", "diffusers"]
+
+_MAX_FILE_BYTES = 1 << 20
+_TEXT_ENCODERS = "text_encoders"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module of the original naming.
+
+    Attributes:
+        original: its name there.
+        diffusers: the names of what stands for it, in the order of its rows.
+        parts: how many of the equal parts of its rows each of them has.
+        swapped_halves: whether the two halves of its outputs are in the other order.
+    """
+
+    original: str
+    diffusers: tuple[str, ...]
+    parts: tuple[int, ...]
+    swapped_halves: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a name stands in a table.
+
+    Attributes:
+        row: the row.
+        numbers: what its `{}` are.
+        covered: which of the row's parts the name covers, in order.
+        scheme: the naming that the name is of.
+    """
+
+    row: Row
+    numbers: tuple[str, ...]
+    covered: tuple[int, ...]
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """What a text encoder is called.
+
+    Attributes:
+        kohya: prefix of its flattened names.
+        comfyui: its name after `text_encoders.`.
+        paths: its modules, as transformers names them.
+    """
+
+    kohya: str
+    comfyui: str
+    paths: tuple[str, ...]
+
+
+class Table:
+    """The names of one architecture.
+
+    Args:
+        name: what users type.
+        values: the parsed file.
+
+    Raises:
+        OptionError: it is not such a table.
+    """
+
+    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+        self.name = name
+        try:
+            self.title: str = values["title"]
+            self.component: str = values["diffusers"]
+            self.kohya: Scheme = values["kohya"]
+            self.text_encoders = {
+                role: TextEncoder(entry["kohya"], entry["comfyui"], _paths()[entry["paths"]])
+                for role, entry in values.get("text_encoders", {}).items()
+            }
+            self._rows = [row for group in values["modules"] for row in _rows(group)]
+            self._aliases = [alias for group in values.get("aliases", ()) for alias in _rows(group)]
+        except (KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
+            raise OptionError(
+                f"not a table of names: {type(error).__name__} {error}",
+                got=name,
+                hint="The bundled tables show the form: loratools/naming/data",
+            ) from error
+
+    def locate(self, path: str, *, flat: bool, schemes: tuple[Scheme, ...]) -> Place | None:
+        """Return where a module's path stands, None if it is in none of the schemes.
+
+        Args:
+            path: within the component.
+            flat: whether `_` stands for `.` in it.
+            schemes: namings it may be of.
+
+        Raises:
+            OptionError: several rows have that flattened name.
+        """
+        found = [p for scheme in schemes for p in self._index(scheme, flat).look_up(path)]
+        if len({(place.row, place.numbers, place.covered) for place in found}) > 1:
+            raise OptionError(f"several modules of {self.title} have that name", got=path)
+        return found[0] if found else None
+
+    @functools.cache  # noqa: B019 - tables live as long as the process
+    def _index(self, scheme: Scheme, flat: bool) -> _Index:
+        entries: list[tuple[str, Row, tuple[int, ...]]] = []
+        for row in self._rows:
+            whole = tuple(range(len(row.parts)))
+            if scheme == "original":
+                entries.append((row.original, row, whole))
+            else:
+                entries += [(name, row, (part,)) for part, name in enumerate(row.diffusers)]
+        if scheme == "original":
+            for alias in self._aliases:
+                row = next(row for row in self._rows if row.original == alias.diffusers[0])
+                entries.append((alias.original, row, _covered(alias, row)))
+        return _Index(entries, scheme, flat)
+
+
+def _covered(alias: Row, row: Row) -> tuple[int, ...]:
+    """Return the parts of a row that an alias covers, which are its first ones."""
+    if len(alias.parts) == 1:
+        return tuple(range(len(row.parts)))
+    share = alias.parts[0]
+    count = next(n for n in range(1, len(row.parts) + 1) if sum(row.parts[:n]) == share)
+    return tuple(range(count))
+
+
+class _Index:
+    """Rows by name; names with numbers by regular expression."""
+
+    def __init__(
+        self, entries: list[tuple[str, Row, tuple[int, ...]]], scheme: Scheme, flat: bool
+    ) -> None:
+        self._scheme: Scheme = scheme
+        self._exact: dict[str, list[Place]] = {}
+        self._patterns: list[tuple[re.Pattern[str], Row, tuple[int, ...]]] = []
+        for name, row, covered in entries:
+            spelled = flattened(name) if flat else name
+            if "{}" in name:
+                text = re.escape(spelled).replace(re.escape("{}"), r"(\d{1,4})")
+                self._patterns.append((re.compile(text), row, covered))
+            else:
+                self._exact.setdefault(spelled, []).append(Place(row, (), covered, scheme))
+
+    def look_up(self, path: str) -> Iterator[Place]:
+        yield from self._exact.get(path, ())
+        for pattern, row, covered in self._patterns:
+            found = pattern.fullmatch(path)
+            if found is not None:
+                yield Place(row, found.groups(), covered, self._scheme)
+
+
+def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
+    known = {"original", "diffusers", "alias", "blocks", "pairs", "rows", "swapped_halves"}
+    if set(group) - known:
+        raise ValueError(f"has {', '.join(sorted(set(group) - known))}")
+    first, second = ("alias", "original") if "alias" in group else ("original", "diffusers")
+    blocks = group.get("blocks") or [[group.get(first, ""), group.get(second, "")]]
+    for start, other_start in blocks:
+        for name, *others in group["pairs"]:
+            parts = tuple(group.get("rows") or [1] * len(others))
+            whole_given = "alias" in group and len(parts) == 2
+            if not others or (len(parts) != len(others) and not whole_given):
+                raise ValueError(f"{name} stands for {len(others)} modules in {len(parts)} parts")
+            row = Row(
+                start + name,
+                tuple(other_start + other for other in others),
+                parts,
+                bool(group.get("swapped_halves")),
+            )
+            if any(text.count("{}") != row.original.count("{}") for text in row.diffusers):
+                raise ValueError(f"{name} has other numbers than what it stands for")
+            yield row
+
+
+def flattened(path: str) -> str:
+    """Return a path as kohya's files have it.
+
+    >>> flattened("down_blocks.0.attn1.to_q")
+    'down_blocks_0_attn1_to_q'
+    """
+    return path.replace(".", "_")
+
+
+def filled(pattern: str, numbers: tuple[str, ...]) -> str:
+    """Return a name with its numbers in place.
+
+    >>> filled("blocks.{}.ffn.{}", ("3", "0"))
+    'blocks.3.ffn.0'
+    """
+    pieces = pattern.split("{}")
+    return "".join(piece + number for piece, number in zip(pieces, (*numbers, ""), strict=True))
+
+
+@functools.cache
+def _paths() -> dict[str, tuple[str, ...]]:
+    text = _data().joinpath(f"{_TEXT_ENCODERS}.toml").read_text(encoding="utf-8")
+    return {name: tuple(entry["paths"]) for name, entry in tomllib.loads(text).items()}
+
+
+def _data() -> Any:
+    return resources.files("loratools.naming").joinpath("data")
+
+
+@functools.cache
+def bundled_tables() -> tuple[Table, ...]:
+    """Return the tables that come with loratools, by name."""
+    files = sorted(f.name for f in _data().iterdir() if f.name.endswith(".toml"))
+    names = [file.removesuffix(".toml") for file in files]
+    return tuple(
+        Table(name, tomllib.loads(_data().joinpath(f"{name}.toml").read_text(encoding="utf-8")))
+        for name in names
+        if name != _TEXT_ENCODERS
+    )
+
+
+def find_table(name: str) -> Table:
+    """Return a bundled table by its name, or a user's by its path.
+
+    Raises:
+        OptionError: there is none of that name, or the file is no table.
+        MissingFileError: no such file.
+    """
+    for table in bundled_tables():
+        if table.name == name:
+            return table
+    if not name.endswith(".toml"):
+        raise OptionError(
+            "no table of names is called so",
+            got=name,
+            expected=", ".join(table.name for table in bundled_tables()) + " or FILE.toml",
+        )
+    try:
+        values = tomllib.loads(read_small_file(name, _MAX_FILE_BYTES).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"not a TOML file: {error}", path=name) from error
+    return Table(Path(name).stem, values)

@@ -1,0 +1,180 @@
+"""Fused GGUF models in the real llama.cpp: as base and adapter apart, up to what is reported."""
+
+import json
+
+import gguf_models
+import numpy as np
+import pytest
+
+from loratools.convert import prepare, write
+from loratools.decompose import loaded
+from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
+from loratools.fuse.plan import FuseInput
+from loratools_formats import Context, get_format, read_adapter
+from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.gguf.container import read_gguf
+from loratools_formats.gguf.model import plain
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+NAME = "wide llama"
+TARGETS = ["q_proj", "k_proj", "down_proj", "embed_tokens", "lm_head"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """Return a PEFT folder for the wide llama, and what torch predicts with it."""
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
+    options = {"r": 8, "lora_alpha": 16, "use_rslora": True, "target_modules": TARGETS}
+    model = gguf_models.adapted(gguf_models.make_model(NAME), std=0.05, **options)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder, gguf_models.expected(model)
+
+
+@pytest.fixture(scope="module")
+def bases(gguf_bases, tmp_path_factory):
+    """Return a function from a type to the wide llama with its matrices in that type."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def base(kind):
+        if kind == "F32":
+            return gguf_bases / NAME / "model.gguf"
+        path = root / f"{kind}.gguf"
+        if not path.exists():
+            gguf_models.quantised_base(gguf_bases / NAME / "model.gguf", path, kind)
+        return path
+
+    return base
+
+
+def fuse(base, out, *inputs, **options):
+    given = [FuseInput(read_adapter(path), weight, path.name) for path, weight in inputs]
+    return GgufFusion(read_gguf(base), given, GgufFuseOptions(**options)).write(out)
+
+
+def dense(path):
+    return {name: plain(t).load(np.float64) for name, t in read_gguf(path).tensors.items()}
+
+
+# How far fused and unfused may differ: the type's rounding of weights, and of activations, which
+# llama.cpp rounds to the type of the weights.
+CASES = [
+    ("F32", "keep", "F32", 1e-4),
+    ("F16", "keep", "F16", 0.02),
+    ("Q8_0", "keep", "Q8_0", 0.15),
+    ("Q8_0", "f32", "F32", 0.15),
+    ("Q4_K", "keep", "F16", 0.3),
+    ("Q4_K", "q8_0", "Q8_0", 0.3),
+    ("Q4_0", "q5_1", "Q5_1", 0.5),
+]
+
+
+@pytest.mark.parametrize(("kind", "outtype", "stored", "tolerance"), CASES)
+def test_fused_says_what_base_and_adapter_say(
+    bases, adapter, tmp_path, kind, outtype, stored, tolerance
+):
+    base, (folder, _) = bases(kind), adapter
+    result = fuse(base, tmp_path / "fused.gguf", (folder, 1.0), outtype=outtype)
+    write(prepare(read_adapter(folder), "gguf", Context(base)), tmp_path / "lora.gguf")
+    (apart,) = gguf_models.from_llama_cpp(base, [tmp_path / "lora.gguf"])
+    (fused,) = gguf_models.from_llama_cpp(tmp_path / "fused.gguf", [], [[]])
+    (untouched,) = gguf_models.from_llama_cpp(base, [], [[]])
+    assert np.abs(fused - apart).max() < tolerance
+    assert np.abs(apart - untouched).max() > 3 * tolerance
+    assert {report.dtype for report in result.tensors} == {stored}
+    assert len(result.tensors) == 8
+
+
+def test_fused_into_floats_says_what_torch_says(bases, adapter, tmp_path):
+    folder, wanted = adapter
+    fuse(bases("F32"), tmp_path / "fused.gguf", (folder, 1.0))
+    (found,) = gguf_models.from_llama_cpp(tmp_path / "fused.gguf", [], [[]])
+    assert np.abs(found - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("qwen3moe", "experts"), ("mixtral", "experts"), ("phi3", "all"), ("gpt2", "plain")],
+)
+def test_other_layouts_fuse_to_what_torch_says(gguf_bases, tmp_path, name, title):
+    model = gguf_models.adapted(gguf_models.make_model(name), **gguf_models.variants(name)[title])
+    wanted = gguf_models.expected(model)
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    out = tmp_path / "fused.gguf"
+    fuse(gguf_bases / name / "model.gguf", out, (tmp_path / "lora", 1.0))
+    (found,) = gguf_models.from_llama_cpp(out, [], [[]])
+    assert np.abs(found - wanted).max() < (5e-3 if name in gguf_models.GELU else 1e-4)
+
+
+@pytest.mark.parametrize(("kind", "outtype"), [("F32", "f16"), ("Q4_K", "keep"), ("Q8_0", "keep")])
+def test_report_is_true_and_the_rest_is_verbatim(bases, adapter, tmp_path, kind, outtype):
+    base, (folder, _) = bases(kind), adapter
+    out = tmp_path / "fused.gguf"
+    result = fuse(base, out, (folder, 0.5), (folder, -0.25), outtype=outtype)
+    target = get_format("gguf")
+    translated = target.from_model(read_adapter(folder), Context(base))
+    before, after = dense(base), dense(out)
+    reports = {report.key: report for report in result.tensors}
+    for module, delta in translated.modules.items():
+        ((b, a),) = loaded(delta)
+        change = 0.25 * delta.scale * (b @ a)
+        change = change.T if module == "token_embd" else change
+        report, new = reports[f"{module}.weight"], after[f"{module}.weight"]
+        old = before[f"{module}.weight"]
+        assert report.base_norm == pytest.approx(np.linalg.norm(old), rel=1e-6)
+        assert report.delta_norm == pytest.approx(np.linalg.norm(change), rel=1e-6)
+        rounding = np.linalg.norm(new - (old + change))
+        assert report.rounding_norm == pytest.approx(rounding, rel=1e-3)
+        if report.surviving is not None:
+            share = np.vdot(new - old, change) / np.vdot(change, change)
+            assert report.surviving == pytest.approx(share, rel=1e-6)
+    first, second = read_gguf(base), read_gguf(out)
+    assert list(first.tensors) == list(second.tensors)
+    for name in set(first.tensors) - set(reports):
+        assert bytes(first.tensors[name].raw()) == bytes(second.tensors[name].raw())
+    size = first.keys_end
+    assert base.read_bytes()[24:size] == out.read_bytes()[24:size]
+    assert result.copied == len(first.tensors) - len(reports)
+
+
+def test_bytes_do_not_depend_on_threads_and_inputs_stay(bases, adapter, tmp_path):
+    base, (folder, _) = bases("Q8_0"), adapter
+    before = base.read_bytes()
+    for workers in (1, 2):
+        fuse(base, tmp_path / f"{workers}.gguf", (folder, 1.0), workers=workers)
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
+    assert base.read_bytes() == before
+    record = json.loads((tmp_path / "1.gguf.provenance.json").read_text())
+    assert [i["role"] for i in record["predicate"]["inputs"]] == ["base", "adapter 1", "adapter 1"]
+
+
+def test_gguf_adapters_fuse_like_the_folders_they_come_from(bases, adapter, tmp_path):
+    base, (folder, _) = bases("F32"), adapter
+    write(prepare(read_adapter(folder), "gguf", Context(base)), tmp_path / "lora.gguf")
+    for name, source in (("a", folder), ("b", tmp_path / "lora.gguf")):
+        fuse(base, tmp_path / f"{name}.gguf", (source, 1.0))
+    first, second = dense(tmp_path / "a.gguf"), dense(tmp_path / "b.gguf")
+    for name, values in first.items():
+        np.testing.assert_allclose(second[name], values, atol=1e-6)
+
+
+def test_erased_changes_are_refused(bases, adapter, tmp_path):
+    base, (folder, _) = bases("Q4_0"), adapter
+    with pytest.raises(UnsupportedError, match="erase most of the change"):
+        fuse(base, tmp_path / "out.gguf", (folder, 1e-3))
+    assert list(tmp_path.iterdir()) == []
+    result = fuse(base, tmp_path / "out.gguf", (folder, 1e-3), allow_lossy=True)
+    assert result.surviving < 0.5
+
+
+def test_what_does_not_fit_is_refused(gguf_bases, bases, adapter, tmp_path):
+    folder, _ = adapter
+    out = tmp_path / "out.gguf"
+    with pytest.raises(AdapterError, match="does not fit the base model"):
+        fuse(gguf_bases / "llama" / "model.gguf", out, (folder, 1.0))
+    with pytest.raises(LoratoolsError, match="output layer is its embedding"):
+        fuse(gguf_bases / "gemma3" / "model.gguf", out, (folder, 1.0))
+    write(prepare(read_adapter(folder), "gguf", Context(bases("F32"))), tmp_path / "lora.gguf")
+    with pytest.raises(AdapterError, match="another architecture"):
+        fuse(gguf_bases / "qwen2" / "model.gguf", out, (tmp_path / "lora.gguf", 1.0))
+    assert not out.exists()

@@ -1,0 +1,475 @@
+"""GGUF adapters: what is refused when read or made, and what is written."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from loratools.convert import prepare, write
+from loratools.decompose import loaded
+from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
+from loratools.fuse.plan import FuseInput
+from loratools_formats import (
+    Adapter,
+    Context,
+    Layer,
+    LowRank,
+    get_format,
+    read_adapter,
+    write_adapter,
+)
+from loratools_formats.adapter import Dora
+from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.gguf.container import read_gguf
+from loratools_formats.tensors import in_memory
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+}
+Q = "model.layers.0.self_attn.q_proj"
+rng = np.random.default_rng(0)
+
+
+def floats(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def lora(out=16, in_=16, rank=4, scale=2.0, layer=None, **options):
+    a, b = in_memory("a", floats(rank, in_)), in_memory("b", floats(out, rank))
+    return LowRank(a, b, scale, layer or Layer("linear"), **options)
+
+
+def model_adapter(modules, **options):
+    return Adapter(format="peft", source=None, modules=modules, **options)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Return a function that writes a base model's config.json and returns its folder."""
+
+    def make(**values):
+        folder = tmp_path / "base"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(LLAMA | values))
+        return folder
+
+    return make
+
+
+def made(modules, folder, dtype=None, **options):
+    context = Context(folder, dtype)
+    return get_format("gguf").from_model(model_adapter(modules, **options), context)
+
+
+def file_with(path, tensors=None, keys=None, kind="adapter", adapter="lora"):
+    """Write an adapter with the gguf package; keys are functions on the writer."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(kind)
+    writer.add_string("adapter.type", adapter)
+    if keys is not None:
+        keys(writer)
+    if tensors is None:
+        tensors = {"blk.0.attn_q.weight.lora_a": floats(4, 16)}
+        tensors["blk.0.attn_q.weight.lora_b"] = floats(16, 4)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+A, B = "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"
+UNREADABLE = {
+    "a model": ({"kind": "model"}, "not a LoRA adapter.*--base"),
+    "another adapter": ({"adapter": "control_vector"}, "not a LoRA adapter"),
+    "alpha is a whole number": (
+        {"keys": lambda w: w.add_uint32("adapter.lora.alpha", 8)},
+        "adapter.lora.alpha has the wrong type; got u32; expected f32",
+    ),
+    "alpha has 64 bits": (
+        {"keys": lambda w: w.add_float64("adapter.lora.alpha", 8)},
+        "got f64; expected f32",
+    ),
+    "alpha is infinite": (
+        {"keys": lambda w: w.add_float32("adapter.lora.alpha", float("inf"))},
+        "alpha is not finite",
+    ),
+    "tokens are signed": (
+        {"keys": lambda w: w.add_array("adapter.alora.invocation_tokens", [1, 2])},
+        "got array i32; expected array of u32",
+    ),
+    "no b": ({"tensors": {A: floats(4, 16)}}, "lacks one of its two factors.*got lora_a"),
+    "no a": ({"tensors": {B: floats(16, 4)}}, "lacks one of its two factors.*got lora_b"),
+    "b is turned": ({"tensors": {A: floats(4, 16), B: floats(4, 16)}}, "do not fit together"),
+    "ranks differ": ({"tensors": {A: floats(4, 16), B: floats(16, 3)}}, "do not fit together"),
+    "whole numbers": (
+        {"tensors": {A: np.ones((4, 16), np.int8), B: floats(16, 4)}},
+        "not of a floating-point type.*got I8",
+    ),
+    "a bias": ({"tensors": {"blk.0.attn_q.bias": floats(16)}}, "no factor of an adapter"),
+    "a whole weight": ({"tensors": {"token_embd.weight": floats(8, 16)}}, "no factor"),
+    "a magnitude": ({"tensors": {"blk.0.attn_q.weight.lora_magnitude": floats(16)}}, "no factor"),
+    "embedding not flipped": (
+        {
+            "tensors": {
+                "token_embd.weight.lora_a": floats(4, 50),
+                "token_embd.weight.lora_b": floats(16, 4),
+            }
+        },
+        "do not fit together",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_llama_cpp_refuses_or_crashes_on_is_refused(tmp_path, name):
+    options, message = UNREADABLE[name]
+    path = file_with(tmp_path / "file.gguf", **options)
+    with pytest.raises(LoratoolsError, match=message):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale"),
+    [
+        (None, 1.0),
+        (lambda w: w.add_float32("adapter.lora.alpha", 0.0), 1.0),
+        (lambda w: w.add_float32("adapter.lora.alpha", 6.0), 1.5),
+    ],
+)
+def test_scale_is_alpha_by_rank_or_one(tmp_path, keys, scale):
+    adapter = read_adapter(file_with(tmp_path / "file.gguf", keys=keys))
+    assert adapter.modules["blk.0.attn_q"].scale == scale
+
+
+def test_norms_are_carried_with_a_note(tmp_path):
+    tensors = {A: floats(4, 16), B: floats(16, 4), "output_norm.weight": floats(16)}
+    adapter = read_adapter(file_with(tmp_path / "file.gguf", tensors))
+    assert set(adapter.carried) == {"output_norm.weight"}
+    assert "ignores" in adapter.notes[0]
+
+
+def test_quantised_factors_are_read_as_what_they_stand_for(tmp_path):
+    path, values = tmp_path / "file.gguf", floats(32, 64)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    stored = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor(A, stored, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor(B, floats(16, 32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    delta = read_adapter(path).modules["blk.0.attn_q"]
+    wanted = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
+    np.testing.assert_array_equal(delta.a.load(), wanted)
+
+
+def test_bytes_are_those_of_the_gguf_package(base, tmp_path):
+    adapter = made({Q: lora(), "lm_head": lora(50)}, base(), base_model="some/model")
+    write_adapter(adapter, tmp_path / "ours.gguf", "gguf")
+    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    writer.add_uint32("general.base_model.count", 1)
+    writer.add_string("general.base_model.0.name", "model")
+    writer.add_string("general.base_model.0.organization", "some")
+    writer.add_string("general.base_model.0.repo_url", "https://huggingface.co/some/model")
+    writer.add_file_type(0)
+    writer.kv_data[0] = dict(sorted(writer.kv_data[0].items()))
+    for name, delta in adapter.modules.items():
+        writer.add_tensor(f"{name}.weight.lora_a", np.array(delta.a.load()))
+        writer.add_tensor(f"{name}.weight.lora_b", np.array(delta.b.load()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
+
+
+SCALES = [
+    ([(4, 2.0), (8, 1.0)], 8.0),  # one alpha, two ranks
+    ([(4, 2.0), (4, 1.0)], None),
+    ([(3, 1 / 3)], 1.0),
+    ([(7, 0.1)], None),  # 0.7 is no 32-bit number
+    ([(4, 0.0)], None),  # llama.cpp takes alpha 0 for none
+    ([(4, 1e39)], None),
+]
+
+
+@pytest.mark.parametrize(("settings", "alpha"), SCALES)
+def test_alpha_is_stated_only_where_it_says_everything(base, tmp_path, settings, alpha):
+    paths = [f"model.layers.{i}.self_attn.v_proj" for i in range(len(settings))]
+    deltas = {
+        path: lora(8, rank=rank, scale=scale)
+        for path, (rank, scale) in zip(paths, settings, strict=True)
+        if scale < 1e30
+    }
+    if not deltas:
+        deltas = {paths[0]: replace(lora(8), b=in_memory("b", floats(8, 4) * 1e-30), scale=1e30)}
+    adapter = made(deltas, base())
+    write_adapter(adapter, tmp_path / "out.gguf", "gguf")
+    assert read_gguf(tmp_path / "out.gguf").get("adapter.lora.alpha", "f32") == alpha
+    again = read_adapter(tmp_path / "out.gguf")
+    for name, delta in adapter.modules.items():
+        found = again.modules[name]
+        ((b, a),), ((new_b, new_a),) = loaded(delta), loaded(found)
+        np.testing.assert_allclose(
+            found.scale * (new_b @ new_a), delta.scale * (b @ a), rtol=1e-5, atol=1e-12
+        )
+
+
+def test_rows_that_are_no_whole_block_fall_back_to_16_bits(base, tmp_path):
+    delta = replace(lora(), a=in_memory("a", floats(8, 64)), b=in_memory("b", floats(16, 8)))
+    path = "model.layers.0.mlp.gate_proj"
+    write_adapter(made({path: delta}, base(), "q8_0"), tmp_path / "out.gguf", "gguf")
+    kinds = {t.name: t.kind.name for t in read_gguf(tmp_path / "out.gguf").tensors.values()}
+    assert kinds == {
+        "blk.0.ffn_gate.weight.lora_a": "Q8_0",
+        "blk.0.ffn_gate.weight.lora_b": "F16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, None), (np.inf, None), (1e6, "f16"), (1e39, "f32")]
+)
+def test_values_that_are_not_finite_are_refused(base, tmp_path, value, dtype):
+    bad = np.full((16, 4), value)
+    delta = replace(lora(), b=in_memory("the b", bad), scale=1.0)
+    with pytest.raises(AdapterError, match=r"NaN or infinite.*the b"):
+        write_adapter(made({Q: delta}, base(), dtype), tmp_path / "out.gguf", "gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_long_names_are_refused(tmp_path):
+    path = file_with(tmp_path / "file.gguf")
+    adapter = read_adapter(path)
+    delta = adapter.modules["blk.0.attn_q"]
+    renamed = replace(adapter, modules={"blk.0." + "x" * 46: delta})
+    with pytest.raises(UnsupportedError, match=r"names this long.*at most 63 bytes"):
+        write_adapter(renamed, tmp_path / "out.gguf", "gguf")
+
+
+def refusal(modules, folder, **options):
+    with pytest.raises(LoratoolsError) as caught:
+        made(modules, folder, **options)
+    return str(caught.value)
+
+
+def test_kinds_that_llama_cpp_has_not_are_refused(base):
+    dora = Dora(lora(), in_memory("m", floats(16)))
+    assert "to-lora" in refusal({Q: dora}, base())
+    with_bias = lora(bias=in_memory("bias", floats(16)))
+    assert "lora_bias" in refusal({Q: with_bias}, base())
+    conv = lora(layer=Layer("conv", kernel=(1,)))
+    assert "convolutions" in refusal({Q: conv}, base())
+
+
+@pytest.mark.parametrize(
+    ("path", "config", "message"),
+    [
+        ("model.embed_tokens", {"tie_word_embeddings": True}, "aborts"),
+        ("lm_head", {"tie_word_embeddings": True}, "no tensor for it"),
+        ("model.layers.0.input_layernorm", {}, "applies no adapter"),
+        ("model.vision_tower.layers.0.self_attn.q_proj", {}, "applies no adapter"),
+        ("transformer.wpe", {"architectures": ["GPT2LMHeadModel"]}, "applies no adapter"),
+        (Q, {"architectures": ["MambaForCausalLM"]}, "got MambaForCausalLM"),
+        (Q, {"architectures": []}, "names no architecture"),
+        (Q, {"num_attention_heads": 3}, "do not divide into heads"),
+        (Q, {"num_attention_heads": True}, "num_attention_heads is wrong"),
+        (Q, {"hidden_size": -1}, "hidden_size is wrong"),
+    ],
+)
+def test_modules_without_a_safe_place_are_refused(base, path, config, message):
+    kind = "embedding" if path.endswith(("embed_tokens", "wpe")) else "linear"
+    assert message in refusal({path: lora(layer=Layer(kind))}, base(**config))
+
+
+def test_a_base_is_asked_for(tmp_path):
+    with pytest.raises(UnsupportedError, match="--base"):
+        made({Q: lora()}, None)
+    with pytest.raises(FileNotFoundError):
+        made({Q: lora()}, tmp_path)
+
+
+def test_replacements_are_losses(make_folder, base, tmp_path):
+    folder = make_folder(
+        modules={Q: (16, 16, 8)},
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head"],
+        extra={"base_model.model.lm_head.weight": floats(50, 16)},
+    )
+    adapter = read_adapter(folder)
+    with pytest.raises(UnsupportedError, match=r"lm_head\.weight replaces a tensor"):
+        prepare(adapter, "gguf", Context(base()))
+    conversion = prepare(adapter, "gguf", Context(base()), allow_lossy=True)
+    assert write(conversion, tmp_path / "out.gguf").relative_error < 1e-7
+    assert [loss.name for loss in conversion.losses] == ["base_model.model.lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "model.language_model.", "language_model.model.", "language_model."]
+)
+def test_prefixes_of_wrappers_are_known(base, prefix):
+    adapter = made({f"{prefix}layers.0.self_attn.v_proj": lora()}, base())
+    assert list(adapter.modules) == ["blk.0.attn_v"]
+
+
+def test_multimodal_configurations_name_their_text_model(base):
+    text = {key: LLAMA[key] for key in ("hidden_size", "num_attention_heads")}
+    folder = base(
+        architectures=["Gemma3ForConditionalGeneration"],
+        text_config=text | {"num_key_value_heads": 1},
+    )
+    path = "model.language_model.layers.3.mlp.up_proj"
+    adapter = made({path: lora()}, folder)
+    assert list(adapter.modules) == ["blk.3.ffn_up"]
+    back = get_format("gguf").to_model(adapter, Context(folder))
+    assert list(back.modules) == [path]
+
+
+def test_single_experts_are_stacked_and_the_others_zero(base):
+    folder = base(architectures=["MixtralForCausalLM"], num_local_experts=3, intermediate_size=24)
+    path = "model.layers.0.block_sparse_moe.experts.{}.w2"
+    deltas = {path.format(expert): lora(16, 24) for expert in (0, 2)}
+    (name, stacked), *_ = made(deltas, folder).modules.items()
+    assert (name, stacked.experts, stacked.shape) == ("blk.0.ffn_down_exps", 3, (16, 24))
+    found = [b @ a for b, a in loaded(stacked)]
+    assert not found[1].any()
+    for expert in (0, 2):
+        ((b, a),) = loaded(deltas[path.format(expert)])
+        np.testing.assert_array_equal(found[expert], b @ a)
+    different = deltas | {path.format(1): lora(16, 24, rank=2)}
+    assert "differ in rank" in refusal(different, folder)
+    assert "fewer experts" in refusal({path.format(3): lora(16, 24)}, folder)
+
+
+def test_invocation_tokens_are_kept(make_folder, base, tmp_path):
+    folder = make_folder(
+        modules={Q: (16, 16, 8)},
+        target_modules=["q_proj"],
+        alora_invocation_tokens=[5, 4_000_000_000],
+    )
+    write(prepare(read_adapter(folder), "gguf", Context(base())), tmp_path / "out.gguf")
+    field = gguf.GGUFReader(tmp_path / "out.gguf").get_field("adapter.alora.invocation_tokens")
+    assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
+    assert field.contents() == [5, 4_000_000_000]
+    adapter = read_adapter(tmp_path / "out.gguf")
+    with pytest.raises(UnsupportedError, match="invocation tokens"):
+        adapter.require_true_delta("squeeze")
+
+
+def test_texts_are_added_to_the_keys(make_folder, base, tmp_path):
+    folder = make_folder(
+        modules={Q: (16, 16, 8)}, target_modules=["q_proj"], base_model_name_or_path="/home/me/tiny"
+    )
+    command = [sys.executable, "-c", "from loratools.cli import main; main()", "convert", folder]
+    options = ["--base", base(), "--metadata", "adapter.lora.task_name=poems"]
+    subprocess.run([*command, tmp_path / "out.gguf", *options], check=True, capture_output=True)
+    file = read_gguf(tmp_path / "out.gguf")
+    assert file.get("adapter.lora.task_name", "string") == "poems"
+    assert file.get("general.base_model.0.name", "string") == "tiny"
+    assert "general.base_model.0.repo_url" not in file.keys
+    clash = ["--base", base(), "--metadata", "general.type=model"]
+    done = subprocess.run(
+        [*command, tmp_path / "no.gguf", *clash], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, (tmp_path / "no.gguf").exists()) == (2, False)
+    assert done.stderr.count("\n") == 1
+
+
+def test_neither_half_imports_gguf_or_torch_for_floats(make_folder, base, tmp_path):
+    folder = make_folder(modules={Q: (16, 16, 8)}, target_modules=["q_proj"])
+    code = (
+        "import sys; from loratools.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'gguf', 'torch', 'scipy'} & set(sys.modules)"
+    )
+    for arguments in (
+        ["convert", folder, tmp_path / "o.gguf", "--base", base()],
+        ["convert", tmp_path / "o.gguf", tmp_path / "back", "--base", base()],
+    ):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+def test_file_with_a_shape_of_another_base_is_refused(base, tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_embedding_length(16)
+    writer.add_tensor("blk.0.attn_q.weight", floats(16, 32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "expected [16, 32]" in refusal({Q: lora()}, path)
+    key = "model.layers.0.self_attn.k_proj"
+    assert "expected no such tensor" in refusal({key: lora()}, path)
+    assert "its embedding" in refusal({"lm_head": lora(50)}, path)
+
+
+def test_merged_adapters_must_be_of_one_architecture(tmp_path):
+    one = read_adapter(file_with(tmp_path / "one.gguf"))
+    two = replace(one, config={**one.config, "architecture": "qwen2"})
+    with pytest.raises(AdapterError, match="llama, qwen2"):
+        get_format("gguf").merged_config([one, two])
+
+
+def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):
+    adapter = read_adapter(file_with(tmp_path / "lora.gguf"))
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.attn_q.weight", floats(16, 16))
+    writer.add_tensor("blk.0.attn_q.scale", floats(1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedError, match="keeps a scale beside"):
+        GgufFusion(read_gguf(path), [FuseInput(adapter, 1.0, "lora")], GgufFuseOptions())
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    half=st.integers(1, 5),
+    rank=st.integers(1, 4),
+    scale=st.floats(-8, 8).filter(lambda value: abs(value) > 1e-3),
+)
+def test_rows_are_interleaved_and_put_back(base, tmp_path, kv_heads, group, half, rank, scale):
+    heads, width = kv_heads * group, 2 * half
+    folder = base(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=8)
+    k = Q.replace("q_proj", "k_proj")
+    modules = {
+        Q: lora(heads * width, 8, rank, scale),
+        k: lora(kv_heads * width, 8, rank + 1, scale),
+    }
+    conversion = prepare(model_adapter(modules), "gguf", Context(folder))
+    write(conversion, tmp_path / "out.gguf", overwrite=True)
+    read = read_adapter(tmp_path / "out.gguf")
+    for path, name, count in ((Q, "blk.0.attn_q", heads), (k, "blk.0.attn_k", kv_heads)):
+        b = modules[path].b.load()
+        wanted = b.reshape(count, 2, half, -1).swapaxes(1, 2).reshape(b.shape)
+        found = read.modules[name]
+        np.testing.assert_allclose(found.scale * found.b.load(), scale * wanted, rtol=1e-6)
+    back = get_format("gguf").to_model(read, Context(folder))
+    for path, delta in modules.items():
+        again = back.modules[path]
+        np.testing.assert_allclose(again.scale * again.b.load(), scale * delta.b.load(), rtol=1e-6)
+        np.testing.assert_array_equal(again.a.load(), delta.a.load())

@@ -1,0 +1,354 @@
+"""diffusers as the judge: files it saves, and what it makes of the files that we write.
+
+Small pipelines with random weights. The change of a weight is what `fuse_lora` adds to it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from dialect_files import KOHYA, PEFT, DialectFile, save
+from test_dialects import dense, tensors_of
+
+from loratools.cli import cli
+from loratools_formats import find_format, read_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+FLUX = {
+    "patch_size": 1,
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "axes_dims_rope": (2, 2, 4),
+}
+TEXT = {
+    "hidden_size": 12,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 20,
+    "max_position_embeddings": 8,
+}
+
+
+def run(*arguments):
+    done = CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture
+def pipelines():
+    """Return functions that make a small pipeline of each kind."""
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.set_num_threads(1)
+
+    def unet():
+        torch.manual_seed(0)
+        return diffusers.StableDiffusionPipeline(
+            vae=None,
+            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
+            tokenizer=None,
+            unet=diffusers.UNet2DConditionModel(**UNET),
+            scheduler=diffusers.DDIMScheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def flux():
+        torch.manual_seed(0)
+        return diffusers.FluxPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            vae=None,
+            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=diffusers.FluxTransformer2DModel(**FLUX),
+        )
+
+    return {"unet": unet, "flux": flux}
+
+
+def weights(pipeline):
+    """Return every weight of the adaptable components, by component and path."""
+    found = {}
+    for component in ("unet", "transformer", "text_encoder"):
+        model = getattr(pipeline, component, None)
+        if model is None:
+            continue
+        for name, tensor in model.state_dict().items():
+            path = name.replace(".base_layer", "")
+            if path.endswith(".weight") and "lora" not in path:
+                found[f"{component}.{path.removesuffix('.weight')}"] = tensor.double().clone()
+    return found
+
+
+def applied(make, path):
+    """Return what a file adds to each weight of a fresh pipeline, where it adds anything."""
+    pipeline = make()
+    before = weights(pipeline)
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+    parts = [name for name in ("unet", "transformer", "text_encoder") if hasattr(pipeline, name)]
+    pipeline.fuse_lora(components=parts)
+    pipeline.unload_lora_weights()
+    after = weights(pipeline)
+    assert before.keys() == after.keys()
+    changes = {name: (after[name] - before[name]).numpy() for name in before}
+    return {n: c.reshape(len(c), -1) for n, c in changes.items() if np.abs(c).max() > 0}
+
+
+def ours(path):
+    return {name: dense(delta) for name, delta in read_adapter(path).modules.items()}
+
+
+def in_any_version(changes):
+    """Name modules of text encoders without the outer module that transformers 5 dropped."""
+    return {name.replace(".text_model.", "."): change for name, change in changes.items()}
+
+
+def assert_same(found, expected):
+    found, expected = in_any_version(found), in_any_version(expected)
+    assert set(found) == set(expected)
+    for name, change in expected.items():
+        assert np.abs(change).max() > 1e-3
+        np.testing.assert_allclose(found[name], change, rtol=0, atol=1e-6, err_msg=name)
+
+
+def unet_file(alpha):
+    """Return a kohya file for the small UNet and its text encoder, convolutions included."""
+    file = DialectFile("kohya", {"kohya"}, seed=3)
+    block = "lora_unet_down_blocks_0_attentions_0"
+    inner = f"{block}_transformer_blocks_0"
+    scale = {"alpha": alpha}
+    for name, out, in_ in (
+        (f"{inner}_attn1_to_q", 8, 8),
+        (f"{inner}_attn2_to_k", 8, 12),
+        (f"{inner}_attn1_to_out_0", 8, 8),
+        (f"{inner}_ff_net_0_proj", 64, 8),
+        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 12, 12),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", 16, 12),
+    ):
+        file.pair(name, out, in_, 4, KOHYA, **scale)
+    file.pair(f"{block}_proj_in", 8, 8, 4, KOHYA, kernel=(1, 1), **scale)
+    file.pair("lora_unet_down_blocks_0_resnets_0_conv1", 8, 8, 2, KOHYA, kernel=(3, 3), **scale)
+    return _small(file)
+
+
+def flux_file(alpha):
+    file = DialectFile("kohya", {"kohya"}, seed=4)
+    h = 16
+    double, single = "lora_unet_double_blocks_0", "lora_unet_single_blocks_0"
+    for name, out, in_ in (
+        (f"{double}_img_attn_qkv", 3 * h, h),
+        (f"{double}_txt_attn_qkv", 3 * h, h),
+        (f"{double}_txt_attn_proj", h, h),
+        (f"{double}_img_mlp_0", 4 * h, h),
+        (f"{double}_img_mod_lin", 6 * h, h),
+        (f"{single}_linear1", 7 * h, h),
+        (f"{single}_linear2", h, 5 * h),
+        (f"{single}_modulation_lin", 3 * h, h),
+        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 12, 12),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", 16, 12),
+    ):
+        file.pair(name, out, in_, 4, KOHYA, alpha=alpha)
+    return _small(file)
+
+
+def _small(file):
+    """Store float32, and keep changes small, so that fusing in float32 rounds little."""
+    for name, tensor in file.tensors.items():
+        if not name.endswith(".alpha"):
+            file.tensors[name] = (tensor.astype(np.float32) * 0.1).astype(np.float32)
+    return file
+
+
+@pytest.mark.parametrize("options", [(), ("--keep-alpha",), ("--fold-alpha",)], ids=" ".join)
+@pytest.mark.parametrize(("kind", "maker"), [("unet", unet_file), ("flux", flux_file)])
+def test_diffusers_applies_what_we_convert(pipelines, tmp_path, kind, maker, options):
+    source = save(maker(3.0), tmp_path / "kohya.safetensors")
+    target = tmp_path / "diffusers.safetensors"
+    run("convert", source, target, "--to", "diffusers", *options)
+    assert_same(applied(pipelines[kind], target), ours(target))
+    keys = tensors_of(target)
+    assert not any(key.endswith(".alpha") for key in keys)
+    in_metadata = "lora_adapter_metadata" in read_adapter(target).metadata
+    assert in_metadata == (options != ("--fold-alpha",))
+
+
+def test_diffusers_applies_squeezed_ranks_that_differ(pipelines, tmp_path):
+    source = save(unet_file(2.0), tmp_path / "kohya.safetensors")
+    target, smaller = tmp_path / "diffusers.safetensors", tmp_path / "smaller.safetensors"
+    run("convert", source, target, "--to", "diffusers")
+    run("squeeze", target, "-o", smaller, "--energy", "0.8")
+    ranks = {delta.rank for delta in read_adapter(smaller).modules.values()}
+    assert len(ranks) > 1
+    assert_same(applied(pipelines["unet"], smaller), ours(smaller))
+
+
+def test_diffusers_applies_our_kohya_files(pipelines, tmp_path):
+    """Only the UNet is compared: of a text encoder, diffusers 0.42 drops some modules itself."""
+    source = save(unet_file(2.0), tmp_path / "kohya.safetensors")
+    smaller, named = tmp_path / "smaller.safetensors", tmp_path / "named.safetensors"
+    run("squeeze", source, "-o", smaller, "--rank", "2")
+    run("convert", smaller, named, "--to", "diffusers")
+    found, expected = applied(pipelines["unet"], smaller), ours(named)
+    assert_same(
+        {name: change for name, change in found.items() if name.startswith("unet.")},
+        {name: change for name, change in expected.items() if name.startswith("unet.")},
+    )
+
+
+@pytest.fixture
+def saved(pipelines, tmp_path):
+    """Return a function that saves a LoRA of a pipeline by diffusers, metadata or not."""
+    import torch
+    from diffusers.loaders.lora_base import _pack_dict_with_prefix  # noqa: F401
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    def filled(model, config):
+        model.add_adapter(config)
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return get_peft_model_state_dict(model), config.to_dict()
+
+    def save_unet(*, metadata):
+        pipeline = pipelines["unet"]()
+        unet_config = LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=["to_q", "to_k", "conv1", "proj_in"],
+            rank_pattern={"to_k": 2},
+            alpha_pattern={"conv1": 1},
+            init_lora_weights=False,
+        )
+        unet, unet_meta = filled(pipeline.unet, unet_config)
+        text_config = LoraConfig(
+            r=3, lora_alpha=6, target_modules=["q_proj", "fc1"], init_lora_weights=False
+        )
+        text, text_meta = filled(pipeline.text_encoder, text_config)
+        given = {
+            "unet_lora_adapter_metadata": unet_meta,
+            "text_encoder_lora_adapter_metadata": text_meta,
+        }
+        type(pipeline).save_lora_weights(
+            tmp_path,
+            unet_lora_layers=unet,
+            text_encoder_lora_layers=convert_state_dict_to_diffusers(text)
+            if not metadata
+            else text,
+            weight_name="saved.safetensors",
+            **(given if metadata else {}),
+        )
+        return tmp_path / "saved.safetensors"
+
+    def save_flux(*, metadata):
+        pipeline = pipelines["flux"]()
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["to_q", "proj_out", "proj_mlp"], use_rslora=True
+        )
+        state, meta = filled(pipeline.transformer, config)
+        type(pipeline).save_lora_weights(
+            tmp_path,
+            transformer_lora_layers=state,
+            weight_name="saved.safetensors",
+            **({"transformer_lora_adapter_metadata": meta} if metadata else {}),
+        )
+        return tmp_path / "saved.safetensors"
+
+    return {"unet": save_unet, "flux": save_flux}
+
+
+@pytest.mark.parametrize("metadata", [True, False], ids=["metadata", "bare"])
+@pytest.mark.parametrize("kind", ["unet", "flux"])
+def test_we_read_what_diffusers_saves_as_it_does(pipelines, saved, kind, metadata):
+    path = saved[kind](metadata=metadata)
+    assert find_format(path).name == "diffusers"
+    assert_same(applied(pipelines[kind], path), ours(path))
+
+
+@pytest.mark.parametrize("kind", ["unet", "flux"])
+def test_operations_keep_metadata_true(pipelines, saved, tmp_path, kind):
+    path = saved[kind](metadata=True)
+    smaller = tmp_path / "smaller.safetensors"
+    run("squeeze", path, "-o", smaller, "--rank", "2", "--keep-alpha")
+    assert_same(applied(pipelines[kind], smaller), ours(smaller))
+    before = json.loads(read_adapter(path).metadata["lora_adapter_metadata"])
+    after = json.loads(read_adapter(smaller).metadata["lora_adapter_metadata"])
+    assert {key for key in before if after[key] != before[key]} <= {
+        f"{component}.{name}"
+        for component in ("unet", "transformer", "text_encoder")
+        for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+    }
+
+
+@pytest.mark.parametrize(("kind", "maker"), [("unet", unet_file), ("flux", flux_file)])
+def test_kohya_to_diffusers_and_back_is_the_same(tmp_path, kind, maker):
+    source = save(maker(3.0), tmp_path / "kohya.safetensors")
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+    run("convert", source, there, "--to", "diffusers", "--keep-alpha")
+    run("convert", there, back, "--to", "kohya", "--keep-alpha")
+    expected, found = ours(source), ours(back)
+    assert set(found) == set(expected)
+    for name, change in expected.items():
+        np.testing.assert_allclose(found[name], change, rtol=0, atol=1e-15)
+    assert tensors_of(back) == tensors_of(source)
+
+
+def test_split_modules_come_back_with_their_ranks_and_bytes(tmp_path):
+    file = DialectFile("diffusers", {"diffusers"}, seed=5)
+    block = "transformer.single_transformer_blocks.0"
+    for name, out, rank in (("attn.to_q", 8, 2), ("attn.to_v", 8, 3), ("proj_mlp", 32, 5)):
+        file.pair(f"{block}.{name}", out, 8, rank, PEFT)
+    source = save(file, tmp_path / "diffusers.safetensors")
+    for naming in ("kohya", "comfyui"):
+        there, back = tmp_path / f"{naming}.safetensors", tmp_path / f"{naming}.back.safetensors"
+        run("convert", source, there, "--to", naming)
+        (fused,) = ours(there).values()
+        expected = np.zeros((7 * 8, 8))
+        expected[:8] = file.deltas[f"{block}.attn.to_q"]
+        expected[16:24] = file.deltas[f"{block}.attn.to_v"]
+        expected[24:] = file.deltas[f"{block}.proj_mlp"]
+        np.testing.assert_allclose(fused, expected, rtol=0, atol=1e-14)
+        run("convert", there, back, "--to", "diffusers")
+        kept = {k: v for k, v in tensors_of(back).items() if ".to_k." not in k}
+        assert kept == tensors_of(source)
+
+
+def test_a_file_with_two_scale_carriers_is_refused(saved, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = saved["flux"](metadata=True)
+    metadata = dict(read_adapter(path).metadata)
+    tensors = load_file(path)
+    name = next(iter(tensors)).partition(".lora_")[0]
+    tensors[f"{name}.alpha"] = np.array(2.0, np.float32)
+    save_file(tensors, tmp_path / "both.safetensors", metadata)
+    done = CliRunner().invoke(cli, ["info", str(tmp_path / "both.safetensors")])
+    assert done.exit_code != 0
+    assert "states scales twice" in str(done.exception)

@@ -1,0 +1,208 @@
+"""Single files fused into checkpoints of either naming of their architecture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from dialect_files import KOHYA, DialectFile, save
+from safetensors.numpy import load_file, save_file
+from test_dialects import dense
+
+from loratools.cli import cli
+from loratools.naming.tables import filled, find_table
+from loratools_formats import read_adapter
+
+H = 8
+MODULES = {
+    "transformer_blocks.0.attn.to_q": (H, H),
+    "transformer_blocks.0.attn.to_k": (H, H),
+    "transformer_blocks.0.attn.to_v": (H, H),
+    "transformer_blocks.0.attn.to_out.0": (H, H),
+    "transformer_blocks.0.ff.net.0.proj": (4 * H, H),
+    "single_transformer_blocks.0.attn.to_q": (H, H),
+    "single_transformer_blocks.0.attn.to_k": (H, H),
+    "single_transformer_blocks.0.attn.to_v": (H, H),
+    "single_transformer_blocks.0.proj_mlp": (4 * H, H),
+    "single_transformer_blocks.0.proj_out": (H, 5 * H),
+    "norm_out.linear": (2 * H, H),
+}
+
+
+def run(*arguments):
+    done = CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def kohya_file(path):
+    file = DialectFile("kohya", {"kohya"}, seed=1)
+    double, single = "lora_unet_double_blocks_0", "lora_unet_single_blocks_0"
+    file.pair(f"{double}_img_attn_qkv", 3 * H, H, 4, KOHYA, alpha=2.0)
+    file.pair(f"{double}_img_mlp_0", 4 * H, H, 4, KOHYA, alpha=2.0)
+    file.pair(f"{single}_linear1", 7 * H, H, 4, KOHYA, alpha=2.0)
+    file.pair("lora_unet_final_layer_adaLN_modulation_1", 2 * H, H, 4, KOHYA, alpha=2.0)
+    file.tensors["lora_unet_double_blocks_0_img_mlp_0.diff_b"] = file.draw(4 * H, dtype=np.float32)
+    return save(file, path)
+
+
+@pytest.fixture
+def bases(tmp_path):
+    """Return one model as three checkpoints: diffusers' folder, original, and all-in-one."""
+    rng = np.random.default_rng(0)
+    diffusers, original = {}, {}
+    for name, shape in MODULES.items():
+        diffusers[f"{name}.weight"] = rng.standard_normal(shape).astype(np.float32)
+        diffusers[f"{name}.bias"] = rng.standard_normal(shape[0]).astype(np.float32)
+    pieces = {}
+    for name in MODULES:
+        place = find_table("flux1").locate(name, flat=False, schemes=("diffusers",))
+        target = filled(place.row.original, place.numbers)
+        pieces.setdefault(target, []).append((place.covered[0], name, place.row.swapped_halves))
+    for target, parts in pieces.items():
+        for leaf in ("weight", "bias"):
+            whole = np.concatenate([diffusers[f"{name}.{leaf}"] for _, name, _ in sorted(parts)])
+            if parts[0][2]:
+                whole = np.concatenate([whole[H:], whole[:H]])
+            original[f"{target}.{leaf}"] = whole
+    folder = tmp_path / "diffusers"
+    folder.mkdir()
+    save_file(diffusers, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    save_file(original, tmp_path / "original.safetensors")
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in original.items()}
+    whole["first_stage_model.decoder.conv_in.weight"] = np.ones((2, 2), np.float32)
+    save_file(whole, tmp_path / "whole.safetensors")
+    return {"diffusers": folder, "original": tmp_path / "original.safetensors",
+            "whole": tmp_path / "whole.safetensors"}  # fmt: skip
+
+
+def changes(before, after):
+    old, new = load_file(before), load_file(after)
+    assert set(old) == set(new)
+    return {n: new[n].astype(np.float64) - old[n] for n in old if (new[n] != old[n]).any()}
+
+
+def test_each_naming_gets_the_same_change(bases, tmp_path):
+    adapter = kohya_file(tmp_path / "kohya.safetensors")
+    expected = {name: dense(delta) for name, delta in read_adapter(adapter).modules.items()}
+    bias = next(iter(read_adapter(adapter).additions.values())).tensor.load(np.float64)
+    for name in ("original", "whole"):
+        out = tmp_path / f"fused-{name}.safetensors"
+        run("fuse", bases[name], adapter, "-o", out)
+        found = changes(bases[name], out)
+        start = "model.diffusion_model." if name == "whole" else ""
+        for target, flat in (
+            ("double_blocks.0.img_attn.qkv", "double_blocks_0_img_attn_qkv"),
+            ("double_blocks.0.img_mlp.0", "double_blocks_0_img_mlp_0"),
+            ("single_blocks.0.linear1", "single_blocks_0_linear1"),
+            ("final_layer.adaLN_modulation.1", "final_layer_adaLN_modulation_1"),
+        ):
+            change = found.pop(f"{start}{target}.weight")
+            np.testing.assert_allclose(change, expected[f"lora_unet_{flat}"], atol=1e-6)
+        added = found.pop(f"{start}double_blocks.0.img_mlp.0.bias")
+        np.testing.assert_allclose(added, bias, atol=1e-6)
+        assert not found
+    out = tmp_path / "fused"
+    run("fuse", bases["diffusers"], adapter, "-o", out)
+    file = "diffusion_pytorch_model.safetensors"
+    found = changes(bases["diffusers"] / file, out / file)
+    qkv = expected["lora_unet_double_blocks_0_img_attn_qkv"]
+    linear1 = expected["lora_unet_single_blocks_0_linear1"]
+    modulation = expected["lora_unet_final_layer_adaLN_modulation_1"]
+    for module, change in {
+        "transformer_blocks.0.attn.to_q": qkv[:H],
+        "transformer_blocks.0.attn.to_k": qkv[H : 2 * H],
+        "transformer_blocks.0.attn.to_v": qkv[2 * H :],
+        "transformer_blocks.0.ff.net.0.proj": expected["lora_unet_double_blocks_0_img_mlp_0"],
+        "single_transformer_blocks.0.attn.to_q": linear1[:H],
+        "single_transformer_blocks.0.attn.to_k": linear1[H : 2 * H],
+        "single_transformer_blocks.0.attn.to_v": linear1[2 * H : 3 * H],
+        "single_transformer_blocks.0.proj_mlp": linear1[3 * H :],
+        "norm_out.linear": np.concatenate([modulation[H:], modulation[:H]]),
+    }.items():
+        np.testing.assert_allclose(found.pop(f"{module}.weight"), change, atol=1e-6)
+    np.testing.assert_allclose(
+        found.pop("transformer_blocks.0.ff.net.0.proj.bias"), bias, atol=1e-6
+    )
+    assert not found
+
+
+def test_an_adapter_in_diffusers_naming_goes_into_an_original_checkpoint(bases, tmp_path):
+    kohya = kohya_file(tmp_path / "kohya.safetensors")
+    named = tmp_path / "named.safetensors"
+    run("convert", kohya, named, "--to", "diffusers", "--allow-lossy")
+    run("fuse", bases["original"], named, "-o", tmp_path / "out.safetensors")
+    found = changes(bases["original"], tmp_path / "out.safetensors")
+    for name, delta in read_adapter(kohya).modules.items():
+        (key,) = [key for key in found if key.replace(".", "_") == f"{name[10:]}_weight"]
+        np.testing.assert_allclose(found[key], dense(delta), atol=1e-6)
+
+
+def test_fused_in_and_taken_out_is_the_base_again(bases, tmp_path):
+    adapter = kohya_file(tmp_path / "kohya.safetensors")
+    run("fuse", bases["original"], adapter, "-o", tmp_path / "in.safetensors")
+    run("fuse", tmp_path / "in.safetensors", f"{adapter}:-1", "-o", tmp_path / "out.safetensors")
+    base, back = load_file(bases["original"]), load_file(tmp_path / "out.safetensors")
+    for name, tensor in base.items():
+        np.testing.assert_allclose(back[name], tensor, atol=1e-6)
+
+
+def test_a_module_that_the_base_lacks_stops_everything(bases, tmp_path):
+    file = DialectFile("kohya", {"kohya"}, seed=2)
+    file.pair("lora_unet_double_blocks_7_img_mlp_0", 32, 8, 4, KOHYA, alpha=2.0)
+    adapter = save(file, tmp_path / "kohya.safetensors")
+    out = tmp_path / "out.safetensors"
+    done = CliRunner().invoke(cli, ["fuse", str(bases["original"]), str(adapter), "-o", str(out)])
+    assert "lora_unet_double_blocks_7_img_mlp_0" in str(done.exception)
+    assert not out.exists()
+
+
+def test_to_dora_to_lora_and_merge_find_weights_in_the_base(bases, tmp_path):
+    """A LoRA becomes a DoRA with the same change, which is merged and made plain again."""
+    file = DialectFile("kohya", {"kohya"}, seed=3)
+    for name, out in (
+        ("double_blocks_0_img_attn_qkv", 3 * H),
+        ("double_blocks_0_img_mlp_0", 4 * H),
+    ):
+        file.pair(f"lora_unet_{name}", out, H, 4, KOHYA, alpha=2.0)
+    plain, base = save(file, tmp_path / "plain.safetensors"), bases["original"]
+    dora, back = tmp_path / "dora.safetensors", tmp_path / "back.safetensors"
+    run("to-dora", plain, "--base", base, "-o", dora)
+    keys = {name: list(tensor.shape) for name, tensor in load_file(dora).items()}
+    assert keys["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"] == [3 * H, 1]
+    rank = ("--rank", str(H), "--dtype", "f32")
+    run("to-lora", dora, "--base", base, "-o", back, *rank)
+    merged = tmp_path / "merged.safetensors"
+    run("merge", f"{dora}:0.5", f"{plain}:0.5", "--base", base, "-o", merged, *rank)
+    for path in (back, merged):
+        for name, delta in read_adapter(path).modules.items():
+            np.testing.assert_allclose(dense(delta), file.deltas[name], atol=1e-5)
+    fused = tmp_path / "fused.safetensors"
+    run("fuse", base, dora, "-o", fused)
+    found = changes(base, fused)
+    for name, expected in file.deltas.items():
+        (key,) = [key for key in found if key.replace(".", "_") == f"{name[10:]}_weight"]
+        np.testing.assert_allclose(found[key], expected, atol=1e-5)
+
+
+def test_a_dora_of_inputs_is_never_taken_for_one_of_outputs(bases, tmp_path):
+    """Square weights would let it pass; LyCORIS before version 3 saves them."""
+    file = DialectFile("kohya", {"kohya"}, seed=4)
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    file.pair(name, H, H, 4, KOHYA, alpha=2.0)
+    file.tensors[f"{name}.dora_scale"] = np.ones((1, H), np.float32)
+    dora, base = save(file, tmp_path / "dora.safetensors"), bases["original"]
+    out = tmp_path / "out.safetensors"
+    for arguments in (
+        ("fuse", base, dora),
+        ("to-lora", dora, "--base", base, "--rank", "4"),
+        ("merge", dora, dora, "--base", base, "--rank", "4"),
+    ):
+        done = CliRunner().invoke(cli, [*map(str, arguments), "-o", str(out)])
+        assert "magnitude for each input" in str(done.exception)
+        assert not out.exists()
+    run("squeeze", dora, "-o", out, "--rank", "2")
+    squeezed = read_adapter(out).modules[name]
+    assert squeezed.axis == "input"
+    assert squeezed.magnitude.shape == (1, H)

@@ -1,0 +1,285 @@
+"""How names are resolved, and what is said where they are not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from dialect_files import GOLDEN, KOHYA, MAKERS, PEFT, DialectFile, save
+from safetensors.numpy import save_file
+from test_dialects import dense, tensors_of
+
+from loratools.cli import cli
+from loratools_formats import read_adapter
+
+
+def run(*arguments):
+    done = CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def refusal(*arguments):
+    done = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert done.exit_code != 0
+    return str(done.exception)
+
+
+def deltas(path):
+    return {name: dense(delta) for name, delta in read_adapter(path).modules.items()}
+
+
+def dotted_file(path, *names, leaves=PEFT, alpha=None, seed=1):
+    file = DialectFile("diffusers", {"diffusers"}, seed=seed)
+    for name in names:
+        file.pair(name, 8, 6, 4, leaves, alpha=alpha)
+    return save(file, path)
+
+
+UNKNOWN = ("transformer.strange_blocks.0.proj_in", "transformer.strange.mlp_2.fc")
+FLAT = ("lora_transformer_strange_blocks_0_proj_in", "lora_transformer_strange_mlp_2_fc")
+
+
+def test_flattening_needs_nothing_and_leaves_a_way_back(tmp_path):
+    source = dotted_file(tmp_path / "in.safetensors", *UNKNOWN)
+    flat, back = tmp_path / "flat.safetensors", tmp_path / "back.safetensors"
+    run("convert", source, flat, "--to", "kohya")
+    assert set(deltas(flat)) == set(FLAT)
+    run("convert", flat, back, "--to", "diffusers")
+    assert tensors_of(back) == tensors_of(source)
+
+
+def test_a_map_that_contradicts_the_names_is_not_believed(tmp_path):
+    source = dotted_file(tmp_path / "in.safetensors", *UNKNOWN)
+    flat = tmp_path / "flat.safetensors"
+    run("convert", source, flat, "--to", "kohya")
+    adapter = read_adapter(flat)
+    lie = json.dumps({FLAT[0]: "transformer.other.place", FLAT[1]: UNKNOWN[1]})
+    tensors = {t.key: t.load() for t in adapter.tensors()}
+    save_file(
+        {key: np.asarray(value) for key, value in tensors.items()},
+        tmp_path / "lie.safetensors",
+        {"loratools.module_map": lie},
+    )
+    text = refusal("convert", tmp_path / "lie.safetensors", tmp_path / "o", "--to", "diffusers")
+    assert FLAT[0] in text
+
+
+def test_names_that_nothing_resolves_are_listed(tmp_path):
+    source = dotted_file(tmp_path / "in.safetensors", *FLAT, leaves=KOHYA, alpha=4.0)
+    text = refusal("convert", source, tmp_path / "out.safetensors", "--to", "diffusers")
+    assert "2 module names are not in any bundled table" in text
+    assert all(name in text for name in FLAT)
+    assert "--names-from" in text
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("given", ["adapter", "checkpoint", "file of ours"])
+def test_a_list_of_names_undoes_flattening(tmp_path, given):
+    source = dotted_file(tmp_path / "in.safetensors", *FLAT, leaves=KOHYA, alpha=4.0)
+    out, other = tmp_path / "out.safetensors", tmp_path / "other.safetensors"
+    if given == "checkpoint":
+        names = [name.removeprefix("transformer.") for name in UNKNOWN]
+        save_file({f"{name}.weight": np.ones((1, 1)) for name in names}, other)
+        options = ("--base", other, "--component", "transformer")
+        text = refusal("convert", source, out, "--to", "diffusers", "--base", other)
+        assert "--component" in text
+    else:
+        dotted_file(other, *UNKNOWN, seed=2)
+        if given == "file of ours":
+            run("convert", other, tmp_path / "flat.safetensors", "--to", "kohya")
+            other = tmp_path / "flat.safetensors"
+        options = ("--names-from", other)
+    run("convert", source, out, "--to", "diffusers", *options)
+    found, expected = deltas(out), deltas(source)
+    for flat, name in zip(FLAT, UNKNOWN, strict=True):
+        np.testing.assert_allclose(found[name], expected[flat])
+
+
+def test_an_original_checkpoint_names_comfyui_modules(tmp_path):
+    source = dotted_file(tmp_path / "in.safetensors", "lora_unet_odd_blocks_0_q", leaves=KOHYA)
+    base = tmp_path / "base.safetensors"
+    save_file({"model.diffusion_model.odd_blocks.0.q.weight": np.ones((1, 1))}, base)
+    out = tmp_path / "out.safetensors"
+    run("convert", source, out, "--to", "comfyui", "--base", base)
+    assert set(deltas(out)) == {"diffusion_model.odd_blocks.0.q"}
+
+
+def test_names_that_fall_together_when_flattened_are_refused(tmp_path):
+    names = ("transformer.a_b.c", "transformer.a.b_c")
+    source = dotted_file(tmp_path / "in.safetensors", *names)
+    text = refusal("convert", source, tmp_path / "out.safetensors", "--to", "kohya")
+    assert "same when flattened" in text
+    assert all(name in text for name in names)
+    flat = dotted_file(tmp_path / "flat.safetensors", "lora_transformer_a_b_c", leaves=KOHYA)
+    text = refusal(
+        "convert", flat, tmp_path / "out.safetensors", "--to", "diffusers", "--names-from", source
+    )
+    assert "same when flattened" in text
+
+
+def test_names_of_several_architectures_ask_which(tmp_path):
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    source = dotted_file(tmp_path / "in.safetensors", name)
+    out = tmp_path / "out.safetensors"
+    text = refusal("convert", source, out, "--to", "comfyui")
+    assert "flux1, qwen_image" in text
+    run("convert", source, out, "--to", "comfyui", "--names", "qwen_image")
+    assert set(deltas(out)) == {"diffusion_model.transformer_blocks.0.attn.to_q"}
+
+
+def test_a_table_of_the_users(tmp_path):
+    table = tmp_path / "mine.toml"
+    table.write_text(
+        """
+        title = "Mine"
+        diffusers = "transformer"
+        kohya = "original"
+        [[modules]]
+        original = "block.{}."
+        diffusers = "strange_blocks.{}."
+        rows = [3, 1]
+        pairs = [["both", "first", "second"]]
+        """
+    )
+    file = DialectFile("diffusers", {"diffusers"}, seed=3)
+    file.pair("transformer.strange_blocks.2.first", 6, 5, 2, PEFT)
+    file.pair("transformer.strange_blocks.2.second", 2, 5, 1, PEFT)
+    source = save(file, tmp_path / "in.safetensors")
+    flat, back = tmp_path / "flat.safetensors", tmp_path / "back.safetensors"
+    run("convert", source, flat, "--to", "kohya", "--names", table)
+    (whole,) = deltas(flat).values()
+    assert set(deltas(flat)) == {"lora_unet_block_2_both"}
+    np.testing.assert_allclose(whole, np.concatenate(list(file.deltas.values())), atol=1e-12)
+    run("convert", flat, back, "--to", "diffusers", "--names", table)
+    assert tensors_of(back) == tensors_of(source)
+    text = refusal("convert", GOLDEN / "kohya_sd15.safetensors", back, "--to", "diffusers",
+                   "--names", table, "--overwrite")  # fmt: skip
+    assert "not in the table of Mine" in text
+
+
+def test_names_without_a_component_ask_for_one(tmp_path):
+    source, out = GOLDEN / "mochi.safetensors", tmp_path / "out.safetensors"
+    assert "--component" in refusal("convert", source, out, "--to", "diffusers")
+    run("convert", source, out, "--to", "diffusers", "--component", "transformer")
+    assert set(deltas(out)) == {"transformer.transformer_blocks.0.attn1.to_q"}
+
+
+def test_a_component_becomes_a_peft_folder_and_comes_back(tmp_path):
+    source = GOLDEN / "diffusers_metadata.safetensors"
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    assert "--component" in refusal("convert", source, folder, "--to", "peft")
+    options = ("--to", "peft", "--component", "transformer")
+    assert "another component" in refusal("convert", source, folder, *options)
+    run("convert", source, folder, *options, "--allow-lossy")
+    run("convert", folder, back, "--to", "diffusers", "--component", "transformer")
+    expected = {n: d for n, d in deltas(source).items() if n.startswith("transformer.")}
+    found = deltas(back)
+    assert set(found) == set(expected)
+    for name, delta in expected.items():
+        np.testing.assert_allclose(found[name], delta, rtol=1e-12)
+
+
+CROSSED = {
+    "kohya_sd15": "Stable Diffusion 1.x",
+    "kohya_sdxl": "Stable Diffusion XL",
+    "kohya_flux": "FLUX.1",
+    "musubi_wan": "Wan 2.x",
+}
+
+
+@pytest.mark.parametrize("name", CROSSED)
+@pytest.mark.parametrize("target", ["diffusers", "comfyui"])
+def test_there_and_back_is_the_same_bytes(tmp_path, name, target):
+    source = GOLDEN / f"{name}.safetensors"
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+    said = run("convert", source, there, "--to", target, "--keep-alpha")
+    assert f"names by the table of {CROSSED[name]}" in said
+    run("convert", there, back, "--to", "kohya", "--keep-alpha")
+    before, after = tensors_of(source), tensors_of(back)
+    # A module without alpha gets one, which says the same.
+    assert {k: v for k, v in after.items() if k in before} == before
+    assert all(key.endswith(".alpha") for key in set(after) - set(before))
+
+
+def test_xlabs_blocks_are_rows_of_flux_modules(tmp_path):
+    source, out = GOLDEN / "xlabs.safetensors", tmp_path / "out.safetensors"
+    run("convert", source, out, "--to", "comfyui")
+    before, after = deltas(source), deltas(out)
+    block = "diffusion_model.single_blocks.0"
+    linear1 = after[f"{block}.linear1"]
+    np.testing.assert_allclose(linear1[:24], before["single_blocks.0.processor.qkv_lora"])
+    assert not linear1[24:].any()
+    assert linear1.shape == (56, 8)
+    for number, stream in (("1", "img"), ("2", "txt")):
+        for theirs, mine in (("qkv", "qkv"), ("proj", "proj")):
+            np.testing.assert_allclose(
+                after[f"diffusion_model.double_blocks.0.{stream}_attn.{mine}"],
+                before[f"double_blocks.0.processor.{theirs}_lora{number}"],
+            )
+
+
+def test_control_adapters_become_comfyuis(tmp_path):
+    """As ComfyUI itself converts them: biases, norms and the widened input have keys there."""
+    source, out = GOLDEN / "bfl_control.safetensors", tmp_path / "out.safetensors"
+    run("convert", source, out, "--to", "comfyui")
+    expected = {
+        "diffusion_model."
+        + key.replace(".lora_B.bias", ".diff_b").replace("_norm.scale", "_norm.scale.set_weight")
+        for key in tensors_of(source)
+    }
+    tensors = tensors_of(out)
+    assert set(tensors) == expected | {"diffusion_model.img_in.reshape_weight"}
+    assert read_adapter(out).carried["diffusion_model.img_in.reshape_weight"].load().tolist() == [
+        8,
+        16,
+    ]
+    norm = "diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale"
+    (replacement,) = read_adapter(out).replacements.values()
+    assert replacement.target == norm
+
+
+@pytest.mark.parametrize("pair", [("kohya", "diffusers"), ("diffusers", "comfyui")])
+def test_merging_across_dialects_goes_through_one_naming(tmp_path, pair):
+    kohya = GOLDEN / "kohya_flux.safetensors"
+    paths = {"kohya": kohya}
+    for name in ("diffusers", "comfyui"):
+        paths[name] = tmp_path / f"{name}.safetensors"
+        run("convert", kohya, paths[name], "--to", name)
+    out = tmp_path / "out.safetensors"
+    run("merge", f"{paths[pair[0]]}:0.75", f"{paths[pair[1]]}:-0.25", "-o", out, "--dtype", "f32")
+    found, expected = deltas(out), deltas(paths[pair[0]])
+    assert set(found) == set(expected)
+    for name, delta in expected.items():
+        np.testing.assert_allclose(found[name], 0.5 * delta, atol=1e-6)
+
+
+def test_merging_stops_where_names_do_not_meet(tmp_path):
+    first = GOLDEN / "kohya_sd15.safetensors"
+    for other in ("kohya_flux", "mochi", "comfyui"):
+        out = tmp_path / "out.safetensors"
+        text = refusal("merge", first, GOLDEN / f"{other}.safetensors", "-o", out, "--force-base")
+        assert "no module with the others" in text or "convert" in text
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("name", [maker.__name__ for maker in MAKERS])
+def test_no_conversion_loses_anything_in_silence(tmp_path, name):
+    """Every module, addition and replacement is in the output, or the conversion was refused."""
+    source = GOLDEN / f"{name}.safetensors"
+    before = read_adapter(source)
+    for target in ("kohya", "diffusers", "comfyui"):
+        out = tmp_path / f"{target}.safetensors"
+        done = CliRunner().invoke(cli, ["convert", str(source), str(out), "--to", target])
+        if done.exit_code != 0:
+            assert not out.exists()
+            continue
+        after = read_adapter(out)
+        norm = sum(np.linalg.norm(dense(d)) ** 2 for d in before.modules.values())
+        kept = sum(np.linalg.norm(dense(d)) ** 2 for d in after.modules.values())
+        assert kept == pytest.approx(norm, rel=1e-9)
+        biases = sum(getattr(d, "bias", None) is not None for d in before.modules.values())
+        assert len(after.additions) in (len(before.additions), len(before.additions) + biases)
+        assert len(after.replacements) == len(before.replacements)

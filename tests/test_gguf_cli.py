@@ -1,0 +1,146 @@
+"""The commands on GGUF files: info, squeeze, merge, convert and fuse, from the shell."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from loratools_formats import read_adapter
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "tiny-llama"
+
+
+def loratools(*arguments):
+    command = [sys.executable, "-c", "from loratools.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def succeeded(*arguments):
+    done = loratools(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Return a folder with two GGUF adapters for the bundled tiny Llama."""
+    folder = tmp_path_factory.mktemp("gguf")
+    for name in ("lora", "rslora"):
+        out = folder / f"{name}.gguf"
+        succeeded("convert", EXAMPLES / name, out, "--base", EXAMPLES / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Return a GGUF model that the bundled adapters fit, of random values."""
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    adapter = read_adapter(EXAMPLES / "lora")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("model")
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_embedding_length(128)
+    rng = np.random.default_rng(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
+    for path_, delta in adapter.modules.items():
+        values = 0.05 * rng.standard_normal(delta.shape).astype(np.float32)
+        writer.add_tensor(f"{names.get_name(path_)}.weight", values)
+    writer.add_tensor("output_norm.weight", np.ones(128, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_info_shows_a_gguf_adapter(files):
+    shown = json.loads(succeeded("info", files / "lora.gguf", "--json"))
+    assert (shown["format"], shown["base_model"]) == ("gguf", "loratools/tiny-llama")
+    assert {(m["rank"], m["alpha"], m["scale"]) for m in shown["modules"]} == {(32, 64.0, 2.0)}
+    assert shown["modules"][0]["name"] == "blk.0.attn_k"
+
+
+def test_squeeze_gives_a_gguf_adapter_of_the_same_error(files, tmp_path):
+    for source, out in ((files / "lora.gguf", "a.gguf"), (EXAMPLES / "lora", "a")):
+        succeeded("squeeze", source, "-o", tmp_path / out, "--rank", 8)
+    errors = [
+        json.loads(succeeded("squeeze", source, "--rank", 8, "--dry-run", "--json"))
+        for source in (files / "lora.gguf", EXAMPLES / "lora")
+    ]
+    ours, wanted = (e["relative_error"] for e in errors)
+    assert ours == pytest.approx(wanted, rel=1e-4)
+    assert {d.rank for d in read_adapter(tmp_path / "a.gguf").modules.values()} == {8}
+
+
+def test_merge_writes_its_recipe_beside_the_file_and_can_repeat_it(files, tmp_path):
+    for name in ("lora.gguf", "rslora.gguf"):
+        shutil.copy(files / name, tmp_path / name)
+    given = [f"{tmp_path / 'lora.gguf'}:0.7", f"{tmp_path / 'rslora.gguf'}:0.3"]
+    succeeded("merge", *given, "-o", tmp_path / "both.gguf", "--rank", 12)
+    recipe = tmp_path / "both.gguf.recipe.yaml"
+    succeeded("merge", "--recipe", recipe, "-o", tmp_path / "again.gguf")
+    assert (tmp_path / "both.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
+
+
+def test_fuse_reports_and_names_what_it_writes(model, files, tmp_path):
+    preview = json.loads(
+        succeeded("fuse", model, files / "lora.gguf", "--dry-run", "--json", "--outtype", "q8_0")
+    )
+    out = tmp_path / "out.gguf"
+    result = json.loads(
+        succeeded("fuse", model, files / "lora.gguf", "-o", out, "--json", "--outtype", "q8_0")
+    )
+    assert preview["bytes_out"] == result["bytes_out"] == out.stat().st_size
+    assert {t["dtype"] for t in preview["tensors"]} == {t["dtype"] for t in result["tensors"]}
+    assert (len(result["tensors"]), result["copied"]) == (28, 1)
+    assert 0.99 < result["surviving"] < 1.01
+    shown = succeeded("fuse", model, EXAMPLES / "lora", "-o", tmp_path / "two.gguf")
+    assert "lost to rounding: 0.00%" in shown
+
+
+@pytest.mark.parametrize(
+    "options", [["--dtype", "f16"], ["--requantize"], ["--max-shard-size", "1GB"]]
+)
+def test_options_for_checkpoints_are_refused(model, files, options):
+    done = loratools("fuse", model, files / "lora.gguf", "--dry-run", *options)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "has no meaning for a GGUF model" in done.stderr
+
+
+def test_options_for_gguf_are_refused(files):
+    done = loratools("fuse", EXAMPLES / "model", EXAMPLES / "lora", "--dry-run", "--outtype", "f16")
+    assert "--outtype has no meaning for a safetensors checkpoint" in done.stderr
+
+
+def test_a_model_is_no_adapter(model):
+    done = loratools("info", model)
+    assert done.returncode == 2
+    assert "not a LoRA adapter" in done.stderr
+    assert "--base" in done.stderr
+
+
+def test_an_existing_output_is_kept(files, tmp_path):
+    out = tmp_path / "out.gguf"
+    out.write_text("mine")
+    arguments = ["convert", EXAMPLES / "lora", out, "--base", EXAMPLES / "model"]
+    assert loratools(*arguments).returncode == 2
+    assert out.read_text() == "mine"
+    assert loratools(*arguments, "--overwrite").returncode == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", "out.gguf.provenance.json"}
+
+
+def test_factors_are_stored_in_another_type_without_a_base(files, tmp_path):
+    out = tmp_path / "narrow.gguf"
+    shown = succeeded("convert", files / "lora.gguf", out, "--outtype", "q8_0", "--json")
+    result = json.loads(shown)
+    assert (result["from"], result["to"]) == ("gguf", "gguf")
+    assert 1e-4 < result["relative_error"] < 0.02
+    assert result["bytes_out"] == out.stat().st_size < 0.3 * (files / "lora.gguf").stat().st_size
+    done = loratools("convert", files / "lora.gguf", out, "--base", EXAMPLES / "model")
+    assert done.returncode == 2

@@ -1,0 +1,72 @@
+"""The best factors of a streamed matrix: near the optimum whatever the spectrum, and seeded."""
+
+import numpy as np
+import pytest
+
+from loratools.stream import RowSource, RowStore, StreamedMatrix, streamed_svd
+from loratools_formats.errors import AdapterError
+
+SHAPES = [(640, 540), (540, 640)]
+
+
+def matrix(shape, decay, rng):
+    """Return a matrix whose singular values fall as k^-decay."""
+    u, _ = np.linalg.qr(rng.standard_normal((shape[0], min(shape))))
+    v, _ = np.linalg.qr(rng.standard_normal((shape[1], min(shape))))
+    return (u * np.arange(1, min(shape) + 1) ** -decay) @ v.T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decay", [0.0, 0.2, 1.0, 3.0])
+def test_the_error_is_within_one_percent_of_the_optimum(shape, decay):
+    x = matrix(shape, decay, np.random.default_rng(0))
+    source = RowSource(shape, lambda start, stop: x[start:stop])
+    found = StreamedMatrix(source, streamed_svd(source, 48, power_iterations=None, seed=0))
+    sigma = np.linalg.svd(x, compute_uv=False)
+    for rank in (1, 8, 32):
+        error = np.sqrt(found.squared_error(*found.factors(rank)))
+        assert error <= 1.01 * np.sqrt(np.sum(sigma[rank:] ** 2)) + 1e-12
+        assert error == pytest.approx(np.linalg.norm(x - np.matmul(*found.factors(rank))))
+
+
+def test_a_random_matrix_is_no_worse():
+    x = np.random.default_rng(1).standard_normal((560, 640))
+    source = RowSource(x.shape, lambda start, stop: x[start:stop])
+    svd = streamed_svd(source, 80, power_iterations=None, seed=0)
+    sigma = np.linalg.svd(x, compute_uv=False)
+    left = np.sqrt(source.squared_norm - np.sum(svd.singular_values[:64] ** 2))
+    assert left <= 1.01 * np.sqrt(np.sum(sigma[64:] ** 2))
+
+
+def test_equal_seeds_give_equal_bits():
+    x = np.random.default_rng(2).standard_normal((530, 550))
+    source = RowSource(x.shape, lambda start, stop: x[start:stop])
+    one, two = (streamed_svd(source, 20, power_iterations=None, seed=7) for _ in range(2))
+    assert one.u.tobytes() == two.u.tobytes()
+    other = streamed_svd(source, 20, power_iterations=None, seed=8)
+    assert one.u.tobytes() != other.u.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(30, 700), (700, 30), (40, 40)])
+def test_small_matrices_are_decomposed_exactly(shape):
+    x = np.random.default_rng(3).standard_normal(shape)
+    source = RowSource(shape, lambda start, stop: x[start:stop])
+    svd = streamed_svd(source, 5, power_iterations=None, seed=0)
+    np.testing.assert_allclose(svd.singular_values, np.linalg.svd(x, compute_uv=False), rtol=1e-10)
+    np.testing.assert_allclose((svd.u * svd.singular_values) @ svd.vt, x, atol=1e-10)
+
+
+def test_stored_rows_and_rows_made_anew_are_the_same():
+    x = np.random.default_rng(4).standard_normal((530, 550)).astype(np.float32)
+    store = RowStore(x.shape, None)
+    store.append(x[:250])
+    store.append(x[250:])
+    source = RowSource(x.shape, lambda start, stop: x[start:stop].astype(np.float64))
+    assert store.squared_norm == pytest.approx(source.squared_norm)
+    one, two = (streamed_svd(s, 9, power_iterations=3, seed=0) for s in (store, source))
+    np.testing.assert_allclose(one.singular_values, two.singular_values, rtol=1e-10)
+
+
+def test_rows_that_overflow_are_refused():
+    with pytest.raises(AdapterError, match="overflows"):
+        RowSource((2, 2), lambda start, stop: np.full((stop - start, 2), 1e200))
