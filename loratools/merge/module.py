@@ -261,4 +261,4 @@ def _row_source(delta: Delta | None, weight: Weight, module: AlignedModule) -> R
     if not isinstance(delta, Dora):
         return FactorRows(b, a)
     change = rows_of(Product(b, a))
-    return _DoraRows(Rescaling(weight, change, finite_vector(delta.magnitude)))
+    return _DoraRows(Rescaling(weight, change, finite_vector(delta.magnitude, "magnitude")))
