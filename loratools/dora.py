@@ -71,15 +71,19 @@ def rescaled_rows(rescaling: Rescaling) -> Rows:
     return Rows(rescaling.weight.shape, rescaling.rows)
 
 
-def finite_vector(tensor: TensorRef) -> Array:
+def finite_vector(tensor: TensorRef, what: str) -> Array:
     """Return a tensor of one number per output, flat, in float64.
+
+    Args:
+        tensor: the numbers.
+        what: what they are, for messages.
 
     Raises:
         AdapterError: NaN or infinite values.
     """
     values = tensor.load(np.float64).reshape(-1)
     if not np.isfinite(values).all():
-        raise AdapterError("tensor holds NaN or infinite values", tensor=tensor.key)
+        raise AdapterError(f"{what} holds NaN or infinite values", tensor=tensor.key)
     return values
 
 

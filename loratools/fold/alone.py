@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from threadpoolctl import threadpool_limits
+
 from loratools.change import exact_factors
 from loratools.fold.modules import checked_change, known_shape, stored_as_is, template_of
 from loratools.kinds import get_kind
@@ -59,8 +61,9 @@ def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None
             continue
         change = None
         if folds_alone(delta):
-            found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
-            change = exact_factors(found, of_any_rank=True)
+            with threadpool_limits(1):  # the bits must not depend on the machine's threads
+                found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
+                change = exact_factors(found, of_any_rank=True)
         if change is None:
             raise UnsupportedError(
                 f"a weight change of kind {delta.kind} has no factors that {operation} could use",

@@ -143,7 +143,7 @@ class Opener:
         self, name: str, place: Place, change: Change, magnitude: TensorRef, like: LowRank
     ) -> Opened:
         weight = place.weight()
-        values = finite_vector(magnitude)
+        values = finite_vector(magnitude, "magnitude")
         rescaling = Rescaling(weight, rows_of(change), values)
         matrix = decomposed(rescaled_rows(rescaling), self.device, self._streaming(name), name)
         kind = kind_name(self.adapter.modules[name])
@@ -155,7 +155,7 @@ class Opener:
         function = get_kind(delta.kind).bias
         if function is None or place is None or place.bias is None:
             return delta.bias
-        added = function(delta, weight, finite_vector(place.bias))
+        added = function(delta, weight, finite_vector(place.bias, "bias"))
         return in_memory(place.bias.key, added.astype(np.float32))
 
     def _streaming(self, name: str) -> Streaming:
@@ -185,5 +185,5 @@ def _unscaled(delta: LowRank) -> LowRank:
     """Return a delta whose bias is what is added, not what its scale multiplies."""
     if delta.bias is None:
         return delta
-    added = delta.scale * finite_vector(delta.bias)
+    added = delta.scale * finite_vector(delta.bias, "bias")
     return replace(delta, bias=in_memory(delta.bias.key, added.astype(np.float32)))

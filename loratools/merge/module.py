@@ -274,4 +274,5 @@ def _row_source(delta: Delta | None, weight: Weight, module: AlignedModule) -> R
     if not isinstance(delta, Dora):
         return FactorRows(b, a)
     change = rows_of(Product(b, a))
-    return _DoraRows(Rescaling(weight, change, finite_vector(delta.of_outputs("merge"))))
+    magnitude = finite_vector(delta.of_outputs("merge"), "magnitude")
+    return _DoraRows(Rescaling(weight, change, magnitude))

@@ -434,6 +434,12 @@ def test_other_variants_are_refused_by_their_key(tmp_path):
         run(tmp_path / "out", [(save(tmp_path / "a", alora_invocation_tokens=[1]), 1.0)])
 
 
+def test_variants_that_do_not_fold_alone_are_refused_by_name(tmp_path):
+    pooled = save(tmp_path / "a", use_qalora=True, qalora_group_size=2)
+    with pytest.raises(UnsupportedError, match=r"qalora.*loratools to-lora"):
+        run(tmp_path / "out", [(pooled, 1.0)])
+
+
 @pytest.mark.parametrize(
     ("method", "space"),
     [("linear", "full"), ("tsv", "full"), ("ties", "full"), ("ties", "core"), ("knots", "full")],
