@@ -21,7 +21,7 @@ from loratools.fuse.terms import View, load_terms, stacked
 from loratools.parallel import in_order
 from loratools.plain import PlainCheckpoint, plain
 from loratools_formats.checkpoint import Checkpoint
-from loratools_formats.dtypes import DType
+from loratools_formats.dtypes import DType, round_into
 from loratools_formats.tensors import TensorRef
 
 Array = np.ndarray[Any, Any]
@@ -192,7 +192,9 @@ def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparis
         for block in blocks:
             total = block.total.reshape(-1)
             stored = there.elements(block.start, block.start + len(total))
-            is_same = exactly and bool((total.astype(wanted_type) == stored).all())
+            rounded = np.empty(total.shape, wanted_type)
+            round_into(total, rounded)
+            is_same = exactly and bool((rounded == stored).all())
             is_exact = is_exact and is_same
             wanted, found = total.astype(np.float64), stored.astype(np.float64)
             old = plan.old_values(block.start, block.base.reshape(-1)).astype(np.float64)

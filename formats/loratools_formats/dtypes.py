@@ -134,6 +134,31 @@ def encode(array: Array, dtype: DType) -> Array:
     return np.ascontiguousarray(converted(array, dtype.numpy_dtype()))
 
 
+def round_into(values: Array, out: Array) -> None:
+    """Round contiguous values into `out`, once and to nearest, from float64 to bfloat16 too.
+
+    Conversion by way of float32 rounds twice. Rounding to odd on the way, which keeps in the last
+    bit that something was cut off, makes the second rounding that of the exact value
+    (Boldo and Melquiond 2008, doi 10.1109/TC.2007.70819).
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if values.dtype == np.float64 and out.dtype.name == "bfloat16":
+            values = _rounded_to_odd(values)
+        np.copyto(out, values, casting="unsafe")
+
+
+def _rounded_to_odd(values: Array) -> Array:
+    import numpy as np
+
+    narrow = values.astype(np.float32)
+    bits = narrow.view(np.int32)
+    even = np.nonzero((narrow != values) & (bits & 1 == 0) & np.isfinite(narrow))
+    bits[even] += np.where(np.abs(values[even]) > np.abs(narrow[even]), 1, -1).astype(np.int32)
+    return narrow
+
+
 def to_torch(data: bytes | bytearray | memoryview, dtype: DType, shape: tuple[int, ...]) -> Any:
     """Hand bytes over as a torch tensor of the stored type, over a buffer of its own.
 

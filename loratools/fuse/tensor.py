@@ -14,6 +14,7 @@ from loratools.device import Device
 from loratools.fuse.blocks import BUFFERS, fused_blocks, single_precision
 from loratools.fuse.plan import TensorPlan
 from loratools.fuse.terms import Term, View, load_terms, stacked
+from loratools_formats.dtypes import round_into
 from loratools_formats.errors import AdapterError, LoratoolsError
 
 Array = np.ndarray[Any, Any]
@@ -80,7 +81,7 @@ def fuse_tensor(
         for block in blocks:
             w, total = block.base.reshape(-1), block.total.reshape(-1)
             stored = BUFFERS.array("rounded", total.shape, dtype)
-            np.copyto(stored, total, casting="unsafe")
+            round_into(total, stored)
             store(block.start, stored)
             old = plan.old_values(block.start, w)
             base += _squared_norm(old)

@@ -155,19 +155,26 @@ def made(tmp_path_factory):
     def make(name: str, dtype: str) -> tuple[Path, Path, Any]:
         model = MODELS[name]
         base = root / f"{name}-{dtype}"
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            built = model.build()
+        built = _built(model)
         if not base.exists():
             built.to(getattr(torch, dtype)).save_pretrained(str(base))
         if isinstance(model.adapter, Path):
             return base, model.adapter, type(built)
         adapter = root / f"{name}-adapter"
         if not adapter.exists():
-            _save(adapter, built.float(), model.adapter)
+            _save(adapter, _built(model).float(), model.adapter)
         return base, adapter, type(built)
 
     return make
+
+
+def _built(model: Any) -> Any:
+    """Return a model with the same weights each time."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return model.build()
 
 
 def _save(folder: Path, built: Any, config: Mapping[str, Any]) -> None:
@@ -175,7 +182,9 @@ def _save(folder: Path, built: Any, config: Mapping[str, Any]) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(built, LoraConfig(**config))
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        model = get_peft_model(built, LoraConfig(**config))
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

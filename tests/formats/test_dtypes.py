@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools_formats.dtypes import DTYPES, decode, encode, to_torch
+from loratools_formats.dtypes import DTYPES, decode, encode, round_into, to_torch
 from loratools_formats.errors import MissingDependencyError, UnsupportedError
 
 WHOLE = [dtype for dtype in DTYPES.values() if dtype.numpy and dtype.bits >= 8]
@@ -122,3 +122,18 @@ def test_without_torch(monkeypatch):
 def test_types_of_ml_dtypes_are_all_known():
     used = {dtype.numpy[3:] for dtype in DTYPES.values() if (dtype.numpy or "").startswith("ml:")}
     assert all(hasattr(ml_dtypes, name) for name in used)
+
+
+def test_float64_is_rounded_to_bfloat16_once():
+    """Just beside a tie, above and below it, where float32 would already have met the tie."""
+    ties = np.array([1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8, 2.0**-130 * 1.5, 3.0e38])
+    values = np.concatenate([ties * (1 + s * 2.0**-40) for s in (-1, 0, 1)])
+    values = np.concatenate([values, -values, [0.0, -0.0, np.inf, np.nan]])
+    out = np.empty(values.shape, ml_dtypes.bfloat16)
+    round_into(values, out)
+    _, exponent = np.frexp(values[:-4])
+    step = np.maximum(exponent, -125) - 8
+    exact = np.ldexp(np.rint(np.ldexp(values[:-4], -step)), step)
+    assert np.array_equal(out[:-4].astype(np.float64), exact)
+    assert not np.array_equal(values.astype(np.float32).astype(out.dtype)[:-4], out[:-4])
+    assert str(out[-4:].astype(np.float32).tolist()) == "[0.0, -0.0, inf, nan]"
