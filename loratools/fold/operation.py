@@ -26,6 +26,7 @@ from loratools.dora import Rescaling
 from loratools.fold.alone import folds_alone, plain_adapter, with_settings
 from loratools.fold.modules import stored_as_is
 from loratools.fold.opening import Opened, Opener
+from loratools.fold.regenerate import regenerated
 from loratools.kinds import get_kind
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
@@ -135,7 +136,8 @@ def to_lora(
         OptionError: no rule, where a change has no exact factors and is not to be kept whole.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
-    adapter = with_settings(adapter, given or {})
+    complete = regenerated(adapter, base, given or {})
+    adapter = with_settings(complete.adapter, complete.unused)
     work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
     rule.check_patterns(adapter.modules)
     record = {"rule": as_options(rule), **work.options.record()} | (
@@ -157,7 +159,7 @@ def to_lora(
         plain,
         tuple(outcome.report for outcome in done),
         _ratio(sum(o.squared_error for o in done), sum(o.squared_norm for o in done)),
-        _cautions(adapter),
+        (*((complete.caution,) if complete.caution else ()), *_cautions(adapter)),
     )
 
 
@@ -179,7 +181,8 @@ def fold_choices(
         UnsupportedError: the change cannot be told, or not without the base.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
-    adapter = with_settings(adapter, given or {})
+    complete = regenerated(adapter, base, given or {})
+    adapter = with_settings(complete.adapter, complete.unused)
     work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
     if all(isinstance(d, LowRank) or folds_alone(d) for d in adapter.modules.values()):
         return None

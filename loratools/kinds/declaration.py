@@ -86,6 +86,14 @@ class Weight(Protocol):
             AdapterError: NaN or infinite values.
         """
 
+    def bias(self) -> Array | None:
+        """Return the layer's bias in float64, None if it has none of its own.
+
+        Raises:
+            UnsupportedError: only the weight's shape is known.
+            AdapterError: NaN or infinite values.
+        """
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -103,6 +111,7 @@ class Kind:
         low_rank: whether the fold to two factors is exact.
         bias: what is added to the layer's bias, given the bias before; None if it stays.
         caution: what a user should know about every fold of the kind; empty for nothing.
+        if_tied: why a plain LoRA on a tied embedding is not the same; empty if it is.
     """
 
     name: str
@@ -115,6 +124,7 @@ class Kind:
     low_rank: bool = True
     bias: Callable[[OtherDelta, Weight, Array], Array] | None = None
     caution: str = ""
+    if_tied: str = ""
 
     def knows(self, part: str) -> bool:
         """Return whether a module may have a part of that name; `*` stands for any number."""

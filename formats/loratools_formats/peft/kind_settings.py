@@ -64,10 +64,6 @@ def lokr_shape(module: Module) -> Shape:
     )
     if "w2" in parts:
         whole = parts["w2"].shape
-        if len(whole) == 3:
-            raise UnsupportedError(
-                "LoKr of a Conv1d: PEFT multiplies along the wrong axes", tensor=parts["w2"].key
-            )
         right = whole[0], math.prod(whole[1:])
     elif "w2_t" in parts:
         right = module.side("w2_a", 1), module.side("w2_b", 1) * _kernel(parts["w2_t"])
@@ -76,6 +72,12 @@ def lokr_shape(module: Module) -> Shape:
     if len(left) != 2:
         raise AdapterError("tensor is not a matrix", tensor=parts["w1"].key, got=list(left))
     return left[0] * right[0], left[1] * right[1]
+
+
+def lokr(values: Values, module: Module) -> dict[str, Any]:
+    """Return LoKr's scale, and whether PEFT's order of a Conv1d's columns applies."""
+    whole = module.parts.get("w2")
+    return {**scaled(values, module), "by_input": whole is not None and len(whole.shape) == 3}
 
 
 def vera(values: Values, module: Module) -> dict[str, Any]:

@@ -31,6 +31,10 @@ _COMMON_KEYS = frozenset(
 )  # fmt: skip
 
 
+_NUMBER = re.compile(r"\.(\d+)(?=(\.weight)?$)")
+"""The number of a tensor that is one of several, at the end of its name."""
+
+
 def reason_against(peft_type: str) -> Caveat | None:
     """Return why a kind has no change of weights that could be told, None if it has one."""
     reason = NOT_A_CHANGE.get(peft_type)
@@ -134,8 +138,14 @@ def _shared_part(kind: PeftKind, name: str) -> str | None:
 def _own_part(kind: PeftKind, name: str) -> tuple[str, str] | None:
     if not name.startswith(keys.PREFIX):
         return None
+    numbered = _NUMBER.sub(".{}", name)
+    number = _NUMBER.search(name)
     for suffix, part in kind.parts.items():
-        if name.endswith(suffix) and len(name) > len(keys.PREFIX) + len(suffix):
+        if "{}" in suffix:
+            if number is not None and numbered.endswith(suffix):
+                end = len(numbered) - len(suffix)
+                return numbered[len(keys.PREFIX) : end], part.replace("{}", number[1])
+        elif name.endswith(suffix) and len(name) > len(keys.PREFIX) + len(suffix):
             return name[len(keys.PREFIX) : -len(suffix)], part
     return None
 
@@ -174,6 +184,8 @@ def _delta(
         name = "miss_bat"
     turn = keys.square_orientation(bool(values.get("fan_in_fan_out")), path)
     layer = Layer("linear", transposed_if_square=turn)
+    if kind.layer == "embedding":
+        layer = Layer("embedding")
     kernels = [own[part].shape[2:] for part in kind.kernel_of if part in own]
     if any(kernels):
         layer = Layer("conv", kernel=next(filter(None, kernels)))
@@ -189,7 +201,7 @@ def _expected(kind: PeftKind, part: str) -> str:
 
 def _shared_of(kind: PeftKind, path: str, shared: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     if kind.kind == "frod":
-        category = _frod_category(path)
+        category = frod_category(path)
         return {
             part: tensor
             for name, tensor in shared.items()
@@ -203,7 +215,7 @@ def _shared_of(kind: PeftKind, path: str, shared: Mapping[str, TensorRef]) -> di
     }
 
 
-def _frod_category(path: str) -> str:
+def frod_category(path: str) -> str:
     """Return the name under which FRoD keeps what layers of one role share.
 
     Source: `_category_from_key` in peft 0.21.2.

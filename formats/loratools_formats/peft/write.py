@@ -127,7 +127,8 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
         )
     for name in _kept_whole(adapter):
         raise UnsupportedError("PEFT has no full differences", tensor=name)
-    if any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
+    is_other = adapter.config.get("peft_type", "LORA") != "LORA"
+    if is_other or any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
         return dict(adapter.config)
     values = _with_kinds(adapter)
     return values if _keeps_config(adapter) else _rewritten(values, adapter)
