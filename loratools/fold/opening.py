@@ -135,6 +135,8 @@ class Opener:
             return self._through_dora(
                 name, place, change, delta.of_outputs("to-lora"), _unscaled(delta.direction)
             )
+        if delta.layer.kind == "experts":
+            return self._stack(name, delta)
         weight: Weight
         kind = get_kind(delta.kind)
         if place is None:
@@ -156,6 +158,19 @@ class Opener:
         else:
             matrix = decomposed(change, self.device, self._streaming(name), name)
         return Opened(exact, [matrix], template, None, delta.kind)
+
+    def _stack(self, name: str, delta: OtherDelta) -> Opened:
+        """Return the changes of stacked experts, which no kind folds exactly."""
+        changes = [
+            checked_change(name, plane, ShapeOnly(known_shape(plane))) for plane in delta.planes()
+        ]
+        streaming = self._streaming(name)
+        parts = [
+            decomposed(change, self.device, streaming, f"{name}#{index}")
+            for index, change in enumerate(changes)
+        ]
+        template = template_of(name, delta, delta.layer, rows_of(changes[0]).shape)
+        return Opened(None, parts, template, None, delta.kind)
 
     def _through_dora(
         self, name: str, place: Place, change: Change, magnitude: TensorRef, like: LowRank

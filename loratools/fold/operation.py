@@ -37,7 +37,7 @@ from loratools.stream import StreamedMatrix
 from loratools_formats.adapter import Adapter, LowRank, OtherDelta
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
+from loratools_formats.errors import AdapterError, LoratoolsError, OptionError, UnsupportedError
 
 _PROVENANCE_BYTES = 1024
 
@@ -296,8 +296,9 @@ class _Fold:
 
     def _kept_whole(self, name: str, opened: Opened) -> tuple[OtherDelta, float]:
         """Return a change as a full difference in float32, and the squared error of rounding it."""
-        (part,) = opened.parts
-        assert isinstance(part, StreamedMatrix)
+        part = opened.parts[0]
+        if len(opened.parts) > 1 or not isinstance(part, StreamedMatrix):
+            raise UnsupportedError("a change of this layout cannot be kept whole", tensor=name)
         template = opened.template
         out, in_ = template.shape
         values, squared_error = np.empty((out, in_), np.float32), 0.0

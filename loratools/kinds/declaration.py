@@ -1,8 +1,8 @@
 """How a kind of adapter is declared: its tensors, what it needs to know, and its ΔW.
 
-A declaration gives ΔW in one of three forms, from the cheapest to the most general: two factors, a
-Kronecker product, or rows on demand. Everything else (ranks, rounding, errors, writing) is the same
-for all kinds and lives elsewhere.
+A declaration gives ΔW in one of four forms, from the cheapest to the most general: two factors, a
+Kronecker product, and rows or columns on demand. Everything else (ranks, rounding, errors, writing)
+is the same for all kinds and lives elsewhere.
 
 Shapes: ΔW is (out, in) in the orientation of `nn.Linear`, whatever the layer; convolutions are
 flattened to (out, in·kernel), embeddings have the vocabulary as `in`.
@@ -64,7 +64,20 @@ class Rows:
     rows: Callable[[int, int], Array]
 
 
-Change = Product | Kronecker | Rows
+@dataclass(frozen=True)
+class Columns:
+    """ΔW of full rank, a block of columns at a time, as it is stored where inputs come first.
+
+    Attributes:
+        shape: (out, in).
+        columns: returns columns [start, stop) as the rows of a matrix (stop − start, out) float64.
+    """
+
+    shape: tuple[int, int]
+    columns: Callable[[int, int], Array]
+
+
+Change = Product | Kronecker | Rows | Columns
 
 
 class Weight(Protocol):
