@@ -31,7 +31,7 @@ def saved(folder, name, changed=()):
     generator = torch.Generator().manual_seed(3)
     for key, tensor in state.items():
         if key.endswith(tuple(changed)):
-            tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
     folder.mkdir()
     model.config.save_pretrained(folder)
     save_file(state, folder / "model.safetensors")
