@@ -28,7 +28,7 @@ from loratools_formats.tensors import TensorRef
 Array = np.ndarray[Any, Any]
 
 _BLOCK_ELEMENTS = 1 << 19
-_MIN_SINGLE_ELEMENTS = 1 << 20
+_MIN_SINGLE_ELEMENTS = 1 << 18
 _MAX_SINGLE_RANK = 128
 _SINGLE_ROUNDING = 2.0**-24
 _BF16_HALF_ULP = 2.0**-9
