@@ -30,7 +30,7 @@ from loratools_formats.errors import (
 )
 from loratools_formats.peft.keys import square_orientation
 from loratools_formats.peft.kinds import Values
-from loratools_formats.peft.read_kinds import frod_category
+from loratools_formats.peft.read_kinds import frod_category, left_to_loader
 from loratools_formats.tensors import TensorRef, in_memory
 
 Array = np.ndarray[Any, Any]
@@ -80,15 +80,7 @@ def regenerated(adapter: Adapter, base: Checkpoint | None, given: Mapping[str, s
 
 def what_is_missing(adapter: Adapter) -> str:
     """Return what a file leaves to the loader, in words; empty if nothing."""
-    peft_type = adapter.config.get("peft_type") if adapter.format == "peft" else None
-    if peft_type == "UNILORA" and not adapter.modules:
-        return "Uni-LoRA's indices"
-    if peft_type == "FROD" and any(
-        isinstance(delta, OtherDelta) and "v" not in delta.shared
-        for delta in adapter.modules.values()
-    ):
-        return "FRoD's basis"
-    return ""
+    return left_to_loader(str(adapter.config.get("peft_type")), adapter.modules)
 
 
 def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regenerated:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.adapter import Caveat, Layer, OtherDelta
+from loratools_formats.adapter import Caveat, Delta, Layer, OtherDelta
 from loratools_formats.errors import AdapterError
 from loratools_formats.peft import keys
 from loratools_formats.peft.config import is_set, unknown_key
@@ -43,6 +43,17 @@ def reason_against(peft_type: str) -> Caveat | None:
     return Caveat(
         "peft_type", f"it is of PEFT's kind {peft_type}: {reason}", "There is no way to fold it"
     )
+
+
+def left_to_loader(peft_type: str, modules: Mapping[str, Delta]) -> str:
+    """Return what a file leaves to be computed from the base, in words; empty if nothing.
+
+    PEFT saves neither Uni-LoRA's indices nor FRoD's basis unless it is asked to.
+    """
+    if peft_type == "UNILORA" and not modules:
+        return "Uni-LoRA's indices"
+    lacking = (isinstance(d, OtherDelta) and "v" not in d.shared for d in modules.values())
+    return "FRoD's bases" if peft_type == "FROD" and any(lacking) else ""
 
 
 def caveats_of(values: Mapping[str, Any]) -> list[Caveat]:
