@@ -90,7 +90,7 @@ class Case:
     @property
     def targets(self):
         """The modules."""
-        return self.options.get("target_modules", TARGETS[self.model])
+        return self.options.get("target_modules") or TARGETS[self.model]
 
 
 def case(name, config, words, **options):

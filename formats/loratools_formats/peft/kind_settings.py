@@ -139,9 +139,10 @@ def oft(values: Values, module: Module) -> dict[str, Any]:
 
 
 def ia3(values: Values, module: Module) -> dict[str, Any]:
-    """Return which side of the weight is scaled."""
-    del values
+    """Return which side of the weight is scaled, which shows in linear layers only."""
     shape = module.parts["gain"].shape
+    if len(shape) > 2 and math.prod(shape) == shape[1]:
+        return {"on_input": values.names("feedforward_modules", module.path)}
     if len(shape) != 2 or min(shape) != 1 or max(shape) == 1:
         raise UnsupportedError(
             "whether inputs or outputs are scaled does not show",
@@ -154,6 +155,8 @@ def ia3(values: Values, module: Module) -> dict[str, Any]:
 def ia3_shape(module: Module) -> Shape:
     """Return the side that is scaled."""
     shape = module.parts["gain"].shape
+    if len(shape) > 2:
+        return (None, None)
     return (None, shape[-1]) if shape[0] == 1 else (shape[0], None)
 
 

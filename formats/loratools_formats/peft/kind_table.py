@@ -112,6 +112,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         _keys("projection_seed weight_tying"),
         _keys("r u init_v_bound save_projection tinylora_dropout"),
         {"base_model.tinylora_v.{}": "v.{}"},
+        takes_embeddings=True,
     ),
     "DELORA": PeftKind(
         "delora",
@@ -227,7 +228,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     ),
     "OFT": PeftKind(
         "oft",
-        {".oft_R.weight": "triangles"},
+        {".oft_R.weight": "triangles", ".oft_embedding_R.weight": "triangles"},
         lambda _: (None, None),
         settings.oft,
         _keys("coft eps use_cayley_neumann num_cayley_neumann_terms"),
@@ -262,11 +263,12 @@ PEFT_KINDS: dict[str, PeftKind] = {
         {".ia3_l": "gain"},
         settings.ia3_shape,
         settings.ia3,
-        neutral=_keys("feedforward_modules init_ia3_weights"),
+        _keys("feedforward_modules"),
+        _keys("init_ia3_weights"),
     ),
     "HIRA": PeftKind(
         "hira",
-        {".hira_A": "a", ".hira_B": "b"},
+        {f".hira_{infix}{side}": side.lower() for infix in ("", "embedding_") for side in "AB"},
         lambda m: (m.side("b", 0), math.prod(m.parts["a"].shape[1:])),
         neutral=_keys("r rank_pattern hira_dropout"),
         kernel_of=("a",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -99,6 +100,13 @@ class Values:
         value: str = self._value(key, (str,), "a string")
         return value
 
+    def names(self, key: str, path: str) -> bool:
+        """Return whether a regular expression, or an entry of a list, names a module."""
+        found: str | list[Any] = self._value(key, (str, list), "names of modules")
+        if isinstance(found, str):
+            return re.fullmatch(found, path) is not None
+        return any(path.endswith(entry) for entry in found if isinstance(entry, str))
+
     def indices(self, key: str) -> tuple[int, ...]:
         """Return a list of whole numbers, none below 0."""
         found: list[Any] = self._value(key, (list,), "a list of whole numbers")
@@ -127,7 +135,9 @@ class PeftKind:
         shared: part by the name of a tensor that all modules have in common; `{}` in it stands for
             anything.
         kernel_of: parts whose axes after the second are a convolution's kernel.
-        layer: what its modules are.
+        layer: what its modules are, where the tensors' names do not say `embedding`.
+        takes_embeddings: whether it takes embeddings as if they were linear layers of their stored
+            shape, so that only the module's name tells.
     """
 
     kind: str
@@ -139,6 +149,7 @@ class PeftKind:
     shared: Mapping[str, str] = field(default_factory=dict)
     kernel_of: tuple[str, ...] = ()
     layer: Literal["linear", "embedding"] = "linear"
+    takes_embeddings: bool = False
 
 
 NOT_A_CHANGE = {

@@ -31,6 +31,8 @@ _COMMON_KEYS = frozenset(
 )  # fmt: skip
 
 
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings")
+
 _NUMBER = re.compile(r"\.(\d+)(?=(\.weight)?$)")
 """The number of a tensor that is one of several, at the end of its name."""
 
@@ -195,8 +197,11 @@ def _delta(
         name = "miss_bat"
     turn = keys.square_orientation(bool(values.get("fan_in_fan_out")), path)
     layer = Layer("linear", transposed_if_square=turn)
-    if kind.layer == "embedding":
+    ends = [end for end, part in kind.parts.items() if part in own and own[part].key.endswith(end)]
+    if kind.layer == "embedding" or any("_embedding_" in end for end in ends):
         layer = Layer("embedding")
+    elif kind.takes_embeddings and path.rpartition(".")[2] in _EMBEDDINGS:
+        layer, shape = Layer("embedding"), shape[::-1]
     kernels = [own[part].shape[2:] for part in kind.kernel_of if part in own]
     if any(kernels):
         layer = Layer("conv", kernel=next(filter(None, kernels)))
