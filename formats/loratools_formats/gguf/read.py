@@ -25,8 +25,9 @@ INVOCATION_TOKENS = "adapter.alora.invocation_tokens"
 ALORA = "alora_invocation_tokens"
 QUANTISATION = "general.quantization_version"
 EMBEDDING = "token_embd"
+ARCHITECTURE = "general.architecture"
 STRUCTURAL_KEYS = {
-    "general.architecture": None,
+    ARCHITECTURE: None,
     "general.type": "adapter",
     "adapter.type": "lora",
 }
@@ -91,7 +92,7 @@ def _read(file: GgufFile, path: Path) -> Adapter:
         source=path,
         modules=modules,
         carried=carried,
-        config={"architecture": file.get("general.architecture", STRING), "keys": keys},
+        config={"architecture": file.get(ARCHITECTURE, STRING), "keys": keys},
         metadata=metadata,
         base_model=base_model(metadata),
         caveats=_caveats(keys),
