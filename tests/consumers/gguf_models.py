@@ -148,7 +148,7 @@ def expected(model, prompt=PROMPT):
     import torch
 
     with torch.no_grad():
-        logits = model(torch.tensor([prompt])).logits[0, -1]
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
     return torch.log_softmax(logits.double(), dim=-1).numpy()
 
 

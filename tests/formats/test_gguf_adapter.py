@@ -25,6 +25,7 @@ from loratools_formats import (
     write_adapter,
 )
 from loratools_formats.adapter import Dora
+from loratools_formats.alora import CAVEAT
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.gguf.container import KeyValue, read_gguf
 from loratools_formats.tensors import in_memory
@@ -410,6 +411,17 @@ def test_invocation_tokens_are_kept(make_folder, base, tmp_path):
     adapter = read_adapter(tmp_path / "out.gguf")
     with pytest.raises(UnsupportedError, match="invocation tokens"):
         adapter.require_true_delta("squeeze")
+    back = prepare(adapter, "peft", Context(base())).adapter
+    assert back.config["alora_invocation_tokens"] == [5, 4_000_000_000]
+    with pytest.raises(UnsupportedError, match="invocation tokens"):
+        prepare(adapter, "mlx", Context(base()))
+
+
+@pytest.mark.parametrize("tokens", [None, [], "5", [-1], [1 << 32], [True]])
+def test_invocation_tokens_that_are_none_are_refused(base, tokens):
+    config = {"alora_invocation_tokens": tokens}
+    message = refusal({Q: lora()}, base(), config=config, caveats=(CAVEAT,))
+    assert "alora_invocation_tokens is wrong" in message
 
 
 def test_texts_are_added_to_the_keys(make_folder, base, tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools_formats.alora import INVOCATION_TOKENS
 from loratools_formats.registry import Context, Format, Loss
 
 if TYPE_CHECKING:
@@ -80,5 +81,5 @@ FORMAT = Format(
     to_model=_to_model,
     from_model=_from_model,
     dtypes=("f32", "f16", "bf16", "q8_0"),
-    caveats_kept=("alora_invocation_tokens",),
+    caveats_kept=(INVOCATION_TOKENS,),
 )

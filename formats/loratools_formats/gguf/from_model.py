@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from loratools_formats.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
+from loratools_formats.alora import invocation_tokens
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.files import RegularFile
 from loratools_formats.gguf.architectures import Module
 from loratools_formats.gguf.base import Base, read_base
 from loratools_formats.gguf.container import KeyValue
 from loratools_formats.gguf.cursor import ARRAY
-from loratools_formats.gguf.read import ALORA, EMBEDDING, INVOCATION_TOKENS, base_model_keys
+from loratools_formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
 from loratools_formats.orientation import is_transposed
 from loratools_formats.registry import Context
 from loratools_formats.tensors import TensorRef, joined
@@ -101,14 +102,8 @@ def with_base(adapter: Adapter, base: Base | None) -> dict[str, tuple[RegularFil
 
 
 def _invocation(adapter: Adapter) -> dict[str, KeyValue]:
-    tokens = adapter.config.get(ALORA)
-    if not tokens:
-        return {}
-    if not isinstance(tokens, list) or not all(
-        type(token) is int and 0 <= token < 1 << 32 for token in tokens
-    ):
-        raise AdapterError(f"config value {ALORA} is wrong", path=adapter.source, got=tokens)
-    return {INVOCATION_TOKENS: KeyValue(ARRAY, tokens, "u32", len(tokens))}
+    tokens = invocation_tokens(adapter)
+    return {} if tokens is None else {INVOCATION_KEY: KeyValue(ARRAY, tokens, "u32", len(tokens))}
 
 
 def plain_factors(delta: Delta) -> LowRank:

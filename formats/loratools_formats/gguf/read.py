@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools_formats import alora
 from loratools_formats.adapter import Adapter, Caveat, Delta, Layer, LowRank
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
@@ -21,8 +22,7 @@ from loratools_formats.gguf.ggml_types import decode
 from loratools_formats.tensors import Buffer, TensorRef, in_file
 
 ALPHA = "adapter.lora.alpha"
-INVOCATION_TOKENS = "adapter.alora.invocation_tokens"
-ALORA = "alora_invocation_tokens"
+INVOCATION_KEY = "adapter.alora.invocation_tokens"
 QUANTISATION = "general.quantization_version"
 EMBEDDING = "token_embd"
 ARCHITECTURE = "general.architecture"
@@ -129,17 +129,16 @@ def base_model_keys(name: str) -> dict[str, str]:
 
 
 def _caveats(keys: Mapping[str, KeyValue]) -> tuple[Caveat, ...]:
-    found = keys.get(INVOCATION_TOKENS)
+    found = keys.get(INVOCATION_KEY)
     if found is None:
         return ()
     if (found.type, found.item) != (ARRAY, "u32"):
         raise AdapterError(
-            f"key {INVOCATION_TOKENS} has the wrong type",
+            f"key {INVOCATION_KEY} has the wrong type",
             got=f"{found.type} {found.item}",
             expected="array of u32",
         )
-    reason = "it acts only after the invocation tokens (activated LoRA)"
-    return (Caveat(ALORA, reason, "Only converting it is supported yet"),)
+    return (alora.CAVEAT,) if found.value else ()
 
 
 def _modules(file: GgufFile, alpha: float | None) -> tuple[dict[str, Delta], dict[str, TensorRef]]:

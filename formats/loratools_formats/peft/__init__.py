@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools_formats.alora import INVOCATION_TOKENS
 from loratools_formats.registry import Context, Format, Loss
 
 if TYPE_CHECKING:
@@ -84,5 +85,6 @@ FORMAT = Format(
     merged_config=_merged_config,
     from_model=_from_model,
     dtypes=("f32", "f16", "bf16"),
+    caveats_kept=(INVOCATION_TOKENS,),
     plain_config=_plain_config,
 )
