@@ -25,7 +25,8 @@ from loratools.fuse.operation import BaseMode, FuseOptions, FusePreview, FuseRes
 from loratools.fuse.plan import FuseInput, TensorPlan
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OptionError
-from loratools_formats.gguf.container import is_gguf, read_gguf
+from loratools_formats.gguf.container import is_gguf
+from loratools_formats.gguf.splits import read_model
 
 
 @click.command("fuse")
@@ -98,7 +99,7 @@ def command(
     fusion: Fusion | GgufFusion
     if is_gguf(base):
         fusion = GgufFusion(
-            read_gguf(base),
+            read_model(base),
             inputs,
             GgufFuseOptions(outtype or "keep", workers, device, allow_lossy),
         )

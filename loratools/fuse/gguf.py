@@ -29,9 +29,9 @@ from loratools.provenance import operation_record
 from loratools_formats.adapter import Adapter, low_rank_part
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.gguf.container import GgufFile
 from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
 from loratools_formats.gguf.model import ModelLayout, plain
+from loratools_formats.gguf.splits import GgufModel
 from loratools_formats.provenance import PROVENANCE_FILE, statement
 from loratools_formats.publish import publish_file, resolved
 from loratools_formats.registry import Context, check_target, get_format
@@ -74,7 +74,7 @@ class GgufFusion:
     """
 
     def __init__(
-        self, base: GgufFile, inputs: Sequence[FuseInput], options: GgufFuseOptions
+        self, base: GgufModel, inputs: Sequence[FuseInput], options: GgufFuseOptions
     ) -> None:
         self.base, self.options = base, options
         self.inputs = tuple(inputs)
@@ -92,7 +92,7 @@ class GgufFusion:
         self.plans = {
             name: self._plan(name, changes[name]) for name in base.tensors if name in changes
         }
-        self.notes = _fallback_notes(base, fallen)
+        self.notes = (*_fallback_notes(base, fallen), *_joined_notes(base))
 
     def _plan(self, name: str, changes: Sequence[Change]) -> TensorPlan:
         source = plain(self.base.tensors[name])
@@ -134,7 +134,7 @@ class GgufFusion:
             reports = self._fill(temporary, progress)
             refuse_erased(
                 reports,
-                self.base.file.path,
+                self.base.path,
                 what="quantised types",
                 hint="Choose a wider --outtype such as f16, or pass --allow-lossy",
                 allow_lossy=self.options.allow_lossy,
@@ -157,10 +157,11 @@ class GgufFusion:
 
     def _sources(self) -> list[Path]:
         given = [item.adapter.source for item in self.inputs]
-        return [self.base.file.path, *(path for path in given if path is not None)]
+        parts = [part.file.path for part in self.base.parts]
+        return [*parts, *(path for path in given if path is not None)]
 
     def _check_unchanged(self) -> None:
-        self.base.file.check_unchanged()
+        self.base.check_unchanged()
         for item in self.inputs:
             item.adapter.check_unchanged()
 
@@ -170,9 +171,14 @@ class GgufFusion:
         record = operation_record(
             "fuse", names, {"weights": weights, "outtype": self.options.outtype}
         )
-        path = self.base.file.path
-        digest = _header_digest(path, self.base.data_start)
-        record["inputs"].insert(0, {"role": "base", "name": path.name, "digest": digest})
+        record["inputs"][:0] = [
+            {
+                "role": "base",
+                "name": part.file.path.name,
+                "digest": _header_digest(part.file.path, part.data_start),
+            }
+            for part in self.base.parts
+        ]
         return record
 
     def _fill(
@@ -258,7 +264,7 @@ def quantised(
     )
 
 
-def _changes(item: FuseInput, base: GgufFile) -> list[tuple[str, Change]]:
+def _changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
     """Return the tensors that an adapter changes, with the changes, in GGUF's layout."""
     item.adapter.require_true_delta("fuse")
     found = []
@@ -266,12 +272,12 @@ def _changes(item: FuseInput, base: GgufFile) -> list[tuple[str, Change]]:
         name = f"{module}.weight"
         if name not in base.tensors:
             raise AdapterError(
-                "the model has no such tensor", path=base.file.path, tensor=name, got=item.name
+                "the model has no such tensor", path=base.path, tensor=name, got=item.name
             )
         if f"{module}.scale" in base.tensors:
             raise UnsupportedError(
                 "the model keeps a scale beside this tensor, which is not supported",
-                path=base.file.path,
+                path=base.path,
                 tensor=name,
                 got=base.tensors[name].kind.name,
                 hint="Start from the original model",
@@ -282,7 +288,7 @@ def _changes(item: FuseInput, base: GgufFile) -> list[tuple[str, Change]]:
     return found
 
 
-def _in_gguf_terms(adapter: Adapter, base: GgufFile) -> Adapter:
+def _in_gguf_terms(adapter: Adapter, base: GgufModel) -> Adapter:
     target = get_format("gguf")
     if adapter.format == target.name:
         wanted = base.get("general.architecture", "string")
@@ -294,7 +300,7 @@ def _in_gguf_terms(adapter: Adapter, base: GgufFile) -> Adapter:
                 expected=wanted,
             )
         return adapter
-    context = Context(base=base.file.path)
+    context = Context(base=base.path)
     source = get_format(adapter.format)
     if source.to_model is not None:
         adapter = source.to_model(adapter, context)
@@ -310,7 +316,7 @@ def _in_gguf_terms(adapter: Adapter, base: GgufFile) -> Adapter:
     return target.from_model(adapter, context)
 
 
-def _kind(base: GgufFile, name: str, outtype: Outtype) -> tuple[GgmlType, bool]:
+def _kind(base: GgufModel, name: str, outtype: Outtype) -> tuple[GgmlType, bool]:
     """Return the type to store a changed tensor in, and whether it is the one asked for."""
     tensor = base.tensors[name]
     wanted = tensor.kind if outtype == "keep" else BY_NAME[outtype.upper()]
@@ -319,12 +325,17 @@ def _kind(base: GgufFile, name: str, outtype: Outtype) -> tuple[GgmlType, bool]:
     return BY_NAME[_FALLBACK], False
 
 
-def _fallback_notes(base: GgufFile, names: Sequence[str]) -> tuple[str, ...]:
+def _fallback_notes(base: GgufModel, names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     kinds = ", ".join(sorted({base.tensors[name].kind.name for name in names}))
     count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
     return (f"{count} of type {kinds} became {_FALLBACK}, since they cannot be quantised so again",)
+
+
+def _joined_notes(base: GgufModel) -> tuple[str, ...]:
+    count = len(base.parts)
+    return (f"the {count} parts of the model became one file",) if count > 1 else ()
 
 
 def _header_digest(path: Path, nbytes: int) -> Mapping[str, str]:

@@ -14,6 +14,7 @@ from loratools_formats import Context, get_format, read_adapter
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.gguf.container import read_gguf
 from loratools_formats.gguf.model import plain
+from loratools_formats.gguf.splits import read_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -49,7 +50,7 @@ def bases(gguf_bases, tmp_path_factory):
 
 def fuse(base, out, *inputs, **options):
     given = [FuseInput(read_adapter(path), weight, path.name) for path, weight in inputs]
-    return GgufFusion(read_gguf(base), given, GgufFuseOptions(**options)).write(out)
+    return GgufFusion(read_model(base), given, GgufFuseOptions(**options)).write(out)
 
 
 def dense(path):
@@ -83,6 +84,24 @@ def test_fused_says_what_base_and_adapter_say(
     assert np.abs(apart - untouched).max() > 3 * tolerance
     assert {report.dtype for report in result.tensors} == {stored}
     assert len(result.tensors) == 8
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_split_models_fuse_to_the_same_bytes_as_whole_ones(bases, adapter, tmp_path, kind):
+    folder, wanted = adapter
+    first = gguf_models.split_base(bases(kind), tmp_path / "split.gguf", most=5)
+    for base, name in ((bases(kind), "whole.gguf"), (first, "joined.gguf")):
+        result = fuse(base, tmp_path / name, (folder, 1.0))
+    assert result.notes == ("the 5 parts of the model became one file",)
+    whole, joined = read_gguf(tmp_path / "whole.gguf"), read_gguf(tmp_path / "joined.gguf")
+    for name, tensor in whole.tensors.items():
+        assert bytes(joined.tensors[name].raw()) == bytes(tensor.raw())
+    write(prepare(read_adapter(folder), "gguf", Context(first)), tmp_path / "lora.gguf")
+    (apart,) = gguf_models.from_llama_cpp(first, [tmp_path / "lora.gguf"])
+    (fused,) = gguf_models.from_llama_cpp(tmp_path / "joined.gguf", [], [[]])
+    tolerance = 1e-4 if kind == "F32" else 0.15
+    assert np.abs(fused - apart).max() < tolerance
+    assert np.abs(apart - wanted).max() < tolerance
 
 
 def test_fused_into_floats_says_what_torch_says(bases, adapter, tmp_path):
@@ -132,7 +151,7 @@ def test_report_is_true_and_the_rest_is_verbatim(bases, adapter, tmp_path, kind,
     assert list(first.tensors) == list(second.tensors)
     for name in set(first.tensors) - set(reports):
         assert bytes(first.tensors[name].raw()) == bytes(second.tensors[name].raw())
-    size = first.keys_end
+    size = list(first.keys.values())[-1].end
     assert base.read_bytes()[24:size] == out.read_bytes()[24:size]
     assert result.copied == len(first.tensors) - len(reports)
 

@@ -28,6 +28,7 @@ from loratools_formats.adapter import Dora
 from loratools_formats.alora import CAVEAT
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.gguf.container import KeyValue, read_gguf
+from loratools_formats.gguf.splits import read_model
 from loratools_formats.tensors import in_memory
 
 LLAMA = {
@@ -492,10 +493,12 @@ def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UnsupportedError, match="keeps a scale beside"):
-        GgufFusion(read_gguf(path), [FuseInput(adapter, 1.0, "lora")], GgufFuseOptions())
+        GgufFusion(read_model(path), [FuseInput(adapter, 1.0, "lora")], GgufFuseOptions())
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),

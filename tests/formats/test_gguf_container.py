@@ -200,7 +200,9 @@ SAMPLE = build(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(place=st.integers(0, len(SAMPLE) - 1), value=st.integers(0, 255), cut=st.booleans())
 def test_a_changed_byte_gives_an_adapter_or_our_error(tmp_path, place, value, cut):
     path = tmp_path / "file.gguf"

@@ -19,6 +19,7 @@ from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.gguf.container import GgufFile, GgufTensor, KeyValue, read_gguf
 from loratools_formats.gguf.cursor import ARRAY, STRING
 from loratools_formats.gguf.ggml_types import decode
+from loratools_formats.gguf.splits import COUNT
 from loratools_formats.tensors import Buffer, TensorRef, in_file
 
 ALPHA = "adapter.lora.alpha"
@@ -68,6 +69,8 @@ def _read(file: GgufFile, path: Path) -> Adapter:
                 expected=wanted or "its architecture",
                 hint="A GGUF model is what --base or `fuse` takes" if value == "model" else None,
             )
+    if (file.get(COUNT, "u16") or 1) > 1:
+        raise UnsupportedError("adapter is split into several files, which llama.cpp does not read")
     alpha = file.get(ALPHA, "f32")
     if alpha is not None and not abs(alpha) < float("inf"):
         raise AdapterError("alpha is not finite", got=alpha)
