@@ -2,7 +2,8 @@
 
 Untouched tensors are copied byte for byte inside the kernel, keys too. Touched ones are decoded,
 added to in float64 and stored in the type asked for, a block of rows at a time. The K and I
-quantisations cannot be written again, since no NumPy code makes them; their tensors become F16.
+quantisations cannot be written again, since the gguf package makes none; their tensors become F16
+or Q8_0.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from loratools.provenance import operation_record
 from loratools_formats.adapter import Adapter, low_rank_part
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.gguf.container import GgufTensor
 from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
 from loratools_formats.gguf.model import ModelLayout, plain
 from loratools_formats.gguf.splits import GgufModel
@@ -38,8 +41,8 @@ from loratools_formats.registry import Context, check_target, get_format
 from loratools_formats.shards import check_space
 
 Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+Fallback = Literal["f16", "q8_0"]
 _ENCODED = frozenset(name.upper() for name in get_args(Outtype)[1:])
-_FALLBACK = "F16"
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ class GgufFuseOptions:
     """How to fuse into a GGUF model.
 
     Attributes:
-        outtype: type of the tensors that change; `keep` leaves each its own where that can be
-            written, else F16.
+        outtype: type of the tensors that change; `keep` leaves each its own.
+        fallback: type where that cannot be written; F16 where this cannot either.
         workers: threads over tensors.
         device: where products are computed.
         allow_lossy: write even if less than half of the change survives quantising.
     """
 
     outtype: Outtype = "keep"
+    fallback: Fallback = "f16"
     workers: int = 2
     device: DeviceName = "cpu"
     allow_lossy: bool = False
@@ -82,17 +86,13 @@ class GgufFusion:
         for item in inputs:
             for name, change in _changes(item, base):
                 changes.setdefault(name, []).append(change)
-        fallen: list[str] = []
-        kinds: dict[str, GgmlType] = {}
-        for name in changes:
-            kinds[name], is_asked_for = _kind(base, name, options.outtype)
-            if not is_asked_for:
-                fallen.append(name)
+        kinds = {name: _kind(base.tensors[name], options) for name in changes}
         self.layout = ModelLayout(base, kinds)
         self.plans = {
             name: self._plan(name, changes[name]) for name in base.tensors if name in changes
         }
-        self.notes = (*_fallback_notes(base, fallen), *_joined_notes(base))
+        touched = [base.tensors[name] for name in self.plans]
+        self.notes = (*_fallback_notes(touched, kinds, options), *_joined_notes(base))
 
     def _plan(self, name: str, changes: Sequence[Change]) -> TensorPlan:
         source = plain(self.base.tensors[name])
@@ -169,7 +169,13 @@ class GgufFusion:
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
         weights = [item.weight for item in self.inputs]
         record = operation_record(
-            "fuse", names, {"weights": weights, "outtype": self.options.outtype}
+            "fuse",
+            names,
+            {
+                "weights": weights,
+                "outtype": self.options.outtype,
+                "fallback": self.options.fallback,
+            },
         )
         record["inputs"][:0] = [
             {
@@ -316,21 +322,34 @@ def _in_gguf_terms(adapter: Adapter, base: GgufModel) -> Adapter:
     return target.from_model(adapter, context)
 
 
-def _kind(base: GgufModel, name: str, outtype: Outtype) -> tuple[GgmlType, bool]:
-    """Return the type to store a changed tensor in, and whether it is the one asked for."""
-    tensor = base.tensors[name]
-    wanted = tensor.kind if outtype == "keep" else BY_NAME[outtype.upper()]
-    if wanted.name in _ENCODED and tensor.shape[-1] % wanted.block == 0:
-        return wanted, True
-    return BY_NAME[_FALLBACK], False
+def _wanted(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
+    return tensor.kind if options.outtype == "keep" else BY_NAME[options.outtype.upper()]
 
 
-def _fallback_notes(base: GgufModel, names: Sequence[str]) -> tuple[str, ...]:
-    if not names:
-        return ()
-    kinds = ", ".join(sorted({base.tensors[name].kind.name for name in names}))
-    count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
-    return (f"{count} of type {kinds} became {_FALLBACK}, since they cannot be quantised so again",)
+def _kind(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
+    """Return the type to store a changed tensor in: the first that can be written."""
+    for kind in (_wanted(tensor, options), BY_NAME[options.fallback.upper()]):
+        if kind.name in _ENCODED and tensor.shape[-1] % kind.block == 0:
+            return kind
+    return BY_NAME["F16"]
+
+
+def _fallback_notes(
+    tensors: Sequence[GgufTensor], kinds: Mapping[str, GgmlType], options: GgufFuseOptions
+) -> tuple[str, ...]:
+    """Return a note for each type that became another than the one asked for."""
+    found = Counter((t.kind.name, _wanted(t, options).name, kinds[t.name].name) for t in tensors)
+    notes = []
+    for (old, wanted, new), count in sorted(found.items()):
+        if new != wanted:
+            reason = (
+                f"their rows are no whole blocks of {wanted}"
+                if wanted in _ENCODED
+                else f"{wanted} cannot be written again"
+            )
+            many = "s" * (count > 1)
+            notes.append(f"{count} tensor{many} of type {old} became {new}, since {reason}")
+    return tuple(notes)
 
 
 def _joined_notes(base: GgufModel) -> tuple[str, ...]:

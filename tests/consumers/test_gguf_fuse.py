@@ -66,6 +66,7 @@ CASES = [
     ("Q8_0", "f32", "F32", 0.15),
     ("Q4_K", "keep", "F16", 0.3),
     ("Q4_K", "q8_0", "Q8_0", 0.3),
+    ("F32", "q8_0", "Q8_0", 0.15),
     ("Q4_0", "q5_1", "Q5_1", 0.5),
 ]
 
@@ -165,6 +166,17 @@ def test_bytes_do_not_depend_on_threads_and_inputs_stay(bases, adapter, tmp_path
     assert base.read_bytes() == before
     record = json.loads((tmp_path / "1.gguf.provenance.json").read_text())
     assert [i["role"] for i in record["predicate"]["inputs"]] == ["base", "adapter 1", "adapter 1"]
+
+
+def test_types_that_cannot_be_written_become_another_with_a_note(bases, adapter, tmp_path):
+    base, (folder, _) = bases("Q4_K"), adapter
+    result = fuse(base, tmp_path / "out.gguf", (folder, 1.0), fallback="q8_0")
+    assert {report.dtype for report in result.tensors} == {"Q8_0"}
+    assert result.notes == (
+        "8 tensors of type Q4_K became Q8_0, since Q4_K cannot be written again",
+    )
+    result = fuse(bases("F32"), tmp_path / "same.gguf", (folder, 1.0), fallback="q8_0")
+    assert (result.notes, {report.dtype for report in result.tensors}) == ((), {"F32"})
 
 
 def test_gguf_adapters_fuse_like_the_folders_they_come_from(bases, adapter, tmp_path):

@@ -277,7 +277,11 @@ def test_alpha_is_stated_only_where_it_says_everything(base, tmp_path, settings,
 def test_rows_that_are_no_whole_block_fall_back_to_16_bits(base, tmp_path):
     delta = replace(lora(), a=in_memory("a", floats(8, 64)), b=in_memory("b", floats(16, 8)))
     path = "model.layers.0.mlp.gate_proj"
-    write_adapter(made({path: delta}, base(), "q8_0"), tmp_path / "out.gguf", "gguf")
+    adapter = made({path: delta}, base(), "q8_0")
+    assert adapter.notes == (
+        "1 of 2 factors are F16, since their rows are no whole blocks of Q8_0",
+    )
+    write_adapter(adapter, tmp_path / "out.gguf", "gguf")
     kinds = {t.name: t.kind.name for t in read_gguf(tmp_path / "out.gguf").tensors.values()}
     assert kinds == {
         "blk.0.ffn_gate.weight.lora_a": "Q8_0",

@@ -19,6 +19,7 @@ from loratools_formats.gguf.base import Base, read_base
 from loratools_formats.gguf.container import KeyValue
 from loratools_formats.gguf.cursor import ARRAY
 from loratools_formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
+from loratools_formats.gguf.write import fallback_notes
 from loratools_formats.orientation import is_transposed
 from loratools_formats.registry import Context
 from loratools_formats.tensors import TensorRef, joined
@@ -45,7 +46,11 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         AdapterError: a module does not fit the base model.
     """
     if adapter.format == "gguf":
-        return replace(adapter, config={**adapter.config, "storage": context.dtype})
+        return replace(
+            adapter,
+            config={**adapter.config, "storage": context.dtype},
+            notes=(*adapter.notes, *fallback_notes(adapter.modules, context.dtype)),
+        )
     if context.base is None:
         raise UnsupportedError(
             "a GGUF adapter depends on the architecture of its base model",
@@ -89,7 +94,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
             **{k: v for k, v in adapter.metadata.items() if k and not k.startswith(_OWN_KEYS)},
         },
         base_model=adapter.base_model,
-        notes=adapter.notes,
+        notes=(*adapter.notes, *fallback_notes(modules, context.dtype)),
         inputs=adapter.inputs,
         other_inputs=with_base(adapter, base),
     )

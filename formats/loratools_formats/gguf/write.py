@@ -146,6 +146,18 @@ def _pair(name: str, delta: Delta, is_folded: bool, storage: str | None) -> Iter
     yield Planned(f"{name}.weight.lora_b", kind_b, part.b.shape, part.b, scale)
 
 
+def fallback_notes(modules: Mapping[str, Delta], storage: str | None) -> tuple[str, ...]:
+    """Return a note if some factors cannot be stored in the type asked for."""
+    pairs = [pair for name, delta in modules.items() for pair in _pair(name, delta, False, storage)]
+    count = sum(storage is not None and pair.kind.name != storage.upper() for pair in pairs)
+    if not count or storage is None:
+        return ()
+    name = storage.upper()
+    return (
+        f"{count} of {len(pairs)} factors are F16, since their rows are no whole blocks of {name}",
+    )
+
+
 def _kind(tensor: TensorRef, storage: str | None) -> GgmlType:
     if storage is None:
         return BY_NAME[tensor.dtype.code if tensor.dtype.code in ("F16", "BF16") else "F32"]
