@@ -245,20 +245,21 @@ def quantised(
     """
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
-    base = delta = lost = found = 0.0
+    base = delta = lost = gained = 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=False, device=device)
-    for block in blocks:
-        if not np.isfinite(block.total).all():
-            raise AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
-        stored = encode(block.total, kind)
-        store(block.start, stored)
-        new = decode(stored.data, kind, block.total.shape).astype(np.float64)
-        change = block.total - block.base
-        base += float(np.vdot(block.base, block.base))
-        delta += float(np.vdot(change, change))
-        found += float(np.vdot(new - block.base, change))
-        new -= block.total
-        lost += float(np.vdot(new, new))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in blocks:
+            w, total = block.base.reshape(-1), block.total.reshape(-1)
+            stored = encode(total, kind)
+            store(block.start, stored)
+            base += float(np.dot(w, w))
+            change = np.subtract(total, w, out=w)
+            delta += float(np.dot(change, change))
+            error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
+            lost += float(np.dot(error, error))
+            gained += float(np.dot(error, change))
+    if not math.isfinite(base + delta + lost):
+        raise AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
     return TensorReport(
         plan.key,
         plan.modules,
@@ -266,7 +267,7 @@ def quantised(
         math.sqrt(base),
         math.sqrt(delta),
         math.sqrt(lost),
-        surviving=found / delta if delta else 1.0,
+        surviving=1.0 + gained / delta if delta else 1.0,
     )
 
 
