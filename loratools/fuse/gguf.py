@@ -32,6 +32,7 @@ from loratools_formats.adapter import Adapter, low_rank_part
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.gguf.container import GgufTensor
+from loratools_formats.gguf.from_model import check_shape
 from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
 from loratools_formats.gguf.model import ModelLayout, plain
 from loratools_formats.gguf.splits import GgufModel
@@ -277,10 +278,9 @@ def _changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
     found = []
     for module, delta in _in_gguf_terms(item.adapter, base).modules.items():
         name = f"{module}.weight"
-        if name not in base.tensors:
-            raise AdapterError(
-                "the model has no such tensor", path=base.path, tensor=name, got=item.name
-            )
+        part = low_rank_part(delta)
+        tensor = base.tensors.get(name)
+        check_shape(name, part, None if tensor is None else tensor.shape)
         if f"{module}.scale" in base.tensors:
             raise UnsupportedError(
                 "the model keeps a scale beside this tensor, which is not supported",
@@ -289,7 +289,7 @@ def _changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
                 got=base.tensors[name].kind.name,
                 hint="Start from the original model",
             )
-        is_embedding = low_rank_part(delta).layer.kind == "embedding"
+        is_embedding = part.layer.kind == "embedding"
         placement = Placement(name, module, delta, transposed=is_embedding)
         found.append((name, Change(placement, item.weight)))
     return found

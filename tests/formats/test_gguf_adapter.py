@@ -96,6 +96,12 @@ A, B = "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"
 UNREADABLE = {
     "a model": ({"kind": "model"}, "not a LoRA adapter.*--base"),
     "another adapter": ({"adapter": "control_vector"}, "not a LoRA adapter"),
+    "no type": ({"kind": ""}, "not a LoRA adapter; got general.type None"),
+    "no type of adapter": ({"adapter": ""}, "not a LoRA adapter; got adapter.type None"),
+    "experts share a": (
+        {"tensors": {A.replace("q", "k"): floats(1, 4, 16), B.replace("q", "k"): floats(3, 16, 4)}},
+        "do not fit together",
+    ),
     "alpha is a whole number": (
         {"keys": lambda w: w.add_uint32("adapter.lora.alpha", 8)},
         "adapter.lora.alpha has the wrong type; got u32; expected f32",
@@ -484,6 +490,49 @@ def test_merged_adapters_must_be_of_one_architecture(tmp_path):
     two = replace(one, config={**one.config, "architecture": "qwen2"})
     with pytest.raises(AdapterError, match="llama, qwen2"):
         get_format("gguf").merged_config([one, two])
+
+
+FITTING = {A: (4, 16), B: (16, 4)}
+UNFITTING = {
+    "input": {A: (4, 8), B: (16, 4)},
+    "output": {A: (4, 16), B: (8, 4)},
+    "stack": {A: (2, 4, 16), B: (2, 16, 4)},
+    "norm": {"output_norm.weight.lora_a": (4, 16), "output_norm.weight.lora_b": (1, 4)},
+    "absent": {"output.weight.lora_a": (4, 16), "output.weight.lora_b": (16, 4)},
+}
+
+
+@pytest.mark.parametrize("name", UNFITTING)
+def test_gguf_adapters_of_other_shapes_are_not_fused(tmp_path, name):
+    path = tmp_path / "model.gguf"
+    tensors = {"blk.0.attn_q.weight": floats(16, 16), "output_norm.weight": floats(16)}
+    file_with(path, tensors, kind="model")
+    for shapes in (FITTING, UNFITTING[name]):
+        lora = file_with(tmp_path / "lora.gguf", {key: floats(*s) for key, s in shapes.items()})
+        given = [FuseInput(read_adapter(lora), 1.0, "lora")]
+        if shapes is FITTING:
+            GgufFusion(read_model(path), given, GgufFuseOptions())
+            continue
+        with pytest.raises(AdapterError, match="does not fit the base model"):
+            GgufFusion(read_model(path), given, GgufFuseOptions())
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    with pytest.raises(AdapterError, match=r"is not a model; got general\.type adapter"):
+        read_model(file_with(tmp_path / "lora.gguf"))
+
+
+def test_base_values_that_are_not_finite_are_not_fused(tmp_path):
+    for outtype in ("keep", "q8_0"):
+        values = floats(32, 32)
+        values[3, 5] = np.nan
+        model = file_with(tmp_path / "model.gguf", {"blk.0.attn_q.weight": values}, kind="model")
+        lora = file_with(tmp_path / "lora.gguf", {A: floats(4, 32), B: floats(32, 4)})
+        given = [FuseInput(read_adapter(lora), 1.0, "lora")]
+        fusion = GgufFusion(read_model(model), given, GgufFuseOptions(outtype))
+        with pytest.raises(AdapterError, match="NaN or infinite"):
+            fusion.write(tmp_path / "out.gguf")
+        assert not (tmp_path / "out.gguf").exists()
 
 
 def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):

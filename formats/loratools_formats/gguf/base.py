@@ -126,13 +126,10 @@ def base_of_gguf(model: GgufModel) -> Base:
     """Return the facts about a base model that a GGUF model holds.
 
     Raises:
-        AdapterError: a key is missing or wrong, or the file is no model.
+        AdapterError: a key is missing or wrong.
         UnsupportedError: another architecture.
     """
     path = model.path
-    kind = model.get("general.type", "string")
-    if kind not in (None, "model"):
-        raise AdapterError("is not a model", path=path, got=f"general.type {kind}")
     name = model.get("general.architecture", "string")
     if name not in ARCHITECTURES:
         raise _unknown(path, str(name), sorted(ARCHITECTURES))

@@ -252,15 +252,18 @@ def _check_shapes(modules: Mapping[str, Delta], base: Base) -> None:
                 got=delta.experts,
                 expected=base.sizes.experts,
             )
-        if base.shapes is None:
-            continue
-        shape = delta.shape if delta.layer.kind != "embedding" else delta.shape[::-1]
-        stack = (delta.experts,) if delta.layer.kind == "experts" else ()
-        wanted = base.shapes.get(f"{name}.weight")
-        if wanted != (*stack, *shape):
-            raise AdapterError(
-                "module does not fit the base model",
-                tensor=name,
-                got=[*stack, *shape],
-                expected="no such tensor" if wanted is None else list(wanted),
-            )
+        if base.shapes is not None:
+            check_shape(name, delta, base.shapes.get(f"{name}.weight"))
+
+
+def check_shape(name: str, delta: LowRank, wanted: tuple[int, ...] | None) -> None:
+    """Raise `AdapterError` if a tensor's change has not its row-major shape; None if it is not."""
+    shape = delta.shape if delta.layer.kind != "embedding" else delta.shape[::-1]
+    stack = (delta.experts,) if delta.layer.kind == "experts" else ()
+    if wanted != (*stack, *shape):
+        raise AdapterError(
+            "module does not fit the base model",
+            tensor=name,
+            got=[*stack, *shape],
+            expected="no such tensor" if wanted is None else list(wanted),
+        )

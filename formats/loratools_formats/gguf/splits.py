@@ -60,9 +60,12 @@ def read_model(path: Path) -> GgufModel:
 
     Raises:
         MissingFileError: the file or another part is missing.
-        AdapterError: malformed, not the first part, or parts that do not belong together.
+        AdapterError: malformed, no model, not the first part, or parts that do not belong together.
     """
     first = read_gguf(path)
+    kind = first.get("general.type", "string")
+    if kind not in (None, "model"):
+        raise AdapterError("is not a model", path=path, got=f"general.type {kind}")
     count = _split_count(first)
     if count == 1:
         return GgufModel((first,), first.tensors)
