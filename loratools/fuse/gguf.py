@@ -32,7 +32,7 @@ from loratools_formats.adapter import Adapter, low_rank_part
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.gguf.container import GgufTensor
-from loratools_formats.gguf.from_model import check_shape
+from loratools_formats.gguf.from_model import OUTPUT, check_shape, refuse_tied
 from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
 from loratools_formats.gguf.model import ModelLayout, plain
 from loratools_formats.gguf.splits import GgufModel
@@ -278,6 +278,8 @@ def _changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
     found = []
     for module, delta in _in_gguf_terms(item.adapter, base).modules.items():
         name = f"{module}.weight"
+        if f"{OUTPUT}.weight" not in base.tensors:
+            refuse_tied(module)
         part = low_rank_part(delta)
         tensor = base.tensors.get(name)
         check_shape(name, part, None if tensor is None else tensor.shape)

@@ -498,8 +498,23 @@ UNFITTING = {
     "output": {A: (4, 16), B: (8, 4)},
     "stack": {A: (2, 4, 16), B: (2, 16, 4)},
     "norm": {"output_norm.weight.lora_a": (4, 16), "output_norm.weight.lora_b": (1, 4)},
-    "absent": {"output.weight.lora_a": (4, 16), "output.weight.lora_b": (16, 4)},
+    "absent": {"blk.9.attn_q.weight.lora_a": (4, 16), "blk.9.attn_q.weight.lora_b": (16, 4)},
 }
+TIED = {
+    "aborts on": {"token_embd.weight.lora_a": (50, 4), "token_embd.weight.lora_b": (16, 4)},
+    "no tensor for it": {"output.weight.lora_a": (4, 16), "output.weight.lora_b": (50, 4)},
+}
+
+
+@pytest.mark.parametrize("message", TIED)
+def test_gguf_adapters_of_an_output_layer_are_not_fused_into_tied_models(tmp_path, message):
+    path = file_with(tmp_path / "model.gguf", {"token_embd.weight": floats(50, 16)}, kind="model")
+    shapes = TIED[message]
+    lora = file_with(tmp_path / "lora.gguf", {key: floats(*s) for key, s in shapes.items()})
+    with pytest.raises(UnsupportedError, match=message):
+        GgufFusion(
+            read_model(path), [FuseInput(read_adapter(lora), 1.0, "lora")], GgufFuseOptions()
+        )
 
 
 @pytest.mark.parametrize("name", UNFITTING)

@@ -169,17 +169,23 @@ def _look_up(path: str, base: Base) -> tuple[Module, str, int | None] | None:
     return None
 
 
-def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
-    if name == OUTPUT and base.tied:
+def refuse_tied(name: str) -> None:
+    """Raise `UnsupportedError` if a GGUF tensor is one that tied models share or lack."""
+    if name == OUTPUT:
         raise UnsupportedError(
             "the base model's output layer is its embedding, and llama.cpp has no tensor for it",
             hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
         )
-    if name == EMBEDDING and base.tied:
+    if name == EMBEDDING:
         raise UnsupportedError(
             "llama.cpp aborts on an adapter of an embedding that is the output layer too",
             hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
         )
+
+
+def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
+    if base.tied:
+        refuse_tied(name)
     if (name == EMBEDDING) != (delta.layer.kind == "embedding"):
         raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
 
