@@ -93,7 +93,8 @@ class GgufFusion:
             name: self._plan(name, changes[name]) for name in base.tensors if name in changes
         }
         touched = [base.tensors[name] for name in self.plans]
-        self.notes = (*_fallback_notes(touched, kinds, options), *_joined_notes(base))
+        read = dict.fromkeys(note for item in inputs for note in item.adapter.notes)
+        self.notes = (*read, *_fallback_notes(touched, kinds, options), *_joined_notes(base))
 
     def _plan(self, name: str, changes: Sequence[Change]) -> TensorPlan:
         source = plain(self.base.tensors[name])

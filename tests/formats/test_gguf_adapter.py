@@ -532,6 +532,16 @@ def test_gguf_adapters_of_other_shapes_are_not_fused(tmp_path, name):
             GgufFusion(read_model(path), given, GgufFuseOptions())
 
 
+def test_norms_that_llama_cpp_ignores_are_named_when_fusing(tmp_path):
+    tensors = {"blk.0.attn_q.weight": floats(16, 16), "output_norm.weight": floats(16)}
+    model = file_with(tmp_path / "model.gguf", tensors, kind="model")
+    factors = {A: floats(4, 16), B: floats(16, 4), "output_norm.weight": floats(16)}
+    lora = file_with(tmp_path / "lora.gguf", factors)
+    given = [FuseInput(read_adapter(lora), 1.0, "lora")] * 2
+    fusion = GgufFusion(read_model(model), given, GgufFuseOptions())
+    assert fusion.preview.notes == ("llama.cpp ignores trained norms: output_norm.weight",)
+
+
 def test_an_adapter_is_no_model(tmp_path):
     with pytest.raises(AdapterError, match=r"is not a model; got general\.type adapter"):
         read_model(file_with(tmp_path / "lora.gguf"))
