@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
-from loratools.fuse.plan import FuseInput
 from loratools_formats import read_adapter
 from loratools_formats.errors import AdapterError, LoratoolsError, MissingFileError
 from loratools_formats.gguf.base import read_base
