@@ -43,6 +43,7 @@ _MODULES = (
     "road",
     "sparse",
     "tinylora",
+    "torchtune",
     "tucker",
     "unilora",
     "vblora",
