@@ -100,13 +100,12 @@ def _delta(module: str, own: dict[str, TensorRef], alpha: float | Missing) -> De
             whole=True,
             in_base=(heads, "num_attention_heads"),
         )
-    magnitude = own.get("magnitude")
     return OtherDelta(
         "torchtune",
         {part: own[part] for part in "ab"},
         settings,
         shape=(own["b"].shape[0], own["a"].shape[1]),
-        magnitude=magnitude,
+        magnitude=own.get("magnitude"),
     )
 
 
@@ -129,9 +128,11 @@ def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[Regula
     except strict_json.StrictJsonError as error:
         raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
     values = values if isinstance(values, dict) else {}
-    alpha, rank = values.get("lora_alpha"), values.get("r")
+    alpha: Any = values.get("lora_alpha")
+    rank = values.get("r")
     others = sorted(set(values) - _CONFIG_KEYS)
-    if type(alpha) not in (int, float) or ranks != {rank} or others:
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not is_number or ranks != {rank} or others:
         raise AdapterError(
             "config beside the weights is not theirs",
             path=path,

@@ -23,7 +23,7 @@ import numpy as np
 from loratools.allot import RankChoice, choose_ranks, rank_table
 from loratools.decompose import loaded
 from loratools.dora import Rescaling
-from loratools.fold.alone import folds_alone, plain_adapter, with_settings
+from loratools.fold.alone import folds_alone, needs_base, plain_adapter, with_settings
 from loratools.fold.modules import stored_as_is
 from loratools.fold.opening import Opened, Opener
 from loratools.kinds import get_kind
@@ -181,7 +181,8 @@ def fold_choices(
     """
     adapter = with_settings(adapter, given or {}, base)
     work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
-    if all(isinstance(d, LowRank) or folds_alone(d) for d in adapter.modules.values()):
+    deltas = adapter.modules.values()
+    if all(isinstance(d, LowRank) or (folds_alone(d) and not needs_base(d)) for d in deltas):
         return None
     found = list(in_order(work.measured, adapter.modules, work.options.threads))
     if all(is_exact for _, _, is_exact in found):

@@ -32,6 +32,7 @@ _MODULES = (
     "loha",
     "lokr",
     "loralib",
+    "megatron",
     "middle",
     "miss",
     "miss_bat",
