@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from loratools.effective import effective_delta
 from loratools.fold.operation import to_lora
@@ -281,10 +281,34 @@ def test_nola_is_not_a_change_of_zero(tmp_path):
         read_adapter(by_tensor)
 
 
-def test_the_mean_of_a_bayesian_lora_is_not_taken_in_silence(tmp_path):
-    folder = saved(tmp_path / "adapter", FACTORS | {".lora_A_rho": A.astype("f4")})
-    with pytest.raises(AdapterError, match="rho"):
-        read_adapter(folder)
+def test_the_change_of_a_bayesian_lora_is_that_of_its_mean(tmp_path):
+    spread = {".lora_A_rho": random(4, 24)}
+    adapter = read_adapter(saved(tmp_path / "adapter", FACTORS | spread))
+    (note,) = (text for text in adapter.notes if "posterior" in text)
+    assert "BLoB" in note
+    result = to_lora(adapter, RankRule())
+    close(effective_delta("q_proj", result.adapter.modules["q_proj"], (36, 24)), 2.0 * B @ A)
+    write_adapter(adapter, tmp_path / "again", "peft")
+    assert set(read_adapter(tmp_path / "again").carried) == set(adapter.carried) != set()
+    for name, made in (("plain", result), ("small", squeeze(adapter, RankRule(rank=2)))):
+        write_adapter(made.adapter, tmp_path / name, "peft")
+        assert not read_adapter(tmp_path / name).carried
+
+
+def test_the_authors_fork_of_uni_lora_calls_its_indices_logits(tmp_path):
+    bank = random(50)
+    indices = {"A": RNG.integers(0, 50, (4, 24)), "B": RNG.integers(0, 50, (36, 4))}
+    norms = {"A": random(4, 24), "B": random(36, 4)}
+    tensors = {}
+    for side in "AB":
+        tensors[f".unilora_logits_{side}"] = indices[side]
+        tensors[f".unilora_norm_{side}"] = norms[side]
+    folder = saved(tmp_path / "adapter", tensors, peft_type="UNILORA", r=4, lora_alpha=None, topk=2)
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.unilora_vector_bank": bank}, path)
+    result = to_lora(read_adapter(folder), RankRule())
+    a, b = (bank[indices[side]].astype("f8") * norms[side] for side in "AB")
+    close(effective_delta("q_proj", result.adapter.modules["q_proj"], (36, 24)), b @ a)
 
 
 def test_sparse_deltas_of_spiel_are_flat_places(tmp_path):

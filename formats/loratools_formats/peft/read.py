@@ -149,9 +149,15 @@ def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]
 
 
 def _training_notes(carried: Mapping[str, TensorRef]) -> list[str]:
+    notes = []
     if any(keys.SAMPLER in name for name in carried):
-        return ["MonteCLoRA's sampler acts in training only; it is left out when ranks change"]
-    return []
+        notes.append("MonteCLoRA's sampler acts in training only; it is left out when ranks change")
+    if any(name.endswith(keys.SPREAD) for name in carried):
+        notes.append(
+            "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
+            "spread of the posterior is left out of what is made from it"
+        )
+    return notes
 
 
 def _folder_notes(folder: Path) -> list[str]:

@@ -1,0 +1,29 @@
+"""Plain LoRA of LoRAFactory, whose file holds neither its scale nor its variant.
+
+ΔW = α/r · B @ A, or α/√r · B @ A of its rsLoRA (`lora.py`, `rslora.py` of MyTransformers 4037d4d).
+"""
+
+from __future__ import annotations
+
+import math
+
+from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools_formats.adapter import OtherDelta
+
+
+def _change(delta: OtherDelta, _: Weight) -> Change:
+    tensors, settings = Tensors(delta), delta.settings
+    a, b = tensors["a"], tensors["b"]
+    if b.shape[1] != len(a):
+        raise tensors.wrong_shape("b", f"(out, {len(a)})")
+    root = math.sqrt(len(a)) if settings["variant"] == "rslora" else len(a)
+    return Product(settings["alpha"] / root * b, a)
+
+
+KIND = Kind(
+    name="lorafactory",
+    title="LoRA of LoRAFactory",
+    source="MyTransformers, common/lora_modules/lora.py",
+    parts=("a", "b"),
+    change=_change,
+)
