@@ -49,7 +49,7 @@ def _read(path: Path) -> Adapter:
             ),
         }
         shape = (parts["b"].shape[0], parts["a"].shape[1])
-        modules[module] = OtherDelta("lorafactory", parts, settings, shape=shape)
+        modules[module] = OtherDelta("unscaled", parts, settings, shape=shape)
     return state.adapter(FORMAT.name, modules)
 
 

@@ -37,7 +37,7 @@ def has_names(path: Path, pattern: re.Pattern[bytes], *, safetensors: bool = Fal
         safetensors: whether files of that type are meant too.
     """
     suffixes = (*SUFFIXES, _SAFETENSORS) if safetensors else SUFFIXES
-    if path.suffix not in suffixes or path.name == _OF_FOLDERS[0] or not path.is_file():
+    if path.suffix not in suffixes or not path.is_file():
         return False
     if path.name in _OF_FOLDERS and (path.parent / _CONFIG).is_file():
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -48,6 +49,41 @@ class TestLoraFactory:
             tmp_path / "final.safetensors", FACTORS | {f"layers.0.q.{extra}": random(4, 4)}
         )
         with pytest.raises(AdapterError, match=extra):
+            read_adapter(path)
+
+
+class TestPeftWeights:
+    """What ICM-LoRA ends with: a generated `adapter_model.safetensors` and nothing else."""
+
+    tensors = {  # noqa: RUF012
+        "base_model.model.layers.0.q.lora_A.weight": random(RANK, IN),
+        "base_model.model.layers.0.q.lora_B.weight": random(OUT, RANK),
+    }
+
+    @pytest.mark.parametrize("name", ["adapter_model.safetensors", "restored_state_dict.pth"])
+    def test_their_scale_is_asked_for(self, tmp_path, name):
+        path = saved(tmp_path / name, self.tensors)
+        assert find_format(path).name == "peft-weights"
+        assert "adapter_config.json" in read_adapter(path).notes[-1]
+        with pytest.raises(UnsupportedError, match="alpha"):
+            deltas_of(path, SHAPES, variant="rslora")
+        got, _ = deltas_of(path, SHAPES, alpha=8, variant="rslora")
+        a, b = self.tensors.values()
+        close(got["layers.0.q"], 8 / math.sqrt(RANK) * b.astype("f8") @ a)
+
+    def test_with_their_configuration_they_are_a_peft_folder(self, tmp_path):
+        path = saved(tmp_path / "adapter_model.safetensors", self.tensors)
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q"]}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        assert find_format(path).name == find_format(tmp_path).name == "peft"
+
+    def test_other_names_are_single_files(self, tmp_path):
+        assert find_format(saved(tmp_path / "lora.safetensors", self.tensors)).name == "safetensors"
+
+    def test_other_tensors_are_refused(self, tmp_path):
+        extra = {"base_model.model.layers.0.q.lora_magnitude_vector": random(OUT)}
+        path = saved(tmp_path / "adapter_model.safetensors", self.tensors | extra)
+        with pytest.raises(AdapterError, match="magnitude"):
             read_adapter(path)
 
 

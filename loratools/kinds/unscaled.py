@@ -1,6 +1,7 @@
-"""Plain LoRA of LoRAFactory, whose file holds neither its scale nor its variant.
+"""Plain LoRA whose scale is in none of the files that are left: LoRAFactory, ICM-LoRA.
 
-ΔW = α/r · B @ A, or α/√r · B @ A of its rsLoRA (`lora.py`, `rslora.py` of MyTransformers 4037d4d).
+ΔW = α/r · B @ A, or α/√r · B @ A with rsLoRA. Source: `lora.py` and `rslora.py` of MyTransformers
+4037d4d, and PEFT's `LoraLayer`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def _change(delta: OtherDelta, _: Weight) -> Change:
 
 
 KIND = Kind(
-    name="lorafactory",
-    title="LoRA of LoRAFactory",
+    name="unscaled",
+    title="LoRA that has lost its scale (LoRAFactory, ICM-LoRA)",
     source="MyTransformers, common/lora_modules/lora.py",
     parts=("a", "b"),
     change=_change,
