@@ -58,6 +58,8 @@ def _read(path: Path) -> Adapter:
             raise state.unknown(name, "factors alone, without the weights that they change")
     if shared and set(shared) != set(_ROOT):
         raise state.unknown(next(iter(shared)), " and ".join(_ROOT))
+    for number in shared.values():
+        state.check_number(number)
     modules: dict[str, Delta] = {}
     for module, found in own.items():
         sides = {name.removeprefix("a").removeprefix("b") for name in found}

@@ -128,6 +128,22 @@ class StateDict:
                     got=list(tensor.shape),
                 )
 
+    def check_number(self, tensor: TensorRef) -> None:
+        """Refuse a tensor that is not one number.
+
+        Raises:
+            AdapterError: it is none, or several.
+        """
+        from loratools_formats.errors import AdapterError
+
+        if tensor.numel != 1:
+            raise AdapterError(
+                "tensor is not one number",
+                path=self._path,
+                tensor=tensor.key,
+                got=list(tensor.shape),
+            )
+
     def adapter(
         self,
         format_name: str,

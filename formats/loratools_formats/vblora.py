@@ -49,7 +49,8 @@ def _read(path: Path) -> Adapter:
         if any(len(parts[name].shape) != 3 for name in ("logits_a", "logits_b")):
             raise state.lacking(module, found, "logits of three axes")
         bank = {**parts, **common}["bank"]
-        length = bank.shape[-1] if len(bank.shape) == 2 else 0
+        state.check_matrices({"bank": bank})
+        length = bank.shape[1]
         shape = (parts["logits_b"].shape[0] * length, parts["logits_a"].shape[0] * length)
         parts["logits_a"] = parts["logits_a"].transposed((1, 0, 2))
         settings = {"topk": Missing("topk of the training script", whole=True)}

@@ -31,6 +31,8 @@ _MODULES = (
     "kasa",
     "loha",
     "lokr",
+    "loldu",
+    "loldu_full",
     "loralib",
     "lorat",
     "megatron",

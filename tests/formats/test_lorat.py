@@ -82,6 +82,7 @@ def test_alpha_is_asked_for_where_it_is_left_out(tmp_path):
         {f"{QKV}.q.linear.weight": random(DIM, DIM)},
         {f"{FC}.linear.bias": random(20)},
         {"lora_alpha": np.array(8.0, np.float32)},
+        {"lora_alpha": random(2), "use_rslora": np.array(False)},
         {"blocks.2.attn.qkv.q.lora.A": random(RANK, DIM)},
     ],
 )

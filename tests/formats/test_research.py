@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 import pytest
-from statedicts import close, deltas_of, saved
+from statedicts import base_of, close, deltas_of, saved
 
+from loratools.ranks import RankRule
 from loratools_formats import find_format, read_adapter
 from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
 
@@ -87,6 +88,98 @@ class TestPeftWeights:
             read_adapter(path)
 
 
+class TestLoldu:
+    """What `LoLDUParametrization` makes of a weight, by its own steps, in float32."""
+
+    alpha, prefix = 6, "layers.0.q.parametrizations.weight."
+
+    def trained(self, init_method):
+        """Return the weight before and after training, and the whole state dict."""
+        import torch
+
+        weight = torch.from_numpy(random(OUT, IN))
+        permutation, lower, upper = torch.linalg.lu(weight)
+        diagonal = torch.diagonal(upper)[:RANK].clone()
+        upper = (upper / torch.diagonal(upper).unsqueeze(-1))[:RANK]
+        lower, scale = lower[:, :RANK], self.alpha / RANK
+        start = {
+            "lu": diagonal,
+            "constant": torch.full((RANK,), diagonal.mean().item()),
+            "ones": diagonal,  # z begins as ones, but what is subtracted is the diagonal
+            "uniform": torch.from_numpy(random(RANK)),
+        }[init_method]
+        residual = weight - scale * permutation @ lower @ torch.diag(start) @ upper
+        z = start + 0.1 * torch.from_numpy(random(RANK))
+        after = residual.double() + scale * (
+            permutation.double() @ lower.double() @ torch.diag(z).double() @ upper.double()
+        )
+        tensors = {
+            "original": residual, "0.layer_weights": residual, "0.lora_A": upper,
+            "0.lora_B": lower, "0.P": permutation, "0.vector_z": z,
+            "0.scaling_factor": torch.tensor(scale), "0.lora_dropout_mask": torch.ones(1, IN),
+        }  # fmt: skip
+        found = {self.prefix + k: np.ascontiguousarray(v.numpy()) for k, v in tensors.items()}
+        return weight.numpy(), after.numpy(), found
+
+    @pytest.mark.parametrize("init_method", ["lu", "constant", "ones"])
+    def test_its_vector_needs_the_base(self, tmp_path, init_method):
+        weight, after, tensors = self.trained(init_method)
+        z = {f"{self.prefix}0.vector_z": tensors[f"{self.prefix}0.vector_z"]}
+        path = saved(tmp_path / "loldu.safetensors", z)
+        assert find_format(path).name == "loldu"
+        given = {"alpha": self.alpha, "init_method": init_method}
+        with pytest.raises(UnsupportedError, match="--base"):
+            deltas_of(path, SHAPES, **given)
+        base = base_of(tmp_path / "base", {"layers.0.q": weight})
+        got, result = deltas_of(path, SHAPES, base=base, **given)
+        close(got["layers.0.q"], after - weight, 1e-4)
+        assert result.adapter.modules["layers.0.q"].rank == RANK
+
+    @pytest.mark.parametrize("init_method", ["lu", "uniform"])
+    def test_its_whole_state_dict_tells_any_start(self, tmp_path, init_method):
+        weight, after, tensors = self.trained(init_method)
+        path = saved(tmp_path / "loldu.safetensors", tensors)
+        base = base_of(tmp_path / "base", {"layers.0.q": weight})
+        got, _ = deltas_of(path, SHAPES, base=base, rule=RankRule(rank=RANK))
+        close(got["layers.0.q"], after - weight, 1e-5)
+
+    def test_a_random_start_is_refused(self, tmp_path):
+        weight, _, tensors = self.trained("uniform")
+        z = {f"{self.prefix}0.vector_z": tensors[f"{self.prefix}0.vector_z"]}
+        path = saved(tmp_path / "loldu.safetensors", z)
+        base = base_of(tmp_path / "base", {"layers.0.q": weight})
+        with pytest.raises(OptionError, match="random start is lost"):
+            deltas_of(path, SHAPES, base=base, alpha=self.alpha, init_method="uniform")
+
+    def test_pivots_that_rounding_decides_are_refused(self, tmp_path):
+        weight, _, tensors = self.trained("lu")
+        weight[1:] = weight[1]
+        weight[2, 1] += 1
+        weight[3, 1] += 1
+        z = {f"{self.prefix}0.vector_z": tensors[f"{self.prefix}0.vector_z"]}
+        path = saved(tmp_path / "loldu.safetensors", z)
+        base = base_of(tmp_path / "base", {"layers.0.q": weight})
+        with pytest.raises(UnsupportedError, match="not determined"):
+            deltas_of(path, SHAPES, base=base, alpha=self.alpha, init_method="lu")
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("0.scaling_factor", random(2)), ("0.P", random(3, 3)), ("0.layer_weights", random(2, 2))],
+    )
+    def test_tensors_that_do_not_fit_are_refused(self, tmp_path, name, value):
+        weight, _, tensors = self.trained("lu")
+        path = saved(tmp_path / "loldu.safetensors", tensors | {self.prefix + name: value})
+        base = base_of(tmp_path / "base", {"layers.0.q": weight})
+        with pytest.raises(AdapterError):
+            deltas_of(path, SHAPES, base=base, rule=RankRule(rank=RANK))
+
+    def test_half_of_a_parametrisation_is_refused(self, tmp_path):
+        _, _, tensors = self.trained("lu")
+        del tensors[f"{self.prefix}0.P"]
+        with pytest.raises(AdapterError, match="all of the parametrisation"):
+            read_adapter(saved(tmp_path / "loldu.safetensors", tensors))
+
+
 class TestVbLora:
     """`VBLinear` of the authors: x @ A @ B with both composed of the bank's vectors."""
 
@@ -125,6 +218,17 @@ class TestVbLora:
         tensors, _ = self.tensors(bank_of=())
         with pytest.raises(AdapterError, match="vector_bank"):
             read_adapter(saved(tmp_path / "model.safetensors", tensors))
+
+    def test_logits_and_banks_that_do_not_fit_are_refused(self, tmp_path):
+        tensors, _ = self.tensors()
+        for number, (name, value) in enumerate(
+            [("logits_A", random(4, 4)), ("logits_B", random(6, 4, 9)), ("vector_bank", random(9))]
+        ):
+            path = tmp_path / f"{number}.safetensors"
+            saved(path, tensors | {f"layers.0.q.{name}": value})
+            shapes = {f"layers.0.{name}": (OUT, IN) for name in ("q", "v")}
+            with pytest.raises(AdapterError):
+                deltas_of(path, shapes, topk=3)
 
     def test_the_model_beside_it_is_refused(self, tmp_path):
         tensors, _ = self.tensors()
