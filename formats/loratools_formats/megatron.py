@@ -2,9 +2,8 @@
 
 Projections that Megatron fuses share one pair of factors; they become the projections that
 transformers' models of Llama's layout have, which needs the number of heads and the width of the
-MLP. Alpha is in the configuration of the run, not in the weights. Distributed checkpoints are
-folders of another kind: what is read here is one file with the gathered tensors, such as the
-`model_weights.ckpt` in a `.nemo` archive.
+MLP. Alpha is in the configuration of the run, not in the weights. What is read is one file with the
+gathered tensors; distributed checkpoints, folders of shards, are recognised and refused.
 
 Adapters of experts, routers and state-space layers, and NeMo's tied variants, are not known here.
 Source: `peft/` and `models/conversion/peft_bridge.py` of Megatron-Bridge 067f987df;
@@ -58,13 +57,40 @@ _TELLING = re.compile(_KEY.pattern.encode())
 
 
 def _sniff(path: Path) -> bool:
-    return has_names(path, _TELLING, safetensors=True)
+    return _is_distributed(path) or has_names(path, _TELLING, safetensors=True)
+
+
+def _is_distributed(path: Path) -> bool:
+    """Return whether a folder is a checkpoint that torch saved in shards of many ranks."""
+    return path.is_dir() and (path / ".metadata").is_file() and any(path.glob("__*.distcp"))
 
 
 def _read(path: Path) -> Adapter:
+    from loratools_formats.errors import UnsupportedError
+
+    if _is_distributed(path):
+        raise UnsupportedError(
+            "a distributed checkpoint is not read",
+            path=path,
+            hint="Export it with export_adapter_ckpt of Megatron-Bridge, or save its gathered "
+            "tensors as one file",
+        )
+    return adapter_of(StateDict(path), FORMAT.name, path)
+
+
+def adapter_of(state: StateDict, format_name: str, path: Path) -> Adapter:
+    """Return the adapter in a state dict of Megatron's names.
+
+    Args:
+        state: the tensors.
+        format_name: of the format that they were found in.
+        path: what they were read from.
+
+    Raises:
+        AdapterError: an unknown name, or factors that do not belong together.
+    """
     from loratools_formats.errors import AdapterError
 
-    state = StateDict(path)
     parts: dict[tuple[int, str], dict[str, TensorRef]] = {}
     for name, tensor in state.tensors.items():
         key = _KEY.fullmatch(name)
@@ -94,7 +120,7 @@ def _read(path: Path) -> Adapter:
             modules[path_in_model] = _delta(projection, own)
         if len(projections) > 1:
             shared |= {tensor.key: tensor for tensor in own.values()}
-    return state.adapter(FORMAT.name, modules, shared=shared)
+    return state.adapter(format_name, modules, shared=shared)
 
 
 def _delta(projection: str, own: dict[str, TensorRef]) -> Delta:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loratools_formats.adapter import Adapter, Delta, Replacement
     from loratools_formats.errors import AdapterError
     from loratools_formats.files import RegularFile
@@ -58,6 +60,7 @@ class StateDict:
 
     Args:
         path: the file.
+        content: where its weights are, if they were taken out of it.
 
     Attributes:
         tensors: by name.
@@ -69,21 +72,21 @@ class StateDict:
 
     tensors: dict[str, TensorRef]
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: Path | None = None) -> None:
+        from loratools_formats.files import RegularFile
         from loratools_formats.peft.legacy_bin import read_bin
         from loratools_formats.safetensors_io import read_safetensors
 
         self._path = path
         weights: SafetensorsFile
-        original: RegularFile
         if path.suffix == _SAFETENSORS:
             weights = read_safetensors(path)
-            original = weights.file
+            self._original = weights.file
         else:
-            weights, original = read_bin(path)
+            weights, original = read_bin(content or path)
+            self._original = original if content is None else RegularFile(path)
         self.tensors = dict(weights.tensors)
         self._metadata = weights.metadata
-        self._original = original
 
     def unknown(self, name: str, expected: str) -> AdapterError:
         """Return the error that a tensor is not understood."""
@@ -143,6 +146,27 @@ class StateDict:
                 tensor=tensor.key,
                 got=list(tensor.shape),
             )
+
+    def with_one_bank(
+        self, own: dict[str, dict[str, TensorRef]], names: Mapping[str, str]
+    ) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
+        """Return the parts of modules that share a bank, and the bank if it is stored once.
+
+        Args:
+            own: the tensors of every module, by part; that of the bank is `bank`.
+            names: all parts that a module must have, by the tensors' names.
+
+        Raises:
+            AdapterError: a module lacks a part.
+        """
+        banks = [parts["bank"] for parts in own.values() if "bank" in parts]
+        shared = {"bank": banks[0]} if len(banks) == 1 else {}
+        found = {}
+        for module, parts in own.items():
+            found[module] = {part: ref for part, ref in parts.items() if part not in shared}
+            if {*found[module], *shared} != set(names.values()):
+                raise self.lacking(module, parts, ", ".join(names))
+        return found, shared
 
     def adapter(
         self,

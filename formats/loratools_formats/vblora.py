@@ -38,24 +38,21 @@ def _read(path: Path) -> Adapter:
         if key is None:
             raise state.unknown(name, f"names that end in {', '.join(_PARTS)}")
         own.setdefault(key["module"], {})[_PARTS[key["part"]]] = tensor
-    banks = [parts["bank"] for parts in own.values() if "bank" in parts]
-    shared = {banks[0].key: banks[0]} if len(banks) == 1 else {}
     modules: dict[str, Delta] = {}
-    for module, found in own.items():
-        parts = {part: ref for part, ref in found.items() if part != "bank" or not shared}
-        common = {"bank": banks[0]} if shared else {}
-        if set(parts) | set(common) != set(_PARTS.values()):
-            raise state.lacking(module, found, ", ".join(_PARTS))
+    found, shared = state.with_one_bank(own, _PARTS)
+    for module, parts in found.items():
         if any(len(parts[name].shape) != 3 for name in ("logits_a", "logits_b")):
-            raise state.lacking(module, found, "logits of three axes")
-        bank = {**parts, **common}["bank"]
+            raise state.lacking(module, parts, "logits of three axes")
+        bank = {**parts, **shared}["bank"]
         state.check_matrices({"bank": bank})
         length = bank.shape[1]
         shape = (parts["logits_b"].shape[0] * length, parts["logits_a"].shape[0] * length)
         parts["logits_a"] = parts["logits_a"].transposed((1, 0, 2))
         settings = {"topk": Missing("topk of the training script", whole=True)}
-        modules[module] = OtherDelta("vblora", parts, settings, shape=shape, shared=common)
-    return state.adapter(FORMAT.name, modules, shared=shared)
+        modules[module] = OtherDelta("vblora", parts, settings, shape=shape, shared=shared)
+    return state.adapter(
+        FORMAT.name, modules, shared={tensor.key: tensor for tensor in shared.values()}
+    )
 
 
 FORMAT = Format(

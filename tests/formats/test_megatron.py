@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tarfile
+
 import numpy as np
 import pytest
 from statedicts import base_of, close, deltas_of, saved
@@ -115,6 +117,70 @@ def test_pickles_are_read_too(tmp_path):
     path = saved(tmp_path / "model_weights.ckpt", fused())
     assert find_format(path).name == "megatron"
     assert set(read_adapter(path).modules) == set(SHAPES)
+
+
+def archived(path, names, compression=""):
+    weights = saved(path.parent / "model_weights.ckpt", fused("model.decoder.layers.7.", NEMO_1))
+    with tarfile.open(path, f"w:{compression}") as archive:
+        for name in names:
+            archive.add(weights, name)
+    weights.unlink()
+    return path
+
+
+def test_archives_of_nemo_are_opened(tmp_path):
+    path = archived(tmp_path / "lora.nemo", ["./model_weights.ckpt"])
+    assert find_format(path).name == "nemo"
+    adapter = read_adapter(path)
+    assert set(adapter.modules) == set(SHAPES)
+    assert adapter.inputs[0].path == path
+    got, _ = deltas_of(path, SHAPES, alpha=ALPHA, **LLAMA)
+    assert np.linalg.norm(got[f"{LAYER}.mlp.up_proj"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "compression", "message"),
+    [
+        (["weights.ckpt"], "", "has not one model_weights"),
+        (["tp_rank_00/model_weights.ckpt", "tp_rank_01/model_weights.ckpt"], "", "Merge the ranks"),
+        (["model_weights.ckpt"], "gz", "compressed"),
+    ],
+)
+def test_archives_of_another_kind_are_refused(tmp_path, names, compression, message):
+    path = archived(tmp_path / "lora.nemo", names, compression)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(path)
+
+
+def test_sparse_members_are_refused(tmp_path):
+    path = tmp_path / "lora.nemo"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        member = tarfile.TarInfo("model_weights.ckpt")
+        member.type, member.size = tarfile.GNUTYPE_SPARSE, 0
+        header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        header[483:495] = b"77777777777\0"  # what it expands to
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        archive.fileobj.write(header)
+    with pytest.raises(AdapterError, match="sparse"):
+        read_adapter(path, "nemo")
+
+
+def test_archives_cut_short_are_refused(tmp_path):
+    path = archived(tmp_path / "lora.nemo", ["model_weights.ckpt"])
+    content = path.read_bytes()
+    for share in (0.1, 0.5):
+        path.write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(AdapterError):
+            read_adapter(path)
+
+
+def test_distributed_checkpoints_are_recognised_and_refused(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"")
+    (tmp_path / "__0_0.distcp").write_bytes(b"")
+    assert find_format(tmp_path).name == "megatron"
+    with pytest.raises(UnsupportedError, match="export_adapter_ckpt"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("bridge", [True, False])

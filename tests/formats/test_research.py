@@ -235,3 +235,38 @@ class TestVbLora:
         path = saved(tmp_path / "model.safetensors", tensors | {"layers.0.q.weight": random(4, 4)})
         with pytest.raises(AdapterError, match="adapter alone"):
             read_adapter(path)
+
+
+class TestUniLora:
+    """`UniLinear` of the authors: x @ A @ B, A and B numbers of the bank times their norms."""
+
+    def tensors(self, bank_of=("q", "v")):
+        bank, found = random(50), {}
+        for name in ("q", "v"):
+            for side, shape in (("A", (IN, RANK)), ("B", (RANK, OUT))):
+                found[f"layers.0.{name}.project_params_{side}"] = RNG.integers(0, 50, shape)
+                found[f"layers.0.{name}.norm_factor_{side}"] = random(*shape)
+        return found | {f"layers.0.{name}.vector_bank": bank for name in bank_of}, bank
+
+    @pytest.mark.parametrize("bank_of", [("q", "v"), ("v",)])
+    def test_numbers_of_a_bank(self, tmp_path, bank_of):
+        tensors, bank = self.tensors(bank_of)
+        path = saved(tmp_path / "model.safetensors", tensors)
+        assert find_format(path).name == "unilora"
+        got, _ = deltas_of(path, {f"layers.0.{name}": (OUT, IN) for name in ("q", "v")})
+        x = RNG.standard_normal((5, IN))
+        for name, delta in got.items():
+            a, b = (
+                bank[tensors[f"{name}.project_params_{side}"]].astype("f8")
+                * tensors[f"{name}.norm_factor_{side}"]
+                for side in "AB"
+            )
+            close(x @ delta.T, x @ a @ b)
+
+    def test_indices_beyond_the_bank_are_refused(self, tmp_path):
+        tensors, _ = self.tensors()
+        path = saved(
+            tmp_path / "model.safetensors", tensors | {"layers.0.q.vector_bank": random(9)}
+        )
+        with pytest.raises(AdapterError, match="below 9"):
+            deltas_of(path, {f"layers.0.{name}": (OUT, IN) for name in ("q", "v")})
