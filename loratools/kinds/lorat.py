@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
 from loratools_formats.adapter import OtherDelta
 
 
@@ -19,7 +19,7 @@ def _change(delta: OtherDelta, _: Weight) -> Change:
     tensors, parts = Tensors(delta), delta.settings["parts"]
     rslora = "rslora" in tensors and bool(tensors["rslora"].item())
     alpha = tensors["alpha"].item() if "alpha" in tensors else delta.settings["alpha"]
-    blocks = []
+    blocks: list[tuple[int, Array, Array]] = []
     for part in parts or ("",):
         end = f".{part}" if part else ""
         if f"a{end}" not in tensors and part:
