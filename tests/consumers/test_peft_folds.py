@@ -527,8 +527,8 @@ def test_saved_modules_stay_with_a_folded_adapter(tmp_path):
 
 
 def test_fuse_folds_on_the_fly(made, tmp_path):
+    from loratools.fuse.draft import FuseInput
     from loratools.fuse.operation import FuseOptions, Fusion
-    from loratools.fuse.plan import FuseInput
 
     folder, want = made("lokr-small")
     base = read_checkpoint(folder / "base")
