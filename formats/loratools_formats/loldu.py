@@ -52,6 +52,7 @@ def _read(path: Path) -> Adapter:
         own.setdefault(key["module"], {})[_PARTS[key["part"]]] = tensor
     modules: dict[str, Delta] = {}
     for module, parts in own.items():
+        state.check_factors({part: parts[part] for part in parts if part == "z"}, 1)
         if set(parts) == {"z"}:
             settings = {
                 "alpha": Missing("the lora_alpha of the training script"),
@@ -62,7 +63,7 @@ def _read(path: Path) -> Adapter:
             }
             modules[module] = OtherDelta("loldu", parts, settings)
         elif set(parts) >= _WHOLE:
-            state.check_matrices({"residual": parts["residual"]})
+            state.check_factors({"residual": parts["residual"]})
             state.check_number(parts["scale"])
             out, in_ = parts["residual"].shape
             modules[module] = OtherDelta("loldu_full", parts, shape=(out, in_))

@@ -40,7 +40,7 @@ def _read(path: Path) -> Adapter:
     for module, parts in own.items():
         if set(parts) != {"a", "b"}:
             raise state.lacking(module, parts, "weight_a and weight_b")
-        state.check_matrices(parts)
+        state.check_factors(parts)
         settings = {
             "alpha": Missing("the lora_scaler of the training script"),
             "variant": Missing(

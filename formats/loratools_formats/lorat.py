@@ -65,7 +65,7 @@ def _read(path: Path) -> Adapter:
         sides = {name.removeprefix("a").removeprefix("b") for name in found}
         if any(f"{side}{end}" not in found for side in "ab" for end in sides):
             raise state.lacking(module, found, "lora.A and lora.B of each part")
-        state.check_matrices(found)
+        state.check_factors(found)
         modules[module] = _delta(found, fused[module], shared)
     replacements: dict[str, Replacement] = {
         name: Replacement("other", name, tensor) for name, tensor in rest.items()

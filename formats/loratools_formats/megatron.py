@@ -109,7 +109,7 @@ def adapter_of(state: StateDict, format_name: str, path: Path) -> Adapter:
         module = f"layers.{layer}.{adapter}"
         if not {"a", "b"} <= set(own):
             raise state.lacking(module, own, "linear_in.weight and linear_out.weight")
-        state.check_matrices({part: own[part] for part in "ab"})
+        state.check_factors({part: own[part] for part in "ab"})
         projections = _ADAPTERS[adapter]
         for projection, target in projections.items():
             path_in_model = f"model.layers.{layer}.{target}"

@@ -47,7 +47,7 @@ def _read(path: Path) -> Adapter:
     for module, parts in own.items():
         if set(parts) != {"a", "b"}:
             raise state.lacking(module, parts, "lora_A.weight and lora_B.weight")
-        state.check_matrices(parts)
+        state.check_factors(parts)
         settings = {
             "alpha": Missing("the lora_alpha of the training script"),
             "variant": Missing("lora, or rslora if it had use_rslora", choices=("lora", "rslora")),

@@ -112,23 +112,38 @@ class StateDict:
             expected=expected,
         )
 
-    def check_matrices(self, tensors: dict[str, TensorRef]) -> None:
+    def check_factors(self, tensors: Mapping[str, TensorRef], axes: int = 2) -> None:
         """Refuse tensors that cannot be factors.
 
+        Args:
+            tensors: by part.
+            axes: how many each must have.
+
         Raises:
-            AdapterError: one is no matrix of floating-point numbers.
+            AdapterError: one has others, is empty, or does not hold floating-point numbers.
         """
-        from loratools_formats.errors import AdapterError
         from loratools_formats.factors import check_factor
 
         for tensor in tensors.values():
             check_factor(tensor, self._path)
-            if len(tensor.shape) != 2:
+        self.check_axes(tensors, axes)
+
+    def check_axes(self, tensors: Mapping[str, TensorRef], axes: int) -> None:
+        """Refuse tensors of other numbers of axes, and empty ones.
+
+        Raises:
+            AdapterError: there is one.
+        """
+        from loratools_formats.errors import AdapterError
+
+        for tensor in tensors.values():
+            if len(tensor.shape) != axes or not tensor.numel:
                 raise AdapterError(
-                    "factor is not a matrix",
+                    "tensor has another shape than its kind's",
                     path=self._path,
                     tensor=tensor.key,
                     got=list(tensor.shape),
+                    expected=f"{axes} axes, none of them empty",
                 )
 
     def check_number(self, tensor: TensorRef) -> None:

@@ -67,7 +67,7 @@ def _read(path: Path) -> Adapter:
     for module, own in parts.items():
         if not {"a", "b"} <= set(own):
             raise state.lacking(module, own, "lora_a.weight and lora_b.weight")
-        state.check_matrices({part: own[part] for part in "ab"})
+        state.check_factors({part: own[part] for part in "ab"})
         ranks.add(own["a"].shape[0])
     alpha, beside = _alpha(path.parent, ranks)
     modules: dict[str, Delta] = {

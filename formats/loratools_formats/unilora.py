@@ -48,10 +48,9 @@ def _read(path: Path) -> Adapter:
     modules: dict[str, Delta] = {}
     found, shared = state.with_one_bank(own, _PARTS)
     for module, parts in found.items():
-        for name in ("indices_a", "indices_b", "scales_a", "scales_b"):
-            if len(parts[name].shape) != 2:
-                raise state.lacking(module, parts, f"{name} of two axes")
-            parts[name] = parts[name].transposed((1, 0))
+        crossed = {name: ref for name, ref in parts.items() if name != "bank"}
+        state.check_axes(crossed, 2)
+        parts |= {name: ref.transposed((1, 0)) for name, ref in crossed.items()}
         shape = (parts["indices_b"].shape[0], parts["indices_a"].shape[1])
         modules[module] = OtherDelta("unilora", parts, shape=shape, shared=shared)
     return state.adapter(

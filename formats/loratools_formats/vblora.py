@@ -41,10 +41,9 @@ def _read(path: Path) -> Adapter:
     modules: dict[str, Delta] = {}
     found, shared = state.with_one_bank(own, _PARTS)
     for module, parts in found.items():
-        if any(len(parts[name].shape) != 3 for name in ("logits_a", "logits_b")):
-            raise state.lacking(module, parts, "logits of three axes")
+        state.check_factors({name: parts[name] for name in ("logits_a", "logits_b")}, 3)
         bank = {**parts, **shared}["bank"]
-        state.check_matrices({"bank": bank})
+        state.check_factors({"bank": bank})
         length = bank.shape[1]
         shape = (parts["logits_b"].shape[0] * length, parts["logits_a"].shape[0] * length)
         parts["logits_a"] = parts["logits_a"].transposed((1, 0, 2))

@@ -10,6 +10,8 @@ from click.testing import CliRunner
 from statedicts import saved
 
 from loratools.cli import cli
+from loratools.fold.operation import to_lora
+from loratools.ranks import RankRule
 from loratools_formats import find_format, get_format, read_adapter, registered_formats
 from loratools_formats.errors import LoratoolsError
 
@@ -53,6 +55,15 @@ SAMPLES = {
         "layers.0.q.logits_B": random(6, 4, 10),
         "layers.0.q.vector_bank": random(10, 6),
     },
+}
+GIVEN = {
+    "lorafactory": {"alpha": "8", "variant": "lora"},
+    "lorat": {},
+    "megatron": {"alpha": "8", "num_attention_heads": "4", "num_key_value_heads": "1"},
+    "peft-weights": {"alpha": "8", "variant": "lora"},
+    "torchtune": {"alpha": "8", "rope": "interleaved", "num_attention_heads": "2"},
+    "unilora": {},
+    "vblora": {"topk": "2"},
 }
 NOT_AS_SAFETENSORS = ("loralib",)
 
@@ -98,6 +109,15 @@ class TestStateDict:
             path.write_bytes(content[: int(len(content) * share)])
             with pytest.raises(LoratoolsError):
                 read_adapter(path, name)
+
+    def test_empty_tensors_are_an_error(self, tmp_path, name):
+        for key, values in SAMPLES[name].items():
+            if key == "head.weight":
+                continue
+            empty = np.zeros((0, *values.shape[1:]), values.dtype)
+            path = saved(tmp_path / "empty.safetensors", SAMPLES[name] | {key: empty})
+            with pytest.raises(LoratoolsError):
+                to_lora(read_adapter(path, name), RankRule(), given=GIVEN.get(name, {"alpha": "8"}))
 
     def test_info_shows_it(self, tmp_path, name):
         done = CliRunner().invoke(cli, ["info", str(sample(name, tmp_path)), "-v"])
