@@ -38,8 +38,10 @@ def needs_base(delta: Delta) -> bool:
     return needs == "weight" or (needs == "shape" and None in delta.shape)
 
 
-def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None) -> Adapter:
-    """Return an adapter whose other kinds are folded, exactly and without the base.
+def folded_exactly(
+    adapter: Adapter, operation: str, scratch_folder: Path | None, base: Checkpoint | None = None
+) -> Adapter:
+    """Return an adapter whose other kinds are folded, exactly and without the base's weights.
 
     Plain and DoRA modules stay; a DoRA of another kind becomes an ordinary one.
 
@@ -47,6 +49,7 @@ def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None
         adapter: of any kind.
         operation: what it is for, for messages.
         scratch_folder: where new factors wait until they are written.
+        base: the base model, for what its configuration tells of settings that a file lacks.
 
     Raises:
         UnsupportedError: a module does not fold exactly, or not without the base.
@@ -57,7 +60,7 @@ def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None
     adapter.require_true_delta(operation)
     scratch = Scratch(scratch_folder)
     modules = dict(adapter.modules)
-    for name, delta in with_settings(adapter, {}).modules.items():
+    for name, delta in with_settings(adapter, {}, base).modules.items():
         if not isinstance(delta, OtherDelta):
             continue
         change = None

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from statedicts import saved
+from safetensors.numpy import load_file
+from statedicts import close, saved
 
 from loratools.cli import cli
+from loratools.effective import effective_delta
 from loratools.fold.operation import to_lora
+from loratools.kinds import get_kind
 from loratools.ranks import RankRule
 from loratools_formats import find_format, get_format, read_adapter, registered_formats
+from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import LoratoolsError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+from make_statedicts import KINDS, all_golden
 
 RNG = np.random.default_rng(0)
 Z = "layers.0.q.parametrizations.weight.0.vector_z"
@@ -130,3 +139,22 @@ def test_parts_of_a_folder_are_the_folders(tmp_path):
     for name in ("torchtune", "megatron"):
         path = saved(tmp_path / "adapter_model.safetensors", SAMPLES[name])
         assert not get_format(name).sniff(path)
+
+
+@pytest.mark.parametrize("name", sorted(all_golden()))
+def test_golden_fixtures_are_read_as_their_definitions_say(name):
+    golden, folder = all_golden()[name], KINDS / name
+    path = folder / f"adapter{golden.suffix}"
+    assert find_format(path).name == golden.format
+    adapter = read_adapter(path)
+    assert {delta.kind for delta in adapter.modules.values()} == {name}
+    stored = {tensor.key: tensor.load() for tensor in adapter.tensors()}
+    assert set(stored) == set(golden.tensors)
+    base = read_checkpoint(folder / "base.safetensors") if golden.base else None
+    rule = RankRule() if get_kind(name).low_rank else RankRule(rank=2)
+    result = to_lora(adapter, rule, base=base, given=golden.given)
+    expected = load_file(folder / "expected.safetensors")
+    assert {f"{module}.weight" for module in result.adapter.modules} == set(expected)
+    for module, want in golden.deltas.items():
+        close(expected[f"{module}.weight"], want)
+        close(effective_delta(module, result.adapter.modules[module], want.shape), want, 1e-5)

@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file
 from statedicts import base_of, close, deltas_of, saved
 
 from loratools.cli import cli
@@ -199,9 +201,27 @@ def test_other_tensors_are_refused(tmp_path, extra):
         read_adapter(path)
 
 
-def test_the_command_line_takes_heads_from_the_base(tmp_path):
-    from click.testing import CliRunner
+def test_fusing_takes_heads_from_the_model(tmp_path):
+    tensors = attention(magnitude=True)
+    weights = {name: random(*shape) for name, shape in SHAPES.items()}
+    base_of(tmp_path / "base", weights, **LLAMA)
+    config = {"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    path = saved(tmp_path / "adapter_model.pt", tensors)
+    arguments = ["fuse", tmp_path / "base", path, "-o", tmp_path / "fused"]
+    done = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    fused = load_file(tmp_path / "fused" / "model.safetensors")
+    for name, heads in ((Q, HEADS), (K, KV_HEADS)):
+        short = name.rpartition(".")[2]
+        whole = in_torchtune_order(weights[name].astype("f8"), heads)
+        whole += plain_change(tensors, short)
+        magnitude = tensors[f"layers.0.attn.{short}.magnitude"].astype("f8")
+        native = magnitude[:, None] / np.linalg.norm(whole, axis=1, keepdims=True) * whole
+        close(in_torchtune_order(fused[f"{name}.weight"], heads), native)
 
+
+def test_the_command_line_takes_heads_from_the_base(tmp_path):
     path = saved(tmp_path / "adapter.safetensors", attention())
     base_of(tmp_path / "base", {n: np.zeros(s) for n, s in SHAPES.items()}, **LLAMA)
     arguments = ["to-lora", path, "-o", tmp_path / "out", "--base", tmp_path / "base"]
