@@ -5,7 +5,8 @@ transformers' models of Llama's layout have, which needs the number of heads and
 MLP. Alpha is in the configuration of the run, not in the weights. What is read is one file with the
 gathered tensors; distributed checkpoints, folders of shards, are recognised and refused.
 
-Adapters of experts, routers and state-space layers, and NeMo's tied variants, are not known here.
+Adapters of experts, routers and state-space layers, and NeMo's tied variants, are not known here,
+nor is attention with an output gate, whose rows are others; a base shows that they do not fit.
 Source: `peft/` and `models/conversion/peft_bridge.py` of Megatron-Bridge 067f987df;
 `adapter_modules` of NeMo 1 for the older names.
 """

@@ -6,8 +6,6 @@ hold the shards of several ranks, are refused. What the names mean is in `megatr
 
 from __future__ import annotations
 
-import tarfile
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +33,9 @@ def _sniff(path: Path) -> bool:
 
 
 def _read(path: Path) -> Adapter:
+    import tarfile
+    import tempfile
+
     from loratools_formats.errors import AdapterError
 
     with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
@@ -58,6 +59,8 @@ def _copy_weights(path: Path, target: Path) -> None:
     Raises:
         AdapterError: there is none, or one for each of several ranks.
     """
+    import tarfile
+
     from loratools_formats.errors import AdapterError
 
     with tarfile.open(path, "r:") as archive:

@@ -6,11 +6,17 @@ import tarfile
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from statedicts import base_of, close, deltas_of, saved
 
+from loratools.kinds import get_kind
 from loratools.ranks import RankRule
+from loratools.weights import ShapeOnly
 from loratools_formats import find_format, read_adapter
+from loratools_formats.adapter import OtherDelta
 from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.tensors import in_memory
 
 RNG = np.random.default_rng(0)
 HIDDEN, HEADS, GROUPS, WIDTH, MLP, RANK, ALPHA = 20, 6, 2, 4, 9, 3, 12
@@ -246,6 +252,23 @@ def test_what_the_file_does_not_hold_is_asked_for(tmp_path):
         deltas_of(path, SHAPES, **given | {"num_attention_heads": 8})
     with pytest.raises(AdapterError, match="gate above an up"):
         deltas_of(path, SHAPES, **given | {"intermediate_size": 2 * MLP})
+
+
+@given(groups=st.integers(1, 4), per_group=st.integers(1, 4), width=st.integers(1, 5))
+def test_every_fused_row_goes_to_one_projection(groups, per_group, width):
+    heads = groups * per_group
+    total = (heads + 2 * groups) * width
+    rows = np.arange(float(total)).reshape(total, 1)
+    settings = {"alpha": 1.0, "num_attention_heads": heads, "num_key_value_heads": groups}
+    factors = {"a": in_memory("a", np.ones((1, 1))), "b": in_memory("b", rows)}
+    found = []
+    for projection, height in (("q", heads), ("k", groups), ("v", groups)):
+        delta = OtherDelta("megatron", factors, settings | {"projection": projection})
+        taken = get_kind("megatron").change(delta, ShapeOnly((0, 0))).b[:, 0]
+        assert len(taken) == height * width
+        assert (np.diff(taken) > 0).all()
+        found.append(taken)
+    np.testing.assert_array_equal(np.sort(np.concatenate(found)), rows[:, 0])
 
 
 PREFIX = "decoder.layers.7."
