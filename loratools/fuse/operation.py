@@ -30,7 +30,7 @@ from loratools_formats.bnb import QuantizedWeight
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.errors import OptionError, UnsupportedError
-from loratools_formats.shards import Blank, Made, Part, Sink
+from loratools_formats.shard_plan import Blank, Made, Part, Sink
 
 BaseMode = Literal["dequant", "original"]
 _SURVIVING = 0.5

@@ -31,6 +31,7 @@ _VOCABULARY_LEAVES = (
 Array = np.ndarray[Any, Any]
 
 FLOATING = ("F64", "F32", "F16", "BF16")
+ADDABLE = (*FLOATING, *FP8_TYPES)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _tensor_plan(
     base: Checkpoint, key: str, draft: Draft, dtype: str | None, stored: DType | None
 ) -> TensorPlan:
     code = draft.source.dtype.code
-    is_float = code in FLOATING or code in FP8_TYPES
+    is_float = code in ADDABLE
     changed = bool(draft.changes or draft.patches)
     if changed and not is_float:
         raise UnsupportedError(
