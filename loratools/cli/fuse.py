@@ -20,24 +20,30 @@ from loratools.cli.output import (
     progress_bar,
 )
 from loratools.device import DeviceName
-from loratools.fuse.gguf import GgufFuseOptions, GgufFusion, Outtype
+from loratools.fuse.draft import FuseInput
+from loratools.fuse.gguf import Fallback, GgufFuseOptions, GgufFusion, Outtype
 from loratools.fuse.operation import BaseMode, FuseOptions, FusePreview, FuseResult, Fusion
-from loratools.fuse.plan import FuseInput, TensorPlan
+from loratools.fuse.plan import TensorPlan
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OptionError
-from loratools_formats.gguf.container import is_gguf, read_gguf
+from loratools_formats.gguf.container import is_gguf
+from loratools_formats.gguf.splits import read_model
 
 
 @click.command("fuse")
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=shared.PATH)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @shared.output_options
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of all weights.")
 @click.option(
     "--outtype",
     type=click.Choice(get_args(Outtype)),
-    help="Type of changed tensors in a GGUF model; keep, the default, leaves each its own where "
-    "that can be written, else f16.",
+    help="Type of changed tensors in a GGUF model; keep, the default, leaves each its own.",
+)
+@click.option(
+    "--fallback",
+    type=click.Choice(get_args(Fallback)),
+    help="Type of those whose own cannot be written, such as Q4_K; f16 by default.",
 )
 @shared.max_shard_size_option
 @click.option(
@@ -62,6 +68,7 @@ def command(
     dry_run: bool,
     dtype: str | None,
     outtype: Outtype | None,
+    fallback: Fallback | None,
     max_shard_size: str | None,
     base_mode: BaseMode | None,
     requantize: bool,
@@ -93,14 +100,14 @@ def command(
         }
         _refuse(given, "a GGUF model")
     else:
-        _refuse({"--outtype": outtype}, "a safetensors checkpoint")
+        _refuse({"--outtype": outtype, "--fallback": fallback}, "a safetensors checkpoint")
     inputs = [shared.fuse_input(text, format_name) for text in adapters]
     fusion: Fusion | GgufFusion
     if is_gguf(base):
         fusion = GgufFusion(
-            read_gguf(base),
+            read_model(base),
             inputs,
-            GgufFuseOptions(outtype or "keep", workers, device, allow_lossy),
+            GgufFuseOptions(outtype or "keep", fallback or "f16", workers, device, allow_lossy),
         )
     else:
         options = FuseOptions(
@@ -172,15 +179,15 @@ def _show_plan(preview: FusePreview, *, as_json: bool, quiet: bool) -> None:
             ],
         )
         click.echo(f"tensors: {len(touched)} of {preview.total} change")
-        click.echo(f"size: {human_bytes(preview.nbytes)} in {_files(preview.files)}")
+        click.echo(f"size: {human_bytes(preview.nbytes)} in {_count(preview.files, 'file')}")
     if not quiet:
         for text in preview.notes:
             note(text)
         note("dry run, nothing was written")
 
 
-def _files(count: int) -> str:
-    return f"{count} file" if count == 1 else f"{count} files"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _plan_as_json(plan: TensorPlan, dtype: str) -> dict[str, object]:
@@ -233,12 +240,13 @@ def _print_report(result: FuseResult) -> None:
         for row, report in zip(rows, result.tensors, strict=True):
             row.append("–" if report.surviving is None else percent(report.surviving))
     print_table(header, "<<>>>"[: len(header)], rows)
-    click.echo(f"‖ΔW‖/‖W‖: {number(result.relative_change)}")
+    change = result.relative_change
+    click.echo(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
     click.echo(f"lost to rounding: {percent(result.lost)} of ΔW")
     if result.surviving is not None:
         click.echo(f"survives quantising: {percent(result.surviving)} of ΔW")
     converted = f", {result.converted} converted" if result.converted else ""
     click.echo(
-        f"size: {human_bytes(result.nbytes)} in {_files(len(result.shards))}; "
-        f"{len(result.tensors)} tensors changed, {result.copied} copied{converted}"
+        f"size: {human_bytes(result.nbytes)} in {_count(len(result.shards), 'file')}; "
+        f"{_count(len(result.tensors), 'tensor')} changed, {result.copied} copied{converted}"
     )

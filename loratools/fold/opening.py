@@ -141,7 +141,7 @@ class Opener:
         kind = get_kind(delta.kind)
         if place is None:
             weight = ShapeOnly(known_shape(delta))
-        elif kind.needs == "weight" or delta.magnitude is not None:
+        elif kind.needs == "weight" or delta.is_dora:
             weight = place.weight()
         else:
             weight = ShapeOnly(place.shape)
@@ -149,8 +149,9 @@ class Opener:
         layer = delta.layer if place is None else place.layer
         template = template_of(name, delta, layer, rows_of(change).shape)
         template = replace(template, bias=self._bias(delta, weight, place))
-        if delta.magnitude is not None and place is not None:
-            return self._through_dora(name, place, change, delta.magnitude, template)
+        magnitude = kind.magnitude_of(delta)
+        if magnitude is not None and place is not None:
+            return self._through_dora(name, place, change, magnitude, template)
         exact = exact_factors(change, of_any_rank=kind.low_rank and not self.rule.is_given)
         matrix: Decomposed
         if exact is not None and not isinstance(change, Kronecker):

@@ -419,6 +419,7 @@ def test_every_declaration_is_named_as_its_file_and_known_by_a_reader():
         assert isinstance(kind.parts, tuple)
     # The rest belongs to other formats and trainers.
     others = {"full", "tucker", "middle", "gated", "qalora", "loralib", "increlora"}
+    others |= {"loldu", "loldu_full", "lorat", "megatron", "torchtune", "unscaled"}
     assert {kind.name for kind in all_kinds()} - names == others
     with pytest.raises(UnsupportedError, match="future"):
         get_kind("future")
@@ -556,8 +557,8 @@ def test_saved_modules_stay_with_a_folded_adapter(tmp_path):
 
 
 def test_fuse_folds_on_the_fly(made, tmp_path):
+    from loratools.fuse.draft import FuseInput
     from loratools.fuse.operation import FuseOptions, Fusion
-    from loratools.fuse.plan import FuseInput
 
     folder, want = made("lokr-small")
     base = read_checkpoint(folder / "base")
