@@ -80,7 +80,7 @@ def difference(
                 path=tuned.path,
                 tensor=pair.key,
                 got=f"{pair.new.dtype.code} {list(pair.new.shape)}",
-                hint="Leave its module out with --exclude",
+                hint=pair.hint,
             )
     modules = _deltas([pair for pair in chosen if pair.use == "layer"])
     replacements = {pair.key: pair.replacement() for pair in chosen if pair.use == "whole"}

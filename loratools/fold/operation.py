@@ -298,9 +298,10 @@ class _Fold:
     def _kept_whole(self, name: str, opened: Opened) -> tuple[OtherDelta, float]:
         """Return a change as a full difference in float32, and the squared error of rounding it."""
         part = opened.parts[0]
-        if len(opened.parts) > 1 or not isinstance(part, StreamedMatrix):
-            raise UnsupportedError("a change of this layout cannot be kept whole", tensor=name)
         template = opened.template
+        is_matrix = len(opened.parts) == 1 and template.layer.kind != "embedding"
+        if not is_matrix or not isinstance(part, StreamedMatrix):
+            raise UnsupportedError("a change of this layout cannot be kept whole", tensor=name)
         out, in_ = template.shape
         values, squared_error = np.empty((out, in_), np.float32), 0.0
         for start, stop, block in part.blocks():
