@@ -349,7 +349,7 @@ def test_uni_lora_without_its_indices_asks_for_the_base_and_the_order_of_layers(
     for operation in (lambda: to_lora(adapter, RankRule()), lambda: squeeze(adapter, RankRule())):
         with pytest.raises(UnsupportedError, match="--base"):
             operation()
-    with pytest.raises(UnsupportedError, match="--set order=down,sq,up"):
+    with pytest.raises(UnsupportedError, match="--set order=NAME"):
         to_lora(adapter, RankRule(), base=base)
     with pytest.raises(OptionError, match="order"):
         to_lora(adapter, RankRule(), base=base, given={"order": "up,down"})
