@@ -15,11 +15,9 @@ from loratools.fold.modules import checked_change, kind_name, known_shape, templ
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Kronecker, Product, Weight
 from loratools.naming.for_base import names_in_base
-from loratools.placement.names import Names
-from loratools.plain import plain
 from loratools.ranks import RankRule, Spectrum
 from loratools.resize import ComputeOptions, spectrum_of
-from loratools.weights import Place, ShapeOnly, find_place
+from loratools.weights import Place, ShapeOnly, find_place, names_under
 from loratools_formats.adapter import Adapter, Dora, LowRank, OtherDelta
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import UnsupportedError
@@ -99,7 +97,7 @@ class Opener:
             return {}
         places = {}
         self._refuse_tied(base)
-        names = Names(plain(base).checkpoint)
+        names = names_under(self.adapter, base, needing)
         in_base = names_in_base(self.adapter, base)
         for name, delta in self.adapter.modules.items():
             if isinstance(delta, Dora):
