@@ -14,7 +14,7 @@ from loratools.effective import effective_delta
 from loratools.extract import difference, extract, extract_choices
 from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.ranks import RankRule
+from loratools.ranks import RankRule, gavish_donoho
 from loratools.selection import Selection
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoint import read_checkpoint
@@ -302,3 +302,29 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     base, tuned = pair(tmp_path, {UP: change})
     with pytest.raises(AdapterError, match="NaN or infinite"):
         extract(base, tuned, difference(base, tuned), RankRule(rank=2))
+
+
+def test_rules_count_every_singular_value_of_a_large_change(tmp_path):
+    old = {UP: np.zeros((540, 600), np.float32)}
+    rng = np.random.default_rng(8)
+    signal = rng.standard_normal((540, 6)) @ rng.standard_normal((6, 600))
+    new = {UP: (0.02 * signal + 0.01 * rng.standard_normal((540, 600))).astype(np.float32)}
+    base, tuned = written(tmp_path / "base", old), written(tmp_path / "tuned", new)
+    found = difference(base, tuned)
+    sigma = np.linalg.svd(new[UP].astype(np.float64), compute_uv=False)
+    cumulative = int(np.searchsorted(np.cumsum(sigma), 0.9 * sigma.sum())) + 1
+    limit = gavish_donoho(sigma, (540, 600))
+    wanted = {
+        RankRule(sv_cumulative=0.9): cumulative,
+        RankRule(threshold=True): int(np.sum(sigma > limit)),
+        RankRule(energy=0.1, min_rank=300): 300,
+        RankRule(sv_ratio=5.0): 6,
+    }
+    assert 256 < cumulative < 540
+    for rule, rank in wanted.items():
+        (module,) = extract(base, tuned, found, rule).modules
+        assert module.rank == rank
+        best = np.sqrt(np.sum(sigma[rank:] ** 2) / np.sum(sigma**2))
+        assert module.relative_error == pytest.approx(best, rel=1e-2)
+    with pytest.raises(OptionError, match="do not fall"):
+        extract(base, tuned, found, RankRule(sv_ratio=1e4))

@@ -25,6 +25,7 @@ from loratools_formats.tensors import TensorRef, in_memory
 
 _OVERSAMPLE = 16
 _MOST_TRIPLETS = 256
+_ALL_TRIPLETS = 1 << 40  # more than any weight has
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,11 @@ class Opener:
 
     def _streaming(self, name: str) -> Streaming:
         rule = self.rule
-        highest = rule.override(name) or rule.rank or rule.max_rank or _MOST_TRIPLETS
+        highest = rule.override(name) or rule.rank or rule.max_rank
+        if rule.needs_every_value and rule.override(name) is None:
+            highest = _ALL_TRIPLETS
+        elif highest is None:
+            highest = max(_MOST_TRIPLETS, rule.min_rank or 0)
         return Streaming(highest + _OVERSAMPLE, self.options.seed)
 
     def spectrum(self, name: str, opened: Opened) -> Spectrum:
