@@ -53,7 +53,7 @@ def command(
     source, sources = read_source(
         adapter, None, format_name, carry_unknown=carry_unknown, quiet=quiet
     )
-    target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
+    target = checked_target(output, sources, [base], overwrite=overwrite, dry_run=dry_run)
     with progress_bar("to-dora", quiet=quiet) as progress:
         result = to_dora(source, read_checkpoint(base), workers=workers, progress=progress)
     if target is not None:
