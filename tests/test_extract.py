@@ -15,6 +15,7 @@ from loratools.extract import difference, extract, extract_choices
 from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, Fusion
 from loratools.ranks import RankRule, gavish_donoho
+from loratools.resize import ComputeOptions
 from loratools.selection import Selection
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoint import read_checkpoint
@@ -222,8 +223,6 @@ def test_conv1d_weights_lie_the_other_way_round(tmp_path):
 
 
 def test_bits_do_not_depend_on_threads(tmp_path):
-    from loratools.resize import ComputeOptions
-
     base, tuned = pair(tmp_path, {UP: noise((40, 24)), DOWN: noise((24, 40))})
     made = []
     for workers in (1, 3):
@@ -328,3 +327,10 @@ def test_rules_count_every_singular_value_of_a_large_change(tmp_path):
         assert module.relative_error == pytest.approx(best, rel=1e-2)
     with pytest.raises(OptionError, match="do not fall"):
         extract(base, tuned, found, RankRule(sv_ratio=1e4))
+
+
+def test_the_seed_is_recorded(tmp_path):
+    base, tuned = pair(tmp_path, {UP: noise((40, 24))})
+    options = ComputeOptions(seed=3)
+    result = extract(base, tuned, difference(base, tuned), RankRule(rank=2), options)
+    assert '"seed": 3' in json.dumps(result.adapter.provenance)

@@ -140,9 +140,8 @@ def to_lora(
     adapter = with_settings(complete.adapter, complete.unused, base)
     work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
     rule.check_patterns(adapter.modules)
-    record = {"rule": as_options(rule), **work.options.record()} | (
-        {"settings": dict(given)} if given else {}
-    )
+    record = {"rule": as_options(rule), **work.options.record(), "seed": work.options.seed}
+    record |= {"settings": dict(given)} if given else {}
     with ThreadPoolExecutor(1) as beside:
         provenance = beside.submit(operation_record, "to-lora", {"adapter": adapter}, record, base)
         done: list[_Outcome] = []
