@@ -340,7 +340,9 @@ def test_kinds_that_llama_cpp_has_not_are_refused(base):
         ("transformer.wpe", {"architectures": ["GPT2LMHeadModel"]}, "applies no adapter"),
         (Q, {"architectures": ["MambaForCausalLM"]}, "got MambaForCausalLM"),
         (Q, {"architectures": []}, "names no architecture"),
-        (Q, {"num_attention_heads": 3}, "do not divide into heads"),
+        (Q, {"num_attention_heads": 3}, "expected 3 heads of 5"),
+        (Q, {"head_dim": 4}, "expected 2 heads of 4"),
+        (Q, {"hidden_size": 32, "num_attention_heads": 4}, "expected 4 heads of 8"),
         (Q, {"num_attention_heads": True}, "num_attention_heads is wrong"),
         (Q, {"hidden_size": -1}, "hidden_size is wrong"),
     ],
@@ -481,8 +483,44 @@ def test_file_with_a_shape_of_another_base_is_refused(base, tmp_path):
     writer.close()
     assert "expected [16, 32]" in refusal({Q: lora()}, path)
     key = "model.layers.0.self_attn.k_proj"
-    assert "expected no such tensor" in refusal({key: lora()}, path)
+    assert "expected no such tensor" in refusal({key: lora(8)}, path)
     assert "its embedding" in refusal({"lm_head": lora(50)}, path)
+
+
+def written_model(path, tensors=(), **numbers):
+    """Write a GGUF model with these numbers under its architecture's keys."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in numbers.items():
+        writer.add_uint32(f"llama.{key.replace('__', '.')}", value)
+    for name in tensors:
+        writer.add_tensor(name, floats(16, 16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"attention__head_count": 0}, "head_count is missing or wrong"),
+        ({"attention__head_count_kv": 0}, "head_count_kv is missing or wrong"),
+        ({"embedding_length": 0}, "embedding_length is missing or wrong"),
+        ({"attention__head_count": 4}, "expected 4 heads of 8"),
+        ({"attention__key_length": 4}, "expected 2 heads of 4"),
+    ],
+)
+def test_rows_must_be_the_heads_of_the_base(tmp_path, numbers, message):
+    """Of another model they would be put into a wrong order, which nobody would notice."""
+    sound = {"attention__head_count": 2, "attention__head_count_kv": 1, "embedding_length": 16}
+    if "expected 4 heads" in message:
+        sound["embedding_length"] = 32
+    path = written_model(tmp_path / "m.gguf", ["blk.0.attn_q.weight"], **(sound | numbers))
+    assert message in refusal({Q: lora()}, path)
+    read = read_adapter(file_with(tmp_path / "lora.gguf"))
+    with pytest.raises(AdapterError, match=message):
+        get_format("gguf").to_model(read, Context(path))
 
 
 def test_merged_adapters_must_be_of_one_architecture(tmp_path):
@@ -586,7 +624,9 @@ def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):
 )
 def test_rows_are_interleaved_and_put_back(base, tmp_path, kv_heads, group, half, rank, scale):
     heads, width = kv_heads * group, 2 * half
-    folder = base(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=8)
+    folder = base(
+        num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=8, head_dim=width
+    )
     k = Q.replace("q_proj", "k_proj")
     modules = {
         Q: lora(heads * width, 8, rank, scale),
