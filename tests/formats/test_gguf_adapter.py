@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import gguf
@@ -227,6 +228,20 @@ def test_keys_of_all_types_survive_a_rewrite(tmp_path):
         assert second.load(second.keys[key]) == first.load(entry)
         assert (second.keys[key].type, second.keys[key].item) == (entry.type, entry.item)
     assert "some.empty" not in second.keys  # gguf writes none, and none says as much
+
+
+def test_many_values_in_keys_are_refused_before_they_are_loaded(tmp_path):
+    """Each array is within the limit for one; as Python numbers all would take gigabytes."""
+    numbers = bytes(1 << 20)
+    path = file_with(
+        tmp_path / "o.gguf", keys=lambda w: [w.add_array(f"a{i}", numbers) for i in range(5)]
+    )
+    tracemalloc.start()
+    with pytest.raises(AdapterError, match=r"too many values .* at most 4194304"):
+        read_adapter(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 def test_surrogates_in_keys_are_refused(base, tmp_path):
