@@ -31,7 +31,7 @@ from loratools.placement import Placement
 from loratools.provenance import operation_record
 from loratools_formats.adapter import Adapter, low_rank_part
 from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.errors import AdapterError, OutputExistsError, UnsupportedError
 from loratools_formats.gguf.container import GgufTensor
 from loratools_formats.gguf.from_model import OUTPUT, check_shape, refuse_tied
 from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
@@ -126,12 +126,14 @@ class GgufFusion:
         """Write the fused model, whole or not at all, and say what it did.
 
         Raises:
-            OutputExistsError: the output exists and `overwrite` is false.
+            OutputExistsError: the output exists and `overwrite` is false, or it is a part of the
+                model.
             OutputError: not enough space, or writing failed; nothing was changed.
             AdapterError: values are not finite, or an input changed meanwhile.
             UnsupportedError: quantising erases most of the change, and that was not allowed.
         """
         check_target(output, self._sources(), overwrite=overwrite)
+        self._refuse_part(output)
         check_space(resolved(output).parent, self.layout.nbytes)
         with publish_file(output, overwrite=overwrite) as temporary:
             reports = self._fill(temporary, progress)
@@ -157,6 +159,16 @@ class GgufFusion:
             notes=self.notes,
             left_out=(),
         )
+
+    def _refuse_part(self, output: str | os.PathLike[str]) -> None:
+        """Refuse to replace one part of a split model, which would ruin the others."""
+        parts = {Path(os.path.realpath(part.file.path)) for part in self.base.parts}
+        if len(parts) > 1 and resolved(output) in parts:
+            raise OutputExistsError(
+                "the output is one part of the model to fuse into",
+                path=output,
+                hint="Choose another name",
+            )
 
     def _sources(self) -> list[Path]:
         given = [item.adapter.source for item in self.inputs]

@@ -123,7 +123,10 @@ def plain_factors(delta: Delta) -> LowRank:
         )
     part = low_rank_part(delta)
     if part.bias is not None:
-        raise UnsupportedError("llama.cpp adapters have no biases (lora_bias)")
+        raise UnsupportedError(
+            "llama.cpp adapters have no biases (lora_bias)",
+            hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
+        )
     return part
 
 
