@@ -24,7 +24,7 @@ from loratools.fuse.blocks import fused_blocks
 from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FusePreview, FuseResult, refuse_erased
 from loratools.fuse.plan import TensorPlan
-from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
+from loratools.fuse.tensor import Array, TensorReport, fuse_tensor, not_finite
 from loratools.fuse.terms import Change, View, load_terms, stacked
 from loratools.parallel import in_order
 from loratools.placement import Placement
@@ -244,6 +244,7 @@ class GgufFusion:
         return quantised(plan, kind, device, store)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def quantised(
     plan: TensorPlan, kind: GgmlType, device: Device, store: Callable[[int, Array], None]
 ) -> TensorReport:
@@ -256,25 +257,24 @@ def quantised(
         store: called with the first element's index and the bytes of a block, in order.
 
     Raises:
-        AdapterError: NaN or infinite values.
+        AdapterError: NaN or infinite values in the base, or values beyond the type.
     """
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
     base = delta = lost = gained = 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=False, device=device)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for block in blocks:
-            w, total = block.base.reshape(-1), block.total.reshape(-1)
-            stored = encode(total, kind)
-            store(block.start, stored)
-            base += float(np.dot(w, w))
-            change = np.subtract(total, w, out=w)
-            delta += float(np.dot(change, change))
-            error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
-            lost += float(np.dot(error, error))
-            gained += float(np.dot(error, change))
+    for block in blocks:
+        w, total = block.base.reshape(-1), block.total.reshape(-1)
+        stored = encode(total, kind)
+        store(block.start, stored)
+        base += float(np.dot(w, w))
+        change = np.subtract(total, w, out=w)
+        delta += float(np.dot(change, change))
+        error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
+        lost += float(np.dot(error, error))
+        gained += float(np.dot(error, change))
     if not math.isfinite(base + delta + lost):
-        raise AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
+        raise not_finite(plan, kind.name)
     return TensorReport(
         plan.key,
         plan.modules,

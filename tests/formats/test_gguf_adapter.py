@@ -614,6 +614,19 @@ def test_base_values_that_are_not_finite_are_not_fused(tmp_path):
         assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.parametrize(("outtype", "stored"), [("keep", "F32"), ("f16", "F16"), ("q8_0", "Q8_0")])
+@pytest.mark.parametrize("weight", [1e30, 1e300])
+def test_results_beyond_their_type_are_not_fused(tmp_path, outtype, stored, weight):
+    weights = {"blk.0.attn_q.weight": floats(32, 32)}
+    model = file_with(tmp_path / "model.gguf", weights, kind="model")
+    lora = file_with(tmp_path / "lora.gguf", {A: 1e10 * floats(4, 32), B: floats(32, 4)})
+    given = [FuseInput(read_adapter(lora), weight, "lora")]
+    fusion = GgufFusion(read_model(model), given, GgufFuseOptions(outtype))
+    with pytest.raises(AdapterError, match=f"does not fit {stored}: values overflow.*--outtype"):
+        fusion.write(tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):
     adapter = read_adapter(file_with(tmp_path / "lora.gguf"))
     path = tmp_path / "model.gguf"
