@@ -11,7 +11,7 @@ number in front of both: `a: (E, r, in)`, `b: (E, out, r)`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,11 +141,17 @@ class Missing:
         expected: what it may be, for people.
         choices: the words it may be; empty if it is none of some words.
         pattern: regular expression that it must match whole; empty if it is a number.
+        whole: whether it is a whole number above 0.
+        in_base: entries of the base model's `config.json` that tell it; the first present counts.
+        meaning: what the words in that entry mean; empty if it holds the setting itself.
     """
 
     expected: str
     choices: tuple[str, ...] = ()
     pattern: str = ""
+    whole: bool = False
+    in_base: tuple[str, ...] = ()
+    meaning: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,8 @@ class OtherDelta:
         shape: (out, in) of the weight as a matrix; None for what the file does not tell.
         shared: tensors that it has in common with other modules, by the declaration's names; they
             are in `Adapter.shared` too, and counted there.
-        magnitude: as of a DoRA, whose direction the rest then is; None if it is none.
+        magnitude: as of a DoRA, whose direction the rest then is; None if it is none, or if it is
+            the shared part of that name.
         bias: (out,), added to the layer's bias as it is.
         alpha_tensor: the tensor that states alpha, in formats which keep it in one.
     """
@@ -182,8 +189,26 @@ class OtherDelta:
 
     @property
     def experts(self) -> int:
-        """Number of stacked matrices: always 1."""
-        return 1
+        """Number of stacked matrices, 1 for an ordinary weight."""
+        is_stack = self.layer.kind == "experts"
+        return next(iter(self.parts.values())).shape[0] if is_stack else 1
+
+    def planes(self) -> Iterator[OtherDelta]:
+        """Yield the change of each matrix of a stack, or itself if it is none."""
+        if self.layer.kind != "experts":
+            yield self
+            return
+        for index in range(self.experts):
+            parts = {
+                name: tensor.row_range(index, index + 1).reshaped(tensor.shape[1:])
+                for name, tensor in self.parts.items()
+            }
+            yield replace(self, parts=parts, layer=replace(self.layer, kind="linear"))
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a magnitude makes it the direction of a DoRA."""
+        return self.magnitude is not None or "magnitude" in self.shared
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor that is its own."""

@@ -12,11 +12,13 @@ from threadpoolctl import threadpool_limits
 
 from loratools.change import exact_factors
 from loratools.fold.modules import checked_change, known_shape, stored_as_is, template_of
+from loratools.fold.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.resize import ComputeOptions
 from loratools.scratch import Scratch
 from loratools.weights import ShapeOnly
 from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, Missing, OtherDelta
+from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import OptionError, UnsupportedError
 from loratools_formats.peft.targets import as_peft
 from loratools_formats.registry import get_format
@@ -31,14 +33,16 @@ def needs_base(delta: Delta) -> bool:
     """Return whether a change cannot be told without the base's weights or shapes."""
     if isinstance(delta, LowRank):
         return False
-    if isinstance(delta, Dora) or delta.magnitude is not None:
+    if isinstance(delta, Dora) or delta.is_dora:
         return True
     needs = get_kind(delta.kind).needs
     return needs == "weight" or (needs == "shape" and None in delta.shape)
 
 
-def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None) -> Adapter:
-    """Return an adapter whose other kinds are folded, exactly and without the base.
+def folded_exactly(
+    adapter: Adapter, operation: str, scratch_folder: Path | None, base: Checkpoint | None = None
+) -> Adapter:
+    """Return an adapter whose other kinds are folded, exactly and without the base's weights.
 
     Plain and DoRA modules stay; a DoRA of another kind becomes an ordinary one.
 
@@ -46,17 +50,25 @@ def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None
         adapter: of any kind.
         operation: what it is for, for messages.
         scratch_folder: where new factors wait until they are written.
+        base: the base model, for what its configuration tells of settings that a file lacks.
 
     Raises:
         UnsupportedError: a module does not fold exactly, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
+    missing = what_is_missing(adapter)
+    if missing:
+        raise UnsupportedError(
+            f"the file does not hold {missing}, which PEFT computes from the base model",
+            path=adapter.source,
+            hint="Make it a plain LoRA first: loratools to-lora --base",
+        )
     if not any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
         return adapter
     adapter.require_true_delta(operation)
     scratch = Scratch(scratch_folder)
     modules = dict(adapter.modules)
-    for name, delta in with_settings(adapter, {}).modules.items():
+    for name, delta in with_settings(adapter, {}, base).modules.items():
         if not isinstance(delta, OtherDelta):
             continue
         change = None
@@ -73,16 +85,20 @@ def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None
             )
         template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
         plain = stored_as_is(template, change, ComputeOptions(), scratch)
-        modules[name] = plain if delta.magnitude is None else Dora(plain, delta.magnitude)
+        magnitude = get_kind(delta.kind).magnitude_of(delta)
+        modules[name] = plain if magnitude is None else Dora(plain, magnitude)
     return plain_adapter(adapter, modules)
 
 
-def with_settings(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
+def with_settings(
+    adapter: Adapter, given: Mapping[str, str], base: Checkpoint | None = None
+) -> Adapter:
     """Return an adapter with settings that its file does not hold filled in.
 
     Args:
         adapter: of any kind.
         given: values by the setting's name.
+        base: the base model, whose configuration tells some settings that are not given.
 
     Raises:
         UnsupportedError: a setting is still missing.
@@ -94,27 +110,45 @@ def with_settings(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
         modules[name] = delta
         if isinstance(delta, OtherDelta):
             missing = {k: v for k, v in delta.settings.items() if isinstance(v, Missing)}
+            unused -= set(missing)
+            filled = {}
             for key, value in missing.items():
-                if key not in given:
+                text = given[key] if key in given else _in_base(value, base)
+                if text is None:
+                    of_base = " or --base MODEL" if value.in_base else ""
                     raise UnsupportedError(
                         f"the weight change depends on {key}, which the file does not hold",
                         path=adapter.source,
                         tensor=name,
                         expected=value.expected,
-                        hint=f"Make it a plain LoRA with loratools to-lora --set {key}=VALUE",
+                        hint="Make it a plain LoRA with loratools to-lora "
+                        f"--set {key}=VALUE{of_base}",
                     )
-            unused -= set(missing)
-            filled = {key: _parsed(key, given[key], value) for key, value in missing.items()}
+                filled[key] = _parsed(key, text, value)
             modules[name] = replace(delta, settings={**delta.settings, **filled})
     if unused:
         raise OptionError("no module lacks this setting", got=", ".join(sorted(unused)))
     return replace(adapter, modules=modules)
 
 
+def _in_base(missing: Missing, base: Checkpoint | None) -> str | None:
+    """Return what the base's configuration says of a setting, None if it says nothing."""
+    config = {} if base is None else base.config
+    nested = config.get("text_config")
+    for values in (config, nested if isinstance(nested, Mapping) else {}):
+        found = next((values[k] for k in missing.in_base if values.get(k) is not None), None)
+        if found is not None:
+            return missing.meaning.get(str(found)) if missing.meaning else str(found)
+    return None
+
+
 def _parsed(key: str, text: str, missing: Missing) -> str | float:
     if missing.choices or missing.pattern:
         if text in missing.choices or re.fullmatch(missing.pattern or "(?!)", text):
             return text
+    elif missing.whole:
+        if re.fullmatch(r"[1-9]\d{0,8}", text):
+            return int(text)
     else:
         try:
             number = float(text)
