@@ -93,6 +93,7 @@ MALFORMED = {
     "data truncated": build((), [ONE], bytes(16)),
     "data missing": build((), [tensor("t", [1 << 40])], EIGHT),
     "bytes after the end": build((), [ONE], bytes(4096)),
+    "no tensors counted": build((), [ONE], EIGHT, counts=(0, 0)),
     "name twice": build((), [ONE, tensor("t", [8], offset=32)], bytes(64)),
     "name is empty": build((), [tensor("", [8])], EIGHT),
     "name of 64 bytes": build((), [tensor("x" * 64, [8])], EIGHT),
@@ -126,7 +127,7 @@ REASONS = {
         "offset not aligned, offset 2^64-32, offset beyond the end, overlap, hole"
     ),
     "lies beyond the end of the file": "data truncated, data missing",
-    "bytes after the last tensor": "bytes after the end",
+    "bytes after the last tensor": "bytes after the end, no tensors counted",
     "tensor is listed twice": "name twice",
     "name is empty, too long or not printable": (
         "name is empty, name of 64 bytes, name with control characters, "

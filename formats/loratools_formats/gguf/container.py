@@ -353,7 +353,7 @@ def _check_layout(
                 expected=f"at least {data_start + end}",
             )
         position = _padded(end, alignment)
-    if infos and file_nbytes > data_start + position:
+    if file_nbytes > data_start + position:
         raise AdapterError(
             "bytes after the last tensor", got=file_nbytes, expected=data_start + position
         )
