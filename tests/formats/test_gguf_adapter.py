@@ -270,7 +270,7 @@ SCALES = [
     ([(3, 1 / 3)], 1.0),
     ([(7, 0.1)], None),  # 0.7 is no 32-bit number
     ([(4, 0.0)], None),  # llama.cpp takes alpha 0 for none
-    ([(4, 1e39)], None),
+    ([(4, 2.0**130)], None),  # beyond 32 bits
 ]
 
 
@@ -283,7 +283,8 @@ def test_alpha_is_stated_only_where_it_says_everything(base, tmp_path, settings,
         if scale < 1e30
     }
     if not deltas:
-        deltas = {paths[0]: replace(lora(8), b=in_memory("b", floats(8, 4) * 1e-30), scale=1e30)}
+        tiny = floats(8, 4) * np.float32(2.0**-120)
+        deltas = {paths[0]: replace(lora(8), b=in_memory("b", tiny), scale=settings[0][1])}
     adapter = made(deltas, base())
     write_adapter(adapter, tmp_path / "out.gguf", "gguf")
     assert read_gguf(tmp_path / "out.gguf").get("adapter.lora.alpha", "f32") == alpha
@@ -294,6 +295,14 @@ def test_alpha_is_stated_only_where_it_says_everything(base, tmp_path, settings,
         wanted = delta.scale * (b @ a)
         error = np.linalg.norm(found.scale * (new_b @ new_a) - wanted)
         assert error <= 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+def test_file_type_is_the_number_llama_cpp_has_for_it(base, tmp_path, outtype):
+    write_adapter(made({Q: lora(16, 32, 32)}, base(), outtype), tmp_path / "out.gguf", "gguf")
+    names = {"f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}
+    wanted = gguf.LlamaFileType[names.get(outtype, f"MOSTLY_{outtype.upper()}")]
+    assert read_gguf(tmp_path / "out.gguf").get("general.file_type", "u32") == wanted
 
 
 def test_rows_that_are_no_whole_block_fall_back_to_16_bits(base, tmp_path):
