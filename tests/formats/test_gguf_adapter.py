@@ -377,6 +377,15 @@ def test_modules_without_a_safe_place_are_refused(base, path, config, message):
     assert message in refusal({path: lora(layer=Layer(kind))}, base(**config))
 
 
+@pytest.mark.parametrize(
+    "path", ["layers.0.self_attn.v_proj", "layers.0.block_sparse_moe.experts.1.w2"]
+)
+def test_two_modules_that_become_one_tensor_are_refused(base, path):
+    folder = base(architectures=["MixtralForCausalLM"], num_local_experts=2)
+    modules = {path: lora(8), f"model.{path}": lora(8)}
+    assert "become the same GGUF tensor" in refusal(modules, folder)
+
+
 def test_a_base_is_asked_for(tmp_path):
     with pytest.raises(UnsupportedError, match="--base"):
         made({Q: lora()}, None)
