@@ -24,6 +24,7 @@ CHECKPOINT_PREFIX = "model.diffusion_model."
 _FLAT_PREFIXES = {
     "unet.": ("lora_unet_",),
     "transformer.": ("lora_transformer_", "lora_unet_", "lora_unet__", "lycoris_"),
+    "transformer_2.": ("lora_unet_", "lora_unet__"),
     "diffusion_model.": ("lora_unet_", "lora_unet__", "lycoris_", "lora_transformer_"),
     "text_encoder.": ("lora_te_", "lora_te1_"),
     "text_encoder_2.": ("lora_te2_", "lora_te3_"),

@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 
 from loratools.naming.crossing import Crossing
 from loratools.naming.lists import MAP_KEY, as_metadata, embedded_map, looked_up
-from loratools.naming.places import Target, located, module_key, names_at, text_name
+from loratools.naming.places import (
+    Target,
+    located,
+    module_key,
+    names_at,
+    target_scheme,
+    text_name,
+)
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
 from loratools_formats.adapter import Adapter, Addition, Delta, Replacement
 from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
@@ -118,11 +125,47 @@ def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renam
     tables = _tables(adapter, names, target, options)
     if not tables:
         return Renamed(_moved(adapter, _without_table(adapter, names, target), target))
-    crossing = Crossing(adapter, names, target, tables[0])
+    adapter, left_out = _one_expert(adapter, names, target, tables[0], options)
+    expert = options.component if options.component in tables[0].components else None
+    crossing = Crossing(adapter, names, target, tables[0], expert)
     modules, additions = crossing.modules(), crossing.additions()
     done = _finished(adapter, modules, additions, target, crossing.dotted)
     titles = " or ".join(table.title for table in tables)
-    return Renamed(done, (f"names by the table of {titles}",))
+    return Renamed(done, (f"names by the table of {titles}",), left_out)
+
+
+def _one_expert(
+    adapter: Adapter,
+    names: Mapping[str, str],
+    target: Target,
+    table: Table,
+    options: NamingOptions,
+) -> tuple[Adapter, tuple[str, ...]]:
+    """Return what is of one expert, where the target names all experts alike, and the rest.
+
+    Raises:
+        UnsupportedError: there are several, and none was chosen.
+    """
+    places = {old: located(new, table) for old, new in names.items()}
+    experts = {old: p.component for old, p in places.items() if isinstance(p, Place)}
+    found = sorted(set(experts.values()))
+    if target_scheme(target, table) != "original" or len(found) < 2:
+        return adapter, ()
+    if options.component not in found:
+        raise UnsupportedError(
+            f"{target} files name all experts alike, and the adapter has several",
+            path=adapter.source,
+            got=", ".join(found),
+            hint="Take one with --component, and leave out the others with --allow-lossy",
+        )
+    others = {old for old, component in experts.items() if component != options.component}
+    kept = {
+        key: addition
+        for key, addition in adapter.additions.items()
+        if addition.target.rpartition(".")[0] not in others
+    }
+    modules = {name: delta for name, delta in adapter.modules.items() if name not in others}
+    return replace(adapter, modules=modules, additions=kept), tuple(sorted(others))
 
 
 def _with_component(adapter: Adapter, options: NamingOptions, target: Target) -> dict[str, str]:

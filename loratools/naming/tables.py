@@ -51,12 +51,14 @@ class Place:
         numbers: what its `{}` are.
         covered: which of the row's parts the name covers, in order.
         scheme: the naming that the name is of.
+        component: the component of a pipeline that the name has; empty if it has none.
     """
 
     row: Row
     numbers: tuple[str, ...]
     covered: tuple[int, ...]
     scheme: Scheme
+    component: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Table:
         try:
             self.title: str = values["title"]
             self.component: str = values["diffusers"]
+            self.components = (self.component, *values.get("experts", ()))
             self.kohya: Scheme = values["kohya"]
             self.text_encoders = {
                 role: TextEncoder(entry["kohya"], entry["comfyui"], _paths()[entry["paths"]])

@@ -204,6 +204,21 @@ def test_there_and_back_is_the_same_bytes(tmp_path, name, target):
     assert all(key.endswith(".alpha") for key in set(after) - set(before))
 
 
+def test_of_two_experts_other_namings_take_the_one_asked_for(tmp_path):
+    names = ["transformer.blocks.0.attn1.to_q", "transformer_2.blocks.0.attn1.to_q"]
+    source = dotted_file(tmp_path / "in.safetensors", *names)
+    out = tmp_path / "out.safetensors"
+    text = refusal("convert", source, out, "--to", "comfyui")
+    assert "transformer, transformer_2" in text
+    assert "--component" in text
+    options = ("--to", "comfyui", "--component", "transformer_2")
+    assert "is of another component" in refusal("convert", source, out, *options)
+    assert not out.exists()
+    run("convert", source, out, *options, "--allow-lossy")
+    (found,) = deltas(out).values()
+    np.testing.assert_allclose(found, deltas(source)[names[1]])
+
+
 def test_xlabs_blocks_are_rows_of_flux_modules(tmp_path):
     source, out = GOLDEN / "xlabs.safetensors", tmp_path / "out.safetensors"
     run("convert", source, out, "--to", "comfyui")
