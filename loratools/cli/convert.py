@@ -192,6 +192,8 @@ def _print(
         note(text)
     for loss in conversion.losses:
         note(f"left out: {loss.name} {loss.reason}")
+    for remedy in dict.fromkeys(loss.remedy for loss in conversion.losses if loss.remedy):
+        note(remedy)
     if verbose:
         errors = {} if check is None else {m.name: number(m.relative_error) for m in check.modules}
         print_table(
