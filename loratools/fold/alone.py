@@ -51,6 +51,25 @@ def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None
         UnsupportedError: a module does not fold exactly, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
+    folded = folded_where_exact(adapter, operation, scratch_folder)
+    for name, delta in folded.modules.items():
+        if isinstance(delta, OtherDelta):
+            raise UnsupportedError(
+                f"a weight change of kind {delta.kind} has no factors that {operation} could use",
+                path=adapter.source,
+                tensor=name,
+                hint="Make it a plain LoRA first: loratools to-lora",
+            )
+    return folded
+
+
+def folded_where_exact(adapter: Adapter, operation: str, scratch_folder: Path | None) -> Adapter:
+    """Return the same, with modules that do not fold so as they are.
+
+    Raises:
+        UnsupportedError: a setting that the change depends on is not in the file.
+        AdapterError: NaN or infinite values, or tensors that do not fit.
+    """
     if not any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
         return adapter
     adapter.require_true_delta(operation)
@@ -65,15 +84,12 @@ def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None
                 found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
                 change = exact_factors(found, of_any_rank=True)
         if change is None:
-            raise UnsupportedError(
-                f"a weight change of kind {delta.kind} has no factors that {operation} could use",
-                path=adapter.source,
-                tensor=name,
-                hint="Make it a plain LoRA first: loratools to-lora",
-            )
+            continue
         template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
         plain = stored_as_is(template, change, ComputeOptions(), scratch)
-        modules[name] = plain if delta.magnitude is None else Dora(plain, delta.magnitude)
+        modules[name] = (
+            plain if delta.magnitude is None else Dora(plain, delta.magnitude, delta.axis)
+        )
     return plain_adapter(adapter, modules)
 
 

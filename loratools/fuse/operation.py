@@ -19,7 +19,7 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from loratools.device import Device, DeviceName
-from loratools.fold.alone import folded_exactly
+from loratools.fold.alone import folded_where_exact
 from loratools.fuse.plan import FuseInput, FusePlan, TensorPlan, plan_fuse
 from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
 from loratools.linears import is_conv1d
@@ -186,7 +186,7 @@ class Fusion:
     def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.options = options
         self.inputs = tuple(
-            replace(item, adapter=folded_exactly(item.adapter, "fuse", None)) for item in inputs
+            replace(item, adapter=folded_where_exact(item.adapter, "fuse", None)) for item in inputs
         )
         self._base = base
         self._plain = plain(base)

@@ -20,10 +20,10 @@ NAMES = [maker.__name__ for maker in MAKERS]
 FILES = {maker.__name__: maker for maker in MAKERS}
 
 
-def dense(delta):
+def dense(delta, weight=None):
     """Return a delta's ΔW, of a DoRA that of its direction, as a matrix."""
     if isinstance(delta, OtherDelta):
-        change = get_kind(delta.kind).change(delta, None)
+        change = get_kind(delta.kind).change(delta, weight)
         if isinstance(change, Product):
             return change.b @ change.a
         if isinstance(change, Kronecker):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from test_dialects import dense
+from test_resolution import run
 
 from loratools_formats import find_format, read_adapter, write_adapter
-from loratools_formats.adapter import Dora, OtherDelta
+from loratools_formats.adapter import OtherDelta
 
 ALGORITHMS = {
     "lora": {"algo": "lora"},
@@ -24,6 +26,16 @@ ALGORITHMS = {
     "lokr whole": {"algo": "lokr", "factor": 4, "full_matrix": True},
     "lokr with tucker": {"algo": "lokr", "factor": 2, "conv_dim": 2, "use_tucker": True},
     "full": {"algo": "full"},
+    "glora": {"algo": "glora"},
+    "glora with convolutions": {"algo": "glora", "conv_dim": 2},
+    "oft": {"algo": "diag-oft"},
+    "oft within a limit, rescaled": {"algo": "diag-oft", "constraint": 0.1, "rescaled": True},
+    "boft": {"algo": "boft"},
+    "boft within a limit, rescaled": {"algo": "boft", "constraint": 0.1, "rescaled": True},
+    "ia3": {"algo": "ia3"},
+    "ia3 of inputs": {"algo": "ia3", "train_on_input": True},
+    "loha dora": {"algo": "loha", "dora_wd": True, "wd_on_output": True},
+    "loha dora of inputs": {"algo": "loha", "dora_wd": True, "wd_on_output": False},
     "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
     "dora of inputs": {"algo": "lora", "dora_wd": True, "wd_on_output": False},
 }
@@ -67,6 +79,8 @@ def saved(tmp_path_factory):
         for key, parameter in network.named_parameters():
             if "dora" not in key:
                 torch.nn.init.normal_(parameter, std=0.5)
+                if "rescale" in key:
+                    parameter.data += 1.0
         path = tmp_path_factory.mktemp("lycoris") / "file.safetensors"
         network.save_weights(str(path), torch.float32, {})
         after = {name: effective(*layer) for name, layer in layers.items()}
@@ -78,16 +92,26 @@ def saved(tmp_path_factory):
     return make
 
 
-def moved(delta, weight, inputs):
-    """Return the change of a weight by a DoRA, from its definition."""
-    whole = weight + dense(delta)
+class Known:
+    """A weight that is there."""
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def rows(self, start, stop):
+        return self.values[start:stop]
+
+
+def moved(delta, weight):
+    """Return the change of a weight by a module's magnitudes, from the definition."""
+    whole = weight + dense(delta, Known(weight))
     magnitude = delta.magnitude.load(np.float64)
     if delta.axis == "output":
         norms = np.linalg.norm(whole, axis=1, keepdims=True)
         return magnitude.reshape(-1, 1) / norms * whole - weight
-    by_input = whole.reshape(len(whole), inputs, -1)
+    by_input = whole.reshape(len(whole), magnitude.size, -1)
     norms = np.sqrt((by_input**2).sum(axis=(0, 2), keepdims=True))
-    ratio = magnitude.reshape(1, inputs, 1) / norms
+    ratio = magnitude.reshape(1, -1, 1) / norms
     return (ratio * by_input).reshape(whole.shape) - weight
 
 
@@ -99,16 +123,42 @@ def test_our_change_is_what_lycoris_applies(saved, name, tmp_path):
     assert set(adapter.modules) == set(change)
     for module, (expected, weight) in change.items():
         delta = adapter.modules[module]
-        if isinstance(delta, Dora):
-            found = moved(delta, weight, 6 if module == "lycoris_conv" else weight.shape[1])
-        else:
-            found = dense(delta)
+        has_magnitude = getattr(delta, "magnitude", None) is not None
+        found = moved(delta, weight) if has_magnitude else dense(delta, Known(weight))
         assert np.abs(expected).max() > 1e-2
         np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
         if isinstance(delta, OtherDelta):
-            assert delta.shape == expected.shape
+            known = zip(delta.shape, expected.shape, strict=True)
+            assert all(side in (None, size) for side, size in known)
     write_adapter(adapter, tmp_path / "copy.safetensors", "kohya")
     copy = read_adapter(tmp_path / "copy.safetensors")
     assert {t.key: bytes(t.raw()) for t in copy.tensors()} == {
         t.key: bytes(t.raw()) for t in adapter.tensors()
     }
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_base_gets_that_change(saved, name, tmp_path):
+    """Fused into it, exactly; as a plain LoRA of full rank; and found in it again."""
+    path, change = saved(name)
+    base, fused, plain = (tmp_path / f"{n}.safetensors" for n in ("base", "fused", "plain"))
+    tensors = {}
+    for module, (_, weight) in change.items():
+        shape = (8, 6, 3, 3) if module == "lycoris_conv" else weight.shape
+        key = module.removeprefix("lycoris_").replace("_", ".")
+        tensors[f"{key}.weight"] = np.array(weight.reshape(shape), np.float32, order="C")
+        tensors[f"{key}.bias"] = np.ones(len(weight), np.float32)
+    save_file(tensors, base)
+    run("fuse", base, path, "-o", fused)
+    found = load_file(fused)
+    run("to-lora", path, "--base", base, "-o", plain, "--rank", "16", "--dtype", "f32")
+    factors = read_adapter(plain).modules
+    for module, (expected, _) in change.items():
+        key = module.removeprefix("lycoris_").replace("_", ".") + ".weight"
+        got = (found.pop(key).astype(np.float64) - tensors[key]).reshape(expected.shape)
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, rtol=0, atol=5e-6 * largest)
+        np.testing.assert_allclose(dense(factors[module]), expected, rtol=0, atol=5e-6 * largest)
+    has_biases = bool(read_adapter(path).additions)
+    assert has_biases == any((bias != 1.0).any() for bias in found.values())
+    run("verify", fused, "--base", base, "--adapter", path)

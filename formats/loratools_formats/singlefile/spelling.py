@@ -57,6 +57,10 @@ _OTHER_LEAVES: dict[str, dict[str, str]] = {
         "w2_a": "lokr_w2_a", "w2_b": "lokr_w2_b", "w2_t": "lokr_t2",
     },
     "full": {"diff": "diff"},
+    "lycoris_glora": {f"{side}{n}": f"{side}{n}.weight" for side in "ab" for n in "12"},
+    "diag_oft": {"blocks": "oft_blocks", "gain": "rescale"},
+    "butterfly_oft": {"blocks": "oft_blocks", "gain": "rescale"},
+    "lycoris_ia3": {"gain": "weight", "on_input": "on_input"},
 }  # fmt: skip
 _PROBE = ".lora_A.weight"
 _MADE_PLAIN = "Make it a plain LoRA first: loratools to-lora"
