@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +20,15 @@ from pathlib import Path
 from loratools.allot import RankChoice, choose_ranks, rank_table
 from loratools.decompose import matrices
 from loratools.device import Device
-from loratools.fold.alone import folded_exactly
+from loratools.fold.alone import folded_where_exact
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import RankRule, Spectrum, as_options
 from loratools.resize import ComputeOptions, Resizer, spectrum_of
 from loratools.scratch import Scratch
 from loratools.selection import Selection
-from loratools_formats.adapter import Adapter, Delta, Dora, low_rank_part
-from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
+from loratools_formats.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
+from loratools_formats.errors import AdapterError, LoratoolsError, OptionError, UnsupportedError
 from loratools_formats.registry import get_format
 
 _PROVENANCE_BYTES = 1024  # more than a squeeze adds to the header, its options aside
@@ -60,14 +60,17 @@ class SqueezeResult:
     Attributes:
         adapter: to be given to `write_adapter`.
         modules: one report each, in path order.
-        relative_error: over all modules together.
+        relative_error: over all these modules together.
         directional: True if modules are DoRA, whose error is that of the direction.
+        kept_whole: modules without factors, which keep every bit: full differences, and what is
+            not selected.
     """
 
     adapter: Adapter
     modules: tuple[ModuleReport, ...]
     relative_error: float
     directional: bool
+    kept_whole: tuple[str, ...] = ()
 
 
 def squeeze(
@@ -95,7 +98,9 @@ def squeeze(
         OptionError: options contradict each other, or the budget is too small.
     """
     options, selection = options or ComputeOptions(), selection or Selection()
-    adapter = folded_exactly(adapter, "squeeze", scratch_folder)
+    source = folded_where_exact(adapter, "squeeze", scratch_folder)
+    kept_whole = _kept_whole(source, selection)
+    adapter = _without(source, kept_whole)
     selected = _selected(adapter, selection)
     rule.check_patterns(selected)
     if rule.uniform and selected != set(adapter.modules):
@@ -110,7 +115,7 @@ def squeeze(
     with ThreadPoolExecutor(1) as beside:
         # Digesting the input takes as long as reading it, so it runs beside the arithmetic.
         provenance = beside.submit(operation_record, "squeeze", {"adapter": adapter}, record)
-        added = _PROVENANCE_BYTES + 2 * len(json.dumps(record))
+        added = _PROVENANCE_BYTES + 2 * len(json.dumps(record)) + _nbytes(kept_whole)
         done = _all_squeezed(adapter, selected, rule, options, added, scratch_folder, progress)
     modules = {outcome.report.name: outcome.delta for outcome in done}
     scales = {low_rank_part(delta).scale for delta in adapter.modules.values()}
@@ -118,7 +123,7 @@ def squeeze(
         modules = dict(adapter.modules)
     squeezed = replace(
         adapter,
-        modules=modules,
+        modules={name: {**modules, **kept_whole}[name] for name in source.modules},
         provenance=provenance.result(),
         metadata={**adapter.metadata, **record_metadata(provenance.result())},
     )
@@ -131,7 +136,37 @@ def squeeze(
             sum(outcome.squared_norm for outcome in done),
         ),
         directional=any(isinstance(delta, Dora) for delta in modules.values()),
+        kept_whole=tuple(kept_whole),
     )
+
+
+def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]:
+    """Return the modules without factors, all of which stay as they are.
+
+    Raises:
+        UnsupportedError: one is selected and no full difference, which tools keep as it is.
+    """
+    found = {n: delta for n, delta in adapter.modules.items() if isinstance(delta, OtherDelta)}
+    for name, delta in found.items():
+        if name in selection and (delta.kind != "full" or delta.magnitude is not None):
+            raise UnsupportedError(
+                f"a weight change of kind {delta.kind} has no factors that squeeze could use",
+                path=adapter.source,
+                tensor=name,
+                hint="Make it a plain LoRA first: loratools to-lora; or leave it out: --exclude",
+            )
+    return found
+
+
+def _without(adapter: Adapter, names: Container[str]) -> Adapter:
+    modules = {name: delta for name, delta in adapter.modules.items() if name not in names}
+    return replace(adapter, modules=modules)
+
+
+def _nbytes(modules: Mapping[str, OtherDelta]) -> int:
+    """Return the bytes of modules in a file, their part of the header about."""
+    tensors = [tensor for delta in modules.values() for tensor in delta.tensors()]
+    return sum(tensor.nbytes + 128 + len(tensor.key) for tensor in tensors)
 
 
 def _all_squeezed(
@@ -210,12 +245,16 @@ def rank_choices(
         AdapterError: nothing to squeeze, or NaN or infinite values.
     """
     options = options or ComputeOptions()
-    adapter = folded_exactly(adapter, "squeeze", None)
-    selected = _selected(adapter, selection or Selection())
+    selection = selection or Selection()
+    source = folded_where_exact(adapter, "squeeze", None)
+    kept_whole = _kept_whole(source, selection)
+    adapter = _without(source, kept_whole)
+    selected = _selected(adapter, selection)
     others = _spectra(adapter, set(adapter.modules) - selected, options)
     other_energy = sum(float(spectrum.energies.sum()) for spectrum in others)
     spectra = _spectra(adapter, selected, options)
-    return rank_table(spectra, _fixed_nbytes(adapter, selected), other_energy)
+    fixed = _fixed_nbytes(adapter, selected) + _nbytes(kept_whole)
+    return rank_table(spectra, fixed, other_energy)
 
 
 @dataclass(frozen=True)

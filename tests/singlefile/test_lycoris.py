@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_dialects import dense
+from test_dialects import Known, dense
 from test_resolution import run
 
 from loratools_formats import find_format, read_adapter, write_adapter
@@ -90,16 +90,6 @@ def saved(tmp_path_factory):
         return path, change
 
     return make
-
-
-class Known:
-    """A weight that is there."""
-
-    def __init__(self, values):
-        self.values, self.shape = values, values.shape
-
-    def rows(self, start, stop):
-        return self.values[start:stop]
 
 
 def moved(delta, weight):

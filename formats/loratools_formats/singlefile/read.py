@@ -72,6 +72,9 @@ class _Outside:
         for role in parts.keys() & _ADDED.keys():
             tensor = parts.pop(role)
             self.additions[tensor.key] = Addition(f"{module}.{_ADDED[role]}", tensor)
+        if "diff" in parts and len(parts["diff"].shape) == 1:  # of a norm
+            tensor = parts.pop("diff")
+            self.additions[tensor.key] = Addition(f"{module}.weight", tensor)
         for role in parts.keys() & _REPLACED.keys():
             tensor = parts.pop(role)
             # ComfyUI names tensors that are no `weight` in full.
