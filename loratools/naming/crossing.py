@@ -34,6 +34,7 @@ class Crossing:
 
     Attributes:
         dotted: for every new name that is flattened, the dotted one.
+        split: the new names of pieces of what was one module.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Crossing:
         self._expert = expert or table.component
         self._scheme = target_scheme(target, table)
         self.dotted: dict[str, str] = {}
+        self.split: set[str] = set()
 
     def modules(self) -> dict[str, Delta]:
         """Return the modules under their new names.
@@ -134,7 +136,10 @@ class Crossing:
             if row.swapped_halves and place.scheme != self._scheme:
                 piece = swapped_halves(name, piece)
             component = place.component or self._expert
-            self._name(result, filled(row.diffusers[part], place.numbers), component, piece)
+            path = filled(row.diffusers[part], place.numbers)
+            self._name(result, path, component, piece)
+            if len(place.covered) > 1:
+                self.split.add(prefixed(path, self._target, component))
             start = stop
 
     def _fused(self, path: str, row: Row, group: _Group) -> Delta:

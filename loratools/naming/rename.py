@@ -60,11 +60,13 @@ class Renamed:
         adapter: with modules, keys of additions and metadata as the target has them.
         notes: how the names were found.
         left_out: modules of other components than the one asked for, if the target holds one.
+        split: modules that are pieces of what was one.
     """
 
     adapter: Adapter
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    split: frozenset[str] = frozenset()
 
 
 def renamed(adapter: Adapter, target: Target, options: NamingOptions | None = None) -> Renamed:
@@ -108,7 +110,8 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
         )
     modules = {name.removeprefix(prefix): delta for name, delta in kept.items()}
     left_out = tuple(sorted(set(adapter.modules) - set(kept)))
-    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out)
+    split = frozenset(name.removeprefix(prefix) for name in by_diffusers.split & set(kept))
+    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out, split)
 
 
 def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renamed:
@@ -131,7 +134,8 @@ def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renam
     modules, additions = crossing.modules(), crossing.additions()
     done = _finished(adapter, modules, additions, target, crossing.dotted)
     titles = " or ".join(table.title for table in tables)
-    return Renamed(done, (f"names by the table of {titles}",), left_out)
+    notes = (f"names by the table of {titles}",)
+    return Renamed(done, notes, left_out, frozenset(crossing.split))
 
 
 def _one_expert(

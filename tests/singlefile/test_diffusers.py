@@ -476,6 +476,38 @@ def test_split_modules_come_back_with_their_ranks_and_bytes(tmp_path):
         assert kept == tensors_of(source)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("option", [(), ("--keep-alpha",)], ids=["folded", "kept"])
+def test_pieces_of_mixed_factors_get_their_ranks_back(tmp_path, dtype, option):
+    """Dense factors of a fused module, such as an SVD makes, of pieces of ranks 2, 3 and 1."""
+    rng = np.random.default_rng(7)
+    ranks = {"to_q": 2, "to_k": 3, "to_v": 1}
+    pieces = {
+        n: rng.standard_normal((16, r)) @ rng.standard_normal((r, 16)) for n, r in ranks.items()
+    }
+    u, s, vt = np.linalg.svd(np.concatenate(list(pieces.values())), full_matrices=False)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    file = DialectFile("kohya", {"kohya"})
+    file.tensors = {
+        f"{name}.lora_up.weight": (u[:, :6] * np.sqrt(s[:6])).astype(dtype),
+        f"{name}.lora_down.weight": (np.sqrt(s[:6])[:, None] * vt[:6]).astype(dtype),
+        f"{name}.alpha": np.array(18.0, np.float32),
+    }
+    source = save(file, tmp_path / "kohya.safetensors")
+    target = tmp_path / "diffusers.safetensors"
+    told = run("convert", source, target, "--to", "diffusers", "--names", "flux1", "--json", "-q",
+               *option)  # fmt: skip
+    error = json.loads(told)["relative_error"]
+    assert 0.0 < error < (1e-6 if dtype == np.float32 else 1e-14)
+    for name, delta in read_adapter(target).modules.items():
+        own = name.rpartition(".")[2]
+        assert delta.rank == ranks[own]
+        assert delta.scale == (3.0 if option else 1.0)
+        np.testing.assert_allclose(
+            dense(delta), 3.0 * pieces[own], atol=1e-4 if dtype == np.float32 else 1e-11
+        )
+
+
 def test_a_file_with_two_scale_carriers_is_refused(saved, tmp_path):
     from safetensors.numpy import load_file, save_file
 
