@@ -127,7 +127,7 @@ def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renam
         return Renamed(_moved(adapter, names, target))
     tables = _tables(adapter, names, target, options)
     if not tables:
-        return Renamed(_moved(adapter, _without_table(adapter, names, target), target))
+        return Renamed(_moved(adapter, _without_table(adapter, names, target), target, names))
     adapter, left_out = _one_expert(adapter, names, target, tables[0], options)
     expert = options.component if options.component in tables[0].components else None
     crossing = Crossing(adapter, names, target, tables[0], expert)
@@ -250,8 +250,9 @@ def _outcome(names: Mapping[str, str], target: Target, table: Table) -> tuple[st
 
 def _unresolved(adapter: Adapter, missing: list[str], where: str) -> AdapterError:
     shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    count = "1 module name is" if len(missing) == 1 else f"{len(missing)} module names are"
     return AdapterError(
-        f"{len(missing)} module names are not in {where}",
+        f"{count} not in {where}",
         path=adapter.source,
         got=shown,
         hint="Give a list of names with --base or --names-from, or a table with --names",
@@ -282,8 +283,20 @@ def _without_table(adapter: Adapter, names: Mapping[str, str], target: Target) -
     return result
 
 
-def _moved(adapter: Adapter, names: Mapping[str, str], target: Target) -> Adapter:
-    """Return the adapter with other names and nothing else changed."""
+def _moved(
+    adapter: Adapter,
+    names: Mapping[str, str],
+    target: Target,
+    before: Mapping[str, str] | None = None,
+) -> Adapter:
+    """Return the adapter with other names and nothing else changed.
+
+    Args:
+        adapter: of any format.
+        names: what each module is to be called.
+        target: the naming.
+        before: what each is called with its component, if that is not to be its name.
+    """
     falling: dict[str, str] = {}
     for old, new in names.items():
         if new in falling:
@@ -300,7 +313,8 @@ def _moved(adapter: Adapter, names: Mapping[str, str], target: Target) -> Adapte
         module, _, leaf = addition.target.rpartition(".")
         name = f"{names[module]}.{leaf}"
         additions[name] = replace(addition, target=name)
-    dotted = {new: old for old, new in names.items() if "." in old and "." not in new}
+    pairs = [(names[old], full) for old, full in (before or {}).items()]
+    dotted = {new: full for new, full in pairs if "." in full and "." not in new}
     return _finished(adapter, modules, additions, target, dotted)
 
 

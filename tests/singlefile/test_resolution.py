@@ -182,6 +182,18 @@ def test_a_component_becomes_a_peft_folder_and_comes_back(tmp_path):
         np.testing.assert_allclose(found[name], delta, rtol=1e-12)
 
 
+def test_a_flattened_peft_adapter_remembers_its_names(make_folder, tmp_path):
+    folder = make_folder(modules={"mid.0.q_proj": (12, 10, 4), "to_q": (6, 6, 4)}, r=4)
+    flat, back = tmp_path / "flat.safetensors", tmp_path / "back"
+    run("convert", folder, flat, "--to", "kohya", "--component", "unet")
+    assert set(deltas(flat)) == {"lora_unet_mid_0_q_proj", "lora_unet_to_q"}
+    run("convert", flat, back, "--to", "peft")
+    found = deltas(back)
+    assert set(found) == {"mid.0.q_proj", "to_q"}
+    for name, delta in deltas(folder).items():
+        np.testing.assert_allclose(found[name], delta, rtol=1e-12)
+
+
 CROSSED = {
     "kohya_sd15": "Stable Diffusion 1.x",
     "kohya_sdxl": "Stable Diffusion XL",
