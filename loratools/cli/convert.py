@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,7 +167,7 @@ def _as_json(
         "from": source_format,
         "to": conversion.target.name,
         "bytes_out": _nbytes(conversion),
-        "losses": [{"name": loss.name, "reason": loss.reason} for loss in conversion.losses],
+        "losses": [dataclasses.asdict(loss) for loss in conversion.losses],
         "relative_error": None if check is None else check.relative_error,
         "other_error": None if check is None else check.other_error,
         "modules": [
