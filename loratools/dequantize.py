@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from loratools.buffers import Buffers
 from loratools.fourbit.decode import CHUNK, Dequantizer
-from loratools.fourbit.encode import relative
+from loratools.fourbit.encode import Loss
 from loratools.linears import is_conv1d
 from loratools.parallel import in_order
 from loratools.plain import plain_config
@@ -151,14 +151,14 @@ def _result(base: Checkpoint, jobs: Sequence[_Job], notes: Sequence[str]) -> Deq
             job.weight.quant_type,
             job.weight.nbytes,
             job.blank.nbytes,
-            relative(job.squared_error, job.squared_norm),
+            Loss(job.squared_error, job.squared_norm).relative,
         )
         for job in jobs
     )
     bytes_in = sum(ref.nbytes for ref in base.tensors.values())
     return DequantizeResult(
         reports,
-        relative(sum(j.squared_error for j in jobs), sum(j.squared_norm for j in jobs)),
+        Loss(sum(j.squared_error for j in jobs), sum(j.squared_norm for j in jobs)).relative,
         bytes_in,
         bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
         tuple(notes),

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from loratools.fourbit.encode import FourBitOptions, Scales, relative
+from loratools.fourbit.encode import FourBitOptions, Loss
 from loratools.fourbit.store import blanks, fill
 from loratools.linears import Kept, Linears, is_conv1d, linear_weights
 from loratools.parallel import in_order
@@ -234,17 +234,18 @@ def _result(
 ) -> QuantizeResult:
     reports = []
     for job in jobs:
-        if job.scales is None:
+        if job.loss is None:
             raise AdapterError("weight was not quantised", tensor=job.ref.key)
-        error = relative(job.scales.squared_error, job.scales.squared_norm)
+        error = job.loss.relative
         reports.append(
             QuantizedTensor(job.ref.key, job.ref.shape, job.ref.nbytes, job.nbytes, error)
         )
     bytes_in = sum(ref.nbytes for ref in base.tensors.values())
-    found = [job.scales for job in jobs if job.scales is not None]
+    found = [job.loss for job in jobs if job.loss is not None]
+    overall = Loss(sum(x.squared_error for x in found), sum(x.squared_norm for x in found))
     return QuantizeResult(
         tuple(reports),
-        relative(sum(s.squared_error for s in found), sum(s.squared_norm for s in found)),
+        overall.relative,
         linears.kept,
         bytes_in,
         bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
@@ -257,7 +258,7 @@ class _Job:
 
     def __init__(self, ref: TensorRef, options: FourBitOptions, transposed: bool) -> None:
         self.ref = ref
-        self.scales: Scales | None = None
+        self.loss: Loss | None = None
         self.nbytes = 0
         self._options = options
         self._transposed = transposed
@@ -277,7 +278,7 @@ class _Job:
         counting = {blank.key: _Counting(sinks.get(blank.key)) for blank in self._blanks}
         pieces = transposed_pieces(self.ref) if self._transposed else pieces_of(self.ref)
         dtype: DType = self.ref.dtype
-        self.scales = fill(counting, self.ref.key, self._shape, dtype, self._options, pieces)
+        self.loss = fill(counting, self.ref.key, self._shape, dtype, self._options, pieces)
         self.nbytes = sum(sink.nbytes for sink in counting.values())
 
 

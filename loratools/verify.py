@@ -16,7 +16,8 @@ import numpy as np
 
 from loratools.device import Device
 from loratools.fuse.blocks import fused_blocks, single_precision
-from loratools.fuse.plan import FLOATING, FuseInput, TensorPlan, plan_fuse
+from loratools.fuse.draft import FuseInput
+from loratools.fuse.plan import FLOATING, TensorPlan, plan_fuse
 from loratools.fuse.terms import View, load_terms, stacked
 from loratools.parallel import in_order
 from loratools.plain import PlainCheckpoint, plain

@@ -153,6 +153,23 @@ def test_usage_errors_exit_with_2():
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", ""],
+        ["fuse", "", "x"],
+        ["fuse", "x", "", "--dry-run"],
+        ["merge", ":2", "x"],
+        ["squeeze", "x", "-o", ""],
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(arguments):
+    done = loratools(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "empty" in line
+
+
 def test_traceback_is_shown_when_asked_for(tmp_path):
     plain = loratools("info", tmp_path / "missing")
     assert plain.returncode == 2

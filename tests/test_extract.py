@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from loratools.effective import effective_delta
 from loratools.extract import difference, extract, extract_choices
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.fuse.plan import FuseInput
 from loratools.ranks import RankRule
 from loratools.selection import Selection
 from loratools_formats import read_adapter, write_adapter

@@ -3,7 +3,8 @@
 A weight `W` of type F8_E4M3 or F8_E5M2 means W · scale. The scale is one number, one for each
 output, or one for each block of outputs and inputs, ragged at the ends; all are multiplied,
 whatever their name says. Scales of activations and of the key-value cache belong to running the
-model in eight bits and mean nothing for its weights.
+model in eight bits and mean nothing for its weights. Where a checkpoint holds no scale at all and
+says nothing of quantisation, its eight-bit floats are numbers like any other.
 
 Sources: DeepSeek-V3's and transformers' fine-grained FP8 (`weight_scale_inv`, `weight_block_size`),
 fbgemm_fp8, compressed-tensors and ModelOpt (`weight_scale`).
@@ -53,6 +54,8 @@ def fp8_weights(
         AdapterError: a scale does not fit its weight.
         UnsupportedError: a weight has no scale of a known name, or one of an unknown type.
     """
+    if "quantization_config" not in config and not any("scale" in key for key in tensors):
+        return {}
     return {
         key: _weight(tensor, tensors, config)
         for key, tensor in tensors.items()

@@ -5,6 +5,7 @@ Commands are loaded when used, so that `loratools --help` imports nothing but cl
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import click
@@ -81,4 +82,7 @@ def cli(traceback: bool) -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    # Threads go over modules and BLAS is held to one everywhere; its own, started with NumPy, would
+    # only wait in a loop and take a core from ours.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     run(cli)

@@ -28,12 +28,12 @@ from loratools_formats.singlefile import NAMES as SINGLE_FILES
 
 @click.command("convert")
 @shared.adapter_argument
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=shared.PATH)
 @click.option("--to", "target_name", help="Format to write; by default found from OUTPUT's name.")
 @shared.from_option
 @click.option(
     "--base",
-    type=click.Path(path_type=Path),
+    type=shared.PATH,
     help="Base model (folder or file), where a format needs its names or layout.",
 )
 @click.option("--outtype", help="Type of the factors in the output, such as f32, f16 or bf16.")
@@ -51,7 +51,7 @@ from loratools_formats.singlefile import NAMES as SINGLE_FILES
 )
 @click.option(
     "--names-from",
-    type=click.Path(path_type=Path),
+    type=shared.PATH,
     help="Adapter whose dotted names resolve flattened ones.",
 )
 @click.option(

@@ -30,8 +30,8 @@ from loratools_formats.checkpoint import Checkpoint, read_checkpoint
 
 
 @click.command("extract")
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("tuned", type=click.Path(path_type=Path))
+@click.argument("base", type=shared.PATH)
+@click.argument("tuned", type=shared.PATH)
 @shared.output_options
 @click.option("--base-name", help="What to record as the base model's name.")
 @shared.rank_options

@@ -20,16 +20,17 @@ from loratools.cli.output import (
     progress_bar,
 )
 from loratools.device import DeviceName
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.gguf import GgufFuseOptions, GgufFusion, Outtype
 from loratools.fuse.operation import BaseMode, FuseOptions, FusePreview, FuseResult, Fusion
-from loratools.fuse.plan import FuseInput, TensorPlan
+from loratools.fuse.plan import TensorPlan
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OptionError
 from loratools_formats.gguf.container import is_gguf, read_gguf
 
 
 @click.command("fuse")
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=shared.PATH)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @shared.output_options
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of all weights.")
@@ -172,15 +173,15 @@ def _show_plan(preview: FusePreview, *, as_json: bool, quiet: bool) -> None:
             ],
         )
         click.echo(f"tensors: {len(touched)} of {preview.total} change")
-        click.echo(f"size: {human_bytes(preview.nbytes)} in {_files(preview.files)}")
+        click.echo(f"size: {human_bytes(preview.nbytes)} in {_count(preview.files, 'file')}")
     if not quiet:
         for text in preview.notes:
             note(text)
         note("dry run, nothing was written")
 
 
-def _files(count: int) -> str:
-    return f"{count} file" if count == 1 else f"{count} files"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _plan_as_json(plan: TensorPlan, dtype: str) -> dict[str, object]:
@@ -233,12 +234,13 @@ def _print_report(result: FuseResult) -> None:
         for row, report in zip(rows, result.tensors, strict=True):
             row.append("–" if report.surviving is None else percent(report.surviving))
     print_table(header, "<<>>>"[: len(header)], rows)
-    click.echo(f"‖ΔW‖/‖W‖: {number(result.relative_change)}")
+    change = result.relative_change
+    click.echo(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
     click.echo(f"lost to rounding: {percent(result.lost)} of ΔW")
     if result.surviving is not None:
         click.echo(f"survives quantising: {percent(result.surviving)} of ΔW")
     converted = f", {result.converted} converted" if result.converted else ""
     click.echo(
-        f"size: {human_bytes(result.nbytes)} in {_files(len(result.shards))}; "
-        f"{len(result.tensors)} tensors changed, {result.copied} copied{converted}"
+        f"size: {human_bytes(result.nbytes)} in {_count(len(result.shards), 'file')}; "
+        f"{_count(len(result.tensors), 'tensor')} changed, {result.copied} copied{converted}"
     )

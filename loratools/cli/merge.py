@@ -71,10 +71,10 @@ from loratools_formats.publish import publish_file
     help="Weights in modules whose path matches: one for all adapters, or one each. Repeatable.",
 )
 @click.option("--replacements", help="Settle clashing saved modules: first, average or a NAME.")
-@click.option("--base", type=click.Path(path_type=Path), help="Base model; DoRA needs it.")
+@click.option("--base", type=shared.PATH, help="Base model; DoRA needs it.")
 @click.option("--force-base", is_flag=True, help="Merge adapters of differently named bases.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="Take all settings from a file.")
-@click.option("--save-recipe", type=click.Path(path_type=Path), help="Also write them there.")
+@click.option("--recipe", type=shared.PATH, help="Take all settings from a file.")
+@click.option("--save-recipe", type=shared.PATH, help="Also write them there.")
 @shared.rank_options
 @shared.compute_options("--svd")
 @shared.max_error_option

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,22 @@ import click
 from loratools_formats.errors import OptionError
 
 if TYPE_CHECKING:
-    from loratools.fuse.plan import FuseInput
+    from loratools.fuse.draft import FuseInput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
+
+
+class _Path(click.Path):
+    """A path that is not empty: an unset variable of a shell is not the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):
+            self.fail("is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 
 max_error_option = click.option(
     "--max-error", type=float, help="Write nothing, exit 1, if the error is above this."
@@ -28,29 +41,29 @@ from_option = click.option(
 carry_unknown_option = click.option(
     "--carry-unknown", is_flag=True, help="Keep tensors that the format does not know."
 )
-base_option = click.option(
-    "--base", type=click.Path(path_type=Path), help="The base model: a folder or a file."
-)
+base_option = click.option("--base", type=PATH, help="The base model: a folder or a file.")
 initial_option = click.option(
     "--initial",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.",
 )
-adapter_argument = click.argument("adapter", type=click.Path(path_type=Path))
+adapter_argument = click.argument("adapter", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Print no report, notes or progress; errors only."
 )
-base_argument = click.argument("base", type=click.Path(path_type=Path))
+base_argument = click.argument("base", type=PATH)
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
     """Read PATH or PATH:WEIGHT, the weight 1 by default; an existing path wins.
 
     Raises:
-        OptionError: what follows the colon is not a finite number.
+        OptionError: the path is empty, or what follows the colon is not a finite number.
     """
     path, separator, weight = text.rpartition(":")
+    if not text or (separator and not path):
+        raise OptionError("path of the adapter is empty", got=repr(text), expected="ADAPTER:NUMBER")
     if not separator or Path(text).exists():
         return Path(text), 1.0
     try:
@@ -68,7 +81,7 @@ def fuse_input(text: str, format_name: str | None) -> FuseInput:
     Raises:
         LoratoolsError: not a weight, or not an adapter.
     """
-    from loratools.fuse.plan import FuseInput
+    from loratools.fuse.draft import FuseInput
     from loratools_formats import read_adapter
 
     path, weight = weighted_path(text)
@@ -102,9 +115,7 @@ def _all(options: list[Callable[[Any], Any]]) -> Callable[[Function], Function]:
 
 output_options = _all(
     [
-        click.option(
-            "-o", "--output", type=click.Path(path_type=Path), help="Where to write the result."
-        ),
+        click.option("-o", "--output", type=PATH, help="Where to write the result."),
         click.option("--overwrite", is_flag=True, help="Replace the output if it exists."),
         click.option("--dry-run", is_flag=True, help="Compute and report, but write nothing."),
     ]

@@ -19,7 +19,7 @@ from loratools_formats.checkpoint import read_checkpoint
 @shared.output_options
 @click.option(
     "--base",
-    type=click.Path(path_type=Path),
+    type=shared.PATH,
     required=True,
     help="The base model: a folder or a file.",
 )

@@ -14,10 +14,8 @@ from loratools_formats.checkpoint import read_checkpoint
 
 
 @click.command("verify")
-@click.argument("fused", type=click.Path(path_type=Path))
-@click.option(
-    "--base", type=click.Path(path_type=Path), required=True, help="What it was made from."
-)
+@click.argument("fused", type=shared.PATH)
+@click.option("--base", type=shared.PATH, required=True, help="What it was made from.")
 @click.option(
     "--adapter",
     "adapters",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loratools.fourbit.encode import FourBitOptions, Scales, StreamingQuantizer
+from loratools.fourbit.encode import FourBitOptions, Loss, StreamingQuantizer
 from loratools.fourbit.tables import dynamic_map, four_bit
 from loratools_formats.bnb import MAX_STATE_BYTES, NESTED_BLOCKSIZE, state_json, state_key
 from loratools_formats.dtypes import DTYPES, DType
@@ -41,8 +41,8 @@ def fill(
     dtype: DType,
     options: FourBitOptions,
     pieces: Iterable[NDArray[Any]],
-) -> Scales:
-    """Quantise a weight and write all its tensors.
+) -> Loss:
+    """Quantise a weight and write all its tensors; returns what was lost.
 
     Args:
         sinks: where, by the keys of `blanks`.
@@ -73,7 +73,7 @@ def fill(
     offset = None if nested is None else nested.offset
     text = state_json(options.quant_type, options.blocksize, dtype, shape, offset)
     sinks[state_key(key, options.quant_type)].write_at(0, text)
-    return scales
+    return scales.loss
 
 
 def _write(sink: Sink, values: NDArray[Any]) -> None:

@@ -28,7 +28,7 @@ from loratools_formats.tensors import TensorRef
 Array = np.ndarray[Any, Any]
 
 _BLOCK_ELEMENTS = 1 << 19
-_MIN_SINGLE_ELEMENTS = 1 << 20
+_MIN_SINGLE_ELEMENTS = 1 << 18
 _MAX_SINGLE_RANK = 128
 _SINGLE_ROUNDING = 2.0**-24
 _BF16_HALF_ULP = 2.0**-9
@@ -175,7 +175,7 @@ class _Plain:
         self.term = term
         self.device = device if device.has_float64 or dtype == np.float32 else Device("cpu")
         self.columns = slice(*term.columns)
-        self.left = self.device.put(term.left.astype(dtype))
+        self.dtype = dtype
         self.right = self.device.put(np.ascontiguousarray(term.right, dtype))
         self.bound = 0.0
         self.right_lines = term.right.T
@@ -202,9 +202,10 @@ class _Plain:
 
     def multiplied(self, start: int, stop: int, out: Array) -> Array:
         """Return the rows [start, stop) of left @ right, counted in the tensor."""
-        left = self.left[start - self.term.rows[0] : stop - self.term.rows[0]]
+        left = self.term.left[start - self.term.rows[0] : stop - self.term.rows[0]]
+        left = left.astype(self.dtype, copy=False)
         if self.device.name != "cpu":
-            return to_numpy(left @ self.right)
+            return to_numpy(self.device.put(left) @ self.right)
         return np.matmul(left, self.right, out=out)
 
     def add(self, base: Array, total: Array, spare: Array, top: int) -> None:
@@ -241,7 +242,7 @@ class _WithDora(_Plain):
         squares = np.zeros(self.term.columns[1] - self.term.columns[0])
         for top, block in reader.blocks(self.term.plane):
             for w, _, start, stop in self.cut(block, block, top):
-                v = w + self.multiplied(start, stop, np.empty(w.shape, self.left.dtype))
+                v = w + self.multiplied(start, stop, np.empty(w.shape, self.dtype))
                 squares += np.einsum("ij,ij->j", v, v)
         return np.sqrt(squares)
 
@@ -313,7 +314,8 @@ def _repair(
         (inside,) = (
             (i >= 0) & (i < len(term.left)) & (j >= 0) & (j < term.right.shape[1])
         ).nonzero()
-        products = np.vecdot(term.left[i[inside]], item.right_lines[j[inside]])
+        left = term.left[i[inside]].astype(np.float64)
+        products = np.vecdot(left, item.right_lines[j[inside]])
         exact[inside] += term.weight * products
     flat[places] = exact
 
@@ -332,6 +334,6 @@ def _compute_in_double(base: Array, total: Array, top: int, prepared: Sequence[_
     for item in prepared:
         term = item.term
         for _, sums, start, stop in item.cut(base, exact, top):
-            left = term.left[start - term.rows[0] : stop - term.rows[0]]
+            left = term.left[start - term.rows[0] : stop - term.rows[0]].astype(np.float64)
             np.add(sums, term.weight * (left @ term.right), out=sums)
     total[...] = exact

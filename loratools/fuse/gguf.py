@@ -19,8 +19,9 @@ import numpy as np
 
 from loratools.device import Device, DeviceName
 from loratools.fuse.blocks import fused_blocks
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FusePreview, FuseResult, refuse_erased
-from loratools.fuse.plan import FuseInput, TensorPlan
+from loratools.fuse.plan import TensorPlan
 from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
 from loratools.fuse.terms import Change, View, load_terms, stacked
 from loratools.parallel import in_order

@@ -20,7 +20,8 @@ from threadpoolctl import threadpool_limits
 
 from loratools.device import Device, DeviceName
 from loratools.fold.alone import folded_where_exact
-from loratools.fuse.plan import FuseInput, FusePlan, TensorPlan, plan_fuse
+from loratools.fuse.draft import FuseInput
+from loratools.fuse.plan import FusePlan, TensorPlan, plan_fuse
 from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
 from loratools.linears import is_conv1d
 from loratools.plain import plain
@@ -98,10 +99,13 @@ class FuseResult:
     left_out: tuple[str, ...]
 
     @property
-    def relative_change(self) -> float:
-        """‖ΔW‖/‖W‖ over all touched tensors; 0 if there are none."""
+    def relative_change(self) -> float | None:
+        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if none is touched."""
         base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
-        return math.sqrt(sum(t.delta_norm**2 for t in self.tensors)) / base if base else 0.0
+        delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
+        if not base:
+            return None if delta else 0.0
+        return delta / base
 
     @property
     def surviving(self) -> float | None:
@@ -305,12 +309,16 @@ class Fusion:
         touched = self.plan.touched
         return FusePreview(
             touched,
-            {plan.key: plan.dtype.code for plan in touched},
+            {plan.key: self._type_name(plan) for plan in touched},
             len(self.plan.tensors),
             self.new.nbytes,
             len(self.new.shards),
             self.plan.notes,
         )
+
+    def _type_name(self, plan: TensorPlan) -> str:
+        weight = self._plain.four_bit.get(plan.key) if self.options.requantize else None
+        return plan.dtype.code if weight is None else weight.quant_type.upper()
 
     def _notes(self) -> list[str]:
         dropped = self._plain.dropped

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from loratools.fold.alone import folded_where_exact, needs_base
 from loratools.fuse.blocks import Patch
+from loratools.fuse.draft import Draft, FuseInput, replace_values
 from loratools.fuse.streamed import (
     StreamedPlacement,
     is_streamed,
@@ -19,10 +20,11 @@ from loratools.fuse.streamed import (
 from loratools.fuse.terms import Change
 from loratools.naming.for_base import named_for_base
 from loratools.placement import BiasPlacement, Placement, Placements, place
-from loratools_formats.adapter import MUTATED_BASE, Adapter, Replacement
+from loratools_formats.adapter import MUTATED_BASE, Adapter
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.fp8 import FP8_TYPES
 from loratools_formats.tensors import TensorRef
 
 _VOCABULARY_LEAVES = (
@@ -36,21 +38,6 @@ _VOCABULARY_LEAVES = (
 Array = np.ndarray[Any, Any]
 
 FLOATING = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class FuseInput:
-    """An adapter to fuse.
-
-    Attributes:
-        adapter: read from anywhere.
-        weight: factor of its change; negative to take it out again.
-        name: for reports.
-    """
-
-    adapter: Adapter
-    weight: float
-    name: str
 
 
 @dataclass(frozen=True)
@@ -84,6 +71,11 @@ class TensorPlan:
     def replaces(self) -> bool:
         """Whether values of the base are replaced, which are then compared with the new ones."""
         return bool(self.patches or self.replaced_by) and self.source.dtype.code in FLOATING
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether it was a plain eight-bit float, to which nothing can be added in its type."""
+        return bool(self.changes or self.patches) and self.source.dtype.code in FP8_TYPES
 
     @property
     def is_copy(self) -> bool:
@@ -133,16 +125,6 @@ class FusePlan:
         return tuple(plan for plan in self.tensors.values() if plan.is_touched)
 
 
-@dataclass
-class _Draft:
-    """A tensor's plan in the making."""
-
-    source: TensorRef
-    changes: list[Change] = field(default_factory=list)
-    patches: list[Patch] = field(default_factory=list)
-    replaced_by: str | None = None
-
-
 def plan_fuse(
     base: Checkpoint,
     inputs: Sequence[FuseInput],
@@ -179,37 +161,21 @@ def plan_fuse(
                 "that of these weights, and cannot take out one that is fused already"
             )
     untied = _untied(inputs, placed)
-    drafts = {key: _Draft(tensor) for key, tensor in base.tensors.items()}
+    drafts = {key: Draft(tensor) for key, tensor in base.tensors.items()}
     for new, origin in untied.items():
-        drafts[new] = _Draft(base.tensors[origin].renamed(new))
+        drafts[new] = Draft(base.tensors[origin].renamed(new))
     for item, placements, others in zip(inputs, placed, streamed, strict=True):
         for key, replacement in placements.replacements:
-            _replace(drafts, key, replacement, item)
+            replace_values(drafts, key, replacement, item)
         for placement in (*placements.deltas, *placements.biases, *others):
             drafts[placement.key].changes.append(Change(placement, item.weight))
-    plans = {}
-    for key in _ordered(base, untied, drafts):
-        draft = drafts[key]
-        code = draft.source.dtype.code
-        changed = bool(draft.changes or draft.patches)
-        if changed and code not in FLOATING:
-            raise UnsupportedError(
-                "nothing can be added to a tensor of this type",
-                path=base.path,
-                tensor=key,
-                got=code,
-                expected=", ".join(FLOATING),
-            )
-        kept = (stored or {}).get(key) or _own(base, key, draft)
-        plans[key] = TensorPlan(
-            key,
-            draft.source.renamed(key),
-            DTYPES[dtype] if dtype is not None and code in FLOATING else kept,
-            tuple(draft.changes),
-            tuple(draft.patches),
-            base.tensors.get(key),
-            draft.replaced_by,
-        )
+    plans = {
+        key: _tensor_plan(base, key, drafts[key], dtype, (stored or {}).get(key))
+        for key in _ordered(base, untied, drafts)
+    }
+    widened = sum(plan.is_widened for plan in plans.values())
+    if widened and dtype is None:
+        notes.append(f"weights in eight bits that change are stored as BF16: {widened}")
     resized = _resized(base, plans)
     config = _config(base, untied=bool(untied), resized=resized, dtype=dtype)
     if resized is not None:
@@ -228,6 +194,34 @@ def _without_streamed(adapter: Adapter) -> Adapter:
     return replace(adapter, modules=modules)
 
 
+def _tensor_plan(
+    base: Checkpoint, key: str, draft: Draft, dtype: str | None, stored: DType | None
+) -> TensorPlan:
+    code = draft.source.dtype.code
+    is_float = code in FLOATING or code in FP8_TYPES
+    changed = bool(draft.changes or draft.patches)
+    if changed and not is_float:
+        raise UnsupportedError(
+            "nothing can be added to a tensor of this type",
+            path=base.path,
+            tensor=key,
+            got=code,
+            expected=", ".join(FLOATING),
+        )
+    kept = stored or _own(base, key, draft)
+    if changed and code in FP8_TYPES:
+        kept = DTYPES["BF16"]
+    return TensorPlan(
+        key,
+        draft.source.renamed(key),
+        DTYPES[dtype] if dtype is not None and is_float else kept,
+        tuple(draft.changes),
+        tuple(draft.patches),
+        base.tensors.get(key),
+        None if draft.replaced_by is None else draft.replaced_by.name,
+    )
+
+
 def _require_true_delta(adapter: Adapter) -> None:
     if any(caveat.code == MUTATED_BASE for caveat in adapter.caveats):
         raise UnsupportedError(
@@ -239,7 +233,7 @@ def _require_true_delta(adapter: Adapter) -> None:
     adapter.require_true_delta("fuse")
 
 
-def _own(base: Checkpoint, key: str, draft: _Draft) -> DType:
+def _own(base: Checkpoint, key: str, draft: Draft) -> DType:
     """Return the type that a tensor is stored in if none is asked for: the base's."""
     if key in base.tensors and draft.source.dtype.code in FLOATING:
         return base.tensors[key].dtype
@@ -276,62 +270,7 @@ def _untied(inputs: Sequence[FuseInput], placed: Sequence[Placements]) -> dict[s
     return untied
 
 
-def _replace(
-    drafts: dict[str, _Draft], key: str, replacement: Replacement, item: FuseInput
-) -> None:
-    draft = drafts.get(key)
-    tensor = replacement.tensor
-    if replacement.kind == "token_rows":
-        if draft is None or tensor.shape[1:] != draft.source.shape[1:]:
-            got = list(tensor.shape)
-            raise AdapterError("token rows do not fit the embedding", tensor=tensor.key, got=got)
-        if max(replacement.rows, default=0) >= draft.source.shape[0]:
-            raise AdapterError(
-                "token rows lie beyond the vocabulary",
-                tensor=tensor.key,
-                got=max(replacement.rows),
-                expected=f"below {draft.source.shape[0]}",
-            )
-        for patch in draft.patches:
-            _refuse_other_rows(patch, replacement, item)
-        draft.patches.append(Patch(replacement.rows, tensor))
-        return
-    if draft is None:
-        drafts[key] = _Draft(tensor, replaced_by=item.name)
-        return
-    if draft.replaced_by is not None and not _equal(draft.source, tensor):
-        raise AdapterError(
-            f"{draft.replaced_by} and {item.name} replace the same tensor by different ones",
-            tensor=key,
-            hint="Merge them first: loratools merge --replacements",
-        )
-    draft.source, draft.replaced_by = tensor, draft.replaced_by or item.name
-
-
-def _refuse_other_rows(patch: Patch, replacement: Replacement, item: FuseInput) -> None:
-    before = {row: number for number, row in enumerate(patch.rows)}
-    common = [(number, row) for number, row in enumerate(replacement.rows) if row in before]
-    if not common:
-        return
-    old, new = patch.values.load(), replacement.tensor.load()
-    for number, row in common:
-        if not (old[before[row]] == new[number]).all():
-            raise AdapterError(
-                f"{item.name} and an adapter before it replace the same row by different ones",
-                tensor=replacement.target,
-                got=f"row {row}",
-                hint="Merge them first: loratools merge --replacements",
-            )
-
-
-def _equal(first: TensorRef, second: TensorRef) -> bool:
-    same = first.dtype == second.dtype and first.shape == second.shape
-    return same and bytes(first.raw()) == bytes(second.raw())
-
-
-def _ordered(
-    base: Checkpoint, untied: Mapping[str, str], drafts: Mapping[str, _Draft]
-) -> list[str]:
+def _ordered(base: Checkpoint, untied: Mapping[str, str], drafts: Mapping[str, Draft]) -> list[str]:
     """Return all names, each new one after the tensor it begins as a copy of."""
     order = []
     for key in base.tensors:

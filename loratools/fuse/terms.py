@@ -73,8 +73,8 @@ class Term:
         plane: which matrix.
         rows: rows of the rectangle.
         columns: columns of the rectangle.
-        left: (rows, r) float64, the delta's scale folded in.
-        right: (r, columns) float64.
+        left: (rows, r) float64, or float32 that holds the stored numbers exactly.
+        right: (r, columns) the same; the delta's scale is folded into one of them.
         weight: the adapter's.
         dora: None for a plain delta.
     """
@@ -157,8 +157,11 @@ def _terms(change: Change, view: View) -> list[Term] | list[RowsTerm]:
                 picked = _picked(magnitude, placement.rows)[span[0] : span[1]]
                 dora = DoraPart(picked, placement.transposed)
             left, right = rows[span[0] : span[1]], a[index]
-            if part.scale != 1.0:
-                left = part.scale * left
+            if part.scale != 1.0:  # on the smaller one: that of a large vocabulary is not copied
+                if left.size <= right.size:
+                    left = part.scale * _wide(left)
+                else:
+                    right = part.scale * _wide(right)
             if placement.transposed:
                 left, right = right.T, left.T
             lines, others = (0, left.shape[0]), (0, right.shape[1])
@@ -191,14 +194,15 @@ def _streamed_term(placement: StreamedPlacement, weight: float, view: View) -> R
 
 
 def _loaded(part: LowRank, placement: Placement) -> tuple[Array, Array]:
-    """Return a (E, r, in) and b (E, out, r) in float64; one expert only if one is placed."""
+    """Return a (E, r, in) and b (E, out, r), exact; one expert only if one is placed."""
     arrays = []
     for tensor in (part.a, part.b):
         stored = tensor.load()
         stored = stored.reshape(-1, *stored.shape[-2:])
         if placement.expert is not None:
             stored = stored[placement.expert : placement.expert + 1]
-        values = converted(stored, np.float64)
+        wide = tensor.dtype.code == "F64"
+        values = converted(stored, np.float64 if wide else np.float32)
         if not np.isfinite(values).all():
             raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
         arrays.append(values)
@@ -280,10 +284,14 @@ def _joined(terms: list[Term | RowsTerm]) -> list[Term | RowsTerm]:
             groups.setdefault((term.rows, term.columns), []).append(term)
     joined: list[Term | RowsTerm] = []
     for (rows, columns), group in groups.items():
-        lefts = [t.left if t.weight == 1.0 else t.weight * t.left for t in group]
+        lefts = [t.left if t.weight == 1.0 else t.weight * _wide(t.left) for t in group]
         rights = [t.right for t in group]
         # One alone is not copied: factors of a large vocabulary take most of the memory.
         left = lefts[0] if len(group) == 1 else np.concatenate(lefts, axis=1)
         right = rights[0] if len(group) == 1 else np.concatenate(rights, axis=0)
         joined.append(Term(group[0].module, group[0].plane, rows, columns, left, right, 1.0))
     return joined + others
+
+
+def _wide(values: Array) -> Array:
+    return values.astype(np.float64, copy=False)

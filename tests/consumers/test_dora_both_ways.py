@@ -11,8 +11,8 @@ from peft_cases import CASES
 
 from loratools.effective import effective_delta
 from loratools.fold.operation import fold_choices, to_lora
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.fuse.plan import FuseInput
 from loratools.ranks import RankRule
 from loratools.to_dora import to_dora
 from loratools_formats import read_adapter, write_adapter

@@ -8,8 +8,8 @@ from four_bit_models import MODELS, build, logits, quantized_by_transformers, te
 
 from loratools.fourbit import scales
 from loratools.fourbit.encode import FourBitOptions
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.fuse.plan import FuseInput
 from loratools.plain import plain
 from loratools_formats import read_adapter
 from loratools_formats.checkpoint import read_checkpoint
@@ -197,6 +197,9 @@ def test_modes(made, tmp_path):
         fused(base.parent / "llama", adapter, tmp_path / "out", base_mode="dequant")
     with pytest.raises(OptionError, match="quantised again"):
         fused(base.parent / "llama", adapter, tmp_path / "out", requantize=True)
+    inputs = [FuseInput(read_adapter(adapter), 1.0, "a")]
+    again = Fusion(read_checkpoint(base), inputs, FuseOptions(requantize=True)).preview
+    assert set(again.dtypes.values()) == {"NF4"}
     fused(base, adapter, tmp_path / "one", base_mode="dequant")
     fused(base, adapter, tmp_path / "two")
     names = ("model.safetensors", "config.json", "provenance.json")

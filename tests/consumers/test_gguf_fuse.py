@@ -8,8 +8,8 @@ import pytest
 
 from loratools.convert import prepare, write
 from loratools.decompose import loaded
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
-from loratools.fuse.plan import FuseInput
 from loratools_formats import Context, get_format, read_adapter
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.gguf.container import read_gguf

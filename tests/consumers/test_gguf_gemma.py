@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from loratools.convert import prepare, write
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
-from loratools.fuse.plan import FuseInput
 from loratools_formats import Context, read_adapter
 from loratools_formats.gguf.container import read_gguf
 from loratools_formats.gguf.model import plain

@@ -528,8 +528,8 @@ def test_saved_modules_stay_with_a_folded_adapter(tmp_path):
 @pytest.mark.parametrize("name", [*EXACT, *APPROXIMATE])
 def test_fuse_puts_every_kind_into_the_base_without_loss(made, tmp_path, name):
     from loratools.fold.alone import with_settings
+    from loratools.fuse.draft import FuseInput
     from loratools.fuse.operation import FuseOptions, Fusion
-    from loratools.fuse.plan import FuseInput
 
     folder, want = made(name)
     base = read_checkpoint(folder / "base")

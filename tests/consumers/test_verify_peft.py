@@ -5,7 +5,7 @@ from pathlib import Path
 import peft_oracle as oracle
 import pytest
 
-from loratools.fuse.plan import FuseInput
+from loratools.fuse.draft import FuseInput
 from loratools.verify import verify
 from loratools_formats import read_adapter
 from loratools_formats.checkpoint import read_checkpoint

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from loratools.convert import prepare, write
 from loratools.decompose import loaded
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
-from loratools.fuse.plan import FuseInput
 from loratools_formats import (
     Adapter,
     Context,

@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, FuseResult, Fusion
-from loratools.fuse.plan import FuseInput
 from loratools_formats import read_adapter
 from loratools_formats.checkpoint import read_checkpoint
 

@@ -134,6 +134,23 @@ def test_token_rows(sharded, tmp_path):
     np.testing.assert_array_equal(after[EMBED], wanted)
 
 
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_rows_of_a_tensor_that_another_adapter_replaces(sharded, tmp_path, rows_first):
+    rng = np.random.default_rng(3)
+    whole = cases.adapter(
+        tmp_path / "whole", {UP.format(0): cases.factors(rng, 24, 16, 2)},
+        {EMBED: matrix(7, 40, 16)}, modules_to_save=["embed_tokens"],
+    )  # fmt: skip
+    rows = cases.adapter(
+        tmp_path / "rows", {UP.format(1): cases.factors(rng, 24, 16, 2)},
+        {"model.embed_tokens.token_adapter.trainable_tokens_delta": matrix(9, 2, 16)},
+        trainable_token_indices=[39, 4],
+    )  # fmt: skip
+    pair = (rows, whole) if rows_first else (whole, rows)
+    with pytest.raises(AdapterError, match=r"replaces a tensor of which .* replaces rows"):
+        cases.fusion(sharded, *pair)
+
+
 @pytest.mark.parametrize("same", [False, True])
 def test_two_adapters_that_replace_one_row(sharded, tmp_path, same):
     rng = np.random.default_rng(3)

@@ -137,6 +137,7 @@ def test_a_plain_checkpoint_stays_itself(make):
     ("tensors", "quantization", "error", "words"),
     [
         ({"q.weight": (6, 10)}, QUANT, UnsupportedError, "without one scale"),
+        ({"q.weight": (6, 10), "q.scales": (1,)}, None, UnsupportedError, "without one scale"),
         ({"q.weight": (6, 10), "q.weight_scale_inv": (2, 2)}, QUANT, AdapterError, "128 × 128"),
         (
             {"q.weight": (6, 10), "q.weight_scale_inv": (2, 2)},
@@ -194,8 +195,8 @@ def test_fused_into_eight_bits(make, make_folder, tmp_path):
     """Fusing into an eight-bit base stores correctly rounded 16-bit sums and a plain config."""
     import torch
 
+    from loratools.fuse.draft import FuseInput
     from loratools.fuse.operation import FuseOptions, Fusion
-    from loratools.fuse.plan import FuseInput
     from loratools_formats import read_adapter
 
     w, other = codes(24, 20), codes(8, 20, seed=1)
@@ -217,3 +218,31 @@ def test_fused_into_eight_bits(make, make_folder, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == {"model_type": "llama", "dtype": "bfloat16"}
     assert (len(result.tensors), result.converted, result.copied) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [None, "f16"])
+def test_eight_bit_floats_without_scales_are_numbers(make, make_folder, tmp_path, dtype):
+    """What changes becomes 16 bits wide, what does not stays as it is."""
+    import torch
+
+    from loratools.fuse.draft import FuseInput
+    from loratools.fuse.operation import FuseOptions, Fusion
+    from loratools_formats import read_adapter
+
+    w, other = codes(24, 20), codes(8, 20, seed=1)
+    base = make({"layers.0.q.weight": w, "layers.0.o.weight": other})
+    adapter = read_adapter(make_folder(dtype="f32"))
+    options = FuseOptions(dtype=dtype)
+    result = Fusion(base, [FuseInput(adapter, 1.0, "a")], options).write(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    delta = adapter.modules["layers.0.q"]
+    change = delta.scale * (delta.b.load(np.float64) @ delta.a.load(np.float64))
+    exact = torch.from_numpy(w.float().double().numpy() + change)
+    if dtype is None:
+        assert torch.equal(written["layers.0.q.weight"], exact.to(torch.bfloat16))
+        assert torch.equal(written["layers.0.o.weight"].view(torch.uint8), other.view(torch.uint8))
+        assert result.notes == ("weights in eight bits that change are stored as BF16: 1",)
+    else:
+        assert torch.equal(written["layers.0.q.weight"], exact.to(torch.float16))
+        assert torch.equal(written["layers.0.o.weight"], other.to(torch.float16))
+        assert result.notes == ()

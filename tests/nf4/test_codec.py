@@ -154,8 +154,8 @@ def test_error_is_the_true_one(quant_type, blocksize, double, tmp_path):
     weight = stored(values, options, tmp_path / "w.safetensors")
     exact = values.astype(np.float64).reshape(-1)
     difference = Dequantizer(weight).elements(0, values.size).astype(np.float64) - exact
-    assert found.squared_error == pytest.approx(np.sum(difference**2), rel=1e-5)
-    assert found.squared_norm == pytest.approx(np.sum(exact**2), rel=1e-5)
+    assert found.loss.squared_error == pytest.approx(np.sum(difference**2), rel=1e-5)
+    assert found.loss.squared_norm == pytest.approx(np.sum(exact**2), rel=1e-5)
 
 
 @pytest.mark.parametrize("double", [False, True])

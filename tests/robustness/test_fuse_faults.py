@@ -15,8 +15,8 @@ import pytest
 from fuse_bases import INDEX, adapter, content, hollow, linear, sharded, state, weights
 from safetensors.numpy import load_file, save_file
 
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.fuse.plan import FuseInput
 from loratools_formats import read_adapter
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OutputError

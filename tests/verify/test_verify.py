@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loratools.cli import cli
+from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.fuse.plan import FuseInput
 from loratools.verify import verify
 from loratools_formats import read_adapter
 from loratools_formats.checkpoint import read_checkpoint
