@@ -327,7 +327,8 @@ def _finished(
 ) -> Adapter:
     """Return the adapter with its new contents, and the map back if names were flattened."""
     metadata = {k: v for k, v in adapter.metadata.items() if k != MAP_KEY}
-    known = {name: full for name, full in dotted.items() if name in modules}
+    there = {*modules, *(name.rpartition(".")[0] for name in additions)}
+    known = {name: full for name, full in dotted.items() if name in there}
     if target == "kohya" and not known and MAP_KEY in adapter.metadata:
         metadata[MAP_KEY] = adapter.metadata[MAP_KEY]
     elif target == "kohya" and known:

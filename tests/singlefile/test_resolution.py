@@ -51,6 +51,17 @@ def test_flattening_needs_nothing_and_leaves_a_way_back(tmp_path):
     assert tensors_of(back) == tensors_of(source)
 
 
+def test_norms_without_factors_find_their_way_back_too(tmp_path):
+    source, flat = tmp_path / "in.safetensors", tmp_path / "flat.safetensors"
+    file = DialectFile("comfyui", {"ComfyUI"})
+    file.pair("diffusion_model.strange_blocks.0.q", 8, 6, 4, PEFT)
+    file.tensors["diffusion_model.strange_blocks.0.norm.w_norm"] = file.draw(8)
+    save(file, source)
+    run("convert", source, flat, "--to", "kohya")
+    run("convert", flat, tmp_path / "back.safetensors", "--to", "comfyui")
+    assert tensors_of(tmp_path / "back.safetensors") == tensors_of(source)
+
+
 def test_a_map_that_contradicts_the_names_is_not_believed(tmp_path):
     source = dotted_file(tmp_path / "in.safetensors", *UNKNOWN)
     flat = tmp_path / "flat.safetensors"
