@@ -87,13 +87,20 @@ def test_names_that_nothing_resolves_are_listed(tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize("given", ["adapter", "checkpoint", "file of ours"])
+@pytest.mark.parametrize("given", ["adapter", "checkpoint", "header", "index", "file of ours"])
 def test_a_list_of_names_undoes_flattening(tmp_path, given):
     source = dotted_file(tmp_path / "in.safetensors", *FLAT, leaves=KOHYA, alpha=4.0)
     out, other = tmp_path / "out.safetensors", tmp_path / "other.safetensors"
-    if given == "checkpoint":
+    if given in ("checkpoint", "header", "index"):
         names = [name.removeprefix("transformer.") for name in UNKNOWN]
         save_file({f"{name}.weight": np.ones((1, 1)) for name in names}, other)
+        if given == "header":
+            data = other.read_bytes()
+            other.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+        elif given == "index":
+            other = tmp_path / "model.safetensors.index.json"
+            shards = {f"{name}.weight": "model-1-of-1.safetensors" for name in names}
+            other.write_text(json.dumps({"weight_map": shards}))
         options = ("--base", other, "--component", "transformer")
         text = refusal("convert", source, out, "--to", "diffusers", "--base", other)
         assert "--component" in text
