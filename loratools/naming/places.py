@@ -14,6 +14,7 @@ Target = Class | Literal["bare"]
 
 _PROBE = ".lora_A.weight"
 _TEXT_PREFIXES = ("lora_te", "text_encoder")
+_OUTER = "text_model."
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,16 @@ def located(name: str, table: Table) -> Place | TextPlace | None:
     if key is None:
         return None
     for role, encoder in table.text_encoders.items():
-        prefixes = (encoder.kohya, f"{role}.", f"text_encoders.{encoder.comfyui}.")
-        if key.prefix.startswith(prefixes) or key.prefix in prefixes:
-            if not key.flat:
-                return TextPlace(role, encoder, key.path)
-            path = _text_path(key.path, encoder)
+        prefixes = (
+            encoder.kohya,
+            *encoder.also,
+            f"{role}.",
+            f"text_encoders.{encoder.comfyui}.",
+        )
+        if key.prefix.startswith(prefixes):
+            path = _text_path(key, encoder)
+            if path is None and not key.flat:
+                path = key.path
             return None if path is None else TextPlace(role, encoder, path)
     if key.prefix.startswith(_TEXT_PREFIXES):
         return None
@@ -63,12 +69,17 @@ def located(name: str, table: Table) -> Place | TextPlace | None:
     return None if place is None else replace(place, component=component)
 
 
-def _text_path(path: str, encoder: TextEncoder) -> str | None:
+def _text_path(key: Key, encoder: TextEncoder) -> str | None:
+    """Return a module's path in a text encoder, None if it is none of those known.
+
+    transformers 5 dropped the outer module of CLIP's paths, which other loaders expect.
+    """
     for pattern in encoder.paths:
-        text = re.escape(flattened(pattern)).replace(re.escape("{}"), r"(\d{1,4})")
-        found = re.fullmatch(text, path)
-        if found is not None:
-            return filled(pattern, found.groups())
+        for spelled in (pattern, pattern.removeprefix(_OUTER)):
+            text = re.escape(flattened(spelled) if key.flat else spelled)
+            found = re.fullmatch(text.replace(re.escape("{}"), r"(\d{1,4})"), key.path)
+            if found is not None:
+                return filled(pattern, found.groups())
     return None
 
 

@@ -69,11 +69,13 @@ class TextEncoder:
         kohya: prefix of its flattened names.
         comfyui: its name after `text_encoders.`.
         paths: its modules, as transformers names them.
+        also: other prefixes of its flattened names, which are read.
     """
 
     kohya: str
     comfyui: str
     paths: tuple[str, ...]
+    also: tuple[str, ...] = ()
 
 
 class Table:
@@ -95,7 +97,12 @@ class Table:
             self.components = (self.component, *values.get("experts", ()))
             self.kohya: Scheme = values["kohya"]
             self.text_encoders = {
-                role: TextEncoder(entry["kohya"], entry["comfyui"], _paths()[entry["paths"]])
+                role: TextEncoder(
+                    entry["kohya"],
+                    entry["comfyui"],
+                    _paths()[entry["paths"]],
+                    tuple(entry.get("also", ())),
+                )
                 for role, entry in values.get("text_encoders", {}).items()
             }
             self._rows = [row for group in values["modules"] for row in _rows(group)]

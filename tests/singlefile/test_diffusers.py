@@ -379,6 +379,27 @@ def test_we_read_what_diffusers_saves_as_it_does(pipelines, saved, kind, metadat
     assert_same(applied(pipelines[kind], path), ours(path))
 
 
+def test_we_read_what_diffusers_turns_into_kohyas_form(saved, tmp_path):
+    """Its alphas are whole numbers, and always the rank."""
+    from diffusers.utils import convert_state_dict_to_kohya
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(saved["unet"](metadata=True))
+    path, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
+    save_file({k: t.contiguous() for k, t in convert_state_dict_to_kohya(state).items()}, path)
+    adapter = read_adapter(path)
+    assert adapter.format == "kohya"
+    assert {delta.alpha_tensor.dtype.code for delta in adapter.modules.values()} == {"I64"}
+    run("convert", path, back, "--to", "diffusers", "--names", "sd1")
+    found = in_any_version(ours(back))
+    names = {key.partition(".lora_")[0] for key in state}
+    assert len(found) == len(names)
+    for name in names:
+        a, b = (state[f"{name}.lora_{side}.weight"].double().numpy() for side in "AB")
+        expected = b.reshape(len(b), -1) @ a.reshape(len(a), -1)
+        np.testing.assert_allclose(found[name.replace(".text_model.", ".")], expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["unet", "flux"])
 def test_operations_keep_metadata_true(pipelines, saved, tmp_path, kind):
     path = saved[kind](metadata=True)

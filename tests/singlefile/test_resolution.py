@@ -286,6 +286,17 @@ def test_control_adapters_become_comfyuis(tmp_path):
     assert replacement.target == norm
 
 
+def test_paths_of_clip_have_their_outer_module_again(tmp_path):
+    """transformers 5 dropped `text_model`, which loaders of kohya's files ask for."""
+    path = "encoder.layers.0.self_attn.q_proj"
+    source = dotted_file(tmp_path / "in.safetensors", f"text_encoder.{path}")
+    flat, back = tmp_path / "flat.safetensors", tmp_path / "back.safetensors"
+    run("convert", source, flat, "--to", "kohya", "--names", "sd1")
+    assert set(deltas(flat)) == {"lora_te_text_model_encoder_layers_0_self_attn_q_proj"}
+    run("convert", flat, back, "--to", "diffusers", "--names", "sd1")
+    assert set(deltas(back)) == {f"text_encoder.text_model.{path}"}
+
+
 @pytest.mark.parametrize("pair", [("kohya", "diffusers"), ("diffusers", "comfyui")])
 def test_merging_across_dialects_goes_through_one_naming(tmp_path, pair):
     kohya = GOLDEN / "kohya_flux.safetensors"
