@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratools.allot import RankChoice, choose_ranks, rank_table
-from loratools.decompose import matrices
+from loratools.decompose import Decomposed, matrices
 from loratools.device import Device
 from loratools.fold.alone import folded_where_exact
+from loratools.fold.apart import Apart, is_apart, parts_of
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import RankRule, Spectrum, as_options
@@ -98,9 +99,10 @@ def squeeze(
         OptionError: options contradict each other, or the budget is too small.
     """
     options, selection = options or ComputeOptions(), selection or Selection()
-    source = folded_where_exact(adapter, "squeeze", scratch_folder)
+    source = _folded(adapter, selection, scratch_folder)
     kept_whole = _kept_whole(source, selection)
-    adapter = _without(source, kept_whole)
+    apart = _taken_apart(source, kept_whole)
+    adapter = _as_templates(_without(source, kept_whole), apart)
     selected = _selected(adapter, selection)
     rule.check_patterns(selected)
     if rule.uniform and selected != set(adapter.modules):
@@ -116,7 +118,9 @@ def squeeze(
         # Digesting the input takes as long as reading it, so it runs beside the arithmetic.
         provenance = beside.submit(operation_record, "squeeze", {"adapter": adapter}, record)
         added = _PROVENANCE_BYTES + 2 * len(json.dumps(record)) + _nbytes(kept_whole)
-        done = _all_squeezed(adapter, selected, rule, options, added, scratch_folder, progress)
+        done = _all_squeezed(
+            adapter, apart, selected, rule, options, added, scratch_folder, progress
+        )
     modules = {outcome.report.name: outcome.delta for outcome in done}
     scales = {low_rank_part(delta).scale for delta in adapter.modules.values()}
     if all(outcome.unchanged for outcome in done) and (not rule.uniform or len(scales) == 1):
@@ -140,13 +144,42 @@ def squeeze(
     )
 
 
+def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None) -> Adapter:
+    """Return an adapter with factors where they are thin; what is not selected stays as it is.
+
+    Files that hold one kind for all modules get factors of all that have them.
+    """
+    selected = {name for name in adapter.modules if name in selection}
+    if get_format(adapter.format).plain_config is not None:
+        adapter = folded_where_exact(adapter, "squeeze", scratch_folder, leave=selected)
+    others = set(adapter.modules) - selected
+    return folded_where_exact(adapter, "squeeze", scratch_folder, leave=others, dense=False)
+
+
+def _taken_apart(adapter: Adapter, kept_whole: Container[str]) -> dict[str, Apart]:
+    return {
+        name: Apart(name, delta)
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and name not in kept_whole
+    }
+
+
+def _as_templates(adapter: Adapter, apart: Mapping[str, Apart]) -> Adapter:
+    templates = {name: one.template() for name, one in apart.items()}
+    return replace(adapter, modules={**adapter.modules, **templates})
+
+
 def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]:
-    """Return the modules without factors, all of which stay as they are.
+    """Return the modules without factors that stay as they are.
 
     Raises:
-        UnsupportedError: one is selected and no full difference, which tools keep as it is.
+        UnsupportedError: a selected one has no change that can be told without the base.
     """
-    found = {n: delta for n, delta in adapter.modules.items() if isinstance(delta, OtherDelta)}
+    found = {
+        name: delta
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and not (name in selection and is_apart(delta))
+    }
     for name, delta in found.items():
         if name in selection and (delta.kind != "full" or delta.magnitude is not None):
             raise UnsupportedError(
@@ -171,6 +204,7 @@ def _nbytes(modules: Mapping[str, OtherDelta]) -> int:
 
 def _all_squeezed(
     adapter: Adapter,
+    apart: Mapping[str, Apart],
     selected: set[str],
     rule: RankRule,
     options: ComputeOptions,
@@ -182,7 +216,7 @@ def _all_squeezed(
     ranks = None
     if rule.needs_all_spectra or groups:
         ranks = choose_ranks(
-            _spectra(adapter, selected, options),
+            _spectra(adapter, apart, selected, options),
             rule,
             input_nbytes=adapter.weights_nbytes,
             fixed_nbytes=_fixed_nbytes(adapter, selected) + header_nbytes,
@@ -202,7 +236,9 @@ def _all_squeezed(
             if name not in selected:
                 return _untouched(name, whole, device)
             rank = None if ranks is None else ranks[name]
-            return _squeezed(name, whole, rule, rank, resizer, device, name not in grouped)
+            parts = parts_of(whole, apart.get(name), device)
+            keep_scale = None if name in apart else name not in grouped
+            return _squeezed(name, whole, parts, rule, rank, resizer, keep_scale)
         except LoratoolsError as error:
             if error.path is None and adapter.source is not None:
                 error.path = str(adapter.source)
@@ -246,13 +282,14 @@ def rank_choices(
     """
     options = options or ComputeOptions()
     selection = selection or Selection()
-    source = folded_where_exact(adapter, "squeeze", None)
+    source = _folded(adapter, selection, None)
     kept_whole = _kept_whole(source, selection)
-    adapter = _without(source, kept_whole)
+    apart = _taken_apart(source, kept_whole)
+    adapter = _as_templates(_without(source, kept_whole), apart)
     selected = _selected(adapter, selection)
-    others = _spectra(adapter, set(adapter.modules) - selected, options)
+    others = _spectra(adapter, apart, set(adapter.modules) - selected, options)
     other_energy = sum(float(spectrum.energies.sum()) for spectrum in others)
-    spectra = _spectra(adapter, selected, options)
+    spectra = _spectra(adapter, apart, selected, options)
     fixed = _fixed_nbytes(adapter, selected) + _nbytes(kept_whole)
     return rank_table(spectra, fixed, other_energy)
 
@@ -276,19 +313,23 @@ def _untouched(name: str, whole: Delta, device: Device) -> _Outcome:
 def _squeezed(
     name: str,
     whole: Delta,
+    parts: Sequence[Decomposed],
     rule: RankRule,
     rank: int | None,
     resizer: Resizer,
-    device: Device,
-    keep_scale: bool,
+    keep_scale: bool | None,
 ) -> _Outcome:
+    """Squeeze a module; `keep_scale` is None if it has no factors whose values could stay."""
     delta = low_rank_part(whole)
-    parts = matrices(delta, device)
     spectrum = spectrum_of(name, delta, parts, resizer.options)
     rank = rule.of_module(spectrum) if rank is None else rank
     squared_norm = sum(part.squared_norm for part in parts)
     squared_error = 0.0
-    new = resizer.without_loss(delta, rank, keep_scale=keep_scale)
+    new = None
+    if keep_scale is None:
+        rank = min(rank, delta.rank)
+    else:
+        new = resizer.without_loss(delta, rank, keep_scale=keep_scale)
     kept = squared_norm
     unchanged = new is not None and (new.rank, new.a.dtype, new.b.dtype) == (
         delta.rank,
@@ -322,12 +363,14 @@ def _selected(adapter: Adapter, selection: Selection) -> set[str]:
     return selected
 
 
-def _spectra(adapter: Adapter, selected: set[str], options: ComputeOptions) -> list[Spectrum]:
+def _spectra(
+    adapter: Adapter, apart: Mapping[str, Apart], selected: set[str], options: ComputeOptions
+) -> list[Spectrum]:
     device = Device(options.device)
 
     def spectrum(name: str) -> Spectrum:
         delta = low_rank_part(adapter.modules[name])
-        return spectrum_of(name, delta, matrices(delta, device), options)
+        return spectrum_of(name, delta, parts_of(delta, apart.get(name), device), options)
 
     names = [name for name in adapter.modules if name in selected]
     return list(in_order(spectrum, names, options.threads))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from loratools.change import exact_factors
 from loratools.fold.modules import checked_change, known_shape, stored_as_is, template_of
 from loratools.kinds import get_kind
+from loratools.kinds.declaration import Product
 from loratools.resize import ComputeOptions
 from loratools.scratch import Scratch
 from loratools.weights import ShapeOnly
@@ -63,8 +64,23 @@ def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None
     return folded
 
 
-def folded_where_exact(adapter: Adapter, operation: str, scratch_folder: Path | None) -> Adapter:
+def folded_where_exact(
+    adapter: Adapter,
+    operation: str,
+    scratch_folder: Path | None,
+    *,
+    leave: Container[str] = (),
+    dense: bool = True,
+) -> Adapter:
     """Return the same, with modules that do not fold so as they are.
+
+    Args:
+        adapter: of any kind.
+        operation: what it is for, for messages.
+        scratch_folder: where new factors wait until they are written.
+        leave: modules to leave as they are.
+        dense: whether what is no product of factors is decomposed, too, which is slow; but for
+            DoRAs, which need factors.
 
     Raises:
         UnsupportedError: a setting that the change depends on is not in the file.
@@ -76,13 +92,13 @@ def folded_where_exact(adapter: Adapter, operation: str, scratch_folder: Path | 
     scratch = Scratch(scratch_folder)
     modules = dict(adapter.modules)
     for name, delta in with_settings(adapter, {}).modules.items():
-        if not isinstance(delta, OtherDelta):
+        if not isinstance(delta, OtherDelta) or name in leave or not folds_alone(delta):
             continue
-        change = None
-        if folds_alone(delta):
-            with threadpool_limits(1):  # the bits must not depend on the machine's threads
-                found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
-                change = exact_factors(found, of_any_rank=True)
+        with threadpool_limits(1):  # the bits must not depend on the machine's threads
+            found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
+            if not isinstance(found, Product) and not dense and delta.magnitude is None:
+                continue
+            change = exact_factors(found, of_any_rank=True)
         if change is None:
             continue
         template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))

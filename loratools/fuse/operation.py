@@ -190,7 +190,8 @@ class Fusion:
     def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.options = options
         self.inputs = tuple(
-            replace(item, adapter=folded_where_exact(item.adapter, "fuse", None)) for item in inputs
+            replace(item, adapter=folded_where_exact(item.adapter, "fuse", None, dense=False))
+            for item in inputs
         )
         self._base = base
         self._plain = plain(base)

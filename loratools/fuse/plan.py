@@ -186,7 +186,7 @@ def plan_fuse(
 def _ready(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return the adapter with what folds exactly as factors, and named as the base is."""
     _require_true_delta(adapter)
-    return named_for_base(folded_where_exact(adapter, "fuse", None), base)
+    return named_for_base(folded_where_exact(adapter, "fuse", None, dense=False), base)
 
 
 def _without_streamed(adapter: Adapter) -> Adapter:

@@ -5,10 +5,13 @@ Not what it merges: version 4.1.3 multiplies LoHa and Tucker LoKr by their scale
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from dialect_files import KOHYA, DialectFile, save
 from safetensors.numpy import load_file, save_file
-from test_dialects import Known, dense
+from test_dialects import Known, dense, tensors_of
 from test_resolution import run
 
 from loratools_formats import find_format, read_adapter, write_adapter
@@ -152,3 +155,43 @@ def test_the_base_gets_that_change(saved, name, tmp_path):
     has_biases = bool(read_adapter(path).additions)
     assert has_biases == any((bias != 1.0).any() for bias in found.values())
     run("verify", fused, "--base", base, "--adapter", path)
+
+
+def kronecker_file(path):
+    """Return a file of one plain and one LoKr module, and the ΔW of the second."""
+    file = DialectFile("kohya", {"kohya", "LyCORIS"}, seed=1)
+    plain, name = (f"lora_unet_blocks_0_self_attn_{n}" for n in "qk")
+    file.pair(plain, 8, 8, 4, KOHYA, alpha=4.0)
+    left, right = file.draw(8, 6, dtype=np.float32), file.draw(12, 10, dtype=np.float32)
+    file.tensors |= {f"{name}.lokr_w1": left, f"{name}.lokr_w2": right}
+    return save(file, path), plain, name, np.kron(left.astype(np.float64), right)
+
+
+@pytest.mark.parametrize("rank", [5, 100])
+def test_a_kronecker_product_is_squeezed_from_its_sides(tmp_path, rank):
+    source, _, name, delta = kronecker_file(tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    told = json.loads(run("squeeze", source, "-o", out, "--rank", rank, "--json", "-q"))
+    u, s, vt = np.linalg.svd(delta)
+    kept = min(rank, 60)
+    found = read_adapter(out).modules[name]
+    assert found.rank == kept
+    np.testing.assert_allclose(dense(found), (u[:, :kept] * s[:kept]) @ vt[:kept], atol=1e-5)
+    (module,) = [module for module in told["modules"] if module["name"] == name]
+    assert module["rank_in"] == 60
+    error = np.linalg.norm(dense(found) - delta) / np.linalg.norm(delta)
+    assert module["relative_error"] == pytest.approx(error, rel=1e-5)
+    by_budget = tmp_path / "budget.safetensors"
+    run("squeeze", source, "-o", by_budget, "--budget", "6kB")
+    assert 3000 < by_budget.stat().st_size <= 6000
+
+
+def test_what_is_left_out_of_a_squeeze_keeps_its_kind_and_bits(tmp_path):
+    source, plain, name, _ = kronecker_file(tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    run("squeeze", source, "-o", out, "--rank", "2", "--exclude", f"{name}$")
+    before, after = tensors_of(source), tensors_of(out)
+    assert {k: v for k, v in after.items() if k.startswith(name)} == {
+        k: v for k, v in before.items() if k.startswith(name)
+    }
+    assert read_adapter(out).modules[plain].rank == 2
