@@ -28,7 +28,7 @@ from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import AdapterError
-from loratools_formats.shards import Blank, Made, Part, Sink
+from loratools_formats.shard_plan import Blank, Made, Part, Sink
 
 DTypeName = Literal["bf16", "f16", "f32"]
 _BUFFERS = Buffers()

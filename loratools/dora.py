@@ -14,7 +14,7 @@ import numpy as np
 
 from loratools.kinds.declaration import Rows, Weight
 from loratools.stream import row_spans
-from loratools_formats.adapter import Axis, Dora, OtherDelta
+from loratools_formats.adapter import Axis
 from loratools_formats.errors import AdapterError
 from loratools_formats.tensors import TensorRef
 
@@ -102,17 +102,15 @@ def _input_norms(weight: Weight, delta: Rows, kernel: int) -> Array:
     return norms
 
 
-def rescaling_of(delta: Dora | OtherDelta, weight: Weight, change: Rows) -> Rescaling:
+def rescaling_of(magnitude: TensorRef, axis: Axis, weight: Weight, change: Rows) -> Rescaling:
     """Return what a module's magnitudes make of the rows of its direction.
 
     Raises:
-        AdapterError: it has none, or they do not fit or are not finite.
+        AdapterError: they do not fit or are not finite.
     """
-    if delta.magnitude is None:
-        raise AdapterError("module has no magnitude")
-    magnitude = finite_vector(delta.magnitude, "magnitude")
-    kernel = max(weight.shape[1] // magnitude.size, 1) if delta.axis == "input" else 1
-    return Rescaling(weight, change, magnitude, delta.axis, kernel)
+    values = finite_vector(magnitude, "magnitude")
+    kernel = max(weight.shape[1] // values.size, 1) if axis == "input" else 1
+    return Rescaling(weight, change, values, axis, kernel)
 
 
 def rescaled_rows(rescaling: Rescaling) -> Rows:

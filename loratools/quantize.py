@@ -36,7 +36,7 @@ from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.dtypes import DType
 from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.shards import Made, Part, Sink
+from loratools_formats.shard_plan import Made, Part, Sink
 from loratools_formats.tensors import Buffer, TensorRef
 
 _PIECE = 1 << 20  # elements read at a time

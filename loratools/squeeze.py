@@ -181,7 +181,7 @@ def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]
         if isinstance(delta, OtherDelta) and not (name in selection and is_apart(delta))
     }
     for name, delta in found.items():
-        if name in selection and (delta.kind != "full" or delta.magnitude is not None):
+        if name in selection and (delta.kind != "full" or delta.is_dora):
             raise UnsupportedError(
                 f"a weight change of kind {delta.kind} has no factors that squeeze could use",
                 path=adapter.source,

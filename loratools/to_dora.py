@@ -81,7 +81,7 @@ def to_dora(
     if workers < 1:
         raise OptionError("workers is too small", got=workers, expected="at least 1")
     adapter.require_true_delta("to-dora")
-    adapter = folded_exactly(adapter, "to-dora", scratch_folder)
+    adapter = folded_exactly(adapter, "to-dora", scratch_folder, base)
     if not adapter.modules:
         raise AdapterError("no module to turn into a DoRA", path=adapter.source)
 

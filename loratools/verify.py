@@ -17,7 +17,7 @@ import numpy as np
 from loratools.device import Device
 from loratools.fuse.blocks import fused_blocks, single_precision
 from loratools.fuse.draft import FuseInput
-from loratools.fuse.plan import FLOATING, TensorPlan, plan_fuse
+from loratools.fuse.plan import ADDABLE, FLOATING, TensorPlan, plan_fuse
 from loratools.fuse.terms import View, load_terms, stacked
 from loratools.parallel import in_order
 from loratools.plain import PlainCheckpoint, plain
@@ -141,7 +141,7 @@ def _judged(plan: TensorPlan, new: PlainCheckpoint) -> TensorVerdict:
     exactly = plan.key not in new.stored
     if exactly and plan.is_copy and _same_bytes(plan.source, there):
         return TensorVerdict(plan.key, "exact", plan.is_touched)
-    if plan.source.dtype.code not in FLOATING or there.dtype.code not in FLOATING:
+    if plan.source.dtype.code not in ADDABLE or there.dtype.code not in FLOATING:
         reason = "differs from the base" if not plan.is_touched else "differs from the adapter's"
         return TensorVerdict(plan.key, "not contained", plan.is_touched, reason=reason)
     comparison = _compared(plan, there, exactly=exactly)

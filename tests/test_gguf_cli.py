@@ -113,9 +113,10 @@ def test_options_for_checkpoints_are_refused(model, files, options):
     assert "has no meaning for a GGUF model" in done.stderr
 
 
-def test_options_for_gguf_are_refused(files):
-    done = loratools("fuse", EXAMPLES / "model", EXAMPLES / "lora", "--dry-run", "--outtype", "f16")
-    assert "--outtype has no meaning for a safetensors checkpoint" in done.stderr
+@pytest.mark.parametrize("option", ["--outtype", "--fallback"])
+def test_options_for_gguf_are_refused(option):
+    done = loratools("fuse", EXAMPLES / "model", EXAMPLES / "lora", "--dry-run", option, "f16")
+    assert f"{option} has no meaning for a safetensors checkpoint" in done.stderr
 
 
 def test_a_model_is_no_adapter(model):

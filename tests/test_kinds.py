@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from loratools.effective import effective_delta
 from loratools.fold.operation import to_lora
+from loratools.info import describe
+from loratools.initial import subtract_initial
 from loratools.kinds import all_kinds
 from loratools.ranks import RankRule
 from loratools.squeeze import squeeze
@@ -264,27 +266,82 @@ def test_lora_xs_without_its_matrices_is_refused(tmp_path):
         squeeze(read_adapter(folder), RankRule(rank=2))
 
 
+def test_the_fork_of_lora_ga_needs_what_it_began_with(tmp_path):
+    start = {".lora_A.weight": random(4, 24), ".lora_B.weight": random(36, 4)}
+    config = {"peft_type": "LORAGA", "init_lora_weights": "lora_ga", "bsz": 2, "scale": "stable"}
+    adapter = read_adapter(saved(tmp_path / "adapter", FACTORS, **config))
+    with pytest.raises(UnsupportedError, match="--initial"):
+        to_lora(adapter, RankRule())
+    whole = subtract_initial(adapter, read_adapter(saved(tmp_path / "start", start, **config)))
+    result = to_lora(whole, RankRule())
+    b, a = start[".lora_B.weight"].astype("f8"), start[".lora_A.weight"]
+    close(
+        effective_delta("q_proj", result.adapter.modules["q_proj"], (36, 24)), 2 * (B @ A - b @ a)
+    )
+
+
 def test_nlora_without_its_matrix_is_an_error(tmp_path):
     folder = saved(tmp_path / "adapter", FACTORS, init_lora_weights="n_lora")
     with pytest.raises(AdapterError, match="lora_N"):
         read_adapter(folder)
 
 
-def test_nola_is_not_a_change_of_zero(tmp_path):
-    zero = {".lora_A.weight": A.astype("f4"), ".lora_B.weight": np.zeros((36, 4), "f4")}
-    by_key = saved(tmp_path / "config", zero, use_nola=True, nola_num_basis=64)
-    with pytest.raises(UnsupportedError, match="NOLA"):
-        to_lora(read_adapter(by_key), RankRule())
-    coefficients = {".lora_A.coefficients": random(64), ".lora_B.coefficients": random(64)}
-    by_tensor = saved(tmp_path / "tensors", zero | coefficients)
-    with pytest.raises(AdapterError, match="coefficients"):
-        read_adapter(by_tensor)
+COEFFICIENTS = {f".lora_{side}.coefficients": random(64) for side in "AB"}
+ZERO = {".lora_A.weight": A.astype("f4"), ".lora_B.weight": np.zeros((36, 4), "f4")}
+SQUARE = {".lora_A.weight": random(16, 16), ".lora_B.weight": np.zeros((36, 16), "f4")}
 
 
-def test_the_mean_of_a_bayesian_lora_is_not_taken_in_silence(tmp_path):
-    folder = saved(tmp_path / "adapter", FACTORS | {".lora_A_rho": A.astype("f4")})
-    with pytest.raises(AdapterError, match="rho"):
-        read_adapter(folder)
+@pytest.mark.parametrize(
+    ("name", "tensors", "config"),
+    [
+        ("NOLA", ZERO, {"use_nola": True, "nola_num_basis": 64}),
+        ("NOLA", ZERO | COEFFICIENTS, {"use_nola": True, "nola_num_basis": 64}),
+        ("MoRA", SQUARE, {"use_mora": True, "mora_type": 6}),
+    ],
+)
+def test_what_is_no_product_is_recognised_and_not_a_change_of_zero(tmp_path, name, tensors, config):
+    adapter = read_adapter(saved(tmp_path / "adapter", tensors, **config))
+    (caveat,) = describe(adapter).caveats
+    assert name in caveat.reason
+    for operation in (lambda: to_lora(adapter, RankRule()), lambda: squeeze(adapter, RankRule())):
+        with pytest.raises(UnsupportedError, match=name):
+            operation()
+
+
+@pytest.mark.parametrize("extra", [COEFFICIENTS, {".lora_atoms": random(4, 4, 4)}])
+def test_tensors_beside_factors_that_are_not_known_are_refused(tmp_path, extra):
+    with pytest.raises(AdapterError, match="may change the weights"):
+        read_adapter(saved(tmp_path / "adapter", ZERO | extra))
+
+
+def test_the_change_of_a_bayesian_lora_is_that_of_its_mean(tmp_path):
+    spread = {".lora_A_rho": random(4, 24)}
+    adapter = read_adapter(saved(tmp_path / "adapter", FACTORS | spread))
+    (note,) = (text for text in adapter.notes if "posterior" in text)
+    assert "BLoB" in note
+    result = to_lora(adapter, RankRule())
+    close(effective_delta("q_proj", result.adapter.modules["q_proj"], (36, 24)), 2.0 * B @ A)
+    write_adapter(adapter, tmp_path / "again", "peft")
+    assert set(read_adapter(tmp_path / "again").carried) == set(adapter.carried) != set()
+    for name, made in (("plain", result), ("small", squeeze(adapter, RankRule(rank=2)))):
+        write_adapter(made.adapter, tmp_path / name, "peft")
+        assert not read_adapter(tmp_path / name).carried
+
+
+def test_the_authors_fork_of_uni_lora_calls_its_indices_logits(tmp_path):
+    bank = random(50)
+    indices = {"A": RNG.integers(0, 50, (4, 24)), "B": RNG.integers(0, 50, (36, 4))}
+    norms = {"A": random(4, 24), "B": random(36, 4)}
+    tensors = {}
+    for side in "AB":
+        tensors[f".unilora_logits_{side}"] = indices[side]
+        tensors[f".unilora_norm_{side}"] = norms[side]
+    folder = saved(tmp_path / "adapter", tensors, peft_type="UNILORA", r=4, lora_alpha=None, topk=2)
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.unilora_vector_bank": bank}, path)
+    result = to_lora(read_adapter(folder), RankRule())
+    a, b = (bank[indices[side]].astype("f8") * norms[side] for side in "AB")
+    close(effective_delta("q_proj", result.adapter.modules["q_proj"], (36, 24)), b @ a)
 
 
 def test_sparse_deltas_of_spiel_are_flat_places(tmp_path):

@@ -129,11 +129,17 @@ class Missing:
         expected: what it may be, for people.
         choices: the words it may be; empty if it is none of some words.
         pattern: regular expression that it must match whole; empty if it is a number.
+        whole: whether it is a whole number above 0.
+        in_base: entries of the base model's `config.json` that tell it; the first present counts.
+        meaning: what the words in that entry mean; empty if it holds the setting itself.
     """
 
     expected: str
     choices: tuple[str, ...] = ()
     pattern: str = ""
+    whole: bool = False
+    in_base: tuple[str, ...] = ()
+    meaning: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,8 @@ class OtherDelta:
         shape: (out, in) of the weight as a matrix; None for what the file does not tell.
         shared: tensors that it has in common with other modules, by the declaration's names; they
             are in `Adapter.shared` too, and counted there.
-        magnitude: as of a DoRA, whose direction the rest then is; None if it is none.
+        magnitude: as of a DoRA, whose direction the rest then is; None if it is none, or if it is
+            the shared part of that name.
         axis: of the magnitude, as in `Dora`.
         bias: (out,), added to the layer's bias as it is.
         alpha_tensor: the tensor that states alpha, in formats which keep it in one.
@@ -174,6 +181,11 @@ class OtherDelta:
     def experts(self) -> int:
         """Number of stacked matrices: always 1."""
         return 1
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a magnitude makes it the direction of a DoRA."""
+        return self.magnitude is not None or "magnitude" in self.shared
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor that is its own."""

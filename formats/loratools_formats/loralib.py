@@ -17,49 +17,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.registry import Format
+from loratools_formats.statedict import SUFFIXES, StateDict, has_names
 
 if TYPE_CHECKING:
-    from loratools_formats.adapter import Adapter, OtherDelta
+    from loratools_formats.adapter import Adapter, Delta, OtherDelta
     from loratools_formats.tensors import TensorRef
 
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _KEY = re.compile(
     r"(?P<module>.+?)(?:\.lora)?\.(?:lora_(?P<side>[ABE])(?:\.(?P<piece>\d{1,4}))?|(?P<gate>gate))"
 )
-_STRING_IN_PICKLE = re.compile(rb"X(.)\x00\x00\x00", re.DOTALL)  # opcode and length
 _FIRST_FACTOR = re.compile(rb".+\.lora_A(?:\.\d{1,4})?")
-_SNIFFED_BYTES = 1 << 16
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings")
 
 
 def _sniff(path: Path) -> bool:
-    if path.suffix not in _SUFFIXES or path.name == "adapter_model.bin" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(_SNIFFED_BYTES)
-    if not start.startswith((b"PK", b"\x80")):
-        return False
-    strings = (
-        start[match.end() : match.end() + match[1][0]]
-        for match in _STRING_IN_PICKLE.finditer(start)
-    )
-    return any(_FIRST_FACTOR.fullmatch(text) for text in strings)
+    return has_names(path, _FIRST_FACTOR)
 
 
 def _read(path: Path) -> Adapter:
-    from loratools_formats.adapter import Adapter, Replacement
-    from loratools_formats.errors import AdapterError
-    from loratools_formats.peft.legacy_bin import read_bin
-    from loratools_formats.safetensors_io import read_safetensors
+    from loratools_formats.adapter import Replacement
 
-    if path.suffix == ".safetensors":
-        weights = read_safetensors(path)
-        original = weights.file
-    else:
-        weights, original = read_bin(path)
+    state = StateDict(path)
     parts: dict[str, dict[str, TensorRef]] = {}
     replacements = {}
-    for key, tensor in weights.tensors.items():
+    for key, tensor in state.tensors.items():
         match = _KEY.fullmatch(key)
         if match is not None:
             side = "gate" if match["gate"] else match["side"].lower()
@@ -68,22 +49,9 @@ def _read(path: Path) -> Adapter:
         elif key.endswith(".bias"):
             replacements[key] = Replacement("bias", key, tensor)
         else:
-            raise AdapterError(
-                "unknown tensor; it may change the weights",
-                path=path,
-                tensor=key,
-                expected="names that end in .lora_A, .lora_B, .lora_E, .gate or .bias",
-                hint="Save the tensors of the adapter alone",
-            )
-    return Adapter(
-        format=FORMAT.name,
-        source=path,
-        modules={name: _delta(name, parts[name], path) for name in sorted(parts)},
-        replacements=replacements,
-        metadata=weights.metadata,
-        notes=(f"weights are pickled ({path.name})",) if path.suffix != ".safetensors" else (),
-        inputs=(original,),
-    )
+            raise state.unknown(key, "names that end in .lora_A, .lora_B, .lora_E, .gate or .bias")
+    modules: dict[str, Delta] = {name: _delta(name, found, path) for name, found in parts.items()}
+    return state.adapter(FORMAT.name, modules, replacements=replacements)
 
 
 def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> OtherDelta:
@@ -131,7 +99,7 @@ def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> OtherDelta:
 FORMAT = Format(
     name="loralib",
     description="state dict of the original LoRA code (loralib, AdaLoRA, IncreLoRA, SoRA)",
-    suffixes=_SUFFIXES,
+    suffixes=SUFFIXES,
     is_folder=False,
     sniff=_sniff,
     read=_read,

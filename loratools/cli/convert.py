@@ -36,7 +36,9 @@ from loratools_formats.singlefile import NAMES as SINGLE_FILES
     type=shared.PATH,
     help="Base model (folder or file), where a format needs its names or layout.",
 )
-@click.option("--outtype", help="Type of the factors in the output, such as f32, f16 or bf16.")
+@click.option(
+    "--outtype", help="Type of the factors in the output: f32, f16 or bf16, or q8_0 in a GGUF file."
+)
 @click.option(
     "--metadata",
     multiple=True,

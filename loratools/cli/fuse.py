@@ -21,12 +21,13 @@ from loratools.cli.output import (
 )
 from loratools.device import DeviceName
 from loratools.fuse.draft import FuseInput
-from loratools.fuse.gguf import GgufFuseOptions, GgufFusion, Outtype
+from loratools.fuse.gguf import Fallback, GgufFuseOptions, GgufFusion, Outtype
 from loratools.fuse.operation import BaseMode, FuseOptions, FusePreview, FuseResult, Fusion
 from loratools.fuse.plan import TensorPlan
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OptionError
-from loratools_formats.gguf.container import is_gguf, read_gguf
+from loratools_formats.gguf.container import is_gguf
+from loratools_formats.gguf.splits import read_model
 
 
 @click.command("fuse")
@@ -37,8 +38,12 @@ from loratools_formats.gguf.container import is_gguf, read_gguf
 @click.option(
     "--outtype",
     type=click.Choice(get_args(Outtype)),
-    help="Type of changed tensors in a GGUF model; keep, the default, leaves each its own where "
-    "that can be written, else f16.",
+    help="Type of changed tensors in a GGUF model; keep, the default, leaves each its own.",
+)
+@click.option(
+    "--fallback",
+    type=click.Choice(get_args(Fallback)),
+    help="Type of those whose own cannot be written, such as Q4_K; f16 by default.",
 )
 @shared.max_shard_size_option
 @click.option(
@@ -63,6 +68,7 @@ def command(
     dry_run: bool,
     dtype: str | None,
     outtype: Outtype | None,
+    fallback: Fallback | None,
     max_shard_size: str | None,
     base_mode: BaseMode | None,
     requantize: bool,
@@ -94,14 +100,14 @@ def command(
         }
         _refuse(given, "a GGUF model")
     else:
-        _refuse({"--outtype": outtype}, "a safetensors checkpoint")
+        _refuse({"--outtype": outtype, "--fallback": fallback}, "a safetensors checkpoint")
     inputs = [shared.fuse_input(text, format_name) for text in adapters]
     fusion: Fusion | GgufFusion
     if is_gguf(base):
         fusion = GgufFusion(
-            read_gguf(base),
+            read_model(base),
             inputs,
-            GgufFuseOptions(outtype or "keep", workers, device, allow_lossy),
+            GgufFuseOptions(outtype or "keep", fallback or "f16", workers, device, allow_lossy),
         )
     else:
         options = FuseOptions(

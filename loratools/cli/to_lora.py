@@ -45,7 +45,8 @@ from loratools_formats.errors import OptionError, UnsupportedError
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="A number that the change depends on and the file does not hold. Repeatable.",
+    help="What the change depends on and neither the file nor the base's config.json tells. "
+    "Repeatable.",
 )
 @click.option(
     "--exact",

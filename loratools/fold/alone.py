@@ -18,6 +18,7 @@ from loratools.resize import ComputeOptions
 from loratools.scratch import Scratch
 from loratools.weights import ShapeOnly
 from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, Missing, OtherDelta
+from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import OptionError, UnsupportedError
 from loratools_formats.peft.targets import as_peft
 from loratools_formats.registry import get_format
@@ -32,14 +33,16 @@ def needs_base(delta: Delta) -> bool:
     """Return whether a change cannot be told without the base's weights or shapes."""
     if isinstance(delta, LowRank):
         return False
-    if isinstance(delta, Dora) or delta.magnitude is not None:
+    if isinstance(delta, Dora) or delta.is_dora:
         return True
     needs = get_kind(delta.kind).needs
     return needs == "weight" or (needs == "shape" and None in delta.shape)
 
 
-def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None) -> Adapter:
-    """Return an adapter whose other kinds are folded, exactly and without the base.
+def folded_exactly(
+    adapter: Adapter, operation: str, scratch_folder: Path | None, base: Checkpoint | None = None
+) -> Adapter:
+    """Return an adapter whose other kinds are folded, exactly and without the base's weights.
 
     Plain and DoRA modules stay; a DoRA of another kind becomes an ordinary one.
 
@@ -47,12 +50,13 @@ def folded_exactly(adapter: Adapter, operation: str, scratch_folder: Path | None
         adapter: of any kind.
         operation: what it is for, for messages.
         scratch_folder: where new factors wait until they are written.
+        base: the base model, for what its configuration tells of settings that a file lacks.
 
     Raises:
         UnsupportedError: a module does not fold exactly, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
-    folded = folded_where_exact(adapter, operation, scratch_folder)
+    folded = folded_where_exact(adapter, operation, scratch_folder, base=base)
     for name, delta in folded.modules.items():
         if isinstance(delta, OtherDelta):
             raise UnsupportedError(
@@ -69,6 +73,7 @@ def folded_where_exact(
     operation: str,
     scratch_folder: Path | None,
     *,
+    base: Checkpoint | None = None,
     leave: Container[str] = (),
     dense: bool = True,
 ) -> Adapter:
@@ -78,6 +83,7 @@ def folded_where_exact(
         adapter: of any kind.
         operation: what it is for, for messages.
         scratch_folder: where new factors wait until they are written.
+        base: the base model, for what its configuration tells of settings that a file lacks.
         leave: modules to leave as they are.
         dense: whether what is no product of factors is decomposed, too, which is slow; but for
             DoRAs, which need factors.
@@ -90,31 +96,33 @@ def folded_where_exact(
         return adapter
     adapter.require_true_delta(operation)
     scratch = Scratch(scratch_folder)
-    modules = dict(adapter.modules)
-    for name, delta in with_settings(adapter, {}).modules.items():
+    modules = dict(with_settings(adapter, {}, base).modules)
+    for name, delta in list(modules.items()):
         if not isinstance(delta, OtherDelta) or name in leave or not folds_alone(delta):
             continue
         with threadpool_limits(1):  # the bits must not depend on the machine's threads
             found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
-            if not isinstance(found, Product) and not dense and delta.magnitude is None:
+            if not isinstance(found, Product) and not dense and not delta.is_dora:
                 continue
             change = exact_factors(found, of_any_rank=True)
         if change is None:
             continue
         template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
         plain = stored_as_is(template, change, ComputeOptions(), scratch)
-        modules[name] = (
-            plain if delta.magnitude is None else Dora(plain, delta.magnitude, delta.axis)
-        )
+        magnitude = get_kind(delta.kind).magnitude_of(delta)
+        modules[name] = plain if magnitude is None else Dora(plain, magnitude, delta.axis)
     return plain_adapter(adapter, modules)
 
 
-def with_settings(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
+def with_settings(
+    adapter: Adapter, given: Mapping[str, str], base: Checkpoint | None = None
+) -> Adapter:
     """Return an adapter with settings that its file does not hold filled in.
 
     Args:
         adapter: of any kind.
         given: values by the setting's name.
+        base: the base model, whose configuration tells some settings that are not given.
 
     Raises:
         UnsupportedError: a setting is still missing.
@@ -126,27 +134,45 @@ def with_settings(adapter: Adapter, given: Mapping[str, str]) -> Adapter:
         modules[name] = delta
         if isinstance(delta, OtherDelta):
             missing = {k: v for k, v in delta.settings.items() if isinstance(v, Missing)}
+            unused -= set(missing)
+            filled = {}
             for key, value in missing.items():
-                if key not in given:
+                text = given[key] if key in given else _in_base(value, base)
+                if text is None:
+                    of_base = " or --base MODEL" if value.in_base else ""
                     raise UnsupportedError(
                         f"the weight change depends on {key}, which the file does not hold",
                         path=adapter.source,
                         tensor=name,
                         expected=value.expected,
-                        hint=f"Make it a plain LoRA with loratools to-lora --set {key}=VALUE",
+                        hint="Make it a plain LoRA with loratools to-lora "
+                        f"--set {key}=VALUE{of_base}",
                     )
-            unused -= set(missing)
-            filled = {key: _parsed(key, given[key], value) for key, value in missing.items()}
+                filled[key] = _parsed(key, text, value)
             modules[name] = replace(delta, settings={**delta.settings, **filled})
     if unused:
         raise OptionError("no module lacks this setting", got=", ".join(sorted(unused)))
     return replace(adapter, modules=modules)
 
 
+def _in_base(missing: Missing, base: Checkpoint | None) -> str | None:
+    """Return what the base's configuration says of a setting, None if it says nothing."""
+    config = {} if base is None else base.config
+    nested = config.get("text_config")
+    for values in (config, nested if isinstance(nested, Mapping) else {}):
+        found = next((values[k] for k in missing.in_base if values.get(k) is not None), None)
+        if found is not None:
+            return missing.meaning.get(str(found)) if missing.meaning else str(found)
+    return None
+
+
 def _parsed(key: str, text: str, missing: Missing) -> str | float:
     if missing.choices or missing.pattern:
         if text in missing.choices or re.fullmatch(missing.pattern or "(?!)", text):
             return text
+    elif missing.whole:
+        if re.fullmatch(r"[1-9]\d{0,8}", text):
+            return int(text)
     else:
         try:
             number = float(text)

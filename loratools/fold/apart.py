@@ -21,7 +21,9 @@ from loratools_formats.adapter import Delta, LowRank, OtherDelta, low_rank_part
 
 def is_apart(delta: Delta) -> bool:
     """Return whether a change is to be taken apart so: of another kind, told without the base."""
-    return isinstance(delta, OtherDelta) and folds_alone(delta) and delta.magnitude is None
+    if not isinstance(delta, OtherDelta) or delta.layer.kind == "experts":
+        return False
+    return folds_alone(delta) and not delta.is_dora
 
 
 @dataclass(frozen=True)

@@ -114,12 +114,13 @@ class Opener:
             change: Change = Product(
                 delta.direction.scale * b.astype(np.float64), a.astype(np.float64)
             )
-            return self._through_dora(name, place, change, delta, _unscaled(delta.direction))
+            like = _unscaled(delta.direction)
+            return self._through_dora(name, place, change, delta.magnitude, delta, like)
         weight: Weight
         kind = get_kind(delta.kind)
         if place is None:
             weight = ShapeOnly(known_shape(delta))
-        elif kind.needs == "weight" or delta.magnitude is not None:
+        elif kind.needs == "weight" or delta.is_dora:
             weight = place.weight()
         else:
             weight = ShapeOnly(place.shape)
@@ -127,8 +128,9 @@ class Opener:
         layer = delta.layer if place is None else place.layer
         template = template_of(name, delta, layer, rows_of(change).shape)
         template = replace(template, bias=added_bias(delta, weight, place))
-        if delta.magnitude is not None and place is not None:
-            return self._through_dora(name, place, change, delta, template)
+        magnitude = kind.magnitude_of(delta)
+        if magnitude is not None and place is not None:
+            return self._through_dora(name, place, change, magnitude, delta, template)
         exact = exact_factors(change, of_any_rank=kind.low_rank and not self.rule.is_given)
         matrix: Decomposed
         if exact is not None and not isinstance(change, Kronecker):
@@ -138,10 +140,16 @@ class Opener:
         return Opened(exact, [matrix], template, None, delta.kind)
 
     def _through_dora(
-        self, name: str, place: Place, change: Change, delta: Dora | OtherDelta, like: LowRank
+        self,
+        name: str,
+        place: Place,
+        change: Change,
+        magnitude: TensorRef,
+        delta: Dora | OtherDelta,
+        like: LowRank,
     ) -> Opened:
         weight = place.weight()
-        rescaling = rescaling_of(delta, weight, rows_of(change))
+        rescaling = rescaling_of(magnitude, delta.axis, weight, rows_of(change))
         matrix = decomposed(rescaled_rows(rescaling), self.device, self._streaming(name), name)
         template = template_of(name, like, place.layer, weight.shape)
         return Opened(None, [matrix], template, rescaling, kind_name(delta))

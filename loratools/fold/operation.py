@@ -23,7 +23,7 @@ import numpy as np
 from loratools.allot import RankChoice, choose_ranks, rank_table
 from loratools.decompose import loaded
 from loratools.dora import Rescaling
-from loratools.fold.alone import folds_alone, plain_adapter, with_settings
+from loratools.fold.alone import folds_alone, needs_base, plain_adapter, with_settings
 from loratools.fold.modules import stored_as_is
 from loratools.fold.opening import Opened, Opener
 from loratools.kinds import get_kind
@@ -125,7 +125,7 @@ def to_lora(
             has none is refused.
         options: how to compute and store; new factors are float32 unless it says otherwise.
         base: the base model, for kinds that need it.
-        given: settings that the file does not hold, by name.
+        given: settings that neither the file nor the base's configuration holds, by name.
         whole: keep changes that are not of low rank as full differences, where no rank is chosen.
         scratch_folder: where results wait until they are written.
         progress: called with (modules done, modules in all).
@@ -135,7 +135,7 @@ def to_lora(
         OptionError: no rule, where a change has no exact factors and is not to be kept whole.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
-    adapter = with_settings(adapter, given or {})
+    adapter = with_settings(adapter, given or {}, base)
     work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
     rule.check_patterns(adapter.modules)
     record = {"rule": as_options(rule), **work.options.record()} | (
@@ -179,9 +179,10 @@ def fold_choices(
         UnsupportedError: the change cannot be told, or not without the base.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
-    adapter = with_settings(adapter, given or {})
+    adapter = with_settings(adapter, given or {}, base)
     work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
-    if all(isinstance(d, LowRank) or folds_alone(d) for d in adapter.modules.values()):
+    deltas = adapter.modules.values()
+    if all(isinstance(d, LowRank) or (folds_alone(d) and not needs_base(d)) for d in deltas):
         return None
     found = list(in_order(work.measured, adapter.modules, work.options.threads))
     if all(is_exact for _, _, is_exact in found):

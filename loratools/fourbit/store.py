@@ -13,7 +13,7 @@ from loratools.fourbit.encode import FourBitOptions, Loss, StreamingQuantizer
 from loratools.fourbit.tables import dynamic_map, four_bit
 from loratools_formats.bnb import MAX_STATE_BYTES, NESTED_BLOCKSIZE, state_json, state_key
 from loratools_formats.dtypes import DTYPES, DType
-from loratools_formats.shards import Blank, Sink
+from loratools_formats.shard_plan import Blank, Sink
 
 
 def blanks(key: str, shape: tuple[int, ...], options: FourBitOptions) -> tuple[Blank, ...]:

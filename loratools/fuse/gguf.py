@@ -2,7 +2,8 @@
 
 Untouched tensors are copied byte for byte inside the kernel, keys too. Touched ones are decoded,
 added to in float64 and stored in the type asked for, a block of rows at a time. The K and I
-quantisations cannot be written again, since no NumPy code makes them; their tensors become F16.
+quantisations cannot be written again, since the gguf package makes none; their tensors become F16
+or Q8_0.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +32,19 @@ from loratools.provenance import operation_record
 from loratools_formats.adapter import Adapter, low_rank_part
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.gguf.container import GgufFile
+from loratools_formats.gguf.container import GgufTensor
+from loratools_formats.gguf.from_model import OUTPUT, check_shape, refuse_tied
 from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
 from loratools_formats.gguf.model import ModelLayout, plain
+from loratools_formats.gguf.splits import GgufModel
 from loratools_formats.provenance import PROVENANCE_FILE, statement
 from loratools_formats.publish import publish_file, resolved
 from loratools_formats.registry import Context, check_target, get_format
 from loratools_formats.shards import check_space
 
 Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+Fallback = Literal["f16", "q8_0"]
 _ENCODED = frozenset(name.upper() for name in get_args(Outtype)[1:])
-_FALLBACK = "F16"
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,15 @@ class GgufFuseOptions:
     """How to fuse into a GGUF model.
 
     Attributes:
-        outtype: type of the tensors that change; `keep` leaves each its own where that can be
-            written, else F16.
+        outtype: type of the tensors that change; `keep` leaves each its own.
+        fallback: type where that cannot be written; F16 where this cannot either.
         workers: threads over tensors.
         device: where products are computed.
         allow_lossy: write even if less than half of the change survives quantising.
     """
 
     outtype: Outtype = "keep"
+    fallback: Fallback = "f16"
     workers: int = 2
     device: DeviceName = "cpu"
     allow_lossy: bool = False
@@ -75,7 +80,7 @@ class GgufFusion:
     """
 
     def __init__(
-        self, base: GgufFile, inputs: Sequence[FuseInput], options: GgufFuseOptions
+        self, base: GgufModel, inputs: Sequence[FuseInput], options: GgufFuseOptions
     ) -> None:
         self.base, self.options = base, options
         self.inputs = tuple(inputs)
@@ -83,17 +88,14 @@ class GgufFusion:
         for item in inputs:
             for name, change in _changes(item, base):
                 changes.setdefault(name, []).append(change)
-        fallen: list[str] = []
-        kinds: dict[str, GgmlType] = {}
-        for name in changes:
-            kinds[name], is_asked_for = _kind(base, name, options.outtype)
-            if not is_asked_for:
-                fallen.append(name)
+        kinds = {name: _kind(base.tensors[name], options) for name in changes}
         self.layout = ModelLayout(base, kinds)
         self.plans = {
             name: self._plan(name, changes[name]) for name in base.tensors if name in changes
         }
-        self.notes = _fallback_notes(base, fallen)
+        touched = [base.tensors[name] for name in self.plans]
+        read = dict.fromkeys(note for item in inputs for note in item.adapter.notes)
+        self.notes = (*read, *_fallback_notes(touched, kinds, options), *_joined_notes(base))
 
     def _plan(self, name: str, changes: Sequence[Change]) -> TensorPlan:
         source = plain(self.base.tensors[name])
@@ -135,7 +137,7 @@ class GgufFusion:
             reports = self._fill(temporary, progress)
             refuse_erased(
                 reports,
-                self.base.file.path,
+                self.base.path,
                 what="quantised types",
                 hint="Choose a wider --outtype such as f16, or pass --allow-lossy",
                 allow_lossy=self.options.allow_lossy,
@@ -158,10 +160,11 @@ class GgufFusion:
 
     def _sources(self) -> list[Path]:
         given = [item.adapter.source for item in self.inputs]
-        return [self.base.file.path, *(path for path in given if path is not None)]
+        parts = [part.file.path for part in self.base.parts]
+        return [*parts, *(path for path in given if path is not None)]
 
     def _check_unchanged(self) -> None:
-        self.base.file.check_unchanged()
+        self.base.check_unchanged()
         for item in self.inputs:
             item.adapter.check_unchanged()
 
@@ -169,11 +172,22 @@ class GgufFusion:
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
         weights = [item.weight for item in self.inputs]
         record = operation_record(
-            "fuse", names, {"weights": weights, "outtype": self.options.outtype}
+            "fuse",
+            names,
+            {
+                "weights": weights,
+                "outtype": self.options.outtype,
+                "fallback": self.options.fallback,
+            },
         )
-        path = self.base.file.path
-        digest = _header_digest(path, self.base.data_start)
-        record["inputs"].insert(0, {"role": "base", "name": path.name, "digest": digest})
+        record["inputs"][:0] = [
+            {
+                "role": "base",
+                "name": part.file.path.name,
+                "digest": _header_digest(part.file.path, part.data_start),
+            }
+            for part in self.base.parts
+        ]
         return record
 
     def _fill(
@@ -234,20 +248,21 @@ def quantised(
     """
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
-    base = delta = lost = found = 0.0
+    base = delta = lost = gained = 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=False, device=device)
-    for block in blocks:
-        if not np.isfinite(block.total).all():
-            raise AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
-        stored = encode(block.total, kind)
-        store(block.start, stored)
-        new = decode(stored.data, kind, block.total.shape).astype(np.float64)
-        change = block.total - block.base
-        base += float(np.vdot(block.base, block.base))
-        delta += float(np.vdot(change, change))
-        found += float(np.vdot(new - block.base, change))
-        new -= block.total
-        lost += float(np.vdot(new, new))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in blocks:
+            w, total = block.base.reshape(-1), block.total.reshape(-1)
+            stored = encode(total, kind)
+            store(block.start, stored)
+            base += float(np.dot(w, w))
+            change = np.subtract(total, w, out=w)
+            delta += float(np.dot(change, change))
+            error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
+            lost += float(np.dot(error, error))
+            gained += float(np.dot(error, change))
+    if not math.isfinite(base + delta + lost):
+        raise AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
     return TensorReport(
         plan.key,
         plan.modules,
@@ -255,35 +270,36 @@ def quantised(
         math.sqrt(base),
         math.sqrt(delta),
         math.sqrt(lost),
-        surviving=found / delta if delta else 1.0,
+        surviving=1.0 + gained / delta if delta else 1.0,
     )
 
 
-def _changes(item: FuseInput, base: GgufFile) -> list[tuple[str, Change]]:
+def _changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
     """Return the tensors that an adapter changes, with the changes, in GGUF's layout."""
     item.adapter.require_true_delta("fuse")
     found = []
     for module, delta in _in_gguf_terms(item.adapter, base).modules.items():
         name = f"{module}.weight"
-        if name not in base.tensors:
-            raise AdapterError(
-                "the model has no such tensor", path=base.file.path, tensor=name, got=item.name
-            )
+        if f"{OUTPUT}.weight" not in base.tensors:
+            refuse_tied(module)
+        part = low_rank_part(delta)
+        tensor = base.tensors.get(name)
+        check_shape(name, part, None if tensor is None else tensor.shape)
         if f"{module}.scale" in base.tensors:
             raise UnsupportedError(
                 "the model keeps a scale beside this tensor, which is not supported",
-                path=base.file.path,
+                path=base.path,
                 tensor=name,
                 got=base.tensors[name].kind.name,
                 hint="Start from the original model",
             )
-        is_embedding = low_rank_part(delta).layer.kind == "embedding"
+        is_embedding = part.layer.kind == "embedding"
         placement = Placement(name, module, delta, transposed=is_embedding)
         found.append((name, Change(placement, item.weight)))
     return found
 
 
-def _in_gguf_terms(adapter: Adapter, base: GgufFile) -> Adapter:
+def _in_gguf_terms(adapter: Adapter, base: GgufModel) -> Adapter:
     target = get_format("gguf")
     if adapter.format == target.name:
         wanted = base.get("general.architecture", "string")
@@ -295,7 +311,7 @@ def _in_gguf_terms(adapter: Adapter, base: GgufFile) -> Adapter:
                 expected=wanted,
             )
         return adapter
-    context = Context(base=base.file.path)
+    context = Context(base=base.path)
     source = get_format(adapter.format)
     if source.to_model is not None:
         adapter = source.to_model(adapter, context)
@@ -311,21 +327,39 @@ def _in_gguf_terms(adapter: Adapter, base: GgufFile) -> Adapter:
     return target.from_model(adapter, context)
 
 
-def _kind(base: GgufFile, name: str, outtype: Outtype) -> tuple[GgmlType, bool]:
-    """Return the type to store a changed tensor in, and whether it is the one asked for."""
-    tensor = base.tensors[name]
-    wanted = tensor.kind if outtype == "keep" else BY_NAME[outtype.upper()]
-    if wanted.name in _ENCODED and tensor.shape[-1] % wanted.block == 0:
-        return wanted, True
-    return BY_NAME[_FALLBACK], False
+def _wanted(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
+    return tensor.kind if options.outtype == "keep" else BY_NAME[options.outtype.upper()]
 
 
-def _fallback_notes(base: GgufFile, names: Sequence[str]) -> tuple[str, ...]:
-    if not names:
-        return ()
-    kinds = ", ".join(sorted({base.tensors[name].kind.name for name in names}))
-    count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
-    return (f"{count} of type {kinds} became {_FALLBACK}, since they cannot be quantised so again",)
+def _kind(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
+    """Return the type to store a changed tensor in: the first that can be written."""
+    for kind in (_wanted(tensor, options), BY_NAME[options.fallback.upper()]):
+        if kind.name in _ENCODED and tensor.shape[-1] % kind.block == 0:
+            return kind
+    return BY_NAME["F16"]
+
+
+def _fallback_notes(
+    tensors: Sequence[GgufTensor], kinds: Mapping[str, GgmlType], options: GgufFuseOptions
+) -> tuple[str, ...]:
+    """Return a note for each type that became another than the one asked for."""
+    found = Counter((t.kind.name, _wanted(t, options).name, kinds[t.name].name) for t in tensors)
+    notes = []
+    for (old, wanted, new), count in sorted(found.items()):
+        if new != wanted:
+            reason = (
+                f"their rows are no whole blocks of {wanted}"
+                if wanted in _ENCODED
+                else f"{wanted} cannot be written again"
+            )
+            many = "s" * (count > 1)
+            notes.append(f"{count} tensor{many} of type {old} became {new}, since {reason}")
+    return tuple(notes)
+
+
+def _joined_notes(base: GgufModel) -> tuple[str, ...]:
+    count = len(base.parts)
+    return (f"the {count} parts of the model became one file",) if count > 1 else ()
 
 
 def _header_digest(path: Path, nbytes: int) -> Mapping[str, str]:

@@ -30,7 +30,7 @@ from loratools_formats.bnb import QuantizedWeight
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.errors import OptionError, UnsupportedError
-from loratools_formats.shards import Blank, Made, Part, Sink
+from loratools_formats.shard_plan import Blank, Made, Part, Sink
 
 BaseMode = Literal["dequant", "original"]
 _SURVIVING = 0.5
@@ -190,7 +190,10 @@ class Fusion:
     def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.options = options
         self.inputs = tuple(
-            replace(item, adapter=folded_where_exact(item.adapter, "fuse", None, dense=False))
+            replace(
+                item,
+                adapter=folded_where_exact(item.adapter, "fuse", None, base=base, dense=False),
+            )
             for item in inputs
         )
         self._base = base

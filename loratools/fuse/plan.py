@@ -38,6 +38,7 @@ _VOCABULARY_LEAVES = (
 Array = np.ndarray[Any, Any]
 
 FLOATING = ("F64", "F32", "F16", "BF16")
+ADDABLE = (*FLOATING, *FP8_TYPES)
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def plan_fuse(
 def _ready(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return the adapter with what folds exactly as factors, and named as the base is."""
     _require_true_delta(adapter)
-    return named_for_base(folded_where_exact(adapter, "fuse", None, dense=False), base)
+    return named_for_base(folded_where_exact(adapter, "fuse", None, base=base, dense=False), base)
 
 
 def _without_streamed(adapter: Adapter) -> Adapter:
@@ -198,7 +199,7 @@ def _tensor_plan(
     base: Checkpoint, key: str, draft: Draft, dtype: str | None, stored: DType | None
 ) -> TensorPlan:
     code = draft.source.dtype.code
-    is_float = code in FLOATING or code in FP8_TYPES
+    is_float = code in ADDABLE
     changed = bool(draft.changes or draft.patches)
     if changed and not is_float:
         raise UnsupportedError(

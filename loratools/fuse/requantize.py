@@ -23,7 +23,7 @@ from loratools.fuse.terms import View, load_terms, stacked
 from loratools.plain import four_bit_tensor
 from loratools_formats.bnb import QuantizedWeight, quantized_weights
 from loratools_formats.errors import AdapterError
-from loratools_formats.shards import Blank, Sink
+from loratools_formats.shard_plan import Blank, Sink
 from loratools_formats.tensors import Buffer, TensorRef
 
 Array = np.ndarray[Any, Any]

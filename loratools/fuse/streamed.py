@@ -18,6 +18,7 @@ from loratools.change import rows_of
 from loratools.dora import rescaled_rows, rescaling_of
 from loratools.fold.modules import checked_change
 from loratools.fold.opening import added_bias
+from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Product, Rows
 from loratools.placement import BiasPlacement, Placement, Placements, only_bias
 from loratools.placement.names import Names
@@ -25,6 +26,7 @@ from loratools.weights import Piece, Place, find_place
 from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, OtherDelta
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.tensors import TensorRef
 
 Array = np.ndarray[Any, Any]
 
@@ -64,13 +66,20 @@ class StreamedPlacement:
         else:
             change = checked_change(self.module, self.delta, weight, self.largest)
         whole = rows_of(change)
-        if self.delta.magnitude is not None:
-            whole = rescaled_rows(rescaling_of(self.delta, weight, whole))
+        magnitude = _magnitude(self.delta)
+        if magnitude is not None:
+            whole = rescaled_rows(rescaling_of(magnitude, self.delta.axis, weight, whole))
         first = self.first
         return Rows(
             (self.piece.stop - self.piece.start, whole.shape[1]),
             lambda start, stop: whole.rows(first + start, first + stop),
         )
+
+
+def _magnitude(delta: Dora | OtherDelta) -> TensorRef | None:
+    if isinstance(delta, Dora):
+        return delta.magnitude
+    return get_kind(delta.kind).magnitude_of(delta)
 
 
 def _factors(delta: LowRank) -> Product:

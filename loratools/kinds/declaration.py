@@ -18,6 +18,7 @@ import numpy as np
 
 from loratools_formats.adapter import OtherDelta
 from loratools_formats.errors import AdapterError
+from loratools_formats.tensors import TensorRef
 
 Array = np.ndarray[Any, Any]
 Needs = Literal["nothing", "shape", "weight"]
@@ -102,6 +103,8 @@ class Kind:
             does not tell it, or the `weight` itself.
         low_rank: whether the fold to two factors is exact.
         bias: what is added to the layer's bias, given the bias before; None if it stays.
+        magnitude: the magnitudes of a DoRA in the order of the outputs; None for those of the
+            delta as they are.
         caution: what a user should know about every fold of the kind; empty for nothing.
     """
 
@@ -114,12 +117,17 @@ class Kind:
     needs: Needs = "nothing"
     low_rank: bool = True
     bias: Callable[[OtherDelta, Weight, Array], Array] | None = None
+    magnitude: Callable[[OtherDelta], TensorRef | None] | None = None
     caution: str = ""
 
     def knows(self, part: str) -> bool:
         """Return whether a module may have a part of that name; `*` stands for any number."""
         stem = part.rpartition(".")[0]
         return part in self.parts or part in self.optional or f"{stem}.*" in self.optional
+
+    def magnitude_of(self, delta: OtherDelta) -> TensorRef | None:
+        """Return the magnitudes of a DoRA, one per output in their order; None if it is none."""
+        return delta.magnitude if self.magnitude is None else self.magnitude(delta)
 
     @property
     def folds_alone(self) -> bool:

@@ -274,4 +274,4 @@ def _row_source(delta: Delta | None, weight: Weight, module: AlignedModule) -> R
     if not isinstance(delta, Dora):
         return FactorRows(b, a)
     change = rows_of(Product(b, a))
-    return _DoraRows(rescaling_of(delta, weight, change))
+    return _DoraRows(rescaling_of(delta.magnitude, delta.axis, weight, change))

@@ -148,7 +148,7 @@ def expected(model, prompt=PROMPT):
     import torch
 
     with torch.no_grad():
-        logits = model(torch.tensor([prompt])).logits[0, -1]
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
     return torch.log_softmax(logits.double(), dim=-1).numpy()
 
 
@@ -163,11 +163,11 @@ def quantised_base(source, out, kind):
     """Store the matrices of a GGUF model of 32-bit floats in another type."""
     import os
 
-    from loratools_formats.gguf.container import read_gguf
     from loratools_formats.gguf.ggml_types import BY_NAME
     from loratools_formats.gguf.model import ModelLayout
+    from loratools_formats.gguf.splits import read_model
 
-    base = read_gguf(source)
+    base = read_model(source)
     matrices = {n for n, t in base.tensors.items() if len(t.shape) == 2 and "gate_inp" not in n}
     layout = ModelLayout(base, dict.fromkeys(matrices, BY_NAME[kind]))
     descriptor = os.open(out, os.O_RDWR | os.O_CREAT, 0o666)
@@ -179,6 +179,25 @@ def quantised_base(source, out, kind):
         else:
             layout.copy_tensor(name, descriptor)
     os.close(descriptor)
+
+
+def split_base(source, out, most):
+    """Write a GGUF model again, at most `most` tensors to a file; return the first file."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    architecture = reader.get_field("general.architecture").contents()
+    writer = gguf.GGUFWriter(out, architecture, split_max_tensors=most)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), *field.types[:2])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return min(out.parent.glob(f"{out.stem}-*"))
 
 
 def quantised(values, kind):

@@ -14,6 +14,7 @@ from loratools_formats import Context, get_format, read_adapter
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.gguf.container import read_gguf
 from loratools_formats.gguf.model import plain
+from loratools_formats.gguf.splits import read_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -49,7 +50,7 @@ def bases(gguf_bases, tmp_path_factory):
 
 def fuse(base, out, *inputs, **options):
     given = [FuseInput(read_adapter(path), weight, path.name) for path, weight in inputs]
-    return GgufFusion(read_gguf(base), given, GgufFuseOptions(**options)).write(out)
+    return GgufFusion(read_model(base), given, GgufFuseOptions(**options)).write(out)
 
 
 def dense(path):
@@ -65,6 +66,7 @@ CASES = [
     ("Q8_0", "f32", "F32", 0.15),
     ("Q4_K", "keep", "F16", 0.3),
     ("Q4_K", "q8_0", "Q8_0", 0.3),
+    ("F32", "q8_0", "Q8_0", 0.15),
     ("Q4_0", "q5_1", "Q5_1", 0.5),
 ]
 
@@ -83,6 +85,24 @@ def test_fused_says_what_base_and_adapter_say(
     assert np.abs(apart - untouched).max() > 3 * tolerance
     assert {report.dtype for report in result.tensors} == {stored}
     assert len(result.tensors) == 8
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_split_models_fuse_to_the_same_bytes_as_whole_ones(bases, adapter, tmp_path, kind):
+    folder, wanted = adapter
+    first = gguf_models.split_base(bases(kind), tmp_path / "split.gguf", most=5)
+    for base, name in ((bases(kind), "whole.gguf"), (first, "joined.gguf")):
+        result = fuse(base, tmp_path / name, (folder, 1.0))
+    assert result.notes == ("the 5 parts of the model became one file",)
+    whole, joined = read_gguf(tmp_path / "whole.gguf"), read_gguf(tmp_path / "joined.gguf")
+    for name, tensor in whole.tensors.items():
+        assert bytes(joined.tensors[name].raw()) == bytes(tensor.raw())
+    write(prepare(read_adapter(folder), "gguf", Context(first)), tmp_path / "lora.gguf")
+    (apart,) = gguf_models.from_llama_cpp(first, [tmp_path / "lora.gguf"])
+    (fused,) = gguf_models.from_llama_cpp(tmp_path / "joined.gguf", [], [[]])
+    tolerance = 1e-4 if kind == "F32" else 0.15
+    assert np.abs(fused - apart).max() < tolerance
+    assert np.abs(apart - wanted).max() < tolerance
 
 
 def test_fused_into_floats_says_what_torch_says(bases, adapter, tmp_path):
@@ -132,7 +152,7 @@ def test_report_is_true_and_the_rest_is_verbatim(bases, adapter, tmp_path, kind,
     assert list(first.tensors) == list(second.tensors)
     for name in set(first.tensors) - set(reports):
         assert bytes(first.tensors[name].raw()) == bytes(second.tensors[name].raw())
-    size = first.keys_end
+    size = list(first.keys.values())[-1].end
     assert base.read_bytes()[24:size] == out.read_bytes()[24:size]
     assert result.copied == len(first.tensors) - len(reports)
 
@@ -146,6 +166,17 @@ def test_bytes_do_not_depend_on_threads_and_inputs_stay(bases, adapter, tmp_path
     assert base.read_bytes() == before
     record = json.loads((tmp_path / "1.gguf.provenance.json").read_text())
     assert [i["role"] for i in record["predicate"]["inputs"]] == ["base", "adapter 1", "adapter 1"]
+
+
+def test_types_that_cannot_be_written_become_another_with_a_note(bases, adapter, tmp_path):
+    base, (folder, _) = bases("Q4_K"), adapter
+    result = fuse(base, tmp_path / "out.gguf", (folder, 1.0), fallback="q8_0")
+    assert {report.dtype for report in result.tensors} == {"Q8_0"}
+    assert result.notes == (
+        "8 tensors of type Q4_K became Q8_0, since Q4_K cannot be written again",
+    )
+    result = fuse(bases("F32"), tmp_path / "same.gguf", (folder, 1.0), fallback="q8_0")
+    assert (result.notes, {report.dtype for report in result.tensors}) == ((), {"F32"})
 
 
 def test_gguf_adapters_fuse_like_the_folders_they_come_from(bases, adapter, tmp_path):

@@ -16,6 +16,7 @@ from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools_formats import Context, read_adapter
 from loratools_formats.gguf.container import read_gguf
 from loratools_formats.gguf.model import plain
+from loratools_formats.gguf.splits import read_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -79,7 +80,9 @@ def test_adapter_changes_the_published_model_as_torch_predicts(model_file, tmp_p
     asked = {"vocabulary": VOCABULARY, "prompt": PROMPT, "count": COUNT}
     scales = [[0.0], [1.0]]
     found = gguf_models.from_llama_cpp(model_file, [tmp_path / "lora.gguf"], scales, **asked)
-    fusion = GgufFusion(read_gguf(model_file), [FuseInput(adapter, 1.0, "lora")], GgufFuseOptions())
+    fusion = GgufFusion(
+        read_model(model_file), [FuseInput(adapter, 1.0, "lora")], GgufFuseOptions()
+    )
     result = fusion.write(tmp_path / "fused.gguf")
     (fused,) = gguf_models.from_llama_cpp(tmp_path / "fused.gguf", [], [[]], **asked)
     (tmp_path / "fused.gguf").unlink()

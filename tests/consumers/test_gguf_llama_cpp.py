@@ -12,7 +12,8 @@ from loratools.merge.operation import merge
 from loratools.merge.options import MergeOptions
 from loratools.ranks import RankRule
 from loratools.squeeze import squeeze
-from loratools_formats import Context, read_adapter, write_adapter
+from loratools_formats import Adapter, Context, Layer, LowRank, read_adapter, write_adapter
+from loratools_formats.tensors import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -108,6 +109,40 @@ def test_squeezed_and_merged_gguf_adapters_are_what_they_say(gguf_bases, tmp_pat
     found = gguf_models.from_llama_cpp(base / "model.gguf", files)
     np.testing.assert_allclose(found[:2], found[2:], atol=SILU_TOLERANCE)
     assert np.abs(found[0] - found[1]).max() > EFFECT
+
+
+def test_experts_adapted_one_by_one_are_stacked(gguf_bases, tmp_path):
+    """As adapters trained before transformers 5 have them; one expert is not adapted."""
+    import torch
+
+    model = gguf_models.make_model("qwen3moe")
+    untouched = gguf_models.expected(model)
+    rng = np.random.default_rng(0)
+    modules = {}
+    for layer in range(2):
+        experts = model.get_submodule(f"model.layers.{layer}.mlp.experts")
+        for expert in range(4 - layer):
+            fused = experts.gate_up_proj.data[expert]
+            half = len(fused) // 2
+            weights = {
+                "gate_proj": fused[:half],
+                "up_proj": fused[half:],
+                "down_proj": experts.down_proj.data[expert],
+            }
+            for leaf, weight in weights.items():
+                a = rng.normal(0, 0.2, (4, weight.shape[1])).astype(np.float32)
+                b = rng.normal(0, 0.2, (weight.shape[0], 4)).astype(np.float32)
+                weight.add_(1.5 * torch.from_numpy(b @ a))
+                path = f"model.layers.{layer}.mlp.experts.{expert}.{leaf}"
+                layout = Layer("linear")
+                modules[path] = LowRank(in_memory("a", a), in_memory("b", b), 1.5, layout)
+    adapter = Adapter(format="peft", source=None, modules=modules)
+    base = gguf_bases / "qwen3moe"
+    write(prepare(adapter, "gguf", Context(base)), tmp_path / "lora.gguf")
+    (found,) = gguf_models.from_llama_cpp(base / "model.gguf", [tmp_path / "lora.gguf"])
+    wanted = gguf_models.expected(model)
+    assert np.abs(found - wanted).max() < SILU_TOLERANCE
+    assert np.abs(wanted - untouched).max() > EFFECT
 
 
 def handmade(path, architecture, name, a, b, add_alpha):

@@ -61,3 +61,31 @@ def test_reading_needs_no_base_where_no_rows_move(gguf_bases, tmp_path):
             assert set(prepare(adapter, "peft").adapter.modules) == set(
                 read_adapter(tmp_path / name).modules
             )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_activated_adapters_survive_and_are_activated_in_llama_cpp(gguf_bases, tmp_path, name):
+    from peft import PeftModel
+
+    wanted = {}
+    for start in (4, 5):
+        config = {
+            **gguf_models.variants(name)["plain"],
+            "task_type": "CAUSAL_LM",
+            "alora_invocation_tokens": gguf_models.PROMPT[start:7],
+        }
+        model = gguf_models.adapted(gguf_models.make_model(name), **config)
+        wanted[start] = gguf_models.expected(model)
+        model.save_pretrained(tmp_path / "peft")
+    context = Context(gguf_bases / name)
+    write(prepare(read_adapter(tmp_path / "peft"), "gguf", context), tmp_path / "lora.gguf")
+    write(prepare(read_adapter(tmp_path / "lora.gguf"), "peft", context), tmp_path / "back")
+    again = PeftModel.from_pretrained(gguf_models.make_model(name), tmp_path / "back").eval()
+    assert again.peft_config["default"].alora_invocation_tokens == gguf_models.PROMPT[5:7]
+    np.testing.assert_allclose(gguf_models.expected(again), wanted[5], atol=1e-4)
+    base = gguf_bases / name / "model.gguf"
+    (found,) = gguf_models.from_llama_cpp(base, [tmp_path / "lora.gguf"])
+    # llama.cpp's server activates the adapter one token before the invocation tokens.
+    np.testing.assert_allclose(found, wanted[4], atol=1e-4)
+    plain = gguf_models.adapted(gguf_models.make_model(name), **gguf_models.variants(name)["plain"])
+    assert np.abs(gguf_models.expected(plain) - wanted[4]).max() > 0.05

@@ -17,7 +17,10 @@ RIGHT = [
     ("llama", "rank pattern"),
     ("llama", "embedding"),
     ("llama", "output"),
+    ("mistral", "plain"),
     ("qwen2", "plain"),
+    ("qwen3", "rank pattern"),
+    ("qwen3moe", "plain"),
     ("gemma3", "plain"),
     ("phi3", "plain"),
 ]

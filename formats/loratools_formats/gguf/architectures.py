@@ -3,7 +3,8 @@
 llama.cpp keeps some weights in another layout than transformers: rows of q and k in the order
 that its rotary embedding wants, fused projections split or sorted by kind, experts stacked. All of
 it concerns rows of ΔW = B·A only, hence rows of B. A file made with the wrong layout loads without
-complaint and does harm, so what is not in this table is refused.
+complaint and does harm, so what is not in this table is refused. Names of tensors come from the
+maps of the `gguf` package, which know names only, and those of all models for each architecture.
 Source: the model classes of convert_hf_to_gguf.py, llama.cpp b10605; a test runs them on full
 weights and compares names and values with this table, row by row.
 """
@@ -13,9 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from loratools_formats.errors import AdapterError
+from loratools_formats.gguf.ggml_types import package
 
 Rows = list[int]
 """For each row of a GGUF tensor, the row of the model's weight that goes there."""
@@ -107,12 +110,13 @@ class Module(NamedTuple):
     """What becomes of one module.
 
     Attributes:
-        tensors: GGUF names of the tensors it becomes, without the block they are in.
+        tensors: GGUF names of the tensors it becomes, without the block they are in; empty in the
+            table where it is one, which gguf's map names.
         rows: given its number of rows, which of them each tensor takes, in order.
         stacked: whether it is a parameter that holds all experts.
     """
 
-    tensors: tuple[str, ...]
+    tensors: tuple[str, ...] = ()
     rows: Callable[[int, Sizes], list[Rows]] = _whole
     stacked: bool = False
 
@@ -120,39 +124,6 @@ class Module(NamedTuple):
     def keeps_order(self) -> bool:
         """Whether it becomes one tensor with its rows as they are."""
         return self.rows is _whole
-
-
-def _same(**tensors: str) -> dict[str, Module]:
-    return {name.replace("__", "."): Module((tensor,)) for name, tensor in tensors.items()}
-
-
-_ATTENTION = _same(
-    self_attn__q_proj="attn_q",
-    self_attn__k_proj="attn_k",
-    self_attn__v_proj="attn_v",
-    self_attn__o_proj="attn_output",
-)
-_ROTARY_ATTENTION = _ATTENTION | {
-    "self_attn.q_proj": Module(("attn_q",), _query),
-    "self_attn.k_proj": Module(("attn_k",), _key),
-}
-_GATED = _same(mlp__gate_proj="ffn_gate", mlp__up_proj="ffn_up", mlp__down_proj="ffn_down")
-_EXPERTS = {
-    "mlp.gate": Module(("ffn_gate_inp",)),
-    "mlp.experts.gate_up_proj": Module(("ffn_gate_exps", "ffn_up_exps"), _halves, stacked=True),
-    "mlp.experts.down_proj": Module(("ffn_down_exps",), stacked=True),
-}
-_NAMED_EXPERTS = {
-    "mlp.experts.*.gate_proj": Module(("ffn_gate_exps",)),
-    "mlp.experts.*.up_proj": Module(("ffn_up_exps",)),
-    "mlp.experts.*.down_proj": Module(("ffn_down_exps",)),
-}
-_MIXTRAL = _EXPERTS | {
-    "block_sparse_moe.gate": Module(("ffn_gate_inp",)),
-    "block_sparse_moe.experts.*.w1": Module(("ffn_gate_exps",)),
-    "block_sparse_moe.experts.*.w2": Module(("ffn_down_exps",)),
-    "block_sparse_moe.experts.*.w3": Module(("ffn_up_exps",)),
-}
 
 
 @dataclass(frozen=True)
@@ -163,9 +134,10 @@ class Architecture:
         name: value of `general.architecture`.
         classes: transformers classes that become it, and how each begins paths that begin with
             `model.` below.
+        plain: modules of a block that become one tensor as they are; `*` is the number of an
+            expert. Where several become one tensor, the first is what reading back makes of it.
+        layouts: modules of a block that do not.
         stack: path of the list of blocks.
-        blocks: modules of a block; where several become one tensor, the first is what reading
-            back makes of it.
         embedding: path of the input embedding.
         outputs: paths that the output layer has had, today's first; empty if llama.cpp always takes
             the embedding for it.
@@ -175,12 +147,33 @@ class Architecture:
 
     name: str
     classes: Mapping[str, str]
-    blocks: Mapping[str, Module]
+    plain: tuple[str, ...]
+    layouts: dict[str, Module] = field(default_factory=dict)
     stack: str = "model.layers"
     embedding: str = "model.embed_tokens"
     outputs: tuple[str, ...] = ("lm_head",)
     tied: bool = False
     conv1d: bool = field(default=False, kw_only=True)
+
+    @cached_property
+    def blocks(self) -> Mapping[str, Module]:
+        """Modules of a block, named by gguf's map where they become one tensor.
+
+        Raises:
+            MissingDependencyError: the `gguf` package is not installed.
+        """
+        gguf = package()
+        (code,) = (code for code, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
+        names = gguf.get_tensor_name_map(code, 1)
+        found = {}
+        for path, module in (dict.fromkeys(self.plain, Module()) | self.layouts).items():
+            name = names.get_name(f"{self.stack}.0.{path.replace('.*.', '.')}")
+            found[path] = (
+                module
+                if module.tensors
+                else module._replace(tensors=(name.removeprefix("blk.0."),))
+            )
+        return found
 
     def module(self, path: str) -> tuple[Module, str, int | None] | None:
         """Find what becomes of a module path.
@@ -227,54 +220,69 @@ def _causal(*names: str) -> dict[str, str]:
     return {f"{name}ForCausalLM": "model." for name in names}
 
 
-_LLAMA_LIKE = _ATTENTION | _GATED
-_ROTARY_LLAMA_LIKE = _ROTARY_ATTENTION | _GATED
+def _below(owner: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{owner}.{name}" for name in names)
+
+
+_ATTENTION = _below("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_LLAMA = (*_ATTENTION, *_below("mlp", *_GATED))
+_ROTARY = {"self_attn.q_proj": Module(rows=_query), "self_attn.k_proj": Module(rows=_key)}
+_MOE = (*_ATTENTION, "mlp.gate", *_below("mlp.experts.*", *_GATED))
+_EXPERTS = {
+    "mlp.experts.gate_up_proj": Module(("ffn_gate_exps", "ffn_up_exps"), _halves, stacked=True),
+    "mlp.experts.down_proj": Module(stacked=True),
+}
+_OLD_MIXTRAL = _below("block_sparse_moe", "gate", "experts.*.w1", "experts.*.w2", "experts.*.w3")
+_WIDENED = _below("mlp", "dense_h_to_4h", "dense_4h_to_h")
 
 _TABLE = (
-    Architecture("llama", _causal("Llama", "Mistral", "Mixtral"), _ROTARY_LLAMA_LIKE | _MIXTRAL),
-    Architecture("smollm3", _causal("SmolLM3"), _ROTARY_LLAMA_LIKE, tied=True),
-    Architecture("granite", _causal("Granite"), _ROTARY_LLAMA_LIKE),
-    Architecture("olmo", _causal("Olmo"), _ROTARY_LLAMA_LIKE),
-    Architecture("olmo2", _causal("Olmo2"), _LLAMA_LIKE),
-    Architecture("qwen2", _causal("Qwen2"), _LLAMA_LIKE),
-    Architecture("qwen2moe", _causal("Qwen2Moe"), _ATTENTION | _EXPERTS | _NAMED_EXPERTS | _same(
-        mlp__shared_expert__gate_proj="ffn_gate_shexp",
-        mlp__shared_expert__up_proj="ffn_up_shexp",
-        mlp__shared_expert__down_proj="ffn_down_shexp",
-    )),
-    Architecture("qwen3", _causal("Qwen3"), _LLAMA_LIKE),
-    Architecture("qwen3moe", _causal("Qwen3Moe"), _ATTENTION | _EXPERTS | _NAMED_EXPERTS),
-    Architecture("gemma", _causal("Gemma"), _LLAMA_LIKE, outputs=(), tied=True),
-    Architecture("gemma2", _causal("Gemma2"), _LLAMA_LIKE, outputs=(), tied=True),
+    Architecture(
+        "llama",
+        _causal("Llama", "Mistral", "Mixtral"),
+        (*_LLAMA, "mlp.gate", *_OLD_MIXTRAL),
+        _ROTARY | _EXPERTS,
+    ),
+    Architecture("smollm3", _causal("SmolLM3"), _LLAMA, _ROTARY, tied=True),
+    Architecture("granite", _causal("Granite"), _LLAMA, _ROTARY),
+    Architecture("olmo", _causal("Olmo"), _LLAMA, _ROTARY),
+    Architecture("olmo2", _causal("Olmo2"), _LLAMA),
+    Architecture("qwen2", _causal("Qwen2"), _LLAMA),
+    Architecture(
+        "qwen2moe", _causal("Qwen2Moe"), (*_MOE, *_below("mlp.shared_expert", *_GATED)), _EXPERTS
+    ),
+    Architecture("qwen3", _causal("Qwen3"), _LLAMA),
+    Architecture("qwen3moe", _causal("Qwen3Moe"), _MOE, _EXPERTS),
+    Architecture("gemma", _causal("Gemma"), _LLAMA, outputs=(), tied=True),
+    Architecture("gemma2", _causal("Gemma2"), _LLAMA, outputs=(), tied=True),
     Architecture(
         "gemma3",
         {"Gemma3ForCausalLM": "model.", "Gemma3ForConditionalGeneration": "model.language_model."},
-        _LLAMA_LIKE,
+        _LLAMA,
         tied=True,
     ),
-    Architecture("command-r", _causal("Cohere"), _LLAMA_LIKE, outputs=(), tied=True),
-    Architecture("stablelm", _causal("StableLm"), _LLAMA_LIKE),
-    Architecture("starcoder2", _causal("Starcoder2"), _ATTENTION | _same(
-        mlp__c_fc="ffn_up", mlp__c_proj="ffn_down"
-    ), tied=True),
-    Architecture("phi2", _causal("Phi"), _ATTENTION | _same(
-        self_attn__dense="attn_output", mlp__fc1="ffn_up", mlp__fc2="ffn_down"
-    )),
-    Architecture("phi3", _causal("Phi3"), _same(
-        self_attn__qkv_proj="attn_qkv",
-        self_attn__o_proj="attn_output",
-        mlp__gate_up_proj="ffn_up",
-        mlp__down_proj="ffn_down",
-    )),
+    Architecture("command-r", _causal("Cohere"), _LLAMA, outputs=(), tied=True),
+    Architecture("stablelm", _causal("StableLm"), _LLAMA),
+    Architecture(
+        "starcoder2",
+        _causal("Starcoder2"),
+        (*_ATTENTION, *_below("mlp", "c_fc", "c_proj")),
+        tied=True,
+    ),
+    Architecture(
+        "phi2",
+        _causal("Phi"),
+        (*_ATTENTION[:3], "self_attn.dense", *_below("mlp", "fc1", "fc2")),
+    ),
+    Architecture(
+        "phi3",
+        _causal("Phi3"),
+        (*_below("self_attn", "qkv_proj", "o_proj"), *_below("mlp", "gate_up_proj", "down_proj")),
+    ),
     Architecture(
         "gpt2",
         {"GPT2LMHeadModel": "model."},
-        _same(
-            attn__c_attn="attn_qkv",
-            attn__c_proj="attn_output",
-            mlp__c_fc="ffn_up",
-            mlp__c_proj="ffn_down",
-        ),
+        (*_below("attn", "c_attn", "c_proj"), *_below("mlp", "c_fc", "c_proj")),
         stack="transformer.h",
         embedding="transformer.wte",
         tied=True,
@@ -283,12 +291,8 @@ _TABLE = (
     Architecture(
         "gptneox",
         _causal("GPTNeoX"),
-        {"attention.query_key_value": Module(("attn_qkv",), _sorted_per_head)}
-        | _same(
-            attention__dense="attn_output",
-            mlp__dense_h_to_4h="ffn_up",
-            mlp__dense_4h_to_h="ffn_down",
-        ),
+        ("attention.dense", *_WIDENED),
+        {"attention.query_key_value": Module(rows=_sorted_per_head)},
         stack="gpt_neox.layers",
         embedding="gpt_neox.embed_in",
         outputs=("lm_head", "embed_out"),
@@ -296,12 +300,8 @@ _TABLE = (
     Architecture(
         "bloom",
         _causal("Bloom"),
-        {"self_attention.query_key_value": Module(("attn_qkv",), _sorted_per_head)}
-        | _same(
-            self_attention__dense="attn_output",
-            mlp__dense_h_to_4h="ffn_up",
-            mlp__dense_4h_to_h="ffn_down",
-        ),
+        ("self_attention.dense", *_WIDENED),
+        {"self_attention.query_key_value": Module(rows=_sorted_per_head)},
         stack="transformer.h",
         embedding="transformer.word_embeddings",
         tied=True,
@@ -309,12 +309,8 @@ _TABLE = (
     Architecture(
         "falcon",
         _causal("Falcon"),
-        {"self_attention.query_key_value": Module(("attn_qkv",), _sorted_per_group)}
-        | _same(
-            self_attention__dense="attn_output",
-            mlp__dense_h_to_4h="ffn_up",
-            mlp__dense_4h_to_h="ffn_down",
-        ),
+        ("self_attention.dense", *_WIDENED),
+        {"self_attention.query_key_value": Module(rows=_sorted_per_group)},
         stack="transformer.h",
         embedding="transformer.word_embeddings",
         tied=True,
@@ -322,17 +318,12 @@ _TABLE = (
     Architecture(
         "internlm2",
         _causal("InternLM2"),
-        {"attention.wqkv": Module(("attn_q", "attn_k", "attn_v"), _split_per_group)}
-        | _same(
-            attention__wo="attn_output",
-            feed_forward__w1="ffn_gate",
-            feed_forward__w2="ffn_down",
-            feed_forward__w3="ffn_up",
-        ),
+        ("attention.wo", *_below("feed_forward", "w1", "w2", "w3")),
+        {"attention.wqkv": Module(("attn_q", "attn_k", "attn_v"), _split_per_group)},
         embedding="model.tok_embeddings",
         outputs=("output",),
     ),
-)  # fmt: skip
+)
 
 ARCHITECTURES: dict[str, Architecture] = {entry.name: entry for entry in _TABLE}
 BY_CLASS: dict[str, Architecture] = {name: entry for entry in _TABLE for name in entry.classes}

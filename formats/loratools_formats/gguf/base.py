@@ -14,7 +14,8 @@ from loratools_formats import strict_json
 from loratools_formats.errors import AdapterError, MissingFileError, UnsupportedError
 from loratools_formats.files import RegularFile, inside, read_small_file
 from loratools_formats.gguf.architectures import ARCHITECTURES, BY_CLASS, Architecture, Sizes
-from loratools_formats.gguf.container import GgufFile, is_gguf, read_gguf
+from loratools_formats.gguf.container import is_gguf
+from loratools_formats.gguf.splits import GgufModel, read_model
 
 _CONFIG_FILE = "config.json"
 _MAX_CONFIG_BYTES = 4 << 20
@@ -52,7 +53,7 @@ def read_base(path: Path) -> Base:
         UnsupportedError: an architecture that is not in the table.
     """
     if is_gguf(path):
-        return base_of_gguf(read_gguf(path))
+        return base_of_gguf(read_model(path))
     if path.is_file() and path.name != _CONFIG_FILE:
         raise AdapterError("is not a GGUF model", path=path, expected="GGUF, or a model's folder")
     folder = path.parent if path.is_file() else path
@@ -121,48 +122,39 @@ def _size(values: Mapping[str, Any], path: Path, *names: str, default: int | Non
     return default
 
 
-def base_of_gguf(file: GgufFile) -> Base:
-    """Return the facts about a base model that a GGUF file holds.
+def base_of_gguf(model: GgufModel) -> Base:
+    """Return the facts about a base model that a GGUF model holds.
 
     Raises:
-        AdapterError: a key is missing or wrong, or the file is no model.
-        UnsupportedError: another architecture, or a model in several files.
+        AdapterError: a key is missing or wrong.
+        UnsupportedError: another architecture.
     """
-    path = file.file.path
-    kind = file.get("general.type", "string")
-    if kind not in (None, "model"):
-        raise AdapterError("is not a model", path=path, got=f"general.type {kind}")
-    if (file.get("split.count", "u16", "u32") or 1) > 1:
-        raise UnsupportedError(
-            "model is split into several files",
-            path=path,
-            hint="Join them with: llama-gguf-split --merge",
-        )
-    name = file.get("general.architecture", "string")
+    path = model.path
+    name = model.get("general.architecture", "string")
     if name not in ARCHITECTURES:
         raise _unknown(path, str(name), sorted(ARCHITECTURES))
-    heads = _key(file, f"{name}.attention.head_count")
-    width = _key(file, f"{name}.expert_feed_forward_length", 0)
+    heads = _key(model, f"{name}.attention.head_count")
+    width = _key(model, f"{name}.expert_feed_forward_length", 0)
     return Base(
         architecture=ARCHITECTURES[name],
         sizes=Sizes(
             heads=heads,
-            kv_heads=_key(file, f"{name}.attention.head_count_kv", heads),
-            hidden=_key(file, f"{name}.embedding_length"),
-            experts=_key(file, f"{name}.expert_count", 0),
-            expert_width=width or _key(file, f"{name}.feed_forward_length", 0),
+            kv_heads=_key(model, f"{name}.attention.head_count_kv", heads),
+            hidden=_key(model, f"{name}.embedding_length"),
+            experts=_key(model, f"{name}.expert_count", 0),
+            expert_width=width or _key(model, f"{name}.feed_forward_length", 0),
         ),
-        tied="output.weight" not in file.tensors,
-        shapes={key: tensor.shape for key, tensor in file.tensors.items()},
+        tied="output.weight" not in model.tensors,
+        shapes={key: tensor.shape for key, tensor in model.tensors.items()},
     )
 
 
-def _key(file: GgufFile, name: str, default: int | None = None) -> int:
-    value = file.get(name, "u32", "i32", "u64", "i64")
+def _key(model: GgufModel, name: str, default: int | None = None) -> int:
+    value = model.get(name, "u32", "i32", "u64", "i64")
     if value is None and default is not None:
         return default
     if value is None or not 0 <= value < _MAX_SIZE:
-        raise AdapterError(f"key {name} is missing or wrong", path=file.file.path, got=value)
+        raise AdapterError(f"key {name} is missing or wrong", path=model.path, got=value)
     return int(value)
 
 

@@ -97,7 +97,6 @@ class GgufFile:
         keys: the key/value table.
         tensors: by name.
         alignment: of tensor data, in bytes.
-        keys_end: where the key/value table ends.
         data_start: where tensor data starts.
     """
 
@@ -106,7 +105,6 @@ class GgufFile:
     keys: Mapping[str, KeyValue]
     tensors: Mapping[str, GgufTensor]
     alignment: int
-    keys_end: int
     data_start: int
 
     def get(self, key: str, *types: str) -> Any:
@@ -209,7 +207,6 @@ def _read(file: RegularFile) -> GgufFile:
         if not key or key in keys:
             raise AdapterError("key is listed twice" if key else "key is empty", tensor=key)
         keys[key] = _value(cursor, key)
-    keys_end = cursor.position
     alignment = _alignment(keys)
     infos: dict[str, tuple[GgmlType, tuple[int, ...], int]] = {}
     for _ in range(tensor_count):
@@ -223,7 +220,7 @@ def _read(file: RegularFile) -> GgufFile:
         name: GgufTensor(name, kind, shape, file, data_start + offset)
         for name, (kind, shape, offset) in infos.items()
     }
-    return GgufFile(file, version, keys, tensors, alignment, keys_end, data_start)
+    return GgufFile(file, version, keys, tensors, alignment, data_start)
 
 
 def _check_count(what: str, count: int, limit: int, smallest: int, cursor: Cursor) -> None:

@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from loratools_formats.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
+from loratools_formats.alora import invocation_tokens
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.files import RegularFile
 from loratools_formats.gguf.architectures import Module
 from loratools_formats.gguf.base import Base, read_base
 from loratools_formats.gguf.container import KeyValue
 from loratools_formats.gguf.cursor import ARRAY
-from loratools_formats.gguf.read import ALORA, EMBEDDING, INVOCATION_TOKENS, base_model_keys
+from loratools_formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
+from loratools_formats.gguf.write import fallback_notes
 from loratools_formats.orientation import is_transposed
 from loratools_formats.registry import Context
 from loratools_formats.tensors import TensorRef, joined
@@ -44,7 +46,11 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         AdapterError: a module does not fit the base model.
     """
     if adapter.format == "gguf":
-        return replace(adapter, config={**adapter.config, "storage": context.dtype})
+        return replace(
+            adapter,
+            config={**adapter.config, "storage": context.dtype},
+            notes=(*adapter.notes, *fallback_notes(adapter.modules, context.dtype)),
+        )
     if context.base is None:
         raise UnsupportedError(
             "a GGUF adapter depends on the architecture of its base model",
@@ -88,7 +94,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
             **{k: v for k, v in adapter.metadata.items() if k and not k.startswith(_OWN_KEYS)},
         },
         base_model=adapter.base_model,
-        notes=adapter.notes,
+        notes=(*adapter.notes, *fallback_notes(modules, context.dtype)),
         inputs=adapter.inputs,
         other_inputs=with_base(adapter, base),
     )
@@ -101,14 +107,8 @@ def with_base(adapter: Adapter, base: Base | None) -> dict[str, tuple[RegularFil
 
 
 def _invocation(adapter: Adapter) -> dict[str, KeyValue]:
-    tokens = adapter.config.get(ALORA)
-    if not tokens:
-        return {}
-    if not isinstance(tokens, list) or not all(
-        type(token) is int and 0 <= token < 1 << 32 for token in tokens
-    ):
-        raise AdapterError(f"config value {ALORA} is wrong", path=adapter.source, got=tokens)
-    return {INVOCATION_TOKENS: KeyValue(ARRAY, tokens, "u32", len(tokens))}
+    tokens = invocation_tokens(adapter)
+    return {} if tokens is None else {INVOCATION_KEY: KeyValue(ARRAY, tokens, "u32", len(tokens))}
 
 
 def plain_factors(delta: Delta) -> LowRank:
@@ -169,17 +169,23 @@ def _look_up(path: str, base: Base) -> tuple[Module, str, int | None] | None:
     return None
 
 
-def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
-    if name == OUTPUT and base.tied:
+def refuse_tied(name: str) -> None:
+    """Raise `UnsupportedError` if a GGUF tensor is one that tied models share or lack."""
+    if name == OUTPUT:
         raise UnsupportedError(
             "the base model's output layer is its embedding, and llama.cpp has no tensor for it",
             hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
         )
-    if name == EMBEDDING and base.tied:
+    if name == EMBEDDING:
         raise UnsupportedError(
             "llama.cpp aborts on an adapter of an embedding that is the output layer too",
             hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
         )
+
+
+def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
+    if base.tied:
+        refuse_tied(name)
     if (name == EMBEDDING) != (delta.layer.kind == "embedding"):
         raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
 
@@ -252,15 +258,18 @@ def _check_shapes(modules: Mapping[str, Delta], base: Base) -> None:
                 got=delta.experts,
                 expected=base.sizes.experts,
             )
-        if base.shapes is None:
-            continue
-        shape = delta.shape if delta.layer.kind != "embedding" else delta.shape[::-1]
-        stack = (delta.experts,) if delta.layer.kind == "experts" else ()
-        wanted = base.shapes.get(f"{name}.weight")
-        if wanted != (*stack, *shape):
-            raise AdapterError(
-                "module does not fit the base model",
-                tensor=name,
-                got=[*stack, *shape],
-                expected="no such tensor" if wanted is None else list(wanted),
-            )
+        if base.shapes is not None:
+            check_shape(name, delta, base.shapes.get(f"{name}.weight"))
+
+
+def check_shape(name: str, delta: LowRank, wanted: tuple[int, ...] | None) -> None:
+    """Raise `AdapterError` if a tensor's change has not its row-major shape; None if it is not."""
+    shape = delta.shape if delta.layer.kind != "embedding" else delta.shape[::-1]
+    stack = (delta.experts,) if delta.layer.kind == "experts" else ()
+    if wanted != (*stack, *shape):
+        raise AdapterError(
+            "module does not fit the base model",
+            tensor=name,
+            got=[*stack, *shape],
+            expected="no such tensor" if wanted is None else list(wanted),
+        )

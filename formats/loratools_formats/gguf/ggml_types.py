@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loratools_formats.dtypes import Array
 
 
-_CHUNK_BLOCKS = 1 << 13
+_CHUNK_ELEMENTS = 1 << 16  # more, and allocating temporaries costs more than computing them
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def decode(data: Buffer, kind: GgmlType, shape: tuple[int, ...]) -> Array:
     blocks = np.frombuffer(data, dtype=np.uint8).reshape(-1, kind.block_nbytes)
     values = np.empty((len(blocks), kind.block), np.float32)
     try:
-        for start in range(0, len(blocks), _CHUNK_BLOCKS):
-            part = blocks[start : start + _CHUNK_BLOCKS]
+        count = _CHUNK_ELEMENTS // kind.block
+        for start in range(0, len(blocks), count):
+            part = blocks[start : start + count]
             values[start : start + len(part)] = _one_row(gguf.quants.dequantize, part, code)
     except NotImplementedError as error:
         raise UnsupportedError(f"values of type {kind.name} cannot be decoded") from error
@@ -109,8 +110,9 @@ def encode(values: Array, kind: GgmlType) -> Array:
     blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, kind.block)
     stored = np.empty((len(blocks), kind.block_nbytes), np.uint8)
     try:
-        for start in range(0, len(blocks), _CHUNK_BLOCKS):
-            part = blocks[start : start + _CHUNK_BLOCKS]
+        count = _CHUNK_ELEMENTS // kind.block
+        for start in range(0, len(blocks), count):
+            part = blocks[start : start + count]
             stored[start : start + len(part)] = _one_row(gguf.quants.quantize, part, code)
     except NotImplementedError as error:
         raise UnsupportedError(f"values of type {kind.name} cannot be encoded") from error

@@ -2,7 +2,8 @@
 
 A quantised tensor reads as the float32 values it stands for, computed from the blocks that hold
 the elements asked for. A copy has the same keys, byte for byte, and the same tensors in the same
-order; some may be stored in another type.
+order; some may be stored in another type. It is one file, so that it appears whole or not at all,
+also where the model is split; then its keys about splitting are left out.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import OutputError
-from loratools_formats.gguf.container import MAGIC, GgufFile, GgufTensor, read_gguf
+from loratools_formats.gguf.container import MAGIC, GgufTensor, read_gguf
 from loratools_formats.gguf.ggml_types import GgmlType, decode
+from loratools_formats.gguf.splits import SPLIT_KEYS, GgufModel
 from loratools_formats.tensors import Buffer, TensorRef, in_file
 
 _START_BYTES = 24
@@ -58,16 +60,28 @@ class ModelLayout:
         kinds: new types of some of its tensors.
     """
 
-    def __init__(self, base: GgufFile, kinds: Mapping[str, GgmlType]) -> None:
+    def __init__(self, base: GgufModel, kinds: Mapping[str, GgmlType]) -> None:
         self.base = base
+        self._keys = self._kept_keys()
+        self._keys_end = _START_BYTES + sum(end - start for start, end in self._keys.values())
         self.kinds = {name: kinds.get(name, t.kind) for name, t in base.tensors.items()}
         self._infos, positions, end = self._tensor_infos()
-        self.data_start = self._padded(base.keys_end + len(self._infos))
+        self.data_start = self._padded(self._keys_end + len(self._infos))
         self.offsets = {name: self.data_start + place for name, place in positions.items()}
         self.nbytes = self.data_start + end
 
     def _padded(self, position: int) -> int:
-        return -(-position // self.base.alignment) * self.base.alignment
+        alignment = self.base.first.alignment
+        return -(-position // alignment) * alignment
+
+    def _kept_keys(self) -> dict[str, tuple[int, int]]:
+        """Return from where to where in the first part each key lies that is kept."""
+        found, start = {}, _START_BYTES
+        for key, entry in self.base.first.keys.items():
+            if len(self.base.parts) == 1 or key not in SPLIT_KEYS:
+                found[key] = start, entry.end
+            start = entry.end
+        return found
 
     def _tensor_infos(self) -> tuple[bytes, dict[str, int], int]:
         infos, positions, position = [], {}, 0
@@ -86,22 +100,23 @@ class ModelLayout:
 
     def write_header(self, out: int) -> None:
         """Write all that comes before the tensors' data, and give the file its size."""
-        start = MAGIC + struct.pack(
-            "<IQQ", self.base.version, len(self.base.tensors), len(self.base.keys)
-        )
+        first = self.base.first
+        start = MAGIC + struct.pack("<IQQ", first.version, len(self.base.tensors), len(self._keys))
         os.ftruncate(out, self.nbytes)
         os.pwrite(out, start, 0)
-        rest = self.base.keys_end - _START_BYTES
-        self.base.file.copy_at(_START_BYTES, rest, out, _START_BYTES)
+        position = _START_BYTES
+        for begin, end in self._keys.values():
+            first.file.copy_at(begin, end - begin, out, position)
+            position += end - begin
         view = memoryview(self._infos)
         while view:
-            written = os.pwrite(out, view, self.base.keys_end + len(self._infos) - len(view))
-            view = view[written:]
+            written = os.pwrite(out, view, position)
+            view, position = view[written:], position + written
 
     def copy_tensor(self, name: str, out: int) -> None:
         """Copy a tensor that keeps its type."""
         tensor = self.base.tensors[name]
-        self.base.file.copy_at(tensor.offset, tensor.nbytes, out, self.offsets[name])
+        tensor.file.copy_at(tensor.offset, tensor.nbytes, out, self.offsets[name])
 
     def check_written(self, path: str | os.PathLike[str]) -> None:
         """Raise `OutputError` if a written copy reads back differently."""
@@ -111,5 +126,5 @@ class ModelLayout:
             name: (self.kinds[name], t.shape, self.offsets[name])
             for name, t in self.base.tensors.items()
         }
-        if found != wanted or list(written.keys) != list(self.base.keys):
+        if found != wanted or list(written.keys) != list(self._keys):
             raise OutputError("written file reads back differently", path=path)

@@ -12,21 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools_formats import alora
 from loratools_formats.adapter import Adapter, Caveat, Delta, Layer, LowRank
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.gguf.container import GgufFile, GgufTensor, KeyValue, read_gguf
 from loratools_formats.gguf.cursor import ARRAY, STRING
 from loratools_formats.gguf.ggml_types import decode
+from loratools_formats.gguf.splits import COUNT
 from loratools_formats.tensors import Buffer, TensorRef, in_file
 
 ALPHA = "adapter.lora.alpha"
-INVOCATION_TOKENS = "adapter.alora.invocation_tokens"
-ALORA = "alora_invocation_tokens"
+INVOCATION_KEY = "adapter.alora.invocation_tokens"
 QUANTISATION = "general.quantization_version"
 EMBEDDING = "token_embd"
+ARCHITECTURE = "general.architecture"
 STRUCTURAL_KEYS = {
-    "general.architecture": None,
+    ARCHITECTURE: None,
     "general.type": "adapter",
     "adapter.type": "lora",
 }
@@ -67,6 +69,8 @@ def _read(file: GgufFile, path: Path) -> Adapter:
                 expected=wanted or "its architecture",
                 hint="A GGUF model is what --base or `fuse` takes" if value == "model" else None,
             )
+    if (file.get(COUNT, "u16") or 1) > 1:
+        raise UnsupportedError("adapter is split into several files, which llama.cpp does not read")
     alpha = file.get(ALPHA, "f32")
     if alpha is not None and not abs(alpha) < float("inf"):
         raise AdapterError("alpha is not finite", got=alpha)
@@ -91,7 +95,7 @@ def _read(file: GgufFile, path: Path) -> Adapter:
         source=path,
         modules=modules,
         carried=carried,
-        config={"architecture": file.get("general.architecture", STRING), "keys": keys},
+        config={"architecture": file.get(ARCHITECTURE, STRING), "keys": keys},
         metadata=metadata,
         base_model=base_model(metadata),
         caveats=_caveats(keys),
@@ -128,17 +132,16 @@ def base_model_keys(name: str) -> dict[str, str]:
 
 
 def _caveats(keys: Mapping[str, KeyValue]) -> tuple[Caveat, ...]:
-    found = keys.get(INVOCATION_TOKENS)
+    found = keys.get(INVOCATION_KEY)
     if found is None:
         return ()
     if (found.type, found.item) != (ARRAY, "u32"):
         raise AdapterError(
-            f"key {INVOCATION_TOKENS} has the wrong type",
+            f"key {INVOCATION_KEY} has the wrong type",
             got=f"{found.type} {found.item}",
             expected="array of u32",
         )
-    reason = "it acts only after the invocation tokens (activated LoRA)"
-    return (Caveat(ALORA, reason, "Only converting it is supported yet"),)
+    return (alora.CAVEAT,) if found.value else ()
 
 
 def _modules(file: GgufFile, alpha: float | None) -> tuple[dict[str, Delta], dict[str, TensorRef]]:

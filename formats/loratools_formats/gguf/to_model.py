@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loratools_formats.adapter import Adapter, Delta, Layer, LowRank
+from loratools_formats.alora import INVOCATION_TOKENS
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.gguf.architectures import ARCHITECTURES, Architecture, Module, Sizes
 from loratools_formats.gguf.base import read_base
 from loratools_formats.gguf.from_model import WRAPPER, in_order, plain_factors, with_base
+from loratools_formats.gguf.read import INVOCATION_KEY
 from loratools_formats.registry import Context
 from loratools_formats.tensors import in_memory, joined
 
@@ -68,8 +70,14 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
         whole = _whole(origins[path], found_parts, None if base is None else base.sizes)
         called = prefix + path.removeprefix("model.") if path.startswith("model.") else path
         modules[called] = _with_layer(path, called, whole, architecture)
-    wrapped = _parameters_wrapped(modules)
-    return replace(adapter, modules=wrapped, other_inputs=with_base(adapter, base))
+    tokens = adapter.config["keys"].get(INVOCATION_KEY)
+    activation = {} if tokens is None else {INVOCATION_TOKENS: tokens.value}
+    return replace(
+        adapter,
+        modules=_parameters_wrapped(modules),
+        config={**adapter.config, **activation},
+        other_inputs=with_base(adapter, base),
+    )
 
 
 def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -> LowRank:

@@ -5,12 +5,12 @@ gives every module its scale, factors keep their bytes. Where it does not (rank-
 LoRA, alpha patterns, squeezed modules), the file states no alpha, which llama.cpp takes for a
 scale of 1, and each scale is multiplied into its B.
 
-The writer is our own: keys and tensors sorted, one tensor in memory at a time. A test compares its
-bytes with those of `gguf.GGUFWriter`.
+The file is made by `gguf.GGUFWriter`, keys and tensors sorted, one tensor in memory at a time.
 """
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +19,13 @@ from typing import Any
 
 from loratools_formats.adapter import Adapter, Delta, Dora, low_rank_part
 from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.gguf.container import (
-    DEFAULT_ALIGNMENT,
-    MAGIC,
-    MAX_NAME_BYTES,
-    KeyValue,
-    read_gguf,
-)
-from loratools_formats.gguf.cursor import ARRAY, LAYOUTS, STRING, VALUE_CODES
-from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
-from loratools_formats.gguf.read import ALPHA, QUANTISATION, STRUCTURAL_KEYS
+from loratools_formats.gguf.container import MAX_NAME_BYTES, KeyValue, read_gguf
+from loratools_formats.gguf.cursor import ARRAY, STRING, VALUE_CODES
+from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode, package
+from loratools_formats.gguf.read import ALPHA, ARCHITECTURE, QUANTISATION, STRUCTURAL_KEYS
 from loratools_formats.registry import Loss
 from loratools_formats.tensors import TensorRef
 
-_VERSION = 3
 _MAX_ALPHA = 2.0**127
 _QUANTISATION_VERSION = 2
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -122,7 +115,7 @@ def plan(adapter: Adapter) -> tuple[dict[str, KeyValue], list[Planned]]:
 
 def _keys(adapter: Adapter, alpha: float | None, tensors: Sequence[Planned]) -> dict[str, KeyValue]:
     keys = {key: KeyValue(STRING, value) for key, value in STRUCTURAL_KEYS.items() if value}
-    keys["general.architecture"] = KeyValue(STRING, adapter.config["architecture"])
+    keys[ARCHITECTURE] = KeyValue(STRING, adapter.config["architecture"])
     if alpha is not None:
         keys[ALPHA] = KeyValue("f32", alpha)
     kinds = {planned.kind.name for planned in tensors if planned.name.endswith(".lora_a")}
@@ -134,7 +127,8 @@ def _keys(adapter: Adapter, alpha: float | None, tensors: Sequence[Planned]) -> 
     for key, entry in {**adapter.config.get("keys", {}), **added}.items():
         if key in keys:
             raise AdapterError("key is set by the format itself", got=key)
-        keys[key] = entry
+        if entry.value or entry.type != ARRAY:  # gguf writes no empty arrays; they say nothing
+            keys[key] = entry
     return dict(sorted(keys.items()))
 
 
@@ -150,6 +144,18 @@ def _pair(name: str, delta: Delta, is_folded: bool, storage: str | None) -> Iter
         kind_b = BY_NAME["F32"]
     yield Planned(f"{name}.weight.lora_a", _kind(a, storage), a.shape, a)
     yield Planned(f"{name}.weight.lora_b", kind_b, part.b.shape, part.b, scale)
+
+
+def fallback_notes(modules: Mapping[str, Delta], storage: str | None) -> tuple[str, ...]:
+    """Return a note if some factors cannot be stored in the type asked for."""
+    pairs = [pair for name, delta in modules.items() for pair in _pair(name, delta, False, storage)]
+    count = sum(storage is not None and pair.kind.name != storage.upper() for pair in pairs)
+    if not count or storage is None:
+        return ()
+    name = storage.upper()
+    return (
+        f"{count} of {len(pairs)} factors are F16, since their rows are no whole blocks of {name}",
+    )
 
 
 def _kind(tensor: TensorRef, storage: str | None) -> GgmlType:
@@ -177,16 +183,18 @@ def write(adapter: Adapter, path: Path) -> None:
     """Write a file that does not exist yet.
 
     Raises:
+        MissingDependencyError: the `gguf` package is not installed.
         UnsupportedError: the adapter cannot be expressed.
         AdapterError: NaN or infinite values.
     """
     keys, tensors = plan(adapter)
-    with open(path, "xb") as out:
-        out.write(header(keys, tensors))
+    writer = _writer(path, keys, tensors)
+    try:
+        _write_header(writer)
         for planned in tensors:
-            data = planned.data()
-            out.write(data)
-            out.write(b"\0" * (-len(data) % DEFAULT_ALIGNMENT))
+            writer.write_tensor_data(planned.data())
+    finally:
+        writer.close()
     read_gguf(path)
 
 
@@ -194,52 +202,45 @@ def weights_nbytes(adapter: Adapter) -> int:
     """Return the size of the file that `write` would make.
 
     Raises:
+        MissingDependencyError: the `gguf` package is not installed.
         UnsupportedError: the adapter cannot be expressed.
     """
     keys, tensors = plan(adapter)
-    return len(header(keys, tensors)) + sum(_padded(t.kind.nbytes(t.shape)) for t in tensors)
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
-
-
-def header(keys: Mapping[str, KeyValue], tensors: Iterable[Planned]) -> bytes:
-    """Return everything before the tensors' data."""
-    entries = [_string(key) + value_bytes(entry) for key, entry in keys.items()]
-    infos, position = [], 0
+    writer = _writer(None, keys, tensors)
+    header = io.BytesIO()
+    writer.fout, writer.state = [header], package().gguf_writer.WriterState.EMPTY
+    _write_header(writer)
+    position = header.tell()
     for planned in tensors:
-        sizes = tuple(reversed(planned.shape))
-        infos.append(
-            _string(planned.name)
-            + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
-            + struct.pack("<IQ", planned.kind.code, position)
-        )
-        position += _padded(planned.kind.nbytes(planned.shape))
-    start = MAGIC + struct.pack("<IQQ", _VERSION, len(infos), len(entries))
-    text = b"".join([start, *entries, *infos])
-    return text.ljust(_padded(len(text)), b"\0")
+        nbytes = planned.kind.nbytes(planned.shape)
+        position = sum(writer.ggml_pad(n, writer.data_alignment) for n in (position, nbytes))
+    return position
 
 
-def _string(text: str) -> bytes:
+def _writer(path: Path | None, keys: Mapping[str, KeyValue], tensors: Iterable[Planned]) -> Any:
+    """Return a `GGUFWriter` that knows all but the values of tensors; nothing is written yet."""
+    import numpy as np
+
+    gguf = package()
+    writer = gguf.GGUFWriter(path, keys[ARCHITECTURE].value)
+    for key, entry in keys.items():
+        if key != ARCHITECTURE:
+            kinds = [gguf.GGUFValueType(VALUE_CODES[t]) for t in (entry.type, entry.item) if t]
+            writer.add_key_value(key, entry.value, *kinds)
+    for planned in tensors:
+        code = gguf.GGMLQuantizationType(planned.kind.code)
+        nbytes = planned.kind.nbytes(planned.shape)
+        writer.add_tensor_info(planned.name, planned.shape, np.dtype(np.float32), nbytes, code)
+    return writer
+
+
+def _write_header(writer: Any) -> None:
+    writer.write_header_to_file()
     try:
-        data = text.encode()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
     except UnicodeEncodeError as error:
-        raise AdapterError("names or metadata hold lone surrogates", got=text) from error
-    return struct.pack("<Q", len(data)) + data
-
-
-def value_bytes(entry: KeyValue) -> bytes:
-    """Return the type and value of a key as stored."""
-    code = struct.pack("<I", VALUE_CODES[entry.type])
-    if entry.type == STRING:
-        return code + _string(entry.value)
-    if entry.type != ARRAY:
-        return code + struct.pack(LAYOUTS[entry.type], entry.value)
-    start = code + struct.pack("<IQ", VALUE_CODES[entry.item], len(entry.value))
-    if entry.item == STRING:
-        return start + b"".join(map(_string, entry.value))
-    return start + b"".join(struct.pack(LAYOUTS[entry.item], item) for item in entry.value)
+        raise AdapterError("names or metadata hold lone surrogates", got=error.object) from error
 
 
 def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:

@@ -8,14 +8,11 @@ weights in a bounded child process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from loratools_formats.registry import Context, Format, Loss
-
-if TYPE_CHECKING:
-    from loratools_formats.adapter import Adapter
+from loratools_formats.alora import INVOCATION_TOKENS
+from loratools_formats.plugins import deferred
+from loratools_formats.registry import Format
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -29,60 +26,19 @@ def _sniff(path: Path) -> bool:
     return not is_mlx or any((folder / name).is_file() for name in _WEIGHT_FILES)
 
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.peft.read import read
-
-    return read(path)
-
-
-def _losses(adapter: Adapter) -> list[Loss]:
-    from loratools_formats.peft.write import losses
-
-    return losses(adapter)
-
-
-def _write(adapter: Adapter, path: Path) -> None:
-    from loratools_formats.peft.write import write
-
-    write(adapter, path)
-
-
-def _weights_nbytes(adapter: Adapter) -> int:
-    from loratools_formats.peft.write import weights_nbytes
-
-    return weights_nbytes(adapter)
-
-
-def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
-    from loratools_formats.peft.targets import merged_config
-
-    return merged_config(adapters)
-
-
-def _from_model(adapter: Adapter, context: Context) -> Adapter:
-    from loratools_formats.peft.from_model import from_model
-
-    return from_model(adapter, context)
-
-
-def _plain_config(adapter: Adapter) -> Mapping[str, Any]:
-    from loratools_formats.peft.targets import plain_config
-
-    return plain_config(adapter)
-
-
 FORMAT = Format(
     name="peft",
     description="PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)",
     suffixes=(),
     is_folder=True,
     sniff=_sniff,
-    read=_read,
-    losses=_losses,
-    write=_write,
-    weights_nbytes=_weights_nbytes,
-    merged_config=_merged_config,
-    from_model=_from_model,
+    read=deferred(f"{__name__}.read", "read"),
+    losses=deferred(f"{__name__}.write", "losses"),
+    write=deferred(f"{__name__}.write", "write"),
+    weights_nbytes=deferred(f"{__name__}.write", "weights_nbytes"),
+    merged_config=deferred(f"{__name__}.targets", "merged_config"),
+    from_model=deferred(f"{__name__}.from_model", "from_model"),
     dtypes=("f32", "f16", "bf16"),
-    plain_config=_plain_config,
+    caveats_kept=(INVOCATION_TOKENS,),
+    plain_config=deferred(f"{__name__}.targets", "plain_config"),
 )

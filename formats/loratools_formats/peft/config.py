@@ -25,6 +25,11 @@ _MAX_DEPTH = 64
 _MAX_RANK = 1 << 31
 _MAX_ALPHA = 1 << 31
 
+_LORA_GA = "LORAGA"
+"""What the authors' fork calls LoRA-GA: a LoRA whose initialisation changes the base."""
+
+_OF_LORA_GA = ("bsz", "direction", "dtype", "iters", "max_length", "scale", "stable_gamma")
+
 MIDDLE_INITS = frozenset({"n_lora", "s_lora"})
 """Initialisations of NLoRA, which puts a matrix between the factors and leaves the base alone."""
 
@@ -36,8 +41,8 @@ _NEUTRAL_KEYS = frozenset(
         "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
         "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
         "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
-        "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "revision",
-        "runtime_config", "task_type", "velora_config",
+        "monteclora_config", "mora_type", "nola_num_basis", "peft_type", "peft_version",
+        "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
     }
 )  # fmt: skip
 _HANDLED_KEYS = frozenset(
@@ -50,8 +55,13 @@ _HANDLED_KEYS = frozenset(
 VARIANT_KEYS = ("use_bdlora", "use_qalora", "kasa_config")
 """Keys of variants whose factors are no plain ones; see `variants`."""
 
-_REFUSED_KEYS = {
+NOT_A_PRODUCT = {
+    "use_mora": "its square matrices act on a compressed input (MoRA)",
     "use_nola": "its factors are sums of random matrices that are not in the file (NOLA)",
+}
+"""Keys of systems that write a LoRA configuration and other tensors, and what they are."""
+
+_REFUSED_KEYS = NOT_A_PRODUCT | {
     "alora_invocation_tokens": "it acts only after the invocation tokens (activated LoRA)",
     "arrow_config": "it is routed per token (Arrow)",
     "layer_replication": "its layers are numbered unlike the base model's",
@@ -210,7 +220,7 @@ def unknown_key(key: str, value: Any) -> Caveat:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """Read a configuration file, of any kind of adapter.
+    """Read a configuration file, of any kind of adapter; that of LoRA-GA's fork as upstream's.
 
     Raises:
         MissingFileError: it is not there.
@@ -227,4 +237,7 @@ def read_values(path: Path) -> dict[str, Any]:
     kind = values.get("peft_type")
     if not isinstance(kind, str):
         raise AdapterError("config has no peft_type", path=path, got=kind, expected="LORA")
+    if kind == _LORA_GA:
+        kept = {key: value for key, value in values.items() if key not in _OF_LORA_GA}
+        return {**kept, "peft_type": "LORA"}
     return values

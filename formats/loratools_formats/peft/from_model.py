@@ -18,6 +18,7 @@ from loratools_formats.adapter import (
     Replacement,
     low_rank_part,
 )
+from loratools_formats.alora import INVOCATION_TOKENS, invocation_tokens
 from loratools_formats.factors import stored_as
 from loratools_formats.peft import keys
 from loratools_formats.registry import Context
@@ -35,8 +36,16 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         modules=modules,
         replacements=replacements,
         carried={},
-        config=_config(modules, replacements, adapter.base_model),
+        config={
+            **_config(modules, replacements, adapter.base_model),
+            **_activation(adapter),
+        },
     )
+
+
+def _activation(adapter: Adapter) -> dict[str, Any]:
+    tokens = invocation_tokens(adapter)
+    return {} if tokens is None else {INVOCATION_TOKENS: tokens, "task_type": "CAUSAL_LM"}
 
 
 def _key(entry: Replacement) -> str:

@@ -43,6 +43,9 @@ SUFFIXES: dict[str, Part] = {
 SAMPLER = ".lora_monteclora_sampler."
 """Part of the names of MonteCLoRA's sampler, whose shapes hold the rank."""
 
+SPREAD = ".lora_A_rho"
+"""End of the names of the spread of A in a Bayesian LoRA (BLoB, TFB), whose mean A is."""
+
 TRAINING_SUFFIXES = (".lora_velora_embed", SAMPLER.rstrip("."))
 """Tensors of variants whose config key already says so; kept, and used by no operation."""
 

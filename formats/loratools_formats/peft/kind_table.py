@@ -94,12 +94,23 @@ PEFT_KINDS: dict[str, PeftKind] = {
             f".unilora_{name}_{side}": f"{name}_{side.lower()}"
             for name in ("indices", "scales")
             for side in "AB"
+        }
+        | {
+            # The authors' fork calls its indices logits.
+            f".unilora_{name}_{side}": f"{part}_{side.lower()}"
+            for name, part in (("logits", "indices"), ("norm", "scales"))
+            for side in "AB"
         },
         lambda m: (m.side("indices_b", 0), m.side("indices_a", 1)),
         neutral=_keys(
-            "r theta_d_length init_theta_d_bound proj_seed save_indices unilora_dropout"
+            "r theta_d_length init_theta_d_bound proj_seed save_indices unilora_dropout "
+            "init_logits_std init_vector_bank_bound num_vectors save_only_topk_weights topk "
+            "vector_length"
         ),
-        shared={"base_model.unilora_theta_d": "bank"},
+        shared={
+            "base_model.unilora_theta_d": "bank",
+            "base_model.unilora_vector_bank": "bank",
+        },
     ),
     "TINYLORA": PeftKind(
         "tinylora",

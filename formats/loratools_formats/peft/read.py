@@ -31,7 +31,13 @@ from loratools_formats.errors import (
 from loratools_formats.factors import check_factor
 from loratools_formats.files import RegularFile, inside
 from loratools_formats.peft import keys
-from loratools_formats.peft.config import CONFIG_FILE, PeftConfig, read_values
+from loratools_formats.peft.config import (
+    CONFIG_FILE,
+    NOT_A_PRODUCT,
+    PeftConfig,
+    is_set,
+    read_values,
+)
 from loratools_formats.peft.kind_table import PEFT_KINDS
 from loratools_formats.peft.legacy_bin import read_bin
 from loratools_formats.peft.parameters import Setting, settings, unstacked
@@ -77,7 +83,7 @@ def _read(folder: Path) -> Adapter:
     found = _contents(values, weights.tensors, folder)
     replacements: dict[str, Replacement] = {}
     carried = found.rest
-    if found.modules or values["peft_type"] == "LORA":
+    if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
         replacements, carried = classify(values, found.rest, found.modules, folder)
     return Adapter(
         format="peft",
@@ -98,6 +104,10 @@ def _read(folder: Path) -> Adapter:
     )
 
 
+def _is_no_product(values: Mapping[str, Any]) -> bool:
+    return any(is_set(values.get(key)) for key in NOT_A_PRODUCT)
+
+
 @dataclass(frozen=True)
 class _Contents:
     modules: Mapping[str, Delta]
@@ -112,6 +122,8 @@ def _contents(
     peft_type = values["peft_type"]
     if peft_type == "LORA":
         config = PeftConfig(values, folder / CONFIG_FILE)
+        if _is_no_product(values):
+            return _Contents({}, {}, dict(tensors), config.caveats())
         modules, rest = _modules(config, tensors, folder)
         has_middle = any(isinstance(d, OtherDelta) and d.kind == "middle" for d in modules.values())
         caveats = (
@@ -149,9 +161,15 @@ def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]
 
 
 def _training_notes(carried: Mapping[str, TensorRef]) -> list[str]:
+    notes = []
     if any(keys.SAMPLER in name for name in carried):
-        return ["MonteCLoRA's sampler acts in training only; it is left out when ranks change"]
-    return []
+        notes.append("MonteCLoRA's sampler acts in training only; it is left out when ranks change")
+    if any(name.endswith(keys.SPREAD) for name in carried):
+        notes.append(
+            "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
+            "spread of the posterior is left out of what is made from it"
+        )
+    return notes
 
 
 def _folder_notes(folder: Path) -> list[str]:

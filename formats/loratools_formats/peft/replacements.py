@@ -57,6 +57,8 @@ def classify(
 
 
 def _belongs_to_training(values: Mapping[str, Any], name: str) -> bool:
+    if name.endswith(keys.SPREAD):
+        return True
     declared = any(values.get(key) for key in ("velora_config", "monteclora_config"))
     return declared and any(f"{suffix}." in f"{name}." for suffix in keys.TRAINING_SUFFIXES)
 

@@ -88,7 +88,9 @@ def stored_tensors(adapter: Adapter) -> Iterator[TensorRef]:
     # The sampler of MonteCLoRA acts in training only, and its shapes hold the rank.
     sampled = bool(adapter.config.get("monteclora_config")) and not _keeps_config(adapter)
     for name, tensor in adapter.carried.items():
-        if not (sampled and keys.SAMPLER in name):
+        # What an operation makes is made of means, to which the spread of others does not belong.
+        of_others = name.endswith(keys.SPREAD) and adapter.provenance is not None
+        if not (sampled and keys.SAMPLER in name) and not of_others:
             yield tensor.renamed(name)
 
 

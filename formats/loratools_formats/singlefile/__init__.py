@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratools_formats.peft_weights import is_bare
 from loratools_formats.registry import Context, Format, Loss
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def _sniffed(path: Path) -> Class | None:
         tail = _end_of_header(path)
     except OSError:
         return None
-    return _naming([found[1] for found in _ENTRY.finditer(tail)])
+    names = [found[1] for found in _ENTRY.finditer(tail)]
+    return None if is_bare(path, names) else _naming(names)
 
 
 def _end_of_header(path: Path) -> bytes:

@@ -1,0 +1,167 @@
+"""State dicts of adapters in Megatron's names: Megatron-Bridge, NeMo 2 and NeMo 1; read only.
+
+Projections that Megatron fuses share one pair of factors; they become the projections that
+transformers' models of Llama's layout have, which needs the number of heads and the width of the
+MLP. Alpha is in the configuration of the run, not in the weights. What is read is one file with the
+gathered tensors; distributed checkpoints, folders of shards, are recognised and refused.
+
+Adapters of experts, routers and state-space layers, and NeMo's tied variants, are not known here,
+nor is attention with an output gate, whose rows are others; a base shows that they do not fit.
+Source: `peft/` and `models/conversion/peft_bridge.py` of Megatron-Bridge 067f987df;
+`adapter_modules` of NeMo 1 for the older names.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools_formats.registry import Format
+from loratools_formats.statedict import SUFFIXES, StateDict, has_names
+
+if TYPE_CHECKING:
+    from loratools_formats.adapter import Adapter, Delta
+    from loratools_formats.tensors import TensorRef
+
+_QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
+_FC1 = {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}
+_NEMO_1 = "adapter_layer."
+# What an adapter is called within a layer, and the projections that it is for.
+_ADAPTERS: dict[str, dict[str, str]] = {
+    "self_attention.linear_qkv.adapter": _QKV,
+    "self_attention.linear_proj.adapter": {"whole": "self_attn.o_proj"},
+    "mlp.linear_fc1.adapter": _FC1,
+    "mlp.linear_fc2.adapter": {"whole": "mlp.down_proj"},
+    f"self_attention.{_NEMO_1}lora_kqv_adapter": _QKV,
+    f"self_attention.{_NEMO_1}lora_dense_attention_adapter": {"whole": "self_attn.o_proj"},
+    f"mlp.{_NEMO_1}lora_hto4h_adapter": _FC1,
+    f"mlp.{_NEMO_1}lora_4htoh_adapter": {"whole": "mlp.down_proj"},
+    **{f"self_attention.linear_qkv.adapter.adapter_{k}": {"whole": v} for k, v in _QKV.items()},
+    **{f"mlp.linear_fc1.adapter.adapter_{k}": {"whole": v} for k, v in _FC1.items()},
+    **{
+        f"self_attention.{_NEMO_1}lora_unfused_kqv_adapter.{k}_adapter": {"whole": v}
+        for k, v in _QKV.items()
+    },
+    **{
+        f"mlp.{_NEMO_1}lora_unfused_hto4h_adapter.{k}_adapter": {"whole": v}
+        for k, v in _FC1.items()
+    },
+}
+_PARTS = {"linear_in.weight": "a", "linear_out.weight": "b", "weight_magnitude": "magnitude"}
+_KEY = re.compile(
+    r"(?:module\.|model\.)*(?:language_model\.encoder\.|decoder\.)?layers\.(?P<layer>\d{1,4})\."
+    rf"(?P<adapter>{'|'.join(map(re.escape, _ADAPTERS))})\."
+    rf"(?P<part>{'|'.join(map(re.escape, _PARTS))})"
+)
+_TELLING = re.compile(_KEY.pattern.encode())
+
+
+def _sniff(path: Path) -> bool:
+    return _is_distributed(path) or has_names(path, _TELLING, safetensors=True)
+
+
+def _is_distributed(path: Path) -> bool:
+    """Return whether a folder is a checkpoint that torch saved in shards of many ranks."""
+    return path.is_dir() and (path / ".metadata").is_file() and any(path.glob("__*.distcp"))
+
+
+def _read(path: Path) -> Adapter:
+    from loratools_formats.errors import UnsupportedError
+
+    if _is_distributed(path):
+        raise UnsupportedError(
+            "a distributed checkpoint is not read",
+            path=path,
+            hint="Export it with export_adapter_ckpt of Megatron-Bridge, or save its gathered "
+            "tensors as one file",
+        )
+    return adapter_of(StateDict(path), FORMAT.name, path)
+
+
+def adapter_of(state: StateDict, format_name: str, path: Path) -> Adapter:
+    """Return the adapter in a state dict of Megatron's names.
+
+    Args:
+        state: the tensors.
+        format_name: of the format that they were found in.
+        path: what they were read from.
+
+    Raises:
+        AdapterError: an unknown name, or factors that do not belong together.
+    """
+    from loratools_formats.errors import AdapterError
+
+    parts: dict[tuple[int, str], dict[str, TensorRef]] = {}
+    for name, tensor in state.tensors.items():
+        key = _KEY.fullmatch(name)
+        if key is None:
+            raise state.unknown(
+                name,
+                "decoder.layers.N.self_attention.linear_qkv.adapter.linear_in.weight and the like",
+            )
+        own = parts.setdefault((int(key["layer"]), key["adapter"]), {})
+        if _PARTS[key["part"]] in own:
+            raise state.unknown(name, "one tensor of that name")
+        own[_PARTS[key["part"]]] = tensor
+    modules: dict[str, Delta] = {}
+    shared: dict[str, TensorRef] = {}
+    for (layer, adapter), own in parts.items():
+        module = f"layers.{layer}.{adapter}"
+        if not {"a", "b"} <= set(own):
+            raise state.lacking(module, own, "linear_in.weight and linear_out.weight")
+        state.check_factors({part: own[part] for part in "ab"})
+        projections = _ADAPTERS[adapter]
+        for projection, target in projections.items():
+            path_in_model = f"model.layers.{layer}.{target}"
+            if path_in_model in modules:
+                raise AdapterError(
+                    "two adapters are for one projection", path=path, tensor=path_in_model
+                )
+            modules[path_in_model] = _delta(projection, own)
+        if len(projections) > 1:
+            shared |= {tensor.key: tensor for tensor in own.values()}
+    return state.adapter(format_name, modules, shared=shared)
+
+
+def _delta(projection: str, own: dict[str, TensorRef]) -> Delta:
+    from loratools_formats.adapter import Missing, OtherDelta
+
+    settings: dict[str, Any] = {
+        "alpha": Missing("alpha of the run's configuration; the rank for NeMo before it had one"),
+        "projection": projection,
+    }
+    if projection in _QKV:
+        settings |= {
+            name: Missing(
+                f"{name} of the model's config.json",
+                whole=True,
+                in_base=(name, "num_attention_heads"),
+            )
+            for name in ("num_attention_heads", "num_key_value_heads")
+        }
+    if projection in _FC1:
+        settings["intermediate_size"] = Missing(
+            "intermediate_size of the model's config.json",
+            whole=True,
+            in_base=("intermediate_size",),
+        )
+    if projection != "whole":
+        return OtherDelta("megatron", {}, settings, shape=(None, own["a"].shape[1]), shared=own)
+    return OtherDelta(
+        "megatron",
+        {part: own[part] for part in "ab"},
+        settings,
+        shape=(own["b"].shape[0], own["a"].shape[1]),
+        magnitude=own.get("magnitude"),
+    )
+
+
+FORMAT = Format(
+    name="megatron",
+    description="state dict in Megatron's names (Megatron-Bridge, NeMo)",
+    suffixes=SUFFIXES,
+    is_folder=False,
+    sniff=_sniff,
+    read=_read,
+)

@@ -1,0 +1,46 @@
+"""LoLDU from a whole state dict: a residual and all factors (arXiv 2410.13618).
+
+The trained weight is W' = residual + s · P·L·diag(z)·U with everything in the file, whatever
+training began with; ΔW = W' − W, with the rounding of the residual in it. Source:
+`minloldu/loldu.py` of SKDDJ/LoLDU 4fe87a0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools_formats.adapter import OtherDelta
+from loratools_formats.errors import AdapterError
+
+
+def _change(delta: OtherDelta, weight: Weight) -> Change:
+    tensors = Tensors(delta)
+    residual, z = tensors["residual"], tensors["z"].reshape(-1)
+    permutation, lower, upper = tensors["permutation"], tensors["lower"], tensors["upper"]
+    out, in_ = residual.shape
+    shapes = {"permutation": (out, out), "lower": (out, len(z)), "upper": (len(z), in_)}
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise tensors.wrong_shape(name, str(shape))
+    if "copy" in tensors and not np.array_equal(tensors["copy"], residual):
+        raise AdapterError("the two copies of the residual differ", tensor=delta.parts["copy"].key)
+    left = tensors["scale"].item() * (permutation @ lower) * z
+
+    def rows(start: int, stop: int) -> Array:
+        trained: Array = residual[start:stop] + left[start:stop] @ upper
+        return trained - weight.rows(start, stop)
+
+    return Rows((out, in_), rows)
+
+
+KIND = Kind(
+    name="loldu_full",
+    title="LoLDU, its whole state dict",
+    source="arXiv 2410.13618",
+    parts=("residual", "permutation", "lower", "upper", "z", "scale"),
+    optional=("copy", "mask"),
+    needs="weight",
+    low_rank=False,
+    change=_change,
+)

@@ -1,0 +1,64 @@
+"""Plain LoRA and DoRA whose rows of q and k lie in torchtune's order.
+
+ΔW = α/r · B @ A (`LoRALinear` and `DoRALinear` of torchtune 0.6.1). Where its rotary embedding
+turns neighbouring rows, row 2j + t of a head is row j + t·(width/2) of transformers' head; rows of
+B and of a DoRA's magnitude move alike, and A stays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools_formats.adapter import OtherDelta
+from loratools_formats.errors import AdapterError
+from loratools_formats.tensors import TensorRef
+
+
+def _order(delta: OtherDelta) -> Array:
+    """Return which stored row each output is."""
+    rows = delta.parts["b"].shape[0]
+    settings = delta.settings
+    if settings.get("rope") != "interleaved":
+        return np.arange(rows)
+    heads = settings.get("num_attention_heads") or settings["num_key_value_heads"]
+    if rows % (2 * heads):
+        raise AdapterError(
+            "rows do not divide into heads of even width",
+            tensor=delta.parts["b"].key,
+            got=rows,
+            expected=f"{heads} heads",
+        )
+    return np.arange(rows).reshape(heads, -1, 2).transpose(0, 2, 1).reshape(-1)
+
+
+def _change(delta: OtherDelta, _: Weight) -> Change:
+    tensors = Tensors(delta)
+    a, b = tensors["a"], tensors["b"]
+    if b.shape[1] != len(a):
+        raise tensors.wrong_shape("b", f"(out, {len(a)})")
+    return Product(delta.settings["alpha"] / len(a) * b[_order(delta)], a)
+
+
+def _magnitude(delta: OtherDelta) -> TensorRef | None:
+    order, stored = _order(delta), delta.magnitude
+    if stored is None:
+        return None
+    if stored.numel != len(order):
+        raise AdapterError(
+            "magnitude does not fit the module",
+            tensor=stored.key,
+            got=list(stored.shape),
+            expected=f"{len(order)} elements",
+        )
+    return stored.reshaped((len(order), 1)).rows(order.tolist()).reshaped((len(order),))
+
+
+KIND = Kind(
+    name="torchtune",
+    title="LoRA and DoRA of torchtune",
+    source="torchtune 0.6.1, models/convert_weights.py",
+    parts=("a", "b"),
+    change=_change,
+    magnitude=_magnitude,
+)
