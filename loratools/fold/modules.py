@@ -78,9 +78,10 @@ def template_of(
     """Return a delta that says where and how to store factors; its values are not read."""
     out, in_ = shape
     wide = DTYPES["F32"]
+    stack = (delta.experts,) if layer.kind == "experts" else ()
     return LowRank(
-        TensorRef(f"{name}.a", wide, (rank, in_), _unread(name)),
-        TensorRef(f"{name}.b", wide, (out, rank), _unread(name)),
+        TensorRef(f"{name}.a", wide, (*stack, rank, in_), _unread(name)),
+        TensorRef(f"{name}.b", wide, (*stack, out, rank), _unread(name)),
         1.0,
         layer,
         bias=delta.bias,

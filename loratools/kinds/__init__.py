@@ -13,6 +13,8 @@ from loratools_formats.errors import UnsupportedError
 
 _MODULES = (
     "adalora",
+    "adamss",
+    "bias",
     "blockdiag",
     "boft",
     "butterfly_oft",
@@ -45,12 +47,14 @@ _MODULES = (
     "miss_bat",
     "oft",
     "osf",
+    "peanut",
     "psoft",
     "qalora",
     "randlora",
     "road",
     "sparse",
     "tinylora",
+    "token_rows",
     "torchtune",
     "tucker",
     "unilora",
