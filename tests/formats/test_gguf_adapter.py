@@ -429,6 +429,16 @@ def test_multimodal_configurations_name_their_text_model(base):
     assert list(back.modules) == [path]
 
 
+def test_a_stack_of_another_number_of_experts_is_refused(base):
+    """It ends llama.cpp with a segmentation fault."""
+    folder = base(architectures=["MixtralForCausalLM"], num_local_experts=2, intermediate_size=24)
+    path = "model.layers.0.mlp.experts"
+    layer = Layer("experts", parameters=(f"{path}.down_proj",))
+    a, b = in_memory("a", floats(3, 4, 24)), in_memory("b", floats(3, 16, 4))
+    refused = refusal({path: LowRank(a, b, 1.0, layer)}, folder)
+    assert "3 experts; expected a weight of shape [2, 16, 24]" in refused
+
+
 def test_single_experts_are_stacked_and_the_others_zero(base):
     folder = base(architectures=["MixtralForCausalLM"], num_local_experts=3, intermediate_size=24)
     path = "model.layers.0.block_sparse_moe.experts.{}.w2"
