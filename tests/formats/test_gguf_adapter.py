@@ -126,7 +126,11 @@ UNREADABLE = {
     "ranks differ": ({"tensors": {A: floats(4, 16), B: floats(16, 3)}}, "do not fit together"),
     "whole numbers": (
         {"tensors": {A: np.ones((4, 16), np.int8), B: floats(16, 4)}},
-        "not of a floating-point type.*got I8",
+        "crashes on adapter factors of this type.*got I8",
+    ),
+    "64 bits": (
+        {"tensors": {A: floats(4, 16), B: floats(16, 4).astype(np.float64)}},
+        "crashes on adapter factors of this type.*got F64",
     ),
     "a bias": ({"tensors": {"blk.0.attn_q.bias": floats(16)}}, "no factor of an adapter"),
     "a whole weight": ({"tensors": {"token_embd.weight": floats(8, 16)}}, "no factor"),

@@ -199,9 +199,12 @@ def _reference(tensor: GgufTensor) -> TensorRef:
     kind = tensor.kind
     if kind.is_plain:
         dtype = DTYPES[kind.name]
-        if not dtype.floating:
+        if kind.name not in ("F32", "F16", "BF16"):
             raise AdapterError(
-                "adapter factor is not of a floating-point type", tensor=tensor.name, got=kind.name
+                "llama.cpp crashes on adapter factors of this type",
+                tensor=tensor.name,
+                got=kind.name,
+                expected="floats of 32 or 16 bits, or quantised ones",
             )
         return in_file(tensor.name, dtype, tensor.shape, tensor.file, tensor.offset)
 
