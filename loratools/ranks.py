@@ -165,6 +165,10 @@ class RankRule:
         """Whether anything decides a rank."""
         return bool(self._rules() or self.patterns or self.max_rank or self.serve)
 
+    def decides(self, name: str) -> bool:
+        """Return whether it gives a rank to a module that has none of its own."""
+        return bool(self._rules() or self.max_rank or self.override(name))
+
     @property
     def needs_every_value(self) -> bool:
         """Whether the leading singular values are not enough to tell a rank."""

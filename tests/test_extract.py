@@ -334,3 +334,16 @@ def test_the_seed_is_recorded(tmp_path):
     options = ComputeOptions(seed=3)
     result = extract(base, tuned, difference(base, tuned), RankRule(rank=2), options)
     assert '"seed": 3' in json.dumps(result.adapter.provenance)
+
+
+def test_a_pattern_alone_leaves_the_ranks_of_others_open(tmp_path):
+    base, tuned = pair(tmp_path, {UP: noise((40, 24)), DOWN: noise((24, 40))})
+    found = difference(base, tuned)
+    with pytest.raises(OptionError, match="Choose a rank"):
+        extract(base, tuned, found, RankRule(patterns=(("up_proj", 3),)))
+    rule = RankRule(patterns=(("up_proj", 3), ("down_proj", 5)))
+    modules = extract(base, tuned, found, rule).modules
+    assert {module.name.rpartition(".")[2]: module.rank for module in modules} == {
+        "up_proj": 3,
+        "down_proj": 5,
+    }
