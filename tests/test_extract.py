@@ -170,6 +170,15 @@ def test_tied_embeddings_are_carried_whole(tmp_path):
     assert "lm_head" in " ".join(found.notes)
 
 
+def test_without_an_output_embedding_the_input_embedding_is_tied(tmp_path):
+    old = {key: array for key, array in weights().items() if key != HEAD}
+    new = {**old, EMBED: old[EMBED] + noise((50, 24)), UP: old[UP] + noise((40, 24))}
+    base, tuned = written(tmp_path / "base", old), written(tmp_path / "tuned", new)
+    found = difference(base, tuned)
+    assert [r.kind for r in found.adapter.replacements.values()] == ["embedding"]
+    assert list(found.adapter.modules) == ["model.layers.0.mlp.up_proj"]
+
+
 def test_resized_embeddings_are_carried_whole(tmp_path):
     old = weights()
     grown = {key: np.concatenate([old[key], noise((3, 24))]) for key in (EMBED, HEAD)}

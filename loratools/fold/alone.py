@@ -40,6 +40,11 @@ def needs_base(delta: Delta) -> bool:
     return needs == "weight" or (needs == "shape" and None in delta.shape)
 
 
+def fold_command(delta: Delta) -> str:
+    """Return the command that makes a change plain factors, for messages."""
+    return "loratools to-lora" + (" --base BASE" if needs_base(delta) else "")
+
+
 def folded_exactly(
     adapter: Adapter, operation: str, scratch_folder: Path | None, base: Checkpoint | None = None
 ) -> Adapter:

@@ -183,10 +183,12 @@ def test_a_dora_can_be_kept_whole_where_a_format_holds_that(base, tmp_path):
     source = read_adapter(TINY / "dora")
     result = to_lora(source, RankRule(), base=base, whole=True)
     assert result.relative_error <= 1e-7
+    stated = {module.name: module.relative_error for module in result.modules}
     for name, delta in result.adapter.modules.items():
         want = dora_change(source.modules[name], weight_of(base, name))
         got = delta.parts["diff"].load(np.float64)
         assert oracle.distance(got, want) <= 1e-7
+        assert stated[name] == pytest.approx(oracle.distance(got, want), rel=1e-3)
     with pytest.raises(UnsupportedError, match="no full differences"):
         write_adapter(result.adapter, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
