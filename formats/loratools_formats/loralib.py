@@ -3,10 +3,10 @@
 Names end in `.lora_A` and `.lora_B`, without `.weight` and without a prefix. AdaLoRA adds
 `.lora_E`, IncreLoRA numbers the pieces of all three, SoRA has a `gate` beside factors that lie
 under `.lora`. There is no configuration: α is nowhere, nor which projections of a fused layer are
-adapted, so both are left for the user to give. The factors of a convolution look like those
-of a linear layer k times as large, so that its kernel is asked for, too, unless the base or the
-name of a layer of language models tells what it is. Biases that were trained are values, and replace the
-base's.
+adapted, so both are left for the user to give. The factors of a convolution look like those of a
+linear layer k times as large, so that its kernel is asked for, too, unless the base tells it, or
+the name is that of a layer of language models. Biases that were trained are values, and replace
+the base's.
 
 Sources: microsoft/LoRA c4593f0, QingruZhang/AdaLoRA d10f5eb, FeiyuZhang98/IncreLoRA 51a2d73 and
 TsinghuaC3I/SoRA c275ac2. Pickles are opened in a bounded child process, as PEFT's are.
@@ -26,7 +26,7 @@ from loratools_formats.statedict import SUFFIXES, StateDict, has_names
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from loratools_formats.adapter import Adapter, Delta, OtherDelta
+    from loratools_formats.adapter import Adapter, Delta, Layer, OtherDelta
     from loratools_formats.tensors import TensorRef
 
 _KEY = re.compile(
@@ -101,8 +101,7 @@ def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> OtherDelta:
             raise AdapterError(
                 "factor is not a matrix", path=path, tensor=tensor.key, got=list(tensor.shape)
             )
-    leaf = name.rpartition(".")[2]
-    layer = Layer("embedding" if leaf in _EMBEDDINGS else "linear")
+    layer = Layer("embedding" if name.rpartition(".")[2] in _EMBEDDINGS else "linear")
     if layer.kind == "linear":
         layer = Layer("linear", transposed_if_square=None)
     if "e" in pieces:
@@ -112,9 +111,19 @@ def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> OtherDelta:
         else:
             settings["ranknum"] = Missing("the number of active ranks of a module")
         return OtherDelta("increlora", parts, settings, layer)
-    a, b = parts["a"].shape, parts["b"].shape
     if "gate" in parts:
-        return OtherDelta("gated", parts, {"alpha": alpha}, layer, (b[0], a[1]))
+        shape = (parts["b"].shape[0], parts["a"].shape[1])
+        return OtherDelta("gated", parts, settings, layer, shape)
+    return _of_loralib(name, parts, settings, layer, path)
+
+
+def _of_loralib(
+    name: str, parts: dict[str, TensorRef], settings: dict[str, Any], layer: Layer, path: Path
+) -> OtherDelta:
+    from loratools_formats.adapter import Missing, OtherDelta
+    from loratools_formats.errors import AdapterError
+
+    a, b, leaf = parts["a"].shape, parts["b"].shape, name.rpartition(".")[2]
     if len(a) != 2 or len(b) != 2:
         raise AdapterError(
             "factor is not a matrix", path=path, tensor=name, got=f"{list(a)} and {list(b)}"

@@ -44,6 +44,7 @@ _MODULES = (
     "psoft",
     "qalora",
     "randlora",
+    "randlora_authors",
     "road",
     "sparse",
     "tinylora",

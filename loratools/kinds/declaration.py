@@ -105,8 +105,8 @@ class Kind:
         bias: what is added to the layer's bias, given the bias before; None if it stays.
         magnitude: the magnitudes of a DoRA in the order of the outputs; None for those of the
             delta as they are.
-        settled: the delta again, with what its settings tell of its layer and shape, given that none
-            is missing any more; None if they tell nothing.
+        settled: the delta again, with what its settings tell of its layer and shape, when none of
+            them is missing any more; None if they tell nothing.
         caution: what a user should know about every fold of the kind; empty for nothing.
     """
 

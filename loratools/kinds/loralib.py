@@ -1,4 +1,4 @@
-"""The original LoRA code: factors of linear layers, of several outputs fused into one, of convolutions.
+"""The original LoRA code: factors of linear layers, fused projections and convolutions.
 
 ΔW = α/r · B @ A for linear layers and embeddings. A layer that fuses n projections adapts only
 those that its constructor enabled: with e of them enabled, A is (e·r, in) and B (e·out/n, r), group

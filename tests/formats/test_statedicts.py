@@ -22,7 +22,7 @@ from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import LoratoolsError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
-from make_statedicts import KINDS, all_golden
+from make_statedicts import HIDDEN, KINDS, all_golden
 
 RNG = np.random.default_rng(0)
 Z = "layers.0.q.parametrizations.weight.0.vector_z"
@@ -47,6 +47,12 @@ SAMPLES = {
         "decoder.layers.0.self_attention.linear_qkv.adapter.linear_out.weight",
     ),
     "peft-weights": pair("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"),
+    "randlora": {
+        "h.0.c_fc.randlora_lambda": random(3, 4),
+        "h.0.c_fc.randlora_gamma": random(3, 12),
+        "h.0.c_fc.basis_a": random(1, 4, 16),
+        "h.0.c_fc.basis_b": random(3, 40, 4),
+    },
     "torchtune": pair("layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight")
     | {"layers.0.attn.q_proj.magnitude": random(36)},
     "unilora": {
@@ -70,6 +76,7 @@ GIVEN = {
     "lorat": {},
     "megatron": {"alpha": "8", "num_attention_heads": "4", "num_key_value_heads": "1"},
     "peft-weights": {"alpha": "8", "variant": "lora"},
+    "randlora": {"alpha": "8"},
     "torchtune": {"alpha": "8", "rope": "interleaved", "num_attention_heads": "2"},
     "unilora": {},
     "vblora": {"topk": "2"},
@@ -151,7 +158,7 @@ def test_golden_fixtures_are_read_as_their_definitions_say(name):
     stored = {tensor.key: tensor.load() for tensor in adapter.tensors()}
     assert set(stored) == set(golden.tensors)
     base = read_checkpoint(folder / "base.safetensors") if golden.base else None
-    rule = RankRule() if get_kind(name).low_rank else RankRule(rank=2)
+    rule = RankRule() if get_kind(name).low_rank else RankRule(rank=HIDDEN)
     result = to_lora(adapter, rule, base=base, given=golden.given)
     expected = load_file(folder / "expected.safetensors")
     assert {f"{module}.weight" for module in result.adapter.modules} == set(expected)

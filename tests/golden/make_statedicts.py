@@ -181,7 +181,61 @@ def loldu_full(random: _Numbers) -> Golden:
     )
 
 
-_MAKERS = (loldu, loldu_full, lorat, megatron, torchtune, unscaled)
+def loralib(random: _Numbers) -> Golden:
+    """Two of three fused projections, a linear layer, and a convolution in loralib's own order."""
+    kernel, channels, out = 3, 2, 4
+    a = {"h.c_attn": random(2 * RANK, HIDDEN), "h.c_fc": random(RANK, HIDDEN)}
+    b = {"h.c_attn": random(2 * WIDTH, RANK), "h.c_fc": random(MLP, RANK)}
+    a["conv"] = random(RANK * kernel, channels * kernel)
+    b["conv"] = random(out * kernel, RANK * kernel)
+    first, last = (
+        _product(b["h.c_attn"][i * WIDTH :][:WIDTH], a["h.c_attn"][i * RANK :][:RANK], ALPHA / RANK)
+        for i in range(2)
+    )
+    whole = _product(b["conv"], a["conv"], ALPHA / RANK)
+    return Golden(
+        "loralib",
+        {f"{name}.lora_A": values for name, values in a.items()}
+        | {f"{name}.lora_B": values for name, values in b.items()},
+        {
+            "h.c_attn": np.concatenate([first, np.zeros((WIDTH, HIDDEN)), last]),
+            "h.c_fc": _product(b["h.c_fc"], a["h.c_fc"], ALPHA / RANK),
+            "conv": whole.reshape(out, channels, kernel, kernel),
+        },
+        {"alpha": str(ALPHA), "groups": "101", "kernel": str(kernel)},
+        ".pt",
+    )
+
+
+def randlora_authors(random: _Numbers) -> Golden:
+    """An MLP of GPT-2: the elements in order, though the sides are the other way round."""
+    inner, count = 2 * HIDDEN, 4
+    a, b = random(1, RANK, HIDDEN + 1), random(count, inner + 1, RANK)
+    tensors, deltas = {}, {}
+    for name, (in_, out) in (("h.c_fc", (HIDDEN, inner)), ("h.c_proj", (inner, HIDDEN))):
+        lambdas, gammas = random(count, RANK), random(count, HIDDEN)
+        product = np.zeros((inner, HIDDEN))
+        for row in range(inner):
+            for place in range(count * RANK):
+                left = b[place // RANK, row, place % RANK]
+                summand, direction = place % count, place // count
+                product[row] += left * (
+                    lambdas[summand, direction] * a[0, direction, :HIDDEN] * gammas[summand]
+                ).astype(np.float64)
+        stored = ALPHA / RANK / count**0.5 * product.reshape(in_, out)
+        deltas[name] = stored.T
+        tensors |= {
+            f"{name}.randlora_lambda": lambdas,
+            f"{name}.randlora_gamma": gammas,
+            f"{name}.basis_a": a,
+            f"{name}.basis_b": b,
+        }
+    base = {name: np.zeros_like(delta.T) for name, delta in deltas.items()}
+    return Golden("randlora", tensors, deltas, {"alpha": str(ALPHA)}, ".pt", base)
+
+
+# In the order in which they were added, which their numbers derive from.
+_MAKERS = (loldu, loldu_full, lorat, megatron, torchtune, unscaled, loralib, randlora_authors)
 
 
 def all_golden() -> dict[str, Golden]:
