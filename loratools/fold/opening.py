@@ -19,7 +19,7 @@ from loratools.placement.names import Names
 from loratools.plain import plain
 from loratools.ranks import RankRule, Spectrum
 from loratools.resize import ComputeOptions, spectrum_of
-from loratools.weights import Place, ShapeOnly, find_place
+from loratools.weights import Place, ShapeOnly, find_place, is_in_stack
 from loratools_formats.adapter import Adapter, Dora, LowRank, OtherDelta
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import UnsupportedError
@@ -98,7 +98,9 @@ class Opener:
         for name, delta in self.adapter.modules.items():
             if isinstance(delta, Dora):
                 places[name] = find_place(names, in_base[name], delta.direction)
-            elif isinstance(delta, OtherDelta):
+            elif isinstance(delta, OtherDelta) and (
+                needs_base(delta) or not is_in_stack(names, in_base[name])
+            ):
                 places[name] = find_place(names, in_base[name], delta)
         return places
 
