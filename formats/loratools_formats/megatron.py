@@ -19,6 +19,7 @@ Source: `peft/` and `models/conversion/peft_bridge.py` of Megatron-Bridge 067f98
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from loratools_formats.registry import Format
 from loratools_formats.statedict import SUFFIXES, StateDict, has_names
 
 if TYPE_CHECKING:
-    from loratools_formats.adapter import Adapter, Delta
+    from loratools_formats.adapter import Adapter, OtherDelta
     from loratools_formats.tensors import TensorRef
 
 _QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
@@ -89,13 +90,16 @@ def _read(path: Path) -> Adapter:
     return adapter_of(StateDict(path), FORMAT.name, path)
 
 
-def adapter_of(state: StateDict, format_name: str, path: Path) -> Adapter:
+def adapter_of(
+    state: StateDict, format_name: str, path: Path, alpha: float | None = None
+) -> Adapter:
     """Return the adapter in a state dict of Megatron's names.
 
     Args:
         state: the tensors.
         format_name: of the format that they were found in.
         path: what they were read from.
+        alpha: of every adapter; None if it is not known.
 
     Raises:
         AdapterError: an unknown name, or factors that do not belong together.
@@ -114,7 +118,7 @@ def adapter_of(state: StateDict, format_name: str, path: Path) -> Adapter:
         if _PARTS[key["part"]] in own:
             raise state.unknown(name, "one tensor of that name")
         own[_PARTS[key["part"]]] = tensor
-    modules: dict[str, Delta] = {}
+    modules: dict[str, OtherDelta] = {}
     shared: dict[str, TensorRef] = {}
     for (layer, adapter), own in parts.items():
         found = _deltas(state, layer, adapter, own)
@@ -124,12 +128,17 @@ def adapter_of(state: StateDict, format_name: str, path: Path) -> Adapter:
         modules |= found
         if len(found) > 1:
             shared |= {tensor.key: tensor for tensor in own.values()}
+    if alpha is not None:
+        modules = {
+            name: replace(delta, settings={**delta.settings, "alpha": alpha})
+            for name, delta in modules.items()
+        }
     return state.adapter(format_name, modules, shared=shared)
 
 
 def _deltas(
     state: StateDict, layer: int, adapter: str, own: dict[str, TensorRef]
-) -> dict[str, Delta]:
+) -> dict[str, OtherDelta]:
     """Return the changes that one adapter makes, by the projection's path in the model."""
     module = f"layers.{layer}.{adapter}"
     if not {"a", "b"} <= set(own):
@@ -170,7 +179,7 @@ def _of_experts(
 
 def _delta(
     projection: str, own: dict[str, TensorRef], *, is_shared: bool, is_expert: bool
-) -> Delta:
+) -> OtherDelta:
     from loratools_formats.adapter import Missing, OtherDelta
 
     settings: dict[str, Any] = {

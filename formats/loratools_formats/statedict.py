@@ -186,7 +186,7 @@ class StateDict:
     def adapter(
         self,
         format_name: str,
-        modules: dict[str, Delta],
+        modules: Mapping[str, Delta],
         *,
         shared: dict[str, TensorRef] | None = None,
         replacements: dict[str, Replacement] | None = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import tarfile
 
 import numpy as np
@@ -125,11 +127,15 @@ def test_pickles_are_read_too(tmp_path):
     assert set(read_adapter(path).modules) == set(SHAPES)
 
 
-def archived(path, names, compression=""):
+def archived(path, names, compression="", config=None):
     weights = saved(path.parent / "model_weights.ckpt", fused("model.decoder.layers.7.", NEMO_1))
     with tarfile.open(path, f"w:{compression}") as archive:
         for name in names:
             archive.add(weights, name)
+        for content in () if config is None else (config,):
+            member = tarfile.TarInfo("./model_config.yaml")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     weights.unlink()
     return path
 
@@ -154,6 +160,48 @@ def test_archives_of_nemo_are_opened(tmp_path):
 )
 def test_archives_of_another_kind_are_refused(tmp_path, names, compression, message):
     path = archived(tmp_path / "lora.nemo", names, compression)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(path)
+
+
+def nemo_config(**tuning):
+    return json.dumps({"peft": {"peft_scheme": "lora", "lora_tuning": tuning}}).encode()
+
+
+def test_alpha_of_an_archive_is_in_its_configuration(tmp_path):
+    config = nemo_config(adapter_dim=RANK, alpha=ALPHA)
+    path = archived(tmp_path / "lora.nemo", ["model_weights.ckpt"], config=config)
+    assert {delta.settings["alpha"] for delta in read_adapter(path).modules.values()} == {ALPHA}
+    deltas_of(path, SHAPES, **LLAMA)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b"",
+        b"peft: {lora_tuning: {alpha: '${x}'}}",
+        b"peft: {lora_tuning: {alpha: .nan}}",
+    ],
+)
+def test_an_alpha_that_is_no_number_is_asked_for(tmp_path, config):
+    path = archived(tmp_path / "lora.nemo", ["model_weights.ckpt"], config=config)
+    with pytest.raises(UnsupportedError, match="alpha"):
+        deltas_of(path, SHAPES, **LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (nemo_config(adapter_dim=RANK + 1, alpha=ALPHA), "another rank"),
+        (b"a: &a [1]\nb: *a", "aliases"),
+        (b"a: !!python/name:os.system x", "tags"),
+        (b"peft: 1\npeft: 2", "duplicate"),
+        (b"[" * 5000, "YAML"),
+        (b"a: " + b"x" * (1 << 20), "at most"),
+    ],
+)
+def test_configurations_that_are_not_sound_are_refused(tmp_path, config, message):
+    path = archived(tmp_path / "lora.nemo", ["model_weights.ckpt"], config=config)
     with pytest.raises(AdapterError, match=message):
         read_adapter(path)
 
