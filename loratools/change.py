@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from loratools.decompose import Decomposed, Matrix, RandomisedSvd, padded
+from loratools.decompose import Decomposed, Matrix, RandomisedSvd, padded, signed
 from loratools.device import Device
-from loratools.kinds.declaration import Change, Kronecker, Product, Rows
-from loratools.stream import RowSource, StreamedMatrix, streamed_svd
+from loratools.kinds.declaration import Change, Columns, Kronecker, Product, Rows
+from loratools.stream import RowSource, StreamedMatrix, row_spans, streamed_svd
 
 Array = np.ndarray[Any, Any]
 
@@ -38,6 +38,14 @@ def rows_of(change: Change) -> Rows:
     if isinstance(change, Product):
         b, a = change.b, change.a
         return Rows((len(b), a.shape[1]), lambda start, stop: b[start:stop] @ a)
+    if isinstance(change, Columns):
+        columns, spans = change.columns, [*row_spans(change.shape[::-1])]
+        return Rows(
+            change.shape,
+            lambda start, stop: np.concatenate(
+                [columns(*span)[:, start:stop].T for span in spans], 1
+            ),
+        )
     left, right, scale = change.left, change.right, change.scale
     height = len(right)
 
@@ -87,8 +95,7 @@ class KroneckerMatrix:
         u2, _, v2 = self._right
         b = (u1[:, None, i] * u2[None, :, j]).reshape(-1, len(chosen))
         a = (v1[i][:, :, None] * v2[j][:, None, :]).reshape(len(chosen), -1)
-        signs = np.where(-b.min(axis=0) > b.max(axis=0), -1.0, 1.0)
-        b, a = b * root * signs, a * (np.copysign(root, self._scale) * signs)[:, None]
+        b, a = signed(b * root, a * np.copysign(root, self._scale)[:, None])
         return padded(b, a, rank)
 
     def squared_error(self, b: Array, a: Array) -> float:
@@ -97,6 +104,36 @@ class KroneckerMatrix:
             self._rows.shape, lambda start, stop: self._rows.rows(start, stop) - b[start:stop] @ a
         )
         return source.squared_norm
+
+
+class TurnedMatrix:
+    """The transpose of a matrix that has been taken apart.
+
+    Args:
+        inner: the matrix.
+    """
+
+    def __init__(self, inner: Decomposed) -> None:
+        self._inner = inner
+
+    @property
+    def squared_norm(self) -> float:
+        """‖ΔW‖²_F."""
+        return self._inner.squared_norm
+
+    @property
+    def singular_values(self) -> Array:
+        """Those that are known, descending."""
+        return self._inner.singular_values
+
+    def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
+        """Return the best (b, a) of a rank, balanced, of scale 1."""
+        b, a = self._inner.factors(rank, randomised)
+        return signed(a.T, b.T)
+
+    def squared_error(self, b: Array, a: Array) -> float:
+        """Return ‖ΔW − b @ a‖²_F."""
+        return self._inner.squared_error(a.T, b.T)
 
 
 def decomposed(change: Change, device: Device, streaming: Streaming, label: str) -> Decomposed:
@@ -112,8 +149,12 @@ def decomposed(change: Change, device: Device, streaming: Streaming, label: str)
         return Matrix(change.b, change.a, 1.0, device, use_gram=True)
     if isinstance(change, Kronecker):
         return KroneckerMatrix(change)
-    source = RowSource(change.shape, change.rows)
     seed = zlib.crc32(label.encode(), streaming.seed & 0xFFFFFFFF)
+    if isinstance(change, Columns):
+        turned = RowSource(change.shape[::-1], change.columns)
+        svd = streamed_svd(turned, streaming.width, power_iterations=None, seed=seed)
+        return TurnedMatrix(StreamedMatrix(turned, svd))
+    source = RowSource(change.shape, change.rows)
     svd = streamed_svd(source, streaming.width, power_iterations=None, seed=seed)
     return StreamedMatrix(source, svd)
 
@@ -125,15 +166,16 @@ def exact_factors(change: Change, *, of_any_rank: bool) -> Product | None:
         change: ΔW; at least one rank is kept.
         of_any_rank: decompose rows too, at whatever rank they have.
     """
-    if isinstance(change, Rows) and not of_any_rank:
+    if isinstance(change, Rows | Columns) and not of_any_rank:
         return None
     if not isinstance(change, Product):
         matrix: Decomposed
         if isinstance(change, Kronecker):
             matrix = KroneckerMatrix(change)
         else:
-            source = RowSource(change.shape, change.rows)
-            svd = streamed_svd(source, min(change.shape), power_iterations=0, seed=0)
+            rows = rows_of(change)
+            source = RowSource(rows.shape, rows.rows)
+            svd = streamed_svd(source, min(rows.shape), power_iterations=0, seed=0)
             matrix = StreamedMatrix(source, svd)
         values = matrix.singular_values
         rank = int(np.count_nonzero(values > _NEGLIGIBLE * values[0]))

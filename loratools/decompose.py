@@ -125,6 +125,12 @@ def padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
     return np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
 
 
+def signed(b: Array, a: Array) -> tuple[Array, Array]:
+    """Return factors with the sign of each column of b such that its largest entry is positive."""
+    signs = np.where(-b.min(axis=0) > b.max(axis=0), -1.0, 1.0)
+    return b * signs, a * signs[:, None]
+
+
 def loaded(delta: LowRank) -> Iterator[tuple[Array, Array]]:
     """Yield (b, a) of each matrix of a delta.
 

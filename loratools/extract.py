@@ -1,44 +1,30 @@
 """The LoRA between two checkpoints: what a full or sparse fine-tune changed, at a chosen rank.
 
 Every tensor of the two is compared. Linear layers, convolutions and embeddings that changed become
-differences of full rank, which `fold` approximates, streamed from both files; norms, biases and
+differences of full rank, which `fold` approximates, streamed from both files; so do the stacked
+weights of experts, matrix by matrix, in the form of PEFT's `target_parameters`. Norms, biases and
 embeddings that are tied or were resized are carried whole, as replacements; anything else that
 changed is refused. Tensors that did not change are left out.
-
-Shards, their order, and prefixes of names may differ between the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
 
 from loratools.fold.operation import FoldChoices, FoldResult, fold_choices, to_lora
-from loratools.linears import is_conv1d, is_embedding
+from loratools.pairs import Comparison, Pair
 from loratools.parallel import in_order
-from loratools.placement.names import Names
-from loratools.placement.rules import CONV1D_LEAVES
 from loratools.plain import plain
 from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import RankRule, as_options
 from loratools.resize import ComputeOptions
 from loratools.selection import Selection
-from loratools_formats.adapter import Adapter, Delta, Layer, OtherDelta, Replacement
+from loratools_formats.adapter import Adapter, Delta
 from loratools_formats.checkpoint import Checkpoint
-from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.peft.keys import replaced_name
-from loratools_formats.tensors import Buffer, TensorRef, in_file
-
-Array = np.ndarray[Any, Any]
-
-_WEIGHT = ".weight"
-_BLOCK_BYTES = 1 << 22
-_LINEAR = Layer("linear")
 
 
 @dataclass(frozen=True)
@@ -80,30 +66,24 @@ def difference(
         UnsupportedError: a tensor changed that has no place in a LoRA.
     """
     selection = selection or Selection()
-    comparison = _Comparison(plain(base).checkpoint, plain(tuned).checkpoint)
-    skipped: list[str] = []
-    modules: dict[str, Delta] = {}
-    replacements: dict[str, Replacement] = {}
+    comparison = Comparison(plain(base).checkpoint, plain(tuned).checkpoint)
     pairs = comparison.pairs()
     changed = in_order(lambda pair: pair.differs(), pairs, workers)
-    unchanged = 0
-    for pair, differs in zip(pairs, changed, strict=True):
-        if not differs:
-            unchanged += 1
-        elif pair.module not in selection:
-            skipped.append(pair.key)
-        elif pair.use == "layer":
-            modules[pair.module] = pair.delta()
-        elif pair.use == "whole":
-            replacements[pair.key] = pair.replacement()
-        else:
+    differing = [pair for pair, differs in zip(pairs, changed, strict=True) if differs]
+    unchanged = len(pairs) - len(differing)
+    skipped = [pair.key for pair in differing if pair.module not in selection]
+    chosen = [pair for pair in differing if pair.module in selection]
+    for pair in chosen:
+        if pair.use == "none":
             raise UnsupportedError(
                 "a tensor changed that has no place in a LoRA",
                 path=tuned.path,
                 tensor=pair.key,
                 got=f"{pair.new.dtype.code} {list(pair.new.shape)}",
-                hint="Leave its module out with --exclude",
+                hint=pair.hint,
             )
+    modules = _deltas([pair for pair in chosen if pair.use == "layer"])
+    replacements = {pair.key: pair.replacement() for pair in chosen if pair.use == "whole"}
     if not modules and not replacements:
         raise AdapterError(
             "nothing to extract",
@@ -128,6 +108,22 @@ def difference(
         base_model=base_name,
     )
     return Difference(adapter, unchanged, tuple(skipped), tuple(comparison.notes))
+
+
+def _deltas(pairs: Iterable[Pair]) -> dict[str, Delta]:
+    """Return the differences by the names that PEFT gives them.
+
+    The changes of one module's parameters nest, the one that is declared first innermost.
+    """
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.module, []).append(pair)
+    named = {
+        module + ".base_layer" * depth: pair.delta()
+        for module, group in found.items()
+        for depth, pair in enumerate(sorted(group, key=Pair.declared, reverse=True))
+    }
+    return {name: named[name] for name in sorted(named)}
 
 
 def extract(
@@ -179,189 +175,3 @@ def extract_choices(found: Difference, options: ComputeOptions | None = None) ->
     choices = fold_choices(found.adapter, options)
     assert choices is not None
     return choices
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """One tensor of both checkpoints.
-
-    Attributes:
-        key: its name in the base.
-        old: before.
-        new: after.
-        use: what becomes of it if it changed: a `layer` to adapt, a tensor to carry `whole`, or
-            `none` if a LoRA has no place for it.
-        layer: what the module is.
-        crossed: whether it is stored as (in, out).
-    """
-
-    key: str
-    old: TensorRef
-    new: TensorRef
-    use: Literal["layer", "whole", "none"]
-    layer: Layer = _LINEAR
-    crossed: bool = False
-
-    @property
-    def module(self) -> str:
-        """Path of the module it belongs to."""
-        return self.key.rpartition(".")[0]
-
-    def differs(self) -> bool:
-        """Return whether any value changed, reading both a block at a time."""
-        if self.old.shape != self.new.shape:
-            return True
-        same_type = self.old.dtype == self.new.dtype
-        step = _BLOCK_BYTES // 8
-        for start in range(0, self.old.numel, step):
-            stop = min(start + step, self.old.numel)
-            one, other = self.old.elements(start, stop), self.new.elements(start, stop)
-            if same_type and one.tobytes() == other.tobytes():
-                continue
-            if not np.array_equal(one.astype(np.float64), other.astype(np.float64)):
-                return True
-        return False
-
-    def replacement(self) -> Replacement:
-        """Return the new tensor as one that replaces the old."""
-        leaf = self.key.rpartition(".")[2]
-        if is_embedding(self.module):
-            return Replacement("embedding", self.key, self.new)
-        return Replacement("bias" if leaf == "bias" else "other", self.key, self.new)
-
-    def delta(self) -> OtherDelta:
-        """Return the difference, computed when it is read."""
-        source = _DifferenceSource(self.old, self.new)
-        diff = in_file(self.key, DTYPES["F64"], self.new.shape, source, 0)
-        settings = {"scale": 1.0, "crossed": self.crossed}
-        return OtherDelta("full", {"diff": diff}, settings, self.layer)
-
-
-@dataclass(frozen=True)
-class _DifferenceSource:
-    """new − old in float64, as a place to read elements from."""
-
-    old: TensorRef
-    new: TensorRef
-
-    def read_at(self, offset: int, nbytes: int) -> Buffer:
-        """Return the bytes of elements of the difference."""
-        start, stop = offset // 8, (offset + nbytes) // 8
-        new = self.new.elements(start, stop).astype(np.float64)
-        values = np.ascontiguousarray(new - self.old.elements(start, stop).astype(np.float64))
-        return memoryview(values.view(np.uint8).data)
-
-
-class _Comparison:
-    """Both checkpoints, and what each of their tensors is."""
-
-    def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
-        self.base, self.tuned = base, tuned
-        self.notes: list[str] = []
-        config = base.config.get("text_config") or base.config
-        heads = [key for key in base.tensors if key.rpartition(".")[0].endswith("lm_head")]
-        self.is_tied = bool(config.get("tie_word_embeddings")) or not heads
-
-    def pairs(self) -> list[_Pair]:
-        """Return every tensor of both.
-
-        Raises:
-            AdapterError: one is in only one of them, or of another shape.
-        """
-        names = Names(self.tuned)
-        found: set[str] = set()
-        pairs = []
-        for key, old in self.base.tensors.items():
-            other = names.find(key)
-            if other is None:
-                if not self._is_tied_copy(key, self.base):
-                    raise self._alone(key, self.base, self.tuned)
-                self.notes.append(f"{key} is tied in the tuned checkpoint and not compared")
-                continue
-            found.add(other)
-            pairs.append(self._pair(key, old, self.tuned.tensors[other]))
-        for key in self.tuned.tensors:
-            if key not in found:
-                if not self._is_tied_copy(key, self.tuned):
-                    raise self._alone(key, self.tuned, self.base)
-                self.notes.append(f"{key} is tied in the base checkpoint and not compared")
-        return pairs
-
-    def _alone(self, key: str, here: Checkpoint, there: Checkpoint) -> AdapterError:
-        return AdapterError(
-            "a tensor is in only one of the checkpoints",
-            path=here.path,
-            tensor=key,
-            expected=f"the same tensor in {there.path.name}",
-        )
-
-    def _is_tied_copy(self, key: str, checkpoint: Checkpoint) -> bool:
-        """Return whether a tensor is an output embedding that repeats the input embedding."""
-        ref = checkpoint.tensors[key]
-        if not key.rpartition(".")[0].endswith("lm_head"):
-            return False
-        return any(
-            is_embedding(other.rpartition(".")[0])
-            and tensor.shape == ref.shape
-            and not _Pair(key, tensor, ref, "none").differs()
-            for other, tensor in checkpoint.tensors.items()
-            if len(tensor.shape) == 2
-        )
-
-    def _pair(self, key: str, old: TensorRef, new: TensorRef) -> _Pair:
-        module, _, leaf = key.rpartition(".")
-        dims = len(old.shape)
-        resizable = is_embedding(module) or module.endswith("lm_head")
-        if old.shape != new.shape and not (
-            resizable and dims == 2 and old.shape[1:] == new.shape[1:]
-        ):
-            raise AdapterError(
-                "a tensor has another shape in the tuned checkpoint",
-                path=self.tuned.path,
-                tensor=key,
-                got=list(new.shape),
-                expected=list(old.shape),
-            )
-        if not (old.dtype.floating and new.dtype.floating):
-            return _Pair(key, old, new, "none")
-        if dims <= 1 or old.shape != new.shape or (resizable and self.is_tied):
-            return _Pair(key, old, new, "whole")
-        if leaf != "weight" or dims > 5:
-            return _Pair(key, old, new, "none")
-        if dims > 2:
-            return _Pair(key, old, new, "layer", Layer("conv", kernel=old.shape[2:]))
-        if is_embedding(module):
-            return _Pair(key, old, new, "layer", Layer("embedding"), crossed=True)
-        crossed = is_conv1d(key, self.base.config)
-        if not crossed and "model_type" not in self.base.config:
-            self._refuse_unknown_layout(key, module)
-        layer = Layer("linear", transposed_if_square=crossed)
-        return _Pair(key, old, new, "layer", layer, crossed)
-
-    def _refuse_unknown_layout(self, key: str, module: str) -> None:
-        if module.rpartition(".")[2] in CONV1D_LEAVES:
-            raise UnsupportedError(
-                "whether the weight is stored as (in, out) does not show",
-                path=self.base.path,
-                tensor=key,
-                hint="Give the folder with the base's config.json",
-            )
-
-    def config(self, modules: Mapping[str, Delta], base_name: str | None) -> dict[str, Any]:
-        """Return a PEFT configuration; ranks and scales are the writer's."""
-        classes = self.base.config.get("architectures")
-        causal = isinstance(classes, list) and any(
-            isinstance(name, str) and name.endswith("ForCausalLM") for name in classes
-        )
-        layers = [d.layer for d in modules.values() if isinstance(d, OtherDelta)]
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM" if causal else None,
-            "base_model_name_or_path": base_name,
-            "bias": "none",
-            "fan_in_fan_out": any(layer.transposed_if_square for layer in layers),
-            "inference_mode": True,
-            "r": 1,
-            "lora_alpha": 1,
-            "target_modules": sorted(modules),
-        }

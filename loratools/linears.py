@@ -22,10 +22,10 @@ from loratools_formats.tensors import TensorRef
 
 _WEIGHT = ".weight"
 _QUANTIZABLE = ("F32", "F16", "BF16")
-_LAST = re.compile(r"score|classifier|qa_outputs")
+_LAST = re.compile(r"score|classifier|qa_outputs|text_projection")
 _EMBEDDING = re.compile(
-    r"(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?|embed_?tokens.*|shared|tok_embeddings"
-    r"|relative_attention_bias"
+    r"(?!embedding_hidden_mapping_in$)(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?"
+    r"|embed_?tokens.*|shared|tok_embeddings|relative_attention_bias"
 )
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 _ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|wg)(?:\.(?:classifier|layer))?")

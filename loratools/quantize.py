@@ -148,7 +148,8 @@ def quantize(
     taken = {tensor.key: weight for weight in already.values() for tensor in weight.tensors}
     linears = linear_weights(base, taken, chosen.skip, experts=chosen.experts)
     if not linears.weights:
-        raise AdapterError("no weight to quantise", path=base.path)
+        got = f"{len(already)} in four bits already" if already else None
+        raise AdapterError("no weight to quantise", path=base.path, got=got)
     jobs = {
         key: _Job(ref, chosen.four_bit, is_conv1d(key, base.config))
         for key, ref in linears.weights.items()

@@ -18,12 +18,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from loratools.decompose import RandomisedSvd, padded
+from loratools.decompose import RandomisedSvd, padded, signed
 from loratools_formats.errors import AdapterError
 
 Array = np.ndarray[Any, Any]
 
 _DENSE_SIDE = 512
+_DENSE_ELEMENTS = 1 << 23  # 64 MiB in float64
 _BLOCK_ELEMENTS = 1 << 19
 _MOST_PASSES = 16
 _SETTLED = 1e-3  # of the squared error, from one pass to the next
@@ -143,7 +144,8 @@ def streamed_svd(
         seed: of the random start.
     """
     rows, columns = source.shape
-    if min(rows, columns) <= max(width, _DENSE_SIDE):
+    is_small = min(rows, columns) <= _DENSE_SIDE and rows * columns <= _DENSE_ELEMENTS
+    if is_small or min(rows, columns) <= width:
         return _exact(source)
     rng = np.random.default_rng(seed)
     basis, _ = np.linalg.qr(rng.standard_normal((columns, width)))
@@ -219,8 +221,7 @@ class StreamedMatrix:
         svd = self._svd
         root = np.sqrt(svd.singular_values[:rank])
         b, a = svd.u[:, :rank] * root, root[:, None] * svd.vt[:rank]
-        signs = np.where(-b.min(axis=0) > b.max(axis=0), -1.0, 1.0)
-        return padded(b * signs, a * signs[:, None], rank)
+        return padded(*signed(b, a), rank)
 
     def squared_error(self, b: Array, a: Array) -> float:
         """Return ‖X − b @ a‖²_F."""

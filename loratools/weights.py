@@ -65,7 +65,7 @@ class Place:
 
     def weight(self) -> BaseWeight:
         """Return its weight."""
-        return BaseWeight(self.pieces, self.shape)
+        return BaseWeight(self.pieces, self.shape, self.bias)
 
 
 def find_place(names: Names, name: str, delta: LowRank | OtherDelta) -> Place:
@@ -122,10 +122,14 @@ class BaseWeight:
     Args:
         pieces: its outputs, in order.
         shape: (out, in).
+        bias: of the layer, None if it has none of its own.
     """
 
-    def __init__(self, pieces: Sequence[Piece], shape: tuple[int, int]) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], shape: tuple[int, int], bias: TensorRef | None = None
+    ) -> None:
         self.shape = shape
+        self._bias = bias
         self._pieces = pieces
         self._turned = {
             piece.stored.key: self._whole(piece.stored) for piece in pieces if piece.crossed
@@ -151,6 +155,19 @@ class BaseWeight:
             top += height
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
+    def bias(self) -> Array | None:
+        """Return the layer's bias in float64, None if it has none of its own.
+
+        Raises:
+            AdapterError: NaN or infinite values.
+        """
+        if self._bias is None:
+            return None
+        values: Array = self._bias.load(np.float64)
+        if not np.isfinite(values).all():
+            raise AdapterError("base bias holds NaN or infinite values", tensor=self._bias.key)
+        return values
+
     def _read(self, piece: Piece, start: int, stop: int) -> Array:
         stored, width = piece.stored, self.shape[1]
         if piece.crossed:
@@ -175,8 +192,20 @@ class ShapeOnly:
         Raises:
             UnsupportedError: always.
         """
-        raise UnsupportedError(
-            "the weight change depends on the base weight",
-            got=f"rows {start} to {stop} asked for",
-            hint="Pass the base model with --base",
-        )
+        raise _unknown(f"rows {start} to {stop} asked for")
+
+    def bias(self) -> Array | None:
+        """Refuse.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise _unknown("a bias asked for")
+
+
+def _unknown(got: str) -> UnsupportedError:
+    return UnsupportedError(
+        "the weight change depends on the base weight",
+        got=got,
+        hint="Pass the base model with --base",
+    )

@@ -280,6 +280,7 @@ def test_what_cannot_be_extracted_is_refused(tmp_path, name):
     ("key", "one", "two"),
     [
         ("model.layers.0.mlp.experts.gate_up_proj", np.ones((2, 3, 4), "f4"), 2),
+        ("model.layers.0.block_sparse_moe.input_linear.weight", np.ones((2, 3, 4), "f4"), 2),
         ("model.steps", np.array([3]), 2),
         ("model.layers.0.table", np.ones((3, 4), "f4"), 2),
     ],

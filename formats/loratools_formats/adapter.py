@@ -11,7 +11,7 @@ number in front of both: `a: (E, r, in)`, `b: (E, out, r)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,8 +197,21 @@ class OtherDelta:
 
     @property
     def experts(self) -> int:
-        """Number of stacked matrices: always 1."""
-        return 1
+        """Number of stacked matrices, 1 for an ordinary weight."""
+        is_stack = self.layer.kind == "experts"
+        return next(iter(self.parts.values())).shape[0] if is_stack else 1
+
+    def planes(self) -> Iterator[OtherDelta]:
+        """Yield the change of each matrix of a stack, or itself if it is none."""
+        if self.layer.kind != "experts":
+            yield self
+            return
+        for index in range(self.experts):
+            parts = {
+                name: tensor.row_range(index, index + 1).reshaped(tensor.shape[1:])
+                for name, tensor in self.parts.items()
+            }
+            yield replace(self, parts=parts, layer=replace(self.layer, kind="linear"))
 
     @property
     def is_dora(self) -> bool:

@@ -1,8 +1,9 @@
 """Publishing a changed checkpoint: shards, index, configuration, and everything else beside them.
 
 Weights of the base that no index lists, and weights in other formats, are left out, since they
-would be stale, and so are hidden and linked folders; every other file is carried over. The folder
-appears whole or not at all.
+would be stale, and so are hidden and linked folders, and ModelOpt's file that says how weights are
+quantised if they are not any more; every other file is carried over. The folder appears whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from loratools_formats.shard_plan import Part, Shard, part_nbytes
 from loratools_formats.shards import check_space, write_shards
 
 _WEIGHT_INDEX_SUFFIX = ".index.json"
+_QUANTIZED_FILE = "hf_quant_config.json"  # ModelOpt's, which loaders read beside config.json
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def write_checkpoint(
         AdapterError: an input is truncated or changed meanwhile.
     """
     check_target(output, new.sources(), overwrite=overwrite)
-    carried, left_out = _others(new.base) if new.base.is_folder else ([], [])
+    carried, left_out = _others(new) if new.base.is_folder else ([], [])
     needed = new.nbytes + sum(path.stat().st_size for _, path in carried)
     check_space(resolved(output).parent, needed)
     if not new.base.is_folder:
@@ -225,9 +227,12 @@ def _digest(path: Path) -> dict[str, str]:
     return header_digest(read_safetensors(path))
 
 
-def _others(base: Checkpoint) -> tuple[list[tuple[str, Path]], list[str]]:
+def _others(new: NewCheckpoint) -> tuple[list[tuple[str, Path]], list[str]]:
     """Return the files to carry over, by their path in the folder, and those to leave out."""
+    base = new.base
     own = {file.file.path.name for file in base.files} | {base.index_file, PROVENANCE_FILE}
+    is_plain = new.config is not None and "quantization_config" not in new.config
+    stale = {_QUANTIZED_FILE} if is_plain else set()
     carried, left_out = [], []
     for root, folders, names in os.walk(base.path, onerror=_refuse_unlisted):
         place = os.path.relpath(root, base.path)
@@ -237,7 +242,7 @@ def _others(base: Checkpoint) -> tuple[list[tuple[str, Path]], list[str]]:
         for name in (os.path.normpath(f"{place}/{n}") for n in sorted(names)):
             if name in own:
                 continue
-            if name.endswith((*WEIGHT_SUFFIXES, _WEIGHT_INDEX_SUFFIX)):
+            if name in stale or name.endswith((*WEIGHT_SUFFIXES, _WEIGHT_INDEX_SUFFIX)):
                 left_out.append(name)
             else:
                 carried.append((name, inside(base.path, name)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from loratools_formats.adapter import Delta, Dora, LowRank, OtherDelta
+from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, OtherDelta
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError
 from loratools_formats.tensors import TensorRef, rounded
@@ -59,3 +59,12 @@ def stored_as(delta: Delta, dtype: str | None) -> Delta:
 def _rounded(delta: LowRank, dtype: str) -> LowRank:
     stored = DTYPES[dtype.upper()]
     return replace(delta, a=rounded(delta.a, stored), b=rounded(delta.b, stored))
+
+
+def kept_whole(adapter: Adapter) -> list[str]:
+    """Return the modules whose change is a full difference, which few formats have."""
+    return [
+        name
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and delta.kind == "full"
+    ]

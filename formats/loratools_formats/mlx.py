@@ -158,8 +158,10 @@ def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
 
 
 def _losses(adapter: Adapter) -> list[Loss]:
+    from loratools_formats.factors import kept_whole
+
     if adapter.format == "mlx":
-        return []
+        return [Loss(name, "MLX has no full differences") for name in kept_whole(adapter)]
     others = [*adapter.additions, *adapter.replacements, *adapter.carried]
     return [Loss(key, "has no place in an MLX adapter") for key in others]
 

@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from loratools.change import exact_factors
 from loratools.fold.modules import checked_change, known_shape, stored_as_is, template_of
+from loratools.fold.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.placement.names import Names
 from loratools.placement.sites import sites
@@ -58,6 +59,13 @@ def folded_exactly(
         UnsupportedError: a module does not fold exactly, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
+    missing = what_is_missing(adapter)
+    if missing:
+        raise UnsupportedError(
+            f"the file does not hold {missing}, which PEFT computes from the base model",
+            path=adapter.source,
+            hint="Make it a plain LoRA first: loratools to-lora --base",
+        )
     if not any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
         return adapter
     adapter.require_true_delta(operation)

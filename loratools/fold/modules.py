@@ -78,9 +78,10 @@ def template_of(
     """Return a delta that says where and how to store factors; its values are not read."""
     out, in_ = shape
     wide = DTYPES["F32"]
+    stack = (delta.experts,) if layer.kind == "experts" else ()
     return LowRank(
-        TensorRef(f"{name}.a", wide, (1, in_), _unread(name)),
-        TensorRef(f"{name}.b", wide, (out, 1), _unread(name)),
+        TensorRef(f"{name}.a", wide, (*stack, 1, in_), _unread(name)),
+        TensorRef(f"{name}.b", wide, (*stack, out, 1), _unread(name)),
         1.0,
         layer,
         bias=delta.bias,

@@ -84,15 +84,21 @@ class Opener:
         needing = [name for name, delta in self.adapter.modules.items() if needs_base(delta)]
         if base is None:
             if needing:
-                kind = kind_name(self.adapter.modules[needing[0]])
+                delta = self.adapter.modules[needing[0]]
+                only_shapes = isinstance(delta, OtherDelta) and (
+                    delta.magnitude is None and get_kind(delta.kind).needs == "shape"
+                )
+                what = "shapes of the base model's layers" if only_shapes else "base model"
                 raise UnsupportedError(
-                    f"a weight change of kind {kind} depends on the base model",
+                    f"a weight change of kind {kind_name(delta)} depends on the {what}",
                     path=self.adapter.source,
                     tensor=needing[0],
-                    hint="Pass it with --base",
+                    hint="Pass the base model's folder or safetensors file with --base"
+                    + ("; only headers are read" if only_shapes else ""),
                 )
             return {}
         places = {}
+        self._refuse_tied(base)
         names = Names(plain(base).checkpoint)
         in_base = names_in_base(self.adapter, base)
         for name, delta in self.adapter.modules.items():
@@ -103,6 +109,18 @@ class Opener:
             ):
                 places[name] = find_place(names, in_base[name], delta)
         return places
+
+    def _refuse_tied(self, base: Checkpoint) -> None:
+        config = base.config.get("text_config") or base.config
+        for name, delta in self.adapter.modules.items():
+            reason = get_kind(delta.kind).if_tied if isinstance(delta, OtherDelta) else ""
+            if reason and config.get("tie_word_embeddings"):
+                raise UnsupportedError(
+                    f"a weight change of kind {kind_name(delta)} has no like as a plain LoRA here: "
+                    f"{reason}",
+                    path=self.adapter.source,
+                    tensor=name,
+                )
 
     def open(self, name: str) -> Opened:
         """Return a module ready to be asked for spectra and factors."""
@@ -119,6 +137,8 @@ class Opener:
             return self._through_dora(
                 name, place, change, delta.of_outputs("to-lora"), _unscaled(delta.direction)
             )
+        if delta.layer.kind == "experts":
+            return self._stack(name, delta)
         weight: Weight
         kind = get_kind(delta.kind)
         if place is None:
@@ -141,6 +161,19 @@ class Opener:
         else:
             matrix = decomposed(change, self.device, self._streaming(name), name)
         return Opened(exact, [matrix], template, None, delta.kind)
+
+    def _stack(self, name: str, delta: OtherDelta) -> Opened:
+        """Return the changes of stacked experts, which no kind folds exactly."""
+        changes = [
+            checked_change(name, plane, ShapeOnly(known_shape(plane))) for plane in delta.planes()
+        ]
+        streaming = self._streaming(name)
+        parts = [
+            decomposed(change, self.device, streaming, f"{name}#{index}")
+            for index, change in enumerate(changes)
+        ]
+        template = template_of(name, delta, delta.layer, rows_of(changes[0]).shape)
+        return Opened(None, parts, template, None, delta.kind)
 
     def _through_dora(
         self, name: str, place: Place, change: Change, magnitude: TensorRef, like: LowRank

@@ -26,6 +26,7 @@ from loratools.dora import Rescaling
 from loratools.fold.alone import folds_alone, needs_base, plain_adapter, with_settings
 from loratools.fold.modules import stored_as_is
 from loratools.fold.opening import Opened, Opener
+from loratools.fold.regenerate import regenerated
 from loratools.kinds import get_kind
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
@@ -36,7 +37,7 @@ from loratools.stream import StreamedMatrix
 from loratools_formats.adapter import Adapter, LowRank, OtherDelta
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
+from loratools_formats.errors import AdapterError, LoratoolsError, OptionError, UnsupportedError
 
 _PROVENANCE_BYTES = 1024
 
@@ -135,7 +136,8 @@ def to_lora(
         OptionError: no rule, where a change has no exact factors and is not to be kept whole.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
-    adapter = with_settings(adapter, given or {}, base)
+    complete = regenerated(adapter, base, given or {})
+    adapter = with_settings(complete.adapter, complete.unused, base)
     work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
     rule.check_patterns(adapter.modules)
     record = {"rule": as_options(rule), **work.options.record()} | (
@@ -157,7 +159,7 @@ def to_lora(
         plain,
         tuple(outcome.report for outcome in done),
         _ratio(sum(o.squared_error for o in done), sum(o.squared_norm for o in done)),
-        _cautions(adapter),
+        (*((complete.caution,) if complete.caution else ()), *_cautions(adapter)),
     )
 
 
@@ -179,7 +181,8 @@ def fold_choices(
         UnsupportedError: the change cannot be told, or not without the base.
         AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
     """
-    adapter = with_settings(adapter, given or {}, base)
+    complete = regenerated(adapter, base, given or {})
+    adapter = with_settings(complete.adapter, complete.unused, base)
     work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
     deltas = adapter.modules.values()
     if all(isinstance(d, LowRank) or (folds_alone(d) and not needs_base(d)) for d in deltas):
@@ -294,9 +297,11 @@ class _Fold:
 
     def _kept_whole(self, name: str, opened: Opened) -> tuple[OtherDelta, float]:
         """Return a change as a full difference in float32, and the squared error of rounding it."""
-        (part,) = opened.parts
-        assert isinstance(part, StreamedMatrix)
+        part = opened.parts[0]
         template = opened.template
+        is_matrix = len(opened.parts) == 1 and template.layer.kind != "embedding"
+        if not is_matrix or not isinstance(part, StreamedMatrix):
+            raise UnsupportedError("a change of this layout cannot be kept whole", tensor=name)
         out, in_ = template.shape
         values, squared_error = np.empty((out, in_), np.float32), 0.0
         for start, stop, block in part.blocks():

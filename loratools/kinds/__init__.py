@@ -13,6 +13,8 @@ from loratools_formats.errors import UnsupportedError
 
 _MODULES = (
     "adalora",
+    "adamss",
+    "bias",
     "blockdiag",
     "boft",
     "c3a",
@@ -41,6 +43,7 @@ _MODULES = (
     "miss_bat",
     "oft",
     "osf",
+    "peanut",
     "psoft",
     "qalora",
     "randlora",
@@ -48,6 +51,7 @@ _MODULES = (
     "road",
     "sparse",
     "tinylora",
+    "token_rows",
     "torchtune",
     "tucker",
     "unilora",

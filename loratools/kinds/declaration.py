@@ -1,8 +1,8 @@
 """How a kind of adapter is declared: its tensors, what it needs to know, and its ΔW.
 
-A declaration gives ΔW in one of three forms, from the cheapest to the most general: two factors, a
-Kronecker product, or rows on demand. Everything else (ranks, rounding, errors, writing) is the same
-for all kinds and lives elsewhere.
+A declaration gives ΔW in one of four forms, from the cheapest to the most general: two factors, a
+Kronecker product, and rows or columns on demand. Everything else (ranks, rounding, errors, writing)
+is the same for all kinds and lives elsewhere.
 
 Shapes: ΔW is (out, in) in the orientation of `nn.Linear`, whatever the layer; convolutions are
 flattened to (out, in·kernel), embeddings have the vocabulary as `in`.
@@ -65,7 +65,20 @@ class Rows:
     rows: Callable[[int, int], Array]
 
 
-Change = Product | Kronecker | Rows
+@dataclass(frozen=True)
+class Columns:
+    """ΔW of full rank, a block of columns at a time, as it is stored where inputs come first.
+
+    Attributes:
+        shape: (out, in).
+        columns: returns columns [start, stop) as the rows of a matrix (stop − start, out) float64.
+    """
+
+    shape: tuple[int, int]
+    columns: Callable[[int, int], Array]
+
+
+Change = Product | Kronecker | Rows | Columns
 
 
 class Weight(Protocol):
@@ -84,6 +97,14 @@ class Weight(Protocol):
 
         Raises:
             UnsupportedError: only its shape is known.
+            AdapterError: NaN or infinite values.
+        """
+
+    def bias(self) -> Array | None:
+        """Return the layer's bias in float64, None if it has none of its own.
+
+        Raises:
+            UnsupportedError: only the weight's shape is known.
             AdapterError: NaN or infinite values.
         """
 
@@ -108,6 +129,7 @@ class Kind:
         settled: the delta again, with what its settings tell of its layer and shape, when none of
             them is missing any more; None if they tell nothing.
         caution: what a user should know about every fold of the kind; empty for nothing.
+        if_tied: why a plain LoRA on a tied embedding is not the same; empty if it is.
     """
 
     name: str
@@ -122,6 +144,7 @@ class Kind:
     magnitude: Callable[[OtherDelta], TensorRef | None] | None = None
     settled: Callable[[OtherDelta], OtherDelta] | None = None
     caution: str = ""
+    if_tied: str = ""
 
     def knows(self, part: str) -> bool:
         """Return whether a module may have a part of that name; `*` stands for any number."""

@@ -1,6 +1,7 @@
 """A full difference: ΔW = scale · diff, of any rank (LyCORIS `diff`, extracted checkpoints).
 
-It is read a block of rows at a time, unless it is stored as (in, out), when `crossed` is set.
+It is read a block at a time: of rows, or of columns if it is stored as (in, out), when `crossed` is
+set.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Weight
+from loratools.kinds.declaration import Array, Change, Columns, Kind, Rows, Weight
 from loratools_formats.adapter import OtherDelta
 from loratools_formats.errors import AdapterError
 
@@ -25,10 +26,9 @@ def _change(delta: OtherDelta, _: Weight) -> Change:
         block: Array = scale * flat.reshape(stop - start, width)
         return block
 
-    if not delta.settings.get("crossed"):
-        return Rows((height, width), rows)
-    whole = rows(0, height).astype(np.float32)
-    return Rows((width, height), lambda start, stop: whole[:, start:stop].T.astype(np.float64))
+    if delta.settings.get("crossed"):
+        return Columns((width, height), rows)
+    return Rows((height, width), rows)
 
 
 KIND = Kind(

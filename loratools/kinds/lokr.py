@@ -3,13 +3,18 @@
 ΔW = scale · w1 ⊗ w2, either of which may be a product of two factors, and w2 of a convolution may
 have a Tucker core. The scale is the reader's business: LyCORIS uses 1 where both are whole,
 whatever alpha says, and PEFT always uses alpha/r.
+
+PEFT lays a whole w2 (p, q, k) of a Conv1d beside w1 as if that were (1, out/p, in/q), and reshapes:
+entry (i, j, t) of w2 and (m, n) of w1 meet at output i·(out/p) + m and, of the inputs, at
+(j·(in/q) + n)·k + t. That is a Kronecker product with its columns in another order, and what such
+adapters are trained with; its setting is `by_input`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Kronecker, Tensors, Weight
+from loratools.kinds.declaration import Array, Change, Kind, Kronecker, Rows, Tensors, Weight
 from loratools_formats.adapter import OtherDelta
 from loratools_formats.errors import AdapterError
 
@@ -31,8 +36,24 @@ def _side(tensors: Tensors, number: int) -> Array:
     return left @ right.reshape(len(right), -1)
 
 
+def _by_input(left: Array, whole: Array, scale: float) -> Rows:
+    """Return rows of the change that PEFT makes of w1 (m, n) and w2 (p, q, k)."""
+    (height, width), (outputs, inputs, kernel) = left.shape, whole.shape
+    columns = inputs * width * kernel
+
+    def rows(start: int, stop: int) -> Array:
+        first, last = start // height, (stop - 1) // height + 1
+        block = np.einsum("ijt,mn->imjnt", scale * whole[first:last], left)
+        flat: Array = block.reshape(-1, columns)
+        return flat[start - first * height : stop - first * height]
+
+    return Rows((outputs * height, columns), rows)
+
+
 def _change(delta: OtherDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
+    if delta.settings.get("by_input"):
+        return _by_input(_side(tensors, 1), tensors["w2"], delta.settings["scale"])
     return Kronecker(_side(tensors, 1), _side(tensors, 2), delta.settings["scale"])
 
 

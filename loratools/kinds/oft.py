@@ -2,7 +2,8 @@
 
 W' = W Rᵀ with R block-diagonal, each block from a skew-symmetric Q stored as its upper triangle:
 the Cayley transform (I − Q)(I + Q)⁻¹ or its Neumann series of `terms` terms. In COFT, Q is first
-shortened to a bound. Source: `OFTRotationModule` in peft 0.21.2.
+shortened to a bound. Of an embedding, whose dimensions are rotated, W' = Rᵀ W with the vocabulary
+as inputs. Source: `OFTRotationModule` in peft 0.21.2.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ def skew_symmetric(triangles: Array, size: int) -> Array:
 def _change(delta: OtherDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     triangles, settings = tensors["triangles"], delta.settings
-    in_ = weight.shape[1]
+    out, in_ = weight.shape
+    turned = out if delta.layer.kind == "embedding" else in_
     size = (1 + round((1 + 8 * triangles.shape[-1]) ** 0.5)) // 2
-    if triangles.ndim != 2 or triangles.shape[1] * 2 != size * (size - 1) or in_ % size:
-        raise tensors.wrong_shape("triangles", "(blocks, b(b − 1)/2) for a divisor b of the input")
-    if len(triangles) not in (1, in_ // size):
-        raise tensors.wrong_shape("triangles", f"{in_ // size} blocks, or one for all")
+    if triangles.ndim != 2 or triangles.shape[1] * 2 != size * (size - 1) or turned % size:
+        raise tensors.wrong_shape("triangles", f"(blocks, b(b − 1)/2) for a divisor b of {turned}")
+    if len(triangles) not in (1, turned // size):
+        raise tensors.wrong_shape("triangles", f"{turned // size} blocks, or one for all")
     skew = skew_symmetric(triangles, size)
     if settings["bound"] is not None:
         bound = settings["bound"] / np.sqrt(len(triangles))
@@ -60,13 +62,21 @@ def _change(delta: OtherDelta, weight: Weight) -> Change:
         skew = np.where(norms <= bound, skew, bound * skew / np.maximum(norms, 1e-300))
     terms = settings["terms"]
     turns = cayley(skew) if terms is None else cayley_neumann(skew, terms)
-    turns = turns - np.eye(size)
+    turns = np.broadcast_to(turns - np.eye(size), (turned // size, size, size))
+
+    def of_embedding(start: int, stop: int) -> Array:
+        first, last = start // size, -(-stop // size)
+        base = weight.rows(first * size, last * size).reshape(-1, size, in_)
+        changed = np.einsum("nba,nbi->nai", turns[first:last], base, optimize=True)
+        flat: Array = changed.reshape(-1, in_)
+        return flat[start - first * size : stop - first * size]
+
+    if delta.layer.kind == "embedding":
+        return Rows(weight.shape, of_embedding)
 
     def rows(start: int, stop: int) -> Array:
         base = weight.rows(start, stop).reshape(stop - start, in_ // size, size)
-        changed: Array = np.einsum(
-            "onb,nab->ona", base, np.broadcast_to(turns, (in_ // size, size, size)), optimize=True
-        )
+        changed: Array = np.einsum("onb,nab->ona", base, turns, optimize=True)
         return changed.reshape(stop - start, in_)
 
     return Rows(weight.shape, rows)

@@ -49,7 +49,10 @@ def _change(delta: OtherDelta, _: Weight) -> Change:
     v = tensors[f"v.{_group(delta, p)}"]
     if p.shape != (len(v), b.shape[1], len(a)):
         raise tensors.wrong_shape("p", f"({len(v)}, {b.shape[1]}, {len(a)})")
-    return Product(b, np.tensordot(v, p, axes=1) @ a)
+    middle = np.tensordot(v, p, axes=1)
+    if delta.layer.kind == "embedding":  # factored as it is stored, the vocabulary first
+        return Product(a.T, (b @ middle).T)
+    return Product(b, middle @ a)
 
 
 KIND = Kind(

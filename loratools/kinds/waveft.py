@@ -4,55 +4,16 @@ The matrix of coefficients is zero but for `spectrum` at places drawn from a see
 Its quarters are the four bands of one level of a two-dimensional wavelet transform, which is
 inverted and cropped; or, without transform, it is ΔW itself. Both steps are products with one
 matrix per side. Source: `WaveFTLayer` in peft 0.21.2.
-
-Filters of the Daubechies family are computed, by factoring Daubechies' polynomial.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
 from loratools.random_stream import TorchStream
+from loratools.wavelets import scaling_filter
 from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import UnsupportedError
-
-_MOST_MOMENTS = 10  # beyond, the roots of the polynomial lose digits
-
-
-def daubechies(moments: int) -> Array:
-    """Return the scaling filter with that many vanishing moments: (2·moments,) float64.
-
-    Source: Daubechies 1992, chapter 6: the minimum-phase root of the half-band polynomial.
-
-    >>> daubechies(2).round(4).tolist()
-    [0.483, 0.8365, 0.2241, -0.1294]
-    """
-    powers = [math.comb(moments - 1 + k, k) for k in range(moments)]
-    filter_ = np.ones(1)
-    # y = (2 − z − 1/z)/4: each root y gives a pair z, 1/z; the one inside the circle is taken.
-    for y in np.roots(powers[::-1]) if moments > 1 else []:
-        half = 1.0 - 2.0 * y
-        pair = half + np.sqrt(half * half - 1.0 + 0j) * np.array([1.0, -1.0])
-        filter_ = np.convolve(filter_, [1.0, -pair[np.argmin(np.abs(pair))]])
-    for _ in range(moments):
-        filter_ = np.convolve(filter_, [1.0, 1.0])
-    filter_ = np.real(filter_)
-    return np.asarray(filter_ * (math.sqrt(2.0) / filter_.sum()))
-
-
-def _scaling_filter(name: str) -> Array:
-    family = "db1" if name == "haar" else name
-    moments = family.removeprefix("db")
-    if family == moments or not moments.isdigit() or not 1 <= int(moments) <= _MOST_MOMENTS:
-        raise UnsupportedError(
-            "wavelet family is not supported",
-            got=name,
-            expected=f"haar, or db1 to db{_MOST_MOMENTS}",
-        )
-    return daubechies(int(moments))
 
 
 def _synthesis(low: Array, side: int) -> tuple[Array, int]:
@@ -85,7 +46,7 @@ def _change(delta: OtherDelta, weight: Weight) -> Change:
     row, column = np.divmod(places, in_)
     scale = delta.settings["scale"]
     wavelet = delta.settings["wavelet"]
-    low = np.ones(1) if wavelet is None else _scaling_filter(wavelet)
+    low = np.ones(1) if wavelet is None else scaling_filter(wavelet)
     on_rows, row_pad = _synthesis(low, out) if wavelet else (np.eye(out), 0)
     on_columns, column_pad = _synthesis(low, in_) if wavelet else (np.eye(in_), 0)
     row, column = row + row_pad, column + column_pad

@@ -167,21 +167,37 @@ INPUT_EMBEDDINGS = frozenset(
 SHARED_EMBEDDINGS = frozenset({"shared", "encoder.embed_tokens", "decoder.embed_tokens"})
 """Names of an embedding that the encoder and the decoder of one model share."""
 
-HEADS = {
-    "gpt_neox": "embed_out",
-    "gpt_neox_japanese": "embed_out",
-    "bert": "cls.predictions.decoder",
-    "roberta": "lm_head.decoder",
-    "xlm-roberta": "lm_head.decoder",
-    "camembert": "lm_head.decoder",
-    "distilbert": "vocab_projector",
-    "electra": "generator_lm_head",
-    "modernbert": "decoder",
-}
+_HEADS_BY_NAME = {
+    "cls.predictions.decoder": (
+        "bert", "big_bird", "blip_text_model", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm",
+        "lxmert", "megatron-bert", "mobilebert", "mra", "nomic_bert", "nystromformer", "roc_bert",
+        "roformer", "squeezebert", "tapas", "visual_bert", "yoso",
+    ),
+    "predictions.decoder": ("albert",),
+    "lm_head.decoder": (
+        "roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "xmod",
+        "data2vec-text", "longformer", "esm", "ibert", "mpnet", "gte", "bert-generation",
+        "jina_embeddings_v3", "luke",
+    ),
+    "lm_head.out_proj": ("t5gemma", "t5gemma2"),
+    "proj_out": ("whisper", "moonshine", "moonshine_streaming", "canary", "cohere_asr"),
+    "output_projection": ("biogpt", "trocr"),
+    "generator_lm_head": ("electra", "convbert"),
+    "embed_out": ("gpt_neox", "gpt_neox_japanese"),
+    "mlm_score.decoder": ("bridgetower", "vilt"),
+    "pred_layer.proj": ("xlm", "flaubert"),
+    "decoder": ("modernbert", "modernbert-decoder"),
+    "vocab_projector": ("distilbert",),
+    "lm_loss": ("xlnet",),
+    "output": ("git",),
+    "head": ("rwkv",),
+}  # fmt: skip
+HEADS = {model: name for name, models in _HEADS_BY_NAME.items() for model in models}
 """The output layer that shares the token embedding's weight; `lm_head` in all other models."""
 
 HEAD_BIASES = {
     "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "predictions.decoder.bias": "predictions.bias",
     "lm_head.decoder.bias": "lm_head.bias",
 }
 """Biases of such an output layer that are tied along with its weight, and stored once, too."""

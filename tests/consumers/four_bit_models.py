@@ -11,6 +11,9 @@ _LLAMA = {
     "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 32,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+_TOWER = {
+    "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,32 @@ MODELS = {
         {"num_layers": 1, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4,
          "vocab_size": 320, "decoder_start_token_id": 0},
     ),
+    "whisper": Model(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {"encoder_layers": 1, "decoder_layers": 1, "d_model": 64, "encoder_attention_heads": 2,
+         "decoder_attention_heads": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
+         "vocab_size": 320, "num_mel_bins": 8, "max_source_positions": 16, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    ),
+    "deberta": Model(
+        "DebertaV2ForMaskedLM",
+        "DebertaV2Config",
+        {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 192,
+         "num_attention_heads": 2, "vocab_size": 320, "max_position_embeddings": 32},
+    ),
+    "albert": Model(
+        "AlbertForMaskedLM",
+        "AlbertConfig",
+        {"num_hidden_layers": 1, "hidden_size": 64, "embedding_size": 64, "intermediate_size": 192,
+         "num_attention_heads": 2, "vocab_size": 320, "max_position_embeddings": 32},
+    ),
+    "clip": Model(
+        "CLIPModel",
+        "CLIPConfig",
+        {"text_config": _TOWER | {"vocab_size": 320}, "projection_dim": 64,
+         "vision_config": _TOWER | {"image_size": 16, "patch_size": 8}},
+    ),
 }  # fmt: skip
 
 
@@ -105,6 +134,12 @@ def logits(name, model):
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if name == "t5":
         inputs["decoder_input_ids"] = tokens
+    if name == "whisper":
+        sound = torch.rand((2, 8, 32), generator=torch.Generator().manual_seed(_SEED))
+        inputs = {"input_features": sound.to(model.dtype), "decoder_input_ids": tokens}
+    if name == "clip":
+        sight = torch.rand((2, 3, 16, 16), generator=torch.Generator().manual_seed(_SEED))
+        inputs["pixel_values"] = sight.to(model.dtype)
     with torch.no_grad():
         return model.eval()(**inputs)[0].float().numpy()
 

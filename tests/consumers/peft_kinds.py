@@ -34,6 +34,37 @@ class ConvNet(nn.Module):
         return self.point(self.wide(x))
 
 
+class Conv1dNet(nn.Module):
+    """A one-dimensional convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv1d(6, 8, 3)
+
+    def forward(self, x):
+        return self.wide(x)
+
+
+class EmbeddingNet(nn.Module):
+    """An embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(30, 24)
+
+    def forward(self, x):
+        return self.embed_tokens(x)
+
+
+MODELS = {"conv": ConvNet, "conv1d": Conv1dNet, "embedding": EmbeddingNet}
+TARGETS = {
+    Net: ["up", "down", "sq"],
+    ConvNet: ["wide", "point"],
+    Conv1dNet: ["wide"],
+    EmbeddingNet: ["embed_tokens"],
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One adapter.
@@ -59,13 +90,13 @@ class Case:
     @property
     def targets(self):
         """The modules."""
-        return ["wide", "point"] if self.model is ConvNet else ["up", "down", "sq"]
+        return self.options.get("target_modules") or TARGETS[self.model]
 
 
 def case(name, config, words, **options):
     """Return a case from its kind and what else is true of it, in words."""
     kind, *flags = words.split()
-    model = ConvNet if "conv" in flags else Net
+    model = next((MODELS[flag] for flag in flags if flag in MODELS), Net)
     return Case(name, config, kind, "exact" in flags, "base" in flags, model, options)
 
 
@@ -125,6 +156,7 @@ CASES = [
         topk=3,
     ),
     case("unilora", "UniLoraConfig", "unilora exact", r=3, save_indices=True),
+    case("unilora-seeded", "UniLoraConfig", "unilora exact base", r=3, theta_d_length=40),
     case("tinylora", "TinyLoraConfig", "tinylora exact", r=2, u=8),
     case("tinylora-tied", "TinyLoraConfig", "tinylora exact", r=2, u=8, weight_tying=1.0),
     case("delora", "DeloraConfig", "delora exact", r=3),
@@ -155,6 +187,8 @@ CASES = [
     case("fourierft", "FourierFTConfig", "fourierft base", n_frequency=50),
     case("waveft-db1", "WaveFTConfig", "waveft base", n_frequency=50),
     case("waveft-db4", "WaveFTConfig", "waveft base", n_frequency=50, wavelet_family="db4"),
+    case("waveft-sym5", "WaveFTConfig", "waveft base", n_frequency=50, wavelet_family="sym5"),
+    case("waveft-coif4", "WaveFTConfig", "waveft base", n_frequency=50, wavelet_family="coif4"),
     case("waveft-direct", "WaveFTConfig", "waveft base", n_frequency=50, use_idwt=False),
     case("shira", "ShiraConfig", "sparse base", r=2),
     case("supertuning", "SupertuningConfig", "sparse base"),
@@ -207,6 +241,36 @@ CASES = [
     case("psoft-free", "PsoftConfig", "psoft exact base", r=5, psoft_orth=False),
     case("osf", "OSFConfig", "osf base", effective_rank=20),
     case("frod", "FrodConfig", "frod base", progressbar=False),
+    case("lokr-conv1d", "LoKrConfig", "lokr exact base conv1d", r=8),
+    case("lokr-conv1d-small", "LoKrConfig", "lokr exact base conv1d", r=1),
+    case("adamss", "AdamssConfig", "adamss exact base", r=6, num_subspaces=3, subspace_rank=2),
+    case(
+        "adamss-dynamic",
+        "AdamssConfig",
+        "adamss exact base",
+        r=9,
+        num_subspaces=2,
+        subspace_rank=4,
+        use_dynamic_rank=True,
+        random_seed=5,
+    ),
+    case("peanut", "PeanutConfig", "peanut exact base", r=5, act_fn="gelu_new"),
+    case("peanut-deep", "PeanutConfig", "peanut exact base", r=5, depth=2, scaling=0.5),
+    case("beft", "BeftConfig", "bias exact base", target_modules=["up", "sq"]),
+    case(
+        "tokens",
+        "TrainableTokensConfig",
+        "token_rows exact base embedding",
+        token_indices=[3, 17, 5],
+    ),
+    case(
+        "frod-seeded",
+        "FrodConfig",
+        "frod base",
+        progressbar=False,
+        save_projection=False,
+        sparse_rate=0.1,
+    ),
     case("kasa", "LoraConfig", "kasa exact base", r=3, kasa_config="KasaConfig"),
     case("bdlora", "LoraConfig", "blockdiag exact", r=4, use_bdlora="BdLoraConfig"),
 ]
@@ -231,7 +295,7 @@ def make(case, folder):
         options["use_bdlora"] = BdLoraConfig(
             target_modules_bd_a=["down"], target_modules_bd_b=["up"], nblocks=2, match_strict=False
         )
-    config = getattr(peft, case.config)(target_modules=case.targets, **options)
+    config = getattr(peft, case.config)(**{"target_modules": case.targets, **options})
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
         for parameter in adapted.parameters():

@@ -34,7 +34,7 @@ BY_NAME = {case.name: case for case in CASES}
 EXACT = [case.name for case in CASES if case.exact]
 APPROXIMATE = [case.name for case in CASES if not case.exact]
 ALONE = [case.name for case in CASES if case.exact and not case.base]
-GIVEN = {"randlora-seeded": {"draws": "bf16"}}
+GIVEN = {"randlora-seeded": {"draws": "bf16"}, "unilora-seeded": {"order": "up,down,sq"}}
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def errors(adapter, want):
     for name, delta in adapter.modules.items():
         weight = want[f"{name}.weight"]
         got = effective_delta(name, delta, weight.shape)
-        found[name] = np.linalg.norm(got - weight) / np.linalg.norm(weight)
+        found[name] = np.linalg.norm(got - weight) / (np.linalg.norm(weight) or 1.0)
         bias = want.get(f"{name}.bias")
         added = 0.0 if delta.bias is None else delta.scale * delta.bias.load(np.float64)
         if bias is not None and np.abs(bias).max() > 0:
@@ -102,7 +102,10 @@ def outputs_of_sum(folder, case, change):
 def inputs_of(case):
     import torch
 
-    shape = (2, 6, 5, 5) if case.model.__name__ == "ConvNet" else (7, 24)
+    if case.model.__name__ == "EmbeddingNet":
+        return torch.arange(30)
+    shapes = {"ConvNet": (2, 6, 5, 5), "Conv1dNet": (2, 6, 7)}
+    shape = shapes.get(case.model.__name__, (7, 24))
     return torch.from_numpy(np.random.default_rng(0).standard_normal(shape))
 
 
@@ -164,7 +167,8 @@ def test_every_tensor_is_in_one_place_and_a_copy_is_the_same(made, tmp_path, nam
     adapter = read_adapter(folder / "adapter")
     assert adapter.caveats == ()
     kinds = {kind_name(delta) for delta in adapter.modules.values()}
-    assert kinds == ({"blockdiag", "lora"} if name == "bdlora" else {BY_NAME[name].kind})
+    others = {"bdlora": {"blockdiag", "lora"}, "unilora-seeded": set()}
+    assert kinds == others.get(name, {BY_NAME[name].kind})
     with safe_open(folder / "adapter" / "adapter_model.safetensors", "np") as file:
         stored = list(file.keys())
     keys = [tensor.key for tensor in adapter.tensors()]
@@ -338,33 +342,59 @@ def test_a_number_that_is_not_in_the_config_is_never_assumed(made, tmp_path, nam
         read_adapter(copy)
 
 
-def test_uni_lora_without_its_indices_is_refused(tmp_path):
-    import peft
-    from peft_kinds import Net
-
-    config = peft.UniLoraConfig(target_modules=["up"], r=2)
-    peft.get_peft_model(Net(), config).save_pretrained(tmp_path / "adapter")
-    adapter = read_adapter(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="no module to fold"):
-        to_lora(adapter, RankRule())
-
-
-PROMPTS = ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "XLORA", "POLY", "LILY", "BEFT"]
-
-
-@pytest.mark.parametrize("peft_type", PROMPTS)
-def test_kinds_without_a_weight_change_are_recognised_and_refused(tmp_path, peft_type):
-    from safetensors.numpy import save_file
-
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
-    save_file({"prompt_embeddings": np.ones((4, 8), "f4")}, folder / "adapter_model.safetensors")
-    adapter = read_adapter(folder)
-    assert list(adapter.carried) == ["prompt_embeddings"]
+def test_uni_lora_without_its_indices_asks_for_the_base_and_the_order_of_layers(made):
+    folder, _ = made("unilora-seeded")
+    adapter, base = read_adapter(folder / "adapter"), read_checkpoint(folder / "base")
+    assert "indices are not in the file" in " ".join(adapter.notes)
     for operation in (lambda: to_lora(adapter, RankRule()), lambda: squeeze(adapter, RankRule())):
-        with pytest.raises(UnsupportedError, match=f"kind {peft_type}"):
+        with pytest.raises(UnsupportedError, match="--base"):
             operation()
+    with pytest.raises(UnsupportedError, match="--set order=NAME"):
+        to_lora(adapter, RankRule(), base=base)
+    with pytest.raises(OptionError, match="order"):
+        to_lora(adapter, RankRule(), base=base, given={"order": "up,down"})
+    with pytest.raises(OptionError, match="alpha"):
+        to_lora(adapter, RankRule(), base=base, given={"order": "up,down,sq", "alpha": "3"})
+
+
+LAYERED = {
+    "UniLoraConfig": ({"r": 3, "theta_d_length": 50}, {"order": "q_proj,v_proj,up_proj"}),
+    "FrodConfig": ({"save_projection": False, "progressbar": False, "sparse_rate": 0.1}, {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_what_is_drawn_for_all_layers_of_a_model_at_once_is_drawn_again(tmp_path, name):
+    import peft
+    import peft_models
+    import torch
+    from safetensors.torch import save_file
+
+    options, given = LAYERED[name]
+    torch.manual_seed(4)
+    model = peft_models.build("llama")
+    before = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    (tmp_path / "base").mkdir()
+    model.config.save_pretrained(tmp_path / "base")
+    save_file(
+        {key: tensor for key, tensor in before.items() if key != "lm_head.weight"},
+        tmp_path / "base" / "model.safetensors",
+    )
+    targets = ["up_proj", "v_proj", "q_proj"]
+    adapted = peft.get_peft_model(model, getattr(peft, name)(target_modules=targets, **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    after = adapted.merge_and_unload().state_dict()
+    base = read_checkpoint(tmp_path / "base")
+    rule = RankRule() if name == "UniLoraConfig" else RankRule(rank=24)
+    result = to_lora(read_adapter(tmp_path / "adapter"), rule, base=base, given=given)
+    assert len(result.adapter.modules) == 6
+    assert bool(result.cautions) == (name == "FrodConfig")
+    want = {f"{k}": (after[k].double() - before[k].double()).numpy() for k in before}
+    assert max(errors(result.adapter, want).values()) <= 1e-5
 
 
 def test_choices_are_none_where_all_folds_exactly(made):

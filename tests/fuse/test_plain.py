@@ -205,6 +205,7 @@ def test_fused_into_eight_bits(make, make_folder, tmp_path):
     tensors = {"layers.0.q.weight": w, "layers.0.q.weight_scale_inv": scale}
     tensors |= {"layers.0.o.weight": other, "layers.0.o.weight_scale_inv": torch.ones(2, 5)}
     base = make(tensors, quantization)
+    (base.path / "hf_quant_config.json").write_text("{}")
     adapter = read_adapter(make_folder(dtype="f32"))
     result = Fusion(base, [FuseInput(adapter, 1.0, "a")], FuseOptions()).write(tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -218,6 +219,8 @@ def test_fused_into_eight_bits(make, make_folder, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == {"model_type": "llama", "dtype": "bfloat16"}
     assert (len(result.tensors), result.converted, result.copied) == (1, 1, 0)
+    assert result.left_out == ("hf_quant_config.json",)
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
 
 
 @pytest.mark.parametrize("dtype", [None, "f16"])

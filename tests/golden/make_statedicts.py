@@ -181,32 +181,6 @@ def loldu_full(random: _Numbers) -> Golden:
     )
 
 
-def loralib(random: _Numbers) -> Golden:
-    """Two of three fused projections, a linear layer, and a convolution in loralib's own order."""
-    kernel, channels, out = 3, 2, 4
-    a = {"h.c_attn": random(2 * RANK, HIDDEN), "h.c_fc": random(RANK, HIDDEN)}
-    b = {"h.c_attn": random(2 * WIDTH, RANK), "h.c_fc": random(MLP, RANK)}
-    a["conv"] = random(RANK * kernel, channels * kernel)
-    b["conv"] = random(out * kernel, RANK * kernel)
-    first, last = (
-        _product(b["h.c_attn"][i * WIDTH :][:WIDTH], a["h.c_attn"][i * RANK :][:RANK], ALPHA / RANK)
-        for i in range(2)
-    )
-    whole = _product(b["conv"], a["conv"], ALPHA / RANK)
-    return Golden(
-        "loralib",
-        {f"{name}.lora_A": values for name, values in a.items()}
-        | {f"{name}.lora_B": values for name, values in b.items()},
-        {
-            "h.c_attn": np.concatenate([first, np.zeros((WIDTH, HIDDEN)), last]),
-            "h.c_fc": _product(b["h.c_fc"], a["h.c_fc"], ALPHA / RANK),
-            "conv": whole.reshape(out, channels, kernel, kernel),
-        },
-        {"alpha": str(ALPHA), "groups": "101", "kernel": str(kernel)},
-        ".pt",
-    )
-
-
 def randlora_authors(random: _Numbers) -> Golden:
     """An MLP of GPT-2: the elements in order, though the sides are the other way round."""
     inner, count = 2 * HIDDEN, 4
@@ -235,7 +209,7 @@ def randlora_authors(random: _Numbers) -> Golden:
 
 
 # In the order in which they were added, which their numbers derive from.
-_MAKERS = (loldu, loldu_full, lorat, megatron, torchtune, unscaled, loralib, randlora_authors)
+_MAKERS = (loldu, loldu_full, lorat, megatron, torchtune, unscaled, randlora_authors)
 
 
 def all_golden() -> dict[str, Golden]:

@@ -258,3 +258,19 @@ def test_mirrored_factors_with_other_scales_are_two_changes():
         head = LowRank(in_memory("a", b.T.copy()), in_memory("b", a.T.copy()), scale)
         result = placed({"model.embed_tokens": embedding, "lm_head": head}, base)
         assert bool(result.untied) is parts
+
+
+def test_a_tied_layer_under_two_names_is_refused():
+    base = checkpoint({EMB: (9, 4)}, **LLAMA)
+    change = linear(4, 9, kind="embedding")
+    with pytest.raises(AdapterError, match=r"one layer twice.*model\.embed_tokens, embed_tokens"):
+        placed({"model.embed_tokens": change, "embed_tokens": change}, base)
+    with pytest.raises(AdapterError, match="one layer twice"):
+        place(
+            adapter(
+                {},
+                one=replacing("module", EMB, (9, 4)),
+                other=replacing("module", "embed_tokens.weight", (9, 4)),
+            ),
+            base,
+        )

@@ -97,6 +97,21 @@ def test_one_wrong_element_is_not_contained(make_base, make_folder):
     assert contained is False
 
 
+@pytest.mark.parametrize(("dtype", "spacing"), [("F16", 2**-10), ("BF16", 2**-7)])
+@pytest.mark.parametrize(("units", "verdict"), [(0.6, "within rounding"), (4, "not contained")])
+def test_an_element_may_be_off_by_a_unit_and_no_more(
+    make_base, make_folder, dtype, spacing, units, verdict
+):
+    adapter, base = make_folder(dtype="f32"), make_base(dtype=dtype)
+    change = delta_of(adapter)
+    total = load_file(base / "model.safetensors")["layers.0.q.weight"].astype(float) + change
+    place = np.unravel_index(np.argmax(np.abs(total / change)), SHAPE)
+    change[place] += units * spacing * abs(total[place])
+    fused = make_base("fused", dtype=dtype, change=change)
+    found, _ = verdicts(fused, base, (adapter, 1.0))
+    assert found["layers.0.q.weight"].verdict == verdict
+
+
 def test_a_changed_weight_that_the_adapter_does_not_touch(make_base, make_folder):
     adapter = make_folder(dtype="f32")
     fused = make_base("fused", change=delta_of(adapter), **{"norm.weight": np.zeros(20, "f4")})

@@ -64,10 +64,6 @@ def lokr_shape(module: Module) -> Shape:
     )
     if "w2" in parts:
         whole = parts["w2"].shape
-        if len(whole) == 3:
-            raise UnsupportedError(
-                "LoKr of a Conv1d: PEFT multiplies along the wrong axes", tensor=parts["w2"].key
-            )
         right = whole[0], math.prod(whole[1:])
     elif "w2_t" in parts:
         right = module.side("w2_a", 1), module.side("w2_b", 1) * _kernel(parts["w2_t"])
@@ -76,6 +72,12 @@ def lokr_shape(module: Module) -> Shape:
     if len(left) != 2:
         raise AdapterError("tensor is not a matrix", tensor=parts["w1"].key, got=list(left))
     return left[0] * right[0], left[1] * right[1]
+
+
+def lokr(values: Values, module: Module) -> dict[str, Any]:
+    """Return LoKr's scale, and whether PEFT's order of a Conv1d's columns applies."""
+    whole = module.parts.get("w2")
+    return {**scaled(values, module), "by_input": whole is not None and len(whole.shape) == 3}
 
 
 def vera(values: Values, module: Module) -> dict[str, Any]:
@@ -137,9 +139,10 @@ def oft(values: Values, module: Module) -> dict[str, Any]:
 
 
 def ia3(values: Values, module: Module) -> dict[str, Any]:
-    """Return which side of the weight is scaled."""
-    del values
+    """Return which side of the weight is scaled, which shows in linear layers only."""
     shape = module.parts["gain"].shape
+    if len(shape) > 2 and math.prod(shape) == shape[1]:
+        return {"on_input": values.names("feedforward_modules", module.path)}
     if len(shape) != 2 or min(shape) != 1 or max(shape) == 1:
         raise UnsupportedError(
             "whether inputs or outputs are scaled does not show",
@@ -152,6 +155,8 @@ def ia3(values: Values, module: Module) -> dict[str, Any]:
 def ia3_shape(module: Module) -> Shape:
     """Return the side that is scaled."""
     shape = module.parts["gain"].shape
+    if len(shape) > 2:
+        return (None, None)
     return (None, shape[-1]) if shape[0] == 1 else (shape[0], None)
 
 

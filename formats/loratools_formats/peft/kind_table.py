@@ -43,7 +43,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         {f".lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")}
         | {".lokr_t2": "w2_t"},
         settings.lokr_shape,
-        settings.scaled,
+        settings.lokr,
         _keys("r alpha rank_pattern alpha_pattern"),
         _keys(
             "module_dropout rank_dropout rank_dropout_scale use_effective_conv2d decompose_both "
@@ -123,6 +123,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         _keys("projection_seed weight_tying"),
         _keys("r u init_v_bound save_projection tinylora_dropout"),
         {"base_model.tinylora_v.{}": "v.{}"},
+        takes_embeddings=True,
     ),
     "DELORA": PeftKind(
         "delora",
@@ -238,7 +239,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
     ),
     "OFT": PeftKind(
         "oft",
-        {".oft_R.weight": "triangles"},
+        {".oft_R.weight": "triangles", ".oft_embedding_R.weight": "triangles"},
         lambda _: (None, None),
         settings.oft,
         _keys("coft eps use_cayley_neumann num_cayley_neumann_terms"),
@@ -273,11 +274,12 @@ PEFT_KINDS: dict[str, PeftKind] = {
         {".ia3_l": "gain"},
         settings.ia3_shape,
         settings.ia3,
-        neutral=_keys("feedforward_modules init_ia3_weights"),
+        _keys("feedforward_modules"),
+        _keys("init_ia3_weights"),
     ),
     "HIRA": PeftKind(
         "hira",
-        {".hira_A": "a", ".hira_B": "b"},
+        {f".hira_{infix}{side}": side.lower() for infix in ("", "embedding_") for side in "AB"},
         lambda m: (m.side("b", 0), math.prod(m.parts["a"].shape[1:])),
         neutral=_keys("r rank_pattern hira_dropout"),
         kernel_of=("a",),
@@ -319,6 +321,51 @@ PEFT_KINDS: dict[str, PeftKind] = {
         {f".osf_svd_params.{name}_low": name.lower() for name in "USV"},
         lambda m: (m.side("u", 0), m.side("v", 1)),
         neutral=_keys("effective_rank rank_pattern target_svd_config"),
+    ),
+    "ADAMSS": PeftKind(
+        "adamss",
+        {".adamss_A.{}": "a.{}", ".adamss_B.{}": "b.{}", ".adamss_newB": "basis"},
+        lambda _: (None, None),
+        lambda values, _: {
+            "groups": values.count("num_subspaces"),
+            "seed": values.whole("random_seed"),
+        },
+        _keys("num_subspaces random_seed"),
+        _keys(
+            "r subspace_rank use_dynamic_rank svd_threshold use_asa asa_importance_beta "
+            "asa_schedule_exponent asa_target_subspaces asa_uncertainty_beta init_warmup "
+            "final_warmup mask_interval"
+        ),
+    ),
+    "PEANUT": PeftKind(
+        "peanut",
+        {
+            ".peanut_A.weight": "a",
+            ".peanut_B.weight": "b",
+            ".peanut_encoders.{}.weight": "encoder.{}",
+            ".peanut_decoders.{}.weight": "decoder.{}",
+        },
+        lambda m: (m.side("b", 0), None),
+        lambda values, _: {
+            "scale": values.number("scaling"),
+            "activation": values.text("act_fn"),
+            "depth": values.whole("depth"),
+        },
+        _keys("scaling act_fn depth"),
+        _keys("r"),
+    ),
+    "BEFT": PeftKind(
+        "bias",
+        {".beft_bias": "added"},
+        lambda m: (m.side("added", 1), None),
+    ),
+    "TRAINABLE_TOKENS": PeftKind(
+        "token_rows",
+        {".trainable_tokens_delta": "values"},
+        lambda m: (m.side("values", 1), None),
+        lambda values, _: {"rows": values.indices("token_indices")},
+        _keys("token_indices"),
+        layer="embedding",
     ),
     "FROD": PeftKind(
         "frod",

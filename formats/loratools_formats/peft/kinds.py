@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from loratools_formats.errors import AdapterError
 from loratools_formats.tensors import TensorRef
@@ -99,6 +100,22 @@ class Values:
         value: str = self._value(key, (str,), "a string")
         return value
 
+    def names(self, key: str, path: str) -> bool:
+        """Return whether a regular expression, or an entry of a list, names a module."""
+        found: str | list[Any] = self._value(key, (str, list), "names of modules")
+        if isinstance(found, str):
+            return re.fullmatch(found, path) is not None
+        return any(path.endswith(entry) for entry in found if isinstance(entry, str))
+
+    def indices(self, key: str) -> tuple[int, ...]:
+        """Return a list of whole numbers, none below 0."""
+        found: list[Any] = self._value(key, (list,), "a list of whole numbers")
+        if not all(type(number) is int and number >= 0 for number in found):
+            raise AdapterError(
+                f"config value {key} is wrong", got=found, expected="a list of whole numbers"
+            )
+        return tuple(found)
+
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
@@ -109,7 +126,8 @@ class PeftKind:
 
     Attributes:
         kind: name of the declaration.
-        parts: part by the end of a tensor's name, after the module path.
+        parts: part by the end of a tensor's name, after the module path; `{}` in both stands for a
+            number.
         shape: (out, in), None for what the tensors do not tell.
         settings: numbers that ΔW depends on.
         used: configuration keys that `settings` or the rank and alpha patterns use.
@@ -117,6 +135,9 @@ class PeftKind:
         shared: part by the name of a tensor that all modules have in common; `{}` in it stands for
             anything.
         kernel_of: parts whose axes after the second are a convolution's kernel.
+        layer: what its modules are, where the tensors' names do not say `embedding`.
+        takes_embeddings: whether it takes embeddings as if they were linear layers of their stored
+            shape, so that only the module's name tells.
     """
 
     kind: str
@@ -127,6 +148,8 @@ class PeftKind:
     neutral: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     kernel_of: tuple[str, ...] = ()
+    layer: Literal["linear", "embedding"] = "linear"
+    takes_embeddings: bool = False
 
 
 NOT_A_CHANGE = {
@@ -141,10 +164,6 @@ NOT_A_CHANGE = {
     "POLY": "it mixes adapters per task",
     "LILY": "it is routed per input",
     "SHADOW": "it runs a second network beside the model",
-    "PEANUT": "its change is a network applied to the weight",
-    "ADAMSS": "its file does not hold which rows of the weight form a group",
     "LN_TUNING": "it replaces norm weights, and has no weight change to fold",
-    "TRAINABLE_TOKENS": "it replaces rows of an embedding, and has no weight change to fold",
-    "BEFT": "it changes biases only",
 }
 """Kinds of PEFT that are recognised and have no change of weights that could be told, and why."""

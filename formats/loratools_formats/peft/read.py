@@ -41,7 +41,12 @@ from loratools_formats.peft.config import (
 from loratools_formats.peft.kind_table import PEFT_KINDS
 from loratools_formats.peft.legacy_bin import read_bin
 from loratools_formats.peft.parameters import Setting, settings, unstacked
-from loratools_formats.peft.read_kinds import caveats_of, read_modules, reason_against
+from loratools_formats.peft.read_kinds import (
+    caveats_of,
+    left_to_loader,
+    read_modules,
+    reason_against,
+)
 from loratools_formats.peft.replacements import classify
 from loratools_formats.peft.variants import lost_middle, variant_delta, variant_kind
 from loratools_formats.provenance import PROVENANCE_FILE
@@ -96,7 +101,12 @@ def _read(folder: Path) -> Adapter:
         metadata=weights.metadata,
         base_model=values.get("base_model_name_or_path"),
         caveats=found.caveats,
-        notes=(*notes, *_folder_notes(folder), *_training_notes(carried)),
+        notes=(
+            *notes,
+            *_folder_notes(folder),
+            *_training_notes(carried),
+            *_loader_notes(values["peft_type"], found.modules),
+        ),
         attachments={
             name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
         },
@@ -158,6 +168,11 @@ def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]
     raise MissingFileError(
         "no weights in the folder", path=folder, expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}"
     )
+
+
+def _loader_notes(peft_type: str, modules: Mapping[str, Delta]) -> list[str]:
+    missing = left_to_loader(peft_type, modules)
+    return [f"{missing} are not in the file; to-lora computes them from --base"] if missing else []
 
 
 def _training_notes(carried: Mapping[str, TensorRef]) -> list[str]:

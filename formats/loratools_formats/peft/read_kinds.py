@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.adapter import Caveat, Layer, OtherDelta
+from loratools_formats.adapter import Caveat, Delta, Layer, OtherDelta
 from loratools_formats.errors import AdapterError
 from loratools_formats.peft import keys
 from loratools_formats.peft.config import is_set, unknown_key
@@ -31,6 +31,12 @@ _COMMON_KEYS = frozenset(
 )  # fmt: skip
 
 
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings")
+
+_NUMBER = re.compile(r"\.(\d+)(?=(\.weight)?$)")
+"""The number of a tensor that is one of several, at the end of its name."""
+
+
 def reason_against(peft_type: str) -> Caveat | None:
     """Return why a kind has no change of weights that could be told, None if it has one."""
     reason = NOT_A_CHANGE.get(peft_type)
@@ -39,6 +45,17 @@ def reason_against(peft_type: str) -> Caveat | None:
     return Caveat(
         "peft_type", f"it is of PEFT's kind {peft_type}: {reason}", "There is no way to fold it"
     )
+
+
+def left_to_loader(peft_type: str, modules: Mapping[str, Delta]) -> str:
+    """Return what a file leaves to be computed from the base, in words; empty if nothing.
+
+    PEFT saves neither Uni-LoRA's indices nor FRoD's basis unless it is asked to.
+    """
+    if peft_type == "UNILORA" and not modules:
+        return "Uni-LoRA's indices"
+    lacking = (isinstance(d, OtherDelta) and "v" not in d.shared for d in modules.values())
+    return "FRoD's bases" if peft_type == "FROD" and any(lacking) else ""
 
 
 def caveats_of(values: Mapping[str, Any]) -> list[Caveat]:
@@ -134,8 +151,14 @@ def _shared_part(kind: PeftKind, name: str) -> str | None:
 def _own_part(kind: PeftKind, name: str) -> tuple[str, str] | None:
     if not name.startswith(keys.PREFIX):
         return None
+    numbered = _NUMBER.sub(".{}", name)
+    number = _NUMBER.search(name)
     for suffix, part in kind.parts.items():
-        if name.endswith(suffix) and len(name) > len(keys.PREFIX) + len(suffix):
+        if "{}" in suffix:
+            if number is not None and numbered.endswith(suffix):
+                end = len(numbered) - len(suffix)
+                return numbered[len(keys.PREFIX) : end], part.replace("{}", number[1])
+        elif name.endswith(suffix) and len(name) > len(keys.PREFIX) + len(suffix):
             return name[len(keys.PREFIX) : -len(suffix)], part
     return None
 
@@ -174,6 +197,11 @@ def _delta(
         name = "miss_bat"
     turn = keys.square_orientation(bool(values.get("fan_in_fan_out")), path)
     layer = Layer("linear", transposed_if_square=turn)
+    ends = [end for end, part in kind.parts.items() if part in own and own[part].key.endswith(end)]
+    if kind.layer == "embedding" or any("_embedding_" in end for end in ends):
+        layer = Layer("embedding")
+    elif kind.takes_embeddings and path.rpartition(".")[2] in _EMBEDDINGS:
+        layer, shape = Layer("embedding"), shape[::-1]
     kernels = [own[part].shape[2:] for part in kind.kernel_of if part in own]
     if any(kernels):
         layer = Layer("conv", kernel=next(filter(None, kernels)))
@@ -189,7 +217,7 @@ def _expected(kind: PeftKind, part: str) -> str:
 
 def _shared_of(kind: PeftKind, path: str, shared: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     if kind.kind == "frod":
-        category = _frod_category(path)
+        category = frod_category(path)
         return {
             part: tensor
             for name, tensor in shared.items()
@@ -203,7 +231,7 @@ def _shared_of(kind: PeftKind, path: str, shared: Mapping[str, TensorRef]) -> di
     }
 
 
-def _frod_category(path: str) -> str:
+def frod_category(path: str) -> str:
     """Return the name under which FRoD keeps what layers of one role share.
 
     Source: `_category_from_key` in peft 0.21.2.

@@ -15,6 +15,7 @@ from typing import Any
 
 from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, OtherDelta, low_rank_part
 from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.factors import kept_whole
 from loratools_formats.peft import keys
 from loratools_formats.peft.config import CONFIG_FILE, PeftConfig
 from loratools_formats.peft.parameters import Setting, settings
@@ -28,17 +29,9 @@ from loratools_formats.tensors import TensorRef
 def losses(adapter: Adapter) -> list[Loss]:
     """Return what PEFT cannot hold of an adapter read from another format."""
     if adapter.format == "peft":
-        return [Loss(name, "PEFT has no full differences") for name in _kept_whole(adapter)]
+        return [Loss(name, "PEFT has no full differences") for name in kept_whole(adapter)]
     return [
         Loss(name, "has no place in a PEFT file") for name in [*adapter.additions, *adapter.carried]
-    ]
-
-
-def _kept_whole(adapter: Adapter) -> list[str]:
-    return [
-        name
-        for name, delta in adapter.modules.items()
-        if isinstance(delta, OtherDelta) and delta.kind == "full"
     ]
 
 
@@ -127,9 +120,10 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
             f"an adapter of format {adapter.format} has no PEFT configuration",
             hint="Make one with from_model, as `loratools convert` does",
         )
-    for name in _kept_whole(adapter):
+    for name in kept_whole(adapter):
         raise UnsupportedError("PEFT has no full differences", tensor=name)
-    if any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
+    is_other = adapter.config.get("peft_type", "LORA") != "LORA"
+    if is_other or any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
         return dict(adapter.config)
     values = _with_kinds(adapter)
     return values if _keeps_config(adapter) else _rewritten(values, adapter)
