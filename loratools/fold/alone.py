@@ -84,13 +84,20 @@ def folded_exactly(
                 f"a weight change of kind {delta.kind} has no factors that {operation} could use",
                 path=adapter.source,
                 tensor=name,
-                hint="Make it a plain LoRA first: loratools to-lora",
+                hint=f"Make it a plain LoRA first: {_command(delta)}",
             )
         template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
         plain = stored_as_is(template, change, ComputeOptions(), scratch)
         magnitude = get_kind(delta.kind).magnitude_of(delta)
         modules[name] = plain if magnitude is None else Dora(plain, magnitude)
     return plain_adapter(adapter, modules)
+
+
+def _command(delta: OtherDelta) -> str:
+    """Return the command that makes a plain LoRA of what does not become one on the fly."""
+    base = " --base MODEL" if needs_base(delta) else ""
+    rank = "" if get_kind(delta.kind).low_rank else " --rank RANK"
+    return f"loratools to-lora{base}{rank}"
 
 
 def with_settings(
