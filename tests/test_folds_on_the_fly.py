@@ -15,13 +15,14 @@ from safetensors.numpy import load_file
 
 from loratools.effective import effective_delta
 from loratools.fold.alone import needs_base, with_settings
+from loratools.fold.operation import to_lora
 from loratools.kinds import all_kinds
 from loratools.merge.align import MergeInput
 from loratools.merge.operation import merge
 from loratools.merge.options import MergeOptions
 from loratools.ranks import RankRule
 from loratools.squeeze import squeeze
-from loratools_formats import read_adapter
+from loratools_formats import read_adapter, write_adapter
 from loratools_formats.adapter import Missing, OtherDelta
 from loratools_formats.errors import UnsupportedError
 
@@ -55,6 +56,21 @@ def others(adapter):
 
 def lacks_settings(adapter):
     return any(isinstance(v, Missing) for d in others(adapter) for v in d.settings.values())
+
+
+@pytest.mark.parametrize("kind", ALONE, ids=lambda kind: kind.name)
+def test_a_folded_adapter_says_its_scale_and_what_it_was(kind, tmp_path):
+    adapter, given = fixture(kind.name)
+    result = to_lora(adapter, RankRule(), given=given)
+    assert {report.kind for report in result.modules} >= {kind.name}
+    assert result.adapter.provenance["operation"] == "to-lora"
+    if result.adapter.format == "peft":
+        write_adapter(result.adapter, tmp_path / "out", "peft")
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        ranks = {delta.rank for delta in result.adapter.modules.values()}
+        assert config["lora_alpha"] == config["r"]
+        assert config["alpha_pattern"] == config["rank_pattern"] or len(ranks) == 1
+        assert all(d.scale == 1.0 for d in read_adapter(tmp_path / "out").modules.values())
 
 
 def test_there_are_kinds_of_both_sorts():

@@ -52,6 +52,8 @@ def _read(path: Path) -> Adapter:
         for part, axes in _AXES.items():
             state.check_factors({part: parts[part]}, axes)
         modules[module] = _delta(module, parts)
+    for basis in ("a", "b"):
+        state.check_same([parts[basis] for parts in own.values()])
     return state.adapter(FORMAT.name, modules)
 
 
