@@ -9,7 +9,7 @@ the error reported is that of the file, not of a plan.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
 from loratools.provenance import operation_record, record_metadata
 from loratools.rescale import folded
+from loratools.true_rank import of_true_rank
 from loratools_formats.adapter import Adapter
 from loratools_formats.errors import OptionError, UnsupportedError
 from loratools_formats.factors import stored_as
@@ -129,11 +130,13 @@ def prepare(
         raise UnsupportedError(
             f"{losses[0].name} {losses[0].reason}{others}",
             path=adapter.source,
-            hint="Pass --allow-lossy to leave such things out",
+            hint=f"{losses[0].remedy}, or pass --allow-lossy to leave such things out"
+            if losses[0].remedy
+            else "Pass --allow-lossy to leave such things out",
         )
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
-    exact, made = _translated(model, target, context, single)
+    exact, made = _translated(model, named.split, target, context, single)
     options: dict[str, Any] = {"to": target.name, **single.record()}
     if context.dtype is not None:
         options["outtype"] = context.dtype
@@ -152,7 +155,11 @@ def prepare(
 
 
 def _translated(
-    model: Adapter, target: Format, context: Context, single: SingleFileOptions
+    model: Adapter,
+    split: Container[str],
+    target: Format,
+    context: Context,
+    single: SingleFileOptions,
 ) -> tuple[Adapter, Adapter]:
     """Return the adapter as the target has it: with its values as they came, and as wanted."""
     if single.as_it_is:
@@ -160,11 +167,17 @@ def _translated(
         return model, replace(model, modules=stored)
     from_model = target.from_model or _as_it_is(target)
     exact = from_model(model, replace(context, dtype=None))
-    wanted = model
-    if target.name in SINGLE_FILES and single.alpha != "keep":
+    keep = single.alpha == "keep"
+    changed = {
+        name: of_true_rank(model.modules[name], keep_scale=keep)
+        for name in model.modules
+        if name in split
+    }
+    wanted = replace(model, modules={**model.modules, **changed}) if changed else model
+    if target.name in SINGLE_FILES and not keep:
         rounding = single.alpha == "fold"
-        modules = {n: folded(delta, rounding=rounding) for n, delta in model.modules.items()}
-        wanted = replace(model, modules=modules)
+        modules = {n: folded(delta, rounding=rounding) for n, delta in wanted.modules.items()}
+        wanted = replace(wanted, modules=modules)
     if context.dtype is None and wanted is model:
         return exact, exact
     return exact, from_model(wanted, context)

@@ -173,10 +173,12 @@ class Resizer:
         squared_error = energy = 0.0
         for index, part in enumerate(parts):
             b, a = part.factors(rank, self._randomised(f"{name}#{index}"))
-            energy += float(np.sum(np.sum(b * b, axis=0) * np.sum(a * a, axis=1)))
-            b, b_back = rounded(b / root, b_type, delta.b)
-            a, a_back = rounded(a / root, a_type, delta.a)
-            squared_error += part.squared_error(b_back * scale, a_back)
+            energy += float(np.einsum("ij,ij->j", b, b) @ np.einsum("ij,ij->i", a, a))
+            if scale != 1.0:
+                b, a = b / root, a / root
+            b, b_back = rounded(b, b_type, delta.b)
+            a, a_back = rounded(a, a_type, delta.a)
+            squared_error += part.squared_error(b_back if scale == 1.0 else b_back * scale, a_back)
             pairs.append((b, a))
         bias = _scaled_bias(delta, delta.scale / scale)
         return Compressed(self._stored(delta, pairs, scale, bias), squared_error, energy)
@@ -249,7 +251,8 @@ def rounded(array: Array, dtype: DType, source: TensorRef) -> tuple[Array, Array
     stored = encode(array, dtype)
     back = stored.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        size, change = float(np.vdot(array, array)), float(np.sum((back - array) ** 2))
+        difference = back - array
+        size, change = float(np.vdot(array, array)), float(np.vdot(difference, difference))
     if change <= (_ROUNDING_UNITS * _epsilon(dtype)) ** 2 * size:
         return stored, back
     if not math.isfinite(change):

@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratools.allot import RankChoice, choose_ranks, rank_table
-from loratools.decompose import matrices
+from loratools.decompose import Decomposed, matrices
 from loratools.device import Device
-from loratools.fold.alone import folded_exactly
+from loratools.fold.alone import folded_where_exact, to_lora_command
+from loratools.fold.apart import Apart, is_apart, parts_of
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
 from loratools.ranks import RankRule, Spectrum, as_options
 from loratools.resize import ComputeOptions, Resizer, spectrum_of
 from loratools.scratch import Scratch
 from loratools.selection import Selection
-from loratools_formats.adapter import Adapter, Delta, Dora, low_rank_part
-from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
+from loratools_formats.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
+from loratools_formats.errors import AdapterError, LoratoolsError, OptionError, UnsupportedError
 from loratools_formats.registry import get_format
 
 _PROVENANCE_BYTES = 1024  # more than a squeeze adds to the header, its options aside
@@ -60,14 +61,17 @@ class SqueezeResult:
     Attributes:
         adapter: to be given to `write_adapter`.
         modules: one report each, in path order.
-        relative_error: over all modules together.
+        relative_error: over all these modules together.
         directional: True if modules are DoRA, whose error is that of the direction.
+        kept_whole: modules without factors, which keep every bit: full differences, and what is
+            not selected.
     """
 
     adapter: Adapter
     modules: tuple[ModuleReport, ...]
     relative_error: float
     directional: bool
+    kept_whole: tuple[str, ...] = ()
 
 
 def squeeze(
@@ -95,7 +99,10 @@ def squeeze(
         OptionError: options contradict each other, or the budget is too small.
     """
     options, selection = options or ComputeOptions(), selection or Selection()
-    adapter = folded_exactly(adapter, "squeeze", scratch_folder)
+    source = _folded(adapter, selection, scratch_folder)
+    kept_whole = _kept_whole(source, selection)
+    apart = _taken_apart(source, kept_whole)
+    adapter = _as_templates(_without(source, kept_whole), apart)
     selected = _selected(adapter, selection)
     rule.check_patterns(selected)
     if rule.uniform and selected != set(adapter.modules):
@@ -110,15 +117,17 @@ def squeeze(
     with ThreadPoolExecutor(1) as beside:
         # Digesting the input takes as long as reading it, so it runs beside the arithmetic.
         provenance = beside.submit(operation_record, "squeeze", {"adapter": adapter}, record)
-        added = _PROVENANCE_BYTES + 2 * len(json.dumps(record))
-        done = _all_squeezed(adapter, selected, rule, options, added, scratch_folder, progress)
+        added = _PROVENANCE_BYTES + 2 * len(json.dumps(record)) + _nbytes(kept_whole)
+        done = _all_squeezed(
+            adapter, apart, selected, rule, options, added, scratch_folder, progress
+        )
     modules = {outcome.report.name: outcome.delta for outcome in done}
     scales = {low_rank_part(delta).scale for delta in adapter.modules.values()}
     if all(outcome.unchanged for outcome in done) and (not rule.uniform or len(scales) == 1):
         modules = dict(adapter.modules)
     squeezed = replace(
         adapter,
-        modules=modules,
+        modules={name: {**modules, **kept_whole}[name] for name in source.modules},
         provenance=provenance.result(),
         metadata={**adapter.metadata, **record_metadata(provenance.result())},
     )
@@ -131,11 +140,72 @@ def squeeze(
             sum(outcome.squared_norm for outcome in done),
         ),
         directional=any(isinstance(delta, Dora) for delta in modules.values()),
+        kept_whole=tuple(kept_whole),
     )
+
+
+def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None) -> Adapter:
+    """Return an adapter with factors where they are thin; what is not selected stays as it is.
+
+    Files that hold one kind for all modules get factors of all that have them.
+    """
+    selected = {name for name in adapter.modules if name in selection}
+    if get_format(adapter.format).plain_config is not None:
+        adapter = folded_where_exact(adapter, "squeeze", scratch_folder, leave=selected)
+    others = set(adapter.modules) - selected
+    return folded_where_exact(adapter, "squeeze", scratch_folder, leave=others, dense=False)
+
+
+def _taken_apart(adapter: Adapter, kept_whole: Container[str]) -> dict[str, Apart]:
+    return {
+        name: Apart(name, delta)
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and name not in kept_whole
+    }
+
+
+def _as_templates(adapter: Adapter, apart: Mapping[str, Apart]) -> Adapter:
+    templates = {name: one.template() for name, one in apart.items()}
+    return replace(adapter, modules={**adapter.modules, **templates})
+
+
+def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]:
+    """Return the modules without factors that stay as they are.
+
+    Raises:
+        UnsupportedError: a selected one has no change that can be told without the base.
+    """
+    found = {
+        name: delta
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and not (name in selection and is_apart(delta))
+    }
+    for name, delta in found.items():
+        if name in selection and (delta.kind != "full" or delta.is_dora):
+            raise UnsupportedError(
+                f"a weight change of kind {delta.kind} has no factors that squeeze could use",
+                path=adapter.source,
+                tensor=name,
+                hint=f"Make it a plain LoRA first: {to_lora_command(delta)}; "
+                "or leave it out: --exclude",
+            )
+    return found
+
+
+def _without(adapter: Adapter, names: Container[str]) -> Adapter:
+    modules = {name: delta for name, delta in adapter.modules.items() if name not in names}
+    return replace(adapter, modules=modules)
+
+
+def _nbytes(modules: Mapping[str, OtherDelta]) -> int:
+    """Return the bytes of modules in a file, their part of the header about."""
+    tensors = [tensor for delta in modules.values() for tensor in delta.tensors()]
+    return sum(tensor.nbytes + 128 + len(tensor.key) for tensor in tensors)
 
 
 def _all_squeezed(
     adapter: Adapter,
+    apart: Mapping[str, Apart],
     selected: set[str],
     rule: RankRule,
     options: ComputeOptions,
@@ -147,7 +217,7 @@ def _all_squeezed(
     ranks = None
     if rule.needs_all_spectra or groups:
         ranks = choose_ranks(
-            _spectra(adapter, selected, options),
+            _spectra(adapter, apart, selected, options),
             rule,
             input_nbytes=adapter.weights_nbytes,
             fixed_nbytes=_fixed_nbytes(adapter, selected) + header_nbytes,
@@ -167,7 +237,9 @@ def _all_squeezed(
             if name not in selected:
                 return _untouched(name, whole, device)
             rank = None if ranks is None else ranks[name]
-            return _squeezed(name, whole, rule, rank, resizer, device, name not in grouped)
+            parts = parts_of(whole, apart.get(name), device)
+            keep_scale = None if name in apart else name not in grouped
+            return _squeezed(name, whole, parts, rule, rank, resizer, keep_scale)
         except LoratoolsError as error:
             if error.path is None and adapter.source is not None:
                 error.path = str(adapter.source)
@@ -210,12 +282,17 @@ def rank_choices(
         AdapterError: nothing to squeeze, or NaN or infinite values.
     """
     options = options or ComputeOptions()
-    adapter = folded_exactly(adapter, "squeeze", None)
-    selected = _selected(adapter, selection or Selection())
-    others = _spectra(adapter, set(adapter.modules) - selected, options)
+    selection = selection or Selection()
+    source = _folded(adapter, selection, None)
+    kept_whole = _kept_whole(source, selection)
+    apart = _taken_apart(source, kept_whole)
+    adapter = _as_templates(_without(source, kept_whole), apart)
+    selected = _selected(adapter, selection)
+    others = _spectra(adapter, apart, set(adapter.modules) - selected, options)
     other_energy = sum(float(spectrum.energies.sum()) for spectrum in others)
-    spectra = _spectra(adapter, selected, options)
-    return rank_table(spectra, _fixed_nbytes(adapter, selected), other_energy)
+    spectra = _spectra(adapter, apart, selected, options)
+    fixed = _fixed_nbytes(adapter, selected) + _nbytes(kept_whole)
+    return rank_table(spectra, fixed, other_energy)
 
 
 @dataclass(frozen=True)
@@ -237,19 +314,23 @@ def _untouched(name: str, whole: Delta, device: Device) -> _Outcome:
 def _squeezed(
     name: str,
     whole: Delta,
+    parts: Sequence[Decomposed],
     rule: RankRule,
     rank: int | None,
     resizer: Resizer,
-    device: Device,
-    keep_scale: bool,
+    keep_scale: bool | None,
 ) -> _Outcome:
+    """Squeeze a module; `keep_scale` is None if it has no factors whose values could stay."""
     delta = low_rank_part(whole)
-    parts = matrices(delta, device)
     spectrum = spectrum_of(name, delta, parts, resizer.options)
     rank = rule.of_module(spectrum) if rank is None else rank
     squared_norm = sum(part.squared_norm for part in parts)
     squared_error = 0.0
-    new = resizer.without_loss(delta, rank, keep_scale=keep_scale)
+    new = None
+    if keep_scale is None:
+        rank = min(rank, delta.rank)
+    else:
+        new = resizer.without_loss(delta, rank, keep_scale=keep_scale)
     kept = squared_norm
     unchanged = new is not None and (new.rank, new.a.dtype, new.b.dtype) == (
         delta.rank,
@@ -283,12 +364,14 @@ def _selected(adapter: Adapter, selection: Selection) -> set[str]:
     return selected
 
 
-def _spectra(adapter: Adapter, selected: set[str], options: ComputeOptions) -> list[Spectrum]:
+def _spectra(
+    adapter: Adapter, apart: Mapping[str, Apart], selected: set[str], options: ComputeOptions
+) -> list[Spectrum]:
     device = Device(options.device)
 
     def spectrum(name: str) -> Spectrum:
         delta = low_rank_part(adapter.modules[name])
-        return spectrum_of(name, delta, matrices(delta, device), options)
+        return spectrum_of(name, delta, parts_of(delta, apart.get(name), device), options)
 
     names = [name for name in adapter.modules if name in selected]
     return list(in_order(spectrum, names, options.threads))

@@ -183,7 +183,7 @@ def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparis
     # As `fuse` computes, so that what it wrote is found to be exact.
     single = single_precision(view, terms, there.dtype.code, base_code=plan.source.dtype.code)
     wanted_type = there.dtype.numpy_dtype()
-    roundings = _DORA_ROUNDINGS if any(t.dora for plane in terms for t in plane) else 1
+    roundings = _DORA_ROUNDINGS if any(not t.is_plain for plane in terms for t in plane) else 1
     is_exact = is_near = base_is_near = True
     delta = along = off = 0.0
     blocks = fused_blocks(

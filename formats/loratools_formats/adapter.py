@@ -19,6 +19,9 @@ from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.files import RegularFile
 from loratools_formats.tensors import TensorRef
 
+Axis = Literal["output", "input"]
+"""What each magnitude of a DoRA belongs to."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -110,22 +113,7 @@ class Dora:
 
     direction: LowRank
     magnitude: TensorRef
-    axis: Literal["output", "input"] = "output"
-
-    def of_outputs(self, operation: str) -> TensorRef:
-        """Return the magnitude of each output.
-
-        Raises:
-            UnsupportedError: they are of inputs.
-        """
-        if self.axis == "input":
-            raise UnsupportedError(
-                f"{operation} of a DoRA with a magnitude for each input is not supported",
-                tensor=self.magnitude.key,
-                got=list(self.magnitude.shape),
-                hint="LyCORIS trains the other form with wd_on_output, its default since version 3",
-            )
-        return self.magnitude
+    axis: Axis = "output"
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor it is made of."""
@@ -181,6 +169,7 @@ class OtherDelta:
             are in `Adapter.shared` too, and counted there.
         magnitude: as of a DoRA, whose direction the rest then is; None if it is none, or if it is
             the shared part of that name.
+        axis: of the magnitude, as in `Dora`.
         bias: (out,), added to the layer's bias as it is.
         alpha_tensor: the tensor that states alpha, in formats which keep it in one.
     """
@@ -192,6 +181,7 @@ class OtherDelta:
     shape: tuple[int | None, int | None] = (None, None)
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
     magnitude: TensorRef | None = None
+    axis: Axis = "output"
     bias: TensorRef | None = None
     alpha_tensor: TensorRef | None = None
 

@@ -17,7 +17,11 @@ from typing import Any
 from loratools_formats import strict_json
 from loratools_formats.errors import AdapterError, MissingFileError
 from loratools_formats.files import inside, read_small_file
-from loratools_formats.safetensors_io import SafetensorsFile, read_safetensors
+from loratools_formats.safetensors_io import (
+    SafetensorsFile,
+    read_safetensors,
+    safetensors_names,
+)
 from loratools_formats.tensors import TensorRef
 
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -113,9 +117,36 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if (target / f"{stem}.safetensors").exists():
             file = read_safetensors(inside(target, f"{stem}.safetensors"))
             return Checkpoint(target, file.tensors, config, (file,), stem)
-    raise MissingFileError(
+    raise _nothing_there(target)
+
+
+def checkpoint_names(path: str | os.PathLike[str]) -> list[str]:
+    """Return the names of a checkpoint's tensors, from its header or its index alone.
+
+    Args:
+        path: a file, of which the header is enough, an index, or a folder with one of them.
+
+    Raises:
+        MissingFileError: nothing there.
+        AdapterError: malformed.
+    """
+    target = Path(path)
+    if target.is_dir():
+        for stem in _STEMS:
+            names = (f"{stem}.safetensors.index.json", f"{stem}.safetensors")
+            found = next((target / name for name in names if (target / name).exists()), None)
+            if found is not None:
+                return checkpoint_names(found)
+        raise _nothing_there(target)
+    if target.suffix == ".json":
+        return list(_listed(target, _json(target)))
+    return safetensors_names(target)
+
+
+def _nothing_there(target: Path) -> MissingFileError:
+    return MissingFileError(
         "no checkpoint there",
-        path=path,
+        path=target,
         expected=" or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS),
         hint=_other_weights(target),
     )
@@ -139,13 +170,18 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _listed(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    listed = index.get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+        raise AdapterError("index has no weight_map of names to files", path=path)
+    return listed
+
+
 def _shards(
     path: Path, index: Mapping[str, Any]
 ) -> tuple[tuple[SafetensorsFile, ...], dict[str, TensorRef]]:
     folder = path.parent
-    listed = index.get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-        raise AdapterError("index has no weight_map of names to files", path=path)
+    listed = _listed(path, index)
     tensors: dict[str, TensorRef] = {}
     files = []
     for name in sorted(set(listed.values())):

@@ -35,8 +35,8 @@ def is_transposed(name: str, delta: LowRank | OtherDelta, weight_shape: tuple[in
         matrix = (weight_shape[0], math.prod(weight_shape[1:]))
     elif delta.layer.parameters and len(weight_shape) == 3 and weight_shape[0] == 1:
         matrix = tuple(weight_shape[1:])  # a stack of one expert
-    elif isinstance(delta, OtherDelta) and len(weight_shape) > 2:
-        # A flattened convolution looks like a linear layer in the file.
+    elif kind == "linear" and not delta.layer.parameters and len(weight_shape) > 2:
+        # A flattened convolution looks like a linear layer in the file, and one of 1×1 is one.
         matrix, kind = (weight_shape[0], math.prod(weight_shape[1:])), "conv"
     else:
         matrix = tuple(weight_shape)

@@ -34,10 +34,17 @@ GROUP = "loratools.formats"
 
 @dataclass(frozen=True)
 class Loss:
-    """Something of an adapter that a format cannot hold."""
+    """Something of an adapter that a format cannot hold.
+
+    Attributes:
+        name: the module or tensor.
+        reason: why not, to be read after the name.
+        remedy: what the user can do instead of leaving it out; empty for nothing.
+    """
 
     name: str
     reason: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)

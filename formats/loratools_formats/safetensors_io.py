@@ -80,7 +80,40 @@ def read_safetensors(
         raise
 
 
+def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
+    """Return the names of a file's tensors, of which only the header need be there.
+
+    Raises:
+        MissingFileError: nothing is at `path`.
+        AdapterError: not a regular file, not safetensors, or a malformed header.
+    """
+    file = RegularFile(path)
+    try:
+        header, data_start = _header(file, DEFAULT_LIMITS)
+        header.pop(_METADATA, None)
+        spans = [(*_entry(n, e, file.path, DEFAULT_LIMITS), n) for n, e in header.items()]
+        is_alone = file.nbytes == data_start
+        whole = max((end for _, end, *_ in spans), default=0)
+        _check_layout(spans, whole if is_alone else file.nbytes - data_start, file.path)
+    finally:
+        file.close()
+    return list(header)
+
+
 def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
+    header, data_start = _header(file, limits)
+    metadata = _metadata(header.pop(_METADATA, {}), file.path, limits)
+    spans = [(*_entry(name, entry, file.path, limits), name) for name, entry in header.items()]
+    _check_layout(spans, file.nbytes - data_start, file.path)
+    tensors = {
+        name: in_file(name, dtype, shape, file, data_start + begin)
+        for begin, _, dtype, shape, name in spans
+    }
+    return SafetensorsFile(file, metadata, tensors)
+
+
+def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
+    """Return the entries of a header, not yet checked, and where the data begin."""
     size = file.nbytes
     if size < _LENGTH_BYTES:
         raise AdapterError(
@@ -106,18 +139,10 @@ def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
         raise AdapterError("safetensors header is not a JSON object", path=file.path, got=text[:24])
     _check_amount(text, file.path, limits)
     try:
-        header = strict_json.loads(text.rstrip(b" "))
+        header: dict[str, Any] = strict_json.loads(text.rstrip(b" "))
     except strict_json.StrictJsonError as error:
         raise AdapterError(f"safetensors header: {error}", path=file.path) from error
-    data_start = _LENGTH_BYTES + length
-    metadata = _metadata(header.pop(_METADATA, {}), file.path, limits)
-    spans = [(*_entry(name, entry, file.path, limits), name) for name, entry in header.items()]
-    _check_layout(spans, size - data_start, file.path)
-    tensors = {
-        name: in_file(name, dtype, shape, file, data_start + begin)
-        for begin, _, dtype, shape, name in spans
-    }
-    return SafetensorsFile(file, metadata, tensors)
+    return header, _LENGTH_BYTES + length
 
 
 def _check_amount(text: bytes, path: Path, limits: Limits) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +169,7 @@ def _as_json(
         "from": source_format,
         "to": conversion.target.name,
         "bytes_out": _nbytes(conversion),
-        "losses": [{"name": loss.name, "reason": loss.reason} for loss in conversion.losses],
+        "losses": [dataclasses.asdict(loss) for loss in conversion.losses],
         "relative_error": None if check is None else check.relative_error,
         "other_error": None if check is None else check.other_error,
         "modules": [
@@ -194,6 +195,8 @@ def _print(
         note(text)
     for loss in conversion.losses:
         note(f"left out: {loss.name} {loss.reason}")
+    for remedy in dict.fromkeys(loss.remedy for loss in conversion.losses if loss.remedy):
+        note(remedy)
     if verbose:
         errors = {} if check is None else {m.name: number(m.relative_error) for m in check.modules}
         print_table(

@@ -18,6 +18,7 @@ from loratools.cli.outcome import (
 from loratools.cli.output import (
     choices_as_json,
     human_bytes,
+    note,
     number,
     percent,
     print_choices,
@@ -124,6 +125,7 @@ def _as_json(source: Adapter, result: SqueezeResult) -> dict[str, object]:
             }
             for module in result.modules
         ],
+        "kept_whole": list(result.kept_whole),
     }
 
 
@@ -141,6 +143,10 @@ def _print_report(source: Adapter, result: SqueezeResult) -> None:
             for module in result.modules
         ],
     )
+    if result.kept_whole:
+        count, first = len(result.kept_whole), result.kept_whole[0]
+        more = f" and {count - 1} more" if count > 1 else ""
+        note(f"kept as they are, for they have no factors: {first}{more}")
     bytes_in, bytes_out = _sizes(source, result)
     of_what = " of the DoRA direction" if result.directional else ""
     click.echo(f"relative error{of_what}: {number(result.relative_error)}")

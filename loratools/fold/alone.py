@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from loratools.change import exact_factors
 from loratools.fold.modules import checked_change, known_shape, stored_as_is, template_of
 from loratools.fold.regenerate import what_is_missing
 from loratools.kinds import get_kind
+from loratools.kinds.declaration import Product
 from loratools.placement.names import Names
 from loratools.placement.sites import sites
 from loratools.plain import plain
@@ -59,6 +60,42 @@ def folded_exactly(
         UnsupportedError: a module does not fold exactly, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
+    folded = folded_where_exact(adapter, operation, scratch_folder, base=base)
+    for name, delta in folded.modules.items():
+        if isinstance(delta, OtherDelta):
+            raise UnsupportedError(
+                f"a weight change of kind {delta.kind} has no factors that {operation} could use",
+                path=adapter.source,
+                tensor=name,
+                hint=f"Make it a plain LoRA first: {to_lora_command(delta)}",
+            )
+    return folded
+
+
+def folded_where_exact(
+    adapter: Adapter,
+    operation: str,
+    scratch_folder: Path | None,
+    *,
+    base: Checkpoint | None = None,
+    leave: Container[str] = (),
+    dense: bool = True,
+) -> Adapter:
+    """Return the same, with modules that do not fold so as they are.
+
+    Args:
+        adapter: of any kind.
+        operation: what it is for, for messages.
+        scratch_folder: where new factors wait until they are written.
+        base: the base model, for what its configuration tells of settings that a file lacks.
+        leave: modules to leave as they are.
+        dense: whether what is no product of factors is decomposed, too, which is slow; but for
+            DoRAs, which need factors.
+
+    Raises:
+        UnsupportedError: a setting that the change depends on is not in the file.
+        AdapterError: NaN or infinite values, or tensors that do not fit.
+    """
     missing = what_is_missing(adapter)
     if missing:
         raise UnsupportedError(
@@ -70,30 +107,25 @@ def folded_exactly(
         return adapter
     adapter.require_true_delta(operation)
     scratch = Scratch(scratch_folder)
-    modules = dict(adapter.modules)
-    for name, delta in with_settings(adapter, {}, base).modules.items():
-        if not isinstance(delta, OtherDelta):
+    modules = dict(with_settings(adapter, {}, base).modules)
+    for name, delta in list(modules.items()):
+        if not isinstance(delta, OtherDelta) or name in leave or not folds_alone(delta):
             continue
-        change = None
-        if folds_alone(delta):
-            with threadpool_limits(1):  # the bits must not depend on the machine's threads
-                found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
-                change = exact_factors(found, of_any_rank=True)
+        with threadpool_limits(1):  # the bits must not depend on the machine's threads
+            found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
+            if not isinstance(found, Product) and not dense and not delta.is_dora:
+                continue
+            change = exact_factors(found, of_any_rank=True)
         if change is None:
-            raise UnsupportedError(
-                f"a weight change of kind {delta.kind} has no factors that {operation} could use",
-                path=adapter.source,
-                tensor=name,
-                hint=f"Make it a plain LoRA first: {_command(delta)}",
-            )
+            continue
         template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
         plain = stored_as_is(template, change, ComputeOptions(), scratch)
         magnitude = get_kind(delta.kind).magnitude_of(delta)
-        modules[name] = plain if magnitude is None else Dora(plain, magnitude)
+        modules[name] = plain if magnitude is None else Dora(plain, magnitude, delta.axis)
     return plain_adapter(adapter, modules)
 
 
-def _command(delta: OtherDelta) -> str:
+def to_lora_command(delta: OtherDelta) -> str:
     """Return the command that makes a plain LoRA of what does not become one on the fly."""
     base = " --base MODEL" if needs_base(delta) else ""
     rank = "" if get_kind(delta.kind).low_rank else " --rank RANK"

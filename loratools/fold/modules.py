@@ -73,15 +73,15 @@ def _unread(key: str) -> Callable[[], Buffer]:
 
 
 def template_of(
-    name: str, delta: LowRank | OtherDelta, layer: Layer, shape: tuple[int, int]
+    name: str, delta: LowRank | OtherDelta, layer: Layer, shape: tuple[int, int], rank: int = 1
 ) -> LowRank:
     """Return a delta that says where and how to store factors; its values are not read."""
     out, in_ = shape
     wide = DTYPES["F32"]
     stack = (delta.experts,) if layer.kind == "experts" else ()
     return LowRank(
-        TensorRef(f"{name}.a", wide, (*stack, 1, in_), _unread(name)),
-        TensorRef(f"{name}.b", wide, (*stack, out, 1), _unread(name)),
+        TensorRef(f"{name}.a", wide, (*stack, rank, in_), _unread(name)),
+        TensorRef(f"{name}.b", wide, (*stack, out, rank), _unread(name)),
         1.0,
         layer,
         bias=delta.bias,

@@ -9,7 +9,7 @@ import numpy as np
 from loratools.change import Streaming, decomposed, exact_factors, rows_of
 from loratools.decompose import Decomposed, Matrix, loaded, matrices
 from loratools.device import Device
-from loratools.dora import Rescaling, finite_vector, rescaled_rows
+from loratools.dora import Rescaling, finite_vector, rescaled_rows, rescaling_of
 from loratools.fold.alone import needs_base
 from loratools.fold.modules import checked_change, kind_name, known_shape, template_of
 from loratools.kinds import get_kind
@@ -140,9 +140,8 @@ class Opener:
             change: Change = Product(
                 delta.direction.scale * b.astype(np.float64), a.astype(np.float64)
             )
-            return self._through_dora(
-                name, place, change, delta.of_outputs("to-lora"), _unscaled(delta.direction)
-            )
+            like = _unscaled(delta.direction)
+            return self._through_dora(name, place, change, delta.magnitude, delta, like)
         if delta.layer.kind == "experts":
             return self._stack(name, delta)
         weight: Weight
@@ -156,10 +155,10 @@ class Opener:
         change = checked_change(name, delta, weight, self.largest)
         layer = delta.layer if place is None else place.layer
         template = template_of(name, delta, layer, rows_of(change).shape)
-        template = replace(template, bias=self._bias(delta, weight, place))
+        template = replace(template, bias=added_bias(delta, weight, place))
         magnitude = kind.magnitude_of(delta)
         if magnitude is not None and place is not None:
-            return self._through_dora(name, place, change, magnitude, template)
+            return self._through_dora(name, place, change, magnitude, delta, template)
         exact = exact_factors(change, of_any_rank=kind.low_rank and not self.rule.is_given)
         matrix: Decomposed
         if exact is not None and not isinstance(change, Kronecker):
@@ -182,23 +181,19 @@ class Opener:
         return Opened(None, parts, template, None, delta.kind)
 
     def _through_dora(
-        self, name: str, place: Place, change: Change, magnitude: TensorRef, like: LowRank
+        self,
+        name: str,
+        place: Place,
+        change: Change,
+        magnitude: TensorRef,
+        delta: Dora | OtherDelta,
+        like: LowRank,
     ) -> Opened:
         weight = place.weight()
-        values = finite_vector(magnitude, "magnitude")
-        rescaling = Rescaling(weight, rows_of(change), values)
+        rescaling = rescaling_of(magnitude, delta.axis, weight, rows_of(change))
         matrix = decomposed(rescaled_rows(rescaling), self.device, self._streaming(name), name)
-        kind = kind_name(self.adapter.modules[name])
         template = template_of(name, like, place.layer, weight.shape)
-        return Opened(None, [matrix], template, rescaling, kind)
-
-    def _bias(self, delta: OtherDelta, weight: Weight, place: Place | None) -> TensorRef | None:
-        """Return what the change adds to the layer's bias, None if nothing."""
-        function = get_kind(delta.kind).bias
-        if function is None or place is None or place.bias is None:
-            return delta.bias
-        added = function(delta, weight, finite_vector(place.bias, "bias"))
-        return in_memory(place.bias.key, added.astype(np.float32))
+        return Opened(None, [matrix], template, rescaling, kind_name(delta))
 
     def _streaming(self, name: str) -> Streaming:
         rule = self.rule
@@ -221,6 +216,15 @@ class Opener:
             rank=min(rank, known.shape[1]),
             tail=tail if opened.exact is None and known.shape[1] < min(spectrum.shape) else None,
         )
+
+
+def added_bias(delta: OtherDelta, weight: Weight, place: Place | None) -> TensorRef | None:
+    """Return what a change adds to its layer's bias, None if nothing."""
+    function = get_kind(delta.kind).bias
+    if function is None or place is None or place.bias is None:
+        return delta.bias
+    added = function(delta, weight, finite_vector(place.bias, "bias"))
+    return in_memory(place.bias.key, added.astype(np.float32))
 
 
 def _unscaled(delta: LowRank) -> LowRank:

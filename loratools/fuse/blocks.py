@@ -21,7 +21,7 @@ import numpy as np
 
 from loratools.buffers import Buffers
 from loratools.device import Device, to_numpy
-from loratools.fuse.terms import DoraPart, Term, View
+from loratools.fuse.terms import DoraPart, RowsTerm, Term, View
 from loratools_formats.errors import AdapterError
 from loratools_formats.tensors import TensorRef
 
@@ -65,7 +65,7 @@ class Patch:
 
 
 def single_precision(
-    view: View, terms: Sequence[Sequence[Term]], code: str, *, base_code: str
+    view: View, terms: Sequence[Sequence[Term | RowsTerm]], code: str, *, base_code: str
 ) -> bool:
     """Return whether float32 is enough: bfloat16 in and out, no DoRA, no very high rank.
 
@@ -76,7 +76,7 @@ def single_precision(
         code == base_code == "BF16"
         and elements >= _MIN_SINGLE_ELEMENTS
         and all(
-            term.dora is None and term.right.shape[0] <= _MAX_SINGLE_RANK
+            isinstance(term, Term) and term.is_plain and term.right.shape[0] <= _MAX_SINGLE_RANK
             for plane in terms
             for term in plane
         )
@@ -86,7 +86,7 @@ def single_precision(
 def fused_blocks(
     tensor: TensorRef,
     view: View,
-    terms: Sequence[Sequence[Term]],
+    terms: Sequence[Sequence[Term | RowsTerm]],
     patches: Sequence[Patch],
     *,
     single: bool,
@@ -118,14 +118,16 @@ def fused_blocks(
             count = min(height, view.rows - top)
             w, sums = base[:count], total[:count]
             reader.read(plane, top, w)
-            if len(prepared) == 1 and prepared[0].is_whole(top, count, view):
-                prepared[0].put(w, sums, top)
+            only = prepared[0] if len(prepared) == 1 else None
+            if isinstance(only, _Plain) and only.is_whole(top, count, view):
+                only.put(w, sums, top)
             else:
                 sums[...] = w
                 for term in prepared:
                     term.add(w, sums, product[:count], top)
             if single:
-                _repair(w, sums, top, prepared, masks[0, :count], masks[1, :count])
+                products = [item for item in prepared if isinstance(item, _Plain)]
+                _repair(w, sums, top, products, masks[0, :count], masks[1, :count])
             yield Block((plane * view.rows + top) * view.columns, w, sums)
 
 
@@ -156,7 +158,11 @@ class _Reader:
             yield top, block
 
 
-def _prepared(term: Term, dtype: Any, device: Device, reader: _Reader) -> _Plain:
+def _prepared(
+    term: Term | RowsTerm, dtype: Any, device: Device, reader: _Reader
+) -> _Plain | _ByRows:
+    if isinstance(term, RowsTerm):
+        return _ByRows(term)
     if term.dora is None:
         return _Plain(term, dtype, device)
     return _WithDora(term, term.dora, dtype, device, reader)
@@ -251,6 +257,23 @@ class _WithDora(_Plain):
             magnitude = self.dora.magnitude[begin : begin + len(v)]
             factor = _ratio(magnitude, norms, self.term.module)[:, None]
         total += self.term.weight * (factor * v - base)
+
+
+class _ByRows:
+    """A term that is known by rows."""
+
+    def __init__(self, term: RowsTerm) -> None:
+        self.term = term
+        self.columns = slice(*term.columns)
+
+    def add(self, base: Array, total: Array, spare: Array, top: int) -> None:
+        """Add to the sums of a block."""
+        del base, spare
+        first = self.term.rows[0]
+        start, stop = max(first, top), min(self.term.rows[1], top + len(total))
+        if start < stop:
+            rows = self.term.values.rows(start - first, stop - first)
+            total[start - top : stop - top, self.columns] += self.term.weight * rows
 
 
 def _ratio(magnitude: Array, norms: Array, module: str) -> Array:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from loratools.device import Device, DeviceName
-from loratools.fold.alone import folded_exactly
+from loratools.fold.alone import folded_where_exact
 from loratools.fuse.draft import FuseInput
 from loratools.fuse.plan import FusePlan, TensorPlan, plan_fuse
 from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
@@ -190,7 +190,10 @@ class Fusion:
     def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.options = options
         self.inputs = tuple(
-            replace(item, adapter=folded_exactly(item.adapter, "fuse", None, base))
+            replace(
+                item,
+                adapter=folded_where_exact(item.adapter, "fuse", None, base=base, dense=False),
+            )
             for item in inputs
         )
         self._base = base

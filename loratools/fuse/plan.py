@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from loratools.fold.alone import folded_where_exact, needs_base
 from loratools.fuse.blocks import Patch
 from loratools.fuse.draft import Draft, FuseInput, replace_values
+from loratools.fuse.streamed import (
+    StreamedPlacement,
+    is_streamed,
+    refuse_clashes,
+    streamed_placements,
+)
 from loratools.fuse.terms import Change
 from loratools.naming.for_base import named_for_base
 from loratools.placement import BiasPlacement, Placement, Placements, place
-from loratools_formats.adapter import MUTATED_BASE, Adapter, Dora
+from loratools_formats.adapter import MUTATED_BASE, Adapter
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.dtypes import DTYPES, DType
 from loratools_formats.errors import AdapterError, UnsupportedError
@@ -139,27 +146,29 @@ def plan_fuse(
     """
     notes: list[str] = []
     placed = []
-    inputs = [replace(item, adapter=named_for_base(item.adapter, base)) for item in inputs]
+    inputs = [replace(item, adapter=_ready(item.adapter, base)) for item in inputs]
+    streamed: list[list[Placement | BiasPlacement | StreamedPlacement]] = []
     for item in inputs:
-        _require_true_delta(item.adapter)
-        placements = place(item.adapter, base)
+        placements = place(_without_streamed(item.adapter), base)
+        weights, biases = streamed_placements(item.adapter, base)
+        refuse_clashes(base, placements, weights)
         placed.append(placements)
+        streamed.append([*weights, *biases])
         notes += [note for note in placements.notes if note not in notes]
         _refuse_weighted_replacement(item, placements)
-        if item.weight < 0 and any(isinstance(p.delta, Dora) for p in placements.deltas):
+        if item.weight < 0 and any(map(needs_base, item.adapter.modules.values())):
             notes.append(
-                f"{item.name}: the change of a DoRA depends on the weights; a negative weight "
-                "subtracts that of these weights, and cannot take out one that is fused already"
+                f"{item.name}: its change depends on the weights; a negative weight subtracts "
+                "that of these weights, and cannot take out one that is fused already"
             )
     untied = _untied(inputs, placed)
     drafts = {key: Draft(tensor) for key, tensor in base.tensors.items()}
     for new, origin in untied.items():
         drafts[new] = Draft(base.tensors[origin].renamed(new))
-    for item, placements in zip(inputs, placed, strict=True):
+    for item, placements, others in zip(inputs, placed, streamed, strict=True):
         for key, replacement in placements.replacements:
             replace_values(drafts, key, replacement, item)
-        all_placed: list[Placement | BiasPlacement] = [*placements.deltas, *placements.biases]
-        for placement in all_placed:
+        for placement in (*placements.deltas, *placements.biases, *others):
             drafts[placement.key].changes.append(Change(placement, item.weight))
     plans = {
         key: _tensor_plan(base, key, drafts[key], dtype, (stored or {}).get(key))
@@ -173,6 +182,17 @@ def plan_fuse(
     if resized is not None:
         notes.append(f"the vocabulary has {resized[1]} entries now, {resized[0]} before")
     return FusePlan(base, plans, config, tuple(notes))
+
+
+def _ready(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return the adapter with what folds exactly as factors, and named as the base is."""
+    _require_true_delta(adapter)
+    return named_for_base(folded_where_exact(adapter, "fuse", None, base=base, dense=False), base)
+
+
+def _without_streamed(adapter: Adapter) -> Adapter:
+    modules = {name: d for name, d in adapter.modules.items() if not is_streamed(d)}
+    return replace(adapter, modules=modules)
 
 
 def _tensor_plan(

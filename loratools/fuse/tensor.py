@@ -13,7 +13,7 @@ from loratools import linalg
 from loratools.device import Device
 from loratools.fuse.blocks import BUFFERS, fused_blocks, single_precision
 from loratools.fuse.plan import TensorPlan
-from loratools.fuse.terms import Term, View, load_terms, stacked
+from loratools.fuse.terms import RowsTerm, Term, View, load_terms, stacked
 from loratools_formats.dtypes import round_into
 from loratools_formats.errors import AdapterError, LoratoolsError
 
@@ -110,13 +110,13 @@ def _squared_norm(values: Array) -> float:
     return float(np.dot(wide, wide))
 
 
-def _only_plain(terms: list[list[Term]]) -> list[Term] | None:
+def _only_plain(terms: list[list[Term | RowsTerm]]) -> list[Term] | None:
     """Return the terms if their squared norms add up to that of the change, else None."""
-    if any(term.dora is not None for plane in terms for term in plane):
+    found = [term for plane in terms for term in plane]
+    plain = [term for term in found if isinstance(term, Term) and term.is_plain]
+    if len(plain) < len(found) or any(len(plane) > 1 for plane in terms):
         return None
-    if any(len(plane) > 1 for plane in terms):
-        return None
-    return [term for plane in terms for term in plane]
+    return plain
 
 
 def _squared(terms: list[Term]) -> float:

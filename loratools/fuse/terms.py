@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from loratools.fuse.streamed import StreamedPlacement
+from loratools.kinds.declaration import Rows
 from loratools.placement import BiasPlacement, Placement, Span
 from loratools_formats.adapter import Dora, LowRank, low_rank_part
 from loratools_formats.dtypes import converted
@@ -45,7 +47,7 @@ class View:
 class Change:
     """One adapter's change of one tensor, with the adapter's weight."""
 
-    placement: Placement | BiasPlacement
+    placement: Placement | BiasPlacement | StreamedPlacement
     weight: float
 
 
@@ -86,6 +88,33 @@ class Term:
     weight: float
     dora: DoraPart | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a product, whatever the weights are."""
+        return self.dora is None
+
+
+@dataclass(frozen=True)
+class RowsTerm:
+    """weight · a change known by rows, added to a rectangle of a matrix.
+
+    Attributes:
+        module: the adapter's module, for messages.
+        plane: which matrix.
+        rows: rows of the rectangle.
+        columns: columns of the rectangle.
+        values: what is added, by rows of the rectangle in float64.
+        weight: the adapter's.
+    """
+
+    module: str
+    plane: int
+    rows: Span
+    columns: Span
+    values: Rows
+    weight: float
+    is_plain: bool = False
+
 
 def stacked(changes: Sequence[Change]) -> bool:
     """Return whether the tensor that is changed is a stack of matrices if it has three axes.
@@ -99,7 +128,7 @@ def stacked(changes: Sequence[Change]) -> bool:
     )
 
 
-def load_terms(changes: Sequence[Change], view: View) -> list[list[Term]]:
+def load_terms(changes: Sequence[Change], view: View) -> list[list[Term | RowsTerm]]:
     """Load the factors of all changes of a tensor; returns the terms of each plane.
 
     Raises:
@@ -109,8 +138,10 @@ def load_terms(changes: Sequence[Change], view: View) -> list[list[Term]]:
     return [_joined([t for t in terms if t.plane == plane]) for plane in range(view.planes)]
 
 
-def _terms(change: Change, view: View) -> list[Term]:
+def _terms(change: Change, view: View) -> list[Term] | list[RowsTerm]:
     placement = change.placement
+    if isinstance(placement, StreamedPlacement):
+        return [_streamed_term(placement, change.weight, view)]
     if isinstance(placement, BiasPlacement):
         return _bias_terms(placement, change.weight, view)
     part = low_rank_part(placement.delta)
@@ -143,6 +174,25 @@ def _terms(change: Change, view: View) -> list[Term]:
     return found
 
 
+def _streamed_term(placement: StreamedPlacement, weight: float, view: View) -> RowsTerm:
+    values = placement.rows()
+    outputs, others = placement.outputs, (0, values.shape[1])
+    if not placement.piece.crossed:
+        rows, columns = outputs, others
+    else:
+        whole = values.rows(0, values.shape[0]).T
+        values = Rows((whole.shape[0], whole.shape[1]), lambda start, stop: whole[start:stop])
+        rows, columns = others, outputs
+    if rows[1] > view.rows or columns[1] > view.columns or view.planes != 1:
+        raise AdapterError(
+            "the delta does not fit the base weight",
+            tensor=placement.module,
+            got=f"rows {list(rows)}, columns {list(columns)}",
+            expected=f"inside {view.planes} × {view.rows} × {view.columns}",
+        )
+    return RowsTerm(placement.module, 0, rows, columns, values, weight)
+
+
 def _loaded(part: LowRank, placement: Placement) -> tuple[Array, Array]:
     """Return a (E, r, in) and b (E, out, r), exact; one expert only if one is placed."""
     arrays = []
@@ -162,7 +212,7 @@ def _loaded(part: LowRank, placement: Placement) -> tuple[Array, Array]:
 def _magnitude(placement: Placement) -> Array | None:
     if not isinstance(placement.delta, Dora):
         return None
-    values: Array = placement.delta.of_outputs("fuse").load(np.float64).reshape(-1)
+    values: Array = placement.delta.magnitude.load(np.float64).reshape(-1)
     if not np.isfinite(values).all():
         raise AdapterError(
             "magnitude holds NaN or infinite values", tensor=placement.delta.magnitude.key
@@ -225,14 +275,14 @@ def _check_fit(term: Term, view: View, *, complete: bool) -> None:
         )
 
 
-def _joined(terms: list[Term]) -> list[Term]:
+def _joined(terms: list[Term | RowsTerm]) -> list[Term | RowsTerm]:
     """Join plain terms of one rectangle, so that one product stands for all of them."""
     groups: dict[tuple[Span, Span], list[Term]] = {}
-    doras = [term for term in terms if term.dora is not None]
+    others = [term for term in terms if not term.is_plain]
     for term in terms:
-        if term.dora is None:
+        if isinstance(term, Term) and term.is_plain:
             groups.setdefault((term.rows, term.columns), []).append(term)
-    joined = []
+    joined: list[Term | RowsTerm] = []
     for (rows, columns), group in groups.items():
         lefts = [t.left if t.weight == 1.0 else t.weight * _wide(t.left) for t in group]
         rights = [t.right for t in group]
@@ -240,7 +290,7 @@ def _joined(terms: list[Term]) -> list[Term]:
         left = lefts[0] if len(group) == 1 else np.concatenate(lefts, axis=1)
         right = rights[0] if len(group) == 1 else np.concatenate(rights, axis=0)
         joined.append(Term(group[0].module, group[0].plane, rows, columns, left, right, 1.0))
-    return joined + doras
+    return joined + others
 
 
 def _wide(values: Array) -> Array:

@@ -9,20 +9,35 @@ from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weig
 from loratools_formats.adapter import OtherDelta
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
-    tensors = Tensors(delta)
-    gain, on_input = tensors["gain"].reshape(-1) - 1.0, delta.settings["on_input"]
+def scaled(tensors: Tensors, factors: Array, weight: Weight, *, on_input: bool) -> Rows:
+    """Return l ∘ W, a factor for each output or input.
+
+    Args:
+        tensors: of the module, for messages.
+        factors: l.
+        weight: W.
+        on_input: whether they belong to inputs.
+
+    Raises:
+        AdapterError: there are more or fewer than that.
+    """
     out, in_ = weight.shape
-    if on_input and len(gain) != in_ and in_ % len(gain) == 0:
-        gain = gain.repeat(in_ // len(gain))  # one number per input channel of a convolution
-    if len(gain) != (in_ if on_input else out):
+    if on_input and len(factors) != in_ and in_ % len(factors) == 0:
+        factors = factors.repeat(in_ // len(factors))  # one for each input of a convolution
+    if len(factors) != (in_ if on_input else out):
         raise tensors.wrong_shape("gain", f"{in_ if on_input else out} numbers")
 
     def rows(start: int, stop: int) -> Array:
-        factor = gain[None, :] if on_input else gain[start:stop, None]
+        factor = factors[None, :] if on_input else factors[start:stop, None]
         return factor * weight.rows(start, stop)
 
     return Rows(weight.shape, rows)
+
+
+def _change(delta: OtherDelta, weight: Weight) -> Change:
+    tensors = Tensors(delta)
+    change = tensors["gain"].reshape(-1) - 1.0
+    return scaled(tensors, change, weight, on_input=delta.settings["on_input"])
 
 
 def _bias(delta: OtherDelta, _: Weight, bias: Array) -> Array:

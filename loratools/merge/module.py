@@ -20,7 +20,7 @@ from loratools import linalg
 from loratools.change import rows_of
 from loratools.decompose import Matrix, loaded
 from loratools.device import Device
-from loratools.dora import Rescaling, finite_vector
+from loratools.dora import Rescaling, rescaling_of
 from loratools.kinds.declaration import Product, Weight
 from loratools.merge.align import AlignedModule
 from loratools.merge.methods import Method
@@ -274,5 +274,4 @@ def _row_source(delta: Delta | None, weight: Weight, module: AlignedModule) -> R
     if not isinstance(delta, Dora):
         return FactorRows(b, a)
     change = rows_of(Product(b, a))
-    magnitude = finite_vector(delta.of_outputs("merge"), "magnitude")
-    return _DoraRows(Rescaling(weight, change, magnitude))
+    return _DoraRows(rescaling_of(delta.magnitude, delta.axis, weight, change))

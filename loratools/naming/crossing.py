@@ -30,20 +30,29 @@ class Crossing:
         names: what each of its modules is called, component included.
         target: the naming it goes to.
         table: of its architecture; locates every name.
+        expert: the component that original names are of; the table's first by default.
 
     Attributes:
         dotted: for every new name that is flattened, the dotted one.
+        split: the new names of pieces of what was one module.
     """
 
     def __init__(
-        self, source: Adapter, names: Mapping[str, str], target: Target, table: Table
+        self,
+        source: Adapter,
+        names: Mapping[str, str],
+        target: Target,
+        table: Table,
+        expert: str | None = None,
     ) -> None:
         self._source = source
         self._names = names
         self._target: Target = target
         self._table = table
+        self._expert = expert or table.component
         self._scheme = target_scheme(target, table)
         self.dotted: dict[str, str] = {}
+        self.split: set[str] = set()
 
     def modules(self) -> dict[str, Delta]:
         """Return the modules under their new names.
@@ -69,14 +78,15 @@ class Crossing:
 
     def _all(self, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
         result: dict[str, Delta] = {}
-        groups: dict[tuple[Row, tuple[str, ...]], _Group] = {}
+        groups: dict[tuple[Row, tuple[str, ...], str], _Group] = {}
         for name, delta in deltas.items():
             place = located(self._names[name], self._table)
             if isinstance(place, TextPlace):
                 self._put(result, text_name(place, self._target), delta)
                 self.dotted[text_name(place, "kohya")] = text_name(place, "diffusers")
             elif place is not None:
-                group = groups.setdefault((place.row, place.numbers), {})
+                component = place.component or self._expert
+                group = groups.setdefault((place.row, place.numbers, component), {})
                 if place.covered in group:
                     raise AdapterError(
                         "two modules are one in the other naming",
@@ -85,18 +95,18 @@ class Crossing:
                         got=group[place.covered][1],
                     )
                 group[place.covered] = (place, name, delta)
-        for (row, numbers), group in groups.items():
+        for (row, numbers, component), group in groups.items():
             if self._scheme == "original":
                 path = filled(row.original, numbers)
-                self._name(result, path, self._as_one(path, row, group))
+                self._name(result, path, component, self._as_one(path, row, group))
             else:
                 for place, name, delta in group.values():
                     self._taken_apart(result, place, name, delta)
         return result
 
-    def _name(self, result: dict[str, Delta], path: str, delta: Delta) -> None:
-        name = prefixed(path, self._target, self._table)
-        self.dotted[name] = dotted_name(path, self._table, self._scheme)
+    def _name(self, result: dict[str, Delta], path: str, component: str, delta: Delta) -> None:
+        name = prefixed(path, self._target, component)
+        self.dotted[name] = dotted_name(path, component, self._scheme)
         self._put(result, name, delta)
 
     def _put(self, result: dict[str, Delta], name: str, delta: Delta) -> None:
@@ -125,7 +135,11 @@ class Crossing:
             piece = rows_of(name, delta, start, stop) if len(place.covered) > 1 else delta
             if row.swapped_halves and place.scheme != self._scheme:
                 piece = swapped_halves(name, piece)
-            self._name(result, filled(row.diffusers[part], place.numbers), piece)
+            component = place.component or self._expert
+            path = filled(row.diffusers[part], place.numbers)
+            self._name(result, path, component, piece)
+            if len(place.covered) > 1:
+                self.split.add(prefixed(path, self._target, component))
             start = stop
 
     def _fused(self, path: str, row: Row, group: _Group) -> Delta:

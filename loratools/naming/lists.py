@@ -13,7 +13,7 @@ from pathlib import Path
 from loratools.naming.tables import flattened
 from loratools_formats import strict_json
 from loratools_formats.adapter import Adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoint import checkpoint_names
 from loratools_formats.errors import AdapterError, OptionError
 from loratools_formats.registry import read_adapter
 from loratools_formats.singlefile.grammar import parse
@@ -24,6 +24,7 @@ CHECKPOINT_PREFIX = "model.diffusion_model."
 _FLAT_PREFIXES = {
     "unet.": ("lora_unet_",),
     "transformer.": ("lora_transformer_", "lora_unet_", "lora_unet__", "lycoris_"),
+    "transformer_2.": ("lora_unet_", "lora_unet__"),
     "diffusion_model.": ("lora_unet_", "lora_unet__", "lycoris_", "lora_transformer_"),
     "text_encoder.": ("lora_te_", "lora_te1_"),
     "text_encoder_2.": ("lora_te2_", "lora_te3_"),
@@ -66,15 +67,15 @@ def names_of_base(path: Path, component: str | None) -> list[str]:
     """Return the module names of a checkpoint, with a component before them.
 
     Args:
-        path: checkpoint file or folder, of which headers are read.
+        path: checkpoint file or folder, or an index; of files only headers need be there.
         component: what to put before paths; not needed where the checkpoint's own names tell.
 
     Raises:
         OptionError: a component is needed.
         AdapterError: no sound checkpoint.
     """
-    tensors = read_checkpoint(path).tensors
-    modules = sorted({key.rpartition(".")[0] for key in tensors if key.count(".")})
+    names = checkpoint_names(path)
+    modules = sorted({key.rpartition(".")[0] for key in names if key.count(".")})
     if any(module.startswith(CHECKPOINT_PREFIX) for module in modules):
         start = len(CHECKPOINT_PREFIX)
         return [f"diffusion_model.{m[start:]}" for m in modules if m.startswith(CHECKPOINT_PREFIX)]

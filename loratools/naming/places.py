@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from loratools.naming.tables import Place, Scheme, Table, TextEncoder, filled, flattened
@@ -14,6 +14,7 @@ Target = Class | Literal["bare"]
 
 _PROBE = ".lora_A.weight"
 _TEXT_PREFIXES = ("lora_te", "text_encoder")
+_OUTER = "text_model."
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,39 @@ def located(name: str, table: Table) -> Place | TextPlace | None:
     if key is None:
         return None
     for role, encoder in table.text_encoders.items():
-        prefixes = (encoder.kohya, f"{role}.", f"text_encoders.{encoder.comfyui}.")
-        if key.prefix.startswith(prefixes) or key.prefix in prefixes:
-            if not key.flat:
-                return TextPlace(role, encoder, key.path)
-            path = _text_path(key.path, encoder)
+        prefixes = (
+            encoder.kohya,
+            *encoder.also,
+            f"{role}.",
+            f"text_encoders.{encoder.comfyui}.",
+        )
+        if key.prefix.startswith(prefixes):
+            path = _text_path(key, encoder)
+            if path is None and not key.flat:
+                path = key.path
             return None if path is None else TextPlace(role, encoder, path)
-    if key.prefix.startswith(_TEXT_PREFIXES) or key.prefix == "transformer_2.":
+    if key.prefix.startswith(_TEXT_PREFIXES):
         return None
-    if key.naming == "diffusers" and key.prefix != f"{table.component}.":
-        return None
-    return table.locate(key.path, flat=key.flat, schemes=_schemes(key))
+    component = ""
+    if key.naming == "diffusers":
+        component = key.prefix.partition(".")[0]
+        if component not in table.components:
+            return None
+    place = table.locate(key.path, flat=key.flat, schemes=_schemes(key))
+    return None if place is None else replace(place, component=component)
 
 
-def _text_path(path: str, encoder: TextEncoder) -> str | None:
+def _text_path(key: Key, encoder: TextEncoder) -> str | None:
+    """Return a module's path in a text encoder, None if it is none of those known.
+
+    transformers 5 dropped the outer module of CLIP's paths, which other loaders expect.
+    """
     for pattern in encoder.paths:
-        text = re.escape(flattened(pattern)).replace(re.escape("{}"), r"(\d{1,4})")
-        found = re.fullmatch(text, path)
-        if found is not None:
-            return filled(pattern, found.groups())
+        for spelled in (pattern, pattern.removeprefix(_OUTER)):
+            text = re.escape(flattened(spelled) if key.flat else spelled)
+            found = re.fullmatch(text.replace(re.escape("{}"), r"(\d{1,4})"), key.path)
+            if found is not None:
+                return filled(pattern, found.groups())
     return None
 
 
@@ -75,7 +90,7 @@ def names_at(place: Place, target: Target, table: Table) -> list[str]:
         paths = [filled(place.row.original, place.numbers)]
     else:
         paths = [filled(place.row.diffusers[part], place.numbers) for part in place.covered]
-    return [prefixed(path, target, table) for path in paths]
+    return [prefixed(path, target, place.component or table.component) for path in paths]
 
 
 def target_scheme(target: Target, table: Table) -> Scheme:
@@ -85,16 +100,16 @@ def target_scheme(target: Target, table: Table) -> Scheme:
     return "original" if target == "comfyui" else "diffusers"
 
 
-def prefixed(path: str, target: Target, table: Table) -> str:
-    """Return a module's name in the target."""
+def prefixed(path: str, target: Target, component: str) -> str:
+    """Return a module's name in the target, which has the component only if it is diffusers'."""
     if target == "kohya":
         return f"lora_unet_{flattened(path)}"
-    return f"diffusion_model.{path}" if target == "comfyui" else f"{table.component}.{path}"
+    return f"diffusion_model.{path}" if target == "comfyui" else f"{component}.{path}"
 
 
-def dotted_name(path: str, table: Table, scheme: Scheme) -> str:
+def dotted_name(path: str, component: str, scheme: Scheme) -> str:
     """Return a module's name with its component, dotted."""
-    return f"diffusion_model.{path}" if scheme == "original" else f"{table.component}.{path}"
+    return f"diffusion_model.{path}" if scheme == "original" else f"{component}.{path}"
 
 
 def text_name(text: TextPlace, target: Target) -> str:

@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 
 from loratools.naming.crossing import Crossing
 from loratools.naming.lists import MAP_KEY, as_metadata, embedded_map, looked_up
-from loratools.naming.places import Target, located, module_key, names_at, text_name
+from loratools.naming.places import (
+    Target,
+    located,
+    module_key,
+    names_at,
+    target_scheme,
+    text_name,
+)
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
 from loratools_formats.adapter import Adapter, Addition, Delta, Replacement
 from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
@@ -53,11 +60,13 @@ class Renamed:
         adapter: with modules, keys of additions and metadata as the target has them.
         notes: how the names were found.
         left_out: modules of other components than the one asked for, if the target holds one.
+        split: modules that are pieces of what was one.
     """
 
     adapter: Adapter
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    split: frozenset[str] = frozenset()
 
 
 def renamed(adapter: Adapter, target: Target, options: NamingOptions | None = None) -> Renamed:
@@ -101,7 +110,8 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
         )
     modules = {name.removeprefix(prefix): delta for name, delta in kept.items()}
     left_out = tuple(sorted(set(adapter.modules) - set(kept)))
-    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out)
+    split = frozenset(name.removeprefix(prefix) for name in by_diffusers.split & set(kept))
+    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out, split)
 
 
 def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renamed:
@@ -117,12 +127,49 @@ def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renam
         return Renamed(_moved(adapter, names, target))
     tables = _tables(adapter, names, target, options)
     if not tables:
-        return Renamed(_moved(adapter, _without_table(adapter, names, target), target))
-    crossing = Crossing(adapter, names, target, tables[0])
+        return Renamed(_moved(adapter, _without_table(adapter, names, target), target, names))
+    adapter, left_out = _one_expert(adapter, names, target, tables[0], options)
+    expert = options.component if options.component in tables[0].components else None
+    crossing = Crossing(adapter, names, target, tables[0], expert)
     modules, additions = crossing.modules(), crossing.additions()
     done = _finished(adapter, modules, additions, target, crossing.dotted)
     titles = " or ".join(table.title for table in tables)
-    return Renamed(done, (f"names by the table of {titles}",))
+    notes = (f"names by the table of {titles}",)
+    return Renamed(done, notes, left_out, frozenset(crossing.split))
+
+
+def _one_expert(
+    adapter: Adapter,
+    names: Mapping[str, str],
+    target: Target,
+    table: Table,
+    options: NamingOptions,
+) -> tuple[Adapter, tuple[str, ...]]:
+    """Return what is of one expert, where the target names all experts alike, and the rest.
+
+    Raises:
+        UnsupportedError: there are several, and none was chosen.
+    """
+    places = {old: located(new, table) for old, new in names.items()}
+    experts = {old: p.component for old, p in places.items() if isinstance(p, Place)}
+    found = sorted(set(experts.values()))
+    if target_scheme(target, table) != "original" or len(found) < 2:
+        return adapter, ()
+    if options.component not in found:
+        raise UnsupportedError(
+            f"{target} files name all experts alike, and the adapter has several",
+            path=adapter.source,
+            got=", ".join(found),
+            hint="Take one with --component, and leave out the others with --allow-lossy",
+        )
+    others = {old for old, component in experts.items() if component != options.component}
+    kept = {
+        key: addition
+        for key, addition in adapter.additions.items()
+        if addition.target.rpartition(".")[0] not in others
+    }
+    modules = {name: delta for name, delta in adapter.modules.items() if name not in others}
+    return replace(adapter, modules=modules, additions=kept), tuple(sorted(others))
 
 
 def _with_component(adapter: Adapter, options: NamingOptions, target: Target) -> dict[str, str]:
@@ -203,8 +250,9 @@ def _outcome(names: Mapping[str, str], target: Target, table: Table) -> tuple[st
 
 def _unresolved(adapter: Adapter, missing: list[str], where: str) -> AdapterError:
     shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    count = "1 module name is" if len(missing) == 1 else f"{len(missing)} module names are"
     return AdapterError(
-        f"{len(missing)} module names are not in {where}",
+        f"{count} not in {where}",
         path=adapter.source,
         got=shown,
         hint="Give a list of names with --base or --names-from, or a table with --names",
@@ -235,8 +283,20 @@ def _without_table(adapter: Adapter, names: Mapping[str, str], target: Target) -
     return result
 
 
-def _moved(adapter: Adapter, names: Mapping[str, str], target: Target) -> Adapter:
-    """Return the adapter with other names and nothing else changed."""
+def _moved(
+    adapter: Adapter,
+    names: Mapping[str, str],
+    target: Target,
+    before: Mapping[str, str] | None = None,
+) -> Adapter:
+    """Return the adapter with other names and nothing else changed.
+
+    Args:
+        adapter: of any format.
+        names: what each module is to be called.
+        target: the naming.
+        before: what each is called with its component, if that is not to be its name.
+    """
     falling: dict[str, str] = {}
     for old, new in names.items():
         if new in falling:
@@ -253,7 +313,8 @@ def _moved(adapter: Adapter, names: Mapping[str, str], target: Target) -> Adapte
         module, _, leaf = addition.target.rpartition(".")
         name = f"{names[module]}.{leaf}"
         additions[name] = replace(addition, target=name)
-    dotted = {new: old for old, new in names.items() if "." in old and "." not in new}
+    pairs = [(names[old], full) for old, full in (before or {}).items()]
+    dotted = {new: full for new, full in pairs if "." in full and "." not in new}
     return _finished(adapter, modules, additions, target, dotted)
 
 
@@ -266,7 +327,8 @@ def _finished(
 ) -> Adapter:
     """Return the adapter with its new contents, and the map back if names were flattened."""
     metadata = {k: v for k, v in adapter.metadata.items() if k != MAP_KEY}
-    known = {name: full for name, full in dotted.items() if name in modules}
+    there = {*modules, *(name.rpartition(".")[0] for name in additions)}
+    known = {name: full for name, full in dotted.items() if name in there}
     if target == "kohya" and not known and MAP_KEY in adapter.metadata:
         metadata[MAP_KEY] = adapter.metadata[MAP_KEY]
     elif target == "kohya" and known:

@@ -51,12 +51,14 @@ class Place:
         numbers: what its `{}` are.
         covered: which of the row's parts the name covers, in order.
         scheme: the naming that the name is of.
+        component: the component of a pipeline that the name has; empty if it has none.
     """
 
     row: Row
     numbers: tuple[str, ...]
     covered: tuple[int, ...]
     scheme: Scheme
+    component: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,13 @@ class TextEncoder:
         kohya: prefix of its flattened names.
         comfyui: its name after `text_encoders.`.
         paths: its modules, as transformers names them.
+        also: other prefixes of its flattened names, which are read.
     """
 
     kohya: str
     comfyui: str
     paths: tuple[str, ...]
+    also: tuple[str, ...] = ()
 
 
 class Table:
@@ -90,9 +94,15 @@ class Table:
         try:
             self.title: str = values["title"]
             self.component: str = values["diffusers"]
+            self.components = (self.component, *values.get("experts", ()))
             self.kohya: Scheme = values["kohya"]
             self.text_encoders = {
-                role: TextEncoder(entry["kohya"], entry["comfyui"], _paths()[entry["paths"]])
+                role: TextEncoder(
+                    entry["kohya"],
+                    entry["comfyui"],
+                    _paths()[entry["paths"]],
+                    tuple(entry.get("also", ())),
+                )
                 for role, entry in values.get("text_encoders", {}).items()
             }
             self._rows = [row for group in values["modules"] for row in _rows(group)]

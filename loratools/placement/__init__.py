@@ -9,7 +9,13 @@ Only where an adapter changes both ends of a tied embedding are tensors of the a
 learn whether the two changes are one.
 """
 
-from loratools.placement.changes import BiasPlacement, Placement, Placements, Span
+from loratools.placement.changes import (
+    BiasPlacement,
+    Placement,
+    Placements,
+    Span,
+    only_bias,
+)
 from loratools.placement.place import place
 
-__all__ = ["BiasPlacement", "Placement", "Placements", "Span", "place"]
+__all__ = ["BiasPlacement", "Placement", "Placements", "Span", "only_bias", "place"]

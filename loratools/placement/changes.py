@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loratools_formats.adapter import Delta, Replacement
+import numpy as np
+
+from loratools_formats.adapter import Delta, LowRank, Replacement
+from loratools_formats.tensors import TensorRef, in_memory
 
 Span = tuple[int, int]
 
@@ -44,6 +47,12 @@ class BiasPlacement:
     delta: Delta
     outputs: tuple[Span, ...] = ()
     rows: tuple[Span, ...] = ()
+
+
+def only_bias(bias: TensorRef, scale: float = 1.0) -> LowRank:
+    """Return factors that do nothing but add scale · bias."""
+    a, b = (in_memory(bias.key, np.zeros(shape)) for shape in ((1, 1), (bias.numel, 1)))
+    return LowRank(a, b, scale, bias=bias)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from itertools import combinations
 
-import numpy as np
-
-from loratools.placement.changes import BiasPlacement, Placement, Placements, Span
+from loratools.placement.changes import (
+    BiasPlacement,
+    Placement,
+    Placements,
+    Span,
+    only_bias,
+)
 from loratools.placement.experts import expert_placements
 from loratools.placement.fused import joined_spans, part_spans
 from loratools.placement.names import Names
@@ -17,7 +21,6 @@ from loratools.placement.tied import settle
 from loratools_formats.adapter import Adapter, Delta, LowRank, low_rank_part
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import AdapterError, printable
-from loratools_formats.tensors import in_memory
 
 _LISTED = 4
 
@@ -166,14 +169,7 @@ def _additions(names: Names, adapter: Adapter, missing: list[str]) -> list[BiasP
                 got=list(addition.tensor.shape),
                 expected=f"{list(stored.shape)} of {addition.target}",
             )
-        key = addition.tensor.key
-        nothing = LowRank(
-            in_memory(key, np.zeros((1, 1))),
-            in_memory(key, np.zeros((addition.tensor.numel, 1))),
-            1.0,
-            bias=addition.tensor,
-        )
-        placed.append(BiasPlacement(addition.target, addition.target, nothing))
+        placed.append(BiasPlacement(addition.target, addition.target, only_bias(addition.tensor)))
     return placed
 
 

@@ -258,7 +258,35 @@ def _increlora(folder: Path) -> None:
     )
 
 
+def _on_the_weight(folder: Path, algorithm: str) -> None:
+    from importlib.metadata import version
+
+    import torch
+    from lycoris import LycorisNetwork, create_lycoris
+
+    torch.manual_seed(3)
+    model = torch.nn.Module()
+    model.up = torch.nn.Linear(12, 16, bias=False)
+    base = model.up.weight.detach().clone()
+    LycorisNetwork.apply_preset({"target_module": ["Linear"], "unet_target_module": []})
+    network = create_lycoris(model, 1.0, linear_dim=2, linear_alpha=1, algo=algorithm)
+    network.apply_to()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    network.save_weights(str(folder / "adapter.safetensors"), torch.float32, {})
+    with torch.no_grad():
+        change = (model.up(torch.eye(12)).T - base).numpy()
+    network.restore()
+    save(folder / "base.safetensors", {"up.weight": base.numpy()})
+    source = f"LyCORIS {version('lycoris-lora')}"
+    case(folder, source, {"lycoris_up.weight": np.ascontiguousarray(change)})
+
+
 DEFINED = {
+    "butterfly_oft": lambda folder: _on_the_weight(folder, "boft"),
+    "diag_oft": lambda folder: _on_the_weight(folder, "diag-oft"),
+    "lycoris_glora": lambda folder: _on_the_weight(folder, "glora"),
+    "lycoris_ia3": lambda folder: _on_the_weight(folder, "ia3"),
     "full": _full,
     "gated": _gated,
     "increlora": _increlora,

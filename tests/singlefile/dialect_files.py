@@ -32,6 +32,7 @@ class DialectFile:
     additions: set[str] = field(default_factory=set)
     replacements: set[str] = field(default_factory=set)
     carried: set[str] = field(default_factory=set)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -408,11 +409,123 @@ def dora_axes() -> DialectFile:
     return file
 
 
+def lycoris_on_the_weight() -> DialectFile:
+    """LyCORIS kinds whose change depends on the base weight: GLoRA, OFT, BOFT and IA³."""
+    file = DialectFile("kohya", {"LyCORIS", "kohya"}, seed=25)
+    block = "lora_unet_mid_block_attentions_0_transformer_blocks_0"
+    names = [f"{block}_attn1_{projection}" for projection in ("to_q", "to_k", "to_v", "to_out_0")]
+    for name in names:
+        file.weights[name] = file.rng.standard_normal((8, 6))
+    glora, oft, boft, ia3 = names
+    parts = [file.draw(6, 2), file.draw(2, 6), file.draw(8, 2), file.draw(2, 6)]
+    leaves = ("a1", "a2", "b1", "b2")
+    file.tensors |= {f"{glora}.{n}.weight": t for n, t in zip(leaves, parts, strict=True)}
+    file.tensors[f"{glora}.alpha"] = np.array(1.0, np.float32)
+    a1, a2, b1, b2 = (t.astype(np.float64) for t in parts)
+    file.deltas[glora] = 0.5 * (file.weights[glora] @ a1 @ a2 + b1 @ b2)
+    for name, shape in ((oft, (2, 4, 4)), (boft, (2, 4, 2, 2))):
+        file.tensors[f"{name}.oft_blocks"] = blocks = file.draw(*shape)
+        file.tensors[f"{name}.alpha"] = np.array(0.0, np.float32)
+        skew = blocks.astype(np.float64) - blocks.astype(np.float64).swapaxes(-1, -2)
+        eye = np.eye(shape[-1])
+        turns = (eye + skew) @ np.linalg.inv(eye - skew)
+        weight = file.weights[name]
+        if name == oft:
+            turned = np.concatenate(
+                [t.T @ w for t, w in zip(turns, np.split(weight, 2), strict=True)]
+            )
+        else:
+            first = np.concatenate(
+                [t @ w for t, w in zip(turns[0], np.split(weight, 4), strict=True)]
+            )
+            pairs = first.reshape(2, 2, 2, 6).swapaxes(1, 2)
+            second = np.einsum("nij,njc->nic", turns[1], pairs.reshape(4, 2, 6))
+            turned = second.reshape(2, 2, 2, 6).swapaxes(1, 2).reshape(8, 6)
+        file.deltas[name] = turned - weight
+    file.tensors[f"{ia3}.weight"] = factors = file.draw(8)
+    file.tensors[f"{ia3}.on_input"] = np.array(0, np.int64)
+    file.deltas[ia3] = factors.astype(np.float64)[:, None] * file.weights[ia3]
+    return file
+
+
+def ai_toolkit_lokr() -> DialectFile:
+    """ai-toolkit since it writes LoKr by default: dotted original paths, LyCORIS leaves."""
+    file = DialectFile("comfyui", {"ComfyUI"}, seed=26)
+    _kronecker(file, "diffusion_model.layers.0.attention.to_q")
+    _whole_kronecker(file, "diffusion_model.layers.0.feed_forward.w1")
+    return file
+
+
+def wan_differences() -> DialectFile:
+    """Extracted Wan adapters: differences of norms and biases beside factors; a 3-D convolution."""
+    file = DialectFile("comfyui", {"ComfyUI"}, seed=27)
+    block = "diffusion_model.blocks.0"
+    file.pair(f"{block}.self_attn.q", 8, 8, 4, KOHYA, alpha=4.0)
+    file.pair("diffusion_model.patch_embedding", 8, 4, 2, KOHYA, kernel=(1, 2, 2))
+    file.tensors[f"{block}.ffn.0.diff"] = diff = file.draw(16, 8)
+    file.deltas[f"{block}.ffn.0"] = diff.astype(np.float64)
+    norm, bias = f"{block}.norm3.diff", f"{block}.self_attn.q.diff_b"
+    file.tensors[norm], file.tensors[bias] = file.draw(8), file.draw(8)
+    file.additions = {norm, bias}
+    return file
+
+
+def wan_experts() -> DialectFile:
+    """Both experts of Wan 2.2 in diffusers' form, each with a configuration of its own."""
+    file = DialectFile("diffusers", {"diffusers"}, seed=28)
+    file.pair("transformer.blocks.0.attn1.to_q", 8, 8, 4, PEFT, scale=0.5)
+    file.pair("transformer_2.blocks.0.attn1.to_q", 8, 8, 2, PEFT, scale=4.0)
+    configs = {"transformer": (4, 2), "transformer_2": (2, 8)}
+    settings = {f"{name}.r": rank for name, (rank, _) in configs.items()}
+    settings |= {f"{name}.lora_alpha": alpha for name, (_, alpha) in configs.items()}
+    file.metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    return file
+
+
+def onetrainer_prior() -> DialectFile:
+    """OneTrainer for Stable Cascade."""
+    file = DialectFile("kohya", {"OneTrainer"}, seed=29)
+    file.pair("lora_prior_unet_down_blocks_0_2_attention_attn_to_q", 8, 8, 4, KOHYA, alpha=1.0)
+    return file
+
+
+def musubi_hunyuan() -> DialectFile:
+    """musubi-tuner for HunyuanVideo."""
+    file = DialectFile("kohya", {"kohya"}, seed=30)
+    file.pair("lora_unet_double_blocks_0_img_attn_qkv", 24, 8, 4, KOHYA, alpha=2.0)
+    file.pair("lora_unet_single_blocks_0_linear1", 56, 8, 4, KOHYA, alpha=2.0)
+    return file
+
+
+def dora_with_adapter_name() -> DialectFile:
+    """PEFT's DoRA with the adapter's name in the key, of a convolution too."""
+    file = DialectFile("safetensors", {"PEFT with adapter name"}, seed=31)
+    leaves = (".lora_A.default.weight", ".lora_B.default.weight")
+    file.pair("mid_block.attentions.0.proj_out", 8, 6, 4, leaves)
+    file.pair("mid_block.resnets.0.conv1", 8, 6, 4, leaves, kernel=(3, 3))
+    for name, shape in (("attentions.0.proj_out", (8,)), ("resnets.0.conv1", (1, 8, 1, 1))):
+        file.tensors[f"mid_block.{name}.lora_magnitude_vector.default.weight"] = file.draw(*shape)
+    return file
+
+
+def eight_bit_kohya() -> DialectFile:
+    """A kohya file whose factors were stored in 8-bit floats."""
+    file = DialectFile("kohya", {"kohya"}, seed=32)
+    name = "lora_unet_blocks_0_self_attn_q"
+    file.pair(name, 8, 8, 4, KOHYA, alpha=2.0)
+    a, b = (file.tensors[name + leaf].astype(ml_dtypes.float8_e4m3fn) for leaf in KOHYA)
+    file.tensors[name + KOHYA[0]], file.tensors[name + KOHYA[1]] = a, b
+    file.deltas[name] = 0.5 * b.astype(np.float64) @ a.astype(np.float64)
+    return file
+
+
 MAKERS: tuple[Callable[[], DialectFile], ...] = (
     kohya_sd15, kohya_sdxl, kohya_flux, musubi_wan, wan_fun, trailing_underscore,
     onetrainer_legacy, onetrainer_omi, lycoris, simpletuner, comfyui, wan_lora,
     diffusers_metadata, diffusers_alpha, diffusers_dora, old_diffusers, ai_toolkit, bfl_control,
     xlabs, fal_kontext, adapter_name_infix, mochi, control_lora, mixture, dora_axes,
+    lycoris_on_the_weight, ai_toolkit_lokr, wan_differences, wan_experts, onetrainer_prior,
+    musubi_hunyuan, dora_with_adapter_name, eight_bit_kohya,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from dialect_files import KOHYA, PEFT, DialectFile, save
+from dialect_files import KOHYA, PEFT, DialectFile, lycoris, save
 from test_dialects import dense, tensors_of
 
 from loratools.cli import cli
@@ -39,6 +39,18 @@ FLUX = {
     "pooled_projection_dim": 10,
     "axes_dims_rope": (2, 2, 4),
 }
+UNET_XL = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16, 16),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": 1,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+    "use_linear_projection": True,
+}
 TEXT = {
     "hidden_size": 12,
     "intermediate_size": 16,
@@ -46,6 +58,7 @@ TEXT = {
     "num_attention_heads": 2,
     "vocab_size": 20,
     "max_position_embeddings": 8,
+    "projection_dim": 10,
 }
 
 
@@ -60,7 +73,7 @@ def pipelines():
     """Return functions that make a small pipeline of each kind."""
     import diffusers
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.set_num_threads(1)
 
@@ -77,6 +90,19 @@ def pipelines():
             requires_safety_checker=False,
         )
 
+    def xl():
+        torch.manual_seed(0)
+        return diffusers.StableDiffusionXLPipeline(
+            vae=None,
+            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)),
+            tokenizer=None,
+            tokenizer_2=None,
+            unet=diffusers.UNet2DConditionModel(**UNET_XL),
+            scheduler=diffusers.DDIMScheduler(),
+            add_watermarker=False,
+        )
+
     def flux():
         torch.manual_seed(0)
         return diffusers.FluxPipeline(
@@ -89,13 +115,16 @@ def pipelines():
             transformer=diffusers.FluxTransformer2DModel(**FLUX),
         )
 
-    return {"unet": unet, "flux": flux}
+    return {"unet": unet, "xl": xl, "flux": flux}
+
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
 
 def weights(pipeline):
     """Return every weight of the adaptable components, by component and path."""
     found = {}
-    for component in ("unet", "transformer", "text_encoder"):
+    for component in COMPONENTS:
         model = getattr(pipeline, component, None)
         if model is None:
             continue
@@ -111,7 +140,7 @@ def applied(make, path):
     pipeline = make()
     before = weights(pipeline)
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-    parts = [name for name in ("unet", "transformer", "text_encoder") if hasattr(pipeline, name)]
+    parts = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
     pipeline.fuse_lora(components=parts)
     pipeline.unload_lora_weights()
     after = weights(pipeline)
@@ -157,6 +186,33 @@ def unet_file(alpha):
     return _small(file)
 
 
+def xl_file(alpha):
+    """Return a kohya file for SDXL: the UNet in its original naming, and both text encoders."""
+    file = DialectFile("kohya", {"kohya"}, seed=6)
+    scale = {"alpha": alpha}
+    for name, out, in_ in (
+        ("unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", 16, 24),
+        ("unet_middle_block_1_transformer_blocks_0_ff_net_0_proj", 128, 16),
+        ("unet_output_blocks_2_1_proj_in", 16, 16),
+        *(
+            (f"{encoder}_text_model_encoder_layers_0_{name}", out, in_)
+            for encoder in ("te1", "te2")
+            for name, out, in_ in (
+                ("self_attn_q_proj", 12, 12),
+                ("self_attn_k_proj", 12, 12),
+                ("self_attn_v_proj", 12, 12),
+                ("self_attn_out_proj", 12, 12),
+                ("mlp_fc1", 16, 12),
+                ("mlp_fc2", 12, 16),
+            )
+        ),
+    ):
+        file.pair(f"lora_{name}", out, in_, 4, KOHYA, **scale)
+    file.pair("lora_te2_text_projection", 10, 12, 4, KOHYA, **scale)
+    file.pair("lora_unet_input_blocks_4_0_in_layers_2", 16, 8, 2, KOHYA, kernel=(3, 3), **scale)
+    return _small(file)
+
+
 def flux_file(alpha):
     file = DialectFile("kohya", {"kohya"}, seed=4)
     h = 16
@@ -185,8 +241,11 @@ def _small(file):
     return file
 
 
+FILES = [("unet", unet_file), ("xl", xl_file), ("flux", flux_file)]
+
+
 @pytest.mark.parametrize("options", [(), ("--keep-alpha",), ("--fold-alpha",)], ids=" ".join)
-@pytest.mark.parametrize(("kind", "maker"), [("unet", unet_file), ("flux", flux_file)])
+@pytest.mark.parametrize(("kind", "maker"), FILES)
 def test_diffusers_applies_what_we_convert(pipelines, tmp_path, kind, maker, options):
     source = save(maker(3.0), tmp_path / "kohya.safetensors")
     target = tmp_path / "diffusers.safetensors"
@@ -196,6 +255,34 @@ def test_diffusers_applies_what_we_convert(pipelines, tmp_path, kind, maker, opt
     assert not any(key.endswith(".alpha") for key in keys)
     in_metadata = "lora_adapter_metadata" in read_adapter(target).metadata
     assert in_metadata == (options != ("--fold-alpha",))
+
+
+@pytest.mark.parametrize("kind", ["unet", "flux"])
+def test_diffusers_applies_the_magnitudes_of_doras(pipelines, tmp_path, kind):
+    """The change depends on the weights, and is that of the definition with the pipeline's."""
+    file = DialectFile("kohya", {"kohya"}, seed=8)
+    name, out, in_, kernel = {
+        "unet": ("lora_unet_down_blocks_0_resnets_0_conv1", 8, 8, (3, 3)),
+        "flux": ("lora_unet_double_blocks_0_img_attn_qkv", 48, 16, ()),
+    }[kind]
+    file.pair(name, out, in_, 4, KOHYA, alpha=2.0, kernel=kernel)
+    file.tensors[f"{name}.dora_scale"] = np.linspace(0.5, 2.0, out).reshape(
+        out, *(1 for _ in (in_, *kernel))
+    ).astype(np.float32)  # fmt: skip
+    source = save(_small(file), tmp_path / "kohya.safetensors")
+    target = tmp_path / "diffusers.safetensors"
+    options = ("--names", {"unet": "sd1", "flux": "flux1"}[kind])
+    run("convert", source, target, "--to", "diffusers", *options)
+    found = applied(pipelines[kind], target)
+    before = weights(pipelines[kind]())
+    adapter = read_adapter(target)
+    assert set(found) == set(adapter.modules)
+    for module, delta in adapter.modules.items():
+        weight = before[module].numpy().reshape(len(found[module]), -1)
+        whole = weight + dense(delta)
+        magnitude = delta.magnitude.load(np.float64).reshape(-1, 1)
+        expected = magnitude / np.linalg.norm(whole, axis=1, keepdims=True) * whole - weight
+        np.testing.assert_allclose(found[module], expected, rtol=0, atol=1e-6, err_msg=module)
 
 
 def test_diffusers_applies_squeezed_ranks_that_differ(pipelines, tmp_path):
@@ -292,6 +379,27 @@ def test_we_read_what_diffusers_saves_as_it_does(pipelines, saved, kind, metadat
     assert_same(applied(pipelines[kind], path), ours(path))
 
 
+def test_we_read_what_diffusers_turns_into_kohyas_form(saved, tmp_path):
+    """Its alphas are whole numbers, and always the rank."""
+    from diffusers.utils import convert_state_dict_to_kohya
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(saved["unet"](metadata=True))
+    path, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
+    save_file({k: t.contiguous() for k, t in convert_state_dict_to_kohya(state).items()}, path)
+    adapter = read_adapter(path)
+    assert adapter.format == "kohya"
+    assert {delta.alpha_tensor.dtype.code for delta in adapter.modules.values()} == {"I64"}
+    run("convert", path, back, "--to", "diffusers", "--names", "sd1")
+    found = in_any_version(ours(back))
+    names = {key.partition(".lora_")[0] for key in state}
+    assert len(found) == len(names)
+    for name in names:
+        a, b = (state[f"{name}.lora_{side}.weight"].double().numpy() for side in "AB")
+        expected = b.reshape(len(b), -1) @ a.reshape(len(a), -1)
+        np.testing.assert_allclose(found[name.replace(".text_model.", ".")], expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["unet", "flux"])
 def test_operations_keep_metadata_true(pipelines, saved, tmp_path, kind):
     path = saved[kind](metadata=True)
@@ -307,7 +415,7 @@ def test_operations_keep_metadata_true(pipelines, saved, tmp_path, kind):
     }
 
 
-@pytest.mark.parametrize(("kind", "maker"), [("unet", unet_file), ("flux", flux_file)])
+@pytest.mark.parametrize(("kind", "maker"), FILES)
 def test_kohya_to_diffusers_and_back_is_the_same(tmp_path, kind, maker):
     source = save(maker(3.0), tmp_path / "kohya.safetensors")
     there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
@@ -318,6 +426,55 @@ def test_kohya_to_diffusers_and_back_is_the_same(tmp_path, kind, maker):
     for name, change in expected.items():
         np.testing.assert_allclose(found[name], change, rtol=0, atol=1e-15)
     assert tensors_of(back) == tensors_of(source)
+
+
+def lycoris_file():
+    """Return LoHa, LoKr, Tucker and a full difference on the small UNet, without biases."""
+    file = lycoris()
+    beside = {".diff_b", ".w_norm", ".b_norm"}
+    for key in [key for key in file.tensors if key[key.rindex(".") :] in beside]:
+        del file.tensors[key]
+    block = "lora_unet_down_blocks_0"
+    inner = f"{block}_attentions_0_transformer_blocks_0"
+    rng = np.random.default_rng(9)
+    shapes = {
+        f"{inner}_attn1_to_q.hada_w{n}_{side}": shape
+        for n in "12"
+        for side, shape in (("a", (8, 2)), ("b", (2, 8)))
+    } | {
+        f"{inner}_attn1_to_k.lokr_w1": (2, 2),
+        f"{inner}_attn1_to_k.lokr_w2_a": (4, 2),
+        f"{inner}_attn1_to_k.lokr_w2_b": (2, 4),
+        f"{inner}_attn1_to_v.lokr_w1": (2, 2),
+        f"{inner}_attn1_to_v.lokr_w2": (4, 4),
+        f"{block}_resnets_0_conv1.lora_down.weight": (2, 8, 1, 1),
+        f"{block}_resnets_0_conv1.lora_up.weight": (8, 2, 1, 1),
+        f"{block}_resnets_0_conv1.lora_mid.weight": (2, 2, 3, 3),
+        f"{block}_resnets_0_conv2.diff": (8, 8, 3, 3),
+    }
+    assert set(shapes) == {key for key in file.tensors if not key.endswith(".alpha")}
+    for key, shape in shapes.items():
+        file.tensors[key] = (0.3 * rng.standard_normal(shape)).astype(np.float32)
+    return file
+
+
+def test_other_kinds_become_plain_and_then_diffusers(pipelines, tmp_path):
+    source = save(lycoris_file(), tmp_path / "lycoris.safetensors")
+    plain, target = tmp_path / "plain.safetensors", tmp_path / "diffusers.safetensors"
+    done = CliRunner().invoke(cli, ["convert", str(source), str(target), "--to", "diffusers"])
+    assert "which few of diffusers' pipelines load" in str(done.exception)
+    assert "loratools to-lora, or pass --allow-lossy" in str(done.exception)
+    assert not target.exists()
+    told = json.loads(run("to-lora", source, "-o", plain, "--rank", "4", "--json", "-q"))
+    run("convert", plain, target, "--to", "diffusers")
+    found = applied(pipelines["unet"], target)
+    assert_same(found, ours(target))
+    errors = {module["name"]: module["relative_error"] for module in told["modules"]}
+    for name, expected in ours(source).items():
+        (path,) = [p for p in found if p.replace(".", "_") == name.replace("lora_", "", 1)]
+        error = np.linalg.norm(found[path] - expected) / np.linalg.norm(expected)
+        assert error == pytest.approx(errors[name], rel=1e-3, abs=1e-5)
+    assert max(errors.values()) > 0.1
 
 
 def test_split_modules_come_back_with_their_ranks_and_bytes(tmp_path):
@@ -338,6 +495,38 @@ def test_split_modules_come_back_with_their_ranks_and_bytes(tmp_path):
         run("convert", there, back, "--to", "diffusers")
         kept = {k: v for k, v in tensors_of(back).items() if ".to_k." not in k}
         assert kept == tensors_of(source)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("option", [(), ("--keep-alpha",)], ids=["folded", "kept"])
+def test_pieces_of_mixed_factors_get_their_ranks_back(tmp_path, dtype, option):
+    """Dense factors of a fused module, such as an SVD makes, of pieces of ranks 2, 3 and 1."""
+    rng = np.random.default_rng(7)
+    ranks = {"to_q": 2, "to_k": 3, "to_v": 1}
+    pieces = {
+        n: rng.standard_normal((16, r)) @ rng.standard_normal((r, 16)) for n, r in ranks.items()
+    }
+    u, s, vt = np.linalg.svd(np.concatenate(list(pieces.values())), full_matrices=False)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    file = DialectFile("kohya", {"kohya"})
+    file.tensors = {
+        f"{name}.lora_up.weight": (u[:, :6] * np.sqrt(s[:6])).astype(dtype),
+        f"{name}.lora_down.weight": (np.sqrt(s[:6])[:, None] * vt[:6]).astype(dtype),
+        f"{name}.alpha": np.array(18.0, np.float32),
+    }
+    source = save(file, tmp_path / "kohya.safetensors")
+    target = tmp_path / "diffusers.safetensors"
+    told = run("convert", source, target, "--to", "diffusers", "--names", "flux1", "--json", "-q",
+               *option)  # fmt: skip
+    error = json.loads(told)["relative_error"]
+    assert 0.0 < error < (1e-6 if dtype == np.float32 else 1e-14)
+    for name, delta in read_adapter(target).modules.items():
+        own = name.rpartition(".")[2]
+        assert delta.rank == ranks[own]
+        assert delta.scale == (3.0 if option else 1.0)
+        np.testing.assert_allclose(
+            dense(delta), 3.0 * pieces[own], atol=1e-4 if dtype == np.float32 else 1e-11
+        )
 
 
 def test_a_file_with_two_scale_carriers_is_refused(saved, tmp_path):

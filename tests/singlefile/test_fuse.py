@@ -191,18 +191,41 @@ def test_a_dora_of_inputs_is_never_taken_for_one_of_outputs(bases, tmp_path):
     file = DialectFile("kohya", {"kohya"}, seed=4)
     name = "lora_unet_double_blocks_0_img_attn_proj"
     file.pair(name, H, H, 4, KOHYA, alpha=2.0)
-    file.tensors[f"{name}.dora_scale"] = np.ones((1, H), np.float32)
+    file.tensors[f"{name}.dora_scale"] = np.linspace(1.0, 3.0, H).astype(np.float32)[None, :]
     dora, base = save(file, tmp_path / "dora.safetensors"), bases["original"]
-    out = tmp_path / "out.safetensors"
-    for arguments in (
-        ("fuse", base, dora),
-        ("to-lora", dora, "--base", base, "--rank", "4"),
-        ("merge", dora, dora, "--base", base, "--rank", "4"),
-    ):
-        done = CliRunner().invoke(cli, [*map(str, arguments), "-o", str(out)])
-        assert "magnitude for each input" in str(done.exception)
-        assert not out.exists()
-    run("squeeze", dora, "-o", out, "--rank", "2")
-    squeezed = read_adapter(out).modules[name]
-    assert squeezed.axis == "input"
-    assert squeezed.magnitude.shape == (1, H)
+    weight = load_file(base)["double_blocks.0.img_attn.proj.weight"].astype(np.float64)
+    whole = weight + file.deltas[name]
+    expected = np.linspace(1.0, 3.0, H) / np.linalg.norm(whole, axis=0) * whole - weight
+    fused, plain, merged = (tmp_path / f"{n}.safetensors" for n in ("fused", "plain", "merged"))
+    rank = ("--base", base, "--rank", str(H), "--dtype", "f32")
+    run("fuse", base, dora, "-o", fused)
+    run("to-lora", dora, *rank, "-o", plain)
+    run("merge", f"{dora}:0.5", f"{dora}:0.5", *rank, "-o", merged)
+    (change,) = changes(base, fused).values()
+    for found in (change, *(dense(read_adapter(p).modules[name]) for p in (plain, merged))):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    squeezed = tmp_path / "squeezed.safetensors"
+    run("squeeze", dora, "-o", squeezed, "--rank", "2")
+    found = read_adapter(squeezed).modules[name]
+    assert found.axis == "input"
+    assert found.magnitude.shape == (1, H)
+
+
+def test_what_is_not_of_low_rank_goes_in_without_loss(bases, tmp_path):
+    """A difference of a fused weight, into checkpoints that have it whole and in parts."""
+    file = DialectFile("kohya", {"kohya", "LyCORIS"}, seed=5)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    file.tensors[f"{name}.diff"] = diff = file.draw(3 * H, H)
+    file.pair("lora_unet_double_blocks_0_img_mlp_0", 4 * H, H, 4, KOHYA, alpha=2.0)
+    adapter = save(file, tmp_path / "full.safetensors")
+    out, folder = tmp_path / "out.safetensors", tmp_path / "out"
+    run("fuse", bases["original"], f"{adapter}:-0.5", "-o", out)
+    found = changes(bases["original"], out)
+    change = -0.5 * diff.astype(np.float64)
+    np.testing.assert_allclose(found["double_blocks.0.img_attn.qkv.weight"], change, atol=1e-6)
+    run("fuse", bases["diffusers"], f"{adapter}:-0.5", "-o", folder)
+    files = "diffusion_pytorch_model.safetensors"
+    found = changes(bases["diffusers"] / files, folder / files)
+    split = [found.pop(f"transformer_blocks.0.attn.to_{n}.weight") for n in "qkv"]
+    np.testing.assert_allclose(np.concatenate(split), change, atol=1e-6)
+    assert list(found) == ["transformer_blocks.0.ff.net.0.proj.weight"]

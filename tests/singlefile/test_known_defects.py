@@ -169,6 +169,25 @@ def test_tucker_convolutions_are_folded_not_corrupted(tmp_path):
     assert list(tensors[f"{name}.lora_up.weight"][1]) == [12, 4, 1, 1]
 
 
+def test_what_cannot_be_squeezed_stays_and_says_so(tmp_path):
+    """LoHa, LoKr and diff passed unchanged while metadata claimed a resize."""
+    from dialect_files import GOLDEN
+
+    source, out = GOLDEN / "wan_differences.safetensors", tmp_path / "out.safetensors"
+    report = json.loads(run("squeeze", source, "-o", out, "--rank", 1, "--json"))
+    whole = "diffusion_model.blocks.0.ffn.0"
+    assert report["kept_whole"] == [whole]
+    assert {module["rank_out"] for module in report["modules"]} == {1}
+    before, after = tensors_of(source), tensors_of(out)
+    untouched = [key for key in before if ".diff" in key]
+    assert len(untouched) == 3
+    assert {k: after[k] for k in untouched} == {k: before[k] for k in untouched}
+    source, out = GOLDEN / "lycoris_on_the_weight.safetensors", tmp_path / "other.safetensors"
+    done = CliRunner().invoke(cli, ["squeeze", str(source), "-o", str(out), "--rank", "1"])
+    assert "; or leave it out: --exclude" in str(done.exception)
+    assert not out.exists()
+
+
 def test_tiny_factors_with_a_large_alpha_keep_their_rank(tmp_path):
     """An absolute threshold on singular values before alpha reduced such layers to rank 1."""
     file, name, (down, up, _), _ = plain(8, alpha=1.0)

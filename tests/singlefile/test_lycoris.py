@@ -5,12 +5,17 @@ Not what it merges: version 4.1.3 multiplies LoHa and Tucker LoKr by their scale
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
-from test_dialects import dense
+from dialect_files import KOHYA, DialectFile, save
+from safetensors.numpy import load_file, save_file
+from test_dialects import Known, dense, tensors_of
+from test_resolution import run
 
 from loratools_formats import find_format, read_adapter, write_adapter
-from loratools_formats.adapter import Dora, OtherDelta
+from loratools_formats.adapter import OtherDelta
 
 ALGORITHMS = {
     "lora": {"algo": "lora"},
@@ -24,6 +29,16 @@ ALGORITHMS = {
     "lokr whole": {"algo": "lokr", "factor": 4, "full_matrix": True},
     "lokr with tucker": {"algo": "lokr", "factor": 2, "conv_dim": 2, "use_tucker": True},
     "full": {"algo": "full"},
+    "glora": {"algo": "glora"},
+    "glora with convolutions": {"algo": "glora", "conv_dim": 2},
+    "oft": {"algo": "diag-oft"},
+    "oft within a limit, rescaled": {"algo": "diag-oft", "constraint": 0.1, "rescaled": True},
+    "boft": {"algo": "boft"},
+    "boft within a limit, rescaled": {"algo": "boft", "constraint": 0.1, "rescaled": True},
+    "ia3": {"algo": "ia3"},
+    "ia3 of inputs": {"algo": "ia3", "train_on_input": True},
+    "loha dora": {"algo": "loha", "dora_wd": True, "wd_on_output": True},
+    "loha dora of inputs": {"algo": "loha", "dora_wd": True, "wd_on_output": False},
     "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
     "dora of inputs": {"algo": "lora", "dora_wd": True, "wd_on_output": False},
 }
@@ -67,6 +82,8 @@ def saved(tmp_path_factory):
         for key, parameter in network.named_parameters():
             if "dora" not in key:
                 torch.nn.init.normal_(parameter, std=0.5)
+                if "rescale" in key:
+                    parameter.data += 1.0
         path = tmp_path_factory.mktemp("lycoris") / "file.safetensors"
         network.save_weights(str(path), torch.float32, {})
         after = {name: effective(*layer) for name, layer in layers.items()}
@@ -78,16 +95,16 @@ def saved(tmp_path_factory):
     return make
 
 
-def moved(delta, weight, inputs):
-    """Return the change of a weight by a DoRA, from its definition."""
-    whole = weight + dense(delta)
+def moved(delta, weight):
+    """Return the change of a weight by a module's magnitudes, from the definition."""
+    whole = weight + dense(delta, Known(weight))
     magnitude = delta.magnitude.load(np.float64)
     if delta.axis == "output":
         norms = np.linalg.norm(whole, axis=1, keepdims=True)
         return magnitude.reshape(-1, 1) / norms * whole - weight
-    by_input = whole.reshape(len(whole), inputs, -1)
+    by_input = whole.reshape(len(whole), magnitude.size, -1)
     norms = np.sqrt((by_input**2).sum(axis=(0, 2), keepdims=True))
-    ratio = magnitude.reshape(1, inputs, 1) / norms
+    ratio = magnitude.reshape(1, -1, 1) / norms
     return (ratio * by_input).reshape(whole.shape) - weight
 
 
@@ -99,16 +116,82 @@ def test_our_change_is_what_lycoris_applies(saved, name, tmp_path):
     assert set(adapter.modules) == set(change)
     for module, (expected, weight) in change.items():
         delta = adapter.modules[module]
-        if isinstance(delta, Dora):
-            found = moved(delta, weight, 6 if module == "lycoris_conv" else weight.shape[1])
-        else:
-            found = dense(delta)
+        has_magnitude = getattr(delta, "magnitude", None) is not None
+        found = moved(delta, weight) if has_magnitude else dense(delta, Known(weight))
         assert np.abs(expected).max() > 1e-2
         np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
         if isinstance(delta, OtherDelta):
-            assert delta.shape == expected.shape
+            known = zip(delta.shape, expected.shape, strict=True)
+            assert all(side in (None, size) for side, size in known)
     write_adapter(adapter, tmp_path / "copy.safetensors", "kohya")
     copy = read_adapter(tmp_path / "copy.safetensors")
     assert {t.key: bytes(t.raw()) for t in copy.tensors()} == {
         t.key: bytes(t.raw()) for t in adapter.tensors()
     }
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_base_gets_that_change(saved, name, tmp_path):
+    """Fused into it, exactly; as a plain LoRA of full rank; and found in it again."""
+    path, change = saved(name)
+    base, fused, plain = (tmp_path / f"{n}.safetensors" for n in ("base", "fused", "plain"))
+    tensors = {}
+    for module, (_, weight) in change.items():
+        shape = (8, 6, 3, 3) if module == "lycoris_conv" else weight.shape
+        key = module.removeprefix("lycoris_").replace("_", ".")
+        tensors[f"{key}.weight"] = np.array(weight.reshape(shape), np.float32, order="C")
+        tensors[f"{key}.bias"] = np.ones(len(weight), np.float32)
+    save_file(tensors, base)
+    run("fuse", base, path, "-o", fused)
+    found = load_file(fused)
+    run("to-lora", path, "--base", base, "-o", plain, "--rank", "16", "--dtype", "f32")
+    factors = read_adapter(plain).modules
+    for module, (expected, _) in change.items():
+        key = module.removeprefix("lycoris_").replace("_", ".") + ".weight"
+        got = (found.pop(key).astype(np.float64) - tensors[key]).reshape(expected.shape)
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, rtol=0, atol=5e-6 * largest)
+        np.testing.assert_allclose(dense(factors[module]), expected, rtol=0, atol=5e-6 * largest)
+    has_biases = bool(read_adapter(path).additions)
+    assert has_biases == any((bias != 1.0).any() for bias in found.values())
+    run("verify", fused, "--base", base, "--adapter", path)
+
+
+def kronecker_file(path):
+    """Return a file of one plain and one LoKr module, and the ΔW of the second."""
+    file = DialectFile("kohya", {"kohya", "LyCORIS"}, seed=1)
+    plain, name = (f"lora_unet_blocks_0_self_attn_{n}" for n in "qk")
+    file.pair(plain, 8, 8, 4, KOHYA, alpha=4.0)
+    left, right = file.draw(8, 6, dtype=np.float32), file.draw(12, 10, dtype=np.float32)
+    file.tensors |= {f"{name}.lokr_w1": left, f"{name}.lokr_w2": right}
+    return save(file, path), plain, name, np.kron(left.astype(np.float64), right)
+
+
+@pytest.mark.parametrize("rank", [5, 100])
+def test_a_kronecker_product_is_squeezed_from_its_sides(tmp_path, rank):
+    source, _, name, delta = kronecker_file(tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    told = json.loads(run("squeeze", source, "-o", out, "--rank", rank, "--json", "-q"))
+    u, s, vt = np.linalg.svd(delta)
+    kept = min(rank, 60)
+    found = read_adapter(out).modules[name]
+    assert found.rank == kept
+    np.testing.assert_allclose(dense(found), (u[:, :kept] * s[:kept]) @ vt[:kept], atol=1e-5)
+    (module,) = [module for module in told["modules"] if module["name"] == name]
+    assert module["rank_in"] == 60
+    error = np.linalg.norm(dense(found) - delta) / np.linalg.norm(delta)
+    assert module["relative_error"] == pytest.approx(error, rel=1e-5)
+    by_budget = tmp_path / "budget.safetensors"
+    run("squeeze", source, "-o", by_budget, "--budget", "6kB")
+    assert 3000 < by_budget.stat().st_size <= 6000
+
+
+def test_what_is_left_out_of_a_squeeze_keeps_its_kind_and_bits(tmp_path):
+    source, plain, name, _ = kronecker_file(tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    run("squeeze", source, "-o", out, "--rank", "2", "--exclude", f"{name}$")
+    before, after = tensors_of(source), tensors_of(out)
+    assert {k: v for k, v in after.items() if k.startswith(name)} == {
+        k: v for k, v in before.items() if k.startswith(name)
+    }
+    assert read_adapter(out).modules[plain].rank == 2

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from dialect_files import PEFT, DialectFile, save
+from test_dialects import tensors_of
+from test_resolution import run
 
 from loratools.naming.tables import bundled_tables, filled, find_table, flattened
 from loratools_formats.errors import OptionError
@@ -90,6 +93,20 @@ def test_every_module_of_the_model_has_a_name_and_a_way_back(name, model_modules
             spelled = flattened(path) if flat else path
             again = table.locate(spelled, flat=flat, schemes=("diffusers",))
             assert again == place
+
+
+def test_the_second_expert_of_wan_goes_there_and_back(model_modules, tmp_path):
+    """Its modules are the first one's; files of other namings hold one expert, named alike."""
+    file = DialectFile("diffusers", {"diffusers"})
+    for path in model_modules("wan2"):
+        file.pair(f"transformer_2.{path}", 4, 4, 1, PEFT)
+    source = save(file, tmp_path / "in.safetensors")
+    for naming in ("kohya", "comfyui"):
+        there, back = tmp_path / f"{naming}.safetensors", tmp_path / f"{naming}.back.safetensors"
+        run("convert", source, there, "--to", naming)
+        assert not any("transformer" in name for name in tensors_of(there))
+        run("convert", there, back, "--to", "diffusers", "--component", "transformer_2")
+        assert tensors_of(back) == tensors_of(source)
 
 
 # Both namings of Qwen-Image are one.

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from dialect_files import GOLDEN, KOHYA, MAKERS, PEFT, DialectFile, save
 from safetensors.numpy import save_file
-from test_dialects import dense, tensors_of
+from test_dialects import Known, dense, tensors_of
 
 from loratools.cli import cli
 from loratools_formats import read_adapter
@@ -51,6 +51,17 @@ def test_flattening_needs_nothing_and_leaves_a_way_back(tmp_path):
     assert tensors_of(back) == tensors_of(source)
 
 
+def test_norms_without_factors_find_their_way_back_too(tmp_path):
+    source, flat = tmp_path / "in.safetensors", tmp_path / "flat.safetensors"
+    file = DialectFile("comfyui", {"ComfyUI"})
+    file.pair("diffusion_model.strange_blocks.0.q", 8, 6, 4, PEFT)
+    file.tensors["diffusion_model.strange_blocks.0.norm.w_norm"] = file.draw(8)
+    save(file, source)
+    run("convert", source, flat, "--to", "kohya")
+    run("convert", flat, tmp_path / "back.safetensors", "--to", "comfyui")
+    assert tensors_of(tmp_path / "back.safetensors") == tensors_of(source)
+
+
 def test_a_map_that_contradicts_the_names_is_not_believed(tmp_path):
     source = dotted_file(tmp_path / "in.safetensors", *UNKNOWN)
     flat = tmp_path / "flat.safetensors"
@@ -76,13 +87,20 @@ def test_names_that_nothing_resolves_are_listed(tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize("given", ["adapter", "checkpoint", "file of ours"])
+@pytest.mark.parametrize("given", ["adapter", "checkpoint", "header", "index", "file of ours"])
 def test_a_list_of_names_undoes_flattening(tmp_path, given):
     source = dotted_file(tmp_path / "in.safetensors", *FLAT, leaves=KOHYA, alpha=4.0)
     out, other = tmp_path / "out.safetensors", tmp_path / "other.safetensors"
-    if given == "checkpoint":
+    if given in ("checkpoint", "header", "index"):
         names = [name.removeprefix("transformer.") for name in UNKNOWN]
         save_file({f"{name}.weight": np.ones((1, 1)) for name in names}, other)
+        if given == "header":
+            data = other.read_bytes()
+            other.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+        elif given == "index":
+            other = tmp_path / "model.safetensors.index.json"
+            shards = {f"{name}.weight": "model-1-of-1.safetensors" for name in names}
+            other.write_text(json.dumps({"weight_map": shards}))
         options = ("--base", other, "--component", "transformer")
         text = refusal("convert", source, out, "--to", "diffusers", "--base", other)
         assert "--component" in text
@@ -182,6 +200,18 @@ def test_a_component_becomes_a_peft_folder_and_comes_back(tmp_path):
         np.testing.assert_allclose(found[name], delta, rtol=1e-12)
 
 
+def test_a_flattened_peft_adapter_remembers_its_names(make_folder, tmp_path):
+    folder = make_folder(modules={"mid.0.q_proj": (12, 10, 4), "to_q": (6, 6, 4)}, r=4)
+    flat, back = tmp_path / "flat.safetensors", tmp_path / "back"
+    run("convert", folder, flat, "--to", "kohya", "--component", "unet")
+    assert set(deltas(flat)) == {"lora_unet_mid_0_q_proj", "lora_unet_to_q"}
+    run("convert", flat, back, "--to", "peft")
+    found = deltas(back)
+    assert set(found) == {"mid.0.q_proj", "to_q"}
+    for name, delta in deltas(folder).items():
+        np.testing.assert_allclose(found[name], delta, rtol=1e-12)
+
+
 CROSSED = {
     "kohya_sd15": "Stable Diffusion 1.x",
     "kohya_sdxl": "Stable Diffusion XL",
@@ -202,6 +232,21 @@ def test_there_and_back_is_the_same_bytes(tmp_path, name, target):
     # A module without alpha gets one, which says the same.
     assert {k: v for k, v in after.items() if k in before} == before
     assert all(key.endswith(".alpha") for key in set(after) - set(before))
+
+
+def test_of_two_experts_other_namings_take_the_one_asked_for(tmp_path):
+    names = ["transformer.blocks.0.attn1.to_q", "transformer_2.blocks.0.attn1.to_q"]
+    source = dotted_file(tmp_path / "in.safetensors", *names)
+    out = tmp_path / "out.safetensors"
+    text = refusal("convert", source, out, "--to", "comfyui")
+    assert "transformer, transformer_2" in text
+    assert "--component" in text
+    options = ("--to", "comfyui", "--component", "transformer_2")
+    assert "is of another component" in refusal("convert", source, out, *options)
+    assert not out.exists()
+    run("convert", source, out, *options, "--allow-lossy")
+    (found,) = deltas(out).values()
+    np.testing.assert_allclose(found, deltas(source)[names[1]])
 
 
 def test_xlabs_blocks_are_rows_of_flux_modules(tmp_path):
@@ -241,6 +286,17 @@ def test_control_adapters_become_comfyuis(tmp_path):
     assert replacement.target == norm
 
 
+def test_paths_of_clip_have_their_outer_module_again(tmp_path):
+    """transformers 5 dropped `text_model`, which loaders of kohya's files ask for."""
+    path = "encoder.layers.0.self_attn.q_proj"
+    source = dotted_file(tmp_path / "in.safetensors", f"text_encoder.{path}")
+    flat, back = tmp_path / "flat.safetensors", tmp_path / "back.safetensors"
+    run("convert", source, flat, "--to", "kohya", "--names", "sd1")
+    assert set(deltas(flat)) == {"lora_te_text_model_encoder_layers_0_self_attn_q_proj"}
+    run("convert", flat, back, "--to", "diffusers", "--names", "sd1")
+    assert set(deltas(back)) == {f"text_encoder.text_model.{path}"}
+
+
 @pytest.mark.parametrize("pair", [("kohya", "diffusers"), ("diffusers", "comfyui")])
 def test_merging_across_dialects_goes_through_one_naming(tmp_path, pair):
     kohya = GOLDEN / "kohya_flux.safetensors"
@@ -277,8 +333,9 @@ def test_no_conversion_loses_anything_in_silence(tmp_path, name):
             assert not out.exists()
             continue
         after = read_adapter(out)
-        norm = sum(np.linalg.norm(dense(d)) ** 2 for d in before.modules.values())
-        kept = sum(np.linalg.norm(dense(d)) ** 2 for d in after.modules.values())
+        weight = Known(np.random.default_rng(0).standard_normal((8, 6)))
+        norm = sum(np.linalg.norm(dense(d, weight)) ** 2 for d in before.modules.values())
+        kept = sum(np.linalg.norm(dense(d, weight)) ** 2 for d in after.modules.values())
         assert kept == pytest.approx(norm, rel=1e-9)
         biases = sum(getattr(d, "bias", None) is not None for d in before.modules.values())
         assert len(after.additions) in (len(before.additions), len(before.additions) + biases)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from loratools_formats.adapter import Delta, Dora, Layer, LowRank, OtherDelta
+from loratools_formats.adapter import Axis, Delta, Dora, Layer, LowRank, OtherDelta
 from loratools_formats.errors import AdapterError
 from loratools_formats.factors import check_factor
 from loratools_formats.singlefile.grammar import Role
@@ -43,7 +43,7 @@ def delta_of(module: str, parts: Parts, stated: Setting | None, path: Path) -> D
         AdapterError: the tensors do not fit together, or make no one kind.
     """
     for role, tensor in parts.items():
-        if role != "alpha":
+        if role not in ("alpha", "on_input"):
             check_factor(tensor, path)
     own = parts.keys() - _BESIDE
     for has, make in (
@@ -51,6 +51,10 @@ def delta_of(module: str, parts: Parts, stated: Setting | None, path: Path) -> D
         ({"embedding_a", "embedding_b"}, _embedding),
         ({"a", "b", "mid"}, _tucker),
         ({"diff"}, _full),
+        ({"a1", "a2", "b1", "b2"}, _glora),
+        ({"oft_blocks"}, _rotation),
+        ({"oft_blocks", "rescale"}, _rotation),
+        ({"ia3", "on_input"}, _ia3),
     ):
         if own == has:
             return make(module, parts, stated, path)
@@ -106,15 +110,21 @@ def _low_rank(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
 
 
 def _dora(delta: LowRank, magnitude: TensorRef, path: Path) -> Dora:
-    out, in_ = delta.shape
-    inputs = in_ // math.prod(delta.layer.kernel)
+    return Dora(delta, magnitude, _axis(magnitude, delta.shape, delta.layer, path))
+
+
+def _axis(magnitude: TensorRef, whole: tuple[int, int], layer: Layer, path: Path) -> Axis:
+    """Return whether magnitudes belong to outputs or to inputs, which their shape tells."""
+    out, in_ = whole
+    inputs = in_ // math.prod(layer.kernel)
     shape = magnitude.shape
+    if not layer.kernel and len(shape) > 2 and shape[0] == 1 and in_ % magnitude.numel == 0:
+        inputs = magnitude.numel  # LoHa and LoKr of a convolution may not tell its kernel
     if magnitude.numel == out and (len(shape) == 1 or shape[0] == out or shape[:2] == (1, out)):
-        if out == inputs and len(shape) > 1 and shape[0] == 1 and not _is_peft(magnitude.key):
-            return Dora(delta, magnitude, "input")
-        return Dora(delta, magnitude)
+        is_row = len(shape) > 1 and shape[0] == 1 and not _is_peft(magnitude.key)
+        return "input" if out == inputs and out > 1 and is_row else "output"
     if magnitude.numel == inputs and shape[0] == 1:
-        return Dora(delta, magnitude, "input")
+        return "input"
     raise AdapterError(
         "magnitude does not fit the module",
         path=path,
@@ -151,7 +161,7 @@ def _tucker(module: str, parts: Parts, stated: Setting | None, path: Path) -> Ot
     shape = (up.shape[0], down.shape[1] * math.prod(kernel))
     layer = Layer("conv", kernel)
     tensors = {"down": down, "up": up, "mid": mid}
-    return _other("tucker", tensors, parts, scale, layer, shape)
+    return _other("tucker", tensors, parts, scale, layer, shape, path)
 
 
 def _hadamard(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
@@ -167,7 +177,7 @@ def _hadamard(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
         rows = tensors["w1_a"].shape[1]
         layer = Layer("conv", tensors["t1"].shape[2:])
         columns *= math.prod(layer.kernel)
-    return _other("loha", tensors, parts, scale, layer, (rows, columns))
+    return _other("loha", tensors, parts, scale, layer, (rows, columns), path)
 
 
 def _kronecker(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
@@ -201,7 +211,7 @@ def _kronecker(module: str, parts: Parts, stated: Setting | None, path: Path) ->
             rows *= tensors[f"{side}_a"].shape[0]
             columns *= math.prod(tensors[f"{side}_b"].shape[1:])
     layer = Layer("conv", kernel) if kernel else Layer("linear")
-    return _other("lokr", tensors, parts, scale, layer, (rows, columns))
+    return _other("lokr", tensors, parts, scale, layer, (rows, columns), path)
 
 
 def _full(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
@@ -210,7 +220,58 @@ def _full(module: str, parts: Parts, stated: Setting | None, path: Path) -> Othe
     diff = parts["diff"]
     shape = (diff.shape[0], math.prod(diff.shape[1:]))
     layer = Layer("conv", diff.shape[2:]) if len(diff.shape) > 2 else Layer("linear")
-    return _other("full", {"diff": diff}, parts, 1.0, layer, shape)
+    return _other("full", {"diff": diff}, parts, 1.0, layer, shape, path)
+
+
+def _glora(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    _none_beside(module, parts, {"alpha"}, path)
+    tensors = {role: parts[role] for role in ("a1", "a2", "b1", "b2")}
+    _, scale = _alpha(parts, tensors["a2"].shape[0], stated, path)
+    columns = math.prod(tensors["b2"].shape[1:])
+    layer = (
+        Layer("conv", tensors["b2"].shape[2:]) if len(tensors["b2"].shape) > 2 else Layer("linear")
+    )
+    shape = (tensors["b1"].shape[0], columns)
+    return OtherDelta(
+        "lycoris_glora", tensors, {"scale": scale}, layer, shape, alpha_tensor=parts.get("alpha")
+    )
+
+
+def _rotation(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    """Return OFT or BOFT, whose alpha is a limit in units of the number of outputs."""
+    del stated
+    _none_beside(module, parts, {"alpha"}, path)
+    blocks = parts["oft_blocks"]
+    if len(blocks.shape) not in (3, 4):
+        raise AdapterError(
+            "rotations are no stack of blocks",
+            path=path,
+            tensor=blocks.key,
+            got=list(blocks.shape),
+            expected="3 dimensions for OFT, 4 for BOFT",
+        )
+    tensors = {"blocks": blocks}
+    if "rescale" in parts:
+        tensors["gain"] = parts["rescale"]
+    out = blocks.shape[-3] * blocks.shape[-2]
+    alpha = stated_alpha(parts["alpha"], path) if "alpha" in parts else 0.0
+    return OtherDelta(
+        "diag_oft" if len(blocks.shape) == 3 else "butterfly_oft",
+        tensors,
+        {"constraint": alpha * out},
+        shape=(out, None),
+        alpha_tensor=parts.get("alpha"),
+    )
+
+
+def _ia3(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    del stated
+    _none_beside(module, parts, set(), path)
+    on_input = bool(stated_alpha(parts["on_input"], path))
+    gain = parts["ia3"]
+    shape = (None, None) if on_input else (gain.numel, None)
+    tensors = {"gain": gain, "on_input": parts["on_input"]}
+    return OtherDelta("lycoris_ia3", tensors, {"on_input": on_input}, shape=shape)
 
 
 def _other(
@@ -220,14 +281,17 @@ def _other(
     scale: float,
     layer: Layer,
     shape: tuple[int, int],
+    path: Path,
 ) -> OtherDelta:
+    magnitude = parts.get("magnitude")
     return OtherDelta(
         kind,
         tensors,
         {"scale": scale},
         layer,
         shape,
-        magnitude=parts.get("magnitude"),
+        magnitude=magnitude,
+        axis="output" if magnitude is None else _axis(magnitude, shape, layer, path),
         alpha_tensor=parts.get("alpha"),
     )
 

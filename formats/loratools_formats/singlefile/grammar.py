@@ -22,6 +22,7 @@ Role = Literal[
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight", "norm_scale",
+    "a1", "a2", "b1", "b2", "oft_blocks", "rescale", "on_input", "ia3",
     "learned_embedding", "refused",
 ]  # fmt: skip
 
@@ -97,10 +98,10 @@ _LYCORIS: tuple[Role, ...] = (
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "w_norm", "b_norm",
 )  # fmt: skip
-_REFUSED = (
-    ".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight", ".oft_blocks", ".oft_diag",
-    ".boft_blocks", ".rescale", ".on_input", ".scalar",
-)  # fmt: skip
+_GLORA: tuple[Role, ...] = ("a1", "a2", "b1", "b2")
+_ROTATION: tuple[Role, ...] = ("oft_blocks", "rescale", "on_input")
+_REFUSED = (".bm.weight", ".oft_diag", ".boft_blocks", ".scalar")
+IA3_MARK = ".on_input"
 
 _LEAVES = (
     Leaf(".lora_down.weight", "a", "kohya"),
@@ -129,6 +130,8 @@ _LEAVES = (
     Leaf(".set_weight", "set_weight", "comfyui"),
     Leaf(".reshape_weight", "reshape_weight", "comfyui"),
     Leaf(".scale", "norm_scale", "comfyui", _NORM),
+    *(Leaf(f".{role}.weight", role, "lycoris") for role in _GLORA),
+    *(Leaf(f".{role}", role, "lycoris") for role in _ROTATION),
     *(Leaf(text, "refused", "lycoris") for text in _REFUSED),
 )
 _TABLE = {leaf.text: leaf for leaf in _LEAVES}

@@ -7,23 +7,21 @@ key, so that a file whose modules are not renamed is written with the keys that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratools_formats.adapter import (
     Adapter,
     Addition,
-    Caveat,
     Delta,
-    OtherDelta,
     Replacement,
 )
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.safetensors_io import read_safetensors
 from loratools_formats.singlefile.deltas import Parts, delta_of
 from loratools_formats.singlefile.dialects import dialects
-from loratools_formats.singlefile.grammar import Class, Key, Role, parse
+from loratools_formats.singlefile.grammar import IA3_MARK, Class, Key, Role, parse
 from loratools_formats.singlefile.scale import (
     METADATA_KEY,
     PackedConfigs,
@@ -74,6 +72,9 @@ class _Outside:
         for role in parts.keys() & _ADDED.keys():
             tensor = parts.pop(role)
             self.additions[tensor.key] = Addition(f"{module}.{_ADDED[role]}", tensor)
+        if "diff" in parts and len(parts["diff"].shape) == 1:  # of a norm
+            tensor = parts.pop("diff")
+            self.additions[tensor.key] = Addition(f"{module}.weight", tensor)
         for role in parts.keys() & _REPLACED.keys():
             tensor = parts.pop(role)
             # ComfyUI names tensors that are no `weight` in full.
@@ -107,7 +108,7 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
         carried=outside.carried,
         metadata=file.metadata,
         base_model=file.metadata.get("ss_base_model_version") or None,
-        caveats=(*(() if configs is None else configs.caveats()), *_caveats(modules)),
+        caveats=() if configs is None else configs.caveats(),
         notes=(f"carried without being understood: {', '.join(unknown)}",) if unknown else (),
         dialects=dialects(keys),
         inputs=(file.file,),
@@ -121,7 +122,7 @@ def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Key], list[str]
     unknown: list[str] = []
     outside = _Outside()
     for name, tensor in tensors.items():
-        key = parse(name, control=control)
+        key = parse(name, control=control) or _of_ia3(name, tensors)
         if key is not None:
             keys[name] = key
         elif control and name != CONTROL_MARK and tensor.dtype.floating:
@@ -133,18 +134,11 @@ def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Key], list[str]
     return keys, unknown, outside
 
 
-def _caveats(modules: Mapping[str, Delta]) -> Iterator[Caveat]:
-    """Yield why modules are not what the declaration of their kind says."""
-    for name, delta in modules.items():
-        if isinstance(delta, OtherDelta) and delta.magnitude is not None:
-            shape = delta.magnitude.shape
-            if shape[0] == 1 and shape[0] != delta.shape[0]:
-                yield Caveat(
-                    "dora_scale",
-                    f"{name} has a magnitude for each input ({delta.kind})",
-                    "This kind is not supported yet",
-                )
-                return
+def _of_ia3(name: str, tensors: Mapping[str, TensorRef]) -> Key | None:
+    """Return the parts of the key of LyCORIS' IA³, which only its neighbour tells apart."""
+    module = name.removesuffix(".weight")
+    mark = parse(module + IA3_MARK) if module + IA3_MARK in tensors else None
+    return None if mark is None else replace(mark, role="ia3")
 
 
 def naming_class(keys: Iterable[Key]) -> Class:
@@ -178,8 +172,8 @@ def _groups(
     for name, key in keys.items():
         if key.role == "refused":
             raise UnsupportedError(
-                "GLoRA, OFT, BOFT, IA³ and raw training checkpoints in single files are not "
-                "supported: their change depends on the base weight or is not in the file",
+                "raw training checkpoints of LyCORIS, and GLoRA with a Tucker core, are not "
+                "supported: save the network's weights",
                 path=path,
                 tensor=name,
             )

@@ -57,8 +57,13 @@ _OTHER_LEAVES: dict[str, dict[str, str]] = {
         "w2_a": "lokr_w2_a", "w2_b": "lokr_w2_b", "w2_t": "lokr_t2",
     },
     "full": {"diff": "diff"},
+    "lycoris_glora": {f"{side}{n}": f"{side}{n}.weight" for side in "ab" for n in "12"},
+    "diag_oft": {"blocks": "oft_blocks", "gain": "rescale"},
+    "butterfly_oft": {"blocks": "oft_blocks", "gain": "rescale"},
+    "lycoris_ia3": {"gain": "weight", "on_input": "on_input"},
 }  # fmt: skip
 _PROBE = ".lora_A.weight"
+_MADE_PLAIN = "Make it a plain LoRA first: loratools to-lora"
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,11 @@ def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
     ]
     if target == "diffusers":
         found += [
-            Loss(name, f"is a {delta.kind} change, which few of diffusers' pipelines load")
+            Loss(
+                name,
+                f"is a {delta.kind} change, which few of diffusers' pipelines load",
+                _MADE_PLAIN,
+            )
             for name, delta in adapter.modules.items()
             if isinstance(delta, OtherDelta)
         ]
@@ -254,7 +263,7 @@ def _dora(delta: Dora, spelling: Spelling, target: Class) -> Dora:
             "a DoRA with a magnitude for each input has no place in a diffusers file",
             tensor=delta.magnitude.key,
             got=list(delta.magnitude.shape),
-            hint="Make it a plain LoRA first: loratools to-lora",
+            hint=_MADE_PLAIN,
         )
     kernel = delta.direction.layer.kernel
     out = delta.direction.shape[0]
@@ -275,7 +284,7 @@ def _other(name: str, delta: OtherDelta) -> OtherDelta:
         raise UnsupportedError(
             f"a weight change of kind {delta.kind} has no place in a single file",
             tensor=name,
-            hint="Make it a plain LoRA first: loratools to-lora",
+            hint=_MADE_PLAIN,
         )
     return replace(
         delta,
