@@ -75,7 +75,7 @@ def align(inputs: Sequence[MergeInput], *, force_base: bool = False) -> list[Ali
                 "an adapter shares no module with the others",
                 path=item.adapter.source,
                 got=next(iter(item.adapter.modules), "no modules"),
-                expected=f"such as {names[0]}",
+                expected=f"such as {min(others, default='a module')}",
                 hint="Are they adapters of the same model, in the same naming?",
             )
     return [_aligned(name, inputs) for name in names]

@@ -361,8 +361,12 @@ def test_an_intersection_of_nothing_is_an_error(tmp_path):
     first = save(tmp_path / "a", {"q": linear(24, 20, 4)})
     second = save(tmp_path / "b", {"model.q": linear(24, 20, 4)})
     third = save(tmp_path / "c", {"q": linear(24, 20, 4), "k": linear(9, 20, 4)})
-    for pairs in ([(first, 1.0), (second, 1.0)], [(first, 1.0), (third, 1.0), (second, 1.0)]):
-        with pytest.raises(AdapterError, match="shares no module with the others"):
+    for pairs, named in (
+        ([(first, 1.0), (second, 1.0)], "got q; expected such as model.q"),
+        ([(second, 1.0), (first, 1.0)], "got model.q; expected such as q"),
+        ([(first, 1.0), (third, 1.0), (second, 1.0)], "got model.q; expected such as k"),
+    ):
+        with pytest.raises(AdapterError, match=f"shares no module with the others; {named}"):
             run(tmp_path / "out", pairs)
     assert not (tmp_path / "out").exists()
 
