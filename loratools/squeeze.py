@@ -20,7 +20,7 @@ from pathlib import Path
 from loratools.allot import RankChoice, choose_ranks, rank_table
 from loratools.decompose import Decomposed, matrices
 from loratools.device import Device
-from loratools.fold.alone import folded_where_exact
+from loratools.fold.alone import folded_where_exact, to_lora_command
 from loratools.fold.apart import Apart, is_apart, parts_of
 from loratools.parallel import in_order
 from loratools.provenance import operation_record, record_metadata
@@ -186,7 +186,8 @@ def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]
                 f"a weight change of kind {delta.kind} has no factors that squeeze could use",
                 path=adapter.source,
                 tensor=name,
-                hint="Make it a plain LoRA first: loratools to-lora; or leave it out: --exclude",
+                hint=f"Make it a plain LoRA first: {to_lora_command(delta)}; "
+                "or leave it out: --exclude",
             )
     return found
 

@@ -19,7 +19,7 @@ from loratools.placement.names import Names
 from loratools.plain import plain
 from loratools.ranks import RankRule, Spectrum
 from loratools.resize import ComputeOptions, spectrum_of
-from loratools.weights import Place, ShapeOnly, find_place
+from loratools.weights import Place, ShapeOnly, find_place, is_fused, is_in_stack
 from loratools_formats.adapter import Adapter, Dora, LowRank, OtherDelta
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import UnsupportedError
@@ -57,6 +57,9 @@ class Opener:
         options: how to compute and store.
         base: the base model, for kinds that need it.
 
+    Attributes:
+        fused: modules to fold whose weights are in one tensor with others in the base.
+
     Raises:
         UnsupportedError: a module needs the base, and there is none.
         AdapterError: a module's weight is not in the base.
@@ -73,6 +76,7 @@ class Opener:
         self.rule = rule
         self.options = options
         self.device = Device(options.device)
+        self.fused: list[str] = []
         self.places = self._find_places(base)
         shapes = [place.shape for place in self.places.values()]
         self.largest = (
@@ -102,9 +106,13 @@ class Opener:
         names = Names(plain(base).checkpoint)
         in_base = names_in_base(self.adapter, base)
         for name, delta in self.adapter.modules.items():
+            if not isinstance(delta, LowRank) and is_fused(names, in_base[name]):
+                self.fused.append(name)
             if isinstance(delta, Dora):
                 places[name] = find_place(names, in_base[name], delta.direction)
-            elif isinstance(delta, OtherDelta):
+            elif isinstance(delta, OtherDelta) and (
+                needs_base(delta) or not is_in_stack(names, in_base[name])
+            ):
                 places[name] = find_place(names, in_base[name], delta)
         return places
 
