@@ -173,7 +173,8 @@ def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]
     """Return the modules without factors that stay as they are.
 
     Raises:
-        UnsupportedError: a selected one has no change that can be told without the base.
+        UnsupportedError: a selected one has no change that can be told without the base, or
+            nothing else is selected.
     """
     found = {
         name: delta
@@ -189,6 +190,13 @@ def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]
                 hint=f"Make it a plain LoRA first: {to_lora_command(delta)}; "
                 "or leave it out: --exclude",
             )
+    whole = [delta for name, delta in found.items() if name in selection]
+    if whole and len(found) == len(adapter.modules):
+        raise UnsupportedError(
+            "full differences stay whole, and there is nothing else to squeeze",
+            path=adapter.source,
+            hint=f"Make them a plain LoRA first: {to_lora_command(whole[0])}",
+        )
     return found
 
 

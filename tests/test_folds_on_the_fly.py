@@ -24,7 +24,7 @@ from loratools.ranks import RankRule
 from loratools.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.adapter import Missing, OtherDelta
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.errors import UnsupportedError
 
 GOLDEN = Path(__file__).parent / "golden" / "kinds"
 ALONE = [kind for kind in all_kinds() if kind.folds_alone]
@@ -99,10 +99,6 @@ def test_what_folds_alone_is_taken_as_it_is(kind, operation):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_for_other_kinds_the_command_to_run_first_is_named(kind, operation):
     adapter, given = fixture(kind.name)
-    if (kind.name, operation) == ("full", "squeeze"):  # keeps them whole, beside others
-        with pytest.raises(AdapterError, match="no module to squeeze"):
-            squeeze(adapter, WHOLE)
-        return
     with pytest.raises(UnsupportedError, match="loratools to-lora") as raised:
         OPERATIONS[operation](with_settings(adapter, given))
     hint = raised.value.hint
