@@ -134,6 +134,17 @@ def find_place(names: Names, name: str, delta: LowRank | OtherDelta) -> Place:
     return Place(pieces, layer, names.tensors[biases[0].key] if alone else None)
 
 
+def is_in_stack(names: Names, name: str) -> bool:
+    """Return whether the weight of a module is one of several in a tensor, as of experts."""
+    return any(site.plane is not None for site in sites(names, name, "weight"))
+
+
+def is_fused(names: Names, name: str) -> bool:
+    """Return whether the weight of a module is in one tensor with those of others."""
+    found = sites(names, name, "weight")
+    return any(site.plane is not None or site.part is not None for site in found)
+
+
 def _pieces(names: Names, name: str, delta: LowRank | OtherDelta, site: Site) -> Sequence[Piece]:
     stored = names.tensors[site.key]
     if site.part is None and site.share is None:

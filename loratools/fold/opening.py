@@ -17,7 +17,14 @@ from loratools.kinds.declaration import Change, Kronecker, Product, Weight
 from loratools.naming.for_base import names_in_base
 from loratools.ranks import RankRule, Spectrum
 from loratools.resize import ComputeOptions, spectrum_of
-from loratools.weights import Place, ShapeOnly, find_place, names_under
+from loratools.weights import (
+    Place,
+    ShapeOnly,
+    find_place,
+    is_fused,
+    is_in_stack,
+    names_under,
+)
 from loratools_formats.adapter import Adapter, Dora, LowRank, OtherDelta
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import UnsupportedError
@@ -56,6 +63,9 @@ class Opener:
         options: how to compute and store.
         base: the base model, for kinds that need it.
 
+    Attributes:
+        fused: modules to fold whose weights are in one tensor with others in the base.
+
     Raises:
         UnsupportedError: a module needs the base, and there is none.
         AdapterError: a module's weight is not in the base.
@@ -72,6 +82,7 @@ class Opener:
         self.rule = rule
         self.options = options
         self.device = Device(options.device)
+        self.fused: list[str] = []
         self.places = self._find_places(base)
         shapes = [place.shape for place in self.places.values()]
         self.largest = (
@@ -101,9 +112,13 @@ class Opener:
         names = names_under(self.adapter, base, needing)
         in_base = names_in_base(self.adapter, base)
         for name, delta in self.adapter.modules.items():
+            if not isinstance(delta, LowRank) and is_fused(names, in_base[name]):
+                self.fused.append(name)
             if isinstance(delta, Dora):
                 places[name] = find_place(names, in_base[name], delta.direction)
-            elif isinstance(delta, OtherDelta):
+            elif isinstance(delta, OtherDelta) and (
+                needs_base(delta) or not is_in_stack(names, in_base[name])
+            ):
                 places[name] = find_place(names, in_base[name], delta)
         return places
 

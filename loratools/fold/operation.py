@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,8 +158,20 @@ def to_lora(
         plain,
         tuple(outcome.report for outcome in done),
         _ratio(sum(o.squared_error for o in done), sum(o.squared_norm for o in done)),
-        (*((complete.caution,) if complete.caution else ()), *_cautions(adapter)),
+        (
+            *((complete.caution,) if complete.caution else ()),
+            *_cautions(adapter),
+            *_of_fused(work.opener.fused),
+        ),
     )
+
+
+def _of_fused(modules: Sequence[str]) -> Iterator[str]:
+    if modules:
+        yield (
+            f"the base has {len(modules)} of the modules in one tensor with others, such as "
+            f"{modules[0]}; loratools fuse puts them there, PEFT does not load them on it"
+        )
 
 
 def _cautions(adapter: Adapter) -> tuple[str, ...]:

@@ -421,7 +421,8 @@ def test_every_declaration_is_named_as_its_file_and_known_by_a_reader():
     # The rest belongs to other formats and trainers.
     others = {"full", "tucker", "middle", "gated", "qalora", "loralib", "increlora"}
     others |= {"diag_oft", "butterfly_oft", "lycoris_glora", "lycoris_ia3"}
-    others |= {"loldu", "loldu_full", "lorat", "megatron", "torchtune", "unscaled"}
+    others |= {"loldu", "loldu_full", "lorat", "megatron", "randlora_authors"}
+    others |= {"torchtune", "unscaled"}
     assert {kind.name for kind in all_kinds()} - names == others
     with pytest.raises(UnsupportedError, match="future"):
         get_kind("future")
