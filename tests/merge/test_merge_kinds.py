@@ -25,7 +25,7 @@ from merge_cases import (
 )
 from merge_definitions import elected, trimmed
 from merge_models import DORA_KINDS, saved_base, saved_by_peft
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from loratools.merge import tasks
 from loratools.merge.methods import get_method
@@ -240,6 +240,22 @@ def test_dora_needs_the_base(tmp_path):
         run(tmp_path / "out", [(source, 1.0)])
     assert caught.value.tensor == "down"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_dora_of_a_weight_that_is_replaced_is_refused(tmp_path, whose):
+    sources = [
+        saved_by_peft(tmp_path / f"a{seed}", "embedding", seed, use_dora=seed == 0)[0]
+        for seed in range(2)
+    ]
+    file = sources[whose] / "adapter_model.safetensors"
+    tensors = load_file(file) | {
+        "base_model.model.embed.base_layer.weight": np.ones((23, 12), "f4")
+    }
+    save_file(tensors, file)
+    base = saved_base(tmp_path / "base", "embedding")
+    with pytest.raises(UnsupportedError, match=r"depends on.*to-lora ADAPTER --base"):
+        run(tmp_path / "out", [(source, 1.0) for source in sources], base=base)
 
 
 @pytest.mark.parametrize(
