@@ -257,15 +257,16 @@ def test_diffusers_applies_what_we_convert(pipelines, tmp_path, kind, maker, opt
     assert in_metadata == (options != ("--fold-alpha",))
 
 
+@pytest.mark.parametrize("alpha", [2.0, 3.0], ids=["folded", "in metadata"])
 @pytest.mark.parametrize("kind", ["unet", "flux"])
-def test_diffusers_applies_the_magnitudes_of_doras(pipelines, tmp_path, kind):
+def test_diffusers_applies_the_magnitudes_of_doras(pipelines, tmp_path, kind, alpha):
     """The change depends on the weights, and is that of the definition with the pipeline's."""
     file = DialectFile("kohya", {"kohya"}, seed=8)
     name, out, in_, kernel = {
         "unet": ("lora_unet_down_blocks_0_resnets_0_conv1", 8, 8, (3, 3)),
         "flux": ("lora_unet_double_blocks_0_img_attn_qkv", 48, 16, ()),
     }[kind]
-    file.pair(name, out, in_, 4, KOHYA, alpha=2.0, kernel=kernel)
+    file.pair(name, out, in_, 4, KOHYA, alpha=alpha, kernel=kernel)
     file.tensors[f"{name}.dora_scale"] = np.linspace(0.5, 2.0, out).reshape(
         out, *(1 for _ in (in_, *kernel))
     ).astype(np.float32)  # fmt: skip

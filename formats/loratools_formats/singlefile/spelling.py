@@ -212,10 +212,9 @@ def _has_weight(delta: Delta | None) -> bool:
 def _metadata(adapter: Adapter, modules: Mapping[str, Delta], target: Class) -> dict[str, str]:
     metadata = {k: v for k, v in adapter.metadata.items() if k != METADATA_KEY}
     if target == "diffusers":
-        parts = {name: plain_part(delta) for name, delta in modules.items()}
-        settings = {n: (p.rank, p.scale) for n, p in parts.items() if p is not None}
-        if any(scale != 1.0 for _, scale in settings.values()):
-            metadata[METADATA_KEY] = packed(settings, {})
+        parts = [plain_part(delta) for delta in modules.values()]
+        if any(part is not None and part.scale != 1.0 for part in parts):
+            metadata[METADATA_KEY] = packed(modules, {})
         metadata.setdefault("format", "pt")
     return metadata
 
