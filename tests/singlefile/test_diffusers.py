@@ -15,6 +15,7 @@ from test_dialects import dense, tensors_of
 
 from loratools.cli import cli
 from loratools_formats import find_format, read_adapter
+from loratools_formats.errors import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -284,6 +285,27 @@ def test_diffusers_applies_the_magnitudes_of_doras(pipelines, tmp_path, kind, al
         magnitude = delta.magnitude.load(np.float64).reshape(-1, 1)
         expected = magnitude / np.linalg.norm(whole, axis=1, keepdims=True) * whole - weight
         np.testing.assert_allclose(found[module], expected, rtol=0, atol=1e-6, err_msg=module)
+
+
+def test_doras_beside_plain_modules_are_a_loss(pipelines, tmp_path):
+    """diffusers has DoRA in all modules of a component or in none; others may be plain."""
+    file = DialectFile("kohya", {"kohya"}, seed=8)
+    plain = "lora_unet_double_blocks_0_txt_attn_proj"
+    text = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    dora = "lora_unet_double_blocks_0_img_attn_proj"
+    file.pair(dora, 16, 16, 4, KOHYA, alpha=3.0)
+    file.tensors[f"{dora}.dora_scale"] = np.ones((16, 1), np.float32)
+    file.pair(text, 12, 12, 4, KOHYA, alpha=3.0)
+    alone, target = save(file, tmp_path / "alone.safetensors"), tmp_path / "target.safetensors"
+    run("convert", alone, target, "--to", "diffusers", "--names", "flux1")
+    assert len(applied(pipelines["flux"], target)) == 2
+    file.pair(plain, 16, 16, 4, KOHYA, alpha=3.0)
+    mixed = save(file, tmp_path / "mixed.safetensors")
+    command = ["convert", mixed, target, "--to", "diffusers", "--names", "flux1", "--overwrite"]
+    with pytest.raises(UnsupportedError, match=r"to_out\.0 is a DoRA beside plain modules"):
+        run(*command)
+    run(*command, "--allow-lossy")
+    assert_same(applied(pipelines["flux"], target), ours(target))
 
 
 def test_diffusers_applies_squeezed_ranks_that_differ(pipelines, tmp_path):
