@@ -249,6 +249,35 @@ def test_of_two_experts_other_namings_take_the_one_asked_for(tmp_path):
     np.testing.assert_allclose(found, deltas(source)[names[1]])
 
 
+def test_paths_of_one_expert_may_lack_their_component(tmp_path):
+    """fal's files have some modules below `transformer.` and some below nothing."""
+    file = DialectFile("mixed", {"safetensors"}, seed=4)
+    file.pair("transformer.transformer_blocks.0.attn.to_q", 16, 16, 2, PEFT)
+    file.pair("single_transformer_blocks.0.attn.to_q", 16, 16, 2, PEFT)
+    source, target = save(file, tmp_path / "mixed.safetensors"), tmp_path / "kohya.safetensors"
+    run("convert", source, target, "--to", "kohya")
+    assert set(read_adapter(target).modules) == {
+        "lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_single_blocks_0_linear1",
+    }  # fmt: skip
+
+
+def test_comfyui_files_may_have_the_paths_of_diffusers(tmp_path):
+    """ai-toolkit saves Z-Image so, with q, k and v apart."""
+    file = DialectFile("ai-toolkit", {"comfyui"}, seed=4)
+    for part in "qkv":
+        file.pair(f"diffusion_model.layers.0.attention.to_{part}", 16, 16, 2, PEFT)
+    source = save(file, tmp_path / "ai-toolkit.safetensors")
+    diffusers, kohya = tmp_path / "diffusers.safetensors", tmp_path / "kohya.safetensors"
+    run("convert", source, diffusers, "--to", "diffusers")
+    found = read_adapter(diffusers).modules
+    assert set(found) == {f"transformer.layers.0.attention.to_{part}" for part in "qkv"}
+    run("convert", source, kohya, "--to", "kohya")
+    (fused,) = read_adapter(kohya).modules.items()
+    assert fused[0] == "lora_unet_layers_0_attention_qkv"
+    parts = [dense(found[f"transformer.layers.0.attention.to_{part}"]) for part in "qkv"]
+    np.testing.assert_array_equal(dense(fused[1]), np.concatenate(parts))
+
+
 def test_xlabs_blocks_are_rows_of_flux_modules(tmp_path):
     source, out = GOLDEN / "xlabs.safetensors", tmp_path / "out.safetensors"
     run("convert", source, out, "--to", "comfyui")
