@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from test_dialects import Known, dense, tensors_of
 
 from loratools.cli import cli
+from loratools.naming.tables import flattened
 from loratools_formats import read_adapter
 
 
@@ -114,6 +115,23 @@ def test_a_list_of_names_undoes_flattening(tmp_path, given):
     found, expected = deltas(out), deltas(source)
     for flat, name in zip(FLAT, UNKNOWN, strict=True):
         np.testing.assert_allclose(found[name], expected[flat])
+
+
+@pytest.mark.parametrize(
+    ("flat", "component"),
+    [
+        ("lycoris_", "unet"), ("lycoris_", "transformer"), ("lora_transformer_", "transformer"),
+        ("lora_prior_", "prior"), ("lora_decoder_", "decoder"), ("lora_te2_", "text_encoder_2"),
+    ],
+)  # fmt: skip
+def test_every_flattened_prefix_has_a_way_back(tmp_path, flat, component):
+    """SimpleTuner's prefix is that of UNets too, and OneTrainer has one for each part."""
+    path = "strange_blocks.0.proj_in"
+    source = dotted_file(tmp_path / "flat.safetensors", flat + flattened(path), leaves=KOHYA)
+    names = dotted_file(tmp_path / "names.safetensors", f"{component}.{path}", seed=2)
+    target = tmp_path / "dotted.safetensors"
+    run("convert", source, target, "--to", "diffusers", "--names-from", names)
+    assert set(read_adapter(target).modules) == {f"{component}.{path}"}
 
 
 def test_an_original_checkpoint_names_comfyui_modules(tmp_path):
