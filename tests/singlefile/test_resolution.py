@@ -359,12 +359,27 @@ def test_merging_across_dialects_goes_through_one_naming(tmp_path, pair):
         np.testing.assert_allclose(found[name], 0.5 * delta, atol=1e-6)
 
 
+def test_merging_stops_where_only_a_text_encoder_is_shared(tmp_path):
+    """Adapters of FLUX and SDXL both have CLIP's, and add up to nothing that any model has."""
+    clip = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    flux, xl = "lora_unet_double_blocks_0_img_mlp_0", "lora_unet_input_blocks_4_1_proj_in"
+    paths = [
+        dotted_file(tmp_path / f"{index}.safetensors", clip, name, leaves=KOHYA)
+        for index, name in enumerate((flux, xl))
+    ]
+    message = refusal("merge", *paths, "-o", tmp_path / "out.safetensors")
+    assert "shares no module of a component" in message
+    only = dotted_file(tmp_path / "only.safetensors", clip, leaves=KOHYA)
+    run("merge", paths[0], only, "-o", tmp_path / "out.safetensors")
+    assert set(read_adapter(tmp_path / "out.safetensors").modules) == {clip, flux}
+
+
 def test_merging_stops_where_names_do_not_meet(tmp_path):
     first = GOLDEN / "kohya_sd15.safetensors"
     for other in ("kohya_flux", "mochi", "comfyui"):
         out = tmp_path / "out.safetensors"
         text = refusal("merge", first, GOLDEN / f"{other}.safetensors", "-o", out, "--force-base")
-        assert "no module with the others" in text or "convert" in text
+        assert "shares no module" in text or "convert" in text
         assert not out.exists()
 
 
