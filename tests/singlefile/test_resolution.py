@@ -296,6 +296,33 @@ def test_comfyui_files_may_have_the_paths_of_diffusers(tmp_path):
     np.testing.assert_array_equal(dense(fused[1]), np.concatenate(parts))
 
 
+def test_parts_of_different_scales_are_fused_by_their_changes(tmp_path):
+    """Alphas differ, and by no power of two: 16 bits would round in silence."""
+    file = DialectFile("diffusers", {"diffusers"}, seed=4)
+    block = "transformer.transformer_blocks.0.attn"
+    for part, alpha in (("to_q", 2.0), ("to_k", 3.0), ("to_v", 5.0)):
+        file.pair(f"{block}.{part}", 16, 16, 4, KOHYA, alpha=alpha)
+    source, target = save(file, tmp_path / "apart.safetensors"), tmp_path / "kohya.safetensors"
+    run("convert", source, target, "--to", "kohya", "--names", "flux1")
+    changes = deltas(source)
+    parts = [changes[f"{block}.to_{part}"] for part in "qkv"]
+    (fused,) = deltas(target).values()
+    np.testing.assert_allclose(fused, np.concatenate(parts), rtol=0, atol=1e-6)
+
+
+def test_biases_of_factors_are_scaled_where_they_stand_alone(tmp_path):
+    """PEFT scales a bias with the factors that it belongs to; ComfyUI adds `diff_b` as it is."""
+    file = DialectFile("diffusers", {"diffusers"}, seed=4)
+    name = "transformer.transformer_blocks.0.attn.to_out.0"
+    file.pair(name, 16, 16, 4, PEFT, alpha=3.0)
+    bias = file.draw(16)
+    file.tensors[f"{name}.lora_B.bias"] = bias
+    source, target = save(file, tmp_path / "bias.safetensors"), tmp_path / "comfyui.safetensors"
+    run("convert", source, target, "--to", "comfyui", "--names", "flux1")
+    found = tensors_of(target)["diffusion_model.double_blocks.0.img_attn.proj.diff_b"]
+    assert found == ("F32", [16], (bias.astype(np.float32) * np.float32(0.75)).tobytes())
+
+
 def test_xlabs_blocks_are_rows_of_flux_modules(tmp_path):
     source, out = GOLDEN / "xlabs.safetensors", tmp_path / "out.safetensors"
     run("convert", source, out, "--to", "comfyui")
