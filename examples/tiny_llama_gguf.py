@@ -79,9 +79,8 @@ def write_base(folder: Path, out: Path) -> None:
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_add_bos_token(False)
-    sizes = Sizes(
-        config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
-    )
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    sizes = Sizes(heads, config["num_key_value_heads"], hidden, hidden // heads)
     for key, tensor in read_checkpoint(folder).tensors.items():
         writer.add_tensor(*gguf_tensor(key, tensor.load(np.float32), sizes))
     writer.write_header_to_file()

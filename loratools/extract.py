@@ -153,9 +153,8 @@ def extract(
     """
     options = options or ComputeOptions()
     result = to_lora(found.adapter, rule, options, scratch_folder=scratch_folder, progress=progress)
-    record = operation_record(
-        "extract", {}, {"rule": as_options(rule), **options.record()}, base, tuned
-    )
+    parameters = {"rule": as_options(rule), **options.record(), "seed": options.seed}
+    record = operation_record("extract", {}, parameters, base, tuned)
     files = {"base": base.files, "tuned": tuned.files}
     adapter = replace(
         result.adapter,

@@ -59,12 +59,13 @@ class TorchStream:
     def normal(self, shape: tuple[int, ...], deviation: float) -> Array:
         """Return what `torch.normal(0, deviation, shape)` gives, in float32, to rounding.
 
-        Raises:
-            UnsupportedError: fewer than 16 numbers, for which torch draws otherwise.
+        Fewer than 16 numbers are drawn in pairs. What is left of the last pair is dropped; torch
+        would keep it for its next call of this kind.
         """
         count = math.prod(shape)
         if count < 16:
-            raise UnsupportedError("a random stream this short is not supported", got=count)
+            few = self._normal_pairs((count + 1) // 2)[:count] * deviation
+            return few.astype(np.float32).reshape(shape)
         values = self.uniform((count,), 0.0, 1.0)
         for start in range(0, count - 15, 16):
             values[start : start + 16] = _box_muller(values[start : start + 16])
@@ -72,6 +73,16 @@ class TorchStream:
             # torch draws the last sixteen anew.
             values[count - 16 :] = _box_muller(self.uniform((16,), 0.0, 1.0))
         result: Array = (values * np.float32(deviation)).reshape(shape)
+        return result
+
+    def _normal_pairs(self, pairs: int) -> Array:
+        """Return 2·pairs normal numbers in float64, as torch's scalar Box-Muller draws them."""
+        words = self._words(4 * pairs).astype(np.uint64).reshape(pairs, 2, 2)
+        # A number in double precision is the low 53 bits of two words, the first one the high half.
+        bits = (words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64((1 << 53) - 1)
+        first, second = np.moveaxis(bits.astype(np.float64) * 2.0**-53, 1, 0)
+        radius, angle = np.sqrt(-2.0 * np.log1p(-second)), 2.0 * math.pi * first
+        result: Array = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
         return result
 
     def first_of_permutation(self, size: int, count: int) -> Array:

@@ -165,6 +165,15 @@ class RankRule:
         """Whether anything decides a rank."""
         return bool(self._rules() or self.patterns or self.max_rank or self.serve)
 
+    def decides(self, name: str) -> bool:
+        """Return whether it gives a rank to a module that has none of its own."""
+        return bool(self._rules() or self.max_rank or self.override(name))
+
+    @property
+    def needs_every_value(self) -> bool:
+        """Whether the leading singular values are not enough to tell a rank."""
+        return self.sv_cumulative is not None or self.threshold
+
     @property
     def needs_all_spectra(self) -> bool:
         """Whether one module's rank depends on the others'."""
@@ -182,10 +191,16 @@ class RankRule:
             wanted = self._for_energy(spectrum, self.energy)
         elif self.sv_fro is not None:
             wanted = self._for_energy(spectrum, self.sv_fro**2)
+        elif self.needs_every_value and spectrum.tail is not None:
+            raise OptionError(
+                f"the rule needs every singular value of {spectrum.name}, and only the "
+                f"{sigma.shape[1]} largest are known",
+                hint="Choose ranks with --rank, --energy or another rule",
+            )
         elif self.sv_cumulative is not None:
             wanted = _most(sigma, lambda s: _reaching(s, self.sv_cumulative or 1.0))
         elif self.sv_ratio is not None:
-            wanted = _most(sigma, lambda s: _above(s, s[0] / (self.sv_ratio or 1.0)))
+            wanted = self._for_ratio(spectrum, self.sv_ratio)
         elif self.threshold:
             wanted = _most(sigma, lambda s: int(np.sum(s > gavish_donoho(s, spectrum.shape))))
         else:
@@ -205,6 +220,20 @@ class RankRule:
             raise OptionError(
                 f"rank {spectrum.rank} keeps only {reachable:.4f} of the energy of {spectrum.name}",
                 expected=share,
+                hint="Allow higher ranks with --max-rank, or ask for less",
+            )
+        return wanted
+
+    def _for_ratio(self, spectrum: Spectrum, ratio: float) -> int:
+        sigma, tail = spectrum.singular_values, spectrum.tail
+        wanted = _most(sigma, lambda s: _above(s, s[0] / ratio))
+        if wanted < sigma.shape[1] or tail is None or self.max_rank is not None:
+            return wanted
+        limits = sigma[:, 0] / ratio
+        if np.any((sigma[:, -1] >= limits) & (np.sqrt(tail) >= limits)):
+            raise OptionError(
+                f"the {sigma.shape[1]} largest singular values of {spectrum.name} do not fall as "
+                f"far as σ₁/{ratio:g}",
                 hint="Allow higher ranks with --max-rank, or ask for less",
             )
         return wanted

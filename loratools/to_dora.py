@@ -20,9 +20,8 @@ from loratools.kinds.declaration import Product
 from loratools.naming.for_base import names_in_base
 from loratools.parallel import in_order
 from loratools.placement.names import Names
-from loratools.plain import plain
 from loratools.provenance import operation_record, record_metadata
-from loratools.weights import find_place
+from loratools.weights import find_place, names_under
 from loratools_formats.adapter import Adapter, Delta, Dora, LowRank
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import AdapterError, LoratoolsError, OptionError, UnsupportedError
@@ -85,7 +84,7 @@ def to_dora(
     if not adapter.modules:
         raise AdapterError("no module to turn into a DoRA", path=adapter.source)
 
-    names = Names(plain(base).checkpoint)
+    names = names_under(adapter, base, adapter.modules)
     in_base = names_in_base(adapter, base)
 
     def one(name: str) -> tuple[Delta, ToDoraModuleReport]:

@@ -8,8 +8,8 @@ round is held whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from loratools.placement.fused import part_spans
 from loratools.placement.names import Names
 from loratools.placement.orient import cut_is_transposed, whole_is_transposed
 from loratools.placement.sites import Site, sites
-from loratools_formats.adapter import Layer, LowRank, OtherDelta
+from loratools.plain import plain
+from loratools_formats.adapter import Adapter, Layer, LowRank, OtherDelta
+from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import TensorRef
 
@@ -68,6 +70,39 @@ class Place:
         return BaseWeight(self.pieces, self.shape, self.bias)
 
 
+def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) -> Names:
+    """Return a base's tensors as an adapter's changes find them.
+
+    A file may hold the whole weight or bias of a layer beside its change, such as a saved embedding
+    or a trained bias. Then the change is one of that tensor, which is read in the base's place.
+
+    Args:
+        adapter: whose replacements count.
+        base: the base model.
+        modules: those whose weights will be read.
+
+    Raises:
+        UnsupportedError: only rows of a weight are replaced, or the base has it inside another.
+    """
+    checkpoint = plain(base).checkpoint
+    names = Names(checkpoint)
+    tensors = dict(checkpoint.tensors)
+    for replacement in adapter.replacements.values():
+        module, _, leaf = replacement.target.rpartition(".")
+        if module not in modules:
+            continue
+        key = names.find(replacement.target)
+        if replacement.kind == "token_rows" or (key is None and sites(names, module, leaf)):
+            raise UnsupportedError(
+                "the adapter replaces a part of the weight that its change depends on",
+                path=adapter.source,
+                tensor=replacement.tensor.key,
+            )
+        if key is not None:
+            tensors[key] = replacement.tensor
+    return Names(replace(checkpoint, tensors=tensors))
+
+
 def find_place(names: Names, name: str, delta: LowRank | OtherDelta) -> Place:
     """Return where the weight of a module is.
 
@@ -97,6 +132,17 @@ def find_place(names: Names, name: str, delta: LowRank | OtherDelta) -> Place:
     biases = sites(names, name, "bias")
     alone = len(found) == len(biases) == 1 and found[0].part is None and biases[0].part is None
     return Place(pieces, layer, names.tensors[biases[0].key] if alone else None)
+
+
+def is_in_stack(names: Names, name: str) -> bool:
+    """Return whether the weight of a module is one of several in a tensor, as of experts."""
+    return any(site.plane is not None for site in sites(names, name, "weight"))
+
+
+def is_fused(names: Names, name: str) -> bool:
+    """Return whether the weight of a module is in one tensor with those of others."""
+    found = sites(names, name, "weight")
+    return any(site.plane is not None or site.part is not None for site in found)
 
 
 def _pieces(names: Names, name: str, delta: LowRank | OtherDelta, site: Site) -> Sequence[Piece]:

@@ -153,3 +153,38 @@ def test_inputs_do_not_change(tmp_path):
     before = {p: p.read_bytes() for folder in (DORA, BASE) for p in folder.iterdir() if p.is_file()}
     run("to-lora", DORA, "--base", BASE, "-o", tmp_path / "out", "--rank", "4", "-q")
     assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("to-lora", DORA, "--rank", "4"),
+        ("to-dora", LORA),
+        ("convert", LORA, "--to", "kohya"),
+        ("merge", DORA, LORA, "--rank", "4"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_adapter_replaces_the_model_that_is_read(tmp_path, arguments):
+    model = tmp_path / "base.safetensors"
+    model.write_bytes((BASE / "model.safetensors").read_bytes())
+    before = model.read_bytes()
+    command, *rest = map(str, arguments)
+    if command == "convert":
+        rest.insert(1, str(model))
+    else:
+        rest += ["-o", str(model)]
+    done = loratools(command, *rest, "--base", model, "--overwrite")
+    assert done.returncode == 2
+    assert "the output is the model that is read" in done.stderr
+    assert model.read_bytes() == before
+
+
+def test_extract_writes_into_neither_model(tmp_path):
+    tuned = tmp_path / "tuned"
+    assert loratools("fuse", BASE, LORA, "-o", tuned, "--quiet").returncode == 0
+    for place in (tuned, tuned / "lora"):
+        done = loratools("extract", BASE, tuned, "-o", place, "--rank", "2", "--overwrite")
+        assert done.returncode == 2
+        assert "output" in done.stderr
+    assert not (tuned / "lora").exists()

@@ -14,7 +14,8 @@ from loratools.effective import effective_delta
 from loratools.extract import difference, extract, extract_choices
 from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.ranks import RankRule
+from loratools.ranks import RankRule, gavish_donoho
+from loratools.resize import ComputeOptions
 from loratools.selection import Selection
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoint import read_checkpoint
@@ -169,6 +170,15 @@ def test_tied_embeddings_are_carried_whole(tmp_path):
     assert "lm_head" in " ".join(found.notes)
 
 
+def test_without_an_output_embedding_the_input_embedding_is_tied(tmp_path):
+    old = {key: array for key, array in weights().items() if key != HEAD}
+    new = {**old, EMBED: old[EMBED] + noise((50, 24)), UP: old[UP] + noise((40, 24))}
+    base, tuned = written(tmp_path / "base", old), written(tmp_path / "tuned", new)
+    found = difference(base, tuned)
+    assert [r.kind for r in found.adapter.replacements.values()] == ["embedding"]
+    assert list(found.adapter.modules) == ["model.layers.0.mlp.up_proj"]
+
+
 def test_resized_embeddings_are_carried_whole(tmp_path):
     old = weights()
     grown = {key: np.concatenate([old[key], noise((3, 24))]) for key in (EMBED, HEAD)}
@@ -222,8 +232,6 @@ def test_conv1d_weights_lie_the_other_way_round(tmp_path):
 
 
 def test_bits_do_not_depend_on_threads(tmp_path):
-    from loratools.resize import ComputeOptions
-
     base, tuned = pair(tmp_path, {UP: noise((40, 24)), DOWN: noise((24, 40))})
     made = []
     for workers in (1, 3):
@@ -302,3 +310,49 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     base, tuned = pair(tmp_path, {UP: change})
     with pytest.raises(AdapterError, match="NaN or infinite"):
         extract(base, tuned, difference(base, tuned), RankRule(rank=2))
+
+
+def test_rules_count_every_singular_value_of_a_large_change(tmp_path):
+    old = {UP: np.zeros((540, 600), np.float32)}
+    rng = np.random.default_rng(8)
+    signal = rng.standard_normal((540, 6)) @ rng.standard_normal((6, 600))
+    new = {UP: (0.02 * signal + 0.01 * rng.standard_normal((540, 600))).astype(np.float32)}
+    base, tuned = written(tmp_path / "base", old), written(tmp_path / "tuned", new)
+    found = difference(base, tuned)
+    sigma = np.linalg.svd(new[UP].astype(np.float64), compute_uv=False)
+    cumulative = int(np.searchsorted(np.cumsum(sigma), 0.9 * sigma.sum())) + 1
+    limit = gavish_donoho(sigma, (540, 600))
+    wanted = {
+        RankRule(sv_cumulative=0.9): cumulative,
+        RankRule(threshold=True): int(np.sum(sigma > limit)),
+        RankRule(energy=0.1, min_rank=300): 300,
+        RankRule(sv_ratio=5.0): 6,
+    }
+    assert 256 < cumulative < 540
+    for rule, rank in wanted.items():
+        (module,) = extract(base, tuned, found, rule).modules
+        assert module.rank == rank
+        best = np.sqrt(np.sum(sigma[rank:] ** 2) / np.sum(sigma**2))
+        assert module.relative_error == pytest.approx(best, rel=1e-2)
+    with pytest.raises(OptionError, match="do not fall"):
+        extract(base, tuned, found, RankRule(sv_ratio=1e4))
+
+
+def test_the_seed_is_recorded(tmp_path):
+    base, tuned = pair(tmp_path, {UP: noise((40, 24))})
+    options = ComputeOptions(seed=3)
+    result = extract(base, tuned, difference(base, tuned), RankRule(rank=2), options)
+    assert '"seed": 3' in json.dumps(result.adapter.provenance)
+
+
+def test_a_pattern_alone_leaves_the_ranks_of_others_open(tmp_path):
+    base, tuned = pair(tmp_path, {UP: noise((40, 24)), DOWN: noise((24, 40))})
+    found = difference(base, tuned)
+    with pytest.raises(OptionError, match="Choose a rank"):
+        extract(base, tuned, found, RankRule(patterns=(("up_proj", 3),)))
+    rule = RankRule(patterns=(("up_proj", 3), ("down_proj", 5)))
+    modules = extract(base, tuned, found, rule).modules
+    assert {module.name.rpartition(".")[2]: module.rank for module in modules} == {
+        "up_proj": 3,
+        "down_proj": 5,
+    }

@@ -14,6 +14,7 @@ from loratools.info import describe
 from loratools.initial import subtract_initial
 from loratools.kinds import all_kinds
 from loratools.ranks import RankRule
+from loratools.resize import ComputeOptions
 from loratools.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.adapter import Adapter, Dora, Layer, OtherDelta
@@ -51,6 +52,19 @@ def close(got, want, relative=1e-6):
 def test_a_middle_matrix_stands_between_the_factors():
     delta = other("middle", {"scale": 0.5}, a=A, b=B, middle=MIDDLE)
     close(change_of(delta, (36, 24)), 0.5 * B @ MIDDLE @ A)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_the_error_of_an_exact_fold_is_that_of_its_rounding(dtype):
+    a, b, middle = random(3, 40), random(50, 3), random(3, 3)
+    delta = other("middle", {"scale": 1.5}, a=a, b=b, middle=middle)
+    result = to_lora(adapter_of(delta), RankRule(), ComputeOptions(dtype=dtype))
+    want = 1.5 * b.astype(np.float64) @ middle @ a
+    (new,) = result.adapter.modules.values()
+    error = np.linalg.norm(effective_delta("m", new, want.shape) - want) / np.linalg.norm(want)
+    assert error > 0.0
+    assert result.relative_error == pytest.approx(error, rel=1e-3)
+    assert result.modules[0].relative_error == result.relative_error
 
 
 def test_gates_of_zero_are_dead_ranks():

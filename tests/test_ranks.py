@@ -226,3 +226,17 @@ def test_ranks_beyond_what_vllm_accepts_are_refused():
 def test_uniform_budget_has_no_place_for_patterns():
     with pytest.raises(OptionError, match="no place for rank patterns"):
         RankRule(budget=Budget(share=0.5), uniform=True, patterns=(("a", 2),))
+
+
+def test_rules_that_need_more_values_than_are_known_are_refused():
+    known = [[4.0, 2.0, 1.0]]
+    partial = Spectrum("m", (100, 80), np.array(known), 3, 10, tail=np.array([1.5]))
+    for rule in (RankRule(sv_cumulative=0.5), RankRule(threshold=True)):
+        with pytest.raises(OptionError, match="needs every singular value"):
+            rule.of_module(partial)
+    with pytest.raises(OptionError, match="do not fall as far as σ₁/5"):
+        RankRule(sv_ratio=5.0).of_module(partial)
+    assert RankRule(sv_ratio=3.0).of_module(partial) == 2
+    assert RankRule(sv_ratio=5.0, max_rank=3).of_module(partial) == 3
+    nothing_left = Spectrum("m", (100, 80), np.array(known), 3, 10, tail=np.array([1e-9]))
+    assert RankRule(sv_ratio=5.0).of_module(nothing_left) == 3

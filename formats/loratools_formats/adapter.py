@@ -10,7 +10,7 @@ number in front of both: `a: (E, r, in)`, `b: (E, out, r)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +132,8 @@ class Missing:
         whole: whether it is a whole number above 0.
         in_base: entries of the base model's `config.json` that tell it; the first present counts.
         meaning: what the words in that entry mean; empty if it holds the setting itself.
+        of_weight: returns what the shape of the module's weight in the base tells of it, None if
+            nothing; None if no shape does. It precedes what the user gives for all modules.
     """
 
     expected: str
@@ -140,6 +142,12 @@ class Missing:
     whole: bool = False
     in_base: tuple[str, ...] = ()
     meaning: Mapping[str, str] = field(default_factory=dict)
+    of_weight: Callable[[tuple[int, ...]], str | None] | None = None
+
+    @property
+    def is_in_base(self) -> bool:
+        """Whether the base model may tell it."""
+        return bool(self.in_base) or self.of_weight is not None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ _KEY = re.compile(r"(?P<module>.+?)\.lora\.(?P<side>[AB])")
 _PART = re.compile(r"(?P<module>.+\.(?P<parts>qkv|kv))\.(?P<part>[qkv])")
 _TELLING = re.compile(rb".+\.lora\.[AB]")
 _ROOT = {"lora_alpha": "alpha", "use_rslora": "rslora"}
-_FROZEN = (".linear.weight", ".linear.bias", ".weight", ".bias")
 
 
 def _sniff(path: Path) -> bool:
@@ -54,8 +53,8 @@ def _read(path: Path) -> Adapter:
         fused[module] = part["parts"] if part is not None and end else ""
         own.setdefault(module, {})[f"{key['side'].lower()}{end}"] = tensor
     for name in rest:
-        if any(f"{owner}{end}" == name for owner in owners for end in _FROZEN):
-            raise state.unknown(name, "factors alone, without the weights that they change")
+        if ".lora." in name or name.rpartition(".")[0].removesuffix(".linear") in owners:
+            raise state.unknown(name, "lora.A and lora.B alone in a module that has them")
     if shared and set(shared) != set(_ROOT):
         raise state.unknown(next(iter(shared)), " and ".join(_ROOT))
     for number in shared.values():

@@ -5,8 +5,13 @@ transformers' models of Llama's layout have, which needs the number of heads and
 MLP. Alpha is in the configuration of the run, not in the weights. What is read is one file with the
 gathered tensors; distributed checkpoints, folders of shards, are recognised and refused.
 
-Adapters of experts, routers and state-space layers, and NeMo's tied variants, are not known here,
-nor is attention with an output gate, whose rows are others; a base shows that they do not fit.
+Experts have a pair of factors each, stacked, or share one side of it; they become the experts that
+Qwen's and DeepSeek's models have, one by one. Where they share both sides the file does not tell
+how many there are, which is refused.
+
+Adapters of shared experts, routers and state-space layers, and NeMo's tied variants, are not known
+here, nor is attention with an output gate, whose rows are others; a base shows that they do not
+fit.
 Source: `peft/` and `models/conversion/peft_bridge.py` of Megatron-Bridge 067f987df;
 `adapter_modules` of NeMo 1 for the older names.
 """
@@ -14,6 +19,7 @@ Source: `peft/` and `models/conversion/peft_bridge.py` of Megatron-Bridge 067f98
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +27,13 @@ from loratools_formats.registry import Format
 from loratools_formats.statedict import SUFFIXES, StateDict, has_names
 
 if TYPE_CHECKING:
-    from loratools_formats.adapter import Adapter, Delta
+    from loratools_formats.adapter import Adapter, OtherDelta
     from loratools_formats.tensors import TensorRef
 
 _QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 _FC1 = {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}
+_OF_EXPERTS = "mlp.experts."
+_EXPERTS = {"gate": "mlp.experts.{}.gate_proj", "up": "mlp.experts.{}.up_proj"}
 _NEMO_1 = "adapter_layer."
 # What an adapter is called within a layer, and the projections that it is for.
 _ADAPTERS: dict[str, dict[str, str]] = {
@@ -33,6 +41,9 @@ _ADAPTERS: dict[str, dict[str, str]] = {
     "self_attention.linear_proj.adapter": {"whole": "self_attn.o_proj"},
     "mlp.linear_fc1.adapter": _FC1,
     "mlp.linear_fc2.adapter": {"whole": "mlp.down_proj"},
+    f"{_OF_EXPERTS}linear_fc1.adapter": _EXPERTS,
+    f"{_OF_EXPERTS}linear_fc2.adapter": {"whole": "mlp.experts.{}.down_proj"},
+    **{f"{_OF_EXPERTS}linear_fc1.adapter.adapter_{k}": {"whole": v} for k, v in _EXPERTS.items()},
     f"self_attention.{_NEMO_1}lora_kqv_adapter": _QKV,
     f"self_attention.{_NEMO_1}lora_dense_attention_adapter": {"whole": "self_attn.o_proj"},
     f"mlp.{_NEMO_1}lora_hto4h_adapter": _FC1,
@@ -79,13 +90,16 @@ def _read(path: Path) -> Adapter:
     return adapter_of(StateDict(path), FORMAT.name, path)
 
 
-def adapter_of(state: StateDict, format_name: str, path: Path) -> Adapter:
+def adapter_of(
+    state: StateDict, format_name: str, path: Path, alpha: float | None = None
+) -> Adapter:
     """Return the adapter in a state dict of Megatron's names.
 
     Args:
         state: the tensors.
         format_name: of the format that they were found in.
         path: what they were read from.
+        alpha: of every adapter; None if it is not known.
 
     Raises:
         AdapterError: an unknown name, or factors that do not belong together.
@@ -104,27 +118,68 @@ def adapter_of(state: StateDict, format_name: str, path: Path) -> Adapter:
         if _PARTS[key["part"]] in own:
             raise state.unknown(name, "one tensor of that name")
         own[_PARTS[key["part"]]] = tensor
-    modules: dict[str, Delta] = {}
+    modules: dict[str, OtherDelta] = {}
     shared: dict[str, TensorRef] = {}
     for (layer, adapter), own in parts.items():
-        module = f"layers.{layer}.{adapter}"
-        if not {"a", "b"} <= set(own):
-            raise state.lacking(module, own, "linear_in.weight and linear_out.weight")
-        state.check_factors({part: own[part] for part in "ab"})
-        projections = _ADAPTERS[adapter]
-        for projection, target in projections.items():
-            path_in_model = f"model.layers.{layer}.{target}"
-            if path_in_model in modules:
-                raise AdapterError(
-                    "two adapters are for one projection", path=path, tensor=path_in_model
-                )
-            modules[path_in_model] = _delta(projection, own)
-        if len(projections) > 1:
+        found = _deltas(state, layer, adapter, own)
+        twice = sorted(set(found) & set(modules))
+        if twice:
+            raise AdapterError("two adapters are for one projection", path=path, tensor=twice[0])
+        modules |= found
+        if len(found) > 1:
             shared |= {tensor.key: tensor for tensor in own.values()}
+    if alpha is not None:
+        modules = {
+            name: replace(delta, settings={**delta.settings, "alpha": alpha})
+            for name, delta in modules.items()
+        }
     return state.adapter(format_name, modules, shared=shared)
 
 
-def _delta(projection: str, own: dict[str, TensorRef]) -> Delta:
+def _deltas(
+    state: StateDict, layer: int, adapter: str, own: dict[str, TensorRef]
+) -> dict[str, OtherDelta]:
+    """Return the changes that one adapter makes, by the projection's path in the model."""
+    module = f"layers.{layer}.{adapter}"
+    if not {"a", "b"} <= set(own):
+        raise state.lacking(module, own, "linear_in.weight and linear_out.weight")
+    of_experts: dict[int | None, dict[str, TensorRef]] = {None: own}
+    if adapter.startswith(_OF_EXPERTS):
+        of_experts = _of_experts(state, module, own)
+    else:
+        state.check_factors({part: own[part] for part in "ab"})
+    projections = _ADAPTERS[adapter]
+    is_shared = len(of_experts) * len(projections) > 1
+    return {
+        f"model.layers.{layer}.{target.format(expert)}": _delta(
+            projection, factors, is_shared=is_shared, is_expert=expert is not None
+        )
+        for expert, factors in of_experts.items()
+        for projection, target in projections.items()
+    }
+
+
+def _of_experts(
+    state: StateDict, module: str, own: dict[str, TensorRef]
+) -> dict[int | None, dict[str, TensorRef]]:
+    """Return the factors of every expert, each a matrix of the stored stacks."""
+    stacked = {side: ref for side, ref in own.items() if len(ref.shape) == 3}
+    counts = {ref.shape[0] for ref in stacked.values()}
+    if set(own) != {"a", "b"} or len(counts) != 1:
+        raise state.lacking(
+            module, own, "linear_in.weight and linear_out.weight, one or both stacked by experts"
+        )
+    for side, ref in own.items():
+        state.check_factors({side: ref}, 3 if side in stacked else 2)
+    return {
+        expert: {side: ref.matrix(expert) if side in stacked else ref for side, ref in own.items()}
+        for expert in range(counts.pop())
+    }
+
+
+def _delta(
+    projection: str, own: dict[str, TensorRef], *, is_shared: bool, is_expert: bool
+) -> OtherDelta:
     from loratools_formats.adapter import Missing, OtherDelta
 
     settings: dict[str, Any] = {
@@ -141,13 +196,15 @@ def _delta(projection: str, own: dict[str, TensorRef]) -> Delta:
             for name in ("num_attention_heads", "num_key_value_heads")
         }
     if projection in _FC1:
-        settings["intermediate_size"] = Missing(
-            "intermediate_size of the model's config.json",
+        name = "moe_intermediate_size" if is_expert else "intermediate_size"
+        settings[name] = Missing(
+            f"{name} of the model's config.json",
             whole=True,
-            in_base=("intermediate_size",),
+            in_base=(name, "intermediate_size"),
         )
-    if projection != "whole":
-        return OtherDelta("megatron", {}, settings, shape=(None, own["a"].shape[1]), shared=own)
+    if is_shared:
+        out = own["b"].shape[0] if projection == "whole" else None
+        return OtherDelta("megatron", {}, settings, shape=(out, own["a"].shape[1]), shared=own)
     return OtherDelta(
         "megatron",
         {part: own[part] for part in "ab"},

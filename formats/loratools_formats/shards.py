@@ -53,6 +53,7 @@ class _Output:
         self._completed = completed
         self._lock = threading.Lock()
         self._closing = threading.Lock()
+        self._failure: OSError | None = None
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             _allocate(self.fd, self.layout.end)
@@ -113,12 +114,18 @@ class _Output:
             os.ftruncate(self.fd, layout.text_start + len(text))
         os.fsync(self.fd)
         self.close()
+        if self._failure is not None:
+            raise self._failure
         check_written(self.path, ordered)
 
     def flush(self) -> None:
+        """Flush so far; `finish` raises what fails, which the system reports only once."""
         with self._closing:
             if self.fd >= 0:
-                os.fsync(self.fd)
+                try:
+                    os.fsync(self.fd)
+                except OSError as error:
+                    self._failure = error
 
     def close(self) -> None:
         with self._closing:
@@ -272,15 +279,14 @@ def write_shards(
 def _flushing(opened: list[_Output]) -> Iterator[None]:
     """Keep the disk busy with what has been written, so that little is left to wait for.
 
-    Errors are left to the flush at each shard's end.
+    Errors are raised at each shard's end.
     """
     done = threading.Event()
 
     def flush() -> None:
         while not done.wait(_FLUSH_SECONDS):
             for output in list(opened):
-                with contextlib.suppress(OSError):
-                    output.flush()
+                output.flush()
 
     thread = threading.Thread(target=flush, daemon=True)
     thread.start()

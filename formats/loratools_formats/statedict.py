@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from loratools_formats.adapter import Adapter, Delta, Replacement
     from loratools_formats.errors import AdapterError
@@ -162,6 +162,26 @@ class StateDict:
                 got=list(tensor.shape),
             )
 
+    def check_same(self, tensors: Sequence[TensorRef]) -> None:
+        """Refuse copies of a tensor that modules share if they differ: the code would keep one.
+
+        Raises:
+            AdapterError: there are two that differ.
+        """
+        from loratools_formats.errors import AdapterError
+
+        for tensor in tensors[1:]:
+            first = tensors[0]
+            is_first = tensor.file is first.file is not None and tensor.offset == first.offset
+            same = tensor.dtype == first.dtype and tensor.shape == first.shape
+            if not same or not (is_first or tensor.raw() == first.raw()):
+                raise AdapterError(
+                    "two modules have different values of a tensor that all share",
+                    path=self._path,
+                    tensor=tensor.key,
+                    expected=f"the values of {first.key}",
+                )
+
     def with_one_bank(
         self, own: dict[str, dict[str, TensorRef]], names: Mapping[str, str]
     ) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
@@ -172,9 +192,10 @@ class StateDict:
             names: all parts that a module must have, by the tensors' names.
 
         Raises:
-            AdapterError: a module lacks a part.
+            AdapterError: a module lacks a part, or modules have banks of other values.
         """
         banks = [parts["bank"] for parts in own.values() if "bank" in parts]
+        self.check_same(banks)
         shared = {"bank": banks[0]} if len(banks) == 1 else {}
         found = {}
         for module, parts in own.items():
@@ -186,7 +207,7 @@ class StateDict:
     def adapter(
         self,
         format_name: str,
-        modules: dict[str, Delta],
+        modules: Mapping[str, Delta],
         *,
         shared: dict[str, TensorRef] | None = None,
         replacements: dict[str, Replacement] | None = None,

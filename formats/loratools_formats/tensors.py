@@ -167,6 +167,24 @@ class TensorRef:
 
         return TensorRef(self.key, self.dtype, shape, read)
 
+    def matrix(self, index: int) -> TensorRef:
+        """Return one matrix of a stack, which is read without the others.
+
+        Args:
+            index: along the first axis.
+        """
+        shape = self.shape[1:]
+        nbytes = math.prod(shape) * self.dtype.bits // 8
+        start = index * nbytes
+        return TensorRef(
+            self.key,
+            self.dtype,
+            shape,
+            lambda: self.raw_range(start, start + nbytes),
+            self.file,
+            self.offset + start,
+        )
+
     def rows(self, order: Sequence[int]) -> TensorRef:
         """Return the tensor with these rows of every matrix, in this order, bit for bit.
 

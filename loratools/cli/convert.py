@@ -104,7 +104,7 @@ def command(
     source = read_adapter(adapter, format_name, carry_unknown=carry_unknown)
     as_it_is = target_name is None and _is_named_alike(source.format, output)
     target_name = source.format if as_it_is else target_name or format_for_output(output).name
-    target = checked_target(output, [source], overwrite=overwrite, dry_run=dry_run)
+    target = checked_target(output, [source], [base], overwrite=overwrite, dry_run=dry_run)
     conversion = prepare(
         source,
         target_name,

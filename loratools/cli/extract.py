@@ -77,7 +77,7 @@ def command(
         _print_choices(found, compute, as_json=as_json)
         click.echo("Choose with --rank, --energy, --budget or another rule; see --help.", err=True)
         return EXIT_ERROR
-    target = checked_target(output, [found.adapter], overwrite=overwrite, dry_run=dry_run)
+    target = checked_target(output, [], [base, tuned], overwrite=overwrite, dry_run=dry_run)
     with progress_bar("extract", quiet=quiet) as progress:
         result = extract(
             before,

@@ -113,7 +113,7 @@ def command(
     bases = sorted({source.base_model for source in sources if source.base_model is not None})
     if len(bases) > 1 and plan.options.force_base and not quiet:
         note(f"the adapters name different base models: {', '.join(bases)}")
-    target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
+    target = checked_target(output, sources, [plan.base], overwrite=overwrite, dry_run=dry_run)
     save_recipe = None if dry_run else save_recipe
     _check_recipe_target(save_recipe, overwrite=overwrite)
     with progress_bar("merge", quiet=quiet) as progress:

@@ -11,7 +11,7 @@ import click
 from loratools.cli.errors import EXIT_FOUND
 from loratools.cli.output import note, number
 from loratools_formats.adapter import Adapter
-from loratools_formats.errors import OptionError
+from loratools_formats.errors import OptionError, OutputExistsError
 from loratools_formats.registry import check_output, check_target, read_adapter
 
 
@@ -37,13 +37,26 @@ def read_source(
 
 
 def checked_target(
-    output: Path | None, inputs: Iterable[Adapter], *, overwrite: bool, dry_run: bool
+    output: Path | None,
+    inputs: Iterable[Adapter],
+    models: Iterable[Path | None] = (),
+    *,
+    overwrite: bool,
+    dry_run: bool,
 ) -> Path | None:
     """Return where to write, None on a dry run, refusing early what could not be published.
 
+    Args:
+        output: where the user wants it.
+        inputs: adapters, which may be replaced if the user says so.
+        models: checkpoints that are read, which no adapter may replace.
+        overwrite: whether an existing output may be replaced.
+        dry_run: whether nothing is to be written.
+
     Raises:
         OptionError: no output was given.
-        OutputExistsError: it exists and may not be replaced, or lies inside or around an input.
+        OutputExistsError: it exists and may not be replaced, it is a model that is read, or it lies
+            inside or around an input.
     """
     if dry_run:
         return None
@@ -51,6 +64,14 @@ def checked_target(
         raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
     for adapter in inputs:
         check_output(adapter, output, overwrite=overwrite)
+    for model in filter(None, models):
+        check_target(output, [model], overwrite=overwrite)
+        if os.path.realpath(output) == os.path.realpath(model):
+            raise OutputExistsError(
+                "the output is the model that is read",
+                path=output,
+                hint="Choose another output",
+            )
     return output
 
 

@@ -26,6 +26,7 @@ from loratools_formats.checkpoint import read_checkpoint
 @click.option(
     "--workers", type=int, default=2, show_default=True, help="Threads over modules (CPU)."
 )
+@shared.initial_option
 @shared.from_option
 @shared.carry_unknown_option
 @shared.json_option
@@ -37,6 +38,7 @@ def command(
     dry_run: bool,
     base: Path,
     workers: int,
+    initial: Path | None,
     format_name: str | None,
     carry_unknown: bool,
     as_json: bool,
@@ -51,9 +53,9 @@ def command(
     loratools to-dora my-lora --base model -o my-dora
     """  # noqa: D301 - click reads the backspace
     source, sources = read_source(
-        adapter, None, format_name, carry_unknown=carry_unknown, quiet=quiet
+        adapter, initial, format_name, carry_unknown=carry_unknown, quiet=quiet
     )
-    target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
+    target = checked_target(output, sources, [base], overwrite=overwrite, dry_run=dry_run)
     with progress_bar("to-dora", quiet=quiet) as progress:
         result = to_dora(source, read_checkpoint(base), workers=workers, progress=progress)
     if target is not None:

@@ -104,7 +104,7 @@ def command(
                 err=True,
             )
             return EXIT_ERROR
-    target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
+    target = checked_target(output, sources, [base], overwrite=overwrite, dry_run=dry_run)
     with progress_bar("to-lora", quiet=quiet) as progress:
         result = to_lora(
             source,

@@ -15,6 +15,9 @@ from loratools.fold.modules import checked_change, known_shape, stored_as_is, te
 from loratools.fold.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
+from loratools.placement.names import Names
+from loratools.placement.sites import sites
+from loratools.plain import plain
 from loratools.resize import ComputeOptions
 from loratools.scratch import Scratch
 from loratools.weights import ShapeOnly
@@ -64,7 +67,7 @@ def folded_exactly(
                 f"a weight change of kind {delta.kind} has no factors that {operation} could use",
                 path=adapter.source,
                 tensor=name,
-                hint="Make it a plain LoRA first: loratools to-lora",
+                hint=f"Make it a plain LoRA first: {to_lora_command(delta)}",
             )
     return folded
 
@@ -122,6 +125,13 @@ def folded_where_exact(
     return plain_adapter(adapter, modules)
 
 
+def to_lora_command(delta: OtherDelta) -> str:
+    """Return the command that makes a plain LoRA of what does not become one on the fly."""
+    base = " --base MODEL" if needs_base(delta) else ""
+    rank = "" if get_kind(delta.kind).low_rank else " --rank RANK"
+    return f"loratools to-lora{base}{rank}"
+
+
 def with_settings(
     adapter: Adapter, given: Mapping[str, str], base: Checkpoint | None = None
 ) -> Adapter:
@@ -129,14 +139,16 @@ def with_settings(
 
     Args:
         adapter: of any kind.
-        given: values by the setting's name.
-        base: the base model, whose configuration tells some settings that are not given.
+        given: values by the setting's name, for all modules that lack it.
+        base: the base model. The shape of a module's own weight tells some settings for certain,
+            its configuration others that are not given.
 
     Raises:
         UnsupportedError: a setting is still missing.
         OptionError: a value is not one, or no module lacks the setting.
     """
     unused = set(given)
+    of_base = _Base(base)
     modules: dict[str, Delta] = {}
     for name, delta in adapter.modules.items():
         modules[name] = delta
@@ -145,33 +157,52 @@ def with_settings(
             unused -= set(missing)
             filled = {}
             for key, value in missing.items():
-                text = given[key] if key in given else _in_base(value, base)
+                text = of_base.weight_tells(name, value)
                 if text is None:
-                    of_base = " or --base MODEL" if value.in_base else ""
+                    text = given[key] if key in given else of_base.config_tells(value)
+                if text is None:
+                    or_base = " or --base MODEL" if value.is_in_base and base is None else ""
                     raise UnsupportedError(
                         f"the weight change depends on {key}, which the file does not hold",
                         path=adapter.source,
                         tensor=name,
                         expected=value.expected,
                         hint="Make it a plain LoRA with loratools to-lora "
-                        f"--set {key}=VALUE{of_base}",
+                        f"--set {key}=VALUE{or_base}",
                     )
                 filled[key] = _parsed(key, text, value)
-            modules[name] = replace(delta, settings={**delta.settings, **filled})
+            whole = replace(delta, settings={**delta.settings, **filled})
+            settled = get_kind(delta.kind).settled
+            modules[name] = whole if settled is None else settled(whole)
     if unused:
         raise OptionError("no module lacks this setting", got=", ".join(sorted(unused)))
     return replace(adapter, modules=modules)
 
 
-def _in_base(missing: Missing, base: Checkpoint | None) -> str | None:
-    """Return what the base's configuration says of a setting, None if it says nothing."""
-    config = {} if base is None else base.config
-    nested = config.get("text_config")
-    for values in (config, nested if isinstance(nested, Mapping) else {}):
-        found = next((values[k] for k in missing.in_base if values.get(k) is not None), None)
-        if found is not None:
-            return missing.meaning.get(str(found)) if missing.meaning else str(found)
-    return None
+class _Base:
+    """What a base model tells of settings that a file lacks."""
+
+    def __init__(self, base: Checkpoint | None) -> None:
+        self._base = base
+        self._names: Names | None = None
+
+    def weight_tells(self, module: str, missing: Missing) -> str | None:
+        """Return what the shape of a module's own weight tells of a setting, None if nothing."""
+        if self._base is None or missing.of_weight is None:
+            return None
+        self._names = self._names or Names(plain(self._base).checkpoint)
+        found = sites(self._names, module, "weight")
+        return missing.of_weight(self._names.tensors[found[0].key].shape) if found else None
+
+    def config_tells(self, missing: Missing) -> str | None:
+        """Return what the configuration tells of a setting, None if nothing."""
+        config = {} if self._base is None else self._base.config
+        nested = config.get("text_config")
+        for values in (config, nested if isinstance(nested, Mapping) else {}):
+            found = next((values[k] for k in missing.in_base if values.get(k) is not None), None)
+            if found is not None:
+                return missing.meaning.get(str(found)) if missing.meaning else str(found)
+        return None
 
 
 def _parsed(key: str, text: str, missing: Missing) -> str | float:

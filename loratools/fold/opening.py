@@ -15,11 +15,16 @@ from loratools.fold.modules import checked_change, kind_name, known_shape, templ
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Kronecker, Product, Weight
 from loratools.naming.for_base import names_in_base
-from loratools.placement.names import Names
-from loratools.plain import plain
 from loratools.ranks import RankRule, Spectrum
 from loratools.resize import ComputeOptions, spectrum_of
-from loratools.weights import Place, ShapeOnly, find_place
+from loratools.weights import (
+    Place,
+    ShapeOnly,
+    find_place,
+    is_fused,
+    is_in_stack,
+    names_under,
+)
 from loratools_formats.adapter import Adapter, Dora, LowRank, OtherDelta
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.errors import UnsupportedError
@@ -27,6 +32,7 @@ from loratools_formats.tensors import TensorRef, in_memory
 
 _OVERSAMPLE = 16
 _MOST_TRIPLETS = 256
+_ALL_TRIPLETS = 1 << 40  # more than any weight has
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,9 @@ class Opener:
         options: how to compute and store.
         base: the base model, for kinds that need it.
 
+    Attributes:
+        fused: modules to fold whose weights are in one tensor with others in the base.
+
     Raises:
         UnsupportedError: a module needs the base, and there is none.
         AdapterError: a module's weight is not in the base.
@@ -73,6 +82,7 @@ class Opener:
         self.rule = rule
         self.options = options
         self.device = Device(options.device)
+        self.fused: list[str] = []
         self.places = self._find_places(base)
         shapes = [place.shape for place in self.places.values()]
         self.largest = (
@@ -99,12 +109,16 @@ class Opener:
             return {}
         places = {}
         self._refuse_tied(base)
-        names = Names(plain(base).checkpoint)
+        names = names_under(self.adapter, base, needing)
         in_base = names_in_base(self.adapter, base)
         for name, delta in self.adapter.modules.items():
+            if not isinstance(delta, LowRank) and is_fused(names, in_base[name]):
+                self.fused.append(name)
             if isinstance(delta, Dora):
                 places[name] = find_place(names, in_base[name], delta.direction)
-            elif isinstance(delta, OtherDelta):
+            elif isinstance(delta, OtherDelta) and (
+                needs_base(delta) or not is_in_stack(names, in_base[name])
+            ):
                 places[name] = find_place(names, in_base[name], delta)
         return places
 
@@ -189,7 +203,11 @@ class Opener:
 
     def _streaming(self, name: str) -> Streaming:
         rule = self.rule
-        highest = rule.override(name) or rule.rank or rule.max_rank or _MOST_TRIPLETS
+        highest = rule.override(name) or rule.rank or rule.max_rank
+        if rule.needs_every_value and rule.override(name) is None:
+            highest = _ALL_TRIPLETS
+        elif highest is None:
+            highest = max(_MOST_TRIPLETS, rule.min_rank or 0)
         return Streaming(highest + _OVERSAMPLE, self.options.seed)
 
     def spectrum(self, name: str, opened: Opened) -> Spectrum:

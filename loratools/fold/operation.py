@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,9 +140,8 @@ def to_lora(
     adapter = with_settings(complete.adapter, complete.unused, base)
     work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
     rule.check_patterns(adapter.modules)
-    record = {"rule": as_options(rule), **work.options.record()} | (
-        {"settings": dict(given)} if given else {}
-    )
+    record = {"rule": as_options(rule), **work.options.record(), "seed": work.options.seed}
+    record |= {"settings": dict(given)} if given else {}
     with ThreadPoolExecutor(1) as beside:
         provenance = beside.submit(operation_record, "to-lora", {"adapter": adapter}, record, base)
         done: list[_Outcome] = []
@@ -159,8 +158,20 @@ def to_lora(
         plain,
         tuple(outcome.report for outcome in done),
         _ratio(sum(o.squared_error for o in done), sum(o.squared_norm for o in done)),
-        (*((complete.caution,) if complete.caution else ()), *_cautions(adapter)),
+        (
+            *((complete.caution,) if complete.caution else ()),
+            *_cautions(adapter),
+            *_of_fused(work.opener.fused),
+        ),
     )
+
+
+def _of_fused(modules: Sequence[str]) -> Iterator[str]:
+    if modules:
+        yield (
+            f"the base has {len(modules)} of the modules in one tensor with others, such as "
+            f"{modules[0]}; loratools fuse puts them there, PEFT does not load them on it"
+        )
 
 
 def _cautions(adapter: Adapter) -> tuple[str, ...]:
@@ -318,10 +329,10 @@ class _Fold:
         """Return the rank to give, None to keep what there is."""
         if ranks is not None:
             return ranks[name]
-        if self.rule.is_given:
+        has_own = opened.exact is not None or isinstance(self.adapter.modules[name], LowRank)
+        if self.rule.is_given and (has_own or self.rule.decides(name)):
             return self.rule.of_module(self.opener.spectrum(name, opened))
-        is_plain = isinstance(self.adapter.modules[name], LowRank)
-        if opened.exact is None and not is_plain and not self.whole:
+        if not has_own and not self.whole:
             raise OptionError(
                 f"a weight change of kind {opened.kind} is not of low rank",
                 hint="Choose a rank with --rank, --energy, --budget or another rule",

@@ -24,14 +24,14 @@ from loratools.fuse.blocks import fused_blocks
 from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FusePreview, FuseResult, refuse_erased
 from loratools.fuse.plan import TensorPlan
-from loratools.fuse.tensor import Array, TensorReport, fuse_tensor
+from loratools.fuse.tensor import Array, TensorReport, fuse_tensor, not_finite
 from loratools.fuse.terms import Change, View, load_terms, stacked
 from loratools.parallel import in_order
 from loratools.placement import Placement
 from loratools.provenance import operation_record
 from loratools_formats.adapter import Adapter, low_rank_part
 from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.errors import AdapterError, OutputExistsError, UnsupportedError
 from loratools_formats.gguf.container import GgufTensor
 from loratools_formats.gguf.from_model import OUTPUT, check_shape, refuse_tied
 from loratools_formats.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
@@ -126,12 +126,14 @@ class GgufFusion:
         """Write the fused model, whole or not at all, and say what it did.
 
         Raises:
-            OutputExistsError: the output exists and `overwrite` is false.
+            OutputExistsError: the output exists and `overwrite` is false, or it is a part of the
+                model.
             OutputError: not enough space, or writing failed; nothing was changed.
             AdapterError: values are not finite, or an input changed meanwhile.
             UnsupportedError: quantising erases most of the change, and that was not allowed.
         """
         check_target(output, self._sources(), overwrite=overwrite)
+        self._refuse_part(output)
         check_space(resolved(output).parent, self.layout.nbytes)
         with publish_file(output, overwrite=overwrite) as temporary:
             reports = self._fill(temporary, progress)
@@ -157,6 +159,16 @@ class GgufFusion:
             notes=self.notes,
             left_out=(),
         )
+
+    def _refuse_part(self, output: str | os.PathLike[str]) -> None:
+        """Refuse to replace one part of a split model, which would ruin the others."""
+        parts = {Path(os.path.realpath(part.file.path)) for part in self.base.parts}
+        if len(parts) > 1 and resolved(output) in parts:
+            raise OutputExistsError(
+                "the output is one part of the model to fuse into",
+                path=output,
+                hint="Choose another name",
+            )
 
     def _sources(self) -> list[Path]:
         given = [item.adapter.source for item in self.inputs]
@@ -232,6 +244,7 @@ class GgufFusion:
         return quantised(plan, kind, device, store)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def quantised(
     plan: TensorPlan, kind: GgmlType, device: Device, store: Callable[[int, Array], None]
 ) -> TensorReport:
@@ -244,25 +257,24 @@ def quantised(
         store: called with the first element's index and the bytes of a block, in order.
 
     Raises:
-        AdapterError: NaN or infinite values.
+        AdapterError: NaN or infinite values in the base, or values beyond the type.
     """
     view = View.of(plan.source.shape, stacked=stacked(plan.changes))
     terms = load_terms(plan.changes, view)
     base = delta = lost = gained = 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=False, device=device)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for block in blocks:
-            w, total = block.base.reshape(-1), block.total.reshape(-1)
-            stored = encode(total, kind)
-            store(block.start, stored)
-            base += float(np.dot(w, w))
-            change = np.subtract(total, w, out=w)
-            delta += float(np.dot(change, change))
-            error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
-            lost += float(np.dot(error, error))
-            gained += float(np.dot(error, change))
+    for block in blocks:
+        w, total = block.base.reshape(-1), block.total.reshape(-1)
+        stored = encode(total, kind)
+        store(block.start, stored)
+        base += float(np.dot(w, w))
+        change = np.subtract(total, w, out=w)
+        delta += float(np.dot(change, change))
+        error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
+        lost += float(np.dot(error, error))
+        gained += float(np.dot(error, change))
     if not math.isfinite(base + delta + lost):
-        raise AdapterError("base tensor holds NaN or infinite values", tensor=plan.key)
+        raise not_finite(plan, kind.name)
     return TensorReport(
         plan.key,
         plan.modules,

@@ -57,6 +57,7 @@ class TensorReport:
         return self.rounding_norm / self.delta_norm if self.delta_norm else 0.0
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def fuse_tensor(
     plan: TensorPlan, device: Device, store: Callable[[int, Array], None]
 ) -> TensorReport:
@@ -77,21 +78,20 @@ def fuse_tensor(
     only = None if plan.replaces else _only_plain(terms)
     base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for block in blocks:
-            w, total = block.base.reshape(-1), block.total.reshape(-1)
-            stored = BUFFERS.array("rounded", total.shape, dtype)
-            round_into(total, stored)
-            store(block.start, stored)
-            old = plan.old_values(block.start, w)
-            base += _squared_norm(old)
-            if only is None:
-                change = total - old
-                delta += _squared_norm(change)
-            np.subtract(stored, total, out=w, dtype=w.dtype)
-            rounding += _squared_norm(w)
+    for block in blocks:
+        w, total = block.base.reshape(-1), block.total.reshape(-1)
+        stored = BUFFERS.array("rounded", total.shape, dtype)
+        round_into(total, stored)
+        store(block.start, stored)
+        old = plan.old_values(block.start, w)
+        base += _squared_norm(old)
+        if only is None:
+            change = total - old
+            delta += _squared_norm(change)
+        np.subtract(stored, total, out=w, dtype=w.dtype)
+        rounding += _squared_norm(w)
     if not math.isfinite(rounding + base + delta):
-        raise _not_finite(plan)
+        raise not_finite(plan, plan.dtype.code)
     return TensorReport(
         plan.key,
         plan.modules,
@@ -123,7 +123,13 @@ def _squared(terms: list[Term]) -> float:
     return sum(term.weight**2 * linalg.grams(term.left, term.right).squared_norm for term in terms)
 
 
-def _not_finite(plan: TensorPlan) -> LoratoolsError:
+def not_finite(plan: TensorPlan, code: str) -> LoratoolsError:
+    """Return the error that values are not finite, those of an input or those to store as `code`.
+
+    Args:
+        plan: the tensor.
+        code: name of the type to store.
+    """
     whose = "base tensor" if plan.replaced_by is None else f"tensor of {plan.replaced_by}"
     for tensor in (plan.source, *(patch.values for patch in plan.patches)):
         for start in range(0, tensor.numel, _CHECKED_ELEMENTS):
@@ -131,7 +137,7 @@ def _not_finite(plan: TensorPlan) -> LoratoolsError:
             if not np.isfinite(tensor.elements(start, stop).astype(np.float64)).all():
                 return AdapterError(f"{whose} holds NaN or infinite values", tensor=tensor.key)
     return AdapterError(
-        f"the result does not fit {plan.dtype.code}: values overflow",
+        f"the result does not fit {code}: values overflow",
         tensor=plan.key,
-        hint="Choose a wider type with --dtype",
+        hint="Choose a wider type with --dtype, or --outtype for a GGUF model",
     )

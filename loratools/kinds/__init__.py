@@ -51,6 +51,7 @@ _MODULES = (
     "psoft",
     "qalora",
     "randlora",
+    "randlora_authors",
     "road",
     "sparse",
     "tinylora",

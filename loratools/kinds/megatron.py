@@ -32,7 +32,7 @@ def _rows(delta: OtherDelta, total: int) -> Array:
         taken = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[part]
         return of_group[:, taken].reshape(-1)
     if part in ("gate", "up"):
-        width = settings["intermediate_size"]
+        width = settings.get("moe_intermediate_size") or settings["intermediate_size"]
         if total != 2 * width:
             raise AdapterError(
                 "linear_fc1 is not a gate above an up projection",

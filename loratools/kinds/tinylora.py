@@ -25,7 +25,7 @@ def _group(delta: OtherDelta, p: Array) -> int:
     number, so the number is the one whose stream begins as P does.
 
     Raises:
-        UnsupportedError: none of them does.
+        UnsupportedError: none of them does, or several do: P may be one number.
     """
     groups = sorted(int(name.removeprefix("v.")) for name in delta.shared)
     if len(groups) == 1:
@@ -33,13 +33,17 @@ def _group(delta: OtherDelta, p: Array) -> int:
     seed, count = delta.settings["seed"], delta.settings["count"]
     numbers = max(1, round(count * (1.0 - delta.settings["tying"])))
     size = max(1, count // numbers)
-    for index in range(count):
-        drawn = TorchStream(seed + index).normal(p.shape, 1.0 / math.sqrt(p.shape[1]))
-        if np.abs(drawn - p).max() < _SAME:
-            return int(min(index // size, numbers - 1))
+    deviation = 1.0 / math.sqrt(p.shape[1])
+    found = {
+        int(min(index // size, numbers - 1))
+        for index in range(count)
+        if np.abs(TorchStream(seed + index).normal(p.shape, deviation) - p).max() < _SAME
+    }
+    if len(found) == 1:
+        return found.pop()
     raise UnsupportedError(
         "which of the shared vectors belongs to the module cannot be told",
-        got=f"{len(groups)} vectors",
+        got=f"{len(groups)} vectors, of which {len(found)} could",
     )
 
 

@@ -19,7 +19,7 @@ from loratools_formats.adapter import (
     OtherDelta,
     low_rank_part,
 )
-from loratools_formats.errors import AdapterError, OptionError
+from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def align(inputs: Sequence[MergeInput], *, force_base: bool = False) -> list[Ali
     Raises:
         AdapterError: a module differs in shape or kind, or an adapter shares none with the others.
         OptionError: the adapters name different base models and `force_base` is false.
+        UnsupportedError: an adapter replaces the weight of a DoRA.
     """
     if not force_base:
         _check_bases(inputs)
@@ -75,10 +76,27 @@ def align(inputs: Sequence[MergeInput], *, force_base: bool = False) -> list[Ali
                 "an adapter shares no module with the others",
                 path=item.adapter.source,
                 got=next(iter(item.adapter.modules), "no modules"),
-                expected=f"such as {names[0]}",
+                expected=f"such as {min(others, default='a module')}",
                 hint="Are they adapters of the same model, in the same naming?",
             )
-    return [_aligned(name, inputs) for name in names]
+    modules = [_aligned(name, inputs) for name in names]
+    _check_weights({module.name for module in modules if module.needs_base}, inputs)
+    return modules
+
+
+def _check_weights(needing: set[str], inputs: Sequence[MergeInput]) -> None:
+    """Refuse a DoRA of a weight that one of the adapters replaces: each has a weight of its own."""
+    for item in inputs:
+        for replacement in item.adapter.replacements.values():
+            module, _, leaf = replacement.target.rpartition(".")
+            if leaf == "weight" and module in needing:
+                raise UnsupportedError(
+                    "an adapter replaces the weight that a DoRA's change depends on",
+                    path=item.adapter.source,
+                    tensor=replacement.tensor.key,
+                    hint="Make the DoRA plain first: loratools to-lora ADAPTER --base MODEL "
+                    "-o PLAIN",
+                )
 
 
 def _check_bases(inputs: Sequence[MergeInput]) -> None:

@@ -385,7 +385,7 @@ class _Merge:
             stacked,
             width,
             module.first.experts * bits // 8,
-            np.maximum(tail, 0.0),
+            np.maximum(tail, 0.0) if self._is_streamed(merged) else None,
         )
 
     def _is_streamed(self, merged: MergedModule) -> bool:

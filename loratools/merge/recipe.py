@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import os
 import typing
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +32,8 @@ from loratools.merge.methods import Method, get_method
 from loratools.merge.options import MergeOptions, Override
 from loratools.ranks import Budget, RankRule, as_options, check_regex
 from loratools.resize import ComputeOptions
-from loratools_formats.errors import AdapterError, LoratoolsError, OptionError
+from loratools_formats import strict_yaml
+from loratools_formats.errors import AdapterError, OptionError
 from loratools_formats.files import read_small_file
 
 RECIPE_FILE = "recipe.yaml"
@@ -60,24 +60,6 @@ class Recipe:
     base: Path | None = None
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Plain data only: no aliases, which can expand without bound, no tags, no duplicate keys."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError("aliases are not allowed")
-        if getattr(self.peek_event(), "tag", None) is not None:  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError("tags are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        counts = Counter(str(key.value) for key, _ in node.value)
-        repeated = [key for key, count in counts.items() if count > 1]
-        if repeated:
-            raise yaml.YAMLError(f"duplicate key {repeated[0]!r}")
-        return super().construct_mapping(node, deep)
-
-
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
@@ -86,22 +68,14 @@ def load_recipe(path: Path) -> Recipe:
         AdapterError: not YAML, or something in it is not known or wrong; names its place.
     """
     try:
-        content = yaml.load(read_small_file(path, _MAX_BYTES), _StrictLoader)  # noqa: S506
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        if isinstance(error, LoratoolsError):
-            raise
-        raise AdapterError(f"not a recipe: {_reason(error)}", path=path) from error
+        content = strict_yaml.loads(read_small_file(path, _MAX_BYTES))
+    except strict_yaml.StrictYamlError as error:
+        raise AdapterError(f"not a recipe: {error}", path=path) from error
     try:
         return _recipe(content, path.parent)
     except OptionError as error:
         error.path = str(path)
         raise
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
-        return f"{error.problem} in line {error.problem_mark.line + 1}"
-    return str(error).partition("\n")[0]
 
 
 def _fail(place: str, message: str, got: object = None, expected: object = None) -> OptionError:

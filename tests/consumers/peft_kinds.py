@@ -158,6 +158,7 @@ CASES = [
     case("unilora", "UniLoraConfig", "unilora exact", r=3, save_indices=True),
     case("unilora-seeded", "UniLoraConfig", "unilora exact base", r=3, theta_d_length=40),
     case("tinylora", "TinyLoraConfig", "tinylora exact", r=2, u=8),
+    case("tinylora-few", "TinyLoraConfig", "tinylora exact", r=2, u=1),
     case("tinylora-tied", "TinyLoraConfig", "tinylora exact", r=2, u=8, weight_tying=1.0),
     case("delora", "DeloraConfig", "delora exact", r=3),
     case("gralora", "GraloraConfig", "gralora exact", r=4, gralora_k=2),

@@ -183,10 +183,45 @@ def test_a_dora_can_be_kept_whole_where_a_format_holds_that(base, tmp_path):
     source = read_adapter(TINY / "dora")
     result = to_lora(source, RankRule(), base=base, whole=True)
     assert result.relative_error <= 1e-7
+    stated = {module.name: module.relative_error for module in result.modules}
     for name, delta in result.adapter.modules.items():
         want = dora_change(source.modules[name], weight_of(base, name))
         got = delta.parts["diff"].load(np.float64)
         assert oracle.distance(got, want) <= 1e-7
+        assert stated[name] == pytest.approx(oracle.distance(got, want), rel=1e-3)
     with pytest.raises(UnsupportedError, match="no full differences"):
         write_adapter(result.adapter, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("operation", ["to-lora", "to-dora"])
+def test_a_saved_embedding_is_the_weight_that_its_change_is_of(tmp_path, operation):
+    import peft
+    import peft_models
+    import torch
+
+    peft_models.build("llama").save_pretrained(tmp_path / "base")
+    model = peft_models.build("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    config = peft.LoraConfig(target_modules=["embed_tokens"], r=4, use_dora=operation == "to-lora")
+    adapted = peft.get_peft_model(model, config).double()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        want = adapted(tokens).logits.numpy()
+
+    source, base = read_adapter(tmp_path / "adapter"), read_checkpoint(tmp_path / "base")
+    if operation == "to-lora":
+        result = to_lora(source, RankRule(energy=1.0), base=base).adapter
+    else:
+        result = to_dora(source, base).adapter
+    write_adapter(result, tmp_path / "out", "peft")
+    loaded = peft.PeftModel.from_pretrained(peft_models.build("llama"), tmp_path / "out").double()
+    with torch.no_grad():
+        got = loaded(tokens).logits.numpy()
+    assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)

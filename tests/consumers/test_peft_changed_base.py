@@ -205,3 +205,19 @@ def test_the_nominal_alpha_doubles_with_the_rank_as_peft_does_it(trained, tmp_pa
         for folder in (tmp_path / "out", one.converted)
     ]
     assert alphas[0] == alphas[1] == {"up": 24, "square": 24, "down": 11}
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa-rslora"])
+def test_it_becomes_a_dora_of_the_original_base(trained, tmp_path, name):
+    from safetensors.torch import save_file
+
+    one, case = trained(name), CASES[name]
+    base = tmp_path / "base.safetensors"
+    save_file({k: v.contiguous().clone() for k, v in oracle.fresh(case).state_dict().items()}, base)
+    command = ["to-dora", str(one.folder), "--base", str(base), "-o", str(tmp_path / "out")]
+    refused = CliRunner().invoke(cli, command)
+    assert "--initial" in str(refused.exception)
+    done = CliRunner().invoke(cli, [*command, "--initial", str(one.initial)])
+    assert done.exit_code == 0, done.output
+    answers = oracle.outputs(oracle.loaded(tmp_path / "out", case), case)
+    assert oracle.distance(answers, one.answers) <= 10 * ROUNDING

@@ -11,7 +11,7 @@ import json
 import numpy as np
 import peft_oracle as oracle
 import pytest
-from peft_kinds import CASES, make
+from peft_kinds import CASES, Case, Net, make
 
 from loratools.effective import effective_delta
 from loratools.fold.modules import kind_name
@@ -226,7 +226,8 @@ def test_merge_folds_on_the_fly(made):
 @pytest.mark.parametrize("name", ["c3a", "oft", "vera", "hra"])
 def test_squeeze_names_the_command_for_what_it_cannot_fold(made, name):
     folder, _ = made(name)
-    with pytest.raises(UnsupportedError, match="loratools to-lora"):
+    command = "loratools to-lora" if name == "c3a" else "loratools to-lora --base"
+    with pytest.raises(UnsupportedError, match=command):
         squeeze(read_adapter(folder / "adapter"), RankRule(rank=2))
 
 
@@ -420,7 +421,8 @@ def test_every_declaration_is_named_as_its_file_and_known_by_a_reader():
     # The rest belongs to other formats and trainers.
     others = {"full", "tucker", "middle", "gated", "qalora", "loralib", "increlora"}
     others |= {"diag_oft", "butterfly_oft", "lycoris_glora", "lycoris_ia3"}
-    others |= {"loldu", "loldu_full", "lorat", "megatron", "torchtune", "unscaled"}
+    others |= {"loldu", "loldu_full", "lorat", "megatron", "randlora_authors"}
+    others |= {"torchtune", "unscaled"}
     assert {kind.name for kind in all_kinds()} - names == others
     with pytest.raises(UnsupportedError, match="future"):
         get_kind("future")
@@ -599,3 +601,24 @@ def test_info_names_the_kind(made):
     assert done.exit_code == 0
     assert "3: vera on linear" in done.output
     assert "24 × ?" in done.output
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("GloraConfig", {"r": 3, "bias": "all"}),
+        ("BOFTConfig", {"boft_block_size": 4, "bias": "boft_only"}),
+        ("VeraConfig", {"r": 6, "bias": "vera_only"}),
+    ],
+)
+def test_trained_biases_are_carried_and_changed(tmp_path, config, options):
+    options = {"target_modules": ["up", "sq"], **options}
+    case = Case(f"{config}-bias", config, "", exact=False, base=True, model=Net, options=options)
+    want = make(case, tmp_path)
+    adapter, base = read_adapter(tmp_path / "adapter"), read_checkpoint(tmp_path / "base")
+    result = to_lora(adapter, RankRule(energy=1.0), base=base)
+    write_adapter(result.adapter, tmp_path / "plain", "peft")
+    assert read_adapter(tmp_path / "plain").config["bias"] in ("all", "lora_only")
+    got = outputs_in_peft(tmp_path, case, tmp_path / "plain")
+    expected = outputs_of_sum(tmp_path, case, want)
+    assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)

@@ -1,8 +1,10 @@
 """GGUF adapters: what is refused when read or made, and what is written."""
 
 import json
+import re
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import gguf
@@ -124,7 +126,11 @@ UNREADABLE = {
     "ranks differ": ({"tensors": {A: floats(4, 16), B: floats(16, 3)}}, "do not fit together"),
     "whole numbers": (
         {"tensors": {A: np.ones((4, 16), np.int8), B: floats(16, 4)}},
-        "not of a floating-point type.*got I8",
+        "crashes on adapter factors of this type.*got I8",
+    ),
+    "64 bits": (
+        {"tensors": {A: floats(4, 16), B: floats(16, 4).astype(np.float64)}},
+        "crashes on adapter factors of this type.*got F64",
     ),
     "a bias": ({"tensors": {"blk.0.attn_q.bias": floats(16)}}, "no factor of an adapter"),
     "a whole weight": ({"tensors": {"token_embd.weight": floats(8, 16)}}, "no factor"),
@@ -229,6 +235,20 @@ def test_keys_of_all_types_survive_a_rewrite(tmp_path):
     assert "some.empty" not in second.keys  # gguf writes none, and none says as much
 
 
+def test_many_values_in_keys_are_refused_before_they_are_loaded(tmp_path):
+    """Each array is within the limit for one; as Python numbers all would take gigabytes."""
+    numbers = bytes(1 << 20)
+    path = file_with(
+        tmp_path / "o.gguf", keys=lambda w: [w.add_array(f"a{i}", numbers) for i in range(5)]
+    )
+    tracemalloc.start()
+    with pytest.raises(AdapterError, match=r"too many values .* at most 4194304"):
+        read_adapter(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
 def test_surrogates_in_keys_are_refused(base, tmp_path):
     adapter = made({Q: lora()}, base(), metadata={"note": "\udc80"})
     with pytest.raises(AdapterError, match="lone surrogates"):
@@ -254,7 +274,7 @@ SCALES = [
     ([(3, 1 / 3)], 1.0),
     ([(7, 0.1)], None),  # 0.7 is no 32-bit number
     ([(4, 0.0)], None),  # llama.cpp takes alpha 0 for none
-    ([(4, 1e39)], None),
+    ([(4, 2.0**130)], None),  # beyond 32 bits
 ]
 
 
@@ -267,7 +287,8 @@ def test_alpha_is_stated_only_where_it_says_everything(base, tmp_path, settings,
         if scale < 1e30
     }
     if not deltas:
-        deltas = {paths[0]: replace(lora(8), b=in_memory("b", floats(8, 4) * 1e-30), scale=1e30)}
+        tiny = floats(8, 4) * np.float32(2.0**-120)
+        deltas = {paths[0]: replace(lora(8), b=in_memory("b", tiny), scale=settings[0][1])}
     adapter = made(deltas, base())
     write_adapter(adapter, tmp_path / "out.gguf", "gguf")
     assert read_gguf(tmp_path / "out.gguf").get("adapter.lora.alpha", "f32") == alpha
@@ -278,6 +299,14 @@ def test_alpha_is_stated_only_where_it_says_everything(base, tmp_path, settings,
         wanted = delta.scale * (b @ a)
         error = np.linalg.norm(found.scale * (new_b @ new_a) - wanted)
         assert error <= 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+def test_file_type_is_the_number_llama_cpp_has_for_it(base, tmp_path, outtype):
+    write_adapter(made({Q: lora(16, 32, 32)}, base(), outtype), tmp_path / "out.gguf", "gguf")
+    names = {"f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}
+    wanted = gguf.LlamaFileType[names.get(outtype, f"MOSTLY_{outtype.upper()}")]
+    assert read_gguf(tmp_path / "out.gguf").get("general.file_type", "u32") == wanted
 
 
 def test_rows_that_are_no_whole_block_fall_back_to_16_bits(base, tmp_path):
@@ -325,7 +354,7 @@ def test_kinds_that_llama_cpp_has_not_are_refused(base):
     dora = Dora(lora(), in_memory("m", floats(16)))
     assert "to-lora" in refusal({Q: dora}, base())
     with_bias = lora(bias=in_memory("bias", floats(16)))
-    assert "lora_bias" in refusal({Q: with_bias}, base())
+    assert re.search(r"\(lora_bias\).*Fuse this adapter into", refusal({Q: with_bias}, base()))
     conv = lora(layer=Layer("conv", kernel=(1,)))
     assert "convolutions" in refusal({Q: conv}, base())
 
@@ -340,7 +369,9 @@ def test_kinds_that_llama_cpp_has_not_are_refused(base):
         ("transformer.wpe", {"architectures": ["GPT2LMHeadModel"]}, "applies no adapter"),
         (Q, {"architectures": ["MambaForCausalLM"]}, "got MambaForCausalLM"),
         (Q, {"architectures": []}, "names no architecture"),
-        (Q, {"num_attention_heads": 3}, "do not divide into heads"),
+        (Q, {"num_attention_heads": 3}, "expected 3 heads of 5"),
+        (Q, {"head_dim": 4}, "expected 2 heads of 4"),
+        (Q, {"hidden_size": 32, "num_attention_heads": 4}, "expected 4 heads of 8"),
         (Q, {"num_attention_heads": True}, "num_attention_heads is wrong"),
         (Q, {"hidden_size": -1}, "hidden_size is wrong"),
     ],
@@ -348,6 +379,15 @@ def test_kinds_that_llama_cpp_has_not_are_refused(base):
 def test_modules_without_a_safe_place_are_refused(base, path, config, message):
     kind = "embedding" if path.endswith(("embed_tokens", "wpe")) else "linear"
     assert message in refusal({path: lora(layer=Layer(kind))}, base(**config))
+
+
+@pytest.mark.parametrize(
+    "path", ["layers.0.self_attn.v_proj", "layers.0.block_sparse_moe.experts.1.w2"]
+)
+def test_two_modules_that_become_one_tensor_are_refused(base, path):
+    folder = base(architectures=["MixtralForCausalLM"], num_local_experts=2)
+    modules = {path: lora(8), f"model.{path}": lora(8)}
+    assert "become the same GGUF tensor" in refusal(modules, folder)
 
 
 def test_a_base_is_asked_for(tmp_path):
@@ -391,6 +431,16 @@ def test_multimodal_configurations_name_their_text_model(base):
     assert list(adapter.modules) == ["blk.3.ffn_up"]
     back = get_format("gguf").to_model(adapter, Context(folder))
     assert list(back.modules) == [path]
+
+
+def test_a_stack_of_another_number_of_experts_is_refused(base):
+    """It ends llama.cpp with a segmentation fault."""
+    folder = base(architectures=["MixtralForCausalLM"], num_local_experts=2, intermediate_size=24)
+    path = "model.layers.0.mlp.experts"
+    layer = Layer("experts", parameters=(f"{path}.down_proj",))
+    a, b = in_memory("a", floats(3, 4, 24)), in_memory("b", floats(3, 16, 4))
+    refused = refusal({path: LowRank(a, b, 1.0, layer)}, folder)
+    assert "3 experts; expected a weight of shape [2, 16, 24]" in refused
 
 
 def test_single_experts_are_stacked_and_the_others_zero(base):
@@ -481,8 +531,44 @@ def test_file_with_a_shape_of_another_base_is_refused(base, tmp_path):
     writer.close()
     assert "expected [16, 32]" in refusal({Q: lora()}, path)
     key = "model.layers.0.self_attn.k_proj"
-    assert "expected no such tensor" in refusal({key: lora()}, path)
+    assert "expected no such tensor" in refusal({key: lora(8)}, path)
     assert "its embedding" in refusal({"lm_head": lora(50)}, path)
+
+
+def written_model(path, tensors=(), **numbers):
+    """Write a GGUF model with these numbers under its architecture's keys."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in numbers.items():
+        writer.add_uint32(f"llama.{key.replace('__', '.')}", value)
+    for name in tensors:
+        writer.add_tensor(name, floats(16, 16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"attention__head_count": 0}, "head_count is missing or wrong"),
+        ({"attention__head_count_kv": 0}, "head_count_kv is missing or wrong"),
+        ({"embedding_length": 0}, "embedding_length is missing or wrong"),
+        ({"attention__head_count": 4}, "expected 4 heads of 8"),
+        ({"attention__key_length": 4}, "expected 2 heads of 4"),
+    ],
+)
+def test_rows_must_be_the_heads_of_the_base(tmp_path, numbers, message):
+    """Of another model they would be put into a wrong order, which nobody would notice."""
+    sound = {"attention__head_count": 2, "attention__head_count_kv": 1, "embedding_length": 16}
+    if "expected 4 heads" in message:
+        sound["embedding_length"] = 32
+    path = written_model(tmp_path / "m.gguf", ["blk.0.attn_q.weight"], **(sound | numbers))
+    assert message in refusal({Q: lora()}, path)
+    read = read_adapter(file_with(tmp_path / "lora.gguf"))
+    with pytest.raises(AdapterError, match=message):
+        get_format("gguf").to_model(read, Context(path))
 
 
 def test_merged_adapters_must_be_of_one_architecture(tmp_path):
@@ -560,6 +646,19 @@ def test_base_values_that_are_not_finite_are_not_fused(tmp_path):
         assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.parametrize(("outtype", "stored"), [("keep", "F32"), ("f16", "F16"), ("q8_0", "Q8_0")])
+@pytest.mark.parametrize("weight", [1e30, 1e300])
+def test_results_beyond_their_type_are_not_fused(tmp_path, outtype, stored, weight):
+    weights = {"blk.0.attn_q.weight": floats(32, 32)}
+    model = file_with(tmp_path / "model.gguf", weights, kind="model")
+    lora = file_with(tmp_path / "lora.gguf", {A: 1e10 * floats(4, 32), B: floats(32, 4)})
+    given = [FuseInput(read_adapter(lora), weight, "lora")]
+    fusion = GgufFusion(read_model(model), given, GgufFuseOptions(outtype))
+    with pytest.raises(AdapterError, match=f"does not fit {stored}: values overflow.*--outtype"):
+        fusion.write(tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):
     adapter = read_adapter(file_with(tmp_path / "lora.gguf"))
     path = tmp_path / "model.gguf"
@@ -586,7 +685,9 @@ def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):
 )
 def test_rows_are_interleaved_and_put_back(base, tmp_path, kv_heads, group, half, rank, scale):
     heads, width = kv_heads * group, 2 * half
-    folder = base(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=8)
+    folder = base(
+        num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=8, head_dim=width
+    )
     k = Q.replace("q_proj", "k_proj")
     modules = {
         Q: lora(heads * width, 8, rank, scale),

@@ -9,7 +9,12 @@ import pytest
 from loratools.fuse.draft import FuseInput
 from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools_formats import read_adapter
-from loratools_formats.errors import AdapterError, LoratoolsError, MissingFileError
+from loratools_formats.errors import (
+    AdapterError,
+    LoratoolsError,
+    MissingFileError,
+    OutputExistsError,
+)
 from loratools_formats.gguf.base import read_base
 from loratools_formats.gguf.container import read_gguf
 from loratools_formats.gguf.splits import read_model
@@ -82,8 +87,10 @@ def test_another_part_than_the_first_leads_to_the_first(tmp_path):
 
 def test_parts_under_other_names_are_refused(tmp_path):
     path = write_model(tmp_path / "model.gguf")
-    with pytest.raises(AdapterError, match=r"another name.*expected NAME-00001-of-00003\.gguf"):
-        read_model(path.rename(tmp_path / "renamed.gguf"))
+    for name in ("renamed.gguf", "model-00001-of-00004.gguf"):
+        path = path.rename(tmp_path / name)
+        with pytest.raises(AdapterError, match=r"another name.*expected NAME-00001-of-00003\.gguf"):
+            read_model(path)
 
 
 SECOND = [("split.no", 1, "UINT16"), ("split.count", 3, "UINT16")]
@@ -137,6 +144,18 @@ def test_a_split_model_becomes_one_file_with_its_keys(tmp_path):
     assert [i["name"] for i in inputs if i["role"] == "base"] == [
         f"model-0000{i}-of-00003.gguf" for i in (1, 2, 3)
     ]
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_part_of_the_model_is_not_replaced(tmp_path, part):
+    path = write_model(tmp_path / "model.gguf")
+    write_adapter(tmp_path / "lora.gguf")
+    given = FuseInput(read_adapter(tmp_path / "lora.gguf"), 1.0, "lora")
+    fusion = GgufFusion(read_model(path), [given], GgufFuseOptions())
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(OutputExistsError, match="one part of the model"):
+        fusion.write(tmp_path / f"model-0000{part}-of-00003.gguf", overwrite=True)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
 def write_adapter(path, **options):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import tarfile
 
 import numpy as np
@@ -125,11 +127,15 @@ def test_pickles_are_read_too(tmp_path):
     assert set(read_adapter(path).modules) == set(SHAPES)
 
 
-def archived(path, names, compression=""):
+def archived(path, names, compression="", config=None):
     weights = saved(path.parent / "model_weights.ckpt", fused("model.decoder.layers.7.", NEMO_1))
     with tarfile.open(path, f"w:{compression}") as archive:
         for name in names:
             archive.add(weights, name)
+        for content in () if config is None else (config,):
+            member = tarfile.TarInfo("./model_config.yaml")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     weights.unlink()
     return path
 
@@ -154,6 +160,48 @@ def test_archives_of_nemo_are_opened(tmp_path):
 )
 def test_archives_of_another_kind_are_refused(tmp_path, names, compression, message):
     path = archived(tmp_path / "lora.nemo", names, compression)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(path)
+
+
+def nemo_config(**tuning):
+    return json.dumps({"peft": {"peft_scheme": "lora", "lora_tuning": tuning}}).encode()
+
+
+def test_alpha_of_an_archive_is_in_its_configuration(tmp_path):
+    config = nemo_config(adapter_dim=RANK, alpha=ALPHA)
+    path = archived(tmp_path / "lora.nemo", ["model_weights.ckpt"], config=config)
+    assert {delta.settings["alpha"] for delta in read_adapter(path).modules.values()} == {ALPHA}
+    deltas_of(path, SHAPES, **LLAMA)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b"",
+        b"peft: {lora_tuning: {alpha: '${x}'}}",
+        b"peft: {lora_tuning: {alpha: .nan}}",
+    ],
+)
+def test_an_alpha_that_is_no_number_is_asked_for(tmp_path, config):
+    path = archived(tmp_path / "lora.nemo", ["model_weights.ckpt"], config=config)
+    with pytest.raises(UnsupportedError, match="alpha"):
+        deltas_of(path, SHAPES, **LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (nemo_config(adapter_dim=RANK + 1, alpha=ALPHA), "another rank"),
+        (b"a: &a [1]\nb: *a", "aliases"),
+        (b"a: !!python/name:os.system x", "tags"),
+        (b"peft: 1\npeft: 2", "duplicate"),
+        (b"[" * 5000, "YAML"),
+        (b"a: " + b"x" * (1 << 20), "at most"),
+    ],
+)
+def test_configurations_that_are_not_sound_are_refused(tmp_path, config, message):
+    path = archived(tmp_path / "lora.nemo", ["model_weights.ckpt"], config=config)
     with pytest.raises(AdapterError, match=message):
         read_adapter(path)
 
@@ -291,3 +339,79 @@ def test_other_tensors_are_refused(tmp_path, extra):
     path = saved(tmp_path / "adapter.safetensors", fused() | extra)
     with pytest.raises(AdapterError):
         read_adapter(path)
+
+
+EXPERTS, MOE = 3, 5
+
+
+def experts(shared_outer=False):
+    """Return the adapters of experts, and what the projections of each are to gain."""
+    prefix = "decoder.layers.7.mlp.experts."
+    fc1 = {"in": random(EXPERTS, RANK, HIDDEN), "out": random(EXPERTS, 2 * MOE, RANK)}
+    fc2 = {"in": random(EXPERTS, RANK, MOE), "out": random(EXPERTS, HIDDEN, RANK)}
+    if shared_outer:
+        fc1["in"], fc2["out"] = fc1["in"][0], fc2["out"][0]
+    wants = {}
+    for i in range(EXPERTS):
+        (a1, b1), (a2, b2) = (
+            [side[i] if side.ndim == 3 else side for side in (fc["in"], fc["out"])]
+            for fc in (fc1, fc2)
+        )
+        whole = ALPHA / RANK * b1.astype("f8") @ a1
+        wants[f"{LAYER}.mlp.experts.{i}.gate_proj"] = whole[:MOE]
+        wants[f"{LAYER}.mlp.experts.{i}.up_proj"] = whole[MOE:]
+        wants[f"{LAYER}.mlp.experts.{i}.down_proj"] = ALPHA / RANK * b2.astype("f8") @ a2
+    tensors = {}
+    for name, fc in (("linear_fc1", fc1), ("linear_fc2", fc2)):
+        for side, values in fc.items():
+            tensors[f"{prefix}{name}.adapter.linear_{side}.weight"] = np.ascontiguousarray(values)
+    return tensors, wants
+
+
+@pytest.mark.parametrize("shared_outer", [False, True])
+def test_experts_have_factors_of_their_own(tmp_path, shared_outer):
+    tensors, wants = experts(shared_outer)
+    path = saved(tmp_path / "adapter.safetensors", tensors)
+    assert {tensor.key for tensor in read_adapter(path).tensors()} == set(tensors)
+    shapes = {name: want.shape for name, want in wants.items()}
+    got, _ = deltas_of(path, shapes, alpha=ALPHA, moe_intermediate_size=MOE)
+    for name, want in wants.items():
+        close(got[name], want)
+
+
+def test_experts_are_fused_into_the_stacks_of_transformers(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from loratools.fold.operation import to_lora
+    from loratools.fuse.draft import FuseInput
+    from loratools.fuse.operation import FuseOptions, Fusion
+    from loratools_formats.checkpoint import read_checkpoint
+
+    tensors, wants = experts()
+    path = saved(tmp_path / "adapter.safetensors", tensors)
+    base = base_of(tmp_path / "base", {}, model_type="qwen3_moe", moe_intermediate_size=MOE)
+    stacks = {
+        f"{LAYER}.mlp.experts.gate_up_proj": random(EXPERTS, 2 * MOE, HIDDEN),
+        f"{LAYER}.mlp.experts.down_proj": random(EXPERTS, HIDDEN, MOE),
+    }
+    save_file(stacks, tmp_path / "base" / "model.safetensors")
+    base = read_checkpoint(tmp_path / "base")
+    plain = to_lora(read_adapter(path), RankRule(), base=base, given={"alpha": str(ALPHA)})
+    fusion = Fusion(base, [FuseInput(plain.adapter, 1.0, "lora")], FuseOptions())
+    fusion.write(tmp_path / "fused")
+    after = load_file(tmp_path / "fused" / "model.safetensors")
+    for i in range(EXPERTS):
+        gate, up, down = (
+            wants[f"{LAYER}.mlp.experts.{i}.{leaf}_proj"] for leaf in ("gate", "up", "down")
+        )
+        gate_up = f"{LAYER}.mlp.experts.gate_up_proj"
+        close(after[gate_up][i] - stacks[gate_up][i], np.concatenate([gate, up]), 1e-5)
+        key = f"{LAYER}.mlp.experts.down_proj"
+        close(after[key][i] - stacks[key][i], down, 1e-5)
+
+
+def test_experts_that_share_both_factors_are_refused(tmp_path):
+    tensors, _ = experts()
+    tensors = {key: values[0] for key, values in tensors.items()}
+    with pytest.raises(AdapterError, match="stacked by experts"):
+        read_adapter(saved(tmp_path / "adapter.safetensors", tensors))

@@ -45,6 +45,16 @@ def test_every_tensor(archive, tmp_path, monkeypatch):
     assert original.nbytes == (tmp_path / "w.bin").stat().st_size
 
 
+def test_a_bank_that_many_modules_share_is_read_once(tmp_path):
+    bank = torch.arange(3000.0)
+    torch.save({f"{i}.bank": bank for i in range(40)} | {"part": bank[1:]}, tmp_path / "w.bin")
+    weights, _ = read_bin(tmp_path / "w.bin")
+    assert weights.file.nbytes < 40 * 3000 * 4 / 10
+    assert all(torch.equal(weights.tensors[f"{i}.bank"].torch(), bank) for i in range(40))
+    assert torch.equal(weights.tensors["part"].torch(), bank[1:])
+    assert not weights.metadata
+
+
 def test_adapter(make_folder):
     folder = make_folder(dtype="f32")
     before = read_adapter(folder)

@@ -264,7 +264,7 @@ class TestUniLora:
             close(x @ delta.T, x @ a @ b)
 
     def test_indices_beyond_the_bank_are_refused(self, tmp_path):
-        tensors, _ = self.tensors()
+        tensors, _ = self.tensors(bank_of=("q",))
         path = saved(
             tmp_path / "model.safetensors", tensors | {"layers.0.q.vector_bank": random(9)}
         )

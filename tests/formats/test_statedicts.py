@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from loratools.kinds import get_kind
 from loratools.ranks import RankRule
 from loratools_formats import find_format, get_format, read_adapter, registered_formats
 from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import LoratoolsError
+from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
-from make_statedicts import KINDS, all_golden
+from make_statedicts import HIDDEN, KINDS, all_golden
 
 RNG = np.random.default_rng(0)
 Z = "layers.0.q.parametrizations.weight.0.vector_z"
@@ -47,6 +48,12 @@ SAMPLES = {
         "decoder.layers.0.self_attention.linear_qkv.adapter.linear_out.weight",
     ),
     "peft-weights": pair("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"),
+    "randlora": {
+        "h.0.c_fc.randlora_lambda": random(3, 4),
+        "h.0.c_fc.randlora_gamma": random(3, 12),
+        "h.0.c_fc.basis_a": random(1, 4, 16),
+        "h.0.c_fc.basis_b": random(3, 40, 4),
+    },
     "torchtune": pair("layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight")
     | {"layers.0.attn.q_proj.magnitude": random(36)},
     "unilora": {
@@ -70,6 +77,7 @@ GIVEN = {
     "lorat": {},
     "megatron": {"alpha": "8", "num_attention_heads": "4", "num_key_value_heads": "1"},
     "peft-weights": {"alpha": "8", "variant": "lora"},
+    "randlora": {"alpha": "8"},
     "torchtune": {"alpha": "8", "rope": "interleaved", "num_attention_heads": "2"},
     "unilora": {},
     "vblora": {"topk": "2"},
@@ -128,10 +136,41 @@ class TestStateDict:
             with pytest.raises(LoratoolsError):
                 to_lora(read_adapter(path, name), RankRule(), given=GIVEN.get(name, {"alpha": "8"}))
 
+    @pytest.mark.parametrize(
+        "sibling", ["lora_diag", "coefficients", "lora_A_rho", "gate_of_ranks", "{}_rho", "{}.more"]
+    )
+    def test_a_tensor_beside_its_own_is_never_passed_over(self, tmp_path, name, sibling):
+        """The names of its tensors are matched whole, and what else a module has is refused."""
+        own = next(key for key in SAMPLES[name] if not key.startswith(("lora_alpha", "head")))
+        parent, _, leaf = own.rpartition(".")
+        key = f"{parent}.{sibling.format(leaf)}"
+        path = saved(tmp_path / "more.safetensors", SAMPLES[name] | {key: random(4, 24)})
+        with pytest.raises(AdapterError, match=re.escape(key)):
+            read_adapter(path, name)
+
+    def test_no_setting_is_ever_assumed(self, tmp_path, name):
+        path = saved(tmp_path / "sample.safetensors", SAMPLES[name])
+        given = GIVEN.get(name, {"alpha": "8"})
+        for lost in given:
+            rest = {key: value for key, value in given.items() if key != lost}
+            with pytest.raises(UnsupportedError, match=lost):
+                to_lora(read_adapter(path, name), RankRule(), given=rest)
+
     def test_info_shows_it(self, tmp_path, name):
         done = CliRunner().invoke(cli, ["info", str(sample(name, tmp_path)), "-v"])
         assert done.exit_code == 0, done.output
         assert f"format      {name}" in done.output
+
+
+@pytest.mark.parametrize("name", ["vblora", "unilora", "randlora"])
+def test_copies_of_what_modules_share_must_be_equal(tmp_path, name):
+    tensors = dict(SAMPLES[name])
+    second = {key.replace(".0.", ".1."): values for key, values in tensors.items()}
+    assert len(read_adapter(saved(tmp_path / "a.safetensors", tensors | second), name).modules) == 2
+    shared = next(key for key in second if "bank" in key or "basis" in key)
+    second[shared] = second[shared] + 1
+    with pytest.raises(AdapterError, match="that all share"):
+        read_adapter(saved(tmp_path / "b.safetensors", tensors | second), name)
 
 
 def test_parts_of_a_folder_are_the_folders(tmp_path):
@@ -151,7 +190,7 @@ def test_golden_fixtures_are_read_as_their_definitions_say(name):
     stored = {tensor.key: tensor.load() for tensor in adapter.tensors()}
     assert set(stored) == set(golden.tensors)
     base = read_checkpoint(folder / "base.safetensors") if golden.base else None
-    rule = RankRule() if get_kind(name).low_rank else RankRule(rank=2)
+    rule = RankRule() if get_kind(name).low_rank else RankRule(rank=HIDDEN)
     result = to_lora(adapter, rule, base=base, given=golden.given)
     expected = load_file(folder / "expected.safetensors")
     assert {f"{module}.weight" for module in result.adapter.modules} == set(expected)

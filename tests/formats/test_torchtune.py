@@ -229,3 +229,57 @@ def test_the_command_line_takes_heads_from_the_base(tmp_path):
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == [K, Q]
+
+
+def test_phi3_is_fused_into_the_projections_that_transformers_joins(tmp_path):
+    width, kv, mlp = HEADS * WIDTH, KV_HEADS * WIDTH, 9
+    outs = {
+        "attn.q_proj": width,
+        "attn.k_proj": kv,
+        "attn.v_proj": kv,
+        "mlp.w1": mlp,
+        "mlp.w3": mlp,
+    }
+    tensors, deltas = {}, {}
+    for name, out in outs.items():
+        a, b = random(RANK, HIDDEN), random(out, RANK)
+        tensors |= {f"layers.0.{name}.lora_a.weight": a, f"layers.0.{name}.lora_b.weight": b}
+        deltas[name] = ALPHA / RANK * b.astype("f8") @ a
+    path = saved(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA}))
+    path = path.rename(tmp_path / "tuned.safetensors")
+    weights = {
+        "model.layers.0.self_attn.qkv_proj": random(width + 2 * kv, HIDDEN),
+        "model.layers.0.mlp.gate_up_proj": random(2 * mlp, HIDDEN),
+    }
+    base_of(tmp_path / "base", weights, **LLAMA | {"model_type": "phi3"})
+    arguments = ["fuse", str(tmp_path / "base"), str(path), "-o", str(tmp_path / "fused")]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    after = load_file(tmp_path / "fused" / "model.safetensors")
+    # Phi's rotary embedding turns halves, in torchtune as in transformers: rows stay.
+    joined = {
+        "model.layers.0.self_attn.qkv_proj": ["attn.q_proj", "attn.k_proj", "attn.v_proj"],
+        "model.layers.0.mlp.gate_up_proj": ["mlp.w1", "mlp.w3"],
+    }
+    for module, names in joined.items():
+        want = np.concatenate([deltas[name] for name in names])
+        close(after[f"{module}.weight"] - weights[module], want, 1e-5)
+    arguments = [
+        "to-lora",
+        str(path),
+        "--base",
+        str(tmp_path / "base"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    assert "in one tensor with others" in done.output
+    assert set(read_adapter(tmp_path / "out").modules) == {
+        f"model.layers.0.{name}"
+        for name in (
+            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj",
+            "mlp.up_proj",
+        )
+    }  # fmt: skip

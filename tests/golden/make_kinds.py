@@ -214,15 +214,17 @@ def _qalora(folder: Path) -> None:
 
 def _loralib(folder: Path) -> None:
     a, b = random("loralib", (4, 12), (16, 2))
-    save(folder / "adapter.safetensors", {"up.lora_A": a, "up.lora_B": b})
+    conv_a, conv_b = random("conv", (6, 6), (12, 6))  # of 2 channels to 4, by 3 by 3, of rank 2
+    tensors = {"up.lora_A": a, "up.lora_B": b, "conv.lora_A": conv_a, "conv.lora_B": conv_b}
+    save(folder / "adapter.safetensors", tensors)
     change = np.zeros((24, 12), np.float32)  # of three projections, the first and the last
     change[:8], change[16:] = 4.0 * b[:8] @ a[:2], 4.0 * b[8:] @ a[2:]
     case(
         folder,
-        "definition of MergedLinear, α/r · B A by groups",
-        {"up.weight": change},
+        "definitions of MergedLinear, α/r · B A by groups, and of ConvLoRA, α/r · (B A).view",
+        {"up.weight": change, "conv.weight": (4.0 * conv_b @ conv_a).reshape(4, 2, 3, 3)},
         format="loralib",
-        settings={"alpha": "8", "groups": "101"},
+        settings={"alpha": "8", "groups": "101", "kernel": "3"},
     )
 
 
@@ -256,7 +258,35 @@ def _increlora(folder: Path) -> None:
     )
 
 
+def _on_the_weight(folder: Path, algorithm: str) -> None:
+    from importlib.metadata import version
+
+    import torch
+    from lycoris import LycorisNetwork, create_lycoris
+
+    torch.manual_seed(3)
+    model = torch.nn.Module()
+    model.up = torch.nn.Linear(12, 16, bias=False)
+    base = model.up.weight.detach().clone()
+    LycorisNetwork.apply_preset({"target_module": ["Linear"], "unet_target_module": []})
+    network = create_lycoris(model, 1.0, linear_dim=2, linear_alpha=1, algo=algorithm)
+    network.apply_to()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    network.save_weights(str(folder / "adapter.safetensors"), torch.float32, {})
+    with torch.no_grad():
+        change = (model.up(torch.eye(12)).T - base).numpy()
+    network.restore()
+    save(folder / "base.safetensors", {"up.weight": base.numpy()})
+    source = f"LyCORIS {version('lycoris-lora')}"
+    case(folder, source, {"lycoris_up.weight": np.ascontiguousarray(change)})
+
+
 DEFINED = {
+    "butterfly_oft": lambda folder: _on_the_weight(folder, "boft"),
+    "diag_oft": lambda folder: _on_the_weight(folder, "diag-oft"),
+    "lycoris_glora": lambda folder: _on_the_weight(folder, "glora"),
+    "lycoris_ia3": lambda folder: _on_the_weight(folder, "ia3"),
     "full": _full,
     "gated": _gated,
     "increlora": _increlora,

@@ -181,7 +181,35 @@ def loldu_full(random: _Numbers) -> Golden:
     )
 
 
-_MAKERS = (loldu, loldu_full, lorat, megatron, torchtune, unscaled)
+def randlora_authors(random: _Numbers) -> Golden:
+    """An MLP of GPT-2: the elements in order, though the sides are the other way round."""
+    inner, count = 2 * HIDDEN, 4
+    a, b = random(1, RANK, HIDDEN + 1), random(count, inner + 1, RANK)
+    tensors, deltas = {}, {}
+    for name, (in_, out) in (("h.c_fc", (HIDDEN, inner)), ("h.c_proj", (inner, HIDDEN))):
+        lambdas, gammas = random(count, RANK), random(count, HIDDEN)
+        product = np.zeros((inner, HIDDEN))
+        for row in range(inner):
+            for place in range(count * RANK):
+                left = b[place // RANK, row, place % RANK]
+                summand, direction = place % count, place // count
+                product[row] += left * (
+                    lambdas[summand, direction] * a[0, direction, :HIDDEN] * gammas[summand]
+                ).astype(np.float64)
+        stored = ALPHA / RANK / count**0.5 * product.reshape(in_, out)
+        deltas[name] = stored.T
+        tensors |= {
+            f"{name}.randlora_lambda": lambdas,
+            f"{name}.randlora_gamma": gammas,
+            f"{name}.basis_a": a,
+            f"{name}.basis_b": b,
+        }
+    base = {name: np.zeros_like(delta.T) for name, delta in deltas.items()}
+    return Golden("randlora", tensors, deltas, {"alpha": str(ALPHA)}, ".pt", base)
+
+
+# In the order in which they were added, which their numbers derive from.
+_MAKERS = (loldu, loldu_full, lorat, megatron, torchtune, unscaled, randlora_authors)
 
 
 def all_golden() -> dict[str, Golden]:

@@ -25,7 +25,7 @@ from merge_cases import (
 )
 from merge_definitions import elected, trimmed
 from merge_models import DORA_KINDS, saved_base, saved_by_peft
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from loratools.merge import tasks
 from loratools.merge.methods import get_method
@@ -242,6 +242,22 @@ def test_dora_needs_the_base(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_dora_of_a_weight_that_is_replaced_is_refused(tmp_path, whose):
+    sources = [
+        saved_by_peft(tmp_path / f"a{seed}", "embedding", seed, use_dora=seed == 0)[0]
+        for seed in range(2)
+    ]
+    file = sources[whose] / "adapter_model.safetensors"
+    tensors = load_file(file) | {
+        "base_model.model.embed.base_layer.weight": np.ones((23, 12), "f4")
+    }
+    save_file(tensors, file)
+    base = saved_base(tmp_path / "base", "embedding")
+    with pytest.raises(UnsupportedError, match=r"depends on.*to-lora ADAPTER --base"):
+        run(tmp_path / "out", [(source, 1.0) for source in sources], base=base)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -361,8 +377,12 @@ def test_an_intersection_of_nothing_is_an_error(tmp_path):
     first = save(tmp_path / "a", {"q": linear(24, 20, 4)})
     second = save(tmp_path / "b", {"model.q": linear(24, 20, 4)})
     third = save(tmp_path / "c", {"q": linear(24, 20, 4), "k": linear(9, 20, 4)})
-    for pairs in ([(first, 1.0), (second, 1.0)], [(first, 1.0), (third, 1.0), (second, 1.0)]):
-        with pytest.raises(AdapterError, match="shares no module with the others"):
+    for pairs, named in (
+        ([(first, 1.0), (second, 1.0)], "got q; expected such as model.q"),
+        ([(second, 1.0), (first, 1.0)], "got model.q; expected such as q"),
+        ([(first, 1.0), (third, 1.0), (second, 1.0)], "got model.q; expected such as k"),
+    ):
+        with pytest.raises(AdapterError, match=f"shares no module with the others; {named}"):
             run(tmp_path / "out", pairs)
     assert not (tmp_path / "out").exists()
 

@@ -3,10 +3,12 @@
 One line on stderr, exit code 2, nothing partial, and a base that is as it was, to the nanosecond.
 """
 
+import errno
 import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import faults
@@ -17,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from loratools.fuse.draft import FuseInput
 from loratools.fuse.operation import FuseOptions, Fusion
-from loratools_formats import read_adapter
+from loratools_formats import read_adapter, shards
 from loratools_formats.checkpoint import read_checkpoint
 from loratools_formats.errors import OutputError
 
@@ -209,6 +211,25 @@ def test_a_file_size_limit(broken, refused):
 def fused(broken, out, **options):
     inputs = [FuseInput(read_adapter(broken[1]), 1.0, "adapter")]
     return Fusion(read_checkpoint(broken[0]), inputs, FuseOptions(**options)).write(out)
+
+
+def test_a_flush_that_fails_meanwhile_is_not_forgotten(small, tmp_path, monkeypatch):
+    """The system reports such a failure once, and the flush at the end would succeed."""
+    flush, failed = os.fsync, threading.Event()
+
+    def fsync(descriptor):
+        if "(flush)" in threading.current_thread().name and not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        failed.wait(10)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(shards, "_FLUSH_SECONDS", 0.0)
+    with pytest.raises(OutputError, match="Input/output error"):
+        fused(small, tmp_path / "out")
+    assert failed.is_set()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("workers", [1, 3])

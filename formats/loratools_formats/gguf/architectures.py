@@ -32,6 +32,7 @@ class Sizes:
         heads: number of query heads.
         kv_heads: number of key and value heads.
         hidden: width of the model.
+        head_width: rows of one head.
         experts: number of experts, 0 if it has none.
         expert_width: width inside an expert.
     """
@@ -39,19 +40,24 @@ class Sizes:
     heads: int
     kv_heads: int
     hidden: int
+    head_width: int
     experts: int = 0
     expert_width: int = 0
 
 
-def _per_head(rows: int, heads: int) -> int:
-    if rows % heads:
-        raise AdapterError("rows do not divide into heads", got=rows, expected=f"{heads} heads")
-    return rows // heads
+def _check_heads(rows: int, heads: int, width: int) -> None:
+    """Refuse rows of another model, which would be put into a wrong order without complaint."""
+    if rows != heads * width:
+        raise AdapterError(
+            "module does not fit the base model",
+            got=f"{rows} rows",
+            expected=f"{heads} heads of {width}",
+        )
 
 
-def _rotary(rows: Rows, heads: int) -> Rows:
+def _rotary(rows: Rows, heads: int, width: int) -> Rows:
     """Interleave the two halves of each head."""
-    width = _per_head(len(rows), heads)
+    _check_heads(len(rows), heads, width)
     if width % 2:
         raise AdapterError("heads of odd width have no halves", got=width)
     half = width // 2
@@ -65,21 +71,23 @@ def _whole(rows: int, _: Sizes) -> list[Rows]:
 
 
 def _query(rows: int, sizes: Sizes) -> list[Rows]:
-    return [_rotary(list(range(rows)), sizes.heads)]
+    return [_rotary(list(range(rows)), sizes.heads, sizes.head_width)]
 
 
 def _key(rows: int, sizes: Sizes) -> list[Rows]:
-    return [_rotary(list(range(rows)), sizes.kv_heads)]
+    return [_rotary(list(range(rows)), sizes.kv_heads, sizes.head_width)]
 
 
 def _halves(rows: int, _: Sizes) -> list[Rows]:
-    half = _per_head(rows, 2)
+    if rows % 2:
+        raise AdapterError("odd number of rows has no halves", got=rows)
+    half = rows // 2
     return [list(range(half)), list(range(half, rows))]
 
 
-def _grouped(rows: int, groups: int, queries: int) -> tuple[Rows, Rows, Rows]:
+def _grouped(rows: int, groups: int, queries: int, width: int) -> tuple[Rows, Rows, Rows]:
     """Sort rows that come as groups of `queries` query heads, a key and a value head."""
-    width = _per_head(rows, groups * (queries + 2))
+    _check_heads(rows, groups * (queries + 2), width)
     q: Rows = []
     k: Rows = []
     v: Rows = []
@@ -91,19 +99,23 @@ def _grouped(rows: int, groups: int, queries: int) -> tuple[Rows, Rows, Rows]:
     return q, k, v
 
 
+def _per_group(rows: int, sizes: Sizes) -> tuple[Rows, Rows, Rows]:
+    return _grouped(rows, sizes.kv_heads, sizes.heads // sizes.kv_heads, sizes.head_width)
+
+
 def _sorted_per_head(rows: int, sizes: Sizes) -> list[Rows]:
-    q, k, v = _grouped(rows, sizes.heads, 1)
+    q, k, v = _grouped(rows, sizes.heads, 1, sizes.head_width)
     return [q + k + v]
 
 
 def _sorted_per_group(rows: int, sizes: Sizes) -> list[Rows]:
-    q, k, v = _grouped(rows, sizes.kv_heads, sizes.heads // sizes.kv_heads)
-    return [q + k + v]
+    return [[row for part in _per_group(rows, sizes) for row in part]]
 
 
 def _split_per_group(rows: int, sizes: Sizes) -> list[Rows]:
-    q, k, v = _grouped(rows, sizes.kv_heads, sizes.heads // sizes.kv_heads)
-    return [_rotary(q, sizes.heads), _rotary(k, sizes.kv_heads), v]
+    q, k, v = _per_group(rows, sizes)
+    width = sizes.head_width
+    return [_rotary(q, sizes.heads, width), _rotary(k, sizes.kv_heads, width), v]
 
 
 class Module(NamedTuple):

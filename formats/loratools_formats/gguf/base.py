@@ -82,13 +82,15 @@ def _of_config(path: Path) -> Base:
     if tied is not None and not isinstance(tied, bool):
         raise AdapterError("config value tie_word_embeddings is wrong", path=path, got=tied)
     heads = _size(values, path, "num_attention_heads", "n_head")
+    hidden = _size(values, path, "hidden_size", "n_embd")
     experts = _size(values, path, "num_local_experts", "num_experts", default=0)
     return Base(
         architecture=architecture,
         sizes=Sizes(
             heads=heads,
             kv_heads=_kv_heads(values, path, heads),
-            hidden=_size(values, path, "hidden_size", "n_embd"),
+            hidden=hidden,
+            head_width=_size(values, path, "head_dim", default=hidden // heads),
             experts=experts,
             expert_width=_size(
                 values, path, "moe_intermediate_size", "intermediate_size", default=0
@@ -134,15 +136,17 @@ def base_of_gguf(model: GgufModel) -> Base:
     if name not in ARCHITECTURES:
         raise _unknown(path, str(name), sorted(ARCHITECTURES))
     heads = _key(model, f"{name}.attention.head_count")
-    width = _key(model, f"{name}.expert_feed_forward_length", 0)
+    hidden = _key(model, f"{name}.embedding_length")
+    expert_width = _key(model, f"{name}.expert_feed_forward_length", 0)
     return Base(
         architecture=ARCHITECTURES[name],
         sizes=Sizes(
             heads=heads,
             kv_heads=_key(model, f"{name}.attention.head_count_kv", heads),
-            hidden=_key(model, f"{name}.embedding_length"),
+            hidden=hidden,
+            head_width=_key(model, f"{name}.attention.key_length", hidden // heads),
             experts=_key(model, f"{name}.expert_count", 0),
-            expert_width=width or _key(model, f"{name}.feed_forward_length", 0),
+            expert_width=expert_width or _key(model, f"{name}.feed_forward_length", 0),
         ),
         tied="output.weight" not in model.tensors,
         shapes={key: tensor.shape for key, tensor in model.tensors.items()},
@@ -153,7 +157,8 @@ def _key(model: GgufModel, name: str, default: int | None = None) -> int:
     value = model.get(name, "u32", "i32", "u64", "i64")
     if value is None and default is not None:
         return default
-    if value is None or not 0 <= value < _MAX_SIZE:
+    least = 0 if default == 0 else 1
+    if value is None or not least <= value < _MAX_SIZE:
         raise AdapterError(f"key {name} is missing or wrong", path=model.path, got=value)
     return int(value)
 

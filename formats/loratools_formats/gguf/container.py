@@ -205,7 +205,7 @@ def _read(file: RegularFile) -> GgufFile:
     for _ in range(key_count):
         key = cursor.string(_MAX_KEY_BYTES)
         if not key or key in keys:
-            raise AdapterError("key is listed twice" if key else "key is empty", tensor=key)
+            raise AdapterError(f"key {key} is listed twice" if key else "key is empty")
         keys[key] = _value(cursor, key)
     alignment = _alignment(keys)
     infos: dict[str, tuple[GgmlType, tuple[int, ...], int]] = {}
@@ -246,12 +246,11 @@ def _value(cursor: Cursor, key: str) -> KeyValue:
     item = _value_type(cursor, key)
     (count,) = struct.unpack("<Q", cursor.take(8))
     if item == ARRAY:
-        raise AdapterError("key holds an array of arrays", tensor=key)
+        raise AdapterError(f"key {key} holds an array of arrays")
     width = 8 if item == STRING else struct.calcsize(LAYOUTS[item])
     if count * width > cursor.remaining or (item == STRING and count > _MAX_LISTED_STRINGS):
         raise AdapterError(
-            "array is longer than the file or the limit",
-            tensor=key,
+            f"array of key {key} is longer than the file or the limit",
             got=f"{count} elements",
             expected=f"at most {min(cursor.remaining // width, _MAX_LISTED_STRINGS)}",
         )
@@ -269,14 +268,14 @@ def _check_bools(cursor: Cursor, key: str, count: int) -> None:
     while count:
         part = cursor.take(min(count, _CHECKED_BYTES))
         if part.strip(b"\0\1"):
-            raise AdapterError("truth value is neither 0 nor 1", tensor=key)
+            raise AdapterError(f"truth value of key {key} is neither 0 nor 1")
         count -= len(part)
 
 
 def _value_type(cursor: Cursor, key: str) -> str:
     (code,) = struct.unpack("<I", cursor.take(4))
     if code not in VALUE_TYPES:
-        raise AdapterError("key has an unknown type", tensor=key, got=code)
+        raise AdapterError(f"key {key} has an unknown type", got=code)
     return VALUE_TYPES[code]
 
 
@@ -354,7 +353,7 @@ def _check_layout(
                 expected=f"at least {data_start + end}",
             )
         position = _padded(end, alignment)
-    if infos and file_nbytes > data_start + position:
+    if file_nbytes > data_start + position:
         raise AdapterError(
             "bytes after the last tensor", got=file_nbytes, expected=data_start + position
         )

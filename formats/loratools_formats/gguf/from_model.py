@@ -123,7 +123,10 @@ def plain_factors(delta: Delta) -> LowRank:
         )
     part = low_rank_part(delta)
     if part.bias is not None:
-        raise UnsupportedError("llama.cpp adapters have no biases (lora_bias)")
+        raise UnsupportedError(
+            "llama.cpp adapters have no biases (lora_bias)",
+            hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
+        )
     return part
 
 
@@ -248,18 +251,10 @@ def _zeros(like: TensorRef) -> TensorRef:
 
 
 def _check_shapes(modules: Mapping[str, Delta], base: Base) -> None:
+    if base.shapes is None:
+        return
     for name, delta in modules.items():
-        if not isinstance(delta, LowRank):
-            continue
-        if delta.layer.kind == "experts" and delta.experts != base.sizes.experts:
-            raise AdapterError(
-                "the base model has another number of experts",
-                tensor=name,
-                got=delta.experts,
-                expected=base.sizes.experts,
-            )
-        if base.shapes is not None:
-            check_shape(name, delta, base.shapes.get(f"{name}.weight"))
+        check_shape(name, low_rank_part(delta), base.shapes.get(f"{name}.weight"))
 
 
 def check_shape(name: str, delta: LowRank, wanted: tuple[int, ...] | None) -> None:

@@ -40,6 +40,7 @@ _HUB = "https://huggingface.co/"
 _DERIVED_KEYS = frozenset(
     {*STRUCTURAL_KEYS, ALPHA, QUANTISATION, "general.alignment", "general.file_type"}
 )
+_MAX_LOADED_BYTES = 1 << 22
 _NORM = re.compile(r"(?:blk\.\d+\.)?\w*_norm\.weight")
 
 
@@ -85,10 +86,17 @@ def _read(file: GgufFile, path: Path) -> Adapter:
         for key, entry in file.keys.items()
         if entry.type == STRING and key not in _DERIVED_KEYS and entry.value is not None
     }
+    others = {k: e for k, e in file.keys.items() if k not in _DERIVED_KEYS and k not in metadata}
+    nbytes = sum(entry.end - entry.offset for entry in others.values())
+    if nbytes > _MAX_LOADED_BYTES:
+        raise AdapterError(
+            "too many values in the keys of an adapter",
+            got=f"{nbytes} bytes",
+            expected=f"at most {_MAX_LOADED_BYTES}",
+        )
     keys = {
         key: KeyValue(entry.type, file.load(entry), entry.item, entry.count)
-        for key, entry in file.keys.items()
-        if key not in _DERIVED_KEYS and key not in metadata
+        for key, entry in others.items()
     }
     return Adapter(
         format="gguf",
@@ -191,9 +199,12 @@ def _reference(tensor: GgufTensor) -> TensorRef:
     kind = tensor.kind
     if kind.is_plain:
         dtype = DTYPES[kind.name]
-        if not dtype.floating:
+        if kind.name not in ("F32", "F16", "BF16"):
             raise AdapterError(
-                "adapter factor is not of a floating-point type", tensor=tensor.name, got=kind.name
+                "llama.cpp crashes on adapter factors of this type",
+                tensor=tensor.name,
+                got=kind.name,
+                expected="floats of 32 or 16 bits, or quantised ones",
             )
         return in_file(tensor.name, dtype, tensor.shape, tensor.file, tensor.offset)
 

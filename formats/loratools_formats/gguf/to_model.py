@@ -103,7 +103,7 @@ def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -
     ordered = [parts[i] for i in range(len(module.tensors))]
     if len(ordered) > 1:
         first = _side_by_side(origin.path, ordered)
-    orders = module.rows(first.shape[0], sizes or Sizes(1, 1, 1))
+    orders = module.rows(first.shape[0], sizes or Sizes(1, 1, 1, 1))
     source = [row for order in orders for row in order]
     inverse = sorted(range(len(source)), key=source.__getitem__)
     return replace(first, b=in_order(first.b, inverse))

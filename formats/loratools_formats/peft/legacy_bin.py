@@ -2,19 +2,23 @@
 
 A child process with bounded memory and time loads the file with `torch.load(weights_only=True)`,
 checks that its tensors claim no more than the file holds, and writes a temporary safetensors file,
-which is then read like any other. The temporary is unlinked as soon as it is open.
+which is then read like any other. The temporary is unlinked as soon as it is open. What is one
+tensor under several names, such as a bank that all modules share, is written once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratools_formats.errors import AdapterError, MissingDependencyError
 from loratools_formats.files import RegularFile, refuse_lfs_pointer
@@ -29,6 +33,11 @@ _CPU_SECONDS = 3
 _BYTES_PER_CPU_SECOND = 50_000_000
 _TIMEOUT_SECONDS = 120.0  # of the clock, to import torch on a busy machine
 _NO_TORCH = 3
+_SAME = "same"  # metadata of the temporary: names of tensors, by others that name the same
+_MAX_SAME = 4096
+
+if TYPE_CHECKING:
+    import torch
 
 
 def read_bin(path: Path) -> tuple[SafetensorsFile, RegularFile]:
@@ -66,7 +75,14 @@ def read_bin(path: Path) -> tuple[SafetensorsFile, RegularFile]:
                 got=_failure(child),
                 hint="Save the adapter again as safetensors",
             )
-        return read_safetensors(out), original
+        return _with_all_names(read_safetensors(out)), original
+
+
+def _with_all_names(weights: SafetensorsFile) -> SafetensorsFile:
+    """Return what the child wrote with the names of tensors that it wrote under others."""
+    same = json.loads(weights.metadata[_SAME])
+    others = {name: replace(weights.tensors[first], key=name) for name, first in same.items()}
+    return replace(weights, metadata={}, tensors={**weights.tensors, **others})
 
 
 def _failure(child: subprocess.CompletedProcess[str]) -> str:
@@ -149,19 +165,37 @@ def convert(source: str, target: str) -> None:
         raise TypeError(f"content is a {type(state).__name__}, not a map")
     if list(state) == ["model_state_dict"] and isinstance(state["model_state_dict"], dict):
         state = state["model_state_dict"]  # as the examples of loralib save theirs
-    total = sum(_checked_nbytes(name, value, file_nbytes) for name, value in state.items())
+    sizes = {name: _checked_nbytes(name, value, file_nbytes) for name, value in state.items()}
+    same = _same(state)
+    if len(same) > _MAX_SAME:
+        raise ValueError(f"{len(same)} names are of tensors that have others")
+    total = sum(nbytes for name, nbytes in sizes.items() if name not in same)
     if total > _MAX_SHARING * file_nbytes:
         raise ValueError(f"tensors share storage and claim {total} bytes, many times the file")
-    save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, target)
+    save_file(
+        {name: v.detach().clone().contiguous() for name, v in state.items() if name not in same},
+        target,
+        metadata={_SAME: json.dumps(same)},
+    )
+
+
+def _same(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Return the first name of each tensor that is the same as one before it, by its own."""
+    first: dict[object, str] = {}
+    same = {}
+    for name, value in state.items():
+        memory = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and first.setdefault(memory, name) != name:
+            same[name] = first[memory]
+    return same
 
 
 def _reason_of(error: Exception) -> str:
     """Return one line of an error, without torch's advice to load the file unprotected."""
-    lines = [
-        line.rpartition("WeightsUnpickler error:")[2].strip() for line in f"{error}".split("\n")
-    ]
+    told = [line.partition("WeightsUnpickler error:")[2].strip() for line in f"{error}".split("\n")]
+    lines = [line for line in told if line] or [line.strip() for line in f"{error}".split("\n")]
     reasons = [line for line in lines if line and not line.startswith("Weights only load failed")]
-    return reasons[0] if reasons else ""
+    return reasons[0].partition(" by default. Please")[0] if reasons else ""
 
 
 def main() -> int:

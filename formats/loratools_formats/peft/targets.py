@@ -85,10 +85,13 @@ def plain_config(adapter: Adapter) -> Mapping[str, Any]:
             cleared["init_lora_weights"] = True
         return {**values, **cleared}
     kept = {key: values[key] for key in _KEPT if key in values}
+    bias = kept.get("bias") or "none"
+    # "boft_only", "vera_only" ...: biases of adapted layers, by the name that each kind gives it.
+    bias = "lora_only" if isinstance(bias, str) and bias.endswith("_only") else bias
     return {
         "peft_type": "LORA",
         **kept,
-        "bias": kept.get("bias") or "none",
+        "bias": bias,
         "r": 1,
         "lora_alpha": 1,
         "target_modules": sorted(adapter.modules),
