@@ -290,8 +290,22 @@ P = TypeVar("P", bound=Planned)
 
 
 def in_file_order(tensors: Iterable[P]) -> list[P]:
-    """Order as the safetensors library does: wide types first, which aligns them, then names."""
-    return sorted(tensors, key=lambda tensor: (-tensor.dtype.bits, tensor.key))
+    """Order as the safetensors library does: wide types first, which aligns them, then names.
+
+    Types of one width come in the order of the library's own list, from its end. Digests of the
+    tensors that other tools compute after writing them again depend on it.
+    """
+    return sorted(tensors, key=lambda tensor: (*_LIBRARY_ORDER[tensor.dtype.code], tensor.key))
+
+
+_LIBRARY_ORDER = {
+    code: (-DTYPES[code].bits, place)
+    for place, code in enumerate((
+        "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+        "F8_E8M0", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8",
+        "F6_E3M2", "F6_E2M3", "F4", "BOOL",
+    ))
+}  # fmt: skip
 
 
 def header_bytes(

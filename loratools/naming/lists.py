@@ -22,10 +22,12 @@ MAP_KEY = "loratools.module_map"
 _PROBE = ".lora_A.weight"
 CHECKPOINT_PREFIX = "model.diffusion_model."
 _FLAT_PREFIXES = {
-    "unet.": ("lora_unet_",),
+    "unet.": ("lora_unet_", "lycoris_"),
     "transformer.": ("lora_transformer_", "lora_unet_", "lora_unet__", "lycoris_"),
     "transformer_2.": ("lora_unet_", "lora_unet__"),
     "diffusion_model.": ("lora_unet_", "lora_unet__", "lycoris_", "lora_transformer_"),
+    "prior.": ("lora_prior_",),
+    "decoder.": ("lora_decoder_",),
     "text_encoder.": ("lora_te_", "lora_te1_"),
     "text_encoder_2.": ("lora_te2_", "lora_te3_"),
     "text_encoder_3.": ("lora_te3_",),

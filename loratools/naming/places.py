@@ -33,9 +33,10 @@ def module_key(name: str) -> Key | None:
 
 
 def _schemes(key: Key) -> tuple[Scheme, ...]:
-    """Return the schemes that a module's path may be of, told by its prefix."""
-    if key.prefix == "diffusion_model.":
-        return ("original",)
+    """Return the schemes that a module's path may be of, told by its prefix.
+
+    ai-toolkit puts `diffusion_model.` before the paths of diffusers' Z-Image.
+    """
     if key.naming == "diffusers" or key.prefix == "lora_transformer_":
         return ("diffusers",)
     return ("original", "diffusers")

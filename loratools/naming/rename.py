@@ -151,7 +151,8 @@ def _one_expert(
         UnsupportedError: there are several, and none was chosen.
     """
     places = {old: located(new, table) for old, new in names.items()}
-    experts = {old: p.component for old, p in places.items() if isinstance(p, Place)}
+    own = next((c for c in table.components if c == options.component), table.component)
+    experts = {old: p.component or own for old, p in places.items() if isinstance(p, Place)}
     found = sorted(set(experts.values()))
     if target_scheme(target, table) != "original" or len(found) < 2:
         return adapter, ()

@@ -3,8 +3,8 @@
 A slice of a fused ΔW's rows has a slice of `b` and all of `a`; columns of `b` that are zero
 throughout the slice have no part in it and are dropped with their rows of `a`, so that what was
 put together comes apart with the ranks it had. Put together, `a` is stacked and `b` block-diagonal,
-unless all parts have one `a`. Bytes move; values change only where parts with different scales that
-are no powers of two must share one.
+unless all parts have one `a`. Bytes move; values change only where parts whose scales differ by no
+power of two must share one, and are float32 then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratools_formats.adapter import Delta, Dora, LowRank, OtherDelta
-from loratools_formats.dtypes import DType, common_dtype, encode
+from loratools_formats.dtypes import DTYPES, DType, common_dtype, encode
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import TensorRef, rounded
 
@@ -140,7 +140,9 @@ def _fused_factors(name: str, parts: Sequence[LowRank | None], heights: Sequence
     shared = len(present) == len(parts) and _one_a(present)
     rank = first.rank if shared else sum(part.rank for part in present)
     a = rounded(first.a, dtype) if shared else _stacked([part.a for part in present], dtype)
-    b = _blocks(parts, heights, rank, first.scale, dtype, shared=shared)
+    ratios = [1.0 if p.scale == first.scale else p.scale / first.scale for p in present]
+    wide = dtype if all(map(_is_power_of_two, ratios)) else common_dtype([dtype, DTYPES["F32"]])
+    b = _blocks(parts, heights, rank, first.scale, wide, shared=shared)
     return replace(
         first,
         a=a,
@@ -148,6 +150,10 @@ def _fused_factors(name: str, parts: Sequence[LowRank | None], heights: Sequence
         alpha=None if first.alpha is None else first.scale * rank,
         alpha_tensor=None,
     )
+
+
+def _is_power_of_two(ratio: float) -> bool:
+    return abs(math.frexp(ratio)[0]) == 0.5
 
 
 def _one_a(parts: Sequence[LowRank]) -> bool:

@@ -35,6 +35,20 @@ def bytes_of(code, shape, key="x", data=None):
     return TensorRef(key, DTYPES[code], shape, lambda: held)
 
 
+def test_tensors_lie_in_the_order_of_the_library(tmp_path):
+    """Of types of one width too."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save
+
+    codes = [code for code, entry in DTYPES.items() if entry.torch and entry.bits >= 8]
+    codes = [code for code in codes if "FNUZ" not in code]
+    shapes = {code: (8 * 8 // DTYPES[code].bits,) for code in codes}
+    path = tmp_path / "ours.safetensors"
+    write_safetensors(path, [bytes_of(code, shapes[code], key=code) for code in codes], {})
+    theirs = {c: torch.zeros(shapes[c], dtype=getattr(torch, DTYPES[c].torch)) for c in codes}
+    assert path.read_bytes() == save(theirs)
+
+
 def test_same_bytes(tmp_path):
     rng, written = random.Random(0), set()
     for run in range(20):

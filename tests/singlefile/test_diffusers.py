@@ -15,6 +15,7 @@ from test_dialects import dense, tensors_of
 
 from loratools.cli import cli
 from loratools_formats import find_format, read_adapter
+from loratools_formats.errors import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -257,15 +258,16 @@ def test_diffusers_applies_what_we_convert(pipelines, tmp_path, kind, maker, opt
     assert in_metadata == (options != ("--fold-alpha",))
 
 
+@pytest.mark.parametrize("alpha", [2.0, 3.0], ids=["folded", "in metadata"])
 @pytest.mark.parametrize("kind", ["unet", "flux"])
-def test_diffusers_applies_the_magnitudes_of_doras(pipelines, tmp_path, kind):
+def test_diffusers_applies_the_magnitudes_of_doras(pipelines, tmp_path, kind, alpha):
     """The change depends on the weights, and is that of the definition with the pipeline's."""
     file = DialectFile("kohya", {"kohya"}, seed=8)
     name, out, in_, kernel = {
         "unet": ("lora_unet_down_blocks_0_resnets_0_conv1", 8, 8, (3, 3)),
         "flux": ("lora_unet_double_blocks_0_img_attn_qkv", 48, 16, ()),
     }[kind]
-    file.pair(name, out, in_, 4, KOHYA, alpha=2.0, kernel=kernel)
+    file.pair(name, out, in_, 4, KOHYA, alpha=alpha, kernel=kernel)
     file.tensors[f"{name}.dora_scale"] = np.linspace(0.5, 2.0, out).reshape(
         out, *(1 for _ in (in_, *kernel))
     ).astype(np.float32)  # fmt: skip
@@ -283,6 +285,27 @@ def test_diffusers_applies_the_magnitudes_of_doras(pipelines, tmp_path, kind):
         magnitude = delta.magnitude.load(np.float64).reshape(-1, 1)
         expected = magnitude / np.linalg.norm(whole, axis=1, keepdims=True) * whole - weight
         np.testing.assert_allclose(found[module], expected, rtol=0, atol=1e-6, err_msg=module)
+
+
+def test_doras_beside_plain_modules_are_a_loss(pipelines, tmp_path):
+    """diffusers has DoRA in all modules of a component or in none; others may be plain."""
+    file = DialectFile("kohya", {"kohya"}, seed=8)
+    plain = "lora_unet_double_blocks_0_txt_attn_proj"
+    text = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    dora = "lora_unet_double_blocks_0_img_attn_proj"
+    file.pair(dora, 16, 16, 4, KOHYA, alpha=3.0)
+    file.tensors[f"{dora}.dora_scale"] = np.ones((16, 1), np.float32)
+    file.pair(text, 12, 12, 4, KOHYA, alpha=3.0)
+    alone, target = save(file, tmp_path / "alone.safetensors"), tmp_path / "target.safetensors"
+    run("convert", alone, target, "--to", "diffusers", "--names", "flux1")
+    assert len(applied(pipelines["flux"], target)) == 2
+    file.pair(plain, 16, 16, 4, KOHYA, alpha=3.0)
+    mixed = save(file, tmp_path / "mixed.safetensors")
+    command = ["convert", mixed, target, "--to", "diffusers", "--names", "flux1", "--overwrite"]
+    with pytest.raises(UnsupportedError, match=r"to_out\.0 is a DoRA beside plain modules"):
+        run(*command)
+    run(*command, "--allow-lossy")
+    assert_same(applied(pipelines["flux"], target), ours(target))
 
 
 def test_diffusers_applies_squeezed_ranks_that_differ(pipelines, tmp_path):

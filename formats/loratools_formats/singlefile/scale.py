@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from loratools_formats.singlefile.grammar import COMPONENTS
 from loratools_formats.tensors import TensorRef, in_memory
 
 METADATA_KEY = "lora_adapter_metadata"
+_SWITCHES = ("use_dora", "lora_bias")
 
 
 def stated_alpha(tensor: TensorRef, path: Path) -> float:
@@ -89,6 +90,15 @@ class PackedConfigs:
                 result[prefix + path] = Setting(rank, float(alpha), config.scale(alpha, rank))
         return result
 
+    def switches(self, names: Iterable[str]) -> dict[str, dict[str, bool]]:
+        """Return what the configuration of each module's component says of DoRA and biases."""
+        found = {}
+        for component in sorted({name.partition(".")[0] for name in names}):
+            config = self.configs.get(component)
+            values = {} if config is None else config.values
+            found[component] = {switch: bool(values.get(switch)) for switch in _SWITCHES}
+        return found
+
     def caveats(self) -> tuple[Caveat, ...]:
         """List why the factors do not tell the true ΔW, if they do not."""
         return tuple(caveat for config in self.configs.values() for caveat in config.caveats())
@@ -127,11 +137,25 @@ def packed_configs(metadata: Mapping[str, str], path: Path | None) -> PackedConf
     )
 
 
-def packed(settings: Mapping[str, tuple[int, float]], metadata: Mapping[str, str]) -> str:
-    """Return diffusers' metadata that gives each module its rank and scale.
+def switches(modules: Mapping[str, Delta]) -> dict[str, dict[str, bool]]:
+    """Return whether each component has DoRA and biases, as PEFT's configuration calls them.
+
+    diffusers asks only the metadata, if there is any, and drops magnitudes and biases without it.
+    """
+    found: dict[str, dict[str, bool]] = {}
+    for name, delta in modules.items():
+        has = found.setdefault(name.partition(".")[0], dict.fromkeys(_SWITCHES, False))
+        part = plain_part(delta)
+        has["use_dora"] |= isinstance(delta, Dora)
+        has["lora_bias"] |= part is not None and part.bias is not None
+    return found
+
+
+def packed(modules: Mapping[str, Delta], metadata: Mapping[str, str]) -> str:
+    """Return diffusers' metadata that gives each module its rank, scale and kind.
 
     Args:
-        settings: (rank, scale) by module name, component included.
+        modules: by name, component included.
         metadata: the file's metadata before, whose other settings are kept.
 
     Raises:
@@ -139,15 +163,20 @@ def packed(settings: Mapping[str, tuple[int, float]], metadata: Mapping[str, str
     """
     before = packed_configs(metadata, None)
     by_component: dict[str, dict[str, tuple[int, float]]] = {}
-    for name, setting in settings.items():
+    for name, delta in modules.items():
         component, _, path = name.partition(".")
-        by_component.setdefault(component, {})[_in_any_version(path)] = setting
+        part = plain_part(delta)
+        if part is not None:
+            setting = (part.rank, part.scale)
+            by_component.setdefault(component, {})[_in_any_version(path)] = setting
+    switched = switches(modules)
     result: dict[str, Any] = {}
     for component, paths in sorted(by_component.items()):
         old = before.configs.get(component) if before is not None else None
         config = ({} if old is None else dict(old.values)) | _settings(paths)
         if config.get("use_rslora"):
             config["use_rslora"] = False
+        config |= {k: on for k, on in switched[component].items() if on or k in config}
         config.setdefault("target_modules", sorted(paths))
         result |= {f"{component}.{key}": value for key, value in config.items()}
     return json.dumps(result, indent=2, sort_keys=True)

@@ -128,6 +128,10 @@ def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
             if isinstance(delta, OtherDelta)
         ]
         found += [
+            Loss(name, "is a DoRA beside plain modules, which diffusers cannot load", _MADE_PLAIN)
+            for name in _beside_plain(adapter.modules)
+        ]
+        found += [
             Loss(key, f"is added to {addition.target}, which diffusers does not do")
             for key, addition in adapter.additions.items()
         ]
@@ -137,6 +141,17 @@ def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
         if target != "comfyui" or not _is_whole_weight(replacement)
     ]
     return found
+
+
+def _beside_plain(modules: Mapping[str, Delta]) -> list[str]:
+    """Return the DoRAs in components that have plain factors too.
+
+    diffusers makes all modules of a component DoRAs if one is, and those without a magnitude are
+    left without memory for it, so that the model cannot run.
+    """
+    mixed = {n.partition(".")[0] for n, delta in modules.items() if isinstance(delta, LowRank)}
+    doras = [name for name, delta in modules.items() if isinstance(delta, Dora)]
+    return [name for name in doras if name.partition(".")[0] in mixed]
 
 
 def _is_whole_weight(replacement: Replacement) -> bool:
@@ -212,10 +227,9 @@ def _has_weight(delta: Delta | None) -> bool:
 def _metadata(adapter: Adapter, modules: Mapping[str, Delta], target: Class) -> dict[str, str]:
     metadata = {k: v for k, v in adapter.metadata.items() if k != METADATA_KEY}
     if target == "diffusers":
-        parts = {name: plain_part(delta) for name, delta in modules.items()}
-        settings = {n: (p.rank, p.scale) for n, p in parts.items() if p is not None}
-        if any(scale != 1.0 for _, scale in settings.values()):
-            metadata[METADATA_KEY] = packed(settings, {})
+        parts = [plain_part(delta) for delta in modules.values()]
+        if any(part is not None and part.scale != 1.0 for part in parts):
+            metadata[METADATA_KEY] = packed(modules, {})
         metadata.setdefault("format", "pt")
     return metadata
 

@@ -25,6 +25,7 @@ from loratools_formats.singlefile.scale import (
     packed_configs,
     plain_part,
     states_scale,
+    switches,
 )
 from loratools_formats.singlefile.spelling import (
     Spelling,
@@ -78,16 +79,18 @@ def _contents(adapter: Adapter, target: Class) -> tuple[list[TensorRef], dict[st
 
 
 def _true_metadata(adapter: Adapter, metadata: dict[str, str]) -> str:
-    """Return diffusers' metadata, as it is if it still gives each module its rank and scale."""
+    """Return diffusers' metadata, as it is if it is still true of each module."""
     configs = packed_configs(metadata, adapter.source)
     parts = {name: plain_part(delta) for name, delta in adapter.modules.items()}
     wanted = {name: (p.rank, p.scale) for name, p in parts.items() if p is not None}
     stated = {} if configs is None else configs.settings(sorted(wanted))
     found = {name: (setting.rank, setting.scale) for name, setting in stated.items()}
     # Modules of a component without a configuration have scale 1 and any rank.
-    if all(found.get(name, (rank, 1.0)) == (rank, scale) for name, (rank, scale) in wanted.items()):
+    same = all(found.get(n, (rank, 1.0)) == (rank, scale) for n, (rank, scale) in wanted.items())
+    kinds = switches({name: adapter.modules[name] for name in found})
+    if same and configs is not None and configs.switches(found) == kinds:
         return metadata[METADATA_KEY]
-    return packed(wanted, metadata)
+    return packed(adapter.modules, metadata)
 
 
 def _tensors(adapter: Adapter, *, in_metadata: bool) -> Iterator[TensorRef]:
