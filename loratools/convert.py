@@ -40,6 +40,7 @@ class Conversion:
     """An adapter ready to be written in another format.
 
     Attributes:
+        source: the adapter as it was read.
         adapter: what to write.
         exact: the same with every factor in the type it came in, to compare with.
         target: the format to write.
@@ -47,6 +48,7 @@ class Conversion:
         notes: what a user should know.
     """
 
+    source: Adapter
     adapter: Adapter
     exact: Adapter
     target: Format
@@ -109,6 +111,7 @@ def prepare(
     Raises:
         UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
         OptionError: a type or base model was given that neither format has a use for.
+        AdapterError: names that nothing resolves, or values that are not finite where they matter.
     """
     context, single = context or Context(), single or SingleFileOptions()
     target = get_format(format_name)
@@ -151,7 +154,7 @@ def prepare(
         metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
     )
     notes = (*_notes(adapter, made, target), *named.notes)
-    return Conversion(made, exact, target, losses, notes)
+    return Conversion(adapter, made, exact, target, losses, notes)
 
 
 def _translated(
@@ -260,7 +263,13 @@ def write(
 
     def check(temporary: Path) -> None:
         done.append(
-            compared(conversion.exact, temporary, conversion.target.name, progress=progress)
+            compared(
+                conversion.exact,
+                temporary,
+                conversion.target.name,
+                conversion.source,
+                progress=progress,
+            )
         )
         if max_error is not None and not done[0].relative_error <= max_error:
             raise _TooInexactError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -429,3 +431,36 @@ def test_no_conversion_loses_anything_in_silence(tmp_path, name):
         biases = sum(getattr(d, "bias", None) is not None for d in before.modules.values())
         assert len(after.additions) in (len(before.additions), len(before.additions) + biases)
         assert len(after.replacements) == len(before.replacements)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "target"),
+    [
+        ("img_attn_proj.lora_down.weight", np.inf, "diffusers"),
+        ("img_attn_qkv.lora_up.weight", np.nan, "diffusers"),  # taken apart: its rank is measured
+        ("img_attn_qkv.lora_down.weight", np.inf, "comfyui"),
+        ("txt_attn_proj.dora_scale", np.inf, "comfyui"),
+        ("img_mlp_0.hada_w1_a", np.inf, "kohya"),
+    ],
+)
+def test_infinities_are_refused_by_one_line_with_the_files_key(tmp_path, leaf, value, target):
+    """A process of its own shows what NumPy warns of, too."""
+    file, block = DialectFile("kohya", {"kohya"}, seed=12), "lora_unet_double_blocks_0_"
+    file.pair(f"{block}img_attn_proj", 16, 16, 4, KOHYA, alpha=4.0)
+    file.pair(f"{block}img_attn_qkv", 48, 16, 4, KOHYA, alpha=3.0)
+    if target != "diffusers":
+        file.pair(f"{block}txt_attn_proj", 16, 16, 4, KOHYA, alpha=4.0)
+        file.tensors[f"{block}txt_attn_proj.dora_scale"] = np.ones((16, 1), np.float32)
+        for end, shape in (("w1_a", (8, 2)), ("w1_b", (2, 8)), ("w2_a", (8, 2)), ("w2_b", (2, 8))):
+            file.tensors[f"{block}img_mlp_0.hada_{end}"] = file.draw(*shape)
+    file.tensors = {key: tensor.astype(np.float32) for key, tensor in file.tensors.items()}
+    file.tensors[block + leaf].flat[3] = value
+    source, output = save(file, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
+    command = [sys.executable, "-c", "from loratools.cli import main; main()", "convert"]
+    arguments = [source, output, "--to", target]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "NaN or infinite values" in line
+    assert f"tensor {block}{leaf}" in line
+    assert list(tmp_path.iterdir()) == [source]
