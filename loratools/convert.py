@@ -124,10 +124,14 @@ def prepare(
             expected=" or ".join(target.dtypes) or "no --outtype",
         )
     _require_true_delta(adapter, target)
-    named = _named(_in_model_terms(adapter, target, context), target, context, single)
+    model = _in_model_terms(adapter, target, context)
+    lost = [] if single.as_it_is else _lost_by_any_name(model, target)
+    left = {loss.name for loss in lost}
+    kept = {name: delta for name, delta in model.modules.items() if name not in left}
+    named = _named(replace(model, modules=kept), target, context, single)
     model = named.adapter
     out_of_place = [Loss(name, "is of another component") for name in named.left_out]
-    losses = (*out_of_place, *target.losses(model))
+    losses = (*lost, *out_of_place, *target.losses(model))
     if losses and not allow_lossy:
         others = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
         raise UnsupportedError(
@@ -155,6 +159,13 @@ def prepare(
     )
     notes = (*_notes(adapter, made, target), *named.notes)
     return Conversion(adapter, made, exact, target, losses, notes)
+
+
+def _lost_by_any_name(adapter: Adapter, target: Format) -> list[Loss]:
+    """Return the modules that a single file cannot hold, which may not come apart either."""
+    if target.name not in SINGLE_FILES or target.losses is None:
+        return []
+    return [loss for loss in target.losses(adapter) if loss.name in adapter.modules]
 
 
 def _translated(

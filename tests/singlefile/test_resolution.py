@@ -464,3 +464,35 @@ def test_infinities_are_refused_by_one_line_with_the_files_key(tmp_path, leaf, v
     assert "NaN or infinite values" in line
     assert f"tensor {block}{leaf}" in line
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("lost", ["txt_attn_proj", "img_attn_qkv"])
+def test_doras_of_inputs_are_a_loss_to_diffusers(tmp_path, lost):
+    """Also where the module would have to come apart, which such a DoRA cannot."""
+    file, block = DialectFile("kohya", {"kohya"}, seed=9), "lora_unet_double_blocks_0_"
+    file.pair(f"{block}img_attn_proj", 16, 16, 4, KOHYA, alpha=4.0)
+    file.pair(block + lost, 48 if "qkv" in lost else 16, 16, 4, KOHYA, alpha=4.0)
+    file.tensors[f"{block}{lost}.dora_scale"] = file.draw(1, 16)
+    source, target = save(file, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
+    command = ["convert", source, target, "--to", "diffusers", "--names", "flux1"]
+    assert f"{block}{lost} is a DoRA with a magnitude for each input" in refusal(*command)
+    done = CliRunner().invoke(cli, [str(a) for a in [*command, "--dry-run", "--json"]])
+    (loss,) = json.loads(done.stdout)["losses"]
+    assert loss["name"] == block + lost
+    assert loss["remedy"].endswith("loratools to-lora --base MODEL")
+    assert not target.exists()
+    run(*command, "--allow-lossy")
+    assert list(deltas(target)) == ["transformer.transformer_blocks.0.attn.to_out.0"]
+
+
+def test_an_adapter_loses_nothing_to_its_own_format(tmp_path):
+    """Kinds that few pipelines load are no loss to a file that has them already."""
+    file = DialectFile("diffusers", {"diffusers"}, seed=9)
+    file.pair("transformer.blocks.0.to_k", 8, 8, 2, PEFT)
+    for end, shape in (("w1_a", (8, 2)), ("w1_b", (2, 8)), ("w2_a", (8, 2)), ("w2_b", (2, 8))):
+        file.tensors[f"transformer.blocks.0.to_q.hada_{end}"] = file.draw(*shape)
+    file.pair("transformer.blocks.0.to_v", 8, 8, 2, PEFT)
+    file.tensors["transformer.blocks.0.to_v.dora_scale"] = file.draw(1, 8)
+    source, target = save(file, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
+    run("convert", source, target, "--to", "diffusers")
+    assert tensors_of(target) == tensors_of(source)
