@@ -9,7 +9,7 @@ the error reported is that of the file, not of a plan.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ class Conversion:
     Attributes:
         source: the adapter as it was read.
         adapter: what to write.
-        exact: the same with every factor in the type it came in, to compare with.
+        exact: the same with no factor rounded, to compare with.
         target: the format to write.
         losses: what the target does not hold; `adapter` is without it.
         notes: what a user should know.
@@ -143,7 +143,7 @@ def prepare(
         )
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
-    exact, made = _translated(model, named.split, target, context, single)
+    exact, made = _translated(model, named, target, context, single)
     options: dict[str, Any] = {"to": target.name, **single.record()}
     if context.dtype is not None:
         options["outtype"] = context.dtype
@@ -170,7 +170,7 @@ def _lost_by_any_name(adapter: Adapter, target: Format) -> list[Loss]:
 
 def _translated(
     model: Adapter,
-    split: Container[str],
+    named: Renamed,
     target: Format,
     context: Context,
     single: SingleFileOptions,
@@ -180,19 +180,20 @@ def _translated(
         stored = {name: stored_as(delta, context.dtype) for name, delta in model.modules.items()}
         return model, replace(model, modules=stored)
     from_model = target.from_model or _as_it_is(target)
-    exact = from_model(model, replace(context, dtype=None))
+    unrounded = replace(model, modules={**model.modules, **named.exact})
+    exact = from_model(unrounded, replace(context, dtype=None))
     keep = single.alpha == "keep"
     changed = {
         name: of_true_rank(model.modules[name], keep_scale=keep)
         for name in model.modules
-        if name in split
+        if name in named.split
     }
     wanted = replace(model, modules={**model.modules, **changed}) if changed else model
     if target.name in SINGLE_FILES and not keep:
         rounding = single.alpha == "fold"
         modules = {n: folded(delta, rounding=rounding) for n, delta in wanted.modules.items()}
         wanted = replace(wanted, modules=modules)
-    if context.dtype is None and wanted is model:
+    if context.dtype is None and wanted is model and not named.exact:
         return exact, exact
     return exact, from_model(wanted, context)
 

@@ -496,3 +496,23 @@ def test_an_adapter_loses_nothing_to_its_own_format(tmp_path):
     source, target = save(file, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
     run("convert", source, target, "--to", "diffusers")
     assert tensors_of(target) == tensors_of(source)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_rounding_of_fused_parts_is_measured(tmp_path, dtype):
+    """Two thirds of a value has no end in binary: even float32 rounds it."""
+    file = DialectFile("diffusers", {"diffusers"}, seed=4)
+    block = "transformer.transformer_blocks.0.attn"
+    for part, alpha in (("to_q", 3.0), ("to_k", 2.0), ("to_v", 5.0)):
+        file.pair(f"{block}.{part}", 16, 16, 4, KOHYA, alpha=alpha)
+    file.tensors = {key: tensor.astype(dtype) for key, tensor in file.tensors.items()}
+    source, target = save(file, tmp_path / "apart.safetensors"), tmp_path / "kohya.safetensors"
+    command = ["convert", source, target, "--to", "kohya", "--names", "flux1", "--json", "-q"]
+    done = json.loads(run(*command))
+    changes = deltas(source)
+    intended = np.concatenate([changes[f"{block}.to_{part}"] for part in "qkv"])
+    (fused,) = deltas(target).values()
+    error = np.linalg.norm(fused - intended) / np.linalg.norm(intended)
+    assert 1e-9 < error < 1e-7
+    assert done["relative_error"] == pytest.approx(error, rel=1e-3)
+    assert done["modules"][0]["relative_error"] == pytest.approx(error, rel=1e-3)
