@@ -133,7 +133,8 @@ def prepare(
     out_of_place = [Loss(name, "is of another component") for name in named.left_out]
     losses = (*lost, *out_of_place, *target.losses(model))
     if losses and not allow_lossy:
-        others = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
+        count = len(losses) - 1
+        others = f"; {count} other{'s' * (count > 1)} would be lost too" if count else ""
         raise UnsupportedError(
             f"{losses[0].name} {losses[0].reason}{others}",
             path=adapter.source,

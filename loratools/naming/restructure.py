@@ -65,7 +65,7 @@ def _kept_whole(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{what} cannot be taken apart or put together",
         tensor=name,
-        hint="Make it a plain LoRA first: loratools to-lora",
+        hint="Make it a plain LoRA first: loratools to-lora, with --base if it is a DoRA",
     )
 
 
@@ -153,8 +153,6 @@ def _fused_factors(
                 got=f"{list(part.shape)}",
                 expected=f"{[height, first.shape[1]]}",
             )
-    if any(part.bias is not None for part in present):
-        raise _kept_whole(name, "factors with a bias")
     if first.scale == 0.0 and any(part.scale != 0.0 for part in present):
         raise AdapterError("parts of a fused module have a scale of zero", tensor=name)
     dtype = common_dtype([t.dtype for part in present for t in (part.a, part.b)])
@@ -168,6 +166,7 @@ def _fused_factors(
         first,
         a=a,
         b=b,
+        bias=_fused_bias(parts, heights, first, exact=exact),
         alpha=None if first.alpha is None else first.scale * rank,
         alpha_tensor=None,
     )
@@ -219,6 +218,29 @@ def _blocks(
     return TensorRef(first.b.key, dtype, shape, read)
 
 
+def _fused_bias(
+    parts: Sequence[LowRank | None], heights: Sequence[int], first: LowRank, *, exact: bool
+) -> TensorRef | None:
+    """Return the biases one after another, zeros where there is none, to be scaled as `b` is."""
+    biases = [part.bias for part in parts if part is not None and part.bias is not None]
+    if not biases:
+        return None
+    dtype = common_dtype([bias.dtype for bias in biases])
+    if is_rounding(parts):
+        dtype = common_dtype([dtype, DTYPES["F64" if exact else "F32"]])
+
+    def read() -> bytes:
+        pieces = [
+            np.zeros(height)
+            if part is None or part.bias is None
+            else part.bias.load(np.float64) * _ratio(part, first)
+            for part, height in zip(parts, heights, strict=True)
+        ]
+        return encode(np.concatenate(pieces), dtype).tobytes()
+
+    return TensorRef(biases[0].key, dtype, (sum(heights),), read)
+
+
 def _fused_dora(name: str, parts: Sequence[Dora], heights: Sequence[int], *, exact: bool) -> Dora:
     if any(part.axis == "input" for part in parts):
         raise _kept_whole(name, "a DoRA with a magnitude for each input")
@@ -242,8 +264,13 @@ def swapped_halves(name: str, delta: Delta) -> Delta:
     Raises:
         UnsupportedError: a kind whose rows cannot be moved.
     """
-    if not isinstance(delta, LowRank) or delta.bias is not None:
+    if not isinstance(delta, LowRank):
         raise _kept_whole(name, "what is no plain pair of factors")
     half = units(name, delta.b.shape[0], (1, 1))
-    halves = [delta.b.row_range(half, 2 * half), delta.b.row_range(0, half)]
-    return replace(delta, b=_stacked(halves, delta.b.dtype))
+    bias = None if delta.bias is None else _swapped(delta.bias, half)
+    return replace(delta, b=_swapped(delta.b, half), bias=bias)
+
+
+def _swapped(tensor: TensorRef, half: int) -> TensorRef:
+    halves = [tensor.row_range(half, 2 * half), tensor.row_range(0, half)]
+    return _stacked(halves, tensor.dtype)

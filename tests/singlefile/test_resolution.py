@@ -516,3 +516,37 @@ def test_the_rounding_of_fused_parts_is_measured(tmp_path, dtype):
     assert 1e-9 < error < 1e-7
     assert done["relative_error"] == pytest.approx(error, rel=1e-3)
     assert done["modules"][0]["relative_error"] == pytest.approx(error, rel=1e-3)
+
+
+def test_biases_go_where_their_modules_rows_go(tmp_path):
+    """Fused with the rows of q, k and v, each by its own scale; and the halves swapped."""
+    file, block = (
+        DialectFile("diffusers", {"diffusers"}, seed=4),
+        "transformer.transformer_blocks.0",
+    )
+    biases = {}
+    for part, alpha in (("q", 3.0), ("k", 2.0), ("v", 8.0)):
+        file.pair(f"{block}.attn.to_{part}", 16, 16, 4, PEFT, alpha=alpha)
+        bias = file.draw(16)
+        if part != "v":
+            file.tensors[f"{block}.attn.to_{part}.lora_B.bias"] = bias
+        biases[part] = bias.astype(np.float64) * (alpha / 4 if part != "v" else 0.0)
+    file.pair("transformer.norm_out.linear", 32, 16, 4, PEFT, alpha=4.0)
+    ends = file.draw(32)
+    file.tensors["transformer.norm_out.linear.lora_B.bias"] = ends
+    source = save(file, tmp_path / "bias.safetensors")
+    before = deltas(source)
+    for target, prefix, fold in (
+        ("comfyui", "diffusion_model.", str),
+        ("kohya", "lora_unet_", flattened),
+    ):
+        out = tmp_path / f"{target}.safetensors"
+        run("convert", source, out, "--to", target, "--names", "flux1")
+        after = {a.target: a.tensor.load(np.float64) for a in read_adapter(out).additions.values()}
+        fused = prefix + fold("double_blocks.0.img_attn.qkv")
+        last = prefix + fold("final_layer.adaLN_modulation.1")
+        expected = np.concatenate([biases[part] for part in "qkv"])
+        np.testing.assert_allclose(after[f"{fused}.bias"], expected, rtol=1e-6, atol=0)
+        np.testing.assert_array_equal(after[f"{last}.bias"], np.roll(ends.astype(np.float64), 16))
+        rows = np.concatenate([before[f"{block}.attn.to_{part}"] for part in "qkv"])
+        np.testing.assert_allclose(deltas(out)[fused], rows, rtol=0, atol=1e-6)

@@ -147,11 +147,11 @@ def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
             if name not in inputs
         ]
         found += [
-            Loss(key, f"is added to {addition.target}, which diffusers does not do")
-            for key, addition in adapter.additions.items()
+            Loss(key, "is added to what the base has, which diffusers does not do")
+            for key in adapter.additions
         ]
     found += [
-        Loss(key, f"replaces {replacement.target}, for which {target} files have no key")
+        Loss(key, f"replaces what the base has, for which {target} files have no key")
         for key, replacement in adapter.replacements.items()
         if target != "comfyui" or not _is_whole_weight(replacement)
     ]
