@@ -358,10 +358,14 @@ class View(NamedTuple):
     stride: tuple[int, ...]
 
 
-def views(count, shape, stride, names=(A,)):
-    """Return the pickle of a map from names to views of a storage of `count` floats."""
+def views(count, shape, stride):
+    """Return the pickle of a map from one name to a view of a storage of `count` floats."""
+    return pickled_views(count, {A: View(shape, stride)})
+
+
+def pickled_views(count, by_name):
     stream = io.BytesIO()
-    Views(stream, count).dump({name: View(shape, stride) for name in names})
+    Views(stream, count).dump(by_name)
     return stream.getvalue()
 
 
@@ -376,7 +380,8 @@ def in_archive(pickled, *how, **more):
 
 
 CODE = pickle.dumps(MarkerMaker(), 2)
-MANY_VIEWS = views(1 << 20, (1 << 20,), (1,), [f"x{i}" for i in range(1000)])
+MANY_VIEWS = pickled_views(1 << 20, {f"x{i}": View((2**20 - i,), (1,)) for i in range(1000)})
+MANY_NAMES = pickled_views(1 << 20, {f"x{i}": View((1 << 20,), (1,)) for i in range(5000)})
 LARGE = views(1 << 24, (1 << 24,), (1,))
 
 BAD_PICKLES = {
@@ -398,6 +403,7 @@ BAD_PICKLES = {
         "4398046511104",
     ),
     "many views of one storage": (in_archive(MANY_VIEWS, data=bytes(1 << 22)), "share storage"),
+    "many names of one tensor": (in_archive(MANY_NAMES, data=bytes(1 << 22)), "4999 names"),
     "key that takes for ever to hash": (in_archive(ENDLESS_HASH), "SIGXCPU"),
 }
 
