@@ -13,7 +13,7 @@ import numpy as np
 from loratools import linalg
 from loratools.decompose import loaded
 from loratools.parallel import in_order
-from loratools_formats.adapter import Adapter, Delta, Dora, LowRank, OtherDelta, low_rank_part
+from loratools_formats.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
 from loratools_formats.errors import AdapterError, OutputError
 from loratools_formats.registry import read_adapter
 from loratools_formats.tensors import TensorRef
@@ -56,6 +56,7 @@ def compared(
     exact: Adapter,
     path: Path,
     format_name: str,
+    source: Adapter,
     *,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
@@ -66,6 +67,7 @@ def compared(
         exact: what was intended, as the output's format names it.
         path: the output.
         format_name: its format.
+        source: the input, whose keys are those that a user knows.
         workers: threads over modules.
         progress: called with (modules compared, modules in all).
 
@@ -81,7 +83,7 @@ def compared(
     names = list(exact.modules)
 
     def one(name: str) -> tuple[float, float]:
-        return _residual(name, exact.modules[name], written.modules[name])
+        return _residual(name, exact.modules[name], written.modules[name], source)
 
     found: list[tuple[float, float]] = []
     for squares in in_order(one, names, workers):
@@ -99,7 +101,7 @@ def compared(
     pairs += [
         (each.tensor, written.replacements[key].tensor) for key, each in exact.replacements.items()
     ]
-    others = [_ratio(*_difference(mine, theirs)) for mine, theirs in pairs]
+    others = [_ratio(*_difference(mine, theirs, source)) for mine, theirs in pairs]
     return ConversionCheck(
         modules=tuple(modules),
         relative_error=_ratio(sum(e for e, _ in found), sum(n for _, n in found)),
@@ -143,7 +145,8 @@ def _beside_factors(delta: Delta) -> dict[str, TensorRef]:
     return {part: tensor for part, tensor in named.items() if tensor is not None}
 
 
-def _residual(name: str, mine: Delta, theirs: Delta) -> tuple[float, float]:
+@np.errstate(over="ignore", invalid="ignore")
+def _residual(name: str, mine: Delta, theirs: Delta, source: Adapter) -> tuple[float, float]:
     """Return (‖ΔW − ΔW'‖², ‖ΔW‖²) of one module; zeros for a kind without factors."""
     if isinstance(mine, OtherDelta) or isinstance(theirs, OtherDelta):
         if _settled(mine) != _settled(theirs):
@@ -162,6 +165,8 @@ def _residual(name: str, mine: Delta, theirs: Delta) -> tuple[float, float]:
     for (b, a), (new_b, new_a) in zip(loaded(first), loaded(second), strict=True):
         both = linalg.grams(b, a)
         norm += first.scale**2 * both.squared_norm
+        if not math.isfinite(norm):
+            raise _not_finite(source)
         if first.scale == second.scale * _multiple(new_b, b) * _multiple(new_a, a):
             continue
         if np.array_equal(a, new_a):
@@ -171,8 +176,6 @@ def _residual(name: str, mine: Delta, theirs: Delta) -> tuple[float, float]:
             error += (
                 linalg.residual_norm(b, a, first.scale, both, second.scale * new_b, new_a)[0] ** 2
             )
-    if not math.isfinite(norm):
-        raise _not_finite(first)
     if not math.isfinite(error):
         raise OutputError("a value is beyond the range of the output's type", tensor=name)
     return error, norm
@@ -194,15 +197,25 @@ def _settled(delta: Delta) -> object:
     return delta.kind, dict(delta.settings), delta.shape
 
 
-def _not_finite(delta: LowRank) -> AdapterError:
-    return AdapterError("factor holds NaN or infinite values", tensor=delta.a.key)
+def _not_finite(source: Adapter) -> AdapterError:
+    """Return the error that names a tensor by its key in the input."""
+    for tensor in source.tensors():
+        if tensor.dtype.floating and not np.isfinite(tensor.load(np.float64)).all():
+            return AdapterError(
+                "tensor holds NaN or infinite values", path=source.source, tensor=tensor.key
+            )
+    return AdapterError("squares of the values overflow float64", path=source.source)
 
 
-def _difference(mine: TensorRef, theirs: TensorRef) -> tuple[float, float]:
+@np.errstate(over="ignore", invalid="ignore")
+def _difference(mine: TensorRef, theirs: TensorRef, source: Adapter) -> tuple[float, float]:
     a, b = mine.load(np.float64).reshape(-1), theirs.load(np.float64).reshape(-1)
     if a.shape != b.shape:
         raise OutputError("the written tensor has another size", tensor=mine.key)
-    return float(np.sum((a - b) ** 2)), float(np.sum(a**2))
+    error, norm = float(np.sum((a - b) ** 2)), float(np.sum(a**2))
+    if not math.isfinite(norm):
+        raise _not_finite(source)
+    return error, norm
 
 
 def _ratio(squared: float, squared_whole: float) -> float:

@@ -9,7 +9,7 @@ the error reported is that of the file, not of a plan.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,13 +40,15 @@ class Conversion:
     """An adapter ready to be written in another format.
 
     Attributes:
+        source: the adapter as it was read.
         adapter: what to write.
-        exact: the same with every factor in the type it came in, to compare with.
+        exact: the same with no factor rounded, to compare with.
         target: the format to write.
         losses: what the target does not hold; `adapter` is without it.
         notes: what a user should know.
     """
 
+    source: Adapter
     adapter: Adapter
     exact: Adapter
     target: Format
@@ -109,6 +111,7 @@ def prepare(
     Raises:
         UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
         OptionError: a type or base model was given that neither format has a use for.
+        AdapterError: names that nothing resolves, or values that are not finite where they matter.
     """
     context, single = context or Context(), single or SingleFileOptions()
     target = get_format(format_name)
@@ -121,12 +124,17 @@ def prepare(
             expected=" or ".join(target.dtypes) or "no --outtype",
         )
     _require_true_delta(adapter, target)
-    named = _named(_in_model_terms(adapter, target, context), target, context, single)
+    model = _in_model_terms(adapter, target, context)
+    lost = [] if single.as_it_is else _lost_by_any_name(model, target)
+    left = {loss.name for loss in lost}
+    kept = {name: delta for name, delta in model.modules.items() if name not in left}
+    named = _named(replace(model, modules=kept), target, context, single)
     model = named.adapter
     out_of_place = [Loss(name, "is of another component") for name in named.left_out]
-    losses = (*out_of_place, *target.losses(model))
+    losses = (*lost, *out_of_place, *target.losses(model))
     if losses and not allow_lossy:
-        others = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
+        count = len(losses) - 1
+        others = f"; {count} other{'s' * (count > 1)} would be lost too" if count else ""
         raise UnsupportedError(
             f"{losses[0].name} {losses[0].reason}{others}",
             path=adapter.source,
@@ -136,7 +144,7 @@ def prepare(
         )
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
-    exact, made = _translated(model, named.split, target, context, single)
+    exact, made = _translated(model, named, target, context, single)
     options: dict[str, Any] = {"to": target.name, **single.record()}
     if context.dtype is not None:
         options["outtype"] = context.dtype
@@ -151,12 +159,19 @@ def prepare(
         metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
     )
     notes = (*_notes(adapter, made, target), *named.notes)
-    return Conversion(made, exact, target, losses, notes)
+    return Conversion(adapter, made, exact, target, losses, notes)
+
+
+def _lost_by_any_name(adapter: Adapter, target: Format) -> list[Loss]:
+    """Return the modules that a single file cannot hold, which may not come apart either."""
+    if target.name not in SINGLE_FILES or target.losses is None:
+        return []
+    return [loss for loss in target.losses(adapter) if loss.name in adapter.modules]
 
 
 def _translated(
     model: Adapter,
-    split: Container[str],
+    named: Renamed,
     target: Format,
     context: Context,
     single: SingleFileOptions,
@@ -166,19 +181,20 @@ def _translated(
         stored = {name: stored_as(delta, context.dtype) for name, delta in model.modules.items()}
         return model, replace(model, modules=stored)
     from_model = target.from_model or _as_it_is(target)
-    exact = from_model(model, replace(context, dtype=None))
+    unrounded = replace(model, modules={**model.modules, **named.exact})
+    exact = from_model(unrounded, replace(context, dtype=None))
     keep = single.alpha == "keep"
     changed = {
         name: of_true_rank(model.modules[name], keep_scale=keep)
         for name in model.modules
-        if name in split
+        if name in named.split
     }
     wanted = replace(model, modules={**model.modules, **changed}) if changed else model
     if target.name in SINGLE_FILES and not keep:
         rounding = single.alpha == "fold"
         modules = {n: folded(delta, rounding=rounding) for n, delta in wanted.modules.items()}
         wanted = replace(wanted, modules=modules)
-    if context.dtype is None and wanted is model:
+    if context.dtype is None and wanted is model and not named.exact:
         return exact, exact
     return exact, from_model(wanted, context)
 
@@ -260,7 +276,13 @@ def write(
 
     def check(temporary: Path) -> None:
         done.append(
-            compared(conversion.exact, temporary, conversion.target.name, progress=progress)
+            compared(
+                conversion.exact,
+                temporary,
+                conversion.target.name,
+                conversion.source,
+                progress=progress,
+            )
         )
         if max_error is not None and not done[0].relative_error <= max_error:
             raise _TooInexactError

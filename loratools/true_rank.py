@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools.decompose import Matrix, loaded
+from loratools.decompose import Matrix, matrices
 from loratools.device import Device
 from loratools_formats.adapter import Delta, Dora, LowRank
 from loratools_formats.dtypes import DType, encode
@@ -27,6 +27,9 @@ def of_true_rank(delta: Delta, *, keep_scale: bool = False) -> Delta:
     Args:
         delta: any; what is no pair of factors of 32 bits or more stays as it is.
         keep_scale: whether its scale stays beside the factors, instead of moving into them.
+
+    Raises:
+        AdapterError: a factor holds NaN or infinite values.
     """
     if isinstance(delta, Dora):
         direction = of_true_rank(delta.direction, keep_scale=keep_scale)
@@ -53,9 +56,8 @@ def of_true_rank(delta: Delta, *, keep_scale: bool = False) -> Delta:
 
 
 def _matrix(delta: LowRank) -> Matrix:
-    ((b, a),) = loaded(delta)
-    in_double = "F64" in (delta.a.dtype.code, delta.b.dtype.code)
-    return Matrix(b, a, delta.scale, Device("cpu"), use_gram=not in_double)
+    (matrix,) = matrices(delta, Device("cpu"))
+    return matrix
 
 
 def _made(delta: LowRank, tensor: TensorRef, rank: int, divisor: float, *, is_a: bool) -> TensorRef:

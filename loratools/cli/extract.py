@@ -19,6 +19,7 @@ from loratools.cli.output import (
     print_json,
     print_table,
     progress_bar,
+    quantity,
 )
 from loratools.extract import Difference, difference, extract, extract_choices
 from loratools.fold.operation import FoldResult
@@ -143,7 +144,7 @@ def _print_report(found: Difference, result: FoldResult) -> None:
     )
     for replacement in result.adapter.replacements.values():
         click.echo(f"carried whole: {replacement.target}")
-    click.echo(f"unchanged: {found.unchanged} tensors")
+    click.echo(f"unchanged: {quantity(found.unchanged, 'tensor')}")
     click.echo(f"relative error: {number(result.relative_error)}")
     click.echo(f"size: {human_bytes(_nbytes(result))}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from loratools.cli import options as shared
-from loratools.cli.output import human_bytes, note, print_json, print_table
+from loratools.cli.output import human_bytes, note, print_json, print_table, quantity
 from loratools.info import AdapterInfo, counted, describe
 from loratools_formats import read_adapter
 from loratools_formats.errors import printable
@@ -42,7 +42,7 @@ def _print(info: AdapterInfo) -> None:
     kinds = counted(f"{m.kind} on {m.layer}" for m in modules)
     lines = [
         ("format", info.format),
-        *(("dialect", f"{d.name} ({d.keys} keys): {d.why}") for d in info.dialects),
+        *(("dialect", f"{d.name} ({quantity(d.keys, 'key')}): {d.why}") for d in info.dialects),
         ("base model", info.base_model or "not recorded"),
         ("modules", f"{len(modules)}: {kinds}" if modules else "none"),
         ("rank", counted(m.rank for m in plain)),
@@ -51,7 +51,7 @@ def _print(info: AdapterInfo) -> None:
         ("targets", ", ".join(sorted(_targets(info)))),
         ("parameters", f"{info.parameters:,}"),
         ("size", human_bytes(info.nbytes)),
-        ("dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in info.dtypes.items())),
+        ("dtypes", ", ".join(f"{d} ({quantity(n, 'tensor')})" for d, n in info.dtypes.items())),
     ]
     experts = sorted({m.experts for m in modules if m.experts > 1})
     if experts:
@@ -72,9 +72,17 @@ def _print(info: AdapterInfo) -> None:
 
 
 def _targets(info: AdapterInfo) -> set[str]:
-    """Return the last parts of the modules' paths; a flattened path of a single file has none."""
+    """Return the last parts of the modules' paths; a flattened path of a single file has none.
+
+    A number says nothing without what it numbers: `to_out.0`.
+    """
     names = [module.name for module in info.modules]
-    return {name.rpartition(".")[2] for name in names if "." in name or not info.dialects}
+    return {_target(name) for name in names if "." in name or not info.dialects}
+
+
+def _target(name: str) -> str:
+    *_, last = parts = name.split(".")
+    return ".".join(parts[-2:]) if last.isdigit() else last
 
 
 def _print_modules(info: AdapterInfo) -> None:

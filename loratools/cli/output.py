@@ -31,6 +31,15 @@ def named(record: Any) -> dict[str, Any]:
     return {"name": values.pop("key"), **values}
 
 
+def quantity(count: int, unit: str) -> str:
+    """Return a number of things.
+
+    >>> quantity(1, "key"), quantity(2, "key")
+    ('1 key', '2 keys')
+    """
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+
+
 def print_table(header: Sequence[str], align: str, rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns.
 

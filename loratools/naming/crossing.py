@@ -13,7 +13,7 @@ from loratools.naming.places import (
     target_scheme,
     text_name,
 )
-from loratools.naming.restructure import fused, rows_of, swapped_halves, units
+from loratools.naming.restructure import fused, is_rounding, rows_of, swapped_halves, units
 from loratools.naming.tables import Place, Row, Table, filled
 from loratools_formats.adapter import Adapter, Addition, Delta, Dora, OtherDelta
 from loratools_formats.errors import AdapterError, UnsupportedError
@@ -35,6 +35,7 @@ class Crossing:
     Attributes:
         dotted: for every new name that is flattened, the dotted one.
         split: the new names of pieces of what was one module.
+        exact: by new name, in float64, the modules whose values are rounded where they are fused.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Crossing:
         self._scheme = target_scheme(target, table)
         self.dotted: dict[str, str] = {}
         self.split: set[str] = set()
+        self.exact: dict[str, Delta] = {}
 
     def modules(self) -> dict[str, Delta]:
         """Return the modules under their new names.
@@ -98,7 +100,7 @@ class Crossing:
         for (row, numbers, component), group in groups.items():
             if self._scheme == "original":
                 path = filled(row.original, numbers)
-                self._name(result, path, component, self._as_one(path, row, group))
+                self._name(result, path, component, self._as_one(path, component, row, group))
             else:
                 for place, name, delta in group.values():
                     self._taken_apart(result, place, name, delta)
@@ -118,10 +120,10 @@ class Crossing:
             )
         result[name] = delta
 
-    def _as_one(self, path: str, row: Row, group: _Group) -> Delta:
+    def _as_one(self, path: str, component: str, row: Row, group: _Group) -> Delta:
         (place, name, delta), *others = group.values()
         if others or len(place.covered) < len(row.parts):
-            return self._fused(path, row, group)
+            return self._fused(path, component, row, group)
         turn = row.swapped_halves and place.scheme != self._scheme
         return swapped_halves(name, delta) if turn else delta
 
@@ -142,7 +144,7 @@ class Crossing:
                 self.split.add(prefixed(path, self._target, component))
             start = stop
 
-    def _fused(self, path: str, row: Row, group: _Group) -> Delta:
+    def _fused(self, path: str, component: str, row: Row, group: _Group) -> Delta:
         covered = sorted(group)
         if len({part for parts in covered for part in parts}) != sum(map(len, covered)):
             raise AdapterError("modules overlap in the other naming", tensor=path)
@@ -157,7 +159,11 @@ class Crossing:
             deltas.append(group[span][2] if span in group else None)
             heights.append(height * sum(row.parts[part] for part in span))
             position += len(span)
-        return fused(path, deltas, heights)
+        whole = fused(path, deltas, heights)
+        if is_rounding(deltas):
+            name = prefixed(path, self._target, component)
+            self.exact[name] = fused(path, deltas, heights, exact=True)
+        return whole
 
 
 def _height(delta: Delta) -> int:

@@ -9,7 +9,7 @@ name that no step resolves is an error: none is ever guessed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from loratools.naming.crossing import Crossing
 from loratools.naming.lists import MAP_KEY, as_metadata, embedded_map, looked_up
@@ -61,12 +61,14 @@ class Renamed:
         notes: how the names were found.
         left_out: modules of other components than the one asked for, if the target holds one.
         split: modules that are pieces of what was one.
+        exact: in float64, the modules whose values the adapter has rounded.
     """
 
     adapter: Adapter
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     split: frozenset[str] = frozenset()
+    exact: Mapping[str, Delta] = field(default_factory=dict)
 
 
 def renamed(adapter: Adapter, target: Target, options: NamingOptions | None = None) -> Renamed:
@@ -111,7 +113,8 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
     modules = {name.removeprefix(prefix): delta for name, delta in kept.items()}
     left_out = tuple(sorted(set(adapter.modules) - set(kept)))
     split = frozenset(name.removeprefix(prefix) for name in by_diffusers.split & set(kept))
-    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out, split)
+    exact = {n.removeprefix(prefix): d for n, d in by_diffusers.exact.items() if n in kept}
+    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out, split, exact)
 
 
 def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renamed:
@@ -135,7 +138,7 @@ def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renam
     done = _finished(adapter, modules, additions, target, crossing.dotted)
     titles = " or ".join(table.title for table in tables)
     notes = (f"names by the table of {titles}",)
-    return Renamed(done, notes, left_out, frozenset(crossing.split))
+    return Renamed(done, notes, left_out, frozenset(crossing.split), crossing.exact)
 
 
 def _one_expert(

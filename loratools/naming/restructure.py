@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools_formats.adapter import Delta, Dora, LowRank, OtherDelta
+from loratools_formats.adapter import Delta, Dora, LowRank, OtherDelta, low_rank_part
 from loratools_formats.dtypes import DTYPES, DType, common_dtype, encode
 from loratools_formats.errors import AdapterError, UnsupportedError
 from loratools_formats.tensors import TensorRef, rounded
@@ -65,7 +65,7 @@ def _kept_whole(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{what} cannot be taken apart or put together",
         tensor=name,
-        hint="Make it a plain LoRA first: loratools to-lora",
+        hint="Make it a plain LoRA first: loratools to-lora, with --base if it is a DoRA",
     )
 
 
@@ -98,13 +98,16 @@ def _taken(tensor: TensorRef, indices: np.ndarray, axis: int) -> TensorRef:
     return TensorRef(tensor.key, tensor.dtype, shape, read)
 
 
-def fused(name: str, parts: Sequence[Delta | None], heights: Sequence[int]) -> Delta:
+def fused(
+    name: str, parts: Sequence[Delta | None], heights: Sequence[int], *, exact: bool = False
+) -> Delta:
     """Return the delta whose rows are those of several, one after another.
 
     Args:
         name: of the fused module, for messages.
         parts: in the order of their rows; None where nothing changes.
         heights: rows of each.
+        exact: whether rows that `is_rounding` tells of are float64, to measure errors by.
 
     Raises:
         UnsupportedError: kinds that cannot be put together.
@@ -112,16 +115,34 @@ def fused(name: str, parts: Sequence[Delta | None], heights: Sequence[int]) -> D
     """
     present = [part for part in parts if part is not None]
     if all(isinstance(part, LowRank) for part in present):
-        return _fused_factors(name, [p if isinstance(p, LowRank) else None for p in parts], heights)
+        plain = [part if isinstance(part, LowRank) else None for part in parts]
+        return _fused_factors(name, plain, heights, exact=exact)
     if len(present) == len(parts) and all(isinstance(part, Dora) for part in present):
-        return _fused_dora(name, [part for part in present if isinstance(part, Dora)], heights)
+        doras = [part for part in present if isinstance(part, Dora)]
+        return _fused_dora(name, doras, heights, exact=exact)
     kinds = {"full" if isinstance(p, OtherDelta) and p.kind == "full" else "other" for p in present}
     if kinds == {"full"} and len(present) == len(parts):
         return _fused_full([part for part in present if isinstance(part, OtherDelta)])
     raise _kept_whole(name, "modules of different or incomplete kinds")
 
 
-def _fused_factors(name: str, parts: Sequence[LowRank | None], heights: Sequence[int]) -> LowRank:
+def is_rounding(parts: Sequence[Delta | None]) -> bool:
+    """Return whether `fused` rounds: scales differ by no power of two, and are of one `b` after."""
+    factors = [low_rank_part(p) for p in parts if p is not None and not isinstance(p, OtherDelta)]
+    return not all(_is_power_of_two(_ratio(part, factors[0])) for part in factors)
+
+
+def _ratio(part: LowRank, first: LowRank) -> float:
+    return 1.0 if part.scale == first.scale else part.scale / first.scale
+
+
+def _is_power_of_two(ratio: float) -> bool:
+    return abs(math.frexp(ratio)[0]) == 0.5
+
+
+def _fused_factors(
+    name: str, parts: Sequence[LowRank | None], heights: Sequence[int], *, exact: bool
+) -> LowRank:
     present = [part for part in parts if part is not None]
     first = present[0]
     for part, height in zip(parts, heights, strict=True):
@@ -132,28 +153,23 @@ def _fused_factors(name: str, parts: Sequence[LowRank | None], heights: Sequence
                 got=f"{list(part.shape)}",
                 expected=f"{[height, first.shape[1]]}",
             )
-    if any(part.bias is not None for part in present):
-        raise _kept_whole(name, "factors with a bias")
     if first.scale == 0.0 and any(part.scale != 0.0 for part in present):
         raise AdapterError("parts of a fused module have a scale of zero", tensor=name)
     dtype = common_dtype([t.dtype for part in present for t in (part.a, part.b)])
     shared = len(present) == len(parts) and _one_a(present)
     rank = first.rank if shared else sum(part.rank for part in present)
     a = rounded(first.a, dtype) if shared else _stacked([part.a for part in present], dtype)
-    ratios = [1.0 if p.scale == first.scale else p.scale / first.scale for p in present]
-    wide = dtype if all(map(_is_power_of_two, ratios)) else common_dtype([dtype, DTYPES["F32"]])
-    b = _blocks(parts, heights, rank, first.scale, wide, shared=shared)
+    wide = common_dtype([dtype, DTYPES["F64" if exact else "F32"]])
+    dtype_of_b = wide if is_rounding(present) else dtype
+    b = _blocks(parts, heights, rank, first, dtype_of_b, shared=shared)
     return replace(
         first,
         a=a,
         b=b,
+        bias=_fused_bias(parts, heights, first, exact=exact),
         alpha=None if first.alpha is None else first.scale * rank,
         alpha_tensor=None,
     )
-
-
-def _is_power_of_two(ratio: float) -> bool:
-    return abs(math.frexp(ratio)[0]) == 0.5
 
 
 def _one_a(parts: Sequence[LowRank]) -> bool:
@@ -179,13 +195,12 @@ def _blocks(
     parts: Sequence[LowRank | None],
     heights: Sequence[int],
     rank: int,
-    scale: float,
+    first: LowRank,
     dtype: DType,
     *,
     shared: bool,
 ) -> TensorRef:
     """Return `b` of the fused module, with the scale of the first part."""
-    key = next(part.b.key for part in parts if part is not None)
     shape = (sum(heights), rank)
 
     def read() -> bytes:
@@ -193,20 +208,43 @@ def _blocks(
         row = column = 0
         for part, height in zip(parts, heights, strict=True):
             if part is not None:
-                ratio = part.scale / scale if part.scale != scale else 1.0
+                ratio = _ratio(part, first)
                 values = part.b.load() if ratio == 1.0 else part.b.load(np.float64) * ratio
                 whole[row : row + height, column : column + part.rank] = encode(values, dtype)
                 column += 0 if shared else part.rank
             row += height
         return whole.tobytes()
 
-    return TensorRef(key, dtype, shape, read)
+    return TensorRef(first.b.key, dtype, shape, read)
 
 
-def _fused_dora(name: str, parts: Sequence[Dora], heights: Sequence[int]) -> Dora:
+def _fused_bias(
+    parts: Sequence[LowRank | None], heights: Sequence[int], first: LowRank, *, exact: bool
+) -> TensorRef | None:
+    """Return the biases one after another, zeros where there is none, to be scaled as `b` is."""
+    biases = [part.bias for part in parts if part is not None and part.bias is not None]
+    if not biases:
+        return None
+    dtype = common_dtype([bias.dtype for bias in biases])
+    if is_rounding(parts):
+        dtype = common_dtype([dtype, DTYPES["F64" if exact else "F32"]])
+
+    def read() -> bytes:
+        pieces = [
+            np.zeros(height)
+            if part is None or part.bias is None
+            else part.bias.load(np.float64) * _ratio(part, first)
+            for part, height in zip(parts, heights, strict=True)
+        ]
+        return encode(np.concatenate(pieces), dtype).tobytes()
+
+    return TensorRef(biases[0].key, dtype, (sum(heights),), read)
+
+
+def _fused_dora(name: str, parts: Sequence[Dora], heights: Sequence[int], *, exact: bool) -> Dora:
     if any(part.axis == "input" for part in parts):
         raise _kept_whole(name, "a DoRA with a magnitude for each input")
-    direction = _fused_factors(name, [part.direction for part in parts], heights)
+    direction = _fused_factors(name, [part.direction for part in parts], heights, exact=exact)
     dtype = common_dtype([part.magnitude.dtype for part in parts])
     flat = [part.magnitude.reshaped((part.magnitude.numel,)) for part in parts]
     magnitude = _stacked(flat, dtype)
@@ -226,8 +264,13 @@ def swapped_halves(name: str, delta: Delta) -> Delta:
     Raises:
         UnsupportedError: a kind whose rows cannot be moved.
     """
-    if not isinstance(delta, LowRank) or delta.bias is not None:
+    if not isinstance(delta, LowRank):
         raise _kept_whole(name, "what is no plain pair of factors")
     half = units(name, delta.b.shape[0], (1, 1))
-    halves = [delta.b.row_range(half, 2 * half), delta.b.row_range(0, half)]
-    return replace(delta, b=_stacked(halves, delta.b.dtype))
+    bias = None if delta.bias is None else _swapped(delta.bias, half)
+    return replace(delta, b=_swapped(delta.b, half), bias=bias)
+
+
+def _swapped(tensor: TensorRef, half: int) -> TensorRef:
+    halves = [tensor.row_range(half, 2 * half), tensor.row_range(0, half)]
+    return _stacked(halves, tensor.dtype)

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from loratools.naming.form import check_form
 from loratools_formats.errors import OptionError
 from loratools_formats.files import read_small_file
 
@@ -84,33 +85,37 @@ class Table:
     Args:
         name: what users type.
         values: the parsed file.
+        path: a user's file, for messages.
 
     Raises:
         OptionError: it is not such a table.
     """
 
-    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, values: Mapping[str, Any], path: str | None = None) -> None:
+        check_form(values, _paths(), path)
         self.name = name
+        self.title: str = values["title"]
+        self.component: str = values["diffusers"]
+        self.components = (self.component, *values.get("experts", ()))
+        self.kohya: Scheme = values["kohya"]
+        self.text_encoders = {
+            role: TextEncoder(
+                entry["kohya"],
+                entry["comfyui"],
+                _paths()[entry["paths"]],
+                tuple(entry.get("also", ())),
+            )
+            for role, entry in values.get("text_encoders", {}).items()
+        }
         try:
-            self.title: str = values["title"]
-            self.component: str = values["diffusers"]
-            self.components = (self.component, *values.get("experts", ()))
-            self.kohya: Scheme = values["kohya"]
-            self.text_encoders = {
-                role: TextEncoder(
-                    entry["kohya"],
-                    entry["comfyui"],
-                    _paths()[entry["paths"]],
-                    tuple(entry.get("also", ())),
-                )
-                for role, entry in values.get("text_encoders", {}).items()
-            }
             self._rows = [row for group in values["modules"] for row in _rows(group)]
-            self._aliases = [alias for group in values.get("aliases", ()) for alias in _rows(group)]
-        except (KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
+            by_name = {row.original: row for row in self._rows}
+            aliases = [alias for group in values.get("aliases", ()) for alias in _rows(group)]
+            self._aliases = [_aliased(alias, by_name) for alias in aliases]
+        except ValueError as error:
             raise OptionError(
-                f"not a table of names: {type(error).__name__} {error}",
-                got=name,
+                f"a row of the table of names is wrong: {error}",
+                path=path,
                 hint="The bundled tables show the form: loratools/naming/data",
             ) from error
 
@@ -140,19 +145,28 @@ class Table:
             else:
                 entries += [(name, row, (part,)) for part, name in enumerate(row.diffusers)]
         if scheme == "original":
-            for alias in self._aliases:
-                row = next(row for row in self._rows if row.original == alias.diffusers[0])
-                entries.append((alias.original, row, _covered(alias, row)))
+            entries += self._aliases
         return _Index(entries, scheme, flat)
 
 
-def _covered(alias: Row, row: Row) -> tuple[int, ...]:
-    """Return the parts of a row that an alias covers, which are its first ones."""
+def _aliased(alias: Row, rows: Mapping[str, Row]) -> tuple[str, Row, tuple[int, ...]]:
+    """Return an alias, its row, and the parts of the row that it covers, which are its first ones.
+
+    Raises:
+        ValueError: there is no such row, or it has no such parts.
+    """
+    row = rows.get(alias.diffusers[0])
+    if row is None:
+        raise ValueError(f"{alias.original} stands for {alias.diffusers[0]}, which is no module")
+    if len(alias.diffusers) != 1:
+        raise ValueError(f"{alias.original} stands for several modules")
     if len(alias.parts) == 1:
-        return tuple(range(len(row.parts)))
-    share = alias.parts[0]
-    count = next(n for n in range(1, len(row.parts) + 1) if sum(row.parts[:n]) == share)
-    return tuple(range(count))
+        return alias.original, row, tuple(range(len(row.parts)))
+    share, whole = alias.parts
+    counts = [n for n in range(1, len(row.parts) + 1) if sum(row.parts[:n]) == share]
+    if not counts or whole != sum(row.parts):
+        raise ValueError(f"{row.original} has no part of {share} in {whole} rows")
+    return alias.original, row, tuple(range(counts[0]))
 
 
 class _Index:
@@ -181,9 +195,6 @@ class _Index:
 
 
 def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
-    known = {"original", "diffusers", "alias", "blocks", "pairs", "rows", "swapped_halves"}
-    if set(group) - known:
-        raise ValueError(f"has {', '.join(sorted(set(group) - known))}")
     first, second = ("alias", "original") if "alias" in group else ("original", "diffusers")
     blocks = group.get("blocks") or [[group.get(first, ""), group.get(second, "")]]
     for start, other_start in blocks:
@@ -191,7 +202,8 @@ def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
             parts = tuple(group.get("rows") or [1] * len(others))
             whole_given = "alias" in group and len(parts) == 2
             if not others or (len(parts) != len(others) and not whole_given):
-                raise ValueError(f"{name} stands for {len(others)} modules in {len(parts)} parts")
+                count = "1 module" if len(others) == 1 else f"{len(others)} modules"
+                raise ValueError(f"{name} stands for {count} in {len(parts)} parts")
             row = Row(
                 start + name,
                 tuple(other_start + other for other in others),
@@ -264,4 +276,4 @@ def find_table(name: str) -> Table:
         values = tomllib.loads(read_small_file(name, _MAX_FILE_BYTES).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"not a TOML file: {error}", path=name) from error
-    return Table(Path(name).stem, values)
+    return Table(Path(name).stem, values, name)

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from dialect_files import GOLDEN, DialectFile, kohya_sd15, save
+from dialect_files import GOLDEN, PEFT, DialectFile, kohya_sd15, save
 
 from loratools.cli import cli
 from loratools_formats import read_adapter
@@ -165,3 +165,13 @@ def test_parts_that_do_not_fit_are_refused_by_name(tmp_path, changes, words):
     done = CliRunner().invoke(cli, ["info", str(path)])
     assert words in str(done.exception)
     assert "unet." in str(done.exception)
+
+
+def test_info_counts_and_names_targets_as_one_says_it(tmp_path):
+    file = DialectFile("diffusers", {"diffusers"}, seed=2)
+    file.pair("transformer.transformer_blocks.0.attn.to_out.0", 8, 8, 2, PEFT, alpha=2.0)
+    output = run("info", save(file, tmp_path / "one.safetensors"))
+    assert "diffusers (2 keys)" in output
+    assert "(1 key)" in output
+    assert "(1 tensor)" in output
+    assert "\ntargets     to_out.0\n" in output

@@ -194,3 +194,56 @@ def test_a_table_of_another_form_is_refused(tmp_path):
             find_table(str(path))
     with pytest.raises(OptionError, match="sdxl"):
         find_table("nonsense")
+
+
+SOUND = {
+    "title": '"Mine"',
+    "diffusers": '"unet"',
+    "kohya": '"original"',
+    "modules": '[{original = "a.", diffusers = "b.", pairs = [["c", "d"]]}]',
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("kohya", '"weird"', ["kohya is wrong", "got 'weird'", "expected original or diffusers"]),
+        ("title", "3", ["title is wrong", "got 3", "expected a text"]),
+        ("diffusers", '"unnet"', ["diffusers is wrong", "got 'unnet'", "expected one of unet, "]),
+        ("colour", "1", ["no such key", "got colour", "expected title, diffusers, kohya"]),
+        ("experts", '"unet"', ["experts is wrong", "expected a list of unet"]),
+        ("modules", "[]", ["modules is wrong", "got []", "expected [[modules]]"]),
+        ("modules", "[{}]", ["lacks modules[0].pairs", "expected a list of lists of names"]),
+        ("modules", "[{pairs = [[1, 2]]}]", ["modules[0].pairs is wrong", "got [[1, 2]]"]),
+        ("modules", '[{pairs = [["a", "b"]], row = 1}]', ["no such key", "got modules[0].row"]),
+        ("modules", '[{pairs = [["a", "b"]], rows = [0]}]', ["modules[0].rows is wrong"]),
+        ("modules", '[{pairs = [["a", "b"]], rows = [1, 2]}]', ["a stands for 1 module in 2"]),
+        ("modules", '[{pairs = [["a.{}", "b"]]}]', ["a.{} has other numbers"]),
+        ("aliases", '[{alias = "z.", pairs = [["c", "d"]]}]', ["z.c stands for d, which is no"]),
+        ("text_encoders", "{te = 3}", ["text_encoders.te is wrong", "got 3", "a table"]),
+        (
+            "text_encoders",
+            '{te = {kohya = "x", comfyui = "y", paths = "clap"}}',
+            ["text_encoders.te.paths is wrong", "got 'clap'", "expected one of clip, "],
+        ),
+    ],
+)
+def test_a_wrong_value_of_a_users_table_is_named(tmp_path, key, value, words):
+    path = tmp_path / "map.toml"
+    path.write_text("\n".join(f"{k} = {v}" for k, v in SOUND.items()))
+    assert find_table(str(path)).title == "Mine"
+    path.write_text("\n".join(f"{k} = {v}" for k, v in {**SOUND, key: value}.items()))
+    with pytest.raises(OptionError) as refused:
+        find_table(str(path))
+    text = str(refused.value)
+    assert text.startswith(f"{path}: ")
+    assert all(word in text for word in words), text
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", SOUND)
+def test_a_table_without_a_key_is_refused_by_its_name(tmp_path, key):
+    path = tmp_path / "map.toml"
+    path.write_text("\n".join(f"{k} = {v}" for k, v in SOUND.items() if k != key))
+    with pytest.raises(OptionError, match=f"map.toml: the table of names lacks {key}; expected "):
+        find_table(str(path))

@@ -148,7 +148,6 @@ def naming_class(keys: Iterable[Key]) -> Class:
 
 
 def _unclaimed(unknown: list[str], keys: Mapping[str, Key], path: Path) -> AdapterError:
-    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     if not keys:
         return AdapterError(
             "no key is one of a single-file adapter",
@@ -156,8 +155,11 @@ def _unclaimed(unknown: list[str], keys: Mapping[str, Key], path: Path) -> Adapt
             tensor=unknown[0],
             hint="Is it a checkpoint rather than an adapter?",
         )
+    several = len(unknown) > 1
     return AdapterError(
-        f"unknown tensor in the adapter{more}; it may change the weights",
+        f"{len(unknown)} unknown tensors in the adapter; they may change the weights"
+        if several
+        else "unknown tensor in the adapter; it may change the weights",
         path=path,
         tensor=unknown[0],
         expected=f"such as {next(iter(keys))}",

@@ -64,6 +64,7 @@ _OTHER_LEAVES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 _PROBE = ".lora_A.weight"
 _MADE_PLAIN = "Make it a plain LoRA first: loratools to-lora"
+_MADE_PLAIN_ON_BASE = f"{_MADE_PLAIN} --base MODEL"
 
 
 @dataclass(frozen=True)
@@ -127,20 +128,38 @@ def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
             for name, delta in adapter.modules.items()
             if isinstance(delta, OtherDelta)
         ]
+        inputs = [name for name, delta in adapter.modules.items() if _is_of_inputs(delta)]
         found += [
-            Loss(name, "is a DoRA beside plain modules, which diffusers cannot load", _MADE_PLAIN)
-            for name in _beside_plain(adapter.modules)
+            Loss(
+                name,
+                "is a DoRA with a magnitude for each input, for which diffusers has no place",
+                _MADE_PLAIN_ON_BASE,
+            )
+            for name in inputs
         ]
         found += [
-            Loss(key, f"is added to {addition.target}, which diffusers does not do")
-            for key, addition in adapter.additions.items()
+            Loss(
+                name,
+                "is a DoRA beside plain modules, which diffusers cannot load",
+                _MADE_PLAIN_ON_BASE,
+            )
+            for name in _beside_plain(adapter.modules)
+            if name not in inputs
+        ]
+        found += [
+            Loss(key, "is added to what the base has, which diffusers does not do")
+            for key in adapter.additions
         ]
     found += [
-        Loss(key, f"replaces {replacement.target}, for which {target} files have no key")
+        Loss(key, f"replaces what the base has, for which {target} files have no key")
         for key, replacement in adapter.replacements.items()
         if target != "comfyui" or not _is_whole_weight(replacement)
     ]
     return found
+
+
+def _is_of_inputs(delta: Delta) -> bool:
+    return isinstance(delta, Dora) and delta.axis == "input"
 
 
 def _beside_plain(modules: Mapping[str, Delta]) -> list[str]:
@@ -162,10 +181,13 @@ def _is_whole_weight(replacement: Replacement) -> bool:
 def respelled(adapter: Adapter, target: Class) -> Adapter:
     """Return the adapter with every key as files of a naming have it, and without its losses.
 
+    An adapter of that naming loses nothing: what only some of its loaders understand stays.
+
     Raises:
         UnsupportedError: a module's name is not of that naming, or a tensor has no key there.
     """
-    lost = {loss.name for loss in spelling_losses(adapter, target)}
+    own = adapter.format == target
+    lost = set() if own else {loss.name for loss in spelling_losses(adapter, target)}
     kept = {name: delta for name, delta in adapter.modules.items() if name not in lost}
     for name in kept:
         if target != "safetensors" and naming_of(name) != target:
@@ -185,17 +207,18 @@ def respelled(adapter: Adapter, target: Class) -> Adapter:
         if bias is not None:
             additions[f"{name}.diff_b"] = Addition(f"{name}.bias", bias)
     replacements = {
-        f"{replacement.target.removesuffix('.weight')}.set_weight": replacement
+        key if own else f"{replacement.target.removesuffix('.weight')}.set_weight": replacement
         for key, replacement in adapter.replacements.items()
         if key not in lost
     }
+    reshaping = _reshaping(adapter, modules) if target == "comfyui" else {}
     return replace(
         adapter,
         format=target,
         modules=modules,
         additions=additions,
         replacements=replacements,
-        carried=_reshaping(adapter, modules) if target == "comfyui" else {},
+        carried=adapter.carried if own else reshaping,
         metadata=_metadata(adapter, modules, target),
         config={},
         dialects=(),
@@ -272,13 +295,6 @@ def _low_rank(delta: LowRank, spelling: Spelling, target: Class) -> LowRank:
 
 
 def _dora(delta: Dora, spelling: Spelling, target: Class) -> Dora:
-    if target == "diffusers" and delta.axis == "input":
-        raise UnsupportedError(
-            "a DoRA with a magnitude for each input has no place in a diffusers file",
-            tensor=delta.magnitude.key,
-            got=list(delta.magnitude.shape),
-            hint=_MADE_PLAIN,
-        )
     kernel = delta.direction.layer.kernel
     out = delta.direction.shape[0]
     shape = delta.magnitude.shape
@@ -288,7 +304,9 @@ def _dora(delta: Dora, spelling: Spelling, target: Class) -> Dora:
             shape = (1, out, *ones) if kernel else (out,)
         else:
             shape = (out, 1, *ones)
-    magnitude = delta.magnitude.reshaped(shape).renamed(spelling.key("magnitude"))
+    # PEFT's magnitudes are of outputs.
+    key = spelling.key("magnitude") if delta.axis == "output" else f"{spelling.start}.dora_scale"
+    magnitude = delta.magnitude.reshaped(shape).renamed(key)
     return replace(delta, magnitude=magnitude)
 
 
