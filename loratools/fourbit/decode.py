@@ -7,6 +7,7 @@ multiple of the blocksize: there it takes the wrong scales (0.50.2).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from loratools.buffers import Buffers
 from loratools.fourbit.scales import unnest
 from loratools.fourbit.tables import F32, four_bit, is_close
 from loratools_formats.bnb import QuantizedWeight
+from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
 
 _BUFFERS = Buffers()
@@ -35,6 +37,8 @@ class Dequantizer:
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self.weight = weight
+        codes = weight.packed  # of any type that they may be stored as
+        self._packed = replace(codes, dtype=DTYPES["U8"], shape=(codes.nbytes,))
         self._kind = four_bit(weight.quant_type)
         if not is_close(weight.quant_map.load(), self._kind.codebook):
             raise UnsupportedError(
@@ -66,9 +70,8 @@ class Dequantizer:
         return result
 
     def _fill(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        packed = np.frombuffer(
-            self.weight.packed.raw_range(start // 2, (stop + 1) // 2), dtype=np.uint8
-        )
+        packed = _BUFFERS.array("packed", ((stop + 1) // 2 - start // 2,), np.uint8)
+        self._packed.elements_into(start // 2, packed)
         pairs = _BUFFERS.array("pairs", (packed.size,), np.uint64)
         np.take(self._kind.pairs, packed, out=pairs, mode="wrap")
         values = pairs.view(np.float32)[start % 2 : start % 2 + stop - start]
