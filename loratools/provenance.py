@@ -9,7 +9,7 @@ from loratools import __version__
 from loratools_formats.adapter import Adapter
 from loratools_formats.checkpoint import Checkpoint
 from loratools_formats.files import RegularFile
-from loratools_formats.safetensors_io import header_digest
+from loratools_formats.safetensors_read import header_digest
 
 
 def operation_record(

@@ -17,11 +17,7 @@ from typing import Any
 from loratools_formats import strict_json
 from loratools_formats.errors import AdapterError, MissingFileError
 from loratools_formats.files import inside, read_small_file
-from loratools_formats.safetensors_io import (
-    SafetensorsFile,
-    read_safetensors,
-    safetensors_names,
-)
+from loratools_formats.safetensors_read import SafetensorsFile, read_safetensors, safetensors_names
 from loratools_formats.tensors import TensorRef
 
 _STEMS = ("model", "diffusion_pytorch_model")

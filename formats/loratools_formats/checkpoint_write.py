@@ -23,7 +23,7 @@ from loratools_formats.files import RegularFile, inside
 from loratools_formats.provenance import PROVENANCE_FILE, statement
 from loratools_formats.publish import publish_file, publish_folder, resolved
 from loratools_formats.registry import check_target
-from loratools_formats.safetensors_io import SafetensorsFile, header_digest, read_safetensors
+from loratools_formats.safetensors_read import SafetensorsFile, header_digest, read_safetensors
 from loratools_formats.shard_plan import Part, Shard, part_nbytes
 from loratools_formats.shards import check_space, write_shards
 

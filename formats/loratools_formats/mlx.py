@@ -57,7 +57,7 @@ def _adapter(folder: Path) -> Adapter:
     from loratools_formats.adapter import Adapter
     from loratools_formats.errors import AdapterError
     from loratools_formats.files import RegularFile, inside
-    from loratools_formats.safetensors_io import read_safetensors
+    from loratools_formats.safetensors_read import read_safetensors
 
     config = _config(inside(folder, CONFIG_FILE))
     file = read_safetensors(inside(folder, WEIGHTS_FILE))
@@ -249,7 +249,7 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def _write(adapter: Adapter, path: Path) -> None:
-    from loratools_formats.safetensors_io import write_safetensors
+    from loratools_formats.safetensors_write import write_safetensors
 
     config = json.dumps(_written_config(adapter), indent=4, ensure_ascii=False)
     (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
@@ -257,7 +257,7 @@ def _write(adapter: Adapter, path: Path) -> None:
 
 
 def _weights_nbytes(adapter: Adapter) -> int:
-    from loratools_formats.safetensors_io import safetensors_nbytes
+    from loratools_formats.safetensors_write import safetensors_nbytes
 
     _written_config(adapter)
     return safetensors_nbytes(_stored(adapter), adapter.metadata)

@@ -12,13 +12,8 @@ from typing import Protocol
 
 from loratools_formats.dtypes import DType
 from loratools_formats.errors import AdapterError
-from loratools_formats.safetensors_io import (
-    SafetensorsFile,
-    check_names,
-    header_bytes,
-    header_of,
-    in_file_order,
-)
+from loratools_formats.safetensors_read import SafetensorsFile, header_of
+from loratools_formats.safetensors_write import check_names, header_bytes, in_file_order
 from loratools_formats.tensors import Buffer, TensorRef
 
 

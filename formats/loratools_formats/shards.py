@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loratools_formats.errors import AdapterError, OutputError
 from loratools_formats.files import RegularFile
-from loratools_formats.safetensors_io import check_written
+from loratools_formats.safetensors_write import check_written
 from loratools_formats.shard_plan import Blank, Layout, Made, Part, Shard, part_nbytes
 from loratools_formats.tensors import Buffer, TensorRef
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter, Delta, Replacement
     from loratools_formats.errors import AdapterError
     from loratools_formats.files import RegularFile
-    from loratools_formats.safetensors_io import SafetensorsFile
+    from loratools_formats.safetensors_read import SafetensorsFile
     from loratools_formats.tensors import TensorRef
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -75,7 +75,7 @@ class StateDict:
     def __init__(self, path: Path, content: Path | None = None) -> None:
         from loratools_formats.files import RegularFile
         from loratools_formats.peft.legacy_bin import read_bin
-        from loratools_formats.safetensors_io import read_safetensors
+        from loratools_formats.safetensors_read import read_safetensors
 
         self._path = path
         weights: SafetensorsFile

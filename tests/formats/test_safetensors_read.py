@@ -14,7 +14,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, MissingFileError
-from loratools_formats.safetensors_io import Limits, read_safetensors
+from loratools_formats.safetensors_read import Limits, read_safetensors
 
 # What the library accepts and we do not: two parsers may read it differently, or it is hostile.
 STRICTER = {

@@ -17,11 +17,8 @@ from safetensors import deserialize, safe_open
 
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, OutputError, OutputExistsError
-from loratools_formats.safetensors_io import (
-    read_safetensors,
-    safetensors_nbytes,
-    write_safetensors,
-)
+from loratools_formats.safetensors_read import read_safetensors
+from loratools_formats.safetensors_write import safetensors_nbytes, write_safetensors
 from loratools_formats.tensors import TensorRef, in_memory
 
 TENSORS = [in_memory(name, np.arange(24, dtype="f4").reshape(4, 6)) for name in "cab"]

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, OutputError
-from loratools_formats.safetensors_io import read_safetensors
+from loratools_formats.safetensors_read import read_safetensors
 from loratools_formats.shard_plan import Blank, Made, Shard
 from loratools_formats.shards import write_shards
 from loratools_formats.tensors import in_memory

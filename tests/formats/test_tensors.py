@@ -7,7 +7,8 @@ from handmade import SOUND, VALUES, A, B, container
 
 from loratools_formats.dtypes import DTYPES
 from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.safetensors_io import read_safetensors, write_safetensors
+from loratools_formats.safetensors_read import read_safetensors
+from loratools_formats.safetensors_write import write_safetensors
 from loratools_formats.tensors import in_file, in_memory
 
 ARRAYS = {

@@ -8,7 +8,8 @@ import numpy as np
 from loratools.fourbit.store import blanks, fill
 from loratools_formats.bnb import quantized_weights
 from loratools_formats.dtypes import DTYPES as TYPES
-from loratools_formats.safetensors_io import read_safetensors, write_safetensors
+from loratools_formats.safetensors_read import read_safetensors
+from loratools_formats.safetensors_write import write_safetensors
 from loratools_formats.tensors import in_memory
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

@@ -32,7 +32,7 @@ def four_bit(tmp_path_factory):
 
 
 def _raw(path):
-    from loratools_formats.safetensors_io import read_safetensors
+    from loratools_formats.safetensors_read import read_safetensors
 
     return {key: np.array(ref.load()) for key, ref in read_safetensors(path).tensors.items()}
 
@@ -183,6 +183,18 @@ def test_truncated_file(command, four_bit, refused, tmp_path):
 @pytest.mark.parametrize("command", ["quantize", "dequantize"])
 def test_missing_input(command, refused, tmp_path):
     refused(command, tmp_path / "nothing", "no checkpoint there")
+
+
+@pytest.mark.parametrize("command", ["quantize", "dequantize"])
+def test_a_gguf_model_is_named_as_one(command, refused, tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(command, tmp_path / "model.gguf", "is a GGUF file", "safetensors")
 
 
 def test_codes_stored_as_floats_are_read(four_bit, loratools, tmp_path):

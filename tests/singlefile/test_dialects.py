@@ -14,7 +14,7 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Kronecker, Product
 from loratools_formats import find_format, read_adapter, write_adapter
 from loratools_formats.adapter import Dora, OtherDelta
-from loratools_formats.safetensors_io import read_safetensors
+from loratools_formats.safetensors_read import read_safetensors
 
 NAMES = [maker.__name__ for maker in MAKERS]
 FILES = {maker.__name__: maker for maker in MAKERS}

@@ -7,6 +7,7 @@ gguf-py. Quantised types are decoded and encoded by the `gguf` package, which is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,20 +80,25 @@ def decode(data: Buffer, kind: GgmlType, shape: tuple[int, ...]) -> Array:
     code = gguf.GGMLQuantizationType(kind.code)
     blocks = np.frombuffer(data, dtype=np.uint8).reshape(-1, kind.block_nbytes)
     values = np.empty((len(blocks), kind.block), np.float32)
-    try:
-        count = _CHUNK_ELEMENTS // kind.block
-        for start in range(0, len(blocks), count):
-            part = blocks[start : start + count]
-            values[start : start + len(part)] = _one_row(gguf.quants.dequantize, part, code)
-    except NotImplementedError as error:
-        raise UnsupportedError(f"values of type {kind.name} cannot be decoded") from error
+    _in_pieces(gguf.quants.dequantize, blocks, code, values, f"{kind.name} cannot be decoded")
     return values.reshape(shape)
 
 
-def _one_row(function: Any, blocks: Array, code: Any) -> Array:
-    """Apply a function of gguf-py to blocks as one row; it takes rows sixteen at a time."""
-    result: Array = function(blocks.reshape(1, -1), code)
-    return result.reshape(len(blocks), -1)
+def _in_pieces(
+    function: Callable[[Array, Any], Array], blocks: Array, code: Any, out: Array, failure: str
+) -> None:
+    """Fill `out` by a function of gguf-py, whose temporaries would be large for all blocks at once.
+
+    It gets blocks as one row, since it takes rows sixteen at a time.
+    """
+    count = _CHUNK_ELEMENTS // max(blocks.shape[1], out.shape[1])
+    try:
+        for start in range(0, len(blocks), count):
+            part = blocks[start : start + count]
+            result = function(part.reshape(1, -1), code)
+            out[start : start + len(part)] = result.reshape(len(part), -1)
+    except NotImplementedError as error:  # what gguf-py raises for a type it has no code for
+        raise UnsupportedError(f"values of type {failure}") from error
 
 
 def encode(values: Array, kind: GgmlType) -> Array:
@@ -109,13 +115,7 @@ def encode(values: Array, kind: GgmlType) -> Array:
     code = gguf.GGMLQuantizationType(kind.code)
     blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, kind.block)
     stored = np.empty((len(blocks), kind.block_nbytes), np.uint8)
-    try:
-        count = _CHUNK_ELEMENTS // kind.block
-        for start in range(0, len(blocks), count):
-            part = blocks[start : start + count]
-            stored[start : start + len(part)] = _one_row(gguf.quants.quantize, part, code)
-    except NotImplementedError as error:
-        raise UnsupportedError(f"values of type {kind.name} cannot be encoded") from error
+    _in_pieces(gguf.quants.quantize, blocks, code, stored, f"{kind.name} cannot be encoded")
     return stored.reshape(-1)
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from loratools_formats.errors import AdapterError, MissingDependencyError
 from loratools_formats.files import RegularFile, refuse_lfs_pointer
-from loratools_formats.safetensors_io import SafetensorsFile, read_safetensors
+from loratools_formats.safetensors_read import SafetensorsFile, read_safetensors
 
 _ARCHIVE_START = b"PK\x03\x04"
 _PICKLE_START = b"\x80"

@@ -50,7 +50,7 @@ from loratools_formats.peft.read_kinds import (
 from loratools_formats.peft.replacements import classify
 from loratools_formats.peft.variants import lost_middle, variant_delta, variant_kind
 from loratools_formats.provenance import PROVENANCE_FILE
-from loratools_formats.safetensors_io import SafetensorsFile, read_safetensors
+from loratools_formats.safetensors_read import SafetensorsFile, read_safetensors
 from loratools_formats.tensors import TensorRef
 
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -22,7 +22,7 @@ from loratools_formats.peft.parameters import Setting, settings
 from loratools_formats.peft.patterns import pattern_for
 from loratools_formats.peft.read import WEIGHTS_FILE
 from loratools_formats.registry import Loss
-from loratools_formats.safetensors_io import safetensors_nbytes, write_safetensors
+from loratools_formats.safetensors_write import safetensors_nbytes, write_safetensors
 from loratools_formats.tensors import TensorRef
 
 

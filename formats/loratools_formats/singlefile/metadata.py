@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratools_formats.adapter import Adapter
-from loratools_formats.safetensors_io import header_bytes, in_file_order
+from loratools_formats.safetensors_write import header_bytes, in_file_order
 from loratools_formats.singlefile.scale import plain_part
 from loratools_formats.tensors import TensorRef
 

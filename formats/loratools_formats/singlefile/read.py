@@ -18,7 +18,7 @@ from loratools_formats.adapter import (
     Replacement,
 )
 from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
-from loratools_formats.safetensors_io import read_safetensors
+from loratools_formats.safetensors_read import read_safetensors
 from loratools_formats.singlefile.deltas import Parts, delta_of
 from loratools_formats.singlefile.dialects import dialects
 from loratools_formats.singlefile.grammar import IA3_MARK, Class, Key, Role, parse

@@ -14,7 +14,7 @@ from pathlib import Path
 from loratools_formats.adapter import Adapter, Dora, LowRank, OtherDelta
 from loratools_formats.errors import UnsupportedError
 from loratools_formats.registry import Loss
-from loratools_formats.safetensors_io import safetensors_nbytes, write_safetensors
+from loratools_formats.safetensors_write import safetensors_nbytes, write_safetensors
 from loratools_formats.singlefile import NAMES
 from loratools_formats.singlefile.grammar import Class, Role, parse
 from loratools_formats.singlefile.metadata import updated, with_digests

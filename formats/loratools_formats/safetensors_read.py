@@ -1,35 +1,30 @@
-"""The safetensors container: a bounded header reader and a streaming, reproducible writer.
+"""Reading the safetensors container: its header, bounded, and never the tensors themselves.
 
 Source: the format section of the safetensors README and `validate()` in the safetensors crate 0.8.
-The reader is stricter than that library where it lets through what two parsers would read
-differently (duplicate keys, unknown fields), what breaks terminals (control characters) or
-what only a hostile file contains (a million tensors, a hundred thousand dimensions). The writer
-differs from it by fixed bytes (sorted metadata and tensors), an fsync before the rename, and the
-umask's permissions.
+It is stricter than that library where it lets through what two parsers would read differently
+(duplicate keys, unknown fields), what breaks terminals (control characters) or what only a hostile
+file contains (a million tensors, a hundred thousand dimensions).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from loratools_formats import strict_json
 from loratools_formats.dtypes import DTYPES, DType
-from loratools_formats.errors import AdapterError, OutputError
+from loratools_formats.errors import AdapterError
 from loratools_formats.files import RegularFile, refuse_lfs_pointer
-from loratools_formats.publish import publish_file
 from loratools_formats.tensors import TensorRef, in_file
 
-_LENGTH_BYTES = 8
-_COPY_CHUNK_BYTES = 8 << 20
+LENGTH_BYTES = 8
 _MARKS_PER_TENSOR = 16
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
     file = RegularFile(path)
     try:
         header, data_start = _header(file, DEFAULT_LIMITS)
-        header.pop(_METADATA, None)
+        header.pop(METADATA, None)
         spans = [(*_entry(n, e, file.path, DEFAULT_LIMITS), n) for n, e in header.items()]
         is_alone = file.nbytes == data_start
         whole = max((end for _, end, *_ in spans), default=0)
@@ -102,7 +97,7 @@ def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
 
 def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
     header, data_start = _header(file, limits)
-    metadata = _metadata(header.pop(_METADATA, {}), file.path, limits)
+    metadata = _metadata(header.pop(METADATA, {}), file.path, limits)
     spans = [(*_entry(name, entry, file.path, limits), name) for name, entry in header.items()]
     _check_layout(spans, file.nbytes - data_start, file.path)
     tensors = {
@@ -115,7 +110,7 @@ def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
 def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
     """Return the entries of a header, not yet checked, and where the data begin."""
     size = file.nbytes
-    if size < _LENGTH_BYTES:
+    if size < LENGTH_BYTES:
         raise AdapterError(
             "truncated safetensors header",
             path=file.path,
@@ -124,8 +119,8 @@ def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
         )
     start = bytes(file.read_at(0, min(size, 64)))
     refuse_lfs_pointer(start, file.path)
-    (length,) = struct.unpack("<Q", start[:_LENGTH_BYTES])
-    if length > size - _LENGTH_BYTES or length < 2:
+    (length,) = struct.unpack("<Q", start[:LENGTH_BYTES])
+    if length > size - LENGTH_BYTES or length < 2:
         raise _not_safetensors(file, start, length)
     if length > limits.header_bytes:
         raise AdapterError(
@@ -134,7 +129,7 @@ def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
             got=f"{length} bytes",
             expected=f"at most {limits.header_bytes}",
         )
-    text = bytes(file.read_at(_LENGTH_BYTES, length))
+    text = bytes(file.read_at(LENGTH_BYTES, length))
     if not text.startswith(b"{"):
         raise AdapterError("safetensors header is not a JSON object", path=file.path, got=text[:24])
     _check_amount(text, file.path, limits)
@@ -142,7 +137,7 @@ def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
         header: dict[str, Any] = strict_json.loads(text.rstrip(b" "))
     except strict_json.StrictJsonError as error:
         raise AdapterError(f"safetensors header: {error}", path=file.path) from error
-    return header, _LENGTH_BYTES + length
+    return header, LENGTH_BYTES + length
 
 
 def _check_amount(text: bytes, path: Path, limits: Limits) -> None:
@@ -160,7 +155,11 @@ def _check_amount(text: bytes, path: Path, limits: Limits) -> None:
 
 
 def _not_safetensors(file: RegularFile, start: bytes, length: int) -> AdapterError:
-    if start[:_LENGTH_BYTES].isascii() and start[:1] in b"<{[ \n#PvV":
+    if start.startswith(b"GGUF"):
+        return AdapterError(
+            "is a GGUF file", path=file.path, got="GGUF", expected="a safetensors file or folder"
+        )
+    if start[:LENGTH_BYTES].isascii() and start[:1] in b"<{[ \n#PvV":
         return AdapterError(
             "is not a safetensors file", path=file.path, got=f"a start of {start[:24]!r}"
         )
@@ -185,11 +184,12 @@ def _metadata(value: Any, path: Path, limits: Limits) -> dict[str, str]:
             expected=f"at most {limits.metadata_bytes}",
         )
     for key in value:
-        _check_name(key, path, limits)
+        check_name(key, path, limits)
     return value
 
 
-def _check_name(name: str, path: Path | None, limits: Limits) -> None:
+def check_name(name: str, path: Path | None, limits: Limits) -> None:
+    """Raise `AdapterError` if a name is too long or holds what breaks terminals."""
     if not name.isprintable():
         raise AdapterError("name has control or invisible characters", path=path, tensor=name)
     if len(name.encode()) > limits.name_bytes:
@@ -204,7 +204,7 @@ def _check_name(name: str, path: Path | None, limits: Limits) -> None:
 def _entry(
     name: str, entry: Any, path: Path, limits: Limits
 ) -> tuple[int, int, DType, tuple[int, ...]]:
-    _check_name(name, path, limits)
+    check_name(name, path, limits)
     fields = sorted(entry) if isinstance(entry, dict) else None
     if fields != ["data_offsets", "dtype", "shape"]:
         raise AdapterError(
@@ -266,85 +266,10 @@ def _check_layout(
         )
 
 
-class Planned(Protocol):
-    """A tensor to be written, as far as a header tells: a `TensorRef`, or one yet to be made."""
-
-    @property
-    def key(self) -> str:
-        """Its name."""
-
-    @property
-    def dtype(self) -> DType:
-        """Element type."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Dimensions."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-
-
-P = TypeVar("P", bound=Planned)
-
-
-def in_file_order(tensors: Iterable[P]) -> list[P]:
-    """Order as the safetensors library does: wide types first, which aligns them, then names.
-
-    Types of one width come in the order of the library's own list, from its end. Digests of the
-    tensors that other tools compute after writing them again depend on it.
-    """
-    return sorted(tensors, key=lambda tensor: (*_LIBRARY_ORDER[tensor.dtype.code], tensor.key))
-
-
-_LIBRARY_ORDER = {
-    code: (-DTYPES[code].bits, place)
-    for place, code in enumerate((
-        "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
-        "F8_E8M0", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8",
-        "F6_E3M2", "F6_E2M3", "F4", "BOOL",
-    ))
-}  # fmt: skip
-
-
-def header_bytes(
-    ordered: Sequence[Planned], metadata: Mapping[str, str], nbytes: int | None = None
-) -> bytes:
-    """Return a header for tensors that lie one after another, the length in front included.
-
-    Args:
-        ordered: the tensors, in the order of their bytes.
-        metadata: string metadata.
-        nbytes: length to pad to with spaces; the next multiple of 8 by default.
-
-    Raises:
-        AdapterError: a name cannot be encoded.
-    """
-    header: dict[str, Any] = {}
-    if metadata:
-        header[_METADATA] = dict(sorted(metadata.items()))
-    position = 0
-    for tensor in ordered:
-        end = position + tensor.nbytes
-        header[tensor.key] = {
-            "dtype": tensor.dtype.code,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    try:
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        raise AdapterError("names or metadata hold lone surrogates") from error
-    length = -(-len(text) // 8) * 8 if nbytes is None else nbytes - _LENGTH_BYTES
-    return struct.pack("<Q", length) + text.ljust(length)
-
-
 def header_of(file: SafetensorsFile) -> bytes:
     """Return the header of a file as it is, the length in front included."""
-    (length,) = struct.unpack("<Q", file.file.read_at(0, _LENGTH_BYTES))
-    return bytes(file.file.read_at(0, _LENGTH_BYTES + length))
+    (length,) = struct.unpack("<Q", file.file.read_at(0, LENGTH_BYTES))
+    return bytes(file.file.read_at(0, LENGTH_BYTES + length))
 
 
 def header_digest(file: SafetensorsFile) -> dict[str, str]:
@@ -354,112 +279,3 @@ def header_digest(file: SafetensorsFile) -> dict[str, str]:
     """
     digest = hashlib.sha256(header_of(file)).hexdigest()
     return {"headerSha256": digest, "bytes": str(file.file.nbytes)}
-
-
-def safetensors_nbytes(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> int:
-    """Return the exact size of the file that `write_safetensors` would make."""
-    ordered = in_file_order(tensors)
-    return len(header_bytes(ordered, metadata)) + sum(tensor.nbytes for tensor in ordered)
-
-
-def write_safetensors(
-    path: str | os.PathLike[str],
-    tensors: Iterable[TensorRef],
-    metadata: Mapping[str, str],
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write tensors one after another, each read only when its turn comes.
-
-    The same tensors and metadata give the same bytes. Before the file appears under its name it is
-    flushed and its header is compared with what the `safetensors` library reads from it.
-
-    Raises:
-        AdapterError: a tensor has no possible name, the name of another but for case, or not the
-            bytes that its shape and type ask for.
-        OutputExistsError: `path` exists and `overwrite` is false.
-        OutputError: writing failed; nothing was changed.
-    """
-    ordered = in_file_order(tensors)
-    check_names(ordered)
-    header = header_bytes(ordered, metadata)
-    with publish_file(path, overwrite=overwrite) as temporary:
-        with open(temporary, "xb", buffering=0) as out:
-            write_all(out.fileno(), header)
-            for tensor in ordered:
-                _copy(tensor, out.fileno())
-        check_written(temporary, ordered)
-
-
-def check_names(ordered: Sequence[Planned]) -> None:
-    """Raise `AdapterError` if a tensor has no possible name, or that of another but for case."""
-    seen: dict[str, str] = {}
-    for tensor in ordered:
-        _check_name(tensor.key, None, DEFAULT_LIMITS)
-        if tensor.key == _METADATA:
-            raise AdapterError("name is reserved for metadata", tensor=tensor.key)
-        if tensor.dtype.nbytes(tensor.shape) is None:
-            raise AdapterError(
-                f"a tensor of {tensor.dtype.code} must fill whole bytes",
-                tensor=tensor.key,
-                got=list(tensor.shape),
-            )
-        folded = tensor.key.casefold()
-        if folded in seen:
-            raise AdapterError(
-                "two tensors to write have names that differ at most by case",
-                tensor=tensor.key,
-                got=seen[folded],
-            )
-        seen[folded] = tensor.key
-
-
-def _copy(tensor: TensorRef, out: int) -> None:
-    if tensor.file is None:
-        data = memoryview(tensor.raw())
-        if data.nbytes != tensor.nbytes:
-            raise AdapterError(
-                "tensor has other bytes than its shape and type ask for",
-                tensor=tensor.key,
-                got=data.nbytes,
-                expected=tensor.nbytes,
-            )
-        write_all(out, data)
-        return
-    for done in range(0, tensor.nbytes, _COPY_CHUNK_BYTES):
-        count = min(_COPY_CHUNK_BYTES, tensor.nbytes - done)
-        write_all(out, tensor.file.read_at(tensor.offset + done, count))
-
-
-def write_all(out: int, data: bytes | bytearray | memoryview) -> None:
-    """Write all of `data` at the descriptor's position."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(out, view) :]
-
-
-def check_written(path: Path, ordered: Sequence[Planned]) -> None:
-    """Compare names, types and shapes with what the safetensors library finds in the file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        opened = safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise OutputError(f"written file cannot be read back: {error}", path=path) from error
-    with opened as written:
-        found = set(written.keys())
-        for tensor in ordered:
-            if tensor.key not in found:
-                raise OutputError("written file lost a tensor", path=path, tensor=tensor.key)
-            part = written.get_slice(tensor.key)
-            got = (part.get_dtype(), tuple(part.get_shape()))
-            if got != (tensor.dtype.code, tensor.shape):
-                raise OutputError(
-                    "written file reads back differently",
-                    path=path,
-                    tensor=tensor.key,
-                    got=got,
-                    expected=(tensor.dtype.code, tensor.shape),
-                )
-    if len(found) != len(ordered):
-        raise OutputError("written file has extra tensors", path=path)
