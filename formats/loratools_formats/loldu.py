@@ -16,7 +16,6 @@ from loratools_formats.statedict import SUFFIXES, StateDict, has_names
 
 if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter, Delta
-    from loratools_formats.tensors import TensorRef
 
 _PARTS = {
     "original": "residual",
@@ -44,12 +43,7 @@ def _read(path: Path) -> Adapter:
     from loratools_formats.adapter import Missing, OtherDelta
 
     state = StateDict(path)
-    own: dict[str, dict[str, TensorRef]] = {}
-    for name, tensor in state.tensors.items():
-        key = _KEY.fullmatch(name)
-        if key is None:
-            raise state.unknown(name, "names with .parametrizations.weight. in them")
-        own.setdefault(key["module"], {})[_PARTS[key["part"]]] = tensor
+    own = state.by_module(_KEY, _PARTS, "names with .parametrizations.weight. in them")
     modules: dict[str, Delta] = {}
     for module, parts in own.items():
         state.check_factors({part: parts[part] for part in parts if part == "z"}, 1)

@@ -16,9 +16,9 @@ from loratools_formats.statedict import SUFFIXES, StateDict, has_names
 
 if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter, Delta
-    from loratools_formats.tensors import TensorRef
 
-_KEY = re.compile(r"(?P<module>.+)\.weight_(?P<side>[ab])")
+_PARTS = {"weight_a": "a", "weight_b": "b"}
+_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})")
 _TELLING = re.compile(rb".+\.weight_[ab]")
 
 
@@ -30,12 +30,7 @@ def _read(path: Path) -> Adapter:
     from loratools_formats.adapter import Missing, OtherDelta
 
     state = StateDict(path)
-    own: dict[str, dict[str, TensorRef]] = {}
-    for name, tensor in state.tensors.items():
-        key = _KEY.fullmatch(name)
-        if key is None:
-            raise state.unknown(name, "names that end in .weight_a or .weight_b")
-        own.setdefault(key["module"], {})[key["side"]] = tensor
+    own = state.by_module(_KEY, _PARTS, "names that end in .weight_a or .weight_b")
     modules: dict[str, Delta] = {}
     for module, parts in own.items():
         if set(parts) != {"a", "b"}:

@@ -16,10 +16,10 @@ from loratools_formats.statedict import SUFFIXES, StateDict, has_names
 
 if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter, Delta
-    from loratools_formats.tensors import TensorRef
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PARTS = {"A": "a", "B": "b"}
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _TELLING = re.compile(_KEY.pattern.encode())
 
 
@@ -37,12 +37,7 @@ def _read(path: Path) -> Adapter:
     from loratools_formats.peft.keys import square_orientation
 
     state = StateDict(path)
-    own: dict[str, dict[str, TensorRef]] = {}
-    for name, tensor in state.tensors.items():
-        key = _KEY.fullmatch(name)
-        if key is None:
-            raise state.unknown(name, "names that end in .lora_A.weight or .lora_B.weight")
-        own.setdefault(key["module"], {})[key["side"].lower()] = tensor
+    own = state.by_module(_KEY, _PARTS, "names that end in .lora_A.weight or .lora_B.weight")
     modules: dict[str, Delta] = {}
     for module, parts in own.items():
         if set(parts) != {"a", "b"}:

@@ -39,12 +39,7 @@ def _sniff(path: Path) -> bool:
 
 def _read(path: Path) -> Adapter:
     state = StateDict(path)
-    own: dict[str, dict[str, TensorRef]] = {}
-    for name, tensor in state.tensors.items():
-        key = _KEY.fullmatch(name)
-        if key is None or _PARTS[key["part"]] in own.get(key["module"], {}):
-            raise state.unknown(name, ", ".join(_PARTS))
-        own.setdefault(key["module"], {})[_PARTS[key["part"]]] = tensor
+    own = state.by_module(_KEY, _PARTS, ", ".join(_PARTS))
     modules: dict[str, Delta] = {}
     for module, parts in own.items():
         if set(parts) != set(_AXES):

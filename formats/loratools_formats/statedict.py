@@ -100,6 +100,27 @@ class StateDict:
             hint="Save the tensors of the adapter alone",
         )
 
+    def by_module(
+        self, key: re.Pattern[str], parts: Mapping[str, str], expected: str
+    ) -> dict[str, dict[str, TensorRef]]:
+        """Return all tensors by module and part.
+
+        Args:
+            key: matches every name whole, with groups `module` and `part`.
+            parts: what each part is called.
+            expected: the names, for messages.
+
+        Raises:
+            AdapterError: another name, or two tensors for one part.
+        """
+        own: dict[str, dict[str, TensorRef]] = {}
+        for name, tensor in self.tensors.items():
+            match = key.fullmatch(name)
+            if match is None or parts[match["part"]] in own.get(match["module"], {}):
+                raise self.unknown(name, expected)
+            own.setdefault(match["module"], {})[parts[match["part"]]] = tensor
+        return own
+
     def lacking(self, module: str, parts: dict[str, TensorRef], expected: str) -> AdapterError:
         """Return the error that a module's tensors are not those of its kind."""
         from loratools_formats.errors import AdapterError

@@ -18,7 +18,6 @@ from loratools_formats.statedict import SUFFIXES, StateDict, has_names
 
 if TYPE_CHECKING:
     from loratools_formats.adapter import Adapter, Delta
-    from loratools_formats.tensors import TensorRef
 
 _PARTS = {
     "project_params_A": "indices_a",
@@ -39,12 +38,7 @@ def _read(path: Path) -> Adapter:
     from loratools_formats.adapter import OtherDelta
 
     state = StateDict(path)
-    own: dict[str, dict[str, TensorRef]] = {}
-    for name, tensor in state.tensors.items():
-        key = _KEY.fullmatch(name)
-        if key is None:
-            raise state.unknown(name, f"names that end in {', '.join(_PARTS)}")
-        own.setdefault(key["module"], {})[_PARTS[key["part"]]] = tensor
+    own = state.by_module(_KEY, _PARTS, f"names that end in {', '.join(_PARTS)}")
     modules: dict[str, Delta] = {}
     found, shared = state.with_one_bank(own, _PARTS)
     for module, parts in found.items():

@@ -24,9 +24,10 @@ from loratools.cli.output import (
 )
 from loratools.merge.align import MergeInput
 from loratools.merge.methods import get_method
-from loratools.merge.operation import MergeResult, merge
+from loratools.merge.operation import merge
 from loratools.merge.options import MergeOptions, weight_override
 from loratools.merge.recipe import RECIPE_FILE, Recipe, RecipeAdapter, load_recipe, recipe_text
+from loratools.merge.result import MergeResult
 from loratools.ranks import RankRule
 from loratools.resize import ComputeOptions
 from loratools_formats import get_format, read_adapter, write_adapter

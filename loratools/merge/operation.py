@@ -31,6 +31,7 @@ from loratools.merge.methods import Method, get_method
 from loratools.merge.module import MergedModule, ModuleMethod, merged_module
 from loratools.merge.naming import in_one_naming
 from loratools.merge.options import MergeOptions
+from loratools.merge.result import MergeModuleReport, MergeResult
 from loratools.merge.trim import SharedTrim
 from loratools.naming.for_base import names_in_base
 from loratools.parallel import in_order
@@ -50,47 +51,6 @@ from loratools_formats.singlefile.metadata import merged_from
 Array = np.ndarray[Any, Any]
 
 _OVERSAMPLE = 10
-
-
-@dataclass(frozen=True)
-class MergeModuleReport:
-    """What happened to one module.
-
-    Attributes:
-        name: module path.
-        ranks_in: rank of each adapter's factors, None where it does not have the module.
-        rank_out: rank of the result.
-        energy: share of the merged change's ‖·‖²_F in the singular values kept.
-        relative_error: of the stored, rounded factors against the merged change.
-        absent: names of adapters that do not have the module and count as zero.
-    """
-
-    name: str
-    ranks_in: tuple[int | None, ...]
-    rank_out: int
-    energy: float
-    relative_error: float
-    absent: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """The merged adapter, not yet written.
-
-    Attributes:
-        adapter: to be given to `write_adapter`.
-        modules: one report each, in path order.
-        energy: share kept, over all modules together.
-        relative_error: over all modules together.
-        factor_residual: for `fedex`, how far the product of averaged factors would be from the
-            averaged product; None for other methods or where factors cannot be averaged.
-    """
-
-    adapter: Adapter
-    modules: tuple[MergeModuleReport, ...]
-    energy: float
-    relative_error: float
-    factor_residual: float | None
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from loratools.merge.align import MergeInput
-from loratools.merge.operation import MergeResult, merge
+from loratools.merge.operation import merge
 from loratools.merge.options import MergeOptions
+from loratools.merge.result import MergeResult
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoint import read_checkpoint
 
