@@ -12,7 +12,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.options import weighted_path
-from loratools.cli.outcome import checked_target, conclude, exceeds, scratch_folder
+from loratools.cli.outcome import checked_target, conclude, exceeds, planned_nbytes, scratch_folder
 from loratools.cli.output import (
     human_bytes,
     note,
@@ -267,9 +267,8 @@ def _write(
 
 
 def _sizes(inputs: Sequence[MergeInput], result: MergeResult) -> tuple[int, int]:
-    planned = get_format(result.adapter.format).weights_nbytes
     before = sum(item.adapter.weights_nbytes for item in inputs)
-    return before, 0 if planned is None else planned(result.adapter)
+    return before, planned_nbytes(result.adapter)
 
 
 def _as_json(plan: Recipe, inputs: Sequence[MergeInput], result: MergeResult) -> dict[str, object]:

@@ -12,7 +12,7 @@ from loratools.cli.errors import EXIT_FOUND
 from loratools.cli.output import note, number
 from loratools_formats.adapter import Adapter
 from loratools_formats.errors import OptionError, OutputExistsError
-from loratools_formats.registry import check_output, check_target, read_adapter
+from loratools_formats.registry import check_output, check_target, get_format, read_adapter
 
 
 def read_source(
@@ -93,6 +93,12 @@ def written_to(output: Path | None, base: Path, *, overwrite: bool, dry_run: boo
 def scratch_folder(target: Path | None) -> Path | None:
     """Return where results may wait: beside the output, which has to hold them anyway."""
     return None if target is None else Path(os.path.realpath(target)).parent
+
+
+def planned_nbytes(adapter: Adapter) -> int:
+    """Return the size of the weights in the adapter's format; 0 if that is not known."""
+    planned = get_format(adapter.format).weights_nbytes
+    return 0 if planned is None else planned(adapter)
 
 
 def exceeds(error: float, limit: float | None) -> bool:

@@ -12,6 +12,7 @@ from loratools.cli.outcome import (
     checked_target,
     conclude,
     exceeds,
+    planned_nbytes,
     read_source,
     scratch_folder,
 )
@@ -30,7 +31,7 @@ from loratools.ranks import RankRule
 from loratools.resize import ComputeOptions
 from loratools.selection import Selection
 from loratools.squeeze import SqueezeResult, rank_choices, squeeze
-from loratools_formats import get_format, write_adapter
+from loratools_formats import write_adapter
 from loratools_formats.adapter import Adapter
 
 
@@ -103,8 +104,7 @@ def command(
 
 
 def _sizes(source: Adapter, result: SqueezeResult) -> tuple[int, int]:
-    planned = get_format(result.adapter.format).weights_nbytes
-    return source.weights_nbytes, 0 if planned is None else planned(result.adapter)
+    return source.weights_nbytes, planned_nbytes(result.adapter)
 
 
 def _as_json(source: Adapter, result: SqueezeResult) -> dict[str, object]:

@@ -12,6 +12,7 @@ from loratools.cli.outcome import (
     checked_target,
     conclude,
     exceeds,
+    planned_nbytes,
     read_source,
     scratch_folder,
 )
@@ -150,8 +151,7 @@ def _setting(text: str) -> tuple[str, str]:
 
 
 def _sizes(source: Adapter, result: FoldResult) -> tuple[int, int]:
-    planned = get_format(result.adapter.format).weights_nbytes
-    return source.weights_nbytes, 0 if planned is None else planned(result.adapter)
+    return source.weights_nbytes, planned_nbytes(result.adapter)
 
 
 def _as_json(source: Adapter, result: FoldResult) -> dict[str, object]:
