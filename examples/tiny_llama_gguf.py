@@ -20,8 +20,8 @@ import gguf
 import numpy as np
 import xllamacpp
 
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.gguf.architectures import ARCHITECTURES, Sizes
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Sizes
 
 HERE = Path(__file__).parent / "tiny-llama"
 PROMPT = "The heart of the wise"

@@ -1,6 +1,6 @@
 """Tools for LoRA adapter files: exact operations on the true weight change ΔW, in factor space.
 
-One module per operation, such as `loratools.squeeze`; adapters are read and written by
+One module per operation, such as `loratools.operations.squeeze`; adapters are read and written by
 `loratools_formats`. Importing this package imports nothing else.
 """
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from loratools_formats import Format, get_format, registered_formats
-from loratools_formats.testing import FormatConformance
+from loratools_formats.contract.testing import FormatConformance
 
 PREFIX = "base_model.model."
 

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from loratools.cli import cli
-from loratools.convert import prepare, write
-from loratools.effective import effective_delta
+from loratools.factors.dense import effective_delta
+from loratools.operations.convert.operation import prepare, write
 from loratools_formats import (
     Context,
     Format,
@@ -21,7 +21,7 @@ from loratools_formats import (
     read_adapter,
     registered_formats,
 )
-from loratools_formats.errors import OptionError, UnknownFormatError, UnsupportedError
+from loratools_formats.disk.errors import OptionError, UnknownFormatError, UnsupportedError
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loratools.effective import effective_delta
-from loratools.extract import difference, extract, extract_choices
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.ranks import RankRule, gavish_donoho
-from loratools.resize import ComputeOptions
-from loratools.selection import Selection
+from loratools.algebra.ranks import RankRule, gavish_donoho
+from loratools.factors.dense import effective_delta
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.extract.operation import difference, extract, extract_choices
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools.work.selection import Selection
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}

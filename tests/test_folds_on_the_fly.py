@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from loratools.effective import effective_delta
-from loratools.fold.alone import needs_base, with_settings
-from loratools.fold.operation import to_lora
+from loratools.algebra.ranks import RankRule
+from loratools.factors.dense import effective_delta
+from loratools.folding.without_base import needs_base, with_settings
 from loratools.kinds import all_kinds
-from loratools.merge.align import MergeInput
-from loratools.merge.operation import merge
-from loratools.merge.options import MergeOptions
-from loratools.ranks import RankRule
-from loratools.squeeze import squeeze
+from loratools.operations.merge.align import MergeInput
+from loratools.operations.merge.operation import merge
+from loratools.operations.merge.options import MergeOptions
+from loratools.operations.squeeze import squeeze
+from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.adapter import Missing, OtherDelta
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.core.adapter import Missing, OtherDelta
+from loratools_formats.disk.errors import UnsupportedError
 
 GOLDEN = Path(__file__).parent / "golden" / "kinds"
 ALONE = [kind for kind in all_kinds() if kind.folds_alone]

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from loratools.effective import effective_delta
-from loratools.fold.modules import kind_name
-from loratools.fold.operation import to_lora
+from loratools.algebra.ranks import RankRule
+from loratools.factors.dense import effective_delta
+from loratools.folding.module import kind_name
 from loratools.kinds import all_kinds, get_kind
-from loratools.ranks import RankRule
+from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 KINDS = Path(__file__).parent / "golden" / "kinds"
 NAMES = sorted(folder.name for folder in KINDS.iterdir())

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loratools.effective import effective_delta
-from loratools.fold.operation import to_lora
-from loratools.info import describe
-from loratools.initial import subtract_initial
+from loratools.algebra.ranks import RankRule
+from loratools.factors.dense import effective_delta
+from loratools.factors.initial import subtract_initial
+from loratools.factors.resize import ComputeOptions
 from loratools.kinds import all_kinds
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
-from loratools.squeeze import squeeze
+from loratools.operations.info import describe
+from loratools.operations.squeeze import squeeze
+from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.adapter import Adapter, Dora, Layer, OtherDelta
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.tensors import in_memory
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.core.adapter import Adapter, Dora, Layer, OtherDelta
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 RNG = np.random.default_rng(0)
 A, B = RNG.standard_normal((4, 24)), RNG.standard_normal((36, 4))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools import linalg
+from loratools.algebra import linalg
 
 
 def factors(seed, out, in_, rank, decay=1.0, dtype=np.float32):

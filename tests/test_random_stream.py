@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from loratools.random_stream import TorchStream
-from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import UnsupportedError
+from loratools.kinds.numbers.random_stream import TorchStream
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.disk.errors import UnsupportedError
 
 SEEDS = [0, 1, 777, 2**40 + 5]
 

@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools.allot import choose_ranks, rank_table
-from loratools.ranks import SERVE_RANKS, Budget, RankRule, Spectrum, gavish_donoho, overrides
-from loratools_formats.errors import OptionError
+from loratools.algebra.budget import choose_ranks, rank_table
+from loratools.algebra.ranks import (
+    SERVE_RANKS,
+    Budget,
+    RankRule,
+    Spectrum,
+    gavish_donoho,
+    overrides,
+)
+from loratools_formats.disk.errors import OptionError
 
 
 def spectrum(sigma, name="m", price=10, shape=(100, 80)):

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loratools.effective import effective_delta
-from loratools.initial import subtract_initial
-from loratools.ranks import Budget, RankRule
-from loratools.resize import ComputeOptions
-from loratools.selection import Selection
-from loratools.squeeze import rank_choices, squeeze
+from loratools.algebra.ranks import Budget, RankRule
+from loratools.factors.dense import effective_delta
+from loratools.factors.initial import subtract_initial
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.squeeze import rank_choices, squeeze
+from loratools.work.selection import Selection
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.adapter import low_rank_part
-from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.core.adapter import low_rank_part
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 MODULES = {"layers.0.q": (24, 20, 8), "layers.1.q": (24, 20, 8), "layers.1.down": (16, 40, 8)}
 

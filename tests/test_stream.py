@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from loratools.stream import RowSource, RowStore, StreamedMatrix, streamed_svd
-from loratools_formats.errors import AdapterError
+from loratools.algebra.streamed_svd import RowSource, RowStore, StreamedMatrix, streamed_svd
+from loratools_formats.disk.errors import AdapterError
 
 SHAPES = [(640, 540), (540, 640)]
 

@@ -5,17 +5,7 @@
 'peft'
 """
 
-from loratools_formats.adapter import (
-    Adapter,
-    Caveat,
-    Dora,
-    Layer,
-    LowRank,
-    OtherDelta,
-    Replacement,
-)
-from loratools_formats.errors import LoratoolsError
-from loratools_formats.registry import (
+from loratools_formats.contract.registry import (
     Context,
     Format,
     FormatEntry,
@@ -27,7 +17,17 @@ from loratools_formats.registry import (
     registered_formats,
     write_adapter,
 )
-from loratools_formats.tensors import TensorRef
+from loratools_formats.core.adapter import (
+    Adapter,
+    Caveat,
+    Dora,
+    Layer,
+    LowRank,
+    OtherDelta,
+    Replacement,
+)
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import LoratoolsError
 
 __all__ = [
     "Adapter",

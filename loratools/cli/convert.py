@@ -18,12 +18,12 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
-from loratools.compare_written import ConversionCheck, rank_of
-from loratools.convert import Conversion, SingleFileOptions, prepare, write
+from loratools.operations.convert.compare_written import ConversionCheck, rank_of
+from loratools.operations.convert.operation import Conversion, SingleFileOptions, prepare, write
 from loratools_formats import Context, format_for_output, read_adapter
-from loratools_formats.adapter import Delta
-from loratools_formats.errors import OptionError, UnsupportedError
-from loratools_formats.singlefile import NAMES as SINGLE_FILES
+from loratools_formats.core.adapter import Delta
+from loratools_formats.disk.errors import OptionError, UnsupportedError
+from loratools_formats.formats.singlefile import NAMES as SINGLE_FILES
 
 
 @click.command("convert")

@@ -10,8 +10,8 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.outcome import written_to
 from loratools.cli.output import human_bytes, note, number, print_json, progress_bar
-from loratools.dequantize import DequantizeResult, DTypeName, dequantize
-from loratools_formats.checkpoint import read_checkpoint
+from loratools.operations.dequantize import DequantizeResult, DTypeName, dequantize
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
 @click.command("dequantize")

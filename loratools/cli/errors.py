@@ -68,7 +68,7 @@ def _usage(error: click.ClickException) -> str:
 
 def describe(error: BaseException) -> str:
     """Return one line for an error: its own text if it is ours, its kind too if it is not."""
-    from loratools_formats.errors import LoratoolsError, printable
+    from loratools_formats.disk.errors import LoratoolsError, printable
 
     if isinstance(error, LoratoolsError):
         return str(error)

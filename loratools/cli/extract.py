@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_ERROR
 from loratools.cli.outcome import checked_target, conclude, exceeds, scratch_folder
@@ -21,13 +22,12 @@ from loratools.cli.output import (
     progress_bar,
     quantity,
 )
-from loratools.extract import Difference, difference, extract, extract_choices
-from loratools.fold.operation import FoldResult
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
-from loratools.selection import Selection
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.extract.operation import Difference, difference, extract, extract_choices
+from loratools.operations.to_lora import FoldResult
+from loratools.work.selection import Selection
 from loratools_formats import get_format, write_adapter
-from loratools_formats.checkpoint import Checkpoint, read_checkpoint
+from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 
 
 @click.command("extract")

@@ -8,6 +8,7 @@ from typing import get_args
 
 import click
 
+from loratools.algebra.device import DeviceName
 from loratools.cli import options as shared
 from loratools.cli.output import (
     human_bytes,
@@ -19,15 +20,20 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
-from loratools.device import DeviceName
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.gguf import Fallback, GgufFuseOptions, GgufFusion, Outtype
-from loratools.fuse.operation import BaseMode, FuseOptions, FusePreview, FuseResult, Fusion
-from loratools.fuse.plan import TensorPlan
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import OptionError
-from loratools_formats.gguf.container import is_gguf
-from loratools_formats.gguf.splits import read_model
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.gguf import Fallback, GgufFuseOptions, GgufFusion, Outtype
+from loratools.operations.fuse.operation import (
+    BaseMode,
+    FuseOptions,
+    FusePreview,
+    FuseResult,
+    Fusion,
+)
+from loratools.operations.fuse.plan import TensorPlan
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.containers.gguf.container import is_gguf
+from loratools_formats.containers.gguf.splits import read_model
+from loratools_formats.disk.errors import OptionError
 
 
 @click.command("fuse")

@@ -9,9 +9,9 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.output import human_bytes, note, print_json, print_table, quantity
-from loratools.info import AdapterInfo, counted, describe
+from loratools.operations.info import AdapterInfo, counted, describe
 from loratools_formats import read_adapter
-from loratools_formats.errors import printable
+from loratools_formats.disk.errors import printable
 
 
 @click.command("info")

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.options import weighted_path
 from loratools.cli.outcome import checked_target, conclude, exceeds, planned_nbytes, scratch_folder
@@ -22,23 +23,28 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
-from loratools.merge.align import MergeInput
-from loratools.merge.methods import get_method
-from loratools.merge.operation import merge
-from loratools.merge.options import MergeOptions, weight_override
-from loratools.merge.recipe import RECIPE_FILE, Recipe, RecipeAdapter, load_recipe, recipe_text
-from loratools.merge.result import MergeResult
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.merge.align import MergeInput
+from loratools.operations.merge.methods import get_method
+from loratools.operations.merge.operation import merge
+from loratools.operations.merge.options import MergeOptions, weight_override
+from loratools.operations.merge.recipe import (
+    RECIPE_FILE,
+    Recipe,
+    RecipeAdapter,
+    load_recipe,
+    recipe_text,
+)
+from loratools.operations.merge.result import MergeResult
 from loratools_formats import get_format, read_adapter, write_adapter
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import (
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import (
     AdapterError,
     OptionError,
     OutputError,
     OutputExistsError,
 )
-from loratools_formats.publish import publish_file
+from loratools_formats.disk.publish import publish_file
 
 
 @click.command("merge")

@@ -6,7 +6,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.output import print_json, print_table
-from loratools.merge.methods import MethodEntry, registered_methods
+from loratools.operations.merge.methods import MethodEntry, registered_methods
 
 
 @click.command("methods")

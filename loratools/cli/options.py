@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from loratools_formats.errors import OptionError
+from loratools_formats.disk.errors import OptionError
 
 if TYPE_CHECKING:
-    from loratools.fuse.draft import FuseInput
+    from loratools.operations.fuse.draft import FuseInput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
@@ -81,7 +81,7 @@ def fuse_input(text: str, format_name: str | None) -> FuseInput:
     Raises:
         LoratoolsError: not a weight, or not an adapter.
     """
-    from loratools.fuse.draft import FuseInput
+    from loratools.operations.fuse.draft import FuseInput
     from loratools_formats import read_adapter
 
     path, weight = weighted_path(text)
@@ -164,7 +164,7 @@ def rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
         serve_ranks: bool,
         **kwargs: Any,
     ) -> Any:
-        from loratools.ranks import Budget, RankRule, overrides
+        from loratools.algebra.ranks import Budget, RankRule, overrides
 
         rule = RankRule(
             rank=rank,
@@ -248,7 +248,7 @@ def _with_compute(function: Callable[..., Any]) -> Callable[..., Any]:
         workers: int,
         **kwargs: Any,
     ) -> Any:
-        from loratools.resize import ComputeOptions
+        from loratools.factors.resize import ComputeOptions
 
         compute = ComputeOptions(
             dtype=dtype,

@@ -10,9 +10,9 @@ import click
 
 from loratools.cli.errors import EXIT_FOUND
 from loratools.cli.output import note, number
-from loratools_formats.adapter import Adapter
-from loratools_formats.errors import OptionError, OutputExistsError
-from loratools_formats.registry import check_output, check_target, get_format, read_adapter
+from loratools_formats.contract.registry import check_output, check_target, get_format, read_adapter
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import OptionError, OutputExistsError
 
 
 def read_source(
@@ -30,7 +30,7 @@ def read_source(
             note(text)
     if initial is None:
         return adapter, [adapter]
-    from loratools.initial import subtract_initial
+    from loratools.factors.initial import subtract_initial
 
     first = read_adapter(initial, format_name)
     return subtract_initial(adapter, first), [adapter, first]

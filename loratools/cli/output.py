@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools_formats.errors import printable
+from loratools_formats.disk.errors import printable
 
 if TYPE_CHECKING:
-    from loratools.allot import RankChoice
+    from loratools.algebra.budget import RankChoice
 
 SCHEMA = 1
 

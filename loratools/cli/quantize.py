@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from loratools.base.fourbit.encode import FourBitOptions
 from loratools.cli import options as shared
 from loratools.cli.outcome import written_to
 from loratools.cli.output import (
@@ -19,10 +20,9 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
-from loratools.fourbit.encode import FourBitOptions
-from loratools.quantize import QuantizeOptions, QuantizeResult, quantize
-from loratools_formats.bnb import QuantType
-from loratools_formats.checkpoint import read_checkpoint
+from loratools.operations.quantize import QuantizeOptions, QuantizeResult, quantize
+from loratools_formats.checkpoints.bitsandbytes import QuantType
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
 @click.command("quantize")

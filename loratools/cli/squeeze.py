@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_ERROR
 from loratools.cli.outcome import (
@@ -27,12 +28,11 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
-from loratools.selection import Selection
-from loratools.squeeze import SqueezeResult, rank_choices, squeeze
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.squeeze import SqueezeResult, rank_choices, squeeze
+from loratools.work.selection import Selection
 from loratools_formats import write_adapter
-from loratools_formats.adapter import Adapter
+from loratools_formats.core.adapter import Adapter
 
 
 @click.command("squeeze")

@@ -9,9 +9,9 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.outcome import checked_target, conclude, read_source
 from loratools.cli.output import note, number, print_json, print_table, progress_bar
-from loratools.to_dora import ToDoraResult, to_dora
+from loratools.operations.to_dora import ToDoraResult, to_dora
 from loratools_formats import write_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
 @click.command("to-dora")

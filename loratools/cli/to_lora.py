@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_ERROR
 from loratools.cli.outcome import (
@@ -27,13 +28,12 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
-from loratools.fold.operation import FoldChoices, FoldResult, fold_choices, to_lora
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.to_lora import FoldChoices, FoldResult, fold_choices, to_lora
 from loratools_formats import get_format, write_adapter
-from loratools_formats.adapter import Adapter
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import OptionError, UnsupportedError
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 
 @click.command("to-lora")

@@ -9,8 +9,8 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
 from loratools.cli.output import named, note, number, percent, print_json, print_table, progress_bar
-from loratools.verify import TensorVerdict, VerifyResult, verify
-from loratools_formats.checkpoint import read_checkpoint
+from loratools.operations.verify import TensorVerdict, VerifyResult, verify
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
 @click.command("verify")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from loratools.kinds.declaration import Kind
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.disk.errors import UnsupportedError
 
 _MODULES = (
     "adalora",

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools.random_stream import TorchStream
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools.kinds.numbers.random_stream import TorchStream
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _CLUSTER_SEED = 123456789
 _CLUSTER_PASSES = 10

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import UnsupportedError
 
 
 def _change(delta: OtherDelta, weight: Weight) -> Change:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _expanded(blocks: Array, count: int) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
 from loratools.kinds.oft import cayley
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _permutation(size: int, blocks: int, radius: int, levels: int) -> Array:

@@ -12,10 +12,10 @@ import functools
 
 import numpy as np
 
+from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
 from loratools.kinds.diag_oft import gains, rotations
-from loratools.stream import row_spans
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _order(out: int, apart: int) -> Array:

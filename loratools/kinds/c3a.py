@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _change(delta: OtherDelta, _: Weight) -> Change:

@@ -16,9 +16,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError
-from loratools_formats.tensors import TensorRef
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
 
 Array = np.ndarray[Any, Any]
 Needs = Literal["nothing", "shape", "weight"]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools.stream import row_spans
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import UnsupportedError
 
 
 def _change(delta: OtherDelta, weight: Weight) -> Change:

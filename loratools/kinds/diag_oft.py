@@ -11,7 +11,7 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
 from loratools.kinds.oft import cayley
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def rotations(blocks: Array, constraint: float) -> Array:

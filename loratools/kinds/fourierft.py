@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools.random_stream import TorchStream
-from loratools_formats.adapter import OtherDelta
+from loratools.kinds.numbers.random_stream import TorchStream
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _change(delta: OtherDelta, weight: Weight) -> Change:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools.stream import row_spans
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 _LEAST_NORM = 1e-12
 

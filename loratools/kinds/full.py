@@ -11,8 +11,8 @@ import math
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Columns, Kind, Rows, Weight
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import AdapterError
 
 
 def _change(delta: OtherDelta, _: Weight) -> Change:

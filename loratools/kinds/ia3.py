@@ -6,7 +6,7 @@ W' = l ∘ W per output, where the bias is scaled too, or per input. Source: pef
 from __future__ import annotations
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def scaled(tensors: Tensors, factors: Array, weight: Weight, *, on_input: bool) -> Rows:

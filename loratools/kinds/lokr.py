@@ -15,8 +15,8 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Kronecker, Rows, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import AdapterError
 
 
 def _side(tensors: Tensors, number: int) -> Array:

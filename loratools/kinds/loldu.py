@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _ROWS = 1 << 10
 _ROUNDING = 1e-6  # relative; LAPACK pivots in float32

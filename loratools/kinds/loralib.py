@@ -18,8 +18,8 @@ from dataclasses import replace
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import Layer, OtherDelta
-from loratools_formats.errors import AdapterError
+from loratools_formats.core.adapter import Layer, OtherDelta
+from loratools_formats.disk.errors import AdapterError
 
 
 def _change(delta: OtherDelta, _: Weight) -> Change:

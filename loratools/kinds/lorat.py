@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _change(delta: OtherDelta, _: Weight) -> Change:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from loratools.kinds.declaration import Change, Kind, Tensors, Weight
 from loratools.kinds.ia3 import scaled
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _change(delta: OtherDelta, weight: Weight) -> Change:

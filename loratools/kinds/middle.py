@@ -7,7 +7,7 @@ SVD: without M they are a large part of the base weight.
 from __future__ import annotations
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _change(delta: OtherDelta, _: Weight) -> Change:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.activations import activation
+from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools.stream import row_spans
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError
+from loratools.kinds.numbers.activations import activation
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import AdapterError
 
 
 def _change(delta: OtherDelta, weight: Weight) -> Change:

@@ -12,8 +12,8 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
 from loratools.kinds.oft import cayley, cayley_neumann, skew_symmetric
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import MissingDependencyError
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import MissingDependencyError
 
 
 def _rotation(tensors: Tensors, delta: OtherDelta) -> Array:

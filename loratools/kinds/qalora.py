@@ -9,7 +9,7 @@ the same configuration: the inputs of the weight tell which. Source: `QALoraLine
 from __future__ import annotations
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _change(delta: OtherDelta, weight: Weight) -> Change:

@@ -14,9 +14,9 @@ import math
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools.random_stream import TorchStream
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.dtypes import DTYPES, DType, encode
+from loratools.kinds.numbers.random_stream import TorchStream
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.dtypes import DTYPES, DType, encode
 
 
 def _bases(tensors: Tensors, delta: OtherDelta, rank: int) -> tuple[Array, Array]:

@@ -17,8 +17,8 @@ from dataclasses import replace
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import AdapterError
 
 
 def _change(delta: OtherDelta, weight: Weight) -> Change:

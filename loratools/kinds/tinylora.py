@@ -11,9 +11,9 @@ import math
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools.random_stream import TorchStream
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import UnsupportedError
+from loratools.kinds.numbers.random_stream import TorchStream
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import UnsupportedError
 
 _SAME = 1e-3  # stored in half precision perhaps
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError
-from loratools_formats.tensors import TensorRef
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
 
 
 def _order(delta: OtherDelta) -> Array:

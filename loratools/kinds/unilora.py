@@ -6,7 +6,7 @@ A = bank[indices_a] ∘ scales_a, B alike, ΔW = B @ A.
 from __future__ import annotations
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _factor(tensors: Tensors, side: str) -> Array:

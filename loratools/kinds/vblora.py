@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import AdapterError
 
 
 def _mixture(tensors: Tensors, side: str, topk: int) -> Array:

@@ -13,9 +13,9 @@ import math
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools.random_stream import TorchStream
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError
+from loratools.kinds.numbers.random_stream import TorchStream
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import AdapterError
 
 
 def _projections(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools.random_stream import TorchStream
-from loratools.wavelets import scaling_filter
-from loratools_formats.adapter import OtherDelta
+from loratools.kinds.numbers.random_stream import TorchStream
+from loratools.kinds.numbers.wavelets import scaling_filter
+from loratools_formats.core.adapter import OtherDelta
 
 
 def _synthesis(low: Array, side: int) -> tuple[Array, int]:

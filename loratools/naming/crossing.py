@@ -15,9 +15,9 @@ from loratools.naming.places import (
 )
 from loratools.naming.restructure import fused, is_rounding, rows_of, swapped_halves, units
 from loratools.naming.tables import Place, Row, Table, filled
-from loratools_formats.adapter import Adapter, Addition, Delta, Dora, OtherDelta
-from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.tensors import TensorRef
+from loratools_formats.core.adapter import Adapter, Addition, Delta, Dora, OtherDelta
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _Group = dict[tuple[int, ...], tuple[Place, str, Delta]]
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 from loratools.naming.lists import CHECKPOINT_PREFIX, embedded_map, looked_up
 from loratools.naming.places import module_key
 from loratools.naming.rename import NamingOptions, renamed
-from loratools_formats.adapter import Adapter
-from loratools_formats.checkpoint import Checkpoint
-from loratools_formats.errors import AdapterError, LoratoolsError
-from loratools_formats.singlefile.grammar import Class
-from loratools_formats.singlefile.write import SINGLE_FILES
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import AdapterError, LoratoolsError
+from loratools_formats.formats.singlefile.grammar import Class
+from loratools_formats.formats.singlefile.write import SINGLE_FILES
 
 _WAYS: tuple[Class, ...] = ("comfyui", "diffusers")
 _ANY = "diffusion_model."

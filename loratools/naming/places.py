@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loratools.naming.tables import Place, Scheme, Table, TextEncoder, filled, flattened
-from loratools_formats.singlefile.grammar import Class, Key, parse
+from loratools_formats.formats.singlefile.grammar import Class, Key, parse
 
 Target = Class | Literal["bare"]
 """A naming of single files, or `bare`: paths within one component, as other formats have them."""

@@ -22,9 +22,9 @@ from loratools.naming.places import (
     text_name,
 )
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
-from loratools_formats.adapter import Adapter, Addition, Delta, Replacement
-from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
-from loratools_formats.singlefile.grammar import COMPONENTS
+from loratools_formats.core.adapter import Adapter, Addition, Delta, Replacement
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.formats.singlefile.grammar import COMPONENTS
 
 _FLAT_OF = {
     "unet.": "lora_unet_",

@@ -15,10 +15,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools_formats.adapter import Delta, Dora, LowRank, OtherDelta, low_rank_part
-from loratools_formats.dtypes import DTYPES, DType, common_dtype, encode
-from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.tensors import TensorRef, rounded
+from loratools_formats.core.adapter import Delta, Dora, LowRank, OtherDelta, low_rank_part
+from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode
+from loratools_formats.core.tensors import TensorRef, rounded
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
 def units(name: str, out: int, parts: Sequence[int]) -> int:

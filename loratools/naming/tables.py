@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.naming.form import check_form
-from loratools_formats.errors import OptionError
-from loratools_formats.files import read_small_file
+from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.files import read_small_file
 
 Scheme = Literal["original", "diffusers"]
 

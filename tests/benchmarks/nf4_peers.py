@@ -81,8 +81,8 @@ def our_quantize(folder: Path, threads: int) -> float:
     """Return seconds of our codec, the error it measures included."""
     import numpy as np
 
-    from loratools.fourbit.encode import FourBitOptions, StreamingQuantizer
-    from loratools_formats.checkpoint import read_checkpoint
+    from loratools.base.fourbit.encode import FourBitOptions, StreamingQuantizer
+    from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
     def job(values: Any) -> None:
         quantizer = StreamingQuantizer("w", values.size, FourBitOptions())
@@ -99,9 +99,9 @@ def our_dequantize(folder: Path, threads: int) -> float:
     import ml_dtypes
     import numpy as np
 
-    from loratools.fourbit.decode import Dequantizer
-    from loratools_formats.bnb import quantized_weights
-    from loratools_formats.checkpoint import read_checkpoint
+    from loratools.base.fourbit.decode import Dequantizer
+    from loratools_formats.checkpoints.bitsandbytes import quantized_weights
+    from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
     def job(weight: Any) -> None:
         out = np.empty(weight.numel, ml_dtypes.bfloat16)

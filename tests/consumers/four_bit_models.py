@@ -146,6 +146,6 @@ def logits(name, model):
 
 def tensors_of(folder):
     """Return all tensors of a folder's shards as arrays."""
-    from loratools_formats.checkpoint import read_checkpoint
+    from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
     return {key: np.array(ref.load()) for key, ref in read_checkpoint(folder).tensors.items()}

@@ -163,9 +163,9 @@ def quantised_base(source, out, kind):
     """Store the matrices of a GGUF model of 32-bit floats in another type."""
     import os
 
-    from loratools_formats.gguf.ggml_types import BY_NAME
-    from loratools_formats.gguf.model import ModelLayout
-    from loratools_formats.gguf.splits import read_model
+    from loratools_formats.containers.gguf.ggml_types import BY_NAME
+    from loratools_formats.containers.gguf.model import ModelLayout
+    from loratools_formats.containers.gguf.splits import read_model
 
     base = read_model(source)
     matrices = {n for n, t in base.tensors.items() if len(t.shape) == 2 and "gate_inp" not in n}

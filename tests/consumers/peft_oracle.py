@@ -19,11 +19,11 @@ import numpy as np
 import peft_models
 from peft_cases import Case
 
-from loratools.effective import effective_delta
-from loratools_formats.adapter import Adapter, Dora, LowRank, low_rank_part
-from loratools_formats.errors import AdapterError
-from loratools_formats.orientation import is_transposed
-from loratools_formats.peft.write import stored_tensors
+from loratools.factors.dense import effective_delta
+from loratools_formats.core.adapter import Adapter, Dora, LowRank, low_rank_part
+from loratools_formats.core.orientation import is_transposed
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.formats.peft.write import stored_tensors
 
 Array = np.ndarray[Any, Any]
 State = dict[str, Array]

@@ -9,16 +9,16 @@ import peft_oracle as oracle
 import pytest
 from peft_cases import CASES
 
-from loratools.effective import effective_delta
-from loratools.fold.operation import fold_choices, to_lora
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.ranks import RankRule
-from loratools.to_dora import to_dora
+from loratools.algebra.ranks import RankRule
+from loratools.factors.dense import effective_delta
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools.operations.to_dora import to_dora
+from loratools.operations.to_lora import fold_choices, to_lora
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.adapter import Dora
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.core.adapter import Dora
+from loratools_formats.disk.errors import UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 

@@ -9,11 +9,11 @@ import pytest
 from peft_cases import Case
 from peft_models import EXAMPLES
 
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
-from loratools.squeeze import squeeze
+from loratools.algebra.ranks import RankRule
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.adapter import low_rank_part
+from loratools_formats.core.adapter import low_rank_part
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 

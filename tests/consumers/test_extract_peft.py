@@ -7,11 +7,11 @@ import peft_models
 import peft_oracle as oracle
 import pytest
 
-from loratools.extract import difference, extract
-from loratools.ranks import RankRule
+from loratools.algebra.ranks import RankRule
+from loratools.operations.extract.operation import difference, extract
 from loratools_formats import write_adapter
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from four_bit_models import MODELS, build, logits, quantized_by_transformers, tensors_of
 
-from loratools.dequantize import dequantize
-from loratools.fourbit import scales
-from loratools.fourbit.encode import FourBitOptions
-from loratools.quantize import QuantizeOptions, quantize
-from loratools_formats.checkpoint import read_checkpoint
+from loratools.base.fourbit import scales
+from loratools.base.fourbit.encode import FourBitOptions
+from loratools.operations.dequantize import dequantize
+from loratools.operations.quantize import QuantizeOptions, quantize
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from four_bit_models import MODELS, build, logits, quantized_by_transformers, tensors_of
 
-from loratools.fourbit import scales
-from loratools.fourbit.encode import FourBitOptions
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.plain import plain
+from loratools.base.dequantised import plain
+from loratools.base.fourbit import scales
+from loratools.base.fourbit.encode import FourBitOptions
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.operation import FuseOptions, Fusion
 from loratools_formats import read_adapter
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import OptionError, UnsupportedError
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 

@@ -4,10 +4,10 @@ import gguf_models
 import numpy as np
 import pytest
 
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.operation import FuseOptions, Fusion
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.operation import FuseOptions, Fusion
 from loratools_formats import read_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -18,7 +18,7 @@ import pytest
 from peft_cases import CASES, SHARED, Case
 from safetensors.numpy import load_file
 
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 

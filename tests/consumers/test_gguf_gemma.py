@@ -10,13 +10,13 @@ import gguf_models
 import numpy as np
 import pytest
 
-from loratools.convert import prepare, write
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
+from loratools.operations.convert.operation import prepare, write
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools_formats import Context, read_adapter
-from loratools_formats.gguf.container import read_gguf
-from loratools_formats.gguf.model import plain
-from loratools_formats.gguf.splits import read_model
+from loratools_formats.containers.gguf.container import read_gguf
+from loratools_formats.containers.gguf.model import plain
+from loratools_formats.containers.gguf.splits import read_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loratools.decompose import loaded
+from loratools.factors.matrices import loaded
 from loratools_formats import Adapter, Context, Layer, LowRank, get_format
-from loratools_formats.gguf.architectures import ARCHITECTURES, BY_CLASS
-from loratools_formats.tensors import in_memory
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.formats.gguf.architectures import ARCHITECTURES, BY_CLASS
 
 SIZES = {
     "vocab_size": 96,

@@ -5,15 +5,15 @@ import gguf_models
 import numpy as np
 import pytest
 
-from loratools.convert import prepare, write
-from loratools.effective import effective_delta
-from loratools.merge.align import MergeInput
-from loratools.merge.operation import merge
-from loratools.merge.options import MergeOptions
-from loratools.ranks import RankRule
-from loratools.squeeze import squeeze
+from loratools.algebra.ranks import RankRule
+from loratools.factors.dense import effective_delta
+from loratools.operations.convert.operation import prepare, write
+from loratools.operations.merge.align import MergeInput
+from loratools.operations.merge.operation import merge
+from loratools.operations.merge.options import MergeOptions
+from loratools.operations.squeeze import squeeze
 from loratools_formats import Adapter, Context, Layer, LowRank, read_adapter, write_adapter
-from loratools_formats.tensors import in_memory
+from loratools_formats.core.tensors import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

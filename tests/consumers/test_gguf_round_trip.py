@@ -4,10 +4,10 @@ import gguf_models
 import numpy as np
 import pytest
 
-from loratools.convert import prepare, write
-from loratools.decompose import loaded
+from loratools.factors.matrices import loaded
+from loratools.operations.convert.operation import prepare, write
 from loratools_formats import Context, read_adapter
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.disk.errors import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loratools.effective import effective_delta
-from loratools.fold.operation import to_lora
-from loratools.ranks import RankRule
-from loratools.squeeze import squeeze
+from loratools.algebra.ranks import RankRule
+from loratools.factors.dense import effective_delta
+from loratools.operations.squeeze import squeeze
+from loratools.operations.to_lora import to_lora
 from loratools_formats import find_format, read_adapter, write_adapter
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 ALPHA = 6
 LINEAR = ("fc", "turned.c_fc", "wte", "c_attn", "all.c_attn", "point", "line", "block")

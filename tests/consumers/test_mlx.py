@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from loratools.cli import cli
-from loratools.effective import effective_delta
+from loratools.factors.dense import effective_delta
 from loratools_formats import find_format, read_adapter
-from loratools_formats.adapter import Dora, low_rank_part
+from loratools_formats.core.adapter import Dora, low_rank_part
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -7,14 +7,14 @@ import peft_oracle as oracle
 import pytest
 from peft_kinds import CASES
 
-from loratools.fold.operation import to_lora
-from loratools.info import describe
-from loratools.ranks import RankRule
-from loratools.squeeze import squeeze
+from loratools.algebra.ranks import RankRule
+from loratools.operations.info import describe
+from loratools.operations.squeeze import squeeze
+from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter
-from loratools_formats.errors import UnsupportedError
-from loratools_formats.peft.kind_table import PEFT_KINDS
-from loratools_formats.peft.kinds import NOT_A_CHANGE
+from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.formats.peft.kinds.declaration import NOT_A_CHANGE
+from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in oracle.WARNINGS),
@@ -104,7 +104,7 @@ def test_every_wavelet_that_peft_can_use_has_its_filter():
     from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
     from peft.tuners.waveft.wavelet import Wavelet, wavelist
 
-    from loratools.wavelets import scaling_filter
+    from loratools.kinds.numbers.wavelets import scaling_filter
 
     # Others are in its list of sizes, but have no filter, or one that is longer than it thinks.
     usable = {
@@ -125,7 +125,7 @@ def test_activations_are_those_of_transformers():
     import torch
     from transformers.activations import ACT2FN
 
-    from loratools.activations import activation
+    from loratools.kinds.numbers.activations import activation
 
     inputs = 4.0 * np.random.default_rng(0).standard_normal((50, 30))
     for name in ACT2FN.keys() - {"xielu"}:  # it has numbers that are trained
@@ -155,8 +155,8 @@ def saved_kind(tmp_path_factory):
 def test_adamss_on_another_base_is_refused(saved_kind, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from loratools_formats.checkpoint import read_checkpoint
-    from loratools_formats.errors import AdapterError
+    from loratools_formats.checkpoints.checkpoint import read_checkpoint
+    from loratools_formats.disk.errors import AdapterError
 
     folder = saved_kind("adamss")
     weights = load_file(folder / "base" / "model.safetensors")
@@ -174,7 +174,7 @@ def test_trainable_tokens_of_a_tied_embedding_are_refused(saved_kind, tmp_path):
     import json
     import shutil
 
-    from loratools_formats.checkpoint import read_checkpoint
+    from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
     folder = saved_kind("tokens")
     base = tmp_path / "base"
@@ -187,7 +187,7 @@ def test_trainable_tokens_of_a_tied_embedding_are_refused(saved_kind, tmp_path):
 def test_biases_of_layers_that_have_none_are_refused(saved_kind, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from loratools_formats.checkpoint import read_checkpoint
+    from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
     folder = saved_kind("beft")
     weights = load_file(folder / "base" / "model.safetensors")

@@ -16,13 +16,13 @@ import pytest
 from click.testing import CliRunner
 from peft_cases import Case
 
+from loratools.algebra.ranks import RankRule
 from loratools.cli import cli
-from loratools.initial import subtract_initial
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
-from loratools.squeeze import squeeze
+from loratools.factors.initial import subtract_initial
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.errors import OptionError, UnsupportedError
+from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in oracle.WARNINGS),

@@ -13,16 +13,16 @@ import peft_oracle as oracle
 import pytest
 from peft_kinds import CASES, Case, Net, make
 
-from loratools.effective import effective_delta
-from loratools.fold.modules import kind_name
-from loratools.fold.operation import fold_choices, to_lora
+from loratools.algebra.ranks import RankRule
+from loratools.factors.dense import effective_delta
+from loratools.folding.module import kind_name
 from loratools.kinds import all_kinds, get_kind
-from loratools.ranks import RankRule
-from loratools.squeeze import squeeze
+from loratools.operations.squeeze import squeeze
+from loratools.operations.to_lora import fold_choices, to_lora
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in oracle.WARNINGS),
@@ -205,9 +205,9 @@ def test_squeeze_folds_on_the_fly(made, name):
 
 
 def test_merge_folds_on_the_fly(made):
-    from loratools.merge.align import MergeInput
-    from loratools.merge.operation import merge
-    from loratools.merge.options import MergeOptions
+    from loratools.operations.merge.align import MergeInput
+    from loratools.operations.merge.operation import merge
+    from loratools.operations.merge.options import MergeOptions
 
     parts = {"loha": 0.5, "gralora": -2.0, "unilora": 1.0}
     folders = {name: made(name) for name in parts}
@@ -478,7 +478,7 @@ def test_pissa_through_its_initial_adapter_is_the_change_of_the_original(tmp_pat
     import torch
     from peft_kinds import Net
 
-    from loratools.initial import subtract_initial
+    from loratools.factors.initial import subtract_initial
 
     torch.manual_seed(4)
     model = Net()
@@ -565,8 +565,8 @@ NOT_FUSED = ["frod-seeded", "tokens", "unilora-seeded"]
 
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_what_fuse_cannot_put_in_names_to_lora(made, name):
-    from loratools.fuse.draft import FuseInput
-    from loratools.fuse.operation import FuseOptions, Fusion
+    from loratools.operations.fuse.draft import FuseInput
+    from loratools.operations.fuse.operation import FuseOptions, Fusion
 
     folder, _ = made(name)
     item = FuseInput(read_adapter(folder / "adapter"), 1.0, name)
@@ -576,9 +576,9 @@ def test_what_fuse_cannot_put_in_names_to_lora(made, name):
 
 @pytest.mark.parametrize("name", [n for n in (*EXACT, *APPROXIMATE) if n not in NOT_FUSED])
 def test_fuse_puts_every_kind_into_the_base_without_loss(made, tmp_path, name):
-    from loratools.fold.alone import with_settings
-    from loratools.fuse.draft import FuseInput
-    from loratools.fuse.operation import FuseOptions, Fusion
+    from loratools.folding.without_base import with_settings
+    from loratools.operations.fuse.draft import FuseInput
+    from loratools.operations.fuse.operation import FuseOptions, Fusion
 
     folder, want = made(name)
     base = read_checkpoint(folder / "base")

@@ -15,10 +15,10 @@ import pytest
 from peft_kinds import CASES, ConvNet, EmbeddingNet, Net, make
 from test_peft_folds import errors
 
-from loratools.fold.operation import to_lora
-from loratools.ranks import RankRule
+from loratools.algebra.ranks import RankRule
+from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in oracle.WARNINGS),

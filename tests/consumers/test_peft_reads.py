@@ -10,9 +10,9 @@ import pytest
 from peft_cases import CASES, SHARED, Case, old_experts
 from peft_oracle import edit_config, stored_bytes
 
-from loratools.effective import effective_delta
+from loratools.factors.dense import effective_delta
 from loratools_formats import read_adapter
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.disk.errors import UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 

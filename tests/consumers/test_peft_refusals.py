@@ -7,10 +7,10 @@ import pytest
 from peft_cases import Case
 from peft_oracle import edit_config, stored_bytes
 
-from loratools.ranks import RankRule
-from loratools.squeeze import rank_choices, squeeze
+from loratools.algebra.ranks import RankRule
+from loratools.operations.squeeze import rank_choices, squeeze
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import peft_oracle as oracle
 import pytest
 
-from loratools.fuse.draft import FuseInput
-from loratools.verify import verify
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.verify import verify
 from loratools_formats import read_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 

@@ -7,11 +7,11 @@ import json
 import numpy as np
 from safetensors.numpy import save_file
 
-from loratools.effective import effective_delta
-from loratools.fold.operation import to_lora
-from loratools.ranks import RankRule
+from loratools.algebra.ranks import RankRule
+from loratools.factors.dense import effective_delta
+from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
 def saved(path, tensors):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools_formats.dtypes import DTYPES, decode, encode, round_into, to_torch
-from loratools_formats.errors import MissingDependencyError, UnsupportedError
+from loratools_formats.core.dtypes import DTYPES, decode, encode, round_into, to_torch
+from loratools_formats.disk.errors import MissingDependencyError, UnsupportedError
 
 WHOLE = [dtype for dtype in DTYPES.values() if dtype.numpy and dtype.bits >= 8]
 REAL = ["F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]

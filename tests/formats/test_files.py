@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from loratools_formats.errors import AdapterError, MissingFileError
-from loratools_formats.files import RegularFile, inside, read_small_file, refuse_lfs_pointer
+from loratools_formats.disk.errors import AdapterError, MissingFileError
+from loratools_formats.disk.files import RegularFile, inside, read_small_file, refuse_lfs_pointer
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loratools.convert import prepare, write
-from loratools.decompose import loaded
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
+from loratools.factors.matrices import loaded
+from loratools.operations.convert.operation import prepare, write
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools_formats import (
     Adapter,
     Context,
@@ -26,12 +26,12 @@ from loratools_formats import (
     read_adapter,
     write_adapter,
 )
-from loratools_formats.adapter import Dora
-from loratools_formats.alora import CAVEAT
-from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
-from loratools_formats.gguf.container import KeyValue, read_gguf
-from loratools_formats.gguf.splits import read_model
-from loratools_formats.tensors import in_memory
+from loratools_formats.containers.gguf.container import KeyValue, read_gguf
+from loratools_formats.containers.gguf.splits import read_model
+from loratools_formats.core.adapter import Dora
+from loratools_formats.core.alora import CAVEAT
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loratools_formats import read_adapter
-from loratools_formats.errors import AdapterError, LoratoolsError
-from loratools_formats.gguf.container import read_gguf
-from loratools_formats.gguf.cursor import VALUE_CODES
-from loratools_formats.gguf.ggml_types import BY_NAME, TYPES, decode, encode
+from loratools_formats.containers.gguf.container import read_gguf
+from loratools_formats.containers.gguf.cursor import VALUE_CODES
+from loratools_formats.containers.gguf.ggml_types import BY_NAME, TYPES, decode, encode
+from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
 U8, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 6, 7, 8, 9, 10
 F32_TENSOR = 0

@@ -6,18 +6,18 @@ import gguf
 import numpy as np
 import pytest
 
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.gguf import GgufFuseOptions, GgufFusion
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools_formats import read_adapter
-from loratools_formats.errors import (
+from loratools_formats.containers.gguf.container import read_gguf
+from loratools_formats.containers.gguf.splits import read_model
+from loratools_formats.disk.errors import (
     AdapterError,
     LoratoolsError,
     MissingFileError,
     OutputExistsError,
 )
-from loratools_formats.gguf.base import read_base
-from loratools_formats.gguf.container import read_gguf
-from loratools_formats.gguf.splits import read_model
+from loratools_formats.formats.gguf.base import read_base
 
 rng = np.random.default_rng(0)
 TENSORS = {f"blk.{i}.attn_v.weight": rng.standard_normal((16, 16)).astype("f4") for i in range(5)}

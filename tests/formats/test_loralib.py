@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loratools.effective import effective_delta
-from loratools.fold.operation import to_lora
-from loratools.ranks import RankRule
-from loratools.squeeze import squeeze
+from loratools.algebra.ranks import RankRule
+from loratools.factors.dense import effective_delta
+from loratools.operations.squeeze import squeeze
+from loratools.operations.to_lora import to_lora
 from loratools_formats import find_format, read_adapter, write_adapter
-from loratools_formats.errors import AdapterError, OptionError, UnknownFormatError, UnsupportedError
+from loratools_formats.disk.errors import (
+    AdapterError,
+    OptionError,
+    UnknownFormatError,
+    UnsupportedError,
+)
 
 RNG = np.random.default_rng(0)
 

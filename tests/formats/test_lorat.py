@@ -9,7 +9,7 @@ import pytest
 from statedicts import base_of, close, deltas_of, saved
 
 from loratools_formats import find_format, read_adapter, write_adapter
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 RNG = np.random.default_rng(0)
 DIM, RANK = 12, 3

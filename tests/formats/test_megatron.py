@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from statedicts import base_of, close, deltas_of, saved
 
+from loratools.algebra.ranks import RankRule
+from loratools.base.weights import ShapeOnly
 from loratools.kinds import get_kind
-from loratools.ranks import RankRule
-from loratools.weights import ShapeOnly
 from loratools_formats import find_format, read_adapter
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.tensors import in_memory
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 RNG = np.random.default_rng(0)
 HIDDEN, HEADS, GROUPS, WIDTH, MLP, RANK, ALPHA = 20, 6, 2, 4, 9, 3, 12
@@ -382,10 +382,10 @@ def test_experts_have_factors_of_their_own(tmp_path, shared_outer):
 def test_experts_are_fused_into_the_stacks_of_transformers(tmp_path):
     from safetensors.numpy import load_file, save_file
 
-    from loratools.fold.operation import to_lora
-    from loratools.fuse.draft import FuseInput
-    from loratools.fuse.operation import FuseOptions, Fusion
-    from loratools_formats.checkpoint import read_checkpoint
+    from loratools.operations.fuse.draft import FuseInput
+    from loratools.operations.fuse.operation import FuseOptions, Fusion
+    from loratools.operations.to_lora import to_lora
+    from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
     tensors, wants = experts()
     path = saved(tmp_path / "adapter.safetensors", tensors)

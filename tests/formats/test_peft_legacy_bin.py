@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loratools_formats import read_adapter
-from loratools_formats.errors import AdapterError, MissingDependencyError
-from loratools_formats.peft.legacy_bin import read_bin
+from loratools_formats.containers.pickles import read_bin
+from loratools_formats.disk.errors import AdapterError, MissingDependencyError
 
 STORED = torch.arange(24, dtype=torch.float32).reshape(4, 6)
 TENSORS = {

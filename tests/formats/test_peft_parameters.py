@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.peft.config import PeftConfig
-from loratools_formats.peft.parameters import settings
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.formats.peft.config import PeftConfig
+from loratools_formats.formats.peft.parameters import settings
 
 INNER, OUTER = "mlp.experts.base_layer", "mlp.experts"
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"

@@ -3,8 +3,8 @@
 import hashlib
 import os
 
-from loratools_formats.provenance import statement
-from loratools_formats.strict_json import loads
+from loratools_formats.disk.provenance import statement
+from loratools_formats.disk.strict_json import loads
 
 
 def test_statement(tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from faults import CALLS, each_failure, watch
 
-from loratools_formats import publish
-from loratools_formats.errors import AdapterError, OutputError, OutputExistsError
-from loratools_formats.publish import publish_file, publish_folder
+from loratools_formats.disk import publish
+from loratools_formats.disk.errors import AdapterError, OutputError, OutputExistsError
+from loratools_formats.disk.publish import publish_file, publish_folder
 
 OLD, NEW = {"a": b"old a", "b": b"old b"}, {"a": b"new a", "b": b"new b", "c": b"new c"}
 DEAD_PID = 2**22 + 1  # above what Linux gives out
@@ -245,7 +245,7 @@ def test_every_failing_call(old, swap, tmp_path, monkeypatch):
 KILLED = f"""
 import os, sys
 from pathlib import Path
-from loratools_formats import publish
+from loratools_formats.disk import publish
 
 left = int(sys.argv[2])
 if sys.argv[3] == "two renames":

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from statedicts import base_of, close, deltas_of, saved
 
-from loratools.fold.operation import to_lora
-from loratools.ranks import RankRule
-from loratools.squeeze import squeeze
+from loratools.algebra.ranks import RankRule
+from loratools.operations.squeeze import squeeze
+from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 RNG = np.random.default_rng(0)
 RANK, COUNT, HIDDEN, ALPHA = 2, 3, 6, 5

@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from loratools_formats import find_format, get_format, read_adapter, registered_formats
-from loratools_formats.adapter import Adapter
-from loratools_formats.errors import (
+from loratools_formats.contract.registry import Format, check_output, write_adapter
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import (
     AdapterError,
     MissingFileError,
     OutputError,
@@ -14,12 +15,11 @@ from loratools_formats.errors import (
     UnknownFormatError,
     UnsupportedError,
 )
-from loratools_formats.registry import Format, check_output, write_adapter
 
 PLUGIN = """
 from pathlib import Path
 from loratools_formats import Adapter, Format
-from loratools_formats.errors import AdapterError
+from loratools_formats.disk.errors import AdapterError
 
 def read(path):
     if path.read_bytes() == b"toy bad":

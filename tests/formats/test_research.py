@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from statedicts import base_of, close, deltas_of, saved
 
-from loratools.ranks import RankRule
+from loratools.algebra.ranks import RankRule
 from loratools_formats import find_format, read_adapter
-from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 RNG = np.random.default_rng(0)
 OUT, IN, RANK = 36, 24, 4

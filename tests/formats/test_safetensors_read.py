@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 
-from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import AdapterError, MissingFileError
-from loratools_formats.safetensors_read import Limits, read_safetensors
+from loratools_formats.containers.safetensors_read import Limits, read_safetensors
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.disk.errors import AdapterError, MissingFileError
 
 # What the library accepts and we do not: two parsers may read it differently, or it is hostile.
 STRICTER = {

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 
-from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import AdapterError, OutputError, OutputExistsError
-from loratools_formats.safetensors_read import read_safetensors
-from loratools_formats.safetensors_write import safetensors_nbytes, write_safetensors
-from loratools_formats.tensors import TensorRef, in_memory
+from loratools_formats.containers.safetensors_read import read_safetensors
+from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.tensors import TensorRef, in_memory
+from loratools_formats.disk.errors import AdapterError, OutputError, OutputExistsError
 
 TENSORS = [in_memory(name, np.arange(24, dtype="f4").reshape(4, 6)) for name in "cab"]
 METADATA = {f"key {number}": f"value {number}é\n" for number in range(8)}

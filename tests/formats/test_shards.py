@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import AdapterError, OutputError
-from loratools_formats.safetensors_read import read_safetensors
-from loratools_formats.shard_plan import Blank, Made, Shard
-from loratools_formats.shards import write_shards
-from loratools_formats.tensors import in_memory
+from loratools_formats.checkpoints.shard_plan import Blank, Made, Shard
+from loratools_formats.checkpoints.shards import write_shards
+from loratools_formats.containers.safetensors_read import read_safetensors
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.disk.errors import AdapterError, OutputError
 
 
 def made(name, array, pieces=1):

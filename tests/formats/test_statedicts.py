@@ -13,14 +13,14 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 from statedicts import close, saved
 
+from loratools.algebra.ranks import RankRule
 from loratools.cli import cli
-from loratools.effective import effective_delta
-from loratools.fold.operation import to_lora
+from loratools.factors.dense import effective_delta
 from loratools.kinds import get_kind
-from loratools.ranks import RankRule
+from loratools.operations.to_lora import to_lora
 from loratools_formats import find_format, get_format, read_adapter, registered_formats
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_statedicts import HIDDEN, KINDS, all_golden

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools_formats.strict_json import StrictJsonError, loads
+from loratools_formats.disk.strict_json import StrictJsonError, loads
 
 BAD = {
     "empty": (b"", "Expecting value"),

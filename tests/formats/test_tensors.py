@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from handmade import SOUND, VALUES, A, B, container
 
-from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.safetensors_read import read_safetensors
-from loratools_formats.safetensors_write import write_safetensors
-from loratools_formats.tensors import in_file, in_memory
+from loratools_formats.containers.safetensors_read import read_safetensors
+from loratools_formats.containers.safetensors_write import write_safetensors
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.tensors import in_file, in_memory
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 ARRAYS = {
     "scalar": np.array(3.5),

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 from statedicts import base_of, close, deltas_of, saved
 
+from loratools.algebra.ranks import RankRule
 from loratools.cli import cli
-from loratools.fold.operation import fold_choices
-from loratools.ranks import RankRule
+from loratools.operations.to_lora import fold_choices
 from loratools_formats import find_format, read_adapter
-from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 RNG = np.random.default_rng(0)
 HIDDEN, HEADS, KV_HEADS, WIDTH, RANK, ALPHA = 20, 4, 2, 6, 3, 12

@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 from statedicts import saved
 
-from loratools.fold.operation import to_lora
-from loratools.ranks import RankRule
+from loratools.algebra.ranks import RankRule
+from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter
-from loratools_formats.errors import LoratoolsError, OptionError
+from loratools_formats.disk.errors import LoratoolsError, OptionError
 
 RNG = np.random.default_rng(0)
 A, B = "lora_A.weight", "lora_B.weight"

@@ -10,10 +10,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.operation import FuseOptions, FuseResult, Fusion
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.operation import FuseOptions, FuseResult, Fusion
 from loratools_formats import read_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 Array = np.ndarray[Any, Any]
 

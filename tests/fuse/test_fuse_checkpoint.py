@@ -13,7 +13,7 @@ from fuse_cases import EMBED, UP, matrix, names_in
 from safetensors.numpy import save_file
 
 from loratools.cli import cli
-from loratools_formats.errors import AdapterError, OptionError
+from loratools_formats.disk.errors import AdapterError, OptionError
 
 
 def header(file):

@@ -8,7 +8,7 @@ import pytest
 import rounding
 from fuse_cases import EMBED, HEAD, UP, matrix, names_in
 
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 TIED = {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"], "vocab_size": 40}
 

@@ -15,12 +15,12 @@ import rounding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loratools.device import Device
-from loratools.fuse import blocks
-from loratools.fuse.blocks import Patch, fused_blocks
-from loratools.fuse.terms import DoraPart, Term, View
-from loratools_formats.errors import AdapterError
-from loratools_formats.tensors import in_memory
+from loratools.algebra.device import Device
+from loratools.operations.fuse import blocks
+from loratools.operations.fuse.blocks import Patch, fused_blocks
+from loratools.operations.fuse.terms import DoraPart, Term, View
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.disk.errors import AdapterError
 
 
 def summed(w, terms, *, single, patches=(), planes=1):

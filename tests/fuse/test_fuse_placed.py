@@ -1,7 +1,7 @@
 """Changes that go to parts of tensors, or to several: the engine beside a dense fuse.
 
-Where they go is the business of `loratools.placement` and proved there; here, that blocks, spans,
-planes and transposed layouts come to the same as indexing whole matrices in float64.
+Where they go is the business of `loratools.base.placement` and proved there; here, that blocks,
+spans, planes and transposed layouts come to the same as indexing whole matrices in float64.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import placed_reference
 import pytest
 import rounding
 
-from loratools.fuse import blocks
-from loratools.placement import place
+from loratools.base.placement import place
+from loratools.operations.fuse import blocks
 from loratools_formats import read_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 L = "model.layers.0"
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}

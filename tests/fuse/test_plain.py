@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loratools.plain import plain
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools.base.dequantised import plain
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 QUANT = {"quant_method": "fp8"}
 
@@ -195,8 +195,8 @@ def test_fused_into_eight_bits(make, make_folder, tmp_path):
     """Fusing into an eight-bit base stores correctly rounded 16-bit sums and a plain config."""
     import torch
 
-    from loratools.fuse.draft import FuseInput
-    from loratools.fuse.operation import FuseOptions, Fusion
+    from loratools.operations.fuse.draft import FuseInput
+    from loratools.operations.fuse.operation import FuseOptions, Fusion
     from loratools_formats import read_adapter
 
     w, other = codes(24, 20), codes(8, 20, seed=1)
@@ -228,8 +228,8 @@ def test_eight_bit_floats_without_scales_are_numbers(make, make_folder, tmp_path
     """What changes becomes 16 bits wide, what does not stays as it is."""
     import torch
 
-    from loratools.fuse.draft import FuseInput
-    from loratools.fuse.operation import FuseOptions, Fusion
+    from loratools.operations.fuse.draft import FuseInput
+    from loratools.operations.fuse.operation import FuseOptions, Fusion
     from loratools_formats import read_adapter
 
     w, other = codes(24, 20), codes(8, 20, seed=1)

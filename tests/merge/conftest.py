@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from loratools.cli import main
-from loratools.merge.methods import registered_methods
+from loratools.operations.merge.methods import registered_methods
 
 PLUGINS = Path(__file__).parent / "plugin"
 collect_ignore = ["plugin"]

@@ -19,12 +19,12 @@ import numpy as np
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from loratools.merge.align import MergeInput
-from loratools.merge.operation import merge
-from loratools.merge.options import MergeOptions
-from loratools.merge.result import MergeResult
+from loratools.operations.merge.align import MergeInput
+from loratools.operations.merge.operation import merge
+from loratools.operations.merge.options import MergeOptions
+from loratools.operations.merge.result import MergeResult
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 Array = np.ndarray[Any, Any]
 Deltas = dict[str, Array]

@@ -9,9 +9,9 @@ from merge_cases import run
 from merge_models import saved_base, saved_by_peft
 from safetensors.numpy import load_file, save_file
 
-from loratools.ranks import RankRule
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import AdapterError, MissingFileError
+from loratools.algebra.ranks import RankRule
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import AdapterError, MissingFileError
 
 FULL = RankRule(rank=64)
 

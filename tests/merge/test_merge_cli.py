@@ -21,8 +21,8 @@ from merge_definitions import elected, trimmed
 from merge_models import saved_base, saved_by_peft
 
 from loratools.cli import cli
-from loratools.merge.methods import Method, get_method, registered_methods
-from loratools_formats.errors import OptionError
+from loratools.operations.merge.methods import Method, get_method, registered_methods
+from loratools_formats.disk.errors import OptionError
 
 OURS = {
     "linear": ("span", {"normalize": False}),

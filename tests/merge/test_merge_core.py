@@ -28,11 +28,11 @@ from merge_definitions import (
     without_outliers,
 )
 
-from loratools.merge import tasks
-from loratools.merge.space import shared_space
-from loratools.merge.tasks import DenseRows, Tasks
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
+from loratools.algebra.ranks import RankRule
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.merge import tasks
+from loratools.operations.merge.space import shared_space
+from loratools.operations.merge.tasks import DenseRows, Tasks
 
 SHAPES = {"tall": (40, 14), "wide": (13, 50), "square": (24, 24)}
 WEIGHTS = [(1.0, 1.0, 1.0), (0.6, -0.3, 1.1)]

@@ -34,12 +34,12 @@ from merge_definitions import (
 )
 from merge_others import masks_given, mergekit, peft
 
-from loratools.merge import elementwise, tasks
-from loratools.merge.methods import get_method, registered_methods
-from loratools.merge.tasks import DenseRows, FactorRows, Histogram, Tasks, ZeroRows
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
-from loratools_formats.errors import OptionError, UnsupportedError
+from loratools.algebra.ranks import RankRule
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.merge import elementwise, tasks
+from loratools.operations.merge.methods import get_method, registered_methods
+from loratools.operations.merge.tasks import DenseRows, FactorRows, Histogram, Tasks, ZeroRows
+from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "tiny-llama"
 SEED = 5
@@ -540,7 +540,7 @@ def test_paper_flavor_of_ties_trims_over_all_modules_at_once(tmp_path, density, 
 
 
 def test_paper_flavor_trims_over_all_modules_where_an_override_asks_for_it(tmp_path):
-    from loratools.merge.options import Override
+    from loratools.operations.merge.options import Override
 
     pairs = triple(tmp_path)
     parameters = {"density": 0.2, "flavor": "paper"}

@@ -27,13 +27,13 @@ from merge_definitions import elected, trimmed
 from merge_models import DORA_KINDS, saved_base, saved_by_peft
 from safetensors.numpy import load_file, save_file
 
-from loratools.merge import tasks
-from loratools.merge.methods import get_method
-from loratools.merge.options import Override, weight_override
-from loratools.ranks import Budget, RankRule
-from loratools.resize import ComputeOptions
+from loratools.algebra.ranks import Budget, RankRule
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.merge import tasks
+from loratools.operations.merge.methods import get_method
+from loratools.operations.merge.options import Override, weight_override
 from loratools_formats import read_adapter
-from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 FULL = RankRule(rank=64)
 SPAN = ["linear", "cat", "fedex", "karcher", "model_stock"]

@@ -20,11 +20,11 @@ from merge_cases import (
 from merge_definitions import elected, iso_definition, knots_definition, trimmed, tsv_definition
 from merge_models import DORA_KINDS, KINDS, loaded_by_peft, saved_base, saved_by_peft
 
-from loratools.merge.align import MergeInput
-from loratools.merge.operation import merge
-from loratools.merge.options import MergeOptions
-from loratools.ranks import RankRule
-from loratools.resize import ComputeOptions
+from loratools.algebra.ranks import RankRule
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.merge.align import MergeInput
+from loratools.operations.merge.operation import merge
+from loratools.operations.merge.options import MergeOptions
 from loratools_formats import read_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "tiny-llama"

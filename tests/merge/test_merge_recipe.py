@@ -12,12 +12,17 @@ from hypothesis import strategies as st
 from merge_cases import DTYPES, linear, run, save, total_distance, weighted_sum
 from merge_models import saved_base, saved_by_peft
 
+from loratools.algebra.ranks import Budget, RankRule
 from loratools.cli.merge import command
-from loratools.merge.options import MergeOptions, Override
-from loratools.merge.recipe import Recipe, RecipeAdapter, load_recipe, recipe_text
-from loratools.ranks import Budget, RankRule
-from loratools.resize import ComputeOptions
-from loratools_formats.errors import AdapterError, LoratoolsError, MissingFileError, OptionError
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.merge.options import MergeOptions, Override
+from loratools.operations.merge.recipe import Recipe, RecipeAdapter, load_recipe, recipe_text
+from loratools_formats.disk.errors import (
+    AdapterError,
+    LoratoolsError,
+    MissingFileError,
+    OptionError,
+)
 
 GOOD = {"version": 1, "method": "linear", "adapters": [{"path": "a"}, {"path": "b"}]}
 

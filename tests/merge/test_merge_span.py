@@ -25,10 +25,10 @@ from merge_cases import (
 )
 from merge_others import mergekit
 
-from loratools.merge.span import karcher, model_stock, slerp
-from loratools.ranks import Budget, RankRule
-from loratools.resize import ComputeOptions
-from loratools_formats.errors import OptionError
+from loratools.algebra.ranks import Budget, RankRule
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.merge.span import karcher, model_stock, slerp
+from loratools_formats.disk.errors import OptionError
 
 F32 = ComputeOptions(dtype="f32")
 

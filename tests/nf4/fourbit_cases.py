@@ -5,12 +5,12 @@ import json
 import ml_dtypes
 import numpy as np
 
-from loratools.fourbit.store import blanks, fill
-from loratools_formats.bnb import quantized_weights
-from loratools_formats.dtypes import DTYPES as TYPES
-from loratools_formats.safetensors_read import read_safetensors
-from loratools_formats.safetensors_write import write_safetensors
-from loratools_formats.tensors import in_memory
+from loratools.base.fourbit.store import blanks, fill
+from loratools_formats.checkpoints.bitsandbytes import quantized_weights
+from loratools_formats.containers.safetensors_read import read_safetensors
+from loratools_formats.containers.safetensors_write import write_safetensors
+from loratools_formats.core.dtypes import DTYPES as TYPES
+from loratools_formats.core.tensors import in_memory
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -6,14 +6,14 @@ from fourbit_cases import DTYPES, dense, quantized, stored, torch_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools.fourbit import scales
-from loratools.fourbit.decode import Dequantizer
-from loratools.fourbit.encode import CHUNK, FourBitOptions, StreamingQuantizer
-from loratools.fourbit.scales import nest, unnest
-from loratools.fourbit.tables import dynamic_map, four_bit
-from loratools_formats.bnb import quantized_weights
-from loratools_formats.errors import AdapterError, OptionError
-from loratools_formats.tensors import in_memory
+from loratools.base.fourbit import scales
+from loratools.base.fourbit.decode import Dequantizer
+from loratools.base.fourbit.encode import CHUNK, FourBitOptions, StreamingQuantizer
+from loratools.base.fourbit.scales import nest, unnest
+from loratools.base.fourbit.tables import dynamic_map, four_bit
+from loratools_formats.checkpoints.bitsandbytes import quantized_weights
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.disk.errors import AdapterError, OptionError
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHAPES = {"even": (64, 128), "odd": (33, 50), "tail": (7, 80), "one": (1, 1), "ragged": (5, 1003)}

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from fourbit_cases import DTYPES, dense, quantized, torch_tensor
 
-from loratools.dequantize import dequantize
-from loratools.fourbit import scales
-from loratools.fourbit.decode import Dequantizer
-from loratools.fourbit.encode import FourBitOptions
-from loratools.quantize import QuantizeOptions, quantize
-from loratools_formats.bnb import quantized_weights
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import AdapterError, OptionError, UnsupportedError
+from loratools.base.fourbit import scales
+from loratools.base.fourbit.decode import Dequantizer
+from loratools.base.fourbit.encode import FourBitOptions
+from loratools.operations.dequantize import dequantize
+from loratools.operations.quantize import QuantizeOptions, quantize
+from loratools_formats.checkpoints.bitsandbytes import quantized_weights
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 UP = "model.layers.0.mlp.up.weight"
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools.placement import Placements, place
-from loratools_formats.adapter import Adapter, Delta, Dora, Layer, LowRank, Replacement
-from loratools_formats.checkpoint import Checkpoint
-from loratools_formats.dtypes import DTYPES
-from loratools_formats.tensors import TensorRef
+from loratools.base.placement import Placements, place
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, Delta, Dora, Layer, LowRank, Replacement
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.tensors import TensorRef
 
 Shape = tuple[int, ...]
 

@@ -13,7 +13,7 @@ import placed_models
 from placed_reference import fused
 from safetensors.numpy import save_file
 
-from loratools.placement import Placements
+from loratools.base.placement import Placements
 
 WARNINGS = (
     "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning",

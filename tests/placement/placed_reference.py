@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from loratools.placement import Placements, place
-from loratools_formats.adapter import Delta, Dora, low_rank_part
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.registry import read_adapter
+from loratools.base.placement import Placements, place
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.contract.registry import read_adapter
+from loratools_formats.core.adapter import Delta, Dora, low_rank_part
 
 Array = np.ndarray[Any, Any]
 

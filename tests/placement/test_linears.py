@@ -4,9 +4,9 @@ import placed_models
 import pytest
 from placed_peft import save_base
 
-from loratools.linears import linear_weights
-from loratools.placement.names import Names
-from loratools_formats.checkpoint import read_checkpoint
+from loratools.base.linears import linear_weights
+from loratools.base.placement.names import Names
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
 def quantised_by_transformers(model):

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placed_headers import adapter, checkpoint, experts, header, linear, placed, replacing
 
-from loratools.placement import place
-from loratools_formats.adapter import Replacement
-from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.tensors import in_memory
+from loratools.base.placement import place
+from loratools_formats.core.adapter import Replacement
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8}
 MOE = "model.layers.0.mlp.experts"

@@ -3,8 +3,8 @@
 import pytest
 from placed_headers import adapter, checkpoint, dora, keys, linear, placed, replacing
 
-from loratools.placement import place
-from loratools_formats.errors import AdapterError, UnsupportedError
+from loratools.base.placement import place
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 Q = "layers.0.self_attn.q_proj"
 

@@ -193,9 +193,9 @@ def test_spans_are_the_queries_keys_and_values_that_the_model_computes(
     import torch
     from placed_headers import linear
 
-    from loratools.placement import place
-    from loratools_formats.adapter import Adapter
-    from loratools_formats.checkpoint import read_checkpoint
+    from loratools.base.placement import place
+    from loratools_formats.checkpoints.checkpoint import read_checkpoint
+    from loratools_formats.core.adapter import Adapter
 
     model = placed_models.build(name)
     base = read_checkpoint(save_base(model, tmp_path / "base"))

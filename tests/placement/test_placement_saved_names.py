@@ -9,8 +9,8 @@ import placed_models
 import pytest
 from safetensors.numpy import load_file
 
-from loratools.placement.names import Names
-from loratools_formats.checkpoint import read_checkpoint
+from loratools.base.placement.names import Names
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 VISION = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,

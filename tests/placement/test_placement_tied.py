@@ -12,10 +12,10 @@ from placed_headers import adapter, checkpoint, dora, linear, placed, replacing
 from placed_peft import WARNINGS, compared, load, logits, save_adapter, save_base
 from placed_reference import fused
 
-from loratools.placement import place
-from loratools_formats.adapter import Layer, LowRank, Replacement
-from loratools_formats.errors import AdapterError, UnsupportedError
-from loratools_formats.tensors import in_memory
+from loratools.base.placement import place
+from loratools_formats.core.adapter import Layer, LowRank, Replacement
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(message) for message in WARNINGS]
 

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 
 from loratools_formats import Adapter, Format, LoratoolsError, LowRank, TensorRef
-from loratools_formats.adapter import low_rank_part
-from loratools_formats.dtypes import DTYPES
-from loratools_formats.errors import AdapterError
-from loratools_formats.files import RegularFile, read_small_file
+from loratools_formats.core.adapter import low_rank_part
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.files import RegularFile, read_small_file
 
 MAGIC = b'{"demo-adapter":'
 

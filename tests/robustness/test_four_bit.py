@@ -18,8 +18,8 @@ STATE = f"{KEY}.quant_state.bitsandbytes__nf4"
 @pytest.fixture(scope="module")
 def four_bit(tmp_path_factory):
     """A small four-bit checkpoint; not to be changed."""
-    from loratools.quantize import QuantizeOptions, quantize
-    from loratools_formats.checkpoint import read_checkpoint
+    from loratools.operations.quantize import QuantizeOptions, quantize
+    from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
     folder = tmp_path_factory.mktemp("four-bit") / "model"
     options = QuantizeOptions(skip=(r"layers\.[123]", "self_attn"))
@@ -32,7 +32,7 @@ def four_bit(tmp_path_factory):
 
 
 def _raw(path):
-    from loratools_formats.safetensors_read import read_safetensors
+    from loratools_formats.containers.safetensors_read import read_safetensors
 
     return {key: np.array(ref.load()) for key, ref in read_safetensors(path).tensors.items()}
 

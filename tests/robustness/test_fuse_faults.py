@@ -17,11 +17,12 @@ import pytest
 from fuse_bases import INDEX, adapter, content, hollow, linear, sharded, state, weights
 from safetensors.numpy import load_file, save_file
 
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.operation import FuseOptions, Fusion
-from loratools_formats import read_adapter, shards
-from loratools_formats.checkpoint import read_checkpoint
-from loratools_formats.errors import OutputError
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools_formats import read_adapter
+from loratools_formats.checkpoints import shards
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import OutputError
 
 PEAK_BYTES = 150_000_000
 

@@ -17,7 +17,7 @@ from test_resolution import deltas, refusal, run
 from loratools.cli import cli
 from loratools.naming.tables import flattened
 from loratools_formats import read_adapter
-from loratools_formats.adapter import Dora
+from loratools_formats.core.adapter import Dora
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from test_dialects import dense, tensors_of
 
 from loratools.cli import cli
 from loratools_formats import find_format, read_adapter
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.disk.errors import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,8 +12,8 @@ from test_lycoris import effective
 
 from loratools.cli import cli
 from loratools_formats import read_adapter
-from loratools_formats.adapter import OtherDelta
-from loratools_formats.errors import UnsupportedError
+from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.disk.errors import UnsupportedError
 
 
 def build():

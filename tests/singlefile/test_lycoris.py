@@ -15,7 +15,7 @@ from test_dialects import Known, dense, tensors_of
 from test_resolution import run
 
 from loratools_formats import find_format, read_adapter, write_adapter
-from loratools_formats.adapter import OtherDelta
+from loratools_formats.core.adapter import OtherDelta
 
 ALGORITHMS = {
     "lora": {"algo": "lora"},

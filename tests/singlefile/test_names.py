@@ -8,7 +8,7 @@ from test_dialects import tensors_of
 from test_resolution import run
 
 from loratools.naming.tables import bundled_tables, filled, find_table, flattened
-from loratools_formats.errors import OptionError
+from loratools_formats.disk.errors import OptionError
 
 SD1 = {
     "block_out_channels": (32, 32, 32, 32),

@@ -8,11 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loratools.cli import cli
-from loratools.fuse.draft import FuseInput
-from loratools.fuse.operation import FuseOptions, Fusion
-from loratools.verify import verify
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools.operations.verify import verify
 from loratools_formats import read_adapter
-from loratools_formats.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 SHAPE = (24, 20)

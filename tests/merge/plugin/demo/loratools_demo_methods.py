@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.merge.methods import Method
+from loratools.operations.merge.methods import Method
 
 
 def alternate(gram, weights, *, flip=False, factor: float = 1.0):

@@ -1,0 +1,1 @@
+"""Base checkpoints: reading headers, writing shards, and the layouts of quantised weights."""

@@ -1,0 +1,210 @@
+"""Base checkpoints: one safetensors file, or shards listed by an index; headers only.
+
+Source: the `model.safetensors.index.json` convention of transformers and diffusers. The index comes
+from a stranger too: it may name only files in its own folder, and must agree with what they hold.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.containers.safetensors_read import (
+    SafetensorsFile,
+    read_safetensors,
+    safetensors_names,
+)
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk import strict_json
+from loratools_formats.disk.errors import AdapterError, MissingFileError
+from loratools_formats.disk.files import inside, read_small_file
+
+_STEMS = ("model", "diffusion_pytorch_model")
+CONFIG_FILE = "config.json"
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
+    ".ot",
+)  # fmt: skip
+_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+_MAX_JSON_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model's tensors by name, its configuration, and the files that hold them.
+
+    Attributes:
+        path: the folder, or the file if it is a single one without a configuration.
+        tensors: by name.
+        config: `config.json`, empty if there is none.
+        files: the shards.
+        stem: what the names of the weight files begin with.
+        index: the index as it is, None if there is a single file.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorRef]
+    config: Mapping[str, Any]
+    files: tuple[SafetensorsFile, ...]
+    stem: str = "model"
+    index: Mapping[str, Any] | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder with a configuration rather than a bare file."""
+        return self.files[0].file.path != self.path
+
+    @property
+    def index_file(self) -> str:
+        """Name of the index file of its shards."""
+        return f"{self.stem}.safetensors.index.json"
+
+    def check_unchanged(self) -> None:
+        """Raise `AdapterError` if a shard was written to since it was opened."""
+        for file in self.files:
+            file.file.check_unchanged()
+
+    def weight(self, module: str) -> TensorRef:
+        """Return the weight of a module, whatever prefix either side puts before its path.
+
+        Raises:
+            AdapterError: no tensor fits, or several do.
+        """
+        wanted = f"{module}.weight"
+        if wanted in self.tensors:
+            return self.tensors[wanted]
+        found = [
+            key
+            for key in self.tensors
+            if key.endswith(f".{wanted}")
+            or (key.endswith(".weight") and wanted.endswith(f".{key}"))
+        ]
+        if len(found) == 1:
+            return self.tensors[found[0]]
+        close = found or difflib.get_close_matches(wanted, self.tensors, n=3, cutoff=0.4)
+        raise AdapterError(
+            "several base tensors fit the module" if found else "no base tensor fits the module",
+            path=self.path,
+            tensor=module,
+            expected=wanted,
+            hint=f"Nearest names: {', '.join(close)}" if close else None,
+        )
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers of a checkpoint: a file, or a folder with one file or an index.
+
+    Raises:
+        MissingFileError: nothing there, or a shard is missing.
+        AdapterError: malformed, or index and shards disagree.
+    """
+    target = Path(path)
+    if target.is_file():
+        file = read_safetensors(target)
+        return Checkpoint(target, file.tensors, {}, (file,))
+    config = _json(target / CONFIG_FILE) if (target / CONFIG_FILE).exists() else {}
+    for stem in _STEMS:
+        index_file = target / f"{stem}.safetensors.index.json"
+        if index_file.exists():
+            index = _json(index_file)
+            files, tensors = _shards(index_file, index)
+            return Checkpoint(target, tensors, config, files, stem, index)
+        if (target / f"{stem}.safetensors").exists():
+            file = read_safetensors(inside(target, f"{stem}.safetensors"))
+            return Checkpoint(target, file.tensors, config, (file,), stem)
+    raise _nothing_there(target)
+
+
+def checkpoint_names(path: str | os.PathLike[str]) -> list[str]:
+    """Return the names of a checkpoint's tensors, from its header or its index alone.
+
+    Args:
+        path: a file, of which the header is enough, an index, or a folder with one of them.
+
+    Raises:
+        MissingFileError: nothing there.
+        AdapterError: malformed.
+    """
+    target = Path(path)
+    if target.is_dir():
+        for stem in _STEMS:
+            names = (f"{stem}.safetensors.index.json", f"{stem}.safetensors")
+            found = next((target / name for name in names if (target / name).exists()), None)
+            if found is not None:
+                return checkpoint_names(found)
+        raise _nothing_there(target)
+    if target.suffix == ".json":
+        return list(_listed(target, _json(target)))
+    return safetensors_names(target)
+
+
+def _nothing_there(target: Path) -> MissingFileError:
+    return MissingFileError(
+        "no checkpoint there",
+        path=target,
+        expected=" or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS),
+        hint=_other_weights(target),
+    )
+
+
+def _other_weights(folder: Path) -> str | None:
+    """Return a hint about weight files of other kinds or names."""
+    if not folder.is_dir():
+        return None
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    return f"It holds {', '.join(found[:3])}; name a .safetensors file itself" if found else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = strict_json.loads(read_small_file(path, _MAX_JSON_BYTES))
+    except strict_json.StrictJsonError as error:
+        raise AdapterError(f"not sound JSON: {error}", path=path) from error
+    if not isinstance(value, dict):
+        raise AdapterError("not a JSON object", path=path, got=type(value).__name__)
+    return value
+
+
+def _listed(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    listed = index.get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+        raise AdapterError("index has no weight_map of names to files", path=path)
+    return listed
+
+
+def _shards(
+    path: Path, index: Mapping[str, Any]
+) -> tuple[tuple[SafetensorsFile, ...], dict[str, TensorRef]]:
+    folder = path.parent
+    listed = _listed(path, index)
+    tensors: dict[str, TensorRef] = {}
+    files = []
+    for name in sorted(set(listed.values())):
+        if not _SHARD_NAME.fullmatch(name) or name.startswith("."):
+            raise AdapterError(
+                "index names a file outside the folder",
+                path=path,
+                got=name,
+                expected="a plain name ending in .safetensors",
+            )
+        file = read_safetensors(inside(folder, name))
+        files.append(file)
+        for key, tensor in file.tensors.items():
+            if listed.get(key) != name:
+                raise AdapterError(
+                    "index and shards disagree",
+                    path=path,
+                    tensor=key,
+                    got=name,
+                    expected=listed.get(key, "an entry in the index"),
+                )
+            tensors[key] = tensor
+    missing = sorted(set(listed) - set(tensors))
+    if missing:
+        raise AdapterError("a tensor of the index is in no shard", path=path, tensor=missing[0])
+    return tuple(files), tensors

@@ -1,0 +1,1 @@
+"""Containers of tensors: safetensors, GGUF and bounded pickles."""

@@ -1,0 +1,1 @@
+"""The GGUF container: headers, element types, split models and model layouts."""

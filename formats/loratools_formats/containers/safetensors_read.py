@@ -1,0 +1,281 @@
+"""Reading the safetensors container: its header, bounded, and never the tensors themselves.
+
+Source: the format section of the safetensors README and `validate()` in the safetensors crate 0.8.
+It is stricter than that library where it lets through what two parsers would read differently
+(duplicate keys, unknown fields), what breaks terminals (control characters) or what only a hostile
+file contains (a million tensors, a hundred thousand dimensions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.core.dtypes import DTYPES, DType
+from loratools_formats.core.tensors import TensorRef, in_file
+from loratools_formats.disk import strict_json
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.files import RegularFile, refuse_lfs_pointer
+
+LENGTH_BYTES = 8
+_MARKS_PER_TENSOR = 16
+METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds checked before anything is allocated.
+
+    Attributes:
+        header_bytes: longest header; the library's own bound is 100,000,000.
+        tensors: most tensors in a file.
+        dimensions: highest tensor rank.
+        name_bytes: longest tensor or metadata name, in UTF-8.
+        metadata_bytes: most metadata, keys and values together.
+    """
+
+    header_bytes: int = 16 << 20
+    tensors: int = 200_000
+    dimensions: int = 8
+    name_bytes: int = 512
+    metadata_bytes: int = 8 << 20
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """An open file: its metadata, its tensors by name, and the descriptor they read through."""
+
+    file: RegularFile
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorRef]
+
+
+def read_safetensors(
+    path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS
+) -> SafetensorsFile:
+    """Read the header of a file and check all of it; tensor bytes are read on demand.
+
+    Raises:
+        MissingFileError: nothing is at `path`.
+        AdapterError: not a regular file, not safetensors, malformed, or beyond `limits`.
+    """
+    file = RegularFile(path)
+    try:
+        return _read(file, limits)
+    except AdapterError:
+        file.close()
+        raise
+
+
+def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
+    """Return the names of a file's tensors, of which only the header need be there.
+
+    Raises:
+        MissingFileError: nothing is at `path`.
+        AdapterError: not a regular file, not safetensors, or a malformed header.
+    """
+    file = RegularFile(path)
+    try:
+        header, data_start = _header(file, DEFAULT_LIMITS)
+        header.pop(METADATA, None)
+        spans = [(*_entry(n, e, file.path, DEFAULT_LIMITS), n) for n, e in header.items()]
+        is_alone = file.nbytes == data_start
+        whole = max((end for _, end, *_ in spans), default=0)
+        _check_layout(spans, whole if is_alone else file.nbytes - data_start, file.path)
+    finally:
+        file.close()
+    return list(header)
+
+
+def _read(file: RegularFile, limits: Limits) -> SafetensorsFile:
+    header, data_start = _header(file, limits)
+    metadata = _metadata(header.pop(METADATA, {}), file.path, limits)
+    spans = [(*_entry(name, entry, file.path, limits), name) for name, entry in header.items()]
+    _check_layout(spans, file.nbytes - data_start, file.path)
+    tensors = {
+        name: in_file(name, dtype, shape, file, data_start + begin)
+        for begin, _, dtype, shape, name in spans
+    }
+    return SafetensorsFile(file, metadata, tensors)
+
+
+def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
+    """Return the entries of a header, not yet checked, and where the data begin."""
+    size = file.nbytes
+    if size < LENGTH_BYTES:
+        raise AdapterError(
+            "truncated safetensors header",
+            path=file.path,
+            got=f"{size} bytes",
+            expected="at least 8",
+        )
+    start = bytes(file.read_at(0, min(size, 64)))
+    refuse_lfs_pointer(start, file.path)
+    (length,) = struct.unpack("<Q", start[:LENGTH_BYTES])
+    if length > size - LENGTH_BYTES or length < 2:
+        raise _not_safetensors(file, start, length)
+    if length > limits.header_bytes:
+        raise AdapterError(
+            "safetensors header is too long",
+            path=file.path,
+            got=f"{length} bytes",
+            expected=f"at most {limits.header_bytes}",
+        )
+    text = bytes(file.read_at(LENGTH_BYTES, length))
+    if not text.startswith(b"{"):
+        raise AdapterError("safetensors header is not a JSON object", path=file.path, got=text[:24])
+    _check_amount(text, file.path, limits)
+    try:
+        header: dict[str, Any] = strict_json.loads(text.rstrip(b" "))
+    except strict_json.StrictJsonError as error:
+        raise AdapterError(f"safetensors header: {error}", path=file.path) from error
+    return header, LENGTH_BYTES + length
+
+
+def _check_amount(text: bytes, path: Path, limits: Limits) -> None:
+    """Refuse a header that would become too many objects, before it is parsed.
+
+    A tensor's entry has one "dtype", and a dozen brackets and commas.
+    """
+    marks = sum(map(text.count, (b"{", b"[", b",")))
+    if text.count(b'"dtype"') > limits.tensors or marks > _MARKS_PER_TENSOR * limits.tensors:
+        raise AdapterError(
+            "too many tensors or values in the safetensors header",
+            path=path,
+            expected=f"at most {limits.tensors} tensors",
+        )
+
+
+def _not_safetensors(file: RegularFile, start: bytes, length: int) -> AdapterError:
+    if start.startswith(b"GGUF"):
+        return AdapterError(
+            "is a GGUF file", path=file.path, got="GGUF", expected="a safetensors file or folder"
+        )
+    if start[:LENGTH_BYTES].isascii() and start[:1] in b"<{[ \n#PvV":
+        return AdapterError(
+            "is not a safetensors file", path=file.path, got=f"a start of {start[:24]!r}"
+        )
+    return AdapterError(
+        "truncated or not a safetensors file",
+        path=file.path,
+        got=f"a header length of {length} in a file of {file.nbytes} bytes",
+    )
+
+
+def _metadata(value: Any, path: Path, limits: Limits) -> dict[str, str]:
+    if value is None:  # as MLX writes it
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise AdapterError("__metadata__ is not a map of strings to strings", path=path)
+    total = sum(len(k.encode()) + len(v.encode()) for k, v in value.items())
+    if total > limits.metadata_bytes:
+        raise AdapterError(
+            "too much metadata",
+            path=path,
+            got=f"{total} bytes",
+            expected=f"at most {limits.metadata_bytes}",
+        )
+    for key in value:
+        check_name(key, path, limits)
+    return value
+
+
+def check_name(name: str, path: Path | None, limits: Limits) -> None:
+    """Raise `AdapterError` if a name is too long or holds what breaks terminals."""
+    if not name.isprintable():
+        raise AdapterError("name has control or invisible characters", path=path, tensor=name)
+    if len(name.encode()) > limits.name_bytes:
+        raise AdapterError(
+            "name is too long",
+            path=path,
+            tensor=name,
+            expected=f"at most {limits.name_bytes} bytes",
+        )
+
+
+def _entry(
+    name: str, entry: Any, path: Path, limits: Limits
+) -> tuple[int, int, DType, tuple[int, ...]]:
+    check_name(name, path, limits)
+    fields = sorted(entry) if isinstance(entry, dict) else None
+    if fields != ["data_offsets", "dtype", "shape"]:
+        raise AdapterError(
+            "header entry has the wrong fields",
+            path=path,
+            tensor=name,
+            got=fields,
+            expected=["data_offsets", "dtype", "shape"],
+        )
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise AdapterError("unsupported dtype", path=path, tensor=name, got=code)
+    dtype = DTYPES[code]
+    if not _is_counts(shape) or len(shape) > limits.dimensions:
+        raise AdapterError(
+            "bad shape",
+            path=path,
+            tensor=name,
+            got=shape,
+            expected=f"at most {limits.dimensions} non-negative integers",
+        )
+    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise AdapterError("bad data offsets", path=path, tensor=name, got=offsets)
+    nbytes = dtype.nbytes(tuple(shape))
+    if any(size > 1 << 62 for size in shape) or nbytes != offsets[1] - offsets[0]:
+        raise AdapterError(
+            "shape and dtype do not fit the data",
+            path=path,
+            tensor=name,
+            got=f"{offsets[1] - offsets[0]} bytes",
+            expected=f"{nbytes} for {code} {shape}",
+        )
+    return offsets[0], offsets[1], dtype, tuple(shape)
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def _check_layout(
+    spans: list[tuple[int, int, DType, tuple[int, ...], str]], data_nbytes: int, path: Path
+) -> None:
+    position = 0
+    for begin, end, _, _, name in sorted(spans, key=lambda span: (span[0], span[1])):
+        if begin != position:
+            kind = "overlaps another tensor" if begin < position else "leaves a hole before it"
+            raise AdapterError(
+                f"tensor data {kind}",
+                path=path,
+                tensor=name,
+                got=f"offset {begin}",
+                expected=position,
+            )
+        position = end
+    if position != data_nbytes:
+        kind = "truncated" if position > data_nbytes else "bytes after the last tensor"
+        raise AdapterError(
+            f"safetensors data: {kind}", path=path, got=f"{data_nbytes} bytes", expected=position
+        )
+
+
+def header_of(file: SafetensorsFile) -> bytes:
+    """Return the header of a file as it is, the length in front included."""
+    (length,) = struct.unpack("<Q", file.file.read_at(0, LENGTH_BYTES))
+    return bytes(file.file.read_at(0, LENGTH_BYTES + length))
+
+
+def header_digest(file: SafetensorsFile) -> dict[str, str]:
+    """Return a digest of a file's header alone, and its size.
+
+    For checkpoints: digesting all their bytes takes longer than changing them.
+    """
+    digest = hashlib.sha256(header_of(file)).hexdigest()
+    return {"headerSha256": digest, "bytes": str(file.file.nbytes)}

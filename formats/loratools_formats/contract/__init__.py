@@ -1,0 +1,1 @@
+"""The contract between formats and operations: `Format`, the registry, reading and writing."""

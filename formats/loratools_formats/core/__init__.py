@@ -1,0 +1,1 @@
+"""What an adapter is in memory: dtypes, tensors, weight changes and their orientation."""

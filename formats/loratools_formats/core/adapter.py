@@ -1,0 +1,380 @@
+"""What an adapter is, whatever file it came from.
+
+An adapter is a set of weight changes ΔW, one per adapted weight, plus tensors that replace base
+tensors. Readers resolve scale and layout once and hand out these classes; operations see only
+them; writers encode them again. Nothing here reads bytes or computes.
+
+Symbols: `a: (r, in)`, `b: (out, r)`, `ΔW = scale * b @ a: (out, in)`. Stacked experts put their
+number in front of both: `a: (E, r, in)`, `b: (E, out, r)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.files import RegularFile
+
+Axis = Literal["output", "input"]
+"""What each magnitude of a DoRA belongs to."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The kind of layer a delta belongs to, and how its matrix maps to the stored weight.
+
+    Attributes:
+        kind: `linear` weights are (out, in), or (in, out) in the Conv1D layout of GPT-2; `conv`
+            weights are (out, in, *kernel), flattened to (out, in·kernel); `embedding` weights are
+            (in, out), in being the vocabulary; `experts` weights are 3-D, expert first.
+        kernel: spatial kernel of a convolution.
+        parameters: for experts, the names the adapted parameter may have.
+        transposed_if_square: what a square weight's orientation must be taken from, since its
+            shape does not show it: False for (out, in), True for (in, out), None if unknown.
+    """
+
+    kind: Literal["linear", "conv", "embedding", "experts"]
+    kernel: tuple[int, ...] = ()
+    parameters: tuple[str, ...] = ()
+    transposed_if_square: bool | None = False
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """ΔW = scale · b @ a, for one weight or a stack of experts.
+
+    Attributes:
+        a: (r, in) or (E, r, in).
+        b: (out, r) or (E, out, r).
+        scale: the number that multiplies the product.
+        layer: what is adapted.
+        bias: (out,), of which scale · bias is added to the layer's bias (PEFT's `lora_bias`).
+        alpha: the number the file states, from which the reader derived the scale; None if none.
+        alpha_tensor: the tensor that states it, in formats which keep it in one.
+    """
+
+    a: TensorRef
+    b: TensorRef
+    scale: float
+    layer: Layer = Layer("linear")
+    bias: TensorRef | None = None
+    alpha: float | None = None
+    alpha_tensor: TensorRef | None = None
+
+    def __post_init__(self) -> None:
+        if not (
+            len(self.a.shape) == len(self.b.shape) in (2, 3)
+            and self.a.shape[:-2] == self.b.shape[:-2]
+            and self.a.shape[-2] == self.b.shape[-1]
+        ):
+            raise AdapterError(
+                "factors do not fit together",
+                tensor=self.a.key,
+                got=f"a {list(self.a.shape)} and b {list(self.b.shape)}",
+                expected="a (r, in) and b (out, r)",
+            )
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the factors, per expert."""
+        return self.a.shape[-2]
+
+    @property
+    def experts(self) -> int:
+        """Number of stacked matrices, 1 for an ordinary weight."""
+        return self.a.shape[0] if len(self.a.shape) == 3 else 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of one matrix."""
+        return self.b.shape[-2], self.a.shape[-1]
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor it is made of."""
+        yield self.a
+        yield self.b
+        yield from (t for t in (self.bias, self.alpha_tensor) if t is not None)
+
+
+@dataclass(frozen=True)
+class Dora:
+    """W' = magnitude / ‖W + ΔW‖ · (W + ΔW), norms per output (arXiv 2402.09353).
+
+    Attributes:
+        direction: ΔW.
+        magnitude: one number per output, in the shape it was stored in.
+        axis: whether a norm and a magnitude belong to each output, as the paper's code and PEFT
+            have it, or to each input, as LyCORIS before version 3 has.
+    """
+
+    direction: LowRank
+    magnitude: TensorRef
+    axis: Axis = "output"
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor it is made of."""
+        yield from self.direction.tensors()
+        yield self.magnitude
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A setting that ΔW depends on and the file does not hold.
+
+    Attributes:
+        expected: what it may be, for people.
+        choices: the words it may be; empty if it is none of some words.
+        pattern: regular expression that it must match whole; empty if it is a number.
+        whole: whether it is a whole number above 0.
+        in_base: entries of the base model's `config.json` that tell it; the first present counts.
+        meaning: what the words in that entry mean; empty if it holds the setting itself.
+        of_weight: returns what the shape of the module's weight in the base tells of it, None if
+            nothing; None if no shape does. It precedes what the user gives for all modules.
+    """
+
+    expected: str
+    choices: tuple[str, ...] = ()
+    pattern: str = ""
+    whole: bool = False
+    in_base: tuple[str, ...] = ()
+    meaning: Mapping[str, str] = field(default_factory=dict)
+    of_weight: Callable[[tuple[int, ...]], str | None] | None = None
+
+    @property
+    def is_in_base(self) -> bool:
+        """Whether the base model may tell it."""
+        return bool(self.in_base) or self.of_weight is not None
+
+
+@dataclass(frozen=True)
+class OtherDelta:
+    """A weight change of another kind than factors, such as LoHa, VeRA, OFT or a difference.
+
+    What the kind means is declared once, in `loratools.kinds`; readers only say which it is and
+    hand over its tensors and numbers. Nothing about ΔW can be told without that declaration.
+
+    Attributes:
+        kind: name of the declaration, such as `loha`.
+        parts: the module's own tensors, by the names that the declaration gives them; each keeps
+            the key it has in the file.
+        settings: numbers that ΔW depends on, resolved by the reader: scale, block sizes, seeds; a
+            `Missing` for one that the user must give.
+        layer: what is adapted.
+        shape: (out, in) of the weight as a matrix; None for what the file does not tell.
+        shared: tensors that it has in common with other modules, by the declaration's names; they
+            are in `Adapter.shared` too, and counted there.
+        magnitude: as of a DoRA, whose direction the rest then is; None if it is none, or if it is
+            the shared part of that name.
+        axis: of the magnitude, as in `Dora`.
+        bias: (out,), added to the layer's bias as it is.
+        alpha_tensor: the tensor that states alpha, in formats which keep it in one.
+    """
+
+    kind: str
+    parts: Mapping[str, TensorRef]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    layer: Layer = Layer("linear")
+    shape: tuple[int | None, int | None] = (None, None)
+    shared: Mapping[str, TensorRef] = field(default_factory=dict)
+    magnitude: TensorRef | None = None
+    axis: Axis = "output"
+    bias: TensorRef | None = None
+    alpha_tensor: TensorRef | None = None
+
+    @property
+    def experts(self) -> int:
+        """Number of stacked matrices, 1 for an ordinary weight."""
+        is_stack = self.layer.kind == "experts"
+        return next(iter(self.parts.values())).shape[0] if is_stack else 1
+
+    def planes(self) -> Iterator[OtherDelta]:
+        """Yield the change of each matrix of a stack, or itself if it is none."""
+        if self.layer.kind != "experts":
+            yield self
+            return
+        for index in range(self.experts):
+            parts = {
+                name: tensor.row_range(index, index + 1).reshaped(tensor.shape[1:])
+                for name, tensor in self.parts.items()
+            }
+            yield replace(self, parts=parts, layer=replace(self.layer, kind="linear"))
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a magnitude makes it the direction of a DoRA."""
+        return self.magnitude is not None or "magnitude" in self.shared
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor that is its own."""
+        yield from self.parts.values()
+        others = (self.magnitude, self.bias, self.alpha_tensor)
+        yield from (tensor for tensor in others if tensor is not None)
+
+
+Delta = LowRank | Dora | OtherDelta
+
+
+def low_rank_part(delta: Delta) -> LowRank:
+    """Return the factors of a delta: itself, or the direction of a DoRA.
+
+    Raises:
+        UnsupportedError: it has none before it is folded.
+    """
+    if isinstance(delta, OtherDelta):
+        raise UnsupportedError(
+            f"a weight change of kind {delta.kind} has no factors before it is folded",
+            tensor=next((tensor.key for tensor in delta.tensors()), None),
+            hint="Make it a plain LoRA first: loratools to-lora",
+        )
+    return delta.direction if isinstance(delta, Dora) else delta
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor that takes the place of a base tensor, or of some of its rows.
+
+    Attributes:
+        kind: `bias`, `module` (PEFT's modules_to_save), `embedding` (a whole, perhaps resized
+            matrix), `token_rows` (the rows listed), or `other` (a base tensor found in the file
+            though its config does not mention it; loaders copy it over all the same).
+        target: name of the base tensor.
+        tensor: the new values.
+        rows: for `token_rows`, the rows they go to.
+    """
+
+    kind: Literal["bias", "module", "embedding", "token_rows", "other"]
+    target: str
+    tensor: TensorRef
+    rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A tensor that is added to a bias or a norm's weight as it is, times the adapter's strength.
+
+    Attributes:
+        target: name of the base tensor.
+        tensor: what is added.
+    """
+
+    target: str
+    tensor: TensorRef
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way of spelling single-file adapters, met in a file.
+
+    Attributes:
+        name: what it is called.
+        why: what it is recognised by.
+        example: a key of the file that is spelled so.
+        keys: how many are.
+    """
+
+    name: str
+    why: str
+    example: str
+    keys: int
+
+
+@dataclass(frozen=True)
+class Caveat:
+    """A reason why the factors do not tell the true ΔW.
+
+    Attributes:
+        code: `mutated-base`, or the config key concerned.
+        reason: what is the matter.
+        remedy: what the user can do.
+    """
+
+    code: str
+    reason: str
+    remedy: str
+
+
+MUTATED_BASE = "mutated-base"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter read from somewhere, or made by an operation.
+
+    Every tensor of a file is in exactly one of `modules`, `shared`, `additions`, `replacements` and
+    `carried`.
+
+    Attributes:
+        format: name of the format it was read as.
+        source: the path it was read from.
+        modules: weight changes by module path, as the base model names it where the format knows.
+        shared: tensors that the deltas of several modules are made of, by their key in the file.
+        additions: tensors that are added to biases and norms, by their key in the file.
+        replacements: tensors that replace base tensors, by their key in the file.
+        carried: tensors known to be neither, preserved as they are, by key.
+        config: the format's own configuration, untouched.
+        metadata: the weight file's string metadata.
+        base_model: the base model's name, if recorded.
+        caveats: reasons why operations on ΔW must refuse this adapter.
+        notes: things a user should know that change nothing.
+        dialects: of a single file, how its keys are spelled.
+        attachments: other files to keep beside the output, such as the tokenizer's, by name: a
+            path to copy, or the content itself.
+        inputs: the files it was read from, the weights first, for digests and the check that
+            they did not change.
+        other_inputs: files that took part in making it, by their role.
+        provenance: how it was made, if an operation made it.
+    """
+
+    format: str
+    source: Path | None
+    modules: Mapping[str, Delta]
+    shared: Mapping[str, TensorRef] = field(default_factory=dict)
+    additions: Mapping[str, Addition] = field(default_factory=dict)
+    replacements: Mapping[str, Replacement] = field(default_factory=dict)
+    carried: Mapping[str, TensorRef] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    caveats: tuple[Caveat, ...] = ()
+    notes: tuple[str, ...] = ()
+    dialects: tuple[Dialect, ...] = ()
+    attachments: Mapping[str, Path | bytes] = field(default_factory=dict)
+    inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
+    other_inputs: Mapping[str, tuple[RegularFile, ...]] = field(default_factory=dict, compare=False)
+    provenance: Mapping[str, Any] | None = None
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Size of the weight file it was read from; of its tensors if from none."""
+        return self.inputs[0].nbytes if self.inputs else sum(t.nbytes for t in self.tensors())
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor of the adapter."""
+        for delta in self.modules.values():
+            yield from delta.tensors()
+        yield from self.shared.values()
+        for addition in self.additions.values():
+            yield addition.tensor
+        for replacement in self.replacements.values():
+            yield replacement.tensor
+        yield from self.carried.values()
+
+    def require_true_delta(self, operation: str) -> None:
+        """Raise `UnsupportedError` if the factors do not tell the true ΔW."""
+        if self.caveats:
+            caveat = self.caveats[0]
+            raise UnsupportedError(
+                f"{operation} needs the true weight change: {caveat.reason}",
+                path=self.source,
+                hint=caveat.remedy,
+            )
+
+    def check_unchanged(self) -> None:
+        """Raise `AdapterError` if an input file was written to since it was opened."""
+        for files in (self.inputs, *self.other_inputs.values()):
+            for file in files:
+                file.check_unchanged()

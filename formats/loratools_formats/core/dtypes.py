@@ -1,0 +1,186 @@
+"""The element types of safetensors, and how each becomes a NumPy array or a torch tensor.
+
+Source: the `Dtype` enum of the safetensors crate, version 0.8. NumPy has no bfloat16 or 8-bit
+floats; `ml_dtypes` supplies them and is imported only when one is met.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratools_formats.disk.errors import MissingDependencyError, UnsupportedError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import DTypeLike, NDArray
+
+    Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class DType:
+    """One element type.
+
+    Attributes:
+        code: the name in a safetensors header.
+        bits: size of one element in bits.
+        numpy: name of the NumPy type, looked up in `ml_dtypes` when prefixed by `ml:`;
+            None where the packing of sub-byte elements is not specified.
+        torch: name of the torch type, None where torch has none.
+        floating: whether it can hold adapter factors: of whole bytes, and real.
+    """
+
+    code: str
+    bits: int
+    numpy: str | None
+    torch: str | None
+    floating: bool = False
+
+    def nbytes(self, shape: tuple[int, ...]) -> int | None:
+        """Bytes of a tensor of `shape`, None if its elements do not fill whole bytes."""
+        bits = math.prod(shape) * self.bits
+        return None if bits % 8 else bits // 8
+
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Return the NumPy type.
+
+        Raises:
+            UnsupportedError: there is no defined way to unpack this type.
+        """
+        import numpy as np
+
+        if self.numpy is None:
+            raise UnsupportedError(
+                f"dtype {self.code} can be copied but not decoded: its packing is not specified"
+            )
+        if self.numpy.startswith("ml:"):
+            import ml_dtypes
+
+            extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, self.numpy[3:]))
+            return extended
+        little_endian: np.dtype[Any] = np.dtype(self.numpy).newbyteorder("<")
+        return little_endian
+
+
+_TABLE = (
+    DType("BOOL", 8, "bool", "bool"),
+    DType("U8", 8, "uint8", "uint8"),
+    DType("I8", 8, "int8", "int8"),
+    DType("I16", 16, "int16", "int16"),
+    DType("U16", 16, "uint16", "uint16"),
+    DType("I32", 32, "int32", "int32"),
+    DType("U32", 32, "uint32", "uint32"),
+    DType("I64", 64, "int64", "int64"),
+    DType("U64", 64, "uint64", "uint64"),
+    DType("F16", 16, "float16", "float16", floating=True),
+    DType("BF16", 16, "ml:bfloat16", "bfloat16", floating=True),
+    DType("F32", 32, "float32", "float32", floating=True),
+    DType("F64", 64, "float64", "float64", floating=True),
+    DType("C64", 64, "complex64", "complex64"),
+    DType("F8_E4M3", 8, "ml:float8_e4m3fn", "float8_e4m3fn", floating=True),
+    DType("F8_E5M2", 8, "ml:float8_e5m2", "float8_e5m2", floating=True),
+    DType("F8_E8M0", 8, "ml:float8_e8m0fnu", "float8_e8m0fnu", floating=True),
+    DType("F8_E4M3FNUZ", 8, "ml:float8_e4m3fnuz", "float8_e4m3fnuz", floating=True),
+    DType("F8_E5M2FNUZ", 8, "ml:float8_e5m2fnuz", "float8_e5m2fnuz", floating=True),
+    DType("F4", 4, "ml:float4_e2m1fn", "float4_e2m1fn_x2"),
+    DType("F6_E2M3", 6, None, None),
+    DType("F6_E3M2", 6, None, None),
+)
+
+DTYPES: dict[str, DType] = {entry.code: entry for entry in _TABLE}
+
+
+def common_dtype(dtypes: Sequence[DType]) -> DType:
+    """Return a type that holds every value of all."""
+    codes = {dtype.code for dtype in dtypes}
+    if len(codes) == 1:
+        return dtypes[0]
+    return DTYPES["F64" if "F64" in codes else "F32"]
+
+
+def decode(data: bytes | bytearray | memoryview, dtype: DType, shape: tuple[int, ...]) -> Array:
+    """View little-endian bytes as an array of `shape` in the stored type.
+
+    Nothing is copied, except for F4, whose pairs are unpacked low half first, as torch packs them.
+    """
+    import numpy as np
+
+    stored = dtype.numpy_dtype()
+    if dtype.bits == 4:
+        pairs = np.frombuffer(data, dtype=np.uint8)
+        return np.stack([pairs & 15, pairs >> 4], axis=-1).view(stored).reshape(shape)
+    return np.frombuffer(data, dtype=stored).reshape(shape)
+
+
+def converted(array: Array, dtype: DTypeLike) -> Array:
+    """Convert to a NumPy type in silence: overflow gives infinities, and any NaN stays one."""
+    import numpy as np
+
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return array.astype(dtype, copy=False)
+
+
+def encode(array: Array, dtype: DType) -> Array:
+    """Round `array` to `dtype` (to nearest, ties to even) and make it contiguous.
+
+    It is rounded once, but for float64 to bfloat16, which goes through float32 and so may take
+    the other neighbour for values within 2^-24 of a tie, eight in a million.
+    """
+    import numpy as np
+
+    return np.ascontiguousarray(converted(array, dtype.numpy_dtype()))
+
+
+def round_into(values: Array, out: Array) -> None:
+    """Round contiguous values into `out`, once and to nearest, from float64 to bfloat16 too.
+
+    Conversion by way of float32 rounds twice. Rounding to odd on the way, which keeps in the last
+    bit that something was cut off, makes the second rounding that of the exact value
+    (Boldo and Melquiond 2008, doi 10.1109/TC.2007.70819).
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if values.dtype == np.float64 and out.dtype.name == "bfloat16":
+            values = _rounded_to_odd(values)
+        np.copyto(out, values, casting="unsafe")
+
+
+def _rounded_to_odd(values: Array) -> Array:
+    import numpy as np
+
+    narrow = values.astype(np.float32)
+    bits = narrow.view(np.int32)
+    even = np.nonzero((narrow != values) & (bits & 1 == 0) & np.isfinite(narrow))
+    bits[even] += np.where(np.abs(values[even]) > np.abs(narrow[even]), 1, -1).astype(np.int32)
+    return narrow
+
+
+def to_torch(data: bytes | bytearray | memoryview, dtype: DType, shape: tuple[int, ...]) -> Any:
+    """Hand bytes over as a torch tensor of the stored type, over a buffer of its own.
+
+    F4 becomes torch's pair type: its last axis is half as long, as in the safetensors library.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError(
+            "torch is needed to hand out torch tensors", hint="pip install torch"
+        ) from error
+
+    if dtype.torch is None:
+        raise UnsupportedError(f"torch has no type for dtype {dtype.code}")
+    if dtype.bits == 4:
+        if not shape or shape[-1] % 2:
+            raise UnsupportedError(
+                "torch holds F4 in pairs along the last axis",
+                got=list(shape),
+                expected="an even one",
+            )
+        shape = (*shape[:-1], shape[-1] // 2)
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=getattr(torch, dtype.torch))
+    return torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype.torch)).reshape(shape)

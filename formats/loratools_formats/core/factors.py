@@ -1,0 +1,70 @@
+"""What readers check of factors, and how writers store them in another type."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, OtherDelta
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.tensors import TensorRef, rounded
+from loratools_formats.disk.errors import AdapterError
+
+_MAX_FACTOR_ELEMENTS = 1 << 29
+
+
+def check_factor(tensor: TensorRef, path: Path) -> None:
+    """Refuse a tensor that cannot be a factor: no real numbers, nothing in it, or too much.
+
+    Raises:
+        AdapterError: it cannot.
+    """
+    if not tensor.dtype.floating:
+        raise AdapterError(
+            "adapter factor is not of a floating-point type",
+            path=path,
+            tensor=tensor.key,
+            got=tensor.dtype.code,
+        )
+    if tensor.numel == 0:
+        raise AdapterError(
+            "adapter factor is empty",
+            path=path,
+            tensor=tensor.key,
+            got=list(tensor.shape),
+            hint="Sharded training saves such files when the shards were not gathered",
+        )
+    if tensor.numel > _MAX_FACTOR_ELEMENTS:
+        raise AdapterError(
+            "adapter factor is too large",
+            path=path,
+            tensor=tensor.key,
+            got=list(tensor.shape),
+            expected=f"at most {_MAX_FACTOR_ELEMENTS} elements",
+        )
+
+
+def stored_as(delta: Delta, dtype: str | None) -> Delta:
+    """Return a delta whose factors are of a type, such as `bf16`; None keeps each one's own.
+
+    Magnitudes, biases and the tensors of other kinds stay as they are.
+    """
+    if dtype is None or isinstance(delta, OtherDelta):
+        return delta
+    if isinstance(delta, Dora):
+        return replace(delta, direction=_rounded(delta.direction, dtype))
+    return _rounded(delta, dtype)
+
+
+def _rounded(delta: LowRank, dtype: str) -> LowRank:
+    stored = DTYPES[dtype.upper()]
+    return replace(delta, a=rounded(delta.a, stored), b=rounded(delta.b, stored))
+
+
+def kept_whole(adapter: Adapter) -> list[str]:
+    """Return the modules whose change is a full difference, which few formats have."""
+    return [
+        name
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and delta.kind == "full"
+    ]

@@ -1,0 +1,1 @@
+"""Files on disk: safe opening, whole outputs, provenance, strict JSON and YAML, errors."""

@@ -1,0 +1,235 @@
+"""Opening files that may be hostile, and nothing about what is in them.
+
+A path may be a FIFO (opening it would block for ever), a device (it never ends), a symlink out of
+the folder, or may change while it is read. So: open without blocking, take regular files only,
+keep the descriptor, read with `pread` (never `mmap`: truncation would kill the process), and
+compare the file's identity at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratools_formats.disk.errors import AdapterError, MissingFileError
+
+_HASH_CHUNK_BYTES = 1 << 20
+_COPY_CHUNK_BYTES = 1 << 20
+_NO_KERNEL_COPY = (
+    errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Identity:
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+
+class RegularFile:
+    """A regular file held open for positioned reads; safe to share between threads.
+
+    Args:
+        path: the file; symlinks are followed.
+
+    Raises:
+        MissingFileError: nothing is there.
+        AdapterError: it is not a regular file, or may not be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._fd = -1
+        self.path = Path(path)
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+        flags |= getattr(os, "O_BINARY", 0)
+        try:
+            self._fd = os.open(path, flags)
+        except FileNotFoundError as error:
+            raise MissingFileError("no such file", path=path) from error
+        except ValueError as error:  # a NUL byte in the name
+            raise MissingFileError("not a possible file name", path=path) from error
+        except OSError as error:
+            if os.path.isdir(path):
+                raise AdapterError("is a directory, not a file", path=path) from error
+            raise AdapterError(f"cannot be opened: {error.strerror}", path=path) from error
+        self._lock = threading.Lock()
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+            raise AdapterError(f"is {kind}, not a regular file", path=path)
+        self._identity = self._identify(status)
+
+    @staticmethod
+    def _identify(status: os.stat_result) -> _Identity:
+        return _Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes when the file was opened."""
+        return self._identity.nbytes
+
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        """Read exactly `nbytes` bytes from `offset`.
+
+        Raises:
+            AdapterError: the file ends earlier: it was truncated while open.
+        """
+        data = self._read_some(offset, nbytes)
+        if len(data) == nbytes:
+            return data
+        parts, done = [data], len(data)
+        while done < nbytes:
+            part = self._read_some(offset + done, nbytes - done)
+            if not part:
+                raise AdapterError(
+                    "file ended while it was being read", path=self.path, got=offset + done
+                )
+            parts.append(part)
+            done += len(part)
+        return b"".join(parts)
+
+    def _read_some(self, offset: int, nbytes: int) -> bytes:
+        try:
+            if hasattr(os, "pread"):
+                return os.pread(self._fd, nbytes, offset)
+            with self._lock:
+                os.lseek(self._fd, offset, os.SEEK_SET)
+                return os.read(self._fd, nbytes)
+        except OSError as error:
+            raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill a buffer of bytes from `offset`; spares the memory of `read_at`.
+
+        Raises:
+            AdapterError: the file ends earlier.
+        """
+        done = 0
+        while hasattr(os, "preadv") and done < len(out):
+            try:
+                count = os.preadv(self._fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
+            if count == 0:
+                break  # read_at says what is wrong
+            done += count
+        if done < len(out):
+            out[done:] = self.read_at(offset + done, len(out) - done)
+
+    def copy_at(self, offset: int, nbytes: int, out: int, out_offset: int) -> None:
+        """Copy bytes to an open file, inside the kernel where the systems can do that.
+
+        Args:
+            offset: where to begin here.
+            nbytes: how many.
+            out: descriptor to write to; its position stays.
+            out_offset: where to begin there.
+
+        Raises:
+            AdapterError: this file ends earlier.
+            OSError: writing failed.
+        """
+        done = _copied_in_kernel(self._fd, offset, nbytes, out, out_offset)
+        while done < nbytes:
+            view = memoryview(self.read_at(offset + done, min(_COPY_CHUNK_BYTES, nbytes - done)))
+            while view:
+                written = os.pwrite(out, view, out_offset + done)
+                view, done = view[written:], done + written
+
+    def check_unchanged(self) -> None:
+        """Raise `AdapterError` if the file was written to since it was opened."""
+        if self._identify(os.fstat(self._fd)) != self._identity:
+            raise AdapterError("file changed while it was being read", path=self.path)
+
+    def sha256(self) -> str:
+        """Digest of the whole file, as lower-case hex."""
+        digest = hashlib.sha256()
+        for offset in range(0, self.nbytes, _HASH_CHUNK_BYTES):
+            digest.update(self.read_at(offset, min(_HASH_CHUNK_BYTES, self.nbytes - offset)))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the descriptor; later reads fail."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _copied_in_kernel(fd: int, offset: int, nbytes: int, out: int, out_offset: int) -> int:
+    """Copy with `copy_file_range` as far as it goes; returns the number of bytes copied."""
+    done = 0
+    while hasattr(os, "copy_file_range") and done < nbytes:
+        try:
+            count = os.copy_file_range(fd, out, nbytes - done, offset + done, out_offset + done)
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                return done
+            raise
+        if count == 0:  # the end of the source, or a file system that cannot do it
+            return done
+        done += count
+    return done
+
+
+def read_small_file(path: str | os.PathLike[str], limit_bytes: int) -> bytes:
+    """Read a whole regular file of at most `limit_bytes`.
+
+    Raises:
+        AdapterError: it is larger, or not a regular file.
+    """
+    file = RegularFile(path)
+    try:
+        if file.nbytes > limit_bytes:
+            raise AdapterError(
+                "file is too large",
+                path=path,
+                got=f"{file.nbytes} bytes",
+                expected=f"at most {limit_bytes}",
+            )
+        return bytes(file.read_at(0, file.nbytes))
+    finally:
+        file.close()
+
+
+def refuse_lfs_pointer(start: bytes, path: str | os.PathLike[str]) -> None:
+    """Raise `AdapterError` if a file starts as a pointer does that Git LFS leaves in its place."""
+    if start.startswith(b"version https://git-lfs"):
+        raise AdapterError(
+            "is a Git LFS pointer, not the file itself", path=path, hint="Run: git lfs pull"
+        )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return `folder/name`, refusing a symlink that leads out of the folder.
+
+    The Hugging Face cache links `models--*/snapshots/<rev>/<file>` to `models--*/blobs/<hash>`;
+    that is allowed, since both lie below the same `models--*` folder.
+
+    Raises:
+        AdapterError: the link leads elsewhere.
+    """
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    roots = [Path(os.path.realpath(folder))]
+    roots += [p for p in roots[0].parents if p.name.startswith(("models--", "datasets--"))]
+    if not any(target.is_relative_to(root) for root in roots):
+        raise AdapterError(
+            "symbolic link leads out of its folder",
+            path=path,
+            got=target,
+            hint="Copy the file into the folder if you trust it",
+        )
+    return path

@@ -1,0 +1,57 @@
+"""The record of how an output was made, kept beside it.
+
+An in-toto Statement, version 1: plain JSON that says which files (by digest) came from which
+inputs (by digest) through which operation, so that it can be checked, repeated, or signed later
+by other tools. It holds no time and no local paths, so equal runs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.disk.files import RegularFile
+
+PROVENANCE_FILE = "provenance.json"
+_STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+_PREDICATE_TYPE = "urn:loratools:operation:v1"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def statement(
+    predicate: Mapping[str, Any],
+    files: Iterable[Path],
+    digest: Callable[[Path], Mapping[str, str]] | None = None,
+) -> bytes:
+    """Return the statement that `files` were made as `predicate` says, as UTF-8 JSON.
+
+    Source: https://github.com/in-toto/attestation, spec/v1/statement.md.
+
+    Args:
+        predicate: how they were made.
+        files: the files.
+        digest: what to say of each; its sha256 by default.
+    """
+    describe = digest or (lambda path: {"sha256": sha256_of(path)})
+    subject = [{"name": path.name, "digest": dict(describe(path))} for path in files]
+    content = {
+        "_type": _STATEMENT_TYPE,
+        "subject": subject,
+        "predicateType": _PREDICATE_TYPE,
+        "predicate": predicate,
+    }
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    # Bytes of file names and arguments that are no UTF-8, which JSON cannot hold.
+    return (_SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n").encode()
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a regular file, as lower-case hex."""
+    file = RegularFile(path)
+    try:
+        return file.sha256()
+    finally:
+        file.close()

@@ -1,0 +1,177 @@
+"""What GGUF adapters need to know of a base model: its architecture and a few sizes.
+
+From a folder's config.json or from the header of a GGUF file; no weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.containers.gguf.container import is_gguf
+from loratools_formats.containers.gguf.splits import GgufModel, read_model
+from loratools_formats.disk import strict_json
+from loratools_formats.disk.errors import AdapterError, MissingFileError, UnsupportedError
+from loratools_formats.disk.files import RegularFile, inside, read_small_file
+from loratools_formats.formats.gguf.architectures import (
+    ARCHITECTURES,
+    BY_CLASS,
+    Architecture,
+    Sizes,
+)
+
+_CONFIG_FILE = "config.json"
+_MAX_CONFIG_BYTES = 4 << 20
+_MAX_SIZE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Base:
+    """Facts about a base model.
+
+    Attributes:
+        architecture: how its modules become GGUF tensors.
+        sizes: what layouts depend on.
+        tied: whether its output layer is its embedding.
+        prefix: how its class begins paths that begin with `model.` in the table.
+        shapes: row-major shapes of its tensors by GGUF name; None if only its configuration is
+            known.
+        files: what it was read from, as far as digests of it are worth their time.
+    """
+
+    architecture: Architecture
+    sizes: Sizes
+    tied: bool
+    prefix: str = "model."
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    files: tuple[RegularFile, ...] = ()
+
+
+def read_base(path: Path) -> Base:
+    """Read what is needed of a base model: a folder with config.json, or a GGUF file.
+
+    Raises:
+        MissingFileError: there is neither.
+        AdapterError: malformed.
+        UnsupportedError: an architecture that is not in the table.
+    """
+    if is_gguf(path):
+        return base_of_gguf(read_model(path))
+    if path.is_file() and path.name != _CONFIG_FILE:
+        raise AdapterError("is not a GGUF model", path=path, expected="GGUF, or a model's folder")
+    folder = path.parent if path.is_file() else path
+    if not (folder / _CONFIG_FILE).is_file():
+        raise MissingFileError(
+            "no base model there", path=path, expected="config.json in a folder, or a GGUF file"
+        )
+    return _of_config(inside(folder, _CONFIG_FILE))
+
+
+def _of_config(path: Path) -> Base:
+    try:
+        values = strict_json.loads(read_small_file(path, _MAX_CONFIG_BYTES), max_depth=64)
+    except strict_json.StrictJsonError as error:
+        raise AdapterError(f"not sound JSON: {error}", path=path) from error
+    names = values.get("architectures") if isinstance(values, dict) else None
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise AdapterError("config names no architecture", path=path, got=names)
+    if names[0] not in BY_CLASS:
+        raise _unknown(path, names[0], sorted(BY_CLASS))
+    architecture = BY_CLASS[names[0]]
+    text = values.get("text_config")
+    if isinstance(text, dict):
+        values = {**values, **text}
+    tied = values.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise AdapterError("config value tie_word_embeddings is wrong", path=path, got=tied)
+    heads = _size(values, path, "num_attention_heads", "n_head")
+    hidden = _size(values, path, "hidden_size", "n_embd")
+    experts = _size(values, path, "num_local_experts", "num_experts", default=0)
+    return Base(
+        architecture=architecture,
+        sizes=Sizes(
+            heads=heads,
+            kv_heads=_kv_heads(values, path, heads),
+            hidden=hidden,
+            head_width=_size(values, path, "head_dim", default=hidden // heads),
+            experts=experts,
+            expert_width=_size(
+                values, path, "moe_intermediate_size", "intermediate_size", default=0
+            ),
+        ),
+        tied=not architecture.outputs or (architecture.tied if tied is None else tied),
+        prefix=architecture.classes[names[0]],
+        files=(RegularFile(path),),
+    )
+
+
+def _kv_heads(values: Mapping[str, Any], path: Path, heads: int) -> int:
+    """Return the number of key and value heads; Falcon has three ways to say it."""
+    if values.get("new_decoder_architecture") is False:
+        return 1 if values.get("multi_query") is True else heads
+    return _size(values, path, "num_key_value_heads", "num_kv_heads", "n_head_kv", default=heads)
+
+
+def _size(values: Mapping[str, Any], path: Path, *names: str, default: int | None = None) -> int:
+    for name in names:
+        value = values.get(name)
+        if value is None:
+            continue
+        if type(value) is not int or not 0 < value < _MAX_SIZE:
+            raise AdapterError(
+                f"config value {name} is wrong", path=path, got=value, expected="a size"
+            )
+        return value
+    if default is None:
+        raise AdapterError(f"config lacks {names[0]}", path=path)
+    return default
+
+
+def base_of_gguf(model: GgufModel) -> Base:
+    """Return the facts about a base model that a GGUF model holds.
+
+    Raises:
+        AdapterError: a key is missing or wrong.
+        UnsupportedError: another architecture.
+    """
+    path = model.path
+    name = model.get("general.architecture", "string")
+    if name not in ARCHITECTURES:
+        raise _unknown(path, str(name), sorted(ARCHITECTURES))
+    heads = _key(model, f"{name}.attention.head_count")
+    hidden = _key(model, f"{name}.embedding_length")
+    expert_width = _key(model, f"{name}.expert_feed_forward_length", 0)
+    return Base(
+        architecture=ARCHITECTURES[name],
+        sizes=Sizes(
+            heads=heads,
+            kv_heads=_key(model, f"{name}.attention.head_count_kv", heads),
+            hidden=hidden,
+            head_width=_key(model, f"{name}.attention.key_length", hidden // heads),
+            experts=_key(model, f"{name}.expert_count", 0),
+            expert_width=expert_width or _key(model, f"{name}.feed_forward_length", 0),
+        ),
+        tied="output.weight" not in model.tensors,
+        shapes={key: tensor.shape for key, tensor in model.tensors.items()},
+    )
+
+
+def _key(model: GgufModel, name: str, default: int | None = None) -> int:
+    value = model.get(name, "u32", "i32", "u64", "i64")
+    if value is None and default is not None:
+        return default
+    least = 0 if default == 0 else 1
+    if value is None or not least <= value < _MAX_SIZE:
+        raise AdapterError(f"key {name} is missing or wrong", path=model.path, got=value)
+    return int(value)
+
+
+def _unknown(path: Path, name: str, known: list[str]) -> UnsupportedError:
+    return UnsupportedError(
+        "GGUF adapters of this architecture are not supported: its layout has not been checked",
+        path=path,
+        got=name,
+        expected=", ".join(known),
+    )

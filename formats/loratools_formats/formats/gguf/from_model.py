@@ -1,0 +1,270 @@
+"""From the base model's modules to GGUF tensors: names, row orders, splits and stacks.
+
+Everything is a selection of rows of B, or a stacking of factors, so no value changes. The base
+model is needed to know the architecture, and the numbers of heads and experts. What llama.cpp
+would ignore, refuse or crash on is refused, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from loratools_formats.containers.gguf.container import KeyValue
+from loratools_formats.containers.gguf.cursor import ARRAY
+from loratools_formats.contract.registry import Context
+from loratools_formats.core.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
+from loratools_formats.core.alora import invocation_tokens
+from loratools_formats.core.orientation import is_transposed
+from loratools_formats.core.tensors import TensorRef, joined
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
+from loratools_formats.disk.files import RegularFile
+from loratools_formats.formats.gguf.architectures import Module
+from loratools_formats.formats.gguf.base import Base, read_base
+from loratools_formats.formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
+from loratools_formats.formats.gguf.write import fallback_notes
+
+OUTPUT = "output"
+DEFAULT_DTYPE = "f32"
+"""ggml rounds activations to the type of 16-bit factors; with 32 bits nothing is lost."""
+
+WRAPPER = ".base_layer"
+"""What PEFT puts behind a module's path for each further parameter of it that is adapted."""
+
+_OWN_KEYS = ("general.", "adapter.", "tokenizer.", "split.", "format")
+_PREFIXES = (
+    "", "model.language_model.", "language_model.model.", "language_model.", "model.text_model.",
+)  # fmt: skip
+
+
+def from_model(adapter: Adapter, context: Context) -> Adapter:
+    """Return an adapter in the names and layout of GGUF.
+
+    Raises:
+        UnsupportedError: no base model is given, its architecture is not known, or a module has no
+            counterpart that llama.cpp would apply.
+        AdapterError: a module does not fit the base model.
+    """
+    if adapter.format == "gguf":
+        return replace(
+            adapter,
+            config={**adapter.config, "storage": context.dtype},
+            notes=(*adapter.notes, *fallback_notes(adapter.modules, context.dtype)),
+        )
+    if context.base is None:
+        raise UnsupportedError(
+            "a GGUF adapter depends on the architecture of its base model",
+            path=adapter.source,
+            hint="Pass --base with the model's folder (config.json is enough) or its GGUF file",
+        )
+    base = read_base(context.base)
+    stacks: dict[str, dict[int, LowRank]] = {}
+    modules: dict[str, Delta] = {}
+    for path, delta in adapter.modules.items():
+        try:
+            for name, expert, part in _placed(path, plain_factors(delta), base):
+                known = name in modules if expert is None else expert in stacks.get(name, {})
+                if known:
+                    raise AdapterError("two modules become the same GGUF tensor", got=name)
+                if expert is None:
+                    modules[name] = part
+                else:
+                    stacks.setdefault(name, {})[expert] = part
+        except LoratoolsError as error:
+            error.tensor = error.tensor or path
+            raise
+    for name, found in stacks.items():
+        if name in modules:
+            raise AdapterError("experts are adapted one by one and as a stack", tensor=name)
+        modules[name] = _stacked(name, found, base.sizes.experts)
+    _check_shapes(modules, base)
+    keys = dict(base_model_keys(adapter.base_model or ""))
+    count = {"general.base_model.count": KeyValue("u32", 1)} if keys else {}
+    return Adapter(
+        format="gguf",
+        source=adapter.source,
+        modules=dict(sorted(modules.items())),
+        config={
+            "architecture": base.architecture.name,
+            "keys": {**count, **_invocation(adapter)},
+            "storage": context.dtype or DEFAULT_DTYPE,
+        },
+        metadata={
+            **keys,
+            **{k: v for k, v in adapter.metadata.items() if k and not k.startswith(_OWN_KEYS)},
+        },
+        base_model=adapter.base_model,
+        notes=(*adapter.notes, *fallback_notes(modules, context.dtype)),
+        inputs=adapter.inputs,
+        other_inputs=with_base(adapter, base),
+    )
+
+
+def with_base(adapter: Adapter, base: Base | None) -> dict[str, tuple[RegularFile, ...]]:
+    """Return the files that took part in making an adapter, the base's among them."""
+    others = dict(adapter.other_inputs)
+    return {**others, "base": base.files} if base is not None and base.files else others
+
+
+def _invocation(adapter: Adapter) -> dict[str, KeyValue]:
+    tokens = invocation_tokens(adapter)
+    return {} if tokens is None else {INVOCATION_KEY: KeyValue(ARRAY, tokens, "u32", len(tokens))}
+
+
+def plain_factors(delta: Delta) -> LowRank:
+    """Return a delta if llama.cpp has its kind.
+
+    Raises:
+        UnsupportedError: it is a DoRA, or has a bias.
+    """
+    if isinstance(delta, Dora):
+        raise UnsupportedError(
+            "llama.cpp has no DoRA", hint="Make a LoRA of it with `loratools to-lora` first"
+        )
+    part = low_rank_part(delta)
+    if part.bias is not None:
+        raise UnsupportedError(
+            "llama.cpp adapters have no biases (lora_bias)",
+            hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
+        )
+    return part
+
+
+def _placed(path: str, delta: LowRank, base: Base) -> list[tuple[str, int | None, LowRank]]:
+    """Return (GGUF name, expert, factors) of every tensor that a module becomes."""
+    if delta.layer.kind == "experts":
+        module, block, delta = _expert_parameter(path, delta, base)
+        expert = None
+    else:
+        found = _look_up(path, base)
+        if found is None:
+            raise UnsupportedError(
+                f"llama.cpp applies no adapter to this module of {base.architecture.name}",
+                hint="Remove it from the adapter if it was trained by mistake",
+            )
+        module, block, expert = found
+    names = [f"{block}{tensor}" for tensor in module.tensors]
+    _check_embedding(names[0], delta, base)
+    if delta.layer.kind == "conv":
+        raise UnsupportedError("llama.cpp applies no adapter to convolutions")
+    orders = module.rows(delta.shape[0], base.sizes)
+    kind = delta.layer.kind
+    parts = [
+        replace(delta, b=in_order(delta.b, order), layer=Layer(kind), alpha=None)
+        for order in orders
+    ]
+    return [(name, expert, part) for name, part in zip(names, parts, strict=True)]
+
+
+def in_order(b: TensorRef, order: list[int]) -> TensorRef:
+    """Return a factor with its rows in another order; itself if it is the same order."""
+    return b if order == list(range(b.shape[-2])) else b.rows(order)
+
+
+def _look_up(path: str, base: Base) -> tuple[Module, str, int | None] | None:
+    for prefix in sorted({base.prefix, *_PREFIXES}, key=len, reverse=True):
+        if path.startswith(prefix):
+            rest = path[len(prefix) :]
+            for tried in (rest, f"model.{rest}"):
+                found = base.architecture.module(tried)
+                if found is not None:
+                    return found
+    return None
+
+
+def refuse_tied(name: str) -> None:
+    """Raise `UnsupportedError` if a GGUF tensor is one that tied models share or lack."""
+    if name == OUTPUT:
+        raise UnsupportedError(
+            "the base model's output layer is its embedding, and llama.cpp has no tensor for it",
+            hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
+        )
+    if name == EMBEDDING:
+        raise UnsupportedError(
+            "llama.cpp aborts on an adapter of an embedding that is the output layer too",
+            hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
+        )
+
+
+def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
+    if base.tied:
+        refuse_tied(name)
+    if (name == EMBEDDING) != (delta.layer.kind == "embedding"):
+        raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
+
+
+def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, str, LowRank]:
+    """Find by its shape which parameter a stack of experts adapts, and put it the base's way."""
+    owner = path
+    while owner.endswith(WRAPPER):
+        owner = owner.removesuffix(WRAPPER)
+    sizes = base.sizes
+    shapes = {
+        "gate_up_proj": (2 * sizes.expert_width, sizes.hidden),
+        "down_proj": (sizes.hidden, sizes.expert_width),
+    }
+    named = {name.rpartition(".")[2] for name in delta.layer.parameters} or set(shapes)
+    fitting = [
+        name
+        for name, shape in shapes.items()
+        if name in named and sorted(shape) == sorted(delta.shape)
+    ]
+    found = _look_up(f"{owner}.{fitting[0]}", base) if len(fitting) == 1 else None
+    if found is None or not found[0].stacked:
+        raise UnsupportedError(
+            f"no stack of experts of {base.architecture.name} has this shape",
+            got=f"{list(delta.shape)} of {', '.join(sorted(named))}",
+            expected=", ".join(f"{list(shape)} of {name}" for name, shape in shapes.items()),
+        )
+    stored = (sizes.experts, *shapes[fitting[0]])
+    if is_transposed(path, delta, stored):
+        delta = replace(delta, a=delta.b.transposed((0, 2, 1)), b=delta.a.transposed((0, 2, 1)))
+    return found[0], found[1], delta
+
+
+def _stacked(name: str, found: Mapping[int, LowRank], experts: int) -> LowRank:
+    """Stack the factors of single experts; those that are not adapted get zeros."""
+    first = next(iter(found.values()))
+    for delta in found.values():
+        if (delta.rank, delta.shape, delta.scale) != (first.rank, first.shape, first.scale):
+            raise UnsupportedError(
+                "experts of one layer differ in rank, shape or scale",
+                tensor=name,
+                hint="Give them one rank and scale with `loratools squeeze --uniform`",
+            )
+    if max(found) >= experts:
+        raise AdapterError(
+            "the base model has fewer experts", tensor=name, got=max(found), expected=experts
+        )
+    a = [found[e].a if e in found else _zeros(first.a) for e in range(experts)]
+    b = [found[e].b if e in found else _zeros(first.b) for e in range(experts)]
+    return replace(
+        first,
+        a=joined(first.a.key, a, (experts, *first.a.shape)),
+        b=joined(first.b.key, b, (experts, *first.b.shape)),
+        layer=Layer("experts"),
+    )
+
+
+def _zeros(like: TensorRef) -> TensorRef:
+    return TensorRef(like.key, like.dtype, like.shape, lambda: bytes(like.nbytes))
+
+
+def _check_shapes(modules: Mapping[str, Delta], base: Base) -> None:
+    if base.shapes is None:
+        return
+    for name, delta in modules.items():
+        check_shape(name, low_rank_part(delta), base.shapes.get(f"{name}.weight"))
+
+
+def check_shape(name: str, delta: LowRank, wanted: tuple[int, ...] | None) -> None:
+    """Raise `AdapterError` if a tensor's change has not its row-major shape; None if it is not."""
+    shape = delta.shape if delta.layer.kind != "embedding" else delta.shape[::-1]
+    stack = (delta.experts,) if delta.layer.kind == "experts" else ()
+    if wanted != (*stack, *shape):
+        raise AdapterError(
+            "module does not fit the base model",
+            tensor=name,
+            got=[*stack, *shape],
+            expected="no such tensor" if wanted is None else list(wanted),
+        )

@@ -1,0 +1,183 @@
+"""From GGUF tensors back to the base model's modules: parts put together, rows put back.
+
+The base model is needed where the order of rows depends on its numbers of heads, and to know how
+its class begins the paths of its modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from loratools_formats.contract.registry import Context
+from loratools_formats.core.adapter import Adapter, Delta, Layer, LowRank
+from loratools_formats.core.alora import INVOCATION_TOKENS
+from loratools_formats.core.tensors import in_memory, joined
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module, Sizes
+from loratools_formats.formats.gguf.base import read_base
+from loratools_formats.formats.gguf.from_model import WRAPPER, in_order, plain_factors, with_base
+from loratools_formats.formats.gguf.read import INVOCATION_KEY
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a GGUF tensor comes from: the module's path, its row, and which of its tensors."""
+
+    path: str
+    module: Module
+    part: int
+
+
+def to_model(adapter: Adapter, context: Context) -> Adapter:
+    """Return an adapter read from GGUF in the names and layout of its base model.
+
+    Raises:
+        UnsupportedError: the architecture is not known, or the base model is needed and not given.
+        AdapterError: the base model is another one.
+    """
+    name = str(adapter.config.get("architecture"))
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None:
+        raise UnsupportedError(
+            "GGUF adapters of this architecture cannot be translated: its layout is not known",
+            path=adapter.source,
+            got=name,
+            expected=", ".join(sorted(ARCHITECTURES)),
+        )
+    base = None if context.base is None else read_base(context.base)
+    if base is not None and base.architecture is not architecture:
+        raise AdapterError(
+            "the adapter is for another architecture than the base model",
+            path=adapter.source,
+            got=name,
+            expected=base.architecture.name,
+        )
+    parts: dict[str, dict[int, LowRank]] = {}
+    origins: dict[str, _Origin] = {}
+    for tensor, delta in adapter.modules.items():
+        found = architecture.origin(tensor)
+        if found is None:
+            raise UnsupportedError(
+                f"no module of {name} is known for this tensor", path=adapter.source, tensor=tensor
+            )
+        origin = _Origin(*found)
+        origins[origin.path] = origin
+        parts.setdefault(origin.path, {})[origin.part] = plain_factors(delta)
+    prefix = "model." if base is None else base.prefix
+    modules: dict[str, Delta] = {}
+    for path, found_parts in parts.items():
+        whole = _whole(origins[path], found_parts, None if base is None else base.sizes)
+        called = prefix + path.removeprefix("model.") if path.startswith("model.") else path
+        modules[called] = _with_layer(path, called, whole, architecture)
+    tokens = adapter.config["keys"].get(INVOCATION_KEY)
+    activation = {} if tokens is None else {INVOCATION_TOKENS: tokens.value}
+    return replace(
+        adapter,
+        modules=_parameters_wrapped(modules),
+        config={**adapter.config, **activation},
+        other_inputs=with_base(adapter, base),
+    )
+
+
+def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -> LowRank:
+    """Put the parts of a module together, and their rows back in the model's order."""
+    module = origin.module
+    missing = [t for i, t in enumerate(module.tensors) if i not in parts]
+    if missing:
+        raise UnsupportedError(
+            "a fused module is adapted in part only",
+            tensor=origin.path,
+            expected=", ".join(module.tensors),
+            hint="Such an adapter can be used with llama.cpp, but not be converted",
+        )
+    first = parts[0]
+    if module.keeps_order:
+        return first
+    if sizes is None and not module.stacked:
+        raise UnsupportedError(
+            "the order of this module's rows depends on the base model's heads",
+            tensor=origin.path,
+            hint="Pass --base with the model's folder (config.json is enough) or its GGUF file",
+        )
+    ordered = [parts[i] for i in range(len(module.tensors))]
+    if len(ordered) > 1:
+        first = _side_by_side(origin.path, ordered)
+    orders = module.rows(first.shape[0], sizes or Sizes(1, 1, 1, 1))
+    source = [row for order in orders for row in order]
+    inverse = sorted(range(len(source)), key=source.__getitem__)
+    return replace(first, b=in_order(first.b, inverse))
+
+
+def _side_by_side(path: str, parts: list[LowRank]) -> LowRank:
+    """Return one pair of factors for parts stacked on top of each other.
+
+    If all have the same A, it is kept; else ranks add up: [B₁ 0; 0 B₂] [A₁; A₂].
+    """
+    first = parts[0]
+    same = all(
+        part.scale == first.scale
+        and part.a.shape == first.a.shape
+        and part.a.dtype == first.a.dtype
+        and bytes(part.a.raw()) == bytes(first.a.raw())
+        for part in parts
+    )
+    if not same:
+        return _block_diagonal(path, parts)
+    rows = sum(part.shape[0] for part in parts)
+    if first.experts == 1:
+        return replace(first, b=joined(first.b.key, [p.b for p in parts], (rows, first.rank)))
+    stack = first.experts
+    flat = joined(first.b.key, [part.b for part in parts], (stack * rows, first.rank))
+    order: list[int] = []
+    for expert in range(stack):
+        starts = 0
+        for part in parts:
+            height = part.shape[0]
+            order += range(starts + expert * height, starts + (expert + 1) * height)
+            starts += stack * height
+    return replace(first, b=flat.rows(order).reshaped((stack, rows, first.rank)))
+
+
+def _block_diagonal(path: str, parts: list[LowRank]) -> LowRank:
+    import numpy as np
+
+    stack = (parts[0].experts,) if parts[0].layer.kind == "experts" else ()
+    rank = sum(part.rank for part in parts)
+    rows = sum(part.shape[0] for part in parts)
+    a = np.concatenate([part.a.load(np.float64) for part in parts], axis=-2)
+    b = np.zeros((*stack, rows, rank))
+    row = column = 0
+    for part in parts:
+        height, width = part.shape[0], part.rank
+        block = part.scale * part.b.load(np.float64)
+        b[..., row : row + height, column : column + width] = block
+        row, column = row + height, column + width
+    return replace(parts[0], a=in_memory(path, a), b=in_memory(path, b), scale=1.0, alpha=None)
+
+
+def _with_layer(path: str, called: str, delta: LowRank, architecture: Architecture) -> LowRank:
+    if delta.layer.kind == "experts":
+        return replace(delta, layer=Layer("experts", parameters=(called,)))
+    if architecture.conv1d and delta.layer.kind == "linear" and path not in architecture.outputs:
+        return replace(delta, layer=Layer("linear", transposed_if_square=True))
+    return delta
+
+
+def _parameters_wrapped(modules: Mapping[str, Delta]) -> dict[str, Delta]:
+    """Name adapted parameters as PEFT does: by their module, each further one a wrapper deeper."""
+    owners: dict[str, list[str]] = {}
+    result: dict[str, Delta] = {}
+    for path, delta in modules.items():
+        if isinstance(delta, LowRank) and delta.layer.parameters:
+            owners.setdefault(path.rpartition(".")[0], []).append(path)
+        else:
+            result[path] = delta
+    for owner, paths in owners.items():
+        names = tuple(sorted(paths))
+        for depth, path in enumerate(names):
+            delta = modules[path]
+            if isinstance(delta, LowRank):
+                layer = replace(delta.layer, parameters=names)
+                result[f"{owner}{WRAPPER * depth}"] = replace(delta, layer=layer)
+    return dict(sorted(result.items()))

@@ -1,0 +1,288 @@
+"""MLX adapter folders: `adapters.safetensors` beside the `adapter_config.json` of mlx-lm.
+
+ΔW = scale · (a @ b)ᵀ with `lora_a: (in, r)` and `lora_b: (r, out)`, transposed against everybody
+else; the scale is a number of its own, not alpha/r, and one rank and one scale hold for all
+modules. Experts of a switch layer lie the usual way round, and an embedding is scale · a @ b for
+(vocabulary, dim). Source: `tuner/lora.py`, `tuner/dora.py` and `tuner/utils.py` of mlx-lm 0.32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools_formats.contract.registry import Context, Format, Loss
+
+if TYPE_CHECKING:
+    from loratools_formats.core.adapter import Adapter, Delta, LowRank
+    from loratools_formats.core.tensors import TensorRef
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapters.safetensors"
+_WEIGHTS_OF_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
+_MAX_CONFIG_BYTES = 1 << 20
+_KEY = re.compile(r"(?P<path>[^\s.]+(?:\.[^\s.]+)*)\.(?P<part>lora_a|lora_b|m)")
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings"})
+_LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+\.(.+)")
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.name == WEIGHTS_FILE else path
+
+
+def _sniff(path: Path) -> bool:
+    folder = _folder(path)
+    if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
+        return False
+    return not any((folder / name).is_file() for name in _WEIGHTS_OF_PEFT)
+
+
+def _read(path: Path) -> Adapter:
+    from loratools_formats.disk.errors import LoratoolsError
+
+    folder = _folder(path)
+    try:
+        return _adapter(folder)
+    except LoratoolsError as error:
+        error.path = error.path or str(folder)
+        raise
+
+
+def _adapter(folder: Path) -> Adapter:
+    from loratools_formats.containers.safetensors_read import read_safetensors
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.disk.errors import AdapterError
+    from loratools_formats.disk.files import RegularFile, inside
+
+    config = _config(inside(folder, CONFIG_FILE))
+    file = read_safetensors(inside(folder, WEIGHTS_FILE))
+    parts: dict[str, dict[str, TensorRef]] = {}
+    for name, tensor in file.tensors.items():
+        key = _KEY.fullmatch(name)
+        if key is None:
+            raise AdapterError(
+                "unknown tensor in the adapter; it may change the weights",
+                tensor=name,
+                expected="a name ending in lora_a, lora_b or m",
+            )
+        parts.setdefault(key["path"], {})[key["part"]] = tensor
+    scale = float(config["lora_parameters"]["scale"])
+    is_dora = config.get("fine_tune_type") == "dora"
+    return Adapter(
+        format="mlx",
+        source=folder,
+        modules={path: _delta(path, parts[path], scale, is_dora) for path in sorted(parts)},
+        config=config,
+        metadata=file.metadata,
+        base_model=config.get("model") if isinstance(config.get("model"), str) else None,
+        inputs=(file.file, RegularFile(folder / CONFIG_FILE)),
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    from loratools_formats.disk import strict_json
+    from loratools_formats.disk.errors import AdapterError, UnsupportedError
+    from loratools_formats.disk.files import read_small_file
+
+    try:
+        values = strict_json.loads(read_small_file(path, _MAX_CONFIG_BYTES), max_depth=64)
+    except strict_json.StrictJsonError as error:
+        raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
+    if not isinstance(values, dict):
+        raise AdapterError("config is not a JSON object", path=path, got=type(values).__name__)
+    kind = values.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise UnsupportedError(
+            "fine_tune_type is not an adapter's", path=path, got=kind, expected="lora or dora"
+        )
+    parameters = values.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise AdapterError(
+            "config has no scale, which mlx-lm asks for",
+            path=path,
+            got=parameters,
+            expected="lora_parameters with a number scale",
+        )
+    return values
+
+
+def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: bool) -> Delta:
+    from loratools_formats.core.adapter import Dora
+    from loratools_formats.disk.errors import AdapterError
+
+    if "lora_a" not in parts or "lora_b" not in parts or ("m" in parts) != is_dora:
+        raise AdapterError(
+            "module has not the tensors of its kind",
+            tensor=path,
+            got=", ".join(sorted(parts)),
+            expected="lora_a, lora_b" + (", m" if is_dora else ""),
+        )
+    direction = _factors(path, parts["lora_a"], parts["lora_b"], scale)
+    if not is_dora:
+        return direction
+    if parts["m"].numel != direction.shape[0]:
+        raise AdapterError(
+            "magnitude does not fit the module",
+            tensor=parts["m"].key,
+            got=list(parts["m"].shape),
+            expected=f"{direction.shape[0]} elements",
+        )
+    return Dora(direction, parts["m"])
+
+
+def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
+    from loratools_formats.core.adapter import Layer, LowRank
+    from loratools_formats.core.factors import check_factor
+    from loratools_formats.disk.errors import AdapterError
+
+    for tensor in (a, b):
+        check_factor(tensor, Path(path))
+    dims = (len(a.shape), len(b.shape))
+    if dims == (2, 2):
+        kind: Any = "embedding" if path.rpartition(".")[2] in _EMBEDDINGS else "linear"
+        return LowRank(a.transposed((1, 0)), b.transposed((1, 0)), scale, Layer(kind))
+    if dims == (3, 3):
+        return LowRank(a, b, scale, Layer("experts", parameters=(f"{path}.weight",)))
+    if dims == (2, 3) and a.shape[0] == b.shape[0] * b.shape[2]:
+        stacked = a.reshaped((b.shape[0], b.shape[2], a.shape[1]))
+        return LowRank(stacked, b, scale, Layer("experts", parameters=(f"{path}.weight",)))
+    raise AdapterError(
+        "factors do not fit together", tensor=a.key, got=f"{list(a.shape)} and {list(b.shape)}"
+    )
+
+
+def _losses(adapter: Adapter) -> list[Loss]:
+    from loratools_formats.core.factors import kept_whole
+
+    if adapter.format == "mlx":
+        return [Loss(name, "MLX has no full differences") for name in kept_whole(adapter)]
+    others = [*adapter.additions, *adapter.replacements, *adapter.carried]
+    return [Loss(key, "has no place in an MLX adapter") for key in others]
+
+
+def _from_model(adapter: Adapter, context: Context) -> Adapter:
+    from loratools_formats.core.factors import stored_as
+
+    modules = {name: stored_as(delta, context.dtype) for name, delta in adapter.modules.items()}
+    config = dict(adapter.config)
+    if adapter.format != "mlx":
+        config = {
+            "fine_tune_type": "lora",
+            "num_layers": -1,
+            "lora_parameters": {"dropout": 0.0, "keys": _targets(modules)},
+            "model": adapter.base_model,
+        }
+    return replace(
+        adapter,
+        format="mlx",
+        modules=modules,
+        additions={},
+        replacements={},
+        carried={},
+        config=config,
+    )
+
+
+def _targets(modules: Mapping[str, Delta]) -> list[str]:
+    """Return what mlx-lm calls the modules: paths within a layer, or whole paths outside."""
+    found = ((_LAYER.fullmatch(name), name) for name in modules)
+    return sorted({match[1] if match else name for match, name in found})
+
+
+def _stored(adapter: Adapter) -> Iterator[TensorRef]:
+    from loratools_formats.core.adapter import Dora, low_rank_part
+    from loratools_formats.disk.errors import UnsupportedError
+
+    for name, delta in adapter.modules.items():
+        part = low_rank_part(delta)
+        if part.bias is not None or part.layer.kind == "conv":
+            what = "a convolution" if part.layer.kind == "conv" else "a bias of factors"
+            raise UnsupportedError(f"an MLX adapter cannot hold {what}", tensor=name)
+        if part.layer.kind == "experts":
+            yield part.a.renamed(f"{name}.lora_a")
+            yield part.b.renamed(f"{name}.lora_b")
+        else:
+            yield part.a.transposed((1, 0)).renamed(f"{name}.lora_a")
+            yield part.b.transposed((1, 0)).renamed(f"{name}.lora_b")
+        if isinstance(delta, Dora):
+            yield delta.magnitude.reshaped((delta.magnitude.numel,)).renamed(f"{name}.m")
+
+
+def _written_config(adapter: Adapter) -> dict[str, Any]:
+    """Return the configuration with the rank and the scale that all modules share.
+
+    Raises:
+        UnsupportedError: they do not share them, or only some are DoRA.
+    """
+    from loratools_formats.core.adapter import Dora, low_rank_part
+    from loratools_formats.disk.errors import UnsupportedError
+
+    parts = [low_rank_part(delta) for delta in adapter.modules.values()]
+    kinds = {isinstance(delta, Dora) for delta in adapter.modules.values()}
+    for what, found in (
+        ("rank", {part.rank for part in parts}),
+        ("scale", {part.scale for part in parts}),
+        ("kind", kinds),
+    ):
+        if len(found) > 1:
+            raise UnsupportedError(
+                f"mlx-lm loads adapters of one {what} only",
+                path=adapter.source,
+                got=", ".join(map(str, sorted(found))),
+                hint="Make it uniform first: loratools squeeze --uniform",
+            )
+    config = dict(adapter.config)
+    if parts:
+        config["fine_tune_type"] = "dora" if kinds == {True} else "lora"
+        parameters = config.get("lora_parameters") or {}
+        same = (parameters.get("rank"), parameters.get("scale")) == (parts[0].rank, parts[0].scale)
+        if not same:
+            shared = {"rank": parts[0].rank, "scale": parts[0].scale}
+            config["lora_parameters"] = {**parameters, **shared}
+    return config
+
+
+def _write(adapter: Adapter, path: Path) -> None:
+    from loratools_formats.containers.safetensors_write import write_safetensors
+
+    config = json.dumps(_written_config(adapter), indent=4, ensure_ascii=False)
+    (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    write_safetensors(path / WEIGHTS_FILE, _stored(adapter), adapter.metadata)
+
+
+def _weights_nbytes(adapter: Adapter) -> int:
+    from loratools_formats.containers.safetensors_write import safetensors_nbytes
+
+    _written_config(adapter)
+    return safetensors_nbytes(_stored(adapter), adapter.metadata)
+
+
+def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
+    config = dict(adapters[0].config)
+    parameters = dict(config.get("lora_parameters") or {})
+    if "keys" in parameters:
+        names = {name: delta for adapter in adapters for name, delta in adapter.modules.items()}
+        parameters["keys"] = _targets(names)
+    return {**config, "lora_parameters": parameters}
+
+
+FORMAT = Format(
+    name="mlx",
+    description="MLX adapter folder (adapter_config.json + adapters.safetensors)",
+    suffixes=("-mlx",),
+    is_folder=True,
+    sniff=_sniff,
+    read=_read,
+    losses=_losses,
+    write=_write,
+    weights_nbytes=_weights_nbytes,
+    merged_config=_merged_config,
+    from_model=_from_model,
+    dtypes=("f32", "f16", "bf16"),
+)

@@ -1,0 +1,243 @@
+"""`adapter_config.json`: strict validation, and the scale of each module.
+
+Source: `LoraConfig` and `get_pattern_key` of peft 0.21.2. PEFT itself drops unknown keys with a
+warning and accepts r = -4; here every key is either understood to leave ΔW alone, or handled, or
+becomes a caveat which makes operations on ΔW refuse the adapter by that key's name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.core.adapter import MUTATED_BASE, Caveat
+from loratools_formats.disk import strict_json
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.files import read_small_file, refuse_lfs_pointer
+from loratools_formats.formats.peft.patterns import match_patterns
+
+CONFIG_FILE = "adapter_config.json"
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_DEPTH = 64
+_MAX_RANK = 1 << 31
+_MAX_ALPHA = 1 << 31
+
+_LORA_GA = "LORAGA"
+"""What the authors' fork calls LoRA-GA: a LoRA whose initialisation changes the base."""
+
+_OF_LORA_GA = ("bsz", "direction", "dtype", "iters", "max_length", "scale", "stable_gamma")
+
+MIDDLE_INITS = frozenset({"n_lora", "s_lora"})
+"""Initialisations of NLoRA, which puts a matrix between the factors and leaves the base alone."""
+
+_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"}) | MIDDLE_INITS
+_MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+_NEUTRAL_KEYS = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+        "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
+        "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+        "monteclora_config", "mora_type", "nola_num_basis", "peft_type", "peft_version",
+        "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
+    }
+)  # fmt: skip
+_HANDLED_KEYS = frozenset(
+    {
+        "alpha_pattern", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save", "r",
+        "rank_pattern", "target_modules", "target_parameters", "trainable_token_indices",
+        "use_dora", "use_rslora",
+    }
+)  # fmt: skip
+VARIANT_KEYS = ("use_bdlora", "use_qalora", "kasa_config")
+"""Keys of variants whose factors are no plain ones; see `variants`."""
+
+NOT_A_PRODUCT = {
+    "use_mora": "its square matrices act on a compressed input (MoRA)",
+    "use_nola": "its factors are sums of random matrices that are not in the file (NOLA)",
+}
+"""Keys of systems that write a LoRA configuration and other tensors, and what they are."""
+
+_REFUSED_KEYS = NOT_A_PRODUCT | {
+    "alora_invocation_tokens": "it acts only after the invocation tokens (activated LoRA)",
+    "arrow_config": "it is routed per token (Arrow)",
+    "layer_replication": "its layers are numbered unlike the base model's",
+    "megatron_config": "its factors are tensor-parallel shards",
+}
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_int(value) and 0 < value < _MAX_RANK
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _MAX_ALPHA
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _is_map(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(is_value(v) for v in value.values())
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_int(v) and v >= 0 for v in value)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a whole number above 0"),
+    "lora_alpha": (_is_alpha, "a number of size below 2^31"),
+    "rank_pattern": (lambda v: v is None or _is_map(_is_rank)(v), "a map from names to ranks"),
+    "alpha_pattern": (lambda v: v is None or _is_map(_is_alpha)(v), "a map from names to numbers"),
+    "target_modules": (
+        lambda v: v is None or isinstance(v, str) or _is_strings(v),
+        "a string or a list of strings",
+    ),
+    "target_parameters": (lambda v: v is None or _is_strings(v), "a list of strings"),
+    "modules_to_save": (lambda v: v is None or _is_strings(v), "a list of strings"),
+    "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "init_lora_weights": (lambda v: v is None or isinstance(v, bool | str), "a boolean or a name"),
+    "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "a string"),
+    "peft_version": (lambda v: v is None or isinstance(v, str), "a string"),
+    "trainable_token_indices": (
+        lambda v: v is None or _is_rows(v) or _is_map(_is_rows)(v),
+        "a list of row numbers, or a map from layer names to such lists",
+    ),
+} | {
+    key: (lambda v: v is None or isinstance(v, bool), "true or false")
+    for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora")
+}
+
+
+class PeftConfig:
+    """A validated configuration.
+
+    Args:
+        values: the parsed JSON object.
+        path: where it came from, for messages.
+
+    Raises:
+        AdapterError: a value has the wrong type or is out of range.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: Path | None = None) -> None:
+        self.values = values
+        self.path = path
+        for required in ("r", "lora_alpha"):
+            if required not in values:
+                raise AdapterError(f"config lacks {required}", path=path)
+        for key, (is_valid, expected) in _RULES.items():
+            if key in values and not is_valid(values[key]):
+                raise AdapterError(
+                    f"config value {key} is wrong",
+                    path=path,
+                    got=json.dumps(values[key], default=str),
+                    expected=expected,
+                )
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether modules carry DoRA magnitudes."""
+        return bool(self.values.get("use_dora"))
+
+    @property
+    def _alpha_pattern(self) -> Mapping[str, float]:
+        return self.values.get("alpha_pattern") or {}
+
+    def alpha_and_rank(self, names: list[str]) -> dict[str, tuple[float, int]]:
+        r"""Resolve (lora_alpha, r) for each module or parameter path, as PEFT does.
+
+        The first pattern, in file order, that `(.*\.)?(pattern)$` matches wins; the two
+        patterns are independent of each other.
+
+        Raises:
+            AdapterError: a pattern is no regular expression, or takes too long to match.
+        """
+        ranks = match_patterns(self.values.get("rank_pattern") or {}, names, self.path)
+        alphas = match_patterns(self._alpha_pattern, names, self.path)
+        r, alpha = self.values["r"], self.values["lora_alpha"]
+        return {name: (alphas.get(name, alpha), ranks.get(name, r)) for name in names}
+
+    def scale(self, alpha: float, rank: int) -> float:
+        """Return the factor of b @ a: α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732)."""
+        return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank
+
+    def caveats(self) -> tuple[Caveat, ...]:
+        """List why the factors do not tell the true ΔW, if they do not."""
+        found = []
+        init = self.values.get("init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
+            found.append(
+                Caveat(
+                    MUTATED_BASE,
+                    f"init_lora_weights {init!r} changed the base weights before training",
+                    "Give the adapter saved right after initialisation with --initial",
+                )
+            )
+        elif isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+            found.append(unknown_key("init_lora_weights", init))
+        for key, reason in _REFUSED_KEYS.items():
+            if is_set(self.values.get(key)):
+                found.append(
+                    Caveat(key, f"config key {key}: {reason}", "This kind is not supported yet")
+                )
+        alphas = {f"alpha_pattern of {name}": alpha for name, alpha in self._alpha_pattern.items()}
+        for name, alpha in {"lora_alpha": self.values["lora_alpha"], **alphas}.items():
+            if alpha <= 0:
+                found.append(
+                    Caveat("lora_alpha", f"{name} is {alpha}", "Correct it in adapter_config.json")
+                )
+        known = _NEUTRAL_KEYS | _HANDLED_KEYS | set(_REFUSED_KEYS) | set(VARIANT_KEYS)
+        found += [
+            unknown_key(key, value)
+            for key, value in sorted(self.values.items())
+            if key not in known and is_set(value)
+        ]
+        return tuple(found)
+
+
+def is_set(value: Any) -> bool:
+    """Return whether a configuration value says anything."""
+    return value is not None and value is not False and value not in ({}, [], "")
+
+
+def unknown_key(key: str, value: Any) -> Caveat:
+    """Return the caveat about a key that is not known."""
+    return Caveat(
+        key,
+        f"config key {key} = {value!r} is not known and may change the weights",
+        "Remove the key from adapter_config.json if it has no effect",
+    )
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a configuration file, of any kind of adapter; that of LoRA-GA's fork as upstream's.
+
+    Raises:
+        MissingFileError: it is not there.
+        AdapterError: not strict JSON, not an object, over 1 MiB, or without a kind.
+    """
+    data = read_small_file(path, _MAX_CONFIG_BYTES)
+    refuse_lfs_pointer(data, path)
+    try:
+        values = strict_json.loads(data, max_depth=_MAX_DEPTH)
+    except strict_json.StrictJsonError as error:
+        raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
+    if not isinstance(values, dict):
+        raise AdapterError("config is not a JSON object", path=path, got=type(values).__name__)
+    kind = values.get("peft_type")
+    if not isinstance(kind, str):
+        raise AdapterError("config has no peft_type", path=path, got=kind, expected="LORA")
+    if kind == _LORA_GA:
+        kept = {key: value for key, value in values.items() if key not in _OF_LORA_GA}
+        return {**kept, "peft_type": "LORA"}
+    return values

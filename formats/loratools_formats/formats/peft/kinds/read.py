@@ -1,0 +1,244 @@
+"""Reading a PEFT folder of another kind than LoRA, by the table in `kinds`.
+
+As strict as for LoRA: a configuration key that is set and not known to be neutral is a caveat, and
+every tensor is a part of a module, shared, a replacement, or an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.core.adapter import Caveat, Delta, Layer, OtherDelta
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.config import is_set, unknown_key
+from loratools_formats.formats.peft.kinds.declaration import NOT_A_CHANGE, Module, PeftKind, Values
+from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
+from loratools_formats.formats.peft.patterns import match_patterns
+
+_COMMON_KEYS = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+        "inference_mode", "init_weights", "layers_pattern", "layers_to_transform",
+        "modules_to_save", "peft_type", "peft_version", "revision", "runtime_config",
+        "target_modules", "task_type",
+    }
+)  # fmt: skip
+
+
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings")
+
+_NUMBER = re.compile(r"\.(\d+)(?=(\.weight)?$)")
+"""The number of a tensor that is one of several, at the end of its name."""
+
+
+def reason_against(peft_type: str) -> Caveat | None:
+    """Return why a kind has no change of weights that could be told, None if it has one."""
+    reason = NOT_A_CHANGE.get(peft_type)
+    if reason is None:
+        return None
+    return Caveat(
+        "peft_type", f"it is of PEFT's kind {peft_type}: {reason}", "There is no way to fold it"
+    )
+
+
+def left_to_loader(peft_type: str, modules: Mapping[str, Delta]) -> str:
+    """Return what a file leaves to be computed from the base, in words; empty if nothing.
+
+    PEFT saves neither Uni-LoRA's indices nor FRoD's basis unless it is asked to.
+    """
+    if peft_type == "UNILORA" and not modules:
+        return "Uni-LoRA's indices"
+    lacking = (isinstance(d, OtherDelta) and "v" not in d.shared for d in modules.values())
+    return "FRoD's bases" if peft_type == "FROD" and any(lacking) else ""
+
+
+def caveats_of(values: Mapping[str, Any]) -> list[Caveat]:
+    """Return a caveat for each key that is set and not known."""
+    kind = PEFT_KINDS[values["peft_type"]]
+    known = _COMMON_KEYS | kind.used | kind.neutral
+    return [
+        unknown_key(key, value)
+        for key, value in sorted(values.items())
+        if key not in known and is_set(value)
+    ]
+
+
+def read_modules(
+    values: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path
+) -> tuple[dict[str, OtherDelta], dict[str, TensorRef], dict[str, TensorRef]]:
+    """Return the modules, the tensors that they share, and the rest of the file.
+
+    Raises:
+        AdapterError: a module lacks a tensor or a setting, or its tensors do not fit.
+        UnsupportedError: a variant that is not known.
+    """
+    peft_type = values["peft_type"]
+    kind = PEFT_KINDS[peft_type]
+    _check(values)
+    stem = re.match(r"\.[a-z0-9]+_", next(iter(kind.parts)))
+    own: dict[str, dict[str, TensorRef]] = {}
+    shared: dict[str, TensorRef] = {}
+    rest: dict[str, TensorRef] = {}
+    for name, tensor in tensors.items():
+        if _shared_part(kind, name) is not None:
+            shared[name] = tensor
+            continue
+        found = _own_part(kind, name)
+        if found is None:
+            # What is no part of a module and lies outside the model, too, could change ΔW.
+            if not name.startswith(keys.PREFIX) or (stem is not None and stem[0] in name):
+                raise AdapterError(
+                    f"unknown tensor in an adapter of kind {peft_type}; it may change the weights",
+                    path=folder,
+                    tensor=name,
+                )
+            rest[name] = tensor
+        else:
+            own.setdefault(found[0], {})[found[1]] = tensor
+    names = sorted(own)
+    ranks = match_patterns(_numbers(values, kind, "rank_pattern"), names, folder)
+    alphas = match_patterns(_numbers(values, kind, "alpha_pattern"), names, folder)
+    modules = {}
+    for path in names:
+        alpha = alphas.get(path, values.get("alpha"))
+        rank = ranks.get(path, values.get("r"))
+        modules[path] = _delta(kind, values, path, own[path], shared, alpha, rank)
+    if peft_type == "TINYLORA":
+        modules = {
+            path: replace(delta, settings={**delta.settings, "count": len(names)})
+            for path, delta in modules.items()
+        }
+    return modules, shared, rest
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    for key in ("base_model_name_or_path", "peft_version"):
+        if not isinstance(values.get(key), str | None):
+            raise AdapterError(f"config value {key} is wrong", got=values[key], expected="a string")
+
+
+def _numbers(values: Mapping[str, Any], kind: PeftKind, key: str) -> dict[str, float]:
+    """Return a pattern map, empty if it holds something else or has no influence."""
+    found = values.get(key) if key in kind.used and kind.kind != "adalora" else None
+    if found is None:
+        return {}
+    is_map = isinstance(found, dict) and all(
+        type(number) in (int, float) and number > 0 for number in found.values()
+    )
+    if not is_map:
+        raise AdapterError(
+            f"config value {key} is wrong", got=found, expected="a map from names to numbers"
+        )
+    return dict(found)
+
+
+def _shared_part(kind: PeftKind, name: str) -> str | None:
+    for pattern, part in kind.shared.items():
+        head, found, tail = pattern.partition("{}")
+        if not found and name == pattern:
+            return part
+        if found and name.startswith(head) and name.endswith(tail) and len(name) > len(head):
+            return part.replace("{}", name[len(head) :])
+    return None
+
+
+def _own_part(kind: PeftKind, name: str) -> tuple[str, str] | None:
+    if not name.startswith(keys.PREFIX):
+        return None
+    numbered = _NUMBER.sub(".{}", name)
+    number = _NUMBER.search(name)
+    for suffix, part in kind.parts.items():
+        if "{}" in suffix:
+            if number is not None and numbered.endswith(suffix):
+                end = len(numbered) - len(suffix)
+                return numbered[len(keys.PREFIX) : end], part.replace("{}", number[1])
+        elif name.endswith(suffix) and len(name) > len(keys.PREFIX) + len(suffix):
+            return name[len(keys.PREFIX) : -len(suffix)], part
+    return None
+
+
+def _delta(
+    kind: PeftKind,
+    values: Mapping[str, Any],
+    path: str,
+    own: dict[str, TensorRef],
+    shared: Mapping[str, TensorRef],
+    alpha: Any,
+    rank: Any,
+) -> OtherDelta:
+    common = _shared_of(kind, path, shared)
+    for number, name in ((alpha, "alpha"), (rank, "r")):
+        wrong = number is not None and (
+            type(number) not in (int, float) or not 0 < number < 1 << 31
+        )
+        if wrong and name in kind.used:
+            raise AdapterError(
+                f"config value {name} is wrong", got=number, expected="a number above 0"
+            )
+    module = Module(path, {**common, **own}, alpha, rank)
+    try:
+        shape = kind.shape(module)
+        settings = kind.settings(Values(values), module)
+    except KeyError as error:
+        raise AdapterError(
+            "module lacks a tensor",
+            tensor=path,
+            got=", ".join(tensor.key for tensor in own.values()),
+            expected=_expected(kind, str(error.args[0])),
+        ) from error
+    name = kind.kind
+    if name == "miss" and len(own["block"].shape) == 3:
+        name = "miss_bat"
+    turn = keys.square_orientation(bool(values.get("fan_in_fan_out")), path)
+    layer = Layer("linear", transposed_if_square=turn)
+    ends = [end for end, part in kind.parts.items() if part in own and own[part].key.endswith(end)]
+    if kind.layer == "embedding" or any("_embedding_" in end for end in ends):
+        layer = Layer("embedding")
+    elif kind.takes_embeddings and path.rpartition(".")[2] in _EMBEDDINGS:
+        layer, shape = Layer("embedding"), shape[::-1]
+    kernels = [own[part].shape[2:] for part in kind.kernel_of if part in own]
+    if any(kernels):
+        layer = Layer("conv", kernel=next(filter(None, kernels)))
+    return OtherDelta(name, own, settings, layer, shape, common)
+
+
+def _expected(kind: PeftKind, part: str) -> str:
+    names = {p: suffix for suffix, p in kind.parts.items()} | {
+        p: name for name, p in kind.shared.items()
+    }
+    return names.get(part, part)
+
+
+def _shared_of(kind: PeftKind, path: str, shared: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    if kind.kind == "frod":
+        category = frod_category(path)
+        return {
+            part: tensor
+            for name, tensor in shared.items()
+            if name.rpartition(".")[2] == category
+            and (part := _shared_part(kind, name)) is not None
+        }
+    return {
+        part: tensor
+        for name, tensor in shared.items()
+        if (part := _shared_part(kind, name)) is not None
+    }
+
+
+def frod_category(path: str) -> str:
+    """Return the name under which FRoD keeps what layers of one role share.
+
+    Source: `_category_from_key` in peft 0.21.2.
+    """
+    parts = path.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    if parts[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"
+    return f"{parts[-2]}_{parts[-1]}"

@@ -1,0 +1,192 @@
+"""What PEFT's other kinds depend on: shapes from tensors, settings from configurations.
+
+Source: the tuners of peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from loratools_formats.core.adapter import Missing
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.formats.peft.kinds.declaration import Module, Shape, Values
+
+_LEAST_RANKNUM = 1e-5  # added to the rank by AdaLoRA's scale
+
+
+def scaled(values: Values, module: Module) -> dict[str, Any]:
+    """Return the scale alpha/r."""
+    del values
+    if module.alpha is None or module.rank is None:
+        raise AdapterError("config lacks alpha or r", tensor=module.path)
+    return {"scale": module.alpha / module.rank}
+
+
+def adalora(values: Values, module: Module) -> dict[str, Any]:
+    """Return AdaLoRA's scale."""
+    rows = module.side("a", 0)
+    first = values.count("init_r")
+    if rows != first and "rank_pattern" not in values:
+        raise AdapterError(
+            "rank in the file and rank in the config differ",
+            tensor=module.parts["a"].key,
+            got=rows,
+            expected=f"init_r = {first}",
+        )
+    alpha = values.number("lora_alpha")
+    # PEFT keeps dividing by the first rank after it has pruned some.
+    return {"scale": (alpha if alpha > 0 else rows) / (first + _LEAST_RANKNUM)}
+
+
+def loha_shape(module: Module) -> Shape:
+    """Return the shape of a LoHa's weight."""
+    if "t1" not in module.parts:
+        return module.side("w1_a", 0), module.side("w1_b", 1)
+    return module.side("w1_a", 1), module.side("w1_b", 1) * _kernel(module.parts["t1"])
+
+
+def _kernel(core: TensorRef) -> int:
+    return math.prod(core.shape[2:])
+
+
+def lokr_shape(module: Module) -> Shape:
+    """Return the shape of a LoKr's weight."""
+    parts = module.parts
+    left = (
+        parts["w1"].shape
+        if "w1" in parts
+        else (
+            module.side("w1_a", 0),
+            module.side("w1_b", 1),
+        )
+    )
+    if "w2" in parts:
+        whole = parts["w2"].shape
+        right = whole[0], math.prod(whole[1:])
+    elif "w2_t" in parts:
+        right = module.side("w2_a", 1), module.side("w2_b", 1) * _kernel(parts["w2_t"])
+    else:
+        right = module.side("w2_a", 0), module.side("w2_b", 1)
+    if len(left) != 2:
+        raise AdapterError("tensor is not a matrix", tensor=parts["w1"].key, got=list(left))
+    return left[0] * right[0], left[1] * right[1]
+
+
+def lokr(values: Values, module: Module) -> dict[str, Any]:
+    """Return LoKr's scale, and whether PEFT's order of a Conv1d's columns applies."""
+    whole = module.parts.get("w2")
+    return {**scaled(values, module), "by_input": whole is not None and len(whole.shape) == 3}
+
+
+def vera(values: Values, module: Module) -> dict[str, Any]:
+    """Return VeRA's seed, if its projections are not stored."""
+    seed = None if "a" in module.parts else values.whole("projection_prng_key")
+    return {"seed": seed, "halves": False}
+
+
+def pvera(values: Values, module: Module) -> dict[str, Any]:
+    """Return the same of PVeRA, which uses the half of each that is the mean."""
+    if values.flag_or_false("sample_at_inference"):
+        raise UnsupportedError("PVeRA that samples at inference has no one weight change")
+    return {**vera(values, module), "halves": True}
+
+
+def vblora_shape(module: Module) -> Shape:
+    """Return the shape of a VB-LoRA's weight."""
+    length = module.side("bank", 1)
+    name = "logits" if "logits_a" in module.parts else "indices"
+    return module.side(f"{name}_b", 0) * length, module.side(f"{name}_a", 1) * length
+
+
+def randlora(values: Values, module: Module) -> dict[str, Any]:
+    """Return RandLoRA's scale, and how its bases are drawn if they are not stored."""
+    of_authors = "a" in module.parts and "randbasis" in module.parts["a"].key
+    settings: dict[str, Any] = {
+        "scale": values.number("randlora_alpha") / module.side("lambda", 0),
+        "rule": "authors" if of_authors else "peft",
+        "seed": None,
+        "sparsity": None,
+    }
+    if "a" not in module.parts and "peft_version" not in values:
+        settings["rule"] = Missing(
+            "peft, if PEFT trained it, or authors, if their own fork did", ("peft", "authors")
+        )
+    if "a" not in module.parts:
+        settings["seed"] = values.whole("projection_prng_key")
+        if values.flag_or_false("very_sparse"):
+            settings["sparsity"] = "root"
+        elif values.flag_or_false("sparse"):
+            settings["sparsity"] = 3
+        else:
+            # PEFT draws in bfloat16 where the machine has it, and does not record it.
+            settings["draws"] = Missing(
+                "bf16, or f16 if the machine that trained it had no bfloat16", ("bf16", "f16")
+            )
+    return settings
+
+
+def oft(values: Values, module: Module) -> dict[str, Any]:
+    """Return how OFT makes rotations."""
+    del module
+    return {
+        "bound": values.number("eps") if values.flag("coft") else None,
+        "terms": values.count("num_cayley_neumann_terms")
+        if values.flag("use_cayley_neumann")
+        else None,
+    }
+
+
+def ia3(values: Values, module: Module) -> dict[str, Any]:
+    """Return which side of the weight is scaled, which shows in linear layers only."""
+    shape = module.parts["gain"].shape
+    if len(shape) > 2 and math.prod(shape) == shape[1]:
+        return {"on_input": values.names("feedforward_modules", module.path)}
+    if len(shape) != 2 or min(shape) != 1 or max(shape) == 1:
+        raise UnsupportedError(
+            "whether inputs or outputs are scaled does not show",
+            tensor=module.parts["gain"].key,
+            got=list(shape),
+        )
+    return {"on_input": shape[0] == 1}
+
+
+def ia3_shape(module: Module) -> Shape:
+    """Return the side that is scaled."""
+    shape = module.parts["gain"].shape
+    if len(shape) > 2:
+        return (None, None)
+    return (None, shape[-1]) if shape[0] == 1 else (shape[0], None)
+
+
+def deft(values: Values, module: Module) -> dict[str, Any]:
+    """Return DEFT's decomposition and scale."""
+    alpha = values.number_or_none("alpha")
+    return {
+        "method": values.text("decomposition_method"),
+        "scale": alpha / module.side("p", 1) if alpha else 1.0,
+    }
+
+
+def psoft(values: Values, module: Module) -> dict[str, Any]:
+    """Return how PSOFT makes its rotation."""
+    del module
+    if values.text("psoft_svd") != "full":
+        raise UnsupportedError("PSOFT on a randomised SVD of the base cannot be repeated")
+    return {
+        "orthogonal": values.flag("psoft_orth"),
+        "balanced": values.text("ab_svd_init") == "pissa_init",
+        "bound": values.number_or_none("cayley_neumann_eps"),
+        "terms": values.count("num_cayley_neumann_terms")
+        if values.flag("use_cayley_neumann")
+        else None,
+    }
+
+
+def supertuning(values: Values, module: Module) -> dict[str, Any]:
+    """Return the scales of SuperTuning and Supra."""
+    factor_scale = None
+    if "a" in module.parts:
+        factor_scale = values.number("lora_alpha") / values.count("r")
+    return {"scale": 1.0, "factor_scale": factor_scale}

@@ -1,0 +1,154 @@
+"""`rank_pattern` and `alpha_pattern`: matching as PEFT does, and writing them so that it does.
+
+Source: `get_pattern_key` in peft/utils/other.py, 0.21.2. The keys are regular expressions from a
+file somebody else made, and Python's engine can be made to run for ever, so anything but a plain
+name is matched in a child process with a time limit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from loratools_formats.disk.errors import AdapterError
+
+Value = TypeVar("Value", int, float)
+
+_PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+\Z")
+_WRITTEN_PLAIN = re.compile(r"[\w.-]+")
+_MAX_PATTERN_CHARACTERS = 512
+_MAX_PATTERNS = 100_000
+_MAX_LOOK_UPS = 8_000_000
+_TIMEOUT_SECONDS = 1.0
+
+_CHILD = """
+import json, re, signal, sys
+getattr(signal, "alarm", int)(5)  # in case the parent is killed and nobody stops this
+patterns, names = json.load(sys.stdin)
+try:
+    compiled = [re.compile(rf"(.*\\.)?({p})$") for p in patterns]
+except (re.error, OverflowError, RecursionError) as error:
+    sys.exit(f"{error}")
+print(json.dumps([next((i for i, c in enumerate(compiled) if c.match(n)), -1) for n in names]))
+"""
+
+
+def match_patterns(
+    patterns: Mapping[str, Value], names: list[str], path: Path | None
+) -> dict[str, Value]:
+    r"""Return the value of the first pattern that matches each name, for names that match any.
+
+    >>> match_patterns({r"q_proj": 4, r"layers\.1\..*": 2}, ["layers.1.q_proj"], None)
+    {'layers.1.q_proj': 4}
+
+    Raises:
+        AdapterError: a pattern is no regular expression, is too long or takes too long.
+    """
+    if not patterns:
+        return {}
+    keys = list(patterns)
+    longest = max(keys, key=len)
+    if len(longest) > _MAX_PATTERN_CHARACTERS or len(keys) > _MAX_PATTERNS:
+        raise AdapterError("rank or alpha pattern is too long", path=path, got=longest)
+    tables = _tables(keys) if all(_PLAIN.match(key) for key in keys) else {}
+    if tables and len(tables) * len(names) <= _MAX_LOOK_UPS:
+        indices = _match_plain(tables, names)
+    else:
+        indices = _match_in_child(keys, names, path)
+    return {
+        name: patterns[keys[index]]
+        for name, index in zip(names, indices, strict=True)
+        if index >= 0
+    }
+
+
+_Tables = dict[tuple[bool, int, tuple[int, ...]], dict[str, int]]
+
+
+def _tables(keys: list[str]) -> _Tables:
+    """Sort patterns of literal characters and dots into tables.
+
+    Keys with wildcard dots at the same places differ only in literal characters, so one
+    dictionary per set of places finds the match of a name whose characters there are blanked.
+    """
+    tables: _Tables = {}
+    for index, key in enumerate(keys):
+        anchored = key.startswith("^")
+        characters = re.findall(r"\\?.", key.removeprefix("^"))
+        wild = tuple(i for i, c in enumerate(characters) if c == ".")
+        table = tables.setdefault((anchored, len(characters), wild), {})
+        table.setdefault("".join(c[-1] for c in characters), index)
+    return tables
+
+
+def _match_plain(tables: _Tables, names: list[str]) -> list[int]:
+    """Return the index of the first pattern that matches each name, -1 where none does."""
+    none = sys.maxsize
+    result = []
+    for name in names:
+        starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+        tails = {len(name) - start: name[start:] for start in starts}
+        found = []
+        for (anchored, length, wild), table in tables.items():
+            tail = tails.get(length)
+            if tail is None or (anchored and length != len(name)):
+                continue
+            blanked = list(tail)
+            for place in wild:
+                blanked[place] = "."
+            found.append(table.get("".join(blanked), none))
+        best = min(found, default=none)
+        result.append(best if best < none else -1)
+    return result
+
+
+def _match_in_child(keys: list[str], names: list[str], path: Path | None) -> list[int]:
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            input=json.dumps([keys, names]),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_TIMEOUT_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AdapterError(
+            "rank_pattern or alpha_pattern takes too long to match",
+            path=path,
+            got=max(keys, key=len),
+            hint="Write the module names instead of a regular expression",
+        ) from error
+    if child.returncode != 0:
+        raise AdapterError(
+            "rank_pattern or alpha_pattern holds a bad regular expression",
+            path=path,
+            got=child.stderr.strip().splitlines()[-1] if child.stderr.strip() else keys[0],
+        )
+    indices: list[int] = json.loads(child.stdout)
+    return indices
+
+
+def pattern_for(name: str, names: list[str]) -> str:
+    r"""Return a pattern that matches `name` and no other of `names`.
+
+    The plain name where that is enough, since other tools look names up literally; else the
+    anchored, escaped one.
+
+    >>> pattern_for("layers.1.q", ["layers.1.q", "layers.2.q"])
+    'layers.1.q'
+    >>> pattern_for("layers.1.q", ["layers.1.q", "model.layers.1.q"])
+    '^layers\\.1\\.q'
+    """
+    tail = name.rpartition(".")[2]
+    plain = re.compile(rf"(?:.*\.)?{name}") if _WRITTEN_PLAIN.fullmatch(name) else None
+    if plain is not None and not any(
+        other != name and other.endswith(tail) and plain.fullmatch(other) for other in names
+    ):
+        return name
+    return "^" + re.escape(name)

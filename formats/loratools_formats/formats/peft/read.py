@@ -1,0 +1,380 @@
+"""Reading a PEFT folder: which tensor is what, and with which scale.
+
+The tensors are the truth about which modules are adapted and with which rank; the configuration
+gives scale and kind. Every tensor ends up as part of a module's delta, as a replacement, or
+carried; one that could change ΔW and is not understood is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loratools_formats.containers.pickles import read_bin
+from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
+from loratools_formats.core.adapter import (
+    Adapter,
+    Caveat,
+    Delta,
+    Dora,
+    Layer,
+    LowRank,
+    OtherDelta,
+    Replacement,
+)
+from loratools_formats.core.factors import check_factor
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import (
+    AdapterError,
+    LoratoolsError,
+    MissingFileError,
+    UnsupportedError,
+)
+from loratools_formats.disk.files import RegularFile, inside
+from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.config import (
+    CONFIG_FILE,
+    NOT_A_PRODUCT,
+    PeftConfig,
+    is_set,
+    read_values,
+)
+from loratools_formats.formats.peft.kinds.read import (
+    caveats_of,
+    left_to_loader,
+    read_modules,
+    reason_against,
+)
+from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
+from loratools_formats.formats.peft.parameters import Setting, settings, unstacked
+from loratools_formats.formats.peft.replacements import classify
+from loratools_formats.formats.peft.variants import lost_middle, variant_delta, variant_kind
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+LEGACY_WEIGHTS_FILE = "adapter_model.bin"
+
+_ATTACHMENTS = (
+    "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json", "merges.txt",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model",
+    "target.spm", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
+    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md",
+)  # fmt: skip
+
+
+def read(path: Path) -> Adapter:
+    """Read a PEFT folder, or one named by its weight file.
+
+    Raises:
+        MissingFileError: the config or the weights are missing.
+        AdapterError: malformed or contradictory.
+        UnsupportedError: another adapter kind, or a variant whose layout is not known.
+    """
+    folder = path.parent if path.name in (WEIGHTS_FILE, LEGACY_WEIGHTS_FILE) else path
+    try:
+        return _read(folder)
+    except LoratoolsError as error:
+        error.path = error.path or str(folder)
+        raise
+
+
+def _read(folder: Path) -> Adapter:
+    values = read_values(inside(folder, CONFIG_FILE))
+    weights, original, notes = _open_weights(folder)
+    found = _contents(values, weights.tensors, folder)
+    replacements: dict[str, Replacement] = {}
+    carried = found.rest
+    if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
+        replacements, carried = classify(values, found.rest, found.modules, folder)
+    return Adapter(
+        format="peft",
+        source=folder,
+        modules=found.modules,
+        shared=found.shared,
+        replacements=replacements,
+        carried=carried,
+        config=values,
+        metadata=weights.metadata,
+        base_model=values.get("base_model_name_or_path"),
+        caveats=found.caveats,
+        notes=(
+            *notes,
+            *_folder_notes(folder),
+            *_training_notes(carried),
+            *_loader_notes(values["peft_type"], found.modules),
+        ),
+        attachments={
+            name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
+        },
+        inputs=(original, RegularFile(folder / CONFIG_FILE)),
+    )
+
+
+def _is_no_product(values: Mapping[str, Any]) -> bool:
+    return any(is_set(values.get(key)) for key in NOT_A_PRODUCT)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    modules: Mapping[str, Delta]
+    shared: Mapping[str, TensorRef]
+    rest: dict[str, TensorRef]
+    caveats: tuple[Caveat, ...]
+
+
+def _contents(
+    values: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path
+) -> _Contents:
+    peft_type = values["peft_type"]
+    if peft_type == "LORA":
+        config = PeftConfig(values, folder / CONFIG_FILE)
+        if _is_no_product(values):
+            return _Contents({}, {}, dict(tensors), config.caveats())
+        modules, rest = _modules(config, tensors, folder)
+        has_middle = any(isinstance(d, OtherDelta) and d.kind == "middle" for d in modules.values())
+        caveats = (
+            *config.caveats(),
+            *_module_caveats(modules),
+            *lost_middle(folder, has_middle),
+        )
+        return _Contents(modules, {}, rest, caveats)
+    reason = reason_against(peft_type)
+    if reason is not None:
+        return _Contents({}, {}, dict(tensors), (reason,))
+    if peft_type not in PEFT_KINDS:
+        raise UnsupportedError(
+            "adapter kind is not known",
+            got=f"peft_type {peft_type}",
+            expected=", ".join(["LORA", *PEFT_KINDS]),
+        )
+    others, shared, rest = read_modules(values, tensors, folder)
+    return _Contents(others, shared, rest, tuple(caveats_of(values)))
+
+
+def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]]:
+    safe, legacy = folder / WEIGHTS_FILE, folder / LEGACY_WEIGHTS_FILE
+    if safe.exists() or safe.is_symlink():
+        weights = read_safetensors(inside(folder, WEIGHTS_FILE))
+        both = legacy.exists()
+        note = f"{LEGACY_WEIGHTS_FILE} lies beside {WEIGHTS_FILE} and is ignored, as PEFT does"
+        return weights, weights.file, [note] if both else []
+    if legacy.exists() or legacy.is_symlink():
+        weights, original = read_bin(inside(folder, LEGACY_WEIGHTS_FILE))
+        return weights, original, [f"weights are pickled ({LEGACY_WEIGHTS_FILE})"]
+    raise MissingFileError(
+        "no weights in the folder", path=folder, expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}"
+    )
+
+
+def _loader_notes(peft_type: str, modules: Mapping[str, Delta]) -> list[str]:
+    missing = left_to_loader(peft_type, modules)
+    return [f"{missing} are not in the file; to-lora computes them from --base"] if missing else []
+
+
+def _training_notes(carried: Mapping[str, TensorRef]) -> list[str]:
+    notes = []
+    if any(keys.SAMPLER in name for name in carried):
+        notes.append("MonteCLoRA's sampler acts in training only; it is left out when ranks change")
+    if any(name.endswith(keys.SPREAD) for name in carried):
+        notes.append(
+            "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
+            "spread of the posterior is left out of what is made from it"
+        )
+    return notes
+
+
+def _folder_notes(folder: Path) -> list[str]:
+    own = {CONFIG_FILE, WEIGHTS_FILE, LEGACY_WEIGHTS_FILE, PROVENANCE_FILE, "recipe.yaml"}
+    foreign = sorted(
+        child.name
+        for child in folder.iterdir()
+        if child.is_file() and child.name not in own and child.name not in _ATTACHMENTS
+    )
+    notes = [f"files beside the adapter, not part of it: {', '.join(foreign)}"] if foreign else []
+    others = sorted(
+        child.name
+        for child in folder.iterdir()
+        if child.is_dir() and (child / CONFIG_FILE).is_file()
+    )
+    if others:
+        notes.append(f"sub-folders hold further adapters: {', '.join(others)}")
+    return notes
+
+
+def _modules(
+    config: PeftConfig, tensors: Mapping[str, TensorRef], folder: Path
+) -> tuple[dict[str, Delta], dict[str, TensorRef]]:
+    parts: dict[str, dict[keys.Part, TensorRef]] = {}
+    rest: dict[str, TensorRef] = {}
+    for name, tensor in tensors.items():
+        key = keys.parse(name)
+        if key is None or key.part == "token_rows":
+            rest[name] = tensor
+        else:
+            parts.setdefault(key.path, {})[key.part] = tensor
+    pairs = {path: _factor_pair(path, parts[path], folder) for path in sorted(parts)}
+    rows = {path: pair.a.shape[0] if pair.a.shape else 0 for path, pair in pairs.items()}
+    resolved = settings(config, rows, folder)
+    modules: dict[str, Delta] = {
+        path: _delta(config, path, parts[path], pair, resolved[path], folder)
+        for path, pair in pairs.items()
+    }
+    return modules, rest
+
+
+def _module_caveats(modules: Mapping[str, Delta]) -> list[Caveat]:
+    """Return why the factors of some modules do not tell the true ΔW.
+
+    For `nn.MultiheadAttention`, peft 0.21.2 merges the output projection's change twice, in its
+    forward pass too, so that is what such adapters were trained with.
+    """
+    doubled = [path for path in modules if keys.setting_name(path) != path]
+    return [
+        Caveat(
+            "multihead-attention",
+            f"PEFT applies the change of {path} twice, since it belongs to an "
+            "nn.MultiheadAttention",
+            "This kind is not supported yet",
+        )
+        for path in doubled[:1]
+    ]
+
+
+def _delta(
+    config: PeftConfig,
+    path: str,
+    parts: dict[keys.Part, TensorRef],
+    pair: _Pair,
+    setting: Setting,
+    folder: Path,
+) -> Delta:
+    a, b, is_embedding = pair
+    kind = variant_kind(config.values, path, parts)
+    if setting.names:
+        direction = unstacked(config, a, b, setting, folder)
+    else:
+        if kind is not None:
+            scale = config.scale(setting.alpha, setting.rank)
+            resolved = (setting.alpha, setting.rank)
+            return variant_delta(kind, config.values, path, parts, pair, resolved, scale)
+        direction = _ordinary(config, path, a, b, setting, is_embedding, folder)
+    bias = parts.get("b_bias")
+    if bias is not None:
+        if not config.values.get("lora_bias"):
+            raise _contradiction(bias, "a bias of lora_B, but config lora_bias is not true", folder)
+        direction = replace(direction, bias=bias)
+    return _with_magnitude(config, path, direction, parts.get("magnitude"), folder)
+
+
+class _Pair(NamedTuple):
+    """The two factors of a module, and whether they are an embedding's."""
+
+    a: TensorRef
+    b: TensorRef
+    is_embedding: bool
+
+
+_BESIDE = ("b_bias", "diagonal", "embedding_middle", "magnitude", "middle")
+"""Parts that may stand beside a module's factors."""
+
+
+def _factor_pair(path: str, parts: dict[keys.Part, TensorRef], folder: Path) -> _Pair:
+    embedding = "embedding_a" in parts or "embedding_b" in parts
+    wanted: tuple[keys.Part, keys.Part] = (
+        ("embedding_a", "embedding_b") if embedding else ("a", "b")
+    )
+    for part in wanted:
+        if part not in parts:
+            raise AdapterError(
+                "module lacks one of its two factors",
+                path=folder,
+                tensor=path,
+                got=", ".join(tensor.key for tensor in parts.values()),
+                expected=keys.compose(path, part),
+            )
+    for part, tensor in parts.items():
+        if part not in (*wanted, *_BESIDE):
+            raise AdapterError(
+                "module has both linear and embedding factors", path=folder, tensor=tensor.key
+            )
+        check_factor(tensor, folder)
+    return _Pair(parts[wanted[0]], parts[wanted[1]], embedding)
+
+
+def _with_magnitude(
+    config: PeftConfig, path: str, direction: LowRank, magnitude: TensorRef | None, folder: Path
+) -> Delta:
+    if magnitude is None:
+        if config.use_dora:
+            raise AdapterError(
+                "config use_dora is true, but the module has no magnitude", path=folder, tensor=path
+            )
+        return direction
+    if not config.use_dora:
+        raise _contradiction(magnitude, "a magnitude, but config use_dora is not true", folder)
+    if magnitude.numel != direction.shape[0]:
+        raise AdapterError(
+            "magnitude does not fit the module",
+            path=folder,
+            tensor=magnitude.key,
+            got=list(magnitude.shape),
+            expected=f"{direction.shape[0]} elements",
+        )
+    return Dora(direction, magnitude)
+
+
+def _contradiction(tensor: TensorRef, message: str, folder: Path) -> AdapterError:
+    return AdapterError(f"file has {message}", path=folder, tensor=tensor.key)
+
+
+def _ordinary(
+    config: PeftConfig,
+    path: str,
+    a: TensorRef,
+    b: TensorRef,
+    setting: Setting,
+    embedding: bool,
+    folder: Path,
+) -> LowRank:
+    _, alpha, rank = setting
+    if a.shape[:1] != (rank,):
+        raise AdapterError(
+            "rank in the file and rank in the config differ",
+            path=folder,
+            tensor=a.key,
+            got=f"shape {list(a.shape)}",
+            expected=f"r = {rank} for {path}",
+        )
+    dims = len(a.shape)
+    if embedding and dims != 2:
+        raise AdapterError(
+            "embedding factor is not a matrix", path=folder, tensor=a.key, got=list(a.shape)
+        )
+    layer = Layer("embedding" if embedding else "linear")
+    if not embedding and dims > 2:
+        layer = Layer("conv", kernel=a.shape[2:])
+        if b.shape[2:] != (1,) * (dims - 2):
+            raise AdapterError(
+                "convolution's second factor must have a kernel of ones",
+                path=folder,
+                tensor=b.key,
+                got=list(b.shape),
+            )
+        if b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0:
+            raise UnsupportedError(
+                "grouped convolution: its weight change is not defined, PEFT cannot merge it "
+                "either",
+                path=folder,
+                tensor=b.key,
+                got=list(b.shape),
+            )
+        a = a.reshaped((a.shape[0], a.numel // a.shape[0]))
+        b = b.reshaped(b.shape[:2])
+    elif not embedding:
+        turn = keys.square_orientation(bool(config.values.get("fan_in_fan_out")), path)
+        layer = Layer("linear", transposed_if_square=turn)
+    return LowRank(a, b, config.scale(alpha, rank), layer, alpha=alpha)

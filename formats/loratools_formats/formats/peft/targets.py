@@ -1,0 +1,109 @@
+"""Which modules a PEFT configuration claims to adapt, and one configuration for several adapters.
+
+PEFT creates modules from `target_modules` before it loads tensors, so a configuration that misses
+an adapted module loses its tensors on loading.
+Source: `check_target_module_exists` in peft/tuners/tuners_utils.py, 0.21.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from loratools_formats.core.adapter import Adapter, low_rank_part
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.config import MIDDLE_INITS, VARIANT_KEYS, is_set
+
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
+    """Return the first configuration, widened to cover what all the adapters hold.
+
+    Args:
+        adapters: read from PEFT folders.
+
+    Raises:
+        AdapterError: settings that cannot both hold, such as different token rows.
+    """
+    values = dict(adapters[0].config)
+    if len(adapters) == 1:
+        return values
+    configs = [adapter.config for adapter in adapters]
+    choosing = ("target_modules", *_NARROWING)
+    if any(config.get(key) != values.get(key) for config in configs for key in choosing):
+        values["target_modules"] = _module_paths(adapters)
+        values |= dict.fromkeys((key for key in _NARROWING if key in values), None)
+    for key in ("modules_to_save", "target_parameters"):
+        union = sorted({entry for config in configs for entry in config.get(key) or ()})
+        if union:
+            values[key] = union
+    for key in ("bias", "trainable_token_indices"):
+        found = [config.get(key) for config in configs if config.get(key) not in (None, "none")]
+        if any(value != found[0] for value in found[1:]):
+            raise AdapterError(
+                f"the adapters have different {key}", got=found[1], expected=found[0]
+            )
+        if found:
+            values[key] = found[0]
+    values["fan_in_fan_out"] = any(config.get("fan_in_fan_out") for config in configs)
+    return values
+
+
+def as_peft(adapter: Adapter) -> Adapter:
+    """Return an adapter of a format that is only read as one of a PEFT folder."""
+    replacements = {
+        keys.replaced_name(r.target, adapter.modules): r for r in adapter.replacements.values()
+    }
+    return replace(
+        adapter,
+        format="peft",
+        replacements=replacements,
+        config={"bias": "lora_only" if replacements else "none", "inference_mode": True},
+    )
+
+
+_KEPT = (
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "modules_to_save", "peft_version", "revision", "task_type",
+    "trainable_token_indices",
+)  # fmt: skip
+
+
+def plain_config(adapter: Adapter) -> Mapping[str, Any]:
+    """Return the configuration of an adapter whose modules have become plain factors.
+
+    That of a LoRA stays, since the writer rewrites what depends on the factors. Of another kind,
+    what every kind has is kept; ranks and scales are the writer's.
+    """
+    values = adapter.config
+    if values.get("peft_type") == "LORA":
+        cleared: dict[str, Any] = {key: None for key in VARIANT_KEYS if is_set(values.get(key))}
+        if values.get("init_lora_weights") in MIDDLE_INITS:
+            cleared["init_lora_weights"] = True
+        return {**values, **cleared}
+    kept = {key: values[key] for key in _KEPT if key in values}
+    bias = kept.get("bias") or "none"
+    # "boft_only", "vera_only" ...: biases of adapted layers, by the name that each kind gives it.
+    bias = "lora_only" if isinstance(bias, str) and bias.endswith("_only") else bias
+    return {
+        "peft_type": "LORA",
+        **kept,
+        "bias": bias,
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": sorted(adapter.modules),
+    }
+
+
+def _module_paths(adapters: Sequence[Adapter]) -> list[str]:
+    return sorted(
+        {
+            path
+            for adapter in adapters
+            for path, delta in adapter.modules.items()
+            if not low_rank_part(delta).layer.parameters
+        }
+    )

@@ -1,0 +1,241 @@
+"""Writing a PEFT folder: tensor names, and a configuration that gives every module its scale.
+
+The adapter's own configuration is kept as long as it still gives each module its rank and scale;
+else r, lora_alpha and the two patterns are rewritten. Scales are always written as α/r.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
+from loratools_formats.contract.registry import Loss
+from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, OtherDelta, low_rank_part
+from loratools_formats.core.factors import kept_whole
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
+from loratools_formats.formats.peft.parameters import Setting, settings
+from loratools_formats.formats.peft.patterns import pattern_for
+from loratools_formats.formats.peft.read import WEIGHTS_FILE
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """Return what PEFT cannot hold of an adapter read from another format."""
+    if adapter.format == "peft":
+        return [Loss(name, "PEFT has no full differences") for name in kept_whole(adapter)]
+    return [
+        Loss(name, "has no place in a PEFT file") for name in [*adapter.additions, *adapter.carried]
+    ]
+
+
+def write(adapter: Adapter, path: Path) -> None:
+    """Write config, weights and attachments into the existing, empty folder `path`.
+
+    Raises:
+        UnsupportedError: a module's rank and scale cannot be expressed.
+    """
+    config = json.dumps(config_for(adapter), indent=2, ensure_ascii=False)
+    (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
+    for name, source in adapter.attachments.items():
+        if isinstance(source, bytes):
+            (path / name).write_bytes(source)
+        else:
+            shutil.copyfile(source, path / name)
+
+
+def weights_nbytes(adapter: Adapter) -> int:
+    """Return the size of the weight file that `write` would make.
+
+    Raises:
+        UnsupportedError: it could not be written.
+    """
+    config_for(adapter)
+    return safetensors_nbytes(stored_tensors(adapter), metadata_for(adapter))
+
+
+def metadata_for(adapter: Adapter) -> dict[str, str]:
+    """Return the weight file's metadata: the adapter's own, and `format`, which PEFT expects."""
+    return {"format": "pt", **adapter.metadata}
+
+
+def stored_tensors(adapter: Adapter) -> Iterator[TensorRef]:
+    """Yield every tensor under its name and in its layout in a PEFT file."""
+    for path, delta in adapter.modules.items():
+        if isinstance(delta, OtherDelta):
+            yield from delta.tensors()
+            continue
+        yield from _factors(path, low_rank_part(delta))
+        if isinstance(delta, Dora):
+            yield delta.magnitude.renamed(keys.compose(path, "magnitude"))
+    yield from adapter.shared.values()
+    for name, replacement in adapter.replacements.items():
+        yield replacement.tensor.renamed(name)
+    # The sampler of MonteCLoRA acts in training only, and its shapes hold the rank.
+    sampled = bool(adapter.config.get("monteclora_config")) and not _keeps_config(adapter)
+    for name, tensor in adapter.carried.items():
+        # What an operation makes is made of means, to which the spread of others does not belong.
+        of_others = name.endswith(keys.SPREAD) and adapter.provenance is not None
+        if not (sampled and keys.SAMPLER in name) and not of_others:
+            yield tensor.renamed(name)
+
+
+def _factors(path: str, delta: LowRank) -> Iterator[TensorRef]:
+    a, b = delta.a, delta.b
+    out, in_ = delta.shape
+    kind = delta.layer.kind
+    if kind == "conv":
+        kernel = delta.layer.kernel
+        a = a.reshaped((delta.rank, in_ // math.prod(kernel), *kernel))
+        b = b.reshaped((out, delta.rank, *(1 for _ in kernel)))
+    elif kind == "experts":
+        total = delta.experts * delta.rank
+        a = a.reshaped((total, in_))
+        b = b.transposed((1, 2, 0)).reshaped((out, total))
+    if kind == "embedding":
+        yield a.renamed(keys.compose(path, "embedding_a"))
+        yield b.renamed(keys.compose(path, "embedding_b"))
+    else:
+        yield a.renamed(keys.compose(path, "a"))
+        yield b.renamed(keys.compose(path, "b"))
+    if delta.bias is not None:
+        yield delta.bias.renamed(keys.compose(path, "b_bias"))
+
+
+def config_for(adapter: Adapter) -> dict[str, Any]:
+    """Return the configuration to write.
+
+    Raises:
+        UnsupportedError: the adapter comes from another format and has no PEFT configuration.
+    """
+    if adapter.format != "peft":
+        raise UnsupportedError(
+            f"an adapter of format {adapter.format} has no PEFT configuration",
+            hint="Make one with from_model, as `loratools convert` does",
+        )
+    for name in kept_whole(adapter):
+        raise UnsupportedError("PEFT has no full differences", tensor=name)
+    is_other = adapter.config.get("peft_type", "LORA") != "LORA"
+    if is_other or any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
+        return dict(adapter.config)
+    values = _with_kinds(adapter)
+    return values if _keeps_config(adapter) else _rewritten(values, adapter)
+
+
+def _with_kinds(adapter: Adapter) -> dict[str, Any]:
+    """Return the adapter's configuration, saying which kinds of tensors its modules have now."""
+    values = dict(adapter.config)
+    is_dora = any(isinstance(delta, Dora) for delta in adapter.modules.values())
+    if bool(values.get("use_dora")) != is_dora:
+        values["use_dora"] = is_dora
+    if any(low_rank_part(delta).bias is not None for delta in adapter.modules.values()):
+        values["lora_bias"] = True
+    return values
+
+
+def _keeps_config(adapter: Adapter) -> bool:
+    """Return whether the adapter's own configuration still gives each module its scale."""
+    values = _with_kinds(adapter)
+    resolved = set(PeftConfig(values).caveats()) - set(adapter.caveats)
+    return not resolved and _gives_same(values, adapter.modules)
+
+
+def _pattern_names(modules: Mapping[str, Delta]) -> dict[str, tuple[str, ...]]:
+    """Return the paths PEFT matches patterns against, for each module."""
+    return {
+        path: low_rank_part(delta).layer.parameters or (keys.setting_name(path),)
+        for path, delta in modules.items()
+    }
+
+
+def _gives_same(values: Mapping[str, Any], modules: Mapping[str, Delta]) -> bool:
+    config = PeftConfig(values)
+    found = _settings(config, modules)
+    return found is not None and all(
+        (found[path].rank, config.scale(found[path].alpha, found[path].rank))
+        == (part.rank, part.scale)
+        for path, part in _parts(modules).items()
+    )
+
+
+def _settings(config: PeftConfig, modules: Mapping[str, Delta]) -> dict[str, Setting] | None:
+    """Return what a reader finds in a configuration; None if it cannot tell."""
+    rows = {path: part.experts * part.rank for path, part in _parts(modules).items()}
+    try:
+        return settings(config, rows, None)
+    except (AdapterError, UnsupportedError):
+        return None
+
+
+def _parts(modules: Mapping[str, Delta]) -> dict[str, LowRank]:
+    return {path: low_rank_part(delta) for path, delta in modules.items()}
+
+
+def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    wanted: dict[str, tuple[int, float]] = {}
+    for path, group in _pattern_names(adapter.modules).items():
+        part = low_rank_part(adapter.modules[path])
+        for name in group:
+            setting = (part.rank, _alpha(part))
+            if wanted.setdefault(name, setting) != setting:
+                raise _indistinct(path)
+    names = list(wanted)
+    rank = max(r for r, _ in wanted.values())
+    alpha = next(alpha for r, alpha in wanted.values() if r == rank)
+    values["r"], values["lora_alpha"] = rank, alpha
+    values["rank_pattern"] = {
+        pattern_for(name, names): r for name, (r, _) in wanted.items() if r != rank
+    }
+    values["alpha_pattern"] = {
+        pattern_for(name, names): a for name, (_, a) in wanted.items() if a != alpha
+    }
+    if values.get("use_rslora"):
+        values["use_rslora"] = False
+    # The factors are no longer what an initialisation made; loading must not run one again, and
+    # some of them refuse odd ranks.
+    if isinstance(values.get("init_lora_weights"), str):
+        values["init_lora_weights"] = True
+        for key in ("eva_config", "corda_config", "lora_ga_config"):
+            if key in values:
+                values[key] = None
+        if "loftq_config" in values:
+            values["loftq_config"] = {}
+    if values.get("monteclora_config"):
+        values["monteclora_config"] = None
+    _check_distinct(values, adapter.modules)
+    return values
+
+
+def _check_distinct(values: Mapping[str, Any], modules: Mapping[str, Delta]) -> None:
+    """Refuse changes of parameters that no reader could tell apart again."""
+    parts = _parts(modules)
+    of_parameters = [path for path, part in parts.items() if part.layer.parameters]
+    if not of_parameters:
+        return
+    found = _settings(PeftConfig(values), modules)
+    for path in of_parameters:
+        if found is None or found[path].rank != parts[path].rank:
+            raise _indistinct(path)
+
+
+def _indistinct(path: str) -> UnsupportedError:
+    return UnsupportedError(
+        "several parameters of one module need different ranks or scales, which a PEFT file cannot "
+        "express without naming them",
+        tensor=path,
+        hint="Give them one rank and scale: --uniform without --keep-alpha does",
+    )
+
+
+def _alpha(delta: LowRank) -> int | float:
+    """Return the number that PEFT divides by the rank to get the scale, a whole one if possible."""
+    alpha = delta.scale * delta.rank
+    whole = round(alpha)
+    return whole if whole / delta.rank == delta.scale else alpha

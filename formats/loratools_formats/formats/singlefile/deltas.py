@@ -1,0 +1,321 @@
+"""From the tensors of one module to its weight change: plain factors, DoRA, and LyCORIS' kinds.
+
+Source: LyCORIS 4.1 (`modules/locon.py`, `loha.py`, `lokr.py`) and ComfyUI's weight adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from loratools_formats.core.adapter import Axis, Delta, Dora, Layer, LowRank, OtherDelta
+from loratools_formats.core.factors import check_factor
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.formats.singlefile.grammar import Role
+from loratools_formats.formats.singlefile.scale import Setting, stated_alpha
+
+Parts = dict[Role, TensorRef]
+"""The tensors of a module by what they are."""
+
+_HADAMARD: dict[Role, str] = {
+    "hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b",
+    "hada_t1": "t1", "hada_t2": "t2",
+}  # fmt: skip
+_KRONECKER: dict[Role, str] = {
+    "lokr_w1": "w1", "lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b", "lokr_w2": "w2",
+    "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b", "lokr_t2": "w2_t",
+}  # fmt: skip
+_BESIDE: frozenset[Role] = frozenset({"alpha", "magnitude", "bias"})
+
+
+def delta_of(module: str, parts: Parts, stated: Setting | None, path: Path) -> Delta:
+    """Return the weight change that a module's tensors make.
+
+    Args:
+        module: its name, for messages.
+        parts: its tensors.
+        stated: what the file's metadata says of it.
+        path: the file, for messages.
+
+    Raises:
+        AdapterError: the tensors do not fit together, or make no one kind.
+    """
+    for role, tensor in parts.items():
+        if role not in ("alpha", "on_input"):
+            check_factor(tensor, path)
+    own = parts.keys() - _BESIDE
+    for has, make in (
+        ({"a", "b"}, _low_rank),
+        ({"embedding_a", "embedding_b"}, _embedding),
+        ({"a", "b", "mid"}, _tucker),
+        ({"diff"}, _full),
+        ({"a1", "a2", "b1", "b2"}, _glora),
+        ({"oft_blocks"}, _rotation),
+        ({"oft_blocks", "rescale"}, _rotation),
+        ({"ia3", "on_input"}, _ia3),
+    ):
+        if own == has:
+            return make(module, parts, stated, path)
+    if own and own <= _HADAMARD.keys():
+        return _hadamard(module, parts, stated, path)
+    if own and own <= _KRONECKER.keys():
+        return _kronecker(module, parts, stated, path)
+    raise AdapterError(
+        "the tensors of a module do not make one kind of adapter",
+        path=path,
+        tensor=module,
+        got=", ".join(sorted(tensor.key for tensor in parts.values())),
+    )
+
+
+def _alpha(
+    parts: Parts, rank: int, stated: Setting | None, path: Path
+) -> tuple[float | None, float]:
+    """Return alpha, None if none is stated, and the scale."""
+    if "alpha" in parts:
+        alpha = stated_alpha(parts["alpha"], path)
+        return alpha, alpha / rank
+    return (None, 1.0) if stated is None else (stated.alpha, stated.scale)
+
+
+def _low_rank(module: str, parts: Parts, stated: Setting | None, path: Path) -> LowRank | Dora:
+    a, b = parts["a"], parts["b"]
+    layer = Layer("linear")
+    dims = len(a.shape)
+    if dims < 2 or len(b.shape) != dims:
+        raise AdapterError(
+            "the two factors of a module have different numbers of dimensions",
+            path=path,
+            tensor=module,
+            got=f"{list(a.shape)} and {list(b.shape)}",
+        )
+    if dims > 2:
+        if b.shape[2:] != (1,) * (dims - 2):
+            raise AdapterError(
+                "convolution's second factor must have a kernel of ones",
+                path=path,
+                tensor=b.key,
+                got=list(b.shape),
+            )
+        layer = Layer("conv", kernel=a.shape[2:])
+        a = a.reshaped((a.shape[0], math.prod(a.shape[1:])))
+        b = b.reshaped(b.shape[:2])
+    alpha, scale = _alpha(parts, a.shape[0], stated, path)
+    delta = LowRank(a, b, scale, layer, parts.get("bias"), alpha, parts.get("alpha"))
+    if "magnitude" not in parts:
+        return delta
+    return _dora(delta, parts["magnitude"], path)
+
+
+def _dora(delta: LowRank, magnitude: TensorRef, path: Path) -> Dora:
+    return Dora(delta, magnitude, _axis(magnitude, delta.shape, delta.layer, path))
+
+
+def _axis(magnitude: TensorRef, whole: tuple[int, int], layer: Layer, path: Path) -> Axis:
+    """Return whether magnitudes belong to outputs or to inputs, which their shape tells."""
+    out, in_ = whole
+    inputs = in_ // math.prod(layer.kernel)
+    shape = magnitude.shape
+    if not layer.kernel and len(shape) > 2 and shape[0] == 1 and in_ % magnitude.numel == 0:
+        inputs = magnitude.numel  # LoHa and LoKr of a convolution may not tell its kernel
+    if magnitude.numel == out and (len(shape) == 1 or shape[0] == out or shape[:2] == (1, out)):
+        is_row = len(shape) > 1 and shape[0] == 1 and not _is_peft(magnitude.key)
+        return "input" if out == inputs and out > 1 and is_row else "output"
+    if magnitude.numel == inputs and shape[0] == 1:
+        return "input"
+    raise AdapterError(
+        "magnitude does not fit the module",
+        path=path,
+        tensor=magnitude.key,
+        got=list(shape),
+        expected=f"{out} elements, one for each output, or {inputs}, one for each input",
+    )
+
+
+def _is_peft(key: str) -> bool:
+    return not key.endswith(".dora_scale")
+
+
+def _embedding(module: str, parts: Parts, stated: Setting | None, path: Path) -> LowRank:
+    _none_beside(module, parts, {"alpha"}, path)
+    a, b = parts["embedding_a"], parts["embedding_b"]
+    alpha, scale = _alpha(parts, a.shape[0], stated, path)
+    return LowRank(a, b, scale, Layer("embedding"), alpha=alpha, alpha_tensor=parts.get("alpha"))
+
+
+def _tucker(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    _none_beside(module, parts, {"alpha", "magnitude"}, path)
+    down, up, mid = parts["a"], parts["b"], parts["mid"]
+    _, scale = _alpha(parts, down.shape[0], stated, path)
+    if len(mid.shape) < 3 or mid.shape[:2] != (up.shape[1], down.shape[0]):
+        raise AdapterError(
+            "Tucker core does not fit its factors",
+            path=path,
+            tensor=mid.key,
+            got=list(mid.shape),
+            expected=f"[{up.shape[1]}, {down.shape[0]}, kernel]",
+        )
+    kernel = mid.shape[2:]
+    shape = (up.shape[0], down.shape[1] * math.prod(kernel))
+    layer = Layer("conv", kernel)
+    tensors = {"down": down, "up": up, "mid": mid}
+    return _other("tucker", tensors, parts, scale, layer, shape, path)
+
+
+def _hadamard(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    _none_beside(module, parts, {"alpha", "magnitude"}, path)
+    tensors = _named(module, parts, _HADAMARD, ("w1_a", "w1_b", "w2_a", "w2_b"), path)
+    if ("t1" in tensors) != ("t2" in tensors):
+        raise AdapterError("LoHa has one of two Tucker cores", path=path, tensor=module)
+    _, scale = _alpha(parts, tensors["w1_b"].shape[0], stated, path)
+    layer = Layer("linear")
+    columns = math.prod(tensors["w1_b"].shape[1:])
+    rows = tensors["w1_a"].shape[0]
+    if "t1" in tensors:
+        rows = tensors["w1_a"].shape[1]
+        layer = Layer("conv", tensors["t1"].shape[2:])
+        columns *= math.prod(layer.kernel)
+    return _other("loha", tensors, parts, scale, layer, (rows, columns), path)
+
+
+def _kronecker(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    _none_beside(module, parts, {"alpha", "magnitude"}, path)
+    tensors = _named(module, parts, _KRONECKER, (), path)
+    for side in ("w1", "w2"):
+        whole = side in tensors
+        factors = [f"{side}_a" in tensors, f"{side}_b" in tensors]
+        if whole == any(factors) or factors[0] != factors[1]:
+            raise AdapterError(
+                f"LoKr has neither or both of {side} and its factors", path=path, tensor=module
+            )
+    # Whatever alpha says, nothing scales two whole matrices: LyCORIS and ComfyUI agree on it.
+    scale = 1.0
+    for factor in ("w2_b", "w1_b"):
+        if factor in tensors:
+            _, scale = _alpha(parts, tensors[factor].shape[0], stated, path)
+            break
+    rows, columns = 1, 1
+    kernel: tuple[int, ...] = ()
+    for side in ("w1", "w2"):
+        if side in tensors:
+            shape = tensors[side].shape
+            rows, columns = rows * shape[0], columns * math.prod(shape[1:])
+            kernel = kernel or shape[2:]
+        elif f"{side}_t" in tensors:
+            kernel = tensors[f"{side}_t"].shape[2:]
+            rows *= tensors[f"{side}_a"].shape[1]
+            columns *= tensors[f"{side}_b"].shape[1] * math.prod(kernel)
+        else:
+            rows *= tensors[f"{side}_a"].shape[0]
+            columns *= math.prod(tensors[f"{side}_b"].shape[1:])
+    layer = Layer("conv", kernel) if kernel else Layer("linear")
+    return _other("lokr", tensors, parts, scale, layer, (rows, columns), path)
+
+
+def _full(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    del stated
+    _none_beside(module, parts, {"alpha"}, path)
+    diff = parts["diff"]
+    shape = (diff.shape[0], math.prod(diff.shape[1:]))
+    layer = Layer("conv", diff.shape[2:]) if len(diff.shape) > 2 else Layer("linear")
+    return _other("full", {"diff": diff}, parts, 1.0, layer, shape, path)
+
+
+def _glora(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    _none_beside(module, parts, {"alpha"}, path)
+    tensors = {role: parts[role] for role in ("a1", "a2", "b1", "b2")}
+    _, scale = _alpha(parts, tensors["a2"].shape[0], stated, path)
+    columns = math.prod(tensors["b2"].shape[1:])
+    layer = (
+        Layer("conv", tensors["b2"].shape[2:]) if len(tensors["b2"].shape) > 2 else Layer("linear")
+    )
+    shape = (tensors["b1"].shape[0], columns)
+    return OtherDelta(
+        "lycoris_glora", tensors, {"scale": scale}, layer, shape, alpha_tensor=parts.get("alpha")
+    )
+
+
+def _rotation(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    """Return OFT or BOFT, whose alpha is a limit in units of the number of outputs."""
+    del stated
+    _none_beside(module, parts, {"alpha"}, path)
+    blocks = parts["oft_blocks"]
+    if len(blocks.shape) not in (3, 4):
+        raise AdapterError(
+            "rotations are no stack of blocks",
+            path=path,
+            tensor=blocks.key,
+            got=list(blocks.shape),
+            expected="3 dimensions for OFT, 4 for BOFT",
+        )
+    tensors = {"blocks": blocks}
+    if "rescale" in parts:
+        tensors["gain"] = parts["rescale"]
+    out = blocks.shape[-3] * blocks.shape[-2]
+    alpha = stated_alpha(parts["alpha"], path) if "alpha" in parts else 0.0
+    return OtherDelta(
+        "diag_oft" if len(blocks.shape) == 3 else "butterfly_oft",
+        tensors,
+        {"constraint": alpha * out},
+        shape=(out, None),
+        alpha_tensor=parts.get("alpha"),
+    )
+
+
+def _ia3(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+    del stated
+    _none_beside(module, parts, set(), path)
+    on_input = bool(stated_alpha(parts["on_input"], path))
+    gain = parts["ia3"]
+    shape = (None, None) if on_input else (gain.numel, None)
+    tensors = {"gain": gain, "on_input": parts["on_input"]}
+    return OtherDelta("lycoris_ia3", tensors, {"on_input": on_input}, shape=shape)
+
+
+def _other(
+    kind: str,
+    tensors: dict[str, TensorRef],
+    parts: Parts,
+    scale: float,
+    layer: Layer,
+    shape: tuple[int, int],
+    path: Path,
+) -> OtherDelta:
+    magnitude = parts.get("magnitude")
+    return OtherDelta(
+        kind,
+        tensors,
+        {"scale": scale},
+        layer,
+        shape,
+        magnitude=magnitude,
+        axis="output" if magnitude is None else _axis(magnitude, shape, layer, path),
+        alpha_tensor=parts.get("alpha"),
+    )
+
+
+def _named(
+    module: str, parts: Parts, names: Mapping[Role, str], needed: tuple[str, ...], path: Path
+) -> dict[str, TensorRef]:
+    tensors = {names[role]: tensor for role, tensor in parts.items() if role in names}
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise AdapterError(
+            f"module lacks {', '.join(missing)}",
+            path=path,
+            tensor=module,
+            got=", ".join(sorted(tensor.key for tensor in parts.values())),
+        )
+    return tensors
+
+
+def _none_beside(module: str, parts: Parts, allowed: set[Role], path: Path) -> None:
+    for role in (parts.keys() & _BESIDE) - allowed:
+        raise AdapterError(
+            f"module of this kind has a {role}, which has no meaning there",
+            path=path,
+            tensor=parts[role].key,
+            got=module,
+        )

@@ -1,0 +1,208 @@
+"""Where a single file keeps its scales: `.alpha` tensors, or diffusers' metadata, never both.
+
+Without either the scale is 1. The metadata is a PEFT configuration for each component of a
+pipeline, its names packed as `transformer.lora_alpha`. Source: `loaders/lora_base.py` and
+`loaders/peft.py` of diffusers 0.42, which raise on files that hold both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loratools_formats.core.adapter import Caveat, Delta, Dora, LowRank
+from loratools_formats.core.tensors import TensorRef, in_memory
+from loratools_formats.disk import strict_json
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.formats.peft.config import PeftConfig
+from loratools_formats.formats.peft.patterns import pattern_for
+from loratools_formats.formats.singlefile.grammar import COMPONENTS
+
+METADATA_KEY = "lora_adapter_metadata"
+_SWITCHES = ("use_dora", "lora_bias")
+
+
+def stated_alpha(tensor: TensorRef, path: Path) -> float:
+    """Return the number in an alpha tensor.
+
+    Raises:
+        AdapterError: it is not one finite number.
+    """
+    if tensor.numel != 1:
+        raise AdapterError(
+            "alpha is not one number", path=path, tensor=tensor.key, got=list(tensor.shape)
+        )
+    value = float(tensor.load().astype(np.float64).reshape(()))
+    if not math.isfinite(value):
+        raise AdapterError("alpha is not finite", path=path, tensor=tensor.key, got=value)
+    return value
+
+
+def states_scale(tensor: TensorRef, part: LowRank) -> bool:
+    """Return whether an alpha tensor gives factors the scale that they have."""
+    return float(tensor.load().astype(np.float64).reshape(())) / part.rank == part.scale
+
+
+def alpha_tensor(key: str, part: LowRank) -> TensorRef:
+    """Return the tensor that states a scale: in float32, unless that would round it."""
+    alpha = np.float64(part.scale * part.rank)
+    exact = float(np.float32(alpha)) / part.rank == part.scale
+    return in_memory(key, np.array(alpha), "F32" if exact else "F64")
+
+
+def plain_part(delta: Delta) -> LowRank | None:
+    """Return the factors of a delta or of a DoRA's direction, None if it is of another kind."""
+    part = delta.direction if isinstance(delta, Dora) else delta
+    return part if isinstance(part, LowRank) else None
+
+
+class Setting(NamedTuple):
+    """What a file's metadata says of a module."""
+
+    rank: int
+    alpha: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class PackedConfigs:
+    """The PEFT configurations in a file's metadata, by component."""
+
+    configs: Mapping[str, PeftConfig]
+
+    def settings(self, names: list[str]) -> dict[str, Setting]:
+        """Return what the configurations say of each module that has one.
+
+        Raises:
+            AdapterError: a pattern is no regular expression, or takes too long.
+        """
+        result = {}
+        for component, config in self.configs.items():
+            prefix = f"{component}."
+            paths = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            for path, (alpha, rank) in config.alpha_and_rank(sorted(paths)).items():
+                result[prefix + path] = Setting(rank, float(alpha), config.scale(alpha, rank))
+        return result
+
+    def switches(self, names: Iterable[str]) -> dict[str, dict[str, bool]]:
+        """Return what the configuration of each module's component says of DoRA and biases."""
+        found = {}
+        for component in sorted({name.partition(".")[0] for name in names}):
+            config = self.configs.get(component)
+            values = {} if config is None else config.values
+            found[component] = {switch: bool(values.get(switch)) for switch in _SWITCHES}
+        return found
+
+    def caveats(self) -> tuple[Caveat, ...]:
+        """List why the factors do not tell the true ΔW, if they do not."""
+        return tuple(caveat for config in self.configs.values() for caveat in config.caveats())
+
+
+def packed_configs(metadata: Mapping[str, str], path: Path | None) -> PackedConfigs | None:
+    """Return the configurations in a file's metadata, None if it has none.
+
+    Raises:
+        AdapterError: not sound JSON, or not a configuration per component.
+    """
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        values = strict_json.loads(metadata[METADATA_KEY].encode(), max_depth=64)
+    except strict_json.StrictJsonError as error:
+        raise AdapterError(f"{METADATA_KEY} is not sound JSON: {error}", path=path) from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{METADATA_KEY} is not a JSON object", path=path)
+    by_component: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        component, dot, name = key.partition(".")
+        if not dot or component not in COMPONENTS:
+            raise AdapterError(
+                f"{METADATA_KEY} has a setting of no known component",
+                path=path,
+                got=key,
+                expected=f"one of {', '.join(COMPONENTS)} and a dot before the setting",
+            )
+        by_component.setdefault(component, {})[name] = value
+    return PackedConfigs(
+        {
+            component: PeftConfig({"peft_type": "LORA", **config}, path)
+            for component, config in by_component.items()
+        }
+    )
+
+
+def switches(modules: Mapping[str, Delta]) -> dict[str, dict[str, bool]]:
+    """Return whether each component has DoRA and biases, as PEFT's configuration calls them.
+
+    diffusers asks only the metadata, if there is any, and drops magnitudes and biases without it.
+    """
+    found: dict[str, dict[str, bool]] = {}
+    for name, delta in modules.items():
+        has = found.setdefault(name.partition(".")[0], dict.fromkeys(_SWITCHES, False))
+        part = plain_part(delta)
+        has["use_dora"] |= isinstance(delta, Dora)
+        has["lora_bias"] |= part is not None and part.bias is not None
+    return found
+
+
+def packed(modules: Mapping[str, Delta], metadata: Mapping[str, str]) -> str:
+    """Return diffusers' metadata that gives each module its rank, scale and kind.
+
+    Args:
+        modules: by name, component included.
+        metadata: the file's metadata before, whose other settings are kept.
+
+    Raises:
+        AdapterError: the metadata before is not sound.
+    """
+    before = packed_configs(metadata, None)
+    by_component: dict[str, dict[str, tuple[int, float]]] = {}
+    for name, delta in modules.items():
+        component, _, path = name.partition(".")
+        part = plain_part(delta)
+        if part is not None:
+            setting = (part.rank, part.scale)
+            by_component.setdefault(component, {})[_in_any_version(path)] = setting
+    switched = switches(modules)
+    result: dict[str, Any] = {}
+    for component, paths in sorted(by_component.items()):
+        old = before.configs.get(component) if before is not None else None
+        config = ({} if old is None else dict(old.values)) | _settings(paths)
+        if config.get("use_rslora"):
+            config["use_rslora"] = False
+        config |= {k: on for k, on in switched[component].items() if on or k in config}
+        config.setdefault("target_modules", sorted(paths))
+        result |= {f"{component}.{key}": value for key, value in config.items()}
+    return json.dumps(result, indent=2, sort_keys=True)
+
+
+def _in_any_version(path: str) -> str:
+    """Return a path that matches a text encoder's module with and without its outer module.
+
+    transformers 5 dropped `text_model` from CLIP's paths; patterns and targets match from the end.
+    """
+    return path.removeprefix("text_model.")
+
+
+def _settings(paths: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    names = list(paths)
+    alphas = {name: _whole(scale * rank, rank, scale) for name, (rank, scale) in paths.items()}
+    rank = max(r for r, _ in paths.values())
+    alpha = next(alphas[name] for name, (r, _) in paths.items() if r == rank)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {pattern_for(n, names): r for n, (r, _) in paths.items() if r != rank},
+        "alpha_pattern": {pattern_for(n, names): a for n, a in alphas.items() if a != alpha},
+    }
+
+
+def _whole(alpha: float, rank: int, scale: float) -> int | float:
+    whole = round(alpha)
+    return whole if whole / rank == scale else alpha

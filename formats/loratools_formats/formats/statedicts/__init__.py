@@ -1,0 +1,1 @@
+"""Bare state dicts that training code saves: one module for each producer; most are read only."""

@@ -1,0 +1,261 @@
+"""Single files of bare tensors: state dicts, pickled or as safetensors, that training code saves.
+
+What the formats built on them share: telling them by the names in them, and opening them safely.
+Pickles are opened in a bounded child process, as PEFT's are. Files that are part of a PEFT or MLX
+folder are those formats'.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from loratools_formats.containers.safetensors_read import SafetensorsFile
+    from loratools_formats.core.adapter import Adapter, Delta, Replacement
+    from loratools_formats.core.tensors import TensorRef
+    from loratools_formats.disk.errors import AdapterError
+    from loratools_formats.disk.files import RegularFile
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_SAFETENSORS = ".safetensors"
+_SNIFFED_BYTES = 1 << 16
+_STRING_IN_PICKLE = re.compile(rb"X(.)\x00\x00\x00", re.DOTALL)  # opcode and length
+_ENTRY = re.compile(rb'"((?:[^"\\]|\\.)+)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
+_CONFIG = "adapter_config.json"
+_OF_FOLDERS = ("adapter_model.bin", "adapter_model.safetensors", "adapters.safetensors")
+
+
+def has_names(path: Path, pattern: re.Pattern[bytes], *, safetensors: bool = False) -> bool:
+    """Return whether a name in the first 64 KiB of a state dict matches a pattern whole.
+
+    Args:
+        path: a file, perhaps.
+        pattern: of telling names.
+        safetensors: whether files of that type are meant too.
+    """
+    suffixes = (*SUFFIXES, _SAFETENSORS) if safetensors else SUFFIXES
+    if path.suffix not in suffixes or not path.is_file():
+        return False
+    if path.name in _OF_FOLDERS and (path.parent / _CONFIG).is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(_SNIFFED_BYTES)
+    if path.suffix == _SAFETENSORS:
+        names = [match[1] for match in _ENTRY.finditer(start)]
+    elif start.startswith((b"PK", b"\x80")):
+        strings = _STRING_IN_PICKLE.finditer(start)
+        names = [start[match.end() : match.end() + match[1][0]] for match in strings]
+    else:
+        names = []
+    return any(pattern.fullmatch(name) for name in names)
+
+
+class StateDict:
+    """An opened state dict.
+
+    Args:
+        path: the file.
+        content: where its weights are, if they were taken out of it.
+
+    Attributes:
+        tensors: by name.
+
+    Raises:
+        AdapterError: not a map of names to tensors, or malformed.
+        MissingDependencyError: it is pickled, and torch is not installed.
+    """
+
+    tensors: dict[str, TensorRef]
+
+    def __init__(self, path: Path, content: Path | None = None) -> None:
+        from loratools_formats.containers.pickles import read_bin
+        from loratools_formats.containers.safetensors_read import read_safetensors
+        from loratools_formats.disk.files import RegularFile
+
+        self._path = path
+        weights: SafetensorsFile
+        if path.suffix == _SAFETENSORS:
+            weights = read_safetensors(path)
+            self._original = weights.file
+        else:
+            weights, original = read_bin(content or path)
+            self._original = original if content is None else RegularFile(path)
+        self.tensors = dict(weights.tensors)
+        self._metadata = weights.metadata
+
+    def unknown(self, name: str, expected: str) -> AdapterError:
+        """Return the error that a tensor is not understood."""
+        from loratools_formats.disk.errors import AdapterError
+
+        return AdapterError(
+            "unknown tensor; it may change the weights",
+            path=self._path,
+            tensor=name,
+            expected=expected,
+            hint="Save the tensors of the adapter alone",
+        )
+
+    def by_module(
+        self, key: re.Pattern[str], parts: Mapping[str, str], expected: str
+    ) -> dict[str, dict[str, TensorRef]]:
+        """Return all tensors by module and part.
+
+        Args:
+            key: matches every name whole, with groups `module` and `part`.
+            parts: what each part is called.
+            expected: the names, for messages.
+
+        Raises:
+            AdapterError: another name, or two tensors for one part.
+        """
+        own: dict[str, dict[str, TensorRef]] = {}
+        for name, tensor in self.tensors.items():
+            match = key.fullmatch(name)
+            if match is None or parts[match["part"]] in own.get(match["module"], {}):
+                raise self.unknown(name, expected)
+            own.setdefault(match["module"], {})[parts[match["part"]]] = tensor
+        return own
+
+    def lacking(self, module: str, parts: dict[str, TensorRef], expected: str) -> AdapterError:
+        """Return the error that a module's tensors are not those of its kind."""
+        from loratools_formats.disk.errors import AdapterError
+
+        return AdapterError(
+            "module lacks a factor",
+            path=self._path,
+            tensor=module,
+            got=", ".join(tensor.key for tensor in parts.values()),
+            expected=expected,
+        )
+
+    def check_factors(self, tensors: Mapping[str, TensorRef], axes: int = 2) -> None:
+        """Refuse tensors that cannot be factors.
+
+        Args:
+            tensors: by part.
+            axes: how many each must have.
+
+        Raises:
+            AdapterError: one has others, is empty, or does not hold floating-point numbers.
+        """
+        from loratools_formats.core.factors import check_factor
+
+        for tensor in tensors.values():
+            check_factor(tensor, self._path)
+        self.check_axes(tensors, axes)
+
+    def check_axes(self, tensors: Mapping[str, TensorRef], axes: int) -> None:
+        """Refuse tensors of other numbers of axes, and empty ones.
+
+        Raises:
+            AdapterError: there is one.
+        """
+        from loratools_formats.disk.errors import AdapterError
+
+        for tensor in tensors.values():
+            if len(tensor.shape) != axes or not tensor.numel:
+                raise AdapterError(
+                    "tensor has another shape than its kind's",
+                    path=self._path,
+                    tensor=tensor.key,
+                    got=list(tensor.shape),
+                    expected=f"{axes} axes, none of them empty",
+                )
+
+    def check_number(self, tensor: TensorRef) -> None:
+        """Refuse a tensor that is not one number.
+
+        Raises:
+            AdapterError: it is none, or several.
+        """
+        from loratools_formats.disk.errors import AdapterError
+
+        if tensor.numel != 1:
+            raise AdapterError(
+                "tensor is not one number",
+                path=self._path,
+                tensor=tensor.key,
+                got=list(tensor.shape),
+            )
+
+    def check_same(self, tensors: Sequence[TensorRef]) -> None:
+        """Refuse copies of a tensor that modules share if they differ: the code would keep one.
+
+        Raises:
+            AdapterError: there are two that differ.
+        """
+        from loratools_formats.disk.errors import AdapterError
+
+        for tensor in tensors[1:]:
+            first = tensors[0]
+            is_first = tensor.file is first.file is not None and tensor.offset == first.offset
+            same = tensor.dtype == first.dtype and tensor.shape == first.shape
+            if not same or not (is_first or tensor.raw() == first.raw()):
+                raise AdapterError(
+                    "two modules have different values of a tensor that all share",
+                    path=self._path,
+                    tensor=tensor.key,
+                    expected=f"the values of {first.key}",
+                )
+
+    def with_one_bank(
+        self, own: dict[str, dict[str, TensorRef]], names: Mapping[str, str]
+    ) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
+        """Return the parts of modules that share a bank, and the bank if it is stored once.
+
+        Args:
+            own: the tensors of every module, by part; that of the bank is `bank`.
+            names: all parts that a module must have, by the tensors' names.
+
+        Raises:
+            AdapterError: a module lacks a part, or modules have banks of other values.
+        """
+        banks = [parts["bank"] for parts in own.values() if "bank" in parts]
+        self.check_same(banks)
+        shared = {"bank": banks[0]} if len(banks) == 1 else {}
+        found = {}
+        for module, parts in own.items():
+            found[module] = {part: ref for part, ref in parts.items() if part not in shared}
+            if {*found[module], *shared} != set(names.values()):
+                raise self.lacking(module, parts, ", ".join(names))
+        return found, shared
+
+    def adapter(
+        self,
+        format_name: str,
+        modules: Mapping[str, Delta],
+        *,
+        shared: dict[str, TensorRef] | None = None,
+        replacements: dict[str, Replacement] | None = None,
+        notes: tuple[str, ...] = (),
+        beside: tuple[RegularFile, ...] = (),
+    ) -> Adapter:
+        """Return the adapter that its tensors make.
+
+        Args:
+            format_name: of the format that reads it.
+            modules: by path.
+            shared: tensors that several modules are made of, by key.
+            replacements: tensors that replace base tensors, by key.
+            notes: what a user should know.
+            beside: other files that were read.
+        """
+        from loratools_formats.core.adapter import Adapter
+
+        is_pickled = self._path.suffix != _SAFETENSORS
+        pickled = (f"weights are pickled ({os.path.basename(self._path)})",) if is_pickled else ()
+        return Adapter(
+            format=format_name,
+            source=self._path,
+            modules={name: modules[name] for name in sorted(modules)},
+            shared=shared or {},
+            replacements=replacements or {},
+            metadata=self._metadata,
+            notes=(*pickled, *notes),
+            inputs=(self._original, *beside),
+        )

@@ -1,0 +1,62 @@
+"""Uni-LoRA of its authors' RoBERTa code: a bank of numbers and where each goes; read only.
+
+Indices and norms are stored with both axes the other way round than in PEFT. The bank is one
+parameter under the name of every module; what saves it once keeps the first name. The weights of
+the model beside them have to be left out.
+
+Source: `NLU/unilora/unilora.py` of KaiyangLi1992/Uni-LoRA 3387a6e.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools_formats.contract.registry import Format
+from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+
+if TYPE_CHECKING:
+    from loratools_formats.core.adapter import Adapter, Delta
+
+_PARTS = {
+    "project_params_A": "indices_a",
+    "project_params_B": "indices_b",
+    "norm_factor_A": "scales_a",
+    "norm_factor_B": "scales_b",
+    "vector_bank": "bank",
+}
+_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})")
+_TELLING = re.compile(rb".+\.project_params_[AB]")
+
+
+def _sniff(path: Path) -> bool:
+    return has_names(path, _TELLING, safetensors=True)
+
+
+def _read(path: Path) -> Adapter:
+    from loratools_formats.core.adapter import OtherDelta
+
+    state = StateDict(path)
+    own = state.by_module(_KEY, _PARTS, f"names that end in {', '.join(_PARTS)}")
+    modules: dict[str, Delta] = {}
+    found, shared = state.with_one_bank(own, _PARTS)
+    for module, parts in found.items():
+        crossed = {name: ref for name, ref in parts.items() if name != "bank"}
+        state.check_axes(crossed, 2)
+        parts |= {name: ref.transposed((1, 0)) for name, ref in crossed.items()}
+        shape = (parts["indices_b"].shape[0], parts["indices_a"].shape[1])
+        modules[module] = OtherDelta("unilora", parts, shape=shape, shared=shared)
+    return state.adapter(
+        FORMAT.name, modules, shared={tensor.key: tensor for tensor in shared.values()}
+    )
+
+
+FORMAT = Format(
+    name="unilora",
+    description="indices and bank of Uni-LoRA's authors",
+    suffixes=SUFFIXES,
+    is_folder=False,
+    sniff=_sniff,
+    read=_read,
+)

@@ -1,0 +1,58 @@
+"""VB-LoRA of its authors: `logits_A`, `logits_B` and `vector_bank`; read only.
+
+A's logits are (in/b, r, h), the first two axes the other way round than PEFT's. The bank is one
+parameter under the name of every module; what saves it once keeps the first name. How many logits
+count is in no file. Source: `NLU/vblora/vblora.py` of leo-yangli/VB-LoRA b1a4230. The weights of
+the model beside them have to be left out.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools_formats.contract.registry import Format
+from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+
+if TYPE_CHECKING:
+    from loratools_formats.core.adapter import Adapter, Delta
+
+_PARTS = {"logits_A": "logits_a", "logits_B": "logits_b", "vector_bank": "bank"}
+_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})")
+_TELLING = re.compile(rb".+\.logits_[AB]")
+
+
+def _sniff(path: Path) -> bool:
+    return has_names(path, _TELLING, safetensors=True)
+
+
+def _read(path: Path) -> Adapter:
+    from loratools_formats.core.adapter import Missing, OtherDelta
+
+    state = StateDict(path)
+    own = state.by_module(_KEY, _PARTS, f"names that end in {', '.join(_PARTS)}")
+    modules: dict[str, Delta] = {}
+    found, shared = state.with_one_bank(own, _PARTS)
+    for module, parts in found.items():
+        state.check_factors({name: parts[name] for name in ("logits_a", "logits_b")}, 3)
+        bank = {**parts, **shared}["bank"]
+        state.check_factors({"bank": bank})
+        length = bank.shape[1]
+        shape = (parts["logits_b"].shape[0] * length, parts["logits_a"].shape[0] * length)
+        parts["logits_a"] = parts["logits_a"].transposed((1, 0, 2))
+        settings = {"topk": Missing("topk of the training script", whole=True)}
+        modules[module] = OtherDelta("vblora", parts, settings, shape=shape, shared=shared)
+    return state.adapter(
+        FORMAT.name, modules, shared={tensor.key: tensor for tensor in shared.values()}
+    )
+
+
+FORMAT = Format(
+    name="vblora",
+    description="logits and vector bank of VB-LoRA's authors",
+    suffixes=SUFFIXES,
+    is_folder=False,
+    sniff=_sniff,
+    read=_read,
+)

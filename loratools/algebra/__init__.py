@@ -1,0 +1,1 @@
+"""Numbers without files: factor-space algebra, streamed decompositions, ranks and budgets."""

@@ -1,0 +1,63 @@
+"""Where the arithmetic runs: NumPy on the CPU, torch on an accelerator.
+
+The CPU engine never imports torch: importing it takes longer than squeezing a 7B adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from loratools_formats.disk.errors import MissingDependencyError, OptionError
+
+DeviceName = Literal["cpu", "cuda", "mps"]
+
+
+class Device:
+    """A device by name.
+
+    Args:
+        name: `cpu`, `cuda` or `mps`.
+
+    Raises:
+        MissingDependencyError: torch or array-api-compat is not installed.
+        OptionError: torch finds no such device.
+    """
+
+    def __init__(self, name: DeviceName) -> None:
+        self.name = name
+        if name == "cpu":
+            return
+        try:
+            import array_api_compat.torch  # noqa: F401
+            import torch
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"device {name} needs torch", hint="pip install 'loratools[torch]'"
+            ) from error
+        backend = torch.cuda if name == "cuda" else torch.backends.mps
+        if not backend.is_available():
+            raise OptionError(f"torch finds no {name} device", expected="cpu")
+
+    @property
+    def has_float64(self) -> bool:
+        """Whether the device computes in float64."""
+        return self.name != "mps"
+
+    def put(self, array: np.ndarray[Any, Any]) -> Any:
+        """Return the array on the device."""
+        if self.name == "cpu":
+            return array
+        import torch
+
+        values = array if self.has_float64 else array.astype(np.float32, copy=False)
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.name)
+
+
+def to_numpy(array: Any) -> np.ndarray[Any, Any]:
+    """Return an array of any device as NumPy."""
+    if isinstance(array, np.ndarray):
+        return array
+    result: np.ndarray[Any, Any] = array.cpu().numpy()
+    return result

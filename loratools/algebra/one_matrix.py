@@ -1,0 +1,128 @@
+"""One matrix ΔW = scale · b @ a, taken apart once and asked for spectra, factors and errors.
+
+Chooses between the Gram route and QR: Gram for factors stored in 32 bits or fewer, whose rounding
+hides its floor; QR for float64 factors and for devices without float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from loratools.algebra import linalg
+from loratools.algebra.device import Device, to_numpy
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class RandomisedSvd:
+    """Parameters of the randomised SVD: oversampling p, power iterations q, and a seed."""
+
+    oversample: int
+    power_iterations: int
+    seed: int
+
+
+class Decomposed(Protocol):
+    """A matrix that can be asked for its spectrum, for factors, and for their error."""
+
+    @property
+    def squared_norm(self) -> float:
+        """‖ΔW‖²_F."""
+
+    @property
+    def singular_values(self) -> Array:
+        """Those that are known, descending."""
+
+    def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
+        """Return the best (b, a) of a rank, balanced, of scale 1, padded with zeros if need be."""
+
+    def squared_error(self, b: Array, a: Array) -> float:
+        """Return ‖ΔW − b @ a‖²_F."""
+
+
+class Matrix:
+    """One matrix of a delta.
+
+    Args:
+        b: (out, r), float32 or float64, finite.
+        a: (r, in).
+        scale: multiplies b @ a.
+        device: where to compute.
+        use_gram: whether the floor of the Gram route is below the rounding of the factors.
+    """
+
+    def __init__(self, b: Array, a: Array, scale: float, device: Device, use_gram: bool) -> None:
+        self._b, self._a = device.put(b), device.put(a)
+        self._scale = scale
+        self._use_gram = use_gram and device.has_float64
+        self._device = device
+        self._grams = linalg.grams(self._b, self._a)
+
+    @functools.cached_property
+    def _core(self) -> linalg.GramCore:
+        return linalg.gram_core(self._grams, self._scale)
+
+    @functools.cached_property
+    def _qr(self) -> linalg.Factors:
+        return linalg.qr_factors(self._b, self._a, self._scale, self._a.shape[0])
+
+    @property
+    def squared_norm(self) -> float:
+        """‖ΔW‖²_F."""
+        return self._scale**2 * self._grams.squared_norm
+
+    @property
+    def singular_values(self) -> Array:
+        """(r,): descending; zeros where the shape allows fewer."""
+        found = self._core.singular_values if self._use_gram else self._qr.singular_values
+        values = np.zeros(self._a.shape[0])
+        values[: found.shape[0]] = to_numpy(found)
+        return values
+
+    def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
+        """Return the best (b, a) of a rank, balanced, of scale 1, padded with zeros if need be."""
+        if randomised is not None:
+            found = linalg.rsvd_factors(
+                self._b,
+                self._a,
+                self._scale,
+                rank,
+                oversample=randomised.oversample,
+                power_iterations=randomised.power_iterations,
+                seed=randomised.seed,
+            )
+        elif self._use_gram:
+            found = linalg.gram_factors(self._b, self._a, self._core, rank)
+        else:
+            found = linalg.Factors(
+                self._qr.b[:, :rank], self._qr.a[:rank, :], self._qr.singular_values[:rank]
+            )
+        return padded(to_numpy(found.b), to_numpy(found.a), rank)
+
+    def squared_error(self, b: Array, a: Array) -> float:
+        """Return ‖ΔW − b @ a‖²_F."""
+        new_b, new_a = self._device.put(b), self._device.put(a)
+        error, _ = linalg.residual_norm(self._b, self._a, self._scale, self._grams, new_b, new_a)
+        return error**2
+
+
+def padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
+    """Return factors of exactly `rank` by adding zero columns to b and zero rows to a."""
+    missing = rank - a.shape[0]
+    if missing <= 0:
+        return b, a
+    return np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
+
+
+def signed(b: Array, a: Array) -> tuple[Array, Array]:
+    """Return factors with the sign of each column of b such that its largest entry is positive."""
+    signs = np.where(-b.min(axis=0) > b.max(axis=0), -1.0, 1.0)
+    return b * signs, a * signs[:, None]
+
+
+Method = Literal["exact", "rsvd"]

@@ -1,0 +1,335 @@
+"""How a module's rank is chosen: rules per module, overrides, and what limits them.
+
+Everything here works on singular values already known; nothing is loaded or written. Ranks that
+depend on several modules, budgets above all, are in `budget`.
+
+Rules keep the smallest rank k ≥ 1 such that
+  energy E        Σ_{i≤k} σᵢ² ≥ E · Σ σᵢ²
+  sv_fro F        ‖ΔW_k‖_F ≥ F · ‖ΔW‖_F, which is energy F²
+  sv_cumulative C Σ_{i≤k} σᵢ ≥ C · Σ σᵢ
+  sv_ratio R      every σᵢ ≥ σ₁ / R is kept
+  threshold       every σᵢ above the Gavish–Donoho threshold is kept (arXiv 1305.5870)
+Stacked experts share one rank: the largest that any of them needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loratools.work.selection import check_regex
+from loratools_formats.disk.errors import OptionError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float64]
+
+SERVE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values vLLM accepts for --max-lora-rank (vllm/config/lora.py, 2026)."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of one module's ΔW.
+
+    Attributes:
+        name: module path.
+        shape: (out, in) of one matrix.
+        singular_values: (E, r), descending along the last axis; E experts, or 1.
+        rank: the module's present rank.
+        bytes_per_rank: bytes that one more rank costs in the output.
+        tail: (E,): energy of singular values that were not computed, beyond those given; None if
+            all were.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    singular_values: Values
+    rank: int
+    bytes_per_rank: int
+    tail: Values | None = None
+
+    @property
+    def energies(self) -> Values:
+        """(r,): energy σᵢ² summed over experts."""
+        total: Values = np.sum(self.singular_values**2, axis=0)
+        return total
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A size for the output's weight file: a number of bytes, or a share of the input's."""
+
+    nbytes: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read `25%`, `12MB`, `800KiB` or a number of bytes.
+
+        >>> Budget.parse("25%")
+        Budget(nbytes=None, share=0.25)
+        >>> Budget.parse("1.5MB").nbytes
+        1500000
+
+        Raises:
+            OptionError: none of these.
+        """
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|(?:([kmg]i?)?b)?)\s*", text, re.IGNORECASE)
+        if match is None or float(match[1]) <= 0:
+            raise OptionError("not a budget", got=text, expected="such as 25% or 12MB")
+        number = float(match[1])
+        if match[2] == "%":
+            return cls(share=number / 100)
+        return cls(nbytes=int(number * _UNITS[(match[3] or "").lower()]))
+
+    def resolve(self, input_nbytes: int) -> int:
+        """Return the budget in bytes."""
+        if self.nbytes is not None:
+            return self.nbytes
+        return int((self.share or 0.0) * input_nbytes)
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """How ranks are chosen. At most one of the first seven fields may be set.
+
+    Attributes:
+        rank: the same rank for all.
+        energy: share of ‖ΔW‖²_F to keep, in (0, 1].
+        sv_ratio: largest ratio σ₁/σ_k to keep, at least 1.
+        sv_fro: share of ‖ΔW‖_F to keep, in (0, 1].
+        sv_cumulative: share of the sum of singular values to keep, in (0, 1].
+        threshold: the Gavish–Donoho threshold.
+        budget: a size for the weight file.
+        max_rank: no rank above this.
+        min_rank: no rank below this, as far as the module has it.
+        patterns: (regular expression searched in module paths, rank); the first match decides.
+        uniform: give every module the largest rank chosen.
+        serve: use only ranks that vLLM accepts, rounding up; down where a budget or max_rank binds.
+
+    Raises:
+        OptionError: several rules at once, or a value out of range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    sv_ratio: float | None = None
+    sv_fro: float | None = None
+    sv_cumulative: float | None = None
+    threshold: bool = False
+    budget: Budget | None = None
+    max_rank: int | None = None
+    min_rank: int | None = None
+    patterns: tuple[tuple[str, int], ...] = ()
+    uniform: bool = False
+    serve: bool = False
+
+    def __post_init__(self) -> None:
+        chosen = self._rules()
+        if len(chosen) > 1:
+            raise OptionError("rank rules exclude each other", got=", ".join(chosen))
+        for name in ("energy", "sv_fro", "sv_cumulative"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise OptionError(f"{name} is a share", got=value, expected="above 0, at most 1")
+        if self.sv_ratio is not None and not self.sv_ratio >= 1:
+            raise OptionError("sv_ratio is σ₁/σ_k", got=self.sv_ratio, expected="at least 1")
+        ranks = [("rank", self.rank), ("max_rank", self.max_rank), ("min_rank", self.min_rank)]
+        ranks += [(f"rank pattern {pattern}", rank) for pattern, rank in self.patterns]
+        for name, value in ranks:
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is too small", got=value, expected="at least 1")
+        if (
+            self.max_rank is not None
+            and self.min_rank is not None
+            and self.min_rank > self.max_rank
+        ):
+            raise OptionError(
+                "--min-rank is above --max-rank", got=f"{self.min_rank} and {self.max_rank}"
+            )
+        if self.uniform and self.budget is not None and self.patterns:
+            raise OptionError("--uniform with --budget leaves no place for rank patterns")
+
+    def _rules(self) -> list[str]:
+        return [f.name for f in fields(self)[:7] if getattr(self, f.name) not in (None, False)]
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything decides a rank."""
+        return bool(self._rules() or self.patterns or self.max_rank or self.serve)
+
+    def decides(self, name: str) -> bool:
+        """Return whether it gives a rank to a module that has none of its own."""
+        return bool(self._rules() or self.max_rank or self.override(name))
+
+    @property
+    def needs_every_value(self) -> bool:
+        """Whether the leading singular values are not enough to tell a rank."""
+        return self.sv_cumulative is not None or self.threshold
+
+    @property
+    def needs_all_spectra(self) -> bool:
+        """Whether one module's rank depends on the others'."""
+        return self.uniform or self.budget is not None
+
+    def of_module(self, spectrum: Spectrum) -> int:
+        """Return the rank of one module, ignoring the other modules."""
+        fixed = self.override(spectrum.name)
+        if fixed is not None:
+            return self.served(min(fixed, spectrum.rank))
+        sigma = spectrum.singular_values
+        if self.rank is not None:
+            wanted = self.rank
+        elif self.energy is not None:
+            wanted = self._for_energy(spectrum, self.energy)
+        elif self.sv_fro is not None:
+            wanted = self._for_energy(spectrum, self.sv_fro**2)
+        elif self.needs_every_value and spectrum.tail is not None:
+            raise OptionError(
+                f"the rule needs every singular value of {spectrum.name}, and only the "
+                f"{sigma.shape[1]} largest are known",
+                hint="Choose ranks with --rank, --energy or another rule",
+            )
+        elif self.sv_cumulative is not None:
+            wanted = _most(sigma, lambda s: _reaching(s, self.sv_cumulative or 1.0))
+        elif self.sv_ratio is not None:
+            wanted = self._for_ratio(spectrum, self.sv_ratio)
+        elif self.threshold:
+            wanted = _most(sigma, lambda s: int(np.sum(s > gavish_donoho(s, spectrum.shape))))
+        else:
+            wanted = spectrum.rank
+        return self.served(self._clamped(wanted, spectrum))
+
+    def _for_energy(self, spectrum: Spectrum, share: float) -> int:
+        energies = spectrum.singular_values**2
+        if spectrum.tail is None:
+            return _most(energies, lambda row: _reaching(row, share))
+        with_tail = np.concatenate([energies, spectrum.tail[:, None]], axis=1)
+        wanted = _most(with_tail, lambda row: _reaching(row, share))
+        reachable = float(
+            np.min(1.0 - with_tail[:, -1] / np.maximum(with_tail.sum(axis=1), 1e-300))
+        )
+        if wanted > spectrum.rank and self.max_rank is None and reachable < share - 1e-9:
+            raise OptionError(
+                f"rank {spectrum.rank} keeps only {reachable:.4f} of the energy of {spectrum.name}",
+                expected=share,
+                hint="Allow higher ranks with --max-rank, or ask for less",
+            )
+        return wanted
+
+    def _for_ratio(self, spectrum: Spectrum, ratio: float) -> int:
+        sigma, tail = spectrum.singular_values, spectrum.tail
+        wanted = _most(sigma, lambda s: _above(s, s[0] / ratio))
+        if wanted < sigma.shape[1] or tail is None or self.max_rank is not None:
+            return wanted
+        limits = sigma[:, 0] / ratio
+        if np.any((sigma[:, -1] >= limits) & (np.sqrt(tail) >= limits)):
+            raise OptionError(
+                f"the {sigma.shape[1]} largest singular values of {spectrum.name} do not fall as "
+                f"far as σ₁/{ratio:g}",
+                hint="Allow higher ranks with --max-rank, or ask for less",
+            )
+        return wanted
+
+    def _clamped(self, wanted: int, spectrum: Spectrum) -> int:
+        wanted = max(wanted, self.min_rank or 1)
+        return min(wanted, self.max_rank or wanted, spectrum.rank)
+
+    def override(self, name: str) -> int | None:
+        """Return the rank that a pattern gives a module, None if none matches."""
+        return next((rank for pattern, rank in self.patterns if re.search(pattern, name)), None)
+
+    def served(self, wanted: int) -> int:
+        """Return the rank that vLLM accepts for a wanted one, or that one if it does not matter.
+
+        Raises:
+            OptionError: it accepts none that large.
+        """
+        if not self.serve:
+            return wanted
+        if self.max_rank is None and wanted > SERVE_RANKS[-1]:
+            raise OptionError(
+                "vLLM accepts no rank that large", got=wanted, expected=f"at most {SERVE_RANKS[-1]}"
+            )
+        ceiling = SERVE_RANKS[-1] if self.max_rank is None else self.max_rank
+        allowed = [rank for rank in SERVE_RANKS if rank <= ceiling]
+        return next((rank for rank in allowed if rank >= wanted), allowed[-1])
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise `OptionError` if a pattern matches none of the modules."""
+        paths = list(names)
+        for pattern, _ in self.patterns:
+            if not any(re.search(pattern, path) for path in paths):
+                raise OptionError(
+                    "rank pattern matches no module", got=pattern, expected=f"such as {paths[0]}"
+                )
+
+
+def _most(rows: Values, rule: Callable[[Values], int]) -> int:
+    return max(1, *(rule(row) for row in rows))
+
+
+def _above(sigma: Values, limit: float) -> int:
+    """Return how many values are not zero and at least `limit`."""
+    return int(np.sum((sigma >= limit) & (sigma > 0.0)))
+
+
+def _reaching(parts: Values, share: float) -> int:
+    """Return the least k whose first k parts reach the share of the sum; 1 if all are zero.
+
+    >>> _reaching(np.array([3.0, 1.0, 0.0]), 0.75), _reaching(np.array([3.0, 1.0, 0.0]), 0.76)
+    (1, 2)
+    """
+    sums = np.cumsum(parts)
+    if share >= 1.0:
+        return int(np.count_nonzero(parts)) or 1
+    return int(np.searchsorted(sums, share * sums[-1])) + 1
+
+
+def gavish_donoho(sigma: Values, shape: tuple[int, int]) -> float:
+    """Return the optimal hard threshold ω(β)·median(σ) for unknown noise (arXiv 1305.5870, eq. 5).
+
+    β is the aspect ratio of the matrix. The median is taken over the r values that a product of
+    rank r can have: the others are zero by construction and say nothing about noise.
+    """
+    beta = min(shape) / max(shape)
+    omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+    return float(omega * np.median(sigma))
+
+
+def overrides(options: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Read `REGEX=N` options.
+
+    Raises:
+        OptionError: no rank after the last `=`, or not a regular expression.
+    """
+    result = []
+    for option in options:
+        pattern, separator, rank = option.rpartition("=")
+        if not separator or not rank.isascii() or not rank.isdigit():
+            raise OptionError("not a rank pattern", got=option, expected="REGEX=N")
+        check_regex(pattern)
+        result.append((pattern, int(rank)))
+    return tuple(result)
+
+
+def as_options(rule: RankRule) -> Mapping[str, Any]:
+    """Return the rule's set fields, for the record of how an output was made."""
+    values: dict[str, Any] = {}
+    for field in fields(rule):
+        value = getattr(rule, field.name)
+        if value not in (None, False, ()):
+            values[field.name] = value
+    if rule.budget is not None:
+        values["budget"] = rule.budget.nbytes or f"{(rule.budget.share or 0) * 100:g}%"
+    if rule.patterns:
+        values["patterns"] = [list(pattern) for pattern in rule.patterns]
+    return values

@@ -1,0 +1,137 @@
+"""Changes of stacked expert parameters, on stacks and on checkpoints with a tensor per expert.
+
+PEFT's file does not say which of a module's parameters a change belongs to; the base's shapes do.
+"""
+
+from __future__ import annotations
+
+import re
+
+from loratools.base.placement.changes import Placement
+from loratools.base.placement.fused import joined_spans
+from loratools.base.placement.names import Names
+from loratools.base.placement.orient import whole_is_transposed
+from loratools_formats.core.adapter import Delta, LowRank, low_rank_part
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+_PIECES = {"gate_up_proj": ("gate_proj", "up_proj")}
+_STACK = re.compile(r"(?P<stack>.*\bexperts)\.(?P<leaf>[a-z0-9_]+)")
+
+
+def expert_placements(names: Names, module: str, delta: Delta) -> list[Placement]:
+    """Return where the change of a parameter goes; empty if the base has none of its candidates.
+
+    Args:
+        names: the checkpoint.
+        module: the adapter's module.
+        delta: a delta whose layer lists parameters.
+
+    Raises:
+        AdapterError: no candidate has a fitting shape.
+        UnsupportedError: several have.
+    """
+    part = low_rank_part(delta)
+    fitting: dict[str, list[Placement]] = {}
+    misfit: AdapterError | None = None
+    for parameter in part.layer.parameters:
+        try:
+            placed = _stacked(names, module, parameter, delta) or _per_expert(
+                names, module, parameter, delta
+            )
+        except AdapterError as error:
+            misfit = error
+            continue
+        if placed:
+            fitting[parameter] = placed
+    if len(fitting) > 1:
+        raise UnsupportedError(
+            "the change fits several parameters, and the file does not say which is meant",
+            path=names.base.path,
+            tensor=module,
+            got=", ".join(fitting),
+        )
+    if fitting:
+        return next(iter(fitting.values()))
+    if misfit is not None:
+        raise misfit
+    return []
+
+
+def _stacked(names: Names, module: str, parameter: str, delta: Delta) -> list[Placement]:
+    key = names.find(parameter)
+    if key is None:
+        return []
+    part = low_rank_part(delta)
+    shape = names.shape(key)
+    crossed = whole_is_transposed(names, parameter, part, shape)
+    only = 0 if part.layer.kind != "experts" and len(shape) == 3 else None
+    return [Placement(key, module, delta, crossed, plane=only)]
+
+
+def _per_expert(names: Names, module: str, parameter: str, delta: Delta) -> list[Placement]:
+    match = _STACK.fullmatch(names.spelling(parameter))
+    if match is None:
+        return []
+    stack, leaf = match["stack"], match["leaf"]
+    leaves = _PIECES.get(leaf, (leaf,))
+    part = low_rank_part(delta)
+    rows = []
+    for expert in range(part.experts):
+        keys = [names.find(f"{stack}.{expert}.{piece}.weight") for piece in leaves]
+        rows.append([key for key in keys if key is not None])
+    if not any(rows):
+        return []
+    _check_complete(names, parameter, stack, leaves, rows)
+    return [
+        placement
+        for expert, keys in enumerate(rows)
+        for placement in _one_expert(names, module, parameter, delta, expert, keys)
+    ]
+
+
+def _check_complete(
+    names: Names, parameter: str, stack: str, leaves: tuple[str, ...], rows: list[list[str]]
+) -> None:
+    beyond = names.find(f"{stack}.{len(rows)}.{leaves[0]}.weight")
+    if beyond is not None or any(len(keys) != len(leaves) for keys in rows):
+        raise AdapterError(
+            "the adapter and the base have different numbers of experts",
+            path=names.base.path,
+            tensor=parameter,
+            got=f"{len(rows)} experts",
+            expected="a tensor for each expert, and no more",
+        )
+
+
+def _one_expert(
+    names: Names, module: str, parameter: str, delta: Delta, expert: int, keys: list[str]
+) -> list[Placement]:
+    part = low_rank_part(delta)
+    shapes = [names.shape(key) for key in keys]
+    if len({shape[1:] for shape in shapes}) != 1 or len(shapes[0]) != 2:
+        raise AdapterError(
+            "an expert's weights do not fit together", tensor=keys[0], got=list(shapes[0])
+        )
+    sizes = [shape[0] for shape in shapes]
+    crossed = _crossed(names, parameter, part, (sum(sizes), shapes[0][1]))
+    if crossed and len(keys) > 1:
+        raise UnsupportedError(
+            "PEFT before 0.19 read this parameter with inputs and outputs exchanged; such a change "
+            "cannot be cut into its projections",
+            path=names.base.path,
+            tensor=parameter,
+        )
+    spans = joined_spans(sizes)
+    which = expert if part.experts > 1 else None
+    return [
+        Placement(
+            key, module, delta, crossed, expert=which, rows=(spans[i],) if len(keys) > 1 else ()
+        )
+        for i, key in enumerate(keys)
+    ]
+
+
+def _crossed(names: Names, parameter: str, part: LowRank, matrix: tuple[int, int]) -> bool:
+    """Compare with the stack that transformers would make of the experts' weights, (E, out, in)."""
+    shape = (part.experts, *matrix) if part.layer.kind == "experts" else matrix
+    return whole_is_transposed(names, parameter, part, shape)

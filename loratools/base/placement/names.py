@@ -1,0 +1,116 @@
+"""Finding the base tensor a name means, whatever wrappers either side puts around it.
+
+Both names are brought to one spelling: leading neutral parts are dropped, and renames between
+generations of a model class applied. Parts that name something, such as `vision_tower`, are never
+dropped, so that a vision layer cannot be taken for a language layer; nothing matches by suffix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from loratools.base.placement import rules
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
+
+_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "vision_config")
+_VISION = re.compile(r"^(vision|visual|image)")
+
+
+class Names:
+    """A checkpoint's tensors, to be found by names of either side.
+
+    Args:
+        base: the checkpoint.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self.tensors: Mapping[str, TensorRef] = base.tensors
+        self.resized: dict[str, tuple[int, ...]] = {}
+        config = base.config
+        self.types = frozenset(
+            part["model_type"]
+            for part in (config, *self._sections())
+            if isinstance(part.get("model_type"), str)
+        )
+        own = config.get("model_type")
+        self._neutral = rules.NEUTRAL
+        if isinstance(own, str):
+            self._neutral |= {own, rules.BODY_PREFIX.get(own, own)}
+        if any(f".{rules.TOWER}." in f".{key}" for key in base.tensors):
+            self._neutral -= {"text_model"}
+        self._renamings = [
+            (re.compile(rule.pattern), rule.replacement)
+            for rule in rules.RENAMINGS
+            if rule.types is None or rule.types & self.types
+        ]
+        self._by_spelling: dict[str, list[str]] = {}
+        for key in base.tensors:
+            self._by_spelling.setdefault(self.spelling(key), []).append(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape a tensor has once the adapter's whole tensors have replaced others."""
+        return self.resized.get(key, self.tensors[key].shape)
+
+    def _sections(self) -> list[Mapping[str, Any]]:
+        found = [self.base.config.get(name) for name in _SECTIONS]
+        return [section for section in found if isinstance(section, dict)]
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """Return the part of the configuration that a module's layer is built from."""
+        config = self.base.config
+        is_vision = _VISION.match(self.spelling(name)) is not None
+        order = ("vision_config",) if is_vision else _SECTIONS[:-1]
+        for key in order:
+            if isinstance(config.get(key), dict):
+                return dict(config[key])
+        return config
+
+    def types_of(self, name: str) -> tuple[str, ...]:
+        """Return the model types whose rules hold for a module: its own part's, and the whole's."""
+        found = (self.section(name).get("model_type"), self.base.config.get("model_type"))
+        return tuple(dict.fromkeys(t for t in found if isinstance(t, str)))
+
+    def spelling(self, name: str) -> str:
+        """Return the spelling that names of one tensor share."""
+        parts = name.split(".")
+        while len(parts) > 1 and parts[0] in self._neutral:
+            del parts[0]
+        text = ".".join(parts)
+        for pattern, replacement in self._renamings:
+            text = pattern.sub(replacement, text)
+        return text
+
+    def find(self, name: str) -> str | None:
+        """Return the key of the tensor that a name means, None if there is none.
+
+        Raises:
+            AdapterError: it could mean several.
+        """
+        if name in self.tensors:
+            return name
+        found = self._by_spelling.get(self.spelling(name), [])
+        if len(found) > 1:
+            raise AdapterError(
+                "several base tensors fit one name",
+                path=self.base.path,
+                tensor=name,
+                got=", ".join(found[:3]),
+                expected="one, or one of exactly this name",
+            )
+        return found[0] if found else None
+
+    def nearest(self, name: str) -> list[str]:
+        """Return the base tensors with the most similar names, for messages."""
+        spelling = self.spelling(name)
+        parts = spelling.split(".")
+        # Comparing with every tensor would take seconds on large checkpoints.
+        pool = [s for s in self._by_spelling if s.split(".")[-2:-1] == parts[-2:-1]]
+        pool = pool or list(self._by_spelling)
+        close = difflib.get_close_matches(spelling, pool[:2000], n=2, cutoff=0.4)
+        return [key for s in close for key in self._by_spelling[s]][:2]

@@ -1,0 +1,101 @@
+"""Whether a tensor is stored as (in, out), where the base's architecture may have to tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loratools.base.placement import rules
+from loratools.base.placement.names import Names
+from loratools_formats.core.adapter import LowRank, OtherDelta
+from loratools_formats.core.orientation import is_transposed
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+
+def whole_is_transposed(
+    names: Names, module: str, delta: LowRank | OtherDelta, shape: tuple[int, ...]
+) -> bool:
+    """Return whether a tensor that is all of a module's weight is stored as (in, out).
+
+    Raises:
+        AdapterError: the delta does not fit, or only in the layout that the architecture has not.
+        UnsupportedError: it is square, and the architecture does not tell either.
+    """
+    layer = delta.layer
+    told = (
+        _experts_if_square(names, module)
+        if layer.kind == "experts"
+        else _linear_if_square(names, module)
+    )
+    if layer.transposed_if_square is None:
+        delta = replace(delta, layer=replace(layer, transposed_if_square=told))
+    crossed = is_transposed(module, delta, shape)
+    is_whole = layer.kind == "linear" and not layer.parameters
+    if is_whole and shape[0] != shape[1] and told not in (None, crossed):
+        raise AdapterError(
+            "the delta fits the base weight only the other way round",
+            path=names.base.path,
+            tensor=module,
+            got=f"out {delta.shape[0]}, in {delta.shape[1]}",
+            expected=f"a weight {'(in, out)' if told else '(out, in)'} of shape {list(shape)}",
+        )
+    return crossed
+
+
+def cut_is_transposed(
+    names: Names,
+    module: str,
+    delta: LowRank | OtherDelta,
+    shape: tuple[int, ...],
+    *,
+    stacked: bool = False,
+) -> bool:
+    """Return whether a matrix that shares only its inputs with a delta is stored as (in, out).
+
+    Args:
+        names: the checkpoint.
+        module: the module the matrix is the weight of.
+        delta: whose inputs it has.
+        shape: of the stored matrix.
+        stacked: it is one of stacked experts.
+
+    Raises:
+        AdapterError: the delta has another number of inputs.
+        UnsupportedError: it is square, and the architecture does not tell.
+    """
+    width = delta.shape[1]
+    if len(shape) != 2 or width not in shape:
+        raise AdapterError(
+            "the delta does not fit the base weight",
+            tensor=module,
+            got=f"in {width}",
+            expected=f"a weight of shape {list(shape)}",
+        )
+    if shape[0] != shape[1]:
+        return shape[0] == width
+    if stacked:
+        told = _experts_if_square(names, module)
+    else:
+        told = _linear_if_square(names, module)
+        told = delta.layer.transposed_if_square if told is None else told
+    if told is None:
+        raise UnsupportedError(
+            "the weight is square and could be stored either way round",
+            tensor=module,
+            got=list(shape),
+            hint="The base model's type does not tell either",
+        )
+    return told
+
+
+def _linear_if_square(names: Names, module: str) -> bool | None:
+    types = set(names.types_of(module))
+    if types & rules.CONV1D_TYPES:
+        return module.rpartition(".")[2] in rules.CONV1D_LEAVES
+    return False if types & rules.LINEAR_TYPES else None
+
+
+def _experts_if_square(names: Names, module: str) -> bool | None:
+    types = set(names.types_of(module))
+    if types & rules.TRANSPOSED_EXPERTS:
+        return True
+    return False if types & rules.STRAIGHT_EXPERTS else None

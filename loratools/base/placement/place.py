@@ -1,0 +1,221 @@
+"""Putting every change of an adapter in its place, or listing what fits nowhere."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from loratools.base.placement.changes import (
+    BiasPlacement,
+    Placement,
+    Placements,
+    Span,
+    only_bias,
+)
+from loratools.base.placement.experts import expert_placements
+from loratools.base.placement.fused import joined_spans, part_spans
+from loratools.base.placement.names import Names
+from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
+from loratools.base.placement.replacing import place_replacements
+from loratools.base.placement.sites import Site, sites
+from loratools.base.placement.tied import settle
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, Delta, LowRank, low_rank_part
+from loratools_formats.disk.errors import AdapterError, printable
+
+_LISTED = 4
+
+
+def place(adapter: Adapter, base: Checkpoint) -> Placements:
+    """Return where everything in an adapter goes.
+
+    Args:
+        adapter: read from a file.
+        base: with tensors of the shapes they have in the model; of quantised weights, too.
+
+    Raises:
+        AdapterError: a module or tensor fits no base tensor, or several; the message lists all of
+            them and the nearest names.
+        UnsupportedError: a layout is ambiguous.
+    """
+    names = Names(base)
+    tied = settle(names, adapter)
+    missing: list[str] = []
+    replaced = place_replacements(names, adapter, tied, missing)
+    deltas: list[Placement] = list(tied.deltas)
+    biases: list[BiasPlacement] = []
+    for module, delta in adapter.modules.items():
+        if module not in tied.modules:
+            placed = _placements(names, module, delta)
+            if not placed:
+                missing.append(module)
+                continue
+            deltas += placed
+        if low_rank_part(delta).bias is not None:
+            biases += _bias_placements(names, module, delta)
+    biases += _additions(names, adapter, missing)
+    if missing:
+        raise _unmatched(names, missing)
+    _refuse_clashes(names, deltas)
+    return Placements(
+        tuple(deltas),
+        tuple(biases),
+        (*tied.replacements, *replaced.placed),
+        tied.untied,
+        (*tied.notes, *replaced.notes),
+    )
+
+
+def _placements(names: Names, module: str, delta: Delta) -> list[Placement]:
+    part = low_rank_part(delta)
+    if part.layer.parameters:
+        return expert_placements(names, module, delta)
+    found = sites(names, module, "weight")
+    shares = _share_spans(names, module, found, part)
+    return [
+        _placement(names, module, delta, site, share)
+        for site, share in zip(found, shares, strict=True)
+    ]
+
+
+def _placement(
+    names: Names, module: str, delta: Delta, site: Site, share: tuple[Span, ...]
+) -> Placement:
+    part = low_rank_part(delta)
+    out, in_ = part.shape
+    shape = names.shape(site.key)
+    if site.plane is not None:
+        _check_plane(names, module, site, shape)
+        shape = shape[1:]
+    if site.part is None and site.share is None and site.plane is None:
+        return Placement(site.key, module, delta, whole_is_transposed(names, module, part, shape))
+    oriented_by = module if site.part is None or site.plane is not None else site.part.module
+    crossed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
+    total = shape[1] if crossed else shape[0]
+    outputs = () if site.part is None else part_spans(names, site.part, total)
+    here = sum(stop - start for start, stop in outputs) or total
+    wanted = sum(stop - start for start, stop in share) or out
+    if here != wanted:
+        raise _does_not_fit(module, out, in_, f"{here} outputs in {site.key}")
+    return Placement(
+        site.key, module, delta, crossed, plane=site.plane, outputs=outputs, rows=share
+    )
+
+
+def _check_plane(names: Names, module: str, site: Site, shape: tuple[int, ...]) -> None:
+    if site.plane is not None and site.plane >= shape[0]:
+        raise AdapterError(
+            "the base has fewer experts",
+            path=names.base.path,
+            tensor=module,
+            got=f"{site.key} of shape {list(shape)}",
+        )
+
+
+def _share_spans(
+    names: Names, module: str, found: list[Site], part: LowRank
+) -> list[tuple[Span, ...]]:
+    """Return which outputs of a delta go to each site, where it fuses several weights."""
+    if not found or found[0].share is None:
+        return [() for _ in found]
+    out, in_ = part.shape
+    sizes = []
+    for site in found:
+        stored = names.shape(site.key)
+        sizes.append(stored[1 if cut_is_transposed(names, module, part, stored) else 0])
+    if sum(sizes) != out:
+        raise _does_not_fit(module, out, in_, f"{sum(sizes)} outputs in all of its parts")
+    return [(span,) for span in joined_spans(sizes)]
+
+
+def _bias_placements(names: Names, module: str, delta: Delta) -> list[BiasPlacement]:
+    out, in_ = low_rank_part(delta).shape
+    found = sites(names, module, "bias")
+    if not found:
+        raise AdapterError(
+            "the adapter changes a bias that the base does not have",
+            path=names.base.path,
+            tensor=module,
+            hint="Nothing of this adapter can be fused without it",
+        )
+    sizes = [names.shape(site.key)[0] for site in found]
+    shared = found[0].share is not None
+    placed = []
+    for site, size, span in zip(found, sizes, joined_spans(sizes), strict=True):
+        outputs = () if site.part is None else part_spans(names, site.part, size)
+        placed.append(
+            BiasPlacement(site.key, module, delta, outputs, rows=(span,) if shared else ())
+        )
+    here = sum(
+        sum(stop - start for start, stop in p.outputs) or size
+        for p, size in zip(placed, sizes, strict=True)
+    )
+    if here != out:
+        raise _does_not_fit(module, out, in_, f"a bias of {here}")
+    return placed
+
+
+def _additions(names: Names, adapter: Adapter, missing: list[str]) -> list[BiasPlacement]:
+    """Return what is added to biases and norms as biases of factors that do nothing else."""
+    placed = []
+    for addition in adapter.additions.values():
+        stored = names.base.tensors.get(addition.target)
+        if stored is None:
+            missing.append(addition.target)
+            continue
+        if stored.shape != addition.tensor.shape:
+            raise AdapterError(
+                "what is added does not fit the base tensor",
+                tensor=addition.tensor.key,
+                got=list(addition.tensor.shape),
+                expected=f"{list(stored.shape)} of {addition.target}",
+            )
+        placed.append(BiasPlacement(addition.target, addition.target, only_bias(addition.tensor)))
+    return placed
+
+
+def _does_not_fit(module: str, out: int, in_: int, expected: str) -> AdapterError:
+    return AdapterError(
+        "the delta does not fit the base weight",
+        tensor=module,
+        got=f"out {out}, in {in_}",
+        expected=expected,
+    )
+
+
+def _unmatched(names: Names, missing: list[str]) -> AdapterError:
+    listed = []
+    for name in missing[:_LISTED]:
+        nearest = names.nearest(name)
+        listed.append(f"{printable(name)} (nearest: {', '.join(nearest) or 'none'})")
+    more = f"; and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+    return AdapterError(
+        f"no base tensor fits {len(missing)} of the adapter's modules or tensors: "
+        f"{'; '.join(listed)}{more}",
+        path=names.base.path,
+        hint="Is this the model the adapter was trained on?",
+    )
+
+
+def _refuse_clashes(names: Names, deltas: list[Placement]) -> None:
+    """Refuse two modules on the same outputs of one matrix: one of them must be misplaced."""
+    planes: dict[str, dict[int | None, list[Placement]]] = {}
+    for placement in deltas:
+        planes.setdefault(placement.key, {}).setdefault(placement.plane, []).append(placement)
+    for by_plane in planes.values():
+        everywhere = by_plane.get(None, [])
+        for plane, here in by_plane.items():
+            near = here if plane is None else here + everywhere
+            for one, other in combinations(near, 2):
+                if one.module != other.module and _overlap(one.outputs, other.outputs):
+                    raise AdapterError(
+                        "two modules of the adapter fit the same base tensor",
+                        path=names.base.path,
+                        tensor=one.key,
+                        got=f"{one.module} and {other.module}",
+                    )
+
+
+def _overlap(one: tuple[Span, ...], other: tuple[Span, ...]) -> bool:
+    if not one or not other:
+        return True
+    return any(a < stop and start < b for a, b in one for start, stop in other)

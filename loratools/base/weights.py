@@ -1,0 +1,252 @@
+"""Weights of a base model as matrices (out, in), read a block of rows at a time.
+
+A module's weight may be one tensor, some rows of a fused one, or several tensors one below another.
+Rows that lie in a file the same way are read where they are; a tensor that is stored the other way
+round is held whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from loratools.base.dequantised import plain
+from loratools.base.placement.fused import part_spans
+from loratools.base.placement.names import Names
+from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
+from loratools.base.placement.sites import Site, sites
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, Layer, LowRank, OtherDelta
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Outputs of one stored tensor.
+
+    Attributes:
+        stored: the tensor: (out, in), (in, out), or (out, in, *kernel).
+        crossed: whether it is stored as (in, out).
+        start: first output.
+        stop: after the last one.
+    """
+
+    stored: TensorRef
+    crossed: bool
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the base a module's weight is.
+
+    Attributes:
+        pieces: its outputs, in order.
+        layer: what the module is, as the tensor's shape shows.
+        bias: the layer's bias, None if it has none or it is not a tensor of its own.
+    """
+
+    pieces: tuple[Piece, ...]
+    layer: Layer
+    bias: TensorRef | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        first = self.pieces[0]
+        side = first.stored.shape[0] if first.crossed else math.prod(first.stored.shape[1:])
+        return sum(piece.stop - piece.start for piece in self.pieces), side
+
+    def weight(self) -> BaseWeight:
+        """Return its weight."""
+        return BaseWeight(self.pieces, self.shape, self.bias)
+
+
+def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) -> Names:
+    """Return a base's tensors as an adapter's changes find them.
+
+    A file may hold the whole weight or bias of a layer beside its change, such as a saved embedding
+    or a trained bias. Then the change is one of that tensor, which is read in the base's place.
+
+    Args:
+        adapter: whose replacements count.
+        base: the base model.
+        modules: those whose weights will be read.
+
+    Raises:
+        UnsupportedError: only rows of a weight are replaced, or the base has it inside another.
+    """
+    checkpoint = plain(base).checkpoint
+    names = Names(checkpoint)
+    tensors = dict(checkpoint.tensors)
+    for replacement in adapter.replacements.values():
+        module, _, leaf = replacement.target.rpartition(".")
+        if module not in modules:
+            continue
+        key = names.find(replacement.target)
+        if replacement.kind == "token_rows" or (key is None and sites(names, module, leaf)):
+            raise UnsupportedError(
+                "the adapter replaces a part of the weight that its change depends on",
+                path=adapter.source,
+                tensor=replacement.tensor.key,
+            )
+        if key is not None:
+            tensors[key] = replacement.tensor
+    return Names(replace(checkpoint, tensors=tensors))
+
+
+def find_place(names: Names, name: str, delta: LowRank | OtherDelta) -> Place:
+    """Return where the weight of a module is.
+
+    Raises:
+        AdapterError: no tensor of the base fits, or several do.
+        UnsupportedError: it is one of stacked matrices, or it is not known which way round it lies.
+    """
+    found = sites(names, name, "weight")
+    if not found:
+        near = ", ".join(names.nearest(f"{name}.weight")) or "none"
+        raise AdapterError(
+            "no base tensor fits the module",
+            path=names.base.path,
+            tensor=name,
+            hint=f"Nearest names: {near}",
+        )
+    if any(site.plane is not None for site in found):
+        raise UnsupportedError(
+            "weights of single experts in a stack are not supported here",
+            tensor=name,
+            got=found[0].key,
+        )
+    pieces = tuple(piece for site in found for piece in _pieces(names, name, delta, site))
+    stored, layer = pieces[0].stored, delta.layer
+    if len(stored.shape) > 2 and layer.kind != "experts" and not layer.parameters:
+        layer = Layer("conv", kernel=stored.shape[2:])
+    biases = sites(names, name, "bias")
+    alone = len(found) == len(biases) == 1 and found[0].part is None and biases[0].part is None
+    return Place(pieces, layer, names.tensors[biases[0].key] if alone else None)
+
+
+def is_in_stack(names: Names, name: str) -> bool:
+    """Return whether the weight of a module is one of several in a tensor, as of experts."""
+    return any(site.plane is not None for site in sites(names, name, "weight"))
+
+
+def is_fused(names: Names, name: str) -> bool:
+    """Return whether the weight of a module is in one tensor with those of others."""
+    found = sites(names, name, "weight")
+    return any(site.plane is not None or site.part is not None for site in found)
+
+
+def _pieces(names: Names, name: str, delta: LowRank | OtherDelta, site: Site) -> Sequence[Piece]:
+    stored = names.tensors[site.key]
+    if site.part is None and site.share is None:
+        crossed = whole_is_transposed(names, name, delta, stored.shape)
+    else:
+        by = name if site.part is None else site.part.module
+        crossed = cut_is_transposed(names, by, delta, stored.shape)
+    total = math.prod(stored.shape[1:]) if crossed else stored.shape[0]
+    spans = ((0, total),) if site.part is None else part_spans(names, site.part, total)
+    return [Piece(stored, crossed, start, stop) for start, stop in spans]
+
+
+class BaseWeight:
+    """One weight of the base.
+
+    Args:
+        pieces: its outputs, in order.
+        shape: (out, in).
+        bias: of the layer, None if it has none of its own.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], shape: tuple[int, int], bias: TensorRef | None = None
+    ) -> None:
+        self.shape = shape
+        self._bias = bias
+        self._pieces = pieces
+        self._turned = {
+            piece.stored.key: self._whole(piece.stored) for piece in pieces if piece.crossed
+        }
+
+    def _whole(self, stored: TensorRef) -> Array:
+        wide = np.float64 if stored.dtype.code == "F64" else np.float32
+        whole: Array = stored.load(wide).reshape(stored.shape[0], -1).T
+        return whole
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop) in float64.
+
+        Raises:
+            AdapterError: NaN or infinite values.
+        """
+        blocks, top = [], 0
+        for piece in self._pieces:
+            height = piece.stop - piece.start
+            first, last = max(start, top) - top, min(stop, top + height) - top
+            if first < last:
+                blocks.append(self._read(piece, piece.start + first, piece.start + last))
+            top += height
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+    def bias(self) -> Array | None:
+        """Return the layer's bias in float64, None if it has none of its own.
+
+        Raises:
+            AdapterError: NaN or infinite values.
+        """
+        if self._bias is None:
+            return None
+        values: Array = self._bias.load(np.float64)
+        if not np.isfinite(values).all():
+            raise AdapterError("base bias holds NaN or infinite values", tensor=self._bias.key)
+        return values
+
+    def _read(self, piece: Piece, start: int, stop: int) -> Array:
+        stored, width = piece.stored, self.shape[1]
+        if piece.crossed:
+            rows = self._turned[stored.key][start:stop].astype(np.float64)
+        else:
+            flat = stored.elements(start * width, stop * width)
+            rows = flat.astype(np.float64).reshape(stop - start, width)
+        if not np.isfinite(rows).all():
+            raise AdapterError("base weight holds NaN or infinite values", tensor=stored.key)
+        return rows
+
+
+class ShapeOnly:
+    """A weight of which only the shape is known."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Refuse.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise _unknown(f"rows {start} to {stop} asked for")
+
+    def bias(self) -> Array | None:
+        """Refuse.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise _unknown("a bias asked for")
+
+
+def _unknown(got: str) -> UnsupportedError:
+    return UnsupportedError(
+        "the weight change depends on the base weight",
+        got=got,
+        hint="Pass the base model with --base",
+    )

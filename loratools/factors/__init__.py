@@ -1,0 +1,1 @@
+"""One pair of factors: loading, resizing, rescaling, its true rank and its dense product."""

@@ -1,0 +1,37 @@
+"""The effective change of one weight as a dense array, in the weight's own shape and layout.
+
+For tests, for small weights, and for operations that need entries of ΔW; nothing that can stay in
+factor space should come here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from loratools.factors.matrices import loaded
+from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.orientation import is_transposed
+
+Array = np.ndarray[Any, Any]
+
+
+def effective_delta(name: str, delta: LowRank, weight_shape: tuple[int, ...]) -> Array:
+    """Return ΔW in float64 for a base weight of a shape.
+
+    Args:
+        name: the module, for messages.
+        delta: its factors.
+        weight_shape: shape of the base weight as stored: (out, in), (in, out), (out, in, *kernel),
+            (vocabulary, dim), or (E, …) for experts.
+
+    Raises:
+        AdapterError: the factors do not fit the weight.
+        UnsupportedError: the weight is square and its orientation unknown.
+    """
+    crossed = is_transposed(name, delta, weight_shape)
+    products = [delta.scale * (b.astype(np.float64) @ a) for b, a in loaded(delta)]
+    oriented = [product.T if crossed else product for product in products]
+    whole = np.stack(oriented) if delta.layer.kind == "experts" else oriented[0]
+    return whole.reshape(weight_shape)

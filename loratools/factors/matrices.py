@@ -1,0 +1,52 @@
+"""The factors of one pair as arrays, and as matrices that can be decomposed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from loratools.algebra.device import Device
+from loratools.algebra.one_matrix import Matrix
+from loratools_formats.core.adapter import LowRank
+from loratools_formats.disk.errors import AdapterError
+
+Array = np.ndarray[Any, Any]
+
+_FLOAT64_ELEMENTS = 1 << 22
+
+
+def loaded(delta: LowRank) -> Iterator[tuple[Array, Array]]:
+    """Yield (b, a) of each matrix of a delta.
+
+    In float64, which spares converting them again at each use; large ones in float32, which spares
+    memory, unless they are stored as float64. Results do not depend on it.
+    """
+    large = max(delta.a.numel, delta.b.numel) > _FLOAT64_ELEMENTS
+    wide = np.float32 if large and not _is_float64(delta) else np.float64
+    a, b = delta.a.load(wide), delta.b.load(wide)
+    yield from zip(b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:]), strict=True)
+
+
+def matrices(delta: LowRank, device: Device) -> list[Matrix]:
+    """Return every matrix of a delta, one per expert.
+
+    Raises:
+        AdapterError: a factor holds NaN or infinite values.
+    """
+    use_gram = not _is_float64(delta)
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = [Matrix(b, a, delta.scale, device, use_gram) for b, a in loaded(delta)]
+        finite = all(math.isfinite(matrix.squared_norm) for matrix in found)
+    if not finite:
+        for tensor in (delta.a, delta.b):
+            if not np.isfinite(tensor.load(np.float64)).all():
+                raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
+        raise AdapterError("squares of the factors overflow float64", tensor=delta.b.key)
+    return found
+
+
+def _is_float64(delta: LowRank) -> bool:
+    return "F64" in (delta.a.dtype.code, delta.b.dtype.code)

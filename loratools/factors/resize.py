@@ -1,0 +1,274 @@
+"""One module's delta at another rank: computed, rounded to its stored type, and its error measured.
+
+Shared by every operation that ends in factors of a chosen rank. Two ways lead there. Where the
+rank does not shrink and the type holds every value, factors keep their values, padded with zeros
+if the rank grows, and the scale moves into `b` if it is a power of two, which is exact. Otherwise
+the factors are computed anew in canonical form, and the error of what is stored is returned.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from loratools.algebra.device import DeviceName
+from loratools.algebra.one_matrix import Decomposed, Method, RandomisedSvd, padded
+from loratools.algebra.ranks import Spectrum
+from loratools.factors.matrices import loaded
+from loratools.work.scratch import Scratch
+from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.dtypes import DTYPES, DType, encode
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, OptionError
+
+Array = np.ndarray[Any, Any]
+OutputDtype = Literal["f32", "f16", "bf16"]
+
+_ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How to compute factors and how to store them.
+
+    Attributes:
+        dtype: type of the new factors; None keeps each factor's own.
+        method: `exact`, or `rsvd` for a randomised SVD of the product.
+        oversample: p of the randomised SVD.
+        power_iterations: q of the randomised SVD.
+        seed: of the randomised SVD; every matrix derives its own from it.
+        keep_alpha: keep each module's alpha, so that its scale becomes alpha/rank.
+        device: where to compute.
+        workers: threads over modules on the CPU; results do not depend on it.
+
+    Raises:
+        OptionError: a number out of range.
+    """
+
+    dtype: OutputDtype | None = None
+    method: Method = "exact"
+    oversample: int = 10
+    power_iterations: int = 2
+    seed: int = 0
+    keep_alpha: bool = False
+    device: DeviceName = "cpu"
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("oversample", "power_iterations", "seed"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name} is negative", got=getattr(self, name))
+        if self.workers < 1:
+            raise OptionError("workers is too small", got=self.workers, expected="at least 1")
+
+    @property
+    def threads(self) -> int:
+        """Threads to use over modules: one where a device does the work."""
+        return self.workers if self.device == "cpu" else 1
+
+    def stored(self, tensor: TensorRef) -> DType:
+        """Return the type in which a factor is stored."""
+        return tensor.dtype if self.dtype is None else DTYPES[self.dtype.upper()]
+
+    def record(self) -> dict[str, Any]:
+        """Return the options that determine the output's bytes, for its provenance."""
+        names = ["method", "device"]
+        if self.method == "rsvd":
+            names += ["oversample", "power_iterations", "seed"]
+        names += [name for name in ("dtype", "keep_alpha") if getattr(self, name)]
+        return {name: getattr(self, name) for name in names}
+
+
+def spectrum_of(
+    name: str, delta: LowRank, parts: Sequence[Decomposed], options: ComputeOptions
+) -> Spectrum:
+    """Return a module's singular values, and what a rank of it costs in the output."""
+    out, in_ = delta.shape
+    bits = in_ * options.stored(delta.a).bits + out * options.stored(delta.b).bits
+    rows = np.stack([part.singular_values for part in parts])
+    return Spectrum(name, delta.shape, rows, delta.rank, delta.experts * bits // 8)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A delta of lower rank.
+
+    Attributes:
+        delta: its factors, rounded and stored.
+        squared_error: ‖ΔW − ΔW'‖²_F of what is stored.
+        energy: ‖·‖²_F of the factors before rounding.
+    """
+
+    delta: LowRank
+    squared_error: float
+    energy: float
+
+
+@dataclass(frozen=True)
+class Resizer:
+    """Gives deltas other ranks.
+
+    Attributes:
+        options: how to compute and store.
+        scratch: where new factors wait until they are written.
+        one_scale: whether every module must come out with the same scale.
+    """
+
+    options: ComputeOptions
+    scratch: Scratch
+    one_scale: bool
+
+    def without_loss(self, delta: LowRank, rank: int, *, keep_scale: bool = True) -> LowRank | None:
+        """Return the same ΔW at `rank` with no value rounded, or None if that cannot be.
+
+        Args:
+            delta: what to keep.
+            rank: at least its own.
+            keep_scale: whether it may come out with its old scale where that cannot be moved into
+                the factors.
+        """
+        same_type = all(self.options.stored(t) == t.dtype for t in (delta.a, delta.b))
+        holds = all(_holds(self.options.stored(t), t.dtype) for t in (delta.a, delta.b))
+        if rank < delta.rank or not holds:
+            return None
+        scale = self._scale(delta, rank)
+        ratio = delta.scale / scale
+        if ratio == 1.0 and same_type and rank == delta.rank:
+            return delta
+        pairs = [padded(b * ratio, a, rank) for b, a in loaded(delta)]
+        bias = _scaled_bias(delta, ratio)
+        exact = abs(math.frexp(ratio)[0]) == 0.5 and (
+            _is_exact([b for b, _ in pairs], self.options.stored(delta.b))
+            and (delta.bias is None or _is_exact([np.asarray(bias)], delta.bias.dtype))
+        )
+        if exact:
+            types = self.options.stored(delta.b), self.options.stored(delta.a)
+            pairs = [(encode(b, types[0]), encode(a, types[1])) for b, a in pairs]
+            return self._stored(delta, pairs, scale, bias)
+        may_stay = keep_scale and not self.one_scale and not self.options.keep_alpha
+        return delta if same_type and rank == delta.rank and may_stay else None
+
+    def compressed(
+        self, name: str, delta: LowRank, parts: Sequence[Decomposed], rank: int
+    ) -> Compressed:
+        """Return the best delta of `rank`, and what is lost by it as it is stored.
+
+        Args:
+            name: the module, from which random seeds derive.
+            delta: to be replaced.
+            parts: its matrices, taken apart.
+            rank: wanted.
+
+        Raises:
+            AdapterError: values do not fit the stored type.
+        """
+        scale = self._scale(delta, rank)
+        root = math.sqrt(scale)
+        b_type, a_type = self.options.stored(delta.b), self.options.stored(delta.a)
+        pairs = []
+        squared_error = energy = 0.0
+        for index, part in enumerate(parts):
+            b, a = part.factors(rank, self._randomised(f"{name}#{index}"))
+            energy += float(np.einsum("ij,ij->j", b, b) @ np.einsum("ij,ij->i", a, a))
+            if scale != 1.0:
+                b, a = b / root, a / root
+            b, b_back = rounded(b, b_type, delta.b)
+            a, a_back = rounded(a, a_type, delta.a)
+            squared_error += part.squared_error(b_back if scale == 1.0 else b_back * scale, a_back)
+            pairs.append((b, a))
+        bias = _scaled_bias(delta, delta.scale / scale)
+        return Compressed(self._stored(delta, pairs, scale, bias), squared_error, energy)
+
+    def _scale(self, delta: LowRank, rank: int) -> float:
+        """Return the scale to write: 1, or alpha/rank where alpha is to be kept."""
+        if self.options.keep_alpha and delta.alpha is not None:
+            return delta.alpha / rank
+        return 1.0
+
+    def _stored(
+        self, delta: LowRank, pairs: list[tuple[Array, Array]], scale: float, bias: Array | None
+    ) -> LowRank:
+        """Store rounded factors, one pair per expert, and return the delta they make."""
+        b_type, a_type = self.options.stored(delta.b), self.options.stored(delta.a)
+        new_bias = delta.bias
+        if delta.bias is not None and bias is not None:
+            stored, _ = rounded(bias, delta.bias.dtype, delta.bias)
+            new_bias = self.scratch.store(delta.bias.key, stored, delta.bias.dtype)
+        if len(delta.a.shape) == 3:
+            b, a = np.stack([b for b, _ in pairs]), np.stack([a for _, a in pairs])
+        else:
+            ((b, a),) = pairs
+        return replace(
+            delta,
+            a=self.scratch.store(delta.a.key, a, a_type),
+            b=self.scratch.store(delta.b.key, b, b_type),
+            scale=scale,
+            bias=new_bias,
+        )
+
+    def _randomised(self, label: str) -> RandomisedSvd | None:
+        options = self.options
+        if options.method == "exact":
+            return None
+        seed = zlib.crc32(label.encode(), options.seed & 0xFFFFFFFF)
+        return RandomisedSvd(options.oversample, options.power_iterations, seed)
+
+
+def _holds(wide: DType, narrow: DType) -> bool:
+    """Return whether every value of `narrow` is one of `wide`."""
+    return wide == narrow or (wide.code == "F32" and narrow.bits <= 16) or wide.code == "F64"
+
+
+def _is_exact(arrays: list[Array], dtype: DType) -> bool:
+    """Return whether storing as `dtype` rounds no value."""
+    return all(np.array_equal(encode(array, dtype).astype(array.dtype), array) for array in arrays)
+
+
+def _scaled_bias(delta: LowRank, factor: float) -> Array | None:
+    """Return the bias of the second factor times a number, None if there is none.
+
+    Raises:
+        AdapterError: NaN or infinite values.
+    """
+    if delta.bias is None:
+        return None
+    values: Array = delta.bias.load(np.float64) * factor
+    if not np.isfinite(values).all():
+        raise AdapterError("bias holds NaN or infinite values", tensor=delta.bias.key)
+    return values
+
+
+def rounded(array: Array, dtype: DType, source: TensorRef) -> tuple[Array, Array]:
+    """Round once to `dtype`; returns the stored values, and the same in float64.
+
+    Raises:
+        AdapterError: values are too large for the type, or so small that it loses them.
+    """
+    stored = encode(array, dtype)
+    back = stored.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = back - array
+        size, change = float(np.vdot(array, array)), float(np.vdot(difference, difference))
+    if change <= (_ROUNDING_UNITS * _epsilon(dtype)) ** 2 * size:
+        return stored, back
+    if not math.isfinite(change):
+        lost, what = int(np.count_nonzero(~np.isfinite(back))), "do not fit"
+    else:
+        lost, what = int(np.count_nonzero((back == 0.0) & (array != 0.0))), "vanish in"
+    raise AdapterError(
+        f"{lost} values {what} dtype {dtype.code}",
+        tensor=source.key,
+        got=f"up to {np.abs(array).max():.3g}",
+        hint="Ask for --dtype bf16 or f32",
+    )
+
+
+def _epsilon(dtype: DType) -> float:
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype.numpy_dtype()).eps)  # type: ignore[no-untyped-call]

@@ -1,0 +1,186 @@
+"""A weight change of any form, taken apart: spectra, factors and errors from its declaration."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loratools.algebra.device import Device
+from loratools.algebra.one_matrix import Decomposed, Matrix, RandomisedSvd, padded, signed
+from loratools.algebra.streamed_svd import RowSource, StreamedMatrix, row_spans, streamed_svd
+from loratools.kinds.declaration import Change, Columns, Kronecker, Product, Rows
+
+Array = np.ndarray[Any, Any]
+
+_NEGLIGIBLE = 1e-14
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How to look for the leading triplets of a change of full rank.
+
+    Attributes:
+        width: how many to look for, oversampling included.
+        seed: of the random start.
+    """
+
+    width: int
+    seed: int
+
+
+def rows_of(change: Change) -> Rows:
+    """Return a change of any form as rows on demand."""
+    if isinstance(change, Rows):
+        return change
+    if isinstance(change, Product):
+        b, a = change.b, change.a
+        return Rows((len(b), a.shape[1]), lambda start, stop: b[start:stop] @ a)
+    if isinstance(change, Columns):
+        columns, spans = change.columns, [*row_spans(change.shape[::-1])]
+        return Rows(
+            change.shape,
+            lambda start, stop: np.concatenate(
+                [columns(*span)[:, start:stop].T for span in spans], 1
+            ),
+        )
+    left, right, scale = change.left, change.right, change.scale
+    height = len(right)
+
+    def rows(start: int, stop: int) -> Array:
+        first, last = start // height, (stop - 1) // height + 1
+        whole = np.kron(left[first:last], right)
+        result: Array = scale * whole[start - first * height : stop - first * height]
+        return result
+
+    return Rows((len(left) * height, left.shape[1] * right.shape[1]), rows)
+
+
+class KroneckerMatrix:
+    """A Kronecker product, whose singular values are the products of those of its sides.
+
+    Args:
+        change: the product.
+    """
+
+    def __init__(self, change: Kronecker) -> None:
+        self._left = np.linalg.svd(change.left, full_matrices=False)
+        self._right = np.linalg.svd(change.right, full_matrices=False)
+        self._scale = change.scale
+        self._rows = rows_of(change)
+        products = np.multiply.outer(self._left[1], self._right[1])
+        self._order = np.argsort(-products, axis=None, kind="stable")
+        self._values = abs(change.scale) * products.reshape(-1)[self._order]
+
+    @property
+    def squared_norm(self) -> float:
+        """‖ΔW‖²_F."""
+        return float(np.sum(self._values**2))
+
+    @property
+    def singular_values(self) -> Array:
+        """Every one, descending."""
+        values: Array = self._values
+        return values
+
+    def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
+        """Return the best (b, a) of a rank, balanced, of scale 1; there is no need for chance."""
+        del randomised
+        chosen = self._order[:rank]
+        i, j = np.unravel_index(chosen, (len(self._left[1]), len(self._right[1])))
+        root = np.sqrt(self._values[:rank])
+        u1, _, v1 = self._left
+        u2, _, v2 = self._right
+        b = (u1[:, None, i] * u2[None, :, j]).reshape(-1, len(chosen))
+        a = (v1[i][:, :, None] * v2[j][:, None, :]).reshape(len(chosen), -1)
+        b, a = signed(b * root, a * np.copysign(root, self._scale)[:, None])
+        return padded(b, a, rank)
+
+    def squared_error(self, b: Array, a: Array) -> float:
+        """Return ‖ΔW − b @ a‖²_F."""
+        source = RowSource(
+            self._rows.shape, lambda start, stop: self._rows.rows(start, stop) - b[start:stop] @ a
+        )
+        return source.squared_norm
+
+
+class TurnedMatrix:
+    """The transpose of a matrix that has been taken apart.
+
+    Args:
+        inner: the matrix.
+    """
+
+    def __init__(self, inner: Decomposed) -> None:
+        self._inner = inner
+
+    @property
+    def squared_norm(self) -> float:
+        """‖ΔW‖²_F."""
+        return self._inner.squared_norm
+
+    @property
+    def singular_values(self) -> Array:
+        """Those that are known, descending."""
+        return self._inner.singular_values
+
+    def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
+        """Return the best (b, a) of a rank, balanced, of scale 1."""
+        b, a = self._inner.factors(rank, randomised)
+        return signed(a.T, b.T)
+
+    def squared_error(self, b: Array, a: Array) -> float:
+        """Return ‖ΔW − b @ a‖²_F."""
+        return self._inner.squared_error(a.T, b.T)
+
+
+def decomposed(change: Change, device: Device, streaming: Streaming, label: str) -> Decomposed:
+    """Return a change taken apart.
+
+    Args:
+        change: ΔW.
+        device: where to compute with factors.
+        streaming: how to compute with rows.
+        label: from which the random start derives, beside the seed.
+    """
+    if isinstance(change, Product):
+        return Matrix(change.b, change.a, 1.0, device, use_gram=True)
+    if isinstance(change, Kronecker):
+        return KroneckerMatrix(change)
+    seed = zlib.crc32(label.encode(), streaming.seed & 0xFFFFFFFF)
+    if isinstance(change, Columns):
+        turned = RowSource(change.shape[::-1], change.columns)
+        svd = streamed_svd(turned, streaming.width, power_iterations=None, seed=seed)
+        return TurnedMatrix(StreamedMatrix(turned, svd))
+    source = RowSource(change.shape, change.rows)
+    svd = streamed_svd(source, streaming.width, power_iterations=None, seed=seed)
+    return StreamedMatrix(source, svd)
+
+
+def exact_factors(change: Change, *, of_any_rank: bool) -> Product | None:
+    """Return factors that lose nothing but rounding, without ranks that are zero; None if none.
+
+    Args:
+        change: ΔW; at least one rank is kept.
+        of_any_rank: decompose rows too, at whatever rank they have.
+    """
+    if isinstance(change, Rows | Columns) and not of_any_rank:
+        return None
+    if not isinstance(change, Product):
+        matrix: Decomposed
+        if isinstance(change, Kronecker):
+            matrix = KroneckerMatrix(change)
+        else:
+            rows = rows_of(change)
+            source = RowSource(rows.shape, rows.rows)
+            svd = streamed_svd(source, min(rows.shape), power_iterations=0, seed=0)
+            matrix = StreamedMatrix(source, svd)
+        values = matrix.singular_values
+        rank = int(np.count_nonzero(values > _NEGLIGIBLE * values[0]))
+        return Product(*matrix.factors(max(rank, 1)))
+    alive = np.flatnonzero(change.b.any(axis=0) & change.a.any(axis=1))
+    if not alive.size:
+        alive = np.zeros(1, np.int64)
+    return Product(change.b[:, alive], change.a[alive])

@@ -1,0 +1,102 @@
+"""One module's change: checked against its declaration and weight, and stored as factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from loratools.factors.resize import ComputeOptions, rounded
+from loratools.folding.decomposed import rows_of
+from loratools.kinds import get_kind
+from loratools.kinds.declaration import Change, Product, Weight
+from loratools.work.scratch import Scratch
+from loratools_formats.core.adapter import Delta, Dora, Layer, LowRank, OtherDelta
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.tensors import Buffer, TensorRef
+from loratools_formats.disk.errors import AdapterError
+
+
+def kind_name(delta: Delta) -> str:
+    """Return what a module's change is called in reports."""
+    if isinstance(delta, OtherDelta):
+        return delta.kind
+    return "dora" if isinstance(delta, Dora) else "lora"
+
+
+def known_shape(delta: OtherDelta) -> tuple[int, int]:
+    """Return (out, in), 0 for what only the tensors of the change itself tell."""
+    out, in_ = delta.shape
+    return out or 0, in_ or 0
+
+
+def checked_change(
+    name: str, delta: OtherDelta, weight: Weight, largest: tuple[int, int] = (0, 0)
+) -> Change:
+    """Return ΔW of a module, checked against the shape of its weight.
+
+    Raises:
+        AdapterError: tensors do not fit, or hold NaN or infinite values.
+    """
+    kind = get_kind(delta.kind)
+    for part in kind.parts:
+        if part not in delta.parts and part not in delta.shared:
+            raise AdapterError(
+                f"module lacks a tensor of kind {kind.name}", tensor=name, expected=part
+            )
+    unknown = [part for part in (*delta.parts, *delta.shared) if not kind.knows(part)]
+    if unknown:
+        raise AdapterError(
+            f"module has a tensor that kind {kind.name} does not know",
+            tensor=name,
+            got=", ".join(sorted(unknown)),
+        )
+    if largest != (0, 0):
+        delta = replace(delta, settings={**delta.settings, "largest": largest})
+    with np.errstate(over="ignore", invalid="ignore"):
+        change = kind.change(delta, weight)
+    shape = rows_of(change).shape
+    expected = tuple(side or found for side, found in zip(weight.shape, shape, strict=True))
+    if shape != expected:
+        raise AdapterError(
+            "the weight change does not fit the weight", tensor=name, got=shape, expected=expected
+        )
+    return change
+
+
+def _unread(key: str) -> Callable[[], Buffer]:
+    def read() -> Buffer:
+        raise AssertionError(f"{key} is a template and has no values")
+
+    return read
+
+
+def template_of(
+    name: str, delta: LowRank | OtherDelta, layer: Layer, shape: tuple[int, int], rank: int = 1
+) -> LowRank:
+    """Return a delta that says where and how to store factors; its values are not read."""
+    out, in_ = shape
+    wide = DTYPES["F32"]
+    stack = (delta.experts,) if layer.kind == "experts" else ()
+    return LowRank(
+        TensorRef(f"{name}.a", wide, (*stack, rank, in_), _unread(name)),
+        TensorRef(f"{name}.b", wide, (*stack, out, rank), _unread(name)),
+        1.0,
+        layer,
+        bias=delta.bias,
+    )
+
+
+def stored_as_is(
+    template: LowRank, change: Product, options: ComputeOptions, scratch: Scratch
+) -> LowRank:
+    """Store factors as they are, rounded once."""
+    types = options.stored(template.b), options.stored(template.a)
+    b, _ = rounded(change.b, types[0], template.b)
+    a, _ = rounded(change.a, types[1], template.a)
+    return replace(
+        template,
+        a=scratch.store(template.a.key, a, types[1]),
+        b=scratch.store(template.b.key, b, types[0]),
+    )

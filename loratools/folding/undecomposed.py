@@ -1,0 +1,63 @@
+"""Changes that are no product of thin factors, taken apart as they are when their turn comes.
+
+A Kronecker product's singular values are the products of those of its sides: its best factors of a
+rank take no time, while all of its factors are as large as the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loratools.algebra.device import Device
+from loratools.algebra.one_matrix import Decomposed
+from loratools.base.weights import ShapeOnly
+from loratools.factors.matrices import matrices
+from loratools.folding.decomposed import Streaming, decomposed, rows_of
+from loratools.folding.module import checked_change, known_shape, template_of
+from loratools.folding.without_base import folds_alone
+from loratools.kinds.declaration import Change, Kronecker
+from loratools_formats.core.adapter import Delta, LowRank, OtherDelta, low_rank_part
+
+
+def is_apart(delta: Delta) -> bool:
+    """Return whether a change is to be taken apart so: of another kind, told without the base."""
+    if not isinstance(delta, OtherDelta) or delta.layer.kind == "experts":
+        return False
+    return folds_alone(delta) and not delta.is_dora
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A module of another kind, which no factors are made of.
+
+    Attributes:
+        name: module path.
+        delta: its change.
+    """
+
+    name: str
+    delta: OtherDelta
+
+    def _change(self) -> Change:
+        return checked_change(self.name, self.delta, ShapeOnly(known_shape(self.delta)))
+
+    def template(self) -> LowRank:
+        """Return a delta of the rank that it can have; its values are not read."""
+        change = self._change()
+        shape = rows_of(change).shape
+        rank = min(shape)
+        if isinstance(change, Kronecker):
+            rank = min(change.left.shape) * min(change.right.shape)
+        return template_of(self.name, self.delta, self.delta.layer, shape, rank)
+
+    def parts(self, device: Device) -> list[Decomposed]:
+        """Return its matrix, taken apart."""
+        change = self._change()
+        everything = Streaming(min(rows_of(change).shape), seed=0)
+        return [decomposed(change, device, everything, self.name)]
+
+
+def parts_of(delta: Delta, apart: Apart | None, device: Device) -> Sequence[Decomposed]:
+    """Return every matrix of a module's delta, or of what has no factors."""
+    return matrices(low_rank_part(delta), device) if apart is None else apart.parts(device)

@@ -1,0 +1,246 @@
+"""Opening modules of any kind: finding their weights in the base, and taking changes apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loratools.algebra.device import Device
+from loratools.algebra.one_matrix import Decomposed, Matrix
+from loratools.algebra.ranks import RankRule, Spectrum
+from loratools.base.weights import (
+    Place,
+    ShapeOnly,
+    find_place,
+    is_fused,
+    is_in_stack,
+    names_under,
+)
+from loratools.factors.matrices import loaded, matrices
+from loratools.factors.resize import ComputeOptions, spectrum_of
+from loratools.folding.decomposed import Streaming, decomposed, exact_factors, rows_of
+from loratools.folding.dora import Rescaling, finite_vector, rescaled_rows, rescaling_of
+from loratools.folding.module import checked_change, kind_name, known_shape, template_of
+from loratools.folding.without_base import needs_base
+from loratools.kinds import get_kind
+from loratools.kinds.declaration import Change, Kronecker, Product, Weight
+from loratools.naming.for_base import names_in_base
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, Dora, LowRank, OtherDelta
+from loratools_formats.core.tensors import TensorRef, in_memory
+from loratools_formats.disk.errors import UnsupportedError
+
+_OVERSAMPLE = 16
+_MOST_TRIPLETS = 256
+_ALL_TRIPLETS = 1 << 40  # more than any weight has
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One module's change, ready to be asked.
+
+    Attributes:
+        exact: factors that lose nothing but rounding, if there are any.
+        parts: its matrices, taken apart.
+        template: says where and how to store the result; its values are not read.
+        rescaling: of a DoRA.
+        kind: what it was.
+    """
+
+    exact: Product | None
+    parts: list[Decomposed]
+    template: LowRank
+    rescaling: Rescaling | None
+    kind: str
+
+
+class Opener:
+    """Opens the modules of one adapter.
+
+    Args:
+        adapter: of any kind.
+        rule: how ranks will be chosen.
+        options: how to compute and store.
+        base: the base model, for kinds that need it.
+
+    Attributes:
+        fused: modules to fold whose weights are in one tensor with others in the base.
+
+    Raises:
+        UnsupportedError: a module needs the base, and there is none.
+        AdapterError: a module's weight is not in the base.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        rule: RankRule,
+        options: ComputeOptions,
+        base: Checkpoint | None,
+    ) -> None:
+        self.adapter = adapter
+        self.rule = rule
+        self.options = options
+        self.device = Device(options.device)
+        self.fused: list[str] = []
+        self.places = self._find_places(base)
+        shapes = [place.shape for place in self.places.values()]
+        self.largest = (
+            max((shape[0] for shape in shapes), default=0),
+            max((shape[1] for shape in shapes), default=0),
+        )
+
+    def _find_places(self, base: Checkpoint | None) -> dict[str, Place]:
+        needing = [name for name, delta in self.adapter.modules.items() if needs_base(delta)]
+        if base is None:
+            if needing:
+                delta = self.adapter.modules[needing[0]]
+                only_shapes = isinstance(delta, OtherDelta) and (
+                    delta.magnitude is None and get_kind(delta.kind).needs == "shape"
+                )
+                what = "shapes of the base model's layers" if only_shapes else "base model"
+                raise UnsupportedError(
+                    f"a weight change of kind {kind_name(delta)} depends on the {what}",
+                    path=self.adapter.source,
+                    tensor=needing[0],
+                    hint="Pass the base model's folder or safetensors file with --base"
+                    + ("; only headers are read" if only_shapes else ""),
+                )
+            return {}
+        places = {}
+        self._refuse_tied(base)
+        names = names_under(self.adapter, base, needing)
+        in_base = names_in_base(self.adapter, base)
+        for name, delta in self.adapter.modules.items():
+            if not isinstance(delta, LowRank) and is_fused(names, in_base[name]):
+                self.fused.append(name)
+            if isinstance(delta, Dora):
+                places[name] = find_place(names, in_base[name], delta.direction)
+            elif isinstance(delta, OtherDelta) and (
+                needs_base(delta) or not is_in_stack(names, in_base[name])
+            ):
+                places[name] = find_place(names, in_base[name], delta)
+        return places
+
+    def _refuse_tied(self, base: Checkpoint) -> None:
+        config = base.config.get("text_config") or base.config
+        for name, delta in self.adapter.modules.items():
+            reason = get_kind(delta.kind).if_tied if isinstance(delta, OtherDelta) else ""
+            if reason and config.get("tie_word_embeddings"):
+                raise UnsupportedError(
+                    f"a weight change of kind {kind_name(delta)} has no like as a plain LoRA here: "
+                    f"{reason}",
+                    path=self.adapter.source,
+                    tensor=name,
+                )
+
+    def open(self, name: str) -> Opened:
+        """Return a module ready to be asked for spectra and factors."""
+        delta = self.adapter.modules[name]
+        if isinstance(delta, LowRank):
+            return Opened(None, list(matrices(delta, self.device)), delta, None, "lora")
+        place = self.places.get(name)
+        if isinstance(delta, Dora):
+            assert place is not None
+            ((b, a),) = loaded(delta.direction)
+            change: Change = Product(
+                delta.direction.scale * b.astype(np.float64), a.astype(np.float64)
+            )
+            like = _unscaled(delta.direction)
+            return self._through_dora(name, place, change, delta.magnitude, delta, like)
+        if delta.layer.kind == "experts":
+            return self._stack(name, delta)
+        weight: Weight
+        kind = get_kind(delta.kind)
+        if place is None:
+            weight = ShapeOnly(known_shape(delta))
+        elif kind.needs == "weight" or delta.is_dora:
+            weight = place.weight()
+        else:
+            weight = ShapeOnly(place.shape)
+        change = checked_change(name, delta, weight, self.largest)
+        layer = delta.layer if place is None else place.layer
+        template = template_of(name, delta, layer, rows_of(change).shape)
+        template = replace(template, bias=added_bias(delta, weight, place))
+        magnitude = kind.magnitude_of(delta)
+        if magnitude is not None and place is not None:
+            return self._through_dora(name, place, change, magnitude, delta, template)
+        exact = exact_factors(change, of_any_rank=kind.low_rank and not self.rule.is_given)
+        matrix: Decomposed
+        if exact is not None and not isinstance(change, Kronecker):
+            matrix = Matrix(exact.b, exact.a, 1.0, self.device, use_gram=True)
+        else:
+            matrix = decomposed(change, self.device, self._streaming(name), name)
+        return Opened(exact, [matrix], template, None, delta.kind)
+
+    def _stack(self, name: str, delta: OtherDelta) -> Opened:
+        """Return the changes of stacked experts, which no kind folds exactly."""
+        changes = [
+            checked_change(name, plane, ShapeOnly(known_shape(plane))) for plane in delta.planes()
+        ]
+        streaming = self._streaming(name)
+        parts = [
+            decomposed(change, self.device, streaming, f"{name}#{index}")
+            for index, change in enumerate(changes)
+        ]
+        template = template_of(name, delta, delta.layer, rows_of(changes[0]).shape)
+        return Opened(None, parts, template, None, delta.kind)
+
+    def _through_dora(
+        self,
+        name: str,
+        place: Place,
+        change: Change,
+        magnitude: TensorRef,
+        delta: Dora | OtherDelta,
+        like: LowRank,
+    ) -> Opened:
+        weight = place.weight()
+        rescaling = rescaling_of(magnitude, delta.axis, weight, rows_of(change))
+        matrix = decomposed(rescaled_rows(rescaling), self.device, self._streaming(name), name)
+        template = template_of(name, like, place.layer, weight.shape)
+        return Opened(None, [matrix], template, rescaling, kind_name(delta))
+
+    def _streaming(self, name: str) -> Streaming:
+        rule = self.rule
+        highest = rule.override(name) or rule.rank or rule.max_rank
+        if rule.needs_every_value and rule.override(name) is None:
+            highest = _ALL_TRIPLETS
+        elif highest is None:
+            highest = max(_MOST_TRIPLETS, rule.min_rank or 0)
+        return Streaming(highest + _OVERSAMPLE, self.options.seed)
+
+    def spectrum(self, name: str, opened: Opened) -> Spectrum:
+        """Return a module's singular values, as far as they are known."""
+        spectrum = spectrum_of(name, opened.template, opened.parts, self.options)
+        known = spectrum.singular_values
+        if opened.exact is None and known.shape[1] < min(spectrum.shape):
+            # Triplets beyond those asked for are there to make the others accurate.
+            known = known[:, : self._streaming(name).width - _OVERSAMPLE]
+        norms = np.array([part.squared_norm for part in opened.parts])
+        tail = np.maximum(norms - (known**2).sum(axis=1), 0.0)
+        rank = len(opened.exact.a) if opened.exact is not None else known.shape[1]
+        return replace(
+            spectrum,
+            singular_values=known,
+            rank=min(rank, known.shape[1]),
+            tail=tail if opened.exact is None and known.shape[1] < min(spectrum.shape) else None,
+        )
+
+
+def added_bias(delta: OtherDelta, weight: Weight, place: Place | None) -> TensorRef | None:
+    """Return what a change adds to its layer's bias, None if nothing."""
+    function = get_kind(delta.kind).bias
+    if function is None or place is None or place.bias is None:
+        return delta.bias
+    added = function(delta, weight, finite_vector(place.bias, "bias"))
+    return in_memory(place.bias.key, added.astype(np.float32))
+
+
+def _unscaled(delta: LowRank) -> LowRank:
+    """Return a delta whose bias is what is added, not what its scale multiplies."""
+    if delta.bias is None:
+        return delta
+    added = delta.scale * finite_vector(delta.bias, "bias")
+    return replace(delta, bias=in_memory(delta.bias.key, added.astype(np.float32)))

@@ -1,0 +1,232 @@
+"""Folding without the base: exactly, on the fly, and with settings that the user gives."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from threadpoolctl import threadpool_limits
+
+from loratools.base.dequantised import plain
+from loratools.base.placement.names import Names
+from loratools.base.placement.sites import sites
+from loratools.base.weights import ShapeOnly
+from loratools.factors.resize import ComputeOptions
+from loratools.folding.decomposed import exact_factors
+from loratools.folding.module import checked_change, known_shape, stored_as_is, template_of
+from loratools.folding.regenerate import what_is_missing
+from loratools.kinds import get_kind
+from loratools.kinds.declaration import Product
+from loratools.work.scratch import Scratch
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, Missing, OtherDelta
+from loratools_formats.disk.errors import OptionError, UnsupportedError
+from loratools_formats.formats.peft.targets import as_peft
+
+
+def folds_alone(delta: Delta) -> bool:
+    """Return whether a change folds exactly without a look at the base."""
+    return isinstance(delta, OtherDelta) and get_kind(delta.kind).folds_alone
+
+
+def needs_base(delta: Delta) -> bool:
+    """Return whether a change cannot be told without the base's weights or shapes."""
+    if isinstance(delta, LowRank):
+        return False
+    if isinstance(delta, Dora) or delta.is_dora:
+        return True
+    needs = get_kind(delta.kind).needs
+    return needs == "weight" or (needs == "shape" and None in delta.shape)
+
+
+def folded_exactly(
+    adapter: Adapter, operation: str, scratch_folder: Path | None, base: Checkpoint | None = None
+) -> Adapter:
+    """Return an adapter whose other kinds are folded, exactly and without the base's weights.
+
+    Plain and DoRA modules stay; a DoRA of another kind becomes an ordinary one.
+
+    Args:
+        adapter: of any kind.
+        operation: what it is for, for messages.
+        scratch_folder: where new factors wait until they are written.
+        base: the base model, for what its configuration tells of settings that a file lacks.
+
+    Raises:
+        UnsupportedError: a module does not fold exactly, or not without the base.
+        AdapterError: NaN or infinite values, or tensors that do not fit.
+    """
+    folded = folded_where_exact(adapter, operation, scratch_folder, base=base)
+    for name, delta in folded.modules.items():
+        if isinstance(delta, OtherDelta):
+            raise UnsupportedError(
+                f"a weight change of kind {delta.kind} has no factors that {operation} could use",
+                path=adapter.source,
+                tensor=name,
+                hint=f"Make it a plain LoRA first: {to_lora_command(delta)}",
+            )
+    return folded
+
+
+def folded_where_exact(
+    adapter: Adapter,
+    operation: str,
+    scratch_folder: Path | None,
+    *,
+    base: Checkpoint | None = None,
+    leave: Container[str] = (),
+    dense: bool = True,
+) -> Adapter:
+    """Return the same, with modules that do not fold so as they are.
+
+    Args:
+        adapter: of any kind.
+        operation: what it is for, for messages.
+        scratch_folder: where new factors wait until they are written.
+        base: the base model, for what its configuration tells of settings that a file lacks.
+        leave: modules to leave as they are.
+        dense: whether what is no product of factors is decomposed, too, which is slow; but for
+            DoRAs, which need factors.
+
+    Raises:
+        UnsupportedError: a setting that the change depends on is not in the file.
+        AdapterError: NaN or infinite values, or tensors that do not fit.
+    """
+    missing = what_is_missing(adapter)
+    if missing:
+        raise UnsupportedError(
+            f"the file does not hold {missing}, which PEFT computes from the base model",
+            path=adapter.source,
+            hint="Make it a plain LoRA first: loratools to-lora --base",
+        )
+    if not any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
+        return adapter
+    adapter.require_true_delta(operation)
+    scratch = Scratch(scratch_folder)
+    modules = dict(with_settings(adapter, {}, base).modules)
+    for name, delta in list(modules.items()):
+        if not isinstance(delta, OtherDelta) or name in leave or not folds_alone(delta):
+            continue
+        with threadpool_limits(1):  # the bits must not depend on the machine's threads
+            found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
+            if not isinstance(found, Product) and not dense and not delta.is_dora:
+                continue
+            change = exact_factors(found, of_any_rank=True)
+        if change is None:
+            continue
+        template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
+        plain = stored_as_is(template, change, ComputeOptions(), scratch)
+        magnitude = get_kind(delta.kind).magnitude_of(delta)
+        modules[name] = plain if magnitude is None else Dora(plain, magnitude, delta.axis)
+    return plain_adapter(adapter, modules)
+
+
+def to_lora_command(delta: OtherDelta) -> str:
+    """Return the command that makes a plain LoRA of what does not become one on the fly."""
+    base = " --base MODEL" if needs_base(delta) else ""
+    rank = "" if get_kind(delta.kind).low_rank else " --rank RANK"
+    return f"loratools to-lora{base}{rank}"
+
+
+def with_settings(
+    adapter: Adapter, given: Mapping[str, str], base: Checkpoint | None = None
+) -> Adapter:
+    """Return an adapter with settings that its file does not hold filled in.
+
+    Args:
+        adapter: of any kind.
+        given: values by the setting's name, for all modules that lack it.
+        base: the base model. The shape of a module's own weight tells some settings for certain,
+            its configuration others that are not given.
+
+    Raises:
+        UnsupportedError: a setting is still missing.
+        OptionError: a value is not one, or no module lacks the setting.
+    """
+    unused = set(given)
+    of_base = _Base(base)
+    modules: dict[str, Delta] = {}
+    for name, delta in adapter.modules.items():
+        modules[name] = delta
+        if isinstance(delta, OtherDelta):
+            missing = {k: v for k, v in delta.settings.items() if isinstance(v, Missing)}
+            unused -= set(missing)
+            filled = {}
+            for key, value in missing.items():
+                text = of_base.weight_tells(name, value)
+                if text is None:
+                    text = given[key] if key in given else of_base.config_tells(value)
+                if text is None:
+                    or_base = " or --base MODEL" if value.is_in_base and base is None else ""
+                    raise UnsupportedError(
+                        f"the weight change depends on {key}, which the file does not hold",
+                        path=adapter.source,
+                        tensor=name,
+                        expected=value.expected,
+                        hint="Make it a plain LoRA with loratools to-lora "
+                        f"--set {key}=VALUE{or_base}",
+                    )
+                filled[key] = _parsed(key, text, value)
+            whole = replace(delta, settings={**delta.settings, **filled})
+            settled = get_kind(delta.kind).settled
+            modules[name] = whole if settled is None else settled(whole)
+    if unused:
+        raise OptionError("no module lacks this setting", got=", ".join(sorted(unused)))
+    return replace(adapter, modules=modules)
+
+
+class _Base:
+    """What a base model tells of settings that a file lacks."""
+
+    def __init__(self, base: Checkpoint | None) -> None:
+        self._base = base
+        self._names: Names | None = None
+
+    def weight_tells(self, module: str, missing: Missing) -> str | None:
+        """Return what the shape of a module's own weight tells of a setting, None if nothing."""
+        if self._base is None or missing.of_weight is None:
+            return None
+        self._names = self._names or Names(plain(self._base).checkpoint)
+        found = sites(self._names, module, "weight")
+        return missing.of_weight(self._names.tensors[found[0].key].shape) if found else None
+
+    def config_tells(self, missing: Missing) -> str | None:
+        """Return what the configuration tells of a setting, None if nothing."""
+        config = {} if self._base is None else self._base.config
+        nested = config.get("text_config")
+        for values in (config, nested if isinstance(nested, Mapping) else {}):
+            found = next((values[k] for k in missing.in_base if values.get(k) is not None), None)
+            if found is not None:
+                return missing.meaning.get(str(found)) if missing.meaning else str(found)
+        return None
+
+
+def _parsed(key: str, text: str, missing: Missing) -> str | float:
+    if missing.choices or missing.pattern:
+        if text in missing.choices or re.fullmatch(missing.pattern or "(?!)", text):
+            return text
+    elif missing.whole:
+        if re.fullmatch(r"[1-9]\d{0,8}", text):
+            return int(text)
+    else:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise OptionError(f"not a value of {key}", got=text, expected=missing.expected)
+
+
+def plain_adapter(adapter: Adapter, modules: Mapping[str, Delta]) -> Adapter:
+    """Return an adapter of other modules, with a configuration that says so."""
+    chosen = get_format(adapter.format)
+    if chosen.write is None:
+        adapter = as_peft(adapter)
+        chosen = get_format(adapter.format)
+    config = adapter.config if chosen.plain_config is None else chosen.plain_config(adapter)
+    return replace(adapter, modules=dict(modules), shared={}, config=config)

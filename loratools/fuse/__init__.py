@@ -1,1 +1,0 @@
-"""Fusing adapters into base weights; `loratools.fuse.operation.fuse` is the operation."""

@@ -1,0 +1,1 @@
+"""Numbers that kinds are defined by: random streams, wavelet filters and activations."""

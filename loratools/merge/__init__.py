@@ -1,1 +1,0 @@
-"""Merging adapters; `loratools.merge.operation.merge` is the operation."""

@@ -1,0 +1,1 @@
+"""Converting adapters between formats; `operation.convert` is the operation."""

@@ -1,0 +1,294 @@
+"""An adapter from one format to another, with proof that the weight changes are the same.
+
+The way goes through the base model's module names: one format's translation to them, the other's
+back. What the target cannot hold is listed before anything is written, and refused unless that is
+asked for. After writing, the output is read again and every ΔW compared with the one intended:
+the error reported is that of the file, not of a plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from loratools.factors.rescale import folded
+from loratools.factors.true_rank import of_true_rank
+from loratools.naming.lists import names_of_adapter, names_of_base
+from loratools.naming.rename import NamingOptions, Renamed, renamed
+from loratools.naming.tables import find_table
+from loratools.operations.convert.compare_written import ConversionCheck, compared
+from loratools.work.provenance import operation_record, record_metadata
+from loratools_formats.contract.registry import (
+    Context,
+    Format,
+    Loss,
+    get_format,
+    write_adapter,
+)
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.factors import stored_as
+from loratools_formats.disk.errors import OptionError, UnsupportedError
+from loratools_formats.formats.singlefile.metadata import without_training_data
+from loratools_formats.formats.singlefile.write import SINGLE_FILES
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An adapter ready to be written in another format.
+
+    Attributes:
+        source: the adapter as it was read.
+        adapter: what to write.
+        exact: the same with no factor rounded, to compare with.
+        target: the format to write.
+        losses: what the target does not hold; `adapter` is without it.
+        notes: what a user should know.
+    """
+
+    source: Adapter
+    adapter: Adapter
+    exact: Adapter
+    target: Format
+    losses: tuple[Loss, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SingleFileOptions:
+    """How to write or read single-file adapters, whose names need resolving.
+
+    Attributes:
+        names: a bundled table of names, or the path of a user's.
+        names_from: an adapter whose dotted names resolve flattened ones.
+        component: what part of a pipeline paths without a component are of, or which part to take.
+        alpha: what becomes of scales: moved into the factors where that is `exact`, or always
+            (`fold`), or never (`keep`).
+        as_it_is: whether keys and scales stay as they are, since the naming does.
+        strip_training_metadata: whether metadata about the training data is left out.
+    """
+
+    names: str | None = None
+    names_from: Path | None = None
+    component: str | None = None
+    alpha: Literal["exact", "fold", "keep"] = "exact"
+    as_it_is: bool = False
+    strip_training_metadata: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """Return what is set, for an output's provenance."""
+        values = {
+            "names": None if self.names is None else Path(self.names).name,
+            "names_from": None if self.names_from is None else self.names_from.name,
+            "component": self.component,
+            "alpha": None if self.alpha == "exact" else self.alpha,
+            "strip_training_metadata": self.strip_training_metadata or None,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def prepare(
+    adapter: Adapter,
+    format_name: str,
+    context: Context | None = None,
+    *,
+    allow_lossy: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    single: SingleFileOptions | None = None,
+) -> Conversion:
+    """Translate an adapter into another format; loads no factor and writes nothing.
+
+    Args:
+        adapter: as read.
+        format_name: the format to convert to.
+        context: the base model and the type of the output's factors, where wanted.
+        allow_lossy: leave out what the target cannot hold.
+        metadata: text to add to the output's metadata.
+        single: what single-file formats are asked for.
+
+    Raises:
+        UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
+        OptionError: a type or base model was given that neither format has a use for.
+        AdapterError: names that nothing resolves, or values that are not finite where they matter.
+    """
+    context, single = context or Context(), single or SingleFileOptions()
+    target = get_format(format_name)
+    if target.write is None or target.losses is None:
+        raise UnsupportedError(f"format {target.name} can be read but not written")
+    if context.dtype is not None and context.dtype not in target.dtypes:
+        raise OptionError(
+            f"format {target.name} is not written in this type",
+            got=context.dtype,
+            expected=" or ".join(target.dtypes) or "no --outtype",
+        )
+    _require_true_delta(adapter, target)
+    model = _in_model_terms(adapter, target, context)
+    lost = [] if single.as_it_is else _lost_by_any_name(model, target)
+    left = {loss.name for loss in lost}
+    kept = {name: delta for name, delta in model.modules.items() if name not in left}
+    named = _named(replace(model, modules=kept), target, context, single)
+    model = named.adapter
+    out_of_place = [Loss(name, "is of another component") for name in named.left_out]
+    losses = (*lost, *out_of_place, *target.losses(model))
+    if losses and not allow_lossy:
+        count = len(losses) - 1
+        others = f"; {count} other{'s' * (count > 1)} would be lost too" if count else ""
+        raise UnsupportedError(
+            f"{losses[0].name} {losses[0].reason}{others}",
+            path=adapter.source,
+            hint=f"{losses[0].remedy}, or pass --allow-lossy to leave such things out"
+            if losses[0].remedy
+            else "Pass --allow-lossy to leave such things out",
+        )
+    if single.strip_training_metadata:
+        model = replace(model, metadata=without_training_data(model.metadata))
+    exact, made = _translated(model, named, target, context, single)
+    options: dict[str, Any] = {"to": target.name, **single.record()}
+    if context.dtype is not None:
+        options["outtype"] = context.dtype
+    if losses:
+        options["lost"] = [loss.name for loss in losses]
+    if metadata:
+        options["metadata"] = dict(metadata)
+    record = operation_record("convert", {"adapter": exact}, options)
+    made = replace(
+        made,
+        provenance=record,
+        metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
+    )
+    notes = (*_notes(adapter, made, target), *named.notes)
+    return Conversion(adapter, made, exact, target, losses, notes)
+
+
+def _lost_by_any_name(adapter: Adapter, target: Format) -> list[Loss]:
+    """Return the modules that a single file cannot hold, which may not come apart either."""
+    if target.name not in SINGLE_FILES or target.losses is None:
+        return []
+    return [loss for loss in target.losses(adapter) if loss.name in adapter.modules]
+
+
+def _translated(
+    model: Adapter,
+    named: Renamed,
+    target: Format,
+    context: Context,
+    single: SingleFileOptions,
+) -> tuple[Adapter, Adapter]:
+    """Return the adapter as the target has it: with its values as they came, and as wanted."""
+    if single.as_it_is:
+        stored = {name: stored_as(delta, context.dtype) for name, delta in model.modules.items()}
+        return model, replace(model, modules=stored)
+    from_model = target.from_model or _as_it_is(target)
+    unrounded = replace(model, modules={**model.modules, **named.exact})
+    exact = from_model(unrounded, replace(context, dtype=None))
+    keep = single.alpha == "keep"
+    changed = {
+        name: of_true_rank(model.modules[name], keep_scale=keep)
+        for name in model.modules
+        if name in named.split
+    }
+    wanted = replace(model, modules={**model.modules, **changed}) if changed else model
+    if target.name in SINGLE_FILES and not keep:
+        rounding = single.alpha == "fold"
+        modules = {n: folded(delta, rounding=rounding) for n, delta in wanted.modules.items()}
+        wanted = replace(wanted, modules=modules)
+    if context.dtype is None and wanted is model and not named.exact:
+        return exact, exact
+    return exact, from_model(wanted, context)
+
+
+def _named(
+    adapter: Adapter, target: Format, context: Context, single: SingleFileOptions
+) -> Renamed:
+    """Return the adapter under the names of the target, if single files take part."""
+    naming = next((name for name in SINGLE_FILES if name == target.name), None)
+    if single.as_it_is or (naming is None and adapter.format not in SINGLE_FILES):
+        return Renamed(adapter)
+    dotted: list[str] = []
+    if context.base is not None and naming is not None:
+        dotted += names_of_base(context.base, single.component)
+    if single.names_from is not None:
+        dotted += names_of_adapter(single.names_from)
+    table = None if single.names is None else find_table(single.names)
+    return renamed(adapter, naming or "bare", NamingOptions(table, tuple(dotted), single.component))
+
+
+def _require_true_delta(adapter: Adapter, target: Format) -> None:
+    caveats = tuple(c for c in adapter.caveats if c.code not in target.caveats_kept)
+    if adapter.format != target.name:
+        replace(adapter, caveats=caveats).require_true_delta("convert")
+
+
+def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
+    source = get_format(adapter.format)
+    has_use = (source.to_model, target.to_model) != (None, None) and source.name != target.name
+    has_use |= source.name in SINGLE_FILES or target.name in SINGLE_FILES
+    if context.base is not None and not has_use:
+        raise OptionError(f"converting {source.name} to {target.name} needs no base model")
+    if source.name == target.name or source.to_model is None:
+        return adapter
+    return source.to_model(adapter, context)
+
+
+def _as_it_is(target: Format) -> Callable[[Adapter, Context], Adapter]:
+    return lambda adapter, _: replace(adapter, format=target.name)
+
+
+def _notes(adapter: Adapter, made: Adapter, target: Format) -> tuple[str, ...]:
+    if target.is_folder or not adapter.attachments:
+        return made.notes
+    names = ", ".join(sorted(adapter.attachments))
+    return (*made.notes, f"a {target.name} file has no place for {names}")
+
+
+class _TooInexactError(Exception):
+    """The error is above the limit, so the output must not appear."""
+
+
+def write(
+    conversion: Conversion,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    max_error: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConversionCheck:
+    """Write the output, read it again, and let it appear if it holds what was intended.
+
+    Args:
+        conversion: what to write.
+        path: where.
+        overwrite: whether an output that exists may be replaced.
+        max_error: nothing appears if the relative error is above it.
+        progress: called with (modules compared, modules in all).
+
+    Returns:
+        What the written file holds, even if it did not appear.
+
+    Raises:
+        OutputError: writing failed, or the output lacks a part or holds infinite values.
+        OutputExistsError: the output exists and `overwrite` is false.
+        AdapterError: the input holds NaN or infinite values.
+    """
+    done: list[ConversionCheck] = []
+
+    def check(temporary: Path) -> None:
+        done.append(
+            compared(
+                conversion.exact,
+                temporary,
+                conversion.target.name,
+                conversion.source,
+                progress=progress,
+            )
+        )
+        if max_error is not None and not done[0].relative_error <= max_error:
+            raise _TooInexactError
+
+    with contextlib.suppress(_TooInexactError):
+        write_adapter(
+            conversion.adapter, path, conversion.target.name, overwrite=overwrite, check=check
+        )
+    return done[0]

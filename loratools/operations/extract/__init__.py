@@ -1,0 +1,1 @@
+"""Extracting adapters from two checkpoints; `operation.extract` is the operation."""

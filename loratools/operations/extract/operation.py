@@ -1,0 +1,176 @@
+"""The LoRA between two checkpoints: what a full or sparse fine-tune changed, at a chosen rank.
+
+Every tensor of the two is compared. Linear layers, convolutions and embeddings that changed become
+differences of full rank, which `fold` approximates, streamed from both files; so do the stacked
+weights of experts, matrix by matrix, in the form of PEFT's `target_parameters`. Norms, biases and
+embeddings that are tied or were resized are carried whole, as replacements; anything else that
+changed is refused. Tensors that did not change are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loratools.algebra.ranks import RankRule, as_options
+from loratools.base.dequantised import plain
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.extract.pairs import Comparison, Pair
+from loratools.operations.to_lora import FoldChoices, FoldResult, fold_choices, to_lora
+from loratools.work.parallel import in_order
+from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.selection import Selection
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, Delta
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.formats.peft.keys import replaced_name
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changed between two checkpoints, not yet of low rank.
+
+    Attributes:
+        adapter: full differences by module, and replacements.
+        unchanged: number of tensors that are the same.
+        skipped: tensors that changed and were not selected.
+        notes: what the user should know.
+    """
+
+    adapter: Adapter
+    unchanged: int
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def difference(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    selection: Selection | None = None,
+    *,
+    base_name: str | None = None,
+    workers: int = 2,
+) -> Difference:
+    """Compare two checkpoints.
+
+    Args:
+        base: before.
+        tuned: after.
+        selection: modules to take; others that changed are left out and listed.
+        base_name: what to record as the base model; by default what its configuration says.
+        workers: threads over tensors.
+
+    Raises:
+        AdapterError: a tensor is in only one of the two, or of another shape, or nothing changed.
+        UnsupportedError: a tensor changed that has no place in a LoRA.
+    """
+    selection = selection or Selection()
+    comparison = Comparison(plain(base).checkpoint, plain(tuned).checkpoint)
+    pairs = comparison.pairs()
+    changed = in_order(lambda pair: pair.differs(), pairs, workers)
+    differing = [pair for pair, differs in zip(pairs, changed, strict=True) if differs]
+    unchanged = len(pairs) - len(differing)
+    skipped = [pair.key for pair in differing if pair.module not in selection]
+    chosen = [pair for pair in differing if pair.module in selection]
+    for pair in chosen:
+        if pair.use == "none":
+            raise UnsupportedError(
+                "a tensor changed that has no place in a LoRA",
+                path=tuned.path,
+                tensor=pair.key,
+                got=f"{pair.new.dtype.code} {list(pair.new.shape)}",
+                hint=pair.hint,
+            )
+    modules = _deltas([pair for pair in chosen if pair.use == "layer"])
+    replacements = {pair.key: pair.replacement() for pair in chosen if pair.use == "whole"}
+    if not modules and not replacements:
+        raise AdapterError(
+            "nothing to extract",
+            path=tuned.path,
+            got=f"{unchanged} tensors that did not change, {len(skipped)} not selected",
+        )
+    if not modules:
+        raise AdapterError(
+            "no weight changed that a LoRA could change",
+            path=tuned.path,
+            got=f"{len(replacements)} changed norms, biases or embeddings",
+            hint="A LoRA needs a module to adapt",
+        )
+    adapter = Adapter(
+        format="peft",
+        source=None,
+        modules=modules,
+        replacements={
+            replaced_name(key, modules): replacement for key, replacement in replacements.items()
+        },
+        config=comparison.config(modules, base_name),
+        base_model=base_name,
+    )
+    return Difference(adapter, unchanged, tuple(skipped), tuple(comparison.notes))
+
+
+def _deltas(pairs: Iterable[Pair]) -> dict[str, Delta]:
+    """Return the differences by the names that PEFT gives them.
+
+    The changes of one module's parameters nest, the one that is declared first innermost.
+    """
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.module, []).append(pair)
+    named = {
+        module + ".base_layer" * depth: pair.delta()
+        for module, group in found.items()
+        for depth, pair in enumerate(sorted(group, key=Pair.declared, reverse=True))
+    }
+    return {name: named[name] for name in sorted(named)}
+
+
+def extract(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    found: Difference,
+    rule: RankRule,
+    options: ComputeOptions | None = None,
+    *,
+    scratch_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FoldResult:
+    """Return the LoRA between two checkpoints.
+
+    Args:
+        base: before.
+        tuned: after.
+        found: what `difference` says of them.
+        rule: how ranks are chosen.
+        options: how to compute and store; factors are float32 unless it says otherwise.
+        scratch_folder: where results wait until they are written.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        OptionError: no rule.
+        AdapterError: NaN or infinite values.
+    """
+    options = options or ComputeOptions()
+    result = to_lora(found.adapter, rule, options, scratch_folder=scratch_folder, progress=progress)
+    parameters = {"rule": as_options(rule), **options.record(), "seed": options.seed}
+    record = operation_record("extract", {}, parameters, base, tuned)
+    files = {"base": base.files, "tuned": tuned.files}
+    adapter = replace(
+        result.adapter,
+        metadata=record_metadata(record),
+        provenance=record,
+        other_inputs={role: tuple(f.file for f in shards) for role, shards in files.items()},
+    )
+    return replace(result, adapter=adapter)
+
+
+def extract_choices(found: Difference, options: ComputeOptions | None = None) -> FoldChoices:
+    """Return what ranks would cost and lose.
+
+    Raises:
+        AdapterError: NaN or infinite values.
+    """
+    choices = fold_choices(found.adapter, options)
+    assert choices is not None
+    return choices

@@ -1,0 +1,242 @@
+"""The tensors of two checkpoints of one model, paired, and what becomes of those that differ.
+
+Shards, their order, and prefixes of names may differ between the two. Nothing is held: both are
+read a block at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from loratools.base.linears import is_conv1d, is_embedding
+from loratools.base.placement import rules
+from loratools.base.placement.names import Names
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Delta, Layer, OtherDelta, Replacement
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.tensors import Buffer, TensorRef, in_file
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+_BLOCK_BYTES = 1 << 22
+_LINEAR = Layer("linear")
+_STACKED = ("gate_up_proj", "down_proj")
+"""Parameters of stacked experts, in the order in which transformers declares them."""
+_PARALLEL = re.compile(r"(?:.*\.)?(?:input_linear|output_linear)")
+"""Modules whose weight is a stack of experts, too, under names that PEFT does not know."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tensor of both checkpoints.
+
+    Attributes:
+        key: its name in the base.
+        old: before.
+        new: after.
+        use: what becomes of it if it changed: a `layer` to adapt, a tensor to carry `whole`, or
+            `none` if a LoRA has no place for it.
+        layer: what the module is.
+        crossed: whether it is stored as (in, out).
+        hint: what to do if a LoRA has no place for it.
+    """
+
+    key: str
+    old: TensorRef
+    new: TensorRef
+    use: Literal["layer", "whole", "none"]
+    layer: Layer = _LINEAR
+    crossed: bool = False
+    hint: str = "Leave its module out with --exclude"
+
+    @property
+    def module(self) -> str:
+        """Path of the module it belongs to."""
+        return self.key.rpartition(".")[0]
+
+    def declared(self) -> int:
+        """Return the place of a stack among its module's parameters."""
+        leaf = self.key.rpartition(".")[2]
+        return _STACKED.index(leaf) if leaf in _STACKED else 0
+
+    def differs(self) -> bool:
+        """Return whether any value changed, reading both a block at a time."""
+        if self.old.shape != self.new.shape:
+            return True
+        same_type = self.old.dtype == self.new.dtype
+        step = _BLOCK_BYTES // 8
+        for start in range(0, self.old.numel, step):
+            stop = min(start + step, self.old.numel)
+            one, other = self.old.elements(start, stop), self.new.elements(start, stop)
+            if same_type and one.tobytes() == other.tobytes():
+                continue
+            if not np.array_equal(one.astype(np.float64), other.astype(np.float64)):
+                return True
+        return False
+
+    def replacement(self) -> Replacement:
+        """Return the new tensor as one that replaces the old."""
+        leaf = self.key.rpartition(".")[2]
+        if is_embedding(self.module):
+            return Replacement("embedding", self.key, self.new)
+        return Replacement("bias" if leaf == "bias" else "other", self.key, self.new)
+
+    def delta(self) -> OtherDelta:
+        """Return the difference, computed when it is read."""
+        source = _DifferenceSource(self.old, self.new)
+        diff = in_file(self.key, DTYPES["F64"], self.new.shape, source, 0)
+        settings = {"scale": 1.0, "crossed": self.crossed}
+        return OtherDelta("full", {"diff": diff}, settings, self.layer)
+
+
+@dataclass(frozen=True)
+class _DifferenceSource:
+    """new − old in float64, as a place to read elements from."""
+
+    old: TensorRef
+    new: TensorRef
+
+    def read_at(self, offset: int, nbytes: int) -> Buffer:
+        """Return the bytes of elements of the difference."""
+        start, stop = offset // 8, (offset + nbytes) // 8
+        new = self.new.elements(start, stop).astype(np.float64)
+        values = np.ascontiguousarray(new - self.old.elements(start, stop).astype(np.float64))
+        return memoryview(values.view(np.uint8).data)
+
+
+class Comparison:
+    """Both checkpoints, and what each of their tensors is."""
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
+        self.base, self.tuned = base, tuned
+        self._names = Names(base)
+        self.notes: list[str] = []
+        config = base.config.get("text_config") or base.config
+        heads = [key for key in base.tensors if key.rpartition(".")[0].endswith("lm_head")]
+        self.is_tied = bool(config.get("tie_word_embeddings")) or not heads
+
+    def pairs(self) -> list[Pair]:
+        """Return every tensor of both.
+
+        Raises:
+            AdapterError: one is in only one of them, or of another shape.
+        """
+        names = Names(self.tuned)
+        found: set[str] = set()
+        pairs = []
+        for key, old in self.base.tensors.items():
+            other = names.find(key)
+            if other is None:
+                if not self._is_tied_copy(key, self.base):
+                    raise self._alone(key, self.base, self.tuned)
+                self.notes.append(f"{key} is tied in the tuned checkpoint and not compared")
+                continue
+            found.add(other)
+            pairs.append(self._pair(key, old, self.tuned.tensors[other]))
+        for key in self.tuned.tensors:
+            if key not in found:
+                if not self._is_tied_copy(key, self.tuned):
+                    raise self._alone(key, self.tuned, self.base)
+                self.notes.append(f"{key} is tied in the base checkpoint and not compared")
+        return pairs
+
+    def _alone(self, key: str, here: Checkpoint, there: Checkpoint) -> AdapterError:
+        return AdapterError(
+            "a tensor is in only one of the checkpoints",
+            path=here.path,
+            tensor=key,
+            expected=f"the same tensor in {there.path.name}",
+        )
+
+    def _is_tied_copy(self, key: str, checkpoint: Checkpoint) -> bool:
+        """Return whether a tensor is an output embedding that repeats the input embedding."""
+        ref = checkpoint.tensors[key]
+        if not key.rpartition(".")[0].endswith("lm_head"):
+            return False
+        return any(
+            is_embedding(other.rpartition(".")[0])
+            and tensor.shape == ref.shape
+            and not Pair(key, tensor, ref, "none").differs()
+            for other, tensor in checkpoint.tensors.items()
+            if len(tensor.shape) == 2
+        )
+
+    def _pair(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
+        module, _, leaf = key.rpartition(".")
+        dims = len(old.shape)
+        resizable = is_embedding(module) or module.endswith("lm_head")
+        if old.shape != new.shape and not (
+            resizable and dims == 2 and old.shape[1:] == new.shape[1:]
+        ):
+            raise AdapterError(
+                "a tensor has another shape in the tuned checkpoint",
+                path=self.tuned.path,
+                tensor=key,
+                got=list(new.shape),
+                expected=list(old.shape),
+            )
+        if not (old.dtype.floating and new.dtype.floating):
+            return Pair(key, old, new, "none")
+        if dims <= 1 or old.shape != new.shape or (resizable and self.is_tied):
+            return Pair(key, old, new, "whole")
+        if leaf in _STACKED and module.endswith("experts") and dims == 3:
+            return self._stack(key, old, new)
+        if leaf != "weight" or dims > 5 or (dims == 3 and _PARALLEL.fullmatch(module)):
+            return Pair(key, old, new, "none")
+        if dims > 2:
+            return Pair(key, old, new, "layer", Layer("conv", kernel=old.shape[2:]))
+        if is_embedding(module):
+            return Pair(key, old, new, "layer", Layer("embedding"), crossed=True)
+        crossed = is_conv1d(key, self.base.config)
+        if not crossed and "model_type" not in self.base.config:
+            self._refuse_unknown_layout(key, module)
+        layer = Layer("linear", transposed_if_square=crossed)
+        return Pair(key, old, new, "layer", layer, crossed)
+
+    def _stack(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
+        """Return a pair of stacked experts; how their matrices lie depends on the model type."""
+        types = set(self._names.types_of(key))
+        crossed = bool(types & rules.TRANSPOSED_EXPERTS)
+        if not crossed and not types & rules.STRAIGHT_EXPERTS:
+            hint = "The model type does not tell how experts lie; leave them out with --exclude"
+            return Pair(key, old, new, "none", hint=hint)
+        layer = Layer("experts", parameters=(key,), transposed_if_square=crossed)
+        return Pair(key, old, new, "layer", layer, crossed)
+
+    def _refuse_unknown_layout(self, key: str, module: str) -> None:
+        if module.rpartition(".")[2] in rules.CONV1D_LEAVES:
+            raise UnsupportedError(
+                "whether the weight is stored as (in, out) does not show",
+                path=self.base.path,
+                tensor=key,
+                hint="Give the folder with the base's config.json",
+            )
+
+    def config(self, modules: Mapping[str, Delta], base_name: str | None) -> dict[str, Any]:
+        """Return a PEFT configuration; ranks and scales are the writer's."""
+        classes = self.base.config.get("architectures")
+        causal = isinstance(classes, list) and any(
+            isinstance(name, str) and name.endswith("ForCausalLM") for name in classes
+        )
+        layers = {
+            name: delta.layer for name, delta in modules.items() if isinstance(delta, OtherDelta)
+        }
+        parameters = sorted({name for layer in layers.values() for name in layer.parameters})
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM" if causal else None,
+            "base_model_name_or_path": base_name,
+            "bias": "none",
+            "fan_in_fan_out": any(
+                layer.transposed_if_square for layer in layers.values() if not layer.parameters
+            ),
+            "inference_mode": True,
+            "r": 1,
+            "lora_alpha": 1,
+            "target_modules": sorted(n for n, layer in layers.items() if not layer.parameters),
+            **({"target_parameters": parameters} if parameters else {}),
+        }

@@ -1,0 +1,1 @@
+"""Fusing adapters into base weights; `operation.fuse` is the operation."""

@@ -1,0 +1,381 @@
+"""Fusing into a GGUF model: what llama.cpp's export-lora does, for any adapters, with a report.
+
+Untouched tensors are copied byte for byte inside the kernel, keys too. Touched ones are decoded,
+added to in float64 and stored in the type asked for, a block of rows at a time. The K and I
+quantisations cannot be written again, since the gguf package makes none; their tensors become F16
+or Q8_0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from loratools.algebra.device import Device, DeviceName
+from loratools.base.placement import Placement
+from loratools.operations.fuse.blocks import fused_blocks
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.operation import FusePreview, FuseResult, refuse_erased
+from loratools.operations.fuse.plan import TensorPlan
+from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor, not_finite
+from loratools.operations.fuse.terms import Change, View, load_terms, stacked
+from loratools.work.parallel import in_order
+from loratools.work.provenance import operation_record
+from loratools_formats.checkpoints.shards import check_space
+from loratools_formats.containers.gguf.container import GgufTensor
+from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
+from loratools_formats.containers.gguf.model import ModelLayout, plain
+from loratools_formats.containers.gguf.splits import GgufModel
+from loratools_formats.contract.registry import Context, check_target, get_format
+from loratools_formats.core.adapter import Adapter, low_rank_part
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.disk.errors import AdapterError, OutputExistsError, UnsupportedError
+from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
+from loratools_formats.disk.publish import publish_file, resolved
+from loratools_formats.formats.gguf.from_model import OUTPUT, check_shape, refuse_tied
+
+Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+Fallback = Literal["f16", "q8_0"]
+_ENCODED = frozenset(name.upper() for name in get_args(Outtype)[1:])
+
+
+@dataclass(frozen=True)
+class GgufFuseOptions:
+    """How to fuse into a GGUF model.
+
+    Attributes:
+        outtype: type of the tensors that change; `keep` leaves each its own.
+        fallback: type where that cannot be written; F16 where this cannot either.
+        workers: threads over tensors.
+        device: where products are computed.
+        allow_lossy: write even if less than half of the change survives quantising.
+    """
+
+    outtype: Outtype = "keep"
+    fallback: Fallback = "f16"
+    workers: int = 2
+    device: DeviceName = "cpu"
+    allow_lossy: bool = False
+
+
+class GgufFusion:
+    """A planned fusion, ready to be written.
+
+    Args:
+        base: the model.
+        inputs: adapters with their weights.
+        options: how.
+
+    Raises:
+        UnsupportedError: an adapter has no true ΔW, or something llama.cpp has no tensor for.
+        AdapterError: a module does not fit the model.
+    """
+
+    def __init__(
+        self, base: GgufModel, inputs: Sequence[FuseInput], options: GgufFuseOptions
+    ) -> None:
+        self.base, self.options = base, options
+        self.inputs = tuple(inputs)
+        changes: dict[str, list[Change]] = {}
+        for item in inputs:
+            for name, change in _changes(item, base):
+                changes.setdefault(name, []).append(change)
+        kinds = {name: _kind(base.tensors[name], options) for name in changes}
+        self.layout = ModelLayout(base, kinds)
+        self.plans = {
+            name: self._plan(name, changes[name]) for name in base.tensors if name in changes
+        }
+        touched = [base.tensors[name] for name in self.plans]
+        read = dict.fromkeys(note for item in inputs for note in item.adapter.notes)
+        self.notes = (*read, *_fallback_notes(touched, kinds, options), *_joined_notes(base))
+
+    def _plan(self, name: str, changes: Sequence[Change]) -> TensorPlan:
+        source = plain(self.base.tensors[name])
+        kind = self.layout.kinds[name]
+        dtype = DTYPES[kind.name if kind.is_plain else "F32"]
+        return TensorPlan(name, source, dtype, tuple(changes), original=source)
+
+    @property
+    def preview(self) -> FusePreview:
+        """What would be written."""
+        kinds = {name: self.layout.kinds[name].name for name in self.plans}
+        return FusePreview(
+            tuple(self.plans.values()),
+            kinds,
+            len(self.base.tensors),
+            self.layout.nbytes,
+            1,
+            self.notes,
+        )
+
+    def write(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> FuseResult:
+        """Write the fused model, whole or not at all, and say what it did.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false, or it is a part of the
+                model.
+            OutputError: not enough space, or writing failed; nothing was changed.
+            AdapterError: values are not finite, or an input changed meanwhile.
+            UnsupportedError: quantising erases most of the change, and that was not allowed.
+        """
+        check_target(output, self._sources(), overwrite=overwrite)
+        self._refuse_part(output)
+        check_space(resolved(output).parent, self.layout.nbytes)
+        with publish_file(output, overwrite=overwrite) as temporary:
+            reports = self._fill(temporary, progress)
+            refuse_erased(
+                reports,
+                self.base.path,
+                what="quantised types",
+                hint="Choose a wider --outtype such as f16, or pass --allow-lossy",
+                allow_lossy=self.options.allow_lossy,
+            )
+            self.layout.check_written(temporary)
+            self._check_unchanged()
+            digest = _header_digest(temporary, self.layout.data_start)
+        beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
+        with publish_file(beside, overwrite=True) as temporary:
+            temporary.write_bytes(statement(self._record(), [Path(output)], lambda _: digest))
+        return FuseResult(
+            tensors=reports,
+            copied=len(self.base.tensors) - len(self.plans),
+            converted=0,
+            nbytes=self.layout.nbytes,
+            shards=(Path(output).name,),
+            notes=self.notes,
+            left_out=(),
+        )
+
+    def _refuse_part(self, output: str | os.PathLike[str]) -> None:
+        """Refuse to replace one part of a split model, which would ruin the others."""
+        parts = {Path(os.path.realpath(part.file.path)) for part in self.base.parts}
+        if len(parts) > 1 and resolved(output) in parts:
+            raise OutputExistsError(
+                "the output is one part of the model to fuse into",
+                path=output,
+                hint="Choose another name",
+            )
+
+    def _sources(self) -> list[Path]:
+        given = [item.adapter.source for item in self.inputs]
+        parts = [part.file.path for part in self.base.parts]
+        return [*parts, *(path for path in given if path is not None)]
+
+    def _check_unchanged(self) -> None:
+        self.base.check_unchanged()
+        for item in self.inputs:
+            item.adapter.check_unchanged()
+
+    def _record(self) -> dict[str, Any]:
+        names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
+        weights = [item.weight for item in self.inputs]
+        record = operation_record(
+            "fuse",
+            names,
+            {
+                "weights": weights,
+                "outtype": self.options.outtype,
+                "fallback": self.options.fallback,
+            },
+        )
+        record["inputs"][:0] = [
+            {
+                "role": "base",
+                "name": part.file.path.name,
+                "digest": _header_digest(part.file.path, part.data_start),
+            }
+            for part in self.base.parts
+        ]
+        return record
+
+    def _fill(
+        self, path: Path, progress: Callable[[int, int], None] | None
+    ) -> tuple[TensorReport, ...]:
+        device = Device(self.options.device)
+        out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        reports, done = [], 0
+        try:
+            self.layout.write_header(out)
+
+            def one(name: str) -> TensorReport | None:
+                if name in self.plans:
+                    return self._fused(self.plans[name], device, out)
+                self.layout.copy_tensor(name, out)
+                return None
+
+            names = list(self.base.tensors)
+            for name, report in zip(names, in_order(one, names, self.options.workers), strict=True):
+                if report is not None:
+                    reports.append(report)
+                done += self.layout.kinds[name].nbytes(self.base.tensors[name].shape)
+                if progress is not None:
+                    progress(done, self.layout.nbytes)
+        finally:
+            os.close(out)
+        return tuple(reports)
+
+    def _fused(self, plan: TensorPlan, device: Device, out: int) -> TensorReport:
+        offset = self.layout.offsets[plan.key]
+        kind = self.layout.kinds[plan.key]
+
+        def store(start: int, values: Array) -> None:
+            place = offset + start // kind.block * kind.block_nbytes
+            view = memoryview(values.reshape(-1).view(np.uint8).data)
+            while view:
+                written = os.pwrite(out, view, place)
+                view, place = view[written:], place + written
+
+        if kind.is_plain:
+            return fuse_tensor(plan, device, store)
+        return quantised(plan, kind, device, store)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def quantised(
+    plan: TensorPlan, kind: GgmlType, device: Device, store: Callable[[int, Array], None]
+) -> TensorReport:
+    """Compute a tensor block by block, quantise it, and measure what of the change survives.
+
+    Args:
+        plan: the tensor.
+        kind: type to store.
+        device: where products are computed.
+        store: called with the first element's index and the bytes of a block, in order.
+
+    Raises:
+        AdapterError: NaN or infinite values in the base, or values beyond the type.
+    """
+    view = View.of(plan.source.shape, stacked=stacked(plan.changes))
+    terms = load_terms(plan.changes, view)
+    base = delta = lost = gained = 0.0
+    blocks = fused_blocks(plan.source, view, terms, plan.patches, single=False, device=device)
+    for block in blocks:
+        w, total = block.base.reshape(-1), block.total.reshape(-1)
+        stored = encode(total, kind)
+        store(block.start, stored)
+        base += float(np.dot(w, w))
+        change = np.subtract(total, w, out=w)
+        delta += float(np.dot(change, change))
+        error = np.subtract(decode(stored.data, kind, total.shape), total, out=total)
+        lost += float(np.dot(error, error))
+        gained += float(np.dot(error, change))
+    if not math.isfinite(base + delta + lost):
+        raise not_finite(plan, kind.name)
+    return TensorReport(
+        plan.key,
+        plan.modules,
+        kind.name,
+        math.sqrt(base),
+        math.sqrt(delta),
+        math.sqrt(lost),
+        surviving=1.0 + gained / delta if delta else 1.0,
+    )
+
+
+def _changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
+    """Return the tensors that an adapter changes, with the changes, in GGUF's layout."""
+    item.adapter.require_true_delta("fuse")
+    found = []
+    for module, delta in _in_gguf_terms(item.adapter, base).modules.items():
+        name = f"{module}.weight"
+        if f"{OUTPUT}.weight" not in base.tensors:
+            refuse_tied(module)
+        part = low_rank_part(delta)
+        tensor = base.tensors.get(name)
+        check_shape(name, part, None if tensor is None else tensor.shape)
+        if f"{module}.scale" in base.tensors:
+            raise UnsupportedError(
+                "the model keeps a scale beside this tensor, which is not supported",
+                path=base.path,
+                tensor=name,
+                got=base.tensors[name].kind.name,
+                hint="Start from the original model",
+            )
+        is_embedding = part.layer.kind == "embedding"
+        placement = Placement(name, module, delta, transposed=is_embedding)
+        found.append((name, Change(placement, item.weight)))
+    return found
+
+
+def _in_gguf_terms(adapter: Adapter, base: GgufModel) -> Adapter:
+    target = get_format("gguf")
+    if adapter.format == target.name:
+        wanted = base.get("general.architecture", "string")
+        if adapter.config.get("architecture") != wanted:
+            raise AdapterError(
+                "the adapter is for another architecture than the model",
+                path=adapter.source,
+                got=adapter.config.get("architecture"),
+                expected=wanted,
+            )
+        return adapter
+    context = Context(base=base.path)
+    source = get_format(adapter.format)
+    if source.to_model is not None:
+        adapter = source.to_model(adapter, context)
+    losses = [] if target.losses is None else target.losses(adapter)
+    if losses:
+        raise UnsupportedError(
+            f"{losses[0].name} {losses[0].reason}",
+            path=adapter.source,
+            hint="Fuse it into the transformers checkpoint instead, and convert that",
+        )
+    if target.from_model is None:
+        raise UnsupportedError("the GGUF format cannot be written")
+    return target.from_model(adapter, context)
+
+
+def _wanted(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
+    return tensor.kind if options.outtype == "keep" else BY_NAME[options.outtype.upper()]
+
+
+def _kind(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
+    """Return the type to store a changed tensor in: the first that can be written."""
+    for kind in (_wanted(tensor, options), BY_NAME[options.fallback.upper()]):
+        if kind.name in _ENCODED and tensor.shape[-1] % kind.block == 0:
+            return kind
+    return BY_NAME["F16"]
+
+
+def _fallback_notes(
+    tensors: Sequence[GgufTensor], kinds: Mapping[str, GgmlType], options: GgufFuseOptions
+) -> tuple[str, ...]:
+    """Return a note for each type that became another than the one asked for."""
+    found = Counter((t.kind.name, _wanted(t, options).name, kinds[t.name].name) for t in tensors)
+    notes = []
+    for (old, wanted, new), count in sorted(found.items()):
+        if new != wanted:
+            reason = (
+                f"their rows are no whole blocks of {wanted}"
+                if wanted in _ENCODED
+                else f"{wanted} cannot be written again"
+            )
+            many = "s" * (count > 1)
+            notes.append(f"{count} tensor{many} of type {old} became {new}, since {reason}")
+    return tuple(notes)
+
+
+def _joined_notes(base: GgufModel) -> tuple[str, ...]:
+    count = len(base.parts)
+    return (f"the {count} parts of the model became one file",) if count > 1 else ()
+
+
+def _header_digest(path: Path, nbytes: int) -> Mapping[str, str]:
+    """Return a digest of a file's header alone, and its size."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(nbytes)).hexdigest()
+    return {"headerSha256": digest, "bytes": str(path.stat().st_size)}

@@ -1,0 +1,379 @@
+"""Fusing: a merged checkpoint from a base and adapters, streamed, without instantiating a model.
+
+Untouched tensors are copied byte for byte inside the kernel; touched ones are read, added to in
+float32 or float64, rounded once and written, a block of rows at a time. Memory is that of a few
+blocks and of one module's factors per worker, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from threadpoolctl import threadpool_limits
+
+from loratools.algebra.device import Device, DeviceName
+from loratools.base.dequantised import plain
+from loratools.base.linears import is_conv1d
+from loratools.folding.without_base import folded_where_exact
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
+from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor
+from loratools.work.provenance import operation_record
+from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
+from loratools_formats.checkpoints.shard_plan import Blank, Made, Part, Sink
+from loratools_formats.disk.errors import OptionError, UnsupportedError
+
+BaseMode = Literal["dequant", "original"]
+_SURVIVING = 0.5
+_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class FuseOptions:
+    """How to fuse.
+
+    Attributes:
+        dtype: `f32`, `f16` or `bf16` for all floating tensors; each keeps its own by default.
+        max_shard_bytes: fill shards up to this size; as in the base by default.
+        workers: threads.
+        device: where products are computed.
+        base_mode: for a four-bit base, `dequant` adds to what its codes mean, as adapters trained
+            on it did; `original` asks for the 16-bit weights and refuses a four-bit base.
+        requantize: store changed four-bit weights in four bits again.
+        allow_lossy: do so even if less than half of the change survives.
+    """
+
+    dtype: str | None = None
+    max_shard_bytes: int | None = None
+    workers: int = 2
+    device: DeviceName = "cpu"
+    base_mode: BaseMode | None = None
+    requantize: bool = False
+    allow_lossy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise OptionError("too few workers", got=self.workers, expected="at least 1")
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
+        if self.requantize and self.dtype is not None:
+            raise OptionError("--requantize and --dtype exclude each other")
+        if self.allow_lossy and not self.requantize:
+            raise OptionError("--allow-lossy is for --requantize")
+
+    @property
+    def code(self) -> str | None:
+        """The type's name in a safetensors header."""
+        return None if self.dtype is None else _DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class FuseResult:
+    """What fusing did.
+
+    Attributes:
+        tensors: every touched tensor, in the base's order.
+        copied: number of tensors copied byte for byte.
+        converted: number of tensors that no adapter changes, stored in another type than before.
+        nbytes: size of the weight files.
+        shards: their names.
+        notes: what a user should know.
+        left_out: files of the base that were not carried over.
+    """
+
+    tensors: tuple[TensorReport, ...]
+    copied: int
+    converted: int
+    nbytes: int
+    shards: tuple[str, ...]
+    notes: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def relative_change(self) -> float | None:
+        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if none is touched."""
+        base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
+        delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
+        if not base:
+            return None if delta else 0.0
+        return delta / base
+
+    @property
+    def surviving(self) -> float | None:
+        """Share of ΔW that survives four bits, over all weights stored so; None if none is."""
+        return surviving(self.tensors)
+
+    @property
+    def lost(self) -> float:
+        """Share of ΔW lost to rounding over all touched tensors."""
+        delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
+        return math.sqrt(sum(t.rounding_norm**2 for t in self.tensors)) / delta if delta else 0.0
+
+
+@dataclass(frozen=True)
+class FusePreview:
+    """What fusing would write.
+
+    Attributes:
+        touched: tensors that adapters change.
+        dtypes: the type each would be stored in.
+        total: number of tensors in all.
+        nbytes: size of the weight files.
+        files: their number.
+        notes: what a user should know.
+    """
+
+    touched: tuple[TensorPlan, ...]
+    dtypes: Mapping[str, str]
+    total: int
+    nbytes: int
+    files: int
+    notes: tuple[str, ...]
+
+
+def refuse_erased(
+    reports: Sequence[TensorReport], path: Path, *, what: str, hint: str, allow_lossy: bool
+) -> None:
+    """Refuse a result in which quantising erases most of the change.
+
+    Args:
+        reports: what was measured.
+        path: the base.
+        what: what erases it, in the plural.
+        hint: the next step.
+        allow_lossy: do not refuse.
+
+    Raises:
+        UnsupportedError: less than half of it survives, and that was not allowed.
+    """
+    share = surviving(reports)
+    if share is not None and share < _SURVIVING and not allow_lossy:
+        raise UnsupportedError(
+            f"{what} erase most of the change",
+            path=path,
+            got=f"{100 * share:.1f} % of ΔW survives",
+            expected=f"at least {100 * _SURVIVING:.0f} %",
+            hint=hint,
+        )
+
+
+def surviving(reports: Sequence[TensorReport]) -> float | None:
+    """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over the tensors where it was measured; None if there are none."""
+    measured = [(r.surviving, r.delta_norm**2) for r in reports if r.surviving is not None]
+    total = sum(weight for _, weight in measured)
+    if not total:
+        return None
+    return sum(share * weight for share, weight in measured) / total
+
+
+class Fusion:
+    """A planned fusion, ready to be written.
+
+    Args:
+        base: the checkpoint.
+        inputs: adapters with their weights.
+        options: how.
+
+    Raises:
+        LoratoolsError: as `plan_fuse` does.
+    """
+
+    def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
+        self.options = options
+        self.inputs = tuple(
+            replace(
+                item,
+                adapter=folded_where_exact(item.adapter, "fuse", None, base=base, dense=False),
+            )
+            for item in inputs
+        )
+        self._base = base
+        self._plain = plain(base)
+        self._check_mode()
+        checkpoint = self._plain.checkpoint
+        if options.requantize:
+            checkpoint = replace(checkpoint, config=base.config)
+        self.plan: FusePlan = plan_fuse(checkpoint, self.inputs, options.code, self._plain.stored)
+        self._device = Device(options.device)
+        self._reports: dict[str, TensorReport] = {}
+        self._lock = threading.Lock()
+        self.new = NewCheckpoint(
+            base,
+            grouped(base, self._parts(), max_shard_bytes=options.max_shard_bytes),
+            self._config(),
+            self._record,
+            tuple(item.adapter for item in self.inputs),
+        )
+
+    def _check_mode(self) -> None:
+        four_bit = bool(self._plain.four_bit)
+        mode, path = self.options.base_mode, self._base.path
+        if mode == "original" and four_bit:
+            raise OptionError(
+                "the base is in four bits", path=path, hint="Give the original 16-bit base as BASE"
+            )
+        if mode == "dequant" and not four_bit:
+            raise OptionError(
+                "the base is not in four bits",
+                path=path,
+                hint="Run loratools quantize on it first, or leave out --base-mode",
+            )
+        if self.options.requantize and not four_bit:
+            raise OptionError(
+                "only a four-bit base can be quantised again",
+                path=path,
+                hint="Fuse, then run loratools quantize",
+            )
+
+    def _config(self) -> Mapping[str, Any] | None:
+        """Return the configuration to write, None to keep the base's file."""
+        if self.options.requantize or not self._plain.is_quantized:
+            return self.plan.config
+        return (self.plan.config or self._plain.checkpoint.config) or None
+
+    def _record(self) -> Mapping[str, Any]:
+        options = {
+            "weights": [item.weight for item in self.inputs],
+            "dtype": self.options.dtype,
+            "max_shard_bytes": self.options.max_shard_bytes,
+            "base_mode": "dequant" if self._plain.four_bit else None,
+            "requantize": self.options.requantize,
+        }
+        names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
+        return operation_record("fuse", names, options, self._base)
+
+    def _parts(self) -> dict[str, Part]:
+        parts: dict[str, Part] = {}
+        for key, plan in self.plan.tensors.items():
+            weight = self._plain.four_bit.get(key) if self.options.requantize else None
+            if weight is None:
+                parts[key] = plan.source if plan.is_copy else self._made(plan)
+            elif plan.is_touched:
+                parts[key] = self._requantized(plan, weight)
+            else:
+                parts |= {tensor.key: tensor for tensor in weight.tensors}
+        return parts
+
+    def _requantized(self, plan: TensorPlan, weight: QuantizedWeight) -> Made:
+        from loratools.operations.fuse.requantize import Requantized
+
+        turned = is_conv1d(plan.key, self._base.config)
+        work = Requantized(plan, weight, self._device, turned=turned)
+
+        def fill(sinks: Mapping[str, Sink]) -> None:
+            self._report(work.fill(sinks))
+
+        return Made(work.blanks, fill)
+
+    def _report(self, report: TensorReport) -> None:
+        with self._lock:
+            self._reports[report.key] = report
+
+    def _made(self, plan: TensorPlan) -> Made:
+        width = plan.dtype.bits // 8
+
+        def fill(sinks: Mapping[str, Sink]) -> None:
+            sink = sinks[plan.key]
+
+            def store(start: int, values: Array) -> None:
+                sink.write_at(start * width, values.view("u1").data)
+
+            report = fuse_tensor(plan, self._device, store)
+            if plan.is_touched:
+                self._report(report)
+
+        return Made((Blank(plan.key, plan.dtype, plan.source.shape),), fill)
+
+    def _accept(self) -> None:
+        """Refuse a result in which most of the change is erased.
+
+        Raises:
+            UnsupportedError: less than half of it survives, and that was not allowed.
+        """
+        refuse_erased(
+            list(self._reports.values()),
+            self._base.path,
+            what="four bits",
+            hint="Leave out --requantize to store 16 bits, or pass --allow-lossy",
+            allow_lossy=self.options.allow_lossy,
+        )
+
+    @property
+    def preview(self) -> FusePreview:
+        """What would be written."""
+        touched = self.plan.touched
+        return FusePreview(
+            touched,
+            {plan.key: self._type_name(plan) for plan in touched},
+            len(self.plan.tensors),
+            self.new.nbytes,
+            len(self.new.shards),
+            self.plan.notes,
+        )
+
+    def _type_name(self, plan: TensorPlan) -> str:
+        weight = self._plain.four_bit.get(plan.key) if self.options.requantize else None
+        return plan.dtype.code if weight is None else weight.quant_type.upper()
+
+    def _notes(self) -> list[str]:
+        dropped = self._plain.dropped
+        if not dropped or self.options.requantize:
+            return []
+        return [
+            f"weights are stored in 16 bits now; {len(dropped)} tensors that only said how they "
+            "were quantised are left out"
+            if self.options.dtype != "f32"
+            else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
+            "they were are left out"
+        ]
+
+    def write(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> FuseResult:
+        """Write the fused checkpoint, whole or not at all, and say what it did.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: not enough space, or writing failed; nothing was changed.
+            AdapterError: an input is malformed, or values are not finite.
+        """
+        with threadpool_limits(1), ThreadPoolExecutor(1) as digesting:
+            record = digesting.submit(self._record)
+            left_out = write_checkpoint(
+                replace(self.new, provenance=record.result),
+                output,
+                overwrite=overwrite,
+                workers=self.options.workers,
+                progress=progress,
+                accept=self._accept,
+            )
+        plans = self.plan.tensors
+        converted = {
+            key
+            for key, plan in plans.items()
+            if not plan.is_touched
+            and (not plan.is_copy or key in self._plain.stored)
+            and not self.options.requantize
+        }
+        return FuseResult(
+            tensors=tuple(self._reports[key] for key in plans if key in self._reports),
+            copied=sum(key not in converted and key not in self._reports for key in plans),
+            converted=len(converted),
+            nbytes=self.new.nbytes,
+            shards=tuple(shard.name for shard in self.new.shards),
+            notes=(*self.plan.notes, *self._notes()),
+            left_out=left_out,
+        )

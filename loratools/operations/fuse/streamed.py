@@ -1,0 +1,192 @@
+"""Changes that are no product of thin factors, put into the base by rows.
+
+Full differences, what rotates or scales the base weight, and DoRAs with a magnitude for each input:
+`fuse` needs no factors of them. Their rows are computed from their declaration and the base weight
+when a tensor's turn comes, so that nothing is approximated and no weight is held whole, unless it
+is stored as (in, out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loratools.base.placement import BiasPlacement, Placement, Placements, only_bias
+from loratools.base.placement.names import Names
+from loratools.base.weights import Piece, Place, find_place
+from loratools.folding.decomposed import rows_of
+from loratools.folding.dora import rescaled_rows, rescaling_of
+from loratools.folding.module import checked_change
+from loratools.folding.with_base import added_bias
+from loratools.kinds import get_kind
+from loratools.kinds.declaration import Change, Product, Rows
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, OtherDelta
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class StreamedPlacement:
+    """Outputs of one module's change that go to one stored tensor.
+
+    Attributes:
+        key: the tensor.
+        module: the adapter's module.
+        delta: its change.
+        place: where all of the module's weight is.
+        piece: which outputs of the tensor these are.
+        first: the first of them, counted in the module.
+        largest: the largest sides of all weights of the adapter, on which some kinds depend.
+    """
+
+    key: str
+    module: str
+    delta: Dora | OtherDelta
+    place: Place
+    piece: Piece
+    first: int
+    largest: tuple[int, int]
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """The outputs of the tensor."""
+        return self.piece.start, self.piece.stop
+
+    def rows(self) -> Rows:
+        """Return the change of the tensor's outputs, as (outputs, in)."""
+        weight = self.place.weight()
+        if isinstance(self.delta, Dora):
+            change: Change = _factors(self.delta.direction)
+        else:
+            change = checked_change(self.module, self.delta, weight, self.largest)
+        whole = rows_of(change)
+        magnitude = _magnitude(self.delta)
+        if magnitude is not None:
+            whole = rescaled_rows(rescaling_of(magnitude, self.delta.axis, weight, whole))
+        first = self.first
+        return Rows(
+            (self.piece.stop - self.piece.start, whole.shape[1]),
+            lambda start, stop: whole.rows(first + start, first + stop),
+        )
+
+
+def _magnitude(delta: Dora | OtherDelta) -> TensorRef | None:
+    if isinstance(delta, Dora):
+        return delta.magnitude
+    return get_kind(delta.kind).magnitude_of(delta)
+
+
+def _factors(delta: LowRank) -> Product:
+    a, b = delta.a.load(np.float64), delta.b.load(np.float64)
+    return Product(delta.scale * b, a)
+
+
+def is_streamed(delta: Delta) -> bool:
+    """Return whether a change is put into the base by rows."""
+    return isinstance(delta, OtherDelta) or (isinstance(delta, Dora) and delta.axis == "input")
+
+
+def streamed_placements(
+    adapter: Adapter, base: Checkpoint
+) -> tuple[list[StreamedPlacement], list[BiasPlacement]]:
+    """Return where an adapter's streamed changes go, and what they add to biases.
+
+    Raises:
+        AdapterError: a module fits no tensor of the base, or several.
+        UnsupportedError: a change of embeddings or of single experts in a stack.
+    """
+    streamed: dict[str, Dora | OtherDelta] = {
+        name: delta
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, Dora | OtherDelta) and is_streamed(delta)
+    }
+    if not streamed:
+        return [], []
+    names = Names(base)
+    places = {name: _place(names, name, delta) for name, delta in streamed.items()}
+    largest = (
+        max(place.shape[0] for place in places.values()),
+        max(place.shape[1] for place in places.values()),
+    )
+    weights = list(_pieces(streamed, places, largest))
+    biases = [
+        placed for name, delta in streamed.items() for placed in _biases(name, delta, places[name])
+    ]
+    return weights, biases
+
+
+def _place(names: Names, name: str, delta: Dora | OtherDelta) -> Place:
+    found: LowRank | OtherDelta = delta.direction if isinstance(delta, Dora) else delta
+    if found.layer.kind in ("embedding", "experts"):
+        raise UnsupportedError(
+            f"a change of this kind is not fused into {found.layer.kind}",
+            tensor=name,
+            hint="Make it a plain LoRA first: loratools to-lora",
+        )
+    return find_place(names, name, found)
+
+
+def _pieces(
+    streamed: Mapping[str, Dora | OtherDelta],
+    places: Mapping[str, Place],
+    largest: tuple[int, int],
+) -> Iterator[StreamedPlacement]:
+    for name, delta in streamed.items():
+        first = 0
+        for piece in places[name].pieces:
+            key = piece.stored.key
+            yield StreamedPlacement(key, name, delta, places[name], piece, first, largest)
+            first += piece.stop - piece.start
+
+
+def _biases(name: str, delta: Dora | OtherDelta, place: Place) -> Iterator[BiasPlacement]:
+    if isinstance(delta, Dora):
+        bias = delta.direction.bias
+        scale = delta.direction.scale
+    else:
+        bias, scale = added_bias(delta, place.weight(), place), 1.0
+    if bias is None:
+        return
+    if place.bias is None:
+        raise AdapterError(
+            "the adapter changes a bias that the base does not have",
+            tensor=name,
+            hint="Nothing of this adapter can be fused without it",
+        )
+    yield BiasPlacement(place.bias.key, name, only_bias(bias, scale))
+
+
+def refuse_clashes(
+    base: Checkpoint, placements: Placements, streamed: Sequence[StreamedPlacement]
+) -> None:
+    """Refuse two modules of one adapter on the same outputs, or a change of an untied weight.
+
+    Raises:
+        AdapterError: two modules fit one tensor.
+        UnsupportedError: the weight is tied, and the adapter unties it.
+    """
+    for number, one in enumerate(streamed):
+        others: list[Placement | StreamedPlacement] = [*streamed[:number], *placements.deltas]
+        for other in others:
+            spans = (other.outputs,) if isinstance(other, StreamedPlacement) else other.outputs
+            start, stop = one.outputs
+            apart = bool(spans) and all(b <= start or stop <= a for a, b in spans)
+            if one.key == other.key and one.module != other.module and not apart:
+                raise AdapterError(
+                    "two modules of the adapter fit the same base tensor",
+                    path=base.path,
+                    tensor=one.key,
+                    got=f"{one.module} and {other.module}",
+                )
+        if one.key in placements.untied.values():
+            raise UnsupportedError(
+                "a tied weight is changed in part by a kind that is not of low rank",
+                tensor=one.module,
+                hint="Make it a plain LoRA first: loratools to-lora",
+            )

@@ -1,0 +1,143 @@
+"""One tensor fused: its blocks computed, rounded, measured and handed on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loratools.algebra import linalg
+from loratools.algebra.device import Device
+from loratools.operations.fuse.blocks import BUFFERS, fused_blocks, single_precision
+from loratools.operations.fuse.plan import TensorPlan
+from loratools.operations.fuse.terms import RowsTerm, Term, View, load_terms, stacked
+from loratools_formats.core.dtypes import round_into
+from loratools_formats.disk.errors import AdapterError, LoratoolsError
+
+Array = np.ndarray[Any, Any]
+
+_CHECKED_ELEMENTS = 1 << 20
+_LEAST_SQUARES = 1e-25
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What fusing did to one tensor.
+
+    Attributes:
+        key: its name.
+        modules: the adapters' modules that change it; empty for a replacement.
+        dtype: type it is stored in.
+        base_norm: ‖W‖.
+        delta_norm: ‖ΔW‖, that of the difference for a replacement.
+        rounding_norm: ‖W' − (W + ΔW)‖, W' being what is stored.
+        surviving: share of ΔW found in what is stored, ⟨W' − W, ΔW⟩/‖ΔW‖²; only measured where
+            the result is quantised again, None otherwise.
+    """
+
+    key: str
+    modules: tuple[str, ...]
+    dtype: str
+    base_norm: float
+    delta_norm: float
+    rounding_norm: float
+    surviving: float | None = None
+
+    @property
+    def relative_change(self) -> float | None:
+        """‖ΔW‖/‖W‖, None if W is zero."""
+        return self.delta_norm / self.base_norm if self.base_norm else None
+
+    @property
+    def lost(self) -> float:
+        """Share of ΔW lost to rounding, ‖W' − (W + ΔW)‖/‖ΔW‖; 0 if nothing changes."""
+        return self.rounding_norm / self.delta_norm if self.delta_norm else 0.0
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def fuse_tensor(
+    plan: TensorPlan, device: Device, store: Callable[[int, Array], None]
+) -> TensorReport:
+    """Compute a tensor block by block and hand the rounded blocks to `store`.
+
+    Args:
+        plan: the tensor.
+        device: where products are computed.
+        store: called with the first element's index and the block in the type to store, in order.
+
+    Raises:
+        AdapterError: NaN or infinite values in the base, or in the result.
+    """
+    view = View.of(plan.source.shape, stacked=stacked(plan.changes))
+    terms = load_terms(plan.changes, view)
+    dtype = plan.dtype.numpy_dtype()
+    single = single_precision(view, terms, plan.dtype.code, base_code=plan.source.dtype.code)
+    only = None if plan.replaces else _only_plain(terms)
+    base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
+    blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
+    for block in blocks:
+        w, total = block.base.reshape(-1), block.total.reshape(-1)
+        stored = BUFFERS.array("rounded", total.shape, dtype)
+        round_into(total, stored)
+        store(block.start, stored)
+        old = plan.old_values(block.start, w)
+        base += _squared_norm(old)
+        if only is None:
+            change = total - old
+            delta += _squared_norm(change)
+        np.subtract(stored, total, out=w, dtype=w.dtype)
+        rounding += _squared_norm(w)
+    if not math.isfinite(rounding + base + delta):
+        raise not_finite(plan, plan.dtype.code)
+    return TensorReport(
+        plan.key,
+        plan.modules,
+        plan.dtype.code,
+        math.sqrt(base),
+        math.sqrt(delta),
+        math.sqrt(rounding),
+    )
+
+
+def _squared_norm(values: Array) -> float:
+    found = float(np.dot(values, values))
+    if _LEAST_SQUARES < found < math.inf:
+        return found
+    wide = values.astype(np.float64)  # squares of values beyond 10^±19 are none of float32
+    return float(np.dot(wide, wide))
+
+
+def _only_plain(terms: list[list[Term | RowsTerm]]) -> list[Term] | None:
+    """Return the terms if their squared norms add up to that of the change, else None."""
+    found = [term for plane in terms for term in plane]
+    plain = [term for term in found if isinstance(term, Term) and term.is_plain]
+    if len(plain) < len(found) or any(len(plane) > 1 for plane in terms):
+        return None
+    return plain
+
+
+def _squared(terms: list[Term]) -> float:
+    return sum(term.weight**2 * linalg.grams(term.left, term.right).squared_norm for term in terms)
+
+
+def not_finite(plan: TensorPlan, code: str) -> LoratoolsError:
+    """Return the error that values are not finite, those of an input or those to store as `code`.
+
+    Args:
+        plan: the tensor.
+        code: name of the type to store.
+    """
+    whose = "base tensor" if plan.replaced_by is None else f"tensor of {plan.replaced_by}"
+    for tensor in (plan.source, *(patch.values for patch in plan.patches)):
+        for start in range(0, tensor.numel, _CHECKED_ELEMENTS):
+            stop = min(start + _CHECKED_ELEMENTS, tensor.numel)
+            if not np.isfinite(tensor.elements(start, stop).astype(np.float64)).all():
+                return AdapterError(f"{whose} holds NaN or infinite values", tensor=tensor.key)
+    return AdapterError(
+        f"the result does not fit {code}: values overflow",
+        tensor=plan.key,
+        hint="Choose a wider type with --dtype, or --outtype for a GGUF model",
+    )

@@ -1,0 +1,1 @@
+"""Merging adapters; `operation.merge` is the operation."""

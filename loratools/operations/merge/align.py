@@ -1,0 +1,178 @@
+"""Bringing several adapters together: which modules they share, and whether those are the same.
+
+Adapters may differ in rank, scale, type and in which modules they adapt. What must agree is what a
+module is: its shape, layer kind and, for square weights, which way round it is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from loratools_formats.core.adapter import (
+    Adapter,
+    Delta,
+    Dora,
+    Layer,
+    LowRank,
+    OtherDelta,
+    low_rank_part,
+)
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class MergeInput:
+    """An adapter to merge, its weight, and the name it goes by in reports."""
+
+    adapter: Adapter
+    weight: float
+    name: str
+
+
+@dataclass(frozen=True)
+class AlignedModule:
+    """One module of all adapters.
+
+    Attributes:
+        name: module path.
+        deltas: one per adapter, None where it does not adapt the module.
+        absent: names of the adapters that do not.
+    """
+
+    name: str
+    deltas: tuple[Delta | None, ...]
+    absent: tuple[str, ...]
+
+    @property
+    def first(self) -> LowRank:
+        """Factors of the first adapter that has the module."""
+        return next(low_rank_part(delta) for delta in self.deltas if delta is not None)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a delta depends on the base weight."""
+        return any(isinstance(delta, Dora) for delta in self.deltas)
+
+
+def align(inputs: Sequence[MergeInput], *, force_base: bool = False) -> list[AlignedModule]:
+    """Return every module that any adapter has, in path order.
+
+    Raises:
+        AdapterError: a module differs in shape or kind, or an adapter shares none with the others.
+        OptionError: the adapters name different base models and `force_base` is false.
+        UnsupportedError: an adapter replaces the weight of a DoRA.
+    """
+    if not force_base:
+        _check_bases(inputs)
+    names = sorted({name for item in inputs for name in item.adapter.modules})
+    if not names:
+        raise AdapterError("the adapters have no modules to merge", path=inputs[0].adapter.source)
+    for item in inputs if len(inputs) > 1 else ():
+        others = {n for other in inputs if other is not item for n in other.adapter.modules}
+        if not others & set(item.adapter.modules):
+            raise AdapterError(
+                "an adapter shares no module with the others",
+                path=item.adapter.source,
+                got=next(iter(item.adapter.modules), "no modules"),
+                expected=f"such as {min(others, default='a module')}",
+                hint="Are they adapters of the same model, in the same naming?",
+            )
+    modules = [_aligned(name, inputs) for name in names]
+    _check_weights({module.name for module in modules if module.needs_base}, inputs)
+    return modules
+
+
+def _check_weights(needing: set[str], inputs: Sequence[MergeInput]) -> None:
+    """Refuse a DoRA of a weight that one of the adapters replaces: each has a weight of its own."""
+    for item in inputs:
+        for replacement in item.adapter.replacements.values():
+            module, _, leaf = replacement.target.rpartition(".")
+            if leaf == "weight" and module in needing:
+                raise UnsupportedError(
+                    "an adapter replaces the weight that a DoRA's change depends on",
+                    path=item.adapter.source,
+                    tensor=replacement.tensor.key,
+                    hint="Make the DoRA plain first: loratools to-lora ADAPTER --base MODEL "
+                    "-o PLAIN",
+                )
+
+
+def _check_bases(inputs: Sequence[MergeInput]) -> None:
+    bases = {item.adapter.base_model for item in inputs} - {None}
+    if len(bases) > 1:
+        raise OptionError(
+            "the adapters name different base models",
+            got=", ".join(sorted(map(str, bases))),
+            hint="Pass --force-base if the weights they adapt are the same",
+        )
+
+
+def _aligned(name: str, inputs: Sequence[MergeInput]) -> AlignedModule:
+    found = [item.adapter.modules.get(name) for item in inputs]
+    first = next(low_rank_part(delta) for delta in found if delta is not None)
+    deltas = tuple(
+        None if delta is None else _matched(name, delta, first, item)
+        for delta, item in zip(found, inputs, strict=True)
+    )
+    absent = tuple(item.name for delta, item in zip(deltas, inputs, strict=True) if delta is None)
+    return AlignedModule(name, deltas, absent)
+
+
+def _matched(name: str, whole: Delta, first: LowRank, item: MergeInput) -> Delta:
+    """Return the delta in the orientation of the first one."""
+    delta = low_rank_part(whole)
+    if _identity(delta) == _identity(first):
+        return whole
+    if _is_pointwise(delta) and _is_pointwise(first) and delta.shape == first.shape:
+        return _with_layer(whole, first.layer)
+    if isinstance(whole, LowRank) and delta.layer.kind == "experts":
+        turned = _flipped(delta)
+        if _identity(turned) == _identity(first):
+            return turned
+    raise AdapterError(
+        "a module differs between the adapters",
+        path=item.adapter.source,
+        tensor=name,
+        got=_described(delta),
+        expected=_described(first),
+    )
+
+
+def _is_pointwise(delta: LowRank) -> bool:
+    """Return whether it is a linear layer, or a convolution that is one at each place.
+
+    Models of one architecture store the same projections either way.
+    """
+    return delta.layer.kind in ("linear", "conv") and math.prod(delta.layer.kernel) == 1
+
+
+def _with_layer(whole: Delta, layer: Layer) -> Delta:
+    if isinstance(whole, Dora):
+        return replace(whole, direction=replace(whole.direction, layer=layer))
+    return whole if isinstance(whole, OtherDelta) else replace(whole, layer=layer)
+
+
+def _identity(delta: LowRank) -> tuple[object, ...]:
+    # Only for experts does the file's (out, in) depend on how the weight is stored.
+    turned = delta.layer.kind == "experts" and delta.shape[0] == delta.shape[1]
+    turn = delta.layer.transposed_if_square if turned else None
+    return delta.layer.kind, delta.layer.kernel, delta.shape, delta.experts, turn
+
+
+def _described(delta: LowRank) -> str:
+    experts = f", {delta.experts} experts" if delta.experts > 1 else ""
+    turn = delta.layer.transposed_if_square
+    stored = ", stored as (in, out)" if turn else ", stored either way" if turn is None else ""
+    square = stored if experts and delta.shape[0] == delta.shape[1] else ""
+    return f"{delta.layer.kind}, out {delta.shape[0]}, in {delta.shape[1]}{experts}{square}"
+
+
+def _flipped(delta: LowRank) -> LowRank:
+    """Return the transposed delta: PEFT before 0.19 stored experts the other way round."""
+    turn = delta.layer.transposed_if_square
+    layer: Layer = replace(delta.layer, transposed_if_square=None if turn is None else not turn)
+    return replace(
+        delta, a=delta.b.transposed((0, 2, 1)), b=delta.a.transposed((0, 2, 1)), layer=layer
+    )

@@ -1,0 +1,322 @@
+"""Methods that need single entries of ΔW: trimming, random dropping, sign election.
+
+Every one is a sparsifier, which keeps some entries of each task, and a way to combine what is left.
+Where published definitions differ, `flavor` chooses: `peft` is what PEFT's functions do to dense
+ΔW, `mergekit` what mergekit 0.1.5 does, `paper` what the paper says.
+
+flavor     trim of ties  sign elected on  divided by            drop rescaled by
+peft       per module    raw entries      number that agree     1/density
+paper      all modules   weighted entries number that agree     1/density (della: 1/p)
+mergekit   per module    weighted entries weight that agrees    the L1 norm before/after
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from loratools.operations.merge.methods import Method
+from loratools.operations.merge.tasks import Tasks
+from loratools_formats.disk.errors import OptionError
+
+Array = np.ndarray[Any, Any]
+Rows = Callable[[int, int], Array]
+MajoritySign = Literal["total", "frequency"]
+Flavor = Literal["peft", "paper", "mergekit"]
+
+
+def _checked_density(density: float) -> float:
+    if not 0.0 <= density <= 1.0:
+        raise OptionError("density is a share", got=density, expected="from 0 to 1")
+    return density
+
+
+def _top(tasks: Tasks, density: float, flavor: Flavor) -> Rows:
+    """Keep the entries of largest magnitude of each task, those equal to the last one included."""
+    if _checked_density(density) >= 1.0:
+        return tasks.block
+    least = 1 if flavor == "mergekit" and density > 0.0 else 0
+    keep = max(least, int(density * (tasks.shape[0] * tasks.shape[1])))
+    if flavor == "paper" and tasks.share_threshold is not None:
+        thresholds = [tasks.share_threshold(task, density) for task in range(tasks.count)]
+    else:
+        thresholds = [
+            tasks.kth_largest(tasks.magnitudes(task), keep) for task in range(tasks.count)
+        ]
+    limits = np.array(thresholds, np.float32)[:, None, None]
+
+    def rows(start: int, stop: int) -> Array:
+        block = tasks.block(start, stop)
+        return np.where(np.abs(block) >= limits, block, np.float32(0))
+
+    return rows
+
+
+def _dropped(tasks: Tasks, keep: Callable[[int, Array], Array], rescale: str) -> Rows:
+    """Keep entries at random: each with the probability that `keep` gives it."""
+
+    def one(task: int, start: int, stop: int) -> Array:
+        entries = tasks.sources[task].rows(start, stop).astype(np.float64)
+        chances = keep(task, entries)
+        kept = np.where(tasks.random_rows(task, start, stop) < chances, entries, 0.0)
+        return kept / chances if rescale == "chance" else kept
+
+    ratios = np.ones(tasks.count)
+    if rescale == "l1":
+        for task in range(tasks.count):
+            before = tasks.total(tasks.magnitudes(task))
+            after = tasks.total(lambda i, j, task=task: np.abs(one(task, i, j)))  # type: ignore[misc]
+            ratios[task] = before / after if min(before, after) >= 1e-7 else 1.0
+
+    def rows(start: int, stop: int) -> Array:
+        return np.stack([ratios[task] * one(task, start, stop) for task in range(tasks.count)])
+
+    return rows
+
+
+def _bernoulli(tasks: Tasks, density: float, flavor: Flavor) -> Rows:
+    if _checked_density(density) >= 1.0:
+        return tasks.block
+    if density <= 0.0:
+        raise OptionError("density is too small for dropping at random", got=density)
+    rescale = "l1" if flavor == "mergekit" else "chance"
+    return _dropped(tasks, lambda _, entries: np.full(entries.shape, density), rescale)
+
+
+def _summed(rows: Rows, weights: Array, scale: float) -> Rows:
+    """Σ wₜ·xₜ."""
+
+    def merged(start: int, stop: int) -> Array:
+        result: Array = scale * np.tensordot(weights, rows(start, stop).astype(np.float64), axes=1)
+        return result
+
+    return merged
+
+
+def _elected(
+    rows: Rows,
+    weights: Array,
+    scale: float,
+    majority_sign: MajoritySign,
+    flavor: Flavor,
+    normalize: bool = True,
+) -> Rows:
+    """Elect a sign for each entry and average the tasks that agree with it."""
+    factors = weights[:, None, None]
+
+    def merged(start: int, stop: int) -> Array:
+        entries = rows(start, stop).astype(np.float64)
+        weighted = factors * entries
+        voters = entries if flavor == "peft" else weighted
+        votes = voters if majority_sign == "total" else np.sign(voters)
+        sign = np.where(votes.sum(axis=0) >= 0.0, 1.0, -1.0)
+        agree = np.sign(voters) == sign
+        total = np.where(agree, weighted, 0.0).sum(axis=0)
+        divisor: Array = np.ones_like(total)
+        if normalize and flavor == "mergekit":
+            divisor = np.where(agree, factors, 0.0).sum(axis=0)
+            divisor[divisor == 0.0] = 1.0
+        elif normalize:
+            divisor = np.maximum(agree.sum(axis=0), 1)
+        result: Array = scale * total / divisor
+        return result
+
+    return merged
+
+
+def ties(
+    tasks: Tasks,
+    weights: Array,
+    *,
+    density: float = 0.2,
+    majority_sign: MajoritySign = "total",
+    flavor: Flavor = "peft",
+    lambda_: float = 1.0,
+) -> Rows:
+    """Trim to the largest entries, elect signs, average what agrees."""
+    return _elected(_top(tasks, density, flavor), weights, lambda_, majority_sign, flavor)
+
+
+def magnitude_prune(
+    tasks: Tasks,
+    weights: Array,
+    *,
+    density: float = 0.2,
+    flavor: Flavor = "peft",
+    lambda_: float = 1.0,
+) -> Rows:
+    """Trim to the largest entries, then a weighted sum."""
+    return _summed(_top(tasks, density, flavor), weights, lambda_)
+
+
+def dare_linear(
+    tasks: Tasks,
+    weights: Array,
+    *,
+    density: float = 0.5,
+    flavor: Flavor = "peft",
+    lambda_: float = 1.0,
+) -> Rows:
+    """Drop entries at random, rescale, then a weighted sum."""
+    return _summed(_bernoulli(tasks, density, flavor), weights, lambda_)
+
+
+def dare_ties(
+    tasks: Tasks,
+    weights: Array,
+    *,
+    density: float = 0.5,
+    majority_sign: MajoritySign = "total",
+    flavor: Flavor = "peft",
+    lambda_: float = 1.0,
+) -> Rows:
+    """Drop entries at random, rescale, elect signs, combine what agrees."""
+    rows = _bernoulli(tasks, density, flavor)
+    normalize = flavor != "mergekit"
+    return _elected(rows, weights, lambda_, majority_sign, flavor, normalize)
+
+
+def della(
+    tasks: Tasks,
+    weights: Array,
+    *,
+    density: float = 0.5,
+    epsilon: float = 0.15,
+    majority_sign: MajoritySign = "total",
+    flavor: Literal["paper", "mergekit"] = "paper",
+    lambda_: float = 1.0,
+) -> Rows:
+    """Drop entries at random, small ones of a row more likely, elect signs, combine.
+
+    The i-th smallest of n entries of a row is kept with p = density − ε + 2ε(i−1)/(n−1).
+    """
+    if _checked_density(density) >= 1.0:
+        return _elected(tasks.block, weights, lambda_, majority_sign, flavor)
+    if not 0.0 < density - epsilon <= density + epsilon < 1.0:
+        raise OptionError(
+            "density ± epsilon must stay inside (0, 1)", got=f"{density:g} ± {epsilon:g}"
+        )
+
+    def chances(_: int, entries: Array) -> Array:
+        places = np.argsort(np.argsort(np.abs(entries), axis=1, kind="stable"), axis=1)
+        share = places / max(entries.shape[1] - 1, 1)
+        result: Array = density - epsilon + 2.0 * epsilon * share
+        return result
+
+    rows = _dropped(tasks, chances, "l1" if flavor == "mergekit" else "chance")
+    return _elected(rows, weights, lambda_, majority_sign, flavor)
+
+
+def breadcrumbs(
+    tasks: Tasks, weights: Array, *, density: float = 0.9, gamma: float = 0.01, lambda_: float = 1.0
+) -> Rows:
+    """Drop the share gamma of largest entries and the smallest ones down to density, then sum."""
+    elements = tasks.shape[0] * tasks.shape[1]
+    target = int(_checked_density(density) * elements)
+    if density >= 1.0:
+        return _summed(tasks.block, weights, lambda_)
+    if not 0.0 <= gamma < 1.0:
+        raise OptionError("gamma is a share", got=gamma, expected="from 0, below 1")
+    below = max(0, elements - target - int(gamma * elements))
+    highest, lowest = elements - below - target + 1, elements - below
+    bounds = []
+    for task in range(tasks.count):
+        score = tasks.magnitudes(task)
+        bounds.append([tasks.kth_largest(score, k) for k in (lowest, highest)])
+    low, high = np.array(bounds, np.float32).T[:, :, None, None]
+
+    def rows(start: int, stop: int) -> Array:
+        block = tasks.block(start, stop)
+        magnitudes = np.abs(block)
+        inside = (magnitudes >= low) & (magnitudes <= high)
+        return np.where(inside, block, np.float32(0)) if target else np.zeros_like(block)
+
+    return _summed(rows, weights, lambda_)
+
+
+def sce(tasks: Tasks, weights: Array, *, density: float = 1.0, lambda_: float = 1.0) -> Rows:
+    """Select where tasks vary most, weigh tasks by their energy there, erase minority signs.
+
+    Raises:
+        OptionError: weights differ, which the method has no place for.
+    """
+    if not np.allclose(weights, weights[0]):
+        raise OptionError("sce weighs adapters itself and takes no weights", got=weights.tolist())
+
+    def variance(start: int, stop: int) -> Array:
+        block = tasks.block(start, stop).astype(np.float64)
+        spread: Array = block.var(axis=0).astype(np.float32)
+        return spread
+
+    rows: Rows = tasks.block
+    if _checked_density(density) < 1.0:
+        limit = np.float32(tasks.kth_largest(variance, int(tasks.nonzero(variance) * density)))
+
+        def rows(start: int, stop: int) -> Array:
+            block = tasks.block(start, stop)
+            return np.where(variance(start, stop) >= limit, block, np.float32(0))
+
+    energies = np.zeros(tasks.count)
+    for span in tasks.spans():
+        energies += (rows(*span).astype(np.float64) ** 2).sum(axis=(1, 2))
+    total = float(energies.sum())
+    shares = energies / total if total > 0.0 else np.full(tasks.count, 1.0 / tasks.count)
+
+    def merged(start: int, stop: int) -> Array:
+        entries = rows(start, stop).astype(np.float64)
+        sign = np.where(entries.sum(axis=0) >= 0.0, 1.0, -1.0)
+        kept = np.where(np.sign(entries) == sign, shares[:, None, None], 0.0)
+        total = lambda_ * (kept * entries).sum(axis=0)
+        result: Array = total / np.maximum(kept.sum(axis=0), 1e-6)
+        return result
+
+    return merged
+
+
+TIES = Method(
+    "ties", "elementwise", "Trim, elect signs, average what agrees.", "arXiv 2306.01708", ties
+)
+MAGNITUDE_PRUNE = Method(
+    "magnitude_prune",
+    "elementwise",
+    "Trim to the largest entries, then sum.",
+    "PEFT merge_utils",
+    magnitude_prune,
+)
+DARE_LINEAR = Method(
+    "dare_linear",
+    "elementwise",
+    "Drop at random and rescale, then sum.",
+    "arXiv 2311.03099",
+    dare_linear,
+)
+DARE_TIES = Method(
+    "dare_ties",
+    "elementwise",
+    "Drop at random, rescale, elect signs.",
+    "arXiv 2311.03099",
+    dare_ties,
+)
+DELLA = Method(
+    "della",
+    "elementwise",
+    "Drop small entries more likely, elect signs.",
+    "arXiv 2406.11617",
+    della,
+)
+BREADCRUMBS = Method(
+    "breadcrumbs",
+    "elementwise",
+    "Drop the largest and the smallest entries, then sum.",
+    "arXiv 2312.06795",
+    breadcrumbs,
+)
+SCE = Method(
+    "sce",
+    "elementwise",
+    "Select by variance, weigh by energy, erase minority signs.",
+    "arXiv 2408.07990",
+    sce,
+)

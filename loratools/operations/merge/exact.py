@@ -1,0 +1,129 @@
+"""Parts of a weighted sum of factors that need no SVD: exact joins, biases, the FedEx residual."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from loratools.operations.merge.align import AlignedModule
+from loratools.operations.merge.module import MergedModule
+from loratools_formats.core.adapter import LowRank, low_rank_part
+from loratools_formats.core.dtypes import DType, common_dtype, encode
+from loratools_formats.core.tensors import TensorRef, in_memory
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+Array = np.ndarray[Any, Any]
+
+
+def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None:
+    """Return Σ cₜ·scaleₜ·biasₜ of the factors' biases.
+
+    Raises:
+        UnsupportedError: the method is no weighted sum.
+        AdapterError: NaN or infinite values.
+    """
+    parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
+    with_bias = [part.bias for part in parts if part is not None and part.bias is not None]
+    if not with_bias:
+        return None
+    if merged.coefficients is None:
+        raise UnsupportedError(
+            "biases of factors (lora_bias) can only be merged by a weighted sum",
+            tensor=module.name,
+            hint="Use --method linear",
+        )
+    total = np.zeros(with_bias[0].shape)
+    for share, part in zip(merged.coefficients[0], parts, strict=True):
+        if part is not None and part.bias is not None:
+            total += share * part.scale * part.bias.load(np.float64)
+    if not np.isfinite(total).all():
+        raise AdapterError("bias of factors holds NaN or infinite values", tensor=with_bias[0].key)
+    return in_memory(with_bias[0].key, total, common_dtype([bias.dtype for bias in with_bias]).code)
+
+
+def joined_exactly(
+    module: AlignedModule, merged: MergedModule, template: LowRank
+) -> LowRank | None:
+    """Return the concatenated factors if no value needs rounding, None if one does.
+
+    One scale stands for all, a positive one; factors take up signs and ratios, exact if these are
+    powers of two.
+    """
+    if merged.coefficients is None or merged.terms is None:
+        return None
+    parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
+    shares = merged.coefficients
+    terms = [
+        (float(shares[0][index]) * part.scale, part)
+        for index, part in enumerate(parts)
+        if part is not None and shares[0][index] != 0.0
+    ]
+    if not terms or (shares != shares[0]).any():
+        return None
+    scale = abs(terms[0][0])
+    ratios = [factor / scale for factor, _ in terms]
+    if ratios == [1.0]:
+        return replace(terms[0][1], scale=scale)
+    dtypes = {tensor.dtype for _, part in terms for tensor in (part.a, part.b)}
+    powers_of_two = all(abs(math.frexp(ratio)[0]) == 0.5 for ratio in ratios)
+    if template.bias is not None or len(dtypes) > 1 or not powers_of_two:
+        return None
+    factors = [(ratio, part.b) for ratio, (_, part) in zip(ratios, terms, strict=True)]
+    dtype = next(iter(dtypes))
+    b = _concatenated(factors, -1)
+    if not np.array_equal(encode(b, dtype).astype(np.float64), b):
+        return None
+    rank = sum(part.rank for _, part in terms)
+    a_shape, b_shape = template.a.shape, template.b.shape
+    return replace(
+        template,
+        a=_joined(
+            template.a.key,
+            dtype,
+            (*a_shape[:-2], rank, a_shape[-1]),
+            [(1.0, part.a) for _, part in terms],
+            -2,
+        ),
+        b=_joined(template.b.key, dtype, (*b_shape[:-1], rank), factors, -1),
+        scale=scale,
+    )
+
+
+def _concatenated(parts: list[tuple[float, TensorRef]], axis: int) -> Array:
+    return np.concatenate([ratio * tensor.load(np.float64) for ratio, tensor in parts], axis=axis)
+
+
+def _joined(
+    key: str,
+    dtype: DType,
+    shape: tuple[int, ...],
+    parts: list[tuple[float, TensorRef]],
+    axis: int,
+) -> TensorRef:
+    """Return a reference that joins tensors when it is read, so that none is held until then."""
+    return TensorRef(key, dtype, shape, lambda: encode(_concatenated(parts, axis), dtype).tobytes())
+
+
+def factor_residual(merged: MergedModule, module: AlignedModule) -> float | None:
+    """Return ‖Σ cₜΔWₜ − B̄Ā‖²_F, what averaging the factors themselves would get wrong."""
+    if merged.terms is None or merged.coefficients is None:
+        return None
+    total = 0.0
+    for shares, terms, matrix in zip(
+        merged.coefficients, merged.terms, merged.matrices, strict=True
+    ):
+        present = [
+            (float(share), low_rank_part(delta), term)
+            for share, delta, term in zip(shares, module.deltas, terms, strict=True)
+            if term is not None and delta is not None
+        ]
+        same = {(part.rank, part.scale) for _, part, _ in present}
+        if len(same) > 1 or len(present) < len(terms):
+            return None
+        mean_b = sum(share * term[0] for share, _, term in present)
+        mean_a = sum(share * term[1] for share, _, term in present)
+        total += matrix.squared_error(np.asarray(mean_b), np.asarray(mean_a))
+    return total

@@ -1,0 +1,278 @@
+"""Merging one module: from aligned deltas to a matrix that can be asked for factors of any rank.
+
+Span and core methods give exact factors of the result. Elementwise methods, and everything that
+involves a DoRA, whose change has full rank, give rows, which are kept in an anonymous file and
+decomposed as a stream.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from loratools.algebra import linalg
+from loratools.algebra.device import Device
+from loratools.algebra.one_matrix import Matrix
+from loratools.algebra.streamed_svd import RowStore, StreamedMatrix, streamed_svd
+from loratools.base.placement.names import Names
+from loratools.base.weights import find_place
+from loratools.factors.matrices import loaded
+from loratools.folding.decomposed import rows_of
+from loratools.folding.dora import Rescaling, rescaling_of
+from loratools.kinds.declaration import Product, Weight
+from loratools.operations.merge.align import AlignedModule
+from loratools.operations.merge.methods import Method
+from loratools.operations.merge.space import lifted, shared_space
+from loratools.operations.merge.tasks import DenseRows, FactorRows, RowSource, Tasks, ZeroRows
+from loratools_formats.core.adapter import Delta, Dora, low_rank_part
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+Array = np.ndarray[Any, Any]
+Space = Literal["full", "core"]
+Rows = Callable[[int, int], Array]
+
+
+@dataclass(frozen=True)
+class ModuleMethod:
+    """A method with everything that one module needs to run it.
+
+    Attributes:
+        method: what to do.
+        parameters: its parameters, checked.
+        weights: (T,) of the adapters, for this module.
+        space: where an elementwise method works.
+        seed: of random methods and of the streamed SVD.
+        power_iterations: of the streamed SVD.
+        width: triplets that the streamed SVD looks for, given (out, in).
+        share_threshold: see `Tasks`.
+    """
+
+    method: Method
+    parameters: Mapping[str, Any]
+    weights: Array
+    space: Space
+    seed: int
+    power_iterations: int
+    width: Callable[[AlignedModule], int]
+    share_threshold: Callable[[int, float], float] | None = None
+
+
+MergedMatrix = Matrix | StreamedMatrix
+Term = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """The merged change of one module, one matrix per expert.
+
+    Attributes:
+        matrices: the results.
+        coefficients: of span methods, one row per expert; None for others.
+        terms: factors of scale 1 that were merged, per expert and adapter; None where streamed.
+    """
+
+    matrices: list[MergedMatrix]
+    coefficients: Array | None
+    terms: list[list[Term | None]] | None
+
+
+def merged_module(
+    module: AlignedModule,
+    run: ModuleMethod,
+    base: Names | None,
+    scratch_folder: Path | None,
+    device: Device,
+    in_base: str | None = None,
+) -> MergedModule:
+    """Merge one module.
+
+    Args:
+        module: deltas, aligned.
+        run: the method.
+        base: the base model, if there is one.
+        scratch_folder: where streamed rows wait.
+        device: where to compute.
+        in_base: what the base calls the module, if not as the adapters do.
+
+    Raises:
+        UnsupportedError: a DoRA without the base, or in a method that needs factors.
+        AdapterError: NaN or infinite values, or a base weight that does not fit.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        try:
+            if module.needs_base:
+                merged = _through_base(module, run, base, in_base or module.name, scratch_folder)
+            else:
+                merged = _from_factors(module, run, scratch_folder, device)
+        except np.linalg.LinAlgError:  # factors are finite, so their products are not
+            _check_finite(math.inf)
+            raise
+        _check_finite(sum(matrix.squared_norm for matrix in merged.matrices))
+    return merged
+
+
+def _check_finite(squared_norm: float) -> None:
+    if not math.isfinite(squared_norm):
+        raise AdapterError("the merged change overflows", hint="Are scales and weights right?")
+
+
+def _from_factors(
+    module: AlignedModule, run: ModuleMethod, scratch_folder: Path | None, device: Device
+) -> MergedModule:
+    stacks = [None if d is None else terms_of(d) for d in module.deltas]
+    matrices: list[MergedMatrix] = []
+    coefficients, all_terms = [], []
+    for expert in range(module.first.experts):
+        terms = [None if stack is None else stack[expert] for stack in stacks]
+        label = f"{module.name}#{expert}"
+        if run.method.kind == "span":
+            shares = _coefficients(run, _factor_gram(terms))
+            matrices.append(_sum(terms, shares, device))
+            coefficients.append(shares)
+            all_terms.append(terms)
+        elif run.method.kind == "core":
+            space = shared_space(terms, module.first.shape)
+            b, a = run.method.function(space, run.weights, **run.parameters)
+            matrices.append(Matrix(b, a, 1.0, device, use_gram=False))
+        elif run.space == "core":
+            matrices.append(_elementwise_in_core(module, run, terms, label, device))
+        else:
+            sources: list[RowSource] = [
+                ZeroRows(module.first.shape[1]) if term is None else FactorRows(*term)
+                for term in terms
+            ]
+            tasks = Tasks(sources, module.first.shape, run.seed, label, run.share_threshold)
+            rows = run.method.function(tasks, run.weights, **run.parameters)
+            matrices.append(_streamed(tasks, rows, module, run, scratch_folder))
+    if run.method.kind == "span":
+        return MergedModule(matrices, np.array(coefficients), all_terms)
+    return MergedModule(matrices, None, None)
+
+
+def terms_of(delta: Delta) -> list[Term]:
+    """Return the factors of each matrix of a delta in float64, the scale folded in.
+
+    Raises:
+        AdapterError: a factor holds NaN or infinite values.
+    """
+    part = low_rank_part(delta)
+    terms = []
+    for b, a in loaded(part):
+        for values, tensor in ((a, part.a), (b, part.b)):
+            if not (math.isfinite(values.sum()) or np.isfinite(values).all()):
+                raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
+        terms.append((part.scale * b.astype(np.float64), a.astype(np.float64, copy=False)))
+    return terms
+
+
+def _factor_gram(terms: list[Term | None]) -> Array:
+    gram = np.zeros((len(terms), len(terms)))
+    for i, first in enumerate(terms):
+        for j, second in enumerate(terms[: i + 1]):
+            if first is not None and second is not None:
+                gram[i, j] = gram[j, i] = linalg.inner(*first, *second)
+    return gram
+
+
+def _coefficients(run: ModuleMethod, gram: Array) -> Array:
+    result: Array = run.method.function(gram, run.weights, **run.parameters)
+    return result
+
+
+def _sum(terms: list[Term | None], shares: Array, device: Device) -> Matrix:
+    present = [
+        (float(share), *term) for share, term in zip(shares, terms, strict=True) if term is not None
+    ]
+    b, a = linalg.concatenate(present)
+    return Matrix(b, a, 1.0, device, use_gram=True)
+
+
+def _elementwise_in_core(
+    module: AlignedModule, run: ModuleMethod, terms: list[Term | None], label: str, device: Device
+) -> Matrix:
+    space = shared_space(terms, module.first.shape)
+    sources = [DenseRows(core) for core in space.cores]
+    tasks = Tasks(sources, (space.u.shape[1], space.v.shape[1]), run.seed, label)
+    rows = run.method.function(tasks, run.weights, **run.parameters)
+    core = np.concatenate([rows(*span) for span in tasks.spans()])
+    return Matrix(*lifted(space, core), 1.0, device, use_gram=False)
+
+
+def _streamed(
+    tasks: Tasks, rows: Rows, module: AlignedModule, run: ModuleMethod, folder: Path | None
+) -> StreamedMatrix:
+    store = RowStore(tasks.shape, folder)
+    for span in tasks.spans():
+        store.append(rows(*span))
+    _check_finite(store.squared_norm)
+    seed = zlib.crc32(tasks.name.encode(), run.seed & 0xFFFFFFFF)
+    svd = streamed_svd(store, run.width(module), power_iterations=run.power_iterations, seed=seed)
+    return StreamedMatrix(store, svd)
+
+
+@dataclass(frozen=True)
+class _DoraRows:
+    """Rows of a DoRA's change."""
+
+    rescaling: Rescaling
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop)."""
+        return self.rescaling.rows(start, stop).astype(np.float32)
+
+
+def _through_base(
+    module: AlignedModule,
+    run: ModuleMethod,
+    base: Names | None,
+    in_base: str,
+    folder: Path | None,
+) -> MergedModule:
+    if base is None:
+        raise UnsupportedError(
+            "a DoRA's weight change depends on the base weight",
+            tensor=module.name,
+            hint="Pass the base model with --base",
+        )
+    if run.method.kind == "core" or run.space == "core":
+        raise UnsupportedError(
+            f"{run.method.name} works on low-rank factors, and a DoRA's change has full rank",
+            tensor=module.name,
+            hint="Use another method",
+        )
+    weight = find_place(base, in_base, module.first).weight()
+    sources = [_row_source(delta, weight, module) for delta in module.deltas]
+    tasks = Tasks(sources, module.first.shape, run.seed, f"{module.name}#0", run.share_threshold)
+    coefficients = None
+    if run.method.kind == "elementwise":
+        rows: Rows = run.method.function(tasks, run.weights, **run.parameters)
+    else:
+        gram = np.zeros((tasks.count, tasks.count))
+        for span in tasks.spans():
+            block = tasks.block(*span).astype(np.float64).reshape(tasks.count, -1)
+            gram += block @ block.T
+        shares = _coefficients(run, gram)
+        coefficients = shares[None, :]
+
+        def rows(start: int, stop: int) -> Array:
+            block = tasks.block(start, stop).astype(np.float64)
+            result: Array = np.tensordot(shares, block, axes=1)
+            return result
+
+    return MergedModule([_streamed(tasks, rows, module, run, folder)], coefficients, None)
+
+
+def _row_source(delta: Delta | None, weight: Weight, module: AlignedModule) -> RowSource:
+    if delta is None:
+        return ZeroRows(module.first.shape[1])
+    ((b, a),) = terms_of(delta)
+    if not isinstance(delta, Dora):
+        return FactorRows(b, a)
+    change = rows_of(Product(b, a))
+    return _DoraRows(rescaling_of(delta.magnitude, delta.axis, weight, change))

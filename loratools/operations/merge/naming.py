@@ -1,0 +1,75 @@
+"""Single files of different namings brought into the first one's before they are merged.
+
+Names are resolved as `convert` does, by tables and the maps that files carry, and by nothing else:
+where they do not lead to one naming, nothing is merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loratools.naming.places import module_key
+from loratools.naming.rename import NamingOptions, renamed
+from loratools.operations.merge.align import MergeInput
+from loratools_formats.disk.errors import AdapterError, LoratoolsError
+from loratools_formats.formats.singlefile.write import SINGLE_FILES
+
+
+def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
+    """Return the inputs with the module names of the first.
+
+    Raises:
+        AdapterError: names that nothing resolves, or a component of which adapters share nothing.
+        OptionError: names that fit several architectures, or have no component.
+    """
+    formats = [item.adapter.format for item in inputs]
+    target = next((name for name in SINGLE_FILES if name in formats[:1]), None)
+    if target is None:
+        return list(inputs)
+    if target == "safetensors":
+        return _with_shared_components(inputs)
+    result = [inputs[0]]
+    for item in inputs[1:]:
+        adapter = item.adapter
+        if adapter.format not in SINGLE_FILES or adapter.format == target:
+            result.append(item)
+            continue
+        try:
+            named = renamed(adapter, target, NamingOptions()).adapter
+        except LoratoolsError as error:
+            error.hint = (
+                f"It is a {adapter.format} file and the first a {target} file; bring it into that "
+                "naming first: loratools convert, with --names, --names-from or --base"
+            )
+            raise
+        result.append(replace(item, adapter=named))
+    return _with_shared_components(result)
+
+
+def _with_shared_components(inputs: Sequence[MergeInput]) -> list[MergeInput]:
+    """Return the inputs, whose parts of a pipeline are adapted by more than one alike.
+
+    Adapters of different architectures may share a text encoder, and nothing else.
+    """
+    found = [_by_component(item) for item in inputs]
+    for index, (item, components) in enumerate(zip(inputs, found, strict=True)):
+        for component, names in components.items():
+            others = [f[component] for i, f in enumerate(found) if i != index and component in f]
+            if others and not names & set().union(*others):
+                raise AdapterError(
+                    "an adapter shares no module of a component with the others",
+                    path=item.adapter.source,
+                    got=min(names),
+                    expected=f"such as {min(others[0])}",
+                    hint="Are they adapters of the same model?",
+                )
+    return list(inputs)
+
+
+def _by_component(item: MergeInput) -> dict[str, set[str]]:
+    components: dict[str, set[str]] = {}
+    for name in item.adapter.modules:
+        key = module_key(name)
+        components.setdefault("" if key is None else key.prefix, set()).add(name)
+    return components

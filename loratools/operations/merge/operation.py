@@ -1,0 +1,399 @@
+"""Merging adapters: align, merge every module, choose ranks, write factors, measure the error.
+
+The error reported is that of the stored factors against what the method defines, before any
+truncation or rounding. Modules are independent, so memory is bounded by the largest of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratools.algebra.budget import choose_ranks
+from loratools.algebra.device import Device
+from loratools.algebra.ranks import Spectrum
+from loratools.base.dequantised import plain
+from loratools.base.placement.names import Names
+from loratools.factors.resize import Resizer
+from loratools.folding.without_base import folded_exactly
+from loratools.naming.for_base import names_in_base
+from loratools.operations.merge.align import AlignedModule, MergeInput, align
+from loratools.operations.merge.exact import factor_residual, joined_exactly, merged_bias
+from loratools.operations.merge.extras import (
+    merged_additions,
+    refuse_replaced_modules,
+    settled_carried,
+    settled_replacements,
+)
+from loratools.operations.merge.methods import Method, get_method
+from loratools.operations.merge.module import MergedModule, ModuleMethod, merged_module
+from loratools.operations.merge.naming import in_one_naming
+from loratools.operations.merge.options import MergeOptions
+from loratools.operations.merge.result import MergeModuleReport, MergeResult
+from loratools.operations.merge.trim import SharedTrim
+from loratools.work.parallel import in_order
+from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.scratch import Scratch
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_rank_part
+from loratools_formats.core.dtypes import common_dtype
+from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
+from loratools_formats.formats.singlefile.metadata import merged_from
+
+Array = np.ndarray[Any, Any]
+
+_OVERSAMPLE = 10
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    delta: LowRank
+    report: MergeModuleReport
+    squared_error: float
+    squared_norm: float
+    kept: float
+    squared_residual: float | None
+
+
+def merge(
+    inputs: Sequence[MergeInput],
+    options: MergeOptions,
+    *,
+    base: Checkpoint | None = None,
+    scratch_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeResult:
+    """Merge adapters into one.
+
+    Args:
+        inputs: adapters and weights, in order; the first gives the format and the settings.
+        options: what to do.
+        base: the base model, needed where a DoRA takes part.
+        scratch_folder: where results wait until they are written.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        OptionError: options that do not fit the method, each other, or the adapters.
+        AdapterError: adapters that do not fit together, or NaN and infinite values.
+        UnsupportedError: an adapter whose factors do not tell its ΔW, a DoRA without its base, or
+            biases of factors in a method that is not a weighted sum.
+    """
+    method = get_method(options.method)
+    options = replace(options, parameters=method.checked(options.parameters))
+    inputs = in_one_naming([_folded(item, scratch_folder) for item in inputs])
+    _check(inputs, options, method)
+    modules = align(inputs, force_base=options.force_base)
+    refuse_replaced_modules(inputs)
+    work = _Merge(inputs, options, method, modules, base, scratch_folder)
+    with ThreadPoolExecutor(1) as beside:
+        adapters = {f"{index}": item.adapter for index, item in enumerate(inputs)}
+        record = options.record() | {"weights": [item.weight for item in inputs]}
+        provenance = beside.submit(operation_record, "merge", adapters, record)
+        done: list[_Outcome] = []
+        for outcome in work.outcomes():
+            done.append(outcome)
+            if progress is not None:
+                progress(len(done), len(modules))
+    first = inputs[0].adapter
+    squared_norm = sum(outcome.squared_norm for outcome in done)
+    residuals = [outcome.squared_residual for outcome in done]
+    adapter = replace(
+        first,
+        modules={outcome.report.name: outcome.delta for outcome in done},
+        additions=merged_additions(inputs, work.coefficients),
+        replacements=settled_replacements(inputs, options.replacements),
+        carried=settled_carried(inputs),
+        config=_config(first, inputs),
+        # The first adapter's card does not describe the result.
+        attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
+        metadata={
+            **first.metadata,
+            **merged_from([item.adapter for item in inputs]),
+            **record_metadata(provenance.result()),
+        },
+        inputs=tuple(file for item in inputs for file in item.adapter.inputs),
+        provenance=provenance.result(),
+    )
+    return MergeResult(
+        adapter,
+        tuple(outcome.report for outcome in done),
+        _share(sum(outcome.kept for outcome in done), squared_norm),
+        _relative(sum(outcome.squared_error for outcome in done), squared_norm),
+        None
+        if any(residual is None for residual in residuals)
+        else _relative(sum(r for r in residuals if r is not None), squared_norm),
+    )
+
+
+def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
+    """Return an input of plain factors, where it folds into such exactly."""
+    return replace(item, adapter=folded_exactly(item.adapter, "merge", scratch_folder))
+
+
+def _share(part: float, whole: float) -> float:
+    return min(1.0, part / whole) if whole else 1.0
+
+
+def _relative(squared_error: float, squared_norm: float) -> float:
+    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
+
+
+def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) -> None:
+    count = len(inputs)
+    if count < method.least or (method.most is not None and count > method.most):
+        most = "" if method.most is None else f" and at most {method.most}"
+        raise OptionError(
+            f"method {method.name} has the wrong number of adapters",
+            got=count,
+            expected=f"at least {method.least}{most}",
+        )
+    if options.space == "core" and method.kind != "elementwise":
+        raise OptionError(f"--space core is for elementwise methods; {method.name} is not one")
+    if method.uncompressed and options.rule.is_given:
+        raise OptionError(f"{method.name} keeps all ranks", hint="Use linear to choose ranks")
+    has_dora = any(isinstance(d, Dora) for item in inputs for d in item.adapter.modules.values())
+    if has_dora or (method.kind == "elementwise" and options.space == "full"):
+        for name in ("sv_cumulative", "threshold"):
+            if getattr(options.rule, name):
+                raise OptionError(
+                    f"{name} needs all singular values, which are not computed for "
+                    + ("a DoRA" if has_dora else f"method {method.name}"),
+                    hint="Use --rank or --energy",
+                )
+    for item in inputs:
+        _require_true_delta(item.adapter)
+    for override in options.overrides:
+        method.checked(override.parameters)
+        if override.weights is not None and len(override.weights) not in (1, count):
+            raise OptionError(
+                f"wrong number of weights for modules matching {override.match}",
+                got=len(override.weights),
+                expected=f"1 or {count}",
+            )
+
+
+def _require_true_delta(adapter: Adapter) -> None:
+    try:
+        adapter.require_true_delta("merge")
+    except UnsupportedError as error:
+        if adapter.caveats[0].code == MUTATED_BASE:
+            error.hint = "Make it a plain adapter first: loratools squeeze --initial INITIAL"
+        raise
+
+
+def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:
+    merged = get_format(first.format).merged_config
+    if merged is None:
+        return first.config
+    return merged([item.adapter for item in inputs if item.adapter.format == first.format])
+
+
+class _Merge:
+    """One run: what all its modules share."""
+
+    def __init__(
+        self,
+        inputs: Sequence[MergeInput],
+        options: MergeOptions,
+        method: Method,
+        modules: list[AlignedModule],
+        base: Checkpoint | None,
+        scratch_folder: Path | None,
+    ) -> None:
+        self.inputs = inputs
+        self.options = options
+        self.method = method
+        self.modules = modules
+        self.base = None if base is None else Names(plain(base).checkpoint)
+        self.in_base: dict[str, str] = {}
+        if base is not None:
+            for item in inputs:
+                self.in_base |= names_in_base(item.adapter, base)
+        self.folder = scratch_folder
+        self.device = Device(options.compute.device)
+        self.resizer = Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform)
+        self.trim = None
+        settings = [options.parameters, *(override.parameters for override in options.overrides)]
+        is_paper = any(each.get("flavor") == "paper" for each in settings)
+        if method.name == "ties" and is_paper and options.space == "full":
+            self.trim = SharedTrim(modules)
+
+    @property
+    def coefficients(self) -> Callable[[str, Array], Array] | None:
+        """Coefficients from a name and inner products; None if the method is no weighted sum."""
+        if self.method.kind != "span":
+            return None
+        function = self.method.function
+        return lambda name, gram: np.asarray(
+            function(gram, self._weights(name), **self._parameters(name))
+        )
+
+    def outcomes(self) -> Any:
+        """Yield the outcome of every module in order."""
+        ranks = self._ranks_in_advance() if self.options.rule.needs_all_spectra else None
+        threads = self.options.compute.threads
+        return in_order(lambda module: self._outcome(module, ranks), self.modules, threads)
+
+    def _ranks_in_advance(self) -> dict[str, int]:
+        threads = self.options.compute.threads
+        spectra = list(
+            in_order(lambda m: self._spectrum(m, self._merged(m)), self.modules, threads)
+        )
+        sources = [item.adapter for item in self.inputs]
+        fixed = sum(
+            t.nbytes
+            for a in sources
+            for t in [
+                *(r.tensor for r in a.replacements.values()),
+                *(addition.tensor for addition in a.additions.values()),
+                *a.carried.values(),
+            ]
+        )
+        header = sum(256 + 2 * len(module.name) for module in self.modules)
+        header += 2048 + 256 * len(self.inputs) + 2 * len(str(self.options))
+        return choose_ranks(
+            spectra,
+            self.options.rule,
+            input_nbytes=sum(a.weights_nbytes for a in sources),
+            fixed_nbytes=fixed + header,
+        )
+
+    def _weights(self, name: str) -> np.ndarray[Any, Any]:
+        for override in self.options.overrides:
+            weights = override.weights
+            if weights is not None and re.search(override.match, name):
+                return np.array(weights * len(self.inputs) if len(weights) == 1 else weights)
+        return np.array([item.weight for item in self.inputs])
+
+    def _parameters(self, name: str) -> dict[str, Any]:
+        for override in self.options.overrides:
+            if override.parameters and re.search(override.match, name):
+                return self.options.parameters | self.method.checked(override.parameters)
+        return self.options.parameters
+
+    def _width(self, module: AlignedModule) -> int:
+        """Return how many triplets a streamed SVD looks for: the highest rank, and some more."""
+        return min(self._highest(module) + _OVERSAMPLE, *module.first.shape)
+
+    def _highest(self, module: AlignedModule) -> int:
+        rule = self.options.rule
+        for pattern, rank in rule.patterns:
+            if re.search(pattern, module.name):
+                return rank
+        ranks = [low_rank_part(d).rank for d in module.deltas if d is not None]
+        if rule.rank is not None:
+            return rule.rank
+        if rule.max_rank is not None:
+            return rule.max_rank
+        return sum(ranks) if rule.is_given else max(ranks)
+
+    def _merged(self, module: AlignedModule) -> MergedModule:
+        run = ModuleMethod(
+            self.method,
+            self._parameters(module.name),
+            self._weights(module.name),
+            self.options.space,
+            self.options.compute.seed,
+            self.options.compute.power_iterations,
+            self._width,
+            None if self.trim is None else self.trim.threshold,
+        )
+        in_base = self.in_base.get(module.name)
+        return merged_module(module, run, self.base, self.folder, self.device, in_base)
+
+    def _template(self, module: AlignedModule, merged: MergedModule) -> LowRank:
+        """Return a delta that says where and how to store the result; its values are not read."""
+        first = module.first
+        parts = [low_rank_part(delta) for delta in module.deltas if delta is not None]
+        dtype = common_dtype([tensor.dtype for part in parts for tensor in (part.a, part.b)])
+        return replace(
+            first,
+            a=replace(first.a, dtype=dtype),
+            b=replace(first.b, dtype=dtype),
+            scale=1.0,
+            bias=merged_bias(module, merged),
+        )
+
+    def _spectrum(self, module: AlignedModule, merged: MergedModule) -> Spectrum:
+        highest = min(self._highest(module), *module.first.shape)
+        rows = []
+        for matrix in merged.matrices:
+            found = (
+                matrix.singular_values[:highest]
+                if self._is_streamed(merged)
+                else (matrix.singular_values[: min(module.first.shape)])
+            )
+            rows.append(found)
+        width = max(len(row) for row in rows)
+        stacked = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+        tail = np.array([m.squared_norm for m in merged.matrices]) - (stacked**2).sum(axis=1)
+        template = self._template(module, merged)
+        out, in_ = module.first.shape
+        stored = self.options.compute.stored
+        bits = in_ * stored(template.a).bits + out * stored(template.b).bits
+        return Spectrum(
+            module.name,
+            module.first.shape,
+            stacked,
+            width,
+            module.first.experts * bits // 8,
+            np.maximum(tail, 0.0) if self._is_streamed(merged) else None,
+        )
+
+    def _is_streamed(self, merged: MergedModule) -> bool:
+        return merged.terms is None and self.method.kind != "core" and self.options.space == "full"
+
+    def _outcome(self, module: AlignedModule, ranks: dict[str, int] | None) -> _Outcome:
+        try:
+            merged = self._merged(module)
+            spectrum = self._spectrum(module, merged)
+            template = self._template(module, merged)
+            with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
+                new, squared_error = self._stored(module, merged, spectrum, template, ranks)
+        except LoratoolsError as error:
+            error.tensor = error.tensor or module.name
+            raise
+        squared_norm = sum(matrix.squared_norm for matrix in merged.matrices)
+        kept = min(float(spectrum.energies[: new.rank].sum()), squared_norm)
+        report = MergeModuleReport(
+            module.name,
+            tuple(None if d is None else low_rank_part(d).rank for d in module.deltas),
+            new.rank,
+            _share(kept, squared_norm),
+            _relative(squared_error, squared_norm),
+            module.absent,
+        )
+        residual = factor_residual(merged, module) if self.method.name == "fedex" else None
+        return _Outcome(new, report, squared_error, squared_norm, kept, residual)
+
+    def _stored(
+        self,
+        module: AlignedModule,
+        merged: MergedModule,
+        spectrum: Spectrum,
+        template: LowRank,
+        ranks: dict[str, int] | None,
+    ) -> tuple[LowRank, float]:
+        rule = self.options.rule
+        if ranks is not None:
+            rank = ranks[module.name]
+        elif rule.is_given:
+            rank = rule.of_module(spectrum)
+        else:
+            rank = spectrum.rank
+        exact = joined_exactly(module, merged, template) if rank >= spectrum.rank else None
+        if exact is not None:
+            free = ranks is None and not rule.is_given
+            kept = self.resizer.without_loss(exact, exact.rank if free else rank)
+            if kept is not None:
+                return kept, 0.0
+        found = self.resizer.compressed(module.name, template, merged.matrices, rank)
+        return found.delta, found.squared_error

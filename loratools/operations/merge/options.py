@@ -1,0 +1,103 @@
+"""What a merge does, apart from the adapters and their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratools.algebra.ranks import RankRule, as_options
+from loratools.factors.resize import ComputeOptions
+from loratools.operations.merge.module import Space
+from loratools.work.selection import check_regex
+from loratools_formats.disk.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Override:
+    """What is different for modules whose path a regular expression is found in.
+
+    Attributes:
+        match: the regular expression.
+        weights: one for all adapters or one each; None to leave them.
+        parameters: of the method, over the general ones.
+
+    Raises:
+        OptionError: `match` is no regular expression.
+    """
+
+    match: str
+    weights: tuple[float, ...] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_regex(self.match)
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        values: dict[str, Any] = {"match": self.match}
+        if self.weights is not None:
+            values["weights"] = list(self.weights)
+        if self.parameters:
+            values["parameters"] = dict(self.parameters)
+        return values
+
+
+def weight_override(option: str) -> Override:
+    """Read `REGEX=W` or `REGEX=W,W,…`.
+
+    Raises:
+        OptionError: no numbers after the last `=`.
+    """
+    pattern, separator, numbers = option.rpartition("=")
+    try:
+        weights = tuple(float(number) for number in numbers.split(","))
+    except ValueError:
+        weights = ()
+    if not separator or not weights or not all(map(math.isfinite, weights)):
+        raise OptionError("not a weight pattern", got=option, expected="REGEX=W or REGEX=W,W,…")
+    return Override(pattern, weights)
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What to do, apart from the adapters and their weights.
+
+    Attributes:
+        method: name of a registered method.
+        parameters: of the method.
+        rule: how ranks are chosen; without one, span methods keep the sum's rank, core methods
+            theirs, and elementwise methods get the largest rank of the inputs.
+        compute: how to compute and store.
+        space: `core` runs an elementwise method on the cores instead, which is another method.
+        overrides: other weights or parameters for some modules; the first match of each decides.
+        replacements: how clashing replacements are settled; None to refuse.
+        force_base: merge adapters that name different base models.
+    """
+
+    method: str = "linear"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    rule: RankRule = field(default_factory=RankRule)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    space: Space = "full"
+    overrides: tuple[Override, ...] = ()
+    replacements: str | None = None
+    force_base: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """Return what determines the output's bytes, for its provenance."""
+        values: dict[str, Any] = {
+            "method": self.method,
+            "parameters": dict(self.parameters),
+            "space": self.space,
+            "rule": as_options(self.rule),
+            "seed": self.compute.seed,
+            "power_iterations": self.compute.power_iterations,
+            "compute": self.compute.record(),
+        }
+        if self.overrides:
+            values["overrides"] = [override.record() for override in self.overrides]
+        if self.replacements is not None:
+            values["replacements"] = self.replacements
+        return values

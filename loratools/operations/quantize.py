@@ -1,0 +1,312 @@
+"""Quantise a checkpoint's linear layers to four bits, in the layout of bitsandbytes.
+
+Every weight is read in pieces, quantised and written where it belongs; nothing is held but its
+scales. The bytes are those that bitsandbytes' CPU code makes, but for the mean of the scales that
+double quantisation subtracts, which its own depends on the number of threads. Everything else in
+the checkpoint, weights already in four bits included, is copied bit for bit.
+
+What it does not: experts that are stacked in one tensor, for which there is no four-bit layout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from loratools.base.fourbit.encode import FourBitOptions, Loss
+from loratools.base.fourbit.store import blanks, fill
+from loratools.base.linears import Kept, Linears, is_conv1d, linear_weights
+from loratools.work.parallel import in_order
+from loratools.work.provenance import operation_record
+from loratools.work.selection import check_regex
+from loratools_formats.checkpoints.bitsandbytes import (
+    is_four_bit_config,
+    quantization_config,
+    quantized_weights,
+    torch_name,
+)
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
+from loratools_formats.checkpoints.shard_plan import Made, Part, Sink
+from loratools_formats.core.dtypes import DType
+from loratools_formats.core.tensors import Buffer, TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+_PIECE = 1 << 20  # elements read at a time
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What to quantise, and how.
+
+    Attributes:
+        four_bit: type, blocksize and double quantisation.
+        skip: regular expressions; modules in whose path one is found stay as they are.
+        experts: also quantise the weights of experts stored one by one, which transformers 5
+            cannot load.
+        max_shard_bytes: split the output anew, into files of at most this size.
+
+    Raises:
+        OptionError: not a regular expression.
+    """
+
+    four_bit: FourBitOptions = field(default_factory=FourBitOptions)
+    skip: tuple[str, ...] = ()
+    experts: bool = False
+    max_shard_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for pattern in self.skip:
+            check_regex(pattern)
+
+    def record(self) -> dict[str, Any]:
+        """Return what determines the output, for its provenance."""
+        return {
+            "quant_type": self.four_bit.quant_type,
+            "blocksize": self.four_bit.blocksize,
+            "double_quant": self.four_bit.double_quant,
+            "skip": list(self.skip),
+            "experts": self.experts,
+        }
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """What became of one weight.
+
+    Attributes:
+        name: its key.
+        shape: as it was stored.
+        bytes_in: size before.
+        bytes_out: size of all its tensors after.
+        relative_error: ‖W − W'‖_F/‖W‖_F, where W' is what the stored bytes mean in float32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bytes_in: int
+    bytes_out: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What was done.
+
+    Attributes:
+        tensors: one report for each weight that was quantised, in the checkpoint's order.
+        relative_error: over all of these together.
+        kept: two-dimensional weights that were not quantised, and why.
+        bytes_in: size of all tensors before.
+        bytes_out: size of all tensors after.
+        notes: what a user should know.
+    """
+
+    tensors: tuple[QuantizedTensor, ...]
+    relative_error: float
+    kept: tuple[Kept, ...]
+    bytes_in: int
+    bytes_out: int
+    notes: tuple[str, ...]
+
+
+def quantize(
+    base: Checkpoint,
+    output: str | os.PathLike[str] | None,
+    options: QuantizeOptions | None = None,
+    *,
+    overwrite: bool = False,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizeResult:
+    """Quantise a checkpoint's linear layers.
+
+    Args:
+        base: the checkpoint, a folder with its configuration.
+        output: folder to write; None computes the report and writes nothing.
+        options: what and how.
+        overwrite: replace an existing output.
+        workers: threads; the bytes do not depend on them.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        AdapterError: nothing to quantise, or a weight holds NaN or infinite values.
+        UnsupportedError: the checkpoint is quantised in another way.
+        OutputExistsError: the output exists.
+        OutputError: it could not be written.
+    """
+    chosen = options or QuantizeOptions()
+    _check_base(base)
+    already = quantized_weights(base.tensors)
+    taken = {tensor.key: weight for weight in already.values() for tensor in weight.tensors}
+    linears = linear_weights(base, taken, chosen.skip, experts=chosen.experts)
+    if not linears.weights:
+        got = f"{len(already)} in four bits already" if already else None
+        raise AdapterError("no weight to quantise", path=base.path, got=got)
+    jobs = {
+        key: _Job(ref, chosen.four_bit, is_conv1d(key, base.config))
+        for key, ref in linears.weights.items()
+    }
+    parts: dict[str, Part] = {
+        key: jobs[key].made if key in jobs else ref for key, ref in base.tensors.items()
+    }
+    notes = _notes(linears, len(already))
+    if output is None:
+        for _ in in_order(_Job.measure, jobs.values(), workers):
+            pass
+    else:
+        metadata = {**base.files[0].metadata, "format": "pt"}
+        new = NewCheckpoint(
+            base,
+            grouped(base, parts, max_shard_bytes=chosen.max_shard_bytes, metadata=metadata),
+            _config(base, linears, chosen.four_bit),
+            lambda: operation_record("quantize", {}, chosen.record(), base),
+        )
+        with threadpool_limits(1):  # the sums of errors; threads go over weights
+            left_out = write_checkpoint(
+                new, output, overwrite=overwrite, workers=workers, progress=progress
+            )
+        if left_out:
+            notes.append(f"not carried over: {', '.join(left_out)}")
+    return _result(base, list(jobs.values()), linears, notes)
+
+
+def _check_base(base: Checkpoint) -> None:
+    if not base.is_folder:
+        raise UnsupportedError(
+            "a single file cannot say how it is quantised",
+            path=base.path,
+            expected="a checkpoint folder with a config.json",
+        )
+    if not base.config:
+        raise AdapterError("no config.json, which must say how it is quantised", path=base.path)
+    found = base.config.get("quantization_config")
+    if found is None or (isinstance(found, Mapping) and is_four_bit_config(found)):
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else found
+    raise UnsupportedError(
+        "checkpoint is already quantised in another way",
+        path=base.path,
+        got=f"quant_method {method}",
+        hint="Start from the original checkpoint",
+    )
+
+
+def _notes(linears: Linears, already: int) -> list[str]:
+    notes = []
+    if already:
+        notes.append(f"{already} weights are in four bits already and were copied as they are")
+    experts = sum(kept.reason == "expert" for kept in linears.kept)
+    if experts:
+        notes.append(
+            f"{experts} weights of experts stay as they are, since transformers 5 cannot load "
+            "them in four bits; --experts quantises them for other loaders"
+        )
+    if linears.stacks:
+        notes.append(
+            f"{len(linears.stacks)} tensors of stacked experts stay as they are: there is no "
+            "four-bit layout for them"
+        )
+    return notes
+
+
+def _config(base: Checkpoint, linears: Linears, options: FourBitOptions) -> dict[str, Any]:
+    sizes: Counter[str] = Counter()
+    for ref in linears.weights.values():
+        sizes[torch_name(ref.dtype)] += ref.numel
+    entry = quantization_config(
+        options.quant_type,
+        double_quant=options.double_quant,
+        compute_dtype=sizes.most_common(1)[0][0],
+        skipped=linears.listed(),
+    )
+    return {**base.config, "quantization_config": entry}
+
+
+def _result(
+    base: Checkpoint, jobs: Sequence[_Job], linears: Linears, notes: Sequence[str]
+) -> QuantizeResult:
+    reports = []
+    for job in jobs:
+        if job.loss is None:
+            raise AdapterError("weight was not quantised", tensor=job.ref.key)
+        error = job.loss.relative
+        reports.append(
+            QuantizedTensor(job.ref.key, job.ref.shape, job.ref.nbytes, job.nbytes, error)
+        )
+    bytes_in = sum(ref.nbytes for ref in base.tensors.values())
+    found = [job.loss for job in jobs if job.loss is not None]
+    overall = Loss(sum(x.squared_error for x in found), sum(x.squared_norm for x in found))
+    return QuantizeResult(
+        tuple(reports),
+        overall.relative,
+        linears.kept,
+        bytes_in,
+        bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
+        tuple(notes),
+    )
+
+
+class _Job:
+    """One weight to be quantised, and what came of it."""
+
+    def __init__(self, ref: TensorRef, options: FourBitOptions, transposed: bool) -> None:
+        self.ref = ref
+        self.loss: Loss | None = None
+        self.nbytes = 0
+        self._options = options
+        self._transposed = transposed
+        self._shape = ref.shape[::-1] if transposed else ref.shape
+        self._blanks = blanks(ref.key, self._shape, options)
+
+    @property
+    def made(self) -> Made:
+        """The tensors to write."""
+        return Made(self._blanks, self._fill)
+
+    def measure(self) -> None:
+        """Quantise and write nothing."""
+        self._fill({})
+
+    def _fill(self, sinks: Mapping[str, Sink]) -> None:
+        counting = {blank.key: _Counting(sinks.get(blank.key)) for blank in self._blanks}
+        pieces = transposed_pieces(self.ref) if self._transposed else pieces_of(self.ref)
+        dtype: DType = self.ref.dtype
+        self.loss = fill(counting, self.ref.key, self._shape, dtype, self._options, pieces)
+        self.nbytes = sum(sink.nbytes for sink in counting.values())
+
+
+class _Counting:
+    """A sink that counts bytes and passes them on, if there is anywhere to."""
+
+    def __init__(self, sink: Sink | None) -> None:
+        self._sink = sink
+        self.nbytes = 0
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Take bytes."""
+        if self._sink is not None:
+            self._sink.write_at(offset, data)
+        self.nbytes += memoryview(data).nbytes
+
+
+def pieces_of(ref: TensorRef) -> Iterator[NDArray[Any]]:
+    """Yield a tensor's elements in order, in its stored type, a few at a time."""
+    for start in range(0, ref.numel, _PIECE):
+        yield ref.elements(start, min(start + _PIECE, ref.numel))
+
+
+def transposed_pieces(ref: TensorRef) -> Iterator[NDArray[Any]]:
+    """Yield the elements of the (rows, columns) tensor's transpose, a few columns at a time."""
+    rows, columns = ref.shape
+    whole = ref.load()
+    width = max(1, _PIECE // max(rows, 1))
+    for start in range(0, columns, width):
+        yield np.ascontiguousarray(whole[:, start : start + width].T)

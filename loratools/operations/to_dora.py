@@ -1,0 +1,144 @@
+"""A LoRA as a DoRA that makes the same change: magnitudes are the norms of the merged weights.
+
+With m = ‖W + ΔW‖ per output, m/‖W + ΔW‖ ⊙ (W + ΔW) = W + ΔW: exact but for the rounding of m to
+float32. The factors keep every bit. The base weight is read a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from loratools.base.placement.names import Names
+from loratools.base.weights import find_place, names_under
+from loratools.factors.matrices import loaded
+from loratools.folding.decomposed import rows_of
+from loratools.folding.dora import output_norms
+from loratools.folding.without_base import folded_exactly
+from loratools.kinds.declaration import Product
+from loratools.naming.for_base import names_in_base
+from loratools.work.parallel import in_order
+from loratools.work.provenance import operation_record, record_metadata
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank
+from loratools_formats.core.tensors import in_memory
+from loratools_formats.disk.errors import (
+    AdapterError,
+    LoratoolsError,
+    OptionError,
+    UnsupportedError,
+)
+
+
+@dataclass(frozen=True)
+class ToDoraModuleReport:
+    """One module's magnitudes.
+
+    Attributes:
+        name: module path.
+        rank: of its factors.
+        outputs: number of magnitudes.
+        least: the smallest.
+        largest: the largest.
+    """
+
+    name: str
+    rank: int
+    outputs: int
+    least: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class ToDoraResult:
+    """The DoRA, not yet written, and a report per module in path order."""
+
+    adapter: Adapter
+    modules: tuple[ToDoraModuleReport, ...]
+
+
+def to_dora(
+    adapter: Adapter,
+    base: Checkpoint,
+    *,
+    workers: int = 2,
+    scratch_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ToDoraResult:
+    """Turn a LoRA into a DoRA that makes the same change.
+
+    Args:
+        adapter: plain, or of a kind that folds exactly without the base.
+        base: the base model.
+        workers: threads over modules; results do not depend on it.
+        scratch_folder: where folded factors wait until they are written.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        UnsupportedError: it is a DoRA already, its factors do not tell its change, or a module
+            cannot be a DoRA.
+        AdapterError: a module does not fit the base, or NaN and infinite values.
+    """
+    if workers < 1:
+        raise OptionError("workers is too small", got=workers, expected="at least 1")
+    adapter.require_true_delta("to-dora")
+    adapter = folded_exactly(adapter, "to-dora", scratch_folder, base)
+    if not adapter.modules:
+        raise AdapterError("no module to turn into a DoRA", path=adapter.source)
+
+    names = names_under(adapter, base, adapter.modules)
+    in_base = names_in_base(adapter, base)
+
+    def one(name: str) -> tuple[Delta, ToDoraModuleReport]:
+        try:
+            return _one(name, adapter.modules[name], names, in_base[name])
+        except LoratoolsError as error:
+            if error.path is None and adapter.source is not None:
+                error.path = str(adapter.source)
+            raise
+
+    done = []
+    for outcome in in_order(one, adapter.modules, workers):
+        done.append(outcome)
+        if progress is not None:
+            progress(len(done), len(adapter.modules))
+    record = operation_record("to-dora", {"adapter": adapter}, {}, base)
+    result = replace(
+        adapter,
+        modules={report.name: delta for delta, report in done},
+        metadata={**adapter.metadata, **record_metadata(record)},
+        provenance=record,
+    )
+    return ToDoraResult(result, tuple(report for _, report in done))
+
+
+def _one(name: str, delta: Delta, names: Names, in_base: str) -> tuple[Delta, ToDoraModuleReport]:
+    if not isinstance(delta, LowRank):
+        raise UnsupportedError("it is a DoRA already", tensor=name)
+    if delta.layer.kind == "experts" or delta.layer.parameters:
+        raise UnsupportedError(
+            "stacked experts cannot be a DoRA, PEFT has no such thing", tensor=name
+        )
+    place = find_place(names, in_base, delta)
+    ((b, a),) = loaded(delta)
+    change = rows_of(Product(delta.scale * b.astype(np.float64), a.astype(np.float64)))
+    norms = output_norms(place.weight(), change)
+    if not norms.all():
+        raise UnsupportedError(
+            "an output has no weight at all, and a DoRA divides by its norm",
+            tensor=name,
+            got=f"{int(np.count_nonzero(norms == 0.0))} outputs",
+        )
+    if not np.isfinite(norms).all():
+        raise AdapterError("the weight with its change overflows", tensor=name)
+    shape: tuple[int, ...] = norms.shape
+    if delta.layer.kind == "conv":
+        shape = (1, len(norms), *(1 for _ in delta.layer.kernel))
+    magnitude = in_memory(f"{name}.magnitude", norms.astype(np.float32).reshape(shape))
+    report = ToDoraModuleReport(
+        name, delta.rank, len(norms), float(norms.min()), float(norms.max())
+    )
+    return Dora(delta, magnitude), report

@@ -1,0 +1,349 @@
+"""Every kind of adapter as plain low-rank factors, at the smallest error that is possible.
+
+Three cases. A kind that is a product of two factors in disguise folds exactly, to rounding. Any
+other change is approximated by its leading singular triplets, and the error of what is stored is
+measured against the true change. A change that depends on the base weight (DoRA, OFT, IA³ …) is
+built from it a block of rows at a time. What the kinds mean is in `loratools.kinds`.
+
+A DoRA changes W by g⊙(W + ΔW) − W with g = m/‖W + ΔW‖ per output: the rescaled factors, of low
+rank, and diag(g − 1)·W, which is not. Both energies are reported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from loratools.algebra.budget import RankChoice, choose_ranks, rank_table
+from loratools.algebra.ranks import RankRule, Spectrum, as_options
+from loratools.algebra.streamed_svd import StreamedMatrix
+from loratools.factors.matrices import loaded
+from loratools.factors.resize import ComputeOptions, Resizer
+from loratools.folding.dora import Rescaling
+from loratools.folding.module import stored_as_is
+from loratools.folding.regenerate import regenerated
+from loratools.folding.with_base import Opened, Opener
+from loratools.folding.without_base import folds_alone, needs_base, plain_adapter, with_settings
+from loratools.kinds import get_kind
+from loratools.work.parallel import in_order
+from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.scratch import Scratch
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, LowRank, OtherDelta
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.disk.errors import (
+    AdapterError,
+    LoratoolsError,
+    OptionError,
+    UnsupportedError,
+)
+
+_PROVENANCE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class FoldModuleReport:
+    """What became of one module.
+
+    Attributes:
+        name: module path.
+        kind: what it was.
+        rank: of the factors; None if it is kept whole.
+        energy: share of ‖ΔW‖²_F in the singular values kept.
+        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ of the stored, rounded factors.
+        low_rank_energy: of a DoRA, ‖g⊙scale·BA‖²/‖ΔW‖²; None of others.
+        rescaling_energy: of a DoRA, ‖diag(g − 1)W‖²/‖ΔW‖²; None of others. The two overlap, so
+            they need not add up to 1.
+    """
+
+    name: str
+    kind: str
+    rank: int | None
+    energy: float
+    relative_error: float
+    low_rank_energy: float | None = None
+    rescaling_energy: float | None = None
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """The plain adapter, not yet written.
+
+    Attributes:
+        adapter: to be given to `write_adapter`.
+        modules: one report each, in path order.
+        relative_error: over all modules together.
+        cautions: what the user should know about the kinds that took part.
+    """
+
+    adapter: Adapter
+    modules: tuple[FoldModuleReport, ...]
+    relative_error: float
+    cautions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FoldChoices:
+    """What ranks would cost and lose, for an adapter whose change is not of low rank.
+
+    Attributes:
+        choices: rank → size → error, over all modules.
+        low_rank_energy: of DoRA modules, share of their energy in the rescaled factors; None if
+            there are none.
+        rescaling_energy: of DoRA modules, share of their energy in diag(g − 1)W.
+    """
+
+    choices: tuple[RankChoice, ...]
+    low_rank_energy: float | None
+    rescaling_energy: float | None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    delta: LowRank | OtherDelta
+    report: FoldModuleReport
+    squared_error: float
+    squared_norm: float
+
+
+def to_lora(
+    adapter: Adapter,
+    rule: RankRule,
+    options: ComputeOptions | None = None,
+    *,
+    base: Checkpoint | None = None,
+    given: Mapping[str, str] | None = None,
+    whole: bool = False,
+    scratch_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FoldResult:
+    """Turn an adapter of any kind into plain low-rank factors.
+
+    Args:
+        adapter: of any kind.
+        rule: how ranks are chosen; without one, exact factors keep their rank, and a change that
+            has none is refused.
+        options: how to compute and store; new factors are float32 unless it says otherwise.
+        base: the base model, for kinds that need it.
+        given: settings that neither the file nor the base's configuration holds, by name.
+        whole: keep changes that are not of low rank as full differences, where no rank is chosen.
+        scratch_folder: where results wait until they are written.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        UnsupportedError: the change cannot be told, or not without the base.
+        OptionError: no rule, where a change has no exact factors and is not to be kept whole.
+        AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
+    """
+    complete = regenerated(adapter, base, given or {})
+    adapter = with_settings(complete.adapter, complete.unused, base)
+    work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
+    rule.check_patterns(adapter.modules)
+    record = {"rule": as_options(rule), **work.options.record(), "seed": work.options.seed}
+    record |= {"settings": dict(given)} if given else {}
+    with ThreadPoolExecutor(1) as beside:
+        provenance = beside.submit(operation_record, "to-lora", {"adapter": adapter}, record, base)
+        done: list[_Outcome] = []
+        for outcome in work.outcomes(json.dumps(record)):
+            done.append(outcome)
+            if progress is not None:
+                progress(len(done), len(adapter.modules))
+    plain = replace(
+        plain_adapter(adapter, {outcome.report.name: outcome.delta for outcome in done}),
+        metadata={**adapter.metadata, **record_metadata(provenance.result())},
+        provenance=provenance.result(),
+    )
+    return FoldResult(
+        plain,
+        tuple(outcome.report for outcome in done),
+        _ratio(sum(o.squared_error for o in done), sum(o.squared_norm for o in done)),
+        (
+            *((complete.caution,) if complete.caution else ()),
+            *_cautions(adapter),
+            *_of_fused(work.opener.fused),
+        ),
+    )
+
+
+def _of_fused(modules: Sequence[str]) -> Iterator[str]:
+    if modules:
+        yield (
+            f"the base has {len(modules)} of the modules in one tensor with others, such as "
+            f"{modules[0]}; loratools fuse puts them there, PEFT does not load them on it"
+        )
+
+
+def _cautions(adapter: Adapter) -> tuple[str, ...]:
+    kinds = {d.kind for d in adapter.modules.values() if isinstance(d, OtherDelta)}
+    return tuple(get_kind(kind).caution for kind in sorted(kinds) if get_kind(kind).caution)
+
+
+def fold_choices(
+    adapter: Adapter,
+    options: ComputeOptions | None = None,
+    *,
+    base: Checkpoint | None = None,
+    given: Mapping[str, str] | None = None,
+) -> FoldChoices | None:
+    """Return what ranks would cost and lose, None if every module folds exactly.
+
+    Raises:
+        UnsupportedError: the change cannot be told, or not without the base.
+        AdapterError: nothing to fold, NaN or infinite values, or tensors that do not fit.
+    """
+    complete = regenerated(adapter, base, given or {})
+    adapter = with_settings(complete.adapter, complete.unused, base)
+    work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
+    deltas = adapter.modules.values()
+    if all(isinstance(d, LowRank) or (folds_alone(d) and not needs_base(d)) for d in deltas):
+        return None
+    found = list(in_order(work.measured, adapter.modules, work.options.threads))
+    if all(is_exact for _, _, is_exact in found):
+        return None
+    rescalings = [rescaling for _, rescaling, _ in found if rescaling is not None]
+    total = sum(rescaling.squared_norm for rescaling in rescalings) or 1.0
+    return FoldChoices(
+        tuple(rank_table([spectrum for spectrum, _, _ in found], work.fixed_nbytes())),
+        sum(r.squared_low_rank for r in rescalings) / total if rescalings else None,
+        sum(r.squared_rescaling for r in rescalings) / total if rescalings else None,
+    )
+
+
+class _Fold:
+    """One run: what all its modules share."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        rule: RankRule,
+        options: ComputeOptions,
+        base: Checkpoint | None,
+        scratch_folder: Path | None,
+        *,
+        whole: bool,
+    ) -> None:
+        adapter.require_true_delta("to-lora")
+        if not adapter.modules:
+            raise AdapterError("no module to fold", path=adapter.source)
+        self.adapter = adapter
+        self.rule = rule
+        self.options = options
+        self.whole = whole
+        self.opener = Opener(adapter, rule, options, base)
+        self.resizer = Resizer(options, Scratch(scratch_folder), rule.uniform)
+
+    def outcomes(self, record: str) -> Iterator[_Outcome]:
+        """Yield the outcome of every module in order."""
+        ranks = None
+        if self.rule.needs_all_spectra:
+            spectra = in_order(self._spectrum_of, self.adapter.modules, self.options.threads)
+            ranks = choose_ranks(
+                list(spectra),
+                self.rule,
+                input_nbytes=self.adapter.weights_nbytes,
+                fixed_nbytes=self.fixed_nbytes() + _PROVENANCE_BYTES + 2 * len(record),
+            )
+        names = self.adapter.modules
+        return in_order(lambda name: self._outcome(name, ranks), names, self.options.threads)
+
+    def fixed_nbytes(self) -> int:
+        """Return the bytes of the output that ranks do not change, header included, about."""
+        adapter = self.adapter
+        others = [*(r.tensor for r in adapter.replacements.values()), *adapter.carried.values()]
+        others += [addition.tensor for addition in adapter.additions.values()]
+        return sum(t.nbytes for t in others) + sum(256 + 2 * len(name) for name in adapter.modules)
+
+    def _spectrum_of(self, name: str) -> Spectrum:
+        return self.measured(name)[0]
+
+    def measured(self, name: str) -> tuple[Spectrum, Rescaling | None, bool]:
+        """Return a module's spectrum, a DoRA's rescaling, and whether exact factors exist."""
+        opened = self.opener.open(name)
+        return self.opener.spectrum(name, opened), opened.rescaling, opened.exact is not None
+
+    def _outcome(self, name: str, ranks: dict[str, int] | None) -> _Outcome:
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
+                return self._folded(name, self.opener.open(name), ranks)
+        except LoratoolsError as error:
+            error.tensor = error.tensor or name
+            if error.path is None and self.adapter.source is not None:
+                error.path = str(self.adapter.source)
+            raise
+
+    def _folded(self, name: str, opened: Opened, ranks: dict[str, int] | None) -> _Outcome:
+        squared_norm = sum(part.squared_norm for part in opened.parts)
+        rank = self._rank(name, opened, ranks)
+        whole = self.adapter.modules[name]
+        squared_error, kept = 0.0, squared_norm
+        exact = opened.exact
+        new: LowRank | OtherDelta | None = None
+        if isinstance(whole, LowRank):
+            new = self.resizer.without_loss(whole, whole.rank if rank is None else rank)
+        elif exact is not None and (rank is None or rank >= len(exact.a)):
+            new = stored_as_is(opened.template, exact, self.options, self.resizer.scratch)
+            squared_error = sum(
+                part.squared_error(new.scale * b.astype(np.float64), a.astype(np.float64))
+                for part, (b, a) in zip(opened.parts, loaded(new), strict=True)
+            )
+        elif rank is None:
+            new, squared_error = self._kept_whole(name, opened)
+        if new is None:
+            rank = opened.template.rank if rank is None else rank
+            found = self.resizer.compressed(name, opened.template, opened.parts, rank)
+            new, squared_error, kept = found.delta, found.squared_error, found.energy
+        of = opened.rescaling
+        total = (of.squared_norm if of is not None else 0.0) or 1.0
+        report = FoldModuleReport(
+            name,
+            opened.kind,
+            None if isinstance(new, OtherDelta) else new.rank,
+            min(kept / squared_norm, 1.0) if squared_norm else 1.0,
+            _ratio(squared_error, squared_norm),
+            None if of is None else of.squared_low_rank / total,
+            None if of is None else of.squared_rescaling / total,
+        )
+        return _Outcome(new, report, squared_error, squared_norm)
+
+    def _kept_whole(self, name: str, opened: Opened) -> tuple[OtherDelta, float]:
+        """Return a change as a full difference in float32, and the squared error of rounding it."""
+        part = opened.parts[0]
+        template = opened.template
+        is_matrix = len(opened.parts) == 1 and template.layer.kind != "embedding"
+        if not is_matrix or not isinstance(part, StreamedMatrix):
+            raise UnsupportedError("a change of this layout cannot be kept whole", tensor=name)
+        out, in_ = template.shape
+        values, squared_error = np.empty((out, in_), np.float32), 0.0
+        for start, stop, block in part.blocks():
+            values[start:stop] = block
+            squared_error += float(np.sum((values[start:stop] - block) ** 2))
+        kernel = template.layer.kernel
+        shape = (out, in_ // math.prod(kernel), *kernel) if kernel else (out, in_)
+        diff = self.resizer.scratch.store(f"{name}.diff", values.reshape(shape), DTYPES["F32"])
+        settings = {"scale": 1.0}
+        delta = OtherDelta("full", {"diff": diff}, settings, template.layer, (out, in_))
+        return delta, squared_error
+
+    def _rank(self, name: str, opened: Opened, ranks: dict[str, int] | None) -> int | None:
+        """Return the rank to give, None to keep what there is."""
+        if ranks is not None:
+            return ranks[name]
+        has_own = opened.exact is not None or isinstance(self.adapter.modules[name], LowRank)
+        if self.rule.is_given and (has_own or self.rule.decides(name)):
+            return self.rule.of_module(self.opener.spectrum(name, opened))
+        if not has_own and not self.whole:
+            raise OptionError(
+                f"a weight change of kind {opened.kind} is not of low rank",
+                hint="Choose a rank with --rank, --energy, --budget or another rule",
+            )
+        return None
+
+
+def _ratio(squared: float, squared_whole: float) -> float:
+    return math.sqrt(squared / squared_whole) if squared_whole else 0.0

@@ -1,0 +1,254 @@
+"""Whether a fused checkpoint contains an adapter, tensor by tensor.
+
+What fusing would make is computed again from the base and the adapters, block by block, and
+compared with what is there. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from loratools.algebra.device import Device
+from loratools.base.dequantised import PlainCheckpoint, plain
+from loratools.operations.fuse.blocks import fused_blocks, single_precision
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.plan import ADDABLE, FLOATING, TensorPlan, plan_fuse
+from loratools.operations.fuse.terms import View, load_terms, stacked
+from loratools.work.parallel import in_order
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.dtypes import DType, round_into
+from loratools_formats.core.tensors import TensorRef
+
+Array = np.ndarray[Any, Any]
+Verdict = Literal["exact", "within rounding", "not contained", "not checked"]
+
+_PRODUCT_ROUNDING = 2.0**-20
+# Relative distance of neighbouring numbers, and the smallest one, of each type.
+_SPACING = {
+    "F64": (2.0**-52, 2.0**-1074),
+    "F32": (2.0**-23, 2.0**-149),
+    "F16": (2.0**-10, 2.0**-24),
+    "BF16": (2.0**-7, 2.0**-133),
+}
+# PEFT merges a DoRA in the type of its factors: it rounds the sum, its norm, the magnitude over the
+# norm, and the product, half a unit each, twice as much as what `_tolerance` says.
+_DORA_ROUNDINGS = 2
+_COMPARED = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorVerdict:
+    """What was found for one tensor.
+
+    Attributes:
+        key: its name.
+        verdict: `exact`: what `fuse` would write; `within rounding`: every element is, up to the
+            rounding of its type and of a change that was rounded first; `not contained`; or
+            `not checked`.
+        touched: whether the adapters change it.
+        found: share of ΔW in the tensor, ⟨W' − W, ΔW⟩/‖ΔW‖²; None where nothing changes.
+        error: ‖W' − (W + ΔW)‖/‖ΔW‖; None where nothing changes.
+        reason: why it is not contained or was not checked.
+    """
+
+    key: str
+    verdict: Verdict
+    touched: bool
+    found: float | None = None
+    error: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was found.
+
+    Attributes:
+        tensors: every tensor of either checkpoint.
+    """
+
+    tensors: tuple[TensorVerdict, ...]
+
+    @property
+    def counts(self) -> dict[Verdict, int]:
+        """Number of tensors by verdict."""
+        return dict(Counter(tensor.verdict for tensor in self.tensors))
+
+    @property
+    def contained(self) -> bool | None:
+        """Whether the adapters are contained; None if that could not be checked."""
+        if "not contained" in self.counts:
+            return False
+        return None if "not checked" in self.counts else True
+
+
+def verify(
+    fused: Checkpoint,
+    base: Checkpoint,
+    inputs: Sequence[FuseInput],
+    *,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyResult:
+    """Return, for each tensor, whether a checkpoint is the base with the adapters fused in.
+
+    Args:
+        fused: the checkpoint in question.
+        base: what it is said to be made from.
+        inputs: the adapters with their weights.
+        workers: threads.
+        progress: called with (tensors done, tensors in all).
+
+    Raises:
+        AdapterError: malformed input, or an adapter that does not fit the base.
+        UnsupportedError: a quantisation or an adapter that cannot be read.
+    """
+    old, new = plain(base), plain(fused)
+    plans = plan_fuse(old.checkpoint, inputs, None, old.stored).tensors
+
+    def judged(plan: TensorPlan) -> TensorVerdict:
+        return _judged(plan, new)
+
+    verdicts: list[TensorVerdict] = []
+    for verdict in in_order(judged, plans.values(), workers):
+        verdicts.append(verdict)
+        if progress is not None:
+            progress(len(verdicts), len(plans))
+    verdicts += [
+        TensorVerdict(key, "not checked", touched=False, reason="not in the base")
+        for key in new.checkpoint.tensors
+        if key not in plans
+    ]
+    for item in inputs:
+        item.adapter.check_unchanged()
+    return VerifyResult(tuple(verdicts))
+
+
+def _judged(plan: TensorPlan, new: PlainCheckpoint) -> TensorVerdict:
+    there = new.checkpoint.tensors.get(plan.key)
+    if there is None:
+        reason = "no tensor of that name"
+        return TensorVerdict(plan.key, "not checked", plan.is_touched, reason=reason)
+    if there.shape != plan.source.shape:
+        reason = f"shape {list(there.shape)}, expected {list(plan.source.shape)}"
+        return TensorVerdict(plan.key, "not contained", plan.is_touched, reason=reason)
+    exactly = plan.key not in new.stored
+    if exactly and plan.is_copy and _same_bytes(plan.source, there):
+        return TensorVerdict(plan.key, "exact", plan.is_touched)
+    if plan.source.dtype.code not in ADDABLE or there.dtype.code not in FLOATING:
+        reason = "differs from the base" if not plan.is_touched else "differs from the adapter's"
+        return TensorVerdict(plan.key, "not contained", plan.is_touched, reason=reason)
+    comparison = _compared(plan, there, exactly=exactly)
+    return _verdict(plan, comparison, four_bit=plan.key in new.four_bit)
+
+
+def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    return one.dtype == other.dtype and all(
+        bytes(one.raw_range(start, min(start + _COMPARED, one.nbytes)))
+        == bytes(other.raw_range(start, min(start + _COMPARED, one.nbytes)))
+        for start in range(0, one.nbytes, _COMPARED)
+    )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Sums over all elements of a tensor; W old, W + ΔW wanted, W' found.
+
+    Attributes:
+        is_exact: W' is the wanted values, rounded.
+        is_near: every element of W' is within the tolerance.
+        base_is_near: so is every element of W, so that the change cannot be seen.
+        delta: ‖ΔW‖².
+        along: ⟨W' − W, ΔW⟩.
+        off: ‖W' − (W + ΔW)‖².
+    """
+
+    is_exact: bool
+    is_near: bool
+    base_is_near: bool
+    delta: float
+    along: float
+    off: float
+
+
+def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparison:
+    view = View.of(plan.source.shape, stacked=stacked(plan.changes))
+    terms = load_terms(plan.changes, view)
+    # As `fuse` computes, so that what it wrote is found to be exact.
+    single = single_precision(view, terms, there.dtype.code, base_code=plan.source.dtype.code)
+    wanted_type = there.dtype.numpy_dtype()
+    roundings = _DORA_ROUNDINGS if any(not t.is_plain for plane in terms for t in plane) else 1
+    is_exact = is_near = base_is_near = True
+    delta = along = off = 0.0
+    blocks = fused_blocks(
+        plan.source, view, terms, plan.patches, single=single, device=Device("cpu")
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in blocks:
+            total = block.total.reshape(-1)
+            stored = there.elements(block.start, block.start + len(total))
+            rounded = np.empty(total.shape, wanted_type)
+            round_into(total, rounded)
+            is_same = exactly and bool((rounded == stored).all())
+            is_exact = is_exact and is_same
+            wanted, found = total.astype(np.float64), stored.astype(np.float64)
+            old = plan.old_values(block.start, block.base.reshape(-1)).astype(np.float64)
+            change = wanted - old
+            if base_is_near or (is_near and not is_same):
+                tolerance = roundings * _tolerance(there.dtype, wanted, change)
+                is_near = is_near and bool((np.abs(found - wanted) <= tolerance).all())
+                base_is_near = base_is_near and bool((np.abs(change) <= tolerance).all())
+            delta += float(np.dot(change, change))
+            along += float(np.dot(found - old, change))
+            off += float(np.dot(found - wanted, found - wanted))
+    return _Comparison(is_exact, is_near, base_is_near, delta, along, off)
+
+
+def _tolerance(dtype: DType, wanted: Array, change: Array) -> Array:
+    """Return how far an element may be off: a unit in the last place of the sum and of the change.
+
+    The second is for tools that round the change before they add it. Errors of products in float32
+    are allowed for too.
+    """
+    spacing, smallest = _SPACING[dtype.code]
+    largest = float(np.abs(change).max(initial=0.0))
+    tolerance: Array = np.abs(wanted) + np.abs(change)
+    tolerance *= spacing
+    tolerance += _PRODUCT_ROUNDING * largest + smallest
+    return tolerance
+
+
+def _verdict(plan: TensorPlan, c: _Comparison, *, four_bit: bool) -> TensorVerdict:
+    is_measured = c.delta > 0 and math.isfinite(c.off)
+    found = c.along / c.delta if is_measured else None
+    error = math.sqrt(c.off / c.delta) if is_measured else None
+
+    def result(verdict: Verdict, reason: str | None = None) -> TensorVerdict:
+        return TensorVerdict(plan.key, verdict, plan.is_touched, found, error, reason)
+
+    if not math.isfinite(c.delta):
+        return TensorVerdict(
+            plan.key,
+            "not checked",
+            plan.is_touched,
+            reason="the base tensor holds NaN or infinite values",
+        )
+    if c.is_exact:
+        return result("exact")
+    if not math.isfinite(c.off):
+        return result("not contained", "holds NaN or infinite values")
+    if four_bit and plan.is_touched:
+        return result("not checked", "stored in four bits, whose steps are larger than rounding")
+    if c.is_near and c.base_is_near and c.delta:
+        return result("not checked", "the change is below the rounding of its type")
+    if c.is_near:
+        return result("within rounding")
+    if not plan.is_touched:
+        return result("not contained", "differs from the base, though no adapter changes it")
+    return result("not contained")

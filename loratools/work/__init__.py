@@ -1,0 +1,1 @@
+"""What every run needs: threads, scratch space, buffers, provenance, selected modules."""

@@ -1,0 +1,74 @@
+"""A place for results too many to hold in memory: one anonymous file.
+
+Workers append tensors from any thread and get back references that read from the file. The file
+has no name, so it vanishes with the process however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools_formats.core.tensors import TensorRef, in_file
+from loratools_formats.disk.errors import OutputError
+
+if TYPE_CHECKING:
+    from loratools_formats.core.dtypes import Array, DType
+
+
+class Scratch:
+    """An anonymous file that holds tensors until they are written out.
+
+    Args:
+        folder: where to make it; the system's temporary folder by default.
+
+    Raises:
+        OutputError: no file can be made there.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives with this object
+        except OSError as error:
+            raise OutputError(
+                f"no scratch file can be made: {error.strerror}", path=folder
+            ) from error
+        self._lock = threading.Lock()
+        self._end = 0
+
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        """Return `nbytes` bytes from `offset`."""
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(nbytes)
+
+    def store(self, key: str, array: Array, dtype: DType) -> TensorRef:
+        """Append an array already in the type `dtype`, and return a reference to it.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        import numpy as np
+
+        data = np.atleast_1d(array).view(np.uint8).data
+        with self._lock:
+            offset = self._end
+            try:
+                self._file.seek(offset)
+                self._file.write(data)
+            except OSError as error:
+                raise OutputError(
+                    f"scratch file: {os.strerror(error.errno or 0)}",
+                    path=tempfile.gettempdir() if self._folder is None else self._folder,
+                    hint="Nothing was changed; check free space",
+                ) from error
+            self._end += data.nbytes
+        return in_file(key, dtype, tuple(array.shape), self, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()

@@ -1,0 +1,42 @@
+"""Which modules an operation touches."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from loratools_formats.disk.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which modules an operation touches, by regular expressions searched in their paths.
+
+    Raises:
+        OptionError: not a regular expression.
+    """
+
+    include: str | None = None
+    exclude: str | None = None
+
+    def __post_init__(self) -> None:
+        for pattern in (self.include, self.exclude):
+            if pattern is not None:
+                check_regex(pattern)
+
+    def __contains__(self, name: str) -> bool:
+        wanted = self.include is None or re.search(self.include, name) is not None
+        return wanted and not (self.exclude and re.search(self.exclude, name))
+
+    def record(self) -> dict[str, str]:
+        """Return what is set, for an output's provenance."""
+        given = {"include": self.include, "exclude": self.exclude}
+        return {name: pattern for name, pattern in given.items() if pattern is not None}
+
+
+def check_regex(pattern: str) -> None:
+    """Raise `OptionError` if a pattern is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise OptionError(f"not a regular expression: {error}", got=pattern) from error
