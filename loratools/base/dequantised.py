@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratools.base.linears import is_conv1d
 from loratools_formats.checkpoints.bitsandbytes import (
     QuantizedWeight,
     is_four_bit_config,
@@ -28,6 +27,7 @@ from loratools_formats.checkpoints.eight_bit_floats import (
     activation_scales,
     fp8_weights,
 )
+from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import UnsupportedError

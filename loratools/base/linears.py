@@ -10,23 +10,19 @@ loader leaves listed modules alone, so that what is loaded is what was written.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from loratools.base.placement import rules
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.facts import head_of, is_embedding, model_types, values_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 
 _WEIGHT = ".weight"
 _QUANTIZABLE = ("F32", "F16", "BF16")
 _LAST = re.compile(r"score|classifier|qa_outputs|text_projection")
-_EMBEDDING = re.compile(
-    r"(?!embedding_hidden_mapping_in$)(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?"
-    r"|embed_?tokens.*|shared|tok_embeddings|relative_attention_bias"
-)
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
 _ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|wg)(?:\.(?:classifier|layer))?")
 # Source: `_keep_in_fp32_modules` of the model classes in transformers 5.23.
@@ -40,7 +36,6 @@ _OWN_CLASSES = {
     "falcon": frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
     "deepseek_v4": frozenset({"o_a_proj"}),
 }
-_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -113,17 +108,6 @@ def linear_weights(
     return Linears(weights, tuple(kept), tuple(stacks), choice.heads)
 
 
-def is_conv1d(key: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a weight belongs to transformers' Conv1D, which stores (in, out)."""
-    leaf = key.removesuffix(_WEIGHT).rpartition(".")[2]
-    return leaf in rules.CONV1D_LEAVES and not _model_types(config).isdisjoint(rules.CONV1D_TYPES)
-
-
-def is_embedding(module: str) -> bool:
-    """Return whether a module is named as embeddings are."""
-    return _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
-
-
 class _Choice:
     """Which weights of one checkpoint stay as they are."""
 
@@ -131,11 +115,9 @@ class _Choice:
         self._base = base
         self._skip = skip
         self._experts = experts
-        self._models = _model_types(base.config)
-        self._vocabularies = set(_values(base.config, "vocab_size"))
-        self.heads = frozenset(rules.HEADS.get(m, _HEAD) for m in self._models) or frozenset(
-            {_HEAD}
-        )
+        self._models = model_types(base.config)
+        self._vocabularies = set(values_of(base.config, "vocab_size"))
+        self.heads = frozenset(head_of([m]) for m in self._models) or frozenset({head_of([])})
 
     def reason_to_keep(self, module: str, ref: TensorRef) -> str | None:
         """Return why a module's weight stays as it is, None if it is quantised."""
@@ -145,7 +127,7 @@ class _Choice:
             "skipped as asked": any(pattern.search(module) for pattern in self._skip),
             "output embedding": any(f".{module}".endswith(f".{head}") for head in self.heads),
             "last module": _LAST.fullmatch(module) is not None and without_bias,
-            "embedding": _EMBEDDING.fullmatch(last) is not None
+            "embedding": is_embedding(module)
             or (without_bias and ref.shape[0] in self._vocabularies),
             "kept in float32": any(
                 module.endswith(name) or f".{name}." in f".{module}."
@@ -202,16 +184,3 @@ def _shortened(module: str) -> str:
     """Return the name that stands for a module in a list: for an expert's, that of all of them."""
     found = _EXPERT.fullmatch(module)
     return module if found is None else found[1]
-
-
-def _model_types(config: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(v for v in _values(config, "model_type") if isinstance(v, str))
-
-
-def _values(config: Mapping[str, Any], name: str) -> Iterator[Any]:
-    """Yield an entry of a configuration and of those nested in it."""
-    if isinstance(config.get(name), int | str):
-        yield config[name]
-    for value in config.values():
-        if isinstance(value, Mapping):
-            yield from _values(value, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.ranks import RankRule, Spectrum
+from loratools.base.facts import find_tie, shared_embeddings
+from loratools.base.placement.names import Names
 from loratools.base.weights import (
     Place,
     ShapeOnly,
@@ -109,9 +112,9 @@ class Opener:
                 )
             return {}
         places = {}
-        self._refuse_tied(base)
         names = names_under(self.adapter, base, needing)
         in_base = names_in_base(self.adapter, base)
+        self._refuse_tied(names, in_base)
         for name, delta in self.adapter.modules.items():
             if not isinstance(delta, LowRank) and is_fused(names, in_base[name]):
                 self.fused.append(name)
@@ -123,16 +126,19 @@ class Opener:
                 places[name] = find_place(names, in_base[name], delta)
         return places
 
-    def _refuse_tied(self, base: Checkpoint) -> None:
-        config = base.config.get("text_config") or base.config
+    def _refuse_tied(self, names: Names, in_base: Mapping[str, str]) -> None:
+        tie = find_tie(names, task=self.adapter.config.get("task_type"), guess_head=True)
+        shared = {f"{name}.weight" for name in shared_embeddings(names)}
+        tied = shared if tie is None else {*shared, *map(names.spelling, (tie.embedding, tie.head))}
         for name, delta in self.adapter.modules.items():
             reason = get_kind(delta.kind).if_tied if isinstance(delta, OtherDelta) else ""
-            if reason and config.get("tie_word_embeddings"):
+            if reason and names.spelling(f"{in_base[name]}.weight") in tied:
                 raise UnsupportedError(
-                    f"a weight change of kind {kind_name(delta)} has no like as a plain LoRA here: "
+                    f"kind {kind_name(delta)} cannot be expressed as a plain LoRA on this base: "
                     f"{reason}",
                     path=self.adapter.source,
                     tensor=name,
+                    hint="Fuse it into the base with loratools fuse",
                 )
 
     def open(self, name: str) -> Opened:

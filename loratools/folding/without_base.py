@@ -22,6 +22,7 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.facts import text_values
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, Missing, OtherDelta
 from loratools_formats.disk.errors import OptionError, UnsupportedError
@@ -197,12 +198,11 @@ class _Base:
     def config_tells(self, missing: Missing) -> str | None:
         """Return what the configuration tells of a setting, None if nothing."""
         config = {} if self._base is None else self._base.config
-        nested = config.get("text_config")
-        for values in (config, nested if isinstance(nested, Mapping) else {}):
-            found = next((values[k] for k in missing.in_base if values.get(k) is not None), None)
-            if found is not None:
-                return missing.meaning.get(str(found)) if missing.meaning else str(found)
-        return None
+        values = text_values(config)
+        found = next((values[k] for k in missing.in_base if values.get(k) is not None), None)
+        if found is None:
+            return None
+        return missing.meaning.get(str(found)) if missing.meaning else str(found)
 
 
 def _parsed(key: str, text: str, missing: Missing) -> str | float:

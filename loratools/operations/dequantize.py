@@ -19,7 +19,6 @@ from threadpoolctl import threadpool_limits
 from loratools.base.dequantised import plain_config
 from loratools.base.fourbit.decode import CHUNK, Dequantizer
 from loratools.base.fourbit.encode import Loss
-from loratools.base.linears import is_conv1d
 from loratools.work.buffers import Buffers
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record
@@ -30,6 +29,7 @@ from loratools_formats.checkpoints.bitsandbytes import (
 )
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
+from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, Part, Sink
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.disk.errors import AdapterError

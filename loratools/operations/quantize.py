@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from loratools.base.fourbit.encode import FourBitOptions, Loss
 from loratools.base.fourbit.store import blanks, fill
-from loratools.base.linears import Kept, Linears, is_conv1d, linear_weights
+from loratools.base.linears import Kept, Linears, linear_weights
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record
 from loratools.work.selection import check_regex
@@ -34,6 +34,7 @@ from loratools_formats.checkpoints.bitsandbytes import (
 )
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
+from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Made, Part, Sink
 from loratools_formats.core.dtypes import DType
 from loratools_formats.core.tensors import Buffer, TensorRef

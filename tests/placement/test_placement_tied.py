@@ -205,7 +205,8 @@ def test_the_bias_of_a_settled_module_is_not_lost():
 
 
 def test_a_base_that_stores_both_though_tied():
-    base = checkpoint({EMB: (9, 4), "lm_head.weight": (9, 4)}, **LLAMA)
+    tensors = {EMB: (9, 4), "lm_head.weight": (9, 4)}
+    base = checkpoint(tensors, **LLAMA | {"tie_word_embeddings": True})
     with pytest.raises(UnsupportedError, match="yet it stores both"):
         placed({"lm_head": linear(9, 4)}, base)
     rows = replacing("token_rows", EMB, (2, 4), (1, 3))

@@ -14,10 +14,11 @@ from typing import Any
 
 from loratools.base.placement import rules
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.facts import TEXT_SECTIONS
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
-_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "vision_config")
+_SECTIONS = (*TEXT_SECTIONS, "vision_config")
 _VISION = re.compile(r"^(vision|visual|image)")
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from loratools.base.placement import rules
 from loratools.base.placement.names import Names
+from loratools_formats.checkpoints.facts import CONV1D_TYPES, named_conv1d
 from loratools_formats.core.adapter import LowRank, OtherDelta
 from loratools_formats.core.orientation import is_transposed
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -89,8 +90,8 @@ def cut_is_transposed(
 
 def _linear_if_square(names: Names, module: str) -> bool | None:
     types = set(names.types_of(module))
-    if types & rules.CONV1D_TYPES:
-        return module.rpartition(".")[2] in rules.CONV1D_LEAVES
+    if types & CONV1D_TYPES:
+        return named_conv1d(module)
     return False if types & rules.LINEAR_TYPES else None
 
 

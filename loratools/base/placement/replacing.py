@@ -11,11 +11,12 @@ from loratools.base.placement.fused import joined_spans, part_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import Settled
+from loratools_formats.checkpoints.facts import HEAD_BIASES, HEADS, INPUT_EMBEDDINGS
 from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_RESIZABLE = rules.INPUT_EMBEDDINGS | rules.TASK_HEADS | frozenset(rules.HEADS.values())
+_RESIZABLE = INPUT_EMBEDDINGS | rules.TASK_HEADS | frozenset(HEADS.values())
 
 
 @dataclass
@@ -66,7 +67,7 @@ def place_replacements(
 
 
 def _tied_bias(names: Names, replacement: Replacement) -> list[Site]:
-    key = names.find(rules.HEAD_BIASES.get(replacement.target, replacement.target))
+    key = names.find(HEAD_BIASES.get(replacement.target, replacement.target))
     return [] if key is None else [Site(key)]
 
 

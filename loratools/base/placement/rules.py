@@ -1,7 +1,7 @@
-"""Facts about names and layouts, as tables.
+"""Facts about names and layouts, as tables; those about embeddings are in `base.facts`.
 
 Source: transformers 5.23, `conversion_mapping.py` (what it renames when it loads and saves), the
-modelling files (order of outputs in fused projections, layers that are Conv1D), and torch's
+modelling files (order of outputs in fused projections), and torch's
 `nn.MultiheadAttention`. A model type that is not listed has no rule; nothing here is a default.
 """
 
@@ -70,10 +70,6 @@ RENAMINGS = (
     Renaming(r"\bintermediate\.dense\b", "mlp.fc1", _VIT),
     Renaming(r"(?<!attention\.)\boutput\.dense\b", "mlp.fc2", _VIT),
 )
-
-CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-"""Layers that transformers stores as (in, out), in the models of these types only."""
 
 LINEAR_TYPES = frozenset(
     {
@@ -155,57 +151,6 @@ JOINED_BY_NAME = {
     "gate_up_proj": GLU_PARTS[0],
 }
 """Fused modules of adapters for bases which keep the parts separate: order of their outputs."""
-
-INPUT_EMBEDDINGS = frozenset(
-    {
-        "embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings.word_embeddings",
-        "decoder.embed_tokens", "embeddings.tok_embeddings",
-    }
-)  # fmt: skip
-"""Token embeddings, without their neutral prefix."""
-
-SHARED_EMBEDDINGS = frozenset({"shared", "encoder.embed_tokens", "decoder.embed_tokens"})
-"""Names of an embedding that the encoder and the decoder of one model share."""
-
-_HEADS_BY_NAME = {
-    "cls.predictions.decoder": (
-        "bert", "big_bird", "blip_text_model", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm",
-        "lxmert", "megatron-bert", "mobilebert", "mra", "nomic_bert", "nystromformer", "roc_bert",
-        "roformer", "squeezebert", "tapas", "visual_bert", "yoso",
-    ),
-    "predictions.decoder": ("albert",),
-    "lm_head.decoder": (
-        "roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "xmod",
-        "data2vec-text", "longformer", "esm", "ibert", "mpnet", "gte", "bert-generation",
-        "jina_embeddings_v3", "luke",
-    ),
-    "lm_head.out_proj": ("t5gemma", "t5gemma2"),
-    "proj_out": ("whisper", "moonshine", "moonshine_streaming", "canary", "cohere_asr"),
-    "output_projection": ("biogpt", "trocr"),
-    "generator_lm_head": ("electra", "convbert"),
-    "embed_out": ("gpt_neox", "gpt_neox_japanese"),
-    "mlm_score.decoder": ("bridgetower", "vilt"),
-    "pred_layer.proj": ("xlm", "flaubert"),
-    "decoder": ("modernbert", "modernbert-decoder"),
-    "vocab_projector": ("distilbert",),
-    "lm_loss": ("xlnet",),
-    "output": ("git",),
-    "head": ("rwkv",),
-}  # fmt: skip
-HEADS = {model: name for name, models in _HEADS_BY_NAME.items() for model in models}
-"""The output layer that shares the token embedding's weight; `lm_head` in all other models."""
-
-HEAD_BIASES = {
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-    "predictions.decoder.bias": "predictions.bias",
-    "lm_head.decoder.bias": "lm_head.bias",
-}
-"""Biases of such an output layer that are tied along with its weight, and stored once, too."""
-
-HEAD_CLASSES = (
-    "ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForMaskedLM", "ForPreTraining",
-)  # fmt: skip
-"""Endings of the classes that have such an output layer."""
 
 TASK_HEADS = frozenset(
     {

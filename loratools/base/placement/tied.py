@@ -10,33 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from loratools.base.placement import rules
+from loratools.base.facts import Tie, find_tie, shared_embeddings
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
+from loratools_formats.checkpoints.facts import HEAD_BIASES
 from loratools_formats.core.adapter import Adapter, LowRank, Replacement, low_rank_part
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-
-_TIE_KEY = "tie_word_embeddings"
-_OLD_TEXT_PREFIX = "language_model.model."
-
-
-@dataclass(frozen=True)
-class Tie:
-    """A weight that two layers share.
-
-    Attributes:
-        embedding: key of the stored weight.
-        head: key of the output layer's weight, which the checkpoint need not hold.
-        is_head_stored: whether it does all the same.
-    """
-
-    embedding: str
-    head: str
-    is_head_stored: bool
 
 
 @dataclass(frozen=True)
@@ -69,43 +51,6 @@ class _End:
     rows: list[str]
 
 
-def find_tie(names: Names, adapter: Adapter) -> Tie | None:
-    """Return the tied weight of a checkpoint, None if it has none that can be told."""
-    if not _says_tied(names.base.config) or not _has_head(names.base.config, adapter):
-        return None
-    found = [
-        key
-        for key in names.tensors
-        if names.spelling(key).removesuffix(".weight") in rules.INPUT_EMBEDDINGS
-    ]
-    if len(found) != 1 or not found[0].endswith(".weight"):
-        return None
-    embedding = found[0]
-    types = names.types_of(embedding)
-    head = next((rules.HEADS[t] for t in types if t in rules.HEADS), "lm_head") + ".weight"
-    stored = names.find(head)
-    if stored is not None:
-        return Tie(embedding, stored, is_head_stored=True)
-    prefix = "language_model." if embedding.startswith(_OLD_TEXT_PREFIX) else ""
-    return Tie(embedding, prefix + head, is_head_stored=False)
-
-
-def _says_tied(config: Mapping[str, Any]) -> bool:
-    """Return what a configuration says; transformers 4 leaves the key out where it is true."""
-    if "model_type" not in config:
-        return False
-    parts = (config, config.get("text_config"))
-    said = [p["tie_word_embeddings"] for p in parts if isinstance(p, dict) and _TIE_KEY in p]
-    return any(said) if said else True
-
-
-def _has_head(config: Mapping[str, Any], adapter: Adapter) -> bool:
-    classes = config.get("architectures")
-    if isinstance(classes, list) and classes:
-        return any(isinstance(c, str) and c.endswith(rules.HEAD_CLASSES) for c in classes)
-    return adapter.config.get("task_type") in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-
-
 def settle(names: Names, adapter: Adapter) -> Settled:
     """Return what an adapter does to a checkpoint's tied weight.
 
@@ -114,7 +59,7 @@ def settle(names: Names, adapter: Adapter) -> Settled:
         UnsupportedError: more than two layers share the weight, or the checkpoint holds both.
     """
     _refuse_shared_encoder(names, adapter)
-    tie = find_tie(names, adapter)
+    tie = find_tie(names, task=adapter.config.get("task_type"))
     if tie is None:
         return Settled()
     embedding = _end(names, adapter, tie.embedding)
@@ -157,12 +102,7 @@ def _refuse_doubles(adapter: Adapter, *ends: _End) -> None:
 
 def _refuse_shared_encoder(names: Names, adapter: Adapter) -> None:
     """Refuse changes of an embedding that an encoder and a decoder share, which is three layers."""
-    config = names.base.config
-    if not config.get("is_encoder_decoder"):
-        return
-    # `shared` is one whether the output layer is tied to it or not.
-    tied = rules.SHARED_EMBEDDINGS if _says_tied(config) else {"shared"}
-    shared = {f"{name}.weight" for name in tied}
+    shared = {f"{name}.weight" for name in shared_embeddings(names)}
     targets = [f"{module}.weight" for module in adapter.modules]
     targets += [replacement.target for replacement in adapter.replacements.values()]
     for target in targets:
@@ -286,7 +226,7 @@ def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End
 
 def _untied_bias(names: Names, tie: Tie) -> dict[str, str]:
     bias = tie.head.removesuffix("weight") + "bias"
-    stored = names.find(rules.HEAD_BIASES.get(bias, bias))
+    stored = names.find(HEAD_BIASES.get(bias, bias))
     return {} if stored is None or stored == bias else {bias: stored}
 
 

@@ -13,16 +13,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loratools.base.linears import is_conv1d, is_embedding
+from loratools.base.facts import equal_values, find_tie, shared_embeddings
 from loratools.base.placement import rules
 from loratools.base.placement.names import Names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.facts import (
+    DEFAULT_HEAD,
+    head_of,
+    is_conv1d,
+    is_embedding,
+    named_conv1d,
+)
 from loratools_formats.core.adapter import Delta, Layer, OtherDelta, Replacement
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_BLOCK_BYTES = 1 << 22
 _LINEAR = Layer("linear")
 _STACKED = ("gate_up_proj", "down_proj")
 """Parameters of stacked experts, in the order in which transformers declares them."""
@@ -65,18 +71,7 @@ class Pair:
 
     def differs(self) -> bool:
         """Return whether any value changed, reading both a block at a time."""
-        if self.old.shape != self.new.shape:
-            return True
-        same_type = self.old.dtype == self.new.dtype
-        step = _BLOCK_BYTES // 8
-        for start in range(0, self.old.numel, step):
-            stop = min(start + step, self.old.numel)
-            one, other = self.old.elements(start, stop), self.new.elements(start, stop)
-            if same_type and one.tobytes() == other.tobytes():
-                continue
-            if not np.array_equal(one.astype(np.float64), other.astype(np.float64)):
-                return True
-        return False
+        return not equal_values((self.old, self.new))
 
     def replacement(self) -> Replacement:
         """Return the new tensor as one that replaces the old."""
@@ -115,9 +110,8 @@ class Comparison:
         self.base, self.tuned = base, tuned
         self._names = Names(base)
         self.notes: list[str] = []
-        config = base.config.get("text_config") or base.config
-        heads = [key for key in base.tensors if key.rpartition(".")[0].endswith("lm_head")]
-        self.is_tied = bool(config.get("tie_word_embeddings")) or not heads
+        self._tie = find_tie(self._names, guess_head=True)
+        self._shared = shared_embeddings(self._names)
 
     def pairs(self) -> list[Pair]:
         """Return every tensor of both.
@@ -142,7 +136,32 @@ class Comparison:
                 if not self._is_tied_copy(key, self.tuned):
                     raise self._alone(key, self.tuned, self.base)
                 self.notes.append(f"{key} is tied in the base checkpoint and not compared")
-        return pairs
+        return self._without_tied_head(pairs)
+
+    def _without_tied_head(self, pairs: list[Pair]) -> list[Pair]:
+        """Leave out an output layer that both checkpoints store as a copy of the embedding.
+
+        Raises:
+            UnsupportedError: the base's configuration ties the two, and one of the checkpoints
+                stores different ones.
+        """
+        by_key = {pair.key: pair for pair in pairs}
+        tie = self._tie
+        if tie is None or tie.embedding not in by_key or tie.head not in by_key:
+            return pairs
+        embedding, head = by_key[tie.embedding], by_key[tie.head]
+        if not (embedding.differs() or head.differs()):
+            return pairs
+        for old_or_new in ((embedding.old, head.old), (embedding.new, head.new)):
+            if not equal_values(old_or_new):
+                raise UnsupportedError(
+                    "the base's config ties the embedding and the output layer, yet a checkpoint "
+                    "stores two different ones",
+                    path=self.base.path,
+                    tensor=tie.head,
+                    hint="Set tie_word_embeddings to false in the base's config.json",
+                )
+        return [pair for pair in pairs if pair is not head]
 
     def _alone(self, key: str, here: Checkpoint, there: Checkpoint) -> AdapterError:
         return AdapterError(
@@ -155,12 +174,12 @@ class Comparison:
     def _is_tied_copy(self, key: str, checkpoint: Checkpoint) -> bool:
         """Return whether a tensor is an output embedding that repeats the input embedding."""
         ref = checkpoint.tensors[key]
-        if not key.rpartition(".")[0].endswith("lm_head"):
+        if not self._is_head(key.rpartition(".")[0]):
             return False
         return any(
             is_embedding(other.rpartition(".")[0])
             and tensor.shape == ref.shape
-            and not Pair(key, tensor, ref, "none").differs()
+            and equal_values((tensor, ref))
             for other, tensor in checkpoint.tensors.items()
             if len(tensor.shape) == 2
         )
@@ -168,7 +187,7 @@ class Comparison:
     def _pair(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
         module, _, leaf = key.rpartition(".")
         dims = len(old.shape)
-        resizable = is_embedding(module) or module.endswith("lm_head")
+        resizable = is_embedding(module) or self._is_head(module)
         if old.shape != new.shape and not (
             resizable and dims == 2 and old.shape[1:] == new.shape[1:]
         ):
@@ -181,7 +200,7 @@ class Comparison:
             )
         if not (old.dtype.floating and new.dtype.floating):
             return Pair(key, old, new, "none")
-        if dims <= 1 or old.shape != new.shape or (resizable and self.is_tied):
+        if dims <= 1 or old.shape != new.shape or self._is_shared(key):
             return Pair(key, old, new, "whole")
         if leaf in _STACKED and module.endswith("experts") and dims == 3:
             return self._stack(key, old, new)
@@ -197,6 +216,17 @@ class Comparison:
         layer = Layer("linear", transposed_if_square=crossed)
         return Pair(key, old, new, "layer", layer, crossed)
 
+    def _is_head(self, module: str) -> bool:
+        head = head_of(sorted(self._names.types))
+        return f".{module}".endswith((f".{head}", f".{DEFAULT_HEAD}"))
+
+    def _is_shared(self, key: str) -> bool:
+        """Return whether several layers use a weight: a LoRA would change only one of them."""
+        tie = self._tie
+        if tie is not None and key in (tie.embedding, tie.head):
+            return True
+        return self._names.spelling(key).removesuffix(".weight") in self._shared
+
     def _stack(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
         """Return a pair of stacked experts; how their matrices lie depends on the model type."""
         types = set(self._names.types_of(key))
@@ -208,7 +238,7 @@ class Comparison:
         return Pair(key, old, new, "layer", layer, crossed)
 
     def _refuse_unknown_layout(self, key: str, module: str) -> None:
-        if module.rpartition(".")[2] in rules.CONV1D_LEAVES:
+        if named_conv1d(module):
             raise UnsupportedError(
                 "whether the weight is stored as (in, out) does not show",
                 path=self.base.path,

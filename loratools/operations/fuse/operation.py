@@ -20,7 +20,6 @@ from threadpoolctl import threadpool_limits
 
 from loratools.algebra.device import Device, DeviceName
 from loratools.base.dequantised import plain
-from loratools.base.linears import is_conv1d
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
@@ -29,6 +28,7 @@ from loratools.work.provenance import operation_record
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
+from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, Part, Sink
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 

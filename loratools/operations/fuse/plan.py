@@ -22,19 +22,12 @@ from loratools.operations.fuse.streamed import (
 from loratools.operations.fuse.terms import Change
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES
+from loratools_formats.checkpoints.facts import is_vocabulary, text_values, with_text_values
 from loratools_formats.core.adapter import MUTATED_BASE, Adapter
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_VOCABULARY_LEAVES = (
-    ["embed_tokens"],
-    ["lm_head"],
-    ["wte"],
-    ["word_embeddings"],
-    ["embed_in"],
-    ["embed_out"],
-)
 Array = np.ndarray[Any, Any]
 
 FLOATING = ("F64", "F32", "F16", "BF16")
@@ -292,12 +285,12 @@ def _resized(base: Checkpoint, plans: Mapping[str, TensorPlan]) -> tuple[int, in
         new = plan.source.shape
         if new == old:
             continue
-        is_vocabulary = (
-            old[:1] == (_setting(base.config, "vocab_size"),)
+        along_vocabulary = (
+            old[:1] == (text_values(base.config).get("vocab_size"),)
             and old[1:] == new[1:]
             and found in (None, (old[0], new[0]))
         )
-        if not is_vocabulary:
+        if not along_vocabulary:
             raise AdapterError(
                 "replacement has another shape than the base tensor",
                 path=base.path,
@@ -310,21 +303,13 @@ def _resized(base: Checkpoint, plans: Mapping[str, TensorPlan]) -> tuple[int, in
         left = [
             key
             for key, plan in plans.items()
-            if plan.source.shape[:1] == (found[0],) and key.split(".")[-2:-1] in _VOCABULARY_LEAVES
+            if plan.source.shape[:1] == (found[0],) and is_vocabulary(key.removesuffix(".weight"))
         ]
         if left:
             raise AdapterError(
                 "the vocabulary is resized, but not this tensor", path=base.path, tensor=left[0]
             )
     return found
-
-
-def _setting(config: Mapping[str, Any], name: str) -> Any:
-    """Return a value of the configuration, or of the text model's in a multimodal one."""
-    text = config.get("text_config")
-    if isinstance(text, dict) and name in text:
-        return text[name]
-    return config.get(name)
 
 
 def _config(
@@ -340,11 +325,4 @@ def _config(
         changes |= {key: name for key in ("torch_dtype", "dtype") if key in base.config}
     if not changes or not base.config:
         return None
-    config = {**base.config, **{k: v for k, v in changes.items() if k != "vocab_size"}}
-    if "vocab_size" in changes and "vocab_size" in config:
-        config["vocab_size"] = changes["vocab_size"]
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        kept = {k: v for k, v in changes.items() if k in text}
-        config["text_config"] = {**text, **kept}
-    return config
+    return with_text_values(base.config, changes)

@@ -153,7 +153,6 @@ class Architecture:
         embedding: path of the input embedding.
         outputs: paths that the output layer has had, today's first; empty if llama.cpp always takes
             the embedding for it.
-        tied: whether the output layer is the embedding, unless the configuration says otherwise.
         conv1d: whether the model's linear layers are transformers' Conv1D, stored (in, out).
     """
 
@@ -164,7 +163,6 @@ class Architecture:
     stack: str = "model.layers"
     embedding: str = "model.embed_tokens"
     outputs: tuple[str, ...] = ("lm_head",)
-    tied: bool = False
     conv1d: bool = field(default=False, kw_only=True)
 
     @cached_property
@@ -255,7 +253,7 @@ _TABLE = (
         (*_LLAMA, "mlp.gate", *_OLD_MIXTRAL),
         _ROTARY | _EXPERTS,
     ),
-    Architecture("smollm3", _causal("SmolLM3"), _LLAMA, _ROTARY, tied=True),
+    Architecture("smollm3", _causal("SmolLM3"), _LLAMA, _ROTARY),
     Architecture("granite", _causal("Granite"), _LLAMA, _ROTARY),
     Architecture("olmo", _causal("Olmo"), _LLAMA, _ROTARY),
     Architecture("olmo2", _causal("Olmo2"), _LLAMA),
@@ -265,21 +263,19 @@ _TABLE = (
     ),
     Architecture("qwen3", _causal("Qwen3"), _LLAMA),
     Architecture("qwen3moe", _causal("Qwen3Moe"), _MOE, _EXPERTS),
-    Architecture("gemma", _causal("Gemma"), _LLAMA, outputs=(), tied=True),
-    Architecture("gemma2", _causal("Gemma2"), _LLAMA, outputs=(), tied=True),
+    Architecture("gemma", _causal("Gemma"), _LLAMA, outputs=()),
+    Architecture("gemma2", _causal("Gemma2"), _LLAMA, outputs=()),
     Architecture(
         "gemma3",
         {"Gemma3ForCausalLM": "model.", "Gemma3ForConditionalGeneration": "model.language_model."},
         _LLAMA,
-        tied=True,
     ),
-    Architecture("command-r", _causal("Cohere"), _LLAMA, outputs=(), tied=True),
+    Architecture("command-r", _causal("Cohere"), _LLAMA, outputs=()),
     Architecture("stablelm", _causal("StableLm"), _LLAMA),
     Architecture(
         "starcoder2",
         _causal("Starcoder2"),
         (*_ATTENTION, *_below("mlp", "c_fc", "c_proj")),
-        tied=True,
     ),
     Architecture(
         "phi2",
@@ -297,7 +293,6 @@ _TABLE = (
         (*_below("attn", "c_attn", "c_proj"), *_below("mlp", "c_fc", "c_proj")),
         stack="transformer.h",
         embedding="transformer.wte",
-        tied=True,
         conv1d=True,
     ),
     Architecture(
@@ -316,7 +311,6 @@ _TABLE = (
         {"self_attention.query_key_value": Module(rows=_sorted_per_head)},
         stack="transformer.h",
         embedding="transformer.word_embeddings",
-        tied=True,
     ),
     Architecture(
         "falcon",
@@ -325,7 +319,6 @@ _TABLE = (
         {"self_attention.query_key_value": Module(rows=_sorted_per_group)},
         stack="transformer.h",
         embedding="transformer.word_embeddings",
-        tied=True,
     ),
     Architecture(
         "internlm2",

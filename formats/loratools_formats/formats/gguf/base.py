@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, checkpoint_names
+from loratools_formats.checkpoints.facts import head_of, model_types, says_tied, text_values
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
 from loratools_formats.disk import strict_json
@@ -22,7 +24,6 @@ from loratools_formats.formats.gguf.architectures import (
     Sizes,
 )
 
-_CONFIG_FILE = "config.json"
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_SIZE = 1 << 24
 
@@ -34,7 +35,7 @@ class Base:
     Attributes:
         architecture: how its modules become GGUF tensors.
         sizes: what layouts depend on.
-        tied: whether its output layer is its embedding.
+        tied: whether its output layer is its embedding, None if that is not known.
         prefix: how its class begins paths that begin with `model.` in the table.
         shapes: row-major shapes of its tensors by GGUF name; None if only its configuration is
             known.
@@ -43,7 +44,7 @@ class Base:
 
     architecture: Architecture
     sizes: Sizes
-    tied: bool
+    tied: bool | None
     prefix: str = "model."
     shapes: Mapping[str, tuple[int, ...]] | None = None
     files: tuple[RegularFile, ...] = ()
@@ -59,14 +60,14 @@ def read_base(path: Path) -> Base:
     """
     if is_gguf(path):
         return base_of_gguf(read_model(path))
-    if path.is_file() and path.name != _CONFIG_FILE:
+    if path.is_file() and path.name != CONFIG_FILE:
         raise AdapterError("is not a GGUF model", path=path, expected="GGUF, or a model's folder")
     folder = path.parent if path.is_file() else path
-    if not (folder / _CONFIG_FILE).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise MissingFileError(
             "no base model there", path=path, expected="config.json in a folder, or a GGUF file"
         )
-    return _of_config(inside(folder, _CONFIG_FILE))
+    return _of_config(inside(folder, CONFIG_FILE))
 
 
 def _of_config(path: Path) -> Base:
@@ -80,12 +81,8 @@ def _of_config(path: Path) -> Base:
     if names[0] not in BY_CLASS:
         raise _unknown(path, names[0], sorted(BY_CLASS))
     architecture = BY_CLASS[names[0]]
-    text = values.get("text_config")
-    if isinstance(text, dict):
-        values = {**values, **text}
-    tied = values.get("tie_word_embeddings")
-    if tied is not None and not isinstance(tied, bool):
-        raise AdapterError("config value tie_word_embeddings is wrong", path=path, got=tied)
+    tied = not architecture.outputs or _is_tied(path, values)
+    values = text_values(values)
     heads = _size(values, path, "num_attention_heads", "n_head")
     hidden = _size(values, path, "hidden_size", "n_embd")
     experts = _size(values, path, "num_local_experts", "num_experts", default=0)
@@ -101,10 +98,26 @@ def _of_config(path: Path) -> Base:
                 values, path, "moe_intermediate_size", "intermediate_size", default=0
             ),
         ),
-        tied=not architecture.outputs or (architecture.tied if tied is None else tied),
+        tied=tied,
         prefix=architecture.classes[names[0]],
         files=(RegularFile(path),),
     )
+
+
+def _is_tied(path: Path, config: Mapping[str, Any]) -> bool | None:
+    try:
+        said = says_tied(config)
+    except AdapterError as error:
+        error.path = str(path)
+        raise
+    if said is not None:
+        return said
+    try:
+        names = checkpoint_names(path.parent)
+    except MissingFileError:  # only a configuration is there, which is enough for other modules
+        return None
+    head = f".{head_of(sorted(model_types(config)))}.weight"
+    return not any(f".{name}".endswith(head) for name in names)
 
 
 def _kv_heads(values: Mapping[str, Any], path: Path, heads: int) -> int:

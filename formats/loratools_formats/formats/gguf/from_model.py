@@ -189,6 +189,12 @@ def refuse_tied(name: str) -> None:
 def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
     if base.tied:
         refuse_tied(name)
+    if base.tied is None and name in (OUTPUT, EMBEDDING):
+        raise UnsupportedError(
+            "the base model's config does not tell whether its output layer is its embedding",
+            expected="tie_word_embeddings",
+            hint="Pass --base with the folder that holds the weights, too, or the GGUF model",
+        )
     if (name == EMBEDDING) != (delta.layer.kind == "embedding"):
         raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
 

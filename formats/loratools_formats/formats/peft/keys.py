@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Literal, NamedTuple
 
+from loratools_formats.checkpoints.facts import named_conv1d
+
 PREFIX = "base_model.model."
 
 Part = Literal[
@@ -91,17 +93,13 @@ def setting_name(path: str) -> str:
     return path.removesuffix(".base_layer.out_proj")
 
 
-_CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-
-
 def square_orientation(fan_in_fan_out: bool, path: str) -> bool | None:
     """Tell whether a square weight is stored (in, out), None where the file does not show it.
 
     PEFT writes one `fan_in_fan_out` for all modules, that of the layer wrapped last; a GPT-2
     adapter which also covers the linear lm_head says false although its Conv1D layers are not.
     """
-    named_conv1d = path.rpartition(".")[2] in _CONV1D_LEAVES
-    return fan_in_fan_out if fan_in_fan_out == named_conv1d else None
+    return fan_in_fan_out if fan_in_fan_out == named_conv1d(path) else None
 
 
 def base_tensor(name: str) -> str | None:

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.checkpoints.facts import is_vocabulary
 from loratools_formats.core.adapter import Delta, Replacement
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import keys
 
-_EMBEDDING_LEAVES = ("embed_tokens", "lm_head", "wte", "word_embeddings")
 _LORA_WORD = re.compile(r"(?<![a-z])lora(?![a-z])", re.IGNORECASE)
 
 
@@ -119,8 +119,6 @@ def _replacement_kind(values: Mapping[str, Any], name: str, target: str) -> Any:
         return "module"
     if leaf == "bias" and values.get("bias", "none") != "none":
         return "bias"
-    if leaf == "weight" and (
-        name.endswith(".base_layer.weight") or path.rpartition(".")[2] in _EMBEDDING_LEAVES
-    ):
+    if leaf == "weight" and (name.endswith(".base_layer.weight") or is_vocabulary(path)):
         return "embedding"
     return "other" if leaf in ("weight", "bias") else None

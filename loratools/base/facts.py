@@ -1,0 +1,120 @@
+"""Facts about a base checkpoint: whether its embedding is tied to its output layer.
+
+What the configuration alone tells is in `loratools_formats.checkpoints.facts`; here the tensors
+decide where it leaves a question open. Commands ask `find_tie` and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools_formats.checkpoints.facts import (
+    INPUT_EMBEDDINGS,
+    SHARED_EMBEDDINGS,
+    has_head,
+    head_of,
+    says_tied,
+)
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
+
+if TYPE_CHECKING:
+    from loratools.base.placement.names import Names
+
+_OLD_TEXT_PREFIX = "language_model.model."
+_BLOCK = 1 << 20  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A weight that two layers share.
+
+    Attributes:
+        embedding: key of the stored weight.
+        head: key of the output layer's weight, which the checkpoint need not hold.
+        is_head_stored: whether the checkpoint holds both.
+    """
+
+    embedding: str
+    head: str
+    is_head_stored: bool
+
+
+def find_tie(names: Names, *, task: object = None, guess_head: bool = False) -> Tie | None:
+    """Return the tied weight of a checkpoint, None if it has none.
+
+    Args:
+        names: the checkpoint.
+        task: the task of a PEFT adapter, which tells of an output layer if the configuration names
+            no class.
+        guess_head: what to take for true if neither tells.
+
+    Raises:
+        AdapterError: `tie_word_embeddings` in the configuration is neither true nor false.
+    """
+    if not _has_head(names, task, guess_head):
+        return None
+    found = [
+        key
+        for key in names.tensors
+        if names.spelling(key).removesuffix(".weight") in INPUT_EMBEDDINGS
+    ]
+    if len(found) != 1 or not found[0].endswith(".weight"):
+        return None
+    embedding = found[0]
+    head = head_of(names.types_of(embedding)) + ".weight"
+    stored = names.find(head)
+    if not _is_tied(names, is_head_stored=stored is not None):
+        return None
+    if stored is not None:
+        return Tie(embedding, stored, is_head_stored=True)
+    prefix = "language_model." if embedding.startswith(_OLD_TEXT_PREFIX) else ""
+    return Tie(embedding, prefix + head, is_head_stored=False)
+
+
+def shared_embeddings(names: Names) -> frozenset[str]:
+    """Return the names of an embedding that an encoder and a decoder share, empty if none do.
+
+    Of the weight that they share, `shared` is one name whether the output layer is tied or not.
+    """
+    if not names.base.config.get("is_encoder_decoder"):
+        return frozenset()
+    head = names.find(head_of(tuple(names.types)) + ".weight")
+    tied = _is_tied(names, is_head_stored=head is not None)
+    return SHARED_EMBEDDINGS if tied else frozenset({"shared"})
+
+
+def _has_head(names: Names, task: object, guess_head: bool) -> bool:
+    told = has_head(names.base.config)
+    if told is None and task is not None:
+        return task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    return guess_head if told is None else told
+
+
+def _is_tied(names: Names, *, is_head_stored: bool) -> bool:
+    try:
+        said = says_tied(names.base.config)
+    except AdapterError as error:
+        error.path = str(names.base.path)
+        raise
+    return said if said is not None else not is_head_stored
+
+
+def equal_values(tensors: Iterable[TensorRef]) -> bool:
+    """Return whether tensors hold the same numbers, reading all of them a block at a time."""
+    import numpy as np
+
+    first, *others = tensors
+    for other in others:
+        if first.shape != other.shape:
+            return False
+        for start in range(0, first.numel, _BLOCK):
+            stop = min(start + _BLOCK, first.numel)
+            one, two = first.elements(start, stop), other.elements(start, stop)
+            if one.dtype == two.dtype and one.tobytes() == two.tobytes():
+                continue
+            if not np.array_equal(one.astype(np.float64), two.astype(np.float64)):
+                return False
+    return True
