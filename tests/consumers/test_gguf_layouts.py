@@ -185,15 +185,6 @@ def test_every_module_of_the_table_was_compared(translations, name):
     assert ({"token_embd", "output"} <= set(adapter.modules)) == bool(architecture.outputs)
 
 
-# The configuration of InternLM2 is not in transformers.
-@pytest.mark.parametrize("name", sorted(set(BY_CLASS) - {"InternLM2ForCausalLM"}))
-def test_tied_weights_are_as_transformers_has_them_by_default(name):
-    import transformers
-
-    kind = transformers.AutoConfig.for_model(config_of(name)["model_type"])
-    assert BY_CLASS[name].tied == kind.tie_word_embeddings
-
-
 @pytest.mark.parametrize("name", BY_CLASS)
 def test_the_way_back_gives_the_same_deltas(translations, name, tmp_path):
     adapter, _ = translations[name]

@@ -5,11 +5,11 @@ Two adapters may replace the same values only by equal ones; nothing depends on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loratools.operations.fuse.blocks import Patch
 from loratools.operations.fuse.terms import Change
-from loratools_formats.core.adapter import Adapter, Replacement
+from loratools_formats.core.adapter import Adapter, OtherDelta, Replacement
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
@@ -46,6 +46,25 @@ class Draft:
     patches: list[Patch] = field(default_factory=list)
     patched_by: list[FuseInput] = field(default_factory=list)
     replaced_by: FuseInput | None = None
+
+
+def with_replaced_rows(adapter: Adapter) -> Adapter:
+    """Return an adapter whose trained token rows replace rows of the base, instead of changing it.
+
+    A `TRAINABLE_TOKENS` adapter holds the new rows themselves, as `trainable_token_indices` of a
+    LoRA does.
+    """
+    rows = {
+        values.key: Replacement(
+            "token_rows", f"{name}.weight", values, tuple(delta.settings["rows"])
+        )
+        for name, delta in adapter.modules.items()
+        if isinstance(delta, OtherDelta) and delta.kind == "token_rows"
+        for values in delta.parts.values()
+    }
+    targets = {replacement.target for replacement in rows.values()}
+    modules = {name: d for name, d in adapter.modules.items() if f"{name}.weight" not in targets}
+    return replace(adapter, modules=modules, replacements={**adapter.replacements, **rows})
 
 
 def replace_values(

@@ -12,7 +12,7 @@ from loratools.base.placement import BiasPlacement, Placement, Placements, place
 from loratools.folding.without_base import folded_where_exact, needs_base
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
-from loratools.operations.fuse.draft import Draft, FuseInput, replace_values
+from loratools.operations.fuse.draft import Draft, FuseInput, replace_values, with_replaced_rows
 from loratools.operations.fuse.streamed import (
     StreamedPlacement,
     is_streamed,
@@ -180,7 +180,8 @@ def plan_fuse(
 def _ready(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return the adapter with what folds exactly as factors, and named as the base is."""
     _require_true_delta(adapter)
-    return named_for_base(folded_where_exact(adapter, "fuse", None, base=base, dense=False), base)
+    folded = folded_where_exact(adapter, "fuse", None, base=base, dense=False)
+    return named_for_base(with_replaced_rows(folded), base)
 
 
 def _without_streamed(adapter: Adapter) -> Adapter:

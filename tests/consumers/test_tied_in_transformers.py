@@ -1,0 +1,134 @@
+"""Whether an embedding is tied, in every spelling of the configuration, as transformers has it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from loratools.base.facts import equal_values, find_tie, shared_embeddings
+from loratools.base.placement.names import Names
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.tie_defaults import TIED
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+TEXT = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 24, "head_dim": 8,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+
+
+def _gemma3(config):
+    return config(text_config=TEXT, vision_config=VISION, mm_tokens_per_image=4)
+
+
+def _llava(text):
+    def made(config):
+        parts = {
+            "text_config": text(**TEXT),
+            "vision_config": transformers.CLIPVisionConfig(**VISION),
+        }
+        return config(**parts, image_token_index=3)
+
+    return made
+
+
+T = transformers
+MODELS = {
+    "llama": (T.LlamaForCausalLM, lambda c: c(**TEXT)),
+    "gemma": (T.GemmaForCausalLM, lambda c: c(**TEXT)),
+    "qwen2": (T.Qwen2ForCausalLM, lambda c: c(**TEXT)),
+    "gpt2": (
+        T.GPT2LMHeadModel,
+        lambda c: c(n_embd=16, n_layer=1, n_head=2, vocab_size=24, n_positions=32),
+    ),
+    "bert": (T.BertForMaskedLM, lambda c: c(**TEXT)),
+    "t5": (
+        T.T5ForConditionalGeneration,
+        lambda c: c(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=24),
+    ),
+    "gemma3": (T.Gemma3ForConditionalGeneration, _gemma3),
+    "llava of llama": (T.LlavaForConditionalGeneration, _llava(T.LlamaConfig)),
+    "llava of gemma": (T.LlavaForConditionalGeneration, _llava(T.GemmaConfig)),
+}  # fmt: skip
+FLAGS = (True, False, None)
+
+
+def spellings(config):
+    """Yield the configuration with the flag at the top, inside, both, neither."""
+    for top in FLAGS:
+        for inside in FLAGS if "text_config" in config else (None,):
+            found = json.loads(json.dumps(config))
+            for part, value in ((found, top), (found.get("text_config", {}), inside)):
+                part.pop("tie_word_embeddings", None)
+                if value is not None:
+                    part["tie_word_embeddings"] = value
+            yield found
+
+
+def stored_twice(folder: Path, model, *, equal: bool) -> None:
+    """Store the output layer beside the embedding, as a copy of it or another one."""
+    tensors = load_file(folder / "model.safetensors")
+    names = Names(read_checkpoint(folder))
+    parameters = {id(p): n for n, p in model.named_parameters()}
+    embedding = parameters[id(model.get_input_embeddings().weight)]
+    key = names.find(embedding)
+    head = next(
+        n for n, m in model.named_modules() if m is model.get_output_embeddings()
+    ) + ".weight"  # fmt: skip
+    value = tensors[key].clone()
+    old_prefix = "language_model." if key.startswith("language_model.model.") else ""
+    tensors[old_prefix + head] = value if equal else value + 1.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("layout", ["head left out", "copy of the embedding", "another head"])
+@pytest.mark.parametrize("name", MODELS)
+def test_tied_is_what_transformers_ties(name, layout, tmp_path):
+    kind, config = MODELS[name]
+    torch.manual_seed(0)
+    made = config(kind.config_class)
+    for part in (made, getattr(made, "text_config", made)):
+        part.tie_word_embeddings = True
+    model = kind(made)
+    model.save_pretrained(tmp_path)
+    if layout != "head left out":
+        stored_twice(tmp_path, model, equal=layout == "copy of the embedding")
+    compared = 0
+    for spelled in spellings(json.loads((tmp_path / "config.json").read_text())):
+        (tmp_path / "config.json").write_text(json.dumps(spelled))
+        loaded, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+        if info["missing_keys"]:
+            continue  # an output layer that starts at random is no checkpoint of a model
+        compared += 1
+        wanted = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+        names = Names(read_checkpoint(tmp_path))
+        if name == "t5":  # three layers share it, and none of them can be changed alone
+            assert "shared" in shared_embeddings(names)
+            assert not wanted or layout != "head left out" or len(shared_embeddings(names)) == 3
+            continue
+        tie = find_tie(names)
+        ends = [] if tie is None else [names.tensors.get(k) for k in (tie.embedding, tie.head)]
+        found = tie is not None and (not tie.is_head_stored or equal_values(ends))
+        flags = {
+            p.get("tie_word_embeddings") for p in (spelled, spelled.get("text_config", spelled))
+        }
+        # Where transformers 4 and 5 read the flags differently, a stored output layer is its own.
+        read_alike = "text_config" not in spelled or flags == {True}
+        assert found is wanted or (layout == "copy of the embedding" and not read_alike), flags
+    assert compared > 0
+
+
+def test_the_table_of_defaults_is_that_of_transformers():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "golden/make_tie_defaults.py"))
+    assert set(script["tied"]()) == TIED
