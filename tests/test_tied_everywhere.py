@@ -62,6 +62,7 @@ CASES = {
     ),
     "no class, no head": ({"model_type": "gemma3"}, False, True),
 }  # fmt: skip
+LLAMAS = [name for name, (values, *_) in CASES.items() if values["model_type"] == "llama"]
 
 
 def numbers(*shape, seed=0):
