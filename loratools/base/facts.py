@@ -6,7 +6,6 @@ decide where it leaves a question open. Commands ask `find_tie` and nothing else
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,16 +14,14 @@ from loratools_formats.checkpoints.facts import (
     SHARED_EMBEDDINGS,
     has_head,
     head_of,
-    says_tied,
+    is_tied,
 )
-from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
 if TYPE_CHECKING:
     from loratools.base.placement.names import Names
 
 _OLD_TEXT_PREFIX = "language_model.model."
-_BLOCK = 1 << 20  # elements compared at a time
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def find_tie(names: Names, *, task: object = None, guess_head: bool = False) -> 
     embedding = found[0]
     head = head_of(names.types_of(embedding)) + ".weight"
     stored = names.find(head)
-    if not _is_tied(names, is_head_stored=stored is not None):
+    if not _is_tied(names, embedding, stored):
         return None
     if stored is not None:
         return Tie(embedding, stored, is_head_stored=True)
@@ -82,7 +79,7 @@ def shared_embeddings(names: Names) -> frozenset[str]:
     if not names.base.config.get("is_encoder_decoder"):
         return frozenset()
     head = names.find(head_of(tuple(names.types)) + ".weight")
-    tied = _is_tied(names, is_head_stored=head is not None)
+    tied = _is_tied(names, names.find("shared.weight"), head)
     return SHARED_EMBEDDINGS if tied else frozenset({"shared"})
 
 
@@ -93,28 +90,10 @@ def _has_head(names: Names, task: object, guess_head: bool) -> bool:
     return guess_head if told is None else told
 
 
-def _is_tied(names: Names, *, is_head_stored: bool) -> bool:
+def _is_tied(names: Names, embedding: str | None, head: str | None) -> bool:
+    stored = [None if key is None else names.tensors[key] for key in (embedding, head)]
     try:
-        said = says_tied(names.base.config)
+        return is_tied(names.base.config, *stored)
     except AdapterError as error:
         error.path = str(names.base.path)
         raise
-    return said if said is not None else not is_head_stored
-
-
-def equal_values(tensors: Iterable[TensorRef]) -> bool:
-    """Return whether tensors hold the same numbers, reading all of them a block at a time."""
-    import numpy as np
-
-    first, *others = tensors
-    for other in others:
-        if first.shape != other.shape:
-            return False
-        for start in range(0, first.numel, _BLOCK):
-            stop = min(start + _BLOCK, first.numel)
-            one, two = first.elements(start, stop), other.elements(start, stop)
-            if one.dtype == two.dtype and one.tobytes() == two.tobytes():
-                continue
-            if not np.array_equal(one.astype(np.float64), two.astype(np.float64)):
-                return False
-    return True

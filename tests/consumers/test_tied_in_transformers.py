@@ -11,10 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from loratools.base.facts import equal_values, find_tie, shared_embeddings
+from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement.names import Names
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.checkpoints.tie_defaults import TIED
+from loratools_formats.core.tensors import equal_values
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -119,7 +120,7 @@ def test_tied_is_what_transformers_ties(name, layout, tmp_path):
             continue
         tie = find_tie(names)
         ends = [] if tie is None else [names.tensors.get(k) for k in (tie.embedding, tie.head)]
-        found = tie is not None and (not tie.is_head_stored or equal_values(ends))
+        found = tie is not None and (not tie.is_head_stored or equal_values(*ends))
         flags = {
             p.get("tie_word_embeddings") for p in (spelled, spelled.get("text_config", spelled))
         }

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from loratools_formats.checkpoints.tie_defaults import ALWAYS, TIED
+from loratools_formats.core.tensors import TensorRef, equal_values
 from loratools_formats.disk.errors import AdapterError
 
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -137,41 +138,63 @@ def has_head(config: Mapping[str, Any]) -> bool | None:
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """Return whether transformers ties a model's output layer to its token embedding.
+    """Return whether a configuration ties the output layer to the token embedding.
 
     Transformers 5 reads `tie_word_embeddings` at the top, and in most classes also in the text
-    section if the top says false; transformers 4 reads the text section alone. Some classes are
+    section if the top says false. Transformers 4 reads the text section alone. Some classes are
     tied where the key is left out.
 
     Returns:
-        None where the two releases disagree, or the key is left out and the class is not tied by
-        default. Then the checkpoint decides: it is untied if it stores the output layer, else tied,
-        since transformers would start a missing output layer at random.
+        None where the two releases disagree, or where the key is left out of a class that is not
+        tied by default: then `is_tied` asks the weights.
 
     Raises:
         AdapterError: the value is neither true nor false.
     """
+    now, before = _tie_flags(config)
+    return now if now == before else None
+
+
+def is_tied(config: Mapping[str, Any], embedding: TensorRef | None, head: TensorRef | None) -> bool:
+    """Return whether transformers ties a model's output layer to its token embedding.
+
+    Where the configuration does not tell, a checkpoint that does not store the output layer is
+    tied, since transformers would start the layer at random. One that stores it is tied if
+    transformers 5 ties the two, which it does not if they differ.
+
+    Args:
+        config: the configuration.
+        embedding: the stored weight of the embedding, None if none is found.
+        head: the stored weight of the output layer, None if the checkpoint does not store it.
+
+    Raises:
+        AdapterError: `tie_word_embeddings` is neither true nor false.
+    """
+    said = says_tied(config)
+    if said is not None or head is None:
+        return said is not False
+    now, _ = _tie_flags(config)
+    return bool(now) and embedding is not None and equal_values(embedding, head)
+
+
+def _tie_flags(config: Mapping[str, Any]) -> tuple[bool | None, bool | None]:
+    """Return what transformers 5 and 4 read; None where the key is left out and not true."""
     section = text_section(config)
-    outer, inner = _tie_flag(config), _tie_flag(section)
-    now = outer
-    if not outer and section is not config and not _default(config):
-        now = inner
-    if not ALWAYS.isdisjoint(model_types(config)):
-        now = True
-    return now if now == inner else None
+    default = config.get("model_type") in TIED
+    types = (section.get("model_type"), f"{config.get('model_type')}_text")
+    inner = _tie_flag(section, next((t for t in types if t is not None), None) in TIED)
+    outer = _tie_flag(config, default)
+    now = inner if not outer and section is not config and not default else outer
+    return (now if ALWAYS.isdisjoint(model_types(config)) else True), inner
 
 
-def _tie_flag(config: Mapping[str, Any]) -> bool | None:
+def _tie_flag(config: Mapping[str, Any], default: bool) -> bool | None:
     value = config.get(_TIE)
     if value is None:
-        return _default(config)
+        return default or None
     if not isinstance(value, bool):
         raise AdapterError(f"config value {_TIE} is wrong", got=value, expected="true or false")
     return value
-
-
-def _default(config: Mapping[str, Any]) -> Literal[True] | None:
-    return True if config.get("model_type") in TIED else None
 
 
 def head_of(types: Collection[str]) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Buffer = bytes | bytearray | memoryview
 
+_COMPARED = 1 << 20  # elements of two tensors that are compared at a time
+
 
 class ByteSource(Protocol):
     """Something with bytes at positions: an open file, or a scratch file."""
@@ -277,3 +279,22 @@ def in_memory(key: str, array: Array, code: str | None = None) -> TensorRef:
     stored = dtypes.encode(array, dtype)
     data = np.atleast_1d(stored).view(np.uint8).reshape(-1).data
     return TensorRef(key, dtype, tuple(array.shape), lambda: data)
+
+
+def equal_values(one: TensorRef, other: TensorRef) -> bool:
+    """Return whether two tensors hold the same numbers, whatever their types.
+
+    Both are read a block at a time.
+    """
+    import numpy as np
+
+    if one.shape != other.shape:
+        return False
+    for start in range(0, one.numel, _COMPARED):
+        stop = min(start + _COMPARED, one.numel)
+        first, second = one.elements(start, stop), other.elements(start, stop)
+        if one.dtype == other.dtype and first.tobytes() == second.tobytes():
+            continue
+        if not np.array_equal(first.astype(np.float64), second.astype(np.float64)):
+            return False
+    return True

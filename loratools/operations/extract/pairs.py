@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loratools.base.facts import equal_values, find_tie, shared_embeddings
+from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement import rules
 from loratools.base.placement.names import Names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from loratools_formats.checkpoints.facts import (
 )
 from loratools_formats.core.adapter import Delta, Layer, OtherDelta, Replacement
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.core.tensors import Buffer, TensorRef, in_file
+from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _LINEAR = Layer("linear")
@@ -71,7 +71,7 @@ class Pair:
 
     def differs(self) -> bool:
         """Return whether any value changed, reading both a block at a time."""
-        return not equal_values((self.old, self.new))
+        return not equal_values(self.old, self.new)
 
     def replacement(self) -> Replacement:
         """Return the new tensor as one that replaces the old."""
@@ -153,7 +153,7 @@ class Comparison:
         if not (embedding.differs() or head.differs()):
             return pairs
         for old_or_new in ((embedding.old, head.old), (embedding.new, head.new)):
-            if not equal_values(old_or_new):
+            if not equal_values(*old_or_new):
                 raise UnsupportedError(
                     "the base's config ties the embedding and the output layer, yet a checkpoint "
                     "stores two different ones",
@@ -179,7 +179,7 @@ class Comparison:
         return any(
             is_embedding(other.rpartition(".")[0])
             and tensor.shape == ref.shape
-            and equal_values((tensor, ref))
+            and equal_values(tensor, ref)
             for other, tensor in checkpoint.tensors.items()
             if len(tensor.shape) == 2
         )

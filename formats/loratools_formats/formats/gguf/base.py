@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, checkpoint_names
-from loratools_formats.checkpoints.facts import head_of, model_types, says_tied, text_values
+from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, read_checkpoint
+from loratools_formats.checkpoints.facts import (
+    head_of,
+    is_tied,
+    model_types,
+    says_tied,
+    text_values,
+)
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
 from loratools_formats.disk import strict_json
@@ -81,7 +87,7 @@ def _of_config(path: Path) -> Base:
     if names[0] not in BY_CLASS:
         raise _unknown(path, names[0], sorted(BY_CLASS))
     architecture = BY_CLASS[names[0]]
-    tied = not architecture.outputs or _is_tied(path, values)
+    tied = not architecture.outputs or _is_tied(path, values, architecture)
     values = text_values(values)
     heads = _size(values, path, "num_attention_heads", "n_head")
     hidden = _size(values, path, "hidden_size", "n_embd")
@@ -104,7 +110,8 @@ def _of_config(path: Path) -> Base:
     )
 
 
-def _is_tied(path: Path, config: Mapping[str, Any]) -> bool | None:
+def _is_tied(path: Path, config: Mapping[str, Any], architecture: Architecture) -> bool | None:
+    """Return whether a model is tied, None if its weights are needed to tell and not there."""
     try:
         said = says_tied(config)
     except AdapterError as error:
@@ -113,11 +120,15 @@ def _is_tied(path: Path, config: Mapping[str, Any]) -> bool | None:
     if said is not None:
         return said
     try:
-        names = checkpoint_names(path.parent)
-    except MissingFileError:  # only a configuration is there, which is enough for other modules
+        tensors = read_checkpoint(path.parent).tensors
+    except MissingFileError:
         return None
-    head = f".{head_of(sorted(model_types(config)))}.weight"
-    return not any(f".{name}".endswith(head) for name in names)
+    names = (architecture.embedding.rpartition(".")[2], head_of(sorted(model_types(config))))
+    embedding, head = (
+        next((t for key, t in tensors.items() if f".{key}".endswith(f".{name}.weight")), None)
+        for name in names
+    )
+    return is_tied(config, embedding, head)
 
 
 def _kv_heads(values: Mapping[str, Any], path: Path, heads: int) -> int:
