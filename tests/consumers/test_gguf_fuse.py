@@ -105,6 +105,75 @@ def test_split_models_fuse_to_the_same_bytes_as_whole_ones(bases, adapter, tmp_p
     assert np.abs(apart - wanted).max() < tolerance
 
 
+KINDS = {
+    "LoHa": ("LoHaConfig", {"r": 4, "alpha": 8}),
+    "LoKr": ("LoKrConfig", {"r": 4, "alpha": 8}),
+    "OFT": ("OFTConfig", {"oft_block_size": 8, "r": 0}),
+    "IA3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
+    "DoRA": ("LoraConfig", {"r": 4, "lora_alpha": 8, "use_dora": True}),
+    "FourierFT": ("FourierFTConfig", {"n_frequency": 40, "scaling": 20.0}),
+}
+
+
+def adapted_by(kind, model, targets):
+    """Return a model with an adapter of another kind, all of its tensors moved off their start."""
+    import peft
+    import torch
+
+    name, options = KINDS[kind]
+    config = getattr(peft, name)(target_modules=targets, **options)
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", ["q_proj", "k_proj", "down_proj"]),  # rows of q and k lie in another order
+        ("qwen2", ["o_proj", "down_proj"]),
+    ],
+)
+def test_other_kinds_are_folded_as_into_safetensors(gguf_bases, tmp_path, name, targets, kind):
+    model = adapted_by(kind, gguf_models.make_model(name), targets)
+    wanted = gguf_models.expected(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    base, out = gguf_bases / name / "model.gguf", tmp_path / "fused.gguf"
+    fuse(base, out, (tmp_path / "adapter", 1.0))
+    (found,) = gguf_models.from_llama_cpp(out, [], [[]])
+    (untouched,) = gguf_models.from_llama_cpp(base, [], [[]])
+    tolerance = 5e-3 if name in gguf_models.GELU else 1e-4
+    assert np.abs(found - wanted).max() < tolerance
+    assert np.abs(untouched - wanted).max() > 3 * tolerance
+
+
+def test_a_dora_of_conv1d_layers(gguf_bases, tmp_path):
+    options = {"r": 4, "lora_alpha": 8, "use_dora": True, "fan_in_fan_out": True}
+    targets = ["attn.c_attn", "mlp.c_fc"]
+    model = gguf_models.adapted(gguf_models.make_model("gpt2"), target_modules=targets, **options)
+    model.save_pretrained(tmp_path / "dora", save_embedding_layers=False)
+    fuse(gguf_bases / "gpt2/model.gguf", tmp_path / "fused.gguf", (tmp_path / "dora", 1.0))
+    (found,) = gguf_models.from_llama_cpp(tmp_path / "fused.gguf", [], [[]])
+    assert np.abs(found - gguf_models.expected(model)).max() < 5e-3
+
+
+def test_other_kinds_for_which_there_is_no_place_are_refused(gguf_bases, tmp_path):
+    model = adapted_by("IA3", gguf_models.make_model("qwen2"), ["k_proj", "down_proj"])
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(UnsupportedError, match="change of a bias"):
+        fuse(gguf_bases / "qwen2/model.gguf", tmp_path / "out.gguf", (tmp_path / "a", 1.0))
+    model = adapted_by("DoRA", gguf_models.make_model("mixtral"), ["embed_tokens"])
+    model.save_pretrained(tmp_path / "b", save_embedding_layers=False)
+    with pytest.raises(UnsupportedError, match="not fused into embedding"):
+        fuse(gguf_bases / "mixtral/model.gguf", tmp_path / "out.gguf", (tmp_path / "b", 1.0))
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_fused_into_floats_says_what_torch_says(bases, adapter, tmp_path):
     folder, wanted = adapter
     fuse(bases("F32"), tmp_path / "fused.gguf", (folder, 1.0))

@@ -139,7 +139,9 @@ def plan_fuse(
     """
     notes: list[str] = []
     placed = []
-    inputs = [replace(item, adapter=_ready(item.adapter, base)) for item in inputs]
+    inputs = [
+        replace(item, adapter=named_for_base(ready(item.adapter, base), base)) for item in inputs
+    ]
     streamed: list[list[Placement | BiasPlacement | StreamedPlacement]] = []
     for item in inputs:
         placements = place(_without_streamed(item.adapter), base)
@@ -177,11 +179,14 @@ def plan_fuse(
     return FusePlan(base, plans, config, tuple(notes))
 
 
-def _ready(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return the adapter with what folds exactly as factors, and named as the base is."""
+def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """Return an adapter with everything as factors that folds exactly, for a base of any store.
+
+    Raises:
+        UnsupportedError: it has no true ΔW, or a setting is neither in the file nor in the base.
+    """
     _require_true_delta(adapter)
-    folded = folded_where_exact(adapter, "fuse", None, base=base, dense=False)
-    return named_for_base(with_replaced_rows(folded), base)
+    return with_replaced_rows(folded_where_exact(adapter, "fuse", None, base=base, dense=False))
 
 
 def _without_streamed(adapter: Adapter) -> Adapter:

@@ -43,6 +43,8 @@ class StreamedPlacement:
         piece: which outputs of the tensor these are.
         first: the first of them, counted in the module.
         largest: the largest sides of all weights of the adapter, on which some kinds depend.
+        order: which of the module's outputs the tensor holds, in its order; None for those from
+            `first` on, as they are.
     """
 
     key: str
@@ -52,6 +54,7 @@ class StreamedPlacement:
     piece: Piece
     first: int
     largest: tuple[int, int]
+    order: Sequence[int] | None = None
 
     @property
     def outputs(self) -> tuple[int, int]:
@@ -69,11 +72,18 @@ class StreamedPlacement:
         magnitude = _magnitude(self.delta)
         if magnitude is not None:
             whole = rescaled_rows(rescaling_of(magnitude, self.delta.axis, weight, whole))
-        first = self.first
-        return Rows(
-            (self.piece.stop - self.piece.start, whole.shape[1]),
-            lambda start, stop: whole.rows(first + start, first + stop),
-        )
+        first, order = self.first, self.order
+        shape = self.piece.stop - self.piece.start, whole.shape[1]
+        if order is None:
+            return Rows(shape, lambda start, stop: whole.rows(first + start, first + stop))
+        return Rows(shape, lambda start, stop: picked_rows(whole, order[start:stop]))
+
+
+def picked_rows(whole: Rows, wanted: Sequence[int]) -> Array:
+    """Return some rows in any order; those between the first and the last are computed, too."""
+    top = min(wanted)
+    found: Array = whole.rows(top, max(wanted) + 1)[np.array(wanted) - top]
+    return found
 
 
 def _magnitude(delta: Dora | OtherDelta) -> TensorRef | None:
@@ -122,6 +132,15 @@ def streamed_placements(
 
 
 def _place(names: Names, name: str, delta: Dora | OtherDelta) -> Place:
+    return find_place(names, name, streamable(name, delta))
+
+
+def streamable(name: str, delta: Dora | OtherDelta) -> LowRank | OtherDelta:
+    """Return the change, or the direction of a DoRA, if it can be put in by rows.
+
+    Raises:
+        UnsupportedError: a change of embeddings or of single experts in a stack.
+    """
     found: LowRank | OtherDelta = delta.direction if isinstance(delta, Dora) else delta
     if found.layer.kind in ("embedding", "experts"):
         raise UnsupportedError(
@@ -129,7 +148,7 @@ def _place(names: Names, name: str, delta: Dora | OtherDelta) -> Place:
             tensor=name,
             hint="Make it a plain LoRA first: loratools to-lora",
         )
-    return find_place(names, name, found)
+    return found
 
 
 def _pieces(

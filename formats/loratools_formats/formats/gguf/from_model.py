@@ -136,13 +136,7 @@ def _placed(path: str, delta: LowRank, base: Base) -> list[tuple[str, int | None
         module, block, delta = _expert_parameter(path, delta, base)
         expert = None
     else:
-        found = _look_up(path, base)
-        if found is None:
-            raise UnsupportedError(
-                f"llama.cpp applies no adapter to this module of {base.architecture.name}",
-                hint="Remove it from the adapter if it was trained by mistake",
-            )
-        module, block, expert = found
+        module, block, expert = _found(path, base)
     names = [f"{block}{tensor}" for tensor in module.tensors]
     _check_embedding(names[0], delta, base)
     if delta.layer.kind == "conv":
@@ -154,6 +148,47 @@ def _placed(path: str, delta: LowRank, base: Base) -> list[tuple[str, int | None
         for order in orders
     ]
     return [(name, expert, part) for name, part in zip(names, parts, strict=True)]
+
+
+def rows_in_gguf(path: str, base: Base) -> dict[str, list[int]]:
+    """Return which of a linear module's outputs each GGUF tensor holds, in its order, by name.
+
+    Args:
+        path: the module.
+        base: of a GGUF model, whose shapes are known.
+
+    Raises:
+        UnsupportedError: llama.cpp has no such module, or keeps it in a stack of experts.
+        AdapterError: the model lacks one of the tensors.
+    """
+    module, block, expert = _found(path, base)
+    if expert is not None or module.stacked:
+        raise UnsupportedError(
+            "changes of single experts in a stack are not supported here", tensor=path
+        )
+    names = [f"{block}{tensor}" for tensor in module.tensors]
+    shapes = {name: (base.shapes or {}).get(f"{name}.weight") for name in names}
+    rows = 0
+    for name, shape in shapes.items():
+        if shape is None or len(shape) != 2:
+            raise AdapterError(
+                "module does not fit the base model",
+                tensor=path,
+                got=None if shape is None else list(shape),
+                expected=f"a matrix {name}",
+            )
+        rows += shape[0]
+    return dict(zip(names, module.rows(rows, base.sizes), strict=True))
+
+
+def _found(path: str, base: Base) -> tuple[Module, str, int | None]:
+    found = _look_up(path, base)
+    if found is None:
+        raise UnsupportedError(
+            f"llama.cpp applies no adapter to this module of {base.architecture.name}",
+            hint="Remove it from the adapter if it was trained by mistake",
+        )
+    return found
 
 
 def in_order(b: TensorRef, order: list[int]) -> TensorRef:
