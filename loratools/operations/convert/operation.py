@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from loratools.base.repeated import stored_in, without_repeated
 from loratools.factors.rescale import folded
 from loratools.factors.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
@@ -125,6 +126,8 @@ def prepare(
         )
     _require_true_delta(adapter, target)
     model = _in_model_terms(adapter, target, context)
+    if target.name == "gguf" and context.base is not None and model.replacements:
+        model = without_repeated(model, stored_in(context.base))
     lost = [] if single.as_it_is else _lost_by_any_name(model, target)
     left = {loss.name for loss in lost}
     kept = {name: delta for name, delta in model.modules.items() if name not in left}

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from loratools.base.placement import Placement
+from loratools.base.repeated import stored_in_gguf, without_repeated
 from loratools.base.weights import Piece, Place
 from loratools.kinds import get_kind
 from loratools.operations.fuse.draft import FuseInput
@@ -54,21 +56,24 @@ def gguf_changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
     for module, delta in _in_gguf_terms(replace(adapter, modules=plain_modules), base).items():
         part = low_rank_part(delta)
         name = f"{module}.weight"
+        _check_tensor(name, base)
         check_shape(name, part, base.tensors[name].shape if name in base.tensors else None)
         is_embedding = part.layer.kind == "embedding"
         placements.append(Placement(name, module, delta, transposed=is_embedding))
-    placements += _streamed(by_rows, base)
-    found: dict[str, Change] = {}
-    for placement in placements:
+    for placement in _streamed(by_rows, base):
         _check_tensor(placement.key, base)
-        if placement.key in found:
+        placements.append(placement)
+    found: dict[str, Change] = {}
+    for change in (Change(placement, item.weight) for placement in placements):
+        key = change.placement.key
+        if key in found:
             raise AdapterError(
                 "two modules of the adapter fit the same base tensor",
                 path=base.path,
-                tensor=placement.key,
-                got=placement.module,
+                tensor=key,
+                got=change.placement.module,
             )
-        found[placement.key] = Change(placement, item.weight)
+        found[key] = change
     return list(found.items())
 
 
@@ -91,6 +96,7 @@ def _in_model_terms(adapter: Adapter, base: GgufModel) -> Adapter:
     target, source = get_format("gguf"), get_format(adapter.format)
     if adapter.format != target.name and source.to_model is not None:
         adapter = source.to_model(adapter, Context(base=base.path))
+    adapter = without_repeated(adapter, partial(stored_in_gguf, base))
     losses = [] if target.losses is None else target.losses(adapter)
     if losses:
         raise UnsupportedError(

@@ -36,7 +36,11 @@ def losses(adapter: Adapter) -> list[Loss]:
     if adapter.format == "gguf":
         return []
     found = [
-        Loss(key, "replaces a tensor of the base, which llama.cpp adapters cannot")
+        Loss(
+            key,
+            "replaces a tensor of the base, which llama.cpp adapters cannot",
+            "Fuse the adapter into the base with loratools fuse",
+        )
         for key in adapter.replacements
     ]
     others = [*adapter.additions, *adapter.carried]

@@ -1,0 +1,77 @@
+"""Tensors of an adapter that repeat the base's.
+
+PEFT stores the base's own embeddings beside a LoRA of them, bit for bit. They replace nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from loratools.base.placement.names import Names
+from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, read_checkpoint
+from loratools_formats.containers.gguf.container import is_gguf
+from loratools_formats.containers.gguf.model import plain
+from loratools_formats.containers.gguf.splits import GgufModel, read_model
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.tensors import TensorRef, equal_values
+from loratools_formats.disk.errors import LoratoolsError, MissingFileError
+from loratools_formats.formats.gguf.base import base_of_gguf
+from loratools_formats.formats.gguf.from_model import rows_in_gguf
+
+
+def without_repeated(adapter: Adapter, stored: Callable[[str], TensorRef | None]) -> Adapter:
+    """Return an adapter without replacements that equal the base's tensors, with a note of them.
+
+    Args:
+        adapter: the adapter.
+        stored: returns the base's tensor for a target, None if it is not known.
+    """
+    repeated = {}
+    for key, replacement in adapter.replacements.items():
+        there = None if replacement.rows else stored(replacement.target)
+        if there is not None and equal_values(replacement.tensor, there):
+            repeated[key] = replacement.target
+    if not repeated:
+        return adapter
+    kept = {key: r for key, r in adapter.replacements.items() if key not in repeated}
+    note = f"left out, since they are the base's own values: {', '.join(repeated.values())}"
+    return replace(adapter, replacements=kept, notes=(*adapter.notes, note))
+
+
+def stored_in(base: Path) -> Callable[[str], TensorRef | None]:
+    """Return what finds a tensor of a base model of any store by its name in transformers.
+
+    Args:
+        base: a folder, a safetensors file or a GGUF model. A folder without weights holds none.
+
+    Raises:
+        AdapterError: malformed.
+    """
+    if is_gguf(base):
+        return partial(stored_in_gguf, read_model(base))
+    try:
+        names = Names(read_checkpoint(base.parent if base.name == CONFIG_FILE else base))
+    except MissingFileError:
+        return lambda _: None
+
+    def found(target: str) -> TensorRef | None:
+        key = names.find(target)
+        return None if key is None else names.tensors[key]
+
+    return found
+
+
+def stored_in_gguf(base: GgufModel, target: str) -> TensorRef | None:
+    """Return a weight of a GGUF model by its name in transformers, None if its rows moved."""
+    try:
+        (name, order), *others = rows_in_gguf(
+            target.removesuffix(".weight"), base_of_gguf(base)
+        ).items()
+    except LoratoolsError:  # not a matrix of this model, so nothing to compare with
+        return None
+    if others or order != list(range(len(order))):
+        return None
+    return plain(base.tensors[f"{name}.weight"])
