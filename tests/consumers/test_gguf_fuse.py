@@ -278,3 +278,27 @@ def test_what_does_not_fit_is_refused(gguf_bases, bases, adapter, tmp_path):
     with pytest.raises(AdapterError, match="another architecture"):
         fuse(gguf_bases / "qwen2" / "model.gguf", out, (tmp_path / "lora.gguf", 1.0))
     assert not out.exists()
+
+
+def test_saved_embeddings_that_repeat_the_base_are_left_out(gguf_bases, bases, tmp_path):
+    options = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS}
+    model = gguf_models.adapted(gguf_models.make_model(NAME), std=0.05, **options)
+    wanted = gguf_models.expected(model)
+    lora = tmp_path / "lora"
+    model.save_pretrained(lora, save_embedding_layers=True)
+    assert len(read_adapter(lora).replacements) == 2
+    base = bases("F32")
+    fuse(base, tmp_path / "fused.gguf", (lora, 1.0))
+    (found,) = gguf_models.from_llama_cpp(tmp_path / "fused.gguf", [], [[]])
+    assert np.abs(found - wanted).max() < 1e-4
+    for number, known in enumerate((base, gguf_bases / NAME)):
+        prepared = prepare(read_adapter(lora), "gguf", Context(known))
+        assert prepared.losses == ()
+        assert any("the base's own values" in note for note in prepared.notes)
+        write(prepared, tmp_path / f"{number}.gguf")
+        (apart,) = gguf_models.from_llama_cpp(base, [tmp_path / f"{number}.gguf"])
+        assert np.abs(apart - wanted).max() < 1e-4
+    with pytest.raises(UnsupportedError, match="loratools fuse"):
+        prepare(read_adapter(lora), "gguf", Context(bases("Q8_0")))
+    with pytest.raises(UnsupportedError, match="replaces a tensor"):
+        fuse(bases("Q8_0"), tmp_path / "other.gguf", (lora, 1.0))
