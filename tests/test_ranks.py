@@ -14,7 +14,7 @@ from loratools.algebra.ranks import (
     RankRule,
     Spectrum,
     gavish_donoho,
-    overrides,
+    pattern_rank,
 )
 from loratools_formats.disk.errors import OptionError
 
@@ -189,11 +189,11 @@ def test_bad_rules(kwargs):
         RankRule(**kwargs)
 
 
-def test_overrides():
-    assert overrides([r"q=1\.q=4", "b=2"]) == ((r"q=1\.q", 4), ("b", 2))
+def test_pattern_rank():
+    assert pattern_rank(r"q=1\.q=4") == (r"q=1\.q", 4)
     for bad in ("q", "q=", "q=-1", "(=3"):
         with pytest.raises(OptionError):
-            overrides([bad])
+            pattern_rank(bad)
 
 
 def test_table_goes_from_one_to_the_present_rank():

@@ -164,7 +164,7 @@ def rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
         serve_ranks: bool,
         **kwargs: Any,
     ) -> Any:
-        from loratools.algebra.ranks import Budget, RankRule, overrides
+        from loratools.algebra.ranks import Budget, RankRule, pattern_rank
 
         rule = RankRule(
             rank=rank,
@@ -176,7 +176,7 @@ def rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
             budget=None if budget is None else Budget.parse(budget),
             max_rank=max_rank,
             min_rank=min_rank,
-            patterns=overrides(rank_pattern),
+            patterns=tuple(map(pattern_rank, rank_pattern)),
             uniform=uniform,
             serve=serve_ranks,
         )

@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loratools.algebra.device import DeviceName
+from loratools.algebra.device import Computing
 from loratools.algebra.one_matrix import Decomposed, Method, RandomisedSvd, padded
 from loratools.algebra.ranks import Spectrum
 from loratools.factors.matrices import loaded
+from loratools.work.declared import option
 from loratools.work.scratch import Scratch
+from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import DTYPES, DType, encode
 from loratools_formats.core.tensors import TensorRef
@@ -33,43 +35,35 @@ _ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit
 
 
 @dataclass(frozen=True)
-class ComputeOptions:
+class ComputeOptions(Computing):
     """How to compute factors and how to store them.
 
     Attributes:
-        dtype: type of the new factors; None keeps each factor's own.
-        method: `exact`, or `rsvd` for a randomised SVD of the product.
-        oversample: p of the randomised SVD.
-        power_iterations: q of the randomised SVD.
-        seed: of the randomised SVD; every matrix derives its own from it.
-        keep_alpha: keep each module's alpha, so that its scale becomes alpha/rank.
-        device: where to compute.
-        workers: threads over modules on the CPU; results do not depend on it.
+        dtype: type of new factors: f32, f16 or bf16; by default each factor keeps its own.
+        method: exact, or rsvd for a randomised SVD as in the LoRA-Squeeze paper.
+        oversample: oversampling of the randomised SVD.
+        power_iterations: power iterations of the randomised SVD.
+        seed: seed of all that is random; every matrix derives its own from it.
+        keep_alpha: keep each module's alpha, and scale by alpha/rank; else alpha becomes the rank.
 
     Raises:
-        OptionError: a number out of range.
+        OptionError: a number out of range, or an unknown type.
     """
 
-    dtype: OutputDtype | None = None
-    method: Method = "exact"
-    oversample: int = 10
-    power_iterations: int = 2
-    seed: int = 0
-    keep_alpha: bool = False
-    device: DeviceName = "cpu"
-    workers: int = 2
+    dtype: OutputDtype | None = option(
+        None, heading="Computing", aliases=("--outtype",), parse=dtype_name
+    )
+    method: Method = option("exact", heading="Computing", name="svd", aliases=("--method",))
+    oversample: int = option(10, heading="Computing")
+    power_iterations: int = option(2, heading="Computing")
+    seed: int = option(0, heading="Computing")
+    keep_alpha: bool = option(False, heading="Computing")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("oversample", "power_iterations", "seed"):
             if getattr(self, name) < 0:
                 raise OptionError(f"{name} is negative", got=getattr(self, name))
-        if self.workers < 1:
-            raise OptionError("workers is too small", got=self.workers, expected="at least 1")
-
-    @property
-    def threads(self) -> int:
-        """Threads to use over modules: one where a device does the work."""
-        return self.workers if self.device == "cpu" else 1
 
     def stored(self, tensor: TensorRef) -> DType:
         """Return the type in which a factor is stored."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from loratools.work.declared import option
 from loratools_formats.disk.errors import OptionError
 
 
@@ -12,12 +13,16 @@ from loratools_formats.disk.errors import OptionError
 class Selection:
     """Which modules an operation touches, by regular expressions searched in their paths.
 
+    Attributes:
+        include: touch only modules whose path matches.
+        exclude: leave modules whose path matches alone.
+
     Raises:
         OptionError: not a regular expression.
     """
 
-    include: str | None = None
-    exclude: str | None = None
+    include: str | None = option(None, heading="Selection", metavar="REGEX")
+    exclude: str | None = option(None, heading="Selection", metavar="REGEX")
 
     def __post_init__(self) -> None:
         for pattern in (self.include, self.exclude):
