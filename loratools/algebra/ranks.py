@@ -24,6 +24,7 @@ import numpy as np
 from loratools.work.declared import option
 from loratools.work.selection import check_regex
 from loratools.work.spellings import share
+from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class RankRule:
     serve: bool = option(False, heading="Rank", name="serve_ranks")
 
     def __post_init__(self) -> None:
+        check_options(self)
         chosen = self._rules()
         if len(chosen) > 1:
             raise OptionError("rank rules exclude each other", got=", ".join(chosen))

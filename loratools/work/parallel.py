@@ -13,6 +13,7 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from loratools.work.declared import option
+from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
 
 MOST_WORKERS = 64
@@ -60,6 +61,7 @@ class Workers:
     workers: int = option(factory=usable_cores, heading="Computing")
 
     def __post_init__(self) -> None:
+        check_options(self)
         check_workers(self.workers)
 
 

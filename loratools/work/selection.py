@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from loratools.work.declared import option
+from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
 
 
@@ -25,6 +26,7 @@ class Selection:
     exclude: str | None = option(None, heading="Selection", metavar="REGEX")
 
     def __post_init__(self) -> None:
+        check_options(self)
         for pattern in (self.include, self.exclude):
             if pattern is not None:
                 check_regex(pattern)

@@ -1,0 +1,113 @@
+"""What the public functions return: frozen, with the object that `--json` prints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from loratools.work.requests import Writing
+from loratools_formats.contract.registry import get_format, write_adapter
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import InexactError
+
+SCHEMA = 1
+_NAME = "json"
+
+
+def hidden(**options: Any) -> Any:
+    """Declare a field of a result that is no part of its JSON object."""
+    return field(metadata={_NAME: None}, **options)
+
+
+def named(name: str) -> Any:
+    """Declare a field of a result that has another name in its JSON object."""
+    return field(metadata={_NAME: name})
+
+
+def json_name(of: Any) -> str | None:
+    """Return the name of a result's field in its JSON object; None if it is no part of it."""
+    name: str | None = of.metadata.get(_NAME, of.name)
+    return name
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it: dataclasses as objects, tuples as arrays."""
+    if is_dataclass(value):
+        names = {json_name(one): one.name for one in fields(value)}
+        return {key: as_json(getattr(value, name)) for key, name in names.items() if key}
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What an operation found; `to_dict()` is the object that `--json` prints."""
+
+    operation: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the command line, `schema` and `operation` first."""
+        return {"schema": SCHEMA, "operation": self.operation, **as_json(self)}
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{one.name}=<{len(value)}>" if isinstance(value, tuple | Mapping) else
+            f"{one.name}={value!r}"
+            for one in fields(self)
+            if json_name(one)
+            for value in [getattr(self, one.name)]
+        ]  # fmt: skip
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, repr=False)
+class AdapterResult(Result):
+    """A result that is an adapter, written or not.
+
+    Attributes:
+        adapter: what was made; its tensors load on demand.
+        notes: what a user should know.
+    """
+
+    adapter: Adapter = hidden()
+    notes: tuple[str, ...] = hidden()
+
+    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the adapter in its format, whole or not at all, and return where.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: it could not be written; what stood there is intact.
+        """
+        write_adapter(self.adapter, path, self.adapter.format, overwrite=overwrite)
+        return Path(path)
+
+    def written(self, writing: Writing) -> Self:
+        """Write the adapter if an output was given, and return the result."""
+        if writing.output is not None:
+            self.write(writing.output, overwrite=writing.overwrite)
+        return self
+
+
+def written_nbytes(adapter: Adapter) -> int:
+    """Return the size of the weights in the adapter's format; 0 if the format cannot tell."""
+    planned = get_format(adapter.format).weights_nbytes
+    return 0 if planned is None else planned(adapter)
+
+
+def check_error(result: Any, limit: float | None) -> None:
+    """Raise `InexactError`, which carries the result, if its error is above the limit."""
+    error = result.relative_error
+    if limit is not None and not error <= limit:
+        raise InexactError(
+            "the relative error is above the limit; nothing was written",
+            got=f"{error:.3g}",
+            expected=f"at most {limit:g}",
+            result=result,
+        )

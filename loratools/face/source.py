@@ -1,0 +1,171 @@
+"""What functions take: adapters by path or as they are, weights beside them, and base models."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools.work.requests import Reading
+from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from loratools_formats.contract.registry import check_output, check_target, read_adapter
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import OptionError, OutputExistsError
+
+Source = str | os.PathLike[str] | Adapter
+"""An adapter: the path of a file or folder, or one that was read or made already."""
+
+Model = str | os.PathLike[str] | Checkpoint
+"""A base model: the path of a folder or a safetensors file, or one that was read already."""
+
+Weighted = (
+    Source | Mapping[str, float] | Mapping[Path, float] | Sequence[Source | tuple[Source, float]]
+)
+"""Adapters: one, several, or each with its weight; the weight is 1 where none is given."""
+
+
+READING = ("from_", "carry_unknown")
+WRITING = ("output", "overwrite")
+INEXACT = (*WRITING, "max_error")
+
+
+def opened(source: Any, reading: Reading) -> Adapter:
+    """Return the adapter that a source is.
+
+    Raises:
+        OptionError: it is no source, or a format was given for an adapter that is read already.
+        LoratoolsError: nothing there, unknown format, or not a sound adapter.
+    """
+    if isinstance(source, Adapter):
+        if reading.from_ is not None:
+            raise OptionError("the adapter is read already, and has a format", got=source.format)
+        return source
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise OptionError(
+            "not an adapter", got=repr(source), expected="the path of a file or folder, or one read"
+        )
+    return read_adapter(source, reading.from_, carry_unknown=reading.carry_unknown)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter relative to its original base.
+
+    Attributes:
+        adapter: to work on.
+        inputs: all adapters that it was read from.
+    """
+
+    adapter: Adapter
+    inputs: tuple[Adapter, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What reading it found that a user should know."""
+        return self.inputs[0].notes
+
+
+def trained(source: Any, initial: Any, reading: Reading) -> Trained:
+    """Return the adapter to work on; `initial` is the one saved before training, None if none.
+
+    Raises:
+        OptionError: the adapter was not trained against a changed base.
+        LoratoolsError: as `opened`.
+    """
+    adapter = opened(source, reading)
+    if initial is None:
+        return Trained(adapter, (adapter,))
+    from loratools.factors.initial import subtract_initial
+
+    first = opened(initial, reading)
+    return Trained(subtract_initial(adapter, first), (adapter, first))
+
+
+def model(base: Any) -> Checkpoint:
+    """Return the checkpoint that a base is.
+
+    Raises:
+        OptionError: it is neither a path nor a checkpoint.
+        LoratoolsError: nothing there, or not a sound checkpoint.
+    """
+    if isinstance(base, Checkpoint):
+        return base
+    if not isinstance(base, str | os.PathLike) or not os.fspath(base):
+        raise OptionError("not a base model", got=repr(base), expected="a path, or one read")
+    return read_checkpoint(Path(base))
+
+
+def weighted(adapters: Any) -> list[tuple[Any, float]]:
+    """Return adapters with their weights, 1 where none is given.
+
+    >>> weighted({"a": 0.7, "b": 0.3}), weighted("a"), weighted(["a", ("b", 2)])
+    ([('a', 0.7), ('b', 0.3)], [('a', 1.0)], [('a', 1.0), ('b', 2.0)])
+
+    Raises:
+        OptionError: none, or a weight that is not a finite number.
+    """
+    pairs: list[Any]
+    if isinstance(adapters, Mapping):
+        pairs = list(adapters.items())
+    elif isinstance(adapters, str | os.PathLike | Adapter):
+        pairs = [(adapters, 1.0)]
+    elif isinstance(adapters, Iterable):
+        pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
+    else:
+        raise OptionError(
+            "not adapters", got=repr(adapters), expected="a path, a sequence, or {path: weight}"
+        )
+    if not pairs:
+        raise OptionError("no adapters given")
+    for pair in pairs:
+        if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], float | int):
+            raise OptionError("not an adapter with its weight", got=repr(pair))
+        if not math.isfinite(pair[1]):
+            raise OptionError("not a finite weight", got=pair[1])
+    return [(source, float(weight)) for source, weight in pairs]
+
+
+def label(source: Any) -> str:
+    """Return what reports call an adapter: the name of its file or folder."""
+    path = source.source if isinstance(source, Adapter) else source
+    return "adapter" if path is None else os.path.basename(os.path.realpath(path))
+
+
+def check_before(
+    output: Path | None,
+    inputs: Iterable[Adapter],
+    models: Iterable[Checkpoint | None] = (),
+    *,
+    overwrite: bool,
+) -> None:
+    """Refuse, before any work is done, an output that could not be published.
+
+    Args:
+        output: where the result goes; None if it is not written.
+        inputs: adapters, which may be replaced if `overwrite` says so.
+        models: checkpoints that are read, which no adapter may replace.
+        overwrite: whether an existing output may be replaced.
+
+    Raises:
+        OutputExistsError: it exists and may not be replaced, it is a model that is read, or it lies
+            inside or around an input.
+        OutputError: the folder that it would be in does not exist.
+    """
+    if output is None:
+        return
+    for adapter in inputs:
+        check_output(adapter, output, overwrite=overwrite)
+    for checkpoint in filter(None, models):
+        check_target(output, [checkpoint.path], overwrite=overwrite)
+        if os.path.realpath(output) == os.path.realpath(checkpoint.path):
+            raise OutputExistsError(
+                "the output is the model that is read", path=output, hint="Choose another output"
+            )
+
+
+def beside(output: Path | None) -> Path | None:
+    """Return the folder where results may wait: beside the output, which must hold them anyway."""
+    return None if output is None else Path(os.path.realpath(output)).parent
