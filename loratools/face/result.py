@@ -4,45 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
 from loratools_formats.contract.registry import get_format, write_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import InexactError
 
 SCHEMA = 1
-_NAME = "json"
-
-
-def hidden(**options: Any) -> Any:
-    """Declare a field of a result that is no part of its JSON object."""
-    return field(metadata={_NAME: None}, **options)
-
-
-def named(name: str) -> Any:
-    """Declare a field of a result that has another name in its JSON object."""
-    return field(metadata={_NAME: name})
-
-
-def json_name(of: Any) -> str | None:
-    """Return the name of a result's field in its JSON object; None if it is no part of it."""
-    name: str | None = of.metadata.get(_NAME, of.name)
-    return name
-
-
-def as_json(value: Any) -> Any:
-    """Return a value as JSON has it: dataclasses as objects, tuples as arrays."""
-    if is_dataclass(value):
-        names = {json_name(one): one.name for one in fields(value)}
-        return {key: as_json(getattr(value, name)) for key, name in names.items() if key}
-    if isinstance(value, Mapping):
-        return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [as_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,6 +22,12 @@ class Result:
     """What an operation found; `to_dict()` is the object that `--json` prints."""
 
     operation: ClassVar[str]
+
+    @classmethod
+    def of(cls, found: Any, **others: Any) -> Self:
+        """Return a result with the fields of what an operation found, and others."""
+        names = {one.name for one in fields(cls)} - set(others)
+        return cls(**{name: getattr(found, name) for name in names}, **others)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the command line, `schema` and `operation` first."""
