@@ -31,9 +31,11 @@ from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opened, Opener
 from loratools.folding.without_base import folds_alone, needs_base, plain_adapter, with_settings
 from loratools.kinds import get_kind
+from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
+from loratools.work.spellings import key_value
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, LowRank, OtherDelta
 from loratools_formats.core.dtypes import DTYPES
@@ -45,6 +47,22 @@ from loratools_formats.disk.errors import (
 )
 
 _PROVENANCE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What folding is told besides ranks and how to compute.
+
+    Attributes:
+        set_: what the change depends on and neither the file nor the base's config.json tells.
+        exact: keep changes that are not of low rank whole, as full differences, where the format
+            has them.
+    """
+
+    set_: tuple[tuple[str, str], ...] = option(
+        (), heading="Input", metavar="KEY=VALUE", parse=key_value
+    )
+    exact: bool = option(False, heading="Rank")
 
 
 @dataclass(frozen=True)

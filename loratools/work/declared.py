@@ -18,7 +18,7 @@ from typing import Any
 
 from loratools_formats.disk.errors import OptionError
 
-HEADINGS = ("Input", "Selection", "Rank", "Computing", "Output", "Report")
+HEADINGS = ("Input", "Method", "Selection", "Rank", "Computing", "Output", "Report")
 """Groups of options, in the order in which help shows them."""
 
 _KEY = "loratools"
@@ -69,13 +69,18 @@ class Option:
             OptionError: the text does not mean a value, or it is none of the choices.
         """
         if not self.multiple:
-            return self._one(given)
+            return self.one(given)
         if isinstance(given, Mapping):
             return tuple(given.items())
         items = (given,) if isinstance(given, str) else given
-        return tuple(self._one(item) for item in items)
+        return tuple(self.one(item) for item in items)
 
-    def _one(self, given: Any) -> Any:
+    def one(self, given: Any) -> Any:
+        """Return one of the values, which text is read for.
+
+        Raises:
+            OptionError: the text does not mean a value, or it is none of the choices.
+        """
         value = self.parse(given) if self.parse is not None and isinstance(given, str) else given
         if self.choices and value not in self.choices:
             raise OptionError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.work.declared import option
+from loratools.work.spellings import nbytes
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ class Writing:
         overwrite: replace the output if it exists.
         dry_run: compute and report, but write nothing.
         max_error: write nothing, and exit with 1, if the relative error is above this.
-        max_shard_size: split weights into files of at most this size, such as 5GB.
     """
 
     output: Path | None = option(None, heading="Output", short="-o")
@@ -43,7 +43,19 @@ class Writing:
     overwrite: bool = option(False, heading="Output")
     dry_run: bool = option(False, heading="Output")
     max_error: float | None = option(None, heading="Output")
-    max_shard_size: str | None = option(None, heading="Output", metavar="SIZE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How the weights of a checkpoint are spread over files.
+
+    Attributes:
+        max_shard_bytes: split weights into files of at most this size, such as 5GB.
+    """
+
+    max_shard_bytes: int | None = option(
+        None, heading="Output", name="max_shard_size", metavar="SIZE", parse=nbytes
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from loratools_formats.disk.errors import OptionError
 
 _DTYPES = {
@@ -20,6 +22,28 @@ def dtype(text: str) -> str:
     """
     name = text.strip().lower().removeprefix("torch.")
     return _SPELLED.get(name, name)
+
+
+_SIZE = re.compile(r"(\d+\.?\d*|\.\d+)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
+
+
+def nbytes(text: str) -> int:
+    """Return a size in bytes; `k`, `M`, `G` and `T` are powers of 1000, with an `i` of 1024.
+
+    >>> nbytes("5GB"), nbytes("1.5 kb"), nbytes("4GiB"), nbytes("300")
+    (5000000000, 1500, 4294967296, 300)
+
+    Raises:
+        OptionError: not a size, or not above zero.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise OptionError("not a size", got=text, expected="such as 5GB, 500MB or 4GiB")
+    power = " kmgt".index((match[2] or " ").lower())
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size <= 0:
+        raise OptionError("not a size above zero", got=text)
+    return size
 
 
 def share(text: str) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from loratools.algebra import linalg
 from loratools.factors.matrices import loaded
-from loratools.work.parallel import in_order
+from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.contract.registry import read_adapter
 from loratools_formats.core.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
 from loratools_formats.core.tensors import TensorRef
@@ -58,7 +58,7 @@ def compared(
     format_name: str,
     source: Adapter,
     *,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionCheck:
     """Read a written output and compare everything in it with what was intended.
@@ -68,7 +68,7 @@ def compared(
         path: the output.
         format_name: its format.
         source: the input, whose keys are those that a user knows.
-        workers: threads over modules.
+        workers: threads over modules, the usable cores by default.
         progress: called with (modules compared, modules in all).
 
     Raises:
@@ -86,7 +86,7 @@ def compared(
         return _residual(name, exact.modules[name], written.modules[name], source)
 
     found: list[tuple[float, float]] = []
-    for squares in in_order(one, names, workers):
+    for squares in in_order(one, names, workers or usable_cores()):
         found.append(squares)
         if progress is not None:
             progress(len(found), len(names))

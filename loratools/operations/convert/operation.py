@@ -20,7 +20,10 @@ from loratools.naming.lists import names_of_adapter, names_of_base
 from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
 from loratools.operations.convert.compare_written import ConversionCheck, compared
+from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.spellings import dtype as dtype_name
+from loratools.work.spellings import key_value
 from loratools_formats.contract.registry import (
     Context,
     Format,
@@ -57,25 +60,64 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert to.
+
+    Attributes:
+        to: format to write; by default found from the output's name.
+        dtype: type of the factors in the output: f32, f16 or bf16, or q8_0 in a GGUF file.
+        set_: text to add to the output's metadata.
+        keep_alpha: leave scales beside factors, as they are.
+        fold_alpha: move scales into factors even if that rounds.
+        allow_lossy: leave out what the format cannot hold.
+
+    Raises:
+        OptionError: scales are to be kept and moved.
+    """
+
+    to: str | None = option(None, heading="Output", metavar="FORMAT")
+    dtype: str | None = option(
+        None, heading="Computing", aliases=("--outtype",), metavar="DTYPE", parse=dtype_name
+    )
+    set_: tuple[tuple[str, str], ...] = option(
+        (), heading="Output", aliases=("--metadata",), metavar="KEY=VALUE", parse=key_value
+    )
+    keep_alpha: bool = option(False, heading="Computing")
+    fold_alpha: bool = option(False, heading="Computing")
+    allow_lossy: bool = option(False, heading="Output")
+
+    def __post_init__(self) -> None:
+        if self.keep_alpha and self.fold_alpha:
+            raise OptionError("`keep_alpha` and `fold_alpha` exclude each other")
+
+    @property
+    def alpha(self) -> Literal["exact", "fold", "keep"]:
+        """What becomes of scales, as `SingleFileOptions` says it."""
+        return "keep" if self.keep_alpha else "fold" if self.fold_alpha else "exact"
+
+
+@dataclass(frozen=True)
 class SingleFileOptions:
     """How to write or read single-file adapters, whose names need resolving.
 
     Attributes:
-        names: a bundled table of names, or the path of a user's.
+        names: names of an architecture in single files: sd1, sdxl, flux1, wan2, qwen_image,
+            z_image, or a FILE.toml of yours.
         names_from: an adapter whose dotted names resolve flattened ones.
-        component: what part of a pipeline paths without a component are of, or which part to take.
+        component: part of a pipeline that names without one are of, or that is to be taken.
         alpha: what becomes of scales: moved into the factors where that is `exact`, or always
             (`fold`), or never (`keep`).
         as_it_is: whether keys and scales stay as they are, since the naming does.
-        strip_training_metadata: whether metadata about the training data is left out.
+        strip_training_metadata: leave out what the metadata of single files tells about the
+            training data.
     """
 
-    names: str | None = None
-    names_from: Path | None = None
-    component: str | None = None
+    names: str | None = option(None, heading="Input", metavar="TABLE")
+    names_from: Path | None = option(None, heading="Input")
+    component: str | None = option(None, heading="Input", metavar="NAME")
     alpha: Literal["exact", "fold", "keep"] = "exact"
     as_it_is: bool = False
-    strip_training_metadata: bool = False
+    strip_training_metadata: bool = option(False, heading="Output")
 
     def record(self) -> dict[str, Any]:
         """Return what is set, for an output's provenance."""
@@ -110,7 +152,7 @@ def prepare(
 
     Raises:
         UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
-        OptionError: a type or base model was given that neither format has a use for.
+        OptionError: a type was given that the format is not written in.
         AdapterError: names that nothing resolves, or values that are not finite where they matter.
     """
     context, single = context or Context(), single or SingleFileOptions()
@@ -121,8 +163,12 @@ def prepare(
         raise OptionError(
             f"format {target.name} is not written in this type",
             got=context.dtype,
-            expected=" or ".join(target.dtypes) or "no --outtype",
+            expected=" or ".join(target.dtypes) or "`dtype` to be left out",
         )
+    unused: tuple[str, ...] = ()
+    if context.base is not None and not _uses_base(get_format(adapter.format), target):
+        unused = (f"converting {adapter.format} to {target.name} needs no base model",)
+        context = replace(context, base=None)
     _require_true_delta(adapter, target)
     model = _in_model_terms(adapter, target, context)
     lost = [] if single.as_it_is else _lost_by_any_name(model, target)
@@ -158,7 +204,7 @@ def prepare(
         provenance=record,
         metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
     )
-    notes = (*_notes(adapter, made, target), *named.notes)
+    notes = (*unused, *_notes(adapter, made, target), *named.notes)
     return Conversion(adapter, made, exact, target, losses, notes)
 
 
@@ -223,13 +269,16 @@ def _require_true_delta(adapter: Adapter, target: Format) -> None:
 
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
     source = get_format(adapter.format)
-    has_use = (source.to_model, target.to_model) != (None, None) and source.name != target.name
-    has_use |= source.name in SINGLE_FILES or target.name in SINGLE_FILES
-    if context.base is not None and not has_use:
-        raise OptionError(f"converting {source.name} to {target.name} needs no base model")
     if source.name == target.name or source.to_model is None:
         return adapter
     return source.to_model(adapter, context)
+
+
+def _uses_base(source: Format, target: Format) -> bool:
+    """Return whether a base model has a part in a conversion between two formats."""
+    if source.name in SINGLE_FILES or target.name in SINGLE_FILES:
+        return True
+    return (source.to_model, target.to_model) != (None, None) and source.name != target.name
 
 
 def _as_it_is(target: Format) -> Callable[[Adapter, Context], Adapter]:

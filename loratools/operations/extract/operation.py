@@ -18,13 +18,25 @@ from loratools.base.dequantised import plain
 from loratools.factors.resize import ComputeOptions
 from loratools.operations.extract.pairs import Comparison, Pair
 from loratools.operations.to_lora import FoldChoices, FoldResult, fold_choices, to_lora
-from loratools.work.parallel import in_order
+from loratools.work.declared import option
+from loratools.work.parallel import in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, Delta
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.keys import replaced_name
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the base model is named in what is written.
+
+    Attributes:
+        base_name: name to record as the base model's.
+    """
+
+    base_name: str | None = option(None, heading="Output", metavar="NAME")
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ def difference(
     selection: Selection | None = None,
     *,
     base_name: str | None = None,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> Difference:
     """Compare two checkpoints.
 
@@ -59,7 +71,7 @@ def difference(
         tuned: after.
         selection: modules to take; others that changed are left out and listed.
         base_name: what to record as the base model; by default what its configuration says.
-        workers: threads over tensors.
+        workers: threads over tensors, the usable cores by default.
 
     Raises:
         AdapterError: a tensor is in only one of the two, or of another shape, or nothing changed.
@@ -68,7 +80,7 @@ def difference(
     selection = selection or Selection()
     comparison = Comparison(plain(base).checkpoint, plain(tuned).checkpoint)
     pairs = comparison.pairs()
-    changed = in_order(lambda pair: pair.differs(), pairs, workers)
+    changed = in_order(lambda pair: pair.differs(), pairs, workers or usable_cores())
     differing = [pair for pair, differs in zip(pairs, changed, strict=True) if differs]
     unchanged = len(pairs) - len(differing)
     skipped = [pair.key for pair in differing if pair.module not in selection]

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from loratools.algebra.device import Device, DeviceName
+from loratools.algebra.device import Computing, Device
 from loratools.base.placement import Placement
 from loratools.operations.fuse.blocks import fused_blocks
 from loratools.operations.fuse.draft import FuseInput
@@ -27,8 +27,10 @@ from loratools.operations.fuse.operation import FusePreview, FuseResult, refuse_
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor, not_finite
 from loratools.operations.fuse.terms import Change, View, load_terms, stacked
+from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record
+from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.containers.gguf.container import GgufTensor
 from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
@@ -37,7 +39,12 @@ from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.registry import Context, check_target, get_format
 from loratools_formats.core.adapter import Adapter, low_rank_part
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.disk.errors import AdapterError, OutputExistsError, UnsupportedError
+from loratools_formats.disk.errors import (
+    AdapterError,
+    OptionError,
+    OutputExistsError,
+    UnsupportedError,
+)
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_file, resolved
 from loratools_formats.formats.gguf.from_model import OUTPUT, check_shape, refuse_tied
@@ -48,22 +55,28 @@ _ENCODED = frozenset(name.upper() for name in get_args(Outtype)[1:])
 
 
 @dataclass(frozen=True)
-class GgufFuseOptions:
+class GgufFuseOptions(Computing):
     """How to fuse into a GGUF model.
 
     Attributes:
         outtype: type of the tensors that change; `keep` leaves each its own.
-        fallback: type where that cannot be written; F16 where this cannot either.
-        workers: threads over tensors.
-        device: where products are computed.
+        fallback: type of changed tensors whose own cannot be written, such as Q4_K: f16, the
+            default, or q8_0. Rows that do not fit q8_0 become f16.
         allow_lossy: write even if less than half of the change survives quantising.
+
+    Raises:
+        OptionError: no such type, or the number of threads is out of range.
     """
 
     outtype: Outtype = "keep"
-    fallback: Fallback = "f16"
-    workers: int = 2
-    device: DeviceName = "cpu"
+    fallback: Fallback = option("f16", heading="Computing", parse=dtype_name)
     allow_lossy: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outtype not in get_args(Outtype):
+            expected = " or ".join(get_args(Outtype))
+            raise OptionError("no such type", got=self.outtype, expected=expected)
 
 
 class GgufFusion:
