@@ -10,7 +10,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
-from loratools.face.source import INEXACT, Model, beside, check_before, model
+from loratools.face.source import WRITING, Model, beside, destination, model
 from loratools.factors.resize import ComputeOptions
 from loratools.operations.extract import operation
 from loratools.work.requests import Writing
@@ -72,12 +72,12 @@ class ExtractChoices(Result):
     choices: tuple[ChoiceRow, ...]
 
 
-@public(writing=INEXACT)
+@public(writing=(*WRITING, "max_error"))
 def extract(
     base: Model,
     tuned: Model,
     *,
-    base_name: str | None = None,
+    naming: operation.Naming,
     rule: RankRule,
     compute: ComputeOptions,
     selection: Selection,
@@ -96,7 +96,6 @@ def extract(
     Args:
         base: the model before training.
         tuned: the model after.
-        base_name: what to record as the base model's name; by default what the base records.
         progress: called with (modules done, modules in all).
 
     Raises:
@@ -114,15 +113,15 @@ def extract(
             hint="extract_choices shows what each rank costs",
         )
     before, after = model(base), model(tuned)
-    check_before(writing.output, [], [before, after], overwrite=writing.overwrite)
-    found = _difference(before, after, selection, compute, base_name)
+    writing = destination(writing, None, [before, after])
+    found = _difference(before, after, selection, compute, naming.base_name)
     done = operation.extract(
         before,
         after,
         found,
         rule,
         compute,
-        scratch_folder=beside(writing.output),
+        scratch_folder=beside(writing),
         progress=progress,
     )
     result = ExtractResult(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratools.work.requests import Reading
+from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from loratools_formats.contract.registry import check_output, check_target, read_adapter
+from loratools_formats.contract.registry import check_target, read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 
@@ -29,7 +29,7 @@ Weighted = (
 
 READING = ("from_", "carry_unknown")
 WRITING = ("output", "overwrite")
-INEXACT = (*WRITING, "max_error")
+IN_PLACE = (*WRITING, "in_place")
 
 
 def opened(source: Any, reading: Reading) -> Adapter:
@@ -134,38 +134,45 @@ def label(source: Any) -> str:
     return "adapter" if path is None else os.path.basename(os.path.realpath(path))
 
 
-def check_before(
-    output: Path | None,
-    inputs: Iterable[Adapter],
-    models: Iterable[Checkpoint | None] = (),
-    *,
-    overwrite: bool,
-) -> None:
-    """Refuse, before any work is done, an output that could not be published.
+def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any]) -> Writing:
+    """Return where the result goes, refusing before any work an output that cannot be published.
 
     Args:
-        output: where the result goes; None if it is not written.
-        inputs: adapters, which may be replaced if `overwrite` says so.
-        models: checkpoints that are read, which no adapter may replace.
-        overwrite: whether an existing output may be replaced.
+        writing: what was asked for.
+        source: the adapter to replace, if the result is to be written in place.
+        inputs: adapters, checkpoints and paths that are read.
 
     Raises:
-        OutputExistsError: it exists and may not be replaced, it is a model that is read, or it lies
-            inside or around an input.
+        OptionError: the result is to go over an adapter that has no path, or to two places.
+        OutputExistsError: the output exists and may not be replaced, is an input, or lies inside an
+            input or around one.
         OutputError: the folder that it would be in does not exist.
     """
+    if writing.in_place:
+        if source is None or source.source is None or writing.output not in (None, source.source):
+            raise OptionError("`in_place` writes over the input, which is no such path")
+        writing = replace(writing, output=source.source, overwrite=True)
+    output = writing.output
     if output is None:
-        return
-    for adapter in inputs:
-        check_output(adapter, output, overwrite=overwrite)
-    for checkpoint in filter(None, models):
-        check_target(output, [checkpoint.path], overwrite=overwrite)
-        if os.path.realpath(output) == os.path.realpath(checkpoint.path):
+        return writing
+    check_target(output, [], overwrite=writing.overwrite)
+    for path in filter(None, map(_path_of, inputs)):
+        if os.path.realpath(output) == os.path.realpath(path) and not writing.in_place:
             raise OutputExistsError(
-                "the output is the model that is read", path=output, hint="Choose another output"
+                "the output is an input, and inputs are never changed",
+                path=output,
+                hint="Choose another output, or pass `in_place=True` where that is an option",
             )
+        check_target(output, [path], overwrite=writing.overwrite)
+    return writing
 
 
-def beside(output: Path | None) -> Path | None:
+def _path_of(item: Any) -> Path | None:
+    if isinstance(item, Adapter):
+        return item.source
+    return item.path if isinstance(item, Checkpoint) else item
+
+
+def beside(writing: Writing) -> Path | None:
     """Return the folder where results may wait: beside the output, which must hold them anyway."""
-    return None if output is None else Path(os.path.realpath(output)).parent
+    return None if writing.output is None else Path(os.path.realpath(writing.output)).parent

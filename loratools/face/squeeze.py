@@ -9,7 +9,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
-from loratools.face.source import INEXACT, READING, Source, beside, check_before, trained
+from loratools.face.source import IN_PLACE, READING, Source, beside, destination, trained
 from loratools.factors.resize import ComputeOptions
 from loratools.operations import squeeze as operation
 from loratools.operations.squeeze import ModuleReport
@@ -56,7 +56,7 @@ class SqueezeChoices(Result):
     choices: tuple[ChoiceRow, ...]
 
 
-@public(reading=READING, writing=INEXACT)
+@public(reading=READING, writing=(*IN_PLACE, "max_error"))
 def squeeze(
     source: Source,
     *,
@@ -98,13 +98,13 @@ def squeeze(
             hint="squeeze_choices shows what each rank costs",
         )
     given = trained(source, initial, reading)
-    check_before(writing.output, given.inputs, overwrite=writing.overwrite)
+    writing = destination(writing, given.inputs[0], given.inputs)
     done = operation.squeeze(
         given.adapter,
         rule,
         compute,
         selection,
-        scratch_folder=beside(writing.output),
+        scratch_folder=beside(writing),
         progress=progress,
     )
     result = SqueezeResult(

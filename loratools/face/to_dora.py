@@ -9,11 +9,11 @@ from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult
 from loratools.face.source import (
     READING,
-    WRITING,
+    IN_PLACE,
     Model,
     Source,
     beside,
-    check_before,
+    destination,
     model,
     trained,
 )
@@ -36,7 +36,7 @@ class ToDoraResult(AdapterResult):
     modules: tuple[ToDoraModuleReport, ...]
 
 
-@public(reading=READING, writing=WRITING)
+@public(reading=READING, writing=IN_PLACE)
 def to_dora(
     source: Source,
     *,
@@ -70,12 +70,12 @@ def to_dora(
     """
     given = trained(source, initial, reading)
     checkpoint = model(base)
-    check_before(writing.output, given.inputs, [checkpoint], overwrite=writing.overwrite)
+    writing = destination(writing, given.inputs[0], [*given.inputs, checkpoint])
     done = operation.to_dora(
         given.adapter,
         checkpoint,
         workers=threads.workers,
-        scratch_folder=beside(writing.output),
+        scratch_folder=beside(writing),
         progress=progress,
     )
     return ToDoraResult(done.adapter, given.notes, done.modules).written(writing)

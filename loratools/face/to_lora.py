@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,18 +10,18 @@ from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
 from loratools.face.source import (
-    INEXACT,
+    IN_PLACE,
     READING,
     Model,
     Source,
     beside,
-    check_before,
+    destination,
     model,
     trained,
 )
 from loratools.factors.resize import ComputeOptions
 from loratools.operations import to_lora as operation
-from loratools.operations.to_lora import FoldModuleReport
+from loratools.operations.to_lora import FoldModuleReport, Folding
 from loratools.work.requests import Reading, Writing
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
@@ -69,14 +68,13 @@ class ToLoraChoices(Result):
     choices: tuple[ChoiceRow, ...]
 
 
-@public(reading=READING, writing=INEXACT)
+@public(reading=READING, writing=(*IN_PLACE, "max_error"))
 def to_lora(
     source: Source,
     *,
     base: Model | None = None,
     initial: Source | None = None,
-    settings: Mapping[str, str] | None = None,
-    exact: bool = False,
+    folding: Folding,
     rule: RankRule,
     compute: ComputeOptions,
     reading: Reading,
@@ -97,9 +95,6 @@ def to_lora(
         source: an adapter of any kind.
         base: the base model, for kinds that depend on it.
         initial: the adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.
-        settings: what the change depends on and neither the file nor the base's `config.json`
-            tells, by name.
-        exact: keep what is not of low rank whole, as full differences, where the format has them.
         progress: called with (modules done, modules in all).
 
     Raises:
@@ -109,19 +104,19 @@ def to_lora(
         AdapterError: NaN or infinite values, or tensors that do not fit.
         OutputExistsError: the output exists and `overwrite` is false.
     """
-    if exact and rule.is_given:
+    if folding.exact and rule.is_given:
         raise OptionError("exact keeps changes whole, and leaves no rank to choose")
     given = trained(source, initial, reading)
     checkpoint = None if base is None else model(base)
-    check_before(writing.output, given.inputs, [checkpoint], overwrite=writing.overwrite)
+    writing = destination(writing, given.inputs[0], [*given.inputs, checkpoint])
     done = operation.to_lora(
         given.adapter,
         rule,
         compute,
         base=checkpoint,
-        given=settings,
-        whole=exact,
-        scratch_folder=beside(writing.output),
+        given=dict(folding.set_),
+        whole=folding.exact,
+        scratch_folder=beside(writing),
         progress=progress,
     )
     _check_format(done.adapter)
@@ -138,13 +133,13 @@ def to_lora(
     return result.written(writing)
 
 
-@public(reading=READING)
+@public(reading=READING, folding=("set_",))
 def to_lora_choices(
     source: Source,
     *,
     base: Model | None = None,
     initial: Source | None = None,
-    settings: Mapping[str, str] | None = None,
+    folding: Folding,
     compute: ComputeOptions,
     reading: Reading,
 ) -> ToLoraChoices | None:
@@ -158,7 +153,6 @@ def to_lora_choices(
         source: as for `to_lora`.
         base: as for `to_lora`.
         initial: as for `to_lora`.
-        settings: as for `to_lora`.
 
     Raises:
         UnsupportedError: the change cannot be told, or not without the base.
@@ -166,7 +160,7 @@ def to_lora_choices(
     """
     adapter = trained(source, initial, reading).adapter
     checkpoint = None if base is None else model(base)
-    found = operation.fold_choices(adapter, compute, base=checkpoint, given=settings)
+    found = operation.fold_choices(adapter, compute, base=checkpoint, given=dict(folding.set_))
     if found is None:
         return None
     return ToLoraChoices(
