@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Values = NDArray[np.float64]
 
 SERVE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values vLLM accepts for --max-lora-rank (vllm/config/lora.py, 2026)."""
+"""Values vLLM accepts as max_lora_rank (vllm/config/lora.py, 2026)."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -129,7 +129,8 @@ class RankRule:
         min_rank: no rank below this, as far as the module has it.
         patterns: rank of modules whose path matches; the first match decides.
         uniform: give all modules the largest rank chosen.
-        serve: use only ranks that vLLM accepts, rounding up; down where a budget or max_rank binds.
+        serve: use only ranks that vLLM accepts, rounding up; down where `budget` or `max_rank`
+            binds.
 
     Raises:
         OptionError: several rules at once, or a value out of range.
@@ -172,10 +173,10 @@ class RankRule:
             and self.min_rank > self.max_rank
         ):
             raise OptionError(
-                "--min-rank is above --max-rank", got=f"{self.min_rank} and {self.max_rank}"
+                "`min_rank` is above `max_rank`", got=f"{self.min_rank} and {self.max_rank}"
             )
         if self.uniform and self.budget is not None and self.patterns:
-            raise OptionError("--uniform with --budget leaves no place for rank patterns")
+            raise OptionError("`uniform=True` with `budget` leaves no place for rank patterns")
 
     def _rules(self) -> list[str]:
         return [f.name for f in fields(self)[:7] if getattr(self, f.name) not in (None, False)]
@@ -215,7 +216,7 @@ class RankRule:
             raise OptionError(
                 f"the rule needs every singular value of {spectrum.name}, and only the "
                 f"{sigma.shape[1]} largest are known",
-                hint="Choose ranks with --rank, --energy or another rule",
+                hint="Choose ranks with `rank`, `energy` or another rule",
             )
         elif self.sv_cumulative is not None:
             wanted = _most(sigma, lambda s: _reaching(s, self.sv_cumulative or 1.0))
@@ -240,7 +241,7 @@ class RankRule:
             raise OptionError(
                 f"rank {spectrum.rank} keeps only {reachable:.4f} of the energy of {spectrum.name}",
                 expected=share,
-                hint="Allow higher ranks with --max-rank, or ask for less",
+                hint="Allow higher ranks with `max_rank`, or ask for less",
             )
         return wanted
 
@@ -254,7 +255,7 @@ class RankRule:
             raise OptionError(
                 f"the {sigma.shape[1]} largest singular values of {spectrum.name} do not fall as "
                 f"far as σ₁/{ratio:g}",
-                hint="Allow higher ranks with --max-rank, or ask for less",
+                hint="Allow higher ranks with `max_rank`, or ask for less",
             )
         return wanted
 

@@ -168,7 +168,7 @@ def _check_type(ref: TensorRef) -> None:
             tensor=ref.key,
             got=ref.dtype.code,
             expected=" or ".join(_QUANTIZABLE),
-            hint="Leave it out with --skip, or start from the original checkpoint",
+            hint="Leave it out with `exclude`, or start from the original checkpoint",
         )
 
 

@@ -248,5 +248,5 @@ def _unknown(got: str) -> UnsupportedError:
     return UnsupportedError(
         "the weight change depends on the base weight",
         got=got,
-        hint="Pass the base model with --base",
+        hint="Pass the base model as `base`",
     )

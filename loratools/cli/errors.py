@@ -63,15 +63,18 @@ def _usage(error: click.ClickException) -> str:
     """Return one line for an error in the command line itself."""
     text = " ".join(error.format_message().split()).rstrip(".")
     context = error.ctx if isinstance(error, click.UsageError) else None
-    return text if context is None else f"{text}. See: {context.command_path} --help"
+    if context is None:
+        return text
+    return f"{text}{'' if text.endswith('?') else '.'} See: {context.command_path} --help"
 
 
 def describe(error: BaseException) -> str:
     """Return one line for an error: its own text if it is ours, its kind too if it is not."""
+    from loratools.cli.wording import worded
     from loratools_formats.disk.errors import LoratoolsError, printable
 
     if isinstance(error, LoratoolsError):
-        return str(error)
+        return worded(str(error))
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, OSError) and error.strerror:

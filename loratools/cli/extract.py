@@ -8,8 +8,14 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
-from loratools.cli.errors import EXIT_ERROR
-from loratools.cli.outcome import checked_target, conclude, exceeds, scratch_folder
+from loratools.cli.command import command as named_command
+from loratools.cli.outcome import (
+    checked_target,
+    conclude,
+    exceeds,
+    scratch_folder,
+    show_how_to_choose,
+)
 from loratools.cli.output import (
     choices_as_json,
     human_bytes,
@@ -23,38 +29,38 @@ from loratools.cli.output import (
     quantity,
 )
 from loratools.factors.resize import ComputeOptions
-from loratools.operations.extract.operation import Difference, difference, extract, extract_choices
+from loratools.operations.extract.operation import (
+    Difference,
+    Naming,
+    difference,
+    extract,
+    extract_choices,
+)
 from loratools.operations.to_lora import FoldResult
+from loratools.work.requests import Reporting, Writing
 from loratools.work.selection import Selection
 from loratools_formats import get_format, write_adapter
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 
 
-@click.command("extract")
-@click.argument("base", type=shared.PATH)
+@named_command("extract")
+@shared.base_argument
 @click.argument("tuned", type=shared.PATH)
-@shared.output_options
-@click.option("--base-name", help="What to record as the base model's name.")
-@shared.rank_options
-@shared.compute_options("--method")
-@shared.selection_options
-@shared.max_error_option
-@shared.json_option
-@shared.quiet_option
+@shared.writes("max_error")
+@shared.takes(Naming, into="naming")
+@shared.takes(RankRule, into="rule")
+@shared.takes(ComputeOptions, into="compute")
+@shared.takes(Selection, into="selection")
+@shared.reports()
 def command(
     base: Path,
     tuned: Path,
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    base_name: str | None,
+    writing: Writing,
+    naming: Naming,
     rule: RankRule,
     compute: ComputeOptions,
-    include: str | None,
-    exclude: str | None,
-    max_error: float | None,
-    as_json: bool,
-    quiet: bool,
+    selection: Selection,
+    reporting: Reporting,
 ) -> int:
     """Extract the LoRA between two checkpoints.
 
@@ -65,21 +71,19 @@ def command(
     loratools extract base-model tuned-model -o my-lora --rank 32
     """  # noqa: D301 - click reads the backspace
     before, after = read_checkpoint(base), read_checkpoint(tuned)
-    recorded = base_name or _recorded_name(before) or str(base)
-    found = difference(
-        before, after, Selection(include, exclude), base_name=recorded, workers=compute.threads
-    )
-    if not quiet:
+    recorded = naming.base_name or _recorded_name(before) or str(base)
+    found = difference(before, after, selection, base_name=recorded, workers=compute.threads)
+    if not reporting.quiet:
         for text in found.notes:
             note(text)
         if found.skipped:
             note(f"changed but not selected: {', '.join(found.skipped)}")
     if not rule.is_given:
-        _print_choices(found, compute, as_json=as_json)
-        click.echo("Choose with --rank, --energy, --budget or another rule; see --help.", err=True)
-        return EXIT_ERROR
-    target = checked_target(output, [], [base, tuned], overwrite=overwrite, dry_run=dry_run)
-    with progress_bar("extract", quiet=quiet) as progress:
+        if reporting.json or not reporting.quiet:
+            _print_choices(found, compute, as_json=reporting.json)
+        return show_how_to_choose(writing, reporting)
+    target = checked_target(writing, [base, tuned])
+    with progress_bar("extract", quiet=reporting.quiet) as progress:
         result = extract(
             before,
             after,
@@ -89,13 +93,13 @@ def command(
             scratch_folder=scratch_folder(target),
             progress=progress,
         )
-    if target is not None and not exceeds(result.relative_error, max_error):
-        write_adapter(result.adapter, target, "peft", overwrite=overwrite)
-    if as_json:
+    if target is not None and not exceeds(result.relative_error, writing.max_error):
+        write_adapter(result.adapter, target, "peft", overwrite=writing.overwrite)
+    if reporting.json:
         print_json(_as_json(found, result))
-    elif not quiet:
+    elif not reporting.quiet:
         _print_report(found, result)
-    return conclude(result.relative_error, max_error, target, quiet=quiet)
+    return conclude(result.relative_error, writing, target, reporting)
 
 
 def _recorded_name(base: Checkpoint) -> str | None:

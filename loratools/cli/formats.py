@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import click
-
 from loratools.cli import options as shared
+from loratools.cli.command import command as named_command
 from loratools.cli.output import print_json, print_table
+from loratools.work.requests import Reporting
 from loratools_formats import FormatEntry, registered_formats
 
 
-@click.command("formats")
-@shared.json_option
-def command(as_json: bool) -> None:
-    """List the adapter formats, broken plugins included."""
+@named_command("formats")
+@shared.reports()
+def command(reporting: Reporting) -> None:
+    """List the adapter formats, broken plugins included.
+
+    \b
+    loratools formats
+    """  # noqa: D301 - click reads the backspace
     entries = registered_formats()
-    if as_json:
+    if reporting.json:
         print_json({"operation": "formats", "formats": [_as_json(entry) for entry in entries]})
+    if reporting.json or reporting.quiet:
         return
     print_table(
         ["name", "can", "package", "description"],

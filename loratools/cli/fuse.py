@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import cast
 
 import click
 
-from loratools.algebra.device import DeviceName
 from loratools.cli import options as shared
+from loratools.cli.command import command as named_command
+from loratools.cli.outcome import checked_target
 from loratools.cli.output import (
     human_bytes,
     named,
@@ -20,70 +22,37 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
+from loratools.cli.references import fuse_input, weighted_path
 from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.gguf import Fallback, GgufFuseOptions, GgufFusion, Outtype
-from loratools.operations.fuse.operation import (
-    BaseMode,
-    FuseOptions,
-    FusePreview,
-    FuseResult,
-    Fusion,
-)
+from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion, Outtype
+from loratools.operations.fuse.operation import FuseOptions, FusePreview, FuseResult, Fusion
 from loratools.operations.fuse.plan import TensorPlan
+from loratools.work.requests import Reading, Reporting, Writing
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.disk.errors import OptionError
 
 
-@click.command("fuse")
-@click.argument("base", type=shared.PATH)
+@named_command("fuse")
+@shared.base_argument
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
-@shared.output_options
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of all weights.")
-@click.option(
-    "--outtype",
-    type=click.Choice(get_args(Outtype)),
-    help="Type of changed tensors in a GGUF model; keep, the default, leaves each its own.",
-)
-@click.option(
-    "--fallback",
-    type=click.Choice(get_args(Fallback)),
-    help="Type of those whose own cannot be written, such as Q4_K; f16 by default.",
-)
-@shared.max_shard_size_option
-@click.option(
-    "--base-mode",
-    type=click.Choice(["dequant", "original"]),
-    help="For a base in four bits: add to what its codes mean, or insist on the 16-bit original.",
-)
-@click.option("--requantize", is_flag=True, help="Store changed four-bit weights in four bits.")
-@click.option(
-    "--allow-lossy", is_flag=True, help="Do so even if less than half of the change survives."
-)
-@shared.device_option
-@shared.workers_option
-@shared.from_option
-@shared.json_option
-@shared.quiet_option
+@shared.writes(positional=False)
+@shared.takes(FuseOptions, into="options")
+@shared.takes(GgufFuseOptions, "fallback", into="gguf")
+@shared.reads("from_")
+@shared.reports()
+@click.pass_context
 def command(
+    context: click.Context,
+    /,
     base: Path,
     adapters: tuple[str, ...],
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    dtype: str | None,
-    outtype: Outtype | None,
-    fallback: Fallback | None,
-    max_shard_size: str | None,
-    base_mode: BaseMode | None,
-    requantize: bool,
-    allow_lossy: bool,
-    device: DeviceName,
-    workers: int,
-    format_name: str | None,
-    as_json: bool,
-    quiet: bool,
+    writing: Writing,
+    options: FuseOptions,
+    gguf: GgufFuseOptions,
+    reading: Reading,
+    reporting: Reporting,
 ) -> None:
     """Fuse adapters into base weights, streamed, without loading a model.
 
@@ -93,56 +62,44 @@ def command(
     \b
     loratools fuse base-model my-adapter -o merged-model
     loratools fuse base-model chat:0.7 code:0.3 -o both --dtype bf16
-    loratools fuse base.gguf my-adapter -o merged.gguf --outtype q8_0
+    loratools fuse base.gguf my-adapter -o merged.gguf --dtype q8_0
     """  # noqa: D301 - click reads the backspace
-    if output is None and not dry_run:
-        raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
-    if is_gguf(base):
-        given = {
-            "--dtype": dtype,
-            "--max-shard-size": max_shard_size,
-            "--base-mode": base_mode,
-            "--requantize": requantize,
-        }
-        _refuse(given, "a GGUF model")
-    else:
-        _refuse({"--outtype": outtype, "--fallback": fallback}, "a safetensors checkpoint")
-    inputs = [shared.fuse_input(text, format_name) for text in adapters]
+    output = checked_target(writing, [base, *(weighted_path(text)[0] for text in adapters)])
+    inputs = [fuse_input(text, reading.from_) for text in adapters]
     fusion: Fusion | GgufFusion
     if is_gguf(base):
-        fusion = GgufFusion(
-            read_model(base),
-            inputs,
-            GgufFuseOptions(outtype or "keep", fallback or "f16", workers, device, allow_lossy),
-        )
+        _refuse(context, "max_shard_size", "base_mode", "requantize", kind="a GGUF model")
+        fusion = GgufFusion(read_model(base), inputs, _for_gguf(options, gguf))
     else:
-        options = FuseOptions(
-            dtype=dtype,
-            max_shard_bytes=None if max_shard_size is None else shared.parsed_size(max_shard_size),
-            workers=workers,
-            device=device,
-            base_mode=base_mode,
-            requantize=requantize,
-            allow_lossy=allow_lossy,
-        )
+        _refuse(context, "fallback", kind="a safetensors checkpoint")
         fusion = Fusion(read_checkpoint(base), inputs, options)
-    if dry_run or output is None:
-        _show_plan(fusion.preview, as_json=as_json, quiet=quiet)
+    if output is None:
+        _show_plan(fusion.preview, as_json=reporting.json, quiet=reporting.quiet)
         return
-    with progress_bar("fuse", quiet=quiet, unit="B") as progress:
-        result = fusion.write(output, overwrite=overwrite, progress=progress)
-    if as_json:
+    with progress_bar("fuse", quiet=reporting.quiet, unit="B") as progress:
+        result = fusion.write(output, overwrite=writing.overwrite, progress=progress)
+    if reporting.json:
         print_json(_as_json(inputs, result))
-    elif not quiet:
+    elif not reporting.quiet:
         _print_report(result)
-    if not quiet:
+    if not reporting.quiet:
         _notes(inputs, result, output)
 
 
-def _refuse(given: Mapping[str, object], kind: str) -> None:
-    for name, value in given.items():
-        if value:
-            raise OptionError(f"{name} has no meaning for {kind}")
+def _for_gguf(options: FuseOptions, gguf: GgufFuseOptions) -> GgufFuseOptions:
+    return replace(
+        gguf,
+        outtype=cast("Outtype", options.dtype or "keep"),
+        workers=options.workers,
+        device=options.device,
+        allow_lossy=options.allow_lossy,
+    )
+
+
+def _refuse(context: click.Context, *names: str, kind: str) -> None:
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise OptionError(f"`{name}` has no meaning for {kind}")
 
 
 def _notes(inputs: Sequence[FuseInput], result: FuseResult, output: Path) -> None:

@@ -8,28 +8,32 @@ from pathlib import Path
 import click
 
 from loratools.cli import options as shared
+from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, note, print_json, print_table, quantity
+from loratools.cli.wording import worded
 from loratools.operations.info import AdapterInfo, counted, describe
+from loratools.work.requests import Reading, Reporting
 from loratools_formats import read_adapter
 from loratools_formats.disk.errors import printable
 
 
-@click.command("info")
+@named_command("info")
 @shared.adapter_argument
-@click.option("-v", "--verbose", is_flag=True, help="List every module.")
-@shared.from_option
-@shared.carry_unknown_option
-@shared.json_option
-def command(
-    adapter: Path, verbose: bool, format_name: str | None, carry_unknown: bool, as_json: bool
-) -> None:
-    """Show what an adapter is, from its headers alone."""
-    info = describe(read_adapter(adapter, format_name, carry_unknown=carry_unknown))
-    if as_json:
+@shared.reads("from_", "carry_unknown")
+@shared.reports("json", "quiet", "verbose")
+def command(adapter: Path, reading: Reading, reporting: Reporting) -> None:
+    """Show what an adapter is, from its headers alone.
+
+    \b
+    loratools info my-adapter
+    """  # noqa: D301 - click reads the backspace
+    info = describe(read_adapter(adapter, reading.from_, carry_unknown=reading.carry_unknown))
+    if reporting.json:
         print_json({"operation": "info", **dataclasses.asdict(info)})
+    if reporting.json or reporting.quiet:
         return
     _print(info)
-    if verbose:
+    if reporting.verbose:
         click.echo()
         _print_modules(info)
     for text in info.notes:
@@ -68,7 +72,7 @@ def _print(info: AdapterInfo) -> None:
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         if text:
-            click.echo(f"{label.ljust(width)}  {printable(text, 2000)}")
+            click.echo(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
 
 
 def _targets(info: AdapterInfo) -> set[str]:

@@ -6,13 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
-from loratools.cli.options import weighted_path
+from loratools.cli.command import command as named_command
 from loratools.cli.outcome import checked_target, conclude, exceeds, planned_nbytes, scratch_folder
 from loratools.cli.output import (
     human_bytes,
@@ -23,19 +22,23 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
+from loratools.cli.references import weighted_path
 from loratools.factors.resize import ComputeOptions
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.methods import get_method
 from loratools.operations.merge.operation import merge
-from loratools.operations.merge.options import MergeOptions, weight_override
+from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import (
     RECIPE_FILE,
     Recipe,
     RecipeAdapter,
+    RecipeFiles,
     load_recipe,
     recipe_text,
 )
 from loratools.operations.merge.result import MergeResult
+from loratools.work.declared import declared
+from loratools.work.requests import Reading, Reporting, Writing
 from loratools_formats import get_format, read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import (
@@ -47,64 +50,29 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.publish import publish_file
 
 
-@click.command("merge")
+@named_command("merge")
 @click.argument("adapters", nargs=-1, metavar="ADAPTER[:WEIGHT]...")
-@shared.output_options
-@click.option("--method", default="linear", show_default=True, help="See `loratools methods`.")
-@click.option("--density", type=float, help="Share of entries kept.")
-@click.option("--lambda", "lambda_", type=float, help="Factor of the result.")
-@click.option("--majority-sign", type=click.Choice(["total", "frequency"]), help="How signs vote.")
-@click.option(
-    "--flavor",
-    type=click.Choice(["peft", "paper", "mergekit"]),
-    help="Whose definition, where they differ.",
-)
-@click.option("--normalize", is_flag=True, help="Divide linear's sum by the sum of weights.")
-@click.option(
-    "-p", "--param", multiple=True, metavar="NAME=VALUE", help="Any parameter of the method."
-)
-@click.option(
-    "--space",
-    type=click.Choice(["full", "core"]),
-    default="full",
-    show_default=True,
-    help="core runs elementwise methods in the factors' shared space: cheap, low rank, and "
-    "another method than on full weights.",
-)
-@click.option(
-    "--weight-pattern",
-    multiple=True,
-    metavar="REGEX=W[,W...]",
-    help="Weights in modules whose path matches: one for all adapters, or one each. Repeatable.",
-)
-@click.option("--replacements", help="Settle clashing saved modules: first, average or a NAME.")
-@click.option("--base", type=shared.PATH, help="Base model; DoRA needs it.")
-@click.option("--force-base", is_flag=True, help="Merge adapters of differently named bases.")
-@click.option("--recipe", type=shared.PATH, help="Take all settings from a file.")
-@click.option("--save-recipe", type=shared.PATH, help="Also write them there.")
-@shared.rank_options
-@shared.compute_options("--svd")
-@shared.max_error_option
-@shared.from_option
-@shared.carry_unknown_option
-@shared.json_option
-@shared.quiet_option
+@shared.writes("max_error", positional=False)
+@shared.takes(MergeOptions, into="options")
+@shared.takes(Parameters, into="parameters")
+@shared.takes(RecipeFiles, into="files")
+@shared.takes(RankRule, into="rule")
+@shared.takes(ComputeOptions, into="compute", without=("--method",))
+@shared.reads("base", "from_", "carry_unknown")
+@shared.reports()
 @click.pass_context
 def command(
     context: click.Context,
     /,
     adapters: tuple[str, ...],
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    recipe: Path | None,
-    save_recipe: Path | None,
-    max_error: float | None,
-    format_name: str | None,
-    carry_unknown: bool,
-    as_json: bool,
-    quiet: bool,
-    **settings: Any,
+    writing: Writing,
+    options: MergeOptions,
+    parameters: Parameters,
+    files: RecipeFiles,
+    rule: RankRule,
+    compute: ComputeOptions,
+    reading: Reading,
+    reporting: Reporting,
 ) -> int:
     """Merge adapters of any rank, scale and type into one.
 
@@ -114,16 +82,26 @@ def command(
     loratools merge chat:0.7 code:0.3 -o both
     loratools merge chat code --method ties --density 0.3 --rank 32 -o both
     """  # noqa: D301 - click reads the backspace
-    plan = _plan(context, adapters, recipe, settings)
-    inputs = _inputs(plan, format_name, carry_unknown=carry_unknown, quiet=quiet)
-    sources = [item.adapter for item in inputs]
-    bases = sorted({source.base_model for source in sources if source.base_model is not None})
-    if len(bases) > 1 and plan.options.force_base and not quiet:
-        note(f"the adapters name different base models: {', '.join(bases)}")
-    target = checked_target(output, sources, [plan.base], overwrite=overwrite, dry_run=dry_run)
-    save_recipe = None if dry_run else save_recipe
-    _check_recipe_target(save_recipe, overwrite=overwrite)
-    with progress_bar("merge", quiet=quiet) as progress:
+    if files.recipe is not None:
+        plan = _from_recipe(context, files.recipe, compute)
+    elif adapters:
+        checked = get_method(options.method).checked(parameters.given())
+        plan = Recipe(
+            tuple(RecipeAdapter(*weighted_path(text)) for text in adapters),
+            replace(options, parameters=checked, rule=rule, compute=compute),
+            reading.base,
+        )
+    else:
+        raise OptionError("no adapters to merge", hint="Name some, or pass `recipe=FILE`")
+    inputs = _inputs(plan, reading, quiet=reporting.quiet)
+    bases = {item.adapter.base_model for item in inputs} - {None}
+    if len(bases) > 1 and plan.options.force_base and not reporting.quiet:
+        note(f"the adapters name different base models: {', '.join(sorted(map(str, bases)))}")
+    read = [*(item.path for item in plan.adapters), plan.base, files.recipe]
+    target = checked_target(writing, read)
+    save_recipe = None if writing.dry_run else files.save_recipe
+    _check_recipe_target(save_recipe, overwrite=writing.overwrite)
+    with progress_bar("merge", quiet=reporting.quiet) as progress:
         result = merge(
             inputs,
             plan.options,
@@ -131,89 +109,43 @@ def command(
             scratch_folder=scratch_folder(target),
             progress=progress,
         )
-    if not exceeds(result.relative_error, max_error):
-        _write(result, plan, inputs, target, overwrite=overwrite)
-        _save_recipe(plan, inputs, save_recipe, overwrite=overwrite)
-    if as_json:
+    if not exceeds(result.relative_error, writing.max_error):
+        _write(result, plan, inputs, target, overwrite=writing.overwrite)
+        _save_recipe(plan, inputs, save_recipe, overwrite=writing.overwrite)
+    if reporting.json:
         print_json(_as_json(plan, inputs, result))
-    elif not quiet:
+    elif not reporting.quiet:
         _print_report(inputs, result)
-    return conclude(result.relative_error, max_error, target, quiet=quiet)
+    return conclude(result.relative_error, writing, target, reporting)
 
 
-def _plan(
-    context: click.Context,
-    adapters: tuple[str, ...],
-    recipe: Path | None,
-    settings: dict[str, Any],
-) -> Recipe:
-    """Return what to merge and how: from a recipe, or from the command line."""
-    compute: ComputeOptions = settings["compute"]
-    if recipe is not None:
-        given = [
-            parameter.opts[0]
-            for parameter in context.command.params
-            if parameter.name in (*_IN_RECIPES, "adapters")
-            and context.get_parameter_source(parameter.name)
-            is click.core.ParameterSource.COMMANDLINE
-        ]
-        if given:
-            raise OptionError("a recipe says this already", got=", ".join(given))
-        loaded = load_recipe(recipe)
-        kept = replace(loaded.options.compute, workers=compute.workers, device=compute.device)
-        return replace(loaded, options=replace(loaded.options, compute=kept))
-    if not adapters:
-        raise OptionError("no adapters to merge", hint="Name some, or pass --recipe")
-    rule: RankRule = settings["rule"]
-    method = get_method(settings["method"])
-    return Recipe(
-        tuple(_reference(text) for text in adapters),
-        MergeOptions(
-            method=settings["method"],
-            parameters=method.checked(_parameters(settings)),
-            rule=rule,
-            compute=compute,
-            space=settings["space"],
-            overrides=tuple(weight_override(text) for text in settings["weight_pattern"]),
-            replacements=settings["replacements"],
-            force_base=settings["force_base"],
-        ),
-        settings["base"],
-    )
+def _from_recipe(context: click.Context, path: Path, compute: ComputeOptions) -> Recipe:
+    """Return what a recipe says; only where and with how many threads to compute is not in it.
+
+    Raises:
+        OptionError: an option was given that a recipe says.
+    """
+    declarations = (MergeOptions, Parameters, RankRule, ComputeOptions)
+    in_recipes = {option.name for cls in declarations for option in declared(cls)}
+    in_recipes |= {"adapters", "base"}
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in in_recipes - {"workers", "device"}
+        and context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise OptionError("a recipe says this already", got=", ".join(given))
+    loaded = load_recipe(path)
+    kept = replace(loaded.options.compute, workers=compute.workers, device=compute.device)
+    return replace(loaded, options=replace(loaded.options, compute=kept))
 
 
-_IN_RECIPES = (
-    "method", "density", "lambda_", "majority_sign", "flavor", "normalize", "param", "space",
-    "weight_pattern", "replacements", "base", "force_base", "rank", "energy", "sv_ratio", "sv_fro",
-    "sv_cumulative", "threshold_rank", "budget", "max_rank", "min_rank", "rank_pattern", "uniform",
-    "serve_ranks", "svd", "dtype", "oversample", "power_iterations", "seed", "keep_alpha",
-)  # fmt: skip
-
-
-def _parameters(settings: dict[str, Any]) -> dict[str, Any]:
-    names = ("density", "lambda_", "majority_sign", "flavor")
-    parameters = {n.rstrip("_"): settings[n] for n in names if settings[n] is not None}
-    if settings["normalize"]:
-        parameters["normalize"] = True
-    for text in settings["param"]:
-        name, separator, value = text.partition("=")
-        if not separator:
-            raise OptionError("not a parameter", got=text, expected="NAME=VALUE")
-        parameters[name.replace("-", "_")] = value
-    return parameters
-
-
-def _reference(text: str) -> RecipeAdapter:
-    return RecipeAdapter(*weighted_path(text))
-
-
-def _inputs(
-    plan: Recipe, format_name: str | None, *, carry_unknown: bool, quiet: bool
-) -> list[MergeInput]:
+def _inputs(plan: Recipe, reading: Reading, *, quiet: bool) -> list[MergeInput]:
     inputs: list[MergeInput] = []
     names: list[str] = []
     for item in plan.adapters:
-        adapter = read_adapter(item.path, format_name, carry_unknown=carry_unknown)
+        adapter = read_adapter(item.path, reading.from_, carry_unknown=reading.carry_unknown)
         if item.sha256 is not None and adapter.inputs[0].sha256() != item.sha256:
             raise AdapterError(
                 "the adapter is not the one that the recipe was made with",
@@ -238,7 +170,9 @@ def _check_recipe_target(path: Path | None, *, overwrite: bool) -> None:
     if path is None:
         return
     if path.exists() and not overwrite:
-        raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
+        raise OutputExistsError(
+            "output exists", path=path, hint="Pass `overwrite=True` to replace it"
+        )
     if not Path(os.path.realpath(path)).parent.is_dir():
         raise OutputError(
             "the folder to write into does not exist", path=Path(os.path.realpath(path)).parent

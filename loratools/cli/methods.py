@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import click
-
 from loratools.cli import options as shared
+from loratools.cli.command import command as named_command
 from loratools.cli.output import print_json, print_table
 from loratools.operations.merge.methods import MethodEntry, registered_methods
+from loratools.work.requests import Reporting
 
 
-@click.command("methods")
-@shared.json_option
-def command(as_json: bool) -> None:
-    """List the merge methods with their parameters, broken plugins included."""
+@named_command("methods")
+@shared.reports()
+def command(reporting: Reporting) -> None:
+    """List the merge methods with their parameters, broken plugins included.
+
+    \b
+    loratools methods
+    """  # noqa: D301 - click reads the backspace
     entries = registered_methods()
-    if as_json:
+    if reporting.json:
         print_json({"operation": "methods", "methods": [_as_json(entry) for entry in entries]})
+    if reporting.json or reporting.quiet:
         return
     print_table(
         ["method", "class", "parameters", "source", "what it does"],

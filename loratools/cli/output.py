@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loratools.cli.wording import worded
 from loratools_formats.disk.errors import printable
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def number(value: float) -> str:
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
-    click.echo(f"note: {printable(text, 1000)}", err=True)
+    click.echo(f"note: {worded(printable(text, 1000))}", err=True)
 
 
 def human_bytes(count: int) -> str:

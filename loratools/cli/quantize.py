@@ -10,7 +10,8 @@ import click
 
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.cli import options as shared
-from loratools.cli.outcome import written_to
+from loratools.cli.command import command as named_command
+from loratools.cli.outcome import checked_target, say_written
 from loratools.cli.output import (
     human_bytes,
     note,
@@ -21,62 +22,25 @@ from loratools.cli.output import (
     progress_bar,
 )
 from loratools.operations.quantize import QuantizeOptions, QuantizeResult, quantize
-from loratools_formats.checkpoints.bitsandbytes import QuantType
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reporting, Writing
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
-@click.command("quantize")
+@named_command("quantize")
 @shared.base_argument
-@shared.output_options
-@click.option(
-    "--quant-type",
-    type=click.Choice(["nf4", "fp4"]),
-    default="nf4",
-    show_default=True,
-    help="The four-bit type.",
-)
-@click.option(
-    "--blocksize",
-    type=int,
-    default=64,
-    show_default=True,
-    help="Elements that share a scale: a power of two from 32 to 4096.",
-)
-@click.option(
-    "--double-quant/--no-double-quant",
-    default=True,
-    show_default=True,
-    help="Quantise the scales too.",
-)
-@click.option(
-    "--skip",
-    multiple=True,
-    metavar="REGEX",
-    help="Leave modules whose path matches as they are. Repeatable.",
-)
-@click.option(
-    "--experts",
-    is_flag=True,
-    help="Quantise experts stored one by one too, which transformers 5 cannot load.",
-)
-@shared.max_shard_size_option
-@shared.workers_option
-@shared.json_option
-@shared.quiet_option
+@shared.writes()
+@shared.takes(FourBitOptions, into="four_bit")
+@shared.takes(QuantizeOptions, into="options")
+@shared.takes(Workers, into="threads")
+@shared.reports()
 def command(
     base: Path,
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    quant_type: QuantType,
-    blocksize: int,
-    double_quant: bool,
-    skip: tuple[str, ...],
-    experts: bool,
-    max_shard_size: str | None,
-    workers: int,
-    as_json: bool,
-    quiet: bool,
+    writing: Writing,
+    four_bit: FourBitOptions,
+    options: QuantizeOptions,
+    threads: Workers,
+    reporting: Reporting,
 ) -> int:
     """Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.
 
@@ -85,27 +49,24 @@ def command(
 
     \b
     loratools quantize my-model -o my-model-nf4
-    loratools quantize my-model -o my-model-fp4 --quant-type fp4 --skip 'layers\\.0\\.'
+    loratools quantize my-model -o my-model-fp4 --quant-type fp4 --exclude 'layers\\.0\\.'
     """  # noqa: D301 - click reads the backspace
-    four_bit = FourBitOptions(quant_type, blocksize, double_quant)
-    options = QuantizeOptions(
-        four_bit,
-        skip,
-        experts,
-        None if max_shard_size is None else shared.parsed_size(max_shard_size),
-    )
     checkpoint = read_checkpoint(base)
-    target = written_to(output, base, overwrite=overwrite, dry_run=dry_run)
-    with progress_bar("quantize", quiet=quiet, unit="B") as progress:
+    target = checked_target(writing, [base])
+    with progress_bar("quantize", quiet=reporting.quiet, unit="B") as progress:
         result = quantize(
-            checkpoint, target, options, overwrite=overwrite, workers=workers, progress=progress
+            checkpoint,
+            target,
+            dataclasses.replace(options, four_bit=four_bit),
+            overwrite=writing.overwrite,
+            workers=threads.workers,
+            progress=progress,
         )
-    if as_json:
+    if reporting.json:
         print_json({"operation": "quantize", **dataclasses.asdict(result)})
-    elif not quiet:
+    elif not reporting.quiet:
         _print_report(result)
-    if not quiet:
-        note("dry run, nothing was written" if target is None else f"wrote {target}")
+    say_written(target, reporting)
     return 0
 
 

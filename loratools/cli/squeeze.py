@@ -8,7 +8,7 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
-from loratools.cli.errors import EXIT_ERROR
+from loratools.cli.command import command as named_command
 from loratools.cli.outcome import (
     checked_target,
     conclude,
@@ -16,6 +16,7 @@ from loratools.cli.outcome import (
     planned_nbytes,
     read_source,
     scratch_folder,
+    show_how_to_choose,
 )
 from loratools.cli.output import (
     choices_as_json,
@@ -30,38 +31,28 @@ from loratools.cli.output import (
 )
 from loratools.factors.resize import ComputeOptions
 from loratools.operations.squeeze import SqueezeResult, rank_choices, squeeze
+from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Selection
 from loratools_formats import write_adapter
 from loratools_formats.core.adapter import Adapter
 
 
-@click.command("squeeze")
+@named_command("squeeze")
 @shared.adapter_argument
-@shared.output_options
-@shared.rank_options
-@shared.compute_options("--method")
-@shared.selection_options
-@shared.max_error_option
-@shared.initial_option
-@shared.from_option
-@shared.carry_unknown_option
-@shared.json_option
-@shared.quiet_option
+@shared.writes("in_place", "max_error")
+@shared.takes(RankRule, into="rule")
+@shared.takes(ComputeOptions, into="compute")
+@shared.takes(Selection, into="selection")
+@shared.reads("initial", "from_", "carry_unknown")
+@shared.reports()
 def command(
     adapter: Path,
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
+    writing: Writing,
     rule: RankRule,
     compute: ComputeOptions,
-    include: str | None,
-    exclude: str | None,
-    max_error: float | None,
-    initial: Path | None,
-    format_name: str | None,
-    carry_unknown: bool,
-    as_json: bool,
-    quiet: bool,
+    selection: Selection,
+    reading: Reading,
+    reporting: Reporting,
 ) -> int:
     """Compress an adapter's ranks with the smallest possible error.
 
@@ -71,21 +62,17 @@ def command(
     loratools squeeze my-adapter -o smaller --rank 16
     loratools squeeze my-adapter -o smaller --budget 25%
     """  # noqa: D301 - click reads the backspace
-    source, sources = read_source(
-        adapter, initial, format_name, carry_unknown=carry_unknown, quiet=quiet
-    )
-    selection = Selection(include, exclude)
+    source = read_source(adapter, reading, reporting)
     if not rule.is_given:
         choices = rank_choices(source, compute, selection)
-        if as_json:
+        if reporting.json:
             rows = choices_as_json(choices)
             print_json({"operation": "squeeze", "bytes_in": source.weights_nbytes, "choices": rows})
-        else:
+        elif not reporting.quiet:
             print_choices(source.weights_nbytes, choices)
-        click.echo("Choose with --rank, --energy, --budget or another rule; see --help.", err=True)
-        return EXIT_ERROR
-    target = checked_target(output, sources, overwrite=overwrite, dry_run=dry_run)
-    with progress_bar("squeeze", quiet=quiet) as progress:
+        return show_how_to_choose(writing, reporting)
+    target = checked_target(writing, [adapter, reading.initial])
+    with progress_bar("squeeze", quiet=reporting.quiet) as progress:
         result = squeeze(
             source,
             rule,
@@ -94,13 +81,13 @@ def command(
             scratch_folder=scratch_folder(target),
             progress=progress,
         )
-    if target is not None and not exceeds(result.relative_error, max_error):
-        write_adapter(result.adapter, target, result.adapter.format, overwrite=overwrite)
-    if as_json:
+    if target is not None and not exceeds(result.relative_error, writing.max_error):
+        write_adapter(result.adapter, target, result.adapter.format, overwrite=writing.overwrite)
+    if reporting.json:
         print_json(_as_json(source, result))
-    elif not quiet:
+    elif not reporting.quiet:
         _print_report(source, result)
-    return conclude(result.relative_error, max_error, target, quiet=quiet)
+    return conclude(result.relative_error, writing, target, reporting)
 
 
 def _sizes(source: Adapter, result: SqueezeResult) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
-from loratools.cli.errors import EXIT_ERROR
+from loratools.cli.command import command as named_command
 from loratools.cli.outcome import (
     checked_target,
     conclude,
@@ -16,6 +16,7 @@ from loratools.cli.outcome import (
     planned_nbytes,
     read_source,
     scratch_folder,
+    show_how_to_choose,
 )
 from loratools.cli.output import (
     choices_as_json,
@@ -29,54 +30,30 @@ from loratools.cli.output import (
     progress_bar,
 )
 from loratools.factors.resize import ComputeOptions
-from loratools.operations.to_lora import FoldChoices, FoldResult, fold_choices, to_lora
+from loratools.operations.to_lora import FoldChoices, Folding, FoldResult, fold_choices, to_lora
+from loratools.work.requests import Reading, Reporting, Writing
 from loratools_formats import get_format, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 
-@click.command("to-lora")
+@named_command("to-lora")
 @shared.adapter_argument
-@shared.output_options
-@shared.base_option
-@shared.initial_option
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="What the change depends on and neither the file nor the base's config.json tells. "
-    "Repeatable.",
-)
-@click.option(
-    "--exact",
-    is_flag=True,
-    help="Keep what is not of low rank whole, as full differences, where the format has them.",
-)
-@shared.rank_options
-@shared.compute_options("--method")
-@shared.max_error_option
-@shared.from_option
-@shared.carry_unknown_option
-@shared.json_option
-@shared.quiet_option
+@shared.writes("in_place", "max_error")
+@shared.reads("base", "initial", "from_", "carry_unknown")
+@shared.takes(Folding, into="folding")
+@shared.takes(RankRule, into="rule")
+@shared.takes(ComputeOptions, into="compute")
+@shared.reports()
 def command(
     adapter: Path,
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    base: Path | None,
-    initial: Path | None,
-    settings: tuple[str, ...],
-    exact: bool,
+    writing: Writing,
+    reading: Reading,
+    folding: Folding,
     rule: RankRule,
     compute: ComputeOptions,
-    max_error: float | None,
-    format_name: str | None,
-    carry_unknown: bool,
-    as_json: bool,
-    quiet: bool,
+    reporting: Reporting,
 ) -> int:
     """Turn an adapter of any kind into a plain LoRA.
 
@@ -88,46 +65,44 @@ def command(
     loratools to-lora my-loha -o plain
     loratools to-lora my-dora --base model -o plain --rank 64
     """  # noqa: D301 - click reads the backspace
-    source, sources = read_source(
-        adapter, initial, format_name, carry_unknown=carry_unknown, quiet=quiet
-    )
-    checkpoint = None if base is None else read_checkpoint(base)
-    given = dict(_setting(text) for text in settings)
-    if exact and rule.is_given:
-        raise OptionError("--exact keeps changes whole, and leaves no rank to choose")
-    if not rule.is_given and not exact:
+    source = read_source(adapter, reading, reporting)
+    checkpoint = None if reading.base is None else read_checkpoint(reading.base)
+    given = dict(folding.set_)
+    if folding.exact and rule.is_given:
+        raise OptionError("`exact=True` keeps changes whole, and leaves no rank to choose")
+    if not rule.is_given and not folding.exact:
         choices = fold_choices(source, compute, base=checkpoint, given=given)
         if choices is not None:
-            _print_choices(source, choices, as_json=as_json)
-            click.echo(
-                "Choose with --rank, --energy, --budget or another rule; see --help. "
-                "`loratools fuse` puts the change into the model without loss.",
-                err=True,
+            if reporting.json or not reporting.quiet:
+                _print_choices(source, choices, as_json=reporting.json)
+            return show_how_to_choose(
+                writing,
+                reporting,
+                " `loratools fuse` puts the change into the model without loss.",
             )
-            return EXIT_ERROR
-    target = checked_target(output, sources, [base], overwrite=overwrite, dry_run=dry_run)
-    with progress_bar("to-lora", quiet=quiet) as progress:
+    target = checked_target(writing, [adapter, reading.initial, reading.base])
+    with progress_bar("to-lora", quiet=reporting.quiet) as progress:
         result = to_lora(
             source,
             rule,
             compute,
             base=checkpoint,
             given=given,
-            whole=exact,
+            whole=folding.exact,
             scratch_folder=scratch_folder(target),
             progress=progress,
         )
     _check_format(result, result.adapter.format)
-    if target is not None and not exceeds(result.relative_error, max_error):
-        write_adapter(result.adapter, target, result.adapter.format, overwrite=overwrite)
-    if as_json:
+    if target is not None and not exceeds(result.relative_error, writing.max_error):
+        write_adapter(result.adapter, target, result.adapter.format, overwrite=writing.overwrite)
+    if reporting.json:
         print_json(_as_json(source, result))
-    elif not quiet:
+    elif not reporting.quiet:
         _print_report(source, result)
-    if not quiet:
+    if not reporting.quiet:
         for text in result.cautions:
             note(text)
-    return conclude(result.relative_error, max_error, target, quiet=quiet)
+    return conclude(result.relative_error, writing, target, reporting)
 
 
 def _check_format(result: FoldResult, name: str) -> None:
@@ -138,16 +113,9 @@ def _check_format(result: FoldResult, name: str) -> None:
         raise UnsupportedError(
             f"format {name} cannot hold it: {found[0].reason}",
             tensor=found[0].name,
-            hint="Choose a rank instead of --exact, or put the change into the model with "
-            "loratools fuse",
+            hint="Choose a rank instead of `exact`, or put the change into the model with "
+            "`loratools fuse`",
         )
-
-
-def _setting(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator or not name or not value:
-        raise OptionError("not a setting", got=text, expected="NAME=VALUE")
-    return name, value
 
 
 def _sizes(source: Adapter, result: FoldResult) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     if all(caveat.code != MUTATED_BASE for caveat in adapter.caveats):
         raise OptionError(
             "an initial adapter was given, but the adapter was not trained against a changed base",
-            hint="Leave out --initial",
+            hint="Leave out `initial`",
         )
     if set(adapter.modules) != set(initial.modules):
         differing = sorted(set(adapter.modules) ^ set(initial.modules))

@@ -40,7 +40,7 @@ class ComputeOptions(Computing):
 
     Attributes:
         dtype: type of new factors: f32, f16 or bf16; by default each factor keeps its own.
-        method: exact, or rsvd for a randomised SVD as in the LoRA-Squeeze paper.
+        method: how to decompose: exact, or rsvd, the randomised SVD of the LoRA-Squeeze paper.
         oversample: oversampling of the randomised SVD.
         power_iterations: power iterations of the randomised SVD.
         seed: seed of all that is random; every matrix derives its own from it.
@@ -258,7 +258,7 @@ def rounded(array: Array, dtype: DType, source: TensorRef) -> tuple[Array, Array
         f"{lost} values {what} dtype {dtype.code}",
         tensor=source.key,
         got=f"up to {np.abs(array).max():.3g}",
-        hint="Ask for --dtype bf16 or f32",
+        hint="Ask for `dtype=bf16` or f32",
     )
 
 

@@ -73,7 +73,7 @@ def regenerated(adapter: Adapter, base: Checkpoint | None, given: Mapping[str, s
         raise UnsupportedError(
             f"the file does not hold {missing}, which PEFT computes from the base model",
             path=adapter.source,
-            hint="Pass it with --base",
+            hint="Pass it as `base`",
         )
     return _REGENERATED[str(adapter.config["peft_type"])](adapter, base, given)
 
@@ -165,7 +165,7 @@ def _in_order(adapter: Adapter, base: Checkpoint, order: list[str] | None) -> li
             "adapted layers, which no file holds",
             path=adapter.source,
             got=", ".join(leaves),
-            hint="Look it up in the model's class, and give it with --set order=NAME,NAME,...",
+            hint="Look it up in the model's class, and give it with `set_=order=NAME,NAME,...`",
         )
     order = leaves if order is None else order
     if sorted(order) != leaves:

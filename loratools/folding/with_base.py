@@ -104,7 +104,7 @@ class Opener:
                     f"a weight change of kind {kind_name(delta)} depends on the {what}",
                     path=self.adapter.source,
                     tensor=needing[0],
-                    hint="Pass the base model's folder or safetensors file with --base"
+                    hint="Pass the base model's folder or safetensors file as `base`"
                     + ("; only headers are read" if only_shapes else ""),
                 )
             return {}

@@ -85,7 +85,7 @@ def names_of_base(path: Path, component: str | None) -> list[str]:
         raise OptionError(
             "the base checkpoint does not say which component of a pipeline it is",
             path=path,
-            hint="Pass --component, such as unet, transformer or diffusion_model",
+            hint="Pass `component`, such as unet, transformer or diffusion_model",
         )
     return [f"{component}.{module}" for module in modules]
 

@@ -242,7 +242,7 @@ class _Job:
             raise AdapterError(
                 f"values do not fit dtype {self.blank.dtype.code}",
                 tensor=self.weight.key,
-                hint="Pass --dtype bf16 or f32",
+                hint="Pass `dtype=bf16` or f32",
             )
         self.squared_error += error
         return rounded

@@ -208,7 +208,7 @@ def _notes(linears: Linears, already: int) -> list[str]:
     if experts:
         notes.append(
             f"{experts} weights of experts stay as they are, since transformers 5 cannot load "
-            "them in four bits; --experts quantises them for other loaders"
+            "them in four bits; `experts=True` quantises them for other loaders"
         )
     if linears.stacks:
         notes.append(

@@ -117,7 +117,7 @@ def squeeze(
         raise OptionError(
             "uniform wants one scale, and keeping alpha keeps several",
             got=", ".join(f"{alpha:g}" for alpha in sorted(_alphas(adapter))),
-            hint="Leave out --keep-alpha or --uniform",
+            hint="Leave out `keep_alpha` or `uniform`",
         )
     record = {"rule": as_options(rule), **options.record(), **selection.record()}
     with ThreadPoolExecutor(1) as beside:
@@ -194,7 +194,7 @@ def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]
                 path=adapter.source,
                 tensor=name,
                 hint=f"Make it a plain LoRA first: {to_lora_command(delta)}; "
-                "or leave it out: --exclude",
+                "or leave it out with `exclude`",
             )
     whole = [delta for name, delta in found.items() if name in selection]
     if whole and len(found) == len(adapter.modules):

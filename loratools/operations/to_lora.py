@@ -358,7 +358,7 @@ class _Fold:
         if not has_own and not self.whole:
             raise OptionError(
                 f"a weight change of kind {opened.kind} is not of low rank",
-                hint="Choose a rank with --rank, --energy, --budget or another rule",
+                hint="Choose a rank with `rank`, `energy`, `budget` or another rule",
             )
         return None
 

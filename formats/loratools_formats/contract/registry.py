@@ -184,7 +184,7 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     if found:
         names = ", ".join(entry.name for entry in found)
         raise UnknownFormatError(
-            f"several formats recognise it: {names}", path=path, hint="Name one with --from"
+            f"several formats recognise it: {names}", path=path, hint="Name one with `from_`"
         )
     known = ", ".join(entry.name for entry in registered_formats() if entry.format is not None)
     hint = f"Known formats: {known}"
@@ -212,7 +212,7 @@ def format_for_output(path: str | os.PathLike[str]) -> Format:
     raise UnknownFormatError(
         "several formats have outputs named so" if found else "no format has outputs named so",
         path=path,
-        hint=f"Name one with --to: {names}",
+        hint=f"Name one with `to`: {names}",
     )
 
 
@@ -262,7 +262,9 @@ def check_target(
     if not target.parent.is_dir():
         raise OutputError("the folder to write into does not exist", path=target.parent)
     if os.path.lexists(path) and not overwrite:
-        raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
+        raise OutputExistsError(
+            "output exists", path=path, hint="Pass `overwrite=True` to replace it"
+        )
     for source in sources:
         real = Path(os.path.realpath(source))
         if real != target and (target in real.parents or real in target.parents):

@@ -186,7 +186,9 @@ def _check_target(
             f"exists and is not a {wanted}", path=path, hint="Choose another output"
         )
     if not overwrite:
-        raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
+        raise OutputExistsError(
+            "output exists", path=path, hint="Pass `overwrite=True` to replace it"
+        )
     return stat.S_IMODE(status.st_mode)
 
 

@@ -184,9 +184,9 @@ def prepare(
         raise UnsupportedError(
             f"{losses[0].name} {losses[0].reason}{others}",
             path=adapter.source,
-            hint=f"{losses[0].remedy}, or pass --allow-lossy to leave such things out"
+            hint=f"{losses[0].remedy}, or pass `allow_lossy=True` to leave such things out"
             if losses[0].remedy
-            else "Pass --allow-lossy to leave such things out",
+            else "Pass `allow_lossy=True` to leave such things out",
         )
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))

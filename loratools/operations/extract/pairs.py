@@ -51,7 +51,7 @@ class Pair:
     use: Literal["layer", "whole", "none"]
     layer: Layer = _LINEAR
     crossed: bool = False
-    hint: str = "Leave its module out with --exclude"
+    hint: str = "Leave its module out with `exclude`"
 
     @property
     def module(self) -> str:
@@ -202,7 +202,7 @@ class Comparison:
         types = set(self._names.types_of(key))
         crossed = bool(types & rules.TRANSPOSED_EXPERTS)
         if not crossed and not types & rules.STRAIGHT_EXPERTS:
-            hint = "The model type does not tell how experts lie; leave them out with --exclude"
+            hint = "The model type does not tell how experts lie; leave them out with `exclude`"
             return Pair(key, old, new, "none", hint=hint)
         layer = Layer("experts", parameters=(key,), transposed_if_square=crossed)
         return Pair(key, old, new, "layer", layer, crossed)

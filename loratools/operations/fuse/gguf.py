@@ -154,7 +154,7 @@ class GgufFusion:
                 reports,
                 self.base.path,
                 what="quantised types",
-                hint="Choose a wider --outtype such as f16, or pass --allow-lossy",
+                hint="Choose a wider `dtype` such as f16, or pass `allow_lossy=True`",
                 allow_lossy=self.options.allow_lossy,
             )
             self.layout.check_written(temporary)

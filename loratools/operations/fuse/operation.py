@@ -50,7 +50,7 @@ class FuseOptions(Sharding, Computing):
         base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
             on the 16-bit original.
         requantize: store changed four-bit weights in four bits again.
-        allow_lossy: with requantize or a GGUF base, write even if less than half of the change
+        allow_lossy: with `requantize` or a GGUF base, write even if less than half of the change
             survives rounding.
     """
 
@@ -225,7 +225,7 @@ class Fusion:
             raise OptionError(
                 "the base is not in four bits",
                 path=path,
-                hint="Run loratools quantize on it first, or leave out --base-mode",
+                hint="Run loratools quantize on it first, or leave out `base_mode`",
             )
         if self.options.requantize and not four_bit:
             raise OptionError(
@@ -303,7 +303,7 @@ class Fusion:
             list(self._reports.values()),
             self._base.path,
             what="four bits",
-            hint="Leave out --requantize to store 16 bits, or pass --allow-lossy",
+            hint="Leave out `requantize` to store 16 bits, or pass `allow_lossy=True`",
             allow_lossy=self.options.allow_lossy,
         )
 

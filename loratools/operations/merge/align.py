@@ -105,7 +105,7 @@ def _check_bases(inputs: Sequence[MergeInput]) -> None:
         raise OptionError(
             "the adapters name different base models",
             got=", ".join(sorted(map(str, bases))),
-            hint="Pass --force-base if the weights they adapt are the same",
+            hint="Pass `force_base=True` if the weights they adapt are the same",
         )
 
 

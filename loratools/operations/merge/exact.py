@@ -33,7 +33,7 @@ def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None
         raise UnsupportedError(
             "biases of factors (lora_bias) can only be merged by a weighted sum",
             tensor=module.name,
-            hint="Use --method linear",
+            hint="Use `method=linear`",
         )
     total = np.zeros(with_bias[0].shape)
     for share, part in zip(merged.coefficients[0], parts, strict=True):

@@ -238,7 +238,7 @@ def _through_base(
         raise UnsupportedError(
             "a DoRA's weight change depends on the base weight",
             tensor=module.name,
-            hint="Pass the base model with --base",
+            hint="Pass the base model as `base`",
         )
     if run.method.kind == "core" or run.space == "core":
         raise UnsupportedError(

@@ -156,7 +156,7 @@ def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) 
             expected=f"at least {method.least}{most}",
         )
     if options.space == "core" and method.kind != "elementwise":
-        raise OptionError(f"--space core is for elementwise methods; {method.name} is not one")
+        raise OptionError(f"`space=core` is for elementwise methods; {method.name} is not one")
     if method.uncompressed and options.rule.is_given:
         raise OptionError(f"{method.name} keeps all ranks", hint="Use linear to choose ranks")
     has_dora = any(isinstance(d, Dora) for item in inputs for d in item.adapter.modules.values())
@@ -166,7 +166,7 @@ def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) 
                 raise OptionError(
                     f"{name} needs all singular values, which are not computed for "
                     + ("a DoRA" if has_dora else f"method {method.name}"),
-                    hint="Use --rank or --energy",
+                    hint="Use `rank` or `energy`",
                 )
     for item in inputs:
         _require_true_delta(item.adapter)

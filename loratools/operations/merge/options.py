@@ -108,8 +108,8 @@ class MergeOptions:
         rule: how ranks are chosen; without one, span methods keep the sum's rank, core methods
             theirs, and elementwise methods get the largest rank of the inputs.
         compute: how to compute and store.
-        space: core runs elementwise methods in the space that the factors share: cheap, of low
-            rank, and another method than on full weights.
+        space: where elementwise methods work: on full weights, or in the space that the factors
+            share (core), which is cheap, of low rank, and another method.
         overrides: weights in modules whose path matches, one for all adapters or one each; the
             first match decides.
         replacements: settle clashing saved modules: first, average or an adapter's name.

@@ -30,7 +30,7 @@ class SharedTrim:
     def __init__(self, modules: Sequence[AlignedModule]) -> None:
         if any(isinstance(delta, Dora) for module in modules for delta in module.deltas):
             raise UnsupportedError(
-                "trimming over all modules is not supported with DoRA", hint="Use --flavor peft"
+                "trimming over all modules is not supported with DoRA", hint="Use `flavor=peft`"
             )
         self._modules = modules
         self._lock = threading.Lock()

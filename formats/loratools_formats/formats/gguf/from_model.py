@@ -55,7 +55,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         raise UnsupportedError(
             "a GGUF adapter depends on the architecture of its base model",
             path=adapter.source,
-            hint="Pass --base with the model's folder (config.json is enough) or its GGUF file",
+            hint="Pass the model's folder (config.json is enough) or its GGUF file as `base`",
         )
     base = read_base(context.base)
     stacks: dict[str, dict[int, LowRank]] = {}

@@ -68,7 +68,9 @@ def _read(file: GgufFile, path: Path) -> Adapter:
                 "is a GGUF file, but not a LoRA adapter",
                 got=f"{key} {value}",
                 expected=wanted or "its architecture",
-                hint="A GGUF model is what --base or `fuse` takes" if value == "model" else None,
+                hint="A GGUF model is a base: of `loratools fuse`, or as `base`"
+                if value == "model"
+                else None,
             )
     if (file.get(COUNT, "u16") or 1) > 1:
         raise UnsupportedError("adapter is split into several files, which llama.cpp does not read")

@@ -98,7 +98,7 @@ def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -
         raise UnsupportedError(
             "the order of this module's rows depends on the base model's heads",
             tensor=origin.path,
-            hint="Pass --base with the model's folder (config.json is enough) or its GGUF file",
+            hint="Pass the model's folder (config.json is enough) or its GGUF file as `base`",
         )
     ordered = [parts[i] for i in range(len(module.tensors))]
     if len(ordered) > 1:

@@ -180,7 +180,7 @@ class PeftConfig:
                 Caveat(
                     MUTATED_BASE,
                     f"init_lora_weights {init!r} changed the base weights before training",
-                    "Give the adapter saved right after initialisation with --initial",
+                    "Give the adapter saved right after initialisation as `initial`",
                 )
             )
         elif isinstance(init, str) and init.lower() not in _PLAIN_INITS:

@@ -172,7 +172,7 @@ def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]
 
 def _loader_notes(peft_type: str, modules: Mapping[str, Delta]) -> list[str]:
     missing = left_to_loader(peft_type, modules)
-    return [f"{missing} are not in the file; to-lora computes them from --base"] if missing else []
+    return [f"{missing} are not in the file; to-lora computes them from `base`"] if missing else []
 
 
 def _training_notes(carried: Mapping[str, TensorRef]) -> list[str]:

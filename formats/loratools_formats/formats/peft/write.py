@@ -230,7 +230,7 @@ def _indistinct(path: str) -> UnsupportedError:
         "several parameters of one module need different ranks or scales, which a PEFT file cannot "
         "express without naming them",
         tensor=path,
-        hint="Give them one rank and scale: --uniform without --keep-alpha does",
+        hint="Give them one rank and scale: `uniform=True` without `keep_alpha` does",
     )
 
 

@@ -163,7 +163,7 @@ def _unclaimed(unknown: list[str], keys: Mapping[str, Key], path: Path) -> Adapt
         path=path,
         tensor=unknown[0],
         expected=f"such as {next(iter(keys))}",
-        hint="Pass --carry-unknown to keep it as it is",
+        hint="Pass `carry_unknown=True` to keep it as it is",
     )
 
 
