@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -43,7 +44,7 @@ class Command(click.Command):
         formatter.write_text(f"Learn more: “{self.section}” in README.md")
 
 
-def command(name: str, section: str | None = None) -> Any:
+def command(name: str, section: str | None = None) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a function a command.
 
     Args:

@@ -108,7 +108,7 @@ def _added(option: Option, without: tuple[str, ...]) -> Decorator:
         settings["metavar"] = option.metavar
     if option.default not in (None, ()) and option.default is not False:
         settings |= {"default": option.default, "show_default": True}
-    FLAGS[option.name] = option.flag
+    FLAGS[option.keyword] = option.flag
     made = DeclaredOption(option, flags, **settings)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

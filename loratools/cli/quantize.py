@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -11,20 +10,12 @@ import click
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.outcome import checked_target, say_written
-from loratools.cli.output import (
-    human_bytes,
-    note,
-    number,
-    percent,
-    print_json,
-    print_table,
-    progress_bar,
-)
-from loratools.operations.quantize import QuantizeOptions, QuantizeResult, quantize
+from loratools.cli.output import human_bytes, number, print_table, sizes
+from loratools.cli.perform import perform, target_of
+from loratools.face.quantize import QuantizeResult, quantize
+from loratools.operations.quantize import QuantizeOptions
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reporting, Writing
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
 
 @named_command("quantize")
@@ -51,26 +42,25 @@ def command(
     loratools quantize my-model -o my-model-nf4
     loratools quantize my-model -o my-model-fp4 --quant-type fp4 --exclude 'layers\\.0\\.'
     """  # noqa: D301 - click reads the backspace
-    checkpoint = read_checkpoint(base)
-    target = checked_target(writing, [base])
-    with progress_bar("quantize", quiet=reporting.quiet, unit="B") as progress:
-        result = quantize(
-            checkpoint,
-            target,
-            dataclasses.replace(options, four_bit=four_bit),
-            overwrite=writing.overwrite,
-            workers=threads.workers,
+    target = target_of(writing)
+    return perform(
+        "quantize",
+        lambda progress: quantize(
+            base,
+            four_bit=four_bit,
+            options=options,
+            threads=threads,
+            writing=target,
             progress=progress,
-        )
-    if reporting.json:
-        print_json({"operation": "quantize", **dataclasses.asdict(result)})
-    elif not reporting.quiet:
-        _print_report(result)
-    say_written(target, reporting)
-    return 0
+        ),
+        _show,
+        target,
+        reporting,
+        unit="B",
+    )
 
 
-def _print_report(result: QuantizeResult) -> None:
+def _show(result: QuantizeResult) -> None:
     print_table(
         ["weight", "shape", "size", "relative error"],
         "<>>>",
@@ -88,7 +78,4 @@ def _print_report(result: QuantizeResult) -> None:
     kept = ", ".join(f"{count} ({reason})" for reason, count in sorted(reasons.items()))
     click.echo(f"weights kept: {kept or 'none'}")
     click.echo(f"relative error: {number(result.relative_error)}")
-    share = percent(result.bytes_out / result.bytes_in)
-    click.echo(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)} ({share})")
-    for text in result.notes:
-        note(text)
+    click.echo(f"size: {sizes(result.bytes_in, result.bytes_out)}")

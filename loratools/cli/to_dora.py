@@ -6,13 +6,11 @@ from pathlib import Path
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.outcome import checked_target, conclude, read_source
-from loratools.cli.output import note, number, print_json, print_table, progress_bar
-from loratools.operations.to_dora import ToDoraResult, to_dora
+from loratools.cli.output import note, number, print_table
+from loratools.cli.perform import perform, target_of
+from loratools.face.to_dora import ToDoraResult, to_dora
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting, Writing
-from loratools_formats import write_adapter
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import OptionError
 
 
@@ -35,39 +33,25 @@ def command(
     """  # noqa: D301 - click reads the backspace
     if reading.base is None:
         raise OptionError("magnitudes are norms of the base's weights", hint="Pass `base=MODEL`")
-    source = read_source(adapter, reading, reporting)
-    target = checked_target(writing, [adapter, reading.initial, reading.base])
-    with progress_bar("to-dora", quiet=reporting.quiet) as progress:
-        base = read_checkpoint(reading.base)
-        result = to_dora(source, base, workers=threads.workers, progress=progress)
-    if target is not None:
-        write_adapter(result.adapter, target, source.format, overwrite=writing.overwrite)
-    if reporting.json:
-        print_json(_as_json(result))
-    elif not reporting.quiet:
-        _print_report(result)
-    if not reporting.quiet:
-        note("magnitudes are rounded to float32; nothing else changes")
-    return conclude(0.0, writing, target, reporting)
+    target = target_of(writing)
+    return perform(
+        "to-dora",
+        lambda progress: to_dora(
+            adapter,
+            base=reading.base,
+            initial=reading.initial,
+            threads=threads,
+            reading=reading,
+            writing=target,
+            progress=progress,
+        ),
+        _show,
+        target,
+        reporting,
+    )
 
 
-def _as_json(result: ToDoraResult) -> dict[str, object]:
-    return {
-        "operation": "to-dora",
-        "modules": [
-            {
-                "name": module.name,
-                "rank": module.rank,
-                "outputs": module.outputs,
-                "least": module.least,
-                "largest": module.largest,
-            }
-            for module in result.modules
-        ],
-    }
-
-
-def _print_report(result: ToDoraResult) -> None:
+def _show(result: ToDoraResult) -> None:
     print_table(
         ["module", "rank", "outputs", "least magnitude", "largest"],
         "<>>>>",
@@ -82,3 +66,4 @@ def _print_report(result: ToDoraResult) -> None:
             for module in result.modules
         ],
     )
+    note("magnitudes are rounded to float32; nothing else changes")

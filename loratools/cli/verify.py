@@ -9,12 +9,13 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
-from loratools.cli.output import named, note, number, percent, print_json, print_table, progress_bar
-from loratools.cli.references import fuse_input
-from loratools.operations.verify import Claim, TensorVerdict, VerifyResult, verify
+from loratools.cli.output import note, number, percent, print_table, progress_bar
+from loratools.cli.perform import report
+from loratools.cli.references import weighted_path
+from loratools.face.verify import VerifyResult, verify
+from loratools.operations.verify import Claim, TensorVerdict
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import OptionError
 
 
@@ -42,19 +43,16 @@ def command(
     loratools verify merged-model --base base-model --adapter my-adapter
     """  # noqa: D301 - click reads the backspace
     base, adapters = _made_from(made_from, reading.base, claim.adapter)
-    inputs = [fuse_input(text, reading.from_) for text in adapters]
     with progress_bar("verify", quiet=reporting.quiet, unit="tensor") as progress:
         result = verify(
-            read_checkpoint(fused),
-            read_checkpoint(base),
-            inputs,
-            workers=threads.workers,
+            fused,
+            base=base,
+            adapters=[weighted_path(text) for text in adapters],
+            threads=threads,
+            reading=reading,
             progress=progress,
         )
-    if reporting.json:
-        print_json(_as_json(result))
-    elif not reporting.quiet:
-        _print_report(result, verbose=reporting.verbose)
+    report(result, lambda found: _show(found, verbose=reporting.verbose), reporting)
     if result.contained is None and not reporting.quiet:
         note("some tensors could not be checked")
     return {True: 0, False: EXIT_FOUND, None: EXIT_ERROR}[result.contained]
@@ -73,16 +71,7 @@ def _made_from(
     return base, (*arguments, *adapters)
 
 
-def _as_json(result: VerifyResult) -> dict[str, object]:
-    return {
-        "operation": "verify",
-        "contained": result.contained,
-        "counts": result.counts,
-        "tensors": [named(tensor) for tensor in result.tensors],
-    }
-
-
-def _print_report(result: VerifyResult, *, verbose: bool) -> None:
+def _show(result: VerifyResult, *, verbose: bool) -> None:
     good = ("exact", "within rounding")
     shown = [t for t in result.tensors if verbose or t.verdict not in good]
     if shown:

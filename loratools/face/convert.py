@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
-from loratools.face.source import IN_PLACE, READING, WRITING, Source, destination, opened
+from loratools.face.source import IN_PLACE, READING, Source, destination, opened
 from loratools.operations.convert import operation
 from loratools.operations.convert.compare_written import ConversionCheck, compared, rank_of
 from loratools.operations.convert.operation import ConvertOptions, SingleFileOptions
@@ -141,8 +141,9 @@ def convert(
     """
     adapter = opened(source, reading)
     inputs = [adapter, None if base is None else Path(base), single.names_from]
-    writing = destination(writing, adapter, inputs)
+    writing = writing if writing.dry_run else destination(writing, adapter, inputs)
     target, as_it_is = _target(adapter.format, options.to, writing.output)
+    output = None if writing.dry_run else writing.output
     conversion = operation.prepare(
         adapter,
         target,
@@ -154,10 +155,10 @@ def convert(
     if conversion.losses and not options.allow_lossy:
         raise _lossy(conversion)
     check = None
-    if writing.output is not None:
+    if output is not None:
         check = operation.write(
             conversion,
-            writing.output,
+            output,
             overwrite=writing.overwrite,
             max_error=writing.max_error,
             progress=progress,

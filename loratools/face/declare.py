@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from inspect import Parameter, Signature
@@ -22,9 +21,6 @@ R = TypeVar("R")
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all) while an operation runs."""
-
-_WORDS = {"from": "format"}
-"""What Python callers say where the command line's word is one of Python's own."""
 
 
 def public(**only: tuple[str, ...]) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -45,7 +41,7 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
     types = hints(function)
     inner = inspect.signature(function).parameters
     groups = {
-        name: {_keyword(made): made for made in declared(types[name], *only.get(name, ()))}
+        name: {made.keyword: made for made in declared(types[name], *only.get(name, ()))}
         for name, parameter in inner.items()
         if parameter.default is Parameter.empty and is_dataclass(types[name])
         if parameter.kind is Parameter.KEYWORD_ONLY
@@ -80,12 +76,6 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
     call.__signature__ = signature  # type: ignore[attr-defined]
     call.__doc__ = _documented(inspect.cleandoc(function.__doc__ or ""), groups)
     return call
-
-
-def _keyword(made: Option) -> str:
-    """Return what callers write: `set` for `set_`, `lambda_` for itself, `format` for `from_`."""
-    word = made.name.rstrip("_")
-    return _WORDS.get(word, made.name if keyword.iskeyword(word) else word)
 
 
 def _signature(

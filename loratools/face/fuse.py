@@ -9,13 +9,23 @@ from typing import Any, ClassVar
 
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
-from loratools.face.source import WRITING, Model, Weighted, label, model, opened, weighted
+from loratools.face.source import (
+    WRITING,
+    Model,
+    Weighted,
+    destination,
+    label,
+    model,
+    opened,
+    weighted,
+)
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools.operations.fuse.operation import FuseOptions, FusePreview, Fusion
 from loratools.operations.fuse.operation import FuseResult as Fused
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
+from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.disk.errors import OptionError
@@ -186,6 +196,8 @@ def fuse(
         OutputError: not enough space, or writing failed; nothing was changed.
     """
     inputs = fuse_inputs(adapters, reading)
+    read = base.path if isinstance(base, Checkpoint) else Path(base)
+    writing = destination(writing, None, [read, *(item.adapter for item in inputs)])
     fusion: Fusion | GgufFusion
     if isinstance(base, str | os.PathLike) and is_gguf(Path(base)):
         fusion = GgufFusion(read_model(Path(base)), inputs, _of_gguf(options, quantised))

@@ -8,8 +8,8 @@ from typing import ClassVar
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult
 from loratools.face.source import (
-    READING,
     IN_PLACE,
+    READING,
     Model,
     Source,
     beside,

@@ -21,7 +21,7 @@ from loratools.face.source import (
 )
 from loratools.factors.resize import ComputeOptions
 from loratools.operations import to_lora as operation
-from loratools.operations.to_lora import FoldModuleReport, Folding
+from loratools.operations.to_lora import Folding, FoldModuleReport
 from loratools.work.requests import Reading, Writing
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter

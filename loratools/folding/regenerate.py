@@ -165,7 +165,7 @@ def _in_order(adapter: Adapter, base: Checkpoint, order: list[str] | None) -> li
             "adapted layers, which no file holds",
             path=adapter.source,
             got=", ".join(leaves),
-            hint="Look it up in the model's class, and give it with `set_=order=NAME,NAME,...`",
+            hint="Look it up in the model's class, and give it with `set=order=NAME,NAME,...`",
         )
     order = leaves if order is None else order
     if sorted(order) != leaves:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import keyword
 import re
 import types
 import typing
@@ -22,6 +23,8 @@ HEADINGS = ("Input", "Method", "Selection", "Rank", "Computing", "Output", "Repo
 """Groups of options, in the order in which help shows them."""
 
 _KEY = "loratools"
+_WORDS = {"from": "format"}
+"""What Python callers say where the command line's word is one of Python's own."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,7 @@ class Option:
 
     Attributes:
         field: name of the dataclass field; recipes use it.
-        name: name of the keyword argument and, with hyphens, of the flag; a trailing underscore
-            keeps it apart from a word of Python, and is no part of the flag.
+        name: name of the option; a trailing underscore keeps it apart from a word of Python.
         type: what the value is: `bool`, `int`, `float`, `str`, `Path` or what `parse` makes.
         default: the field's default; None if a factory makes it.
         help: one sentence.
@@ -56,6 +58,12 @@ class Option:
     aliases: tuple[str, ...]
     metavar: str | None
     parse: Callable[[str], Any] | None
+
+    @property
+    def keyword(self) -> str:
+        """The keyword argument: `set` for `set_`, `lambda_` for itself, `format` for `from_`."""
+        word = self.name.rstrip("_")
+        return _WORDS.get(word, self.name if keyword.iskeyword(word) else word)
 
     @property
     def flag(self) -> str:

@@ -184,7 +184,7 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     if found:
         names = ", ".join(entry.name for entry in found)
         raise UnknownFormatError(
-            f"several formats recognise it: {names}", path=path, hint="Name one with `from_`"
+            f"several formats recognise it: {names}", path=path, hint="Name one with `format`"
         )
     known = ", ".join(entry.name for entry in registered_formats() if entry.format is not None)
     hint = f"Known formats: {known}"

@@ -147,7 +147,7 @@ def _alpha(tuning: dict[str, Any], ranks: set[int], path: Path) -> float | None:
             path=path,
             got=f"adapter_dim {rank}",
             expected=", ".join(map(str, sorted(ranks))),
-            hint="Unpack the archive, and give alpha with `set_=alpha=VALUE`",
+            hint="Unpack the archive, and give alpha with `set=alpha=VALUE`",
         )
     return float(alpha)
 

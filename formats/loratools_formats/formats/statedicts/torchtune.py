@@ -138,7 +138,7 @@ def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[Regula
             path=path,
             got=", ".join([f"lora_alpha {alpha}", f"r {rank}", *others]),
             expected=f"lora_alpha and r = {', '.join(map(str, sorted(ranks)))}",
-            hint="Move it away, and give alpha with `set_=alpha=VALUE`",
+            hint="Move it away, and give alpha with `set=alpha=VALUE`",
         )
     return float(alpha), (RegularFile(path),)
 
