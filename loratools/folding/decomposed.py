@@ -111,29 +111,32 @@ class TurnedMatrix:
 
     Args:
         inner: the matrix.
+
+    Attributes:
+        inner: the matrix.
     """
 
     def __init__(self, inner: Decomposed) -> None:
-        self._inner = inner
+        self.inner = inner
 
     @property
     def squared_norm(self) -> float:
         """‖ΔW‖²_F."""
-        return self._inner.squared_norm
+        return self.inner.squared_norm
 
     @property
     def singular_values(self) -> Array:
         """Those that are known, descending."""
-        return self._inner.singular_values
+        return self.inner.singular_values
 
     def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
         """Return the best (b, a) of a rank, balanced, of scale 1."""
-        b, a = self._inner.factors(rank, randomised)
+        b, a = self.inner.factors(rank, randomised)
         return signed(a.T, b.T)
 
     def squared_error(self, b: Array, a: Array) -> float:
         """Return ‖ΔW − b @ a‖²_F."""
-        return self._inner.squared_error(a.T, b.T)
+        return self.inner.squared_error(a.T, b.T)
 
 
 def decomposed(change: Change, device: Device, streaming: Streaming, label: str) -> Decomposed:
