@@ -16,7 +16,7 @@ from loratools.work.json_object import hidden
 from loratools.work.requests import Writing
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DequantizeResult(Result, operation.DequantizeResult):
     """A checkpoint without four-bit weights, written or measured."""
 

@@ -36,7 +36,7 @@ class ExtractedModule:
     relative_error: float
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ExtractResult(AdapterResult):
     """The LoRA between two checkpoints.
 
@@ -59,7 +59,7 @@ class ExtractResult(AdapterResult):
     modules: tuple[ExtractedModule, ...]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ExtractChoices(Result):
     """What each rank would cost and lose.
 
@@ -166,7 +166,7 @@ def extract_choices(
         UnsupportedError: as for `extract`.
     """
     found = _difference(model(base), model(tuned), selection, compute, None)
-    return ExtractChoices(choice_rows(operation.extract_choices(found, compute).choices))
+    return ExtractChoices(choices=choice_rows(operation.extract_choices(found, compute).choices))
 
 
 def _difference(

@@ -71,7 +71,7 @@ class FusedTensor:
     lost_to_rounding: float
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FuseResult(Result):
     """A fused checkpoint that was written.
 
@@ -123,7 +123,7 @@ class PlannedTensor:
     replaced_by: str | None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FusePlan(Result):
     """What fusing would write; `write(path)` does it.
 

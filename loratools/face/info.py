@@ -14,7 +14,7 @@ from loratools.work.requests import Reading
 from loratools_formats.core.adapter import Adapter
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class InfoResult(Result, AdapterInfo):
     """What an adapter is."""
 

@@ -33,7 +33,7 @@ class FormatInfo:
     description: str | None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FormatsResult(Result):
     """The registered formats.
 
@@ -71,7 +71,7 @@ class MethodInfo:
     parameters: dict[str, Any]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MethodsResult(Result):
     """The registered merge methods.
 
@@ -92,7 +92,7 @@ def formats() -> FormatsResult:
     [True]
     """
     return FormatsResult(
-        tuple(
+        formats=tuple(
             FormatInfo(
                 name=entry.name,
                 package=entry.package,
@@ -117,7 +117,7 @@ def methods() -> MethodsResult:
     from loratools.operations.merge.methods import registered_methods
 
     return MethodsResult(
-        tuple(
+        methods=tuple(
             MethodInfo(
                 name=entry.name,
                 package=entry.package,

@@ -56,7 +56,7 @@ class MergedAdapter:
     weight: float
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MergeResult(AdapterResult):
     """A merged adapter.
 
@@ -195,11 +195,11 @@ def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
     Raises:
         OptionError: an option was given that the recipe decides.
     """
-    here = {"workers": given.compute.workers, "device": given.compute.device}
-    if given != MergeOptions(compute=replace(ComputeOptions(), **here)) or base is not None:
+    workers, device = given.compute.workers, given.compute.device
+    if given != MergeOptions(compute=ComputeOptions(workers=workers, device=device)) or base:
         raise OptionError("a recipe says all settings", path=path, hint="Leave out the others")
     plan = load_recipe(path)
-    compute = replace(plan.options.compute, **here)
+    compute = replace(plan.options.compute, workers=workers, device=device)
     return replace(plan, options=replace(plan.options, compute=compute))
 
 

@@ -18,7 +18,7 @@ from loratools.work.parallel import Workers
 from loratools.work.requests import Writing
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class QuantizeResult(Result, operation.QuantizeResult):
     """A checkpoint in four bits, written or measured."""
 

@@ -17,7 +17,7 @@ from loratools_formats.disk.errors import InexactError
 SCHEMA = 1
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """What an operation found; `to_dict()` is the object that `--json` prints."""
 
@@ -44,7 +44,7 @@ class Result:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdapterResult(Result):
     """A result that is an adapter, written or not.
 

@@ -18,7 +18,7 @@ from loratools.work.selection import Selection
 from loratools_formats.disk.errors import OptionError
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SqueezeResult(AdapterResult):
     """A squeezed adapter.
 
@@ -41,7 +41,7 @@ class SqueezeResult(AdapterResult):
     kept_whole: tuple[str, ...]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SqueezeChoices(Result):
     """What each rank would cost and lose.
 
@@ -146,4 +146,4 @@ def squeeze_choices(
     """
     adapter = trained(source, initial, reading).adapter
     found = operation.rank_choices(adapter, compute, selection)
-    return SqueezeChoices(adapter.weights_nbytes, choice_rows(found))
+    return SqueezeChoices(bytes_in=adapter.weights_nbytes, choices=choice_rows(found))

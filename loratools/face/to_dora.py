@@ -23,7 +23,7 @@ from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Writing
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ToDoraResult(AdapterResult):
     """A DoRA.
 
@@ -78,4 +78,6 @@ def to_dora(
         scratch_folder=beside(writing),
         progress=progress,
     )
-    return ToDoraResult(done.adapter, given.notes, done.modules).written(writing)
+    return ToDoraResult(
+        adapter=done.adapter, notes=given.notes, modules=done.modules
+    ).written(writing)

@@ -28,7 +28,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ToLoraResult(AdapterResult):
     """A plain LoRA.
 
@@ -49,7 +49,7 @@ class ToLoraResult(AdapterResult):
     modules: tuple[FoldModuleReport, ...]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ToLoraChoices(Result):
     """What each rank would cost and lose, for a change that is not of low rank.
 
@@ -164,10 +164,10 @@ def to_lora_choices(
     if found is None:
         return None
     return ToLoraChoices(
-        adapter.weights_nbytes,
-        found.low_rank_energy,
-        found.rescaling_energy,
-        choice_rows(found.choices),
+        bytes_in=adapter.weights_nbytes,
+        low_rank_energy=found.low_rank_energy,
+        rescaling_energy=found.rescaling_energy,
+        choices=choice_rows(found.choices),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,12 +11,12 @@ from loratools.face.fuse import fuse_inputs
 from loratools.face.result import Result
 from loratools.face.source import Model, Weighted, model
 from loratools.operations import verify as operation
-from loratools.operations.verify import TensorVerdict
+from loratools.operations.verify import TensorVerdict, Verdict
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class VerifyResult(Result):
     """What was found in a checkpoint.
 
@@ -28,7 +29,7 @@ class VerifyResult(Result):
     operation: ClassVar[str] = "verify"
 
     contained: bool | None
-    counts: dict[str, int]
+    counts: Mapping[Verdict, int]
     tensors: tuple[TensorVerdict, ...]
 
 
@@ -66,4 +67,6 @@ def verify(
         workers=threads.workers,
         progress=progress,
     )
-    return VerifyResult(found.contained, dict(found.counts), found.tensors)
+    return VerifyResult(
+        contained=found.contained, counts=found.counts, tensors=found.tensors
+    )

@@ -155,11 +155,14 @@ def decomposed(change: Change, device: Device, streaming: Streaming, label: str)
     seed = zlib.crc32(label.encode(), streaming.seed & 0xFFFFFFFF)
     if isinstance(change, Columns):
         turned = RowSource(change.shape[::-1], change.columns)
-        svd = streamed_svd(turned, streaming.width, power_iterations=None, seed=seed)
-        return TurnedMatrix(StreamedMatrix(turned, svd))
-    source = RowSource(change.shape, change.rows)
-    svd = streamed_svd(source, streaming.width, power_iterations=None, seed=seed)
-    return StreamedMatrix(source, svd)
+        return TurnedMatrix(_streamed(turned, streaming.width, seed))
+    return _streamed(RowSource(change.shape, change.rows), streaming.width, seed)
+
+
+def _streamed(source: RowSource, width: int, seed: int) -> StreamedMatrix:
+    return StreamedMatrix(
+        source, lambda: streamed_svd(source, width, power_iterations=None, seed=seed)
+    )
 
 
 def exact_factors(change: Change, *, of_any_rank: bool) -> Product | None:
@@ -179,7 +182,7 @@ def exact_factors(change: Change, *, of_any_rank: bool) -> Product | None:
             rows = rows_of(change)
             source = RowSource(rows.shape, rows.rows)
             svd = streamed_svd(source, min(rows.shape), power_iterations=0, seed=0)
-            matrix = StreamedMatrix(source, svd)
+            matrix = StreamedMatrix(source, lambda: svd)
         values = matrix.singular_values
         rank = int(np.count_nonzero(values > _NEGLIGIBLE * values[0]))
         return Product(*matrix.factors(max(rank, 1)))

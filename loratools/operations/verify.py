@@ -21,6 +21,7 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import ADDABLE, FLOATING, TensorPlan, plan_fuse
 from loratools.operations.fuse.terms import View, load_terms, stacked
 from loratools.work.declared import option
+from loratools.work.json_object import named
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.dtypes import DType, round_into
@@ -69,7 +70,7 @@ class TensorVerdict:
         reason: why it is not contained or was not checked.
     """
 
-    key: str
+    key: str = named("name")
     verdict: Verdict
     touched: bool
     found: float | None = None

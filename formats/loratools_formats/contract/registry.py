@@ -308,11 +308,18 @@ def write_adapter(
     Raises:
         OutputExistsError: the output exists and `overwrite` is false, or holds foreign files.
         OutputError: the system refused; nothing was changed.
-        UnsupportedError: the format cannot hold the adapter.
+        UnsupportedError: the adapter is of another format, so that writing would lose what converting
+            checks.
     """
     chosen = get_format(format_name)
     if chosen.write is None:
         raise UnsupportedError(f"format {chosen.name} can be read but not written")
+    if adapter.format != chosen.name:
+        raise UnsupportedError(
+            f"an adapter of format {adapter.format} is not in the terms of format {chosen.name}",
+            path=adapter.source,
+            hint="Convert it first: loratools.write, or loratools convert",
+        )
     check_output(adapter, path, overwrite=overwrite)
     publish = publish_folder if chosen.is_folder else publish_file
     with publish(path, overwrite=overwrite) as temporary:

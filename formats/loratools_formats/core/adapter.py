@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from loratools_formats.core.summary import adapter_line, adapter_table, change_line
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import RegularFile
@@ -43,7 +44,7 @@ class Layer:
     transposed_if_square: bool | None = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank:
     """ΔW = scale · b @ a, for one weight or a stack of experts.
 
@@ -78,6 +79,9 @@ class LowRank:
                 expected="a (r, in) and b (out, r)",
             )
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({change_line(self)})"
+
     @property
     def rank(self) -> int:
         """Rank r of the factors, per expert."""
@@ -100,7 +104,7 @@ class LowRank:
         yield from (t for t in (self.bias, self.alpha_tensor) if t is not None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dora:
     """W' = magnitude / ‖W + ΔW‖ · (W + ΔW), norms per output (arXiv 2402.09353).
 
@@ -114,6 +118,9 @@ class Dora:
     direction: LowRank
     magnitude: TensorRef
     axis: Axis = "output"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({change_line(self)})"
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor it is made of."""
@@ -150,7 +157,7 @@ class Missing:
         return bool(self.in_base) or self.of_weight is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OtherDelta:
     """A weight change of another kind than factors, such as LoHa, VeRA, OFT or a difference.
 
@@ -184,6 +191,9 @@ class OtherDelta:
     axis: Axis = "output"
     bias: TensorRef | None = None
     alpha_tensor: TensorRef | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({change_line(self)})"
 
     @property
     def experts(self) -> int:
@@ -300,7 +310,7 @@ class Caveat:
 MUTATED_BASE = "mutated-base"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """An adapter read from somewhere, or made by an operation.
 
@@ -346,6 +356,12 @@ class Adapter:
     inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
     other_inputs: Mapping[str, tuple[RegularFile, ...]] = field(default_factory=dict, compare=False)
     provenance: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return adapter_line(self)
+
+    def _repr_html_(self) -> str:
+        return adapter_table(self)
 
     @property
     def weights_nbytes(self) -> int:

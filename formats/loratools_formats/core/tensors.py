@@ -31,7 +31,7 @@ class ByteSource(Protocol):
         """Return exactly `nbytes` bytes from `offset`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TensorRef:
     """A tensor somewhere: a file, a scratch file, memory, or a view of another one.
 
@@ -50,6 +50,15 @@ class TensorRef:
     read: Callable[[], Buffer] = field(repr=False, compare=False)
     file: ByteSource | None = field(default=None, repr=False, compare=False)
     offset: int = field(default=0, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"TensorRef({self.key!r}, {self.dtype.code}, {self.shape})"
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
+        """Return the values, for `np.asarray(tensor)`; they are read anew each time."""
+        if copy is False:
+            raise ValueError("the values of a TensorRef are read, which copies them")
+        return self.load(dtype)
 
     @property
     def numel(self) -> int:

@@ -213,7 +213,7 @@ def _streamed(
     _check_finite(store.squared_norm)
     seed = zlib.crc32(tasks.name.encode(), run.seed & 0xFFFFFFFF)
     svd = streamed_svd(store, run.width(module), power_iterations=run.power_iterations, seed=seed)
-    return StreamedMatrix(store, svd)
+    return StreamedMatrix(store, lambda: svd)
 
 
 @dataclass(frozen=True)
