@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from loratools.cli import cli
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.convert.operation import prepare, write
 from loratools_formats import (
     Context,

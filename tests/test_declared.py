@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from loratools.algebra.ranks import Budget, RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.work.declared import HEADINGS, build, declared
 from loratools.work.parallel import usable_cores
 from loratools.work.requests import Reading, Reporting, Writing

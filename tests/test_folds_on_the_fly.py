@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
 from loratools.folding.without_base import needs_base, with_settings
 from loratools.kinds import all_kinds
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.operation import merge
 from loratools.operations.merge.options import MergeOptions

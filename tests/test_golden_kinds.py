@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
 from loratools.folding.module import kind_name
 from loratools.kinds import all_kinds, get_kind
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint

@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
-from loratools.factors.initial import subtract_initial
-from loratools.factors.resize import ComputeOptions
 from loratools.kinds import all_kinds
+from loratools.lowrank.dense import effective_delta
+from loratools.lowrank.initial import subtract_initial
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.info import describe
 from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import to_lora

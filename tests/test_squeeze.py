@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loratools.algebra.ranks import Budget, RankRule
-from loratools.factors.dense import effective_delta
-from loratools.factors.initial import subtract_initial
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.dense import effective_delta
+from loratools.lowrank.initial import subtract_initial
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.squeeze import rank_choices, squeeze
 from loratools.work.selection import Selection
 from loratools_formats import read_adapter, write_adapter

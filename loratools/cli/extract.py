@@ -12,7 +12,7 @@ from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, note, number, percent, print_table, quantity
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.extract import ExtractResult, extract, extract_choices
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.operation import Naming
 from loratools.work.requests import Reporting, Writing
 from loratools.work.selection import Selection

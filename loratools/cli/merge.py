@@ -15,7 +15,7 @@ from loratools.cli.output import human_bytes, note, number, percent, print_table
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
 from loratools.face.merge import MergeResult, merge
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles
 from loratools.work.declared import declared

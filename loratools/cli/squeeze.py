@@ -12,7 +12,7 @@ from loratools.cli.command import command as named_command
 from loratools.cli.output import note, number, percent, print_table, sizes
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.squeeze import SqueezeResult, squeeze, squeeze_choices
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Selection
 

@@ -12,7 +12,7 @@ from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, note, number, percent, print_table
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.to_lora import Folding
 from loratools.work.requests import Reading, Reporting, Writing
 

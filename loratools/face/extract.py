@@ -11,7 +11,7 @@ from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
 from loratools.face.source import WRITING, Model, beside, destination, model
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract import operation
 from loratools.work.requests import Writing
 from loratools.work.selection import Selection

@@ -22,7 +22,7 @@ from loratools.face.source import (
     opened,
     weighted,
 )
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge import operation
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.methods import get_method

@@ -78,7 +78,7 @@ def trained(source: Any, initial: Any, reading: Reading) -> Trained:
     adapter = opened(source, reading)
     if initial is None:
         return Trained(adapter, (adapter,))
-    from loratools.factors.initial import subtract_initial
+    from loratools.lowrank.initial import subtract_initial
 
     first = opened(initial, reading)
     return Trained(subtract_initial(adapter, first), (adapter, first))

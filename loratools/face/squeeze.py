@@ -10,7 +10,7 @@ from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
 from loratools.face.source import IN_PLACE, READING, Source, beside, destination, trained
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import squeeze as operation
 from loratools.operations.squeeze import ModuleReport
 from loratools.work.requests import Reading, Writing

@@ -12,12 +12,12 @@ from loratools.algebra.ranks import RankRule
 from loratools.algebra.streamed_svd import StreamedMatrix
 from loratools.face.declare import public
 from loratools.face.source import Model, model
-from loratools.factors.matrices import loaded
-from loratools.factors.resize import ComputeOptions
 from loratools.folding.decomposed import TurnedMatrix
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opened, Opener
 from loratools.folding.without_base import with_settings
+from loratools.lowrank.matrices import loaded
+from loratools.lowrank.resize import ComputeOptions
 from loratools_formats.contract.registry import Context, get_format
 from loratools_formats.core.adapter import Adapter, LowRank
 from loratools_formats.core.tensors import TensorRef, in_memory

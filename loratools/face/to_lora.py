@@ -19,7 +19,7 @@ from loratools.face.source import (
     model,
     trained,
 )
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import to_lora as operation
 from loratools.operations.to_lora import Folding, FoldModuleReport
 from loratools.work.requests import Reading, Writing

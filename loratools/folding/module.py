@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools.factors.resize import ComputeOptions, rounded
 from loratools.folding.decomposed import rows_of
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Product, Weight
+from loratools.lowrank.resize import ComputeOptions, rounded
 from loratools.work.scratch import Scratch
 from loratools_formats.core.adapter import Delta, Dora, Layer, LowRank, OtherDelta
 from loratools_formats.core.dtypes import DTYPES

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed
 from loratools.base.weights import ShapeOnly
-from loratools.factors.matrices import matrices
 from loratools.folding.decomposed import Streaming, decomposed, rows_of
 from loratools.folding.module import checked_change, known_shape, template_of
 from loratools.folding.without_base import folds_alone
 from loratools.kinds.declaration import Change, Kronecker
+from loratools.lowrank.matrices import matrices
 from loratools_formats.core.adapter import Delta, LowRank, OtherDelta, low_rank_part
 
 

@@ -17,14 +17,14 @@ from loratools.base.weights import (
     is_in_stack,
     names_under,
 )
-from loratools.factors.matrices import loaded, matrices
-from loratools.factors.resize import ComputeOptions, spectrum_of
 from loratools.folding.decomposed import Streaming, decomposed, exact_factors, rows_of
 from loratools.folding.dora import Rescaling, finite_vector, rescaled_rows, rescaling_of
 from loratools.folding.module import checked_change, kind_name, known_shape, template_of
 from loratools.folding.without_base import needs_base
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Kronecker, Product, Weight
+from loratools.lowrank.matrices import loaded, matrices
+from loratools.lowrank.resize import ComputeOptions, spectrum_of
 from loratools.naming.for_base import names_in_base
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, Dora, LowRank, OtherDelta

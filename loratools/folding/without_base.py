@@ -14,12 +14,12 @@ from loratools.base.dequantised import plain
 from loratools.base.placement.names import Names
 from loratools.base.placement.sites import sites
 from loratools.base.weights import ShapeOnly
-from loratools.factors.resize import ComputeOptions
 from loratools.folding.decomposed import exact_factors
 from loratools.folding.module import checked_change, known_shape, stored_as_is, template_of
 from loratools.folding.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
+from loratools.lowrank.resize import ComputeOptions
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format

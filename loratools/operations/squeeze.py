@@ -21,10 +21,10 @@ from loratools.algebra.budget import RankChoice, choose_ranks, rank_table
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed
 from loratools.algebra.ranks import RankRule, Spectrum, as_options
-from loratools.factors.matrices import matrices
-from loratools.factors.resize import ComputeOptions, Resizer, spectrum_of
 from loratools.folding.undecomposed import Apart, is_apart, parts_of
 from loratools.folding.without_base import folded_where_exact, to_lora_command
+from loratools.lowrank.matrices import matrices
+from loratools.lowrank.resize import ComputeOptions, Resizer, spectrum_of
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch

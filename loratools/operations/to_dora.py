@@ -14,11 +14,11 @@ import numpy as np
 
 from loratools.base.placement.names import Names
 from loratools.base.weights import find_place, names_under
-from loratools.factors.matrices import loaded
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import output_norms
 from loratools.folding.without_base import folded_exactly
 from loratools.kinds.declaration import Product
+from loratools.lowrank.matrices import loaded
 from loratools.naming.for_base import names_in_base
 from loratools.work.parallel import check_workers, in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata

@@ -23,14 +23,14 @@ import numpy as np
 from loratools.algebra.budget import RankChoice, choose_ranks, rank_table
 from loratools.algebra.ranks import RankRule, Spectrum, as_options
 from loratools.algebra.streamed_svd import StreamedMatrix
-from loratools.factors.matrices import loaded
-from loratools.factors.resize import ComputeOptions, Resizer
 from loratools.folding.dora import Rescaling
 from loratools.folding.module import stored_as_is
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opened, Opener
 from loratools.folding.without_base import folds_alone, needs_base, plain_adapter, with_settings
 from loratools.kinds import get_kind
+from loratools.lowrank.matrices import loaded
+from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata

@@ -19,7 +19,7 @@ import numpy as np
 import peft_models
 from peft_cases import Case
 
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools_formats.core.adapter import Adapter, Dora, LowRank, low_rank_part
 from loratools_formats.core.orientation import is_transposed
 from loratools_formats.disk.errors import AdapterError

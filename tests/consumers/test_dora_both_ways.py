@@ -10,7 +10,7 @@ import pytest
 from peft_cases import CASES
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.operation import FuseOptions, Fusion
 from loratools.operations.to_dora import to_dora

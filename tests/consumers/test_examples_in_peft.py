@@ -10,7 +10,7 @@ from peft_cases import Case
 from peft_models import EXAMPLES
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.core.adapter import low_rank_part

@@ -6,7 +6,7 @@ import gguf_models
 import numpy as np
 import pytest
 
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools.operations.convert.operation import prepare, write
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools_formats import Adapter, Context, Layer, LowRank, get_format
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, BY_CLASS

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.convert.operation import prepare, write
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.operation import merge

@@ -4,7 +4,7 @@ import gguf_models
 import numpy as np
 import pytest
 
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools.operations.convert.operation import prepare, write
 from loratools_formats import Context, read_adapter
 from loratools_formats.disk.errors import UnsupportedError

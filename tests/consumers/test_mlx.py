@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from loratools.cli import cli
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools_formats import find_format, read_adapter
 from loratools_formats.core.adapter import Dora, low_rank_part
 

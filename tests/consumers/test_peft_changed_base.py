@@ -18,8 +18,8 @@ from peft_cases import Case
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import cli
-from loratools.factors.initial import subtract_initial
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.initial import subtract_initial
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.disk.errors import OptionError, UnsupportedError

@@ -14,9 +14,9 @@ import pytest
 from peft_kinds import CASES, Case, Net, make
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
 from loratools.folding.module import kind_name
 from loratools.kinds import all_kinds, get_kind
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import fold_choices, to_lora
 from loratools_formats import read_adapter, write_adapter
@@ -478,7 +478,7 @@ def test_pissa_through_its_initial_adapter_is_the_change_of_the_original(tmp_pat
     import torch
     from peft_kinds import Net
 
-    from loratools.factors.initial import subtract_initial
+    from loratools.lowrank.initial import subtract_initial
 
     torch.manual_seed(4)
     model = Net()

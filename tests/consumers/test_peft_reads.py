@@ -10,7 +10,7 @@ import pytest
 from peft_cases import CASES, SHARED, Case, old_experts
 from peft_oracle import edit_config, stored_bytes
 
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools_formats import read_adapter
 from loratools_formats.disk.errors import UnsupportedError
 

@@ -15,7 +15,7 @@ from peft_cases import CASES, Case, old_experts
 
 from loratools.algebra.ranks import SERVE_RANKS, RankRule
 from loratools.cli import cli
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.squeeze import squeeze
 from loratools.work.selection import Selection
 from loratools_formats import read_adapter, write_adapter

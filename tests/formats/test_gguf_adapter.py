@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools.operations.convert.operation import prepare, write
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion

@@ -35,7 +35,7 @@ from merge_definitions import (
 from merge_others import masks_given, mergekit, peft
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge import elementwise, tasks
 from loratools.operations.merge.methods import get_method, registered_methods
 from loratools.operations.merge.tasks import DenseRows, FactorRows, Histogram, Tasks, ZeroRows

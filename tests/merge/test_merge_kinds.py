@@ -28,7 +28,7 @@ from merge_models import DORA_KINDS, saved_base, saved_by_peft
 from safetensors.numpy import load_file, save_file
 
 from loratools.algebra.ranks import Budget, RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge import tasks
 from loratools.operations.merge.methods import get_method
 from loratools.operations.merge.options import Override, weight_override

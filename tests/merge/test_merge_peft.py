@@ -21,7 +21,7 @@ from merge_definitions import elected, iso_definition, knots_definition, trimmed
 from merge_models import DORA_KINDS, KINDS, loaded_by_peft, saved_base, saved_by_peft
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.operation import merge
 from loratools.operations.merge.options import MergeOptions

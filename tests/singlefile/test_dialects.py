@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from loratools.factors.matrices import loaded
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Kronecker, Product
+from loratools.lowrank.matrices import loaded
 from loratools_formats import find_format, read_adapter, write_adapter
 from loratools_formats.containers.safetensors_read import read_safetensors
 from loratools_formats.core.adapter import Dora, OtherDelta

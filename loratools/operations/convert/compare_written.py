@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loratools.algebra import linalg
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.contract.registry import read_adapter
 from loratools_formats.core.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from loratools.factors.rescale import folded
-from loratools.factors.true_rank import of_true_rank
+from loratools.lowrank.rescale import folded
+from loratools.lowrank.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
 from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table

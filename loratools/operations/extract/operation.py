@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loratools.algebra.ranks import RankRule, as_options
 from loratools.base.dequantised import plain
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.pairs import Comparison, Pair
 from loratools.operations.to_lora import FoldChoices, FoldResult, fold_choices, to_lora
 from loratools.work.declared import option

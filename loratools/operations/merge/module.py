@@ -22,10 +22,10 @@ from loratools.algebra.one_matrix import Matrix
 from loratools.algebra.streamed_svd import RowStore, StreamedMatrix, streamed_svd
 from loratools.base.placement.names import Names
 from loratools.base.weights import find_place
-from loratools.factors.matrices import loaded
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import Rescaling, rescaling_of
 from loratools.kinds.declaration import Product, Weight
+from loratools.lowrank.matrices import loaded
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.methods import Method
 from loratools.operations.merge.space import lifted, shared_space

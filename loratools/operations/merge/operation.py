@@ -21,8 +21,8 @@ from loratools.algebra.device import Device
 from loratools.algebra.ranks import Spectrum
 from loratools.base.dequantised import plain
 from loratools.base.placement.names import Names
-from loratools.factors.resize import Resizer
 from loratools.folding.without_base import folded_exactly
+from loratools.lowrank.resize import Resizer
 from loratools.naming.for_base import names_in_base
 from loratools.operations.merge.align import AlignedModule, MergeInput, align
 from loratools.operations.merge.exact import factor_residual, joined_exactly, merged_bias

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loratools.algebra.ranks import RankRule, as_options
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.module import Space
 from loratools.work.declared import declared, option
 from loratools.work.selection import check_regex

@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 from loratools.algebra.ranks import Budget, RankRule, as_options
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.options import MergeOptions, Override
 from loratools.work.declared import option

@@ -14,7 +14,7 @@ import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
-from loratools.factors.matrices import matrices
+from loratools.lowrank.matrices import matrices
 from loratools_formats.core.adapter import Delta, Dora, LowRank
 from loratools_formats.core.dtypes import DType, encode
 from loratools_formats.core.tensors import Buffer, TensorRef

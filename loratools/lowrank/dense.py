@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.orientation import is_transposed
 

@@ -19,7 +19,7 @@ import numpy as np
 from loratools.algebra.device import Computing
 from loratools.algebra.one_matrix import Decomposed, Method, RandomisedSvd, padded
 from loratools.algebra.ranks import Spectrum
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools.work.declared import option
 from loratools.work.scratch import Scratch
 from loratools.work.spellings import dtype as dtype_name
