@@ -1,4 +1,4 @@
-"""Made by tests/interface/make_stub.py; do not edit."""
+# Made by tests/interface/make_stub.py; do not edit.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,6 @@ from loratools.face.merge import MergeResult as MergeResult
 from loratools.face.quantize import QuantizeResult as QuantizeResult
 from loratools.face.squeeze import SqueezeChoices as SqueezeChoices
 from loratools.face.squeeze import SqueezeResult as SqueezeResult
-from loratools.face.tensors import factors as factors
 from loratools.face.to_dora import ToDoraResult as ToDoraResult
 from loratools.face.to_lora import ToLoraChoices as ToLoraChoices
 from loratools.face.to_lora import ToLoraResult as ToLoraResult
@@ -298,6 +297,7 @@ def delta(
     dtype: type[Any] | np.dtype[Any] | str = ...,
     base: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> np.ndarray[Any, Any]: ...
+def factors(adapter: Adapter, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]: ...
 def from_factors(
     modules: Mapping[str, tuple[Any, Any]],
     *,

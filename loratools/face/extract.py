@@ -86,12 +86,13 @@ def extract(
 ) -> ExtractResult:
     """Extract the LoRA between two checkpoints, as a PEFT adapter.
 
+    >>> import tempfile
     >>> import loratools as lt
-    >>> model = "examples/tiny-llama/model"
-    >>> lt.extract(model, model, rank=4)
-    Traceback (most recent call last):
-    ...
-    loratools_formats.disk.errors.AdapterError: examples/tiny-llama/model: nothing to extract; ...
+    >>> base = "examples/tiny-llama/model"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fused = lt.fuse(base, "examples/tiny-llama/lora", output=f"{folder}/tuned")
+    ...     lt.extract(base, f"{folder}/tuned", rank=4).modules[0].rank
+    4
 
     Args:
         base: the model before training.
@@ -151,11 +152,13 @@ def extract_choices(
 ) -> ExtractChoices:
     """Return what each rank of the LoRA between two checkpoints would cost and lose.
 
+    >>> import tempfile
     >>> import loratools as lt
-    >>> lt.extract_choices("examples/tiny-llama/model", "examples/tiny-flux")
-    Traceback (most recent call last):
-    ...
-    loratools_formats.disk.errors...
+    >>> base = "examples/tiny-llama/model"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fused = lt.fuse(base, "examples/tiny-llama/lora", output=f"{folder}/tuned")
+    ...     lt.extract_choices(base, f"{folder}/tuned").choices[0].rank
+    1
 
     Args:
         base: as for `extract`.

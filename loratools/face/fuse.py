@@ -25,7 +25,6 @@ from loratools.operations.fuse.operation import FuseOptions, FusePreview, Fusion
 from loratools.operations.fuse.operation import FuseResult as Fused
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
-from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.disk.errors import OptionError
@@ -196,15 +195,17 @@ def fuse(
         OutputError: not enough space, or writing failed; nothing was changed.
     """
     inputs = fuse_inputs(adapters, reading)
-    read = base.path if isinstance(base, Checkpoint) else Path(base)
-    writing = destination(writing, None, [read, *(item.adapter for item in inputs)])
+    read = [item.adapter for item in inputs]
     fusion: Fusion | GgufFusion
     if isinstance(base, str | os.PathLike) and is_gguf(Path(base)):
+        writing = destination(writing, None, [Path(base), *read])
         fusion = GgufFusion(read_model(Path(base)), inputs, _of_gguf(options, quantised))
     else:
+        checkpoint = model(base)
+        writing = destination(writing, None, [checkpoint, *read])
         if quantised.fallback != GgufFuseOptions().fallback:
             raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
-        fusion = Fusion(model(base), inputs, options)
+        fusion = Fusion(checkpoint, inputs, options)
     plan = _plan(fusion.preview, fusion, progress)
     if writing.output is None:
         return plan

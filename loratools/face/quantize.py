@@ -54,7 +54,7 @@ def quantize(
     >>> import loratools as lt
     >>> result = lt.quantize("examples/tiny-llama/model")
     >>> result.tensors[0].shape, result.bytes_out < result.bytes_in
-    ((64, 64), True)
+    ((128, 352), True)
 
     Args:
         base: a checkpoint folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from loratools.face.source import Model, model
 from loratools.folding.decomposed import TurnedMatrix
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opened, Opener
-from loratools.folding.without_base import with_settings
+from loratools.folding.without_base import needs_base, with_settings
 from loratools.lowrank.matrices import loaded
 from loratools.lowrank.resize import ComputeOptions
 from loratools_formats.contract.registry import Context, get_format
@@ -39,7 +40,7 @@ def delta(
     >>> import loratools as lt
     >>> adapter = lt.read("examples/tiny-llama/lora")
     >>> lt.delta(adapter, "model.layers.0.self_attn.q_proj").shape
-    (64, 64)
+    (128, 128)
 
     Args:
         adapter: of any kind.
@@ -76,7 +77,7 @@ def factors(adapter: Adapter, name: str) -> tuple[Array, Array]:
     >>> import loratools as lt
     >>> b, a = lt.factors(lt.read("examples/tiny-llama/lora"), "model.layers.0.self_attn.q_proj")
     >>> b.shape, a.shape
-    ((64, 32), (32, 64))
+    ((128, 32), (32, 128))
 
     Args:
         adapter: plain, or of a kind that folds into factors exactly.
@@ -90,12 +91,12 @@ def factors(adapter: Adapter, name: str) -> tuple[Array, Array]:
         UnsupportedError: the change is no product of two factors; `to_lora` approximates it.
         AdapterError: tensors that do not fit, or NaN and infinite values.
     """
-    opened = _opened(adapter, name, None)
+    opened = None if _depends_on_base(adapter, name) else _opened(adapter, name, None)
     if isinstance(opened, LowRank):
         return opened.scale * opened.b.load(np.float64), opened.a.load(np.float64)
-    if opened.exact is None:
+    if opened is None or opened.exact is None:
         raise UnsupportedError(
-            f"a weight change of kind {opened.kind} is no product of two factors",
+            "the weight change is no product of two factors",
             path=adapter.source,
             tensor=name,
             hint="Approximate it by to_lora",
@@ -137,6 +138,10 @@ def from_factors(
     return translate(plain, Context())
 
 
+def _depends_on_base(adapter: Adapter, name: str) -> bool:
+    return name in adapter.modules and needs_base(adapter.modules[name])
+
+
 def _opened(adapter: Adapter, name: str, base: Model | None) -> LowRank | Opened:
     """Return a module's factors, or its change ready to be asked.
 
@@ -155,6 +160,8 @@ def _opened(adapter: Adapter, name: str, base: Model | None) -> LowRank | Opened
     checkpoint = None if base is None else model(base)
     complete = regenerated(adapter, checkpoint, {})
     told = with_settings(complete.adapter, complete.unused, checkpoint)
+    if checkpoint is None:  # what other modules depend on does not matter then
+        told = replace(told, modules={name: told.modules[name]})
     # A rank, so that no more than the leading triplets are looked for, which nobody asks for here.
     return Opener(told, RankRule(rank=1), ComputeOptions(), checkpoint).open(name)
 

@@ -54,7 +54,7 @@ def to_dora(
     >>> import loratools as lt
     >>> result = lt.to_dora("examples/tiny-llama/lora", base="examples/tiny-llama/model")
     >>> result.modules[0].outputs
-    64
+    128
 
     Args:
         source: an adapter that is plain or folds exactly without the base's weights.
@@ -78,6 +78,6 @@ def to_dora(
         scratch_folder=beside(writing),
         progress=progress,
     )
-    return ToDoraResult(
-        adapter=done.adapter, notes=given.notes, modules=done.modules
-    ).written(writing)
+    return ToDoraResult(adapter=done.adapter, notes=given.notes, modules=done.modules).written(
+        writing
+    )

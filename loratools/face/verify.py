@@ -67,6 +67,4 @@ def verify(
         workers=threads.workers,
         progress=progress,
     )
-    return VerifyResult(
-        contained=found.contained, counts=found.counts, tensors=found.tensors
-    )
+    return VerifyResult(contained=found.contained, counts=found.counts, tensors=found.tensors)

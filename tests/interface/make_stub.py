@@ -32,7 +32,7 @@ def stub() -> str:
                 classes.append(name)
                 imports.setdefault(module, set()).add(f"{name} as {name}")
     lines = [
-        '"""Made by tests/interface/make_stub.py; do not edit."""',
+        "# Made by tests/interface/make_stub.py; do not edit.",
         "",
         "import os",
         "from collections.abc import Callable, Mapping, Sequence",

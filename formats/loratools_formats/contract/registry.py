@@ -308,8 +308,7 @@ def write_adapter(
     Raises:
         OutputExistsError: the output exists and `overwrite` is false, or holds foreign files.
         OutputError: the system refused; nothing was changed.
-        UnsupportedError: the adapter is of another format, so that writing would lose what converting
-            checks.
+        UnsupportedError: the adapter is of another format, and was not converted.
     """
     chosen = get_format(format_name)
     if chosen.write is None:
