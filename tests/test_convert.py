@@ -119,11 +119,14 @@ def test_unknown_types_and_names_are_refused(make_folder, tmp_path):
     adapter = read_adapter(make_folder())
     with pytest.raises(OptionError, match="f32 or f16 or bf16"):
         prepare(adapter, "peft", Context(dtype="q4_0"))
-    with pytest.raises(OptionError, match="base model"):
-        prepare(adapter, "peft", Context(base=tmp_path))
-    with pytest.raises(UnknownFormatError, match="Name one with --to"):
+    with pytest.raises(UnknownFormatError, match="Name one with `to`"):
         format_for_output("adapter.xyz")
     assert isinstance(format_for_output("adapter"), Format)
+
+
+def test_a_base_that_is_not_needed_is_a_note(make_folder, tmp_path):
+    conversion = prepare(read_adapter(make_folder()), "peft", Context(base=tmp_path / "missing"))
+    assert "converting peft to peft needs no base model" in conversion.notes
 
 
 @pytest.mark.parametrize(

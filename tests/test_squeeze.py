@@ -265,7 +265,7 @@ def test_nan_and_infinity_are_refused_by_name(make_folder, bad):
 def test_values_beyond_the_dtype_are_refused(make_folder):
     key = "base_model.model.layers.0.q.lora_B.weight"
     source = read_adapter(make_folder(dtype="f32", extra={key: np.full((24, 8), 1e12, np.float32)}))
-    with pytest.raises(AdapterError, match=r"do not fit dtype F16.*--dtype bf16"):
+    with pytest.raises(AdapterError, match=r"do not fit dtype F16.*`dtype=bf16`"):
         squeeze(source, RankRule(rank=2), ComputeOptions(dtype="f16"))
 
 
@@ -292,7 +292,7 @@ def test_changed_base_is_refused_until_its_initial_adapter_is_given(make_folder,
     folder = make_folder("trained", dtype="f32", init_lora_weights="pissa", lora_alpha=12)
     first = make_folder("first", dtype="f32", seed=1, init_lora_weights=True, lora_alpha=12)
     source, initial = read_adapter(folder), read_adapter(first)
-    with pytest.raises(UnsupportedError, match=r"init_lora_weights 'pissa'.*--initial"):
+    with pytest.raises(UnsupportedError, match=r"init_lora_weights 'pissa'.*`initial`"):
         squeeze(source, RankRule(rank=2))
     true = subtract_initial(source, initial)
     want = deltas(source)["layers.0.q"] - deltas(initial)["layers.0.q"]

@@ -203,7 +203,7 @@ def fuse(
     else:
         checkpoint = model(base)
         writing = destination(writing, None, [checkpoint, *read])
-        if quantised.fallback != GgufFuseOptions().fallback:
+        if quantised.fallback is not None:
             raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
         fusion = Fusion(checkpoint, inputs, options)
     plan = _plan(fusion.preview, fusion, progress)
@@ -224,10 +224,13 @@ def fuse_inputs(adapters: Any, reading: Reading) -> list[FuseInput]:
     ]
 
 
+_WORDS = {"max_shard_bytes": "max_shard_size"}
+
+
 def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOptions:
     for name in ("max_shard_bytes", "base_mode", "requantize"):
         if getattr(options, name):
-            raise OptionError(f"`{name}` has no meaning for a GGUF model")
+            raise OptionError(f"`{_WORDS.get(name, name)}` has no meaning for a GGUF model")
     given: Any = options.dtype or "keep"
     return GgufFuseOptions(
         outtype=given,

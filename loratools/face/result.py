@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self
 
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
-from loratools_formats.contract.registry import get_format, write_adapter
+from loratools_formats.contract.registry import get_format, registered_formats, write_adapter
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.disk.errors import InexactError
+from loratools_formats.disk.errors import InexactError, OptionError
 
 SCHEMA = 1
 
@@ -69,8 +69,29 @@ class AdapterResult(Result):
     def written(self, writing: Writing) -> Self:
         """Write the adapter if an output was given, and return the result."""
         if writing.output is not None:
+            _check_name(writing.output, self.adapter.format)
             self.write(writing.output, overwrite=writing.overwrite)
         return self
+
+
+def _check_name(output: Path, format_name: str) -> None:
+    """Refuse to make a folder that is named as a file of another format.
+
+    Raises:
+        OptionError: the name has the suffix of a format that is one file.
+    """
+    if not get_format(format_name).is_folder:
+        return
+    for entry in registered_formats():
+        other = entry.format
+        if other is None or other.is_folder or other.write is None:
+            continue
+        if any(output.name.lower().endswith(suffix) for suffix in other.suffixes):
+            raise OptionError(
+                f"format {format_name} is a folder, and the output is named as a file",
+                got=str(output),
+                hint="Name a folder, and make the file of it with `loratools convert`",
+            )
 
 
 def written_nbytes(adapter: Adapter) -> int:

@@ -155,13 +155,20 @@ def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any])
     output = writing.output
     if output is None:
         return writing
+    if str(output) == "-":
+        raise OptionError("results are files and folders, and cannot go to stdout", got="-")
     check_target(output, [], overwrite=writing.overwrite)
     for path in filter(None, map(_path_of, inputs)):
         if os.path.realpath(output) == os.path.realpath(path) and not writing.in_place:
             raise OutputExistsError(
                 "the output is an input, and inputs are never changed",
                 path=output,
-                hint="Choose another output, or pass `in_place=True` where that is an option",
+                hint="Choose another output"
+                + (
+                    ", or pass `in_place=True`"
+                    if source is not None and path == source.source
+                    else ""
+                ),
             )
         check_target(output, [path], overwrite=writing.overwrite)
     return writing

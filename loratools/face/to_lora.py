@@ -105,7 +105,7 @@ def to_lora(
         OutputExistsError: the output exists and `overwrite` is false.
     """
     if folding.exact and rule.is_given:
-        raise OptionError("exact keeps changes whole, and leaves no rank to choose")
+        raise OptionError("`exact=True` keeps changes whole, and leaves no rank to choose")
     given = trained(source, initial, reading)
     checkpoint = None if base is None else model(base)
     writing = destination(writing, given.inputs[0], [*given.inputs, checkpoint])

@@ -22,6 +22,7 @@ from loratools.kinds.declaration import Product
 from loratools.lowrank.resize import ComputeOptions
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, Missing, OtherDelta
 from loratools_formats.disk.errors import OptionError, UnsupportedError
@@ -67,7 +68,7 @@ def folded_exactly(
                 f"a weight change of kind {delta.kind} has no factors that {operation} could use",
                 path=adapter.source,
                 tensor=name,
-                hint=f"Make it a plain LoRA first: {to_lora_command(delta)}",
+                hint=f"Make it a plain LoRA first: {to_lora_command(adapter, delta)}",
             )
     return folded
 
@@ -101,7 +102,7 @@ def folded_where_exact(
         raise UnsupportedError(
             f"the file does not hold {missing}, which PEFT computes from the base model",
             path=adapter.source,
-            hint="Make it a plain LoRA first: loratools to-lora --base",
+            hint="Make it a plain LoRA first: " + command_on(adapter, "to-lora", "--base MODEL"),
         )
     if not any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
         return adapter
@@ -125,11 +126,11 @@ def folded_where_exact(
     return plain_adapter(adapter, modules)
 
 
-def to_lora_command(delta: OtherDelta) -> str:
+def to_lora_command(adapter: Adapter, delta: OtherDelta) -> str:
     """Return the command that makes a plain LoRA of what does not become one on the fly."""
-    base = " --base MODEL" if needs_base(delta) else ""
-    rank = "" if get_kind(delta.kind).low_rank else " --rank RANK"
-    return f"loratools to-lora{base}{rank}"
+    base = ["--base MODEL"] if needs_base(delta) else []
+    rank = [] if get_kind(delta.kind).low_rank else ["--rank RANK"]
+    return command_on(adapter, "to-lora", *base, *rank)
 
 
 def with_settings(
@@ -161,14 +162,15 @@ def with_settings(
                 if text is None:
                     text = given[key] if key in given else of_base.config_tells(value)
                 if text is None:
-                    or_base = " or --base MODEL" if value.is_in_base and base is None else ""
+                    from_base = value.is_in_base and base is None
+                    or_base = ", or with --base MODEL" if from_base else ""
+                    command = command_on(adapter, "to-lora", f"--set {key}=VALUE")
                     raise UnsupportedError(
                         f"the weight change depends on {key}, which the file does not hold",
                         path=adapter.source,
                         tensor=name,
                         expected=value.expected,
-                        hint="Make it a plain LoRA with loratools to-lora "
-                        f"--set {key}=VALUE{or_base}",
+                        hint=f"Make it a plain LoRA: {command}{or_base}",
                     )
                 filled[key] = _parsed(key, text, value)
             whole = replace(delta, settings={**delta.settings, **filled})

@@ -14,6 +14,7 @@ from loratools.naming.lists import CHECKPOINT_PREFIX, embedded_map, looked_up
 from loratools.naming.places import module_key
 from loratools.naming.rename import NamingOptions, renamed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 from loratools_formats.formats.singlefile.grammar import Class
@@ -51,8 +52,10 @@ def named_for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
         path=adapter.source,
         got=shown,
         expected=f"such as {modules.example}",
-        hint="If it has several components, take one with: loratools convert --to peft "
-        "--component NAME --allow-lossy",
+        hint="If it has several components, take one: "
+        + command_on(
+            adapter, "convert", "--to peft --component NAME --allow-lossy", output="component"
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Delta, Dora, LowRank, OtherDelta, low_rank_part
 from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode
 from loratools_formats.core.tensors import TensorRef, rounded
@@ -65,7 +66,7 @@ def _kept_whole(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{what} cannot be taken apart or put together",
         tensor=name,
-        hint="Make it a plain LoRA first: loratools to-lora, with --base if it is a DoRA",
+        hint=f"Make it a plain LoRA first: {command_on(None, 'to-lora', '--base MODEL')}",
     )
 
 

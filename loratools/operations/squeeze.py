@@ -193,7 +193,7 @@ def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]
                 f"a weight change of kind {delta.kind} has no factors that squeeze could use",
                 path=adapter.source,
                 tensor=name,
-                hint=f"Make it a plain LoRA first: {to_lora_command(delta)}; "
+                hint=f"Make it a plain LoRA first: {to_lora_command(adapter, delta)}; "
                 "or leave it out with `exclude`",
             )
     whole = [delta for name, delta in found.items() if name in selection]
@@ -201,7 +201,7 @@ def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]
         raise UnsupportedError(
             "full differences stay whole, and there is nothing else to squeeze",
             path=adapter.source,
-            hint=f"Make them a plain LoRA first: {to_lora_command(whole[0])}",
+            hint=f"Make them a plain LoRA first: {to_lora_command(adapter, whole[0])}",
         )
     return found
 

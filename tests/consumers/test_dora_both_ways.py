@@ -89,7 +89,7 @@ def test_the_table_of_ranks_states_the_least_errors(base):
 
 
 def test_a_dora_without_its_base_is_refused():
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         to_lora(read_adapter(TINY / "dora"), RankRule(rank=4))
 
 

@@ -56,7 +56,7 @@ def test_reading_needs_no_base_where_no_rows_move(gguf_bases, tmp_path):
         write(prepare(read_adapter(tmp_path / name), "gguf", context), tmp_path / f"{name}.gguf")
         adapter = read_adapter(tmp_path / f"{name}.gguf")
         if needs_base:
-            with pytest.raises(UnsupportedError, match="--base"):
+            with pytest.raises(UnsupportedError, match="`base`"):
                 prepare(adapter, "peft")
         else:
             assert set(prepare(adapter, "peft").adapter.modules) == set(

@@ -183,7 +183,7 @@ def test_the_command_takes_the_initial_adapter(trained, tmp_path):
     command = ["squeeze", str(one.folder), "-o", str(tmp_path / "out"), "--energy", "1.0"]
     refused = CliRunner().invoke(cli, command)
     assert isinstance(refused.exception, UnsupportedError)
-    assert "--initial" in str(refused.exception)
+    assert "`initial`" in str(refused.exception)
     done = CliRunner().invoke(cli, [*command, "--initial", str(one.initial)])
     assert done.exit_code == 0, done.output
     answers = oracle.outputs(oracle.loaded(tmp_path / "out", case), case)
@@ -216,7 +216,7 @@ def test_it_becomes_a_dora_of_the_original_base(trained, tmp_path, name):
     save_file({k: v.contiguous().clone() for k, v in oracle.fresh(case).state_dict().items()}, base)
     command = ["to-dora", str(one.folder), "--base", str(base), "-o", str(tmp_path / "out")]
     refused = CliRunner().invoke(cli, command)
-    assert "--initial" in str(refused.exception)
+    assert "`initial`" in str(refused.exception)
     done = CliRunner().invoke(cli, [*command, "--initial", str(one.initial)])
     assert done.exit_code == 0, done.output
     answers = oracle.outputs(oracle.loaded(tmp_path / "out", case), case)

@@ -391,7 +391,7 @@ def test_two_modules_that_become_one_tensor_are_refused(base, path):
 
 
 def test_a_base_is_asked_for(tmp_path):
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         made({Q: lora()}, None)
     with pytest.raises(FileNotFoundError):
         made({Q: lora()}, tmp_path)
@@ -654,7 +654,7 @@ def test_results_beyond_their_type_are_not_fused(tmp_path, outtype, stored, weig
     lora = file_with(tmp_path / "lora.gguf", {A: 1e10 * floats(4, 32), B: floats(32, 4)})
     given = [FuseInput(read_adapter(lora), weight, "lora")]
     fusion = GgufFusion(read_model(model), given, GgufFuseOptions(outtype))
-    with pytest.raises(AdapterError, match=f"does not fit {stored}: values overflow.*--outtype"):
+    with pytest.raises(AdapterError, match=f"does not fit {stored}: values overflow.*`dtype`"):
         fusion.write(tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 

@@ -127,7 +127,7 @@ def test_two_packages_of_one_name(install):
 
 def test_several_formats_recognise_it(install, toy_file):
     install("loratools-toy", "toy = {module}:FORMAT", "also = {module}:ALSO")
-    with pytest.raises(UnknownFormatError, match=r"also, toy.*--from") as caught:
+    with pytest.raises(UnknownFormatError, match=r"also, toy.*`format`") as caught:
         find_format(toy_file)
     assert caught.value.path == str(toy_file)
     assert read_adapter(toy_file, "toy").format == "toy"

@@ -184,7 +184,7 @@ def test_what_cannot_be_squeezed_stays_and_says_so(tmp_path):
     assert {k: after[k] for k in untouched} == {k: before[k] for k in untouched}
     source, out = GOLDEN / "lycoris_on_the_weight.safetensors", tmp_path / "other.safetensors"
     done = CliRunner().invoke(cli, ["squeeze", str(source), "-o", str(out), "--rank", "1"])
-    assert "; or leave it out: --exclude" in str(done.exception)
+    assert "; or leave it out with `exclude`" in str(done.exception)
     assert not out.exists()
 
 

@@ -131,18 +131,20 @@ def registered_formats() -> tuple[FormatEntry, ...]:
 
 
 def get_format(name: str) -> Format:
-    """Return the format registered as `name`.
+    """Return the format registered as `name`, in capital or small letters.
 
     Raises:
         UnknownFormatError: there is none, it is broken, or two packages claim the name.
     """
-    named = [entry for entry in registered_formats() if entry.name == name]
+    entries = registered_formats()
+    named = [entry for entry in entries if entry.name == name]
+    named = named or [entry for entry in entries if entry.name.lower() == name.lower()]
     matches = [entry for entry in named if entry.format is not None] or named
     if len(matches) > 1:
         packages = ", ".join(entry.package for entry in matches)
         raise UnknownFormatError(f"format {name!r} is registered by several packages: {packages}")
     if not matches:
-        known = [entry.name for entry in registered_formats()]
+        known = [entry.name for entry in entries]
         close = difflib.get_close_matches(name, known, n=1)
         raise UnknownFormatError(
             f"no format named {name!r}",

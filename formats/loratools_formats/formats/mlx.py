@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import Context, Format, Loss
 
 if TYPE_CHECKING:
@@ -235,7 +236,8 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
                 f"mlx-lm loads adapters of one {what} only",
                 path=adapter.source,
                 got=", ".join(map(str, sorted(found))),
-                hint="Make it uniform first: loratools squeeze --uniform",
+                hint="Make it uniform first: "
+                + command_on(adapter, "squeeze", "--energy 1 --uniform", output="uniform"),
             )
     config = dict(adapter.config)
     if parts:

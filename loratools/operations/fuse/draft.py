@@ -86,7 +86,7 @@ def replace_values(
         raise AdapterError(
             f"{draft.replaced_by.name} and {item.name} replace the same tensor by different ones",
             tensor=key,
-            hint="Merge them first: loratools merge --replacements",
+            hint="Merge them first: loratools merge ADAPTER ADAPTER --replacements first -o merged",
         )
     draft.source, draft.replaced_by = tensor, draft.replaced_by or item
 
@@ -111,7 +111,7 @@ def _refuse_other_rows(patch: Patch, replacement: Replacement, item: FuseInput) 
                 f"{item.name} and an adapter before it replace the same row by different ones",
                 tensor=replacement.target,
                 got=f"row {row}",
-                hint="Merge them first: loratools merge --replacements",
+                hint="Merge them first: loratools merge ADAPTER ADAPTER --replacements first -o merged",
             )
 
 

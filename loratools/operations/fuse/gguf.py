@@ -60,7 +60,7 @@ class GgufFuseOptions(Computing):
 
     Attributes:
         outtype: type of the tensors that change; `keep` leaves each its own.
-        fallback: type of changed tensors whose own cannot be written, such as Q4_K: f16, the
+        fallback: type of changed tensors whose own cannot be written, such as Q4_K: f16 by
             default, or q8_0. Rows that do not fit q8_0 become f16.
         allow_lossy: write even if less than half of the change survives quantising.
 
@@ -69,7 +69,7 @@ class GgufFuseOptions(Computing):
     """
 
     outtype: Outtype = "keep"
-    fallback: Fallback = option("f16", heading="Computing", parse=dtype_name)
+    fallback: Fallback | None = option(None, heading="Computing", parse=dtype_name)
     allow_lossy: bool = False
 
     def __post_init__(self) -> None:
@@ -202,7 +202,7 @@ class GgufFusion:
             {
                 "weights": weights,
                 "outtype": self.options.outtype,
-                "fallback": self.options.fallback,
+                "fallback": self.options.fallback or "f16",
             },
         )
         record["inputs"][:0] = [
@@ -358,7 +358,7 @@ def _wanted(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
 
 def _kind(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
     """Return the type to store a changed tensor in: the first that can be written."""
-    for kind in (_wanted(tensor, options), BY_NAME[options.fallback.upper()]):
+    for kind in (_wanted(tensor, options), BY_NAME[(options.fallback or "f16").upper()]):
         if kind.name in _ENCODED and tensor.shape[-1] % kind.block == 0:
             return kind
     return BY_NAME["F16"]

@@ -63,17 +63,21 @@ class FuseOptions(Sharding, Computing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
         if self.requantize and self.dtype is not None:
             raise OptionError("`requantize` and `dtype` exclude each other")
-        if self.allow_lossy and not self.requantize:
-            raise OptionError("`allow_lossy` is for `requantize`")
 
     @property
     def code(self) -> str | None:
-        """The type's name in a safetensors header."""
-        return None if self.dtype is None else _DTYPES[self.dtype]
+        """The type's name in a safetensors header; None if each tensor keeps its own.
+
+        Raises:
+            OptionError: checkpoints have no such type.
+        """
+        if self.dtype in (None, "keep"):
+            return None
+        if self.dtype not in _DTYPES:
+            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
+        return _DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,8 @@ class Fusion:
     def _check_mode(self) -> None:
         four_bit = bool(self._plain.four_bit)
         mode, path = self.options.base_mode, self._base.path
+        if self.options.allow_lossy and not self.options.requantize:
+            raise OptionError("`allow_lossy` is for `requantize`")
         if mode == "original" and four_bit:
             raise OptionError(
                 "the base is in four bits", path=path, hint="Give the original 16-bit base as BASE"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import (
     Adapter,
     Delta,
@@ -94,8 +95,8 @@ def _check_weights(needing: set[str], inputs: Sequence[MergeInput]) -> None:
                     "an adapter replaces the weight that a DoRA's change depends on",
                     path=item.adapter.source,
                     tensor=replacement.tensor.key,
-                    hint="Make the DoRA plain first: loratools to-lora ADAPTER --base MODEL "
-                    "-o PLAIN",
+                    hint="Make the DoRA plain first: "
+                    + command_on(None, "to-lora", "--base MODEL --rank RANK"),
                 )
 
 

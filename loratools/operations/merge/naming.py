@@ -12,6 +12,7 @@ from dataclasses import replace
 from loratools.naming.places import module_key
 from loratools.naming.rename import NamingOptions, renamed
 from loratools.operations.merge.align import MergeInput
+from loratools_formats.contract.commands import command_on
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 from loratools_formats.formats.singlefile.write import SINGLE_FILES
 
@@ -40,7 +41,8 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
         except LoratoolsError as error:
             error.hint = (
                 f"It is a {adapter.format} file and the first a {target} file; bring it into that "
-                "naming first: loratools convert, with --names, --names-from or --base"
+                "naming first, with --names, --names-from or --base: "
+                + command_on(adapter, "convert", f"--to {target}", output="renamed")
             )
             raise
         result.append(replace(item, adapter=named))

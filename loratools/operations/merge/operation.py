@@ -42,6 +42,7 @@ from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_rank_part
 from loratools_formats.core.dtypes import common_dtype
@@ -185,7 +186,8 @@ def _require_true_delta(adapter: Adapter) -> None:
         adapter.require_true_delta("merge")
     except UnsupportedError as error:
         if adapter.caveats[0].code == MUTATED_BASE:
-            error.hint = "Make it a plain adapter first: loratools squeeze --initial INITIAL"
+            command = command_on(adapter, "squeeze", "--initial INITIAL --energy 1")
+            error.hint = f"Make it a plain adapter first: {command}"
         raise
 
 

@@ -109,7 +109,7 @@ class MergeOptions:
             theirs, and elementwise methods get the largest rank of the inputs.
         compute: how to compute and store.
         space: where elementwise methods work: on full weights, or in the space that the factors
-            share (core), which is cheap, of low rank, and another method.
+            share (core): cheap, of low rank, and another method than on full weights.
         overrides: weights in modules whose path matches, one for all adapters or one each; the
             first match decides.
         replacements: settle clashing saved modules: first, average or an adapter's name.

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from loratools_formats.containers.gguf.container import KeyValue
 from loratools_formats.containers.gguf.cursor import ARRAY
+from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import Context
 from loratools_formats.core.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
 from loratools_formats.core.alora import invocation_tokens
@@ -230,7 +231,8 @@ def _stacked(name: str, found: Mapping[int, LowRank], experts: int) -> LowRank:
             raise UnsupportedError(
                 "experts of one layer differ in rank, shape or scale",
                 tensor=name,
-                hint="Give them one rank and scale with `loratools squeeze --uniform`",
+                hint="Give them one rank and scale: "
+                + command_on(None, "squeeze", "--energy 1 --uniform", output="uniform"),
             )
     if max(found) >= experts:
         raise AdapterError(

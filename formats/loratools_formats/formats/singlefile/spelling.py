@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import Loss
 from loratools_formats.core.adapter import (
     Adapter,
@@ -63,8 +64,10 @@ _OTHER_LEAVES: dict[str, dict[str, str]] = {
     "lycoris_ia3": {"gain": "weight", "on_input": "on_input"},
 }  # fmt: skip
 _PROBE = ".lora_A.weight"
-_MADE_PLAIN = "Make it a plain LoRA first: loratools to-lora"
-_MADE_PLAIN_ON_BASE = f"{_MADE_PLAIN} --base MODEL"
+_MADE_PLAIN = f"Make it a plain LoRA first: {command_on(None, 'to-lora')}"
+_MADE_PLAIN_ON_BASE = (
+    f"Make it a plain LoRA first: {command_on(None, 'to-lora', '--base MODEL --rank RANK')}"
+)
 
 
 @dataclass(frozen=True)
