@@ -284,7 +284,7 @@ def test_the_fork_of_lora_ga_needs_what_it_began_with(tmp_path):
     start = {".lora_A.weight": random(4, 24), ".lora_B.weight": random(36, 4)}
     config = {"peft_type": "LORAGA", "init_lora_weights": "lora_ga", "bsz": 2, "scale": "stable"}
     adapter = read_adapter(saved(tmp_path / "adapter", FACTORS, **config))
-    with pytest.raises(UnsupportedError, match="--initial"):
+    with pytest.raises(UnsupportedError, match="`initial`"):
         to_lora(adapter, RankRule())
     whole = subtract_initial(adapter, read_adapter(saved(tmp_path / "start", start, **config)))
     result = to_lora(whole, RankRule())

@@ -493,7 +493,7 @@ def test_pissa_through_its_initial_adapter_is_the_change_of_the_original(tmp_pat
     adapted.save_pretrained(tmp_path / "adapter")
     merged = {k: v.double().numpy() for k, v in adapted.merge_and_unload().state_dict().items()}
     trained = read_adapter(tmp_path / "adapter")
-    with pytest.raises(UnsupportedError, match="--initial"):
+    with pytest.raises(UnsupportedError, match="`initial`"):
         to_lora(trained, RankRule())
     result = to_lora(subtract_initial(trained, read_adapter(tmp_path / "initial")), RankRule())
     want = {key: merged[key] - before[key] for key in before}

@@ -13,6 +13,8 @@ from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
+_MERGE_FIRST = "Merge them first: loratools merge ADAPTER ADAPTER --replacements first -o merged"
+
 
 @dataclass(frozen=True)
 class FuseInput:
@@ -86,7 +88,7 @@ def replace_values(
         raise AdapterError(
             f"{draft.replaced_by.name} and {item.name} replace the same tensor by different ones",
             tensor=key,
-            hint="Merge them first: loratools merge ADAPTER ADAPTER --replacements first -o merged",
+            hint=_MERGE_FIRST,
         )
     draft.source, draft.replaced_by = tensor, draft.replaced_by or item
 
@@ -111,7 +113,7 @@ def _refuse_other_rows(patch: Patch, replacement: Replacement, item: FuseInput) 
                 f"{item.name} and an adapter before it replace the same row by different ones",
                 tensor=replacement.target,
                 got=f"row {row}",
-                hint="Merge them first: loratools merge ADAPTER ADAPTER --replacements first -o merged",
+                hint=_MERGE_FIRST,
             )
 
 
