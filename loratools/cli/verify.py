@@ -85,7 +85,7 @@ def _show(result: VerifyResult, *, verbose: bool) -> None:
 
 def _row(tensor: TensorVerdict) -> list[str]:
     return [
-        tensor.key,
+        tensor.name,
         tensor.verdict,
         "–" if tensor.found is None else percent(tensor.found),
         "–" if tensor.error is None else number(tensor.error),

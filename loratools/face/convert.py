@@ -10,9 +10,14 @@ from typing import ClassVar
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
 from loratools.face.source import IN_PLACE, READING, Source, destination, opened
-from loratools.operations.convert import operation
 from loratools.operations.convert.compare_written import ConversionCheck, compared, rank_of
-from loratools.operations.convert.operation import ConvertOptions, SingleFileOptions
+from loratools.operations.convert.operation import (
+    Conversion,
+    ConvertOptions,
+    SingleFileOptions,
+    prepare,
+)
+from loratools.operations.convert.operation import write as write_converted
 from loratools.work.json_object import hidden, named
 from loratools.work.requests import Reading, Writing
 from loratools_formats.contract.registry import (
@@ -68,7 +73,7 @@ class ConvertResult(AdapterResult):
     relative_error: float | None
     other_error: float | None
     modules: tuple[ConvertedModule, ...]
-    conversion: operation.Conversion = hidden()
+    conversion: Conversion = hidden()
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the adapter whole or not at all, read it again, and return where.
@@ -77,7 +82,7 @@ class ConvertResult(AdapterResult):
             OutputExistsError: the output exists and `overwrite` is false.
             OutputError: writing failed, or the output lacks a part or holds infinite values.
         """
-        operation.write(self.conversion, Path(path), overwrite=overwrite)
+        write_converted(self.conversion, Path(path), overwrite=overwrite)
         return Path(path)
 
 
@@ -144,7 +149,7 @@ def convert(
     writing = writing if writing.dry_run else destination(writing, adapter, inputs)
     target, as_it_is = _target(adapter.format, options.to, writing.output)
     output = None if writing.dry_run else writing.output
-    conversion = operation.prepare(
+    conversion = prepare(
         adapter,
         target,
         Context(None if base is None else Path(base), options.dtype),
@@ -156,7 +161,7 @@ def convert(
         raise _lossy(conversion)
     check = None
     if output is not None:
-        check = operation.write(
+        check = write_converted(
             conversion,
             output,
             overwrite=writing.overwrite,
@@ -187,7 +192,7 @@ def _target(source: str, to: str | None, output: Path | None) -> tuple[str, bool
     return format_for_output(output).name, False
 
 
-def _lossy(conversion: operation.Conversion) -> LossyError:
+def _lossy(conversion: Conversion) -> LossyError:
     first, *others = conversion.losses
     more = f"; {len(others)} other{'s' * (len(others) > 1)} would be lost too" if others else ""
     leave = "`allow_lossy=True` to leave such things out"
@@ -199,7 +204,7 @@ def _lossy(conversion: operation.Conversion) -> LossyError:
     )
 
 
-def _result(conversion: operation.Conversion, check: ConversionCheck | None) -> ConvertResult:
+def _result(conversion: Conversion, check: ConversionCheck | None) -> ConvertResult:
     errors = {} if check is None else {m.name: m.relative_error for m in check.modules}
     return ConvertResult(
         adapter=conversion.adapter,

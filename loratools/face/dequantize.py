@@ -11,18 +11,18 @@ from typing import ClassVar
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.face.source import WRITING, Model, destination, model
-from loratools.operations import dequantize as operation
+from loratools.operations import dequantize as working
 from loratools.work.json_object import hidden
 from loratools.work.requests import Writing
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DequantizeResult(Result, operation.DequantizeResult):
+class DequantizeResult(Result, working.DequantizeResult):
     """A checkpoint without four-bit weights, written or measured."""
 
     operation: ClassVar[str] = "dequantize"
 
-    run: Callable[[Path, bool], operation.DequantizeResult] = hidden()
+    run: Callable[[Path, bool], working.DequantizeResult] = hidden()
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Dequantise again, write the checkpoint whole or not at all, and return where.
@@ -39,7 +39,7 @@ class DequantizeResult(Result, operation.DequantizeResult):
 def dequantize(
     base: Model,
     *,
-    options: operation.DequantizeOptions,
+    options: working.DequantizeOptions,
     writing: Writing,
     progress: Progress | None = None,
 ) -> DequantizeResult:
@@ -67,8 +67,8 @@ def dequantize(
     checkpoint = model(base)
     writing = destination(writing, None, [checkpoint])
 
-    def run(output: Path | None, overwrite: bool) -> operation.DequantizeResult:
-        return operation.dequantize(
+    def run(output: Path | None, overwrite: bool) -> working.DequantizeResult:
+        return working.dequantize(
             checkpoint,
             output,
             options.dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -204,7 +205,7 @@ def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
 
 
 def _inputs(
-    sources: list[tuple[object, float]], digests: list[str | None], reading: Reading
+    sources: Sequence[tuple[object, float]], digests: Sequence[str | None], reading: Reading
 ) -> list[MergeInput]:
     inputs: list[MergeInput] = []
     names: list[str] = []

@@ -12,19 +12,19 @@ from loratools.base.fourbit.encode import FourBitOptions
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.face.source import WRITING, Model, destination, model
-from loratools.operations import quantize as operation
+from loratools.operations import quantize as working
 from loratools.work.json_object import hidden
 from loratools.work.parallel import Workers
 from loratools.work.requests import Writing
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class QuantizeResult(Result, operation.QuantizeResult):
+class QuantizeResult(Result, working.QuantizeResult):
     """A checkpoint in four bits, written or measured."""
 
     operation: ClassVar[str] = "quantize"
 
-    run: Callable[[Path, bool], operation.QuantizeResult] = hidden()
+    run: Callable[[Path, bool], working.QuantizeResult] = hidden()
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Quantise again, write the checkpoint whole or not at all, and return where.
@@ -42,7 +42,7 @@ def quantize(
     base: Model,
     *,
     four_bit: FourBitOptions,
-    options: operation.QuantizeOptions,
+    options: working.QuantizeOptions,
     threads: Workers,
     writing: Writing,
     progress: Progress | None = None,
@@ -71,8 +71,8 @@ def quantize(
     writing = destination(writing, None, [checkpoint])
     chosen = replace(options, four_bit=four_bit)
 
-    def run(output: Path | None, overwrite: bool) -> operation.QuantizeResult:
-        return operation.quantize(
+    def run(output: Path | None, overwrite: bool) -> working.QuantizeResult:
+        return working.quantize(
             checkpoint,
             output,
             chosen,

@@ -21,7 +21,6 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import ADDABLE, FLOATING, TensorPlan, plan_fuse
 from loratools.operations.fuse.terms import View, load_terms, stacked
 from loratools.work.declared import option
-from loratools.work.json_object import named
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.dtypes import DType, round_into
@@ -60,7 +59,7 @@ class TensorVerdict:
     """What was found for one tensor.
 
     Attributes:
-        key: its name.
+        name: the tensor.
         verdict: `exact`: what `fuse` would write; `within rounding`: every element is, up to the
             rounding of its type and of a change that was rounded first; `not contained`; or
             `not checked`.
@@ -70,7 +69,7 @@ class TensorVerdict:
         reason: why it is not contained or was not checked.
     """
 
-    key: str = named("name")
+    name: str
     verdict: Verdict
     touched: bool
     found: float | None = None

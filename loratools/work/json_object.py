@@ -15,9 +15,9 @@ def hidden(**options: Any) -> Any:
     return field(metadata={_NAME: None}, **options)
 
 
-def named(name: str) -> Any:
+def named(name: str, **options: Any) -> Any:
     """Declare a field of a result that has another name in its JSON object."""
-    return field(metadata={_NAME: name})
+    return field(metadata={_NAME: name}, **options)
 
 
 def json_name(of: Any) -> str | None:

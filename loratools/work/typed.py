@@ -152,6 +152,8 @@ def _accepted(hint: Any, text: Any) -> Any:
     if typing.get_origin(hint) is not tuple or typing.get_args(hint)[-1] is not Ellipsis:
         return hint
     item = typing.get_args(hint)[0]
-    many: Any = Sequence[item if text is None else item | text]
+    sequences: Any = Sequence
+    mappings: Any = Mapping
+    many = sequences[item if text is None else item | text]
     is_pair = typing.get_origin(item) is tuple and len(typing.get_args(item)) == 2
-    return many | Mapping[typing.get_args(item)] if is_pair else many  # type: ignore[index]
+    return many | mappings[typing.get_args(item)] if is_pair else many

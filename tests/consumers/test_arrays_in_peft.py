@@ -1,6 +1,7 @@
 """An adapter made from arrays, loaded by real PEFT: its logits are those of W + ΔW."""
 
 import numpy as np
+import peft_oracle as oracle
 import pytest
 import torch
 from peft import PeftModel
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM
 import loratools as lt
 
 MODEL = EXAMPLES / "tiny-llama" / "model"
+pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
+
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 
 

@@ -46,7 +46,7 @@ def delta_of(folder, weight=1.0):
 def verdicts(fused, base, *adapters):
     inputs = [FuseInput(read_adapter(path), weight, path.name) for path, weight in adapters]
     result = verify(read_checkpoint(fused), read_checkpoint(base), inputs)
-    return {tensor.key: tensor for tensor in result.tensors}, result.contained
+    return {tensor.name: tensor for tensor in result.tensors}, result.contained
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
