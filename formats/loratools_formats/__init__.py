@@ -5,17 +5,14 @@
 'peft'
 """
 
+from loratools_formats.contract.files import read_adapter, write_adapter
+from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.contract.registry import (
-    Context,
-    Format,
     FormatEntry,
-    Loss,
     find_format,
     format_for_output,
     get_format,
-    read_adapter,
     registered_formats,
-    write_adapter,
 )
 from loratools_formats.core.adapter import (
     Adapter,

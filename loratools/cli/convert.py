@@ -20,10 +20,9 @@ from loratools.cli.output import (
 )
 from loratools.operations.convert.compare_written import ConversionCheck, rank_of
 from loratools.operations.convert.operation import Conversion, SingleFileOptions, prepare, write
-from loratools_formats import Context, format_for_output, read_adapter
+from loratools_formats import Context, format_for_output, get_format, read_adapter
 from loratools_formats.core.adapter import Delta
 from loratools_formats.disk.errors import OptionError, UnsupportedError
-from loratools_formats.formats.singlefile import NAMES as SINGLE_FILES
 
 
 @click.command("convert")
@@ -135,7 +134,7 @@ def command(
 
 def _is_named_alike(source: str, output: Path) -> bool:
     """Return whether the output is named as a single file, and the input is one too."""
-    return source in SINGLE_FILES and output.name.lower().endswith(".safetensors")
+    return get_format(source).naming is not None and output.name.lower().endswith(".safetensors")
 
 
 def _single(*, keep_alpha: bool, fold_alpha: bool, **options: Any) -> SingleFileOptions:
@@ -156,8 +155,7 @@ def _key_values(texts: tuple[str, ...]) -> dict[str, str]:
 
 
 def _nbytes(conversion: Conversion) -> int:
-    planned = conversion.target.weights_nbytes
-    return 0 if planned is None else planned(conversion.adapter)
+    return conversion.target.weights_nbytes(conversion.adapter)
 
 
 def _as_json(

@@ -104,8 +104,7 @@ def _recorded_name(base: Checkpoint) -> str | None:
 
 
 def _nbytes(result: FoldResult) -> int:
-    planned = get_format("peft").weights_nbytes
-    return 0 if planned is None else planned(result.adapter)
+    return get_format("peft").weights_nbytes(result.adapter)
 
 
 def _as_json(found: Difference, result: FoldResult) -> dict[str, object]:

@@ -27,8 +27,8 @@ def command(as_json: bool) -> None:
 def _abilities(entry: FormatEntry) -> str:
     if entry.format is None:
         return "broken"
-    halves = [("read", entry.format.read), ("write", entry.format.write)]
-    return "+".join(name for name, half in halves if half is not None)
+    halves = [("read", entry.format.is_readable), ("write", entry.format.is_writable)]
+    return "+".join(name for name, can in halves if can)
 
 
 def _description(entry: FormatEntry) -> str:
@@ -41,7 +41,7 @@ def _as_json(entry: FormatEntry) -> dict[str, object]:
         "package": entry.package,
         "broken": entry.format is None,
         "error": entry.error,
-        "read": entry.format is not None and entry.format.read is not None,
-        "write": entry.format is not None and entry.format.write is not None,
+        "read": entry.format is not None and entry.format.is_readable,
+        "write": entry.format is not None and entry.format.is_writable,
         "description": None if entry.format is None else entry.format.description,
     }

@@ -10,7 +10,8 @@ import click
 
 from loratools.cli.errors import EXIT_FOUND
 from loratools.cli.output import note, number
-from loratools_formats.contract.registry import check_output, check_target, get_format, read_adapter
+from loratools_formats.contract.files import check_output, check_target, read_adapter
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 
@@ -96,9 +97,8 @@ def scratch_folder(target: Path | None) -> Path | None:
 
 
 def planned_nbytes(adapter: Adapter) -> int:
-    """Return the size of the weights in the adapter's format; 0 if that is not known."""
-    planned = get_format(adapter.format).weights_nbytes
-    return 0 if planned is None else planned(adapter)
+    """Return the size of the weight file in the adapter's format."""
+    return get_format(adapter.format).weights_nbytes(adapter)
 
 
 def exceeds(error: float, limit: float | None) -> bool:

@@ -132,8 +132,7 @@ def command(
 
 def _check_format(result: FoldResult, name: str) -> None:
     """Refuse full differences in a format that has none, on a dry run too."""
-    losses = get_format(name).losses
-    found = [] if losses is None else losses(result.adapter)
+    found = get_format(name).losses(result.adapter)
     if found:
         raise UnsupportedError(
             f"format {name} cannot hold it: {found[0].reason}",

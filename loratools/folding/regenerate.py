@@ -21,7 +21,10 @@ from loratools.base.dequantised import plain
 from loratools.base.placement.names import Names
 from loratools.base.weights import Place, find_place
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, Layer, OtherDelta
+from loratools_formats.core.config_values import Values
+from loratools_formats.core.peft_facts import frod_category, square_orientation
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import (
     AdapterError,
@@ -29,9 +32,6 @@ from loratools_formats.disk.errors import (
     OptionError,
     UnsupportedError,
 )
-from loratools_formats.formats.peft.keys import square_orientation
-from loratools_formats.formats.peft.kinds.declaration import Values
-from loratools_formats.formats.peft.kinds.read import frod_category, left_to_loader
 
 Array = np.ndarray[Any, Any]
 
@@ -80,7 +80,7 @@ def regenerated(adapter: Adapter, base: Checkpoint | None, given: Mapping[str, s
 
 def what_is_missing(adapter: Adapter) -> str:
     """Return what a file leaves to the loader, in words; empty if nothing."""
-    return left_to_loader(str(adapter.config.get("peft_type")), adapter.modules)
+    return get_format(adapter.format).left_to_loader(adapter)
 
 
 def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regenerated:

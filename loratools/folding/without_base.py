@@ -25,7 +25,6 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, Missing, OtherDelta
 from loratools_formats.disk.errors import OptionError, UnsupportedError
-from loratools_formats.formats.peft.targets import as_peft
 
 
 def folds_alone(delta: Delta) -> bool:
@@ -225,8 +224,4 @@ def _parsed(key: str, text: str, missing: Missing) -> str | float:
 def plain_adapter(adapter: Adapter, modules: Mapping[str, Delta]) -> Adapter:
     """Return an adapter of other modules, with a configuration that says so."""
     chosen = get_format(adapter.format)
-    if chosen.write is None:
-        adapter = as_peft(adapter)
-        chosen = get_format(adapter.format)
-    config = adapter.config if chosen.plain_config is None else chosen.plain_config(adapter)
-    return replace(adapter, modules=dict(modules), shared={}, config=config)
+    return (chosen if chosen.is_writable else get_format("peft")).with_factors(adapter, modules)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from loratools.naming.tables import flattened
 from loratools_formats.checkpoints.checkpoint import checkpoint_names
-from loratools_formats.contract.registry import read_adapter
+from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.single_file_keys import parse
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, OptionError
-from loratools_formats.formats.singlefile.grammar import parse
 
 MAP_KEY = "loratools.module_map"
 _PROBE = ".lora_A.weight"

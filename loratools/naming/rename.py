@@ -23,8 +23,8 @@ from loratools.naming.places import (
 )
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
 from loratools_formats.core.adapter import Adapter, Addition, Delta, Replacement
+from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-from loratools_formats.formats.singlefile.grammar import COMPONENTS
 
 _FLAT_OF = {
     "unet.": "lora_unet_",

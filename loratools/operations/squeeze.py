@@ -156,7 +156,7 @@ def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None)
     Files that hold one kind for all modules get factors of all that have them.
     """
     selected = {name for name in adapter.modules if name in selection}
-    if get_format(adapter.format).plain_config is not None:
+    if get_format(adapter.format).one_kind:
         adapter = folded_where_exact(adapter, "squeeze", scratch_folder, leave=selected)
     others = set(adapter.modules) - selected
     return folded_where_exact(adapter, "squeeze", scratch_folder, leave=others, dense=False)
@@ -398,8 +398,7 @@ def _fixed_nbytes(adapter: Adapter, selected: set[str]) -> int:
 
 
 def _planned_nbytes(adapter: Adapter) -> int:
-    planned = get_format(adapter.format).weights_nbytes
-    return sum(t.nbytes for t in adapter.tensors()) if planned is None else planned(adapter)
+    return get_format(adapter.format).weights_nbytes(adapter)
 
 
 def _check_budget(result: Adapter, rule: RankRule, input_nbytes: int) -> None:

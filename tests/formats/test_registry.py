@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from loratools_formats import find_format, get_format, read_adapter, registered_formats
-from loratools_formats.contract.registry import Format, check_output, write_adapter
+from loratools_formats.contract.files import check_output, write_adapter
+from loratools_formats.contract.format import Format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import (
     AdapterError,

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from loratools.base.placement import Placements, place
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.contract.registry import read_adapter
+from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Delta, Dora, low_rank_part
 
 Array = np.ndarray[Any, Any]

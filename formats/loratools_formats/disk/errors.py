@@ -102,3 +102,7 @@ class OptionError(LoratoolsError, ValueError):
 
 class MissingDependencyError(LoratoolsError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class PluginWarning(UserWarning):
+    """A plugin raised an error where its contract allows none; it was passed over."""

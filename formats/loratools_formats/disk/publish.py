@@ -45,8 +45,8 @@ def resolved(path: str | os.PathLike[str]) -> Path:
 def publish_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path; on success flush it and rename it to `path`.
 
-    The caller creates the file under the yielded path. An existing file's permissions are kept; a
-    new one gets the umask's.
+    The caller creates the file under the yielded path. The permissions of a file that is replaced
+    are kept; a new file has those that it was created with.
 
     Raises:
         OutputExistsError: `path` exists and `overwrite` is false, or it is a folder.
@@ -58,7 +58,8 @@ def publish_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     with _os_errors_named(path):
         try:
             yield temporary
-            os.chmod(temporary, _mode_of_new_file() if old_mode is None else old_mode)
+            if old_mode is not None:
+                os.chmod(temporary, old_mode)
             sync_file(temporary)
             os.replace(temporary, target)
         except BaseException:
@@ -156,12 +157,6 @@ def _exchange(first: Path, second: Path) -> bool:
     names = os.fsencode(first), os.fsencode(second)
     status: int = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
     return status == 0
-
-
-def _mode_of_new_file() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
 
 
 def _check_target(

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.contract.registry import Context, Format, Loss
+from loratools_formats.contract.format import Context, Format, Loss
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter, Delta, LowRank
@@ -33,24 +33,6 @@ _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+\.(.+)")
 
 def _folder(path: Path) -> Path:
     return path.parent if path.name == WEIGHTS_FILE else path
-
-
-def _sniff(path: Path) -> bool:
-    folder = _folder(path)
-    if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
-        return False
-    return not any((folder / name).is_file() for name in _WEIGHTS_OF_PEFT)
-
-
-def _read(path: Path) -> Adapter:
-    from loratools_formats.disk.errors import LoratoolsError
-
-    folder = _folder(path)
-    try:
-        return _adapter(folder)
-    except LoratoolsError as error:
-        error.path = error.path or str(folder)
-        raise
 
 
 def _adapter(folder: Path) -> Adapter:
@@ -157,38 +139,6 @@ def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
     )
 
 
-def _losses(adapter: Adapter) -> list[Loss]:
-    from loratools_formats.core.factors import kept_whole
-
-    if adapter.format == "mlx":
-        return [Loss(name, "MLX has no full differences") for name in kept_whole(adapter)]
-    others = [*adapter.additions, *adapter.replacements, *adapter.carried]
-    return [Loss(key, "has no place in an MLX adapter") for key in others]
-
-
-def _from_model(adapter: Adapter, context: Context) -> Adapter:
-    from loratools_formats.core.factors import stored_as
-
-    modules = {name: stored_as(delta, context.dtype) for name, delta in adapter.modules.items()}
-    config = dict(adapter.config)
-    if adapter.format != "mlx":
-        config = {
-            "fine_tune_type": "lora",
-            "num_layers": -1,
-            "lora_parameters": {"dropout": 0.0, "keys": _targets(modules)},
-            "model": adapter.base_model,
-        }
-    return replace(
-        adapter,
-        format="mlx",
-        modules=modules,
-        additions={},
-        replacements={},
-        carried={},
-        config=config,
-    )
-
-
 def _targets(modules: Mapping[str, Delta]) -> list[str]:
     """Return what mlx-lm calls the modules: paths within a layer, or whole paths outside."""
     found = ((_LAYER.fullmatch(name), name) for name in modules)
@@ -248,41 +198,87 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
     return config
 
 
-def _write(adapter: Adapter, path: Path) -> None:
-    from loratools_formats.containers.safetensors_write import write_safetensors
+class Mlx(Format):
+    """Folders as mlx-lm saves and loads them."""
 
-    config = json.dumps(_written_config(adapter), indent=4, ensure_ascii=False)
-    (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    write_safetensors(path / WEIGHTS_FILE, _stored(adapter), adapter.metadata)
+    name = "mlx"
+    description = "MLX adapter folder (adapter_config.json + adapters.safetensors)"
+    suffixes = ("-mlx",)
+    is_folder = True
+    dtypes = ("f32", "f16", "bf16")
+
+    def sniff(self, path: Path) -> bool:
+        """Return whether a folder has MLX's configuration and weights, and none of PEFT's."""
+        folder = _folder(path)
+        if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
+            return False
+        return not any((folder / name).is_file() for name in _WEIGHTS_OF_PEFT)
+
+    def read(self, path: Path) -> Adapter:
+        """Read a folder, or one named by its weight file."""
+        from loratools_formats.disk.errors import LoratoolsError
+
+        folder = _folder(path)
+        try:
+            return _adapter(folder)
+        except LoratoolsError as error:
+            error.path = error.path or str(folder)
+            raise
+
+    def losses(self, adapter: Adapter) -> list[Loss]:
+        """Return what MLX cannot hold."""
+        from loratools_formats.core.factors import kept_whole
+
+        if adapter.format == "mlx":
+            return [Loss(name, "MLX has no full differences") for name in kept_whole(adapter)]
+        return super().losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path) -> None:
+        """Write configuration and weights."""
+        from loratools_formats.containers.safetensors_write import write_safetensors
+
+        config = json.dumps(_written_config(adapter), indent=4, ensure_ascii=False)
+        (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        write_safetensors(path / WEIGHTS_FILE, _stored(adapter), adapter.metadata)
+
+    def weights_nbytes(self, adapter: Adapter) -> int:
+        """Return the size of the weight file that `write` would make."""
+        from loratools_formats.containers.safetensors_write import safetensors_nbytes
+
+        _written_config(adapter)
+        return safetensors_nbytes(_stored(adapter), adapter.metadata)
+
+    def from_model(self, adapter: Adapter, context: Context) -> Adapter:
+        """Make the configuration that mlx-lm asks for; modules keep their names."""
+        from loratools_formats.core.factors import stored_as
+
+        modules = {name: stored_as(delta, context.dtype) for name, delta in adapter.modules.items()}
+        config = dict(adapter.config)
+        if adapter.format != "mlx":
+            config = {
+                "fine_tune_type": "lora",
+                "num_layers": -1,
+                "lora_parameters": {"dropout": 0.0, "keys": _targets(modules)},
+                "model": adapter.base_model,
+            }
+        return replace(
+            adapter,
+            format="mlx",
+            modules=modules,
+            additions={},
+            replacements={},
+            carried={},
+            config=config,
+        )
+
+    def merged_config(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
+        """Return the first configuration, whose keys name the modules of all."""
+        config = dict(adapters[0].config)
+        parameters = dict(config.get("lora_parameters") or {})
+        if "keys" in parameters:
+            names = {name: delta for adapter in adapters for name, delta in adapter.modules.items()}
+            parameters["keys"] = _targets(names)
+        return {**config, "lora_parameters": parameters}
 
 
-def _weights_nbytes(adapter: Adapter) -> int:
-    from loratools_formats.containers.safetensors_write import safetensors_nbytes
-
-    _written_config(adapter)
-    return safetensors_nbytes(_stored(adapter), adapter.metadata)
-
-
-def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
-    config = dict(adapters[0].config)
-    parameters = dict(config.get("lora_parameters") or {})
-    if "keys" in parameters:
-        names = {name: delta for adapter in adapters for name, delta in adapter.modules.items()}
-        parameters["keys"] = _targets(names)
-    return {**config, "lora_parameters": parameters}
-
-
-FORMAT = Format(
-    name="mlx",
-    description="MLX adapter folder (adapter_config.json + adapters.safetensors)",
-    suffixes=("-mlx",),
-    is_folder=True,
-    sniff=_sniff,
-    read=_read,
-    losses=_losses,
-    write=_write,
-    weights_nbytes=_weights_nbytes,
-    merged_config=_merged_config,
-    from_model=_from_model,
-    dtypes=("f32", "f16", "bf16"),
-)
+FORMAT = Mlx()

@@ -13,7 +13,7 @@ import numpy as np
 from loratools.algebra import linalg
 from loratools.factors.matrices import loaded
 from loratools.work.parallel import in_order
-from loratools_formats.contract.registry import read_adapter
+from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError

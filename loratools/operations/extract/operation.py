@@ -23,8 +23,8 @@ from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, Delta
+from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.formats.peft.keys import replaced_name
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_rank_part
 from loratools_formats.core.dtypes import common_dtype
+from loratools_formats.core.metadata import merged_from
 from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
-from loratools_formats.formats.singlefile.metadata import merged_from
 
 Array = np.ndarray[Any, Any]
 
@@ -116,7 +116,7 @@ def merge(
         attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
         metadata={
             **first.metadata,
-            **merged_from([item.adapter for item in inputs]),
+            **merged_from(item.adapter.metadata for item in inputs),
             **record_metadata(provenance.result()),
         },
         inputs=tuple(file for item in inputs for file in item.adapter.inputs),
@@ -190,10 +190,8 @@ def _require_true_delta(adapter: Adapter) -> None:
 
 
 def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:
-    merged = get_format(first.format).merged_config
-    if merged is None:
-        return first.config
-    return merged([item.adapter for item in inputs if item.adapter.format == first.format])
+    alike = [item.adapter for item in inputs if item.adapter.format == first.format]
+    return get_format(first.format).merged_config(alike)
 
 
 class _Merge:

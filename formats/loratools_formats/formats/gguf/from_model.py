@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from loratools_formats.containers.gguf.container import KeyValue
 from loratools_formats.containers.gguf.cursor import ARRAY
-from loratools_formats.contract.registry import Context
+from loratools_formats.containers.gguf.splits import GgufModel, read_model
+from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
 from loratools_formats.core.alora import invocation_tokens
 from loratools_formats.core.orientation import is_transposed
@@ -24,7 +25,7 @@ from loratools_formats.formats.gguf.base import Base, read_base
 from loratools_formats.formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
 from loratools_formats.formats.gguf.write import fallback_notes
 
-OUTPUT = "output"
+_OUTPUT = "output"
 DEFAULT_DTYPE = "f32"
 """ggml rounds activations to the type of 16-bit factors; with 32 bits nothing is lost."""
 
@@ -38,7 +39,7 @@ _PREFIXES = (
 
 
 def from_model(adapter: Adapter, context: Context) -> Adapter:
-    """Return an adapter in the names and layout of GGUF.
+    """Return an adapter in the names and layout of GGUF; one that has them is checked only.
 
     Raises:
         UnsupportedError: no base model is given, its architecture is not known, or a module has no
@@ -46,11 +47,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         AdapterError: a module does not fit the base model.
     """
     if adapter.format == "gguf":
-        return replace(
-            adapter,
-            config={**adapter.config, "storage": context.dtype},
-            notes=(*adapter.notes, *fallback_notes(adapter.modules, context.dtype)),
-        )
+        return _of_gguf(adapter, context)
     if context.base is None:
         raise UnsupportedError(
             "a GGUF adapter depends on the architecture of its base model",
@@ -97,6 +94,16 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         notes=(*adapter.notes, *fallback_notes(modules, context.dtype)),
         inputs=adapter.inputs,
         other_inputs=with_base(adapter, base),
+    )
+
+
+def _of_gguf(adapter: Adapter, context: Context) -> Adapter:
+    if context.base is not None:
+        _check_fit(adapter, read_model(context.base))
+    return replace(
+        adapter,
+        config={**adapter.config, "storage": context.dtype},
+        notes=(*adapter.notes, *fallback_notes(adapter.modules, context.dtype)),
     )
 
 
@@ -172,9 +179,9 @@ def _look_up(path: str, base: Base) -> tuple[Module, str, int | None] | None:
     return None
 
 
-def refuse_tied(name: str) -> None:
+def _refuse_tied(name: str) -> None:
     """Raise `UnsupportedError` if a GGUF tensor is one that tied models share or lack."""
-    if name == OUTPUT:
+    if name == _OUTPUT:
         raise UnsupportedError(
             "the base model's output layer is its embedding, and llama.cpp has no tensor for it",
             hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
@@ -188,7 +195,7 @@ def refuse_tied(name: str) -> None:
 
 def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
     if base.tied:
-        refuse_tied(name)
+        _refuse_tied(name)
     if (name == EMBEDDING) != (delta.layer.kind == "embedding"):
         raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
 
@@ -254,11 +261,27 @@ def _check_shapes(modules: Mapping[str, Delta], base: Base) -> None:
     if base.shapes is None:
         return
     for name, delta in modules.items():
-        check_shape(name, low_rank_part(delta), base.shapes.get(f"{name}.weight"))
+        _check_shape(name, low_rank_part(delta), base.shapes.get(f"{name}.weight"))
 
 
-def check_shape(name: str, delta: LowRank, wanted: tuple[int, ...] | None) -> None:
-    """Raise `AdapterError` if a tensor's change has not its row-major shape; None if it is not."""
+def _check_fit(adapter: Adapter, model: GgufModel) -> None:
+    """Refuse an adapter read from GGUF that is not one of a model."""
+    wanted = model.get("general.architecture", "string")
+    if adapter.config.get("architecture") != wanted:
+        raise AdapterError(
+            "the adapter is for another architecture than the model",
+            path=adapter.source,
+            got=adapter.config.get("architecture"),
+            expected=wanted,
+        )
+    for name, delta in adapter.modules.items():
+        if f"{_OUTPUT}.weight" not in model.tensors:
+            _refuse_tied(name)
+        tensor = model.tensors.get(f"{name}.weight")
+        _check_shape(name, low_rank_part(delta), None if tensor is None else tensor.shape)
+
+
+def _check_shape(name: str, delta: LowRank, wanted: tuple[int, ...] | None) -> None:
     shape = delta.shape if delta.layer.kind != "embedding" else delta.shape[::-1]
     stack = (delta.experts,) if delta.layer.kind == "experts" else ()
     if wanted != (*stack, *shape):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from loratools_formats.contract.registry import Context
+from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import Adapter, Delta, Layer, LowRank
 from loratools_formats.core.alora import INVOCATION_TOKENS
 from loratools_formats.core.tensors import in_memory, joined

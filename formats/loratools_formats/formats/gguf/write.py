@@ -20,7 +20,7 @@ from typing import Any
 from loratools_formats.containers.gguf.container import MAX_NAME_BYTES, KeyValue, read_gguf
 from loratools_formats.containers.gguf.cursor import ARRAY, STRING, VALUE_CODES
 from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode, package
-from loratools_formats.contract.registry import Loss
+from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, Delta, Dora, low_rank_part
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratools_formats.contract.registry import Context
+from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import (
     Adapter,
     Delta,
@@ -21,6 +21,7 @@ from loratools_formats.core.adapter import (
 )
 from loratools_formats.core.alora import INVOCATION_TOKENS, invocation_tokens
 from loratools_formats.core.factors import stored_as
+from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.formats.peft import keys
 
 
@@ -51,7 +52,7 @@ def _activation(adapter: Adapter) -> dict[str, Any]:
 def _key(entry: Replacement) -> str:
     if entry.kind == "token_rows":
         return keys.compose(entry.target.removesuffix(".weight"), "token_rows")
-    return f"{keys.PREFIX}{entry.target}"
+    return f"{PREFIX}{entry.target}"
 
 
 def _config(

@@ -25,6 +25,7 @@ from loratools_formats.core.adapter import (
     Replacement,
 )
 from loratools_formats.core.factors import check_factor
+from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import (
     AdapterError,
@@ -375,6 +376,6 @@ def _ordinary(
         a = a.reshaped((a.shape[0], a.numel // a.shape[0]))
         b = b.reshaped(b.shape[:2])
     elif not embedding:
-        turn = keys.square_orientation(bool(config.values.get("fan_in_fan_out")), path)
+        turn = square_orientation(bool(config.values.get("fan_in_fan_out")), path)
         layer = Layer("linear", transposed_if_square=turn)
     return LowRank(a, b, config.scale(alpha, rank), layer, alpha=alpha)

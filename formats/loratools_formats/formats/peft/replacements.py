@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.core.adapter import Delta, Replacement
+from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import keys
@@ -67,7 +68,7 @@ def _refuse_if_beside_factors(
     name: str, kind: str | None, modules: Mapping[str, Delta], folder: Path
 ) -> None:
     leaf = name.rpartition(".")[2]
-    path = name.removeprefix(keys.PREFIX)
+    path = name.removeprefix(PREFIX)
     owners = [part for part in _prefixes(path) if part in modules]
     wrapped = {f"{owner}.{leaf}" for owner in owners} | {
         f"{owner}.base_layer.{leaf}" for owner in owners

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.core.adapter import Caveat, Layer, OtherDelta
+from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
@@ -115,7 +116,7 @@ def variant_delta(
         count = _block_count(values)
         settings |= {"blocks": count, "a_is_blocks": a_is_blocks, "b_is_blocks": b_is_blocks}
         in_ = a.shape[1] * (count if a_is_blocks else 1)
-    turn = keys.square_orientation(bool(values.get("fan_in_fan_out")), path)
+    turn = square_orientation(bool(values.get("fan_in_fan_out")), path)
     layer = Layer("embedding") if embedding else Layer("linear", transposed_if_square=turn)
     return OtherDelta(kind, own, settings, layer, (out, in_), magnitude=parts.get("magnitude"))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
-from loratools_formats.contract.registry import Loss
+from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, OtherDelta, low_rank_part
 from loratools_formats.core.factors import kept_whole
 from loratools_formats.core.tensors import TensorRef

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from loratools_formats.core.adapter import Axis, Delta, Dora, Layer, LowRank, OtherDelta
 from loratools_formats.core.factors import check_factor
+from loratools_formats.core.single_file_keys import Role
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.formats.singlefile.grammar import Role
 from loratools_formats.formats.singlefile.scale import Setting, stated_alpha
 
 Parts = dict[Role, TensorRef]

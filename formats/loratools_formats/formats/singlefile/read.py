@@ -18,11 +18,11 @@ from loratools_formats.core.adapter import (
     Delta,
     Replacement,
 )
+from loratools_formats.core.single_file_keys import IA3_MARK, Key, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.formats.singlefile.deltas import Parts, delta_of
 from loratools_formats.formats.singlefile.dialects import dialects
-from loratools_formats.formats.singlefile.grammar import IA3_MARK, Class, Key, Role, parse
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
     PackedConfigs,
@@ -141,7 +141,7 @@ def _of_ia3(name: str, tensors: Mapping[str, TensorRef]) -> Key | None:
     return None if mark is None else replace(mark, role="ia3")
 
 
-def naming_class(keys: Iterable[Key]) -> Class:
+def naming_class(keys: Iterable[Key]) -> Naming:
     """Return the class of a file's naming, `safetensors` if it has several."""
     found = {key.naming for key in keys if key.role != "learned_embedding"}
     return found.pop() if len(found) == 1 else "safetensors"

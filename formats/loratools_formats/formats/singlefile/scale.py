@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loratools_formats.core.adapter import Caveat, Delta, Dora, LowRank
+from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.patterns import pattern_for
-from loratools_formats.formats.singlefile.grammar import COMPONENTS
 
 METADATA_KEY = "lora_adapter_metadata"
 _SWITCHES = ("use_dora", "lora_bias")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loratools_formats.contract.registry import Loss
+from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import (
     Adapter,
     Addition,
@@ -21,10 +21,10 @@ from loratools_formats.core.adapter import (
     OtherDelta,
     Replacement,
 )
+from loratools_formats.core.single_file_keys import Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.singlefile.dialects import BFL_CONTROL
-from loratools_formats.formats.singlefile.grammar import Class, Role, parse
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
     alpha_tensor,
@@ -43,7 +43,7 @@ _PEFT: dict[Role, str] = {
     "embedding_b": ".lora_embedding_B",
 }  # fmt: skip
 _COMFYUI: dict[Role, str] = _PEFT | {"magnitude": ".dora_scale", "mid": ".lora_mid.weight"}
-LEAVES: dict[Class, dict[Role, str]] = {
+LEAVES: dict[Naming, dict[Role, str]] = {
     "kohya": _KOHYA, "diffusers": _PEFT, "comfyui": _COMFYUI, "safetensors": _PEFT,
 }  # fmt: skip
 _OTHER_LEAVES: dict[str, dict[str, str]] = {
@@ -107,13 +107,13 @@ class Spelling:
         return self.start + self.leaves[role]
 
 
-def naming_of(module: str) -> Class | None:
+def naming_of(module: str) -> Naming | None:
     """Return the class of files that a module's name belongs to, None if to none."""
     parsed = parse(module + _PROBE)
     return None if parsed is None or parsed.module != module else parsed.naming
 
 
-def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
+def spelling_losses(adapter: Adapter, target: Naming) -> list[Loss]:
     """Return what a single file of a naming could not hold of an adapter."""
     found = [
         Loss(name, f"is understood by no loader of {target} files") for name in adapter.carried
@@ -178,7 +178,7 @@ def _is_whole_weight(replacement: Replacement) -> bool:
     return known and replacement.kind in ("other", "module")
 
 
-def respelled(adapter: Adapter, target: Class) -> Adapter:
+def respelled(adapter: Adapter, target: Naming) -> Adapter:
     """Return the adapter with every key as files of a naming have it, and without its losses.
 
     An adapter of that naming loses nothing: what only some of its loaders understand stays.
@@ -247,7 +247,7 @@ def _has_weight(delta: Delta | None) -> bool:
     return delta is not None
 
 
-def _metadata(adapter: Adapter, modules: Mapping[str, Delta], target: Class) -> dict[str, str]:
+def _metadata(adapter: Adapter, modules: Mapping[str, Delta], target: Naming) -> dict[str, str]:
     metadata = {k: v for k, v in adapter.metadata.items() if k != METADATA_KEY}
     if target == "diffusers":
         parts = [plain_part(delta) for delta in modules.values()]
@@ -257,7 +257,7 @@ def _metadata(adapter: Adapter, modules: Mapping[str, Delta], target: Class) -> 
     return metadata
 
 
-def _module(name: str, delta: Delta, target: Class) -> tuple[Delta, TensorRef | None]:
+def _module(name: str, delta: Delta, target: Naming) -> tuple[Delta, TensorRef | None]:
     """Return a module's delta under its keys, and a bias that the target keeps elsewhere."""
     spelling = Spelling(name, LEAVES[target])
     if isinstance(delta, OtherDelta):
@@ -280,7 +280,7 @@ def _scaled(bias: TensorRef, scale: float) -> TensorRef:
     return in_memory(bias.key, bias.load(np.float64) * scale, "F32")
 
 
-def _low_rank(delta: LowRank, spelling: Spelling, target: Class) -> LowRank:
+def _low_rank(delta: LowRank, spelling: Spelling, target: Naming) -> LowRank:
     embedding = delta.layer.kind == "embedding"
     a = delta.a.renamed(spelling.key("embedding_a" if embedding else "a"))
     b = delta.b.renamed(spelling.key("embedding_b" if embedding else "b"))
@@ -294,7 +294,7 @@ def _low_rank(delta: LowRank, spelling: Spelling, target: Class) -> LowRank:
     return replace(delta, a=a, b=b, bias=bias, alpha_tensor=alpha)
 
 
-def _dora(delta: Dora, spelling: Spelling, target: Class) -> Dora:
+def _dora(delta: Dora, spelling: Spelling, target: Naming) -> Dora:
     kernel = delta.direction.layer.kernel
     out = delta.direction.shape[0]
     shape = delta.magnitude.shape

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
-from loratools_formats.contract.registry import Loss
+from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, Dora, LowRank, OtherDelta
+from loratools_formats.core.single_file_keys import NAMINGS, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
-from loratools_formats.formats.singlefile import NAMES
-from loratools_formats.formats.singlefile.grammar import Class, Role, parse
 from loratools_formats.formats.singlefile.metadata import updated, with_digests
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
@@ -35,15 +34,13 @@ from loratools_formats.formats.singlefile.spelling import (
     spelling_losses,
 )
 
-SINGLE_FILES: tuple[Class, ...] = NAMES
 
-
-def losses(adapter: Adapter, target: Class) -> list[Loss]:
+def losses(adapter: Adapter, target: Naming) -> list[Loss]:
     """Return what a single file of a naming could not hold of an adapter."""
     return [] if _is_own(adapter, target) else spelling_losses(adapter, target)
 
 
-def write(adapter: Adapter, path: Path, target: Class) -> None:
+def write(adapter: Adapter, path: Path, target: Naming) -> None:
     """Write the file.
 
     Raises:
@@ -53,7 +50,7 @@ def write(adapter: Adapter, path: Path, target: Class) -> None:
     write_safetensors(path, tensors, with_digests(metadata, tensors))
 
 
-def weights_nbytes(adapter: Adapter, target: Class) -> int:
+def weights_nbytes(adapter: Adapter, target: Naming) -> int:
     """Return the size of the file that `write` would make.
 
     Raises:
@@ -63,11 +60,11 @@ def weights_nbytes(adapter: Adapter, target: Class) -> int:
     return safetensors_nbytes(tensors, metadata)
 
 
-def _is_own(adapter: Adapter, target: Class) -> bool:
-    return adapter.format == target or (target == "safetensors" and adapter.format in SINGLE_FILES)
+def _is_own(adapter: Adapter, target: Naming) -> bool:
+    return adapter.format == target or (target == "safetensors" and adapter.format in NAMINGS)
 
 
-def _contents(adapter: Adapter, target: Class) -> tuple[list[TensorRef], dict[str, str]]:
+def _contents(adapter: Adapter, target: Naming) -> tuple[list[TensorRef], dict[str, str]]:
     if not _is_own(adapter, target):
         adapter = respelled(adapter, target)
     metadata = updated(adapter)

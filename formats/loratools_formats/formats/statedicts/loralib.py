@@ -20,8 +20,7 @@ from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 _KEY = re.compile(
     r"(?P<module>.+?)(?:\.lora)?\.(?:lora_(?P<side>[ABE])(?:\.(?P<piece>\d{1,4}))?|(?P<gate>gate))"
 )
-_FIRST_FACTOR = re.compile(rb".+\.lora_A(?:\.\d{1,4})?")
 _EMBEDDINGS = (
     "embed_tokens", "position_embeddings", "shared", "token_type_embeddings", "word_embeddings",
     "wpe", "wte",
@@ -47,32 +45,43 @@ _LINEAR = (
 _BIAS_OF_CONVOLUTION = re.compile(r"(?P<module>.+)\.conv\.bias")
 
 
-def _sniff(path: Path) -> bool:
-    return has_names(path, _FIRST_FACTOR)
+class Loralib(StateDictFormat):
+    """Factors of loralib, AdaLoRA, IncreLoRA and SoRA."""
 
+    name = "loralib"
+    description = "state dict of the original LoRA code (loralib, AdaLoRA, IncreLoRA, SoRA)"
+    telling = rb".+\.lora_A(?:\.\d{1,4})?"
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.core.adapter import Replacement
+    def sniff(self, path: Path) -> bool:
+        """Return whether a name is telling; in safetensors such names are others'."""
+        return path.suffix != ".safetensors" and super().sniff(path)
 
-    state = StateDict(path)
-    parts: dict[str, dict[str, TensorRef]] = {}
-    biases: dict[str, TensorRef] = {}
-    for key, tensor in state.tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is not None:
-            side = "gate" if match["gate"] else match["side"].lower()
-            name = side if match["piece"] is None else f"{side}.{match['piece']}"
-            parts.setdefault(match["module"], {})[name] = tensor
-        elif key.endswith(".bias"):
-            biases[key] = tensor
-        else:
-            raise state.unknown(key, "names that end in .lora_A, .lora_B, .lora_E, .gate or .bias")
-    modules: dict[str, Delta] = {name: _delta(name, found, path) for name, found in parts.items()}
-    replacements = {
-        key: Replacement("bias", _bias_in_model(key, parts), tensor)
-        for key, tensor in biases.items()
-    }
-    return state.adapter(FORMAT.name, modules, replacements=replacements)
+    def adapter(self, state: StateDict) -> Adapter:
+        """Return the adapter: a change for each module, and the biases that were trained."""
+        from loratools_formats.core.adapter import Replacement
+
+        parts: dict[str, dict[str, TensorRef]] = {}
+        biases: dict[str, TensorRef] = {}
+        for key, tensor in state.tensors.items():
+            match = _KEY.fullmatch(key)
+            if match is not None:
+                side = "gate" if match["gate"] else match["side"].lower()
+                name = side if match["piece"] is None else f"{side}.{match['piece']}"
+                parts.setdefault(match["module"], {})[name] = tensor
+            elif key.endswith(".bias"):
+                biases[key] = tensor
+            else:
+                raise state.unknown(
+                    key, "names that end in .lora_A, .lora_B, .lora_E, .gate or .bias"
+                )
+        modules: dict[str, Delta] = {
+            name: _delta(name, found, state.path) for name, found in parts.items()
+        }
+        replacements = {
+            key: Replacement("bias", _bias_in_model(key, parts), tensor)
+            for key, tensor in biases.items()
+        }
+        return state.adapter(self.name, modules, replacements=replacements)
 
 
 def _bias_in_model(key: str, modules: Collection[str]) -> str:
@@ -161,11 +170,4 @@ def _kernel_of(shape: tuple[int, ...], rows: int, columns: int) -> str | None:
     return str(width) if kernel == (width, width) and fits else None
 
 
-FORMAT = Format(
-    name="loralib",
-    description="state dict of the original LoRA code (loralib, AdaLoRA, IncreLoRA, SoRA)",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = Loralib()

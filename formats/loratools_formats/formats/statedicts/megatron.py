@@ -23,8 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter, OtherDelta
@@ -65,11 +64,35 @@ _KEY = re.compile(
     rf"(?P<adapter>{'|'.join(map(re.escape, _ADAPTERS))})\."
     rf"(?P<part>{'|'.join(map(re.escape, _PARTS))})"
 )
-_TELLING = re.compile(_KEY.pattern.encode())
 
 
-def _sniff(path: Path) -> bool:
-    return _is_distributed(path) or has_names(path, _TELLING, safetensors=True)
+class Megatron(StateDictFormat):
+    """State dicts in Megatron's names."""
+
+    name = "megatron"
+    description = "state dict in Megatron's names (Megatron-Bridge, NeMo)"
+    telling = _KEY.pattern.encode()
+
+    def sniff(self, path: Path) -> bool:
+        """Return whether a name is telling, or a folder is a checkpoint that `read` refuses."""
+        return _is_distributed(path) or super().sniff(path)
+
+    def read(self, path: Path) -> Adapter:
+        """Read a file."""
+        from loratools_formats.disk.errors import UnsupportedError
+
+        if _is_distributed(path):
+            raise UnsupportedError(
+                "a distributed checkpoint is not read",
+                path=path,
+                hint="Export it with export_adapter_ckpt of Megatron-Bridge, or save its gathered "
+                "tensors as one file",
+            )
+        return super().read(path)
+
+    def adapter(self, state: StateDict) -> Adapter:
+        """Return the adapter, whose alpha is missing."""
+        return adapter_of(state, self.name)
 
 
 def _is_distributed(path: Path) -> bool:
@@ -77,28 +100,12 @@ def _is_distributed(path: Path) -> bool:
     return path.is_dir() and (path / ".metadata").is_file() and any(path.glob("__*.distcp"))
 
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.disk.errors import UnsupportedError
-
-    if _is_distributed(path):
-        raise UnsupportedError(
-            "a distributed checkpoint is not read",
-            path=path,
-            hint="Export it with export_adapter_ckpt of Megatron-Bridge, or save its gathered "
-            "tensors as one file",
-        )
-    return adapter_of(StateDict(path), FORMAT.name, path)
-
-
-def adapter_of(
-    state: StateDict, format_name: str, path: Path, alpha: float | None = None
-) -> Adapter:
+def adapter_of(state: StateDict, format_name: str, alpha: float | None = None) -> Adapter:
     """Return the adapter in a state dict of Megatron's names.
 
     Args:
         state: the tensors.
         format_name: of the format that they were found in.
-        path: what they were read from.
         alpha: of every adapter; None if it is not known.
 
     Raises:
@@ -124,7 +131,9 @@ def adapter_of(
         found = _deltas(state, layer, adapter, own)
         twice = sorted(set(found) & set(modules))
         if twice:
-            raise AdapterError("two adapters are for one projection", path=path, tensor=twice[0])
+            raise AdapterError(
+                "two adapters are for one projection", path=state.path, tensor=twice[0]
+            )
         modules |= found
         if len(found) > 1:
             shared |= {tensor.key: tensor for tensor in own.values()}
@@ -214,11 +223,4 @@ def _delta(
     )
 
 
-FORMAT = Format(
-    name="megatron",
-    description="state dict in Megatron's names (Megatron-Bridge, NeMo)",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = Megatron()
