@@ -67,16 +67,10 @@ def _adapter(folder: Path) -> Adapter:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    from loratools_formats.disk import strict_json
     from loratools_formats.disk.errors import AdapterError, UnsupportedError
-    from loratools_formats.disk.files import read_small_file
+    from loratools_formats.disk.strict_json import read_object
 
-    try:
-        values = strict_json.loads(read_small_file(path, _MAX_CONFIG_BYTES), max_depth=64)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
-    if not isinstance(values, dict):
-        raise AdapterError("config is not a JSON object", path=path, got=type(values).__name__)
+    values = read_object(path, _MAX_CONFIG_BYTES)
     kind = values.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise UnsupportedError(

@@ -19,8 +19,8 @@ import numpy as np
 from loratools_formats.core.adapter import Caveat, Delta, Dora, LowRank
 from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.core.tensors import TensorRef, in_memory
-from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.strict_json import parsed_object
 from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.patterns import pattern_for
 
@@ -112,12 +112,8 @@ def packed_configs(metadata: Mapping[str, str], path: Path | None) -> PackedConf
     """
     if METADATA_KEY not in metadata:
         return None
-    try:
-        values = strict_json.loads(metadata[METADATA_KEY].encode(), max_depth=64)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"{METADATA_KEY} is not sound JSON: {error}", path=path) from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{METADATA_KEY} is not a JSON object", path=path)
+    text = metadata[METADATA_KEY].encode()
+    values = parsed_object(text, METADATA_KEY, path=path, max_depth=64)
     by_component: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         component, dot, name = key.partition(".")

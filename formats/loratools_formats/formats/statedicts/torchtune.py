@@ -117,18 +117,14 @@ def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[Regula
         AdapterError: the configuration is malformed, or of other ranks.
     """
     from loratools_formats.core.adapter import Missing
-    from loratools_formats.disk import strict_json
     from loratools_formats.disk.errors import AdapterError
-    from loratools_formats.disk.files import RegularFile, inside, read_small_file
+    from loratools_formats.disk.files import RegularFile, inside
+    from loratools_formats.disk.strict_json import read_object
 
     if not (folder / CONFIG_FILE).is_file():
         return Missing("lora_alpha of the recipe's configuration"), ()
     path = inside(folder, CONFIG_FILE)
-    try:
-        values = strict_json.loads(read_small_file(path, _MAX_CONFIG_BYTES), max_depth=64)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
-    values = values if isinstance(values, dict) else {}
+    values = read_object(path, _MAX_CONFIG_BYTES)
     alpha: Any = values.get("lora_alpha")
     rank = values.get("r")
     others = sorted(set(values) - _CONFIG_KEYS)
