@@ -18,10 +18,10 @@ from loratools.cli.output import (
     print_table,
     progress_bar,
 )
-from loratools.operations.convert.compare_written import ConversionCheck, rank_of
+from loratools.operations.convert.compare_written import ConversionCheck
 from loratools.operations.convert.operation import Conversion, SingleFileOptions, prepare, write
 from loratools_formats import Context, format_for_output, get_format, read_adapter
-from loratools_formats.core.adapter import Delta
+from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 
@@ -173,7 +173,7 @@ def _as_json(
         "modules": [
             {
                 "name": name,
-                "rank": rank_of(delta),
+                "rank": delta.rank,
                 "relative_error": errors.get(name),
             }
             for name, delta in conversion.adapter.modules.items()
@@ -181,9 +181,8 @@ def _as_json(
     }
 
 
-def _rank(delta: Delta) -> str:
-    rank = rank_of(delta)
-    return "–" if rank is None else str(rank)
+def _rank(delta: ModuleChange) -> str:
+    return "–" if delta.rank is None else str(delta.rank)
 
 
 def _print(

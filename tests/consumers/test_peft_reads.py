@@ -159,7 +159,7 @@ def test_square_experts_are_refused_where_the_version_does_not_tell(tmp_path, ve
     (inner,) = (
         delta
         for delta in read_adapter(folder).modules.values()
-        if delta.experts == 3 and delta.shape == (6, 6)
+        if delta.direction.experts == 3 and delta.shape == (6, 6)
     )
     with pytest.raises(UnsupportedError, match="square"):
         effective_delta("experts", inner, (3, 6, 6))

@@ -28,7 +28,7 @@ from loratools_formats import (
 )
 from loratools_formats.containers.gguf.container import KeyValue, read_gguf
 from loratools_formats.containers.gguf.splits import read_model
-from loratools_formats.core.adapter import Dora
+from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.alora import CAVEAT
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
@@ -50,7 +50,7 @@ def floats(*shape):
 
 def lora(out=16, in_=16, rank=4, scale=2.0, layer=None, **options):
     a, b = in_memory("a", floats(rank, in_)), in_memory("b", floats(out, rank))
-    return LowRank(a, b, scale, layer or Layer("linear"), **options)
+    return ModuleChange(LowRank(a, b, scale, layer or Layer("linear"), **options))
 
 
 def model_adapter(modules, **options):
@@ -165,7 +165,7 @@ def test_what_llama_cpp_refuses_or_crashes_on_is_refused(tmp_path, name):
 )
 def test_scale_is_alpha_by_rank_or_one(tmp_path, keys, scale):
     adapter = read_adapter(file_with(tmp_path / "file.gguf", keys=keys))
-    assert adapter.modules["blk.0.attn_q"].scale == scale
+    assert adapter.modules["blk.0.attn_q"].direction.scale == scale
 
 
 def test_norms_are_carried_with_a_note(tmp_path):
@@ -295,7 +295,7 @@ def test_alpha_is_stated_only_where_it_says_everything(base, tmp_path, settings,
     again = read_adapter(tmp_path / "out.gguf")
     for name, delta in adapter.modules.items():
         found = again.modules[name]
-        ((b, a),), ((new_b, new_a),) = loaded(delta), loaded(found)
+        ((b, a),), ((new_b, new_a),) = loaded(delta.direction), loaded(found.direction)
         wanted = delta.scale * (b @ a)
         error = np.linalg.norm(found.scale * (new_b @ new_a) - wanted)
         assert error <= 1e-6 * np.linalg.norm(wanted)
@@ -351,7 +351,7 @@ def refusal(modules, folder, **options):
 
 
 def test_kinds_that_llama_cpp_has_not_are_refused(base):
-    dora = Dora(lora(), in_memory("m", floats(16)))
+    dora = replace(lora(), magnitude=in_memory("m", floats(16)))
     assert "to-lora" in refusal({Q: dora}, base())
     with_bias = lora(bias=in_memory("bias", floats(16)))
     assert re.search(r"\(lora_bias\).*Fuse this adapter into", refusal({Q: with_bias}, base()))
@@ -439,7 +439,7 @@ def test_a_stack_of_another_number_of_experts_is_refused(base):
     path = "model.layers.0.mlp.experts"
     layer = Layer("experts", parameters=(f"{path}.down_proj",))
     a, b = in_memory("a", floats(3, 4, 24)), in_memory("b", floats(3, 16, 4))
-    refused = refusal({path: LowRank(a, b, 1.0, layer)}, folder)
+    refused = refusal({path: ModuleChange(LowRank(a, b, 1.0, layer))}, folder)
     assert "3 experts; expected a weight of shape [2, 16, 24]" in refused
 
 
@@ -452,7 +452,7 @@ def test_single_experts_are_stacked_and_the_others_zero(base):
     found = [b @ a for b, a in loaded(stacked)]
     assert not found[1].any()
     for expert in (0, 2):
-        ((b, a),) = loaded(deltas[path.format(expert)])
+        ((b, a),) = loaded(deltas[path.format(expert)].direction)
         np.testing.assert_array_equal(found[expert], b @ a)
     different = deltas | {path.format(1): lora(16, 24, rank=2)}
     assert "differ in rank" in refusal(different, folder)
@@ -697,7 +697,7 @@ def test_rows_are_interleaved_and_put_back(base, tmp_path, kv_heads, group, half
     write(conversion, tmp_path / "out.gguf", overwrite=True)
     read = read_adapter(tmp_path / "out.gguf")
     for path, name, count in ((Q, "blk.0.attn_q", heads), (k, "blk.0.attn_k", kv_heads)):
-        b = modules[path].b.load()
+        b = modules[path].direction.b.load()
         wanted = b.reshape(count, 2, half, -1).swapaxes(1, 2).reshape(b.shape)
         found = read.modules[name]
         np.testing.assert_allclose(found.scale * found.b.load(), scale * wanted, rtol=1e-6)

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 from loratools_formats import Adapter, Format, LoratoolsError, LowRank, TensorRef
-from loratools_formats.core.adapter import low_rank_part
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile, read_small_file
@@ -31,7 +30,7 @@ def _entry(tensor: TensorRef) -> dict:
 def _encoded(adapter: Adapter) -> bytes:
     modules = {}
     for name, delta in adapter.modules.items():
-        part = low_rank_part(delta)
+        part = delta.require_factors()
         modules[name] = {"scale": part.scale, "a": _entry(part.a), "b": _entry(part.b)}
     return MAGIC + json.dumps(modules, sort_keys=True).encode() + b"}"
 
@@ -60,8 +59,8 @@ class Demo(Format):
             format=self.name,
             source=path,
             modules={
-                name: LowRank(
-                    _tensor(f"{name}.a", m["a"]), _tensor(f"{name}.b", m["b"]), m["scale"]
+                name: ModuleChange(
+                    LowRank(_tensor(f"{name}.a", m["a"]), _tensor(f"{name}.b", m["b"]), m["scale"])
                 )
                 for name, m in modules.items()
             },

@@ -412,7 +412,9 @@ def test_we_read_what_diffusers_turns_into_kohyas_form(saved, tmp_path):
     save_file({k: t.contiguous() for k, t in convert_state_dict_to_kohya(state).items()}, path)
     adapter = read_adapter(path)
     assert adapter.format == "kohya"
-    assert {delta.alpha_tensor.dtype.code for delta in adapter.modules.values()} == {"I64"}
+    assert {delta.direction.alpha_tensor.dtype.code for delta in adapter.modules.values()} == {
+        "I64"
+    }
     run("convert", path, back, "--to", "diffusers", "--names", "sd1")
     found = in_any_version(ours(back))
     names = {key.partition(".lora_")[0] for key in state}

@@ -254,5 +254,5 @@ def test_whole_lokr_is_not_scaled_by_alpha(tmp_path):
 
     adapter = read_adapter(GOLDEN / "lycoris.safetensors")
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_v"
-    assert adapter.modules[name].settings["scale"] == 1.0
+    assert adapter.modules[name].kind_delta.settings["scale"] == 1.0
     np.testing.assert_allclose(dense(adapter.modules[name]), lycoris().deltas[name], atol=1e-12)

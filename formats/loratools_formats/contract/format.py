@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.core.adapter import Adapter, Delta
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.disk.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Format:
         del adapter
         return ""
 
-    def with_factors(self, adapter: Adapter, modules: Mapping[str, Delta]) -> Adapter:
+    def with_factors(self, adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
         """Return an adapter with modules that are plain factors or DoRAs of them.
 
         Args:

@@ -25,7 +25,7 @@ from pathlib import Path
 from loratools_formats.contract.files import read_adapter, write_adapter
 from loratools_formats.contract.format import Format
 from loratools_formats.contract.registry import find_format, get_format
-from loratools_formats.core.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.disk.errors import LoratoolsError, OutputExistsError
 
 
@@ -181,8 +181,7 @@ def _parts(adapter: Adapter) -> Iterator[tuple[object, ...]]:
         yield key, tensor.dtype.code, tensor.shape, bytes(tensor.raw())
 
 
-def _described(delta: Delta) -> tuple[object, ...]:
-    if isinstance(delta, OtherDelta):
-        return delta.kind, delta.shape, delta.layer, sorted(delta.settings.items())
-    part = low_rank_part(delta)
-    return part.scale, part.layer.kind, part.layer.kernel, isinstance(delta, Dora)
+def _described(delta: ModuleChange) -> tuple[object, ...]:
+    other = delta.kind_delta
+    told = sorted(other.settings.items()) if other is not None else delta.require_factors().scale
+    return delta.kind, delta.shape, delta.layer.kind, delta.layer.kernel, delta.is_dora, told

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loratools_formats.contract.format import Context, Format, Loss
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta, LowRank
+    from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
     from loratools_formats.core.tensors import TensorRef
 
 CONFIG_FILE = "adapter_config.json"
@@ -88,8 +88,8 @@ def _config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: bool) -> Delta:
-    from loratools_formats.core.adapter import Dora
+def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: bool) -> ModuleChange:
+    from loratools_formats.core.adapter import ModuleChange
     from loratools_formats.disk.errors import AdapterError
 
     if "lora_a" not in parts or "lora_b" not in parts or ("m" in parts) != is_dora:
@@ -101,7 +101,7 @@ def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: boo
         )
     direction = _factors(path, parts["lora_a"], parts["lora_b"], scale)
     if not is_dora:
-        return direction
+        return ModuleChange(direction)
     if parts["m"].numel != direction.shape[0]:
         raise AdapterError(
             "magnitude does not fit the module",
@@ -109,7 +109,7 @@ def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: boo
             got=list(parts["m"].shape),
             expected=f"{direction.shape[0]} elements",
         )
-    return Dora(direction, parts["m"])
+    return ModuleChange(direction, parts["m"])
 
 
 def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
@@ -133,18 +133,17 @@ def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
     )
 
 
-def _targets(modules: Mapping[str, Delta]) -> list[str]:
+def _targets(modules: Mapping[str, ModuleChange]) -> list[str]:
     """Return what mlx-lm calls the modules: paths within a layer, or whole paths outside."""
     found = ((_LAYER.fullmatch(name), name) for name in modules)
     return sorted({match[1] if match else name for match, name in found})
 
 
 def _stored(adapter: Adapter) -> Iterator[TensorRef]:
-    from loratools_formats.core.adapter import Dora, low_rank_part
     from loratools_formats.disk.errors import UnsupportedError
 
     for name, delta in adapter.modules.items():
-        part = low_rank_part(delta)
+        part = delta.require_factors()
         if part.bias is not None or part.layer.kind == "conv":
             what = "a convolution" if part.layer.kind == "conv" else "a bias of factors"
             raise UnsupportedError(f"an MLX adapter cannot hold {what}", tensor=name)
@@ -154,7 +153,7 @@ def _stored(adapter: Adapter) -> Iterator[TensorRef]:
         else:
             yield part.a.transposed((1, 0)).renamed(f"{name}.lora_a")
             yield part.b.transposed((1, 0)).renamed(f"{name}.lora_b")
-        if isinstance(delta, Dora):
+        if delta.magnitude is not None:
             yield delta.magnitude.reshaped((delta.magnitude.numel,)).renamed(f"{name}.m")
 
 
@@ -164,11 +163,10 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
     Raises:
         UnsupportedError: they do not share them, or only some are DoRA.
     """
-    from loratools_formats.core.adapter import Dora, low_rank_part
     from loratools_formats.disk.errors import UnsupportedError
 
-    parts = [low_rank_part(delta) for delta in adapter.modules.values()]
-    kinds = {isinstance(delta, Dora) for delta in adapter.modules.values()}
+    parts = [delta.require_factors() for delta in adapter.modules.values()]
+    kinds = {delta.is_dora for delta in adapter.modules.values()}
     for what, found in (
         ("rank", {part.rank for part in parts}),
         ("scale", {part.scale for part in parts}),

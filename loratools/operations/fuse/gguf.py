@@ -37,7 +37,7 @@ from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.files import check_target
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, low_rank_part
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import OutputExistsError, UnsupportedError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
@@ -301,7 +301,7 @@ def _changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
                 got=base.tensors[name].kind.name,
                 hint="Start from the original model",
             )
-        is_embedding = low_rank_part(delta).layer.kind == "embedding"
+        is_embedding = delta.require_factors().layer.kind == "embedding"
         placement = Placement(name, module, delta, transposed=is_embedding)
         found.append((name, Change(placement, item.weight)))
     return found

@@ -14,7 +14,7 @@ from loratools_formats.containers.gguf.container import KeyValue
 from loratools_formats.containers.gguf.cursor import ARRAY
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
 from loratools_formats.contract.format import Context
-from loratools_formats.core.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
+from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import invocation_tokens
 from loratools_formats.core.orientation import is_transposed
 from loratools_formats.core.tensors import TensorRef, joined
@@ -56,7 +56,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         )
     base = read_base(context.base)
     stacks: dict[str, dict[int, LowRank]] = {}
-    modules: dict[str, Delta] = {}
+    modules: dict[str, ModuleChange] = {}
     for path, delta in adapter.modules.items():
         try:
             for name, expert, part in _placed(path, plain_factors(delta), base):
@@ -64,7 +64,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
                 if known:
                     raise AdapterError("two modules become the same GGUF tensor", got=name)
                 if expert is None:
-                    modules[name] = part
+                    modules[name] = ModuleChange(part)
                 else:
                     stacks.setdefault(name, {})[expert] = part
         except LoratoolsError as error:
@@ -73,7 +73,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     for name, found in stacks.items():
         if name in modules:
             raise AdapterError("experts are adapted one by one and as a stack", tensor=name)
-        modules[name] = _stacked(name, found, base.sizes.experts)
+        modules[name] = ModuleChange(_stacked(name, found, base.sizes.experts))
     _check_shapes(modules, base)
     keys = dict(base_model_keys(adapter.base_model or ""))
     count = {"general.base_model.count": KeyValue("u32", 1)} if keys else {}
@@ -118,17 +118,17 @@ def _invocation(adapter: Adapter) -> dict[str, KeyValue]:
     return {} if tokens is None else {INVOCATION_KEY: KeyValue(ARRAY, tokens, "u32", len(tokens))}
 
 
-def plain_factors(delta: Delta) -> LowRank:
+def plain_factors(delta: ModuleChange) -> LowRank:
     """Return a delta if llama.cpp has its kind.
 
     Raises:
         UnsupportedError: it is a DoRA, or has a bias.
     """
-    if isinstance(delta, Dora):
+    if delta.is_dora:
         raise UnsupportedError(
             "llama.cpp has no DoRA", hint="Make a LoRA of it with `loratools to-lora` first"
         )
-    part = low_rank_part(delta)
+    part = delta.require_factors()
     if part.bias is not None:
         raise UnsupportedError(
             "llama.cpp adapters have no biases (lora_bias)",
@@ -257,11 +257,11 @@ def _zeros(like: TensorRef) -> TensorRef:
     return TensorRef(like.key, like.dtype, like.shape, lambda: bytes(like.nbytes))
 
 
-def _check_shapes(modules: Mapping[str, Delta], base: Base) -> None:
+def _check_shapes(modules: Mapping[str, ModuleChange], base: Base) -> None:
     if base.shapes is None:
         return
     for name, delta in modules.items():
-        _check_shape(name, low_rank_part(delta), base.shapes.get(f"{name}.weight"))
+        _check_shape(name, delta.require_factors(), base.shapes.get(f"{name}.weight"))
 
 
 def _check_fit(adapter: Adapter, model: GgufModel) -> None:
@@ -278,7 +278,7 @@ def _check_fit(adapter: Adapter, model: GgufModel) -> None:
         if f"{_OUTPUT}.weight" not in model.tensors:
             _refuse_tied(name)
         tensor = model.tensors.get(f"{name}.weight")
-        _check_shape(name, low_rank_part(delta), None if tensor is None else tensor.shape)
+        _check_shape(name, delta.require_factors(), None if tensor is None else tensor.shape)
 
 
 def _check_shape(name: str, delta: LowRank, wanted: tuple[int, ...] | None) -> None:

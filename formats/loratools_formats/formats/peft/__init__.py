@@ -16,7 +16,7 @@ from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.core.alora import INVOCATION_TOKENS
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import Adapter, ModuleChange
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -76,7 +76,7 @@ class Peft(Format):
 
         return left_to_loader(adapter.config.get("peft_type"), adapter.modules)
 
-    def with_factors(self, adapter: Adapter, modules: Mapping[str, Delta]) -> Adapter:
+    def with_factors(self, adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
         """Return a LoRA; biases that a format which is only read replaces are kept."""
         from loratools_formats.formats.peft.targets import with_factors
 

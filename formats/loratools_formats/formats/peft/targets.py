@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratools_formats.core.adapter import Adapter, Delta, low_rank_part
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft.config import MIDDLE_INITS, VARIANT_KEYS, is_set
@@ -59,7 +59,7 @@ _KEPT = (
 )  # fmt: skip
 
 
-def with_factors(adapter: Adapter, modules: Mapping[str, Delta]) -> Adapter:
+def with_factors(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
     """Return a LoRA of plain factors or DoRAs; ranks and scales are left to the writer.
 
     A LoRA's configuration stays. Of another kind's, what every kind has is kept. An adapter of a
@@ -105,6 +105,6 @@ def _module_paths(adapters: Sequence[Adapter]) -> list[str]:
             path
             for adapter in adapters
             for path, delta in adapter.modules.items()
-            if not low_rank_part(delta).layer.parameters
+            if not delta.require_factors().layer.parameters
         }
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.core.adapter import Caveat, Layer, OtherDelta
+from loratools_formats.core.adapter import Caveat, KindDelta, Layer
 from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -68,7 +68,7 @@ def variant_delta(
     factors: tuple[TensorRef, TensorRef, bool],
     setting: tuple[float, int],
     scale: float,
-) -> OtherDelta:
+) -> KindDelta:
     """Return the change of a module of a variant.
 
     Args:
@@ -118,7 +118,7 @@ def variant_delta(
         in_ = a.shape[1] * (count if a_is_blocks else 1)
     turn = square_orientation(bool(values.get("fan_in_fan_out")), path)
     layer = Layer("embedding") if embedding else Layer("linear", transposed_if_square=turn)
-    return OtherDelta(kind, own, settings, layer, (out, in_), magnitude=parts.get("magnitude"))
+    return KindDelta(kind, own, settings, layer, (out, in_))
 
 
 def lost_middle(folder: Path, has_middle: bool) -> list[Caveat]:

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from loratools_formats.containers.safetensors_write import header_bytes, in_file_order
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.formats.singlefile.scale import plain_part
 
 _LEGACY_OFFSET = 0x100000
 _LEGACY_BYTES = 0x10000
@@ -27,7 +26,8 @@ def updated(adapter: Adapter) -> dict[str, str]:
     metadata = dict(adapter.metadata)
     if adapter.provenance is None:
         return metadata
-    plain = [part for part in map(plain_part, adapter.modules.values()) if part is not None]
+    found = [change.factors for change in adapter.modules.values()]
+    plain = [part for part in found if part is not None]
     # Convolutions have a rank of their own, which sd-scripts records elsewhere.
     plain = [part for part in plain if math.prod(part.layer.kernel) == 1] or plain
     if plain and "ss_network_dim" in metadata:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Delta
+    from loratools_formats.core.adapter import KindDelta
     from loratools_formats.core.tensors import TensorRef
 
 _PARTS = {
@@ -41,9 +41,9 @@ class LoLdu(StateDictFormat):
     parts = _PARTS
     expected = "names with .parametrizations.weight. in them"
 
-    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> Delta:
+    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return the change of vectors alone, or of a whole parametrisation."""
-        from loratools_formats.core.adapter import Missing, OtherDelta
+        from loratools_formats.core.adapter import KindDelta, Missing
 
         state.check_factors({part: parts[part] for part in parts if part == "z"}, 1)
         if set(parts) == {"z"}:
@@ -54,13 +54,13 @@ class LoLdu(StateDictFormat):
                     choices=_INITS,
                 ),
             }
-            return OtherDelta("loldu", parts, settings)
+            return KindDelta("loldu", parts, settings)
         if not set(parts) >= _WHOLE:
             raise state.lacking(module, parts, "vector_z alone, or all of the parametrisation")
         state.check_factors({"residual": parts["residual"]})
         state.check_number(parts["scale"])
         out, in_ = parts["residual"].shape
-        return OtherDelta("loldu_full", parts, shape=(out, in_))
+        return KindDelta("loldu_full", parts, shape=(out, in_))
 
 
 FORMAT = LoLdu()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Delta
+    from loratools_formats.core.adapter import KindDelta
     from loratools_formats.core.tensors import TensorRef
 
 _PARTS = {"weight_a": "a", "weight_b": "b"}
@@ -27,9 +27,9 @@ class LoraFactory(StateDictFormat):
     parts = _PARTS
     expected = "names that end in .weight_a or .weight_b"
 
-    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> Delta:
+    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return a pair of factors whose scale and variant are missing."""
-        from loratools_formats.core.adapter import Missing, OtherDelta
+        from loratools_formats.core.adapter import KindDelta, Missing
 
         if set(parts) != {"a", "b"}:
             raise state.lacking(module, parts, "weight_a and weight_b")
@@ -42,7 +42,7 @@ class LoraFactory(StateDictFormat):
             ),
         }
         shape = (parts["b"].shape[0], parts["a"].shape[1])
-        return OtherDelta("unscaled", parts, settings, shape=shape)
+        return KindDelta("unscaled", parts, settings, shape=shape)
 
 
 FORMAT = LoraFactory()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta, Replacement
+    from loratools_formats.core.adapter import Adapter, ModuleChange, Replacement
     from loratools_formats.core.tensors import TensorRef
 
 _KEY = re.compile(r"(?P<module>.+?)\.lora\.(?P<side>[AB])")
@@ -59,7 +59,7 @@ class LoRat(StateDictFormat):
             raise state.unknown(next(iter(shared)), " and ".join(_ROOT))
         for number in shared.values():
             state.check_number(number)
-        modules: dict[str, Delta] = {}
+        modules: dict[str, ModuleChange] = {}
         for module, found in own.items():
             sides = {name.removeprefix("a").removeprefix("b") for name in found}
             if any(f"{side}{end}" not in found for side in "ab" for end in sides):
@@ -72,8 +72,8 @@ class LoRat(StateDictFormat):
         return state.adapter(self.name, modules, shared=shared, replacements=replacements)
 
 
-def _delta(own: dict[str, TensorRef], parts: str, shared: dict[str, TensorRef]) -> Delta:
-    from loratools_formats.core.adapter import Missing, OtherDelta
+def _delta(own: dict[str, TensorRef], parts: str, shared: dict[str, TensorRef]) -> ModuleChange:
+    from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
 
     settings: dict[str, Any] = {"parts": parts}
     if not shared:
@@ -82,7 +82,7 @@ def _delta(own: dict[str, TensorRef], parts: str, shared: dict[str, TensorRef]) 
     first = next(name for name in own if name.startswith("a"))
     height = own[f"b{first[1:]}"].shape[0] * max(len(parts), 1)
     shape = (height, own[first].shape[1])
-    return OtherDelta("lorat", own, settings, shape=shape, shared=numbers)
+    return ModuleChange(KindDelta("lorat", own, settings, shape=shape, shared=numbers))
 
 
 FORMAT = LoRat()

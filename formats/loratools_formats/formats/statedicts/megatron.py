@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, OtherDelta
+    from loratools_formats.core.adapter import Adapter, ModuleChange
     from loratools_formats.core.tensors import TensorRef
 
 _QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
@@ -125,7 +125,7 @@ def adapter_of(state: StateDict, format_name: str, alpha: float | None = None) -
         if _PARTS[key["part"]] in own:
             raise state.unknown(name, "one tensor of that name")
         own[_PARTS[key["part"]]] = tensor
-    modules: dict[str, OtherDelta] = {}
+    modules: dict[str, ModuleChange] = {}
     shared: dict[str, TensorRef] = {}
     for (layer, adapter), own in parts.items():
         found = _deltas(state, layer, adapter, own)
@@ -139,15 +139,16 @@ def adapter_of(state: StateDict, format_name: str, alpha: float | None = None) -
             shared |= {tensor.key: tensor for tensor in own.values()}
     if alpha is not None:
         modules = {
-            name: replace(delta, settings={**delta.settings, "alpha": alpha})
-            for name, delta in modules.items()
+            name: change.with_direction(replace(other, settings={**other.settings, "alpha": alpha}))
+            for name, change in modules.items()
+            if (other := change.kind_delta) is not None
         }
     return state.adapter(format_name, modules, shared=shared)
 
 
 def _deltas(
     state: StateDict, layer: int, adapter: str, own: dict[str, TensorRef]
-) -> dict[str, OtherDelta]:
+) -> dict[str, ModuleChange]:
     """Return the changes that one adapter makes, by the projection's path in the model."""
     module = f"layers.{layer}.{adapter}"
     if not {"a", "b"} <= set(own):
@@ -188,8 +189,8 @@ def _of_experts(
 
 def _delta(
     projection: str, own: dict[str, TensorRef], *, is_shared: bool, is_expert: bool
-) -> OtherDelta:
-    from loratools_formats.core.adapter import Missing, OtherDelta
+) -> ModuleChange:
+    from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
 
     settings: dict[str, Any] = {
         "alpha": Missing("alpha of the run's configuration; the rank for NeMo before it had one"),
@@ -213,14 +214,11 @@ def _delta(
         )
     if is_shared:
         out = own["b"].shape[0] if projection == "whole" else None
-        return OtherDelta("megatron", {}, settings, shape=(out, own["a"].shape[1]), shared=own)
-    return OtherDelta(
-        "megatron",
-        {part: own[part] for part in "ab"},
-        settings,
-        shape=(own["b"].shape[0], own["a"].shape[1]),
-        magnitude=own.get("magnitude"),
-    )
+        other = KindDelta("megatron", {}, settings, shape=(out, own["a"].shape[1]), shared=own)
+    else:
+        shape = (own["b"].shape[0], own["a"].shape[1])
+        other = KindDelta("megatron", {part: own[part] for part in "ab"}, settings, shape=shape)
+    return ModuleChange(other, own.get("magnitude"))
 
 
 FORMAT = Megatron()

@@ -14,7 +14,7 @@ from loratools_formats.formats.statedicts.statedict import StateDict, StateDictF
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import Adapter, KindDelta
     from loratools_formats.core.tensors import TensorRef
 
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,9 +44,9 @@ class PeftWeights(StateDictFormat):
         note = "there is no adapter_config.json beside it, which would tell the scale"
         return replace(adapter, notes=(*adapter.notes, note))
 
-    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> Delta:
+    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return a pair of factors whose scale and variant are missing."""
-        from loratools_formats.core.adapter import Layer, Missing, OtherDelta
+        from loratools_formats.core.adapter import KindDelta, Layer, Missing
         from loratools_formats.core.peft_facts import square_orientation
 
         if set(parts) != {"a", "b"}:
@@ -58,7 +58,7 @@ class PeftWeights(StateDictFormat):
         }
         layer = Layer("linear", transposed_if_square=square_orientation(False, module))
         shape = (parts["b"].shape[0], parts["a"].shape[1])
-        return OtherDelta("unscaled", parts, settings, layer, shape)
+        return KindDelta("unscaled", parts, settings, layer, shape)
 
 
 FORMAT = PeftWeights()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import Adapter, KindDelta
     from loratools_formats.core.tensors import TensorRef
 
 _AXES = {"lambda": 2, "gamma": 2, "a": 3, "b": 3}
@@ -44,9 +44,9 @@ class RandLora(StateDictFormat):
             state.check_same([parts[basis] for parts in self.by_module(state).values()])
         return adapter
 
-    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> Delta:
+    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return the change of a linear or fused layer, or of one in vision."""
-        from loratools_formats.core.adapter import Layer, Missing, OtherDelta
+        from loratools_formats.core.adapter import KindDelta, Layer, Missing
 
         if set(parts) != set(_AXES):
             raise state.lacking(module, parts, "trained diagonals, basis_a and basis_b")
@@ -58,7 +58,7 @@ class RandLora(StateDictFormat):
             "vision": vision,
         }
         if vision:
-            return OtherDelta("randlora_authors", parts, settings)
+            return KindDelta("randlora_authors", parts, settings)
         fused = parts["lambda"].shape[1] > parts["b"].shape[2] or module.endswith(_FUSED)
         if fused:
             settings["groups"] = Missing(
@@ -66,7 +66,7 @@ class RandLora(StateDictFormat):
                 pattern="[01]*1[01]*",
             )
         layer = Layer("linear", transposed_if_square=None if fused else True)
-        return OtherDelta("randlora_authors", parts, settings, layer)
+        return KindDelta("randlora_authors", parts, settings, layer)
 
 
 FORMAT = RandLora()

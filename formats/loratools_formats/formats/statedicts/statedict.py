@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from loratools_formats.containers.safetensors_read import SafetensorsFile
-    from loratools_formats.core.adapter import Adapter, Delta, Replacement
+    from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange, Replacement
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.errors import AdapterError
     from loratools_formats.disk.files import RegularFile
@@ -60,8 +60,10 @@ class StateDictFormat(Format):
         Raises:
             AdapterError: an unknown name, or tensors that do not belong together.
         """
+        from loratools_formats.core.adapter import ModuleChange
+
         own = self.by_module(state)
-        modules = {module: self.delta(state, module, own[module]) for module in own}
+        modules = {name: ModuleChange(self.delta(state, name, own[name])) for name in own}
         return state.adapter(self.name, modules)
 
     def by_module(self, state: StateDict) -> dict[str, dict[str, TensorRef]]:
@@ -80,7 +82,7 @@ class StateDictFormat(Format):
             own.setdefault(match["module"], {})[self.parts[match["part"]]] = tensor
         return own
 
-    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> Delta:
+    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return the change of one module.
 
         Raises:
@@ -260,7 +262,7 @@ class StateDict:
     def adapter(
         self,
         format_name: str,
-        modules: Mapping[str, Delta],
+        modules: Mapping[str, ModuleChange],
         *,
         shared: dict[str, TensorRef] | None = None,
         replacements: dict[str, Replacement] | None = None,

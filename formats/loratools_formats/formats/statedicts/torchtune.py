@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta, Missing
+    from loratools_formats.core.adapter import Adapter, Missing, ModuleChange
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.files import RegularFile
 
@@ -71,7 +71,7 @@ class Torchtune(StateDictFormat):
             state.check_factors({part: own[part] for part in "ab"})
             ranks.add(own["a"].shape[0])
         alpha, beside = _alpha(state.path.parent, ranks)
-        modules: dict[str, Delta] = {
+        modules: dict[str, ModuleChange] = {
             _path_in_model(module): _delta(module, own, alpha) for module, own in parts.items()
         }
         return state.adapter(self.name, modules, beside=beside)
@@ -84,8 +84,8 @@ def _path_in_model(module: str) -> str:
     return f"model.{layers}.{number}.{_IN_LAYER[rest]}"
 
 
-def _delta(module: str, own: dict[str, TensorRef], alpha: float | Missing) -> Delta:
-    from loratools_formats.core.adapter import Missing, OtherDelta
+def _delta(module: str, own: dict[str, TensorRef], alpha: float | Missing) -> ModuleChange:
+    from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
 
     settings: dict[str, Any] = {"alpha": alpha}
     heads = _HEADS.get(module.rpartition(".")[2])
@@ -101,13 +101,9 @@ def _delta(module: str, own: dict[str, TensorRef], alpha: float | Missing) -> De
             whole=True,
             in_base=(heads, "num_attention_heads"),
         )
-    return OtherDelta(
-        "torchtune",
-        {part: own[part] for part in "ab"},
-        settings,
-        shape=(own["b"].shape[0], own["a"].shape[1]),
-        magnitude=own.get("magnitude"),
-    )
+    shape = (own["b"].shape[0], own["a"].shape[1])
+    direction = KindDelta("torchtune", {part: own[part] for part in "ab"}, settings, shape=shape)
+    return ModuleChange(direction, own.get("magnitude"))
 
 
 def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[RegularFile, ...]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import Adapter, ModuleChange
 
 _PARTS = {
     "project_params_A": "indices_a",
@@ -36,16 +36,16 @@ class UniLora(StateDictFormat):
 
     def adapter(self, state: StateDict) -> Adapter:
         """Return the adapter, with the bank shared by all modules."""
-        from loratools_formats.core.adapter import OtherDelta
+        from loratools_formats.core.adapter import KindDelta, ModuleChange
 
-        modules: dict[str, Delta] = {}
+        modules: dict[str, ModuleChange] = {}
         found, shared = state.with_one_bank(self.by_module(state), self.parts)
         for module, parts in found.items():
             crossed = {name: ref for name, ref in parts.items() if name != "bank"}
             state.check_axes(crossed, 2)
             parts |= {name: ref.transposed((1, 0)) for name, ref in crossed.items()}
             shape = (parts["indices_b"].shape[0], parts["indices_a"].shape[1])
-            modules[module] = OtherDelta("unilora", parts, shape=shape, shared=shared)
+            modules[module] = ModuleChange(KindDelta("unilora", parts, shape=shape, shared=shared))
         bank = {tensor.key: tensor for tensor in shared.values()}
         return state.adapter(self.name, modules, shared=bank)
 

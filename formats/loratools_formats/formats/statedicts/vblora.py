@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import Adapter, ModuleChange
 
 _PARTS = {"logits_A": "logits_a", "logits_B": "logits_b", "vector_bank": "bank"}
 
@@ -29,9 +29,9 @@ class VbLora(StateDictFormat):
 
     def adapter(self, state: StateDict) -> Adapter:
         """Return the adapter, with the bank shared by all modules."""
-        from loratools_formats.core.adapter import Missing, OtherDelta
+        from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
 
-        modules: dict[str, Delta] = {}
+        modules: dict[str, ModuleChange] = {}
         found, shared = state.with_one_bank(self.by_module(state), self.parts)
         for module, parts in found.items():
             state.check_factors({name: parts[name] for name in ("logits_a", "logits_b")}, 3)
@@ -41,7 +41,9 @@ class VbLora(StateDictFormat):
             shape = (parts["logits_b"].shape[0] * length, parts["logits_a"].shape[0] * length)
             parts["logits_a"] = parts["logits_a"].transposed((1, 0, 2))
             settings = {"topk": Missing("topk of the training script", whole=True)}
-            modules[module] = OtherDelta("vblora", parts, settings, shape=shape, shared=shared)
+            modules[module] = ModuleChange(
+                KindDelta("vblora", parts, settings, shape=shape, shared=shared)
+            )
         shared_by_key = {tensor.key: tensor for tensor in shared.values()}
         return state.adapter(self.name, modules, shared=shared_by_key)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loratools_formats.core.adapter import Delta
+from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.config_values import Values
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -83,7 +83,7 @@ class PeftKind:
     variant: Callable[[Module], str | None] = lambda _module: None
     settings_of_all: Callable[[int], dict[str, Any]] = lambda _count: {}
     shared_by: Callable[[str], str] | None = None
-    left_to_loader: Callable[[Mapping[str, Delta]], str] = lambda _modules: ""
+    left_to_loader: Callable[[Mapping[str, ModuleChange]], str] = lambda _modules: ""
     layer: Literal["linear", "embedding"] = "linear"
     takes_embeddings: bool = False
 

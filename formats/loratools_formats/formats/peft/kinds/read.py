@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.core.adapter import Caveat, Delta, Layer, OtherDelta
+from loratools_formats.core.adapter import Caveat, KindDelta, Layer, ModuleChange
 from loratools_formats.core.config_values import Values
 from loratools_formats.core.peft_facts import PREFIX, square_orientation
 from loratools_formats.core.tensors import TensorRef
@@ -48,7 +48,7 @@ def reason_against(peft_type: str) -> Caveat | None:
     )
 
 
-def left_to_loader(peft_type: Any, modules: Mapping[str, Delta]) -> str:
+def left_to_loader(peft_type: Any, modules: Mapping[str, ModuleChange]) -> str:
     """Name what a file leaves to be computed from the base; empty if nothing."""
     kind = PEFT_KINDS.get(peft_type)
     return "" if kind is None else kind.left_to_loader(modules)
@@ -67,7 +67,7 @@ def caveats_of(values: Mapping[str, Any]) -> list[Caveat]:
 
 def read_modules(
     values: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path
-) -> tuple[dict[str, OtherDelta], dict[str, TensorRef], dict[str, TensorRef]]:
+) -> tuple[dict[str, KindDelta], dict[str, TensorRef], dict[str, TensorRef]]:
     """Return the modules, the tensors that they share, and the rest of the file.
 
     Raises:
@@ -164,7 +164,7 @@ def _delta(
     shared: Mapping[str, TensorRef],
     alpha: Any,
     rank: Any,
-) -> OtherDelta:
+) -> KindDelta:
     common = _shared_of(kind, path, shared)
     for number, name in ((alpha, "alpha"), (rank, "r")):
         wrong = number is not None and (
@@ -195,7 +195,7 @@ def _delta(
     kernels = [own[part].shape[2:] for part in kind.kernel_of if part in own]
     if any(kernels):
         layer = Layer("conv", kernel=next(filter(None, kernels)))
-    return OtherDelta(kind.variant(module) or kind.kind, own, settings, layer, shape, common)
+    return KindDelta(kind.variant(module) or kind.kind, own, settings, layer, shape, common)
 
 
 def _expected(kind: PeftKind, part: str) -> str:

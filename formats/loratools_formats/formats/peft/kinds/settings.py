@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from loratools_formats.core.adapter import Delta, Missing, OtherDelta
+from loratools_formats.core.adapter import Missing, ModuleChange
 from loratools_formats.core.config_values import Values
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -194,15 +194,16 @@ def supertuning(values: Values, module: Module) -> dict[str, Any]:
     return {"scale": 1.0, "factor_scale": factor_scale}
 
 
-def unilora_left(modules: Mapping[str, Delta]) -> str:
+def unilora_left(modules: Mapping[str, ModuleChange]) -> str:
     """PEFT saves the indices of Uni-LoRA, by which its modules are known, only if asked to."""
     return "" if modules else "Uni-LoRA's indices"
 
 
-def frod_left(modules: Mapping[str, Delta]) -> str:
+def frod_left(modules: Mapping[str, ModuleChange]) -> str:
     """PEFT saves the basis of FRoD only if asked to."""
-    lacking = (isinstance(d, OtherDelta) and "v" not in d.shared for d in modules.values())
-    return "FRoD's bases" if any(lacking) else ""
+    others = [change.kind_delta for change in modules.values()]
+    lacks = any(other is not None and "v" not in other.shared for other in others)
+    return "FRoD's bases" if lacks else ""
 
 
 def miss_variant(module: Module) -> str | None:
