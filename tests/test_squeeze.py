@@ -139,7 +139,7 @@ def test_kept_module_keeps_another_scale(make_folder, tmp_path):
     source = read_adapter(make_folder(modules=MODULES, lora_alpha=11))
     rule = RankRule(rank=8, patterns=(("down", 2),))
     after = written(squeeze(source, rule), tmp_path / "out")
-    kept = after.modules["layers.0.q"]
+    kept = after.modules["layers.0.q"].direction
     assert kept.scale == 11 / 8
     assert bytes(kept.b.raw()) == bytes(source.modules["layers.0.q"].direction.b.raw())
 

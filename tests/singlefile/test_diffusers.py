@@ -548,7 +548,7 @@ def test_pieces_of_mixed_factors_get_their_ranks_back(tmp_path, dtype, option):
     for name, delta in read_adapter(target).modules.items():
         own = name.rpartition(".")[2]
         assert delta.rank == ranks[own]
-        assert delta.scale == (3.0 if option else 1.0)
+        assert delta.direction.scale == (3.0 if option else 1.0)
         np.testing.assert_allclose(
             dense(delta), 3.0 * pieces[own], atol=1e-4 if dtype == np.float32 else 1e-11
         )
