@@ -71,10 +71,10 @@ def test_losses_are_refused_and_left_out_when_allowed(make_folder, tmp_path, mon
     import loratools_demo_plugin
 
     folder = make_folder()
-    monkeypatch.setitem(
-        loratools_demo_plugin.FORMAT.__dict__,
+    monkeypatch.setattr(
+        loratools_demo_plugin.Demo,
         "losses",
-        lambda adapter: [Loss("layers.0.q", "has no place in a test")],
+        lambda self, adapter: [Loss("layers.0.q", "has no place in a test")],
     )
     with pytest.raises(UnsupportedError, match=r"layers\.0\.q has no place"):
         prepare(read_adapter(folder), "demo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 
 import click
 
@@ -25,6 +26,7 @@ def run(cli: click.Command) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    warnings.showwarning = _noted
     if "--traceback" in sys.argv[1:2]:
         sys.exit(_call(cli))
     try:
@@ -45,6 +47,11 @@ def run(cli: click.Command) -> None:
         click.echo(f"error: {describe(error)}", err=True)
         code = EXIT_ERROR
     sys.exit(code)
+
+
+def _noted(message: Warning | str, *_about: object) -> None:
+    """Show a warning as commands show every note; a library has no other way to speak."""
+    click.echo(f"note: {message}", err=True)
 
 
 def _call(cli: click.Command) -> int:

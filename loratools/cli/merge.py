@@ -20,7 +20,7 @@ from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles
 from loratools.work.declared import declared
 from loratools.work.requests import Reading, Reporting, Writing
-from loratools_formats.contract.registry import check_target
+from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import OptionError
 
 

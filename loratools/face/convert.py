@@ -10,7 +10,7 @@ from typing import ClassVar
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
 from loratools.face.source import IN_PLACE, READING, Source, destination, opened
-from loratools.operations.convert.compare_written import ConversionCheck, compared, rank_of
+from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.operation import (
     Conversion,
     ConvertOptions,
@@ -20,17 +20,11 @@ from loratools.operations.convert.operation import (
 from loratools.operations.convert.operation import write as write_converted
 from loratools.work.json_object import hidden, named
 from loratools.work.requests import Reading, Writing
-from loratools_formats.contract.registry import (
-    Context,
-    Loss,
-    format_for_output,
-    get_format,
-    registered_formats,
-    write_adapter,
-)
+from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.format import Context, Loss
+from loratools_formats.contract.registry import format_for_output, get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LossyError, OptionError
-from loratools_formats.formats.singlefile import NAMES as SINGLE_FILES
 
 
 @dataclass(frozen=True)
@@ -187,7 +181,7 @@ def _target(source: str, to: str | None, output: Path | None) -> tuple[str, bool
         return get_format(to).name, False
     if output is None:
         raise OptionError("no output given", hint="Add `output=PATH`, or `to=FORMAT`")
-    if source in SINGLE_FILES and output.name.lower().endswith(".safetensors"):
+    if get_format(source).naming is not None and output.name.lower().endswith(".safetensors"):
         return source, True
     return format_for_output(output).name, False
 
@@ -216,8 +210,8 @@ def _result(conversion: Conversion, check: ConversionCheck | None) -> ConvertRes
         relative_error=None if check is None else check.relative_error,
         other_error=None if check is None else check.other_error,
         modules=tuple(
-            ConvertedModule(name, rank_of(delta), errors.get(name))
-            for name, delta in conversion.adapter.modules.items()
+            ConvertedModule(name, change.rank, errors.get(name))
+            for name, change in conversion.adapter.modules.items()
         ),
         conversion=conversion,
     )

@@ -98,8 +98,8 @@ def formats() -> FormatsResult:
                 package=entry.package,
                 broken=entry.format is None,
                 error=entry.error,
-                read=entry.format is not None and entry.format.read is not None,
-                write=entry.format is not None and entry.format.write is not None,
+                read=entry.format is not None and entry.format.is_readable,
+                write=entry.format is not None and entry.format.is_writable,
                 description=None if entry.format is None else entry.format.description,
             )
             for entry in registered_formats()

@@ -39,7 +39,8 @@ from loratools.operations.merge.result import MergeModuleReport
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.contract.registry import get_format, write_adapter
+from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.registry import get_format
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.publish import publish_file
 

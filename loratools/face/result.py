@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
-from loratools_formats.contract.registry import get_format, registered_formats, write_adapter
+from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.registry import get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import InexactError, OptionError
 
@@ -95,9 +96,8 @@ def _check_name(output: Path, format_name: str) -> None:
 
 
 def written_nbytes(adapter: Adapter) -> int:
-    """Return the size of the weights in the adapter's format; 0 if the format cannot tell."""
-    planned = get_format(adapter.format).weights_nbytes
-    return 0 if planned is None else planned(adapter)
+    """Return the size of the weights in the adapter's format."""
+    return get_format(adapter.format).weights_nbytes(adapter)
 
 
 def check_error(result: Any, limit: float | None) -> None:

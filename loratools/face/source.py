@@ -11,7 +11,7 @@ from typing import Any
 
 from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from loratools_formats.contract.registry import check_target, read_adapter
+from loratools_formats.contract.files import check_target, read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 

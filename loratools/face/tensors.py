@@ -19,8 +19,9 @@ from loratools.folding.with_base import Opened, Opener
 from loratools.folding.without_base import needs_base, with_settings
 from loratools.lowrank.matrices import loaded
 from loratools.lowrank.resize import ComputeOptions
-from loratools_formats.contract.registry import Context, get_format
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.contract.format import Context
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
@@ -131,11 +132,9 @@ def from_factors(
     """
     if not modules:
         raise OptionError("no modules given")
-    changes: Any = {name: _low_rank(name, pair, alpha) for name, pair in modules.items()}
-    translate = get_format("peft").from_model
-    assert translate is not None
+    changes = {name: ModuleChange(_low_rank(name, pair, alpha)) for name, pair in modules.items()}
     plain = Adapter(format="arrays", source=None, modules=changes, base_model=base_model)
-    return translate(plain, Context())
+    return get_format("peft").from_model(plain, Context())
 
 
 def _depends_on_base(adapter: Adapter, name: str) -> bool:
@@ -155,8 +154,8 @@ def _opened(adapter: Adapter, name: str, base: Model | None) -> LowRank | Opened
         )
     adapter.require_true_delta("delta")
     change = adapter.modules[name]
-    if isinstance(change, LowRank):
-        return change
+    if change.factors is not None and not change.is_dora:
+        return change.factors
     checkpoint = None if base is None else model(base)
     complete = regenerated(adapter, checkpoint, {})
     told = with_settings(complete.adapter, complete.unused, checkpoint)

@@ -173,8 +173,7 @@ def to_lora_choices(
 
 def _check_format(adapter: Adapter) -> None:
     """Refuse full differences in a format that has none, even if nothing is to be written."""
-    losses = get_format(adapter.format).losses
-    found = [] if losses is None else losses(adapter)
+    found = get_format(adapter.format).losses(adapter)
     if found:
         raise UnsupportedError(
             f"format {adapter.format} cannot hold it: {found[0].reason}",

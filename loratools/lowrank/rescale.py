@@ -11,23 +11,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools_formats.core.adapter import Delta, Dora, LowRank, OtherDelta
+from loratools_formats.core.adapter import LowRank, ModuleChange
 from loratools_formats.core.dtypes import encode
 from loratools_formats.core.tensors import TensorRef
 
 
-def folded(delta: Delta, *, rounding: bool = False) -> Delta:
+def folded(delta: ModuleChange, *, rounding: bool = False) -> ModuleChange:
     """Return a delta of scale 1.
 
     Args:
         delta: any; a kind without factors stays as it is.
         rounding: whether values may be rounded; if not, a scale that cannot be moved exactly stays.
     """
-    if isinstance(delta, OtherDelta):
-        return delta
-    if isinstance(delta, Dora):
-        return replace(delta, direction=_folded(delta.direction, rounding))
-    return _folded(delta, rounding)
+    part = delta.factors
+    return delta if part is None else delta.with_direction(_folded(part, rounding))
 
 
 def _folded(delta: LowRank, rounding: bool) -> LowRank:

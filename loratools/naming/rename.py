@@ -22,9 +22,9 @@ from loratools.naming.places import (
     text_name,
 )
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
-from loratools_formats.core.adapter import Adapter, Addition, Delta, Replacement
+from loratools_formats.core.adapter import Adapter, Addition, ModuleChange, Replacement
+from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-from loratools_formats.formats.singlefile.grammar import COMPONENTS
 
 _FLAT_OF = {
     "unet.": "lora_unet_",
@@ -68,7 +68,7 @@ class Renamed:
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     split: frozenset[str] = frozenset()
-    exact: Mapping[str, Delta] = field(default_factory=dict)
+    exact: Mapping[str, ModuleChange] = field(default_factory=dict)
 
 
 def renamed(adapter: Adapter, target: Target, options: NamingOptions | None = None) -> Renamed:
@@ -324,7 +324,7 @@ def _moved(
 
 def _finished(
     adapter: Adapter,
-    modules: Mapping[str, Delta],
+    modules: Mapping[str, ModuleChange],
     additions: Mapping[str, Addition],
     target: Target,
     dotted: Mapping[str, str],

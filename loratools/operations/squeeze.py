@@ -30,7 +30,7 @@ from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.disk.errors import (
     AdapterError,
     LoratoolsError,
@@ -128,7 +128,7 @@ def squeeze(
             adapter, apart, selected, rule, options, added, scratch_folder, progress
         )
     modules = {outcome.report.name: outcome.delta for outcome in done}
-    scales = {low_rank_part(delta).scale for delta in adapter.modules.values()}
+    scales = {delta.require_factors().scale for delta in adapter.modules.values()}
     if all(outcome.unchanged for outcome in done) and (not rule.uniform or len(scales) == 1):
         modules = dict(adapter.modules)
     squeezed = replace(
@@ -145,7 +145,7 @@ def squeeze(
             sum(outcome.squared_error for outcome in done),
             sum(outcome.squared_norm for outcome in done),
         ),
-        directional=any(isinstance(delta, Dora) for delta in modules.values()),
+        directional=any(delta.is_dora for delta in modules.values()),
         kept_whole=tuple(kept_whole),
     )
 
@@ -156,7 +156,7 @@ def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None)
     Files that hold one kind for all modules get factors of all that have them.
     """
     selected = {name for name in adapter.modules if name in selection}
-    if get_format(adapter.format).plain_config is not None:
+    if get_format(adapter.format).one_kind:
         adapter = folded_where_exact(adapter, "squeeze", scratch_folder, leave=selected)
     others = set(adapter.modules) - selected
     return folded_where_exact(adapter, "squeeze", scratch_folder, leave=others, dense=False)
@@ -165,17 +165,17 @@ def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None)
 def _taken_apart(adapter: Adapter, kept_whole: Container[str]) -> dict[str, Apart]:
     return {
         name: Apart(name, delta)
-        for name, delta in adapter.modules.items()
-        if isinstance(delta, OtherDelta) and name not in kept_whole
+        for name, change in adapter.modules.items()
+        if (delta := change.kind_delta) is not None and name not in kept_whole
     }
 
 
 def _as_templates(adapter: Adapter, apart: Mapping[str, Apart]) -> Adapter:
-    templates = {name: one.template() for name, one in apart.items()}
+    templates = {name: ModuleChange(one.template()) for name, one in apart.items()}
     return replace(adapter, modules={**adapter.modules, **templates})
 
 
-def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]:
+def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, ModuleChange]:
     """Return the modules without factors that stay as they are.
 
     Raises:
@@ -185,7 +185,7 @@ def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]
     found = {
         name: delta
         for name, delta in adapter.modules.items()
-        if isinstance(delta, OtherDelta) and not (name in selection and is_apart(delta))
+        if delta.factors is None and not (name in selection and is_apart(delta))
     }
     for name, delta in found.items():
         if name in selection and (delta.kind != "full" or delta.is_dora):
@@ -211,7 +211,7 @@ def _without(adapter: Adapter, names: Container[str]) -> Adapter:
     return replace(adapter, modules=modules)
 
 
-def _nbytes(modules: Mapping[str, OtherDelta]) -> int:
+def _nbytes(modules: Mapping[str, ModuleChange]) -> int:
     """Return the bytes of modules in a file, their part of the header about."""
     tensors = [tensor for delta in modules.values() for tensor in delta.tensors()]
     return sum(tensor.nbytes + 128 + len(tensor.key) for tensor in tensors)
@@ -239,7 +239,9 @@ def _all_squeezed(
     grouped: set[str] = set()
     for group in groups:
         chosen = {name: rank for name, rank in (ranks or {}).items() if name in group}
-        if any(rank != low_rank_part(adapter.modules[name]).rank for name, rank in chosen.items()):
+        if any(
+            rank != adapter.modules[name].require_factors().rank for name, rank in chosen.items()
+        ):
             ranks = {**(ranks or {}), **dict.fromkeys(chosen, max(chosen.values()))}
             grouped |= set(chosen)
     resizer = Resizer(options, Scratch(scratch_folder), rule.uniform)
@@ -268,7 +270,7 @@ def _all_squeezed(
 
 
 def _alphas(adapter: Adapter) -> set[float]:
-    parts = [low_rank_part(delta) for delta in adapter.modules.values()]
+    parts = [delta.require_factors() for delta in adapter.modules.values()]
     return {part.alpha for part in parts if part.alpha is not None}
 
 
@@ -280,7 +282,7 @@ def _sharing_settings(adapter: Adapter) -> list[list[str]]:
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, delta in adapter.modules.items():
-        parameters = low_rank_part(delta).layer.parameters
+        parameters = delta.require_factors().layer.parameters
         if len(parameters) > 1:
             groups.setdefault(parameters, []).append(name)
     return [names for names in groups.values() if len(names) > 1]
@@ -311,15 +313,15 @@ def rank_choices(
 
 @dataclass(frozen=True)
 class _Outcome:
-    delta: Delta
+    delta: ModuleChange
     report: ModuleReport
     squared_error: float
     squared_norm: float
     unchanged: bool
 
 
-def _untouched(name: str, whole: Delta, device: Device) -> _Outcome:
-    delta = low_rank_part(whole)
+def _untouched(name: str, whole: ModuleChange, device: Device) -> _Outcome:
+    delta = whole.require_factors()
     squared_norm = sum(part.squared_norm for part in matrices(delta, device))
     report = ModuleReport(name, delta.rank, delta.rank, 1.0, 0.0)
     return _Outcome(whole, report, 0.0, squared_norm, unchanged=True)
@@ -327,7 +329,7 @@ def _untouched(name: str, whole: Delta, device: Device) -> _Outcome:
 
 def _squeezed(
     name: str,
-    whole: Delta,
+    whole: ModuleChange,
     parts: Sequence[Decomposed],
     rule: RankRule,
     rank: int | None,
@@ -335,7 +337,7 @@ def _squeezed(
     keep_scale: bool | None,
 ) -> _Outcome:
     """Squeeze a module; `keep_scale` is None if it has no factors whose values could stay."""
-    delta = low_rank_part(whole)
+    delta = whole.require_factors()
     spectrum = spectrum_of(name, delta, parts, resizer.options)
     rank = rule.of_module(spectrum) if rank is None else rank
     squared_norm = sum(part.squared_norm for part in parts)
@@ -357,8 +359,7 @@ def _squeezed(
     energy = min(kept / squared_norm, 1.0) if squared_norm else 1.0
     error = _ratio(squared_error, squared_norm)
     report = ModuleReport(name, delta.rank, new.rank, energy, error)
-    new_whole = replace(whole, direction=new) if isinstance(whole, Dora) else new
-    return _Outcome(new_whole, report, squared_error, squared_norm, unchanged)
+    return _Outcome(whole.with_direction(new), report, squared_error, squared_norm, unchanged)
 
 
 def _ratio(squared: float, squared_whole: float) -> float:
@@ -384,8 +385,10 @@ def _spectra(
     device = Device(options.device)
 
     def spectrum(name: str) -> Spectrum:
-        delta = low_rank_part(adapter.modules[name])
-        return spectrum_of(name, delta, parts_of(delta, apart.get(name), device), options)
+        delta = adapter.modules[name].require_factors()
+        return spectrum_of(
+            name, delta, parts_of(adapter.modules[name], apart.get(name), device), options
+        )
 
     names = [name for name in adapter.modules if name in selected]
     return list(in_order(spectrum, names, options.threads))
@@ -393,13 +396,12 @@ def _spectra(
 
 def _fixed_nbytes(adapter: Adapter, selected: set[str]) -> int:
     """Return the bytes of the weight file that ranks do not change: other tensors, the header."""
-    parts = [low_rank_part(adapter.modules[name]) for name in selected]
+    parts = [adapter.modules[name].require_factors() for name in selected]
     return _planned_nbytes(adapter) - sum(part.a.nbytes + part.b.nbytes for part in parts)
 
 
 def _planned_nbytes(adapter: Adapter) -> int:
-    planned = get_format(adapter.format).weights_nbytes
-    return sum(t.nbytes for t in adapter.tensors()) if planned is None else planned(adapter)
+    return get_format(adapter.format).weights_nbytes(adapter)
 
 
 def _check_budget(result: Adapter, rule: RankRule, input_nbytes: int) -> None:

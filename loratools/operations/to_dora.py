@@ -23,7 +23,7 @@ from loratools.naming.for_base import names_in_base
 from loratools.work.parallel import check_workers, in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import (
     AdapterError,
@@ -92,7 +92,7 @@ def to_dora(
     names = names_under(adapter, base, adapter.modules)
     in_base = names_in_base(adapter, base)
 
-    def one(name: str) -> tuple[Delta, ToDoraModuleReport]:
+    def one(name: str) -> tuple[ModuleChange, ToDoraModuleReport]:
         try:
             return _one(name, adapter.modules[name], names, in_base[name])
         except LoratoolsError as error:
@@ -115,9 +115,12 @@ def to_dora(
     return ToDoraResult(result, tuple(report for _, report in done))
 
 
-def _one(name: str, delta: Delta, names: Names, in_base: str) -> tuple[Delta, ToDoraModuleReport]:
-    if not isinstance(delta, LowRank):
+def _one(
+    name: str, whole: ModuleChange, names: Names, in_base: str
+) -> tuple[ModuleChange, ToDoraModuleReport]:
+    if whole.is_dora:
         raise UnsupportedError("it is a DoRA already", tensor=name)
+    delta = whole.require_factors()
     if delta.layer.kind == "experts" or delta.layer.parameters:
         raise UnsupportedError(
             "stacked experts cannot be a DoRA, PEFT has no such thing", tensor=name
@@ -141,4 +144,4 @@ def _one(name: str, delta: Delta, names: Names, in_base: str) -> tuple[Delta, To
     report = ToDoraModuleReport(
         name, delta.rank, len(norms), float(norms.min()), float(norms.max())
     )
-    return Dora(delta, magnitude), report
+    return ModuleChange(delta, magnitude), report

@@ -37,7 +37,7 @@ from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
 from loratools.work.spellings import key_value
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, LowRank, OtherDelta
+from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import (
     AdapterError,
@@ -124,7 +124,7 @@ class FoldChoices:
 
 @dataclass(frozen=True)
 class _Outcome:
-    delta: LowRank | OtherDelta
+    delta: LowRank | KindDelta
     report: FoldModuleReport
     squared_error: float
     squared_norm: float
@@ -173,7 +173,9 @@ def to_lora(
             if progress is not None:
                 progress(len(done), len(adapter.modules))
     plain = replace(
-        plain_adapter(adapter, {outcome.report.name: outcome.delta for outcome in done}),
+        plain_adapter(
+            adapter, {outcome.report.name: ModuleChange(outcome.delta) for outcome in done}
+        ),
         metadata={**adapter.metadata, **record_metadata(provenance.result())},
         provenance=provenance.result(),
     )
@@ -198,7 +200,7 @@ def _of_fused(modules: Sequence[str]) -> Iterator[str]:
 
 
 def _cautions(adapter: Adapter) -> tuple[str, ...]:
-    kinds = {d.kind for d in adapter.modules.values() if isinstance(d, OtherDelta)}
+    kinds = {d.kind for d in adapter.modules.values() if d.factors is None}
     return tuple(get_kind(kind).caution for kind in sorted(kinds) if get_kind(kind).caution)
 
 
@@ -219,7 +221,7 @@ def fold_choices(
     adapter = with_settings(complete.adapter, complete.unused, base)
     work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
     deltas = adapter.modules.values()
-    if all(isinstance(d, LowRank) or (folds_alone(d) and not needs_base(d)) for d in deltas):
+    if all(d.kind == "lora" or (folds_alone(d) and not needs_base(d)) for d in deltas):
         return None
     found = list(in_order(work.measured, adapter.modules, work.options.threads))
     if all(is_exact for _, _, is_exact in found):
@@ -301,9 +303,10 @@ class _Fold:
         whole = self.adapter.modules[name]
         squared_error, kept = 0.0, squared_norm
         exact = opened.exact
-        new: LowRank | OtherDelta | None = None
-        if isinstance(whole, LowRank):
-            new = self.resizer.without_loss(whole, whole.rank if rank is None else rank)
+        new: LowRank | KindDelta | None = None
+        if whole.kind == "lora":
+            part = whole.require_factors()
+            new = self.resizer.without_loss(part, part.rank if rank is None else rank)
         elif exact is not None and (rank is None or rank >= len(exact.a)):
             new = stored_as_is(opened.template, exact, self.options, self.resizer.scratch)
             squared_error = sum(
@@ -321,7 +324,7 @@ class _Fold:
         report = FoldModuleReport(
             name,
             opened.kind,
-            None if isinstance(new, OtherDelta) else new.rank,
+            None if isinstance(new, KindDelta) else new.rank,
             min(kept / squared_norm, 1.0) if squared_norm else 1.0,
             _ratio(squared_error, squared_norm),
             None if of is None else of.squared_low_rank / total,
@@ -329,7 +332,7 @@ class _Fold:
         )
         return _Outcome(new, report, squared_error, squared_norm)
 
-    def _kept_whole(self, name: str, opened: Opened) -> tuple[OtherDelta, float]:
+    def _kept_whole(self, name: str, opened: Opened) -> tuple[KindDelta, float]:
         """Return a change as a full difference in float32, and the squared error of rounding it."""
         part = opened.parts[0]
         template = opened.template
@@ -345,14 +348,14 @@ class _Fold:
         shape = (out, in_ // math.prod(kernel), *kernel) if kernel else (out, in_)
         diff = self.resizer.scratch.store(f"{name}.diff", values.reshape(shape), DTYPES["F32"])
         settings = {"scale": 1.0}
-        delta = OtherDelta("full", {"diff": diff}, settings, template.layer, (out, in_))
+        delta = KindDelta("full", {"diff": diff}, settings, template.layer, (out, in_))
         return delta, squared_error
 
     def _rank(self, name: str, opened: Opened, ranks: dict[str, int] | None) -> int | None:
         """Return the rank to give, None to keep what there is."""
         if ranks is not None:
             return ranks[name]
-        has_own = opened.exact is not None or isinstance(self.adapter.modules[name], LowRank)
+        has_own = opened.exact is not None or self.adapter.modules[name].kind == "lora"
         if self.rule.is_given and (has_own or self.rule.decides(name)):
             return self.rule.of_module(self.opener.spectrum(name, opened))
         if not has_own and not self.whole:

@@ -22,7 +22,7 @@ CASES = [
 
 def dense(adapter):
     return {
-        name: np.stack([delta.scale * (b @ a) for b, a in loaded(delta)])
+        name: np.stack([delta.direction.scale * (b @ a) for b, a in loaded(delta.direction)])
         for name, delta in adapter.modules.items()
     }
 

@@ -201,7 +201,7 @@ def test_the_nominal_alpha_doubles_with_the_rank_as_peft_does_it(trained, tmp_pa
     result = squeeze(true_change(one), RankRule(rank=100), ComputeOptions(keep_alpha=True))
     write_adapter(result.adapter, tmp_path / "out", "peft")
     alphas = [
-        {path: delta.alpha for path, delta in read_adapter(folder).modules.items()}
+        {path: delta.direction.alpha for path, delta in read_adapter(folder).modules.items()}
         for folder in (tmp_path / "out", one.converted)
     ]
     assert alphas[0] == alphas[1] == {"up": 24, "square": 24, "down": 11}

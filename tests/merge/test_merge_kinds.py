@@ -146,7 +146,7 @@ def test_biases_of_factors_add_up_also_where_an_adapter_has_none(tmp_path):
         with pytest.raises(UnsupportedError, match=r"lora_bias.*`method=linear`"):
             run(tmp_path / method, pairs, method)
     assert config_of(tmp_path / "out")["lora_bias"] is True
-    assert read_adapter(tmp_path / "out").modules["layers.0.q"].bias is not None
+    assert read_adapter(tmp_path / "out").modules["layers.0.q"].direction.bias is not None
 
 
 # --------------------------------------------------------------------------- DoRA

@@ -300,6 +300,7 @@ def test_merging_in_memory_is_merging_files(tmp_path):
     ]
     result = merge(inputs, MergeOptions())
     _, got = run(tmp_path / "out", [(LORA, 0.7), (RSLORA, 0.3)])
-    for name, delta in result.adapter.modules.items():
+    for name, change in result.adapter.modules.items():
+        delta = change.direction
         product = delta.scale * delta.b.load(np.float64) @ delta.a.load(np.float64)
         assert np.array_equal(product, got[name])

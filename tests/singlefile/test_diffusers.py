@@ -412,7 +412,9 @@ def test_we_read_what_diffusers_turns_into_kohyas_form(saved, tmp_path):
     save_file({k: t.contiguous() for k, t in convert_state_dict_to_kohya(state).items()}, path)
     adapter = read_adapter(path)
     assert adapter.format == "kohya"
-    assert {delta.alpha_tensor.dtype.code for delta in adapter.modules.values()} == {"I64"}
+    assert {delta.direction.alpha_tensor.dtype.code for delta in adapter.modules.values()} == {
+        "I64"
+    }
     run("convert", path, back, "--to", "diffusers", "--names", "sd1")
     found = in_any_version(ours(back))
     names = {key.partition(".lora_")[0] for key in state}
@@ -546,7 +548,7 @@ def test_pieces_of_mixed_factors_get_their_ranks_back(tmp_path, dtype, option):
     for name, delta in read_adapter(target).modules.items():
         own = name.rpartition(".")[2]
         assert delta.rank == ranks[own]
-        assert delta.scale == (3.0 if option else 1.0)
+        assert delta.direction.scale == (3.0 if option else 1.0)
         np.testing.assert_allclose(
             dense(delta), 3.0 * pieces[own], atol=1e-4 if dtype == np.float32 else 1e-11
         )

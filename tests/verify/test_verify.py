@@ -39,7 +39,7 @@ def make_base(tmp_path):
 
 
 def delta_of(folder, weight=1.0):
-    delta = read_adapter(folder).modules["layers.0.q"]
+    delta = read_adapter(folder).modules["layers.0.q"].direction
     return weight * delta.scale * (delta.b.load(np.float64) @ delta.a.load(np.float64))
 
 

@@ -24,7 +24,7 @@ from loratools_formats.containers.safetensors_read import (
     header_digest,
     read_safetensors,
 )
-from loratools_formats.contract.registry import check_target
+from loratools_formats.contract.files import check_target
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import RegularFile, inside

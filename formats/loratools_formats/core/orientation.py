@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 
-from loratools_formats.core.adapter import LowRank, OtherDelta
+from loratools_formats.core.adapter import KindDelta, LowRank
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
-def is_transposed(name: str, delta: LowRank | OtherDelta, weight_shape: tuple[int, ...]) -> bool:
+def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int, ...]) -> bool:
     """Return whether the weight is stored as (in, out).
 
     Args:

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
 
 _MOST_ROWS = 20
 
 
-def change_line(change: Delta) -> str:
+def change_line(change: LowRank | KindDelta | ModuleChange) -> str:
     """Return a module's change on one line: kind, shape, rank, scale, types."""
     kind, rank, scale, shape, dtypes = _facts(change)
     parts = [
@@ -65,17 +65,14 @@ def _row(cells: Iterable[object], tag: str) -> str:
 
 
 def _facts(
-    change: Delta,
+    change: LowRank | KindDelta | ModuleChange,
 ) -> tuple[str, int | None, float | None, tuple[int | None, int | None], str]:
     """Return (kind, rank, scale, (out, in), types) of a change."""
-    from loratools_formats.core.adapter import Dora, OtherDelta
-
+    direction: Any = getattr(change, "direction", change)
     dtypes = "+".join(sorted({tensor.dtype.code for tensor in change.tensors()}))
-    if isinstance(change, OtherDelta):
-        return change.kind, None, None, change.shape, dtypes
-    factors = change.direction if isinstance(change, Dora) else change
-    kind = "dora" if isinstance(change, Dora) else "lora"
-    return kind, factors.rank, factors.scale, factors.shape, dtypes
+    kind = getattr(change, "kind", "lora")
+    rank, scale = getattr(direction, "rank", None), getattr(direction, "scale", None)
+    return kind, rank, scale, direction.shape, dtypes
 
 
 def _size(side: int | None) -> str:

@@ -105,6 +105,10 @@ class MissingDependencyError(LoratoolsError, ImportError):
     """An optional package is needed and not installed."""
 
 
+class PluginWarning(UserWarning):
+    """A plugin raised an error where its contract allows none; it was passed over."""
+
+
 class ResultError(LoratoolsError):
     """An operation did its work, and what it found keeps its output from being written.
 

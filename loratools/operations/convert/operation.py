@@ -24,18 +24,13 @@ from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.spellings import dtype as dtype_name
 from loratools.work.spellings import key_value
-from loratools_formats.contract.registry import (
-    Context,
-    Format,
-    Loss,
-    get_format,
-    write_adapter,
-)
+from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.format import Context, Format, Loss
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.factors import stored_as
+from loratools_formats.core.metadata import without_training_data
 from loratools_formats.disk.errors import OptionError, UnsupportedError
-from loratools_formats.formats.singlefile.metadata import without_training_data
-from loratools_formats.formats.singlefile.write import SINGLE_FILES
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ def prepare(
     """
     context, single = context or Context(), single or SingleFileOptions()
     target = get_format(format_name)
-    if target.write is None or target.losses is None:
+    if not target.is_writable:
         raise UnsupportedError(f"format {target.name} can be read but not written")
     if context.dtype is not None and context.dtype not in target.dtypes:
         raise OptionError(
@@ -210,7 +205,7 @@ def prepare(
 
 def _lost_by_any_name(adapter: Adapter, target: Format) -> list[Loss]:
     """Return the modules that a single file cannot hold, which may not come apart either."""
-    if target.name not in SINGLE_FILES or target.losses is None:
+    if target.naming is None:
         return []
     return [loss for loss in target.losses(adapter) if loss.name in adapter.modules]
 
@@ -226,9 +221,8 @@ def _translated(
     if single.as_it_is:
         stored = {name: stored_as(delta, context.dtype) for name, delta in model.modules.items()}
         return model, replace(model, modules=stored)
-    from_model = target.from_model or _as_it_is(target)
     unrounded = replace(model, modules={**model.modules, **named.exact})
-    exact = from_model(unrounded, replace(context, dtype=None))
+    exact = target.from_model(unrounded, replace(context, dtype=None))
     keep = single.alpha == "keep"
     changed = {
         name: of_true_rank(model.modules[name], keep_scale=keep)
@@ -236,21 +230,21 @@ def _translated(
         if name in named.split
     }
     wanted = replace(model, modules={**model.modules, **changed}) if changed else model
-    if target.name in SINGLE_FILES and not keep:
+    if target.naming is not None and not keep:
         rounding = single.alpha == "fold"
         modules = {n: folded(delta, rounding=rounding) for n, delta in wanted.modules.items()}
         wanted = replace(wanted, modules=modules)
     if context.dtype is None and wanted is model and not named.exact:
         return exact, exact
-    return exact, from_model(wanted, context)
+    return exact, target.from_model(wanted, context)
 
 
 def _named(
     adapter: Adapter, target: Format, context: Context, single: SingleFileOptions
 ) -> Renamed:
     """Return the adapter under the names of the target, if single files take part."""
-    naming = next((name for name in SINGLE_FILES if name == target.name), None)
-    if single.as_it_is or (naming is None and adapter.format not in SINGLE_FILES):
+    naming = target.naming
+    if single.as_it_is or (naming is None and get_format(adapter.format).naming is None):
         return Renamed(adapter)
     dotted: list[str] = []
     if context.base is not None and naming is not None:
@@ -269,20 +263,13 @@ def _require_true_delta(adapter: Adapter, target: Format) -> None:
 
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
     source = get_format(adapter.format)
-    if source.name == target.name or source.to_model is None:
-        return adapter
-    return source.to_model(adapter, context)
+    return adapter if source.name == target.name else source.to_model(adapter, context)
 
 
 def _uses_base(source: Format, target: Format) -> bool:
     """Return whether a base model has a part in a conversion between two formats."""
-    if source.name in SINGLE_FILES or target.name in SINGLE_FILES:
-        return True
-    return (source.to_model, target.to_model) != (None, None) and source.name != target.name
-
-
-def _as_it_is(target: Format) -> Callable[[Adapter, Context], Adapter]:
-    return lambda adapter, _: replace(adapter, format=target.name)
+    is_other = source.name != target.name
+    return (source.uses_base or target.uses_base) and (is_other or target.naming is not None)
 
 
 def _notes(adapter: Adapter, made: Adapter, target: Format) -> tuple[str, ...]:

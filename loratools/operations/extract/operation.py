@@ -23,9 +23,9 @@ from loratools.work.parallel import in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Delta
+from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.formats.peft.keys import replaced_name
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def difference(
     return Difference(adapter, unchanged, tuple(skipped), tuple(comparison.notes))
 
 
-def _deltas(pairs: Iterable[Pair]) -> dict[str, Delta]:
+def _deltas(pairs: Iterable[Pair]) -> dict[str, ModuleChange]:
     """Return the differences by the names that PEFT gives them.
 
     The changes of one module's parameters nest, the one that is declared first innermost.

@@ -17,7 +17,7 @@ from loratools.base.linears import is_conv1d, is_embedding
 from loratools.base.placement import rules
 from loratools.base.placement.names import Names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Delta, Layer, OtherDelta, Replacement
+from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange, Replacement
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -85,12 +85,12 @@ class Pair:
             return Replacement("embedding", self.key, self.new)
         return Replacement("bias" if leaf == "bias" else "other", self.key, self.new)
 
-    def delta(self) -> OtherDelta:
+    def delta(self) -> ModuleChange:
         """Return the difference, computed when it is read."""
         source = _DifferenceSource(self.old, self.new)
         diff = in_file(self.key, DTYPES["F64"], self.new.shape, source, 0)
         settings = {"scale": 1.0, "crossed": self.crossed}
-        return OtherDelta("full", {"diff": diff}, settings, self.layer)
+        return ModuleChange(KindDelta("full", {"diff": diff}, settings, self.layer))
 
 
 @dataclass(frozen=True)
@@ -216,15 +216,13 @@ class Comparison:
                 hint="Give the folder with the base's config.json",
             )
 
-    def config(self, modules: Mapping[str, Delta], base_name: str | None) -> dict[str, Any]:
+    def config(self, modules: Mapping[str, ModuleChange], base_name: str | None) -> dict[str, Any]:
         """Return a PEFT configuration; ranks and scales are the writer's."""
         classes = self.base.config.get("architectures")
         causal = isinstance(classes, list) and any(
             isinstance(name, str) and name.endswith("ForCausalLM") for name in classes
         )
-        layers = {
-            name: delta.layer for name, delta in modules.items() if isinstance(delta, OtherDelta)
-        }
+        layers = {name: delta.layer for name, delta in modules.items()}
         parameters = sorted({name for layer in layers.values() for name in layer.parameters})
         return {
             "peft_type": "LORA",

@@ -36,18 +36,14 @@ from loratools_formats.containers.gguf.container import GgufTensor
 from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
 from loratools_formats.containers.gguf.model import ModelLayout, plain
 from loratools_formats.containers.gguf.splits import GgufModel
-from loratools_formats.contract.registry import Context, check_target, get_format
-from loratools_formats.core.adapter import Adapter, low_rank_part
+from loratools_formats.contract.files import check_target
+from loratools_formats.contract.format import Context
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.disk.errors import (
-    AdapterError,
-    OptionError,
-    OutputExistsError,
-    UnsupportedError,
-)
+from loratools_formats.disk.errors import OptionError, OutputExistsError, UnsupportedError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_file, resolved
-from loratools_formats.formats.gguf.from_model import OUTPUT, check_shape, refuse_tied
 
 Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Fallback = Literal["f16", "q8_0"]
@@ -305,11 +301,6 @@ def _changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
     found = []
     for module, delta in _in_gguf_terms(item.adapter, base).modules.items():
         name = f"{module}.weight"
-        if f"{OUTPUT}.weight" not in base.tensors:
-            refuse_tied(module)
-        part = low_rank_part(delta)
-        tensor = base.tensors.get(name)
-        check_shape(name, part, None if tensor is None else tensor.shape)
         if f"{module}.scale" in base.tensors:
             raise UnsupportedError(
                 "the model keeps a scale beside this tensor, which is not supported",
@@ -318,37 +309,23 @@ def _changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
                 got=base.tensors[name].kind.name,
                 hint="Start from the original model",
             )
-        is_embedding = part.layer.kind == "embedding"
+        is_embedding = delta.require_factors().layer.kind == "embedding"
         placement = Placement(name, module, delta, transposed=is_embedding)
         found.append((name, Change(placement, item.weight)))
     return found
 
 
 def _in_gguf_terms(adapter: Adapter, base: GgufModel) -> Adapter:
-    target = get_format("gguf")
-    if adapter.format == target.name:
-        wanted = base.get("general.architecture", "string")
-        if adapter.config.get("architecture") != wanted:
-            raise AdapterError(
-                "the adapter is for another architecture than the model",
+    """Return the adapter in GGUF's names and layout, every module checked against the model."""
+    target, context = get_format("gguf"), Context(base=base.path)
+    if adapter.format != target.name:
+        adapter = get_format(adapter.format).to_model(adapter, context)
+        for loss in target.losses(adapter):
+            raise UnsupportedError(
+                f"{loss.name} {loss.reason}",
                 path=adapter.source,
-                got=adapter.config.get("architecture"),
-                expected=wanted,
+                hint="Fuse it into the transformers checkpoint instead, and convert that",
             )
-        return adapter
-    context = Context(base=base.path)
-    source = get_format(adapter.format)
-    if source.to_model is not None:
-        adapter = source.to_model(adapter, context)
-    losses = [] if target.losses is None else target.losses(adapter)
-    if losses:
-        raise UnsupportedError(
-            f"{losses[0].name} {losses[0].reason}",
-            path=adapter.source,
-            hint="Fuse it into the transformers checkpoint instead, and convert that",
-        )
-    if target.from_model is None:
-        raise UnsupportedError("the GGUF format cannot be written")
     return target.from_model(adapter, context)
 
 

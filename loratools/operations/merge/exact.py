@@ -10,7 +10,7 @@ import numpy as np
 
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.module import MergedModule
-from loratools_formats.core.adapter import LowRank, low_rank_part
+from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import DType, common_dtype, encode
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -25,7 +25,7 @@ def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None
         UnsupportedError: the method is no weighted sum.
         AdapterError: NaN or infinite values.
     """
-    parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
+    parts = [None if delta is None else delta.require_factors() for delta in module.deltas]
     with_bias = [part.bias for part in parts if part is not None and part.bias is not None]
     if not with_bias:
         return None
@@ -54,7 +54,7 @@ def joined_exactly(
     """
     if merged.coefficients is None or merged.terms is None:
         return None
-    parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
+    parts = [None if delta is None else delta.require_factors() for delta in module.deltas]
     shares = merged.coefficients
     terms = [
         (float(shares[0][index]) * part.scale, part)
@@ -116,7 +116,7 @@ def factor_residual(merged: MergedModule, module: AlignedModule) -> float | None
         merged.coefficients, merged.terms, merged.matrices, strict=True
     ):
         present = [
-            (float(share), low_rank_part(delta), term)
+            (float(share), delta.require_factors(), term)
             for share, delta, term in zip(shares, module.deltas, terms, strict=True)
             if term is not None and delta is not None
         ]

@@ -30,7 +30,7 @@ from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.methods import Method
 from loratools.operations.merge.space import lifted, shared_space
 from loratools.operations.merge.tasks import DenseRows, FactorRows, RowSource, Tasks, ZeroRows
-from loratools_formats.core.adapter import Delta, Dora, low_rank_part
+from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
@@ -155,13 +155,13 @@ def _from_factors(
     return MergedModule(matrices, None, None)
 
 
-def terms_of(delta: Delta) -> list[Term]:
+def terms_of(delta: ModuleChange) -> list[Term]:
     """Return the factors of each matrix of a delta in float64, the scale folded in.
 
     Raises:
         AdapterError: a factor holds NaN or infinite values.
     """
-    part = low_rank_part(delta)
+    part = delta.require_factors()
     terms = []
     for b, a in loaded(part):
         for values, tensor in ((a, part.a), (b, part.b)):
@@ -268,11 +268,11 @@ def _through_base(
     return MergedModule([_streamed(tasks, rows, module, run, folder)], coefficients, None)
 
 
-def _row_source(delta: Delta | None, weight: Weight, module: AlignedModule) -> RowSource:
+def _row_source(delta: ModuleChange | None, weight: Weight, module: AlignedModule) -> RowSource:
     if delta is None:
         return ZeroRows(module.first.shape[1])
     ((b, a),) = terms_of(delta)
-    if not isinstance(delta, Dora):
+    if delta.magnitude is None:
         return FactorRows(b, a)
     change = rows_of(Product(b, a))
     return _DoraRows(rescaling_of(delta.magnitude, delta.axis, weight, change))

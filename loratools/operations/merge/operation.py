@@ -44,10 +44,10 @@ from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_rank_part
+from loratools_formats.core.adapter import MUTATED_BASE, Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import common_dtype
+from loratools_formats.core.metadata import merged_from
 from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
-from loratools_formats.formats.singlefile.metadata import merged_from
 
 Array = np.ndarray[Any, Any]
 
@@ -108,7 +108,7 @@ def merge(
     residuals = [outcome.squared_residual for outcome in done]
     adapter = replace(
         first,
-        modules={outcome.report.name: outcome.delta for outcome in done},
+        modules={outcome.report.name: ModuleChange(outcome.delta) for outcome in done},
         additions=merged_additions(inputs, work.coefficients),
         replacements=settled_replacements(inputs, options.replacements),
         carried=settled_carried(inputs),
@@ -117,7 +117,7 @@ def merge(
         attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
         metadata={
             **first.metadata,
-            **merged_from([item.adapter for item in inputs]),
+            **merged_from(item.adapter.metadata for item in inputs),
             **record_metadata(provenance.result()),
         },
         inputs=tuple(file for item in inputs for file in item.adapter.inputs),
@@ -160,7 +160,7 @@ def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) 
         raise OptionError(f"`space=core` is for elementwise methods; {method.name} is not one")
     if method.uncompressed and options.rule.is_given:
         raise OptionError(f"{method.name} keeps all ranks", hint="Use linear to choose ranks")
-    has_dora = any(isinstance(d, Dora) for item in inputs for d in item.adapter.modules.values())
+    has_dora = any(d.is_dora for item in inputs for d in item.adapter.modules.values())
     if has_dora or (method.kind == "elementwise" and options.space == "full"):
         for name in ("sv_cumulative", "threshold"):
             if getattr(options.rule, name):
@@ -192,10 +192,8 @@ def _require_true_delta(adapter: Adapter) -> None:
 
 
 def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:
-    merged = get_format(first.format).merged_config
-    if merged is None:
-        return first.config
-    return merged([item.adapter for item in inputs if item.adapter.format == first.format])
+    alike = [item.adapter for item in inputs if item.adapter.format == first.format]
+    return get_format(first.format).merged_config(alike)
 
 
 class _Merge:
@@ -290,7 +288,7 @@ class _Merge:
         for pattern, rank in rule.patterns:
             if re.search(pattern, module.name):
                 return rank
-        ranks = [low_rank_part(d).rank for d in module.deltas if d is not None]
+        ranks = [d.require_factors().rank for d in module.deltas if d is not None]
         if rule.rank is not None:
             return rule.rank
         if rule.max_rank is not None:
@@ -314,7 +312,7 @@ class _Merge:
     def _template(self, module: AlignedModule, merged: MergedModule) -> LowRank:
         """Return a delta that says where and how to store the result; its values are not read."""
         first = module.first
-        parts = [low_rank_part(delta) for delta in module.deltas if delta is not None]
+        parts = [delta.require_factors() for delta in module.deltas if delta is not None]
         dtype = common_dtype([tensor.dtype for part in parts for tensor in (part.a, part.b)])
         return replace(
             first,
@@ -367,7 +365,7 @@ class _Merge:
         kept = min(float(spectrum.energies[: new.rank].sum()), squared_norm)
         report = MergeModuleReport(
             module.name,
-            tuple(None if d is None else low_rank_part(d).rank for d in module.deltas),
+            tuple(None if d is None else d.require_factors().rank for d in module.deltas),
             new.rank,
             _share(kept, squared_norm),
             _relative(squared_error, squared_norm),

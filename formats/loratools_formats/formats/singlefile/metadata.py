@@ -11,35 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from loratools_formats.containers.safetensors_write import header_bytes, in_file_order
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.formats.singlefile.scale import plain_part
-
-TRAINING_KEYS = frozenset(
-    {
-        "ss_bucket_info", "ss_dataset_dirs", "ss_datasets", "ss_reg_dataset_dirs",
-        "ss_tag_frequency",
-    }
-)  # fmt: skip
-"""Metadata that tells what somebody trained on: folders, captions, tags, image sizes."""
 
 _LEGACY_OFFSET = 0x100000
 _LEGACY_BYTES = 0x10000
-
-
-def without_training_data(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata without what tells about the training data."""
-    return {key: value for key, value in metadata.items() if key not in TRAINING_KEYS}
-
-
-def merged_from(adapters: Sequence[Adapter]) -> dict[str, str]:
-    """Return what the metadata of a merged file says about its sources: their titles."""
-    titles = [adapter.metadata.get("modelspec.title") for adapter in adapters]
-    known = [title for title in titles if title]
-    return {"modelspec.merged_from": ", ".join(known)} if known else {}
 
 
 def updated(adapter: Adapter) -> dict[str, str]:
@@ -47,7 +26,8 @@ def updated(adapter: Adapter) -> dict[str, str]:
     metadata = dict(adapter.metadata)
     if adapter.provenance is None:
         return metadata
-    plain = [part for part in map(plain_part, adapter.modules.values()) if part is not None]
+    found = [change.factors for change in adapter.modules.values()]
+    plain = [part for part in found if part is not None]
     # Convolutions have a rank of their own, which sd-scripts records elsewhere.
     plain = [part for part in plain if math.prod(part.layer.kernel) == 1] or plain
     if plain and "ss_network_dim" in metadata:
