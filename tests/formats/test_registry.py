@@ -201,7 +201,7 @@ def test_a_small_format_has_defaults(install, toy_file, tmp_path):
 def test_an_output_name_that_fits_several_formats(tmp_path):
     with pytest.raises(UnknownFormatError, match=r"fits several formats.*comfyui, diffusers"):
         format_for_output(tmp_path / "out.safetensors")
-    with pytest.raises(UnknownFormatError, match=r"fits no format\. Name one with --to: .*peft"):
+    with pytest.raises(UnknownFormatError, match=r"fits no format\. Name one with `to`: .*peft"):
         format_for_output(tmp_path / "out.xyz")
 
 
