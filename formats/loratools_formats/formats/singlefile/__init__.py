@@ -98,10 +98,11 @@ def _sniffed(path: Path) -> Naming | None:
     """Return the naming of the adapter keys in the end of a header, None if it has none."""
     from loratools_formats.containers.sniffing import is_part_of_folder, tensor_names
     from loratools_formats.core.single_file_keys import Key, parse
-    from loratools_formats.formats.singlefile.read import CONTROL_MARK, naming_class
 
     if not path.is_file() or is_part_of_folder(path):
         return None
+    from loratools_formats.formats.singlefile.read import CONTROL_MARK, naming_class
+
     try:
         names = tensor_names(_end_of_header(path))
     except OSError:
