@@ -30,8 +30,7 @@ class Command(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                declared = isinstance(parameter, DeclaredOption)
-                heading = parameter.heading if declared else "Help"
+                heading = parameter.heading if isinstance(parameter, DeclaredOption) else "Help"
                 groups.setdefault(heading, []).append((record[0], worded(record[1])))
         for heading in (*HEADINGS, "Help"):
             if heading in groups:

@@ -34,7 +34,7 @@ adapter_argument = click.argument("adapter", type=PATH)
 base_argument = click.argument("base", type=PATH)
 
 
-class _Text(click.ParamType):
+class _Text(click.ParamType):  # type: ignore[type-arg] - not generic before click 8.2
     """Text that the declaration reads; help shows the choices, of which any spelling is taken."""
 
     def __init__(self, option: Option) -> None:
@@ -45,7 +45,7 @@ class _Text(click.ParamType):
         """Check the text, and leave the reading to `build`."""
         return self._option.one(value) if self._option.choices else value
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str | None:
         """Return the choices in brackets."""
         return f"[{self.name}]" if self._option.choices else None
 
@@ -81,10 +81,11 @@ def takes(cls: type, *names: str, into: str, without: tuple[str, ...] = ()) -> D
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def command(*args: Any, **kwargs: Any) -> Any:
+        def command_with(*args: Any, **kwargs: Any) -> Any:
             given = {option.name: kwargs.pop(option.name) for option in options}
             return function(*args, **{into: build(cls, given)}, **kwargs)
 
+        command: Callable[..., Any] = command_with
         for option in reversed(options):
             command = _added(option, without)(command)
         return command

@@ -90,6 +90,8 @@ class Option:
             OptionError: the text does not mean a value, or it is none of the choices.
         """
         value = self.parse(given) if self.parse is not None and isinstance(given, str) else given
+        if self.choices and isinstance(value, str):
+            value = next((c for c in self.choices if c.lower() == value.lower()), value)
         if self.choices and value not in self.choices:
             raise OptionError(
                 f"{self.name} has no such value", got=given, expected=" or ".join(self.choices)

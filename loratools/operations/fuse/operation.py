@@ -59,7 +59,7 @@ class FuseOptions(Sharding, Computing):
     )
     base_mode: BaseMode | None = option(None, heading="Computing")
     requantize: bool = option(False, heading="Computing")
-    allow_lossy: bool = option(False, heading="Computing")
+    allow_lossy: bool = option(False, heading="Output")
 
     def __post_init__(self) -> None:
         super().__post_init__()
