@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
+from typing import TextIO
 
 import click
 
@@ -49,7 +50,14 @@ def run(cli: click.Command) -> None:
     sys.exit(code)
 
 
-def _noted(message: Warning | str, *_about: object) -> None:
+def _noted(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Show a warning as commands show every note; a library has no other way to speak."""
     click.echo(f"note: {message}", err=True)
 

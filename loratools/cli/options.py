@@ -34,7 +34,7 @@ adapter_argument = click.argument("adapter", type=PATH)
 base_argument = click.argument("base", type=PATH)
 
 
-class _Text(click.ParamType):  # type: ignore[type-arg] - not generic before click 8.2
+class _Text(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.2
     """Text that the declaration reads; help shows the choices, of which any spelling is taken."""
 
     def __init__(self, option: Option) -> None:

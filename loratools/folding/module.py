@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,7 @@ from loratools.lowrank.resize import ComputeOptions, rounded
 from loratools.work.scratch import Scratch
 from loratools_formats.core.adapter import KindDelta, Layer, LowRank
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.core.tensors import Buffer, TensorRef
+from loratools_formats.core.tensors import unmade
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -58,13 +57,6 @@ def checked_change(
     return change
 
 
-def _unread(key: str) -> Callable[[], Buffer]:
-    def read() -> Buffer:
-        raise AssertionError(f"{key} is a template and has no values")
-
-    return read
-
-
 def template_of(
     name: str, delta: LowRank | KindDelta, layer: Layer, shape: tuple[int, int], rank: int = 1
 ) -> LowRank:
@@ -73,8 +65,8 @@ def template_of(
     wide = DTYPES["F32"]
     stack = (delta.experts,) if layer.kind == "experts" else ()
     return LowRank(
-        TensorRef(f"{name}.a", wide, (*stack, rank, in_), _unread(name)),
-        TensorRef(f"{name}.b", wide, (*stack, out, rank), _unread(name)),
+        unmade(f"{name}.a", wide, (*stack, rank, in_)),
+        unmade(f"{name}.b", wide, (*stack, out, rank)),
         1.0,
         layer,
         bias=delta.bias,

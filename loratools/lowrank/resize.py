@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loratools.algebra.device import Computing
+from loratools.algebra.linalg import is_power_of_two
 from loratools.algebra.one_matrix import Decomposed, Method, RandomisedSvd, padded
 from loratools.algebra.ranks import Spectrum
 from loratools.lowrank.matrices import loaded
@@ -25,7 +26,7 @@ from loratools.work.scratch import Scratch
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import DTYPES, DType, encode
-from loratools_formats.core.tensors import TensorRef
+from loratools_formats.core.tensors import TensorRef, unmade
 from loratools_formats.disk.errors import AdapterError, OptionError
 
 Array = np.ndarray[Any, Any]
@@ -136,7 +137,7 @@ class Resizer:
             return delta
         pairs = [padded(b * ratio, a, rank) for b, a in loaded(delta)]
         bias = _scaled_bias(delta, ratio)
-        exact = abs(math.frexp(ratio)[0]) == 0.5 and (
+        exact = is_power_of_two(ratio) and (
             _is_exact([b for b, _ in pairs], self.options.stored(delta.b))
             and (delta.bias is None or _is_exact([np.asarray(bias)], delta.bias.dtype))
         )
@@ -144,8 +145,38 @@ class Resizer:
             types = self.options.stored(delta.b), self.options.stored(delta.a)
             pairs = [(encode(b, types[0]), encode(a, types[1])) for b, a in pairs]
             return self._stored(delta, pairs, scale, bias)
-        may_stay = keep_scale and not self.one_scale and not self.options.keep_alpha
-        return delta if same_type and rank == delta.rank and may_stay else None
+        stays = same_type and rank == delta.rank and self._may_stay(keep_scale)
+        return delta if stays else None
+
+    def planned(self, delta: LowRank, rank: int, *, keep_scale: bool = True) -> LowRank:
+        """Return the delta that will be made, without its values: types, shapes and scale.
+
+        The scale is another one only if factors keep their values, their scale should move into
+        them, and the type cannot hold what comes out.
+
+        Args:
+            delta: to be replaced, or to be kept at its own rank.
+            rank: wanted.
+            keep_scale: as for `without_loss`.
+        """
+        scale, types = (
+            self._scale(delta, rank),
+            [self.options.stored(t) for t in (delta.a, delta.b)],
+        )
+        keeps = rank == delta.rank and types == [delta.a.dtype, delta.b.dtype]
+        if keeps and not is_power_of_two(delta.scale / scale) and self._may_stay(keep_scale):
+            scale = delta.scale
+        shape_a = (*delta.a.shape[:-2], rank, delta.a.shape[-1])
+        return replace(
+            delta,
+            a=unmade(delta.a.key, types[0], shape_a),
+            b=unmade(delta.b.key, types[1], (*delta.b.shape[:-1], rank)),
+            scale=scale,
+        )
+
+    def _may_stay(self, keep_scale: bool) -> bool:
+        """Return whether a scale that cannot move into factors may stay as it is."""
+        return keep_scale and not self.one_scale and not self.options.keep_alpha
 
     def compressed(
         self, name: str, delta: LowRank, parts: Sequence[Decomposed], rank: int

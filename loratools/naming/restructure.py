@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from loratools.algebra.linalg import is_power_of_two
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode
@@ -135,15 +136,11 @@ def is_rounding(parts: Sequence[ModuleChange | None]) -> bool:
 
 def _rounds(parts: Sequence[LowRank | None]) -> bool:
     factors = [part for part in parts if part is not None]
-    return not all(_is_power_of_two(_ratio(part, factors[0])) for part in factors)
+    return not all(is_power_of_two(_ratio(part, factors[0])) for part in factors)
 
 
 def _ratio(part: LowRank, first: LowRank) -> float:
     return 1.0 if part.scale == first.scale else part.scale / first.scale
-
-
-def _is_power_of_two(ratio: float) -> bool:
-    return abs(math.frexp(ratio)[0]) == 0.5
 
 
 def _fused_factors(

@@ -808,7 +808,7 @@ def test_uniform_and_budget_of_streamed_merges(tmp_path):
         size = (out / "adapter_model.safetensors").stat().st_size
         assert nbytes - 5_000 < size <= nbytes
     with pytest.raises(OptionError, match="budget is too small"):
-        run(tmp_path / "small", pairs, "ties", rule=RankRule(budget=Budget(nbytes=5_000)))
+        run(tmp_path / "small", pairs, "ties", rule=RankRule(budget=Budget(nbytes=4_000)))
 
 
 def test_rank_patterns_and_keep_alpha(tmp_path):

@@ -220,6 +220,15 @@ def in_file(
     return TensorRef(key, dtype, shape, lambda: file.read_at(offset, nbytes), file, offset)
 
 
+def unmade(key: str, dtype: DType, shape: tuple[int, ...]) -> TensorRef:
+    """Return a tensor of which only name, type and shape are known; reading it is a mistake."""
+
+    def read() -> Buffer:
+        raise AssertionError(f"{key} is planned and has no values yet")
+
+    return TensorRef(key, dtype, shape, read)
+
+
 def rounded(tensor: TensorRef, dtype: DType) -> TensorRef:
     """Return the tensor in another floating-point type, converted when it is read."""
     if tensor.dtype == dtype:

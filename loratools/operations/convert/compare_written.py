@@ -185,7 +185,7 @@ def _multiple(new: Array, old: Array) -> float:
     if new.shape != old.shape or not len(places):
         return math.nan
     ratio = float(new.flat[places[0]]) / float(old.flat[places[0]])
-    same = abs(math.frexp(ratio)[0]) == 0.5 and np.array_equal(new, old * ratio)
+    same = linalg.is_power_of_two(ratio) and np.array_equal(new, old * ratio)
     return ratio if same else math.nan
 
 

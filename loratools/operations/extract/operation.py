@@ -20,7 +20,7 @@ from loratools.operations.extract.pairs import Comparison, Pair
 from loratools.operations.to_lora import FoldChoices, FoldResult, fold_choices, to_lora
 from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
-from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.provenance import operation_record
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, ModuleChange
@@ -164,17 +164,17 @@ def extract(
         AdapterError: NaN or infinite values.
     """
     options = options or ComputeOptions()
-    result = to_lora(found.adapter, rule, options, scratch_folder=scratch_folder, progress=progress)
     parameters = {"rule": as_options(rule), **options.record(), "seed": options.seed}
-    record = operation_record("extract", {}, parameters, base, tuned)
     files = {"base": base.files, "tuned": tuned.files}
-    adapter = replace(
-        result.adapter,
-        metadata=record_metadata(record),
-        provenance=record,
-        other_inputs={role: tuple(f.file for f in shards) for role, shards in files.items()},
+    other_inputs = {role: tuple(f.file for f in shards) for role, shards in files.items()}
+    return to_lora(
+        replace(found.adapter, other_inputs=other_inputs),
+        rule,
+        options,
+        record=lambda: operation_record("extract", {}, parameters, base, tuned),
+        scratch_folder=scratch_folder,
+        progress=progress,
     )
-    return replace(result, adapter=adapter)
 
 
 def extract_choices(found: Difference, options: ComputeOptions | None = None) -> FoldChoices:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from loratools.algebra.linalg import is_power_of_two
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.module import MergedModule
 from loratools_formats.core.adapter import LowRank
@@ -68,7 +68,7 @@ def joined_exactly(
     if ratios == [1.0]:
         return replace(terms[0][1], scale=scale)
     dtypes = {tensor.dtype for _, part in terms for tensor in (part.a, part.b)}
-    powers_of_two = all(abs(math.frexp(ratio)[0]) == 0.5 for ratio in ratios)
+    powers_of_two = all(map(is_power_of_two, ratios))
     if template.bias is not None or len(dtypes) > 1 or not powers_of_two:
         return None
     factors = [(ratio, part.b) for ratio, (_, part) in zip(ratios, terms, strict=True)]
