@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_ENTRY = re.compile(rb'"((?:[^"\\]|\\.)+)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
+# Quotes within metadata are escaped; the entry after them must not be looked for at each of them.
+_ENTRY = re.compile(rb'(?<!\\)"((?:[^"\\]|\\.)++)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
 _CONFIG = "adapter_config.json"
 _OF_FOLDERS = ("adapter_model.bin", "adapter_model.safetensors", "adapters.safetensors")
 

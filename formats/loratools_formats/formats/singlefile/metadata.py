@@ -41,10 +41,22 @@ def _one(values: set[str]) -> str:
     return values.pop() if len(values) == 1 else "Dynamic"
 
 
+_DIGEST_LENGTHS = {"sshs_model_hash": 64, "modelspec.hash_sha256": 66, "sshs_legacy_hash": 8}
+
+
+def with_room_for_digests(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata with zeros for the digests that `with_digests` will put in.
+
+    A file may hold anything in their place; the size of the new file must not depend on it.
+    """
+    lengths = {key: _DIGEST_LENGTHS[key] for key in metadata.keys() & _DIGEST_LENGTHS.keys()}
+    return {**metadata, **{key: "0" * length for key, length in lengths.items()}}
+
+
 def with_digests(metadata: dict[str, str], tensors: Sequence[TensorRef]) -> dict[str, str]:
     """Return metadata with the digests of these tensors in place of those that it holds.
 
-    Reads every tensor if there are any. Their lengths do not depend on the tensors.
+    Reads every tensor if there are any.
     """
     whole = {"sshs_model_hash", "modelspec.hash_sha256"} & metadata.keys()
     legacy = "sshs_legacy_hash" in metadata

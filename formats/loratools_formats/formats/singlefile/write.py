@@ -17,7 +17,11 @@ from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.single_file_keys import NAMINGS, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
-from loratools_formats.formats.singlefile.metadata import updated, with_digests
+from loratools_formats.formats.singlefile.metadata import (
+    updated,
+    with_digests,
+    with_room_for_digests,
+)
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
     alpha_tensor,
@@ -66,7 +70,7 @@ def _is_own(adapter: Adapter, target: Naming) -> bool:
 def _contents(adapter: Adapter, target: Naming) -> tuple[list[TensorRef], dict[str, str]]:
     if not _is_own(adapter, target):
         adapter = respelled(adapter, target)
-    metadata = updated(adapter)
+    metadata = with_room_for_digests(updated(adapter))
     in_metadata = METADATA_KEY in metadata
     if in_metadata:
         metadata[METADATA_KEY] = _true_metadata(adapter, metadata)
