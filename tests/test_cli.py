@@ -96,12 +96,20 @@ def test_json_report_has_the_documented_keys(make_folder, tmp_path):
 
 
 def test_without_a_rule_it_prints_the_choices_and_writes_nothing(make_folder, tmp_path):
-    done = loratools("squeeze", make_folder(), "-o", tmp_path / "out")
-    assert done.returncode == 2
+    folder = make_folder()
+    refused = loratools("squeeze", folder, "-o", tmp_path / "out")
+    assert refused.returncode == 2
+    assert "no rule for the ranks, so nothing was written. Choose with --rank" in refused.stderr
+    done = loratools("squeeze", folder)
+    assert done.returncode == 0
+    assert done.stdout == refused.stdout
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["rank", "1", "2", "4", "8"]
     assert "Choose with --rank" in done.stderr
     assert not (tmp_path / "out").exists()
-    choices = json.loads(loratools("squeeze", tmp_path / "adapter", "--json").stdout)["choices"]
+    done = loratools("squeeze", folder, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    choices = json.loads(done.stdout)["choices"]
+    assert loratools("squeeze", folder, "-q").stdout == ""
     assert [choice["rank"] for choice in choices] == [1, 2, 4, 8]
 
 
@@ -191,10 +199,17 @@ def test_existing_output_needs_overwrite(make_folder, tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() != before
 
 
-def test_squeezing_in_place_with_overwrite(make_folder, tmp_path):
+def test_an_input_is_replaced_only_in_place(make_folder, tmp_path):
     folder = make_folder()
-    assert loratools("squeeze", folder, "-o", folder, "--rank", 2).returncode == 2
-    assert loratools("squeeze", folder, "-o", folder, "--rank", 2, "--overwrite").returncode == 0
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    for options in ([], ["--overwrite"]):
+        done = loratools("squeeze", folder, "-o", folder, "--rank", 2, *options)
+        assert done.returncode == 2
+        assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert "inputs are never changed. Choose another output, or pass --in-place" in done.stderr
+    both = loratools("squeeze", folder, "-o", tmp_path / "out", "--rank", 2, "--in-place")
+    assert both.returncode == 2
+    assert loratools("squeeze", folder, "--rank", 2, "--in-place").returncode == 0
     info = json.loads(loratools("info", folder, "--json").stdout)
     assert [module["rank"] for module in info["modules"]] == [2]
 

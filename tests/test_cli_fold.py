@@ -98,7 +98,7 @@ ERRORS = {
         ["to-lora", DORA, "--base", BASE, "--exact", "--rank", "2", "--dry-run"],
         "--exact",
     ),
-    "not a setting": (["to-lora", LORA, "--set", "alpha", "--dry-run"], "NAME=VALUE"),
+    "not a setting": (["to-lora", LORA, "--set", "alpha", "--dry-run"], "KEY=VALUE"),
     "not the base": (
         ["to-lora", DORA, "--base", LORA, "--rank", "2", "--dry-run"],
         "no checkpoint",
@@ -176,7 +176,7 @@ def test_no_adapter_replaces_the_model_that_is_read(tmp_path, arguments):
         rest += ["-o", str(model)]
     done = loratools(command, *rest, "--base", model, "--overwrite")
     assert done.returncode == 2
-    assert "the output is the model that is read" in done.stderr
+    assert "inputs are never changed. Choose another output\n" in done.stderr
     assert model.read_bytes() == before
 
 

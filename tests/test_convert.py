@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from loratools.cli import cli
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.convert.operation import prepare, write
 from loratools_formats import (
     Context,
@@ -71,10 +71,10 @@ def test_losses_are_refused_and_left_out_when_allowed(make_folder, tmp_path, mon
     import loratools_demo_plugin
 
     folder = make_folder()
-    monkeypatch.setitem(
-        loratools_demo_plugin.FORMAT.__dict__,
+    monkeypatch.setattr(
+        loratools_demo_plugin.Demo,
         "losses",
-        lambda adapter: [Loss("layers.0.q", "has no place in a test")],
+        lambda self, adapter: [Loss("layers.0.q", "has no place in a test")],
     )
     with pytest.raises(UnsupportedError, match=r"layers\.0\.q has no place"):
         prepare(read_adapter(folder), "demo")
@@ -119,11 +119,14 @@ def test_unknown_types_and_names_are_refused(make_folder, tmp_path):
     adapter = read_adapter(make_folder())
     with pytest.raises(OptionError, match="f32 or f16 or bf16"):
         prepare(adapter, "peft", Context(dtype="q4_0"))
-    with pytest.raises(OptionError, match="base model"):
-        prepare(adapter, "peft", Context(base=tmp_path))
-    with pytest.raises(UnknownFormatError, match="Name one with --to"):
+    with pytest.raises(UnknownFormatError, match="Name one with `to`"):
         format_for_output("adapter.xyz")
     assert isinstance(format_for_output("adapter"), Format)
+
+
+def test_a_base_that_is_not_needed_is_a_note(make_folder, tmp_path):
+    conversion = prepare(read_adapter(make_folder()), "peft", Context(base=tmp_path / "missing"))
+    assert "converting peft to peft needs no base model" in conversion.notes
 
 
 @pytest.mark.parametrize(

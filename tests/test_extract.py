@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from loratools.algebra.ranks import RankRule, gavish_donoho
-from loratools.factors.dense import effective_delta
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.dense import effective_delta
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.operation import difference, extract, extract_choices
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.operation import FuseOptions, Fusion

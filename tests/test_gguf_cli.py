@@ -105,7 +105,7 @@ def test_fuse_reports_and_names_what_it_writes(model, files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--dtype", "f16"], ["--requantize"], ["--max-shard-size", "1GB"]]
+    "options", [["--base-mode", "dequant"], ["--requantize"], ["--max-shard-size", "1GB"]]
 )
 def test_options_for_checkpoints_are_refused(model, files, options):
     done = loratools("fuse", model, files / "lora.gguf", "--dry-run", *options)
@@ -113,17 +113,25 @@ def test_options_for_checkpoints_are_refused(model, files, options):
     assert "has no meaning for a GGUF model" in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--outtype", "--fallback"])
-def test_options_for_gguf_are_refused(option):
-    done = loratools("fuse", EXAMPLES / "model", EXAMPLES / "lora", "--dry-run", option, "f16")
-    assert f"{option} has no meaning for a safetensors checkpoint" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fallback", "f16"], "--fallback has no meaning for a safetensors checkpoint"),
+        (["--dtype", "q8_0"], "no such type; got q8_0; expected f32 or f16 or bf16"),
+        (["--allow-lossy"], "--allow-lossy is for --requantize"),
+    ],
+)
+def test_options_for_gguf_are_refused(options, message):
+    done = loratools("fuse", EXAMPLES / "model", EXAMPLES / "lora", "--dry-run", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_a_model_is_no_adapter(model):
     done = loratools("info", model)
     assert done.returncode == 2
     assert "not a LoRA adapter" in done.stderr
-    assert "--base" in done.stderr
+    assert "`loratools fuse`" in done.stderr
 
 
 def test_an_existing_output_is_kept(files, tmp_path):

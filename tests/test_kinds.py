@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
-from loratools.factors.initial import subtract_initial
-from loratools.factors.resize import ComputeOptions
 from loratools.kinds import all_kinds
+from loratools.lowrank.dense import effective_delta
+from loratools.lowrank.initial import subtract_initial
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.info import describe
 from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.core.adapter import Adapter, Dora, Layer, OtherDelta
+from loratools_formats.core.adapter import Adapter, KindDelta, Layer, ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -33,7 +34,8 @@ def random(*shape):
 
 def other(kind, settings=None, layer=None, **parts):
     refs = {name: in_memory(name, np.ascontiguousarray(array)) for name, array in parts.items()}
-    return OtherDelta(kind, refs, settings or {"scale": 1.0}, layer or Layer("linear"))
+    delta = KindDelta(kind, refs, settings or {"scale": 1.0}, layer or Layer("linear"))
+    return ModuleChange(delta)
 
 
 def adapter_of(delta):
@@ -151,12 +153,10 @@ def test_tensors_that_do_not_fit_are_refused(parts):
 
 def test_a_magnitude_makes_a_fold_a_dora():
     magnitude = in_memory("m", np.abs(random(36)))
-    delta = other("middle", a=A, b=B, middle=MIDDLE)
-    delta = OtherDelta(
-        delta.kind, delta.parts, delta.settings, delta.layer, (36, 24), magnitude=magnitude
-    )
+    direction = replace(other("middle", a=A, b=B, middle=MIDDLE).direction, shape=(36, 24))
+    delta = ModuleChange(direction, magnitude)
     result = squeeze(adapter_of(delta), RankRule(rank=2))
-    assert isinstance(result.adapter.modules["layer"], Dora)
+    assert result.adapter.modules["layer"].kind == "dora"
     assert result.directional
     with pytest.raises(UnsupportedError, match="--base"):
         to_lora(adapter_of(delta), RankRule(rank=2))
@@ -284,7 +284,7 @@ def test_the_fork_of_lora_ga_needs_what_it_began_with(tmp_path):
     start = {".lora_A.weight": random(4, 24), ".lora_B.weight": random(36, 4)}
     config = {"peft_type": "LORAGA", "init_lora_weights": "lora_ga", "bsz": 2, "scale": "stable"}
     adapter = read_adapter(saved(tmp_path / "adapter", FACTORS, **config))
-    with pytest.raises(UnsupportedError, match="--initial"):
+    with pytest.raises(UnsupportedError, match="`initial`"):
         to_lora(adapter, RankRule())
     whole = subtract_initial(adapter, read_adapter(saved(tmp_path / "start", start, **config)))
     result = to_lora(whole, RankRule())

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools.algebra.budget import choose_ranks, rank_table
+from loratools.algebra.budget import Limit, choose_ranks, rank_table
 from loratools.algebra.ranks import (
     SERVE_RANKS,
     Budget,
     RankRule,
     Spectrum,
     gavish_donoho,
-    overrides,
+    pattern_rank,
 )
 from loratools_formats.disk.errors import OptionError
 
@@ -81,12 +81,13 @@ def test_threshold_finds_planted_signal():
 def test_uniform_takes_the_largest():
     spectra = [spectrum(SIGMA, "a"), spectrum([1.0, 0.0, 0.0, 0.0], "b")]
     rule = RankRule(energy=0.99, uniform=True)
-    assert choose_ranks(spectra, rule, input_nbytes=0, fixed_nbytes=0) == {"a": 4, "b": 4}
+    assert choose_ranks(spectra, rule) == {"a": 4, "b": 4}
 
 
-def budgeted(spectra, nbytes, **kwargs):
+def budgeted(spectra, nbytes, groups=(), header=0, **kwargs):
     rule = RankRule(budget=Budget(nbytes=nbytes), **kwargs)
-    return choose_ranks(spectra, rule, input_nbytes=0, fixed_nbytes=0)
+    limit = Limit(nbytes, lambda ranks: spent(spectra, ranks) + header)
+    return choose_ranks(spectra, rule, limit=limit, groups=groups)
 
 
 def lost(spectra, ranks):
@@ -151,10 +152,37 @@ def test_too_small_a_budget_is_an_error(kwargs):
         budgeted([spectrum(SIGMA, "a"), spectrum(SIGMA, "b")], 19, **kwargs)
 
 
-def test_budget_share_is_of_the_input():
-    rule = RankRule(budget=Budget.parse("50%"))
-    ranks = choose_ranks([spectrum(SIGMA)], rule, input_nbytes=60, fixed_nbytes=10)
-    assert ranks == {"m": 2}
+def test_budget_counts_what_is_no_factor():
+    assert Budget.parse("50%").resolve(60) == 30
+    assert budgeted([spectrum(SIGMA)], 30, header=10) == {"m": 2}
+
+
+def test_budget_gives_modules_of_a_group_one_rank():
+    spectra = [spectrum([9.0, 1.0, 0.5], "a"), spectrum([2.0, 1.9, 0.5], "b"), spectrum(SIGMA)]
+    alone = budgeted(spectra[:2], 30)
+    assert alone == {"a": 1, "b": 2}
+    assert budgeted(spectra[:2], 39, groups=[["a", "b"]]) == {"a": 1, "b": 1}
+    assert budgeted(spectra[:2], 40, groups=[["a", "b"]]) == {"a": 2, "b": 2}
+    together = budgeted(spectra, 90, groups=[["a", "b"]])
+    assert together["a"] == together["b"]
+    assert spent(spectra, together) <= 90
+
+
+def test_a_budget_whose_header_grows_with_the_ranks_is_kept():
+    rng = np.random.default_rng(0)
+    spectra = [spectrum(sorted(rng.random(12), reverse=True), f"m{i}") for i in range(9)]
+
+    def size(ranks):
+        return spent(spectra, ranks) + sum(
+            3 * (rank > 4) + 7 * (rank > 9) for rank in ranks.values()
+        )
+
+    for nbytes in range(90, 1000, 13):
+        rule = RankRule(budget=Budget(nbytes=nbytes))
+        got = choose_ranks(spectra, rule, limit=Limit(nbytes, size))
+        assert size(got) <= nbytes
+        for name, rank in got.items():
+            assert rank == 12 or size(got | {name: rank + 1}) > nbytes
 
 
 @pytest.mark.parametrize(
@@ -189,15 +217,16 @@ def test_bad_rules(kwargs):
         RankRule(**kwargs)
 
 
-def test_overrides():
-    assert overrides([r"q=1\.q=4", "b=2"]) == ((r"q=1\.q", 4), ("b", 2))
+def test_pattern_rank():
+    assert pattern_rank(r"q=1\.q=4") == (r"q=1\.q", 4)
     for bad in ("q", "q=", "q=-1", "(=3"):
         with pytest.raises(OptionError):
-            overrides([bad])
+            pattern_rank(bad)
 
 
 def test_table_goes_from_one_to_the_present_rank():
-    rows = rank_table([spectrum([3.0, 2.0, 1.0]), spectrum([5.0, 0.0], "n")], fixed_nbytes=7)
+    spectra = [spectrum([3.0, 2.0, 1.0]), spectrum([5.0, 0.0], "n")]
+    rows = rank_table(spectra, lambda ranks: spent(spectra, ranks) + 7)
     assert [row.rank for row in rows] == [1, 2, 3]
     assert [row.nbytes for row in rows] == [27, 47, 57]
     assert rows[0].relative_error == pytest.approx((5 / 39) ** 0.5)

@@ -10,13 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loratools.algebra.ranks import Budget, RankRule
-from loratools.factors.dense import effective_delta
-from loratools.factors.initial import subtract_initial
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.dense import effective_delta
+from loratools.lowrank.initial import subtract_initial
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.squeeze import rank_choices, squeeze
 from loratools.work.selection import Selection
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.core.adapter import low_rank_part
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 MODULES = {"layers.0.q": (24, 20, 8), "layers.1.q": (24, 20, 8), "layers.1.down": (16, 40, 8)}
@@ -24,8 +23,7 @@ MODULES = {"layers.0.q": (24, 20, 8), "layers.1.q": (24, 20, 8), "layers.1.down"
 
 def deltas(adapter):
     return {
-        name: effective_delta(name, low_rank_part(delta), low_rank_part(delta).shape)
-        for name, delta in adapter.modules.items()
+        name: effective_delta(name, delta, delta.shape) for name, delta in adapter.modules.items()
     }
 
 
@@ -106,9 +104,9 @@ def test_scales_become_one(make_folder, tmp_path):
         )
     )
     after = written(squeeze(source, RankRule(energy=0.9)), tmp_path / "out")
-    assert {low_rank_part(d).scale for d in after.modules.values()} == {1.0}
+    assert {d.require_factors().scale for d in after.modules.values()} == {1.0}
     assert after.config["use_rslora"] is False
-    assert len({low_rank_part(d).rank for d in after.modules.values()}) > 1
+    assert len({d.require_factors().rank for d in after.modules.values()}) > 1
 
 
 def test_keep_alpha(make_folder, tmp_path):
@@ -117,7 +115,7 @@ def test_keep_alpha(make_folder, tmp_path):
     )
     result = squeeze(source, RankRule(rank=3), ComputeOptions(keep_alpha=True))
     after = written(result, tmp_path / "out")
-    assert {n: low_rank_part(d).alpha for n, d in after.modules.items()} == {
+    assert {n: d.require_factors().alpha for n, d in after.modules.items()} == {
         "layers.0.q": 12,
         "layers.1.q": 12,
         "layers.1.down": 3,
@@ -131,7 +129,7 @@ def test_kept_module_takes_a_power_of_two_into_its_factor(make_folder, tmp_path)
     source = read_adapter(make_folder(modules=MODULES, lora_alpha=32))
     rule = RankRule(rank=8, patterns=(("down", 2),))
     after = written(squeeze(source, rule), tmp_path / "out")
-    assert {low_rank_part(d).scale for d in after.modules.values()} == {1.0}
+    assert {d.require_factors().scale for d in after.modules.values()} == {1.0}
     before, now = deltas(source), deltas(after)
     assert np.array_equal(before["layers.0.q"], now["layers.0.q"])
     assert "alpha_pattern" not in json.dumps(after.config["alpha_pattern"])
@@ -141,18 +139,18 @@ def test_kept_module_keeps_another_scale(make_folder, tmp_path):
     source = read_adapter(make_folder(modules=MODULES, lora_alpha=11))
     rule = RankRule(rank=8, patterns=(("down", 2),))
     after = written(squeeze(source, rule), tmp_path / "out")
-    kept = after.modules["layers.0.q"]
+    kept = after.modules["layers.0.q"].direction
     assert kept.scale == 11 / 8
-    assert bytes(kept.b.raw()) == bytes(source.modules["layers.0.q"].b.raw())
+    assert bytes(kept.b.raw()) == bytes(source.modules["layers.0.q"].direction.b.raw())
 
 
 def test_excluded_modules_keep_every_bit(make_folder, tmp_path):
     source = read_adapter(make_folder(modules=MODULES, lora_alpha=32))
     result = squeeze(source, RankRule(rank=2), selection=Selection("layers", "down"))
     after = written(result, tmp_path / "out")
-    ranks = {n: low_rank_part(d).rank for n, d in after.modules.items()}
+    ranks = {n: d.require_factors().rank for n, d in after.modules.items()}
     assert ranks == {"layers.0.q": 2, "layers.1.q": 2, "layers.1.down": 8}
-    old, new = source.modules["layers.1.down"], after.modules["layers.1.down"]
+    old, new = (each.modules["layers.1.down"].direction for each in (source, after))
     assert (bytes(new.a.raw()), bytes(new.b.raw())) == (bytes(old.a.raw()), bytes(old.b.raw()))
     assert new.scale == old.scale
 
@@ -169,7 +167,7 @@ def test_uniform_gives_one_rank_and_no_patterns(make_folder, tmp_path):
     assert (after.config["r"], after.config["lora_alpha"]) == (6, 6)
     assert after.config["rank_pattern"] == {}
     assert after.config["alpha_pattern"] == {}
-    assert {low_rank_part(d).rank for d in after.modules.values()} == {6}
+    assert {d.require_factors().rank for d in after.modules.values()} == {6}
     error = total_error(deltas(source), deltas(after))
     assert result.relative_error == pytest.approx(error, rel=1e-4)
 
@@ -178,7 +176,7 @@ def test_serve_ranks_pad_with_zeros_without_loss(make_folder, tmp_path):
     source = read_adapter(make_folder(modules={"q": (40, 30, 12)}, r=12, lora_alpha=24))
     result = squeeze(source, RankRule(rank=12, serve=True))
     after = written(result, tmp_path / "out")
-    assert low_rank_part(after.modules["q"]).rank == 16
+    assert after.modules["q"].require_factors().rank == 16
     assert result.relative_error == 0.0
     assert np.array_equal(deltas(after)["q"], deltas(source)["q"])
 
@@ -231,6 +229,7 @@ def test_lora_bias_keeps_its_effect(make_folder, tmp_path):
     extra = {"base_model.model.layers.0.q.lora_B.bias": bias}
     source = read_adapter(make_folder(dtype="f32", extra=extra, lora_bias=True, lora_alpha=12))
     after = written(squeeze(source, RankRule(rank=2)), tmp_path / "out").modules["layers.0.q"]
+    after = after.require_factors()
     np.testing.assert_allclose(after.scale * after.bias.load(), 1.5 * bias, rtol=1e-7)
 
 
@@ -265,7 +264,7 @@ def test_nan_and_infinity_are_refused_by_name(make_folder, bad):
 def test_values_beyond_the_dtype_are_refused(make_folder):
     key = "base_model.model.layers.0.q.lora_B.weight"
     source = read_adapter(make_folder(dtype="f32", extra={key: np.full((24, 8), 1e12, np.float32)}))
-    with pytest.raises(AdapterError, match=r"do not fit dtype F16.*--dtype bf16"):
+    with pytest.raises(AdapterError, match=r"do not fit dtype F16.*`dtype=bf16`"):
         squeeze(source, RankRule(rank=2), ComputeOptions(dtype="f16"))
 
 
@@ -292,7 +291,7 @@ def test_changed_base_is_refused_until_its_initial_adapter_is_given(make_folder,
     folder = make_folder("trained", dtype="f32", init_lora_weights="pissa", lora_alpha=12)
     first = make_folder("first", dtype="f32", seed=1, init_lora_weights=True, lora_alpha=12)
     source, initial = read_adapter(folder), read_adapter(first)
-    with pytest.raises(UnsupportedError, match=r"init_lora_weights 'pissa'.*--initial"):
+    with pytest.raises(UnsupportedError, match=r"init_lora_weights 'pissa'.*`initial`"):
         squeeze(source, RankRule(rank=2))
     true = subtract_initial(source, initial)
     want = deltas(source)["layers.0.q"] - deltas(initial)["layers.0.q"]
@@ -420,5 +419,5 @@ def test_kept_alpha_is_the_nominal_one_of_a_rank_stabilised_adapter(make_folder,
     )
     options = ComputeOptions(keep_alpha=True)
     after = written(squeeze(source, RankRule(max_rank=6), options), tmp_path / "out")
-    assert {low_rank_part(delta).alpha for delta in after.modules.values()} == {16}
+    assert {delta.require_factors().alpha for delta in after.modules.values()} == {16}
     assert after.config["use_rslora"] is False

@@ -21,7 +21,7 @@ def matrix(shape, decay, rng):
 def test_the_error_is_within_one_percent_of_the_optimum(shape, decay):
     x = matrix(shape, decay, np.random.default_rng(0))
     source = RowSource(shape, lambda start, stop: x[start:stop])
-    found = StreamedMatrix(source, streamed_svd(source, 48, power_iterations=None, seed=0))
+    found = StreamedMatrix(source, lambda: streamed_svd(source, 48, power_iterations=None, seed=0))
     sigma = np.linalg.svd(x, compute_uv=False)
     for rank in (1, 8, 32):
         error = np.sqrt(found.squared_error(*found.factors(rank)))

@@ -150,7 +150,7 @@ def test_fuse_unties_what_changes_alone_and_verify_agrees(case, tmp_path, module
     else:
         assert config == values
     found = verify(read_checkpoint(tmp_path / "fused"), read_checkpoint(base), inputs)
-    assert {t.key: t.verdict for t in found.tensors} == dict.fromkeys(fused, "exact")
+    assert {t.name: t.verdict for t in found.tensors} == dict.fromkeys(fused, "exact")
 
 
 def test_token_rows_change_the_tied_head_too(case, tmp_path):

@@ -5,25 +5,22 @@
 'peft'
 """
 
+from loratools_formats.contract.files import read_adapter, write_adapter
+from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.contract.registry import (
-    Context,
-    Format,
     FormatEntry,
-    Loss,
     find_format,
     format_for_output,
     get_format,
-    read_adapter,
     registered_formats,
-    write_adapter,
 )
 from loratools_formats.core.adapter import (
     Adapter,
     Caveat,
-    Dora,
+    KindDelta,
     Layer,
     LowRank,
-    OtherDelta,
+    ModuleChange,
     Replacement,
 )
 from loratools_formats.core.tensors import TensorRef
@@ -33,14 +30,14 @@ __all__ = [
     "Adapter",
     "Caveat",
     "Context",
-    "Dora",
     "Format",
     "FormatEntry",
+    "KindDelta",
     "Layer",
     "LoratoolsError",
     "Loss",
     "LowRank",
-    "OtherDelta",
+    "ModuleChange",
     "Replacement",
     "TensorRef",
     "find_format",

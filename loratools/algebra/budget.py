@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import heapq
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,69 +15,93 @@ from loratools.algebra.ranks import SERVE_RANKS, RankRule, Spectrum
 from loratools_formats.disk.errors import OptionError
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What the output's weight file may weigh.
+
+    Attributes:
+        nbytes: at most.
+        size: the exact size of the file with these ranks.
+    """
+
+    nbytes: int
+    size: Callable[[Mapping[str, int]], int]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Modules that get one rank: a module alone, or all of a group.
+
+    Attributes:
+        spectra: of the modules.
+        levels: the ranks that they may get, ascending.
+    """
+
+    spectra: tuple[Spectrum, ...]
+    levels: list[int]
+
+    @property
+    def name(self) -> str:
+        """Path of its first module."""
+        return self.spectra[0].name
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """Bytes that one more rank costs."""
+        return sum(spectrum.bytes_per_rank for spectrum in self.spectra)
+
+    def ranks(self, rank: int) -> dict[str, int]:
+        """Return a rank by module."""
+        return {spectrum.name: rank for spectrum in self.spectra}
+
+    def price(self, place: int) -> int:
+        """Return the bytes of the factors that the step above a place adds."""
+        return (self.levels[place + 1] - self.levels[place]) * self.bytes_per_rank
+
+    @functools.cached_property
+    def gains(self) -> list[float]:
+        """Energy per byte of the step above each level; 0 above the last."""
+        energies = [spectrum.energies for spectrum in self.spectra]
+        steps = [slice(*step) for step in itertools.pairwise(self.levels)]
+        found = [sum(float(each[step].sum()) for each in energies) for step in steps]
+        return [gain / self.price(place) for place, gain in enumerate(found)] + [0.0]
+
+
 def choose_ranks(
-    spectra: Sequence[Spectrum], rule: RankRule, *, input_nbytes: int, fixed_nbytes: int
+    spectra: Sequence[Spectrum],
+    rule: RankRule,
+    *,
+    groups: Sequence[Sequence[str]] = (),
+    limit: Limit | None = None,
 ) -> dict[str, int]:
     """Return the rank of every module.
 
     Args:
         spectra: of the modules to squeeze.
         rule: how to choose.
-        input_nbytes: size of the input's weight file, for a budget given as a share.
-        fixed_nbytes: bytes of the output that do not depend on these ranks.
+        groups: names of modules that need one rank if any of theirs changes.
+        limit: what the rule's budget means in bytes; None if the rule has none.
 
     Raises:
-        OptionError: the budget is too small for one rank everywhere.
+        OptionError: the budget is too small for the smallest ranks.
     """
-    if rule.budget is not None:
-        available = rule.budget.resolve(input_nbytes) - fixed_nbytes
-        return _within(spectra, rule, available)
+    names = [[s.name for s in spectra]] if rule.uniform else groups
+    together = [tuple(s for s in spectra if s.name in group) for group in names]
+    grouped = {s.name for group in together for s in group}
+    sets = [group for group in together if group]
+    sets += [(s,) for s in spectra if s.name not in grouped]
+    if limit is not None:
+        return _within([_Unit(each, _levels(each, rule)) for each in sets], rule, limit)
     ranks = {spectrum.name: rule.of_module(spectrum) for spectrum in spectra}
-    if rule.uniform and ranks:
-        return dict.fromkeys(ranks, max(ranks.values()))
+    for each in sets:
+        if rule.uniform or any(ranks[s.name] != s.rank for s in each):
+            ranks |= dict.fromkeys((s.name for s in each), max(ranks[s.name] for s in each))
     return ranks
 
 
-def _within(spectra: Sequence[Spectrum], rule: RankRule, available: int) -> dict[str, int]:
-    """Spend bytes where they remove most error.
-
-    A step up on a module removes energy at a price in bytes. Taking the best ratio first is optimal
-    for the total squared error whenever the budget is used up, since a module's gains only shrink
-    from step to step. Steps that remove nothing are not taken.
-    """
-    levels = _common_levels(spectra, rule) if rule.uniform else _levels(spectra, rule)
-    ranks = {name: steps[0] for name, steps in levels.items()}
-    left = available - sum(ranks[s.name] * s.bytes_per_rank for s in spectra)
-    if left < 0:
-        raise OptionError(
-            "the budget is too small",
-            got=f"{max(available, 0)} bytes for the factors",
-            expected=f"{available - left} for the smallest ranks; "
-            f"raise the budget by at least {-left} bytes",
-        )
-    if rule.uniform:
-        price = sum(s.bytes_per_rank for s in spectra)
-        common = next(iter(levels.values()))
-        fitting = [rank for rank in common if rank * price <= available]
-        return dict.fromkeys(ranks, fitting[-1])
-    by_name = {s.name: s for s in spectra}
-    heap = [(-_gain(by_name[name], steps, 0), name, 0) for name, steps in levels.items()]
-    heapq.heapify(heap)
-    while heap and heap[0][0] < 0.0:
-        _, name, place = heapq.heappop(heap)
-        steps, spectrum = levels[name], by_name[name]
-        price = (steps[place + 1] - steps[place]) * spectrum.bytes_per_rank
-        if price > left:
-            continue
-        ranks[name] = steps[place + 1]
-        left -= price
-        heapq.heappush(heap, (-_gain(spectrum, steps, place + 1), name, place + 1))
-    return ranks
-
-
-def _levels(spectra: Sequence[Spectrum], rule: RankRule) -> dict[str, list[int]]:
-    """Return the ranks that each module may get, ascending."""
-    return {spectrum.name: _levels_of(spectrum, rule) for spectrum in spectra}
+def _levels(spectra: Sequence[Spectrum], rule: RankRule) -> list[int]:
+    """Return the ranks that modules may get together, ascending."""
+    return max((_levels_of(spectrum, rule) for spectrum in spectra), key=lambda found: found[-1])
 
 
 def _levels_of(spectrum: Spectrum, rule: RankRule) -> list[int]:
@@ -88,17 +115,82 @@ def _levels_of(spectrum: Spectrum, rule: RankRule) -> list[int]:
     return [rank for rank in SERVE_RANKS if least <= rank <= most] or [rule.served(least)]
 
 
-def _common_levels(spectra: Sequence[Spectrum], rule: RankRule) -> dict[str, list[int]]:
-    widest = max(spectra, key=lambda spectrum: spectrum.rank)
-    return dict.fromkeys((spectrum.name for spectrum in spectra), _levels_of(widest, rule))
+def _within(units: Sequence[_Unit], rule: RankRule, limit: Limit) -> dict[str, int]:
+    """Return the best ranks whose file is no larger than the limit.
+
+    Only the factors' part of a file is known in advance for all ranks. What the rest takes (header,
+    alphas, metadata with ranks in it) is measured at the ranks chosen, and they are chosen again
+    with less until the file fits.
+    """
+
+    def size(places: Mapping[str, int]) -> int:
+        ranks: dict[str, int] = {}
+        for unit in units:
+            ranks |= unit.ranks(unit.levels[places[unit.name]])
+        return limit.size(ranks)
+
+    lowest = {unit.name: 0 for unit in units}
+    least = size(lowest)
+    if least > limit.nbytes:
+        raise OptionError(
+            "the budget is too small",
+            got=f"{limit.nbytes} bytes",
+            expected=f"at least {least} bytes, which the smallest ranks take",
+        )
+    if rule.uniform:
+        (unit,) = units
+        fitting = bisect.bisect_right(
+            range(1, len(unit.levels)), limit.nbytes, key=lambda place: size({unit.name: place})
+        )
+        return unit.ranks(unit.levels[fitting])
+    room = limit.nbytes - least
+    places = _spent(units, lowest, room)
+    while (over := size(places) - limit.nbytes) > 0:
+        room -= over
+        places = _spent(units, lowest, room)
+    places = _spent(units, places, limit.nbytes - size(places), size, limit.nbytes)
+    return {
+        name: rank
+        for unit in units
+        for name, rank in unit.ranks(unit.levels[places[unit.name]]).items()
+    }
 
 
-def _gain(spectrum: Spectrum, steps: list[int], place: int) -> float:
-    """Return the energy per byte of the step above a place; 0 if there is none."""
-    if place + 1 >= len(steps):
-        return 0.0
-    energy = float(spectrum.energies[steps[place] : steps[place + 1]].sum())
-    return energy / ((steps[place + 1] - steps[place]) * spectrum.bytes_per_rank)
+def _spent(
+    units: Sequence[_Unit],
+    places: Mapping[str, int],
+    room: int,
+    size: Callable[[Mapping[str, int]], int] | None = None,
+    most: int = 0,
+) -> dict[str, int]:
+    """Take steps up from places, those first that remove most error per byte.
+
+    Taking the best ratio first is optimal for the total squared error whenever the room is used up,
+    since a module's gains only shrink from step to step. Steps that remove nothing are not taken.
+
+    Args:
+        units: what can take steps.
+        places: where each stands.
+        room: bytes that the factors may grow by.
+        size: the exact size of the file, which each step is then checked with.
+        most: of that size.
+    """
+    found = dict(places)
+    by_name = {unit.name: unit for unit in units}
+    heap = [(-unit.gains[found[unit.name]], unit.name) for unit in units]
+    heapq.heapify(heap)
+    while heap and heap[0][0] < 0.0:
+        _, name = heapq.heappop(heap)
+        price = by_name[name].price(found[name])
+        if price > room:
+            continue
+        found[name] += 1
+        if size is not None and size(found) > most:
+            found[name] -= 1
+            continue
+        room -= price
+        heapq.heappush(heap, (-by_name[name].gains[found[name]], name))
+    return found
 
 
 @dataclass(frozen=True)
@@ -119,13 +211,15 @@ class RankChoice:
 
 
 def rank_table(
-    spectra: Sequence[Spectrum], fixed_nbytes: int, other_energy: float = 0.0
+    spectra: Sequence[Spectrum],
+    size: Callable[[Mapping[str, int]], int],
+    other_energy: float = 0.0,
 ) -> list[RankChoice]:
     """Return what each power of two, and the present largest rank, would cost and lose.
 
     Args:
         spectra: of the modules to squeeze.
-        fixed_nbytes: bytes of the output that do not depend on these ranks.
+        size: the size of the weight file with these ranks.
         other_energy: ‖ΔW‖²_F of the modules that stay as they are.
     """
     highest = max(spectrum.rank for spectrum in spectra)
@@ -135,7 +229,7 @@ def rank_table(
     rows = []
     for rank in [*ranks, highest]:
         lost = tails + sum(float(np.sum(spectrum.energies[rank:])) for spectrum in spectra)
-        nbytes = sum(min(rank, s.rank) * s.bytes_per_rank for s in spectra) + fixed_nbytes
+        nbytes = size({s.name: min(rank, s.rank) for s in spectra})
         share = lost / total if total else 0.0
         rows.append(RankChoice(rank, nbytes, 1.0 - share, share**0.5))
     return rows

@@ -5,13 +5,35 @@ The CPU engine never imports torch: importing it takes longer than squeezing a 7
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from loratools.work.declared import option
+from loratools.work.parallel import Workers
 from loratools_formats.disk.errors import MissingDependencyError, OptionError
 
 DeviceName = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing(Workers):
+    """Where a run computes, and with how many threads.
+
+    Attributes:
+        device: where to compute; cuda and mps need torch.
+
+    Raises:
+        OptionError: the number of threads is out of range.
+    """
+
+    device: DeviceName = option("cpu", heading="Computing")
+
+    @property
+    def threads(self) -> int:
+        """Threads to use over modules: one where a device does the work."""
+        return self.workers if self.device == "cpu" else 1
 
 
 class Device:

@@ -15,13 +15,16 @@ Stacked experts share one rank: the largest that any of them needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratools.work.declared import option
 from loratools.work.selection import check_regex
+from loratools.work.spellings import share
+from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     Values = NDArray[np.float64]
 
 SERVE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values vLLM accepts for --max-lora-rank (vllm/config/lora.py, 2026)."""
+"""Values vLLM accepts as max_lora_rank (vllm/config/lora.py, 2026)."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -97,42 +100,59 @@ class Budget:
         return int((self.share or 0.0) * input_nbytes)
 
 
+def pattern_rank(text: str) -> tuple[str, int]:
+    """Read `REGEX=N`.
+
+    Raises:
+        OptionError: no rank after the last `=`, or not a regular expression.
+    """
+    pattern, separator, rank = text.rpartition("=")
+    if not separator or not rank.isascii() or not rank.isdigit():
+        raise OptionError("not a rank pattern", got=text, expected="REGEX=N")
+    check_regex(pattern)
+    return pattern, int(rank)
+
+
 @dataclass(frozen=True)
 class RankRule:
     """How ranks are chosen. At most one of the first seven fields may be set.
 
     Attributes:
-        rank: the same rank for all.
-        energy: share of ‖ΔW‖²_F to keep, in (0, 1].
-        sv_ratio: largest ratio σ₁/σ_k to keep, at least 1.
-        sv_fro: share of ‖ΔW‖_F to keep, in (0, 1].
-        sv_cumulative: share of the sum of singular values to keep, in (0, 1].
-        threshold: the Gavish–Donoho threshold.
-        budget: a size for the weight file.
+        rank: the same rank for every module.
+        energy: keep this share of ‖ΔW‖²_F per module, such as 0.9 or 90%.
+        sv_ratio: keep singular values down to σ₁/RATIO; at least 1.
+        sv_fro: keep this share of ‖ΔW‖_F per module.
+        sv_cumulative: keep this share of the sum of singular values per module.
+        threshold: keep singular values above the Gavish–Donoho threshold.
+        budget: spread a size for the whole weight file, such as 25% or 12MB.
         max_rank: no rank above this.
         min_rank: no rank below this, as far as the module has it.
-        patterns: (regular expression searched in module paths, rank); the first match decides.
-        uniform: give every module the largest rank chosen.
-        serve: use only ranks that vLLM accepts, rounding up; down where a budget or max_rank binds.
+        patterns: rank of modules whose path matches; the first match decides.
+        uniform: give all modules the largest rank chosen.
+        serve: use only ranks that vLLM accepts, rounding up; down where `budget` or `max_rank`
+            binds.
 
     Raises:
         OptionError: several rules at once, or a value out of range.
     """
 
-    rank: int | None = None
-    energy: float | None = None
-    sv_ratio: float | None = None
-    sv_fro: float | None = None
-    sv_cumulative: float | None = None
-    threshold: bool = False
-    budget: Budget | None = None
-    max_rank: int | None = None
-    min_rank: int | None = None
-    patterns: tuple[tuple[str, int], ...] = ()
-    uniform: bool = False
-    serve: bool = False
+    rank: int | None = option(None, heading="Rank", short="-r")
+    energy: float | None = option(None, heading="Rank", metavar="SHARE", parse=share)
+    sv_ratio: float | None = option(None, heading="Rank", metavar="RATIO")
+    sv_fro: float | None = option(None, heading="Rank", metavar="SHARE", parse=share)
+    sv_cumulative: float | None = option(None, heading="Rank", metavar="SHARE", parse=share)
+    threshold: bool = option(False, heading="Rank", aliases=("--threshold-rank",))
+    budget: Budget | None = option(None, heading="Rank", metavar="SIZE", parse=Budget.parse)
+    max_rank: int | None = option(None, heading="Rank")
+    min_rank: int | None = option(None, heading="Rank")
+    patterns: tuple[tuple[str, int], ...] = option(
+        (), heading="Rank", name="rank_pattern", metavar="REGEX=N", parse=pattern_rank
+    )
+    uniform: bool = option(False, heading="Rank")
+    serve: bool = option(False, heading="Rank", name="serve_ranks")
 
     def __post_init__(self) -> None:
+        check_options(self)
         chosen = self._rules()
         if len(chosen) > 1:
             raise OptionError("rank rules exclude each other", got=", ".join(chosen))
@@ -153,10 +173,10 @@ class RankRule:
             and self.min_rank > self.max_rank
         ):
             raise OptionError(
-                "--min-rank is above --max-rank", got=f"{self.min_rank} and {self.max_rank}"
+                "`min_rank` is above `max_rank`", got=f"{self.min_rank} and {self.max_rank}"
             )
         if self.uniform and self.budget is not None and self.patterns:
-            raise OptionError("--uniform with --budget leaves no place for rank patterns")
+            raise OptionError("`uniform=True` with `budget` leaves no place for rank patterns")
 
     def _rules(self) -> list[str]:
         return [f.name for f in fields(self)[:7] if getattr(self, f.name) not in (None, False)]
@@ -196,7 +216,7 @@ class RankRule:
             raise OptionError(
                 f"the rule needs every singular value of {spectrum.name}, and only the "
                 f"{sigma.shape[1]} largest are known",
-                hint="Choose ranks with --rank, --energy or another rule",
+                hint="Choose ranks with `rank`, `energy` or another rule",
             )
         elif self.sv_cumulative is not None:
             wanted = _most(sigma, lambda s: _reaching(s, self.sv_cumulative or 1.0))
@@ -221,7 +241,7 @@ class RankRule:
             raise OptionError(
                 f"rank {spectrum.rank} keeps only {reachable:.4f} of the energy of {spectrum.name}",
                 expected=share,
-                hint="Allow higher ranks with --max-rank, or ask for less",
+                hint="Allow higher ranks with `max_rank`, or ask for less",
             )
         return wanted
 
@@ -235,7 +255,7 @@ class RankRule:
             raise OptionError(
                 f"the {sigma.shape[1]} largest singular values of {spectrum.name} do not fall as "
                 f"far as σ₁/{ratio:g}",
-                hint="Allow higher ranks with --max-rank, or ask for less",
+                hint="Allow higher ranks with `max_rank`, or ask for less",
             )
         return wanted
 
@@ -303,22 +323,6 @@ def gavish_donoho(sigma: Values, shape: tuple[int, int]) -> float:
     beta = min(shape) / max(shape)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
     return float(omega * np.median(sigma))
-
-
-def overrides(options: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Read `REGEX=N` options.
-
-    Raises:
-        OptionError: no rank after the last `=`, or not a regular expression.
-    """
-    result = []
-    for option in options:
-        pattern, separator, rank = option.rpartition("=")
-        if not separator or not rank.isascii() or not rank.isdigit():
-            raise OptionError("not a rank pattern", got=option, expected="REGEX=N")
-        check_regex(pattern)
-        result.append((pattern, int(rank)))
-    return tuple(result)
 
 
 def as_options(rule: RankRule) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ The rows come from an anonymous file, where making them is dear, or are made ane
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -200,11 +201,20 @@ def squared_residual(source: RowBlocks, b: Array, a: Array) -> float:
 
 
 class StreamedMatrix:
-    """A streamed matrix with the same questions as `Matrix`."""
+    """A streamed matrix with the same questions as `Matrix`.
 
-    def __init__(self, source: RowBlocks, svd: StreamedSvd) -> None:
+    Args:
+        source: its rows.
+        svd: decomposes it, when the first question needs that.
+    """
+
+    def __init__(self, source: RowBlocks, svd: Callable[[], StreamedSvd]) -> None:
         self._source = source
-        self._svd = svd
+        self._decompose = svd
+
+    @functools.cached_property
+    def _svd(self) -> StreamedSvd:
+        return self._decompose()
 
     @property
     def squared_norm(self) -> float:

@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.checkpoints.facts import head_of, is_embedding, model_types, values_of
+from loratools_formats.checkpoints.facts import (
+    head_of,
+    is_embedding,
+    is_vocabulary,
+    model_types,
+    values_of,
+)
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -128,6 +134,7 @@ class _Choice:
             "output embedding": any(f".{module}".endswith(f".{head}") for head in self.heads),
             "last module": _LAST.fullmatch(module) is not None and without_bias,
             "embedding": is_embedding(module)
+            or is_vocabulary(module)
             or (without_bias and ref.shape[0] in self._vocabularies),
             "kept in float32": any(
                 module.endswith(name) or f".{name}." in f".{module}."
@@ -150,7 +157,7 @@ def _check_type(ref: TensorRef) -> None:
             tensor=ref.key,
             got=ref.dtype.code,
             expected=" or ".join(_QUANTIZABLE),
-            hint="Leave it out with --skip, or start from the original checkpoint",
+            hint="Leave it out with `exclude`, or start from the original checkpoint",
         )
 
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from loratools.base.placement.names import Names
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, read_checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.model import plain
-from loratools_formats.containers.gguf.splits import GgufModel, read_model
+from loratools_formats.containers.gguf.splits import read_model
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.tensors import TensorRef, equal_values
 from loratools_formats.disk.errors import LoratoolsError, MissingFileError
-from loratools_formats.formats.gguf.base import base_of_gguf
-from loratools_formats.formats.gguf.from_model import rows_in_gguf
 
 
 def without_repeated(adapter: Adapter, stored: Callable[[str], TensorRef | None]) -> Adapter:
@@ -51,7 +49,7 @@ def stored_in(base: Path) -> Callable[[str], TensorRef | None]:
         AdapterError: malformed.
     """
     if is_gguf(base):
-        return partial(stored_in_gguf, read_model(base))
+        return _in_gguf(base)
     try:
         names = Names(read_checkpoint(base.parent if base.name == CONFIG_FILE else base))
     except MissingFileError:
@@ -64,14 +62,15 @@ def stored_in(base: Path) -> Callable[[str], TensorRef | None]:
     return found
 
 
-def stored_in_gguf(base: GgufModel, target: str) -> TensorRef | None:
-    """Return a weight of a GGUF model by its name in transformers, None if its rows moved."""
-    try:
-        (name, order), *others = rows_in_gguf(
-            target.removesuffix(".weight"), base_of_gguf(base)
-        ).items()
-    except LoratoolsError:  # not a matrix of this model, so nothing to compare with
-        return None
-    if others or order != list(range(len(order))):
-        return None
-    return plain(base.tensors[f"{name}.weight"])
+def _in_gguf(base: Path) -> Callable[[str], TensorRef | None]:
+    model, rows_of = read_model(base), get_format("gguf").rows_in_base(base)
+
+    def found(target: str) -> TensorRef | None:
+        try:
+            (name, order), *others = rows_of(target.removesuffix(".weight")).items()
+        except LoratoolsError:  # not a matrix of this model, so nothing to compare with
+            return None
+        moved = others or order != list(range(len(order)))
+        return None if moved else plain(model.tensors[f"{name}.weight"])
+
+    return found

@@ -20,7 +20,7 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
 from loratools.base.placement.sites import Site, sites
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Layer, LowRank, OtherDelta
+from loratools_formats.core.adapter import Adapter, KindDelta, Layer, LowRank
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -103,7 +103,7 @@ def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) ->
     return Names(replace(checkpoint, tensors=tensors))
 
 
-def find_place(names: Names, name: str, delta: LowRank | OtherDelta) -> Place:
+def find_place(names: Names, name: str, delta: LowRank | KindDelta) -> Place:
     """Return where the weight of a module is.
 
     Raises:
@@ -145,7 +145,7 @@ def is_fused(names: Names, name: str) -> bool:
     return any(site.plane is not None or site.part is not None for site in found)
 
 
-def _pieces(names: Names, name: str, delta: LowRank | OtherDelta, site: Site) -> Sequence[Piece]:
+def _pieces(names: Names, name: str, delta: LowRank | KindDelta, site: Site) -> Sequence[Piece]:
     stored = names.tensors[site.key]
     if site.part is None and site.share is None:
         crossed = whole_is_transposed(names, name, delta, stored.shape)
@@ -248,5 +248,5 @@ def _unknown(got: str) -> UnsupportedError:
     return UnsupportedError(
         "the weight change depends on the base weight",
         got=got,
-        hint="Pass the base model with --base",
+        hint="Pass the base model as `base`",
     )

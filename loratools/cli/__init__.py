@@ -53,6 +53,18 @@ class LazyGroup(click.Group):
         """Return the names of all commands, sorted."""
         return sorted(_COMMANDS)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first argument names; say which is close if none is."""
+        if args[0] not in _COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command; None if there is no such name."""
         if cmd_name not in _COMMANDS:
@@ -65,19 +77,32 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(sorted(_SUMMARIES.items()))
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write where to read on."""
+        formatter.write_paragraph()
+        formatter.write_text("Learn more: `loratools COMMAND --help`, or “Try it” in README.md")
+
 
 @click.command(
     cls=LazyGroup,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(__version__, prog_name="loratools")
+@click.version_option(__version__, "-V", "--version", prog_name="loratools")
 @click.option("--traceback", is_flag=True, help="Show Python tracebacks of errors.")
-def cli(traceback: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, /, traceback: bool) -> None:
     """Exact, fast and safe operations on LoRA adapter files.
 
     Every operation works on the true weight change, says what error it made, never changes its
     inputs, and writes its output whole or not at all.
-    """
+
+    \b
+    loratools info my-adapter
+    loratools squeeze my-adapter -o smaller --rank 16
+    """  # noqa: D301 - click reads the backspace
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
+from typing import TextIO
 
 import click
 
@@ -25,6 +27,7 @@ def run(cli: click.Command) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    warnings.showwarning = _noted
     if "--traceback" in sys.argv[1:2]:
         sys.exit(_call(cli))
     try:
@@ -47,6 +50,18 @@ def run(cli: click.Command) -> None:
     sys.exit(code)
 
 
+def _noted(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning as commands show every note; a library has no other way to speak."""
+    click.echo(f"note: {message}", err=True)
+
+
 def _call(cli: click.Command) -> int:
     """Run the group as its `main` would, which exits with 1 when the reader of stdout has gone."""
     if _COMPLETION in os.environ:
@@ -63,15 +78,18 @@ def _usage(error: click.ClickException) -> str:
     """Return one line for an error in the command line itself."""
     text = " ".join(error.format_message().split()).rstrip(".")
     context = error.ctx if isinstance(error, click.UsageError) else None
-    return text if context is None else f"{text}. See: {context.command_path} --help"
+    if context is None:
+        return text
+    return f"{text}{'' if text.endswith('?') else '.'} See: {context.command_path} --help"
 
 
 def describe(error: BaseException) -> str:
     """Return one line for an error: its own text if it is ours, its kind too if it is not."""
+    from loratools.cli.wording import worded
     from loratools_formats.disk.errors import LoratoolsError, printable
 
     if isinstance(error, LoratoolsError):
-        return str(error)
+        return worded(str(error))
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, OSError) and error.strerror:

@@ -2,89 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 import click
 
-from loratools.algebra.device import DeviceName
 from loratools.cli import options as shared
-from loratools.cli.output import (
-    human_bytes,
-    named,
-    note,
-    number,
-    percent,
-    print_json,
-    print_table,
-    progress_bar,
-)
-from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.gguf import Fallback, GgufFuseOptions, GgufFusion, Outtype
-from loratools.operations.fuse.operation import (
-    BaseMode,
-    FuseOptions,
-    FusePreview,
-    FuseResult,
-    Fusion,
-)
-from loratools.operations.fuse.plan import TensorPlan
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.containers.gguf.container import is_gguf
-from loratools_formats.containers.gguf.splits import read_model
-from loratools_formats.disk.errors import OptionError
+from loratools.cli.command import command as named_command
+from loratools.cli.output import human_bytes, note, number, percent, print_table, quantity
+from loratools.cli.perform import perform, target_of
+from loratools.cli.references import weighted_path
+from loratools.face.fuse import FusePlan, FuseResult, PlannedTensor, fuse
+from loratools.operations.fuse.gguf import GgufFuseOptions
+from loratools.operations.fuse.operation import FuseOptions
+from loratools.work.requests import Reading, Reporting, Writing
 
 
-@click.command("fuse")
-@click.argument("base", type=shared.PATH)
+@named_command("fuse")
+@shared.base_argument
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
-@shared.output_options
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of all weights.")
-@click.option(
-    "--outtype",
-    type=click.Choice(get_args(Outtype)),
-    help="Type of changed tensors in a GGUF model; keep, the default, leaves each its own.",
-)
-@click.option(
-    "--fallback",
-    type=click.Choice(get_args(Fallback)),
-    help="Type of those whose own cannot be written, such as Q4_K; f16 by default.",
-)
-@shared.max_shard_size_option
-@click.option(
-    "--base-mode",
-    type=click.Choice(["dequant", "original"]),
-    help="For a base in four bits: add to what its codes mean, or insist on the 16-bit original.",
-)
-@click.option("--requantize", is_flag=True, help="Store changed four-bit weights in four bits.")
-@click.option(
-    "--allow-lossy", is_flag=True, help="Do so even if less than half of the change survives."
-)
-@shared.device_option
-@shared.workers_option
-@shared.from_option
-@shared.json_option
-@shared.quiet_option
+@shared.writes(positional=False)
+@shared.takes(FuseOptions, into="options")
+@shared.takes(GgufFuseOptions, "fallback", into="quantised")
+@shared.reads("from_")
+@shared.reports()
 def command(
     base: Path,
     adapters: tuple[str, ...],
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    dtype: str | None,
-    outtype: Outtype | None,
-    fallback: Fallback | None,
-    max_shard_size: str | None,
-    base_mode: BaseMode | None,
-    requantize: bool,
-    allow_lossy: bool,
-    device: DeviceName,
-    workers: int,
-    format_name: str | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+    writing: Writing,
+    options: FuseOptions,
+    quantised: GgufFuseOptions,
+    reading: Reading,
+    reporting: Reporting,
+) -> int:
     """Fuse adapters into base weights, streamed, without loading a model.
 
     BASE is a checkpoint folder, a safetensors file or a GGUF model. A weight follows an adapter's
@@ -93,166 +42,71 @@ def command(
     \b
     loratools fuse base-model my-adapter -o merged-model
     loratools fuse base-model chat:0.7 code:0.3 -o both --dtype bf16
-    loratools fuse base.gguf my-adapter -o merged.gguf --outtype q8_0
+    loratools fuse base.gguf my-adapter -o merged.gguf --dtype q8_0
     """  # noqa: D301 - click reads the backspace
-    if output is None and not dry_run:
-        raise OptionError("no output given", hint="Add -o OUTPUT, or --dry-run")
-    if is_gguf(base):
-        given = {
-            "--dtype": dtype,
-            "--max-shard-size": max_shard_size,
-            "--base-mode": base_mode,
-            "--requantize": requantize,
-        }
-        _refuse(given, "a GGUF model")
-    else:
-        _refuse({"--outtype": outtype, "--fallback": fallback}, "a safetensors checkpoint")
-    inputs = [shared.fuse_input(text, format_name) for text in adapters]
-    fusion: Fusion | GgufFusion
-    if is_gguf(base):
-        fusion = GgufFusion(
-            read_model(base),
-            inputs,
-            GgufFuseOptions(outtype or "keep", fallback or "f16", workers, device, allow_lossy),
-        )
-    else:
-        options = FuseOptions(
-            dtype=dtype,
-            max_shard_bytes=None if max_shard_size is None else shared.parsed_size(max_shard_size),
-            workers=workers,
-            device=device,
-            base_mode=base_mode,
-            requantize=requantize,
-            allow_lossy=allow_lossy,
-        )
-        fusion = Fusion(read_checkpoint(base), inputs, options)
-    if dry_run or output is None:
-        _show_plan(fusion.preview, as_json=as_json, quiet=quiet)
-        return
-    with progress_bar("fuse", quiet=quiet, unit="B") as progress:
-        result = fusion.write(output, overwrite=overwrite, progress=progress)
-    if as_json:
-        print_json(_as_json(inputs, result))
-    elif not quiet:
-        _print_report(result)
-    if not quiet:
-        _notes(inputs, result, output)
+    target = target_of(writing)
+    return perform(
+        "fuse",
+        lambda progress: fuse(
+            base,
+            [weighted_path(text) for text in adapters],
+            options=options,
+            quantised=quantised,
+            reading=reading,
+            writing=target,
+            progress=progress,
+        ),
+        lambda result: _show_plan(result) if isinstance(result, FusePlan) else _show(result),
+        target,
+        reporting,
+        unit="B",
+    )
 
 
-def _refuse(given: Mapping[str, object], kind: str) -> None:
-    for name, value in given.items():
-        if value:
-            raise OptionError(f"{name} has no meaning for {kind}")
-
-
-def _notes(inputs: Sequence[FuseInput], result: FuseResult, output: Path) -> None:
-    for text in result.notes:
-        note(text)
-    if any(item.weight < 0 for item in inputs):
-        note("a negative weight takes a change out up to rounding, not bit for bit")
-    if result.left_out:
-        note(f"not carried over: {', '.join(result.left_out)}")
-    note(f"wrote {output}")
-
-
-def _sources(modules: Sequence[str], replaced_by: str | None) -> str:
-    return ", ".join(modules) if modules else f"replaced by {replaced_by}"
-
-
-def _show_plan(preview: FusePreview, *, as_json: bool, quiet: bool) -> None:
-    touched, dtypes = preview.touched, preview.dtypes
-    if as_json:
-        print_json(
-            {
-                "operation": "fuse",
-                "dry_run": True,
-                "bytes_out": preview.nbytes,
-                "tensors": [_plan_as_json(plan, dtypes[plan.key]) for plan in touched],
-            }
-        )
-    elif not quiet:
-        print_table(
-            ["tensor", "shape", "dtype", "changed by"],
-            "<<<<",
-            [
-                [
-                    plan.key,
-                    "×".join(map(str, plan.source.shape)),
-                    dtypes[plan.key],
-                    _sources(plan.modules, plan.replaced_by or "token rows"),
-                ]
-                for plan in touched
-            ],
-        )
-        click.echo(f"tensors: {len(touched)} of {preview.total} change")
-        click.echo(f"size: {human_bytes(preview.nbytes)} in {_count(preview.files, 'file')}")
-    if not quiet:
-        for text in preview.notes:
-            note(text)
-        note("dry run, nothing was written")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _plan_as_json(plan: TensorPlan, dtype: str) -> dict[str, object]:
-    return {
-        "name": plan.key,
-        "shape": list(plan.source.shape),
-        "dtype": dtype,
-        "modules": list(plan.modules),
-        "replaced_by": plan.replaced_by,
-    }
-
-
-def _as_json(inputs: Sequence[FuseInput], result: FuseResult) -> dict[str, object]:
-    return {
-        "operation": "fuse",
-        "adapters": [{"name": item.name, "weight": item.weight} for item in inputs],
-        "relative_change": result.relative_change,
-        "lost_to_rounding": result.lost,
-        "bytes_out": result.nbytes,
-        "files": list(result.shards),
-        "surviving": result.surviving,
-        "copied": result.copied,
-        "converted": result.converted,
-        "left_out": list(result.left_out),
-        "notes": list(result.notes),
-        "tensors": [
-            {
-                **named(report),
-                "relative_change": report.relative_change,
-                "lost_to_rounding": report.lost,
-            }
-            for report in result.tensors
+def _show_plan(plan: FusePlan) -> None:
+    print_table(
+        ["tensor", "shape", "dtype", "changed by"],
+        "<<<<",
+        [
+            [tensor.name, "×".join(map(str, tensor.shape)), tensor.dtype, _changed_by(tensor)]
+            for tensor in plan.tensors
         ],
-    }
+    )
+    click.echo(f"tensors: {len(plan.tensors)} of {plan.total} change")
+    click.echo(f"size: {human_bytes(plan.bytes_out)} in {quantity(plan.files, 'file')}")
 
 
-def _print_report(result: FuseResult) -> None:
+def _changed_by(tensor: PlannedTensor) -> str:
+    return ", ".join(tensor.modules) or f"replaced by {tensor.replaced_by or 'token rows'}"
+
+
+def _show(result: FuseResult) -> None:
     header = ["tensor", "dtype", "‖ΔW‖/‖W‖", "lost to rounding"]
     rows = [
         [
-            report.key,
-            report.dtype,
-            "new" if report.relative_change is None else number(report.relative_change),
-            percent(report.lost),
+            tensor.name,
+            tensor.dtype,
+            "new" if tensor.relative_change is None else number(tensor.relative_change),
+            percent(tensor.lost_to_rounding),
         ]
-        for report in result.tensors
+        for tensor in result.tensors
     ]
     if result.surviving is not None:
         header.append("survives")
-        for row, report in zip(rows, result.tensors, strict=True):
-            row.append("–" if report.surviving is None else percent(report.surviving))
+        for row, tensor in zip(rows, result.tensors, strict=True):
+            row.append("–" if tensor.surviving is None else percent(tensor.surviving))
     print_table(header, "<<>>>"[: len(header)], rows)
     change = result.relative_change
     click.echo(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
-    click.echo(f"lost to rounding: {percent(result.lost)} of ΔW")
+    click.echo(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")
     if result.surviving is not None:
         click.echo(f"survives quantising: {percent(result.surviving)} of ΔW")
     converted = f", {result.converted} converted" if result.converted else ""
     click.echo(
-        f"size: {human_bytes(result.nbytes)} in {_count(len(result.shards), 'file')}; "
-        f"{_count(len(result.tensors), 'tensor')} changed, {result.copied} copied{converted}"
+        f"size: {human_bytes(result.bytes_out)} in {quantity(len(result.files), 'file')}; "
+        f"{quantity(len(result.tensors), 'tensor')} changed, {result.copied} copied{converted}"
     )
+    if any(adapter.weight < 0 for adapter in result.adapters):
+        note("a negative weight takes a change out up to rounding, not bit for bit")
+    if result.left_out:
+        note(f"not carried over: {', '.join(result.left_out)}")

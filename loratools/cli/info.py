@@ -2,82 +2,83 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import click
 
 from loratools.cli import options as shared
-from loratools.cli.output import human_bytes, note, print_json, print_table, quantity
-from loratools.operations.info import AdapterInfo, counted, describe
-from loratools_formats import read_adapter
+from loratools.cli.command import command as named_command
+from loratools.cli.output import human_bytes, print_table, quantity
+from loratools.cli.perform import report
+from loratools.cli.wording import worded
+from loratools.face.info import InfoResult, info
+from loratools.operations.info import AdapterInfo, counted
+from loratools.work.requests import Reading, Reporting
 from loratools_formats.disk.errors import printable
 
 
-@click.command("info")
+@named_command("info")
 @shared.adapter_argument
-@click.option("-v", "--verbose", is_flag=True, help="List every module.")
-@shared.from_option
-@shared.carry_unknown_option
-@shared.json_option
-def command(
-    adapter: Path, verbose: bool, format_name: str | None, carry_unknown: bool, as_json: bool
-) -> None:
-    """Show what an adapter is, from its headers alone."""
-    info = describe(read_adapter(adapter, format_name, carry_unknown=carry_unknown))
-    if as_json:
-        print_json({"operation": "info", **dataclasses.asdict(info)})
-        return
-    _print(info)
-    if verbose:
+@shared.reads("from_", "carry_unknown")
+@shared.reports("json", "quiet", "verbose")
+def command(adapter: Path, reading: Reading, reporting: Reporting) -> None:
+    """Show what an adapter is, from its headers alone.
+
+    \b
+    loratools info my-adapter
+    """  # noqa: D301 - click reads the backspace
+    report(info(adapter, reading=reading), lambda found: _show(found, reporting), reporting)
+
+
+def _show(found: InfoResult, reporting: Reporting) -> None:
+    _print(found)
+    if reporting.verbose:
         click.echo()
-        _print_modules(info)
-    for text in info.notes:
-        note(text)
+        _print_modules(found)
 
 
-def _print(info: AdapterInfo) -> None:
-    modules = info.modules
+def _print(found: AdapterInfo) -> None:
+    modules = found.modules
     plain = [m for m in modules if m.scale is not None]
     kinds = counted(f"{m.kind} on {m.layer}" for m in modules)
     lines = [
-        ("format", info.format),
-        *(("dialect", f"{d.name} ({quantity(d.keys, 'key')}): {d.why}") for d in info.dialects),
-        ("base model", info.base_model or "not recorded"),
+        ("format", found.format),
+        *(("dialect", f"{d.name} ({quantity(d.keys, 'key')}): {d.why}") for d in found.dialects),
+        ("base model", found.base_model or "not recorded"),
         ("modules", f"{len(modules)}: {kinds}" if modules else "none"),
         ("rank", counted(m.rank for m in plain)),
         ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in plain)),
         ("scale", counted(f"{m.scale:g}" for m in plain)),
-        ("targets", ", ".join(sorted(_targets(info)))),
-        ("parameters", f"{info.parameters:,}"),
-        ("size", human_bytes(info.nbytes)),
-        ("dtypes", ", ".join(f"{d} ({quantity(n, 'tensor')})" for d, n in info.dtypes.items())),
+        ("targets", ", ".join(sorted(_targets(found)))),
+        ("parameters", f"{found.parameters:,}"),
+        ("size", human_bytes(found.nbytes)),
+        ("dtypes", ", ".join(f"{d} ({quantity(n, 'tensor')})" for d, n in found.dtypes.items())),
     ]
     experts = sorted({m.experts for m in modules if m.experts > 1})
     if experts:
         lines.append(("experts", ", ".join(map(str, experts))))
-    for addition in info.additions:
+    for addition in found.additions:
         shape = "×".join(map(str, addition.shape))
         lines.append(("adds to", f"{addition.target} ({shape})"))
-    for replacement in info.replacements:
+    for replacement in found.replacements:
         shape = "×".join(map(str, replacement.shape))
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
-    lines += [("carries", key) for key in info.carried]
-    lines += [(key.removeprefix("loratools."), value) for key, value in info.provenance.items()]
-    lines += [("caution", f"{caveat.reason}. {caveat.remedy}") for caveat in info.caveats]
+    lines += [("carries", key) for key in found.carried]
+    lines += [(key.removeprefix("loratools."), value) for key, value in found.provenance.items()]
+    lines += [("caution", f"{caveat.reason}. {caveat.remedy}") for caveat in found.caveats]
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         if text:
-            click.echo(f"{label.ljust(width)}  {printable(text, 2000)}")
+            click.echo(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
 
 
-def _targets(info: AdapterInfo) -> set[str]:
+def _targets(found: AdapterInfo) -> set[str]:
     """Return the last parts of the modules' paths; a flattened path of a single file has none.
 
     A number says nothing without what it numbers: `to_out.0`.
     """
-    names = [module.name for module in info.modules]
-    return {_target(name) for name in names if "." in name or not info.dialects}
+    names = [module.name for module in found.modules]
+    return {_target(name) for name in names if "." in name or not found.dialects}
 
 
 def _target(name: str) -> str:
@@ -85,7 +86,7 @@ def _target(name: str) -> str:
     return ".".join(parts[-2:]) if last.isdigit() else last
 
 
-def _print_modules(info: AdapterInfo) -> None:
+def _print_modules(found: AdapterInfo) -> None:
     print_table(
         ["module", "kind", "layer", "out × in", "rank", "alpha", "scale", "dtypes"],
         "<<<>>>><",
@@ -100,6 +101,6 @@ def _print_modules(info: AdapterInfo) -> None:
                 "" if m.scale is None else f"{m.scale:g}",
                 " ".join(m.dtypes),
             ]
-            for m in info.modules
+            for m in found.modules
         ],
     )

@@ -1,24 +1,22 @@
-"""Options that several commands share, each declared once, so that a flag means one thing."""
+"""Click options made from the declarations of the library: no option is spelled here."""
 
 from __future__ import annotations
 
 import functools
-import math
 import os
-import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
+from loratools.cli.wording import FLAGS
+from loratools.work.declared import Option, build, declared
+from loratools.work.requests import Reading, Reporting, Writing
 from loratools_formats.disk.errors import OptionError
 
-if TYPE_CHECKING:
-    from loratools.operations.fuse.draft import FuseInput
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-Decorator = Callable[[Function], Function]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Path(click.Path):
@@ -32,242 +30,129 @@ class _Path(click.Path):
 
 PATH = _Path(path_type=Path)
 
-max_error_option = click.option(
-    "--max-error", type=float, help="Write nothing, exit 1, if the error is above this."
-)
-from_option = click.option(
-    "--from", "format_name", help="Read as this format instead of recognising it."
-)
-carry_unknown_option = click.option(
-    "--carry-unknown", is_flag=True, help="Keep tensors that the format does not know."
-)
-base_option = click.option("--base", type=PATH, help="The base model: a folder or a file.")
-initial_option = click.option(
-    "--initial",
-    type=PATH,
-    help="The adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.",
-)
 adapter_argument = click.argument("adapter", type=PATH)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-quiet_option = click.option(
-    "-q", "--quiet", is_flag=True, help="Print no report, notes or progress; errors only."
-)
 base_argument = click.argument("base", type=PATH)
 
 
-def weighted_path(text: str) -> tuple[Path, float]:
-    """Read PATH or PATH:WEIGHT, the weight 1 by default; an existing path wins.
+class _Text(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.2
+    """Text that the declaration reads; help shows the choices, of which any spelling is taken."""
 
-    Raises:
-        OptionError: the path is empty, or what follows the colon is not a finite number.
+    def __init__(self, option: Option) -> None:
+        self.name = "|".join(option.choices) or "text"
+        self._option = option
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check the text, and leave the reading to `build`."""
+        return self._option.one(value) if self._option.choices else value
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str | None:
+        """Return the choices in brackets."""
+        return f"[{self.name}]" if self._option.choices else None
+
+
+class DeclaredOption(click.Option):
+    """A click option of a declared one: it has a heading, and old flags that help does not show."""
+
+    def __init__(self, option: Option, flags: list[str], **settings: Any) -> None:
+        super().__init__(flags, **settings)
+        self.heading = option.heading
+        self._aliases = option.aliases
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the flags and the text that help shows."""
+        shown = self.opts
+        self.opts = [flag for flag in shown if flag not in self._aliases]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = shown
+
+
+def takes(cls: type, *names: str, into: str, without: tuple[str, ...] = ()) -> Decorator:
+    """Add the options that a dataclass declares; the command gets the dataclass as `into`.
+
+    Args:
+        cls: the dataclass.
+        names: which of its options; all by default.
+        into: the command's parameter.
+        without: old flags that mean something else in this command.
     """
-    path, separator, weight = text.rpartition(":")
-    if not text or (separator and not path):
-        raise OptionError("path of the adapter is empty", got=repr(text), expected="ADAPTER:NUMBER")
-    if not separator or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        value = float(weight)
-    except ValueError as error:
-        raise OptionError("not a weight", got=weight, expected="ADAPTER:NUMBER") from error
-    if not math.isfinite(value):
-        raise OptionError("not a finite weight", got=weight)
-    return Path(path), value
+    options = declared(cls, *names)
 
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command_with(*args: Any, **kwargs: Any) -> Any:
+            given = {option.name: kwargs.pop(option.name) for option in options}
+            return function(*args, **{into: build(cls, given)}, **kwargs)
 
-def fuse_input(text: str, format_name: str | None) -> FuseInput:
-    """Read the adapter that PATH or PATH:WEIGHT names.
-
-    Raises:
-        LoratoolsError: not a weight, or not an adapter.
-    """
-    from loratools.operations.fuse.draft import FuseInput
-    from loratools_formats import read_adapter
-
-    path, weight = weighted_path(text)
-    return FuseInput(read_adapter(path, format_name), weight, path.name or str(path))
-
-
-def parsed_size(text: str) -> int:
-    """Return a size such as 5GB, 500MB or 4GiB in bytes.
-
-    Raises:
-        OptionError: it is no size, or not above zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", text)
-    if match is None:
-        raise OptionError("not a size", got=text, expected="such as 5GB, 500MB or 4GiB")
-    power = " KMGT".index(match[2].upper() or " ")
-    nbytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    if nbytes <= 0:
-        raise OptionError("not a size above zero", got=text)
-    return nbytes
-
-
-def _all(options: list[Callable[[Any], Any]]) -> Callable[[Function], Function]:
-    def decorate(function: Function) -> Function:
+        command: Callable[..., Any] = command_with
         for option in reversed(options):
-            function = option(function)
+            command = _added(option, without)(command)
+        return command
+
+    return decorate
+
+
+def _added(option: Option, without: tuple[str, ...]) -> Decorator:
+    flags = [option.name, option.flag, *(flag for flag in option.aliases if flag not in without)]
+    flags += [] if option.short is None else [option.short]
+    text = f"{option.help} Repeatable." if option.multiple else option.help
+    settings: dict[str, Any] = {"help": text, "multiple": option.multiple}
+    if option.type is bool:
+        settings["is_flag"] = True
+        if option.default is True:
+            flags[1] += f"/--no-{option.flag[2:]}"
+    else:
+        plain = {int: click.INT, float: click.FLOAT, Path: PATH}
+        is_read = option.parse is not None or option.choices
+        settings["type"] = _Text(option) if is_read else plain.get(option.type, click.STRING)
+        settings["metavar"] = option.metavar
+    if option.default not in (None, ()) and option.default is not False:
+        settings |= {"default": option.default, "show_default": True}
+    FLAGS[option.keyword] = option.flag
+    made = DeclaredOption(option, flags, **settings)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__dict__.setdefault("__click_params__", []).append(made)
         return function
 
     return decorate
 
 
-output_options = _all(
-    [
-        click.option("-o", "--output", type=PATH, help="Where to write the result."),
-        click.option("--overwrite", is_flag=True, help="Replace the output if it exists."),
-        click.option("--dry-run", is_flag=True, help="Compute and report, but write nothing."),
-    ]
-)
-
-_RANK_OPTIONS = [
-    click.option("-r", "--rank", type=int, help="The same rank for every module."),
-    click.option("--energy", type=float, help="Keep this share of ‖ΔW‖²_F, per module."),
-    click.option("--sv-ratio", type=float, help="Keep singular values down to σ₁/RATIO."),
-    click.option("--sv-fro", type=float, help="Keep this share of ‖ΔW‖_F, per module."),
-    click.option("--sv-cumulative", type=float, help="Keep this share of the sum of σ."),
-    click.option(
-        "--threshold-rank", is_flag=True, help="Keep σ above the Gavish–Donoho threshold."
-    ),
-    click.option("--budget", help="Spread a size for the whole file, such as 25% or 12MB."),
-    click.option("--max-rank", type=int, help="No rank above this."),
-    click.option("--min-rank", type=int, help="No rank below this."),
-    click.option(
-        "--rank-pattern",
-        multiple=True,
-        metavar="REGEX=N",
-        help="Rank of modules whose path matches; the first match decides. Repeatable.",
-    ),
-    click.option("--uniform", is_flag=True, help="Give all modules the largest rank chosen."),
-    click.option("--serve-ranks", is_flag=True, help="Use only ranks that vLLM accepts."),
-]
+def reads(*names: str) -> Decorator:
+    """Add options of reading; the command gets them as `reading`."""
+    return takes(Reading, *names, into="reading")
 
 
-def rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that choose ranks, and pass the `RankRule` they make as `rule`."""
-
-    @functools.wraps(function)
-    def with_rule(
-        *args: Any,
-        rank: int | None,
-        energy: float | None,
-        sv_ratio: float | None,
-        sv_fro: float | None,
-        sv_cumulative: float | None,
-        threshold_rank: bool,
-        budget: str | None,
-        max_rank: int | None,
-        min_rank: int | None,
-        rank_pattern: tuple[str, ...],
-        uniform: bool,
-        serve_ranks: bool,
-        **kwargs: Any,
-    ) -> Any:
-        from loratools.algebra.ranks import Budget, RankRule, overrides
-
-        rule = RankRule(
-            rank=rank,
-            energy=energy,
-            sv_ratio=sv_ratio,
-            sv_fro=sv_fro,
-            sv_cumulative=sv_cumulative,
-            threshold=threshold_rank,
-            budget=None if budget is None else Budget.parse(budget),
-            max_rank=max_rank,
-            min_rank=min_rank,
-            patterns=overrides(rank_pattern),
-            uniform=uniform,
-            serve=serve_ranks,
-        )
-        return function(*args, rule=rule, **kwargs)
-
-    return _all(_RANK_OPTIONS)(with_rule)
+def reports(*names: str) -> Decorator:
+    """Add options of printing; the command gets them as `reporting`."""
+    return takes(Reporting, *(names or ("json", "quiet")), into="reporting")
 
 
-device_option = click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda", "mps"]),
-    default="cpu",
-    show_default=True,
-    help="Where to compute; cuda and mps need torch.",
-)
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Threads over tensors (CPU).",
-)
-max_shard_size_option = click.option(
-    "--max-shard-size", metavar="SIZE", help="Split weights into files of this size, such as 5GB."
-)
-
-
-_COMPUTE_OPTIONS = [
-    click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of new factors."),
-    click.option("--oversample", type=int, default=10, show_default=True, help="Of rsvd."),
-    click.option("--power-iterations", type=int, default=2, show_default=True, help="Of rsvd."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random."),
-    device_option,
-    click.option("--keep-alpha", is_flag=True, help="Keep lora_alpha instead of alpha = rank."),
-    click.option(
-        "--workers", type=int, default=2, show_default=True, help="Threads over modules (CPU)."
-    ),
-]
-
-
-def compute_options(svd_flag: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the options of how to compute and store, passed as a `ComputeOptions` named `compute`.
+def writes(*names: str, positional: bool = True) -> Decorator:
+    """Add options of writing; the command gets them as `writing`.
 
     Args:
-        svd_flag: name of the option that chooses the SVD; `--method` where nothing else has it.
+        names: others than `--output`, `--overwrite` and `--dry-run`.
+        positional: whether the last argument may name the output, too.
     """
-    svd = click.option(
-        svd_flag,
-        "svd",
-        type=click.Choice(["exact", "rsvd"]),
-        default="exact",
-        show_default=True,
-        help="exact, or a randomised SVD as in the LoRA-Squeeze paper.",
-    )
-    return lambda function: _all([svd, *_COMPUTE_OPTIONS])(_with_compute(function))
 
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(*args: Any, writing: Writing, place: Path | None = None, **kwargs: Any) -> Any:
+            outputs = [path for path in (place, writing.output) if path is not None]
+            if writing.in_place:
+                outputs.append(kwargs["adapter"])
+                writing = replace(writing, overwrite=True)
+            if len(set(outputs)) > 1:
+                raise OptionError("several outputs are given", got=", ".join(map(str, outputs)))
+            chosen = replace(writing, output=outputs[0] if outputs else None)
+            return function(*args, writing=chosen, **kwargs)
 
-def _with_compute(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def with_options(
-        *args: Any,
-        dtype: Any,
-        svd: Any,
-        oversample: int,
-        power_iterations: int,
-        seed: int,
-        device: Any,
-        keep_alpha: bool,
-        workers: int,
-        **kwargs: Any,
-    ) -> Any:
-        from loratools.factors.resize import ComputeOptions
+        options = takes(Writing, "output", "overwrite", "dry_run", *names, into="writing")(command)
+        if not positional:
+            return options
+        place = click.argument("place", type=PATH, required=False, metavar="[OUTPUT]")
+        return place(options)
 
-        compute = ComputeOptions(
-            dtype=dtype,
-            method=svd,
-            oversample=oversample,
-            power_iterations=power_iterations,
-            seed=seed,
-            device=device,
-            keep_alpha=keep_alpha,
-            workers=workers,
-        )
-        return function(*args, compute=compute, **kwargs)
-
-    return with_options
-
-
-selection_options = _all(
-    [
-        click.option("--include", metavar="REGEX", help="Touch only modules whose path matches."),
-        click.option("--exclude", metavar="REGEX", help="Leave modules whose path matches alone."),
-    ]
-)
+    return decorate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,24 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loratools.cli.wording import worded
 from loratools_formats.disk.errors import printable
 
 if TYPE_CHECKING:
-    from loratools.algebra.budget import RankChoice
-
-SCHEMA = 1
+    from loratools.face.choices import ChoiceRow
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """Print one JSON object with the schema's version first."""
-    text = json.dumps({"schema": SCHEMA, **result}, ensure_ascii=False, allow_nan=False, indent=2)
-    click.echo(text)
-
-
-def named(record: Any) -> dict[str, Any]:
-    """Return a report on one tensor, a dataclass with its `key`, as every command prints it."""
-    values = dataclasses.asdict(record)
-    return {"name": values.pop("key"), **values}
+    """Print one JSON object."""
+    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2))
 
 
 def quantity(count: int, unit: str) -> str:
@@ -54,13 +45,13 @@ def print_table(header: Sequence[str], align: str, rows: Sequence[Sequence[str]]
         click.echo("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
 
 
-def print_choices(bytes_in: int | None, choices: Sequence[RankChoice]) -> None:
+def print_choices(bytes_in: int | None, choices: Sequence[ChoiceRow]) -> None:
     """Print the table rank → size → error; sizes are compared with `bytes_in`, if there is any."""
     rows = [
         [
             str(choice.rank),
-            human_bytes(choice.nbytes),
-            percent(choice.nbytes / (bytes_in or 1)),
+            human_bytes(choice.bytes),
+            percent(choice.bytes / (bytes_in or 1)),
             percent(choice.energy),
             number(choice.relative_error),
         ]
@@ -70,19 +61,6 @@ def print_choices(bytes_in: int | None, choices: Sequence[RankChoice]) -> None:
     if bytes_in is None:
         header, rows = [*header[:2], *header[3:]], [[*row[:2], *row[3:]] for row in rows]
     print_table(header, ">" * len(header), rows)
-
-
-def choices_as_json(choices: Sequence[RankChoice]) -> list[dict[str, Any]]:
-    """Return the table for a JSON object."""
-    return [
-        {
-            "rank": choice.rank,
-            "bytes": choice.nbytes,
-            "energy": choice.energy,
-            "relative_error": choice.relative_error,
-        }
-        for choice in choices
-    ]
 
 
 def number(value: float) -> str:
@@ -96,7 +74,7 @@ def number(value: float) -> str:
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
-    click.echo(f"note: {printable(text, 1000)}", err=True)
+    click.echo(f"note: {worded(printable(text, 1000))}", err=True)
 
 
 def human_bytes(count: int) -> str:
@@ -113,6 +91,15 @@ def human_bytes(count: int) -> str:
         if value < 1000 or unit == "TB":
             break
     return f"{value:.1f} {unit}"
+
+
+def sizes(before: int, after: int) -> str:
+    """Return two sizes and their ratio.
+
+    >>> sizes(2000, 500)
+    '2.0 kB → 500 B (25.00%)'
+    """
+    return f"{human_bytes(before)} → {human_bytes(after)} ({percent(after / before)})"
 
 
 def percent(share: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -10,73 +9,29 @@ import click
 
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.cli import options as shared
-from loratools.cli.outcome import written_to
-from loratools.cli.output import (
-    human_bytes,
-    note,
-    number,
-    percent,
-    print_json,
-    print_table,
-    progress_bar,
-)
-from loratools.operations.quantize import QuantizeOptions, QuantizeResult, quantize
-from loratools_formats.checkpoints.bitsandbytes import QuantType
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools.cli.command import command as named_command
+from loratools.cli.output import human_bytes, number, print_table, sizes
+from loratools.cli.perform import perform, target_of
+from loratools.face.quantize import QuantizeResult, quantize
+from loratools.operations.quantize import QuantizeOptions
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reporting, Writing
 
 
-@click.command("quantize")
+@named_command("quantize")
 @shared.base_argument
-@shared.output_options
-@click.option(
-    "--quant-type",
-    type=click.Choice(["nf4", "fp4"]),
-    default="nf4",
-    show_default=True,
-    help="The four-bit type.",
-)
-@click.option(
-    "--blocksize",
-    type=int,
-    default=64,
-    show_default=True,
-    help="Elements that share a scale: a power of two from 32 to 4096.",
-)
-@click.option(
-    "--double-quant/--no-double-quant",
-    default=True,
-    show_default=True,
-    help="Quantise the scales too.",
-)
-@click.option(
-    "--skip",
-    multiple=True,
-    metavar="REGEX",
-    help="Leave modules whose path matches as they are. Repeatable.",
-)
-@click.option(
-    "--experts",
-    is_flag=True,
-    help="Quantise experts stored one by one too, which transformers 5 cannot load.",
-)
-@shared.max_shard_size_option
-@shared.workers_option
-@shared.json_option
-@shared.quiet_option
+@shared.writes()
+@shared.takes(FourBitOptions, into="four_bit")
+@shared.takes(QuantizeOptions, into="options")
+@shared.takes(Workers, into="threads")
+@shared.reports()
 def command(
     base: Path,
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    quant_type: QuantType,
-    blocksize: int,
-    double_quant: bool,
-    skip: tuple[str, ...],
-    experts: bool,
-    max_shard_size: str | None,
-    workers: int,
-    as_json: bool,
-    quiet: bool,
+    writing: Writing,
+    four_bit: FourBitOptions,
+    options: QuantizeOptions,
+    threads: Workers,
+    reporting: Reporting,
 ) -> int:
     """Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.
 
@@ -85,31 +40,27 @@ def command(
 
     \b
     loratools quantize my-model -o my-model-nf4
-    loratools quantize my-model -o my-model-fp4 --quant-type fp4 --skip 'layers\\.0\\.'
+    loratools quantize my-model -o my-model-fp4 --quant-type fp4 --exclude 'layers\\.0\\.'
     """  # noqa: D301 - click reads the backspace
-    four_bit = FourBitOptions(quant_type, blocksize, double_quant)
-    options = QuantizeOptions(
-        four_bit,
-        skip,
-        experts,
-        None if max_shard_size is None else shared.parsed_size(max_shard_size),
+    target = target_of(writing)
+    return perform(
+        "quantize",
+        lambda progress: quantize(
+            base,
+            four_bit=four_bit,
+            options=options,
+            threads=threads,
+            writing=target,
+            progress=progress,
+        ),
+        _show,
+        target,
+        reporting,
+        unit="B",
     )
-    checkpoint = read_checkpoint(base)
-    target = written_to(output, base, overwrite=overwrite, dry_run=dry_run)
-    with progress_bar("quantize", quiet=quiet, unit="B") as progress:
-        result = quantize(
-            checkpoint, target, options, overwrite=overwrite, workers=workers, progress=progress
-        )
-    if as_json:
-        print_json({"operation": "quantize", **dataclasses.asdict(result)})
-    elif not quiet:
-        _print_report(result)
-    if not quiet:
-        note("dry run, nothing was written" if target is None else f"wrote {target}")
-    return 0
 
 
-def _print_report(result: QuantizeResult) -> None:
+def _show(result: QuantizeResult) -> None:
     print_table(
         ["weight", "shape", "size", "relative error"],
         "<>>>",
@@ -127,7 +78,4 @@ def _print_report(result: QuantizeResult) -> None:
     kept = ", ".join(f"{count} ({reason})" for reason, count in sorted(reasons.items()))
     click.echo(f"weights kept: {kept or 'none'}")
     click.echo(f"relative error: {number(result.relative_error)}")
-    share = percent(result.bytes_out / result.bytes_in)
-    click.echo(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)} ({share})")
-    for text in result.notes:
-        note(text)
+    click.echo(f"size: {sizes(result.bytes_in, result.bytes_out)}")

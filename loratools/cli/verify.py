@@ -7,73 +7,71 @@ from pathlib import Path
 import click
 
 from loratools.cli import options as shared
+from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
-from loratools.cli.output import named, note, number, percent, print_json, print_table, progress_bar
-from loratools.operations.verify import TensorVerdict, VerifyResult, verify
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools.cli.output import note, number, percent, print_table, progress_bar
+from loratools.cli.perform import report
+from loratools.cli.references import weighted_path
+from loratools.face.verify import VerifyResult, verify
+from loratools.operations.verify import Claim, TensorVerdict
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reading, Reporting
+from loratools_formats.disk.errors import OptionError
 
 
-@click.command("verify")
+@named_command("verify")
 @click.argument("fused", type=shared.PATH)
-@click.option("--base", type=shared.PATH, required=True, help="What it was made from.")
-@click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    required=True,
-    metavar="ADAPTER[:WEIGHT]",
-    help="What it should contain. Repeatable.",
-)
-@click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
-@shared.workers_option
-@shared.from_option
-@shared.json_option
-@shared.quiet_option
+@click.argument("made_from", nargs=-1, metavar="BASE ADAPTER[:WEIGHT]...")
+@shared.reads("base", "from_")
+@shared.takes(Claim, into="claim")
+@shared.takes(Workers, into="threads")
+@shared.reports("json", "quiet", "verbose")
 def command(
     fused: Path,
-    base: Path,
-    adapters: tuple[str, ...],
-    verbose: bool,
-    workers: int,
-    format_name: str | None,
-    as_json: bool,
-    quiet: bool,
+    made_from: tuple[str, ...],
+    reading: Reading,
+    claim: Claim,
+    threads: Workers,
+    reporting: Reporting,
 ) -> int:
     """Check whether a checkpoint is a base with adapters fused in.
 
     Exits with 0 if it is, with 1 if not, and with 2 if a tensor could not be checked.
 
     \b
+    loratools verify merged-model base-model my-adapter
     loratools verify merged-model --base base-model --adapter my-adapter
     """  # noqa: D301 - click reads the backspace
-    inputs = [shared.fuse_input(text, format_name) for text in adapters]
-    with progress_bar("verify", quiet=quiet, unit="tensor") as progress:
+    base, adapters = _made_from(made_from, reading.base, claim.adapter)
+    with progress_bar("verify", quiet=reporting.quiet, unit="tensor") as progress:
         result = verify(
-            read_checkpoint(fused),
-            read_checkpoint(base),
-            inputs,
-            workers=workers,
+            fused,
+            base=base,
+            adapters=[weighted_path(text) for text in adapters],
+            threads=threads,
+            reading=reading,
             progress=progress,
         )
-    if as_json:
-        print_json(_as_json(result))
-    elif not quiet:
-        _print_report(result, verbose=verbose)
-    if result.contained is None and not quiet:
+    report(result, lambda found: _show(found, verbose=reporting.verbose), reporting)
+    if result.contained is None and not reporting.quiet:
         note("some tensors could not be checked")
     return {True: 0, False: EXIT_FOUND, None: EXIT_ERROR}[result.contained]
 
 
-def _as_json(result: VerifyResult) -> dict[str, object]:
-    return {
-        "operation": "verify",
-        "contained": result.contained,
-        "counts": result.counts,
-        "tensors": [named(tensor) for tensor in result.tensors],
-    }
+def _made_from(
+    arguments: tuple[str, ...], base: Path | None, adapters: tuple[str, ...]
+) -> tuple[Path, tuple[str, ...]]:
+    """Return the base and the adapters; each may be an argument or an option."""
+    if base is None and arguments:
+        base, arguments = Path(arguments[0]), arguments[1:]
+    if base is None or not str(base):
+        raise OptionError("no base given", expected="FUSED BASE ADAPTER")
+    if not arguments and not adapters:
+        raise OptionError("no adapter given", expected="FUSED BASE ADAPTER")
+    return base, (*arguments, *adapters)
 
 
-def _print_report(result: VerifyResult, *, verbose: bool) -> None:
+def _show(result: VerifyResult, *, verbose: bool) -> None:
     good = ("exact", "within rounding")
     shown = [t for t in result.tensors if verbose or t.verdict not in good]
     if shown:
@@ -87,7 +85,7 @@ def _print_report(result: VerifyResult, *, verbose: bool) -> None:
 
 def _row(tensor: TensorVerdict) -> list[str]:
     return [
-        tensor.key,
+        tensor.name,
         tensor.verdict,
         "–" if tensor.found is None else percent(tensor.found),
         "–" if tensor.error is None else number(tensor.error),

@@ -111,29 +111,32 @@ class TurnedMatrix:
 
     Args:
         inner: the matrix.
+
+    Attributes:
+        inner: the matrix.
     """
 
     def __init__(self, inner: Decomposed) -> None:
-        self._inner = inner
+        self.inner = inner
 
     @property
     def squared_norm(self) -> float:
         """‖ΔW‖²_F."""
-        return self._inner.squared_norm
+        return self.inner.squared_norm
 
     @property
     def singular_values(self) -> Array:
         """Those that are known, descending."""
-        return self._inner.singular_values
+        return self.inner.singular_values
 
     def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
         """Return the best (b, a) of a rank, balanced, of scale 1."""
-        b, a = self._inner.factors(rank, randomised)
+        b, a = self.inner.factors(rank, randomised)
         return signed(a.T, b.T)
 
     def squared_error(self, b: Array, a: Array) -> float:
         """Return ‖ΔW − b @ a‖²_F."""
-        return self._inner.squared_error(a.T, b.T)
+        return self.inner.squared_error(a.T, b.T)
 
 
 def decomposed(change: Change, device: Device, streaming: Streaming, label: str) -> Decomposed:
@@ -152,11 +155,14 @@ def decomposed(change: Change, device: Device, streaming: Streaming, label: str)
     seed = zlib.crc32(label.encode(), streaming.seed & 0xFFFFFFFF)
     if isinstance(change, Columns):
         turned = RowSource(change.shape[::-1], change.columns)
-        svd = streamed_svd(turned, streaming.width, power_iterations=None, seed=seed)
-        return TurnedMatrix(StreamedMatrix(turned, svd))
-    source = RowSource(change.shape, change.rows)
-    svd = streamed_svd(source, streaming.width, power_iterations=None, seed=seed)
-    return StreamedMatrix(source, svd)
+        return TurnedMatrix(_streamed(turned, streaming.width, seed))
+    return _streamed(RowSource(change.shape, change.rows), streaming.width, seed)
+
+
+def _streamed(source: RowSource, width: int, seed: int) -> StreamedMatrix:
+    return StreamedMatrix(
+        source, lambda: streamed_svd(source, width, power_iterations=None, seed=seed)
+    )
 
 
 def exact_factors(change: Change, *, of_any_rank: bool) -> Product | None:
@@ -176,7 +182,7 @@ def exact_factors(change: Change, *, of_any_rank: bool) -> Product | None:
             rows = rows_of(change)
             source = RowSource(rows.shape, rows.rows)
             svd = streamed_svd(source, min(rows.shape), power_iterations=0, seed=0)
-            matrix = StreamedMatrix(source, svd)
+            matrix = StreamedMatrix(source, lambda: svd)
         values = matrix.singular_values
         rank = int(np.count_nonzero(values > _NEGLIGIBLE * values[0]))
         return Product(*matrix.factors(max(rank, 1)))

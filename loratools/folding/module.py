@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
-from loratools.factors.resize import ComputeOptions, rounded
 from loratools.folding.decomposed import rows_of
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Product, Weight
+from loratools.lowrank.resize import ComputeOptions, rounded
 from loratools.work.scratch import Scratch
-from loratools_formats.core.adapter import Delta, Dora, Layer, LowRank, OtherDelta
+from loratools_formats.core.adapter import KindDelta, Layer, LowRank
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.core.tensors import Buffer, TensorRef
+from loratools_formats.core.tensors import unmade
 from loratools_formats.disk.errors import AdapterError
 
 
-def kind_name(delta: Delta) -> str:
-    """Return what a module's change is called in reports."""
-    if isinstance(delta, OtherDelta):
-        return delta.kind
-    return "dora" if isinstance(delta, Dora) else "lora"
-
-
-def known_shape(delta: OtherDelta) -> tuple[int, int]:
+def known_shape(delta: KindDelta) -> tuple[int, int]:
     """Return (out, in), 0 for what only the tensors of the change itself tell."""
     out, in_ = delta.shape
     return out or 0, in_ or 0
 
 
 def checked_change(
-    name: str, delta: OtherDelta, weight: Weight, largest: tuple[int, int] = (0, 0)
+    name: str, delta: KindDelta, weight: Weight, largest: tuple[int, int] = (0, 0)
 ) -> Change:
     """Return ΔW of a module, checked against the shape of its weight.
 
@@ -65,23 +57,16 @@ def checked_change(
     return change
 
 
-def _unread(key: str) -> Callable[[], Buffer]:
-    def read() -> Buffer:
-        raise AssertionError(f"{key} is a template and has no values")
-
-    return read
-
-
 def template_of(
-    name: str, delta: LowRank | OtherDelta, layer: Layer, shape: tuple[int, int], rank: int = 1
+    name: str, delta: LowRank | KindDelta, layer: Layer, shape: tuple[int, int], rank: int = 1
 ) -> LowRank:
     """Return a delta that says where and how to store factors; its values are not read."""
     out, in_ = shape
     wide = DTYPES["F32"]
     stack = (delta.experts,) if layer.kind == "experts" else ()
     return LowRank(
-        TensorRef(f"{name}.a", wide, (*stack, rank, in_), _unread(name)),
-        TensorRef(f"{name}.b", wide, (*stack, out, rank), _unread(name)),
+        unmade(f"{name}.a", wide, (*stack, rank, in_)),
+        unmade(f"{name}.b", wide, (*stack, out, rank)),
         1.0,
         layer,
         bias=delta.bias,

@@ -21,7 +21,10 @@ from loratools.base.dequantised import plain
 from loratools.base.placement.names import Names
 from loratools.base.weights import Place, find_place
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Layer, OtherDelta
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import Adapter, KindDelta, Layer, ModuleChange
+from loratools_formats.core.config_values import Values
+from loratools_formats.core.peft_facts import frod_category, square_orientation
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import (
     AdapterError,
@@ -29,9 +32,6 @@ from loratools_formats.disk.errors import (
     OptionError,
     UnsupportedError,
 )
-from loratools_formats.formats.peft.keys import square_orientation
-from loratools_formats.formats.peft.kinds.declaration import Values
-from loratools_formats.formats.peft.kinds.read import frod_category, left_to_loader
 
 Array = np.ndarray[Any, Any]
 
@@ -73,14 +73,14 @@ def regenerated(adapter: Adapter, base: Checkpoint | None, given: Mapping[str, s
         raise UnsupportedError(
             f"the file does not hold {missing}, which PEFT computes from the base model",
             path=adapter.source,
-            hint="Pass it with --base",
+            hint="Pass it as `base`",
         )
     return _REGENERATED[str(adapter.config["peft_type"])](adapter, base, given)
 
 
 def what_is_missing(adapter: Adapter) -> str:
     """Return what a file leaves to the loader, in words; empty if nothing."""
-    return left_to_loader(str(adapter.config.get("peft_type")), adapter.modules)
+    return get_format(adapter.format).left_to_loader(adapter)
 
 
 def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regenerated:
@@ -100,10 +100,11 @@ def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Re
             expected=f"{length}",
         )
     turned = bool(adapter.config.get("fan_in_fan_out"))
-    modules, places = {}, {}
+    modules: dict[str, KindDelta] = {}
+    places: dict[str, Place] = {}
     for path in paths:
         layer = Layer("linear", transposed_if_square=square_orientation(turned, path))
-        modules[path] = OtherDelta("unilora", {}, {}, layer, shared={"bank": bank})
+        modules[path] = KindDelta("unilora", {}, {}, layer, shared={"bank": bank})
         places[path] = find_place(names, path, modules[path])
     shapes = [
         shape
@@ -126,7 +127,7 @@ def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Re
             f"scales_{side}": in_memory(f"{path}.scales_{side}", scales[chosen], code),
         }
     complete = {
-        path: replace(modules[path], parts=parts[path], shape=places[path].shape)
+        path: ModuleChange(replace(modules[path], parts=parts[path], shape=places[path].shape))
         for path in sorted(paths)
     }
     unused = {key: value for key, value in given.items() if key != "order"}
@@ -165,7 +166,7 @@ def _in_order(adapter: Adapter, base: Checkpoint, order: list[str] | None) -> li
             "adapted layers, which no file holds",
             path=adapter.source,
             got=", ".join(leaves),
-            hint="Look it up in the model's class, and give it with --set order=NAME,NAME,...",
+            hint="Look it up in the model's class, and give it with `set=order=NAME,NAME,...`",
         )
     order = leaves if order is None else order
     if sorted(order) != leaves:
@@ -242,10 +243,11 @@ def _frod(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regen
             "places": in_memory(f"{category}.places", np.stack([row, column + (column >= row)])),
         }
     modules = {
-        path: replace(delta, shared={**delta.shared, **shared[frod_category(path)]})
-        if isinstance(delta, OtherDelta)
-        else delta
-        for path, delta in adapter.modules.items()
+        path: change.with_direction(
+            replace(delta, shared={**delta.shared, **shared[frod_category(path)]})
+        )
+        for path, change in adapter.modules.items()
+        if (delta := change.kind_delta) is not None
     }
     caution = (
         "the file does not hold FRoD's basis; it is computed from the base in its stored type on "
@@ -255,9 +257,7 @@ def _frod(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regen
 
 
 def _place(names: Names, path: str, adapter: Adapter) -> Place:
-    delta = adapter.modules[path]
-    assert isinstance(delta, OtherDelta)
-    return find_place(names, path, delta)
+    return find_place(names, path, adapter.modules[path].direction)
 
 
 def _by_layer(paths: list[str]) -> list[str]:

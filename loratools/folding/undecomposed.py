@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed
 from loratools.base.weights import ShapeOnly
-from loratools.factors.matrices import matrices
 from loratools.folding.decomposed import Streaming, decomposed, rows_of
 from loratools.folding.module import checked_change, known_shape, template_of
 from loratools.folding.without_base import folds_alone
 from loratools.kinds.declaration import Change, Kronecker
-from loratools_formats.core.adapter import Delta, LowRank, OtherDelta, low_rank_part
+from loratools.lowrank.matrices import matrices
+from loratools_formats.core.adapter import KindDelta, LowRank, ModuleChange
 
 
-def is_apart(delta: Delta) -> bool:
+def is_apart(delta: ModuleChange) -> bool:
     """Return whether a change is to be taken apart so: of another kind, told without the base."""
-    if not isinstance(delta, OtherDelta) or delta.layer.kind == "experts":
-        return False
-    return folds_alone(delta) and not delta.is_dora
+    return folds_alone(delta) and not delta.is_dora and delta.layer.kind != "experts"
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Apart:
     """
 
     name: str
-    delta: OtherDelta
+    delta: KindDelta
 
     def _change(self) -> Change:
         return checked_change(self.name, self.delta, ShapeOnly(known_shape(self.delta)))
@@ -58,6 +56,6 @@ class Apart:
         return [decomposed(change, device, everything, self.name)]
 
 
-def parts_of(delta: Delta, apart: Apart | None, device: Device) -> Sequence[Decomposed]:
+def parts_of(delta: ModuleChange, apart: Apart | None, device: Device) -> Sequence[Decomposed]:
     """Return every matrix of a module's delta, or of what has no factors."""
-    return matrices(low_rank_part(delta), device) if apart is None else apart.parts(device)
+    return matrices(delta.require_factors(), device) if apart is None else apart.parts(device)

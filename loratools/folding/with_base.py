@@ -20,17 +20,17 @@ from loratools.base.weights import (
     is_in_stack,
     names_under,
 )
-from loratools.factors.matrices import loaded, matrices
-from loratools.factors.resize import ComputeOptions, spectrum_of
 from loratools.folding.decomposed import Streaming, decomposed, exact_factors, rows_of
 from loratools.folding.dora import Rescaling, finite_vector, rescaled_rows, rescaling_of
-from loratools.folding.module import checked_change, kind_name, known_shape, template_of
+from loratools.folding.module import checked_change, known_shape, template_of
 from loratools.folding.without_base import needs_base
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Kronecker, Product, Weight
+from loratools.lowrank.matrices import loaded, matrices
+from loratools.lowrank.resize import ComputeOptions, spectrum_of
 from loratools.naming.for_base import names_in_base
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Dora, LowRank, OtherDelta
+from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -99,15 +99,13 @@ class Opener:
         if base is None:
             if needing:
                 delta = self.adapter.modules[needing[0]]
-                only_shapes = isinstance(delta, OtherDelta) and (
-                    delta.magnitude is None and get_kind(delta.kind).needs == "shape"
-                )
+                only_shapes = not delta.is_dora and get_kind(delta.kind).needs == "shape"
                 what = "shapes of the base model's layers" if only_shapes else "base model"
                 raise UnsupportedError(
-                    f"a weight change of kind {kind_name(delta)} depends on the {what}",
+                    f"a weight change of kind {delta.kind} depends on the {what}",
                     path=self.adapter.source,
                     tensor=needing[0],
-                    hint="Pass the base model's folder or safetensors file with --base"
+                    hint="Pass the base model's folder or safetensors file as `base`"
                     + ("; only headers are read" if only_shapes else ""),
                 )
             return {}
@@ -116,14 +114,12 @@ class Opener:
         in_base = names_in_base(self.adapter, base)
         self._refuse_tied(names, in_base)
         for name, delta in self.adapter.modules.items():
-            if not isinstance(delta, LowRank) and is_fused(names, in_base[name]):
+            if delta.kind == "lora":
+                continue
+            if is_fused(names, in_base[name]):
                 self.fused.append(name)
-            if isinstance(delta, Dora):
+            if needs_base(delta) or not is_in_stack(names, in_base[name]):
                 places[name] = find_place(names, in_base[name], delta.direction)
-            elif isinstance(delta, OtherDelta) and (
-                needs_base(delta) or not is_in_stack(names, in_base[name])
-            ):
-                places[name] = find_place(names, in_base[name], delta)
         return places
 
     def _refuse_tied(self, names: Names, in_base: Mapping[str, str]) -> None:
@@ -131,11 +127,10 @@ class Opener:
         shared = {f"{name}.weight" for name in shared_embeddings(names)}
         tied = shared if tie is None else {*shared, *map(names.spelling, (tie.embedding, tie.head))}
         for name, delta in self.adapter.modules.items():
-            reason = get_kind(delta.kind).if_tied if isinstance(delta, OtherDelta) else ""
+            reason = get_kind(delta.kind).if_tied if delta.factors is None else ""
             if reason and names.spelling(f"{in_base[name]}.weight") in tied:
                 raise UnsupportedError(
-                    f"kind {kind_name(delta)} cannot be expressed as a plain LoRA on this base: "
-                    f"{reason}",
+                    f"kind {delta.kind} cannot be expressed as a plain LoRA on this base: {reason}",
                     path=self.adapter.source,
                     tensor=name,
                     hint="Fuse it into the base with loratools fuse",
@@ -143,25 +138,25 @@ class Opener:
 
     def open(self, name: str) -> Opened:
         """Return a module ready to be asked for spectra and factors."""
-        delta = self.adapter.modules[name]
-        if isinstance(delta, LowRank):
-            return Opened(None, list(matrices(delta, self.device)), delta, None, "lora")
+        whole = self.adapter.modules[name]
         place = self.places.get(name)
-        if isinstance(delta, Dora):
+        delta = whole.direction
+        if isinstance(delta, LowRank):
+            if whole.magnitude is None:
+                return Opened(None, list(matrices(delta, self.device)), delta, None, "lora")
             assert place is not None
-            ((b, a),) = loaded(delta.direction)
-            change: Change = Product(
-                delta.direction.scale * b.astype(np.float64), a.astype(np.float64)
+            ((b, a),) = loaded(delta)
+            product = Product(delta.scale * b.astype(np.float64), a.astype(np.float64))
+            return self._through_dora(
+                name, place, product, whole.magnitude, whole, _unscaled(delta)
             )
-            like = _unscaled(delta.direction)
-            return self._through_dora(name, place, change, delta.magnitude, delta, like)
         if delta.layer.kind == "experts":
             return self._stack(name, delta)
         weight: Weight
         kind = get_kind(delta.kind)
         if place is None:
             weight = ShapeOnly(known_shape(delta))
-        elif kind.needs == "weight" or delta.is_dora:
+        elif kind.needs == "weight" or whole.is_dora:
             weight = place.weight()
         else:
             weight = ShapeOnly(place.shape)
@@ -169,9 +164,9 @@ class Opener:
         layer = delta.layer if place is None else place.layer
         template = template_of(name, delta, layer, rows_of(change).shape)
         template = replace(template, bias=added_bias(delta, weight, place))
-        magnitude = kind.magnitude_of(delta)
+        magnitude = kind.magnitude_of(whole)
         if magnitude is not None and place is not None:
-            return self._through_dora(name, place, change, magnitude, delta, template)
+            return self._through_dora(name, place, change, magnitude, whole, template)
         exact = exact_factors(change, of_any_rank=kind.low_rank and not self.rule.is_given)
         matrix: Decomposed
         if exact is not None and not isinstance(change, Kronecker):
@@ -180,7 +175,7 @@ class Opener:
             matrix = decomposed(change, self.device, self._streaming(name), name)
         return Opened(exact, [matrix], template, None, delta.kind)
 
-    def _stack(self, name: str, delta: OtherDelta) -> Opened:
+    def _stack(self, name: str, delta: KindDelta) -> Opened:
         """Return the changes of stacked experts, which no kind folds exactly."""
         changes = [
             checked_change(name, plane, ShapeOnly(known_shape(plane))) for plane in delta.planes()
@@ -199,14 +194,14 @@ class Opener:
         place: Place,
         change: Change,
         magnitude: TensorRef,
-        delta: Dora | OtherDelta,
+        whole: ModuleChange,
         like: LowRank,
     ) -> Opened:
         weight = place.weight()
-        rescaling = rescaling_of(magnitude, delta.axis, weight, rows_of(change))
+        rescaling = rescaling_of(magnitude, whole.axis, weight, rows_of(change))
         matrix = decomposed(rescaled_rows(rescaling), self.device, self._streaming(name), name)
         template = template_of(name, like, place.layer, weight.shape)
-        return Opened(None, [matrix], template, rescaling, kind_name(delta))
+        return Opened(None, [matrix], template, rescaling, whole.kind)
 
     def _streaming(self, name: str) -> Streaming:
         rule = self.rule
@@ -235,7 +230,7 @@ class Opener:
         )
 
 
-def added_bias(delta: OtherDelta, weight: Weight, place: Place | None) -> TensorRef | None:
+def added_bias(delta: KindDelta, weight: Weight, place: Place | None) -> TensorRef | None:
     """Return what a change adds to its layer's bias, None if nothing."""
     function = get_kind(delta.kind).bias
     if function is None or place is None or place.bias is None:

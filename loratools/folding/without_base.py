@@ -14,32 +14,30 @@ from loratools.base.dequantised import plain
 from loratools.base.placement.names import Names
 from loratools.base.placement.sites import sites
 from loratools.base.weights import ShapeOnly
-from loratools.factors.resize import ComputeOptions
 from loratools.folding.decomposed import exact_factors
 from loratools.folding.module import checked_change, known_shape, stored_as_is, template_of
 from loratools.folding.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
+from loratools.lowrank.resize import ComputeOptions
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import text_values
+from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, Missing, OtherDelta
+from loratools_formats.core.adapter import Adapter, Missing, ModuleChange
 from loratools_formats.disk.errors import OptionError, UnsupportedError
-from loratools_formats.formats.peft.targets import as_peft
 
 
-def folds_alone(delta: Delta) -> bool:
+def folds_alone(delta: ModuleChange) -> bool:
     """Return whether a change folds exactly without a look at the base."""
-    return isinstance(delta, OtherDelta) and get_kind(delta.kind).folds_alone
+    return delta.factors is None and get_kind(delta.kind).folds_alone
 
 
-def needs_base(delta: Delta) -> bool:
+def needs_base(delta: ModuleChange) -> bool:
     """Return whether a change cannot be told without the base's weights or shapes."""
-    if isinstance(delta, LowRank):
-        return False
-    if isinstance(delta, Dora) or delta.is_dora:
-        return True
+    if delta.is_dora or delta.factors is not None:
+        return delta.is_dora
     needs = get_kind(delta.kind).needs
     return needs == "weight" or (needs == "shape" and None in delta.shape)
 
@@ -63,12 +61,12 @@ def folded_exactly(
     """
     folded = folded_where_exact(adapter, operation, scratch_folder, base=base)
     for name, delta in folded.modules.items():
-        if isinstance(delta, OtherDelta):
+        if delta.factors is None:
             raise UnsupportedError(
                 f"a weight change of kind {delta.kind} has no factors that {operation} could use",
                 path=adapter.source,
                 tensor=name,
-                hint=f"Make it a plain LoRA first: {to_lora_command(delta)}",
+                hint=f"Make it a plain LoRA first: {to_lora_command(adapter, delta)}",
             )
     return folded
 
@@ -102,35 +100,36 @@ def folded_where_exact(
         raise UnsupportedError(
             f"the file does not hold {missing}, which PEFT computes from the base model",
             path=adapter.source,
-            hint="Make it a plain LoRA first: loratools to-lora --base",
+            hint="Make it a plain LoRA first: " + command_on(adapter, "to-lora", "--base MODEL"),
         )
-    if not any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
+    if all(delta.factors is not None for delta in adapter.modules.values()):
         return adapter
     adapter.require_true_delta(operation)
     scratch = Scratch(scratch_folder)
     modules = dict(with_settings(adapter, {}, base).modules)
-    for name, delta in list(modules.items()):
-        if not isinstance(delta, OtherDelta) or name in leave or not folds_alone(delta):
+    for name, whole in list(modules.items()):
+        delta = whole.kind_delta
+        if delta is None or name in leave or not folds_alone(whole):
             continue
         with threadpool_limits(1):  # the bits must not depend on the machine's threads
             found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
-            if not isinstance(found, Product) and not dense and not delta.is_dora:
+            if not isinstance(found, Product) and not dense and not whole.is_dora:
                 continue
             change = exact_factors(found, of_any_rank=True)
         if change is None:
             continue
         template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
-        plain = stored_as_is(template, change, ComputeOptions(), scratch)
-        magnitude = get_kind(delta.kind).magnitude_of(delta)
-        modules[name] = plain if magnitude is None else Dora(plain, magnitude, delta.axis)
+        factors = stored_as_is(template, change, ComputeOptions(), scratch)
+        magnitude = get_kind(delta.kind).magnitude_of(whole)
+        modules[name] = ModuleChange(factors, magnitude, whole.axis)
     return plain_adapter(adapter, modules)
 
 
-def to_lora_command(delta: OtherDelta) -> str:
+def to_lora_command(adapter: Adapter, delta: ModuleChange) -> str:
     """Return the command that makes a plain LoRA of what does not become one on the fly."""
-    base = " --base MODEL" if needs_base(delta) else ""
-    rank = "" if get_kind(delta.kind).low_rank else " --rank RANK"
-    return f"loratools to-lora{base}{rank}"
+    base = ["--base MODEL"] if needs_base(delta) else []
+    rank = [] if get_kind(delta.kind).low_rank else ["--rank RANK"]
+    return command_on(adapter, "to-lora", *base, *rank)
 
 
 def with_settings(
@@ -150,10 +149,11 @@ def with_settings(
     """
     unused = set(given)
     of_base = _Base(base)
-    modules: dict[str, Delta] = {}
-    for name, delta in adapter.modules.items():
-        modules[name] = delta
-        if isinstance(delta, OtherDelta):
+    modules: dict[str, ModuleChange] = {}
+    for name, change in adapter.modules.items():
+        modules[name] = change
+        delta = change.kind_delta
+        if delta is not None:
             missing = {k: v for k, v in delta.settings.items() if isinstance(v, Missing)}
             unused -= set(missing)
             filled = {}
@@ -162,19 +162,20 @@ def with_settings(
                 if text is None:
                     text = given[key] if key in given else of_base.config_tells(value)
                 if text is None:
-                    or_base = " or --base MODEL" if value.is_in_base and base is None else ""
+                    from_base = value.is_in_base and base is None
+                    or_base = ", or with --base MODEL" if from_base else ""
+                    command = command_on(adapter, "to-lora", f"--set {key}=VALUE")
                     raise UnsupportedError(
                         f"the weight change depends on {key}, which the file does not hold",
                         path=adapter.source,
                         tensor=name,
                         expected=value.expected,
-                        hint="Make it a plain LoRA with loratools to-lora "
-                        f"--set {key}=VALUE{or_base}",
+                        hint=f"Make it a plain LoRA: {command}{or_base}",
                     )
                 filled[key] = _parsed(key, text, value)
             whole = replace(delta, settings={**delta.settings, **filled})
             settled = get_kind(delta.kind).settled
-            modules[name] = whole if settled is None else settled(whole)
+            modules[name] = change.with_direction(whole if settled is None else settled(whole))
     if unused:
         raise OptionError("no module lacks this setting", got=", ".join(sorted(unused)))
     return replace(adapter, modules=modules)
@@ -222,11 +223,7 @@ def _parsed(key: str, text: str, missing: Missing) -> str | float:
     raise OptionError(f"not a value of {key}", got=text, expected=missing.expected)
 
 
-def plain_adapter(adapter: Adapter, modules: Mapping[str, Delta]) -> Adapter:
+def plain_adapter(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
     """Return an adapter of other modules, with a configuration that says so."""
     chosen = get_format(adapter.format)
-    if chosen.write is None:
-        adapter = as_peft(adapter)
-        chosen = get_format(adapter.format)
-    config = adapter.config if chosen.plain_config is None else chosen.plain_config(adapter)
-    return replace(adapter, modules=dict(modules), shared={}, config=config)
+    return (chosen if chosen.is_writable else get_format("peft")).with_factors(adapter, modules)

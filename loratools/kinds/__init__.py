@@ -1,7 +1,7 @@
 """Every kind of adapter other than plain factors, one file each; this is the registry.
 
 Adding a kind: a file with its `KIND`, a name in `_MODULES`, a reader that hands out
-`OtherDelta(kind=name, …)`, and a golden fixture.
+`KindDelta(kind=name, …)`, and a golden fixture.
 """
 
 from __future__ import annotations

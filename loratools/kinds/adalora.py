@@ -7,10 +7,10 @@ reader resolves it.
 from __future__ import annotations
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b, e = tensors["a"], tensors["b"], tensors["e"]
     if e.size != len(a) or b.shape[1] != len(a):

@@ -16,7 +16,7 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _CLUSTER_SEED = 123456789
@@ -26,7 +26,7 @@ _POWER_ITERATIONS = 2
 _LEAST_COSINE = 0.99  # between directions that should be the same
 
 
-def _factors(delta: OtherDelta, weight: Weight) -> tuple[Array, Array]:
+def _factors(delta: KindDelta, weight: Weight) -> tuple[Array, Array]:
     """Return (out, Σr) and (Σr, in), the latter with a column more if the layer has a bias."""
     tensors = Tensors(delta)
     basis, (out, in_) = tensors["basis"], weight.shape
@@ -113,12 +113,12 @@ def _nearest(points: Array, centres: Array) -> Array:
     return result
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     b, a = _factors(delta, weight)
     return Product(b, a[:, : weight.shape[1]])
 
 
-def _bias(delta: OtherDelta, weight: Weight, bias: Array) -> Array:
+def _bias(delta: KindDelta, weight: Weight, bias: Array) -> Array:
     del bias
     b, a = _factors(delta, weight)
     added: Array = b @ a[:, -1]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors, (out, in_) = Tensors(delta), weight.shape
     if tensors["added"].size != out:
         raise tensors.wrong_shape("added", f"(1, {out})")
@@ -22,7 +22,7 @@ def _change(delta: OtherDelta, weight: Weight) -> Change:
     return Product(np.zeros((out, 1)), np.zeros((1, in_)))
 
 
-def _bias(delta: OtherDelta, weight: Weight, bias: Array) -> Array:
+def _bias(delta: KindDelta, weight: Weight, bias: Array) -> Array:
     del weight, bias
     return Tensors(delta)["added"].reshape(-1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
 def _expanded(blocks: Array, count: int) -> Array:
@@ -24,7 +24,7 @@ def _expanded(blocks: Array, count: int) -> Array:
     return whole
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b, count = tensors["a"], tensors["b"], delta.settings["blocks"]
     if len(a) % count or len(b) % count:

@@ -11,7 +11,7 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
 from loratools.kinds.oft import cayley
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
 def _permutation(size: int, blocks: int, radius: int, levels: int) -> Array:
@@ -26,7 +26,7 @@ def _permutation(size: int, blocks: int, radius: int, levels: int) -> Array:
     return np.concatenate([start + inside for start in range(0, size, width)])
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     stored, gain, (out, in_) = tensors["blocks"], tensors["gain"].reshape(-1), weight.shape
     if stored.ndim != 4 or stored.shape[1] * stored.shape[2] != in_ or len(gain) != out:

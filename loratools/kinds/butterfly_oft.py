@@ -15,7 +15,7 @@ import numpy as np
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
 from loratools.kinds.diag_oft import gains, rotations
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
 def _order(out: int, apart: int) -> Array:
@@ -23,7 +23,7 @@ def _order(out: int, apart: int) -> Array:
     return np.arange(out).reshape(-1, 2, apart).swapaxes(1, 2).reshape(-1)
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     blocks, out = tensors["blocks"], weight.shape[0]
     if (

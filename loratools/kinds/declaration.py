@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
@@ -114,7 +114,7 @@ class Kind:
     """A kind of adapter.
 
     Attributes:
-        name: what readers call it in `OtherDelta.kind`.
+        name: what readers call it in `KindDelta.kind`.
         title: what people call it.
         source: paper or code that defines it.
         parts: names of the tensors that every module has, its own and shared ones.
@@ -124,8 +124,8 @@ class Kind:
             does not tell it, or the `weight` itself.
         low_rank: whether the fold to two factors is exact.
         bias: what is added to the layer's bias, given the bias before; None if it stays.
-        magnitude: the magnitudes of a DoRA in the order of the outputs; None for those of the
-            delta as they are.
+        magnitude: the magnitudes of a DoRA in the order of the outputs, given the stored ones;
+            None if they are stored in that order.
         settled: the delta again, with what its settings tell of its layer and shape, when none of
             them is missing any more; None if they tell nothing.
         caution: what a user should know about every fold of the kind; empty for nothing.
@@ -136,13 +136,13 @@ class Kind:
     title: str
     source: str
     parts: tuple[str, ...]
-    change: Callable[[OtherDelta, Weight], Change]
+    change: Callable[[KindDelta, Weight], Change]
     optional: tuple[str, ...] = ()
     needs: Needs = "nothing"
     low_rank: bool = True
-    bias: Callable[[OtherDelta, Weight, Array], Array] | None = None
-    magnitude: Callable[[OtherDelta], TensorRef | None] | None = None
-    settled: Callable[[OtherDelta], OtherDelta] | None = None
+    bias: Callable[[KindDelta, Weight, Array], Array] | None = None
+    magnitude: Callable[[KindDelta, TensorRef], TensorRef] | None = None
+    settled: Callable[[KindDelta], KindDelta] | None = None
     caution: str = ""
     if_tied: str = ""
 
@@ -151,9 +151,12 @@ class Kind:
         stem = part.rpartition(".")[0]
         return part in self.parts or part in self.optional or f"{stem}.*" in self.optional
 
-    def magnitude_of(self, delta: OtherDelta) -> TensorRef | None:
+    def magnitude_of(self, change: ModuleChange) -> TensorRef | None:
         """Return the magnitudes of a DoRA, one per output in their order; None if it is none."""
-        return delta.magnitude if self.magnitude is None else self.magnitude(delta)
+        stored, delta = change.magnitude, change.kind_delta
+        if self.magnitude is None or stored is None or delta is None:
+            return stored
+        return self.magnitude(delta, stored)
 
     @property
     def folds_alone(self) -> bool:
@@ -168,7 +171,7 @@ class Tensors:
         delta: whose tensors, own and shared.
     """
 
-    def __init__(self, delta: OtherDelta) -> None:
+    def __init__(self, delta: KindDelta) -> None:
         self._refs = {**delta.shared, **delta.parts}
 
     def __contains__(self, name: str) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 _LEAST_NORM = 1e-4
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b, w_norm = tensors["a"], tensors["b"], tensors["w_norm"]
     if b.shape[1] != len(a) or w_norm.shape != a.shape[1:]:

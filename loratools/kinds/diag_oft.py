@@ -11,7 +11,7 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
 from loratools.kinds.oft import cayley
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
 def rotations(blocks: Array, constraint: float) -> Array:
@@ -42,7 +42,7 @@ def gains(tensors: Tensors, out: int) -> Array:
     return found
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     blocks, out = tensors["blocks"], weight.shape[0]
     if (

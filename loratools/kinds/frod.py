@@ -10,12 +10,12 @@ import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 _LEAST_NORM = 1e-12
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     v, values, trained = tensors["v"], tensors["sparse"], tensors["diagonal"]
     places = tensors.integers("places")

@@ -11,11 +11,11 @@ import math
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Columns, Kind, Rows, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     diff, scale = delta.parts["diff"], delta.settings["scale"]
     height, width = diff.shape[0], math.prod(diff.shape[1:])
 

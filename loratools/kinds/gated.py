@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b, gate = tensors["a"], tensors["b"], tensors["gate"].reshape(-1)
     if not len(gate) == len(a) == b.shape[1]:

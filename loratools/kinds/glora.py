@@ -10,7 +10,7 @@ import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 _PATHS = ("A", "B", "C", "D", "E")
 _FORMS = ("Xd", "Xu", "X", "zeros")
@@ -40,7 +40,7 @@ class _Path:
         return self.rows(0, 1 << 60)
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     first, second = _Path(tensors, "A"), _Path(tensors, "B")
 
@@ -52,7 +52,7 @@ def _change(delta: OtherDelta, weight: Weight) -> Change:
     return Rows(weight.shape, rows)
 
 
-def _bias(delta: OtherDelta, weight: Weight, bias: Array) -> Array:
+def _bias(delta: KindDelta, weight: Weight, bias: Array) -> Array:
     tensors = Tensors(delta)
     c, d, e = (_Path(tensors, name).whole().reshape(-1) for name in "CDE")
     column = np.broadcast_to(c, weight.shape[1:])

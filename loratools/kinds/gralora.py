@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b, scale = tensors["a"], tensors["b"], delta.settings["scale"]
     count, width, rank = a.shape

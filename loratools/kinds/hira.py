@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     a, b = tensors["a"], tensors["b"]
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)

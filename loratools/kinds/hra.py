@@ -11,10 +11,10 @@ import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     u = tensors["u"]
     if u.ndim != 2 or len(u) != weight.shape[1]:

@@ -6,7 +6,7 @@ W' = l ∘ W per output, where the bias is scaled too, or per input. Source: pef
 from __future__ import annotations
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
 def scaled(tensors: Tensors, factors: Array, weight: Weight, *, on_input: bool) -> Rows:
@@ -34,13 +34,13 @@ def scaled(tensors: Tensors, factors: Array, weight: Weight, *, on_input: bool) 
     return Rows(weight.shape, rows)
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     change = tensors["gain"].reshape(-1) - 1.0
     return scaled(tensors, change, weight, on_input=delta.settings["on_input"])
 
 
-def _bias(delta: OtherDelta, _: Weight, bias: Array) -> Array:
+def _bias(delta: KindDelta, _: Weight, bias: Array) -> Array:
     if delta.settings["on_input"]:
         return 0.0 * bias
     added: Array = (Tensors(delta)["gain"].reshape(-1) - 1.0) * bias

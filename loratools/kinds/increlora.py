@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 _LEAST_RANKNUM = 1e-5
 
 
-def _joined(tensors: Tensors, delta: OtherDelta, side: str, axis: int) -> Array:
+def _joined(tensors: Tensors, delta: KindDelta, side: str, axis: int) -> Array:
     numbers = sorted(
         int(name.partition(".")[2]) for name in delta.parts if name.startswith(f"{side}.")
     )
@@ -25,7 +25,7 @@ def _joined(tensors: Tensors, delta: OtherDelta, side: str, axis: int) -> Array:
     return np.concatenate([tensors[f"{side}.{number}"] for number in numbers], axis=axis)
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b = _joined(tensors, delta, "a", 0), _joined(tensors, delta, "b", 1)
     e = _joined(tensors, delta, "e", 0)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     a, b, diagonal = tensors["a"], tensors["b"], tensors["diagonal"].reshape(-1)
     rank = len(a)

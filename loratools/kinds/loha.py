@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Rows, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
 def _pair(tensors: Tensors, number: int) -> tuple[Array, Array]:
@@ -27,7 +27,7 @@ def _pair(tensors: Tensors, number: int) -> tuple[Array, Array]:
     return a.T, spread.reshape(len(core), -1)
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     (b1, a1), (b2, a2) = _pair(tensors, 1), _pair(tensors, 2)
     if len(b1) != len(b2) or a1.shape[1] != a2.shape[1]:

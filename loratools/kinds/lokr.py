@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Kronecker, Rows, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -50,7 +50,7 @@ def _by_input(left: Array, whole: Array, scale: float) -> Rows:
     return Rows((outputs * height, columns), rows)
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     if delta.settings.get("by_input"):
         return _by_input(_side(tensors, 1), tensors["w2"], delta.settings["scale"])

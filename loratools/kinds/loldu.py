@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _ROWS = 1 << 10
@@ -50,7 +50,7 @@ def _leading_ldu(weight: Weight, rank: int, label: str) -> tuple[Array, Array, A
     return lower, pivots, upper / pivots[:, None]
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     z = tensors["z"].reshape(-1)
     rank = len(z)

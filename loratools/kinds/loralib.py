@@ -18,11 +18,11 @@ from dataclasses import replace
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import Layer, OtherDelta
+from loratools_formats.core.adapter import KindDelta, Layer
 from loratools_formats.disk.errors import AdapterError
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors, settings = Tensors(delta), delta.settings
     a, b = tensors["a"], tensors["b"]
     kernel = settings.get("kernel", 1)
@@ -66,7 +66,7 @@ def _placed(a: Array, b: Array, groups: str) -> Array:
     return whole
 
 
-def _settled(delta: OtherDelta) -> OtherDelta:
+def _settled(delta: KindDelta) -> KindDelta:
     a, b = (delta.parts[side].shape for side in "ab")
     kernel = delta.settings.get("kernel", 1)
     if kernel != 1:

@@ -12,10 +12,10 @@ import math
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors, parts = Tensors(delta), delta.settings["parts"]
     rslora = "rslora" in tensors and bool(tensors["rslora"].item())
     alpha = tensors["alpha"].item() if "alpha" in tensors else delta.settings["alpha"]

@@ -10,10 +10,10 @@ import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     a1, a2, b1, b2 = (tensors[name] for name in ("a1", "a2", "b1", "b2"))
     a1, a2, b1, b2 = (factor.reshape(len(factor), -1) for factor in (a1, a2, b1, b2))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from loratools.kinds.declaration import Change, Kind, Tensors, Weight
 from loratools.kinds.ia3 import scaled
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     return scaled(tensors, tensors["gain"].reshape(-1), weight, on_input=delta.settings["on_input"])
 

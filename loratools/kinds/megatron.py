@@ -11,12 +11,12 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
 
-def _rows(delta: OtherDelta, total: int) -> Array:
+def _rows(delta: KindDelta, total: int) -> Array:
     """Return which of the stored rows are the projection's, in order."""
     settings, part = delta.settings, delta.settings["projection"]
     rows = np.arange(total)
@@ -43,7 +43,7 @@ def _rows(delta: OtherDelta, total: int) -> Array:
     return rows
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b = tensors["a"], tensors["b"]
     if b.shape[1] != len(a):
@@ -51,10 +51,7 @@ def _change(delta: OtherDelta, _: Weight) -> Change:
     return Product(delta.settings["alpha"] / len(a) * b[_rows(delta, len(b))], a)
 
 
-def _magnitude(delta: OtherDelta) -> TensorRef | None:
-    stored = delta.shared.get("magnitude", delta.magnitude)
-    if stored is None:
-        return None
+def _magnitude(delta: KindDelta, stored: TensorRef) -> TensorRef:
     rows = {**delta.shared, **delta.parts}["b"].shape[0]
     if stored.numel != rows:
         raise AdapterError(

@@ -7,10 +7,10 @@ SVD: without M they are a large part of the base weight.
 from __future__ import annotations
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b, middle = tensors["a"], tensors["b"], tensors["middle"]
     if middle.shape != (b.shape[1], len(a)):

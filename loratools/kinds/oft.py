@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
 def cayley(skew: Array) -> Array:
@@ -45,7 +45,7 @@ def skew_symmetric(triangles: Array, size: int) -> Array:
     return result - result.swapaxes(1, 2)
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     triangles, settings = tensors["triangles"], delta.settings
     out, in_ = weight.shape

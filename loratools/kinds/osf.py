@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     u, s, v = tensors["u"], tensors["s"], tensors["v"]
     if (len(u), v.shape[1]) != weight.shape or not u.shape[1] == len(s) == len(v):

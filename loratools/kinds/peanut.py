@@ -12,11 +12,11 @@ import numpy as np
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.activations import activation
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors, bend = Tensors(delta), activation(delta.settings["activation"])
     a, b, depth = tensors["a"], tensors["b"], delta.settings["depth"]
     out, in_ = weight.shape

@@ -12,11 +12,11 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
 from loratools.kinds.oft import cayley, cayley_neumann, skew_symmetric
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import MissingDependencyError
 
 
-def _rotation(tensors: Tensors, delta: OtherDelta) -> Array:
+def _rotation(tensors: Tensors, delta: KindDelta) -> Array:
     settings, stored = delta.settings, tensors["matrix"]
     matrix: Array
     if settings["orthogonal"]:
@@ -49,7 +49,7 @@ def _triplets(weight: Weight) -> tuple[Array, Array, Array]:
     return tuple(part.double().numpy() for part in (u.T, s, vt))
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     matrix = _rotation(tensors, delta)
     rank = len(matrix)

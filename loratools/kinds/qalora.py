@@ -9,10 +9,10 @@ the same configuration: the inputs of the weight tell which. Source: `QALoraLine
 from __future__ import annotations
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     a, b, group = tensors["a"], tensors["b"], delta.settings["group"]
     if b.shape[1] != len(a):

@@ -15,11 +15,11 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.core.dtypes import DTYPES, DType, encode
 
 
-def _bases(tensors: Tensors, delta: OtherDelta, rank: int) -> tuple[Array, Array]:
+def _bases(tensors: Tensors, delta: KindDelta, rank: int) -> tuple[Array, Array]:
     """Return A (r, smaller side) and B (larger side, n, r), of the largest module."""
     if "a" in tensors and "b" in tensors:
         return tensors["a"].reshape(rank, -1), tensors["b"]
@@ -55,7 +55,7 @@ def _ternary(unit: Array, sparsity: float) -> Array:
     return np.where(unit < share, -1.0, np.where(unit > np.float32(1.0) - share, 1.0, 0.0))
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     lambdas, gammas = tensors["lambda"], tensors["gamma"]
     rank, count = lambdas.shape

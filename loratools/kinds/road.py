@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
 
 
@@ -38,7 +38,7 @@ def _applied(columns: tuple[Array, Array], values: Array, group: int) -> Array:
     return result
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors, group = Tensors(delta), delta.settings["group"]
     diagonal, across = _columns(tensors, delta.settings["variant"], group)
     if len(diagonal) != weight.shape[0] or weight.shape[0] % group:
@@ -53,7 +53,7 @@ def _change(delta: OtherDelta, weight: Weight) -> Change:
     return Rows(weight.shape, rows)
 
 
-def _bias(delta: OtherDelta, _: Weight, bias: Array) -> Array:
+def _bias(delta: KindDelta, _: Weight, bias: Array) -> Array:
     group = delta.settings["group"]
     columns = _columns(Tensors(delta), delta.settings["variant"], group)
     return _applied(columns, bias[:, None], group)[:, 0]

@@ -12,13 +12,13 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
 
 _SAME = 1e-3  # stored in half precision perhaps
 
 
-def _group(delta: OtherDelta, p: Array) -> int:
+def _group(delta: KindDelta, p: Array) -> int:
     """Return which of the shared vectors is the module's.
 
     The file does not say which module is which; but P was drawn from the seed plus the module's
@@ -47,7 +47,7 @@ def _group(delta: OtherDelta, p: Array) -> int:
     )
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b, p = tensors["a"], tensors["b"], tensors["p"]
     v = tensors[f"v.{_group(delta, p)}"]

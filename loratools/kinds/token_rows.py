@@ -11,10 +11,10 @@ import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors, places = Tensors(delta), np.array(delta.settings["rows"], np.int64)
     new, (out, in_) = tensors["values"], weight.shape
     if new.shape != (len(places), out) or len(set(places.tolist())) != len(places):

@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
 
-def _order(delta: OtherDelta) -> Array:
+def _order(delta: KindDelta) -> Array:
     """Return which stored row each output is."""
     rows = delta.parts["b"].shape[0]
     settings = delta.settings
@@ -32,7 +32,7 @@ def _order(delta: OtherDelta) -> Array:
     return np.arange(rows).reshape(heads, -1, 2).transpose(0, 2, 1).reshape(-1)
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a, b = tensors["a"], tensors["b"]
     if b.shape[1] != len(a):
@@ -40,10 +40,8 @@ def _change(delta: OtherDelta, _: Weight) -> Change:
     return Product(delta.settings["alpha"] / len(a) * b[_order(delta)], a)
 
 
-def _magnitude(delta: OtherDelta) -> TensorRef | None:
-    order, stored = _order(delta), delta.magnitude
-    if stored is None:
-        return None
+def _magnitude(delta: KindDelta, stored: TensorRef) -> TensorRef:
+    order = _order(delta)
     if stored.numel != len(order):
         raise AdapterError(
             "magnitude does not fit the module",

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     up, mid, down = tensors["up"], tensors["mid"], tensors["down"]
     up, down = up.reshape(len(up), -1), down.reshape(len(down), -1)

@@ -6,7 +6,7 @@ A = bank[indices_a] ∘ scales_a, B alike, ΔW = B @ A.
 from __future__ import annotations
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
 def _factor(tensors: Tensors, side: str) -> Array:
@@ -17,7 +17,7 @@ def _factor(tensors: Tensors, side: str) -> Array:
     return factor
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     return Product(_factor(tensors, "b"), _factor(tensors, "a"))
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 
 from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors, settings = Tensors(delta), delta.settings
     a, b = tensors["a"], tensors["b"]
     if b.shape[1] != len(a):

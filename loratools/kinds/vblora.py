@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -36,7 +36,7 @@ def _mixture(tensors: Tensors, side: str, topk: int) -> Array:
     return mixture
 
 
-def _change(delta: OtherDelta, _: Weight) -> Change:
+def _change(delta: KindDelta, _: Weight) -> Change:
     tensors = Tensors(delta)
     a = _mixture(tensors, "a", delta.settings["topk"])
     b = _mixture(tensors, "b", delta.settings["topk"])

@@ -14,12 +14,12 @@ import numpy as np
 
 from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
 def _projections(
-    tensors: Tensors, delta: OtherDelta, weight: Weight, rank: int, rank_a: int
+    tensors: Tensors, delta: KindDelta, weight: Weight, rank: int, rank_a: int
 ) -> tuple[Array, Array]:
     out, in_ = weight.shape
     if "a" in tensors and "b" in tensors:
@@ -43,7 +43,7 @@ def _he_uniform(stream: TorchStream, shape: tuple[int, int]) -> Array:
     return stream.uniform(shape, -bound, bound).astype(np.float64)
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     lambda_b, lambda_d = tensors["lambda_b"], tensors["lambda_d"]
     rank_a = len(lambda_d)

@@ -13,7 +13,7 @@ import numpy as np
 from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools.kinds.numbers.wavelets import scaling_filter
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 
 
 def _synthesis(low: Array, side: int) -> tuple[Array, int]:
@@ -37,7 +37,7 @@ def _synthesis(low: Array, side: int) -> tuple[Array, int]:
     return inner[start : start + side], (padded - side) // 2
 
 
-def _change(delta: OtherDelta, weight: Weight) -> Change:
+def _change(delta: KindDelta, weight: Weight) -> Change:
     tensors = Tensors(delta)
     spectrum, (out, in_) = tensors["spectrum"], weight.shape
     if spectrum.ndim != 1 or len(spectrum) > out * in_:

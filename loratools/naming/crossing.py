@@ -15,11 +15,11 @@ from loratools.naming.places import (
 )
 from loratools.naming.restructure import fused, is_rounding, rows_of, swapped_halves, units
 from loratools.naming.tables import Place, Row, Table, filled
-from loratools_formats.core.adapter import Adapter, Addition, Delta, Dora, OtherDelta
+from loratools_formats.core.adapter import Adapter, Addition, KindDelta, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_Group = dict[tuple[int, ...], tuple[Place, str, Delta]]
+_Group = dict[tuple[int, ...], tuple[Place, str, ModuleChange]]
 
 
 class Crossing:
@@ -54,9 +54,9 @@ class Crossing:
         self._scheme = target_scheme(target, table)
         self.dotted: dict[str, str] = {}
         self.split: set[str] = set()
-        self.exact: dict[str, Delta] = {}
+        self.exact: dict[str, ModuleChange] = {}
 
-    def modules(self) -> dict[str, Delta]:
+    def modules(self) -> dict[str, ModuleChange]:
         """Return the modules under their new names.
 
         Raises:
@@ -68,7 +68,7 @@ class Crossing:
     def additions(self) -> dict[str, Addition]:
         """Return what is added to biases and norms, by its new target."""
         result: dict[str, Addition] = {}
-        by_leaf: dict[str, dict[str, Delta]] = {}
+        by_leaf: dict[str, dict[str, ModuleChange]] = {}
         for addition in self._source.additions.values():
             module, _, leaf = addition.target.rpartition(".")
             by_leaf.setdefault(leaf, {})[module] = _as_delta(addition)
@@ -78,8 +78,8 @@ class Crossing:
                 result[target] = Addition(target, _as_tensor(delta))
         return result
 
-    def _all(self, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
-        result: dict[str, Delta] = {}
+    def _all(self, deltas: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
+        result: dict[str, ModuleChange] = {}
         groups: dict[tuple[Row, tuple[str, ...], str], _Group] = {}
         for name, delta in deltas.items():
             place = located(self._names[name], self._table)
@@ -106,12 +106,14 @@ class Crossing:
                     self._taken_apart(result, place, name, delta)
         return result
 
-    def _name(self, result: dict[str, Delta], path: str, component: str, delta: Delta) -> None:
+    def _name(
+        self, result: dict[str, ModuleChange], path: str, component: str, delta: ModuleChange
+    ) -> None:
         name = prefixed(path, self._target, component)
         self.dotted[name] = dotted_name(path, component, self._scheme)
         self._put(result, name, delta)
 
-    def _put(self, result: dict[str, Delta], name: str, delta: Delta) -> None:
+    def _put(self, result: dict[str, ModuleChange], name: str, delta: ModuleChange) -> None:
         if name in result:
             raise AdapterError(
                 "two modules have one name in the other naming",
@@ -120,14 +122,16 @@ class Crossing:
             )
         result[name] = delta
 
-    def _as_one(self, path: str, component: str, row: Row, group: _Group) -> Delta:
+    def _as_one(self, path: str, component: str, row: Row, group: _Group) -> ModuleChange:
         (place, name, delta), *others = group.values()
         if others or len(place.covered) < len(row.parts):
             return self._fused(path, component, row, group)
         turn = row.swapped_halves and place.scheme != self._scheme
         return swapped_halves(name, delta) if turn else delta
 
-    def _taken_apart(self, result: dict[str, Delta], place: Place, name: str, delta: Delta) -> None:
+    def _taken_apart(
+        self, result: dict[str, ModuleChange], place: Place, name: str, delta: ModuleChange
+    ) -> None:
         row = place.row
         start, height = 0, 0
         if len(place.covered) > 1:
@@ -144,14 +148,14 @@ class Crossing:
                 self.split.add(prefixed(path, self._target, component))
             start = stop
 
-    def _fused(self, path: str, component: str, row: Row, group: _Group) -> Delta:
+    def _fused(self, path: str, component: str, row: Row, group: _Group) -> ModuleChange:
         covered = sorted(group)
         if len({part for parts in covered for part in parts}) != sum(map(len, covered)):
             raise AdapterError("modules overlap in the other naming", tensor=path)
         _, name, first = group[covered[0]]
         height = units(name, _height(first), [row.parts[part] for part in covered[0]])
         starts = {parts[0]: parts for parts in covered}
-        deltas: list[Delta | None] = []
+        deltas: list[ModuleChange | None] = []
         heights: list[int] = []
         position = 0
         while position < len(row.parts):
@@ -166,9 +170,7 @@ class Crossing:
         return whole
 
 
-def _height(delta: Delta) -> int:
-    if isinstance(delta, Dora):
-        return delta.direction.shape[0]
+def _height(delta: ModuleChange) -> int:
     height = delta.shape[0]
     if height is None:
         raise UnsupportedError(
@@ -178,13 +180,13 @@ def _height(delta: Delta) -> int:
     return height
 
 
-def _as_delta(addition: Addition) -> OtherDelta:
+def _as_delta(addition: Addition) -> ModuleChange:
     """Return a vector as a matrix of one column, which is taken apart and put together alike."""
     tensor = addition.tensor
-    return OtherDelta("full", {"diff": tensor}, shape=(tensor.shape[0], 1))
+    return ModuleChange(KindDelta("full", {"diff": tensor}, shape=(tensor.shape[0], 1)))
 
 
-def _as_tensor(delta: Delta) -> TensorRef:
-    if not isinstance(delta, OtherDelta):
+def _as_tensor(delta: ModuleChange) -> TensorRef:
+    if delta.kind_delta is None:
         raise TypeError("not a vector")
-    return delta.parts["diff"]
+    return delta.kind_delta.parts["diff"]

@@ -14,12 +14,13 @@ from loratools.naming.lists import CHECKPOINT_PREFIX, embedded_map, looked_up
 from loratools.naming.places import module_key
 from loratools.naming.rename import NamingOptions, renamed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import command_on
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.single_file_keys import Naming
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
-from loratools_formats.formats.singlefile.grammar import Class
-from loratools_formats.formats.singlefile.write import SINGLE_FILES
 
-_WAYS: tuple[Class, ...] = ("comfyui", "diffusers")
+_WAYS: tuple[Naming, ...] = ("comfyui", "diffusers")
 _ANY = "diffusion_model."
 
 
@@ -30,7 +31,7 @@ def named_for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
         AdapterError: no way leads to names that the base has for all of its modules.
         UnsupportedError: deltas that would have to be fused or split and cannot be.
     """
-    if adapter.format not in SINGLE_FILES:
+    if get_format(adapter.format).naming is None:
         return adapter
     modules = _Modules(base)
     direct = modules.found(_unflattened(adapter, modules))
@@ -51,8 +52,10 @@ def named_for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
         path=adapter.source,
         got=shown,
         expected=f"such as {modules.example}",
-        hint="If it has several components, take one with: loratools convert --to peft "
-        "--component NAME --allow-lossy",
+        hint="If it has several components, take one: "
+        + command_on(
+            adapter, "convert", "--to peft --component NAME --allow-lossy", output="component"
+        ),
     )
 
 
@@ -62,7 +65,7 @@ def names_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     Others keep their names, also where the base fuses or splits what the adapter does not.
     """
     names = {name: name for name in adapter.modules}
-    if adapter.format not in SINGLE_FILES:
+    if get_format(adapter.format).naming is None:
         return names
     modules = _Modules(base)
     found = {name: modules.full(path) for name, path in _unflattened(adapter, modules).items()}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.formats.singlefile.grammar import COMPONENTS
 
 
 @dataclass(frozen=True)

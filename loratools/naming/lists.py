@@ -12,11 +12,11 @@ from pathlib import Path
 
 from loratools.naming.tables import flattened
 from loratools_formats.checkpoints.checkpoint import checkpoint_names
-from loratools_formats.contract.registry import read_adapter
+from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.disk import strict_json
+from loratools_formats.core.single_file_keys import parse
 from loratools_formats.disk.errors import AdapterError, OptionError
-from loratools_formats.formats.singlefile.grammar import parse
+from loratools_formats.disk.strict_json import parsed_object
 
 MAP_KEY = "loratools.module_map"
 _PROBE = ".lora_A.weight"
@@ -43,11 +43,8 @@ def embedded_map(adapter: Adapter) -> dict[str, str]:
     text = adapter.metadata.get(MAP_KEY)
     if text is None:
         return {}
-    try:
-        values = strict_json.loads(text.encode(), max_depth=2)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"metadata {MAP_KEY}: {error}", path=adapter.source) from error
-    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+    values = parsed_object(text.encode(), MAP_KEY, path=adapter.source, max_depth=2)
+    if not all(isinstance(v, str) for v in values.values()):
         raise AdapterError(f"metadata {MAP_KEY} is not a map of names", path=adapter.source)
     return {name: dotted for name, dotted in values.items() if _is_flattened(name, dotted)}
 
@@ -85,7 +82,7 @@ def names_of_base(path: Path, component: str | None) -> list[str]:
         raise OptionError(
             "the base checkpoint does not say which component of a pipeline it is",
             path=path,
-            hint="Pass --component, such as unet, transformer or diffusion_model",
+            hint="Pass `component`, such as unet, transformer or diffusion_model",
         )
     return [f"{component}.{module}" for module in modules]
 

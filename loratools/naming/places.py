@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loratools.naming.tables import Place, Scheme, Table, TextEncoder, filled, flattened
-from loratools_formats.formats.singlefile.grammar import Class, Key, parse
+from loratools_formats.core.single_file_keys import Key, Naming, parse
 
-Target = Class | Literal["bare"]
+Target = Naming | Literal["bare"]
 """A naming of single files, or `bare`: paths within one component, as other formats have them."""
 
 _PROBE = ".lora_A.weight"

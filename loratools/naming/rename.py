@@ -22,9 +22,9 @@ from loratools.naming.places import (
     text_name,
 )
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
-from loratools_formats.core.adapter import Adapter, Addition, Delta, Replacement
+from loratools_formats.core.adapter import Adapter, Addition, ModuleChange, Replacement
+from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-from loratools_formats.formats.singlefile.grammar import COMPONENTS
 
 _FLAT_OF = {
     "unet.": "lora_unet_",
@@ -68,7 +68,7 @@ class Renamed:
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     split: frozenset[str] = frozenset()
-    exact: Mapping[str, Delta] = field(default_factory=dict)
+    exact: Mapping[str, ModuleChange] = field(default_factory=dict)
 
 
 def renamed(adapter: Adapter, target: Target, options: NamingOptions | None = None) -> Renamed:
@@ -102,7 +102,7 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
             "the target holds one component of a pipeline, and the file has several",
             path=adapter.source,
             got=", ".join(sorted(prefix.rstrip(".") or "none" for prefix in wanted)),
-            hint="Take one with --component, and leave out the others with --allow-lossy",
+            hint="Take one with `component`, and leave out the others with `allow_lossy=True`",
         )
     prefix = next(iter(wanted), "")
     kept = {n: d for n, d in adapter.modules.items() if prefixes.get(n, "") == prefix}
@@ -164,7 +164,7 @@ def _one_expert(
             f"{target} files name all experts alike, and the adapter has several",
             path=adapter.source,
             got=", ".join(found),
-            hint="Take one with --component, and leave out the others with --allow-lossy",
+            hint="Take one with `component`, and leave out the others with `allow_lossy=True`",
         )
     others = {old for old, component in experts.items() if component != options.component}
     kept = {
@@ -192,7 +192,7 @@ def _with_component(adapter: Adapter, options: NamingOptions, target: Target) ->
                 "the module's name does not say which component of a pipeline it is of",
                 path=adapter.source,
                 got=name,
-                hint=f"Pass --component, one of {', '.join(COMPONENTS)} or diffusion_model",
+                hint=f"Pass `component`, one of {', '.join(COMPONENTS)} or diffusion_model",
             )
     return result
 
@@ -236,7 +236,7 @@ def _tables(
             "the names fit several architectures",
             path=adapter.source,
             got=", ".join(table.name for table in fitting),
-            hint="Name one with --names",
+            hint="Name one with `names`",
         )
     return fitting
 
@@ -259,7 +259,7 @@ def _unresolved(adapter: Adapter, missing: list[str], where: str) -> AdapterErro
         f"{count} not in {where}",
         path=adapter.source,
         got=shown,
-        hint="Give a list of names with --base or --names-from, or a table with --names",
+        hint="Give a list of names with `base` or `names_from`, or a table with `names`",
     )
 
 
@@ -324,7 +324,7 @@ def _moved(
 
 def _finished(
     adapter: Adapter,
-    modules: Mapping[str, Delta],
+    modules: Mapping[str, ModuleChange],
     additions: Mapping[str, Addition],
     target: Target,
     dotted: Mapping[str, str],

@@ -15,7 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools_formats.core.adapter import Delta, Dora, LowRank, OtherDelta, low_rank_part
+from loratools.algebra.linalg import is_power_of_two
+from loratools_formats.contract.commands import command_on
+from loratools_formats.core.adapter import LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode
 from loratools_formats.core.tensors import TensorRef, rounded
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -38,26 +40,25 @@ def units(name: str, out: int, parts: Sequence[int]) -> int:
     return out // whole
 
 
-def rows_of(name: str, delta: Delta, start: int, stop: int) -> Delta:
+def rows_of(name: str, delta: ModuleChange, start: int, stop: int) -> ModuleChange:
     """Return rows [start, stop) of a delta.
 
     Raises:
         UnsupportedError: a kind whose rows are not of the same kind.
     """
-    if isinstance(delta, Dora):
-        if delta.axis == "input":
-            raise _kept_whole(name, "a DoRA with a magnitude for each input")
-        magnitude = delta.magnitude.reshaped((delta.magnitude.numel,)).row_range(start, stop)
-        shape = tuple(
-            stop - start if n == delta.direction.shape[0] else n for n in delta.magnitude.shape
-        )
-        direction = _low_rank_rows(delta.direction, start, stop)
-        return replace(delta, direction=direction, magnitude=magnitude.reshaped(shape))
-    if isinstance(delta, LowRank):
-        return _low_rank_rows(delta, start, stop)
-    if delta.kind == "full" and delta.magnitude is None:
-        diff = delta.parts["diff"].row_range(start, stop)
-        return replace(delta, parts={"diff": diff}, shape=(stop - start, delta.shape[1]))
+    part, magnitude = delta.direction, delta.magnitude
+    if isinstance(part, LowRank):
+        if magnitude is not None:
+            if delta.axis == "input":
+                raise _kept_whole(name, "a DoRA with a magnitude for each input")
+            shape = tuple(stop - start if n == part.shape[0] else n for n in magnitude.shape)
+            rows = magnitude.reshaped((magnitude.numel,)).row_range(start, stop)
+            magnitude = rows.reshaped(shape)
+        return replace(delta, direction=_low_rank_rows(part, start, stop), magnitude=magnitude)
+    if delta.kind == "full" and magnitude is None:
+        diff = part.parts["diff"].row_range(start, stop)
+        shorter = replace(part, parts={"diff": diff}, shape=(stop - start, part.shape[1]))
+        return delta.with_direction(shorter)
     raise _kept_whole(name, f"a weight change of kind {delta.kind}")
 
 
@@ -65,7 +66,7 @@ def _kept_whole(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{what} cannot be taken apart or put together",
         tensor=name,
-        hint="Make it a plain LoRA first: loratools to-lora, with --base if it is a DoRA",
+        hint=f"Make it a plain LoRA first: {command_on(None, 'to-lora', '--base MODEL')}",
     )
 
 
@@ -99,8 +100,8 @@ def _taken(tensor: TensorRef, indices: np.ndarray, axis: int) -> TensorRef:
 
 
 def fused(
-    name: str, parts: Sequence[Delta | None], heights: Sequence[int], *, exact: bool = False
-) -> Delta:
+    name: str, parts: Sequence[ModuleChange | None], heights: Sequence[int], *, exact: bool = False
+) -> ModuleChange:
     """Return the delta whose rows are those of several, one after another.
 
     Args:
@@ -114,30 +115,32 @@ def fused(
         AdapterError: shapes that do not fit.
     """
     present = [part for part in parts if part is not None]
-    if all(isinstance(part, LowRank) for part in present):
-        plain = [part if isinstance(part, LowRank) else None for part in parts]
-        return _fused_factors(name, plain, heights, exact=exact)
-    if len(present) == len(parts) and all(isinstance(part, Dora) for part in present):
-        doras = [part for part in present if isinstance(part, Dora)]
-        return _fused_dora(name, doras, heights, exact=exact)
-    kinds = {"full" if isinstance(p, OtherDelta) and p.kind == "full" else "other" for p in present}
+    kinds = {part.kind for part in present}
+    if kinds == {"lora"} or (kinds == {"dora"} and len(present) == len(parts)):
+        factors = [None if part is None else part.require_factors() for part in parts]
+        magnitude = _fused_magnitude(name, present)
+        return replace(
+            present[0],
+            direction=_fused_factors(name, factors, heights, exact=exact),
+            magnitude=magnitude,
+        )
     if kinds == {"full"} and len(present) == len(parts):
-        return _fused_full([part for part in present if isinstance(part, OtherDelta)])
+        return _fused_full(present)
     raise _kept_whole(name, "modules of different or incomplete kinds")
 
 
-def is_rounding(parts: Sequence[Delta | None]) -> bool:
+def is_rounding(parts: Sequence[ModuleChange | None]) -> bool:
     """Return whether `fused` rounds: scales differ by no power of two, and are of one `b` after."""
-    factors = [low_rank_part(p) for p in parts if p is not None and not isinstance(p, OtherDelta)]
-    return not all(_is_power_of_two(_ratio(part, factors[0])) for part in factors)
+    return _rounds([part.factors for part in parts if part is not None])
+
+
+def _rounds(parts: Sequence[LowRank | None]) -> bool:
+    factors = [part for part in parts if part is not None]
+    return not all(is_power_of_two(_ratio(part, factors[0])) for part in factors)
 
 
 def _ratio(part: LowRank, first: LowRank) -> float:
     return 1.0 if part.scale == first.scale else part.scale / first.scale
-
-
-def _is_power_of_two(ratio: float) -> bool:
-    return abs(math.frexp(ratio)[0]) == 0.5
 
 
 def _fused_factors(
@@ -160,7 +163,7 @@ def _fused_factors(
     rank = first.rank if shared else sum(part.rank for part in present)
     a = rounded(first.a, dtype) if shared else _stacked([part.a for part in present], dtype)
     wide = common_dtype([dtype, DTYPES["F64" if exact else "F32"]])
-    dtype_of_b = wide if is_rounding(present) else dtype
+    dtype_of_b = wide if _rounds(present) else dtype
     b = _blocks(parts, heights, rank, first, dtype_of_b, shared=shared)
     return replace(
         first,
@@ -226,7 +229,7 @@ def _fused_bias(
     if not biases:
         return None
     dtype = common_dtype([bias.dtype for bias in biases])
-    if is_rounding(parts):
+    if _rounds(parts):
         dtype = common_dtype([dtype, DTYPES["F64" if exact else "F32"]])
 
     def read() -> bytes:
@@ -241,34 +244,36 @@ def _fused_bias(
     return TensorRef(biases[0].key, dtype, (sum(heights),), read)
 
 
-def _fused_dora(name: str, parts: Sequence[Dora], heights: Sequence[int], *, exact: bool) -> Dora:
+def _fused_magnitude(name: str, parts: Sequence[ModuleChange]) -> TensorRef | None:
     if any(part.axis == "input" for part in parts):
         raise _kept_whole(name, "a DoRA with a magnitude for each input")
-    direction = _fused_factors(name, [part.direction for part in parts], heights, exact=exact)
-    dtype = common_dtype([part.magnitude.dtype for part in parts])
-    flat = [part.magnitude.reshaped((part.magnitude.numel,)) for part in parts]
-    magnitude = _stacked(flat, dtype)
-    return replace(parts[0], direction=direction, magnitude=magnitude)
+    magnitudes = [part.magnitude for part in parts if part.magnitude is not None]
+    if not magnitudes:
+        return None
+    flat = [magnitude.reshaped((magnitude.numel,)) for magnitude in magnitudes]
+    return _stacked(flat, common_dtype([magnitude.dtype for magnitude in magnitudes]))
 
 
-def _fused_full(parts: Sequence[OtherDelta]) -> OtherDelta:
-    diffs = [part.parts["diff"] for part in parts]
+def _fused_full(parts: Sequence[ModuleChange]) -> ModuleChange:
+    fulls = [part.kind_delta for part in parts if part.kind_delta is not None]
+    diffs = [full.parts["diff"] for full in fulls]
     whole = _stacked(diffs, common_dtype([diff.dtype for diff in diffs]))
-    columns = math.prod(whole.shape[1:])
-    return replace(parts[0], parts={"diff": whole}, shape=(whole.shape[0], columns))
+    shape = (whole.shape[0], math.prod(whole.shape[1:]))
+    return parts[0].with_direction(replace(fulls[0], parts={"diff": whole}, shape=shape))
 
 
-def swapped_halves(name: str, delta: Delta) -> Delta:
+def swapped_halves(name: str, delta: ModuleChange) -> ModuleChange:
     """Return the delta with the two halves of its rows in the other order.
 
     Raises:
         UnsupportedError: a kind whose rows cannot be moved.
     """
-    if not isinstance(delta, LowRank):
+    part = delta.factors
+    if part is None or delta.is_dora:
         raise _kept_whole(name, "what is no plain pair of factors")
-    half = units(name, delta.b.shape[0], (1, 1))
-    bias = None if delta.bias is None else _swapped(delta.bias, half)
-    return replace(delta, b=_swapped(delta.b, half), bias=bias)
+    half = units(name, part.b.shape[0], (1, 1))
+    bias = None if part.bias is None else _swapped(part.bias, half)
+    return delta.with_direction(replace(part, b=_swapped(part.b, half), bias=bias))
 
 
 def _swapped(tensor: TensorRef, half: int) -> TensorRef:

@@ -20,8 +20,11 @@ from loratools.base.dequantised import plain_config
 from loratools.base.fourbit.decode import CHUNK, Dequantizer
 from loratools.base.fourbit.encode import Loss
 from loratools.work.buffers import Buffers
-from loratools.work.parallel import in_order
+from loratools.work.declared import option
+from loratools.work.parallel import Workers, in_order, usable_cores
 from loratools.work.provenance import operation_record
+from loratools.work.requests import Sharding
+from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.bitsandbytes import (
     QuantizedWeight,
     quantized_weights,
@@ -35,6 +38,19 @@ from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.disk.errors import AdapterError
 
 DTypeName = Literal["bf16", "f16", "f32"]
+
+
+@dataclass(frozen=True)
+class DequantizeOptions(Sharding, Workers):
+    """How to turn four-bit weights back.
+
+    Attributes:
+        dtype: type of the new weights.
+    """
+
+    dtype: DTypeName = option("bf16", heading="Computing", aliases=("--outtype",), parse=dtype_name)
+
+
 _BUFFERS = Buffers()
 _NOTHING: Mapping[str, Any] = {}
 
@@ -86,7 +102,7 @@ def dequantize(
     *,
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DequantizeResult:
     """Turn all four-bit weights of a checkpoint into plain ones.
@@ -97,7 +113,7 @@ def dequantize(
         dtype: type of the new weights.
         max_shard_bytes: split the output anew, into files of at most this size.
         overwrite: replace an existing output.
-        workers: threads; the bytes do not depend on them.
+        workers: threads, the usable cores by default; the bytes do not depend on them.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -105,6 +121,7 @@ def dequantize(
         OutputExistsError: the output exists.
         OutputError: it could not be written.
     """
+    workers = workers or usable_cores()
     weights = quantized_weights(base.tensors)
     if not weights:
         raise AdapterError(
@@ -225,7 +242,7 @@ class _Job:
             raise AdapterError(
                 f"values do not fit dtype {self.blank.dtype.code}",
                 tensor=self.weight.key,
-                hint="Pass --dtype bf16 or f32",
+                hint="Pass `dtype=bf16` or f32",
             )
         self.squared_error += error
         return rounded

@@ -10,11 +10,8 @@ from typing import Any
 from loratools_formats.core.adapter import (
     Adapter,
     Caveat,
-    Delta,
     Dialect,
-    Dora,
-    OtherDelta,
-    low_rank_part,
+    ModuleChange,
 )
 
 
@@ -129,21 +126,18 @@ def describe(adapter: Adapter) -> AdapterInfo:
     )
 
 
-def _module(name: str, delta: Delta) -> ModuleInfo:
+def _module(name: str, delta: ModuleChange) -> ModuleInfo:
     dtypes = tuple(sorted({tensor.dtype.code for tensor in delta.tensors()}))
-    if isinstance(delta, OtherDelta):
-        layer = delta.layer.kind
-        return ModuleInfo(name, delta.kind, layer, delta.shape, 1, None, None, None, dtypes)
-    part = low_rank_part(delta)
+    part = delta.factors
     return ModuleInfo(
         name=name,
-        kind="dora" if isinstance(delta, Dora) else "lora",
-        layer=part.layer.kind,
-        shape=part.shape,
-        experts=part.experts,
-        rank=part.rank,
-        alpha=part.alpha,
-        scale=part.scale,
+        kind=delta.kind,
+        layer=delta.layer.kind,
+        shape=delta.shape,
+        experts=1 if part is None else part.experts,
+        rank=delta.rank,
+        alpha=None if part is None else part.alpha,
+        scale=None if part is None else part.scale,
         dtypes=dtypes,
     )
 

@@ -23,8 +23,10 @@ from threadpoolctl import threadpool_limits
 from loratools.base.fourbit.encode import FourBitOptions, Loss
 from loratools.base.fourbit.store import blanks, fill
 from loratools.base.linears import Kept, Linears, linear_weights
-from loratools.work.parallel import in_order
+from loratools.work.declared import option
+from loratools.work.parallel import in_order, usable_cores
 from loratools.work.provenance import operation_record
+from loratools.work.requests import Sharding
 from loratools.work.selection import check_regex
 from loratools_formats.checkpoints.bitsandbytes import (
     is_four_bit_config,
@@ -44,24 +46,23 @@ _PIECE = 1 << 20  # elements read at a time
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(Sharding):
     """What to quantise, and how.
 
     Attributes:
         four_bit: type, blocksize and double quantisation.
-        skip: regular expressions; modules in whose path one is found stay as they are.
-        experts: also quantise the weights of experts stored one by one, which transformers 5
-            cannot load.
-        max_shard_bytes: split the output anew, into files of at most this size.
+        skip: leave modules whose path matches as they are.
+        experts: quantise experts stored one by one too, which transformers 5 cannot load.
 
     Raises:
         OptionError: not a regular expression.
     """
 
     four_bit: FourBitOptions = field(default_factory=FourBitOptions)
-    skip: tuple[str, ...] = ()
-    experts: bool = False
-    max_shard_bytes: int | None = None
+    skip: tuple[str, ...] = option(
+        (), heading="Selection", name="exclude", aliases=("--skip",), metavar="REGEX"
+    )
+    experts: bool = option(False, heading="Selection")
 
     def __post_init__(self) -> None:
         for pattern in self.skip:
@@ -124,7 +125,7 @@ def quantize(
     options: QuantizeOptions | None = None,
     *,
     overwrite: bool = False,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizeResult:
     """Quantise a checkpoint's linear layers.
@@ -134,7 +135,7 @@ def quantize(
         output: folder to write; None computes the report and writes nothing.
         options: what and how.
         overwrite: replace an existing output.
-        workers: threads; the bytes do not depend on them.
+        workers: threads, the usable cores by default; the bytes do not depend on them.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -143,7 +144,7 @@ def quantize(
         OutputExistsError: the output exists.
         OutputError: it could not be written.
     """
-    chosen = options or QuantizeOptions()
+    chosen, workers = options or QuantizeOptions(), workers or usable_cores()
     _check_base(base)
     already = quantized_weights(base.tensors)
     taken = {tensor.key: weight for weight in already.values() for tensor in weight.tensors}
@@ -208,7 +209,7 @@ def _notes(linears: Linears, already: int) -> list[str]:
     if experts:
         notes.append(
             f"{experts} weights of experts stay as they are, since transformers 5 cannot load "
-            "them in four bits; --experts quantises them for other loaders"
+            "them in four bits; `experts=True` quantises them for other loaders"
         )
     if linears.stacks:
         notes.append(

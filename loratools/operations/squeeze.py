@@ -10,35 +10,25 @@ its magnitudes are kept, and the norm is taken again when the adapter is loaded.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Container, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from loratools.algebra.budget import RankChoice, choose_ranks, rank_table
+from loratools.algebra.budget import RankChoice
 from loratools.algebra.device import Device
-from loratools.algebra.one_matrix import Decomposed
-from loratools.algebra.ranks import RankRule, Spectrum, as_options
-from loratools.factors.matrices import matrices
-from loratools.factors.resize import ComputeOptions, Resizer, spectrum_of
+from loratools.algebra.ranks import RankRule, as_options
 from loratools.folding.undecomposed import Apart, is_apart, parts_of
 from loratools.folding.without_base import folded_where_exact, to_lora_command
-from loratools.work.parallel import in_order
-from loratools.work.provenance import operation_record, record_metadata
+from loratools.lowrank.matrices import matrices
+from loratools.lowrank.resize import ComputeOptions, Resizer, spectrum_of
+from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
+from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
-from loratools_formats.disk.errors import (
-    AdapterError,
-    LoratoolsError,
-    OptionError,
-    UnsupportedError,
-)
-
-_PROVENANCE_BYTES = 1024  # more than a squeeze adds to the header, its options aside
+from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -105,185 +95,32 @@ def squeeze(
         OptionError: options contradict each other, or the budget is too small.
     """
     options, selection = options or ComputeOptions(), selection or Selection()
-    source = _folded(adapter, selection, scratch_folder)
-    kept_whole = _kept_whole(source, selection)
-    apart = _taken_apart(source, kept_whole)
-    adapter = _as_templates(_without(source, kept_whole), apart)
-    selected = _selected(adapter, selection)
-    rule.check_patterns(selected)
-    if rule.uniform and selected != set(adapter.modules):
+    work = _Squeeze(adapter, rule, options, selection, scratch_folder)
+    rule.check_patterns(work.chosen)
+    if rule.uniform and len(work.chosen) < len(work.names):
         raise OptionError("uniform concerns all modules, and some are not selected")
-    if rule.uniform and options.keep_alpha and len(_alphas(adapter)) > 1:
+    if rule.uniform and options.keep_alpha and len(work.alphas()) > 1:
         raise OptionError(
             "uniform wants one scale, and keeping alpha keeps several",
-            got=", ".join(f"{alpha:g}" for alpha in sorted(_alphas(adapter))),
-            hint="Leave out --keep-alpha or --uniform",
+            got=", ".join(f"{alpha:g}" for alpha in sorted(work.alphas())),
+            hint="Leave out `keep_alpha` or `uniform`",
         )
     record = {"rule": as_options(rule), **options.record(), **selection.record()}
-    with ThreadPoolExecutor(1) as beside:
-        # Digesting the input takes as long as reading it, so it runs beside the arithmetic.
-        provenance = beside.submit(operation_record, "squeeze", {"adapter": adapter}, record)
-        added = _PROVENANCE_BYTES + 2 * len(json.dumps(record)) + _nbytes(kept_whole)
-        done = _all_squeezed(
-            adapter, apart, selected, rule, options, added, scratch_folder, progress
-        )
-    modules = {outcome.report.name: outcome.delta for outcome in done}
-    scales = {low_rank_part(delta).scale for delta in adapter.modules.values()}
-    if all(outcome.unchanged for outcome in done) and (not rule.uniform or len(scales) == 1):
-        modules = dict(adapter.modules)
-    squeezed = replace(
-        adapter,
-        modules={name: {**modules, **kept_whole}[name] for name in source.modules},
-        provenance=provenance.result(),
-        metadata={**adapter.metadata, **record_metadata(provenance.result())},
-    )
-    _check_budget(squeezed, rule, adapter.weights_nbytes)
+    inputs = {"adapter": work.source}
+    done = work.run(partial(operation_record, "squeeze", inputs, record), progress)
+    modules = done.modules
+    scales = {change.require_factors().scale for change in work.whole.values()}
+    if all(outcome.unchanged for outcome in done.outcomes) and (
+        not rule.uniform or len(scales) == 1
+    ):
+        modules = dict(work.whole)
     return SqueezeResult(
-        adapter=squeezed,
-        modules=tuple(outcome.report for outcome in done),
-        relative_error=_ratio(
-            sum(outcome.squared_error for outcome in done),
-            sum(outcome.squared_norm for outcome in done),
-        ),
-        directional=any(isinstance(delta, Dora) for delta in modules.values()),
-        kept_whole=tuple(kept_whole),
+        adapter=work.finished(modules, done.record),
+        modules=tuple(outcome.report for outcome in done.outcomes),
+        relative_error=done.relative_error,
+        directional=any(change.is_dora for change in modules.values()),
+        kept_whole=tuple(work.kept_whole),
     )
-
-
-def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None) -> Adapter:
-    """Return an adapter with factors where they are thin; what is not selected stays as it is.
-
-    Files that hold one kind for all modules get factors of all that have them.
-    """
-    selected = {name for name in adapter.modules if name in selection}
-    if get_format(adapter.format).plain_config is not None:
-        adapter = folded_where_exact(adapter, "squeeze", scratch_folder, leave=selected)
-    others = set(adapter.modules) - selected
-    return folded_where_exact(adapter, "squeeze", scratch_folder, leave=others, dense=False)
-
-
-def _taken_apart(adapter: Adapter, kept_whole: Container[str]) -> dict[str, Apart]:
-    return {
-        name: Apart(name, delta)
-        for name, delta in adapter.modules.items()
-        if isinstance(delta, OtherDelta) and name not in kept_whole
-    }
-
-
-def _as_templates(adapter: Adapter, apart: Mapping[str, Apart]) -> Adapter:
-    templates = {name: one.template() for name, one in apart.items()}
-    return replace(adapter, modules={**adapter.modules, **templates})
-
-
-def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, OtherDelta]:
-    """Return the modules without factors that stay as they are.
-
-    Raises:
-        UnsupportedError: a selected one has no change that can be told without the base, or
-            nothing else is selected.
-    """
-    found = {
-        name: delta
-        for name, delta in adapter.modules.items()
-        if isinstance(delta, OtherDelta) and not (name in selection and is_apart(delta))
-    }
-    for name, delta in found.items():
-        if name in selection and (delta.kind != "full" or delta.is_dora):
-            raise UnsupportedError(
-                f"a weight change of kind {delta.kind} has no factors that squeeze could use",
-                path=adapter.source,
-                tensor=name,
-                hint=f"Make it a plain LoRA first: {to_lora_command(delta)}; "
-                "or leave it out: --exclude",
-            )
-    whole = [delta for name, delta in found.items() if name in selection]
-    if whole and len(found) == len(adapter.modules):
-        raise UnsupportedError(
-            "full differences stay whole, and there is nothing else to squeeze",
-            path=adapter.source,
-            hint=f"Make them a plain LoRA first: {to_lora_command(whole[0])}",
-        )
-    return found
-
-
-def _without(adapter: Adapter, names: Container[str]) -> Adapter:
-    modules = {name: delta for name, delta in adapter.modules.items() if name not in names}
-    return replace(adapter, modules=modules)
-
-
-def _nbytes(modules: Mapping[str, OtherDelta]) -> int:
-    """Return the bytes of modules in a file, their part of the header about."""
-    tensors = [tensor for delta in modules.values() for tensor in delta.tensors()]
-    return sum(tensor.nbytes + 128 + len(tensor.key) for tensor in tensors)
-
-
-def _all_squeezed(
-    adapter: Adapter,
-    apart: Mapping[str, Apart],
-    selected: set[str],
-    rule: RankRule,
-    options: ComputeOptions,
-    header_nbytes: int,
-    scratch_folder: Path | None,
-    progress: Callable[[int, int], None] | None,
-) -> list[_Outcome]:
-    groups = _sharing_settings(adapter)
-    ranks = None
-    if rule.needs_all_spectra or groups:
-        ranks = choose_ranks(
-            _spectra(adapter, apart, selected, options),
-            rule,
-            input_nbytes=adapter.weights_nbytes,
-            fixed_nbytes=_fixed_nbytes(adapter, selected) + header_nbytes,
-        )
-    grouped: set[str] = set()
-    for group in groups:
-        chosen = {name: rank for name, rank in (ranks or {}).items() if name in group}
-        if any(rank != low_rank_part(adapter.modules[name]).rank for name, rank in chosen.items()):
-            ranks = {**(ranks or {}), **dict.fromkeys(chosen, max(chosen.values()))}
-            grouped |= set(chosen)
-    resizer = Resizer(options, Scratch(scratch_folder), rule.uniform)
-    device = Device(options.device)
-
-    def one(name: str) -> _Outcome:
-        try:
-            whole = adapter.modules[name]
-            if name not in selected:
-                return _untouched(name, whole, device)
-            rank = None if ranks is None else ranks[name]
-            parts = parts_of(whole, apart.get(name), device)
-            keep_scale = None if name in apart else name not in grouped
-            return _squeezed(name, whole, parts, rule, rank, resizer, keep_scale)
-        except LoratoolsError as error:
-            if error.path is None and adapter.source is not None:
-                error.path = str(adapter.source)
-            raise
-
-    done: list[_Outcome] = []
-    for outcome in in_order(one, adapter.modules, options.threads):
-        done.append(outcome)
-        if progress is not None:
-            progress(len(done), len(adapter.modules))
-    return done
-
-
-def _alphas(adapter: Adapter) -> set[float]:
-    parts = [low_rank_part(delta) for delta in adapter.modules.values()]
-    return {part.alpha for part in parts if part.alpha is not None}
-
-
-def _sharing_settings(adapter: Adapter) -> list[list[str]]:
-    """Return groups of modules that must have one rank and scale.
-
-    PEFT names the settings of expert parameters by parameter, and a file does not say which of two
-    adapted parameters of one module is which, so both need the same.
-    """
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, delta in adapter.modules.items():
-        parameters = low_rank_part(delta).layer.parameters
-        if len(parameters) > 1:
-            groups.setdefault(parameters, []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
 
 
 def rank_choices(
@@ -295,118 +132,181 @@ def rank_choices(
         UnsupportedError: the factors do not tell the true ΔW.
         AdapterError: nothing to squeeze, or NaN or infinite values.
     """
-    options = options or ComputeOptions()
-    selection = selection or Selection()
-    source = _folded(adapter, selection, None)
-    kept_whole = _kept_whole(source, selection)
-    apart = _taken_apart(source, kept_whole)
-    adapter = _as_templates(_without(source, kept_whole), apart)
-    selected = _selected(adapter, selection)
-    others = _spectra(adapter, apart, set(adapter.modules) - selected, options)
-    other_energy = sum(float(spectrum.energies.sum()) for spectrum in others)
-    spectra = _spectra(adapter, apart, selected, options)
-    fixed = _fixed_nbytes(adapter, selected) + _nbytes(kept_whole)
-    return rank_table(spectra, fixed, other_energy)
+    options, selection = options or ComputeOptions(), selection or Selection()
+    work = _Squeeze(adapter, RankRule(), options, selection, None)
+    others = [name for name in work.names if name not in work.chosen]
+    energy = sum(work.outcome(name, None).squared_norm for name in others)
+    return work.table(list(work.measurements()), energy)
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    delta: Delta
-    report: ModuleReport
-    squared_error: float
-    squared_norm: float
-    unchanged: bool
+def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None) -> Adapter:
+    """Return an adapter with factors where they are thin; what is not selected stays as it is.
 
-
-def _untouched(name: str, whole: Delta, device: Device) -> _Outcome:
-    delta = low_rank_part(whole)
-    squared_norm = sum(part.squared_norm for part in matrices(delta, device))
-    report = ModuleReport(name, delta.rank, delta.rank, 1.0, 0.0)
-    return _Outcome(whole, report, 0.0, squared_norm, unchanged=True)
-
-
-def _squeezed(
-    name: str,
-    whole: Delta,
-    parts: Sequence[Decomposed],
-    rule: RankRule,
-    rank: int | None,
-    resizer: Resizer,
-    keep_scale: bool | None,
-) -> _Outcome:
-    """Squeeze a module; `keep_scale` is None if it has no factors whose values could stay."""
-    delta = low_rank_part(whole)
-    spectrum = spectrum_of(name, delta, parts, resizer.options)
-    rank = rule.of_module(spectrum) if rank is None else rank
-    squared_norm = sum(part.squared_norm for part in parts)
-    squared_error = 0.0
-    new = None
-    if keep_scale is None:
-        rank = min(rank, delta.rank)
-    else:
-        new = resizer.without_loss(delta, rank, keep_scale=keep_scale)
-    kept = squared_norm
-    unchanged = new is not None and (new.rank, new.a.dtype, new.b.dtype) == (
-        delta.rank,
-        delta.a.dtype,
-        delta.b.dtype,
-    )
-    if new is None:
-        compressed = resizer.compressed(name, delta, parts, rank)
-        new, squared_error, kept = compressed.delta, compressed.squared_error, compressed.energy
-    energy = min(kept / squared_norm, 1.0) if squared_norm else 1.0
-    error = _ratio(squared_error, squared_norm)
-    report = ModuleReport(name, delta.rank, new.rank, energy, error)
-    new_whole = replace(whole, direction=new) if isinstance(whole, Dora) else new
-    return _Outcome(new_whole, report, squared_error, squared_norm, unchanged)
-
-
-def _ratio(squared: float, squared_whole: float) -> float:
-    return math.sqrt(squared / squared_whole) if squared_whole else 0.0
-
-
-def _selected(adapter: Adapter, selection: Selection) -> set[str]:
-    adapter.require_true_delta("squeeze")
+    Files that hold one kind for all modules get factors of all that have them.
+    """
     selected = {name for name in adapter.modules if name in selection}
+    if get_format(adapter.format).one_kind:
+        adapter = folded_where_exact(adapter, "squeeze", scratch_folder, leave=selected)
+    others = set(adapter.modules) - selected
+    return folded_where_exact(adapter, "squeeze", scratch_folder, leave=others, dense=False)
+
+
+def _kept_whole(adapter: Adapter, selection: Selection) -> dict[str, ModuleChange]:
+    """Return the modules without factors that stay as they are.
+
+    Raises:
+        UnsupportedError: a selected one has no change that can be told without the base, or
+            nothing else is selected.
+    """
+    found = {
+        name: delta
+        for name, delta in adapter.modules.items()
+        if delta.factors is None and not (name in selection and is_apart(delta))
+    }
+    for name, delta in found.items():
+        if name in selection and (delta.kind != "full" or delta.is_dora):
+            raise UnsupportedError(
+                f"a weight change of kind {delta.kind} has no factors that squeeze could use",
+                path=adapter.source,
+                tensor=name,
+                hint=f"Make it a plain LoRA first: {to_lora_command(adapter, delta)}; "
+                "or leave it out with `exclude`",
+            )
+    whole = [delta for name, delta in found.items() if name in selection]
+    if whole and len(found) == len(adapter.modules):
+        raise UnsupportedError(
+            "full differences stay whole, and there is nothing else to squeeze",
+            path=adapter.source,
+            hint=f"Make them a plain LoRA first: {to_lora_command(adapter, whole[0])}",
+        )
+    return found
+
+
+def _selected(
+    adapter: Adapter, modules: Mapping[str, ModuleChange], selection: Selection
+) -> list[str]:
+    adapter.require_true_delta("squeeze")
+    selected = [name for name in modules if name in selection]
     if not selected:
         raise AdapterError(
             "no module to squeeze",
             path=adapter.source,
-            got=f"{len(adapter.modules)} modules in the adapter, none of them selected",
+            got=f"{len(modules)} modules in the adapter, none of them selected",
             hint="Module paths are listed by `loratools info -v`",
         )
     return selected
 
 
-def _spectra(
-    adapter: Adapter, apart: Mapping[str, Apart], selected: set[str], options: ComputeOptions
-) -> list[Spectrum]:
-    device = Device(options.device)
+def _sharing_settings(modules: Mapping[str, ModuleChange]) -> list[list[str]]:
+    """Return groups of modules that must have one rank and scale.
 
-    def spectrum(name: str) -> Spectrum:
-        delta = low_rank_part(adapter.modules[name])
-        return spectrum_of(name, delta, parts_of(delta, apart.get(name), device), options)
-
-    names = [name for name in adapter.modules if name in selected]
-    return list(in_order(spectrum, names, options.threads))
-
-
-def _fixed_nbytes(adapter: Adapter, selected: set[str]) -> int:
-    """Return the bytes of the weight file that ranks do not change: other tensors, the header."""
-    parts = [low_rank_part(adapter.modules[name]) for name in selected]
-    return _planned_nbytes(adapter) - sum(part.a.nbytes + part.b.nbytes for part in parts)
+    PEFT names the settings of expert parameters by parameter, and a file does not say which of two
+    adapted parameters of one module is which, so both need the same.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, delta in modules.items():
+        parameters = delta.layer.parameters
+        if len(parameters) > 1:
+            groups.setdefault(parameters, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
-def _planned_nbytes(adapter: Adapter) -> int:
-    planned = get_format(adapter.format).weights_nbytes
-    return sum(t.nbytes for t in adapter.tensors()) if planned is None else planned(adapter)
+@dataclass(frozen=True)
+class _Squeezed(Outcome):
+    report: ModuleReport
+    unchanged: bool
 
 
-def _check_budget(result: Adapter, rule: RankRule, input_nbytes: int) -> None:
-    """Refuse what came out larger than the budget: a header that grew beyond all allowance."""
-    if rule.budget is not None and _planned_nbytes(result) > rule.budget.resolve(input_nbytes):
-        raise OptionError(
-            "the budget is too small",
-            got=f"{_planned_nbytes(result)} bytes",
-            expected=f"at most {rule.budget.resolve(input_nbytes)}",
+class _Squeeze(Ranked[_Squeezed, Measured]):
+    """One run: what all its modules share.
+
+    Attributes:
+        source: the adapter, with factors where they are thin.
+        kept_whole: modules without factors that stay as they are.
+        whole: the others; of what is taken apart, a template.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        rule: RankRule,
+        options: ComputeOptions,
+        selection: Selection,
+        scratch_folder: Path | None,
+    ) -> None:
+        self.source = _folded(adapter, selection, scratch_folder)
+        self.kept_whole = _kept_whole(self.source, selection)
+        self._apart = {
+            name: Apart(name, delta)
+            for name, change in self.source.modules.items()
+            if (delta := change.kind_delta) is not None and name not in self.kept_whole
+        }
+        self.whole = {
+            name: ModuleChange(self._apart[name].template()) if name in self._apart else change
+            for name, change in self.source.modules.items()
+            if name not in self.kept_whole
+        }
+        groups = _sharing_settings(self.whole)
+        self._group = {name: group for group in groups for name in group}
+        self._device = Device(options.device)
+        super().__init__(
+            list(self.whole),
+            rule,
+            Resizer(options, Scratch(scratch_folder), rule.uniform),
+            input_nbytes=self.source.weights_nbytes,
+            source=self.source.source,
+            chosen=_selected(self.source, self.whole, selection),
+            groups=groups,
         )
+        self._selected = frozenset(self.chosen)
+
+    def alphas(self) -> set[float]:
+        """Return the numbers that files state as alpha."""
+        parts = [change.require_factors() for change in self.whole.values()]
+        return {part.alpha for part in parts if part.alpha is not None}
+
+    def measured(self, name: str) -> Measured:
+        whole = self.whole[name]
+        delta = whole.require_factors()
+        parts = parts_of(whole, self._apart.get(name), self._device)
+        return Measured(spectrum_of(name, delta, parts, self.options), whole)
+
+    def keeps_scale(self, name: str, ranks: Mapping[str, int]) -> bool:
+        """Return whether no module that must have the same scale gets another rank."""
+        group = self._group.get(name, ())
+        return all(ranks[each] == self.whole[each].rank for each in group if each in ranks)
+
+    def adapter(self, modules: Mapping[str, ModuleChange]) -> Adapter:
+        everything = {**self.whole, **modules, **self.kept_whole}
+        return replace(
+            self.source, modules={name: everything[name] for name in self.source.modules}
+        )
+
+    def outcome(self, name: str, ranks: Mapping[str, int] | None) -> _Squeezed:
+        whole = self.whole[name]
+        delta = whole.require_factors()
+        if name not in self._selected:
+            squared_norm = sum(part.squared_norm for part in matrices(delta, self._device))
+            report = ModuleReport(name, delta.rank, delta.rank, 1.0, 0.0)
+            return _Squeezed(name, whole, 0.0, squared_norm, report, unchanged=True)
+        parts = parts_of(whole, self._apart.get(name), self._device)
+        spectrum = spectrum_of(name, delta, parts, self.options)
+        rank = self.rule.of_module(spectrum) if ranks is None else ranks[name]
+        squared_error, kept = 0.0, sum(part.squared_norm for part in parts)
+        squared_norm = kept
+        new = None
+        if name not in self._apart:
+            keeps = ranks is None or self.keeps_scale(name, ranks)
+            new = self.resizer.without_loss(delta, rank, keep_scale=keeps)
+        unchanged = new is not None and (new.rank, new.a.dtype, new.b.dtype) == (
+            delta.rank,
+            delta.a.dtype,
+            delta.b.dtype,
+        )
+        if new is None:
+            compressed = self.resizer.compressed(name, delta, parts, rank)
+            new, squared_error, kept = compressed.delta, compressed.squared_error, compressed.energy
+        error = ratio(squared_error, squared_norm)
+        report = ModuleReport(name, delta.rank, new.rank, share(kept, squared_norm), error)
+        change = whole.with_direction(new)
+        return _Squeezed(name, change, squared_error, squared_norm, report, unchanged)

@@ -14,21 +14,20 @@ import numpy as np
 
 from loratools.base.placement.names import Names
 from loratools.base.weights import find_place, names_under
-from loratools.factors.matrices import loaded
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import output_norms
 from loratools.folding.without_base import folded_exactly
 from loratools.kinds.declaration import Product
+from loratools.lowrank.matrices import loaded
 from loratools.naming.for_base import names_in_base
-from loratools.work.parallel import in_order
+from loratools.work.parallel import check_workers, in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import (
     AdapterError,
     LoratoolsError,
-    OptionError,
     UnsupportedError,
 )
 
@@ -64,7 +63,7 @@ def to_dora(
     adapter: Adapter,
     base: Checkpoint,
     *,
-    workers: int = 2,
+    workers: int | None = None,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ToDoraResult:
@@ -73,7 +72,7 @@ def to_dora(
     Args:
         adapter: plain, or of a kind that folds exactly without the base.
         base: the base model.
-        workers: threads over modules; results do not depend on it.
+        workers: threads over modules, the usable cores by default.
         scratch_folder: where folded factors wait until they are written.
         progress: called with (modules done, modules in all).
 
@@ -82,8 +81,9 @@ def to_dora(
             cannot be a DoRA.
         AdapterError: a module does not fit the base, or NaN and infinite values.
     """
-    if workers < 1:
-        raise OptionError("workers is too small", got=workers, expected="at least 1")
+    if workers is None:
+        workers = usable_cores()
+    check_workers(workers)
     adapter.require_true_delta("to-dora")
     adapter = folded_exactly(adapter, "to-dora", scratch_folder, base)
     if not adapter.modules:
@@ -92,7 +92,7 @@ def to_dora(
     names = names_under(adapter, base, adapter.modules)
     in_base = names_in_base(adapter, base)
 
-    def one(name: str) -> tuple[Delta, ToDoraModuleReport]:
+    def one(name: str) -> tuple[ModuleChange, ToDoraModuleReport]:
         try:
             return _one(name, adapter.modules[name], names, in_base[name])
         except LoratoolsError as error:
@@ -115,9 +115,12 @@ def to_dora(
     return ToDoraResult(result, tuple(report for _, report in done))
 
 
-def _one(name: str, delta: Delta, names: Names, in_base: str) -> tuple[Delta, ToDoraModuleReport]:
-    if not isinstance(delta, LowRank):
+def _one(
+    name: str, whole: ModuleChange, names: Names, in_base: str
+) -> tuple[ModuleChange, ToDoraModuleReport]:
+    if whole.is_dora:
         raise UnsupportedError("it is a DoRA already", tensor=name)
+    delta = whole.require_factors()
     if delta.layer.kind == "experts" or delta.layer.parameters:
         raise UnsupportedError(
             "stacked experts cannot be a DoRA, PEFT has no such thing", tensor=name
@@ -141,4 +144,4 @@ def _one(name: str, delta: Delta, names: Names, in_base: str) -> tuple[Delta, To
     report = ToDoraModuleReport(
         name, delta.rank, len(norms), float(norms.min()), float(norms.max())
     )
-    return Dora(delta, magnitude), report
+    return ModuleChange(delta, magnitude), report

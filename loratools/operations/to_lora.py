@@ -11,40 +11,52 @@ rank, and diag(g − 1)·W, which is not. Both energies are reported.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from loratools.algebra.budget import RankChoice, choose_ranks, rank_table
-from loratools.algebra.ranks import RankRule, Spectrum, as_options
+from loratools.algebra.budget import RankChoice
+from loratools.algebra.one_matrix import padded
+from loratools.algebra.ranks import RankRule, as_options
 from loratools.algebra.streamed_svd import StreamedMatrix
-from loratools.factors.matrices import loaded
-from loratools.factors.resize import ComputeOptions, Resizer
 from loratools.folding.dora import Rescaling
 from loratools.folding.module import stored_as_is
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opened, Opener
 from loratools.folding.without_base import folds_alone, needs_base, plain_adapter, with_settings
 from loratools.kinds import get_kind
-from loratools.work.parallel import in_order
-from loratools.work.provenance import operation_record, record_metadata
+from loratools.kinds.declaration import Product
+from loratools.lowrank.matrices import loaded
+from loratools.lowrank.resize import ComputeOptions, Resizer
+from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
+from loratools.work.declared import option
+from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
+from loratools.work.spellings import key_value
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, LowRank, OtherDelta
+from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.disk.errors import (
-    AdapterError,
-    LoratoolsError,
-    OptionError,
-    UnsupportedError,
-)
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
-_PROVENANCE_BYTES = 1024
+
+@dataclass(frozen=True)
+class Folding:
+    """What folding is told besides ranks and how to compute.
+
+    Attributes:
+        set_: what the change depends on and neither the file nor the base's config.json tells.
+        exact: keep changes that are not of low rank whole, as full differences, where the format
+            has them.
+    """
+
+    set_: tuple[tuple[str, str], ...] = option(
+        (), heading="Input", metavar="KEY=VALUE", parse=key_value
+    )
+    exact: bool = option(False, heading="Rank")
 
 
 @dataclass(frozen=True)
@@ -104,14 +116,6 @@ class FoldChoices:
     rescaling_energy: float | None
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    delta: LowRank | OtherDelta
-    report: FoldModuleReport
-    squared_error: float
-    squared_norm: float
-
-
 def to_lora(
     adapter: Adapter,
     rule: RankRule,
@@ -120,6 +124,7 @@ def to_lora(
     base: Checkpoint | None = None,
     given: Mapping[str, str] | None = None,
     whole: bool = False,
+    record: Callable[[], Mapping[str, Any]] | None = None,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FoldResult:
@@ -133,6 +138,7 @@ def to_lora(
         base: the base model, for kinds that need it.
         given: settings that neither the file nor the base's configuration holds, by name.
         whole: keep changes that are not of low rank as full differences, where no rank is chosen.
+        record: returns how the result is made; by default that it is made by to-lora.
         scratch_folder: where results wait until they are written.
         progress: called with (modules done, modules in all).
 
@@ -145,24 +151,17 @@ def to_lora(
     adapter = with_settings(complete.adapter, complete.unused, base)
     work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
     rule.check_patterns(adapter.modules)
-    record = {"rule": as_options(rule), **work.options.record(), "seed": work.options.seed}
-    record |= {"settings": dict(given)} if given else {}
-    with ThreadPoolExecutor(1) as beside:
-        provenance = beside.submit(operation_record, "to-lora", {"adapter": adapter}, record, base)
-        done: list[_Outcome] = []
-        for outcome in work.outcomes(json.dumps(record)):
-            done.append(outcome)
-            if progress is not None:
-                progress(len(done), len(adapter.modules))
-    plain = replace(
-        plain_adapter(adapter, {outcome.report.name: outcome.delta for outcome in done}),
-        metadata={**adapter.metadata, **record_metadata(provenance.result())},
-        provenance=provenance.result(),
-    )
+
+    def recorded() -> dict[str, Any]:
+        made = {"rule": as_options(rule), **work.options.record(), "seed": work.options.seed}
+        made |= {"settings": dict(given)} if given else {}
+        return operation_record("to-lora", {"adapter": adapter}, made, base)
+
+    done = work.run(recorded if record is None else record, progress)
     return FoldResult(
-        plain,
-        tuple(outcome.report for outcome in done),
-        _ratio(sum(o.squared_error for o in done), sum(o.squared_norm for o in done)),
+        work.finished(done.modules, done.record),
+        tuple(outcome.report for outcome in done.outcomes),
+        done.relative_error,
         (
             *((complete.caution,) if complete.caution else ()),
             *_cautions(adapter),
@@ -180,7 +179,7 @@ def _of_fused(modules: Sequence[str]) -> Iterator[str]:
 
 
 def _cautions(adapter: Adapter) -> tuple[str, ...]:
-    kinds = {d.kind for d in adapter.modules.values() if isinstance(d, OtherDelta)}
+    kinds = {d.kind for d in adapter.modules.values() if d.factors is None}
     return tuple(get_kind(kind).caution for kind in sorted(kinds) if get_kind(kind).caution)
 
 
@@ -201,21 +200,34 @@ def fold_choices(
     adapter = with_settings(complete.adapter, complete.unused, base)
     work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
     deltas = adapter.modules.values()
-    if all(isinstance(d, LowRank) or (folds_alone(d) and not needs_base(d)) for d in deltas):
+    if all(d.kind == "lora" or (folds_alone(d) and not needs_base(d)) for d in deltas):
         return None
-    found = list(in_order(work.measured, adapter.modules, work.options.threads))
-    if all(is_exact for _, _, is_exact in found):
+    found = list(work.measurements())
+    if all(each.is_exact for each in found):
         return None
-    rescalings = [rescaling for _, rescaling, _ in found if rescaling is not None]
+    rescalings = [each.rescaling for each in found if each.rescaling is not None]
     total = sum(rescaling.squared_norm for rescaling in rescalings) or 1.0
     return FoldChoices(
-        tuple(rank_table([spectrum for spectrum, _, _ in found], work.fixed_nbytes())),
+        tuple(work.table(found)),
         sum(r.squared_low_rank for r in rescalings) / total if rescalings else None,
         sum(r.squared_rescaling for r in rescalings) / total if rescalings else None,
     )
 
 
-class _Fold:
+@dataclass(frozen=True)
+class _Folded(Outcome):
+    report: FoldModuleReport
+
+
+@dataclass(frozen=True)
+class _Measured(Measured):
+    """A module's spectrum, a DoRA's rescaling, and whether exact factors exist."""
+
+    rescaling: Rescaling | None
+    is_exact: bool
+
+
+class _Fold(Ranked[_Folded, _Measured]):
     """One run: what all its modules share."""
 
     def __init__(
@@ -231,62 +243,42 @@ class _Fold:
         adapter.require_true_delta("to-lora")
         if not adapter.modules:
             raise AdapterError("no module to fold", path=adapter.source)
-        self.adapter = adapter
-        self.rule = rule
-        self.options = options
+        self.modules = adapter.modules
         self.whole = whole
         self.opener = Opener(adapter, rule, options, base)
-        self.resizer = Resizer(options, Scratch(scratch_folder), rule.uniform)
+        self._plain = plain_adapter(adapter, {})
+        super().__init__(
+            list(adapter.modules),
+            rule,
+            Resizer(options, Scratch(scratch_folder), rule.uniform),
+            input_nbytes=adapter.weights_nbytes,
+            source=adapter.source,
+        )
 
-    def outcomes(self, record: str) -> Iterator[_Outcome]:
-        """Yield the outcome of every module in order."""
-        ranks = None
-        if self.rule.needs_all_spectra:
-            spectra = in_order(self._spectrum_of, self.adapter.modules, self.options.threads)
-            ranks = choose_ranks(
-                list(spectra),
-                self.rule,
-                input_nbytes=self.adapter.weights_nbytes,
-                fixed_nbytes=self.fixed_nbytes() + _PROVENANCE_BYTES + 2 * len(record),
-            )
-        names = self.adapter.modules
-        return in_order(lambda name: self._outcome(name, ranks), names, self.options.threads)
+    def adapter(self, modules: Mapping[str, ModuleChange]) -> Adapter:
+        return replace(self._plain, modules=dict(modules))
 
-    def fixed_nbytes(self) -> int:
-        """Return the bytes of the output that ranks do not change, header included, about."""
-        adapter = self.adapter
-        others = [*(r.tensor for r in adapter.replacements.values()), *adapter.carried.values()]
-        others += [addition.tensor for addition in adapter.additions.values()]
-        return sum(t.nbytes for t in others) + sum(256 + 2 * len(name) for name in adapter.modules)
-
-    def _spectrum_of(self, name: str) -> Spectrum:
-        return self.measured(name)[0]
-
-    def measured(self, name: str) -> tuple[Spectrum, Rescaling | None, bool]:
-        """Return a module's spectrum, a DoRA's rescaling, and whether exact factors exist."""
+    def measured(self, name: str) -> _Measured:
         opened = self.opener.open(name)
-        return self.opener.spectrum(name, opened), opened.rescaling, opened.exact is not None
+        spectrum, like = self.opener.spectrum(name, opened), ModuleChange(opened.template)
+        return _Measured(spectrum, like, opened.rescaling, opened.exact is not None)
 
-    def _outcome(self, name: str, ranks: dict[str, int] | None) -> _Outcome:
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
-                return self._folded(name, self.opener.open(name), ranks)
-        except LoratoolsError as error:
-            error.tensor = error.tensor or name
-            if error.path is None and self.adapter.source is not None:
-                error.path = str(self.adapter.source)
-            raise
+    def outcome(self, name: str, ranks: Mapping[str, int] | None) -> _Folded:
+        with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
+            return self._folded(name, self.opener.open(name), ranks)
 
-    def _folded(self, name: str, opened: Opened, ranks: dict[str, int] | None) -> _Outcome:
+    def _folded(self, name: str, opened: Opened, ranks: Mapping[str, int] | None) -> _Folded:
         squared_norm = sum(part.squared_norm for part in opened.parts)
         rank = self._rank(name, opened, ranks)
-        whole = self.adapter.modules[name]
+        whole = self.modules[name]
         squared_error, kept = 0.0, squared_norm
         exact = opened.exact
-        new: LowRank | OtherDelta | None = None
-        if isinstance(whole, LowRank):
-            new = self.resizer.without_loss(whole, whole.rank if rank is None else rank)
+        new: LowRank | KindDelta | None = None
+        if whole.kind == "lora":
+            part = whole.require_factors()
+            new = self.resizer.without_loss(part, part.rank if rank is None else rank)
         elif exact is not None and (rank is None or rank >= len(exact.a)):
+            exact = Product(*padded(exact.b, exact.a, rank or 0))
             new = stored_as_is(opened.template, exact, self.options, self.resizer.scratch)
             squared_error = sum(
                 part.squared_error(new.scale * b.astype(np.float64), a.astype(np.float64))
@@ -303,15 +295,15 @@ class _Fold:
         report = FoldModuleReport(
             name,
             opened.kind,
-            None if isinstance(new, OtherDelta) else new.rank,
-            min(kept / squared_norm, 1.0) if squared_norm else 1.0,
-            _ratio(squared_error, squared_norm),
+            None if isinstance(new, KindDelta) else new.rank,
+            share(kept, squared_norm),
+            ratio(squared_error, squared_norm),
             None if of is None else of.squared_low_rank / total,
             None if of is None else of.squared_rescaling / total,
         )
-        return _Outcome(new, report, squared_error, squared_norm)
+        return _Folded(name, ModuleChange(new), squared_error, squared_norm, report)
 
-    def _kept_whole(self, name: str, opened: Opened) -> tuple[OtherDelta, float]:
+    def _kept_whole(self, name: str, opened: Opened) -> tuple[KindDelta, float]:
         """Return a change as a full difference in float32, and the squared error of rounding it."""
         part = opened.parts[0]
         template = opened.template
@@ -327,23 +319,19 @@ class _Fold:
         shape = (out, in_ // math.prod(kernel), *kernel) if kernel else (out, in_)
         diff = self.resizer.scratch.store(f"{name}.diff", values.reshape(shape), DTYPES["F32"])
         settings = {"scale": 1.0}
-        delta = OtherDelta("full", {"diff": diff}, settings, template.layer, (out, in_))
+        delta = KindDelta("full", {"diff": diff}, settings, template.layer, (out, in_))
         return delta, squared_error
 
-    def _rank(self, name: str, opened: Opened, ranks: dict[str, int] | None) -> int | None:
+    def _rank(self, name: str, opened: Opened, ranks: Mapping[str, int] | None) -> int | None:
         """Return the rank to give, None to keep what there is."""
         if ranks is not None:
             return ranks[name]
-        has_own = opened.exact is not None or isinstance(self.adapter.modules[name], LowRank)
+        has_own = opened.exact is not None or self.modules[name].kind == "lora"
         if self.rule.is_given and (has_own or self.rule.decides(name)):
             return self.rule.of_module(self.opener.spectrum(name, opened))
         if not has_own and not self.whole:
             raise OptionError(
                 f"a weight change of kind {opened.kind} is not of low rank",
-                hint="Choose a rank with --rank, --energy, --budget or another rule",
+                hint="Choose a rank with `rank`, `energy`, `budget` or another rule",
             )
         return None
-
-
-def _ratio(squared: float, squared_whole: float) -> float:
-    return math.sqrt(squared / squared_whole) if squared_whole else 0.0

@@ -20,7 +20,8 @@ from loratools.operations.fuse.blocks import fused_blocks, single_precision
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import ADDABLE, FLOATING, TensorPlan, plan_fuse
 from loratools.operations.fuse.terms import View, load_terms, stacked
-from loratools.work.parallel import in_order
+from loratools.work.declared import option
+from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.dtypes import DType, round_into
 from loratools_formats.core.tensors import TensorRef
@@ -43,11 +44,22 @@ _COMPARED = 1 << 20
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a checkpoint is said to be made from, beside its base.
+
+    Attributes:
+        adapter: what it should contain.
+    """
+
+    adapter: tuple[str, ...] = option((), heading="Input", metavar="ADAPTER[:WEIGHT]")
+
+
+@dataclass(frozen=True)
 class TensorVerdict:
     """What was found for one tensor.
 
     Attributes:
-        key: its name.
+        name: the tensor.
         verdict: `exact`: what `fuse` would write; `within rounding`: every element is, up to the
             rounding of its type and of a change that was rounded first; `not contained`; or
             `not checked`.
@@ -57,7 +69,7 @@ class TensorVerdict:
         reason: why it is not contained or was not checked.
     """
 
-    key: str
+    name: str
     verdict: Verdict
     touched: bool
     found: float | None = None
@@ -93,7 +105,7 @@ def verify(
     base: Checkpoint,
     inputs: Sequence[FuseInput],
     *,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult:
     """Return, for each tensor, whether a checkpoint is the base with the adapters fused in.
@@ -102,7 +114,7 @@ def verify(
         fused: the checkpoint in question.
         base: what it is said to be made from.
         inputs: the adapters with their weights.
-        workers: threads.
+        workers: threads, the usable cores by default.
         progress: called with (tensors done, tensors in all).
 
     Raises:
@@ -116,7 +128,7 @@ def verify(
         return _judged(plan, new)
 
     verdicts: list[TensorVerdict] = []
-    for verdict in in_order(judged, plans.values(), workers):
+    for verdict in in_order(judged, plans.values(), workers or usable_cores()):
         verdicts.append(verdict)
         if progress is not None:
             progress(len(verdicts), len(plans))

@@ -2,15 +2,75 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from loratools.work.declared import option
+from loratools.work.typed import check_options
+from loratools_formats.disk.errors import OptionError
+
+MOST_WORKERS = 64
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many cores this process may use: its affinity, and the quota of its cgroup.
+
+    Args:
+        cgroup: where the group of the process is mounted (Linux, cgroup v2 and v1).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = _quota(cgroup)
+    return max(1, min(cores or 1, MOST_WORKERS, cores or 1 if quota is None else quota))
+
+
+def _quota(cgroup: Path) -> int | None:
+    """Return the cores that a cgroup grants, rounded up; None where it sets no limit."""
+    v1 = cgroup / "cpu"
+    for files in ([cgroup / "cpu.max"], [v1 / "cpu.cfs_quota_us", v1 / "cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join(file.read_text() for file in files).split()
+        except (OSError, ValueError):
+            continue
+        if quota.isdigit() and period.isdigit() and int(period) > 0:
+            return -(-int(quota) // int(period))
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How many threads a run uses on the CPU.
+
+    Attributes:
+        workers: threads on the CPU, 1 to 64; by default the cores that the process may use. Results
+            do not depend on it.
+
+    Raises:
+        OptionError: out of range.
+    """
+
+    workers: int = option(factory=usable_cores, heading="Computing")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_workers(self.workers)
+
+
+def check_workers(workers: int) -> None:
+    """Raise `OptionError` unless the number of threads is in the range that every command has."""
+    if not 1 <= workers <= MOST_WORKERS:
+        raise OptionError(
+            "workers is out of range", got=workers, expected=f"from 1 to {MOST_WORKERS}"
+        )
 
 
 def in_order(

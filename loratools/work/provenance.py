@@ -29,6 +29,7 @@ def operation_record(
         tuned: another that it was compared with.
     """
     checkpoints = {"base": base, "tuned": tuned}
+    made = {role: adapter.provenance for role, adapter in inputs.items() if adapter.provenance}
     return {
         "tool": {"name": "loratools", "version": __version__},
         "operation": operation,
@@ -43,6 +44,8 @@ def operation_record(
             for role, files in _files_by_role(inputs)
             for file in files
         ],
+        # Inputs that operations made in memory: how, since the files are those they began with.
+        **({"steps": made} if made else {}),
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from loratools.work.declared import option
+from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
 
 
@@ -12,14 +14,19 @@ from loratools_formats.disk.errors import OptionError
 class Selection:
     """Which modules an operation touches, by regular expressions searched in their paths.
 
+    Attributes:
+        include: touch only modules whose path matches.
+        exclude: leave modules whose path matches alone.
+
     Raises:
         OptionError: not a regular expression.
     """
 
-    include: str | None = None
-    exclude: str | None = None
+    include: str | None = option(None, heading="Selection", metavar="REGEX")
+    exclude: str | None = option(None, heading="Selection", metavar="REGEX")
 
     def __post_init__(self) -> None:
+        check_options(self)
         for pattern in (self.include, self.exclude):
             if pattern is not None:
                 check_regex(pattern)

@@ -19,8 +19,8 @@ import numpy as np
 import peft_models
 from peft_cases import Case
 
-from loratools.factors.dense import effective_delta
-from loratools_formats.core.adapter import Adapter, Dora, LowRank, low_rank_part
+from loratools.lowrank.dense import effective_delta
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.orientation import is_transposed
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft.write import stored_tensors
@@ -195,10 +195,10 @@ def own_deltas(adapter: Adapter, base: State) -> State:
     """Return the ΔW our reader finds for each adapted tensor of the base."""
     found = {}
     for path, whole in adapter.modules.items():
-        delta = low_rank_part(whole)
+        delta = whole.require_factors()
         name = weight_name(path, delta, base)
         assert name not in found, name
-        found[name] = effective_delta(path, delta, base[name].shape)
+        found[name] = effective_delta(path, whole, base[name].shape)
     return found
 
 
@@ -219,10 +219,10 @@ def predicted(adapter: Adapter, base: State, deltas: State, ties: tuple[str, ...
         else:
             result[replacement.target] = values.astype(base[replacement.target].dtype)
     for path, whole in adapter.modules.items():
-        delta = low_rank_part(whole)
+        delta = whole.require_factors()
         name = weight_name(path, delta, base)
         result[name] = result[name] + deltas[name]
-        if isinstance(whole, Dora):
+        if whole.is_dora:
             crossed = is_transposed(path, delta, base[name].shape)
             result[name] = _dora_weight(whole, result[name], output_axis=1 if crossed else 0)
         if delta.bias is not None:
@@ -233,7 +233,7 @@ def predicted(adapter: Adapter, base: State, deltas: State, ties: tuple[str, ...
     return result
 
 
-def _dora_weight(dora: Dora, weight: Array, output_axis: int) -> Array:
+def _dora_weight(dora: ModuleChange, weight: Array, output_axis: int) -> Array:
     """Return m / ‖V‖ · V, the norm over all but the output axis."""
     others = tuple(axis for axis in range(weight.ndim) if axis != output_axis)
     norm = np.sqrt((weight**2).sum(axis=others, keepdims=True))

@@ -10,14 +10,13 @@ import pytest
 from peft_cases import CASES
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.operation import FuseOptions, Fusion
 from loratools.operations.to_dora import to_dora
 from loratools.operations.to_lora import fold_choices, to_lora
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.core.adapter import Dora
 from loratools_formats.disk.errors import UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
@@ -32,7 +31,7 @@ def base():
 
 def dora_change(delta, weight):
     """Return m/‖W + ΔW‖ (W + ΔW) − W from its definition."""
-    changed = weight + effective_delta("module", delta.direction, weight.shape)
+    changed = weight + effective_delta("module", delta, weight.shape)
     magnitude = delta.magnitude.load(np.float64).reshape(-1, 1)
     return magnitude / np.linalg.norm(changed, axis=1, keepdims=True) * changed - weight
 
@@ -62,7 +61,7 @@ def test_the_energies_of_both_parts_are_stated(base):
     result = to_lora(source, RankRule(rank=2), base=base)
     for module in result.modules[:5]:
         delta, weight = source.modules[module.name], weight_of(base, module.name)
-        direction = effective_delta(module.name, delta.direction, weight.shape)
+        direction = effective_delta(module.name, delta, weight.shape)
         magnitude = delta.magnitude.load(np.float64)
         gains = (magnitude / np.linalg.norm(weight + direction, axis=1))[:, None]
         total = np.linalg.norm(gains * (weight + direction) - weight) ** 2
@@ -89,7 +88,7 @@ def test_the_table_of_ranks_states_the_least_errors(base):
 
 
 def test_a_dora_without_its_base_is_refused():
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         to_lora(read_adapter(TINY / "dora"), RankRule(rank=4))
 
 
@@ -109,7 +108,7 @@ def test_a_lora_as_a_dora_has_the_same_logits_fused(base, tmp_path):
     result = to_dora(source, base)
     write_adapter(result.adapter, tmp_path / "dora", "peft")
     dora = read_adapter(tmp_path / "dora")
-    assert all(isinstance(delta, Dora) for delta in dora.modules.values())
+    assert all(delta.is_dora for delta in dora.modules.values())
     before = fused_logits(base, source, tmp_path / "one")
     after = fused_logits(base, dora, tmp_path / "two")
     assert np.linalg.norm(after - before) <= 1e-6 * np.linalg.norm(before)
@@ -186,7 +185,7 @@ def test_a_dora_can_be_kept_whole_where_a_format_holds_that(base, tmp_path):
     stated = {module.name: module.relative_error for module in result.modules}
     for name, delta in result.adapter.modules.items():
         want = dora_change(source.modules[name], weight_of(base, name))
-        got = delta.parts["diff"].load(np.float64)
+        got = delta.kind_delta.parts["diff"].load(np.float64)
         assert oracle.distance(got, want) <= 1e-7
         assert stated[name] == pytest.approx(oracle.distance(got, want), rel=1e-3)
     with pytest.raises(UnsupportedError, match="no full differences"):

@@ -10,10 +10,9 @@ from peft_cases import Case
 from peft_models import EXAMPLES
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.core.adapter import low_rank_part
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 
@@ -34,15 +33,15 @@ def truth(name):
     deltas, answers = oracle.peft_deltas(model), oracle.outputs(model, case)
     half = {}
     for path, delta in adapter.modules.items():
-        weight = oracle.weight_name(path, low_rank_part(delta), base)
-        rank = low_rank_part(delta).rank // 2
+        weight = oracle.weight_name(path, delta.require_factors(), base)
+        rank = delta.require_factors().rank // 2
         half[weight] = oracle.truncated(deltas[weight], rank, is_stack=False)
     return adapter, base, deltas, answers, half
 
 
 def halved(adapter):
     """Return the rule that halves the rank of each module."""
-    ranks = {path: low_rank_part(delta).rank // 2 for path, delta in adapter.modules.items()}
+    ranks = {path: delta.require_factors().rank // 2 for path, delta in adapter.modules.items()}
     return RankRule(patterns=tuple((f"^{path}$", rank) for path, rank in ranks.items()))
 
 

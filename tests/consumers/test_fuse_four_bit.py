@@ -72,7 +72,8 @@ def deltas(adapter, weight=1.0):
     """Return ΔW as (out, in) in float64 by module."""
     return {
         module: weight * d.scale * (d.b.load(np.float64) @ d.a.load(np.float64))
-        for module, d in read_adapter(adapter).modules.items()
+        for module, change in read_adapter(adapter).modules.items()
+        for d in (change.direction,)
     }
 
 

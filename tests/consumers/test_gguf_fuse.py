@@ -6,7 +6,7 @@ import gguf_models
 import numpy as np
 import pytest
 
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools.operations.convert.operation import prepare, write
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
@@ -205,8 +205,8 @@ def test_report_is_true_and_the_rest_is_verbatim(bases, adapter, tmp_path, kind,
     before, after = dense(base), dense(out)
     reports = {report.key: report for report in result.tensors}
     for module, delta in translated.modules.items():
-        ((b, a),) = loaded(delta)
-        change = 0.25 * delta.scale * (b @ a)
+        ((b, a),) = loaded(delta.direction)
+        change = 0.25 * delta.direction.scale * (b @ a)
         change = change.T if module == "token_embd" else change
         report, new = reports[f"{module}.weight"], after[f"{module}.weight"]
         old = before[f"{module}.weight"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools_formats import Adapter, Context, Layer, LowRank, get_format
+from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, BY_CLASS
 
@@ -120,11 +121,12 @@ def delta_for(architecture, key, shape, rng):
     out, in_ = (columns, rows) if turned else (rows, columns)
     a, b = rng.standard_normal((*stack, rank, in_)), rng.standard_normal((*stack, out, rank))
     stored = (b @ a).swapaxes(-1, -2) if turned else b @ a
-    return path, LowRank(in_memory(f"{key}.a", a), in_memory(f"{key}.b", b), 1.0, layer), stored
+    delta = LowRank(in_memory(f"{key}.a", a), in_memory(f"{key}.b", b), 1.0, layer)
+    return path, ModuleChange(delta), stored
 
 
 def dense(delta):
-    products = np.stack([b @ a for b, a in loaded(delta)])
+    products = np.stack([b @ a for b, a in loaded(delta.require_factors())])
     whole = products if delta.layer.kind == "experts" else products[0]
     return whole.T if delta.layer.kind == "embedding" else whole
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.convert.operation import prepare, write
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.operation import merge
 from loratools.operations.merge.options import MergeOptions
 from loratools.operations.squeeze import squeeze
 from loratools_formats import Adapter, Context, Layer, LowRank, read_adapter, write_adapter
+from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.tensors import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -135,7 +136,8 @@ def test_experts_adapted_one_by_one_are_stacked(gguf_bases, tmp_path):
                 weight.add_(1.5 * torch.from_numpy(b @ a))
                 path = f"model.layers.{layer}.mlp.experts.{expert}.{leaf}"
                 layout = Layer("linear")
-                modules[path] = LowRank(in_memory("a", a), in_memory("b", b), 1.5, layout)
+                delta = LowRank(in_memory("a", a), in_memory("b", b), 1.5, layout)
+                modules[path] = ModuleChange(delta)
     adapter = Adapter(format="peft", source=None, modules=modules)
     base = gguf_bases / "qwen3moe"
     write(prepare(adapter, "gguf", Context(base)), tmp_path / "lora.gguf")

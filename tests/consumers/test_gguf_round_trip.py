@@ -4,7 +4,7 @@ import gguf_models
 import numpy as np
 import pytest
 
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools.operations.convert.operation import prepare, write
 from loratools_formats import Context, read_adapter
 from loratools_formats.disk.errors import UnsupportedError
@@ -22,7 +22,7 @@ CASES = [
 
 def dense(adapter):
     return {
-        name: np.stack([delta.scale * (b @ a) for b, a in loaded(delta)])
+        name: np.stack([delta.direction.scale * (b @ a) for b, a in loaded(delta.direction)])
         for name, delta in adapter.modules.items()
     }
 
@@ -56,7 +56,7 @@ def test_reading_needs_no_base_where_no_rows_move(gguf_bases, tmp_path):
         write(prepare(read_adapter(tmp_path / name), "gguf", context), tmp_path / f"{name}.gguf")
         adapter = read_adapter(tmp_path / f"{name}.gguf")
         if needs_base:
-            with pytest.raises(UnsupportedError, match="--base"):
+            with pytest.raises(UnsupportedError, match="`base`"):
                 prepare(adapter, "peft")
         else:
             assert set(prepare(adapter, "peft").adapter.modules) == set(

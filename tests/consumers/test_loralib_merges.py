@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import to_lora
 from loratools_formats import find_format, read_adapter, write_adapter

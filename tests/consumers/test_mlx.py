@@ -9,9 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from loratools.cli import cli
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools_formats import find_format, read_adapter
-from loratools_formats.core.adapter import Dora, low_rank_part
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -96,8 +95,8 @@ def saved(model, folder, *, use_dora, keys):
 
 def change(name, delta, weight):
     """Return our change of a weight, of a DoRA from its definition."""
-    added = effective_delta(name, low_rank_part(delta), weight.shape)
-    if not isinstance(delta, Dora):
+    added = effective_delta(name, delta, weight.shape)
+    if not delta.is_dora:
         return added
     whole = weight + added
     magnitude = delta.magnitude.load(np.float64)[:, None]

@@ -201,5 +201,5 @@ def test_biases_of_layers_that_have_none_are_refused(saved_kind, tmp_path):
 def test_shapes_that_the_file_does_not_hold_are_asked_for_by_name(saved_kind):
     for name in ("vera", "miss"):
         adapter = read_adapter(saved_kind(name) / "adapter")
-        with pytest.raises(UnsupportedError, match=r"shapes of the base.*--base; only headers"):
+        with pytest.raises(UnsupportedError, match=r"shapes of the base.*`base`; only headers"):
             to_lora(adapter, RankRule())

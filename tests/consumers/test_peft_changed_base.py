@@ -18,8 +18,8 @@ from peft_cases import Case
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import cli
-from loratools.factors.initial import subtract_initial
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.initial import subtract_initial
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.squeeze import squeeze
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.disk.errors import OptionError, UnsupportedError
@@ -183,7 +183,7 @@ def test_the_command_takes_the_initial_adapter(trained, tmp_path):
     command = ["squeeze", str(one.folder), "-o", str(tmp_path / "out"), "--energy", "1.0"]
     refused = CliRunner().invoke(cli, command)
     assert isinstance(refused.exception, UnsupportedError)
-    assert "--initial" in str(refused.exception)
+    assert "`initial`" in str(refused.exception)
     done = CliRunner().invoke(cli, [*command, "--initial", str(one.initial)])
     assert done.exit_code == 0, done.output
     answers = oracle.outputs(oracle.loaded(tmp_path / "out", case), case)
@@ -201,7 +201,7 @@ def test_the_nominal_alpha_doubles_with_the_rank_as_peft_does_it(trained, tmp_pa
     result = squeeze(true_change(one), RankRule(rank=100), ComputeOptions(keep_alpha=True))
     write_adapter(result.adapter, tmp_path / "out", "peft")
     alphas = [
-        {path: delta.alpha for path, delta in read_adapter(folder).modules.items()}
+        {path: delta.direction.alpha for path, delta in read_adapter(folder).modules.items()}
         for folder in (tmp_path / "out", one.converted)
     ]
     assert alphas[0] == alphas[1] == {"up": 24, "square": 24, "down": 11}
@@ -216,7 +216,7 @@ def test_it_becomes_a_dora_of_the_original_base(trained, tmp_path, name):
     save_file({k: v.contiguous().clone() for k, v in oracle.fresh(case).state_dict().items()}, base)
     command = ["to-dora", str(one.folder), "--base", str(base), "-o", str(tmp_path / "out")]
     refused = CliRunner().invoke(cli, command)
-    assert "--initial" in str(refused.exception)
+    assert "`initial`" in str(refused.exception)
     done = CliRunner().invoke(cli, [*command, "--initial", str(one.initial)])
     assert done.exit_code == 0, done.output
     answers = oracle.outputs(oracle.loaded(tmp_path / "out", case), case)

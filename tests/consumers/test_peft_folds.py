@@ -14,14 +14,13 @@ import pytest
 from peft_kinds import CASES, Case, Net, make
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.dense import effective_delta
-from loratools.folding.module import kind_name
 from loratools.kinds import all_kinds, get_kind
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.squeeze import squeeze
 from loratools.operations.to_lora import fold_choices, to_lora
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta, ModuleChange
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 pytestmark = [
@@ -65,7 +64,8 @@ def errors(adapter, want):
         got = effective_delta(name, delta, weight.shape)
         found[name] = np.linalg.norm(got - weight) / (np.linalg.norm(weight) or 1.0)
         bias = want.get(f"{name}.bias")
-        added = 0.0 if delta.bias is None else delta.scale * delta.bias.load(np.float64)
+        part = delta.direction
+        added = 0.0 if part.bias is None else part.scale * part.bias.load(np.float64)
         if bias is not None and np.abs(bias).max() > 0:
             found[f"{name}.bias"] = np.linalg.norm(added - bias) / np.linalg.norm(bias)
         else:
@@ -166,7 +166,7 @@ def test_every_tensor_is_in_one_place_and_a_copy_is_the_same(made, tmp_path, nam
     folder, _ = made(name)
     adapter = read_adapter(folder / "adapter")
     assert adapter.caveats == ()
-    kinds = {kind_name(delta) for delta in adapter.modules.values()}
+    kinds = {delta.kind for delta in adapter.modules.values()}
     others = {"bdlora": {"blockdiag", "lora"}, "unilora-seeded": set()}
     assert kinds == others.get(name, {BY_NAME[name].kind})
     with safe_open(folder / "adapter" / "adapter_model.safetensors", "np") as file:
@@ -244,7 +244,7 @@ def test_what_is_drawn_in_an_unrecorded_type_must_be_given(made):
 
 def test_hira_is_not_its_product(made):
     folder, want = made("hira")
-    delta = read_adapter(folder / "adapter").modules["up"]
+    delta = read_adapter(folder / "adapter").modules["up"].kind_delta
     product = delta.parts["b"].load(np.float64) @ delta.parts["a"].load(np.float64)
     assert np.linalg.norm(product - want["up.weight"]) > 0.5 * np.linalg.norm(want["up.weight"])
 
@@ -254,7 +254,7 @@ def test_the_scale_of_randlora_is_pefts_and_not_the_authors(made):
     adapter, base = read_adapter(folder / "adapter"), read_checkpoint(folder / "base")
     result = to_lora(adapter, RankRule(rank=48), base=base)
     got = effective_delta("up", result.adapter.modules["up"], (48, 24))
-    count = adapter.modules["up"].parts["lambda"].shape[1]
+    count = adapter.modules["up"].kind_delta.parts["lambda"].shape[1]
     assert count > 1
     np.testing.assert_allclose(got, want["up.weight"], rtol=1e-4, atol=1e-5)
     assert np.linalg.norm(got / np.sqrt(count) - want["up.weight"]) > 0.1 * np.linalg.norm(got)
@@ -290,7 +290,7 @@ def test_the_authors_files_of_randlora_have_another_scale(made, tmp_path):
     adapter = read_adapter(copy)
     result = to_lora(adapter, RankRule(rank=48), base=base)
     got = effective_delta("up", result.adapter.modules["up"], (48, 24))
-    count = adapter.modules["up"].parts["lambda"].shape[1]
+    count = adapter.modules["up"].kind_delta.parts["lambda"].shape[1]
     np.testing.assert_allclose(got * np.sqrt(count), want["up.weight"], rtol=1e-4, atol=1e-4)
 
 
@@ -306,7 +306,7 @@ def test_seeded_files_of_randlora_without_a_version_must_say_whose_they_are(made
 def test_a_tensor_that_is_not_known_is_refused(made, tmp_path, name):
     folder, _ = made(name)
     adapter = read_adapter(folder / "adapter")
-    key = next(iter(adapter.modules["up"].parts.values())).key
+    key = next(iter(adapter.modules["up"].kind_delta.parts.values())).key
     copy = renamed(folder / "adapter", tmp_path / "copy", {key: f"{key}_rho"})
     with pytest.raises(AdapterError):
         to_lora(read_adapter(copy), RankRule(rank=2), base=read_checkpoint(folder / "base"))
@@ -431,15 +431,14 @@ def test_every_declaration_is_named_as_its_file_and_known_by_a_reader():
 def test_a_tensor_that_the_kind_does_not_know_is_an_error(made):
     folder, _ = made("loha")
     adapter = read_adapter(folder / "adapter")
-    delta = adapter.modules["up"]
-    assert isinstance(delta, OtherDelta)
-    wrong = OtherDelta(
+    delta = adapter.modules["up"].kind_delta
+    wrong = KindDelta(
         "loha", {**delta.parts, "w3": delta.parts["w1_a"]}, delta.settings, delta.layer, delta.shape
     )
     from dataclasses import replace
 
     with pytest.raises(AdapterError, match="w3"):
-        to_lora(replace(adapter, modules={"up": wrong}), RankRule())
+        to_lora(replace(adapter, modules={"up": ModuleChange(wrong)}), RankRule())
 
 
 def test_qa_lora_on_ordinary_layers_is_what_peft_computes(tmp_path):
@@ -478,7 +477,7 @@ def test_pissa_through_its_initial_adapter_is_the_change_of_the_original(tmp_pat
     import torch
     from peft_kinds import Net
 
-    from loratools.factors.initial import subtract_initial
+    from loratools.lowrank.initial import subtract_initial
 
     torch.manual_seed(4)
     model = Net()
@@ -493,7 +492,7 @@ def test_pissa_through_its_initial_adapter_is_the_change_of_the_original(tmp_pat
     adapted.save_pretrained(tmp_path / "adapter")
     merged = {k: v.double().numpy() for k, v in adapted.merge_and_unload().state_dict().items()}
     trained = read_adapter(tmp_path / "adapter")
-    with pytest.raises(UnsupportedError, match="--initial"):
+    with pytest.raises(UnsupportedError, match="`initial`"):
         to_lora(trained, RankRule())
     result = to_lora(subtract_initial(trained, read_adapter(tmp_path / "initial")), RankRule())
     want = {key: merged[key] - before[key] for key in before}

@@ -10,7 +10,7 @@ import pytest
 from peft_cases import CASES, SHARED, Case, old_experts
 from peft_oracle import edit_config, stored_bytes
 
-from loratools.factors.dense import effective_delta
+from loratools.lowrank.dense import effective_delta
 from loratools_formats import read_adapter
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -114,7 +114,7 @@ def test_the_spare_copies_of_saved_modules_are_carried_as_peft_does_not_use_them
 @pytest.mark.parametrize("name", ["embedding-ensure-tying", "head-ensure-tying"])
 def test_tied_layers_are_both_saved_and_each_is_the_other_transposed(saved, name):
     modules = read_adapter(saved(name)).modules
-    embedding, head = modules["model.embed_tokens"], modules["lm_head"]
+    embedding, head = (modules[name].direction for name in ("model.embed_tokens", "lm_head"))
     assert np.array_equal(head.a.load(), embedding.b.load().T)
     assert np.array_equal(head.b.load(), embedding.a.load().T)
 
@@ -159,7 +159,7 @@ def test_square_experts_are_refused_where_the_version_does_not_tell(tmp_path, ve
     (inner,) = (
         delta
         for delta in read_adapter(folder).modules.values()
-        if delta.experts == 3 and delta.shape == (6, 6)
+        if delta.direction.experts == 3 and delta.shape == (6, 6)
     )
     with pytest.raises(UnsupportedError, match="square"):
         effective_delta("experts", inner, (3, 6, 6))

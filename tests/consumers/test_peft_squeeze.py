@@ -15,11 +15,10 @@ from peft_cases import CASES, Case, old_experts
 
 from loratools.algebra.ranks import SERVE_RANKS, RankRule
 from loratools.cli import cli
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.squeeze import squeeze
 from loratools.work.selection import Selection
 from loratools_formats import read_adapter, write_adapter
-from loratools_formats.core.adapter import low_rank_part
 from loratools_formats.disk.errors import UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
@@ -39,14 +38,14 @@ def squeezed(saved, name, tmp_path, rule=None, options=None):
 
 def is_stack(path, adapter):
     """Whether a module's weight is a stack, be it of one expert."""
-    parameters = low_rank_part(adapter.modules[path]).layer.parameters
+    parameters = adapter.modules[path].require_factors().layer.parameters
     return any(".experts." in f".{name}" for name in parameters)
 
 
 def names_of(adapter, base):
     """Return the base tensor of each module."""
     return {
-        path: oracle.weight_name(path, low_rank_part(delta), base)
+        path: oracle.weight_name(path, delta.require_factors(), base)
         for path, delta in adapter.modules.items()
     }
 
@@ -188,7 +187,7 @@ def test_the_nominal_alpha_can_be_kept(saved, tmp_path, name):
     weights = oracle.predicted(adapter, base, want, case.ties)
     got = oracle.outputs(oracle.loaded(target, case), case)
     assert oracle.distance(got, oracle.outputs_with(case, weights)) <= 1e-5
-    alphas = {path: low_rank_part(delta).alpha for path, delta in adapter.modules.items()}
+    alphas = {path: delta.require_factors().alpha for path, delta in adapter.modules.items()}
     for path, (rank, scale) in settings_in_peft(target, case).items():
         assert (rank, scale) == (RANK, pytest.approx(alphas[path] / RANK, rel=1e-15))
 
@@ -348,7 +347,7 @@ def test_stacks_of_two_ranks_are_squeezed_to_ranks_of_their_own(saved, tmp_path)
     write_adapter(result.adapter, tmp_path / "out", "peft")
     again = read_adapter(tmp_path / "out")
     for path, delta in result.adapter.modules.items():
-        want, got = low_rank_part(delta), low_rank_part(again.modules[path])
+        want, got = delta.require_factors(), again.modules[path].require_factors()
         assert (got.rank, got.scale, got.experts) == (want.rank, want.scale, want.experts)
 
 

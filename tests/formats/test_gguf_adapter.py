@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools.operations.convert.operation import prepare, write
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
@@ -28,7 +28,7 @@ from loratools_formats import (
 )
 from loratools_formats.containers.gguf.container import KeyValue, read_gguf
 from loratools_formats.containers.gguf.splits import read_model
-from loratools_formats.core.adapter import Dora
+from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.alora import CAVEAT
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
@@ -50,7 +50,11 @@ def floats(*shape):
 
 def lora(out=16, in_=16, rank=4, scale=2.0, layer=None, **options):
     a, b = in_memory("a", floats(rank, in_)), in_memory("b", floats(out, rank))
-    return LowRank(a, b, scale, layer or Layer("linear"), **options)
+    return ModuleChange(LowRank(a, b, scale, layer or Layer("linear"), **options))
+
+
+def with_parts(change, **parts):
+    return change.with_direction(replace(change.direction, **parts))
 
 
 def model_adapter(modules, **options):
@@ -165,7 +169,7 @@ def test_what_llama_cpp_refuses_or_crashes_on_is_refused(tmp_path, name):
 )
 def test_scale_is_alpha_by_rank_or_one(tmp_path, keys, scale):
     adapter = read_adapter(file_with(tmp_path / "file.gguf", keys=keys))
-    assert adapter.modules["blk.0.attn_q"].scale == scale
+    assert adapter.modules["blk.0.attn_q"].direction.scale == scale
 
 
 def test_norms_are_carried_with_a_note(tmp_path):
@@ -187,7 +191,7 @@ def test_quantised_factors_are_read_as_what_they_stand_for(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    delta = read_adapter(path).modules["blk.0.attn_q"]
+    delta = read_adapter(path).modules["blk.0.attn_q"].direction
     wanted = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
     np.testing.assert_array_equal(delta.a.load(), wanted)
 
@@ -205,8 +209,8 @@ def test_keys_have_the_types_of_the_packages_own_methods(base, tmp_path):
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_type("adapter")
     for name, delta in adapter.modules.items():
-        writer.add_tensor(f"{name}.weight.lora_a", np.array(delta.a.load()))
-        writer.add_tensor(f"{name}.weight.lora_b", np.array(delta.b.load()))
+        writer.add_tensor(f"{name}.weight.lora_a", np.array(delta.direction.a.load()))
+        writer.add_tensor(f"{name}.weight.lora_b", np.array(delta.direction.b.load()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -288,15 +292,15 @@ def test_alpha_is_stated_only_where_it_says_everything(base, tmp_path, settings,
     }
     if not deltas:
         tiny = floats(8, 4) * np.float32(2.0**-120)
-        deltas = {paths[0]: replace(lora(8), b=in_memory("b", tiny), scale=settings[0][1])}
+        deltas = {paths[0]: with_parts(lora(8), b=in_memory("b", tiny), scale=settings[0][1])}
     adapter = made(deltas, base())
     write_adapter(adapter, tmp_path / "out.gguf", "gguf")
     assert read_gguf(tmp_path / "out.gguf").get("adapter.lora.alpha", "f32") == alpha
     again = read_adapter(tmp_path / "out.gguf")
     for name, delta in adapter.modules.items():
-        found = again.modules[name]
-        ((b, a),), ((new_b, new_a),) = loaded(delta), loaded(found)
-        wanted = delta.scale * (b @ a)
+        found = again.modules[name].direction
+        ((b, a),), ((new_b, new_a),) = loaded(delta.direction), loaded(found)
+        wanted = delta.direction.scale * (b @ a)
         error = np.linalg.norm(found.scale * (new_b @ new_a) - wanted)
         assert error <= 1e-6 * np.linalg.norm(wanted)
 
@@ -310,7 +314,7 @@ def test_file_type_is_the_number_llama_cpp_has_for_it(base, tmp_path, outtype):
 
 
 def test_rows_that_are_no_whole_block_fall_back_to_16_bits(base, tmp_path):
-    delta = replace(lora(), a=in_memory("a", floats(8, 64)), b=in_memory("b", floats(16, 8)))
+    delta = with_parts(lora(), a=in_memory("a", floats(8, 64)), b=in_memory("b", floats(16, 8)))
     path = "model.layers.0.mlp.gate_proj"
     adapter = made({path: delta}, base(), "q8_0")
     assert adapter.notes == (
@@ -329,7 +333,7 @@ def test_rows_that_are_no_whole_block_fall_back_to_16_bits(base, tmp_path):
 )
 def test_values_that_are_not_finite_are_refused(base, tmp_path, value, dtype):
     bad = np.full((16, 4), value)
-    delta = replace(lora(), b=in_memory("the b", bad), scale=1.0)
+    delta = with_parts(lora(), b=in_memory("the b", bad), scale=1.0)
     with pytest.raises(AdapterError, match=r"NaN or infinite.*the b"):
         write_adapter(made({Q: delta}, base(), dtype), tmp_path / "out.gguf", "gguf")
     assert not (tmp_path / "out.gguf").exists()
@@ -351,7 +355,7 @@ def refusal(modules, folder, **options):
 
 
 def test_kinds_that_llama_cpp_has_not_are_refused(base):
-    dora = Dora(lora(), in_memory("m", floats(16)))
+    dora = replace(lora(), magnitude=in_memory("m", floats(16)))
     assert "to-lora" in refusal({Q: dora}, base())
     with_bias = lora(bias=in_memory("bias", floats(16)))
     assert re.search(r"\(lora_bias\).*Fuse this adapter into", refusal({Q: with_bias}, base()))
@@ -391,7 +395,7 @@ def test_two_modules_that_become_one_tensor_are_refused(base, path):
 
 
 def test_a_base_is_asked_for(tmp_path):
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         made({Q: lora()}, None)
     with pytest.raises(FileNotFoundError):
         made({Q: lora()}, tmp_path)
@@ -439,7 +443,7 @@ def test_a_stack_of_another_number_of_experts_is_refused(base):
     path = "model.layers.0.mlp.experts"
     layer = Layer("experts", parameters=(f"{path}.down_proj",))
     a, b = in_memory("a", floats(3, 4, 24)), in_memory("b", floats(3, 16, 4))
-    refused = refusal({path: LowRank(a, b, 1.0, layer)}, folder)
+    refused = refusal({path: ModuleChange(LowRank(a, b, 1.0, layer))}, folder)
     assert "3 experts; expected a weight of shape [2, 16, 24]" in refused
 
 
@@ -448,11 +452,11 @@ def test_single_experts_are_stacked_and_the_others_zero(base):
     path = "model.layers.0.block_sparse_moe.experts.{}.w2"
     deltas = {path.format(expert): lora(16, 24) for expert in (0, 2)}
     (name, stacked), *_ = made(deltas, folder).modules.items()
-    assert (name, stacked.experts, stacked.shape) == ("blk.0.ffn_down_exps", 3, (16, 24))
-    found = [b @ a for b, a in loaded(stacked)]
+    assert (name, stacked.direction.experts, stacked.shape) == ("blk.0.ffn_down_exps", 3, (16, 24))
+    found = [b @ a for b, a in loaded(stacked.direction)]
     assert not found[1].any()
     for expert in (0, 2):
-        ((b, a),) = loaded(deltas[path.format(expert)])
+        ((b, a),) = loaded(deltas[path.format(expert)].direction)
         np.testing.assert_array_equal(found[expert], b @ a)
     different = deltas | {path.format(1): lora(16, 24, rank=2)}
     assert "differ in rank" in refusal(different, folder)
@@ -654,7 +658,7 @@ def test_results_beyond_their_type_are_not_fused(tmp_path, outtype, stored, weig
     lora = file_with(tmp_path / "lora.gguf", {A: 1e10 * floats(4, 32), B: floats(32, 4)})
     given = [FuseInput(read_adapter(lora), weight, "lora")]
     fusion = GgufFusion(read_model(model), given, GgufFuseOptions(outtype))
-    with pytest.raises(AdapterError, match=f"does not fit {stored}: values overflow.*--outtype"):
+    with pytest.raises(AdapterError, match=f"does not fit {stored}: values overflow.*`dtype`"):
         fusion.write(tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
@@ -697,12 +701,12 @@ def test_rows_are_interleaved_and_put_back(base, tmp_path, kv_heads, group, half
     write(conversion, tmp_path / "out.gguf", overwrite=True)
     read = read_adapter(tmp_path / "out.gguf")
     for path, name, count in ((Q, "blk.0.attn_q", heads), (k, "blk.0.attn_k", kv_heads)):
-        b = modules[path].b.load()
+        b = modules[path].direction.b.load()
         wanted = b.reshape(count, 2, half, -1).swapaxes(1, 2).reshape(b.shape)
-        found = read.modules[name]
+        found = read.modules[name].direction
         np.testing.assert_allclose(found.scale * found.b.load(), scale * wanted, rtol=1e-6)
     back = get_format("gguf").to_model(read, Context(folder))
-    for path, delta in modules.items():
-        again = back.modules[path]
+    for path, change in modules.items():
+        again, delta = back.modules[path].direction, change.direction
         np.testing.assert_allclose(again.scale * again.b.load(), scale * delta.b.load(), rtol=1e-6)
         np.testing.assert_array_equal(again.a.load(), delta.a.load())

@@ -16,7 +16,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.base.weights import ShapeOnly
 from loratools.kinds import get_kind
 from loratools_formats import find_format, read_adapter
-from loratools_formats.core.adapter import OtherDelta
+from loratools_formats.core.adapter import KindDelta
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -171,7 +171,9 @@ def nemo_config(**tuning):
 def test_alpha_of_an_archive_is_in_its_configuration(tmp_path):
     config = nemo_config(adapter_dim=RANK, alpha=ALPHA)
     path = archived(tmp_path / "lora.nemo", ["model_weights.ckpt"], config=config)
-    assert {delta.settings["alpha"] for delta in read_adapter(path).modules.values()} == {ALPHA}
+    assert {
+        delta.kind_delta.settings["alpha"] for delta in read_adapter(path).modules.values()
+    } == {ALPHA}
     deltas_of(path, SHAPES, **LLAMA)
 
 
@@ -311,7 +313,7 @@ def test_every_fused_row_goes_to_one_projection(groups, per_group, width):
     factors = {"a": in_memory("a", np.ones((1, 1))), "b": in_memory("b", rows)}
     found = []
     for projection, height in (("q", heads), ("k", groups), ("v", groups)):
-        delta = OtherDelta("megatron", factors, settings | {"projection": projection})
+        delta = KindDelta("megatron", factors, settings | {"projection": projection})
         taken = get_kind("megatron").change(delta, ShapeOnly((0, 0))).b[:, 0]
         assert len(taken) == height * width
         assert (np.diff(taken) > 0).all()

@@ -64,8 +64,8 @@ def test_adapter(make_folder):
     (folder / "adapter_model.safetensors").unlink()
     adapter = read_adapter(folder)
     (read,) = adapter.modules.values()
-    assert read.a.raw() == delta.a.raw()
-    assert read.b.raw() == delta.b.raw()
+    assert read.direction.a.raw() == delta.direction.a.raw()
+    assert read.direction.b.raw() == delta.direction.b.raw()
     assert adapter.notes == ("weights are pickled (adapter_model.bin)",)
     assert adapter.inputs[0].path.name == "adapter_model.bin"
     adapter.check_unchanged()

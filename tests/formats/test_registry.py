@@ -1,17 +1,31 @@
 """Formats as installed packages register them: good, broken, and in each other's way."""
 
+import os
+import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from loratools_formats import find_format, get_format, read_adapter, registered_formats
-from loratools_formats.contract.registry import Format, check_output, write_adapter
+from loratools_formats import (
+    Context,
+    TensorRef,
+    find_format,
+    format_for_output,
+    get_format,
+    read_adapter,
+    registered_formats,
+)
+from loratools_formats.contract.files import check_output, write_adapter
+from loratools_formats.contract.format import Format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import (
     AdapterError,
     MissingFileError,
     OutputError,
     OutputExistsError,
+    PluginWarning,
     UnknownFormatError,
     UnsupportedError,
 )
@@ -21,21 +35,30 @@ from pathlib import Path
 from loratools_formats import Adapter, Format
 from loratools_formats.disk.errors import AdapterError
 
-def read(path):
-    if path.read_bytes() == b"toy bad":
-        raise AdapterError("bad toy", path=path)
-    return Adapter("toy", path, {})
+class Also(Format):
+    name, description, suffixes = "also", "Another", (".toy",)
 
-def write(adapter, path):
-    path.write_bytes(b"toy written")
+    def sniff(self, path):
+        return path.is_file() and path.read_bytes()[:3] == b"toy"
 
-FORMAT = Format(
-    "toy", "A toy", (".toy",), False,
-    sniff=lambda path: path.is_file() and path.read_bytes()[:3] == b"toy",
-    read=read, losses=lambda adapter: [], write=write,
-)
-ALSO = Format("also", "Another", (".toy",), False, sniff=FORMAT.sniff)
-RUDE = Format("rude", "Raises", (), False, sniff=lambda path: 1 / 0)
+class Toy(Also):
+    name, description = "toy", "A toy"
+
+    def read(self, path):
+        if path.read_bytes() == b"toy bad":
+            raise AdapterError("bad toy", path=path)
+        return Adapter("toy", path, {})
+
+    def write(self, adapter, path):
+        path.write_bytes(b"toy written")
+
+class Rude(Format):
+    name, description = "rude", "Raises"
+
+    def sniff(self, path):
+        return 1 / 0
+
+FORMAT, ALSO, RUDE = Toy(), Also(), Rude()
 NO_FORMAT = {"name": "toy"}
 """
 
@@ -127,7 +150,7 @@ def test_two_packages_of_one_name(install):
 
 def test_several_formats_recognise_it(install, toy_file):
     install("loratools-toy", "toy = {module}:FORMAT", "also = {module}:ALSO")
-    with pytest.raises(UnknownFormatError, match=r"also, toy.*--from") as caught:
+    with pytest.raises(UnknownFormatError, match=r"also, toy.*`format`") as caught:
         find_format(toy_file)
     assert caught.value.path == str(toy_file)
     assert read_adapter(toy_file, "toy").format == "toy"
@@ -135,8 +158,48 @@ def test_several_formats_recognise_it(install, toy_file):
 
 def test_sniff_that_raises(install, toy_file, capsys):
     install("loratools-toy", "rude = {module}:RUDE", "toy = {module}:FORMAT")
-    assert find_format(toy_file).name == "toy"
-    assert capsys.readouterr().err == "note: format rude: sniff failed: division by zero\n"
+    with pytest.warns(PluginWarning, match="^format rude: sniff failed: division by zero$"):
+        assert find_format(toy_file).name == "toy"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_sniff_that_raises_on_the_command_line(install, toy_file, tmp_path):
+    install("loratools-toy", "rude = {module}:RUDE", "toy = {module}:FORMAT")
+    result = subprocess.run(
+        [sys.executable, "-c", "from loratools.cli import main; main()", "info", toy_file],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "note: format rude: sniff failed: division by zero\n"
+
+
+def test_a_small_format_has_defaults(install, toy_file, tmp_path):
+    install("loratools-toy", "toy = {module}:FORMAT")
+    toy, adapter = get_format("toy"), read_adapter(toy_file, carry_unknown=True)
+    assert toy.is_readable
+    assert toy.is_writable
+    assert not get_format("loralib").is_writable
+    assert toy.losses(adapter) == []
+    kept = TensorRef("kept", DTYPES["F32"], (2,), lambda: bytes(8))
+    other = Adapter("peft", None, {}, carried={"kept": kept})
+    assert [(loss.name, loss.reason) for loss in toy.losses(other)] == [
+        ("kept", "has no place in an adapter of format toy")
+    ]
+    assert toy.weights_nbytes(other) == 8
+    assert toy.to_model(adapter, Context()) is adapter
+    assert toy.from_model(other, Context()).format == "toy"
+    assert toy.left_to_loader(adapter) == ""
+    assert toy.merged_config([replace(adapter, config={"a": 1}), adapter]) == {"a": 1}
+    assert not Format.sniff(toy, toy_file)
+
+
+def test_an_output_name_that_fits_several_formats(tmp_path):
+    with pytest.raises(UnknownFormatError, match=r"fits several formats.*comfyui, diffusers"):
+        format_for_output(tmp_path / "out.safetensors")
+    with pytest.raises(UnknownFormatError, match=r"fits no format\. Name one with `to`: .*peft"):
+        format_for_output(tmp_path / "out.xyz")
 
 
 def test_errors_of_a_plugin_are_its_own(install, toy_file):

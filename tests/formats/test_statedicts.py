@@ -15,8 +15,8 @@ from statedicts import close, saved
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import cli
-from loratools.factors.dense import effective_delta
 from loratools.kinds import get_kind
+from loratools.lowrank.dense import effective_delta
 from loratools.operations.to_lora import to_lora
 from loratools_formats import find_format, get_format, read_adapter, registered_formats
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
@@ -91,7 +91,7 @@ def sample(name, folder):
 
 
 def test_every_format_of_state_dicts_has_a_sample():
-    read_only = {e.name for e in registered_formats() if e.format and e.format.write is None}
+    read_only = {e.name for e in registered_formats() if e.format and not e.format.is_writable}
     assert read_only - {"nemo"} == set(SAMPLES)
 
 

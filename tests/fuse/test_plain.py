@@ -209,7 +209,7 @@ def test_fused_into_eight_bits(make, make_folder, tmp_path):
     adapter = read_adapter(make_folder(dtype="f32"))
     result = Fusion(base, [FuseInput(adapter, 1.0, "a")], FuseOptions()).write(tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
-    delta = adapter.modules["layers.0.q"]
+    delta = adapter.modules["layers.0.q"].direction
     change = delta.scale * (delta.b.load(np.float64) @ delta.a.load(np.float64))
     dequantised = w.float() * torch.from_numpy(spread(scale, (4, 4), (24, 20)))
     exact = torch.from_numpy(dequantised.double().numpy() + change)
@@ -238,7 +238,7 @@ def test_eight_bit_floats_without_scales_are_numbers(make, make_folder, tmp_path
     options = FuseOptions(dtype=dtype)
     result = Fusion(base, [FuseInput(adapter, 1.0, "a")], options).write(tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
-    delta = adapter.modules["layers.0.q"]
+    delta = adapter.modules["layers.0.q"].direction
     change = delta.scale * (delta.b.load(np.float64) @ delta.a.load(np.float64))
     exact = torch.from_numpy(w.float().double().numpy() + change)
     if dtype is None:

@@ -235,7 +235,10 @@ def test_different_base_models_are_noted_once_forced(tmp_path, loratools):
         (["--density", "0.5", "--dry-run"], "method linear has no parameter density"),
         (["--method", "ties", "--density", "2", "--dry-run"], "density is a share"),
         (["--method", "ties", "--normalize", "--dry-run"], "no parameter normalize"),
-        (["--method", "ties", "-p", "density", "--dry-run"], "not a parameter; got density"),
+        (
+            ["--method", "ties", "-p", "density", "--dry-run"],
+            "not a pair; got density",
+        ),
         (["--method", "ties", "-p", "lambda=inf", "--dry-run"], "expected a finite number"),
         (
             ["--method", "karcher", "-p", "max_iter=inf", "--dry-run"],
@@ -264,7 +267,7 @@ def test_wrong_options_give_one_line(tmp_path, loratools, arguments, message):
 def test_no_adapters_and_no_recipe(loratools):
     code, _, err = loratools("merge", "--dry-run")
     assert code == 2
-    assert only_line(err) == "error: no adapters to merge. Name some, or pass --recipe"
+    assert only_line(err) == "error: no adapters to merge. Name some, or pass --recipe FILE"
 
 
 def test_nan_is_one_line_without_warnings(tmp_path):

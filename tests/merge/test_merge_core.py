@@ -29,7 +29,7 @@ from merge_definitions import (
 )
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge import tasks
 from loratools.operations.merge.space import shared_space
 from loratools.operations.merge.tasks import DenseRows, Tasks

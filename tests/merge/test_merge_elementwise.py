@@ -35,7 +35,7 @@ from merge_definitions import (
 from merge_others import masks_given, mergekit, peft
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge import elementwise, tasks
 from loratools.operations.merge.methods import get_method, registered_methods
 from loratools.operations.merge.tasks import DenseRows, FactorRows, Histogram, Tasks, ZeroRows
@@ -680,7 +680,7 @@ def test_ties_is_not_the_sum_and_core_space_is_not_full_space(tmp_path):
     _, core = run(tmp_path / "core", pairs, "ties", space="core")
     assert total_distance(full, weighted_sum(pairs)) > 0.1
     assert total_distance(core, full) > 0.1
-    with pytest.raises(OptionError, match="--space core is for elementwise methods"):
+    with pytest.raises(OptionError, match="`space=core` is for elementwise methods"):
         run(tmp_path / "linear", pairs, "linear", space="core")
     assert elementwise.TIES.kind == "elementwise"
     assert not issubclass(OptionError, UnsupportedError)

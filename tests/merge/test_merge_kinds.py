@@ -28,7 +28,7 @@ from merge_models import DORA_KINDS, saved_base, saved_by_peft
 from safetensors.numpy import load_file, save_file
 
 from loratools.algebra.ranks import Budget, RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge import tasks
 from loratools.operations.merge.methods import get_method
 from loratools.operations.merge.options import Override, weight_override
@@ -143,10 +143,10 @@ def test_biases_of_factors_add_up_also_where_an_adapter_has_none(tmp_path):
     run(tmp_path / "mean", pairs, parameters={"normalize": True})
     assert distance(_bias(tmp_path / "mean", "layers.0.q"), want / 2.5) <= 1e-6
     for method in ("ties", "tsv"):
-        with pytest.raises(UnsupportedError, match=r"lora_bias.*--method linear"):
+        with pytest.raises(UnsupportedError, match=r"lora_bias.*`method=linear`"):
             run(tmp_path / method, pairs, method)
     assert config_of(tmp_path / "out")["lora_bias"] is True
-    assert read_adapter(tmp_path / "out").modules["layers.0.q"].bias is not None
+    assert read_adapter(tmp_path / "out").modules["layers.0.q"].direction.bias is not None
 
 
 # --------------------------------------------------------------------------- DoRA
@@ -236,7 +236,7 @@ def test_a_dora_is_cut_to_the_rank_of_its_factors_unless_asked_otherwise(tmp_pat
 
 def test_dora_needs_the_base(tmp_path):
     source, _ = saved_by_peft(tmp_path / "a", "linear", seed=1, use_dora=True)
-    with pytest.raises(UnsupportedError, match=r"depends on the base weight.*--base") as caught:
+    with pytest.raises(UnsupportedError, match=r"depends on the base weight.*`base`") as caught:
         run(tmp_path / "out", [(source, 1.0)])
     assert caught.value.tensor == "down"
     assert not (tmp_path / "out").exists()
@@ -254,7 +254,7 @@ def test_a_dora_of_a_weight_that_is_replaced_is_refused(tmp_path, whose):
     }
     save_file(tensors, file)
     base = saved_base(tmp_path / "base", "embedding")
-    with pytest.raises(UnsupportedError, match=r"depends on.*to-lora ADAPTER --base"):
+    with pytest.raises(UnsupportedError, match=r"depends on.*to-lora .*--base"):
         run(tmp_path / "out", [(source, 1.0) for source in sources], base=base)
 
 
@@ -431,7 +431,7 @@ def test_different_base_models_need_to_be_forced(tmp_path):
         for i, name in enumerate(["one/model", "another/model", None])
     ]
     pairs = [(path, 0.5) for path in paths]
-    with pytest.raises(OptionError, match=r"got another/model, one/model.*--force-base"):
+    with pytest.raises(OptionError, match=r"got another/model, one/model.*`force_base=True`"):
         run(tmp_path / "out", pairs)
     _, got = run(tmp_path / "out", pairs, force_base=True)
     assert total_distance(got, weighted_sum(pairs)) <= 1e-6
@@ -443,7 +443,7 @@ def test_adapters_of_a_changed_base_are_refused(tmp_path, init):
     plain = save(tmp_path / "a")
     changed = save(tmp_path / "b", init_lora_weights=init)
     with pytest.raises(
-        UnsupportedError, match=r"changed the base weights.*loratools squeeze --initial"
+        UnsupportedError, match=r"changed the base weights.*loratools squeeze .* --initial"
     ) as caught:
         run(tmp_path / "out", [(plain, 1.0), (changed, 1.0)])
     assert str(changed) in str(caught.value)
@@ -592,7 +592,7 @@ def heads(tmp_path):
 
 
 def test_clashing_replacements_are_refused(tmp_path):
-    with pytest.raises(AdapterError, match=r"different values.*one, two.*--replacements") as caught:
+    with pytest.raises(AdapterError, match=r"different values.*one, two.*`replacements`") as caught:
         run(tmp_path / "out", heads(tmp_path))
     assert caught.value.tensor == "base_model.model.head.bias"
 
@@ -793,7 +793,7 @@ def test_energy_of_a_streamed_merge_is_reached_or_refused(tmp_path):
         assert module.energy == pytest.approx(s[: module.rank_out].sum() / s.sum(), abs=1e-6)
         lost = distance(got[module.name], whole[module.name])
         assert lost == pytest.approx(math.sqrt(1 - module.energy), abs=1e-6)
-    with pytest.raises(OptionError, match=r"rank 16 keeps only .* --max-rank"):
+    with pytest.raises(OptionError, match=r"rank 16 keeps only .* `max_rank`"):
         run(tmp_path / "more", pairs, "ties", rule=RankRule(energy=0.99999))
 
 
@@ -808,7 +808,7 @@ def test_uniform_and_budget_of_streamed_merges(tmp_path):
         size = (out / "adapter_model.safetensors").stat().st_size
         assert nbytes - 5_000 < size <= nbytes
     with pytest.raises(OptionError, match="budget is too small"):
-        run(tmp_path / "small", pairs, "ties", rule=RankRule(budget=Budget(nbytes=5_000)))
+        run(tmp_path / "small", pairs, "ties", rule=RankRule(budget=Budget(nbytes=4_000)))
 
 
 def test_rank_patterns_and_keep_alpha(tmp_path):

@@ -21,7 +21,7 @@ from merge_definitions import elected, iso_definition, knots_definition, trimmed
 from merge_models import DORA_KINDS, KINDS, loaded_by_peft, saved_base, saved_by_peft
 
 from loratools.algebra.ranks import RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.operation import merge
 from loratools.operations.merge.options import MergeOptions
@@ -300,6 +300,7 @@ def test_merging_in_memory_is_merging_files(tmp_path):
     ]
     result = merge(inputs, MergeOptions())
     _, got = run(tmp_path / "out", [(LORA, 0.7), (RSLORA, 0.3)])
-    for name, delta in result.adapter.modules.items():
+    for name, change in result.adapter.modules.items():
+        delta = change.direction
         product = delta.scale * delta.b.load(np.float64) @ delta.a.load(np.float64)
         assert np.array_equal(product, got[name])

@@ -14,7 +14,7 @@ from merge_models import saved_base, saved_by_peft
 
 from loratools.algebra.ranks import Budget, RankRule
 from loratools.cli.merge import command
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.options import MergeOptions, Override
 from loratools.operations.merge.recipe import Recipe, RecipeAdapter, load_recipe, recipe_text
 from loratools_formats.disk.errors import (

@@ -26,7 +26,7 @@ from merge_cases import (
 from merge_others import mergekit
 
 from loratools.algebra.ranks import Budget, RankRule
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.span import karcher, model_stock, slerp
 from loratools_formats.disk.errors import OptionError
 

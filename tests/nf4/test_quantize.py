@@ -287,7 +287,7 @@ def test_bad_values_are_named_and_nothing_is_left(make_base, tmp_path):
     large = np.full((64, 64), 1e6, np.float32)
     base = make_base("large", extra={"model.layers.3.up.weight": large})
     _, four = made(base, tmp_path)
-    with pytest.raises(AdapterError, match=r"do not fit dtype F16.*--dtype bf16"):
+    with pytest.raises(AdapterError, match=r"do not fit dtype F16.*`dtype=bf16`"):
         dequantize(four, tmp_path / "out", "f16")
     assert not (tmp_path / "out").exists()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loratools.base.placement import Placements, place
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Delta, Dora, Layer, LowRank, Replacement
+from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange, Replacement
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import TensorRef
 
@@ -27,31 +28,35 @@ def checkpoint(tensors: Mapping[str, Shape], **config: Any) -> Checkpoint:
     return Checkpoint(Path("base"), refs, config, ())
 
 
-def linear(out: int, in_: int, *, bias: bool = False, **layer: Any) -> LowRank:
+def linear(out: int, in_: int, *, bias: bool = False, **layer: Any) -> ModuleChange:
     """Return a delta of rank 2, of a linear layer unless `layer` says otherwise."""
-    return LowRank(
+    factors = LowRank(
         header("a", (2, in_)),
         header("b", (out, 2)),
         1.5,
         Layer(**{"kind": "linear", **layer}),
         header("bias", (out,)) if bias else None,
     )
+    return ModuleChange(factors)
 
 
-def dora(out: int, in_: int) -> Dora:
-    return Dora(linear(out, in_), header("magnitude", (out,)))
+def dora(out: int, in_: int) -> ModuleChange:
+    return replace(linear(out, in_), magnitude=header("magnitude", (out,)))
 
 
-def experts(count: int, out: int, in_: int, *names: str, square: bool | None = None) -> LowRank:
-    return LowRank(
+def experts(
+    count: int, out: int, in_: int, *names: str, square: bool | None = None
+) -> ModuleChange:
+    factors = LowRank(
         header("a", (count, 2, in_)),
         header("b", (count, out, 2)),
         1.5,
         Layer("experts", parameters=names, transposed_if_square=square),
     )
+    return ModuleChange(factors)
 
 
-def adapter(modules: Mapping[str, Delta], **replaced: Any) -> Adapter:
+def adapter(modules: Mapping[str, ModuleChange], **replaced: Any) -> Adapter:
     return Adapter("peft", Path("adapter"), modules, replacements=replaced)
 
 
@@ -59,9 +64,9 @@ def replacing(kind: Any, target: str, shape: Shape, rows: tuple[int, ...] = ()) 
     return Replacement(kind, target, header(target, shape), rows)
 
 
-def placed(modules: Mapping[str, Delta], base: Checkpoint) -> Placements:
+def placed(modules: Mapping[str, ModuleChange], base: Checkpoint) -> Placements:
     return place(adapter(modules), base)
 
 
-def keys(modules: Mapping[str, Delta], base: Checkpoint) -> list[str]:
+def keys(modules: Mapping[str, ModuleChange], base: Checkpoint) -> list[str]:
     return [placement.key for placement in placed(modules, base).deltas]

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from loratools.base.placement import Placements, place
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.contract.registry import read_adapter
-from loratools_formats.core.adapter import Delta, Dora, low_rank_part
+from loratools_formats.contract.files import read_adapter
+from loratools_formats.core.adapter import ModuleChange
 
 Array = np.ndarray[Any, Any]
 
@@ -50,8 +50,7 @@ def applied(placements: Placements, tensors: dict[str, Array]) -> dict[str, Arra
         stored = new[p.key] if p.plane is None else new[p.key][p.plane]
         stored[...] = _changed(stored, p)
     for p in placements.biases:
-        part = low_rank_part(p.delta)
-        change = part.scale * part.bias.load(np.float64)
+        change = p.scale * p.bias.load(np.float64)
         outputs = _indices(p.outputs, new[p.key].shape[0])
         new[p.key][outputs] += change[_indices(p.rows, len(change))]
     return new
@@ -59,7 +58,7 @@ def applied(placements: Placements, tensors: dict[str, Array]) -> dict[str, Arra
 
 def _changed(stored: Array, p: Any) -> Array:
     shape = stored.shape
-    kind = low_rank_part(p.delta).layer.kind
+    kind = p.delta.require_factors().layer.kind
     if kind == "conv":
         stored = stored.reshape(shape[0], -1)
     weight = np.swapaxes(stored, -1, -2) if p.transposed else stored
@@ -68,7 +67,7 @@ def _changed(stored: Array, p: Any) -> Array:
     rows = _indices(p.rows, change.shape[-2])
     outputs = _indices(p.outputs, weight.shape[-2])
     change = change[..., rows, :]
-    if isinstance(p.delta, Dora):
+    if p.delta.is_dora:
         whole = weight[outputs] + change
         magnitude = p.delta.magnitude.load(np.float64).reshape(-1)[rows]
         norm = np.linalg.norm(whole, axis=1)
@@ -79,8 +78,8 @@ def _changed(stored: Array, p: Any) -> Array:
     return weight.reshape(shape)
 
 
-def _delta(delta: Delta, expert: int | None) -> Array:
-    part = low_rank_part(delta)
+def _delta(delta: ModuleChange, expert: int | None) -> Array:
+    part = delta.require_factors()
     a, b = part.a.load(np.float64), part.b.load(np.float64)
     if expert is not None:
         a, b = a[expert], b[expert]

@@ -13,7 +13,7 @@ from placed_peft import WARNINGS, compared, load, logits, save_adapter, save_bas
 from placed_reference import fused
 
 from loratools.base.placement import place
-from loratools_formats.core.adapter import Layer, LowRank, Replacement
+from loratools_formats.core.adapter import Layer, LowRank, ModuleChange, Replacement
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -257,7 +257,8 @@ def test_mirrored_factors_with_other_scales_are_two_changes():
     base = checkpoint({EMB: (9, 4)}, **LLAMA)
     for scale, parts in ((1.0, False), (2.0, True)):
         head = LowRank(in_memory("a", b.T.copy()), in_memory("b", a.T.copy()), scale)
-        result = placed({"model.embed_tokens": embedding, "lm_head": head}, base)
+        changes = {"model.embed_tokens": ModuleChange(embedding), "lm_head": ModuleChange(head)}
+        result = placed(changes, base)
         assert bool(result.untied) is parts
 
 

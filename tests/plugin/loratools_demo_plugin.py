@@ -9,8 +9,7 @@ import base64
 import json
 from pathlib import Path
 
-from loratools_formats import Adapter, Format, LoratoolsError, LowRank, TensorRef
-from loratools_formats.core.adapter import low_rank_part
+from loratools_formats import Adapter, Format, LoratoolsError, LowRank, ModuleChange, TensorRef
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile, read_small_file
@@ -18,34 +17,9 @@ from loratools_formats.disk.files import RegularFile, read_small_file
 MAGIC = b'{"demo-adapter":'
 
 
-def sniff(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
-
-
 def _tensor(key: str, entry: dict) -> TensorRef:
     data = base64.b64decode(entry["data"])
     return TensorRef(key, DTYPES[entry["dtype"]], tuple(entry["shape"]), lambda: data)
-
-
-def read(path: Path) -> Adapter:
-    try:
-        modules = json.loads(read_small_file(path, 1 << 24))["demo-adapter"]
-    except ValueError as error:
-        if isinstance(error, LoratoolsError):
-            raise
-        raise AdapterError(f"not a demo adapter: {error}", path=path) from error
-    return Adapter(
-        format="demo",
-        source=path,
-        modules={
-            name: LowRank(_tensor(f"{name}.a", m["a"]), _tensor(f"{name}.b", m["b"]), m["scale"])
-            for name, m in modules.items()
-        },
-        inputs=(RegularFile(path),),
-    )
 
 
 def _entry(tensor: TensorRef) -> dict:
@@ -56,19 +30,48 @@ def _entry(tensor: TensorRef) -> dict:
 def _encoded(adapter: Adapter) -> bytes:
     modules = {}
     for name, delta in adapter.modules.items():
-        part = low_rank_part(delta)
+        part = delta.require_factors()
         modules[name] = {"scale": part.scale, "a": _entry(part.a), "b": _entry(part.b)}
     return MAGIC + json.dumps(modules, sort_keys=True).encode() + b"}"
 
 
-FORMAT = Format(
-    name="demo",
-    description="One JSON file, for the tests",
-    suffixes=(".demo.json",),
-    is_folder=False,
-    sniff=sniff,
-    read=read,
-    losses=lambda adapter: [],
-    write=lambda adapter, path: path.write_bytes(_encoded(adapter)) and None,
-    weights_nbytes=lambda adapter: len(_encoded(adapter)),
-)
+class Demo(Format):
+    """Adapters in one JSON file."""
+
+    name = "demo"
+    description = "One JSON file, for the tests"
+    suffixes = (".demo.json",)
+
+    def sniff(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+
+    def read(self, path: Path) -> Adapter:
+        try:
+            modules = json.loads(read_small_file(path, 1 << 24))["demo-adapter"]
+        except ValueError as error:
+            if isinstance(error, LoratoolsError):
+                raise
+            raise AdapterError(f"not a demo adapter: {error}", path=path) from error
+        return Adapter(
+            format=self.name,
+            source=path,
+            modules={
+                name: ModuleChange(
+                    LowRank(_tensor(f"{name}.a", m["a"]), _tensor(f"{name}.b", m["b"]), m["scale"])
+                )
+                for name, m in modules.items()
+            },
+            inputs=(RegularFile(path),),
+        )
+
+    def write(self, adapter: Adapter, path: Path) -> None:
+        path.write_bytes(_encoded(adapter))
+
+    def weights_nbytes(self, adapter: Adapter) -> int:
+        return len(_encoded(adapter))
+
+
+FORMAT = Demo()

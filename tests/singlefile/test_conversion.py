@@ -17,7 +17,6 @@ from test_resolution import deltas, refusal, run
 from loratools.cli import cli
 from loratools.naming.tables import flattened
 from loratools_formats import read_adapter
-from loratools_formats.core.adapter import Dora
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_to_dora_leaves_no_plain_module_beside_doras(tmp_path):
     source, target = save(file, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
     command = ["to-dora", source, "--base", tmp_path / "base.safetensors", "-o", target]
     run(*command)
-    assert all(isinstance(delta, Dora) for delta in read_adapter(target).modules.values())
+    assert all(delta.is_dora for delta in read_adapter(target).modules.values())
     target.unlink()
     file.tensors[f"{block}.to_k.lora_magnitude_vector"] = np.ones(8, np.float32)
     save(file, source)

@@ -412,7 +412,9 @@ def test_we_read_what_diffusers_turns_into_kohyas_form(saved, tmp_path):
     save_file({k: t.contiguous() for k, t in convert_state_dict_to_kohya(state).items()}, path)
     adapter = read_adapter(path)
     assert adapter.format == "kohya"
-    assert {delta.alpha_tensor.dtype.code for delta in adapter.modules.values()} == {"I64"}
+    assert {delta.direction.alpha_tensor.dtype.code for delta in adapter.modules.values()} == {
+        "I64"
+    }
     run("convert", path, back, "--to", "diffusers", "--names", "sd1")
     found = in_any_version(ours(back))
     names = {key.partition(".lora_")[0] for key in state}
@@ -486,7 +488,7 @@ def test_other_kinds_become_plain_and_then_diffusers(pipelines, tmp_path):
     plain, target = tmp_path / "plain.safetensors", tmp_path / "diffusers.safetensors"
     done = CliRunner().invoke(cli, ["convert", str(source), str(target), "--to", "diffusers"])
     assert "which few of diffusers' pipelines load" in str(done.exception)
-    assert "loratools to-lora, or pass --allow-lossy" in str(done.exception)
+    assert "loratools to-lora ADAPTER -o plain, or pass `allow_lossy=True`" in str(done.exception)
     assert not target.exists()
     told = json.loads(run("to-lora", source, "-o", plain, "--rank", "4", "--json", "-q"))
     run("convert", plain, target, "--to", "diffusers")
@@ -546,7 +548,7 @@ def test_pieces_of_mixed_factors_get_their_ranks_back(tmp_path, dtype, option):
     for name, delta in read_adapter(target).modules.items():
         own = name.rpartition(".")[2]
         assert delta.rank == ranks[own]
-        assert delta.scale == (3.0 if option else 1.0)
+        assert delta.direction.scale == (3.0 if option else 1.0)
         np.testing.assert_allclose(
             dense(delta), 3.0 * pieces[own], atol=1e-4 if dtype == np.float32 else 1e-11
         )

@@ -184,7 +184,7 @@ def test_what_cannot_be_squeezed_stays_and_says_so(tmp_path):
     assert {k: after[k] for k in untouched} == {k: before[k] for k in untouched}
     source, out = GOLDEN / "lycoris_on_the_weight.safetensors", tmp_path / "other.safetensors"
     done = CliRunner().invoke(cli, ["squeeze", str(source), "-o", str(out), "--rank", "1"])
-    assert "; or leave it out: --exclude" in str(done.exception)
+    assert "; or leave it out with `exclude`" in str(done.exception)
     assert not out.exists()
 
 
@@ -231,7 +231,7 @@ def test_balanced_factors_in_the_type_of_the_input(tmp_path):
         file.tensors[f"{name}.lora_{leaf}.weight"] = values.astype(np.float16)
     source = save(file, tmp_path / "in.safetensors")
     run("squeeze", source, "-o", tmp_path / "out.safetensors", "--rank", 8)
-    tensors = read_adapter(tmp_path / "out.safetensors").modules[name]
+    tensors = read_adapter(tmp_path / "out.safetensors").modules[name].direction
     assert {tensors.a.dtype.code, tensors.b.dtype.code} == {"F16"}
     norms = [np.linalg.norm(t.load(np.float64)) for t in (tensors.a, tensors.b)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
@@ -254,5 +254,5 @@ def test_whole_lokr_is_not_scaled_by_alpha(tmp_path):
 
     adapter = read_adapter(GOLDEN / "lycoris.safetensors")
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_v"
-    assert adapter.modules[name].settings["scale"] == 1.0
+    assert adapter.modules[name].kind_delta.settings["scale"] == 1.0
     np.testing.assert_allclose(dense(adapter.modules[name]), lycoris().deltas[name], atol=1e-12)

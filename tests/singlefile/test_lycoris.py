@@ -15,7 +15,6 @@ from test_dialects import Known, dense, tensors_of
 from test_resolution import run
 
 from loratools_formats import find_format, read_adapter, write_adapter
-from loratools_formats.core.adapter import OtherDelta
 
 ALGORITHMS = {
     "lora": {"algo": "lora"},
@@ -116,11 +115,10 @@ def test_our_change_is_what_lycoris_applies(saved, name, tmp_path):
     assert set(adapter.modules) == set(change)
     for module, (expected, weight) in change.items():
         delta = adapter.modules[module]
-        has_magnitude = getattr(delta, "magnitude", None) is not None
-        found = moved(delta, weight) if has_magnitude else dense(delta, Known(weight))
+        found = moved(delta, weight) if delta.is_dora else dense(delta, Known(weight))
         assert np.abs(expected).max() > 1e-2
         np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
-        if isinstance(delta, OtherDelta):
+        if delta.factors is None:
             known = zip(delta.shape, expected.shape, strict=True)
             assert all(side in (None, size) for side, size in known)
     write_adapter(adapter, tmp_path / "copy.safetensors", "kohya")

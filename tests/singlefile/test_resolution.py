@@ -426,6 +426,6 @@ def test_no_conversion_loses_anything_in_silence(tmp_path, name):
         norm = sum(np.linalg.norm(dense(d, weight)) ** 2 for d in before.modules.values())
         kept = sum(np.linalg.norm(dense(d, weight)) ** 2 for d in after.modules.values())
         assert kept == pytest.approx(norm, rel=1e-9)
-        biases = sum(getattr(d, "bias", None) is not None for d in before.modules.values())
+        biases = sum(d.direction.bias is not None for d in before.modules.values())
         assert len(after.additions) in (len(before.additions), len(before.additions) + biases)
         assert len(after.replacements) == len(before.replacements)

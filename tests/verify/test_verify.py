@@ -39,14 +39,14 @@ def make_base(tmp_path):
 
 
 def delta_of(folder, weight=1.0):
-    delta = read_adapter(folder).modules["layers.0.q"]
+    delta = read_adapter(folder).modules["layers.0.q"].direction
     return weight * delta.scale * (delta.b.load(np.float64) @ delta.a.load(np.float64))
 
 
 def verdicts(fused, base, *adapters):
     inputs = [FuseInput(read_adapter(path), weight, path.name) for path, weight in adapters]
     result = verify(read_checkpoint(fused), read_checkpoint(base), inputs)
-    return {tensor.key: tensor for tensor in result.tensors}, result.contained
+    return {tensor.name: tensor for tensor in result.tensors}, result.contained
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

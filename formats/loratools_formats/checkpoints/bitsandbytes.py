@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.strict_json import parsed_object
 
 QuantType = Literal["nf4", "fp4"]
 
@@ -263,13 +263,7 @@ def _json(ref: TensorRef) -> dict[str, Any]:
             got=f"{ref.nbytes} bytes of {ref.dtype.code}",
             expected=f"at most {MAX_STATE_BYTES} of U8",
         )
-    try:
-        values = strict_json.loads(bytes(ref.raw()), max_depth=3)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"quant_state is not sound JSON: {error}", tensor=ref.key) from error
-    if not isinstance(values, dict):
-        raise AdapterError("quant_state is not a JSON object", tensor=ref.key)
-    return values
+    return parsed_object(bytes(ref.raw()), "quant_state", tensor=ref.key, max_depth=3)
 
 
 def state_key(name: str, quant_type: QuantType) -> str:

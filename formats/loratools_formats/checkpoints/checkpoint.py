@@ -20,9 +20,9 @@ from loratools_formats.containers.safetensors_read import (
     safetensors_names,
 )
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, MissingFileError
-from loratools_formats.disk.files import inside, read_small_file
+from loratools_formats.disk.files import inside
+from loratools_formats.disk.strict_json import read_object
 
 _STEMS = ("model", "diffusion_pytorch_model")
 CONFIG_FILE = "config.json"
@@ -161,13 +161,7 @@ def _other_weights(folder: Path) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = strict_json.loads(read_small_file(path, _MAX_JSON_BYTES))
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"not sound JSON: {error}", path=path) from error
-    if not isinstance(value, dict):
-        raise AdapterError("not a JSON object", path=path, got=type(value).__name__)
-    return value
+    return read_object(path, _MAX_JSON_BYTES, name="file", max_depth=None)
 
 
 def _listed(path: Path, index: Mapping[str, Any]) -> dict[str, str]:

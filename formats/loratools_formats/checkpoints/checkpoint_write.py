@@ -24,7 +24,7 @@ from loratools_formats.containers.safetensors_read import (
     header_digest,
     read_safetensors,
 )
-from loratools_formats.contract.registry import check_target
+from loratools_formats.contract.files import check_target
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import RegularFile, inside
@@ -93,7 +93,7 @@ def grouped(
     if max_shard_bytes is None:
         return _as_in_base(base, parts, home, metadata)
     if not base.is_folder:
-        raise OptionError("a single file cannot be split", hint="Leave out --max-shard-size")
+        raise OptionError("a single file cannot be split", hint="Leave out `max_shard_size`")
     groups: list[list[Part]] = []
     room = 0
     for part in _in_base_order(base, parts):

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from loratools_formats.checkpoints.tie_defaults import ALWAYS, TIED
+from loratools_formats.core.orientation import named_conv1d
 from loratools_formats.core.tensors import TensorRef, equal_values
 from loratools_formats.disk.errors import AdapterError
 
@@ -74,10 +75,9 @@ _HEAD_CLASSES = (
 )  # fmt: skip
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-_CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 _EMBEDDING = re.compile(
-    r"(?!embedding_hidden_mapping_in$)(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?"
+    r"(?!.*_(?:in|out|proj|projection|linear)$)(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?"
     r"|embed_?tokens.*|shared|tok_embeddings|relative_attention_bias"
 )
 _VOCABULARY_LEAVES = frozenset(
@@ -93,7 +93,7 @@ def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def text_values(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the language model's values in place of the whole model's."""
     return {**config, **text_section(config)}
 
@@ -218,8 +218,3 @@ def is_vocabulary(module: str) -> bool:
 def is_conv1d(key: str, config: Mapping[str, Any]) -> bool:
     """Return whether a weight or module belongs to transformers' Conv1D, which stores (in, out)."""
     return named_conv1d(key) and not model_types(config).isdisjoint(CONV1D_TYPES)
-
-
-def named_conv1d(key: str) -> bool:
-    """Return whether a weight or module is named as the Conv1D layers of `CONV1D_TYPES` are."""
-    return key.removesuffix(".weight").rpartition(".")[2] in _CONV1D_LEAVES

@@ -18,9 +18,9 @@ from typing import Any
 
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef, in_file
-from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile, refuse_lfs_pointer
+from loratools_formats.disk.strict_json import parsed_object
 
 LENGTH_BYTES = 8
 _MARKS_PER_TENSOR = 16
@@ -133,10 +133,7 @@ def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
     if not text.startswith(b"{"):
         raise AdapterError("safetensors header is not a JSON object", path=file.path, got=text[:24])
     _check_amount(text, file.path, limits)
-    try:
-        header: dict[str, Any] = strict_json.loads(text.rstrip(b" "))
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"safetensors header: {error}", path=file.path) from error
+    header = parsed_object(text.rstrip(b" "), "safetensors header", path=file.path)
     return header, LENGTH_BYTES + length
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -55,17 +53,3 @@ def _load(point: EntryPoint, kind: type[T]) -> Plugin[T]:
     if not isinstance(found, kind):
         return Plugin(point, None, f"is a {type(found).__name__}, not a {kind.__name__}")
     return Plugin(point, found, None)
-
-
-def deferred(module: str, name: str) -> Callable[..., Any]:
-    """Return a function that calls another one, whose module is imported no earlier than that.
-
-    Args:
-        module: full name of the module.
-        name: of the function in it.
-    """
-
-    def call(*arguments: Any) -> Any:
-        return getattr(import_module(module), name)(*arguments)
-
-    return call

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from loratools_formats.core.summary import adapter_line, adapter_table, change_line
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import RegularFile
@@ -43,7 +44,7 @@ class Layer:
     transposed_if_square: bool | None = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank:
     """ΔW = scale · b @ a, for one weight or a stack of experts.
 
@@ -78,6 +79,9 @@ class LowRank:
                 expected="a (r, in) and b (out, r)",
             )
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({change_line(self)})"
+
     @property
     def rank(self) -> int:
         """Rank r of the factors, per expert."""
@@ -98,27 +102,6 @@ class LowRank:
         yield self.a
         yield self.b
         yield from (t for t in (self.bias, self.alpha_tensor) if t is not None)
-
-
-@dataclass(frozen=True)
-class Dora:
-    """W' = magnitude / ‖W + ΔW‖ · (W + ΔW), norms per output (arXiv 2402.09353).
-
-    Attributes:
-        direction: ΔW.
-        magnitude: one number per output, in the shape it was stored in.
-        axis: whether a norm and a magnitude belong to each output, as the paper's code and PEFT
-            have it, or to each input, as LyCORIS before version 3 has.
-    """
-
-    direction: LowRank
-    magnitude: TensorRef
-    axis: Axis = "output"
-
-    def tensors(self) -> Iterator[TensorRef]:
-        """Yield every tensor it is made of."""
-        yield from self.direction.tensors()
-        yield self.magnitude
 
 
 @dataclass(frozen=True)
@@ -150,12 +133,12 @@ class Missing:
         return bool(self.in_base) or self.of_weight is not None
 
 
-@dataclass(frozen=True)
-class OtherDelta:
-    """A weight change of another kind than factors, such as LoHa, VeRA, OFT or a difference.
+@dataclass(frozen=True, repr=False)
+class KindDelta:
+    """A weight change of a kind declared in `loratools.kinds`, such as LoHa, VeRA or a difference.
 
-    What the kind means is declared once, in `loratools.kinds`; readers only say which it is and
-    hand over its tensors and numbers. Nothing about ΔW can be told without that declaration.
+    Readers say which kind it is and hand over its tensors and numbers. Only the declaration says
+    what ΔW is.
 
     Attributes:
         kind: name of the declaration, such as `loha`.
@@ -164,12 +147,9 @@ class OtherDelta:
         settings: numbers that ΔW depends on, resolved by the reader: scale, block sizes, seeds; a
             `Missing` for one that the user must give.
         layer: what is adapted.
-        shape: (out, in) of the weight as a matrix; None for what the file does not tell.
+        shape: (out, in) of the weight as a matrix; None for a side that the file does not tell.
         shared: tensors that it has in common with other modules, by the declaration's names; they
             are in `Adapter.shared` too, and counted there.
-        magnitude: as of a DoRA, whose direction the rest then is; None if it is none, or if it is
-            the shared part of that name.
-        axis: of the magnitude, as in `Dora`.
         bias: (out,), added to the layer's bias as it is.
         alpha_tensor: the tensor that states alpha, in formats which keep it in one.
     """
@@ -180,10 +160,11 @@ class OtherDelta:
     layer: Layer = Layer("linear")
     shape: tuple[int | None, int | None] = (None, None)
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
-    magnitude: TensorRef | None = None
-    axis: Axis = "output"
     bias: TensorRef | None = None
     alpha_tensor: TensorRef | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({change_line(self)})"
 
     @property
     def experts(self) -> int:
@@ -191,7 +172,7 @@ class OtherDelta:
         is_stack = self.layer.kind == "experts"
         return next(iter(self.parts.values())).shape[0] if is_stack else 1
 
-    def planes(self) -> Iterator[OtherDelta]:
+    def planes(self) -> Iterator[KindDelta]:
         """Yield the change of each matrix of a stack, or itself if it is none."""
         if self.layer.kind != "experts":
             yield self
@@ -203,34 +184,95 @@ class OtherDelta:
             }
             yield replace(self, parts=parts, layer=replace(self.layer, kind="linear"))
 
-    @property
-    def is_dora(self) -> bool:
-        """Whether a magnitude makes it the direction of a DoRA."""
-        return self.magnitude is not None or "magnitude" in self.shared
-
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor that is its own."""
         yield from self.parts.values()
-        others = (self.magnitude, self.bias, self.alpha_tensor)
-        yield from (tensor for tensor in others if tensor is not None)
+        yield from (t for t in (self.bias, self.alpha_tensor) if t is not None)
 
 
-Delta = LowRank | Dora | OtherDelta
+@dataclass(frozen=True, repr=False)
+class ModuleChange:
+    """The change of one module: W' = W + ΔW, or a DoRA if there is a magnitude.
 
+    A DoRA is W' = magnitude / ‖W + ΔW‖ · (W + ΔW), norms per output (arXiv 2402.09353).
 
-def low_rank_part(delta: Delta) -> LowRank:
-    """Return the factors of a delta: itself, or the direction of a DoRA.
-
-    Raises:
-        UnsupportedError: it has none before it is folded.
+    Attributes:
+        direction: ΔW, as factors or as the tensors of a declared kind.
+        magnitude: one number per output (or input), in the shape and order it was stored in; None
+            if the module is no DoRA. It may be one of the direction's shared tensors.
+        axis: whether a norm and a magnitude belong to each output, as the paper's code and PEFT
+            have it, or to each input, as LyCORIS before version 3 has.
     """
-    if isinstance(delta, OtherDelta):
+
+    direction: LowRank | KindDelta
+    magnitude: TensorRef | None = None
+    axis: Axis = "output"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({change_line(self)})"
+
+    @property
+    def factors(self) -> LowRank | None:
+        """The factors of ΔW; None if it is of a declared kind."""
+        return self.direction if isinstance(self.direction, LowRank) else None
+
+    @property
+    def kind_delta(self) -> KindDelta | None:
+        """ΔW if it is of a declared kind; None if it is given by factors."""
+        return self.direction if isinstance(self.direction, KindDelta) else None
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a magnitude makes ΔW the direction of a DoRA."""
+        return self.magnitude is not None
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind: `lora`, `dora`, or that of the declared kind, DoRA or not."""
+        if isinstance(self.direction, KindDelta):
+            return self.direction.kind
+        return "dora" if self.is_dora else "lora"
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that is adapted."""
+        return self.direction.layer
+
+    @property
+    def shape(self) -> tuple[int | None, int | None]:
+        """(out, in) of one matrix; None for a side that the file does not tell."""
+        return self.direction.shape
+
+    @property
+    def rank(self) -> int | None:
+        """Rank r of the factors; None if there are none."""
+        return self.direction.rank if isinstance(self.direction, LowRank) else None
+
+    def require_factors(self) -> LowRank:
+        """Return the factors of ΔW.
+
+        Raises:
+            UnsupportedError: it has none before it is folded.
+        """
+        if isinstance(self.direction, LowRank):
+            return self.direction
         raise UnsupportedError(
-            f"a weight change of kind {delta.kind} has no factors before it is folded",
-            tensor=next((tensor.key for tensor in delta.tensors()), None),
+            f"a weight change of kind {self.direction.kind} has no factors before it is folded",
+            tensor=next((tensor.key for tensor in self.tensors()), None),
             hint="Make it a plain LoRA first: loratools to-lora",
         )
-    return delta.direction if isinstance(delta, Dora) else delta
+
+    def with_direction(self, direction: LowRank | KindDelta) -> ModuleChange:
+        """Return the change with another ΔW and the same magnitude."""
+        return replace(self, direction=direction)
+
+    def tensors(self) -> Iterator[TensorRef]:
+        """Yield every tensor that is its own."""
+        yield from self.direction.tensors()
+        shared = self.direction.shared if isinstance(self.direction, KindDelta) else {}
+        keys = {tensor.key for tensor in shared.values()}
+        if self.magnitude is not None and self.magnitude.key not in keys:
+            yield self.magnitude
 
 
 @dataclass(frozen=True)
@@ -300,7 +342,7 @@ class Caveat:
 MUTATED_BASE = "mutated-base"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """An adapter read from somewhere, or made by an operation.
 
@@ -331,7 +373,7 @@ class Adapter:
 
     format: str
     source: Path | None
-    modules: Mapping[str, Delta]
+    modules: Mapping[str, ModuleChange]
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
     additions: Mapping[str, Addition] = field(default_factory=dict)
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
@@ -346,6 +388,12 @@ class Adapter:
     inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
     other_inputs: Mapping[str, tuple[RegularFile, ...]] = field(default_factory=dict, compare=False)
     provenance: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return adapter_line(self)
+
+    def _repr_html_(self) -> str:
+        return adapter_table(self)
 
     @property
     def weights_nbytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, OtherDelta
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import TensorRef, rounded
 from loratools_formats.disk.errors import AdapterError
@@ -44,27 +44,18 @@ def check_factor(tensor: TensorRef, path: Path) -> None:
         )
 
 
-def stored_as(delta: Delta, dtype: str | None) -> Delta:
+def stored_as(delta: ModuleChange, dtype: str | None) -> ModuleChange:
     """Return a delta whose factors are of a type, such as `bf16`; None keeps each one's own.
 
     Magnitudes, biases and the tensors of other kinds stay as they are.
     """
-    if dtype is None or isinstance(delta, OtherDelta):
+    part = delta.factors
+    if dtype is None or part is None:
         return delta
-    if isinstance(delta, Dora):
-        return replace(delta, direction=_rounded(delta.direction, dtype))
-    return _rounded(delta, dtype)
-
-
-def _rounded(delta: LowRank, dtype: str) -> LowRank:
     stored = DTYPES[dtype.upper()]
-    return replace(delta, a=rounded(delta.a, stored), b=rounded(delta.b, stored))
+    return delta.with_direction(replace(part, a=rounded(part.a, stored), b=rounded(part.b, stored)))
 
 
 def kept_whole(adapter: Adapter) -> list[str]:
     """Return the modules whose change is a full difference, which few formats have."""
-    return [
-        name
-        for name, delta in adapter.modules.items()
-        if isinstance(delta, OtherDelta) and delta.kind == "full"
-    ]
+    return [name for name, delta in adapter.modules.items() if delta.kind == "full"]

@@ -10,11 +10,18 @@ from __future__ import annotations
 
 import math
 
-from loratools_formats.core.adapter import LowRank, OtherDelta
+from loratools_formats.core.adapter import KindDelta, LowRank
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
+_CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
-def is_transposed(name: str, delta: LowRank | OtherDelta, weight_shape: tuple[int, ...]) -> bool:
+
+def named_conv1d(key: str) -> bool:
+    """Return whether a weight or module is named as transformers' Conv1D layers are."""
+    return key.removesuffix(".weight").rpartition(".")[2] in _CONV1D_LEAVES
+
+
+def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int, ...]) -> bool:
     """Return whether the weight is stored as (in, out).
 
     Args:

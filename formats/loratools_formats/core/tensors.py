@@ -33,7 +33,7 @@ class ByteSource(Protocol):
         """Return exactly `nbytes` bytes from `offset`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TensorRef:
     """A tensor somewhere: a file, a scratch file, memory, or a view of another one.
 
@@ -52,6 +52,15 @@ class TensorRef:
     read: Callable[[], Buffer] = field(repr=False, compare=False)
     file: ByteSource | None = field(default=None, repr=False, compare=False)
     offset: int = field(default=0, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"TensorRef({self.key!r}, {self.dtype.code}, {self.shape})"
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
+        """Return the values, for `np.asarray(tensor)`; they are read anew each time."""
+        if copy is False:
+            raise ValueError("the values of a TensorRef are read, which copies them")
+        return self.load(dtype)
 
     @property
     def numel(self) -> int:
@@ -211,6 +220,15 @@ def in_file(
     """Return a reference to the tensor whose bytes start at `offset` in `file`."""
     nbytes = math.prod(shape) * dtype.bits // 8
     return TensorRef(key, dtype, shape, lambda: file.read_at(offset, nbytes), file, offset)
+
+
+def unmade(key: str, dtype: DType, shape: tuple[int, ...]) -> TensorRef:
+    """Return a tensor of which only name, type and shape are known; reading it is a mistake."""
+
+    def read() -> Buffer:
+        raise AssertionError(f"{key} is planned and has no values yet")
+
+    return TensorRef(key, dtype, shape, read)
 
 
 def rounded(tensor: TensorRef, dtype: DType) -> TensorRef:

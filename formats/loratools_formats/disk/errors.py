@@ -9,6 +9,7 @@ into a name.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 def printable(text: object, limit: int = 200) -> str:
@@ -102,3 +103,27 @@ class OptionError(LoratoolsError, ValueError):
 
 class MissingDependencyError(LoratoolsError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class PluginWarning(UserWarning):
+    """A plugin raised an error where its contract allows none; it was passed over."""
+
+
+class ResultError(LoratoolsError):
+    """An operation did its work, and what it found keeps its output from being written.
+
+    Attributes:
+        result: what it found.
+    """
+
+    def __init__(self, message: str, *, result: object, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.result = result
+
+
+class InexactError(ResultError, ArithmeticError):
+    """The error of a result is above the limit that was set."""
+
+
+class LossyError(ResultError, UnsupportedError):
+    """A format cannot hold all of an adapter, and leaving things out was not asked for."""

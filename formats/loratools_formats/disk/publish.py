@@ -45,8 +45,8 @@ def resolved(path: str | os.PathLike[str]) -> Path:
 def publish_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path; on success flush it and rename it to `path`.
 
-    The caller creates the file under the yielded path. An existing file's permissions are kept; a
-    new one gets the umask's.
+    The caller creates the file under the yielded path, with any permissions: an existing file's are
+    kept, and a new file gets those that the umask and the folder leave.
 
     Raises:
         OutputExistsError: `path` exists and `overwrite` is false, or it is a folder.
@@ -56,9 +56,10 @@ def publish_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     old_mode = _check_target(path, target, overwrite, folder=False)
     temporary = _temporary_beside(target)
     with _os_errors_named(path):
+        mode = _mode_of_new_file(temporary) if old_mode is None else old_mode
         try:
             yield temporary
-            os.chmod(temporary, _mode_of_new_file() if old_mode is None else old_mode)
+            os.chmod(temporary, mode)
             sync_file(temporary)
             os.replace(temporary, target)
         except BaseException:
@@ -158,10 +159,17 @@ def _exchange(first: Path, second: Path) -> bool:
     return status == 0
 
 
-def _mode_of_new_file() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def _mode_of_new_file(path: Path) -> int:
+    """Return the permissions of a file created there, which is removed again.
+
+    The process' umask can be read only by changing it, which other threads would notice.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        os.unlink(path)
 
 
 def _check_target(
@@ -186,7 +194,9 @@ def _check_target(
             f"exists and is not a {wanted}", path=path, hint="Choose another output"
         )
     if not overwrite:
-        raise OutputExistsError("output exists", path=path, hint="Pass --overwrite to replace it")
+        raise OutputExistsError(
+            "output exists", path=path, hint="Pass `overwrite=True` to replace it"
+        )
     return stat.S_IMODE(status.st_mode)
 
 

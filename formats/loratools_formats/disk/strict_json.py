@@ -7,7 +7,11 @@ either ambiguous between readers or a way to hang one, so all are errors here.
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
+
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.files import read_small_file, refuse_lfs_pointer
 
 MAX_INTEGER_DIGITS = 20
 
@@ -68,6 +72,62 @@ def loads(data: bytes, *, max_depth: int | None = None) -> Any:
     if max_depth is not None:
         _refuse_depth(value, max_depth)
     return value
+
+
+def parsed_object(
+    data: bytes,
+    name: str,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    tensor: str | None = None,
+    max_depth: int | None = None,
+) -> dict[str, Any]:
+    """Parse a JSON object, or refuse it with an error for users.
+
+    Args:
+        data: UTF-8 text.
+        name: what it is called in errors, such as `config`.
+        path: the file that it stands in, for errors.
+        tensor: the tensor that it stands in, for errors.
+        max_depth: as in `loads`.
+
+    Raises:
+        AdapterError: it is not sound JSON, or not an object.
+    """
+    try:
+        values = loads(data, max_depth=max_depth)
+    except StrictJsonError as error:
+        text = f"{name} is not sound JSON: {error}"
+        raise AdapterError(text, path=path, tensor=tensor) from error
+    if not isinstance(values, dict):
+        raise AdapterError(
+            f"{name} is not a JSON object", path=path, tensor=tensor, got=type(values).__name__
+        )
+    return values
+
+
+def read_object(
+    path: str | os.PathLike[str],
+    limit_bytes: int,
+    *,
+    name: str = "config",
+    max_depth: int | None = 64,
+) -> dict[str, Any]:
+    """Read a JSON object from a small file.
+
+    Args:
+        path: a regular file.
+        limit_bytes: the largest that it may be.
+        name: what it is called in errors.
+        max_depth: as in `loads`.
+
+    Raises:
+        MissingFileError: it is not there.
+        AdapterError: it is too large, a pointer of Git LFS, not sound JSON, or not an object.
+    """
+    data = read_small_file(path, limit_bytes)
+    refuse_lfs_pointer(data, path)
+    return parsed_object(data, name, path=path, max_depth=max_depth)
 
 
 def _refuse_depth(value: Any, max_depth: int) -> None:

@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.contract.registry import Context, Format, Loss
+from loratools_formats.contract.commands import command_on
+from loratools_formats.contract.format import Context, Format, Loss
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta, LowRank
+    from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
     from loratools_formats.core.tensors import TensorRef
 
 CONFIG_FILE = "adapter_config.json"
@@ -27,30 +28,11 @@ WEIGHTS_FILE = "adapters.safetensors"
 _WEIGHTS_OF_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_CONFIG_BYTES = 1 << 20
 _KEY = re.compile(r"(?P<path>[^\s.]+(?:\.[^\s.]+)*)\.(?P<part>lora_a|lora_b|m)")
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings"})
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+\.(.+)")
 
 
 def _folder(path: Path) -> Path:
     return path.parent if path.name == WEIGHTS_FILE else path
-
-
-def _sniff(path: Path) -> bool:
-    folder = _folder(path)
-    if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
-        return False
-    return not any((folder / name).is_file() for name in _WEIGHTS_OF_PEFT)
-
-
-def _read(path: Path) -> Adapter:
-    from loratools_formats.disk.errors import LoratoolsError
-
-    folder = _folder(path)
-    try:
-        return _adapter(folder)
-    except LoratoolsError as error:
-        error.path = error.path or str(folder)
-        raise
 
 
 def _adapter(folder: Path) -> Adapter:
@@ -85,16 +67,10 @@ def _adapter(folder: Path) -> Adapter:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    from loratools_formats.disk import strict_json
     from loratools_formats.disk.errors import AdapterError, UnsupportedError
-    from loratools_formats.disk.files import read_small_file
+    from loratools_formats.disk.strict_json import read_object
 
-    try:
-        values = strict_json.loads(read_small_file(path, _MAX_CONFIG_BYTES), max_depth=64)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
-    if not isinstance(values, dict):
-        raise AdapterError("config is not a JSON object", path=path, got=type(values).__name__)
+    values = read_object(path, _MAX_CONFIG_BYTES)
     kind = values.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise UnsupportedError(
@@ -112,8 +88,8 @@ def _config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: bool) -> Delta:
-    from loratools_formats.core.adapter import Dora
+def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: bool) -> ModuleChange:
+    from loratools_formats.core.adapter import ModuleChange
     from loratools_formats.disk.errors import AdapterError
 
     if "lora_a" not in parts or "lora_b" not in parts or ("m" in parts) != is_dora:
@@ -125,7 +101,7 @@ def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: boo
         )
     direction = _factors(path, parts["lora_a"], parts["lora_b"], scale)
     if not is_dora:
-        return direction
+        return ModuleChange(direction)
     if parts["m"].numel != direction.shape[0]:
         raise AdapterError(
             "magnitude does not fit the module",
@@ -133,10 +109,11 @@ def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: boo
             got=list(parts["m"].shape),
             expected=f"{direction.shape[0]} elements",
         )
-    return Dora(direction, parts["m"])
+    return ModuleChange(direction, parts["m"])
 
 
 def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
+    from loratools_formats.checkpoints.facts import is_embedding
     from loratools_formats.core.adapter import Layer, LowRank
     from loratools_formats.core.factors import check_factor
     from loratools_formats.disk.errors import AdapterError
@@ -145,7 +122,7 @@ def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
         check_factor(tensor, Path(path))
     dims = (len(a.shape), len(b.shape))
     if dims == (2, 2):
-        kind: Any = "embedding" if path.rpartition(".")[2] in _EMBEDDINGS else "linear"
+        kind: Any = "embedding" if is_embedding(path) else "linear"
         return LowRank(a.transposed((1, 0)), b.transposed((1, 0)), scale, Layer(kind))
     if dims == (3, 3):
         return LowRank(a, b, scale, Layer("experts", parameters=(f"{path}.weight",)))
@@ -157,50 +134,17 @@ def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
     )
 
 
-def _losses(adapter: Adapter) -> list[Loss]:
-    from loratools_formats.core.factors import kept_whole
-
-    if adapter.format == "mlx":
-        return [Loss(name, "MLX has no full differences") for name in kept_whole(adapter)]
-    others = [*adapter.additions, *adapter.replacements, *adapter.carried]
-    return [Loss(key, "has no place in an MLX adapter") for key in others]
-
-
-def _from_model(adapter: Adapter, context: Context) -> Adapter:
-    from loratools_formats.core.factors import stored_as
-
-    modules = {name: stored_as(delta, context.dtype) for name, delta in adapter.modules.items()}
-    config = dict(adapter.config)
-    if adapter.format != "mlx":
-        config = {
-            "fine_tune_type": "lora",
-            "num_layers": -1,
-            "lora_parameters": {"dropout": 0.0, "keys": _targets(modules)},
-            "model": adapter.base_model,
-        }
-    return replace(
-        adapter,
-        format="mlx",
-        modules=modules,
-        additions={},
-        replacements={},
-        carried={},
-        config=config,
-    )
-
-
-def _targets(modules: Mapping[str, Delta]) -> list[str]:
+def _targets(modules: Mapping[str, ModuleChange]) -> list[str]:
     """Return what mlx-lm calls the modules: paths within a layer, or whole paths outside."""
     found = ((_LAYER.fullmatch(name), name) for name in modules)
     return sorted({match[1] if match else name for match, name in found})
 
 
 def _stored(adapter: Adapter) -> Iterator[TensorRef]:
-    from loratools_formats.core.adapter import Dora, low_rank_part
     from loratools_formats.disk.errors import UnsupportedError
 
     for name, delta in adapter.modules.items():
-        part = low_rank_part(delta)
+        part = delta.require_factors()
         if part.bias is not None or part.layer.kind == "conv":
             what = "a convolution" if part.layer.kind == "conv" else "a bias of factors"
             raise UnsupportedError(f"an MLX adapter cannot hold {what}", tensor=name)
@@ -210,7 +154,7 @@ def _stored(adapter: Adapter) -> Iterator[TensorRef]:
         else:
             yield part.a.transposed((1, 0)).renamed(f"{name}.lora_a")
             yield part.b.transposed((1, 0)).renamed(f"{name}.lora_b")
-        if isinstance(delta, Dora):
+        if delta.magnitude is not None:
             yield delta.magnitude.reshaped((delta.magnitude.numel,)).renamed(f"{name}.m")
 
 
@@ -220,11 +164,10 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
     Raises:
         UnsupportedError: they do not share them, or only some are DoRA.
     """
-    from loratools_formats.core.adapter import Dora, low_rank_part
     from loratools_formats.disk.errors import UnsupportedError
 
-    parts = [low_rank_part(delta) for delta in adapter.modules.values()]
-    kinds = {isinstance(delta, Dora) for delta in adapter.modules.values()}
+    parts = [delta.require_factors() for delta in adapter.modules.values()]
+    kinds = {delta.is_dora for delta in adapter.modules.values()}
     for what, found in (
         ("rank", {part.rank for part in parts}),
         ("scale", {part.scale for part in parts}),
@@ -235,7 +178,8 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
                 f"mlx-lm loads adapters of one {what} only",
                 path=adapter.source,
                 got=", ".join(map(str, sorted(found))),
-                hint="Make it uniform first: loratools squeeze --uniform",
+                hint="Make it uniform first: "
+                + command_on(adapter, "squeeze", "--energy 1 --uniform", output="uniform"),
             )
     config = dict(adapter.config)
     if parts:
@@ -248,41 +192,87 @@ def _written_config(adapter: Adapter) -> dict[str, Any]:
     return config
 
 
-def _write(adapter: Adapter, path: Path) -> None:
-    from loratools_formats.containers.safetensors_write import write_safetensors
+class Mlx(Format):
+    """Folders as mlx-lm saves and loads them."""
 
-    config = json.dumps(_written_config(adapter), indent=4, ensure_ascii=False)
-    (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    write_safetensors(path / WEIGHTS_FILE, _stored(adapter), adapter.metadata)
+    name = "mlx"
+    description = "MLX adapter folder (adapter_config.json + adapters.safetensors)"
+    suffixes = ("-mlx",)
+    is_folder = True
+    dtypes = ("f32", "f16", "bf16")
+
+    def sniff(self, path: Path) -> bool:
+        """Return whether a folder has MLX's configuration and weights, and none of PEFT's."""
+        folder = _folder(path)
+        if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
+            return False
+        return not any((folder / name).is_file() for name in _WEIGHTS_OF_PEFT)
+
+    def read(self, path: Path) -> Adapter:
+        """Read a folder, or one named by its weight file."""
+        from loratools_formats.disk.errors import LoratoolsError
+
+        folder = _folder(path)
+        try:
+            return _adapter(folder)
+        except LoratoolsError as error:
+            error.path = error.path or str(folder)
+            raise
+
+    def losses(self, adapter: Adapter) -> list[Loss]:
+        """Return what MLX cannot hold."""
+        from loratools_formats.core.factors import kept_whole
+
+        if adapter.format == "mlx":
+            return [Loss(name, "MLX has no full differences") for name in kept_whole(adapter)]
+        return super().losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path) -> None:
+        """Write configuration and weights."""
+        from loratools_formats.containers.safetensors_write import write_safetensors
+
+        config = json.dumps(_written_config(adapter), indent=4, ensure_ascii=False)
+        (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        write_safetensors(path / WEIGHTS_FILE, _stored(adapter), adapter.metadata)
+
+    def weights_nbytes(self, adapter: Adapter) -> int:
+        """Return the size of the weight file that `write` would make."""
+        from loratools_formats.containers.safetensors_write import safetensors_nbytes
+
+        _written_config(adapter)
+        return safetensors_nbytes(_stored(adapter), adapter.metadata)
+
+    def from_model(self, adapter: Adapter, context: Context) -> Adapter:
+        """Make the configuration that mlx-lm asks for; modules keep their names."""
+        from loratools_formats.core.factors import stored_as
+
+        modules = {name: stored_as(delta, context.dtype) for name, delta in adapter.modules.items()}
+        config = dict(adapter.config)
+        if adapter.format != "mlx":
+            config = {
+                "fine_tune_type": "lora",
+                "num_layers": -1,
+                "lora_parameters": {"dropout": 0.0, "keys": _targets(modules)},
+                "model": adapter.base_model,
+            }
+        return replace(
+            adapter,
+            format="mlx",
+            modules=modules,
+            additions={},
+            replacements={},
+            carried={},
+            config=config,
+        )
+
+    def merged_config(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
+        """Return the first configuration, whose keys name the modules of all."""
+        config = dict(adapters[0].config)
+        parameters = dict(config.get("lora_parameters") or {})
+        if "keys" in parameters:
+            names = {name: delta for adapter in adapters for name, delta in adapter.modules.items()}
+            parameters["keys"] = _targets(names)
+        return {**config, "lora_parameters": parameters}
 
 
-def _weights_nbytes(adapter: Adapter) -> int:
-    from loratools_formats.containers.safetensors_write import safetensors_nbytes
-
-    _written_config(adapter)
-    return safetensors_nbytes(_stored(adapter), adapter.metadata)
-
-
-def _merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
-    config = dict(adapters[0].config)
-    parameters = dict(config.get("lora_parameters") or {})
-    if "keys" in parameters:
-        names = {name: delta for adapter in adapters for name, delta in adapter.modules.items()}
-        parameters["keys"] = _targets(names)
-    return {**config, "lora_parameters": parameters}
-
-
-FORMAT = Format(
-    name="mlx",
-    description="MLX adapter folder (adapter_config.json + adapters.safetensors)",
-    suffixes=("-mlx",),
-    is_folder=True,
-    sniff=_sniff,
-    read=_read,
-    losses=_losses,
-    write=_write,
-    weights_nbytes=_weights_nbytes,
-    merged_config=_merged_config,
-    from_model=_from_model,
-    dtypes=("f32", "f16", "bf16"),
-)
+FORMAT = Mlx()

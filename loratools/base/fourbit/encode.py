@@ -26,6 +26,7 @@ from loratools.base.fourbit.tables import (
     four_bit,
     half_values,
 )
+from loratools.work.declared import option
 from loratools_formats.checkpoints.bitsandbytes import BLOCKSIZES, QuantType
 from loratools_formats.disk.errors import AdapterError, OptionError
 
@@ -40,16 +41,16 @@ class FourBitOptions:
 
     Attributes:
         quant_type: the four-bit type.
-        blocksize: elements that share a scale.
-        double_quant: whether scales are quantised too.
+        blocksize: elements that share a scale: a power of two from 32 to 4096.
+        double_quant: quantise the scales too.
 
     Raises:
         OptionError: no such blocksize.
     """
 
-    quant_type: QuantType = "nf4"
-    blocksize: int = 64
-    double_quant: bool = True
+    quant_type: QuantType = option("nf4", heading="Computing")
+    blocksize: int = option(64, heading="Computing")
+    double_quant: bool = option(True, heading="Computing")
 
     def __post_init__(self) -> None:
         if self.blocksize not in BLOCKSIZES:

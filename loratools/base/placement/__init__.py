@@ -14,8 +14,7 @@ from loratools.base.placement.changes import (
     Placement,
     Placements,
     Span,
-    only_bias,
 )
 from loratools.base.placement.place import place
 
-__all__ = ["BiasPlacement", "Placement", "Placements", "Span", "only_bias", "place"]
+__all__ = ["BiasPlacement", "Placement", "Placements", "Span", "place"]

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from loratools_formats.core.adapter import Delta, LowRank, Replacement
-from loratools_formats.core.tensors import TensorRef, in_memory
+from loratools_formats.core.adapter import ModuleChange, Replacement
+from loratools_formats.core.tensors import TensorRef
 
 Span = tuple[int, int]
 
@@ -30,7 +28,7 @@ class Placement:
 
     key: str
     module: str
-    delta: Delta
+    delta: ModuleChange
     transposed: bool
     plane: int | None = None
     expert: int | None = None
@@ -40,19 +38,23 @@ class Placement:
 
 @dataclass(frozen=True)
 class BiasPlacement:
-    """A bias of factors (`lora_bias`), scale · bias, that a base bias is increased by."""
+    """What is added to a base bias or a norm: scale · bias.
+
+    Attributes:
+        key: the base tensor.
+        module: the adapter's module, for messages.
+        bias: (out,).
+        scale: the number that multiplies it.
+        outputs: which elements of the base tensor it changes, in order; empty for all.
+        rows: which elements of `bias` go there, in order; empty for all.
+    """
 
     key: str
     module: str
-    delta: Delta
+    bias: TensorRef
+    scale: float = 1.0
     outputs: tuple[Span, ...] = ()
     rows: tuple[Span, ...] = ()
-
-
-def only_bias(bias: TensorRef, scale: float = 1.0) -> LowRank:
-    """Return factors that do nothing but add scale · bias."""
-    a, b = (in_memory(bias.key, np.zeros(shape)) for shape in ((1, 1), (bias.numel, 1)))
-    return LowRank(a, b, scale, bias=bias)
 
 
 @dataclass(frozen=True)

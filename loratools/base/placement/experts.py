@@ -11,14 +11,14 @@ from loratools.base.placement.changes import Placement
 from loratools.base.placement.fused import joined_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
-from loratools_formats.core.adapter import Delta, LowRank, low_rank_part
+from loratools_formats.core.adapter import LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _PIECES = {"gate_up_proj": ("gate_proj", "up_proj")}
 _STACK = re.compile(r"(?P<stack>.*\bexperts)\.(?P<leaf>[a-z0-9_]+)")
 
 
-def expert_placements(names: Names, module: str, delta: Delta) -> list[Placement]:
+def expert_placements(names: Names, module: str, delta: ModuleChange) -> list[Placement]:
     """Return where the change of a parameter goes; empty if the base has none of its candidates.
 
     Args:
@@ -30,7 +30,7 @@ def expert_placements(names: Names, module: str, delta: Delta) -> list[Placement
         AdapterError: no candidate has a fitting shape.
         UnsupportedError: several have.
     """
-    part = low_rank_part(delta)
+    part = delta.require_factors()
     fitting: dict[str, list[Placement]] = {}
     misfit: AdapterError | None = None
     for parameter in part.layer.parameters:
@@ -57,24 +57,24 @@ def expert_placements(names: Names, module: str, delta: Delta) -> list[Placement
     return []
 
 
-def _stacked(names: Names, module: str, parameter: str, delta: Delta) -> list[Placement]:
+def _stacked(names: Names, module: str, parameter: str, delta: ModuleChange) -> list[Placement]:
     key = names.find(parameter)
     if key is None:
         return []
-    part = low_rank_part(delta)
+    part = delta.require_factors()
     shape = names.shape(key)
     crossed = whole_is_transposed(names, parameter, part, shape)
     only = 0 if part.layer.kind != "experts" and len(shape) == 3 else None
     return [Placement(key, module, delta, crossed, plane=only)]
 
 
-def _per_expert(names: Names, module: str, parameter: str, delta: Delta) -> list[Placement]:
+def _per_expert(names: Names, module: str, parameter: str, delta: ModuleChange) -> list[Placement]:
     match = _STACK.fullmatch(names.spelling(parameter))
     if match is None:
         return []
     stack, leaf = match["stack"], match["leaf"]
     leaves = _PIECES.get(leaf, (leaf,))
-    part = low_rank_part(delta)
+    part = delta.require_factors()
     rows = []
     for expert in range(part.experts):
         keys = [names.find(f"{stack}.{expert}.{piece}.weight") for piece in leaves]
@@ -104,9 +104,9 @@ def _check_complete(
 
 
 def _one_expert(
-    names: Names, module: str, parameter: str, delta: Delta, expert: int, keys: list[str]
+    names: Names, module: str, parameter: str, delta: ModuleChange, expert: int, keys: list[str]
 ) -> list[Placement]:
-    part = low_rank_part(delta)
+    part = delta.require_factors()
     shapes = [names.shape(key) for key in keys]
     if len({shape[1:] for shape in shapes}) != 1 or len(shapes[0]) != 2:
         raise AdapterError(

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from loratools.base.placement import rules
 from loratools.base.placement.names import Names
-from loratools_formats.checkpoints.facts import CONV1D_TYPES, named_conv1d
-from loratools_formats.core.adapter import LowRank, OtherDelta
-from loratools_formats.core.orientation import is_transposed
+from loratools_formats.checkpoints.facts import CONV1D_TYPES
+from loratools_formats.core.adapter import KindDelta, LowRank
+from loratools_formats.core.orientation import is_transposed, named_conv1d
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
 def whole_is_transposed(
-    names: Names, module: str, delta: LowRank | OtherDelta, shape: tuple[int, ...]
+    names: Names, module: str, delta: LowRank | KindDelta, shape: tuple[int, ...]
 ) -> bool:
     """Return whether a tensor that is all of a module's weight is stored as (in, out).
 
@@ -45,7 +45,7 @@ def whole_is_transposed(
 def cut_is_transposed(
     names: Names,
     module: str,
-    delta: LowRank | OtherDelta,
+    delta: LowRank | KindDelta,
     shape: tuple[int, ...],
     *,
     stacked: bool = False,

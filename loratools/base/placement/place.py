@@ -9,7 +9,6 @@ from loratools.base.placement.changes import (
     Placement,
     Placements,
     Span,
-    only_bias,
 )
 from loratools.base.placement.experts import expert_placements
 from loratools.base.placement.fused import joined_spans, part_spans
@@ -19,7 +18,8 @@ from loratools.base.placement.replacing import place_replacements
 from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import settle
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Delta, LowRank, low_rank_part
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, printable
 
 _LISTED = 4
@@ -50,8 +50,9 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
                 missing.append(module)
                 continue
             deltas += placed
-        if low_rank_part(delta).bias is not None:
-            biases += _bias_placements(names, module, delta)
+        part = delta.require_factors()
+        if part.bias is not None:
+            biases += _bias_placements(names, module, part, part.bias)
     biases += _additions(names, adapter, missing)
     if missing:
         raise _unmatched(names, missing)
@@ -65,8 +66,8 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
     )
 
 
-def _placements(names: Names, module: str, delta: Delta) -> list[Placement]:
-    part = low_rank_part(delta)
+def _placements(names: Names, module: str, delta: ModuleChange) -> list[Placement]:
+    part = delta.require_factors()
     if part.layer.parameters:
         return expert_placements(names, module, delta)
     found = sites(names, module, "weight")
@@ -78,9 +79,9 @@ def _placements(names: Names, module: str, delta: Delta) -> list[Placement]:
 
 
 def _placement(
-    names: Names, module: str, delta: Delta, site: Site, share: tuple[Span, ...]
+    names: Names, module: str, delta: ModuleChange, site: Site, share: tuple[Span, ...]
 ) -> Placement:
-    part = low_rank_part(delta)
+    part = delta.require_factors()
     out, in_ = part.shape
     shape = names.shape(site.key)
     if site.plane is not None:
@@ -127,8 +128,10 @@ def _share_spans(
     return [(span,) for span in joined_spans(sizes)]
 
 
-def _bias_placements(names: Names, module: str, delta: Delta) -> list[BiasPlacement]:
-    out, in_ = low_rank_part(delta).shape
+def _bias_placements(
+    names: Names, module: str, part: LowRank, bias: TensorRef
+) -> list[BiasPlacement]:
+    out, in_ = part.shape
     found = sites(names, module, "bias")
     if not found:
         raise AdapterError(
@@ -142,9 +145,8 @@ def _bias_placements(names: Names, module: str, delta: Delta) -> list[BiasPlacem
     placed = []
     for site, size, span in zip(found, sizes, joined_spans(sizes), strict=True):
         outputs = () if site.part is None else part_spans(names, site.part, size)
-        placed.append(
-            BiasPlacement(site.key, module, delta, outputs, rows=(span,) if shared else ())
-        )
+        rows = (span,) if shared else ()
+        placed.append(BiasPlacement(site.key, module, bias, part.scale, outputs, rows))
     here = sum(
         sum(stop - start for start, stop in p.outputs) or size
         for p, size in zip(placed, sizes, strict=True)
@@ -155,7 +157,7 @@ def _bias_placements(names: Names, module: str, delta: Delta) -> list[BiasPlacem
 
 
 def _additions(names: Names, adapter: Adapter, missing: list[str]) -> list[BiasPlacement]:
-    """Return what is added to biases and norms as biases of factors that do nothing else."""
+    """Return what is added to biases and norms."""
     placed = []
     for addition in adapter.additions.values():
         stored = names.base.tensors.get(addition.target)
@@ -169,7 +171,7 @@ def _additions(names: Names, adapter: Adapter, missing: list[str]) -> list[BiasP
                 got=list(addition.tensor.shape),
                 expected=f"{list(stored.shape)} of {addition.target}",
             )
-        placed.append(BiasPlacement(addition.target, addition.target, only_bias(addition.tensor)))
+        placed.append(BiasPlacement(addition.target, addition.target, addition.tensor))
     return placed
 
 

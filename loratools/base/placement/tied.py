@@ -16,7 +16,7 @@ from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
 from loratools_formats.checkpoints.facts import HEAD_BIASES
-from loratools_formats.core.adapter import Adapter, LowRank, Replacement, low_rank_part
+from loratools_formats.core.adapter import Adapter, LowRank, Replacement
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -124,7 +124,9 @@ def _same_deltas(adapter: Adapter, embedding: _End, head: _End) -> bool:
     if not embedding.modules or not head.modules:
         return not (embedding.modules or head.modules)
     one, other = adapter.modules[embedding.modules[0]], adapter.modules[head.modules[0]]
-    return isinstance(one, LowRank) and isinstance(other, LowRank) and _is_mirrored(one, other)
+    if "dora" in (one.kind, other.kind) or one.factors is None or other.factors is None:
+        return False
+    return _is_mirrored(one.factors, other.factors)
 
 
 def _is_mirrored(embedding: LowRank, head: LowRank) -> bool:
@@ -245,5 +247,5 @@ def _placement(
     shape = names.tensors[tie.embedding].shape
     if wholes:
         shape = adapter.replacements[wholes[0]].tensor.shape
-    crossed = whole_is_transposed(names, module, low_rank_part(delta), shape)
+    crossed = whole_is_transposed(names, module, delta.require_factors(), shape)
     return Placement(key, module, delta, crossed)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from loratools.algebra import linalg
-from loratools.factors.matrices import loaded
-from loratools.work.parallel import in_order
-from loratools_formats.contract.registry import read_adapter
-from loratools_formats.core.adapter import Adapter, Delta, Dora, OtherDelta, low_rank_part
+from loratools.lowrank.matrices import loaded
+from loratools.work.parallel import in_order, usable_cores
+from loratools_formats.contract.files import read_adapter
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError
 
@@ -58,7 +58,7 @@ def compared(
     format_name: str,
     source: Adapter,
     *,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionCheck:
     """Read a written output and compare everything in it with what was intended.
@@ -68,7 +68,7 @@ def compared(
         path: the output.
         format_name: its format.
         source: the input, whose keys are those that a user knows.
-        workers: threads over modules.
+        workers: threads over modules, the usable cores by default.
         progress: called with (modules compared, modules in all).
 
     Raises:
@@ -86,12 +86,12 @@ def compared(
         return _residual(name, exact.modules[name], written.modules[name], source)
 
     found: list[tuple[float, float]] = []
-    for squares in in_order(one, names, workers):
+    for squares in in_order(one, names, workers or usable_cores()):
         found.append(squares)
         if progress is not None:
             progress(len(found), len(names))
     modules = [
-        ModuleError(name, rank_of(written.modules[name]), _ratio(*squares))
+        ModuleError(name, written.modules[name].rank, _ratio(*squares))
         for name, squares in zip(names, found, strict=True)
     ]
     pairs = [
@@ -109,11 +109,6 @@ def compared(
     )
 
 
-def rank_of(delta: Delta) -> int | None:
-    """Return a delta's rank, None for a kind without factors."""
-    return None if isinstance(delta, OtherDelta) else low_rank_part(delta).rank
-
-
 def _same_names(path: Path, wanted: set[str], found: set[str]) -> None:
     different = sorted(wanted ^ found)
     if different:
@@ -121,7 +116,9 @@ def _same_names(path: Path, wanted: set[str], found: set[str]) -> None:
         raise OutputError(f"the written file {kind} a part", path=path, tensor=different[0])
 
 
-def _others(name: str, mine: Delta, theirs: Delta) -> list[tuple[TensorRef, TensorRef]]:
+def _others(
+    name: str, mine: ModuleChange, theirs: ModuleChange
+) -> list[tuple[TensorRef, TensorRef]]:
     """Return pairs of tensors that are no factors: biases, magnitudes, those of other kinds."""
     first, second = _beside_factors(mine), _beside_factors(theirs)
     if set(first) != set(second):
@@ -134,26 +131,27 @@ def _others(name: str, mine: Delta, theirs: Delta) -> list[tuple[TensorRef, Tens
     return [(tensor, second[part]) for part, tensor in first.items()]
 
 
-def _beside_factors(delta: Delta) -> dict[str, TensorRef]:
-    named: dict[str, TensorRef | None]
-    if isinstance(delta, OtherDelta):
-        named = {**delta.parts, "magnitude": delta.magnitude, "bias": delta.bias}
-    elif isinstance(delta, Dora):
-        named = {"magnitude": delta.magnitude, "bias": delta.direction.bias}
-    else:
-        named = {"bias": delta.bias}
+def _beside_factors(delta: ModuleChange) -> dict[str, TensorRef]:
+    other = delta.kind_delta
+    named = {
+        **({} if other is None else other.parts),
+        "magnitude": delta.magnitude,
+        "bias": delta.direction.bias,
+    }
     return {part: tensor for part, tensor in named.items() if tensor is not None}
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _residual(name: str, mine: Delta, theirs: Delta, source: Adapter) -> tuple[float, float]:
+def _residual(
+    name: str, mine: ModuleChange, theirs: ModuleChange, source: Adapter
+) -> tuple[float, float]:
     """Return (‖ΔW − ΔW'‖², ‖ΔW‖²) of one module; zeros for a kind without factors."""
-    if isinstance(mine, OtherDelta) or isinstance(theirs, OtherDelta):
+    first, second = mine.factors, theirs.factors
+    if first is None or second is None:
         if _settled(mine) != _settled(theirs):
             raise OutputError("the written module is of another kind or scale", tensor=name)
         return 0.0, 0.0
-    first, second = low_rank_part(mine), low_rank_part(theirs)
-    same_kind = isinstance(mine, Dora) == isinstance(theirs, Dora)
+    same_kind = mine.is_dora == theirs.is_dora
     if (first.shape, first.experts) != (second.shape, second.experts) or not same_kind:
         raise OutputError(
             "the written module is another",
@@ -187,14 +185,13 @@ def _multiple(new: Array, old: Array) -> float:
     if new.shape != old.shape or not len(places):
         return math.nan
     ratio = float(new.flat[places[0]]) / float(old.flat[places[0]])
-    same = abs(math.frexp(ratio)[0]) == 0.5 and np.array_equal(new, old * ratio)
+    same = linalg.is_power_of_two(ratio) and np.array_equal(new, old * ratio)
     return ratio if same else math.nan
 
 
-def _settled(delta: Delta) -> object:
-    if not isinstance(delta, OtherDelta):
-        return None
-    return delta.kind, dict(delta.settings), delta.shape
+def _settled(delta: ModuleChange) -> object:
+    other = delta.kind_delta
+    return None if other is None else (other.kind, dict(other.settings), other.shape)
 
 
 def _not_finite(source: Adapter) -> AdapterError:

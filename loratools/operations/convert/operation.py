@@ -15,25 +15,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.base.repeated import stored_in, without_repeated
-from loratools.factors.rescale import folded
-from loratools.factors.true_rank import of_true_rank
+from loratools.lowrank.rescale import folded
+from loratools.lowrank.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
 from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
 from loratools.operations.convert.compare_written import ConversionCheck, compared
+from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
-from loratools_formats.contract.registry import (
-    Context,
-    Format,
-    Loss,
-    get_format,
-    write_adapter,
-)
+from loratools.work.spellings import dtype as dtype_name
+from loratools.work.spellings import key_value
+from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.format import Context, Format, Loss
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.factors import stored_as
+from loratools_formats.core.metadata import without_training_data
 from loratools_formats.disk.errors import OptionError, UnsupportedError
-from loratools_formats.formats.singlefile.metadata import without_training_data
-from loratools_formats.formats.singlefile.write import SINGLE_FILES
 
 
 @dataclass(frozen=True)
@@ -58,25 +56,64 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert to.
+
+    Attributes:
+        to: format to write; by default found from the output's name.
+        dtype: type of the factors in the output: f32, f16 or bf16, or q8_0 in a GGUF file.
+        set_: text to add to the output's metadata.
+        keep_alpha: leave scales beside factors, as they are.
+        fold_alpha: move scales into factors even if that rounds.
+        allow_lossy: leave out what the format cannot hold.
+
+    Raises:
+        OptionError: scales are to be kept and moved.
+    """
+
+    to: str | None = option(None, heading="Output", metavar="FORMAT")
+    dtype: str | None = option(
+        None, heading="Computing", aliases=("--outtype",), metavar="DTYPE", parse=dtype_name
+    )
+    set_: tuple[tuple[str, str], ...] = option(
+        (), heading="Output", aliases=("--metadata",), metavar="KEY=VALUE", parse=key_value
+    )
+    keep_alpha: bool = option(False, heading="Computing")
+    fold_alpha: bool = option(False, heading="Computing")
+    allow_lossy: bool = option(False, heading="Output")
+
+    def __post_init__(self) -> None:
+        if self.keep_alpha and self.fold_alpha:
+            raise OptionError("`keep_alpha` and `fold_alpha` exclude each other")
+
+    @property
+    def alpha(self) -> Literal["exact", "fold", "keep"]:
+        """What becomes of scales, as `SingleFileOptions` says it."""
+        return "keep" if self.keep_alpha else "fold" if self.fold_alpha else "exact"
+
+
+@dataclass(frozen=True)
 class SingleFileOptions:
     """How to write or read single-file adapters, whose names need resolving.
 
     Attributes:
-        names: a bundled table of names, or the path of a user's.
+        names: names of an architecture in single files: sd1, sdxl, flux1, wan2, qwen_image,
+            z_image, or a FILE.toml of yours.
         names_from: an adapter whose dotted names resolve flattened ones.
-        component: what part of a pipeline paths without a component are of, or which part to take.
+        component: part of a pipeline that names without one are of, or that is to be taken.
         alpha: what becomes of scales: moved into the factors where that is `exact`, or always
             (`fold`), or never (`keep`).
         as_it_is: whether keys and scales stay as they are, since the naming does.
-        strip_training_metadata: whether metadata about the training data is left out.
+        strip_training_metadata: leave out what the metadata of single files tells about the
+            training data.
     """
 
-    names: str | None = None
-    names_from: Path | None = None
-    component: str | None = None
+    names: str | None = option(None, heading="Input", metavar="TABLE")
+    names_from: Path | None = option(None, heading="Input")
+    component: str | None = option(None, heading="Input", metavar="NAME")
     alpha: Literal["exact", "fold", "keep"] = "exact"
     as_it_is: bool = False
-    strip_training_metadata: bool = False
+    strip_training_metadata: bool = option(False, heading="Output")
 
     def record(self) -> dict[str, Any]:
         """Return what is set, for an output's provenance."""
@@ -111,19 +148,23 @@ def prepare(
 
     Raises:
         UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
-        OptionError: a type or base model was given that neither format has a use for.
+        OptionError: a type was given that the format is not written in.
         AdapterError: names that nothing resolves, or values that are not finite where they matter.
     """
     context, single = context or Context(), single or SingleFileOptions()
     target = get_format(format_name)
-    if target.write is None or target.losses is None:
+    if not target.is_writable:
         raise UnsupportedError(f"format {target.name} can be read but not written")
     if context.dtype is not None and context.dtype not in target.dtypes:
         raise OptionError(
             f"format {target.name} is not written in this type",
             got=context.dtype,
-            expected=" or ".join(target.dtypes) or "no --outtype",
+            expected=" or ".join(target.dtypes) or "`dtype` to be left out",
         )
+    unused: tuple[str, ...] = ()
+    if context.base is not None and not _uses_base(get_format(adapter.format), target):
+        unused = (f"converting {adapter.format} to {target.name} needs no base model",)
+        context = replace(context, base=None)
     _require_true_delta(adapter, target)
     model = _in_model_terms(adapter, target, context)
     if target.name == "gguf" and context.base is not None and model.replacements:
@@ -141,9 +182,9 @@ def prepare(
         raise UnsupportedError(
             f"{losses[0].name} {losses[0].reason}{others}",
             path=adapter.source,
-            hint=f"{losses[0].remedy}, or pass --allow-lossy to leave such things out"
+            hint=f"{losses[0].remedy}, or pass `allow_lossy=True` to leave such things out"
             if losses[0].remedy
-            else "Pass --allow-lossy to leave such things out",
+            else "Pass `allow_lossy=True` to leave such things out",
         )
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
@@ -161,13 +202,13 @@ def prepare(
         provenance=record,
         metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
     )
-    notes = (*_notes(adapter, made, target), *named.notes)
+    notes = (*unused, *_notes(adapter, made, target), *named.notes)
     return Conversion(adapter, made, exact, target, losses, notes)
 
 
 def _lost_by_any_name(adapter: Adapter, target: Format) -> list[Loss]:
     """Return the modules that a single file cannot hold, which may not come apart either."""
-    if target.name not in SINGLE_FILES or target.losses is None:
+    if target.naming is None:
         return []
     return [loss for loss in target.losses(adapter) if loss.name in adapter.modules]
 
@@ -183,9 +224,8 @@ def _translated(
     if single.as_it_is:
         stored = {name: stored_as(delta, context.dtype) for name, delta in model.modules.items()}
         return model, replace(model, modules=stored)
-    from_model = target.from_model or _as_it_is(target)
     unrounded = replace(model, modules={**model.modules, **named.exact})
-    exact = from_model(unrounded, replace(context, dtype=None))
+    exact = target.from_model(unrounded, replace(context, dtype=None))
     keep = single.alpha == "keep"
     changed = {
         name: of_true_rank(model.modules[name], keep_scale=keep)
@@ -193,21 +233,21 @@ def _translated(
         if name in named.split
     }
     wanted = replace(model, modules={**model.modules, **changed}) if changed else model
-    if target.name in SINGLE_FILES and not keep:
+    if target.naming is not None and not keep:
         rounding = single.alpha == "fold"
         modules = {n: folded(delta, rounding=rounding) for n, delta in wanted.modules.items()}
         wanted = replace(wanted, modules=modules)
     if context.dtype is None and wanted is model and not named.exact:
         return exact, exact
-    return exact, from_model(wanted, context)
+    return exact, target.from_model(wanted, context)
 
 
 def _named(
     adapter: Adapter, target: Format, context: Context, single: SingleFileOptions
 ) -> Renamed:
     """Return the adapter under the names of the target, if single files take part."""
-    naming = next((name for name in SINGLE_FILES if name == target.name), None)
-    if single.as_it_is or (naming is None and adapter.format not in SINGLE_FILES):
+    naming = target.naming
+    if single.as_it_is or (naming is None and get_format(adapter.format).naming is None):
         return Renamed(adapter)
     dotted: list[str] = []
     if context.base is not None and naming is not None:
@@ -226,17 +266,13 @@ def _require_true_delta(adapter: Adapter, target: Format) -> None:
 
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
     source = get_format(adapter.format)
-    has_use = (source.to_model, target.to_model) != (None, None) and source.name != target.name
-    has_use |= source.name in SINGLE_FILES or target.name in SINGLE_FILES
-    if context.base is not None and not has_use:
-        raise OptionError(f"converting {source.name} to {target.name} needs no base model")
-    if source.name == target.name or source.to_model is None:
-        return adapter
-    return source.to_model(adapter, context)
+    return adapter if source.name == target.name else source.to_model(adapter, context)
 
 
-def _as_it_is(target: Format) -> Callable[[Adapter, Context], Adapter]:
-    return lambda adapter, _: replace(adapter, format=target.name)
+def _uses_base(source: Format, target: Format) -> bool:
+    """Return whether a base model has a part in a conversion between two formats."""
+    is_other = source.name != target.name
+    return (source.uses_base or target.uses_base) and (is_other or target.naming is not None)
 
 
 def _notes(adapter: Adapter, made: Adapter, target: Format) -> tuple[str, ...]:

@@ -15,16 +15,28 @@ from pathlib import Path
 
 from loratools.algebra.ranks import RankRule, as_options
 from loratools.base.dequantised import plain
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.pairs import Comparison, Pair
 from loratools.operations.to_lora import FoldChoices, FoldResult, fold_choices, to_lora
-from loratools.work.parallel import in_order
-from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.declared import option
+from loratools.work.parallel import in_order, usable_cores
+from loratools.work.provenance import operation_record
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Delta
+from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.formats.peft.keys import replaced_name
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the base model is named in what is written.
+
+    Attributes:
+        base_name: name to record as the base model's.
+    """
+
+    base_name: str | None = option(None, heading="Output", metavar="NAME")
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ def difference(
     selection: Selection | None = None,
     *,
     base_name: str | None = None,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> Difference:
     """Compare two checkpoints.
 
@@ -59,7 +71,7 @@ def difference(
         tuned: after.
         selection: modules to take; others that changed are left out and listed.
         base_name: what to record as the base model; by default what its configuration says.
-        workers: threads over tensors.
+        workers: threads over tensors, the usable cores by default.
 
     Raises:
         AdapterError: a tensor is in only one of the two, or of another shape, or nothing changed.
@@ -68,7 +80,7 @@ def difference(
     selection = selection or Selection()
     comparison = Comparison(plain(base).checkpoint, plain(tuned).checkpoint)
     pairs = comparison.pairs()
-    changed = in_order(lambda pair: pair.differs(), pairs, workers)
+    changed = in_order(lambda pair: pair.differs(), pairs, workers or usable_cores())
     differing = [pair for pair, differs in zip(pairs, changed, strict=True) if differs]
     unchanged = len(pairs) - len(differing)
     skipped = [pair.key for pair in differing if pair.module not in selection]
@@ -110,7 +122,7 @@ def difference(
     return Difference(adapter, unchanged, tuple(skipped), tuple(comparison.notes))
 
 
-def _deltas(pairs: Iterable[Pair]) -> dict[str, Delta]:
+def _deltas(pairs: Iterable[Pair]) -> dict[str, ModuleChange]:
     """Return the differences by the names that PEFT gives them.
 
     The changes of one module's parameters nest, the one that is declared first innermost.
@@ -152,17 +164,17 @@ def extract(
         AdapterError: NaN or infinite values.
     """
     options = options or ComputeOptions()
-    result = to_lora(found.adapter, rule, options, scratch_folder=scratch_folder, progress=progress)
     parameters = {"rule": as_options(rule), **options.record(), "seed": options.seed}
-    record = operation_record("extract", {}, parameters, base, tuned)
     files = {"base": base.files, "tuned": tuned.files}
-    adapter = replace(
-        result.adapter,
-        metadata=record_metadata(record),
-        provenance=record,
-        other_inputs={role: tuple(f.file for f in shards) for role, shards in files.items()},
+    other_inputs = {role: tuple(f.file for f in shards) for role, shards in files.items()}
+    return to_lora(
+        replace(found.adapter, other_inputs=other_inputs),
+        rule,
+        options,
+        record=lambda: operation_record("extract", {}, parameters, base, tuned),
+        scratch_folder=scratch_folder,
+        progress=progress,
     )
-    return replace(result, adapter=adapter)
 
 
 def extract_choices(found: Difference, options: ComputeOptions | None = None) -> FoldChoices:

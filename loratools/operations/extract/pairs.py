@@ -22,10 +22,10 @@ from loratools_formats.checkpoints.facts import (
     head_of,
     is_conv1d,
     is_embedding,
-    named_conv1d,
 )
-from loratools_formats.core.adapter import Delta, Layer, OtherDelta, Replacement
+from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange, Replacement
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.orientation import named_conv1d
 from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -57,7 +57,7 @@ class Pair:
     use: Literal["layer", "whole", "none"]
     layer: Layer = _LINEAR
     crossed: bool = False
-    hint: str = "Leave its module out with --exclude"
+    hint: str = "Leave its module out with `exclude`"
 
     @property
     def module(self) -> str:
@@ -80,12 +80,12 @@ class Pair:
             return Replacement("embedding", self.key, self.new)
         return Replacement("bias" if leaf == "bias" else "other", self.key, self.new)
 
-    def delta(self) -> OtherDelta:
+    def delta(self) -> ModuleChange:
         """Return the difference, computed when it is read."""
         source = _DifferenceSource(self.old, self.new)
         diff = in_file(self.key, DTYPES["F64"], self.new.shape, source, 0)
         settings = {"scale": 1.0, "crossed": self.crossed}
-        return OtherDelta("full", {"diff": diff}, settings, self.layer)
+        return ModuleChange(KindDelta("full", {"diff": diff}, settings, self.layer))
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Comparison:
         types = set(self._names.types_of(key))
         crossed = bool(types & rules.TRANSPOSED_EXPERTS)
         if not crossed and not types & rules.STRAIGHT_EXPERTS:
-            hint = "The model type does not tell how experts lie; leave them out with --exclude"
+            hint = "The model type does not tell how experts lie; leave them out with `exclude`"
             return Pair(key, old, new, "none", hint=hint)
         layer = Layer("experts", parameters=(key,), transposed_if_square=crossed)
         return Pair(key, old, new, "layer", layer, crossed)
@@ -246,15 +246,13 @@ class Comparison:
                 hint="Give the folder with the base's config.json",
             )
 
-    def config(self, modules: Mapping[str, Delta], base_name: str | None) -> dict[str, Any]:
+    def config(self, modules: Mapping[str, ModuleChange], base_name: str | None) -> dict[str, Any]:
         """Return a PEFT configuration; ranks and scales are the writer's."""
         classes = self.base.config.get("architectures")
         causal = isinstance(classes, list) and any(
             isinstance(name, str) and name.endswith("ForCausalLM") for name in classes
         )
-        layers = {
-            name: delta.layer for name, delta in modules.items() if isinstance(delta, OtherDelta)
-        }
+        layers = {name: delta.layer for name, delta in modules.items()}
         parameters = sorted({name for layer in layers.values() for name in layer.parameters})
         return {
             "peft_type": "LORA",

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from loratools.operations.fuse.blocks import Patch
 from loratools.operations.fuse.terms import Change
-from loratools_formats.core.adapter import Adapter, OtherDelta, Replacement
+from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
+
+_MERGE_FIRST = "Merge them first: loratools merge ADAPTER ADAPTER --replacements first -o merged"
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,11 @@ def with_replaced_rows(adapter: Adapter) -> Adapter:
     """
     rows = {
         values.key: Replacement(
-            "token_rows", f"{name}.weight", values, tuple(delta.settings["rows"])
+            "token_rows", f"{name}.weight", values, tuple(delta.kind_delta.settings["rows"])
         )
         for name, delta in adapter.modules.items()
-        if isinstance(delta, OtherDelta) and delta.kind == "token_rows"
-        for values in delta.parts.values()
+        if delta.kind_delta is not None and delta.kind == "token_rows"
+        for values in delta.kind_delta.parts.values()
     }
     targets = {replacement.target for replacement in rows.values()}
     modules = {name: d for name, d in adapter.modules.items() if f"{name}.weight" not in targets}
@@ -105,7 +107,7 @@ def replace_values(
         raise AdapterError(
             f"{draft.replaced_by.name} and {item.name} replace the same tensor by different ones",
             tensor=key,
-            hint="Merge them first: loratools merge --replacements",
+            hint=_MERGE_FIRST,
         )
     draft.source, draft.replaced_by = tensor, draft.replaced_by or item
 
@@ -130,7 +132,7 @@ def _refuse_other_rows(patch: Patch, replacement: Replacement, item: FuseInput) 
                 f"{item.name} and an adapter before it replace the same row by different ones",
                 tensor=replacement.target,
                 got=f"row {row}",
-                hint="Merge them first: loratools merge --replacements",
+                hint=_MERGE_FIRST,
             )
 
 

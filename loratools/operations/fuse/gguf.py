@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from loratools.algebra.device import Device, DeviceName
+from loratools.algebra.device import Computing, Device
 from loratools.operations.fuse.blocks import fused_blocks
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf_changes import gguf_changes
@@ -27,16 +27,18 @@ from loratools.operations.fuse.operation import FusePreview, FuseResult, refuse_
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor, not_finite
 from loratools.operations.fuse.terms import Change, View, load_terms, stacked
+from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record
+from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.containers.gguf.container import GgufTensor
 from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
 from loratools_formats.containers.gguf.model import ModelLayout, plain
 from loratools_formats.containers.gguf.splits import GgufModel
-from loratools_formats.contract.registry import check_target
+from loratools_formats.contract.files import check_target
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.disk.errors import OutputExistsError
+from loratools_formats.disk.errors import OptionError, OutputExistsError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_file, resolved
 
@@ -46,22 +48,28 @@ _ENCODED = frozenset(name.upper() for name in get_args(Outtype)[1:])
 
 
 @dataclass(frozen=True)
-class GgufFuseOptions:
+class GgufFuseOptions(Computing):
     """How to fuse into a GGUF model.
 
     Attributes:
         outtype: type of the tensors that change; `keep` leaves each its own.
-        fallback: type where that cannot be written; F16 where this cannot either.
-        workers: threads over tensors.
-        device: where products are computed.
+        fallback: type of changed tensors whose own cannot be written, such as Q4_K: f16 by
+            default, or q8_0. Rows that do not fit q8_0 become f16.
         allow_lossy: write even if less than half of the change survives quantising.
+
+    Raises:
+        OptionError: no such type, or the number of threads is out of range.
     """
 
     outtype: Outtype = "keep"
-    fallback: Fallback = "f16"
-    workers: int = 2
-    device: DeviceName = "cpu"
+    fallback: Fallback | None = option(None, heading="Computing", parse=dtype_name)
     allow_lossy: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outtype not in get_args(Outtype):
+            expected = " or ".join(get_args(Outtype))
+            raise OptionError("no such type", got=self.outtype, expected=expected)
 
 
 class GgufFusion:
@@ -139,7 +147,7 @@ class GgufFusion:
                 reports,
                 self.base.path,
                 what="quantised types",
-                hint="Choose a wider --outtype such as f16, or pass --allow-lossy",
+                hint="Choose a wider `dtype` such as f16, or pass `allow_lossy=True`",
                 allow_lossy=self.options.allow_lossy,
             )
             self.layout.check_written(temporary)
@@ -187,7 +195,7 @@ class GgufFusion:
             {
                 "weights": weights,
                 "outtype": self.options.outtype,
-                "fallback": self.options.fallback,
+                "fallback": self.options.fallback or "f16",
             },
         )
         record["inputs"][:0] = [
@@ -290,7 +298,7 @@ def _wanted(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
 
 def _kind(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
     """Return the type to store a changed tensor in: the first that can be written."""
-    for kind in (_wanted(tensor, options), BY_NAME[options.fallback.upper()]):
+    for kind in (_wanted(tensor, options), BY_NAME[(options.fallback or "f16").upper()]):
         if kind.name in _ENCODED and tensor.shape[-1] % kind.block == 0:
             return kind
     return BY_NAME["F16"]

@@ -10,35 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
 from loratools.base.placement import Placement
-from loratools.base.repeated import stored_in_gguf, without_repeated
+from loratools.base.repeated import stored_in, without_repeated
 from loratools.base.weights import Piece, Place
 from loratools.kinds import get_kind
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import ready
-from loratools.operations.fuse.streamed import StreamedPlacement, streamable
+from loratools.operations.fuse.streamed import StreamedPlacement, refuse_unstreamable
 from loratools.operations.fuse.terms import Change
 from loratools_formats.containers.gguf.model import plain
 from loratools_formats.containers.gguf.splits import GgufModel
-from loratools_formats.contract.registry import Context, get_format
-from loratools_formats.core.adapter import (
-    Adapter,
-    Delta,
-    Dora,
-    Layer,
-    LowRank,
-    OtherDelta,
-    low_rank_part,
-)
+from loratools_formats.contract.format import Context
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
-from loratools_formats.formats.gguf.base import base_of_gguf
-from loratools_formats.formats.gguf.from_model import OUTPUT, check_shape, refuse_tied, rows_in_gguf
 
 
 def gguf_changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
@@ -51,21 +41,19 @@ def gguf_changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
     """
     placements: list[Placement | StreamedPlacement] = []
     adapter = _in_model_terms(ready(item.adapter, None), base)
-    by_rows = {n: d for n, d in adapter.modules.items() if isinstance(d, Dora | OtherDelta)}
-    plain_modules = {n: d for n, d in adapter.modules.items() if n not in by_rows}
-    for module, delta in _in_gguf_terms(replace(adapter, modules=plain_modules), base).items():
-        part = low_rank_part(delta)
-        name = f"{module}.weight"
-        _check_tensor(name, base)
-        check_shape(name, part, base.tensors[name].shape if name in base.tensors else None)
-        is_embedding = part.layer.kind == "embedding"
-        placements.append(Placement(name, module, delta, transposed=is_embedding))
-    for placement in _streamed(by_rows, base):
-        _check_tensor(placement.key, base)
-        placements.append(placement)
+    by_rows = {n: d for n, d in adapter.modules.items() if d.factors is None or d.is_dora}
+    products = {n: d for n, d in adapter.modules.items() if n not in by_rows}
+    in_gguf = get_format("gguf").from_model(
+        replace(adapter, modules=products), Context(base=base.path)
+    )
+    for module, delta in in_gguf.modules.items():
+        is_embedding = delta.layer.kind == "embedding"
+        placements.append(Placement(f"{module}.weight", module, delta, transposed=is_embedding))
+    placements += _streamed(by_rows, base)
     found: dict[str, Change] = {}
     for change in (Change(placement, item.weight) for placement in placements):
         key = change.placement.key
+        _refuse_scaled(key, base)
         if key in found:
             raise AdapterError(
                 "two modules of the adapter fit the same base tensor",
@@ -77,11 +65,8 @@ def gguf_changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
     return list(found.items())
 
 
-def _check_tensor(name: str, base: GgufModel) -> None:
-    module = name.removesuffix(".weight")
-    if f"{OUTPUT}.weight" not in base.tensors:
-        refuse_tied(module)
-    if f"{module}.scale" in base.tensors:
+def _refuse_scaled(name: str, base: GgufModel) -> None:
+    if f"{name.removesuffix('.weight')}.scale" in base.tensors:
         raise UnsupportedError(
             "the model keeps a scale beside this tensor, which is not supported",
             path=base.path,
@@ -93,39 +78,22 @@ def _check_tensor(name: str, base: GgufModel) -> None:
 
 def _in_model_terms(adapter: Adapter, base: GgufModel) -> Adapter:
     """Return an adapter with the base model's names, or one of GGUF as it is."""
-    target, source = get_format("gguf"), get_format(adapter.format)
-    if adapter.format != target.name and source.to_model is not None:
-        adapter = source.to_model(adapter, Context(base=base.path))
-    adapter = without_repeated(adapter, partial(stored_in_gguf, base))
-    losses = [] if target.losses is None else target.losses(adapter)
-    if losses:
+    target = get_format("gguf")
+    if adapter.format == target.name:
+        return adapter
+    adapter = get_format(adapter.format).to_model(adapter, Context(base=base.path))
+    if adapter.replacements:
+        adapter = without_repeated(adapter, stored_in(base.path))
+    for loss in target.losses(adapter):
         raise UnsupportedError(
-            f"{losses[0].name} {losses[0].reason}",
+            f"{loss.name} {loss.reason}",
             path=adapter.source,
             hint="Fuse it into the transformers checkpoint instead, and convert that",
         )
     return adapter
 
 
-def _in_gguf_terms(adapter: Adapter, base: GgufModel) -> Mapping[str, Delta]:
-    """Return plain modules by their names in GGUF."""
-    target = get_format("gguf")
-    if adapter.format == target.name:
-        wanted = base.get("general.architecture", "string")
-        if adapter.config.get("architecture") != wanted:
-            raise AdapterError(
-                "the adapter is for another architecture than the model",
-                path=adapter.source,
-                got=adapter.config.get("architecture"),
-                expected=wanted,
-            )
-        return adapter.modules
-    if target.from_model is None:
-        raise UnsupportedError("the GGUF format cannot be written")
-    return target.from_model(adapter, Context(base=base.path)).modules
-
-
-def _streamed(modules: Mapping[str, Dora | OtherDelta], base: GgufModel) -> list[StreamedPlacement]:
+def _streamed(modules: Mapping[str, ModuleChange], base: GgufModel) -> list[StreamedPlacement]:
     """Return where changes of any kind go.
 
     Args:
@@ -138,19 +106,19 @@ def _streamed(modules: Mapping[str, Dora | OtherDelta], base: GgufModel) -> list
     """
     if not modules:
         return []
-    facts = base_of_gguf(base)
-    orders: dict[str, dict[str, list[int]]] = {}
+    rows_of = get_format("gguf").rows_in_base(base.path)
+    orders: dict[str, Mapping[str, list[int]]] = {}
     places: dict[str, Place] = {}
     for name, delta in modules.items():
         try:
-            found = streamable(name, delta)
-            orders[name] = rows_in_gguf(name, facts)
+            refuse_unstreamable(name, delta)
+            orders[name] = rows_of(name)
         except LoratoolsError as error:
             error.tensor = error.tensor or name
             raise
         weight = _weight(name, orders[name], base)
         places[name] = Place((Piece(weight, False, 0, weight.shape[0]),), Layer("linear"), None)
-        if _changes_bias(delta, found, [f"{tensor}.bias" for tensor in orders[name]], base):
+        if _changes_bias(delta, [f"{tensor}.bias" for tensor in orders[name]], base):
             raise UnsupportedError(
                 "a change of a bias is not fused into a GGUF model",
                 tensor=name,
@@ -167,18 +135,16 @@ def _streamed(modules: Mapping[str, Dora | OtherDelta], base: GgufModel) -> list
     ]
 
 
-def _changes_bias(
-    delta: Dora | OtherDelta, found: LowRank | OtherDelta, biases: list[str], base: GgufModel
-) -> bool:
-    if found.bias is not None:
+def _changes_bias(delta: ModuleChange, biases: list[str], base: GgufModel) -> bool:
+    if delta.direction.bias is not None:
         return True
-    computed = isinstance(delta, OtherDelta) and get_kind(delta.kind).bias is not None
+    computed = delta.kind_delta is not None and get_kind(delta.kind).bias is not None
     return computed and any(name in base.tensors for name in biases)
 
 
 def _placements(
     name: str,
-    delta: Dora | OtherDelta,
+    delta: ModuleChange,
     place: Place,
     orders: Mapping[str, list[int]],
     largest: tuple[int, int],

@@ -18,13 +18,16 @@ from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
 
-from loratools.algebra.device import Device, DeviceName
+from loratools.algebra.device import Computing, Device
 from loratools.base.dequantised import plain
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
 from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor
+from loratools.work.declared import option
 from loratools.work.provenance import operation_record
+from loratools.work.requests import Sharding
+from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
@@ -38,42 +41,43 @@ _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 
 @dataclass(frozen=True)
-class FuseOptions:
+class FuseOptions(Sharding, Computing):
     """How to fuse.
 
     Attributes:
-        dtype: `f32`, `f16` or `bf16` for all floating tensors; each keeps its own by default.
-        max_shard_bytes: fill shards up to this size; as in the base by default.
-        workers: threads.
-        device: where products are computed.
-        base_mode: for a four-bit base, `dequant` adds to what its codes mean, as adapters trained
-            on it did; `original` asks for the 16-bit weights and refuses a four-bit base.
+        dtype: type of all weights: f32, f16 or bf16; in a GGUF model the type of the changed
+            tensors, q8_0, q5_1, q5_0, q4_1 and q4_0 too. By default each keeps its own.
+        base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
+            on the 16-bit original.
         requantize: store changed four-bit weights in four bits again.
-        allow_lossy: do so even if less than half of the change survives.
+        allow_lossy: with `requantize` or a GGUF base, write even if less than half of the change
+            survives rounding.
     """
 
-    dtype: str | None = None
-    max_shard_bytes: int | None = None
-    workers: int = 2
-    device: DeviceName = "cpu"
-    base_mode: BaseMode | None = None
-    requantize: bool = False
-    allow_lossy: bool = False
+    dtype: str | None = option(
+        None, heading="Computing", aliases=("--outtype",), metavar="DTYPE", parse=dtype_name
+    )
+    base_mode: BaseMode | None = option(None, heading="Computing")
+    requantize: bool = option(False, heading="Computing")
+    allow_lossy: bool = option(False, heading="Output")
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise OptionError("too few workers", got=self.workers, expected="at least 1")
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
+        super().__post_init__()
         if self.requantize and self.dtype is not None:
-            raise OptionError("--requantize and --dtype exclude each other")
-        if self.allow_lossy and not self.requantize:
-            raise OptionError("--allow-lossy is for --requantize")
+            raise OptionError("`requantize` and `dtype` exclude each other")
 
     @property
     def code(self) -> str | None:
-        """The type's name in a safetensors header."""
-        return None if self.dtype is None else _DTYPES[self.dtype]
+        """The type's name in a safetensors header; None if each tensor keeps its own.
+
+        Raises:
+            OptionError: checkpoints have no such type.
+        """
+        if self.dtype in (None, "keep"):
+            return None
+        if self.dtype not in _DTYPES:
+            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
+        return _DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,8 @@ class Fusion:
     def _check_mode(self) -> None:
         four_bit = bool(self._plain.four_bit)
         mode, path = self.options.base_mode, self._base.path
+        if self.options.allow_lossy and not self.options.requantize:
+            raise OptionError("`allow_lossy` is for `requantize`")
         if mode == "original" and four_bit:
             raise OptionError(
                 "the base is in four bits", path=path, hint="Give the original 16-bit base as BASE"
@@ -225,7 +231,7 @@ class Fusion:
             raise OptionError(
                 "the base is not in four bits",
                 path=path,
-                hint="Run loratools quantize on it first, or leave out --base-mode",
+                hint="Run loratools quantize on it first, or leave out `base_mode`",
             )
         if self.options.requantize and not four_bit:
             raise OptionError(
@@ -303,7 +309,7 @@ class Fusion:
             list(self._reports.values()),
             self._base.path,
             what="four bits",
-            hint="Leave out --requantize to store 16 bits, or pass --allow-lossy",
+            hint="Leave out `requantize` to store 16 bits, or pass `allow_lossy=True`",
             allow_lossy=self.options.allow_lossy,
         )
 

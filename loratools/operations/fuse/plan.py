@@ -23,6 +23,7 @@ from loratools.operations.fuse.terms import Change
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES
 from loratools_formats.checkpoints.facts import is_vocabulary, text_values, with_text_values
+from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import MUTATED_BASE, Adapter
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef
@@ -227,8 +228,8 @@ def _require_true_delta(adapter: Adapter) -> None:
         raise UnsupportedError(
             "fuse needs the true weight change, and the adapter was trained on a changed base",
             path=adapter.source,
-            hint="Make it plain first: loratools squeeze ADAPTER --initial INITIAL --energy 1 "
-            "-o PLAIN",
+            hint="Make it plain first: "
+            + command_on(adapter, "squeeze", "--initial INITIAL --energy 1"),
         )
     adapter.require_true_delta("fuse")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.placement import BiasPlacement, Placement, Placements, only_bias
+from loratools.base.placement import BiasPlacement, Placement, Placements
 from loratools.base.placement.names import Names
 from loratools.base.weights import Piece, Place, find_place
 from loratools.folding.decomposed import rows_of
@@ -22,10 +22,9 @@ from loratools.folding.dora import rescaled_rows, rescaling_of
 from loratools.folding.module import checked_change
 from loratools.folding.with_base import added_bias
 from loratools.kinds import get_kind
-from loratools.kinds.declaration import Change, Product, Rows
+from loratools.kinds.declaration import Product, Rows
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, OtherDelta
-from loratools_formats.core.tensors import TensorRef
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
@@ -38,7 +37,7 @@ class StreamedPlacement:
     Attributes:
         key: the tensor.
         module: the adapter's module.
-        delta: its change.
+        change: its change.
         place: where all of the module's weight is.
         piece: which outputs of the tensor these are.
         first: the first of them, counted in the module.
@@ -49,7 +48,7 @@ class StreamedPlacement:
 
     key: str
     module: str
-    delta: Dora | OtherDelta
+    change: ModuleChange
     place: Place
     piece: Piece
     first: int
@@ -64,14 +63,14 @@ class StreamedPlacement:
     def rows(self) -> Rows:
         """Return the change of the tensor's outputs, as (outputs, in)."""
         weight = self.place.weight()
-        if isinstance(self.delta, Dora):
-            change: Change = _factors(self.delta.direction)
+        direction, magnitude = self.change.direction, self.change.magnitude
+        if isinstance(direction, LowRank):
+            whole = rows_of(_factors(direction))
         else:
-            change = checked_change(self.module, self.delta, weight, self.largest)
-        whole = rows_of(change)
-        magnitude = _magnitude(self.delta)
+            whole = rows_of(checked_change(self.module, direction, weight, self.largest))
+            magnitude = get_kind(direction.kind).magnitude_of(self.change)
         if magnitude is not None:
-            whole = rescaled_rows(rescaling_of(magnitude, self.delta.axis, weight, whole))
+            whole = rescaled_rows(rescaling_of(magnitude, self.change.axis, weight, whole))
         first, order = self.first, self.order
         shape = self.piece.stop - self.piece.start, whole.shape[1]
         if order is None:
@@ -86,20 +85,14 @@ def picked_rows(whole: Rows, wanted: Sequence[int]) -> Array:
     return found
 
 
-def _magnitude(delta: Dora | OtherDelta) -> TensorRef | None:
-    if isinstance(delta, Dora):
-        return delta.magnitude
-    return get_kind(delta.kind).magnitude_of(delta)
-
-
 def _factors(delta: LowRank) -> Product:
     a, b = delta.a.load(np.float64), delta.b.load(np.float64)
     return Product(delta.scale * b, a)
 
 
-def is_streamed(delta: Delta) -> bool:
+def is_streamed(delta: ModuleChange) -> bool:
     """Return whether a change is put into the base by rows."""
-    return isinstance(delta, OtherDelta) or (isinstance(delta, Dora) and delta.axis == "input")
+    return delta.factors is None or (delta.is_dora and delta.axis == "input")
 
 
 def streamed_placements(
@@ -111,11 +104,7 @@ def streamed_placements(
         AdapterError: a module fits no tensor of the base, or several.
         UnsupportedError: a change of embeddings or of single experts in a stack.
     """
-    streamed: dict[str, Dora | OtherDelta] = {
-        name: delta
-        for name, delta in adapter.modules.items()
-        if isinstance(delta, Dora | OtherDelta) and is_streamed(delta)
-    }
+    streamed = {name: delta for name, delta in adapter.modules.items() if is_streamed(delta)}
     if not streamed:
         return [], []
     names = Names(base)
@@ -131,28 +120,23 @@ def streamed_placements(
     return weights, biases
 
 
-def _place(names: Names, name: str, delta: Dora | OtherDelta) -> Place:
-    return find_place(names, name, streamable(name, delta))
+def _place(names: Names, name: str, delta: ModuleChange) -> Place:
+    refuse_unstreamable(name, delta)
+    return find_place(names, name, delta.direction)
 
 
-def streamable(name: str, delta: Dora | OtherDelta) -> LowRank | OtherDelta:
-    """Return the change, or the direction of a DoRA, if it can be put in by rows.
-
-    Raises:
-        UnsupportedError: a change of embeddings or of single experts in a stack.
-    """
-    found: LowRank | OtherDelta = delta.direction if isinstance(delta, Dora) else delta
-    if found.layer.kind in ("embedding", "experts"):
+def refuse_unstreamable(name: str, delta: ModuleChange) -> None:
+    """Raise `UnsupportedError` for a change of an embedding or a stack, not put in by rows."""
+    if delta.layer.kind in ("embedding", "experts"):
         raise UnsupportedError(
-            f"a change of this kind is not fused into {found.layer.kind}",
+            f"a change of this kind is not fused into {delta.layer.kind}",
             tensor=name,
             hint="Make it a plain LoRA first: loratools to-lora",
         )
-    return found
 
 
 def _pieces(
-    streamed: Mapping[str, Dora | OtherDelta],
+    streamed: Mapping[str, ModuleChange],
     places: Mapping[str, Place],
     largest: tuple[int, int],
 ) -> Iterator[StreamedPlacement]:
@@ -164,12 +148,12 @@ def _pieces(
             first += piece.stop - piece.start
 
 
-def _biases(name: str, delta: Dora | OtherDelta, place: Place) -> Iterator[BiasPlacement]:
-    if isinstance(delta, Dora):
-        bias = delta.direction.bias
-        scale = delta.direction.scale
+def _biases(name: str, delta: ModuleChange, place: Place) -> Iterator[BiasPlacement]:
+    direction = delta.direction
+    if isinstance(direction, LowRank):
+        bias, scale = direction.bias, direction.scale
     else:
-        bias, scale = added_bias(delta, place.weight(), place), 1.0
+        bias, scale = added_bias(direction, place.weight(), place), 1.0
     if bias is None:
         return
     if place.bias is None:
@@ -178,7 +162,7 @@ def _biases(name: str, delta: Dora | OtherDelta, place: Place) -> Iterator[BiasP
             tensor=name,
             hint="Nothing of this adapter can be fused without it",
         )
-    yield BiasPlacement(place.bias.key, name, only_bias(bias, scale))
+    yield BiasPlacement(place.bias.key, name, bias, scale)
 
 
 def refuse_clashes(

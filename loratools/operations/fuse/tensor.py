@@ -139,5 +139,5 @@ def not_finite(plan: TensorPlan, code: str) -> LoratoolsError:
     return AdapterError(
         f"the result does not fit {code}: values overflow",
         tensor=plan.key,
-        hint="Choose a wider type with --dtype, or --outtype for a GGUF model",
+        hint="Choose a wider type with `dtype`",
     )

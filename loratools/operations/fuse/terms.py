@@ -18,7 +18,7 @@ import numpy as np
 from loratools.base.placement import BiasPlacement, Placement, Span
 from loratools.kinds.declaration import Rows
 from loratools.operations.fuse.streamed import StreamedPlacement
-from loratools_formats.core.adapter import Dora, LowRank, low_rank_part
+from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import converted
 from loratools_formats.disk.errors import AdapterError
 
@@ -123,7 +123,7 @@ def stacked(changes: Sequence[Change]) -> bool:
     """
     return any(
         isinstance(change.placement, Placement)
-        and low_rank_part(change.placement.delta).layer.kind != "conv"
+        and change.placement.delta.require_factors().layer.kind != "conv"
         for change in changes
     )
 
@@ -144,7 +144,7 @@ def _terms(change: Change, view: View) -> list[Term] | list[RowsTerm]:
         return [_streamed_term(placement, change.weight, view)]
     if isinstance(placement, BiasPlacement):
         return _bias_terms(placement, change.weight, view)
-    part = low_rank_part(placement.delta)
+    part = placement.delta.require_factors()
     a, b = _loaded(part, placement)
     found: list[Term] = []
     for index in range(len(a)):
@@ -210,24 +210,22 @@ def _loaded(part: LowRank, placement: Placement) -> tuple[Array, Array]:
 
 
 def _magnitude(placement: Placement) -> Array | None:
-    if not isinstance(placement.delta, Dora):
+    magnitude = placement.delta.magnitude
+    if magnitude is None:
         return None
-    values: Array = placement.delta.magnitude.load(np.float64).reshape(-1)
+    values: Array = magnitude.load(np.float64).reshape(-1)
     if not np.isfinite(values).all():
-        raise AdapterError(
-            "magnitude holds NaN or infinite values", tensor=placement.delta.magnitude.key
-        )
+        raise AdapterError("magnitude holds NaN or infinite values", tensor=magnitude.key)
     return values
 
 
 def _bias_terms(placement: BiasPlacement, weight: float, view: View) -> list[Term]:
-    part = low_rank_part(placement.delta)
-    if part.bias is None:
-        raise AdapterError("module has no bias of factors", tensor=placement.module)
-    values = part.bias.load(np.float64).reshape(-1)
+    values = placement.bias.load(np.float64).reshape(-1)
     if not np.isfinite(values).all():
-        raise AdapterError("bias of factors holds NaN or infinite values", tensor=part.bias.key)
-    rows = part.scale * _picked(values, placement.rows)
+        raise AdapterError(
+            "bias of factors holds NaN or infinite values", tensor=placement.bias.key
+        )
+    rows = placement.scale * _picked(values, placement.rows)
     one = np.ones((1, 1))
     found = [
         Term(placement.module, 0, outputs, (0, 1), rows[span[0] : span[1], None], one, weight)

@@ -10,14 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import (
     Adapter,
-    Delta,
-    Dora,
     Layer,
     LowRank,
-    OtherDelta,
-    low_rank_part,
+    ModuleChange,
 )
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
@@ -42,18 +40,18 @@ class AlignedModule:
     """
 
     name: str
-    deltas: tuple[Delta | None, ...]
+    deltas: tuple[ModuleChange | None, ...]
     absent: tuple[str, ...]
 
     @property
     def first(self) -> LowRank:
         """Factors of the first adapter that has the module."""
-        return next(low_rank_part(delta) for delta in self.deltas if delta is not None)
+        return next(delta.require_factors() for delta in self.deltas if delta is not None)
 
     @property
     def needs_base(self) -> bool:
         """Whether a delta depends on the base weight."""
-        return any(isinstance(delta, Dora) for delta in self.deltas)
+        return any(delta is not None and delta.is_dora for delta in self.deltas)
 
 
 def align(inputs: Sequence[MergeInput], *, force_base: bool = False) -> list[AlignedModule]:
@@ -94,8 +92,8 @@ def _check_weights(needing: set[str], inputs: Sequence[MergeInput]) -> None:
                     "an adapter replaces the weight that a DoRA's change depends on",
                     path=item.adapter.source,
                     tensor=replacement.tensor.key,
-                    hint="Make the DoRA plain first: loratools to-lora ADAPTER --base MODEL "
-                    "-o PLAIN",
+                    hint="Make the DoRA plain first: "
+                    + command_on(None, "to-lora", "--base MODEL --rank RANK"),
                 )
 
 
@@ -105,13 +103,13 @@ def _check_bases(inputs: Sequence[MergeInput]) -> None:
         raise OptionError(
             "the adapters name different base models",
             got=", ".join(sorted(map(str, bases))),
-            hint="Pass --force-base if the weights they adapt are the same",
+            hint="Pass `force_base=True` if the weights they adapt are the same",
         )
 
 
 def _aligned(name: str, inputs: Sequence[MergeInput]) -> AlignedModule:
     found = [item.adapter.modules.get(name) for item in inputs]
-    first = next(low_rank_part(delta) for delta in found if delta is not None)
+    first = next(delta.require_factors() for delta in found if delta is not None)
     deltas = tuple(
         None if delta is None else _matched(name, delta, first, item)
         for delta, item in zip(found, inputs, strict=True)
@@ -120,17 +118,17 @@ def _aligned(name: str, inputs: Sequence[MergeInput]) -> AlignedModule:
     return AlignedModule(name, deltas, absent)
 
 
-def _matched(name: str, whole: Delta, first: LowRank, item: MergeInput) -> Delta:
+def _matched(name: str, whole: ModuleChange, first: LowRank, item: MergeInput) -> ModuleChange:
     """Return the delta in the orientation of the first one."""
-    delta = low_rank_part(whole)
+    delta = whole.require_factors()
     if _identity(delta) == _identity(first):
         return whole
     if _is_pointwise(delta) and _is_pointwise(first) and delta.shape == first.shape:
-        return _with_layer(whole, first.layer)
-    if isinstance(whole, LowRank) and delta.layer.kind == "experts":
+        return whole.with_direction(replace(delta, layer=first.layer))
+    if not whole.is_dora and delta.layer.kind == "experts":
         turned = _flipped(delta)
         if _identity(turned) == _identity(first):
-            return turned
+            return whole.with_direction(turned)
     raise AdapterError(
         "a module differs between the adapters",
         path=item.adapter.source,
@@ -146,12 +144,6 @@ def _is_pointwise(delta: LowRank) -> bool:
     Models of one architecture store the same projections either way.
     """
     return delta.layer.kind in ("linear", "conv") and math.prod(delta.layer.kernel) == 1
-
-
-def _with_layer(whole: Delta, layer: Layer) -> Delta:
-    if isinstance(whole, Dora):
-        return replace(whole, direction=replace(whole.direction, layer=layer))
-    return whole if isinstance(whole, OtherDelta) else replace(whole, layer=layer)
 
 
 def _identity(delta: LowRank) -> tuple[object, ...]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from loratools.algebra.linalg import is_power_of_two
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.module import MergedModule
-from loratools_formats.core.adapter import LowRank, low_rank_part
+from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import DType, common_dtype, encode
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -25,7 +25,7 @@ def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None
         UnsupportedError: the method is no weighted sum.
         AdapterError: NaN or infinite values.
     """
-    parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
+    parts = [None if delta is None else delta.require_factors() for delta in module.deltas]
     with_bias = [part.bias for part in parts if part is not None and part.bias is not None]
     if not with_bias:
         return None
@@ -33,7 +33,7 @@ def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None
         raise UnsupportedError(
             "biases of factors (lora_bias) can only be merged by a weighted sum",
             tensor=module.name,
-            hint="Use --method linear",
+            hint="Use `method=linear`",
         )
     total = np.zeros(with_bias[0].shape)
     for share, part in zip(merged.coefficients[0], parts, strict=True):
@@ -54,7 +54,7 @@ def joined_exactly(
     """
     if merged.coefficients is None or merged.terms is None:
         return None
-    parts = [None if delta is None else low_rank_part(delta) for delta in module.deltas]
+    parts = [None if delta is None else delta.require_factors() for delta in module.deltas]
     shares = merged.coefficients
     terms = [
         (float(shares[0][index]) * part.scale, part)
@@ -68,7 +68,7 @@ def joined_exactly(
     if ratios == [1.0]:
         return replace(terms[0][1], scale=scale)
     dtypes = {tensor.dtype for _, part in terms for tensor in (part.a, part.b)}
-    powers_of_two = all(abs(math.frexp(ratio)[0]) == 0.5 for ratio in ratios)
+    powers_of_two = all(map(is_power_of_two, ratios))
     if template.bias is not None or len(dtypes) > 1 or not powers_of_two:
         return None
     factors = [(ratio, part.b) for ratio, (_, part) in zip(ratios, terms, strict=True)]
@@ -116,7 +116,7 @@ def factor_residual(merged: MergedModule, module: AlignedModule) -> float | None
         merged.coefficients, merged.terms, merged.matrices, strict=True
     ):
         present = [
-            (float(share), low_rank_part(delta), term)
+            (float(share), delta.require_factors(), term)
             for share, delta, term in zip(shares, module.deltas, terms, strict=True)
             if term is not None and delta is not None
         ]

@@ -74,7 +74,7 @@ def settled_replacements(
                 "adapters replace the same base tensor by different values",
                 tensor=key,
                 got=", ".join(item.name for item in holders),
-                hint="Settle it with --replacements first, average or an adapter's name",
+                hint="Settle it with `replacements`: first, average or an adapter's name",
             )
         elif policy == "average":
             result[key] = _average(key, found)
@@ -93,7 +93,7 @@ def _named(key: str, name: str, holders: Sequence[MergeInput]) -> Replacement:
         f"other adapters clash over a tensor that {name} does not replace",
         tensor=key,
         got=", ".join(item.name for item in holders),
-        hint="Settle it with --replacements first, average or one of these names",
+        hint="Settle it with `replacements`: first, average or one of these names",
     )
 
 
@@ -150,7 +150,7 @@ def merged_additions(
             raise UnsupportedError(
                 "what adapters add to biases and norms can only be merged by a weighted sum",
                 tensor=key,
-                hint="Use --method linear",
+                hint="Use `method=linear`",
             )
         shape = first.tensor.shape
         if any(entry is not None and entry[1].tensor.shape != shape for entry in found):

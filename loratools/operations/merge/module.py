@@ -22,15 +22,15 @@ from loratools.algebra.one_matrix import Matrix
 from loratools.algebra.streamed_svd import RowStore, StreamedMatrix, streamed_svd
 from loratools.base.placement.names import Names
 from loratools.base.weights import find_place
-from loratools.factors.matrices import loaded
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import Rescaling, rescaling_of
 from loratools.kinds.declaration import Product, Weight
+from loratools.lowrank.matrices import loaded
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.methods import Method
 from loratools.operations.merge.space import lifted, shared_space
 from loratools.operations.merge.tasks import DenseRows, FactorRows, RowSource, Tasks, ZeroRows
-from loratools_formats.core.adapter import Delta, Dora, low_rank_part
+from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
@@ -155,13 +155,13 @@ def _from_factors(
     return MergedModule(matrices, None, None)
 
 
-def terms_of(delta: Delta) -> list[Term]:
+def terms_of(delta: ModuleChange) -> list[Term]:
     """Return the factors of each matrix of a delta in float64, the scale folded in.
 
     Raises:
         AdapterError: a factor holds NaN or infinite values.
     """
-    part = low_rank_part(delta)
+    part = delta.require_factors()
     terms = []
     for b, a in loaded(part):
         for values, tensor in ((a, part.a), (b, part.b)):
@@ -213,7 +213,7 @@ def _streamed(
     _check_finite(store.squared_norm)
     seed = zlib.crc32(tasks.name.encode(), run.seed & 0xFFFFFFFF)
     svd = streamed_svd(store, run.width(module), power_iterations=run.power_iterations, seed=seed)
-    return StreamedMatrix(store, svd)
+    return StreamedMatrix(store, lambda: svd)
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _through_base(
         raise UnsupportedError(
             "a DoRA's weight change depends on the base weight",
             tensor=module.name,
-            hint="Pass the base model with --base",
+            hint="Pass the base model as `base`",
         )
     if run.method.kind == "core" or run.space == "core":
         raise UnsupportedError(
@@ -268,11 +268,11 @@ def _through_base(
     return MergedModule([_streamed(tasks, rows, module, run, folder)], coefficients, None)
 
 
-def _row_source(delta: Delta | None, weight: Weight, module: AlignedModule) -> RowSource:
+def _row_source(delta: ModuleChange | None, weight: Weight, module: AlignedModule) -> RowSource:
     if delta is None:
         return ZeroRows(module.first.shape[1])
     ((b, a),) = terms_of(delta)
-    if not isinstance(delta, Dora):
+    if delta.magnitude is None:
         return FactorRows(b, a)
     change = rows_of(Product(b, a))
     return _DoraRows(rescaling_of(delta.magnitude, delta.axis, weight, change))

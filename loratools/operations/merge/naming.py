@@ -12,8 +12,9 @@ from dataclasses import replace
 from loratools.naming.places import module_key
 from loratools.naming.rename import NamingOptions, renamed
 from loratools.operations.merge.align import MergeInput
+from loratools_formats.contract.commands import command_on
+from loratools_formats.contract.registry import get_format
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
-from loratools_formats.formats.singlefile.write import SINGLE_FILES
 
 
 def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
@@ -23,8 +24,7 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
         AdapterError: names that nothing resolves, or a component of which adapters share nothing.
         OptionError: names that fit several architectures, or have no component.
     """
-    formats = [item.adapter.format for item in inputs]
-    target = next((name for name in SINGLE_FILES if name in formats[:1]), None)
+    target = get_format(inputs[0].adapter.format).naming
     if target is None:
         return list(inputs)
     if target == "safetensors":
@@ -32,7 +32,7 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
     result = [inputs[0]]
     for item in inputs[1:]:
         adapter = item.adapter
-        if adapter.format not in SINGLE_FILES or adapter.format == target:
+        if get_format(adapter.format).naming in (None, target):
             result.append(item)
             continue
         try:
@@ -40,7 +40,8 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
         except LoratoolsError as error:
             error.hint = (
                 f"It is a {adapter.format} file and the first a {target} file; bring it into that "
-                "naming first: loratools convert, with --names, --names-from or --base"
+                "naming first, with --names, --names-from or --base: "
+                + command_on(adapter, "convert", f"--to {target}", output="renamed")
             )
             raise
         result.append(replace(item, adapter=named))

@@ -6,23 +6,20 @@ truncation or rounding. Modules are independent, so memory is bounded by the lar
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loratools.algebra.budget import choose_ranks
 from loratools.algebra.device import Device
 from loratools.algebra.ranks import Spectrum
 from loratools.base.dequantised import plain
 from loratools.base.placement.names import Names
-from loratools.factors.resize import Resizer
 from loratools.folding.without_base import folded_exactly
+from loratools.lowrank.resize import Resizer
 from loratools.naming.for_base import names_in_base
 from loratools.operations.merge.align import AlignedModule, MergeInput, align
 from loratools.operations.merge.exact import factor_residual, joined_exactly, merged_bias
@@ -38,15 +35,17 @@ from loratools.operations.merge.naming import in_one_naming
 from loratools.operations.merge.options import MergeOptions
 from loratools.operations.merge.result import MergeModuleReport, MergeResult
 from loratools.operations.merge.trim import SharedTrim
-from loratools.work.parallel import in_order
-from loratools.work.provenance import operation_record, record_metadata
+from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
+from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import MUTATED_BASE, Adapter, Dora, LowRank, low_rank_part
+from loratools_formats.core.adapter import MUTATED_BASE, Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import common_dtype
-from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
-from loratools_formats.formats.singlefile.metadata import merged_from
+from loratools_formats.core.metadata import merged_from
+from loratools_formats.core.tensors import unmade
+from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
 
@@ -54,11 +53,8 @@ _OVERSAMPLE = 10
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    delta: LowRank
+class _Merged(Outcome):
     report: MergeModuleReport
-    squared_error: float
-    squared_norm: float
     kept: float
     squared_residual: float | None
 
@@ -93,57 +89,27 @@ def merge(
     modules = align(inputs, force_base=options.force_base)
     refuse_replaced_modules(inputs)
     work = _Merge(inputs, options, method, modules, base, scratch_folder)
-    with ThreadPoolExecutor(1) as beside:
+
+    def record() -> dict[str, Any]:
         adapters = {f"{index}": item.adapter for index, item in enumerate(inputs)}
-        record = options.record() | {"weights": [item.weight for item in inputs]}
-        provenance = beside.submit(operation_record, "merge", adapters, record)
-        done: list[_Outcome] = []
-        for outcome in work.outcomes():
-            done.append(outcome)
-            if progress is not None:
-                progress(len(done), len(modules))
-    first = inputs[0].adapter
-    squared_norm = sum(outcome.squared_norm for outcome in done)
-    residuals = [outcome.squared_residual for outcome in done]
-    adapter = replace(
-        first,
-        modules={outcome.report.name: outcome.delta for outcome in done},
-        additions=merged_additions(inputs, work.coefficients),
-        replacements=settled_replacements(inputs, options.replacements),
-        carried=settled_carried(inputs),
-        config=_config(first, inputs),
-        # The first adapter's card does not describe the result.
-        attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
-        metadata={
-            **first.metadata,
-            **merged_from([item.adapter for item in inputs]),
-            **record_metadata(provenance.result()),
-        },
-        inputs=tuple(file for item in inputs for file in item.adapter.inputs),
-        provenance=provenance.result(),
-    )
+        values = options.record() | {"weights": [item.weight for item in inputs]}
+        return operation_record("merge", adapters, values)
+
+    done = work.run(record, progress)
+    residuals = [outcome.squared_residual for outcome in done.outcomes]
+    known = [residual for residual in residuals if residual is not None]
     return MergeResult(
-        adapter,
-        tuple(outcome.report for outcome in done),
-        _share(sum(outcome.kept for outcome in done), squared_norm),
-        _relative(sum(outcome.squared_error for outcome in done), squared_norm),
-        None
-        if any(residual is None for residual in residuals)
-        else _relative(sum(r for r in residuals if r is not None), squared_norm),
+        work.finished(done.modules, done.record),
+        tuple(outcome.report for outcome in done.outcomes),
+        share(sum(outcome.kept for outcome in done.outcomes), done.squared_norm),
+        done.relative_error,
+        ratio(sum(known), done.squared_norm) if len(known) == len(residuals) else None,
     )
 
 
 def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
     """Return an input of plain factors, where it folds into such exactly."""
     return replace(item, adapter=folded_exactly(item.adapter, "merge", scratch_folder))
-
-
-def _share(part: float, whole: float) -> float:
-    return min(1.0, part / whole) if whole else 1.0
-
-
-def _relative(squared_error: float, squared_norm: float) -> float:
-    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
 
 
 def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) -> None:
@@ -156,17 +122,17 @@ def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) 
             expected=f"at least {method.least}{most}",
         )
     if options.space == "core" and method.kind != "elementwise":
-        raise OptionError(f"--space core is for elementwise methods; {method.name} is not one")
+        raise OptionError(f"`space=core` is for elementwise methods; {method.name} is not one")
     if method.uncompressed and options.rule.is_given:
         raise OptionError(f"{method.name} keeps all ranks", hint="Use linear to choose ranks")
-    has_dora = any(isinstance(d, Dora) for item in inputs for d in item.adapter.modules.values())
+    has_dora = any(d.is_dora for item in inputs for d in item.adapter.modules.values())
     if has_dora or (method.kind == "elementwise" and options.space == "full"):
         for name in ("sv_cumulative", "threshold"):
             if getattr(options.rule, name):
                 raise OptionError(
                     f"{name} needs all singular values, which are not computed for "
                     + ("a DoRA" if has_dora else f"method {method.name}"),
-                    hint="Use --rank or --energy",
+                    hint="Use `rank` or `energy`",
                 )
     for item in inputs:
         _require_true_delta(item.adapter)
@@ -185,18 +151,17 @@ def _require_true_delta(adapter: Adapter) -> None:
         adapter.require_true_delta("merge")
     except UnsupportedError as error:
         if adapter.caveats[0].code == MUTATED_BASE:
-            error.hint = "Make it a plain adapter first: loratools squeeze --initial INITIAL"
+            command = command_on(adapter, "squeeze", "--initial INITIAL --energy 1")
+            error.hint = f"Make it a plain adapter first: {command}"
         raise
 
 
 def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:
-    merged = get_format(first.format).merged_config
-    if merged is None:
-        return first.config
-    return merged([item.adapter for item in inputs if item.adapter.format == first.format])
+    alike = [item.adapter for item in inputs if item.adapter.format == first.format]
+    return get_format(first.format).merged_config(alike)
 
 
-class _Merge:
+class _Merge(Ranked[_Merged, Measured]):
     """One run: what all its modules share."""
 
     def __init__(
@@ -209,9 +174,9 @@ class _Merge:
         scratch_folder: Path | None,
     ) -> None:
         self.inputs = inputs
-        self.options = options
+        self.merge_options = options
         self.method = method
-        self.modules = modules
+        self.modules = {module.name: module for module in modules}
         self.base = None if base is None else Names(plain(base).checkpoint)
         self.in_base: dict[str, str] = {}
         if base is not None:
@@ -219,12 +184,40 @@ class _Merge:
                 self.in_base |= names_in_base(item.adapter, base)
         self.folder = scratch_folder
         self.device = Device(options.compute.device)
-        self.resizer = Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform)
         self.trim = None
         settings = [options.parameters, *(override.parameters for override in options.overrides)]
         is_paper = any(each.get("flavor") == "paper" for each in settings)
         if method.name == "ties" and is_paper and options.space == "full":
             self.trim = SharedTrim(modules)
+        self._around = self._without_modules()
+        super().__init__(
+            list(self.modules),
+            options.rule,
+            Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform),
+            input_nbytes=sum(item.adapter.weights_nbytes for item in inputs),
+        )
+
+    def _without_modules(self) -> Adapter:
+        """Return all of the merged adapter but its modules."""
+        first = self.inputs[0].adapter
+        return replace(
+            first,
+            modules={},
+            additions=merged_additions(self.inputs, self.coefficients),
+            replacements=settled_replacements(self.inputs, self.merge_options.replacements),
+            carried=settled_carried(self.inputs),
+            config=_config(first, self.inputs),
+            # The first adapter's card does not describe the result.
+            attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
+            metadata={
+                **first.metadata,
+                **merged_from(item.adapter.metadata for item in self.inputs),
+            },
+            inputs=tuple(file for item in self.inputs for file in item.adapter.inputs),
+        )
+
+    def adapter(self, modules: Mapping[str, ModuleChange]) -> Adapter:
+        return replace(self._around, modules=dict(modules))
 
     @property
     def coefficients(self) -> Callable[[str, Array], Array] | None:
@@ -236,59 +229,29 @@ class _Merge:
             function(gram, self._weights(name), **self._parameters(name))
         )
 
-    def outcomes(self) -> Any:
-        """Yield the outcome of every module in order."""
-        ranks = self._ranks_in_advance() if self.options.rule.needs_all_spectra else None
-        threads = self.options.compute.threads
-        return in_order(lambda module: self._outcome(module, ranks), self.modules, threads)
-
-    def _ranks_in_advance(self) -> dict[str, int]:
-        threads = self.options.compute.threads
-        spectra = list(
-            in_order(lambda m: self._spectrum(m, self._merged(m)), self.modules, threads)
-        )
-        sources = [item.adapter for item in self.inputs]
-        fixed = sum(
-            t.nbytes
-            for a in sources
-            for t in [
-                *(r.tensor for r in a.replacements.values()),
-                *(addition.tensor for addition in a.additions.values()),
-                *a.carried.values(),
-            ]
-        )
-        header = sum(256 + 2 * len(module.name) for module in self.modules)
-        header += 2048 + 256 * len(self.inputs) + 2 * len(str(self.options))
-        return choose_ranks(
-            spectra,
-            self.options.rule,
-            input_nbytes=sum(a.weights_nbytes for a in sources),
-            fixed_nbytes=fixed + header,
-        )
-
     def _weights(self, name: str) -> np.ndarray[Any, Any]:
-        for override in self.options.overrides:
+        for override in self.merge_options.overrides:
             weights = override.weights
             if weights is not None and re.search(override.match, name):
                 return np.array(weights * len(self.inputs) if len(weights) == 1 else weights)
         return np.array([item.weight for item in self.inputs])
 
     def _parameters(self, name: str) -> dict[str, Any]:
-        for override in self.options.overrides:
+        for override in self.merge_options.overrides:
             if override.parameters and re.search(override.match, name):
-                return self.options.parameters | self.method.checked(override.parameters)
-        return self.options.parameters
+                return self.merge_options.parameters | self.method.checked(override.parameters)
+        return self.merge_options.parameters
 
     def _width(self, module: AlignedModule) -> int:
         """Return how many triplets a streamed SVD looks for: the highest rank, and some more."""
         return min(self._highest(module) + _OVERSAMPLE, *module.first.shape)
 
     def _highest(self, module: AlignedModule) -> int:
-        rule = self.options.rule
+        rule = self.rule
         for pattern, rank in rule.patterns:
             if re.search(pattern, module.name):
                 return rank
-        ranks = [low_rank_part(d).rank for d in module.deltas if d is not None]
+        ranks = [d.require_factors().rank for d in module.deltas if d is not None]
         if rule.rank is not None:
             return rule.rank
         if rule.max_rank is not None:
@@ -300,9 +263,9 @@ class _Merge:
             self.method,
             self._parameters(module.name),
             self._weights(module.name),
-            self.options.space,
-            self.options.compute.seed,
-            self.options.compute.power_iterations,
+            self.merge_options.space,
+            self.options.seed,
+            self.options.power_iterations,
             self._width,
             None if self.trim is None else self.trim.threshold,
         )
@@ -312,7 +275,7 @@ class _Merge:
     def _template(self, module: AlignedModule, merged: MergedModule) -> LowRank:
         """Return a delta that says where and how to store the result; its values are not read."""
         first = module.first
-        parts = [low_rank_part(delta) for delta in module.deltas if delta is not None]
+        parts = [delta.require_factors() for delta in module.deltas if delta is not None]
         dtype = common_dtype([tensor.dtype for part in parts for tensor in (part.a, part.b)])
         return replace(
             first,
@@ -321,6 +284,17 @@ class _Merge:
             scale=1.0,
             bias=merged_bias(module, merged),
         )
+
+    def measured(self, name: str) -> Measured:
+        module = self.modules[name]
+        merged = self._merged(module)
+        template = self._template(module, merged)
+        exact = joined_exactly(module, merged, template)
+        if exact is not None:  # whose scale may have to stay
+            a = unmade(template.a.key, template.a.dtype, exact.a.shape)
+            b = unmade(template.b.key, template.b.dtype, exact.b.shape)
+            template = replace(template, a=a, b=b, scale=exact.scale)
+        return Measured(self._spectrum(module, merged), ModuleChange(template))
 
     def _spectrum(self, module: AlignedModule, merged: MergedModule) -> Spectrum:
         highest = min(self._highest(module), *module.first.shape)
@@ -337,7 +311,7 @@ class _Merge:
         tail = np.array([m.squared_norm for m in merged.matrices]) - (stacked**2).sum(axis=1)
         template = self._template(module, merged)
         out, in_ = module.first.shape
-        stored = self.options.compute.stored
+        stored = self.options.stored
         bits = in_ * stored(template.a).bits + out * stored(template.b).bits
         return Spectrum(
             module.name,
@@ -349,30 +323,31 @@ class _Merge:
         )
 
     def _is_streamed(self, merged: MergedModule) -> bool:
-        return merged.terms is None and self.method.kind != "core" and self.options.space == "full"
+        return (
+            merged.terms is None
+            and self.method.kind != "core"
+            and self.merge_options.space == "full"
+        )
 
-    def _outcome(self, module: AlignedModule, ranks: dict[str, int] | None) -> _Outcome:
-        try:
-            merged = self._merged(module)
-            spectrum = self._spectrum(module, merged)
-            template = self._template(module, merged)
-            with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
-                new, squared_error = self._stored(module, merged, spectrum, template, ranks)
-        except LoratoolsError as error:
-            error.tensor = error.tensor or module.name
-            raise
+    def outcome(self, name: str, ranks: Mapping[str, int] | None) -> _Merged:
+        module = self.modules[name]
+        merged = self._merged(module)
+        spectrum = self._spectrum(module, merged)
+        template = self._template(module, merged)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
+            new, squared_error = self._stored(module, merged, spectrum, template, ranks)
         squared_norm = sum(matrix.squared_norm for matrix in merged.matrices)
         kept = min(float(spectrum.energies[: new.rank].sum()), squared_norm)
         report = MergeModuleReport(
-            module.name,
-            tuple(None if d is None else low_rank_part(d).rank for d in module.deltas),
+            name,
+            tuple(None if d is None else d.require_factors().rank for d in module.deltas),
             new.rank,
-            _share(kept, squared_norm),
-            _relative(squared_error, squared_norm),
+            share(kept, squared_norm),
+            ratio(squared_error, squared_norm),
             module.absent,
         )
         residual = factor_residual(merged, module) if self.method.name == "fedex" else None
-        return _Outcome(new, report, squared_error, squared_norm, kept, residual)
+        return _Merged(name, ModuleChange(new), squared_error, squared_norm, report, kept, residual)
 
     def _stored(
         self,
@@ -380,9 +355,9 @@ class _Merge:
         merged: MergedModule,
         spectrum: Spectrum,
         template: LowRank,
-        ranks: dict[str, int] | None,
+        ranks: Mapping[str, int] | None,
     ) -> tuple[LowRank, float]:
-        rule = self.options.rule
+        rule = self.rule
         if ranks is not None:
             rank = ranks[module.name]
         elif rule.is_given:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from loratools.algebra.ranks import RankRule, as_options
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.module import Space
+from loratools.work.declared import declared, option
 from loratools.work.selection import check_regex
+from loratools.work.spellings import key_value, share
 from loratools_formats.disk.errors import OptionError
 
 
@@ -61,29 +63,73 @@ def weight_override(option: str) -> Override:
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """Parameters of merge methods; which of them a method has, `loratools methods` lists.
+
+    Attributes:
+        density: share of entries kept.
+        lambda_: factor of the result.
+        majority_sign: how signs vote.
+        flavor: whose definition, where they differ.
+        normalize: divide linear's sum by the sum of weights.
+        set_: any parameter of the method.
+    """
+
+    density: float | None = option(None, heading="Method", parse=share)
+    lambda_: float | None = option(None, heading="Method")
+    majority_sign: Literal["total", "frequency"] | None = option(None, heading="Method")
+    flavor: Literal["peft", "paper", "mergekit"] | None = option(None, heading="Method")
+    normalize: bool = option(False, heading="Method")
+    set_: tuple[tuple[str, Any], ...] = option(
+        (),
+        heading="Method",
+        aliases=("-p", "--param"),
+        metavar="KEY=VALUE",
+        parse=key_value,
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Return the parameters that are set, by the names that users type."""
+        named = {
+            made.name.rstrip("_"): getattr(self, made.field)
+            for made in declared(type(self))
+            if not made.multiple and getattr(self, made.field) not in (None, False)
+        }
+        return named | {key.replace("-", "_"): value for key, value in self.set_}
+
+
+@dataclass(frozen=True)
 class MergeOptions:
     """What to do, apart from the adapters and their weights.
 
     Attributes:
-        method: name of a registered method.
+        method: name of the merge method; `loratools methods` lists them.
         parameters: of the method.
         rule: how ranks are chosen; without one, span methods keep the sum's rank, core methods
             theirs, and elementwise methods get the largest rank of the inputs.
         compute: how to compute and store.
-        space: `core` runs an elementwise method on the cores instead, which is another method.
-        overrides: other weights or parameters for some modules; the first match of each decides.
-        replacements: how clashing replacements are settled; None to refuse.
+        space: where elementwise methods work: on full weights, or in the space that the factors
+            share (core): cheap, of low rank, and another method than on full weights.
+        overrides: weights in modules whose path matches, one for all adapters or one each; the
+            first match decides.
+        replacements: settle clashing saved modules: first, average or an adapter's name.
         force_base: merge adapters that name different base models.
     """
 
-    method: str = "linear"
+    method: str = option("linear", heading="Method")
     parameters: dict[str, Any] = field(default_factory=dict)
     rule: RankRule = field(default_factory=RankRule)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
-    space: Space = "full"
-    overrides: tuple[Override, ...] = ()
-    replacements: str | None = None
-    force_base: bool = False
+    space: Space = option("full", heading="Method")
+    overrides: tuple[Override, ...] = option(
+        (),
+        heading="Method",
+        name="weight_pattern",
+        metavar="REGEX=W[,W...]",
+        parse=weight_override,
+    )
+    replacements: str | None = option(None, heading="Method", metavar="WHICH")
+    force_base: bool = option(False, heading="Input")
 
     def record(self) -> dict[str, Any]:
         """Return what determines the output's bytes, for its provenance."""

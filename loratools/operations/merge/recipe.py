@@ -29,9 +29,10 @@ from typing import Any
 import yaml
 
 from loratools.algebra.ranks import Budget, RankRule, as_options
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.options import MergeOptions, Override
+from loratools.work.declared import option
 from loratools.work.selection import check_regex
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
@@ -41,6 +42,19 @@ RECIPE_FILE = "recipe.yaml"
 _VERSION = 1
 _MAX_BYTES = 1 << 20
 _NOT_IN_RECIPES = ("workers", "device")
+
+
+@dataclass(frozen=True)
+class RecipeFiles:
+    """Where a merge's settings come from, and where they go.
+
+    Attributes:
+        recipe: take all settings from a file.
+        save_recipe: also write them there.
+    """
+
+    recipe: Path | None = option(None, heading="Input")
+    save_recipe: Path | None = option(None, heading="Output")
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,7 @@ def slerp(gram: Array, weights: Array, *, t: float | None = None) -> Array:
     total = float(weights.sum())
     if t is None:
         if abs(total) < 1e-12:
-            raise OptionError(
-                "weights add up to zero, so they give no t", hint="Pass --param t=0.5"
-            )
+            raise OptionError("weights add up to zero, so they give no t", hint="Pass `set=t=0.5`")
         t = float(weights[1]) / total
     norms = np.sqrt(np.diag(gram))
     product = float(norms[0] * norms[1])

@@ -11,7 +11,6 @@ import numpy as np
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.module import terms_of
 from loratools.operations.merge.tasks import FactorRows, Histogram, Tasks, ZeroRows
-from loratools_formats.core.adapter import Dora
 from loratools_formats.disk.errors import UnsupportedError
 
 Array = np.ndarray[Any, Any]
@@ -28,9 +27,9 @@ class SharedTrim:
     """
 
     def __init__(self, modules: Sequence[AlignedModule]) -> None:
-        if any(isinstance(delta, Dora) for module in modules for delta in module.deltas):
+        if any(module.needs_base for module in modules):
             raise UnsupportedError(
-                "trimming over all modules is not supported with DoRA", hint="Use --flavor peft"
+                "trimming over all modules is not supported with DoRA", hint="Use `flavor=peft`"
             )
         self._modules = modules
         self._lock = threading.Lock()

@@ -20,9 +20,9 @@ from loratools_formats.checkpoints.facts import (
 )
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
-from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, MissingFileError, UnsupportedError
-from loratools_formats.disk.files import RegularFile, inside, read_small_file
+from loratools_formats.disk.files import RegularFile, inside
+from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.gguf.architectures import (
     ARCHITECTURES,
     BY_CLASS,
@@ -77,11 +77,8 @@ def read_base(path: Path) -> Base:
 
 
 def _of_config(path: Path) -> Base:
-    try:
-        values = strict_json.loads(read_small_file(path, _MAX_CONFIG_BYTES), max_depth=64)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"not sound JSON: {error}", path=path) from error
-    names = values.get("architectures") if isinstance(values, dict) else None
+    values = read_object(path, _MAX_CONFIG_BYTES)
+    names = values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise AdapterError("config names no architecture", path=path, got=names)
     if names[0] not in BY_CLASS:

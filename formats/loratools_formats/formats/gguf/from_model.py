@@ -12,8 +12,10 @@ from dataclasses import replace
 
 from loratools_formats.containers.gguf.container import KeyValue
 from loratools_formats.containers.gguf.cursor import ARRAY
-from loratools_formats.contract.registry import Context
-from loratools_formats.core.adapter import Adapter, Delta, Dora, Layer, LowRank, low_rank_part
+from loratools_formats.containers.gguf.splits import GgufModel, read_model
+from loratools_formats.contract.commands import command_on
+from loratools_formats.contract.format import Context
+from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import invocation_tokens
 from loratools_formats.core.orientation import is_transposed
 from loratools_formats.core.tensors import TensorRef, joined
@@ -24,7 +26,7 @@ from loratools_formats.formats.gguf.base import Base, read_base
 from loratools_formats.formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
 from loratools_formats.formats.gguf.write import fallback_notes
 
-OUTPUT = "output"
+_OUTPUT = "output"
 DEFAULT_DTYPE = "f32"
 """ggml rounds activations to the type of 16-bit factors; with 32 bits nothing is lost."""
 
@@ -38,7 +40,7 @@ _PREFIXES = (
 
 
 def from_model(adapter: Adapter, context: Context) -> Adapter:
-    """Return an adapter in the names and layout of GGUF.
+    """Return an adapter in the names and layout of GGUF; one that has them is checked only.
 
     Raises:
         UnsupportedError: no base model is given, its architecture is not known, or a module has no
@@ -46,20 +48,16 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
         AdapterError: a module does not fit the base model.
     """
     if adapter.format == "gguf":
-        return replace(
-            adapter,
-            config={**adapter.config, "storage": context.dtype},
-            notes=(*adapter.notes, *fallback_notes(adapter.modules, context.dtype)),
-        )
+        return _of_gguf(adapter, context)
     if context.base is None:
         raise UnsupportedError(
             "a GGUF adapter depends on the architecture of its base model",
             path=adapter.source,
-            hint="Pass --base with the model's folder (config.json is enough) or its GGUF file",
+            hint="Pass the model's folder (config.json is enough) or its GGUF file as `base`",
         )
     base = read_base(context.base)
     stacks: dict[str, dict[int, LowRank]] = {}
-    modules: dict[str, Delta] = {}
+    modules: dict[str, ModuleChange] = {}
     for path, delta in adapter.modules.items():
         try:
             for name, expert, part in _placed(path, plain_factors(delta), base):
@@ -67,7 +65,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
                 if known:
                     raise AdapterError("two modules become the same GGUF tensor", got=name)
                 if expert is None:
-                    modules[name] = part
+                    modules[name] = ModuleChange(part)
                 else:
                     stacks.setdefault(name, {})[expert] = part
         except LoratoolsError as error:
@@ -76,7 +74,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     for name, found in stacks.items():
         if name in modules:
             raise AdapterError("experts are adapted one by one and as a stack", tensor=name)
-        modules[name] = _stacked(name, found, base.sizes.experts)
+        modules[name] = ModuleChange(_stacked(name, found, base.sizes.experts))
     _check_shapes(modules, base)
     keys = dict(base_model_keys(adapter.base_model or ""))
     count = {"general.base_model.count": KeyValue("u32", 1)} if keys else {}
@@ -100,6 +98,16 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     )
 
 
+def _of_gguf(adapter: Adapter, context: Context) -> Adapter:
+    if context.base is not None:
+        _check_fit(adapter, read_model(context.base))
+    return replace(
+        adapter,
+        config={**adapter.config, "storage": context.dtype},
+        notes=(*adapter.notes, *fallback_notes(adapter.modules, context.dtype)),
+    )
+
+
 def with_base(adapter: Adapter, base: Base | None) -> dict[str, tuple[RegularFile, ...]]:
     """Return the files that took part in making an adapter, the base's among them."""
     others = dict(adapter.other_inputs)
@@ -111,17 +119,17 @@ def _invocation(adapter: Adapter) -> dict[str, KeyValue]:
     return {} if tokens is None else {INVOCATION_KEY: KeyValue(ARRAY, tokens, "u32", len(tokens))}
 
 
-def plain_factors(delta: Delta) -> LowRank:
+def plain_factors(delta: ModuleChange) -> LowRank:
     """Return a delta if llama.cpp has its kind.
 
     Raises:
         UnsupportedError: it is a DoRA, or has a bias.
     """
-    if isinstance(delta, Dora):
+    if delta.is_dora:
         raise UnsupportedError(
             "llama.cpp has no DoRA", hint="Make a LoRA of it with `loratools to-lora` first"
         )
-    part = low_rank_part(delta)
+    part = delta.require_factors()
     if part.bias is not None:
         raise UnsupportedError(
             "llama.cpp adapters have no biases (lora_bias)",
@@ -150,12 +158,12 @@ def _placed(path: str, delta: LowRank, base: Base) -> list[tuple[str, int | None
     return [(name, expert, part) for name, part in zip(names, parts, strict=True)]
 
 
-def rows_in_gguf(path: str, base: Base) -> dict[str, list[int]]:
+def rows_in_gguf(base: Base, path: str) -> dict[str, list[int]]:
     """Return which of a linear module's outputs each GGUF tensor holds, in its order, by name.
 
     Args:
-        path: the module.
         base: of a GGUF model, whose shapes are known.
+        path: the module.
 
     Raises:
         UnsupportedError: llama.cpp has no such module, or keeps it in a stack of experts.
@@ -207,9 +215,9 @@ def _look_up(path: str, base: Base) -> tuple[Module, str, int | None] | None:
     return None
 
 
-def refuse_tied(name: str) -> None:
+def _refuse_tied(name: str) -> None:
     """Raise `UnsupportedError` if a GGUF tensor is one that tied models share or lack."""
-    if name == OUTPUT:
+    if name == _OUTPUT:
         raise UnsupportedError(
             "the base model's output layer is its embedding, and llama.cpp has no tensor for it",
             hint="Fuse this adapter into the transformers checkpoint instead, and convert that",
@@ -223,12 +231,12 @@ def refuse_tied(name: str) -> None:
 
 def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
     if base.tied:
-        refuse_tied(name)
-    if base.tied is None and name in (OUTPUT, EMBEDDING):
+        _refuse_tied(name)
+    if base.tied is None and name in (_OUTPUT, EMBEDDING):
         raise UnsupportedError(
             "the base model's config does not tell whether its output layer is its embedding",
             expected="tie_word_embeddings",
-            hint="Pass --base with the folder that holds the weights, too, or the GGUF model",
+            hint="Pass the folder that holds the weights, too, or the GGUF model, as `base`",
         )
     if (name == EMBEDDING) != (delta.layer.kind == "embedding"):
         raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
@@ -271,7 +279,8 @@ def _stacked(name: str, found: Mapping[int, LowRank], experts: int) -> LowRank:
             raise UnsupportedError(
                 "experts of one layer differ in rank, shape or scale",
                 tensor=name,
-                hint="Give them one rank and scale with `loratools squeeze --uniform`",
+                hint="Give them one rank and scale: "
+                + command_on(None, "squeeze", "--energy 1 --uniform", output="uniform"),
             )
     if max(found) >= experts:
         raise AdapterError(
@@ -291,15 +300,31 @@ def _zeros(like: TensorRef) -> TensorRef:
     return TensorRef(like.key, like.dtype, like.shape, lambda: bytes(like.nbytes))
 
 
-def _check_shapes(modules: Mapping[str, Delta], base: Base) -> None:
+def _check_shapes(modules: Mapping[str, ModuleChange], base: Base) -> None:
     if base.shapes is None:
         return
     for name, delta in modules.items():
-        check_shape(name, low_rank_part(delta), base.shapes.get(f"{name}.weight"))
+        _check_shape(name, delta.require_factors(), base.shapes.get(f"{name}.weight"))
 
 
-def check_shape(name: str, delta: LowRank, wanted: tuple[int, ...] | None) -> None:
-    """Raise `AdapterError` if a tensor's change has not its row-major shape; None if it is not."""
+def _check_fit(adapter: Adapter, model: GgufModel) -> None:
+    """Refuse an adapter read from GGUF that is not one of a model."""
+    wanted = model.get("general.architecture", "string")
+    if adapter.config.get("architecture") != wanted:
+        raise AdapterError(
+            "the adapter is for another architecture than the model",
+            path=adapter.source,
+            got=adapter.config.get("architecture"),
+            expected=wanted,
+        )
+    for name, delta in adapter.modules.items():
+        if f"{_OUTPUT}.weight" not in model.tensors:
+            _refuse_tied(name)
+        tensor = model.tensors.get(f"{name}.weight")
+        _check_shape(name, delta.require_factors(), None if tensor is None else tensor.shape)
+
+
+def _check_shape(name: str, delta: LowRank, wanted: tuple[int, ...] | None) -> None:
     shape = delta.shape if delta.layer.kind != "embedding" else delta.shape[::-1]
     stack = (delta.experts,) if delta.layer.kind == "experts" else ()
     if wanted != (*stack, *shape):

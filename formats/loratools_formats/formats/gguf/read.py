@@ -17,7 +17,7 @@ from loratools_formats.containers.gguf.cursor import ARRAY, STRING
 from loratools_formats.containers.gguf.ggml_types import decode
 from loratools_formats.containers.gguf.splits import COUNT
 from loratools_formats.core import alora
-from loratools_formats.core.adapter import Adapter, Caveat, Delta, Layer, LowRank
+from loratools_formats.core.adapter import Adapter, Caveat, Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -68,7 +68,9 @@ def _read(file: GgufFile, path: Path) -> Adapter:
                 "is a GGUF file, but not a LoRA adapter",
                 got=f"{key} {value}",
                 expected=wanted or "its architecture",
-                hint="A GGUF model is what --base or `fuse` takes" if value == "model" else None,
+                hint="A GGUF model is a base: of `loratools fuse`, or as `base`"
+                if value == "model"
+                else None,
             )
     if (file.get(COUNT, "u16") or 1) > 1:
         raise UnsupportedError("adapter is split into several files, which llama.cpp does not read")
@@ -152,7 +154,9 @@ def _caveats(keys: Mapping[str, KeyValue]) -> tuple[Caveat, ...]:
     return (alora.CAVEAT,) if found.value else ()
 
 
-def _modules(file: GgufFile, alpha: float | None) -> tuple[dict[str, Delta], dict[str, TensorRef]]:
+def _modules(
+    file: GgufFile, alpha: float | None
+) -> tuple[dict[str, ModuleChange], dict[str, TensorRef]]:
     pairs: dict[str, dict[str, GgufTensor]] = {}
     carried: dict[str, TensorRef] = {}
     for name, tensor in file.tensors.items():
@@ -167,7 +171,7 @@ def _modules(file: GgufFile, alpha: float | None) -> tuple[dict[str, Delta], dic
                 tensor=name,
                 expected="a name ending in .weight.lora_a or .weight.lora_b",
             )
-    modules: dict[str, Delta] = {}
+    modules: dict[str, ModuleChange] = {}
     for target in sorted(pairs):
         pair = pairs[target]
         if len(pair) != 2:
@@ -178,7 +182,8 @@ def _modules(file: GgufFile, alpha: float | None) -> tuple[dict[str, Delta], dic
                 got=part,
                 expected="lora_a and lora_b",
             )
-        modules[target] = _delta(target, pair["lora_a"], pair["lora_b"], alpha)
+        factors = _delta(target, pair["lora_a"], pair["lora_b"], alpha)
+        modules[target] = ModuleChange(factors)
     return modules, carried
 
 

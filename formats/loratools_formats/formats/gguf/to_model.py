@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from loratools_formats.contract.registry import Context
-from loratools_formats.core.adapter import Adapter, Delta, Layer, LowRank
+from loratools_formats.contract.format import Context
+from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import INVOCATION_TOKENS
 from loratools_formats.core.tensors import in_memory, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -65,11 +65,11 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
         origins[origin.path] = origin
         parts.setdefault(origin.path, {})[origin.part] = plain_factors(delta)
     prefix = "model." if base is None else base.prefix
-    modules: dict[str, Delta] = {}
+    modules: dict[str, ModuleChange] = {}
     for path, found_parts in parts.items():
         whole = _whole(origins[path], found_parts, None if base is None else base.sizes)
         called = prefix + path.removeprefix("model.") if path.startswith("model.") else path
-        modules[called] = _with_layer(path, called, whole, architecture)
+        modules[called] = ModuleChange(_with_layer(path, called, whole, architecture))
     tokens = adapter.config["keys"].get(INVOCATION_KEY)
     activation = {} if tokens is None else {INVOCATION_TOKENS: tokens.value}
     return replace(
@@ -98,7 +98,7 @@ def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -
         raise UnsupportedError(
             "the order of this module's rows depends on the base model's heads",
             tensor=origin.path,
-            hint="Pass --base with the model's folder (config.json is enough) or its GGUF file",
+            hint="Pass the model's folder (config.json is enough) or its GGUF file as `base`",
         )
     ordered = [parts[i] for i in range(len(module.tensors))]
     if len(ordered) > 1:
@@ -164,20 +164,19 @@ def _with_layer(path: str, called: str, delta: LowRank, architecture: Architectu
     return delta
 
 
-def _parameters_wrapped(modules: Mapping[str, Delta]) -> dict[str, Delta]:
+def _parameters_wrapped(modules: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
     """Name adapted parameters as PEFT does: by their module, each further one a wrapper deeper."""
     owners: dict[str, list[str]] = {}
-    result: dict[str, Delta] = {}
+    result: dict[str, ModuleChange] = {}
     for path, delta in modules.items():
-        if isinstance(delta, LowRank) and delta.layer.parameters:
+        if delta.layer.parameters:
             owners.setdefault(path.rpartition(".")[0], []).append(path)
         else:
             result[path] = delta
     for owner, paths in owners.items():
         names = tuple(sorted(paths))
         for depth, path in enumerate(names):
-            delta = modules[path]
-            if isinstance(delta, LowRank):
-                layer = replace(delta.layer, parameters=names)
-                result[f"{owner}{WRAPPER * depth}"] = replace(delta, layer=layer)
+            part = modules[path].require_factors()
+            layer = replace(part.layer, parameters=names)
+            result[f"{owner}{WRAPPER * depth}"] = ModuleChange(replace(part, layer=layer))
     return dict(sorted(result.items()))

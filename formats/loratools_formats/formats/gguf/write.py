@@ -20,8 +20,8 @@ from typing import Any
 from loratools_formats.containers.gguf.container import MAX_NAME_BYTES, KeyValue, read_gguf
 from loratools_formats.containers.gguf.cursor import ARRAY, STRING, VALUE_CODES
 from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode, package
-from loratools_formats.contract.registry import Loss
-from loratools_formats.core.adapter import Adapter, Delta, Dora, low_rank_part
+from loratools_formats.contract.format import Loss
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.read import ALPHA, ARCHITECTURE, QUANTISATION, STRUCTURAL_KEYS
@@ -136,10 +136,12 @@ def _keys(adapter: Adapter, alpha: float | None, tensors: Sequence[Planned]) -> 
     return dict(sorted(keys.items()))
 
 
-def _pair(name: str, delta: Delta, is_folded: bool, storage: str | None) -> Iterator[Planned]:
-    part = low_rank_part(delta)
-    if isinstance(delta, Dora) or part.bias is not None:
-        kind = "DoRA magnitude" if isinstance(delta, Dora) else "bias"
+def _pair(
+    name: str, delta: ModuleChange, is_folded: bool, storage: str | None
+) -> Iterator[Planned]:
+    part = delta.require_factors()
+    if delta.is_dora or part.bias is not None:
+        kind = "DoRA magnitude" if delta.is_dora else "bias"
         raise UnsupportedError(f"a GGUF adapter cannot hold a {kind}", tensor=name)
     a = part.a.transposed((1, 0)) if part.layer.kind == "embedding" else part.a
     scale = part.scale if is_folded else 1.0
@@ -150,7 +152,7 @@ def _pair(name: str, delta: Delta, is_folded: bool, storage: str | None) -> Iter
     yield Planned(f"{name}.weight.lora_b", kind_b, part.b.shape, part.b, scale)
 
 
-def fallback_notes(modules: Mapping[str, Delta], storage: str | None) -> tuple[str, ...]:
+def fallback_notes(modules: Mapping[str, ModuleChange], storage: str | None) -> tuple[str, ...]:
     """Return a note if some factors cannot be stored in the type asked for."""
     pairs = [pair for name, delta in modules.items() for pair in _pair(name, delta, False, storage)]
     count = sum(storage is not None and pair.kind.name != storage.upper() for pair in pairs)
@@ -169,9 +171,9 @@ def _kind(tensor: TensorRef, storage: str | None) -> GgmlType:
     return kind if tensor.shape[-1] % kind.block == 0 else BY_NAME["F16"]
 
 
-def _common_alpha(deltas: Iterable[Delta]) -> float | None:
+def _common_alpha(deltas: Iterable[ModuleChange]) -> float | None:
     """Return the alpha that gives every module its scale exactly, None if there is none."""
-    parts = [low_rank_part(delta) for delta in deltas]
+    parts = [delta.require_factors() for delta in deltas]
     alphas = {part.scale * part.rank for part in parts}
     if len(alphas) != 1:
         return None

@@ -2,43 +2,91 @@
 
 Source: the peft package, versions 0.2 to 0.21, read and run. `config` validates and resolves the
 configuration, `keys` is the grammar of tensor names, `read` and `write` are the two halves,
-`from_model` makes a configuration for adapters of other formats, and `legacy_bin` opens pickled
-weights in a bounded child process.
+`targets` says which modules a configuration adapts, and `from_model` makes a configuration for
+adapters of other formats.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from loratools_formats.contract.plugins import deferred
-from loratools_formats.contract.registry import Format
+from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.core.alora import INVOCATION_TOKENS
+
+if TYPE_CHECKING:
+    from loratools_formats.core.adapter import Adapter, ModuleChange
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def _sniff(path: Path) -> bool:
-    folder = path.parent if path.name in _WEIGHT_FILES else path
-    if not (folder / "adapter_config.json").is_file():
-        return False
-    # MLX adapters have a file of that name too, and weights of another.
-    is_mlx = (folder / "adapters.safetensors").is_file()
-    return not is_mlx or any((folder / name).is_file() for name in _WEIGHT_FILES)
+class Peft(Format):
+    """Folders as PEFT saves and loads them."""
+
+    name = "peft"
+    description = "PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)"
+    is_folder = True
+    dtypes = ("f32", "f16", "bf16")
+    caveats_kept = (INVOCATION_TOKENS,)
+    one_kind = True
+
+    def sniff(self, path: Path) -> bool:
+        """Return whether a folder has PEFT's configuration, and is not one of MLX."""
+        folder = path.parent if path.name in _WEIGHT_FILES else path
+        if not (folder / "adapter_config.json").is_file():
+            return False
+        # MLX adapters have a file of that name too, and weights of another.
+        is_mlx = (folder / "adapters.safetensors").is_file()
+        return not is_mlx or any((folder / name).is_file() for name in _WEIGHT_FILES)
+
+    def read(self, path: Path) -> Adapter:
+        """Read a folder, or one named by its weight file."""
+        from loratools_formats.formats.peft.read import read
+
+        return read(path)
+
+    def losses(self, adapter: Adapter) -> list[Loss]:
+        """Return what PEFT cannot hold."""
+        from loratools_formats.formats.peft.write import losses
+
+        return losses(adapter)
+
+    def write(self, adapter: Adapter, path: Path) -> None:
+        """Write configuration, weights and attachments."""
+        from loratools_formats.formats.peft.write import write
+
+        write(adapter, path)
+
+    def weights_nbytes(self, adapter: Adapter) -> int:
+        """Return the size of the weight file that `write` would make."""
+        from loratools_formats.formats.peft.write import weights_nbytes
+
+        return weights_nbytes(adapter)
+
+    def from_model(self, adapter: Adapter, context: Context) -> Adapter:
+        """Make the configuration that the modules of another format's adapter ask for."""
+        from loratools_formats.formats.peft.from_model import from_model
+
+        return from_model(adapter, context)
+
+    def left_to_loader(self, adapter: Adapter) -> str:
+        """Name what PEFT computes from the base model where its file does not hold it."""
+        from loratools_formats.formats.peft.kinds.read import left_to_loader
+
+        return left_to_loader(adapter.config.get("peft_type"), adapter.modules)
+
+    def with_factors(self, adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
+        """Return a LoRA; biases that a format which is only read replaces are kept."""
+        from loratools_formats.formats.peft.targets import with_factors
+
+        return with_factors(adapter, modules)
+
+    def merged_config(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
+        """Return the first configuration, widened to cover what all the adapters hold."""
+        from loratools_formats.formats.peft.targets import merged_config
+
+        return merged_config(adapters)
 
 
-FORMAT = Format(
-    name="peft",
-    description="PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)",
-    suffixes=(),
-    is_folder=True,
-    sniff=_sniff,
-    read=deferred(f"{__name__}.read", "read"),
-    losses=deferred(f"{__name__}.write", "losses"),
-    write=deferred(f"{__name__}.write", "write"),
-    weights_nbytes=deferred(f"{__name__}.write", "weights_nbytes"),
-    merged_config=deferred(f"{__name__}.targets", "merged_config"),
-    from_model=deferred(f"{__name__}.from_model", "from_model"),
-    dtypes=("f32", "f16", "bf16"),
-    caveats_kept=(INVOCATION_TOKENS,),
-    plain_config=deferred(f"{__name__}.targets", "plain_config"),
-)
+FORMAT = Peft()

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.core.adapter import MUTATED_BASE, Caveat
-from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.files import read_small_file, refuse_lfs_pointer
+from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.peft.patterns import match_patterns
 
 CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
-_MAX_DEPTH = 64
 _MAX_RANK = 1 << 31
 _MAX_ALPHA = 1 << 31
 
@@ -180,7 +178,7 @@ class PeftConfig:
                 Caveat(
                     MUTATED_BASE,
                     f"init_lora_weights {init!r} changed the base weights before training",
-                    "Give the adapter saved right after initialisation with --initial",
+                    "Give the adapter saved right after initialisation as `initial`",
                 )
             )
         elif isinstance(init, str) and init.lower() not in _PLAIN_INITS:
@@ -226,14 +224,7 @@ def read_values(path: Path) -> dict[str, Any]:
         MissingFileError: it is not there.
         AdapterError: not strict JSON, not an object, over 1 MiB, or without a kind.
     """
-    data = read_small_file(path, _MAX_CONFIG_BYTES)
-    refuse_lfs_pointer(data, path)
-    try:
-        values = strict_json.loads(data, max_depth=_MAX_DEPTH)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
-    if not isinstance(values, dict):
-        raise AdapterError("config is not a JSON object", path=path, got=type(values).__name__)
+    values = read_object(path, _MAX_CONFIG_BYTES)
     kind = values.get("peft_type")
     if not isinstance(kind, str):
         raise AdapterError("config has no peft_type", path=path, got=kind, expected="LORA")

@@ -11,16 +11,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratools_formats.contract.registry import Context
+from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import (
     Adapter,
-    Delta,
-    Dora,
+    ModuleChange,
     Replacement,
-    low_rank_part,
 )
 from loratools_formats.core.alora import INVOCATION_TOKENS, invocation_tokens
 from loratools_formats.core.factors import stored_as
+from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.formats.peft import keys
 
 
@@ -51,13 +50,15 @@ def _activation(adapter: Adapter) -> dict[str, Any]:
 def _key(entry: Replacement) -> str:
     if entry.kind == "token_rows":
         return keys.compose(entry.target.removesuffix(".weight"), "token_rows")
-    return f"{keys.PREFIX}{entry.target}"
+    return f"{PREFIX}{entry.target}"
 
 
 def _config(
-    modules: Mapping[str, Delta], replacements: Mapping[str, Replacement], base_model: str | None
+    modules: Mapping[str, ModuleChange],
+    replacements: Mapping[str, Replacement],
+    base_model: str | None,
 ) -> dict[str, Any]:
-    parts = {path: low_rank_part(delta) for path, delta in modules.items()}
+    parts = {path: delta.require_factors() for path, delta in modules.items()}
     named = {path: part for path, part in parts.items() if not part.layer.parameters}
     saved = [r.target.rpartition(".")[0] for r in replacements.values() if r.kind == "module"]
     values: dict[str, Any] = {
@@ -75,7 +76,7 @@ def _config(
         "rank_pattern": {},
         "target_modules": sorted(named) or None,
         "task_type": None,
-        "use_dora": any(isinstance(delta, Dora) for delta in modules.values()),
+        "use_dora": any(delta.is_dora for delta in modules.values()),
         "use_rslora": False,
     }
     parameters = sorted({name for part in parts.values() for name in part.layer.parameters})

@@ -7,12 +7,9 @@ Source: peft 0.21.2, `get_peft_model_state_dict` and the layers' attribute names
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Literal, NamedTuple
 
-from loratools_formats.checkpoints.facts import named_conv1d
-
-PREFIX = "base_model.model."
+from loratools_formats.core.peft_facts import PREFIX
 
 Part = Literal[
     "a",
@@ -93,15 +90,6 @@ def setting_name(path: str) -> str:
     return path.removesuffix(".base_layer.out_proj")
 
 
-def square_orientation(fan_in_fan_out: bool, path: str) -> bool | None:
-    """Tell whether a square weight is stored (in, out), None where the file does not show it.
-
-    PEFT writes one `fan_in_fan_out` for all modules, that of the layer wrapped last; a GPT-2
-    adapter which also covers the linear lm_head says false although its Conv1D layers are not.
-    """
-    return fan_in_fan_out if fan_in_fan_out == named_conv1d(path) else None
-
-
 def base_tensor(name: str) -> str | None:
     """Return the base tensor a name would be loaded over, None if it is not of that form.
 
@@ -120,17 +108,6 @@ def base_tensor(name: str) -> str | None:
         return None
     path = path.replace(".token_adapter.base_layer", ".base_layer")
     return ".".join([part for part in path.split(".") if part != "base_layer"] + [leaf])
-
-
-def replaced_name(target: str, modules: Container[str]) -> str:
-    """Return the name of a tensor that replaces one of the base, as `base_tensor` reads it.
-
-    >>> replaced_name("q.bias", {"q"})
-    'base_model.model.q.base_layer.bias'
-    """
-    module, _, leaf = target.rpartition(".")
-    wrapped = f"{module}.base_layer" if module in modules else module
-    return f"{PREFIX}{wrapped}.{leaf}"
 
 
 def saved_again(name: str) -> str | None:

@@ -17,14 +17,13 @@ from loratools_formats.containers.safetensors_read import SafetensorsFile, read_
 from loratools_formats.core.adapter import (
     Adapter,
     Caveat,
-    Delta,
-    Dora,
     Layer,
     LowRank,
-    OtherDelta,
+    ModuleChange,
     Replacement,
 )
 from loratools_formats.core.factors import check_factor
+from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import (
     AdapterError,
@@ -120,7 +119,7 @@ def _is_no_product(values: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class _Contents:
-    modules: Mapping[str, Delta]
+    modules: Mapping[str, ModuleChange]
     shared: Mapping[str, TensorRef]
     rest: dict[str, TensorRef]
     caveats: tuple[Caveat, ...]
@@ -135,7 +134,7 @@ def _contents(
         if _is_no_product(values):
             return _Contents({}, {}, dict(tensors), config.caveats())
         modules, rest = _modules(config, tensors, folder)
-        has_middle = any(isinstance(d, OtherDelta) and d.kind == "middle" for d in modules.values())
+        has_middle = any(delta.kind == "middle" for delta in modules.values())
         caveats = (
             *config.caveats(),
             *_module_caveats(modules),
@@ -152,7 +151,8 @@ def _contents(
             expected=", ".join(["LORA", *PEFT_KINDS]),
         )
     others, shared, rest = read_modules(values, tensors, folder)
-    return _Contents(others, shared, rest, tuple(caveats_of(values)))
+    modules = {path: ModuleChange(other) for path, other in others.items()}
+    return _Contents(modules, shared, rest, tuple(caveats_of(values)))
 
 
 def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]]:
@@ -170,9 +170,9 @@ def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]
     )
 
 
-def _loader_notes(peft_type: str, modules: Mapping[str, Delta]) -> list[str]:
+def _loader_notes(peft_type: str, modules: Mapping[str, ModuleChange]) -> list[str]:
     missing = left_to_loader(peft_type, modules)
-    return [f"{missing} are not in the file; to-lora computes them from --base"] if missing else []
+    return [f"{missing} are not in the file; to-lora computes them from `base`"] if missing else []
 
 
 def _training_notes(carried: Mapping[str, TensorRef]) -> list[str]:
@@ -207,7 +207,7 @@ def _folder_notes(folder: Path) -> list[str]:
 
 def _modules(
     config: PeftConfig, tensors: Mapping[str, TensorRef], folder: Path
-) -> tuple[dict[str, Delta], dict[str, TensorRef]]:
+) -> tuple[dict[str, ModuleChange], dict[str, TensorRef]]:
     parts: dict[str, dict[keys.Part, TensorRef]] = {}
     rest: dict[str, TensorRef] = {}
     for name, tensor in tensors.items():
@@ -219,14 +219,14 @@ def _modules(
     pairs = {path: _factor_pair(path, parts[path], folder) for path in sorted(parts)}
     rows = {path: pair.a.shape[0] if pair.a.shape else 0 for path, pair in pairs.items()}
     resolved = settings(config, rows, folder)
-    modules: dict[str, Delta] = {
+    modules: dict[str, ModuleChange] = {
         path: _delta(config, path, parts[path], pair, resolved[path], folder)
         for path, pair in pairs.items()
     }
     return modules, rest
 
 
-def _module_caveats(modules: Mapping[str, Delta]) -> list[Caveat]:
+def _module_caveats(modules: Mapping[str, ModuleChange]) -> list[Caveat]:
     """Return why the factors of some modules do not tell the true ΔW.
 
     For `nn.MultiheadAttention`, peft 0.21.2 merges the output projection's change twice, in its
@@ -251,7 +251,7 @@ def _delta(
     pair: _Pair,
     setting: Setting,
     folder: Path,
-) -> Delta:
+) -> ModuleChange:
     a, b, is_embedding = pair
     kind = variant_kind(config.values, path, parts)
     if setting.names:
@@ -260,7 +260,8 @@ def _delta(
         if kind is not None:
             scale = config.scale(setting.alpha, setting.rank)
             resolved = (setting.alpha, setting.rank)
-            return variant_delta(kind, config.values, path, parts, pair, resolved, scale)
+            other = variant_delta(kind, config.values, path, parts, pair, resolved, scale)
+            return ModuleChange(other, parts.get("magnitude"))
         direction = _ordinary(config, path, a, b, setting, is_embedding, folder)
     bias = parts.get("b_bias")
     if bias is not None:
@@ -307,13 +308,13 @@ def _factor_pair(path: str, parts: dict[keys.Part, TensorRef], folder: Path) -> 
 
 def _with_magnitude(
     config: PeftConfig, path: str, direction: LowRank, magnitude: TensorRef | None, folder: Path
-) -> Delta:
+) -> ModuleChange:
     if magnitude is None:
         if config.use_dora:
             raise AdapterError(
                 "config use_dora is true, but the module has no magnitude", path=folder, tensor=path
             )
-        return direction
+        return ModuleChange(direction)
     if not config.use_dora:
         raise _contradiction(magnitude, "a magnitude, but config use_dora is not true", folder)
     if magnitude.numel != direction.shape[0]:
@@ -324,7 +325,7 @@ def _with_magnitude(
             got=list(magnitude.shape),
             expected=f"{direction.shape[0]} elements",
         )
-    return Dora(direction, magnitude)
+    return ModuleChange(direction, magnitude)
 
 
 def _contradiction(tensor: TensorRef, message: str, folder: Path) -> AdapterError:
@@ -375,6 +376,6 @@ def _ordinary(
         a = a.reshaped((a.shape[0], a.numel // a.shape[0]))
         b = b.reshaped(b.shape[:2])
     elif not embedding:
-        turn = keys.square_orientation(bool(config.values.get("fan_in_fan_out")), path)
+        turn = square_orientation(bool(config.values.get("fan_in_fan_out")), path)
         layer = Layer("linear", transposed_if_square=turn)
     return LowRank(a, b, config.scale(alpha, rank), layer, alpha=alpha)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.checkpoints.facts import is_vocabulary
-from loratools_formats.core.adapter import Delta, Replacement
+from loratools_formats.core.adapter import ModuleChange, Replacement
+from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import keys
@@ -24,7 +25,7 @@ _LORA_WORD = re.compile(r"(?<![a-z])lora(?![a-z])", re.IGNORECASE)
 def classify(
     values: Mapping[str, Any],
     rest: dict[str, TensorRef],
-    modules: Mapping[str, Delta],
+    modules: Mapping[str, ModuleChange],
     folder: Path,
 ) -> tuple[dict[str, Replacement], dict[str, TensorRef]]:
     """Return the replacements and the carried tensors among the rest of a file.
@@ -64,10 +65,10 @@ def _belongs_to_training(values: Mapping[str, Any], name: str) -> bool:
 
 
 def _refuse_if_beside_factors(
-    name: str, kind: str | None, modules: Mapping[str, Delta], folder: Path
+    name: str, kind: str | None, modules: Mapping[str, ModuleChange], folder: Path
 ) -> None:
     leaf = name.rpartition(".")[2]
-    path = name.removeprefix(keys.PREFIX)
+    path = name.removeprefix(PREFIX)
     owners = [part for part in _prefixes(path) if part in modules]
     wrapped = {f"{owner}.{leaf}" for owner in owners} | {
         f"{owner}.base_layer.{leaf}" for owner in owners

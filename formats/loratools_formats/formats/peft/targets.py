@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratools_formats.core.adapter import Adapter, low_rank_part
+from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import MIDDLE_INITS, VARIANT_KEYS, is_set
 
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -52,19 +52,6 @@ def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
     return values
 
 
-def as_peft(adapter: Adapter) -> Adapter:
-    """Return an adapter of a format that is only read as one of a PEFT folder."""
-    replacements = {
-        keys.replaced_name(r.target, adapter.modules): r for r in adapter.replacements.values()
-    }
-    return replace(
-        adapter,
-        format="peft",
-        replacements=replacements,
-        config={"bias": "lora_only" if replacements else "none", "inference_mode": True},
-    )
-
-
 _KEPT = (
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "modules_to_save", "peft_version", "revision", "task_type",
@@ -72,12 +59,26 @@ _KEPT = (
 )  # fmt: skip
 
 
-def plain_config(adapter: Adapter) -> Mapping[str, Any]:
-    """Return the configuration of an adapter whose modules have become plain factors.
+def with_factors(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
+    """Return a LoRA of plain factors or DoRAs; ranks and scales are left to the writer.
 
-    That of a LoRA stays, since the writer rewrites what depends on the factors. Of another kind,
-    what every kind has is kept; ranks and scales are the writer's.
+    A LoRA's configuration stays. Of another kind's, what every kind has is kept. An adapter of a
+    format that is only read gets its biases under PEFT's names.
     """
+    if adapter.format != "peft":
+        replacements = {
+            replaced_name(r.target, adapter.modules): r for r in adapter.replacements.values()
+        }
+        adapter = replace(
+            adapter,
+            format="peft",
+            replacements=replacements,
+            config={"bias": "lora_only" if replacements else "none", "inference_mode": True},
+        )
+    return replace(adapter, modules=dict(modules), shared={}, config=_factors_config(adapter))
+
+
+def _factors_config(adapter: Adapter) -> Mapping[str, Any]:
     values = adapter.config
     if values.get("peft_type") == "LORA":
         cleared: dict[str, Any] = {key: None for key in VARIANT_KEYS if is_set(values.get(key))}
@@ -104,6 +105,6 @@ def _module_paths(adapters: Sequence[Adapter]) -> list[str]:
             path
             for adapter in adapters
             for path, delta in adapter.modules.items()
-            if not low_rank_part(delta).layer.parameters
+            if not delta.require_factors().layer.parameters
         }
     )

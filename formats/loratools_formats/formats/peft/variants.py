@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.core.adapter import Caveat, Layer, OtherDelta
+from loratools_formats.core.adapter import Caveat, KindDelta, Layer
+from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
@@ -67,7 +68,7 @@ def variant_delta(
     factors: tuple[TensorRef, TensorRef, bool],
     setting: tuple[float, int],
     scale: float,
-) -> OtherDelta:
+) -> KindDelta:
     """Return the change of a module of a variant.
 
     Args:
@@ -115,9 +116,9 @@ def variant_delta(
         count = _block_count(values)
         settings |= {"blocks": count, "a_is_blocks": a_is_blocks, "b_is_blocks": b_is_blocks}
         in_ = a.shape[1] * (count if a_is_blocks else 1)
-    turn = keys.square_orientation(bool(values.get("fan_in_fan_out")), path)
+    turn = square_orientation(bool(values.get("fan_in_fan_out")), path)
     layer = Layer("embedding") if embedding else Layer("linear", transposed_if_square=turn)
-    return OtherDelta(kind, own, settings, layer, (out, in_), magnitude=parts.get("magnitude"))
+    return KindDelta(kind, own, settings, layer, (out, in_))
 
 
 def lost_middle(folder: Path, has_middle: bool) -> list[Caveat]:

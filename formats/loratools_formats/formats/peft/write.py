@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
-from loratools_formats.contract.registry import Loss
-from loratools_formats.core.adapter import Adapter, Delta, Dora, LowRank, OtherDelta, low_rank_part
+from loratools_formats.contract.format import Loss
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.factors import kept_whole
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -69,11 +69,11 @@ def metadata_for(adapter: Adapter) -> dict[str, str]:
 def stored_tensors(adapter: Adapter) -> Iterator[TensorRef]:
     """Yield every tensor under its name and in its layout in a PEFT file."""
     for path, delta in adapter.modules.items():
-        if isinstance(delta, OtherDelta):
+        if delta.factors is None:
             yield from delta.tensors()
             continue
-        yield from _factors(path, low_rank_part(delta))
-        if isinstance(delta, Dora):
+        yield from _factors(path, delta.factors)
+        if delta.magnitude is not None:
             yield delta.magnitude.renamed(keys.compose(path, "magnitude"))
     yield from adapter.shared.values()
     for name, replacement in adapter.replacements.items():
@@ -123,7 +123,7 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
     for name in kept_whole(adapter):
         raise UnsupportedError("PEFT has no full differences", tensor=name)
     is_other = adapter.config.get("peft_type", "LORA") != "LORA"
-    if is_other or any(isinstance(delta, OtherDelta) for delta in adapter.modules.values()):
+    if is_other or any(delta.factors is None for delta in adapter.modules.values()):
         return dict(adapter.config)
     values = _with_kinds(adapter)
     return values if _keeps_config(adapter) else _rewritten(values, adapter)
@@ -132,10 +132,10 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
 def _with_kinds(adapter: Adapter) -> dict[str, Any]:
     """Return the adapter's configuration, saying which kinds of tensors its modules have now."""
     values = dict(adapter.config)
-    is_dora = any(isinstance(delta, Dora) for delta in adapter.modules.values())
+    is_dora = any(delta.is_dora for delta in adapter.modules.values())
     if bool(values.get("use_dora")) != is_dora:
         values["use_dora"] = is_dora
-    if any(low_rank_part(delta).bias is not None for delta in adapter.modules.values()):
+    if any(delta.require_factors().bias is not None for delta in adapter.modules.values()):
         values["lora_bias"] = True
     return values
 
@@ -147,15 +147,15 @@ def _keeps_config(adapter: Adapter) -> bool:
     return not resolved and _gives_same(values, adapter.modules)
 
 
-def _pattern_names(modules: Mapping[str, Delta]) -> dict[str, tuple[str, ...]]:
+def _pattern_names(modules: Mapping[str, ModuleChange]) -> dict[str, tuple[str, ...]]:
     """Return the paths PEFT matches patterns against, for each module."""
     return {
-        path: low_rank_part(delta).layer.parameters or (keys.setting_name(path),)
+        path: delta.require_factors().layer.parameters or (keys.setting_name(path),)
         for path, delta in modules.items()
     }
 
 
-def _gives_same(values: Mapping[str, Any], modules: Mapping[str, Delta]) -> bool:
+def _gives_same(values: Mapping[str, Any], modules: Mapping[str, ModuleChange]) -> bool:
     config = PeftConfig(values)
     found = _settings(config, modules)
     return found is not None and all(
@@ -165,7 +165,7 @@ def _gives_same(values: Mapping[str, Any], modules: Mapping[str, Delta]) -> bool
     )
 
 
-def _settings(config: PeftConfig, modules: Mapping[str, Delta]) -> dict[str, Setting] | None:
+def _settings(config: PeftConfig, modules: Mapping[str, ModuleChange]) -> dict[str, Setting] | None:
     """Return what a reader finds in a configuration; None if it cannot tell."""
     rows = {path: part.experts * part.rank for path, part in _parts(modules).items()}
     try:
@@ -174,14 +174,14 @@ def _settings(config: PeftConfig, modules: Mapping[str, Delta]) -> dict[str, Set
         return None
 
 
-def _parts(modules: Mapping[str, Delta]) -> dict[str, LowRank]:
-    return {path: low_rank_part(delta) for path, delta in modules.items()}
+def _parts(modules: Mapping[str, ModuleChange]) -> dict[str, LowRank]:
+    return {path: delta.require_factors() for path, delta in modules.items()}
 
 
 def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     wanted: dict[str, tuple[int, float]] = {}
     for path, group in _pattern_names(adapter.modules).items():
-        part = low_rank_part(adapter.modules[path])
+        part = adapter.modules[path].require_factors()
         for name in group:
             setting = (part.rank, _alpha(part))
             if wanted.setdefault(name, setting) != setting:
@@ -213,7 +213,7 @@ def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     return values
 
 
-def _check_distinct(values: Mapping[str, Any], modules: Mapping[str, Delta]) -> None:
+def _check_distinct(values: Mapping[str, Any], modules: Mapping[str, ModuleChange]) -> None:
     """Refuse changes of parameters that no reader could tell apart again."""
     parts = _parts(modules)
     of_parameters = [path for path, part in parts.items() if part.layer.parameters]
@@ -230,7 +230,7 @@ def _indistinct(path: str) -> UnsupportedError:
         "several parameters of one module need different ranks or scales, which a PEFT file cannot "
         "express without naming them",
         tensor=path,
-        hint="Give them one rank and scale: --uniform without --keep-alpha does",
+        hint="Give them one rank and scale: `uniform=True` without `keep_alpha` does",
     )
 
 

@@ -8,44 +8,122 @@ these or does otherwise; it is written as it was read, and has no names of its o
 
 from __future__ import annotations
 
-import functools
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools_formats.contract.registry import Context, Format, Loss
-from loratools_formats.formats.statedicts.peft_weights import is_bare
+from loratools_formats.contract.format import Context, Format, Loss
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter
-    from loratools_formats.formats.singlefile.grammar import Class
-
-NAMES: tuple[Class, ...] = ("kohya", "diffusers", "comfyui", "safetensors")
+    from loratools_formats.core.single_file_keys import Naming
 
 _SNIFFED_BYTES = 60_000
 _MOST_HEADER_BYTES = 100_000_000
-_ENTRY = re.compile(rb'"((?:[^"\\]|\\.)+)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
-_CONFIG = "adapter_config.json"
-_WEIGHTS_OF_FOLDERS = ("adapter_model.safetensors", "adapters.safetensors")
+_WEIGHTS_OF_PEFT = "adapter_model.safetensors"
 
 
-def _sniff(naming: Class, path: Path) -> bool:
-    return _sniffed(path) == naming
+class SingleFile(Format):
+    """The single files of one naming.
+
+    Args:
+        naming: how modules are named; also the format's name.
+        description: one line for `loratools formats`.
+    """
+
+    suffixes = (".safetensors",)
+    dtypes = ("f32", "f16", "bf16")
+    uses_base = True
+    naming: Naming
+
+    def __init__(self, naming: Naming, description: str) -> None:
+        self.name = self.naming = naming
+        self.description = description
+
+    def sniff(self, path: Path) -> bool:
+        """Return whether the last 60 kB of a header have adapter keys of this naming."""
+        return _sniffed(path) == self.naming
+
+    def read(self, path: Path) -> Adapter:
+        """Read a file; a mixture of namings can be read as any of them."""
+        return self._read(path, carry_unknown=False)
+
+    def read_with_unknown(self, path: Path) -> Adapter:
+        """Read, and carry the tensors whose keys no rule claims."""
+        return self._read(path, carry_unknown=True)
+
+    def _read(self, path: Path, *, carry_unknown: bool) -> Adapter:
+        from loratools_formats.disk.errors import AdapterError
+        from loratools_formats.formats.singlefile.read import read
+
+        adapter = read(path, carry_unknown=carry_unknown)
+        if self.naming != "safetensors" and adapter.format not in (self.naming, "safetensors"):
+            raise AdapterError(f"is not a {self.naming} file", path=path, got=adapter.format)
+        return adapter
+
+    def losses(self, adapter: Adapter) -> list[Loss]:
+        """Return what a file of this naming cannot hold."""
+        from loratools_formats.formats.singlefile.write import losses
+
+        return losses(adapter, self.naming)
+
+    def write(self, adapter: Adapter, path: Path) -> None:
+        """Write a file, with the keys that it had where they are of this naming."""
+        from loratools_formats.formats.singlefile.write import write
+
+        write(adapter, path, self.naming)
+
+    def weights_nbytes(self, adapter: Adapter) -> int:
+        """Return the size of the file that `write` would make."""
+        from loratools_formats.formats.singlefile.write import weights_nbytes
+
+        return weights_nbytes(adapter, self.naming)
+
+    def from_model(self, adapter: Adapter, context: Context) -> Adapter:
+        """Give every tensor a key of this naming; modules must already be named by it."""
+        from dataclasses import replace
+
+        from loratools_formats.core.factors import stored_as
+        from loratools_formats.core.single_file_keys import NAMINGS
+        from loratools_formats.formats.singlefile.spelling import respelled
+
+        modules = {name: stored_as(delta, context.dtype) for name, delta in adapter.modules.items()}
+        stored = replace(adapter, modules=modules)
+        # Files of no one naming have no spelling of their own.
+        as_it_is = self.naming == "safetensors" and adapter.format in NAMINGS
+        return stored if as_it_is else respelled(stored, self.naming)
 
 
-def _sniffed(path: Path) -> Class | None:
-    """Return the naming of the adapter keys in the last 60 kB of a header, None if it has none."""
-    if not path.is_file():
-        return None
-    if path.name in _WEIGHTS_OF_FOLDERS and (path.parent / _CONFIG).is_file():
+def _sniffed(path: Path) -> Naming | None:
+    """Return the naming of the adapter keys in the end of a header, None if it has none."""
+    from loratools_formats.containers.sniffing import is_part_of_folder, tensor_names
+
+    if not path.is_file() or is_part_of_folder(path):
         return None
     try:
-        tail = _end_of_header(path)
+        names = tensor_names(_end_of_header(path))
     except OSError:
         return None
-    names = [found[1] for found in _ENTRY.finditer(tail)]
-    return None if is_bare(path, names) else _naming(names)
+    return _naming(path, names) if names else None
+
+
+def _naming(path: Path, names: list[bytes]) -> Naming | None:
+    from loratools_formats.core.single_file_keys import Key, parse
+    from loratools_formats.formats.singlefile.read import CONTROL_MARK, naming_class
+
+    control = CONTROL_MARK.encode() in names
+    keys = [parse(name.decode("utf-8", "replace"), control=control) for name in names]
+    known = [key for key in keys if key is not None]
+
+    def is_bare(key: Key) -> bool:
+        return key.prefix == "base_model.model." and key.style == "peft" and key.role in ("a", "b")
+
+    # PEFT's weights without their configuration are another format: their scale is not 1.
+    if path.name == _WEIGHTS_OF_PEFT and any(map(is_bare, known)):
+        return None
+    # Checkpoints may have an alpha of their own.
+    telling = any(key.role not in ("alpha", "learned_embedding", "refused") for key in known)
+    return naming_class(known) if telling else None
 
 
 def _end_of_header(path: Path) -> bytes:
@@ -60,78 +138,9 @@ def _end_of_header(path: Path) -> bytes:
         return file.read(min(length, _SNIFFED_BYTES))
 
 
-def _naming(names: list[bytes]) -> Class | None:
-    from loratools_formats.formats.singlefile.grammar import parse
-    from loratools_formats.formats.singlefile.read import CONTROL_MARK, naming_class
-
-    control = CONTROL_MARK.encode() in names
-    keys = [parse(name.decode("utf-8", "replace"), control=control) for name in names]
-    known = [key for key in keys if key is not None]
-    # Checkpoints may have an alpha of their own.
-    telling = any(key.role not in ("alpha", "learned_embedding", "refused") for key in known)
-    return naming_class(known) if telling else None
-
-
-def _read(naming: Class, path: Path, *, carry_unknown: bool = False) -> Adapter:
-    from loratools_formats.disk.errors import AdapterError
-    from loratools_formats.formats.singlefile.read import read
-
-    adapter = read(path, carry_unknown=carry_unknown)
-    if naming != "safetensors" and adapter.format not in (naming, "safetensors"):
-        raise AdapterError(f"is not a {naming} file", path=path, got=adapter.format)
-    return adapter
-
-
-def _losses(naming: Class, adapter: Adapter) -> list[Loss]:
-    from loratools_formats.formats.singlefile.write import losses
-
-    return losses(adapter, naming)
-
-
-def _write(naming: Class, adapter: Adapter, path: Path) -> None:
-    from loratools_formats.formats.singlefile.write import write
-
-    write(adapter, path, naming)
-
-
-def _from_model(naming: Class, adapter: Adapter, context: Context) -> Adapter:
-    from dataclasses import replace
-
-    from loratools_formats.core.factors import stored_as
-    from loratools_formats.formats.singlefile.spelling import respelled
-
-    modules = {name: stored_as(delta, context.dtype) for name, delta in adapter.modules.items()}
-    stored = replace(adapter, modules=modules)
-    # Files of no one naming have no spelling of their own.
-    return (
-        stored if naming == "safetensors" and adapter.format in NAMES else respelled(stored, naming)
-    )
-
-
-def _weights_nbytes(naming: Class, adapter: Adapter) -> int:
-    from loratools_formats.formats.singlefile.write import weights_nbytes
-
-    return weights_nbytes(adapter, naming)
-
-
-def _format(naming: Class, description: str) -> Format:
-    return Format(
-        name=naming,
-        description=description,
-        suffixes=(".safetensors",),
-        is_folder=False,
-        sniff=functools.partial(_sniff, naming),
-        read=functools.partial(_read, naming),
-        read_with_unknown=functools.partial(_read, naming, carry_unknown=True),
-        losses=functools.partial(_losses, naming),
-        write=functools.partial(_write, naming),
-        weights_nbytes=functools.partial(_weights_nbytes, naming),
-        from_model=functools.partial(_from_model, naming),
-        dtypes=("f32", "f16", "bf16"),
-    )
-
-
-KOHYA = _format("kohya", "One file, flattened paths: sd-scripts, LyCORIS, OneTrainer, musubi-tuner")
-DIFFUSERS = _format("diffusers", "One file, component and dotted path: diffusers, ai-toolkit")
-COMFYUI = _format("comfyui", "One file, diffusion_model. before dotted paths: ComfyUI")
-SAFETENSORS = _format("safetensors", "One file of any other spelling, or of several")
+KOHYA = SingleFile(
+    "kohya", "One file, flattened paths: sd-scripts, LyCORIS, OneTrainer, musubi-tuner"
+)
+DIFFUSERS = SingleFile("diffusers", "One file, component and dotted path: diffusers, ai-toolkit")
+COMFYUI = SingleFile("comfyui", "One file, diffusion_model. before dotted paths: ComfyUI")
+SAFETENSORS = SingleFile("safetensors", "One file of any other spelling, or of several")

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from loratools_formats.core.adapter import Axis, Delta, Dora, Layer, LowRank, OtherDelta
+from loratools_formats.core.adapter import Axis, KindDelta, Layer, LowRank, ModuleChange
 from loratools_formats.core.factors import check_factor
+from loratools_formats.core.single_file_keys import Role
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.formats.singlefile.grammar import Role
 from loratools_formats.formats.singlefile.scale import Setting, stated_alpha
 
 Parts = dict[Role, TensorRef]
@@ -30,7 +30,7 @@ _KRONECKER: dict[Role, str] = {
 _BESIDE: frozenset[Role] = frozenset({"alpha", "magnitude", "bias"})
 
 
-def delta_of(module: str, parts: Parts, stated: Setting | None, path: Path) -> Delta:
+def delta_of(module: str, parts: Parts, stated: Setting | None, path: Path) -> ModuleChange:
     """Return the weight change that a module's tensors make.
 
     Args:
@@ -57,11 +57,11 @@ def delta_of(module: str, parts: Parts, stated: Setting | None, path: Path) -> D
         ({"ia3", "on_input"}, _ia3),
     ):
         if own == has:
-            return make(module, parts, stated, path)
+            return _with_magnitude(make(module, parts, stated, path), parts, path)
     if own and own <= _HADAMARD.keys():
-        return _hadamard(module, parts, stated, path)
+        return _with_magnitude(_hadamard(module, parts, stated, path), parts, path)
     if own and own <= _KRONECKER.keys():
-        return _kronecker(module, parts, stated, path)
+        return _with_magnitude(_kronecker(module, parts, stated, path), parts, path)
     raise AdapterError(
         "the tensors of a module do not make one kind of adapter",
         path=path,
@@ -80,7 +80,7 @@ def _alpha(
     return (None, 1.0) if stated is None else (stated.alpha, stated.scale)
 
 
-def _low_rank(module: str, parts: Parts, stated: Setting | None, path: Path) -> LowRank | Dora:
+def _low_rank(module: str, parts: Parts, stated: Setting | None, path: Path) -> LowRank:
     a, b = parts["a"], parts["b"]
     layer = Layer("linear")
     dims = len(a.shape)
@@ -103,19 +103,21 @@ def _low_rank(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
         a = a.reshaped((a.shape[0], math.prod(a.shape[1:])))
         b = b.reshaped(b.shape[:2])
     alpha, scale = _alpha(parts, a.shape[0], stated, path)
-    delta = LowRank(a, b, scale, layer, parts.get("bias"), alpha, parts.get("alpha"))
-    if "magnitude" not in parts:
-        return delta
-    return _dora(delta, parts["magnitude"], path)
+    return LowRank(a, b, scale, layer, parts.get("bias"), alpha, parts.get("alpha"))
 
 
-def _dora(delta: LowRank, magnitude: TensorRef, path: Path) -> Dora:
-    return Dora(delta, magnitude, _axis(magnitude, delta.shape, delta.layer, path))
+def _with_magnitude(direction: LowRank | KindDelta, parts: Parts, path: Path) -> ModuleChange:
+    magnitude = parts.get("magnitude")
+    if magnitude is None:
+        return ModuleChange(direction)
+    return ModuleChange(direction, magnitude, _axis(magnitude, direction, path))
 
 
-def _axis(magnitude: TensorRef, whole: tuple[int, int], layer: Layer, path: Path) -> Axis:
+def _axis(magnitude: TensorRef, direction: LowRank | KindDelta, path: Path) -> Axis:
     """Return whether magnitudes belong to outputs or to inputs, which their shape tells."""
-    out, in_ = whole
+    (out, in_), layer = direction.shape, direction.layer
+    assert out is not None  # every kind that has magnitudes tells its shape
+    assert in_ is not None
     inputs = in_ // math.prod(layer.kernel)
     shape = magnitude.shape
     if not layer.kernel and len(shape) > 2 and shape[0] == 1 and in_ % magnitude.numel == 0:
@@ -145,7 +147,7 @@ def _embedding(module: str, parts: Parts, stated: Setting | None, path: Path) ->
     return LowRank(a, b, scale, Layer("embedding"), alpha=alpha, alpha_tensor=parts.get("alpha"))
 
 
-def _tucker(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+def _tucker(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     _none_beside(module, parts, {"alpha", "magnitude"}, path)
     down, up, mid = parts["a"], parts["b"], parts["mid"]
     _, scale = _alpha(parts, down.shape[0], stated, path)
@@ -161,10 +163,10 @@ def _tucker(module: str, parts: Parts, stated: Setting | None, path: Path) -> Ot
     shape = (up.shape[0], down.shape[1] * math.prod(kernel))
     layer = Layer("conv", kernel)
     tensors = {"down": down, "up": up, "mid": mid}
-    return _other("tucker", tensors, parts, scale, layer, shape, path)
+    return _other("tucker", tensors, parts, scale, layer, shape)
 
 
-def _hadamard(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+def _hadamard(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     _none_beside(module, parts, {"alpha", "magnitude"}, path)
     tensors = _named(module, parts, _HADAMARD, ("w1_a", "w1_b", "w2_a", "w2_b"), path)
     if ("t1" in tensors) != ("t2" in tensors):
@@ -177,10 +179,10 @@ def _hadamard(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
         rows = tensors["w1_a"].shape[1]
         layer = Layer("conv", tensors["t1"].shape[2:])
         columns *= math.prod(layer.kernel)
-    return _other("loha", tensors, parts, scale, layer, (rows, columns), path)
+    return _other("loha", tensors, parts, scale, layer, (rows, columns))
 
 
-def _kronecker(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+def _kronecker(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     _none_beside(module, parts, {"alpha", "magnitude"}, path)
     tensors = _named(module, parts, _KRONECKER, (), path)
     for side in ("w1", "w2"):
@@ -211,19 +213,19 @@ def _kronecker(module: str, parts: Parts, stated: Setting | None, path: Path) ->
             rows *= tensors[f"{side}_a"].shape[0]
             columns *= math.prod(tensors[f"{side}_b"].shape[1:])
     layer = Layer("conv", kernel) if kernel else Layer("linear")
-    return _other("lokr", tensors, parts, scale, layer, (rows, columns), path)
+    return _other("lokr", tensors, parts, scale, layer, (rows, columns))
 
 
-def _full(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+def _full(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     del stated
     _none_beside(module, parts, {"alpha"}, path)
     diff = parts["diff"]
     shape = (diff.shape[0], math.prod(diff.shape[1:]))
     layer = Layer("conv", diff.shape[2:]) if len(diff.shape) > 2 else Layer("linear")
-    return _other("full", {"diff": diff}, parts, 1.0, layer, shape, path)
+    return _other("full", {"diff": diff}, parts, 1.0, layer, shape)
 
 
-def _glora(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+def _glora(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     _none_beside(module, parts, {"alpha"}, path)
     tensors = {role: parts[role] for role in ("a1", "a2", "b1", "b2")}
     _, scale = _alpha(parts, tensors["a2"].shape[0], stated, path)
@@ -232,12 +234,12 @@ def _glora(module: str, parts: Parts, stated: Setting | None, path: Path) -> Oth
         Layer("conv", tensors["b2"].shape[2:]) if len(tensors["b2"].shape) > 2 else Layer("linear")
     )
     shape = (tensors["b1"].shape[0], columns)
-    return OtherDelta(
+    return KindDelta(
         "lycoris_glora", tensors, {"scale": scale}, layer, shape, alpha_tensor=parts.get("alpha")
     )
 
 
-def _rotation(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+def _rotation(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     """Return OFT or BOFT, whose alpha is a limit in units of the number of outputs."""
     del stated
     _none_beside(module, parts, {"alpha"}, path)
@@ -255,7 +257,7 @@ def _rotation(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
         tensors["gain"] = parts["rescale"]
     out = blocks.shape[-3] * blocks.shape[-2]
     alpha = stated_alpha(parts["alpha"], path) if "alpha" in parts else 0.0
-    return OtherDelta(
+    return KindDelta(
         "diag_oft" if len(blocks.shape) == 3 else "butterfly_oft",
         tensors,
         {"constraint": alpha * out},
@@ -264,14 +266,14 @@ def _rotation(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
     )
 
 
-def _ia3(module: str, parts: Parts, stated: Setting | None, path: Path) -> OtherDelta:
+def _ia3(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     del stated
     _none_beside(module, parts, set(), path)
     on_input = bool(stated_alpha(parts["on_input"], path))
     gain = parts["ia3"]
     shape = (None, None) if on_input else (gain.numel, None)
     tensors = {"gain": gain, "on_input": parts["on_input"]}
-    return OtherDelta("lycoris_ia3", tensors, {"on_input": on_input}, shape=shape)
+    return KindDelta("lycoris_ia3", tensors, {"on_input": on_input}, shape=shape)
 
 
 def _other(
@@ -281,19 +283,8 @@ def _other(
     scale: float,
     layer: Layer,
     shape: tuple[int, int],
-    path: Path,
-) -> OtherDelta:
-    magnitude = parts.get("magnitude")
-    return OtherDelta(
-        kind,
-        tensors,
-        {"scale": scale},
-        layer,
-        shape,
-        magnitude=magnitude,
-        axis="output" if magnitude is None else _axis(magnitude, shape, layer, path),
-        alpha_tensor=parts.get("alpha"),
-    )
+) -> KindDelta:
+    return KindDelta(kind, tensors, {"scale": scale}, layer, shape, alpha_tensor=parts.get("alpha"))
 
 
 def _named(

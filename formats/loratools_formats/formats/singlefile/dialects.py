@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from loratools_formats.core.adapter import Dialect
-from loratools_formats.formats.singlefile.grammar import Key
+from loratools_formats.core.single_file_keys import Key
 
 
 @dataclass(frozen=True)

@@ -16,30 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from loratools_formats.containers.safetensors_write import header_bytes, in_file_order
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.formats.singlefile.scale import plain_part
-
-TRAINING_KEYS = frozenset(
-    {
-        "ss_bucket_info", "ss_dataset_dirs", "ss_datasets", "ss_reg_dataset_dirs",
-        "ss_tag_frequency",
-    }
-)  # fmt: skip
-"""Metadata that tells what somebody trained on: folders, captions, tags, image sizes."""
 
 _LEGACY_OFFSET = 0x100000
 _LEGACY_BYTES = 0x10000
-
-
-def without_training_data(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata without what tells about the training data."""
-    return {key: value for key, value in metadata.items() if key not in TRAINING_KEYS}
-
-
-def merged_from(adapters: Sequence[Adapter]) -> dict[str, str]:
-    """Return what the metadata of a merged file says about its sources: their titles."""
-    titles = [adapter.metadata.get("modelspec.title") for adapter in adapters]
-    known = [title for title in titles if title]
-    return {"modelspec.merged_from": ", ".join(known)} if known else {}
 
 
 def updated(adapter: Adapter) -> dict[str, str]:
@@ -47,7 +26,8 @@ def updated(adapter: Adapter) -> dict[str, str]:
     metadata = dict(adapter.metadata)
     if adapter.provenance is None:
         return metadata
-    plain = [part for part in map(plain_part, adapter.modules.values()) if part is not None]
+    found = [change.factors for change in adapter.modules.values()]
+    plain = [part for part in found if part is not None]
     # Convolutions have a rank of their own, which sd-scripts records elsewhere.
     plain = [part for part in plain if math.prod(part.layer.kernel) == 1] or plain
     if plain and "ss_network_dim" in metadata:
@@ -61,10 +41,22 @@ def _one(values: set[str]) -> str:
     return values.pop() if len(values) == 1 else "Dynamic"
 
 
+_DIGEST_LENGTHS = {"sshs_model_hash": 64, "modelspec.hash_sha256": 66, "sshs_legacy_hash": 8}
+
+
+def with_room_for_digests(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata with zeros for the digests that `with_digests` will put in.
+
+    A file may hold anything in their place; the size of the new file must not depend on it.
+    """
+    lengths = {key: _DIGEST_LENGTHS[key] for key in metadata.keys() & _DIGEST_LENGTHS.keys()}
+    return {**metadata, **{key: "0" * length for key, length in lengths.items()}}
+
+
 def with_digests(metadata: dict[str, str], tensors: Sequence[TensorRef]) -> dict[str, str]:
     """Return metadata with the digests of these tensors in place of those that it holds.
 
-    Reads every tensor if there are any. Their lengths do not depend on the tensors.
+    Reads every tensor if there are any.
     """
     whole = {"sshs_model_hash", "modelspec.hash_sha256"} & metadata.keys()
     legacy = "sshs_legacy_hash" in metadata

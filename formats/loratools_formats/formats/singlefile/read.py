@@ -15,20 +15,19 @@ from loratools_formats.containers.safetensors_read import read_safetensors
 from loratools_formats.core.adapter import (
     Adapter,
     Addition,
-    Delta,
+    ModuleChange,
     Replacement,
 )
+from loratools_formats.core.single_file_keys import IA3_MARK, Key, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.formats.singlefile.deltas import Parts, delta_of
 from loratools_formats.formats.singlefile.dialects import dialects
-from loratools_formats.formats.singlefile.grammar import IA3_MARK, Class, Key, Role, parse
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
     PackedConfigs,
     Setting,
     packed_configs,
-    plain_part,
 )
 
 CONTROL_MARK = "lora_controlnet"
@@ -92,7 +91,7 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
     configs = packed_configs(file.metadata, path)
     _check_one_carrier(configs, keys, path)
     stated = {} if configs is None else configs.settings(sorted(groups))
-    modules: dict[str, Delta] = {}
+    modules: dict[str, ModuleChange] = {}
     for module in sorted(groups):
         outside.take(module, groups[module])
         if groups[module]:
@@ -141,7 +140,7 @@ def _of_ia3(name: str, tensors: Mapping[str, TensorRef]) -> Key | None:
     return None if mark is None else replace(mark, role="ia3")
 
 
-def naming_class(keys: Iterable[Key]) -> Class:
+def naming_class(keys: Iterable[Key]) -> Naming:
     """Return the class of a file's naming, `safetensors` if it has several."""
     found = {key.naming for key in keys if key.role != "learned_embedding"}
     return found.pop() if len(found) == 1 else "safetensors"
@@ -163,7 +162,7 @@ def _unclaimed(unknown: list[str], keys: Mapping[str, Key], path: Path) -> Adapt
         path=path,
         tensor=unknown[0],
         expected=f"such as {next(iter(keys))}",
-        hint="Pass --carry-unknown to keep it as it is",
+        hint="Pass `carry_unknown=True` to keep it as it is",
     )
 
 
@@ -202,8 +201,8 @@ def _check_one_carrier(configs: PackedConfigs | None, keys: Mapping[str, Key], p
         )
 
 
-def _check_rank(delta: Delta, setting: Setting | None, path: Path) -> None:
-    part = plain_part(delta)
+def _check_rank(delta: ModuleChange, setting: Setting | None, path: Path) -> None:
+    part = delta.factors
     if setting is not None and part is not None and part.rank != setting.rank:
         raise AdapterError(
             f"rank in the file and rank in {METADATA_KEY} differ",

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loratools_formats.core.adapter import Caveat, Delta, Dora, LowRank
+from loratools_formats.core.adapter import Caveat, LowRank, ModuleChange
+from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.core.tensors import TensorRef, in_memory
-from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.strict_json import parsed_object
 from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.patterns import pattern_for
-from loratools_formats.formats.singlefile.grammar import COMPONENTS
 
 METADATA_KEY = "lora_adapter_metadata"
 _SWITCHES = ("use_dora", "lora_bias")
@@ -54,12 +54,6 @@ def alpha_tensor(key: str, part: LowRank) -> TensorRef:
     alpha = np.float64(part.scale * part.rank)
     exact = float(np.float32(alpha)) / part.rank == part.scale
     return in_memory(key, np.array(alpha), "F32" if exact else "F64")
-
-
-def plain_part(delta: Delta) -> LowRank | None:
-    """Return the factors of a delta or of a DoRA's direction, None if it is of another kind."""
-    part = delta.direction if isinstance(delta, Dora) else delta
-    return part if isinstance(part, LowRank) else None
 
 
 class Setting(NamedTuple):
@@ -112,12 +106,8 @@ def packed_configs(metadata: Mapping[str, str], path: Path | None) -> PackedConf
     """
     if METADATA_KEY not in metadata:
         return None
-    try:
-        values = strict_json.loads(metadata[METADATA_KEY].encode(), max_depth=64)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"{METADATA_KEY} is not sound JSON: {error}", path=path) from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{METADATA_KEY} is not a JSON object", path=path)
+    text = metadata[METADATA_KEY].encode()
+    values = parsed_object(text, METADATA_KEY, path=path, max_depth=64)
     by_component: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         component, dot, name = key.partition(".")
@@ -137,7 +127,7 @@ def packed_configs(metadata: Mapping[str, str], path: Path | None) -> PackedConf
     )
 
 
-def switches(modules: Mapping[str, Delta]) -> dict[str, dict[str, bool]]:
+def switches(modules: Mapping[str, ModuleChange]) -> dict[str, dict[str, bool]]:
     """Return whether each component has DoRA and biases, as PEFT's configuration calls them.
 
     diffusers asks only the metadata, if there is any, and drops magnitudes and biases without it.
@@ -145,13 +135,13 @@ def switches(modules: Mapping[str, Delta]) -> dict[str, dict[str, bool]]:
     found: dict[str, dict[str, bool]] = {}
     for name, delta in modules.items():
         has = found.setdefault(name.partition(".")[0], dict.fromkeys(_SWITCHES, False))
-        part = plain_part(delta)
-        has["use_dora"] |= isinstance(delta, Dora)
+        part = delta.factors
+        has["use_dora"] |= part is not None and delta.is_dora
         has["lora_bias"] |= part is not None and part.bias is not None
     return found
 
 
-def packed(modules: Mapping[str, Delta], metadata: Mapping[str, str]) -> str:
+def packed(modules: Mapping[str, ModuleChange], metadata: Mapping[str, str]) -> str:
     """Return diffusers' metadata that gives each module its rank, scale and kind.
 
     Args:
@@ -165,7 +155,7 @@ def packed(modules: Mapping[str, Delta], metadata: Mapping[str, str]) -> str:
     by_component: dict[str, dict[str, tuple[int, float]]] = {}
     for name, delta in modules.items():
         component, _, path = name.partition(".")
-        part = plain_part(delta)
+        part = delta.factors
         if part is not None:
             setting = (part.rank, part.scale)
             by_component.setdefault(component, {})[_in_any_version(path)] = setting

@@ -11,25 +11,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loratools_formats.contract.registry import Loss
+from loratools_formats.contract.commands import command_on
+from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import (
     Adapter,
     Addition,
-    Delta,
-    Dora,
     LowRank,
-    OtherDelta,
+    ModuleChange,
     Replacement,
 )
+from loratools_formats.core.single_file_keys import Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.formats.singlefile.dialects import BFL_CONTROL
-from loratools_formats.formats.singlefile.grammar import Class, Role, parse
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
     alpha_tensor,
     packed,
-    plain_part,
     states_scale,
 )
 
@@ -43,7 +41,7 @@ _PEFT: dict[Role, str] = {
     "embedding_b": ".lora_embedding_B",
 }  # fmt: skip
 _COMFYUI: dict[Role, str] = _PEFT | {"magnitude": ".dora_scale", "mid": ".lora_mid.weight"}
-LEAVES: dict[Class, dict[Role, str]] = {
+LEAVES: dict[Naming, dict[Role, str]] = {
     "kohya": _KOHYA, "diffusers": _PEFT, "comfyui": _COMFYUI, "safetensors": _PEFT,
 }  # fmt: skip
 _OTHER_LEAVES: dict[str, dict[str, str]] = {
@@ -63,8 +61,10 @@ _OTHER_LEAVES: dict[str, dict[str, str]] = {
     "lycoris_ia3": {"gain": "weight", "on_input": "on_input"},
 }  # fmt: skip
 _PROBE = ".lora_A.weight"
-_MADE_PLAIN = "Make it a plain LoRA first: loratools to-lora"
-_MADE_PLAIN_ON_BASE = f"{_MADE_PLAIN} --base MODEL"
+_MADE_PLAIN = f"Make it a plain LoRA first: {command_on(None, 'to-lora')}"
+_MADE_PLAIN_ON_BASE = (
+    f"Make it a plain LoRA first: {command_on(None, 'to-lora', '--base MODEL --rank RANK')}"
+)
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class Spelling:
         return self.start + self.leaves[role]
 
 
-def naming_of(module: str) -> Class | None:
+def naming_of(module: str) -> Naming | None:
     """Return the class of files that a module's name belongs to, None if to none."""
     parsed = parse(module + _PROBE)
     return None if parsed is None or parsed.module != module else parsed.naming
 
 
-def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
+def spelling_losses(adapter: Adapter, target: Naming) -> list[Loss]:
     """Return what a single file of a naming could not hold of an adapter."""
     found = [
         Loss(name, f"is understood by no loader of {target} files") for name in adapter.carried
@@ -126,7 +126,7 @@ def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
                 _MADE_PLAIN,
             )
             for name, delta in adapter.modules.items()
-            if isinstance(delta, OtherDelta)
+            if delta.factors is None
         ]
         inputs = [name for name, delta in adapter.modules.items() if _is_of_inputs(delta)]
         found += [
@@ -158,18 +158,18 @@ def spelling_losses(adapter: Adapter, target: Class) -> list[Loss]:
     return found
 
 
-def _is_of_inputs(delta: Delta) -> bool:
-    return isinstance(delta, Dora) and delta.axis == "input"
+def _is_of_inputs(delta: ModuleChange) -> bool:
+    return delta.kind == "dora" and delta.axis == "input"
 
 
-def _beside_plain(modules: Mapping[str, Delta]) -> list[str]:
+def _beside_plain(modules: Mapping[str, ModuleChange]) -> list[str]:
     """Return the DoRAs in components that have plain factors too.
 
     diffusers makes all modules of a component DoRAs if one is, and those without a magnitude are
     left without memory for it, so that the model cannot run.
     """
-    mixed = {n.partition(".")[0] for n, delta in modules.items() if isinstance(delta, LowRank)}
-    doras = [name for name, delta in modules.items() if isinstance(delta, Dora)]
+    mixed = {n.partition(".")[0] for n, delta in modules.items() if delta.kind == "lora"}
+    doras = [name for name, delta in modules.items() if delta.kind == "dora"]
     return [name for name in doras if name.partition(".")[0] in mixed]
 
 
@@ -178,7 +178,7 @@ def _is_whole_weight(replacement: Replacement) -> bool:
     return known and replacement.kind in ("other", "module")
 
 
-def respelled(adapter: Adapter, target: Class) -> Adapter:
+def respelled(adapter: Adapter, target: Naming) -> Adapter:
     """Return the adapter with every key as files of a naming have it, and without its losses.
 
     An adapter of that naming loses nothing: what only some of its loaders understand stays.
@@ -225,10 +225,14 @@ def respelled(adapter: Adapter, target: Class) -> Adapter:
     )
 
 
-def _reshaping(adapter: Adapter, modules: Mapping[str, Delta]) -> dict[str, TensorRef]:
+def _reshaping(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> dict[str, TensorRef]:
     """Return what tells ComfyUI that BFL's control adapters widen the model's input."""
     input_ = modules.get(_INPUT)
-    if not isinstance(input_, LowRank) or all(d.name != BFL_CONTROL for d in adapter.dialects):
+    if (
+        input_ is None
+        or input_.kind != "lora"
+        or all(d.name != BFL_CONTROL for d in adapter.dialects)
+    ):
         return {}
     key = f"{_INPUT}.reshape_weight"
     return {key: in_memory(key, np.array(input_.shape, dtype=np.int64))}
@@ -243,34 +247,35 @@ _ADDED_LEAVES = {
 }
 
 
-def _has_weight(delta: Delta | None) -> bool:
+def _has_weight(delta: ModuleChange | None) -> bool:
     return delta is not None
 
 
-def _metadata(adapter: Adapter, modules: Mapping[str, Delta], target: Class) -> dict[str, str]:
+def _metadata(
+    adapter: Adapter, modules: Mapping[str, ModuleChange], target: Naming
+) -> dict[str, str]:
     metadata = {k: v for k, v in adapter.metadata.items() if k != METADATA_KEY}
     if target == "diffusers":
-        parts = [plain_part(delta) for delta in modules.values()]
+        parts = [delta.factors for delta in modules.values()]
         if any(part is not None and part.scale != 1.0 for part in parts):
             metadata[METADATA_KEY] = packed(modules, {})
         metadata.setdefault("format", "pt")
     return metadata
 
 
-def _module(name: str, delta: Delta, target: Class) -> tuple[Delta, TensorRef | None]:
+def _module(
+    name: str, delta: ModuleChange, target: Naming
+) -> tuple[ModuleChange, TensorRef | None]:
     """Return a module's delta under its keys, and a bias that the target keeps elsewhere."""
     spelling = Spelling(name, LEAVES[target])
-    if isinstance(delta, OtherDelta):
+    part, bias = delta.factors, None
+    if part is None:
         return _other(name, delta), None
-    part = delta.direction if isinstance(delta, Dora) else delta
-    bias = None
     if part.bias is not None and target != "diffusers":
         bias = _scaled(part.bias, part.scale)
         part = replace(part, bias=None)
-    direction = _low_rank(part, spelling, target)
-    if isinstance(delta, Dora):
-        return _dora(replace(delta, direction=direction), spelling, target), bias
-    return direction, bias
+    magnitude = _magnitude(delta, spelling, target)
+    return replace(delta, direction=_low_rank(part, spelling, target), magnitude=magnitude), bias
 
 
 def _scaled(bias: TensorRef, scale: float) -> TensorRef:
@@ -280,7 +285,7 @@ def _scaled(bias: TensorRef, scale: float) -> TensorRef:
     return in_memory(bias.key, bias.load(np.float64) * scale, "F32")
 
 
-def _low_rank(delta: LowRank, spelling: Spelling, target: Class) -> LowRank:
+def _low_rank(delta: LowRank, spelling: Spelling, target: Naming) -> LowRank:
     embedding = delta.layer.kind == "embedding"
     a = delta.a.renamed(spelling.key("embedding_a" if embedding else "a"))
     b = delta.b.renamed(spelling.key("embedding_b" if embedding else "b"))
@@ -294,9 +299,11 @@ def _low_rank(delta: LowRank, spelling: Spelling, target: Class) -> LowRank:
     return replace(delta, a=a, b=b, bias=bias, alpha_tensor=alpha)
 
 
-def _dora(delta: Dora, spelling: Spelling, target: Class) -> Dora:
-    kernel = delta.direction.layer.kernel
-    out = delta.direction.shape[0]
+def _magnitude(delta: ModuleChange, spelling: Spelling, target: Naming) -> TensorRef | None:
+    if delta.magnitude is None:
+        return None
+    kernel = delta.layer.kernel
+    out = delta.require_factors().shape[0]
     shape = delta.magnitude.shape
     if delta.axis == "output":
         ones = (1,) * len(kernel)
@@ -306,27 +313,24 @@ def _dora(delta: Dora, spelling: Spelling, target: Class) -> Dora:
             shape = (out, 1, *ones)
     # PEFT's magnitudes are of outputs.
     key = spelling.key("magnitude") if delta.axis == "output" else f"{spelling.start}.dora_scale"
-    magnitude = delta.magnitude.reshaped(shape).renamed(key)
-    return replace(delta, magnitude=magnitude)
+    return delta.magnitude.reshaped(shape).renamed(key)
 
 
-def _other(name: str, delta: OtherDelta) -> OtherDelta:
-    leaves = _OTHER_LEAVES.get(delta.kind)
-    if leaves is None or delta.shared or delta.bias is not None:
+def _other(name: str, whole: ModuleChange) -> ModuleChange:
+    leaves, delta = _OTHER_LEAVES.get(whole.kind), whole.kind_delta
+    if leaves is None or delta is None or delta.shared or delta.bias is not None:
         raise UnsupportedError(
-            f"a weight change of kind {delta.kind} has no place in a single file",
+            f"a weight change of kind {whole.kind} has no place in a single file",
             tensor=name,
             hint=_MADE_PLAIN,
         )
-    return replace(
+    magnitude, alpha = whole.magnitude, delta.alpha_tensor
+    direction = replace(
         delta,
         parts={
             part: tensor.renamed(f"{name}.{leaves[part]}") for part, tensor in delta.parts.items()
         },
-        magnitude=None
-        if delta.magnitude is None
-        else delta.magnitude.renamed(f"{name}.dora_scale"),
-        alpha_tensor=None
-        if delta.alpha_tensor is None
-        else delta.alpha_tensor.renamed(f"{name}.alpha"),
+        alpha_tensor=None if alpha is None else alpha.renamed(f"{name}.alpha"),
     )
+    renamed = None if magnitude is None else magnitude.renamed(f"{name}.dora_scale")
+    return replace(whole, direction=direction, magnitude=renamed)

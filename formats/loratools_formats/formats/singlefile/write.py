@@ -12,19 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
-from loratools_formats.contract.registry import Loss
-from loratools_formats.core.adapter import Adapter, Dora, LowRank, OtherDelta
+from loratools_formats.contract.format import Loss
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.single_file_keys import NAMINGS, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
-from loratools_formats.formats.singlefile import NAMES
-from loratools_formats.formats.singlefile.grammar import Class, Role, parse
-from loratools_formats.formats.singlefile.metadata import updated, with_digests
+from loratools_formats.formats.singlefile.metadata import (
+    updated,
+    with_digests,
+    with_room_for_digests,
+)
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
     alpha_tensor,
     packed,
     packed_configs,
-    plain_part,
     states_scale,
     switches,
 )
@@ -35,15 +37,13 @@ from loratools_formats.formats.singlefile.spelling import (
     spelling_losses,
 )
 
-SINGLE_FILES: tuple[Class, ...] = NAMES
 
-
-def losses(adapter: Adapter, target: Class) -> list[Loss]:
+def losses(adapter: Adapter, target: Naming) -> list[Loss]:
     """Return what a single file of a naming could not hold of an adapter."""
     return [] if _is_own(adapter, target) else spelling_losses(adapter, target)
 
 
-def write(adapter: Adapter, path: Path, target: Class) -> None:
+def write(adapter: Adapter, path: Path, target: Naming) -> None:
     """Write the file.
 
     Raises:
@@ -53,7 +53,7 @@ def write(adapter: Adapter, path: Path, target: Class) -> None:
     write_safetensors(path, tensors, with_digests(metadata, tensors))
 
 
-def weights_nbytes(adapter: Adapter, target: Class) -> int:
+def weights_nbytes(adapter: Adapter, target: Naming) -> int:
     """Return the size of the file that `write` would make.
 
     Raises:
@@ -63,14 +63,14 @@ def weights_nbytes(adapter: Adapter, target: Class) -> int:
     return safetensors_nbytes(tensors, metadata)
 
 
-def _is_own(adapter: Adapter, target: Class) -> bool:
-    return adapter.format == target or (target == "safetensors" and adapter.format in SINGLE_FILES)
+def _is_own(adapter: Adapter, target: Naming) -> bool:
+    return adapter.format == target or (target == "safetensors" and adapter.format in NAMINGS)
 
 
-def _contents(adapter: Adapter, target: Class) -> tuple[list[TensorRef], dict[str, str]]:
+def _contents(adapter: Adapter, target: Naming) -> tuple[list[TensorRef], dict[str, str]]:
     if not _is_own(adapter, target):
         adapter = respelled(adapter, target)
-    metadata = updated(adapter)
+    metadata = with_room_for_digests(updated(adapter))
     in_metadata = METADATA_KEY in metadata
     if in_metadata:
         metadata[METADATA_KEY] = _true_metadata(adapter, metadata)
@@ -81,7 +81,7 @@ def _contents(adapter: Adapter, target: Class) -> tuple[list[TensorRef], dict[st
 def _true_metadata(adapter: Adapter, metadata: dict[str, str]) -> str:
     """Return diffusers' metadata, as it is if it is still true of each module."""
     configs = packed_configs(metadata, adapter.source)
-    parts = {name: plain_part(delta) for name, delta in adapter.modules.items()}
+    parts = {name: delta.factors for name, delta in adapter.modules.items()}
     wanted = {name: (p.rank, p.scale) for name, p in parts.items() if p is not None}
     stated = {} if configs is None else configs.settings(sorted(wanted))
     found = {name: (setting.rank, setting.scale) for name, setting in stated.items()}
@@ -95,14 +95,14 @@ def _true_metadata(adapter: Adapter, metadata: dict[str, str]) -> str:
 
 def _tensors(adapter: Adapter, *, in_metadata: bool) -> Iterator[TensorRef]:
     for name, delta in adapter.modules.items():
-        if isinstance(delta, OtherDelta):
+        part = delta.factors
+        if part is None:
             yield from delta.tensors()
             continue
-        part = delta.direction if isinstance(delta, Dora) else delta
         keys = _Keys(name, part)
         yield from _stored_factors(part, keys)
-        if isinstance(delta, Dora):
-            yield _stored_magnitude(delta, keys)
+        if delta.magnitude is not None:
+            yield _stored_magnitude(delta.magnitude, delta, keys)
         if not in_metadata:
             yield from _alpha(part, keys)
     yield from adapter.shared.values()
@@ -159,12 +159,11 @@ def _stored_factors(part: LowRank, keys: _Keys) -> Iterator[TensorRef]:
         yield part.bias.renamed(keys.of("bias", part.bias))
 
 
-def _stored_magnitude(delta: Dora, keys: _Keys) -> TensorRef:
-    magnitude = delta.magnitude
+def _stored_magnitude(magnitude: TensorRef, delta: ModuleChange, keys: _Keys) -> TensorRef:
     key = keys.of("magnitude", magnitude)
     if key != magnitude.key and key.endswith(".dora_scale") and delta.axis == "output":
-        ones = (1,) * (1 + len(delta.direction.layer.kernel))
-        magnitude = magnitude.reshaped((delta.direction.shape[0], *ones))
+        ones = (1,) * (1 + len(delta.layer.kernel))
+        magnitude = magnitude.reshaped((magnitude.numel, *ones))
     return magnitude.renamed(key)
 
 

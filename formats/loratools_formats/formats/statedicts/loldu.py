@@ -7,45 +7,44 @@ Source: `minloldu/` of SKDDJ/LoLDU 4fe87a0.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import KindDelta
+    from loratools_formats.core.tensors import TensorRef
 
 _PARTS = {
-    "original": "residual",
-    "0.vector_z": "z",
-    "0.lora_A": "upper",
-    "0.lora_B": "lower",
-    "0.P": "permutation",
-    "0.scaling_factor": "scale",
-    "0.layer_weights": "copy",
-    "0.lora_dropout_mask": "mask",
+    f"parametrizations.weight.{end}": part
+    for end, part in (
+        ("original", "residual"),
+        ("0.vector_z", "z"),
+        ("0.lora_A", "upper"),
+        ("0.lora_B", "lower"),
+        ("0.P", "permutation"),
+        ("0.scaling_factor", "scale"),
+        ("0.layer_weights", "copy"),
+        ("0.lora_dropout_mask", "mask"),
+    )
 }
 _WHOLE = frozenset(_PARTS.values()) - {"copy", "mask"}
-_KEY = re.compile(
-    rf"(?P<module>.+)\.parametrizations\.weight\.(?P<part>{'|'.join(map(re.escape, _PARTS))})"
-)
-_TELLING = re.compile(rb".+\.parametrizations\.weight\.0\.vector_z")
 _INITS = ("lu", "s_uniform", "s_normal", "ones", "zeros", "constant")
 
 
-def _sniff(path: Path) -> bool:
-    return has_names(path, _TELLING, safetensors=True)
+class LoLdu(StateDictFormat):
+    """LoLDU's vectors, or its parametrisations."""
 
+    name = "loldu"
+    description = "state dict of LoLDU"
+    telling = rb".+\.parametrizations\.weight\.0\.vector_z"
+    parts = _PARTS
+    expected = "names with .parametrizations.weight. in them"
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.core.adapter import Missing, OtherDelta
+    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
+        """Return the change of vectors alone, or of a whole parametrisation."""
+        from loratools_formats.core.adapter import KindDelta, Missing
 
-    state = StateDict(path)
-    own = state.by_module(_KEY, _PARTS, "names with .parametrizations.weight. in them")
-    modules: dict[str, Delta] = {}
-    for module, parts in own.items():
         state.check_factors({part: parts[part] for part in parts if part == "z"}, 1)
         if set(parts) == {"z"}:
             settings = {
@@ -55,22 +54,13 @@ def _read(path: Path) -> Adapter:
                     choices=_INITS,
                 ),
             }
-            modules[module] = OtherDelta("loldu", parts, settings)
-        elif set(parts) >= _WHOLE:
-            state.check_factors({"residual": parts["residual"]})
-            state.check_number(parts["scale"])
-            out, in_ = parts["residual"].shape
-            modules[module] = OtherDelta("loldu_full", parts, shape=(out, in_))
-        else:
+            return KindDelta("loldu", parts, settings)
+        if not set(parts) >= _WHOLE:
             raise state.lacking(module, parts, "vector_z alone, or all of the parametrisation")
-    return state.adapter(FORMAT.name, modules)
+        state.check_factors({"residual": parts["residual"]})
+        state.check_number(parts["scale"])
+        out, in_ = parts["residual"].shape
+        return KindDelta("loldu_full", parts, shape=(out, in_))
 
 
-FORMAT = Format(
-    name="loldu",
-    description="state dict of LoLDU",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = LoLdu()

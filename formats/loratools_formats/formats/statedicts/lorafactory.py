@@ -7,32 +7,30 @@ Source: `common/lora_modules/` of hhnqqq/MyTransformers 4037d4d.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import KindDelta
+    from loratools_formats.core.tensors import TensorRef
 
 _PARTS = {"weight_a": "a", "weight_b": "b"}
-_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})")
-_TELLING = re.compile(rb".+\.weight_[ab]")
 
 
-def _sniff(path: Path) -> bool:
-    return has_names(path, _TELLING, safetensors=True)
+class LoraFactory(StateDictFormat):
+    """LoRAFactory's trained parameters."""
 
+    name = "lorafactory"
+    description = "trained parameters of LoRAFactory (MyTransformers)"
+    telling = rb".+\.weight_[ab]"
+    parts = _PARTS
+    expected = "names that end in .weight_a or .weight_b"
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.core.adapter import Missing, OtherDelta
+    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
+        """Return a pair of factors whose scale and variant are missing."""
+        from loratools_formats.core.adapter import KindDelta, Missing
 
-    state = StateDict(path)
-    own = state.by_module(_KEY, _PARTS, "names that end in .weight_a or .weight_b")
-    modules: dict[str, Delta] = {}
-    for module, parts in own.items():
         if set(parts) != {"a", "b"}:
             raise state.lacking(module, parts, "weight_a and weight_b")
         state.check_factors(parts)
@@ -44,15 +42,7 @@ def _read(path: Path) -> Adapter:
             ),
         }
         shape = (parts["b"].shape[0], parts["a"].shape[1])
-        modules[module] = OtherDelta("unscaled", parts, settings, shape=shape)
-    return state.adapter(FORMAT.name, modules)
+        return KindDelta("unscaled", parts, settings, shape=shape)
 
 
-FORMAT = Format(
-    name="lorafactory",
-    description="trained parameters of LoRAFactory (MyTransformers)",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = LoraFactory()

@@ -20,19 +20,17 @@ from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from loratools_formats.core.adapter import Adapter, Delta, Layer, OtherDelta
+    from loratools_formats.core.adapter import Adapter, KindDelta, Layer
     from loratools_formats.core.tensors import TensorRef
 
 _KEY = re.compile(
     r"(?P<module>.+?)(?:\.lora)?\.(?:lora_(?P<side>[ABE])(?:\.(?P<piece>\d{1,4}))?|(?P<gate>gate))"
 )
-_FIRST_FACTOR = re.compile(rb".+\.lora_A(?:\.\d{1,4})?")
 _EMBEDDINGS = (
     "embed_tokens", "position_embeddings", "shared", "token_type_embeddings", "word_embeddings",
     "wpe", "wte",
@@ -47,32 +45,43 @@ _LINEAR = (
 _BIAS_OF_CONVOLUTION = re.compile(r"(?P<module>.+)\.conv\.bias")
 
 
-def _sniff(path: Path) -> bool:
-    return has_names(path, _FIRST_FACTOR)
+class Loralib(StateDictFormat):
+    """Factors of loralib, AdaLoRA, IncreLoRA and SoRA."""
 
+    name = "loralib"
+    description = "state dict of the original LoRA code (loralib, AdaLoRA, IncreLoRA, SoRA)"
+    telling = rb".+\.lora_A(?:\.\d{1,4})?"
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.core.adapter import Replacement
+    def sniff(self, path: Path) -> bool:
+        """Return whether a name is telling; in safetensors such names are others'."""
+        return path.suffix != ".safetensors" and super().sniff(path)
 
-    state = StateDict(path)
-    parts: dict[str, dict[str, TensorRef]] = {}
-    biases: dict[str, TensorRef] = {}
-    for key, tensor in state.tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is not None:
-            side = "gate" if match["gate"] else match["side"].lower()
-            name = side if match["piece"] is None else f"{side}.{match['piece']}"
-            parts.setdefault(match["module"], {})[name] = tensor
-        elif key.endswith(".bias"):
-            biases[key] = tensor
-        else:
-            raise state.unknown(key, "names that end in .lora_A, .lora_B, .lora_E, .gate or .bias")
-    modules: dict[str, Delta] = {name: _delta(name, found, path) for name, found in parts.items()}
-    replacements = {
-        key: Replacement("bias", _bias_in_model(key, parts), tensor)
-        for key, tensor in biases.items()
-    }
-    return state.adapter(FORMAT.name, modules, replacements=replacements)
+    def adapter(self, state: StateDict) -> Adapter:
+        """Return the adapter: a change for each module, and the biases that were trained."""
+        from loratools_formats.core.adapter import ModuleChange, Replacement
+
+        parts: dict[str, dict[str, TensorRef]] = {}
+        biases: dict[str, TensorRef] = {}
+        for key, tensor in state.tensors.items():
+            match = _KEY.fullmatch(key)
+            if match is not None:
+                side = "gate" if match["gate"] else match["side"].lower()
+                name = side if match["piece"] is None else f"{side}.{match['piece']}"
+                parts.setdefault(match["module"], {})[name] = tensor
+            elif key.endswith(".bias"):
+                biases[key] = tensor
+            else:
+                raise state.unknown(
+                    key, "names that end in .lora_A, .lora_B, .lora_E, .gate or .bias"
+                )
+        modules = {
+            name: ModuleChange(_delta(name, found, state.path)) for name, found in parts.items()
+        }
+        replacements = {
+            key: Replacement("bias", _bias_in_model(key, parts), tensor)
+            for key, tensor in biases.items()
+        }
+        return state.adapter(self.name, modules, replacements=replacements)
 
 
 def _bias_in_model(key: str, modules: Collection[str]) -> str:
@@ -81,8 +90,8 @@ def _bias_in_model(key: str, modules: Collection[str]) -> str:
     return f"{match['module']}.bias" if match and match["module"] in modules else key
 
 
-def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> OtherDelta:
-    from loratools_formats.core.adapter import Layer, Missing, OtherDelta
+def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> KindDelta:
+    from loratools_formats.core.adapter import KindDelta, Layer, Missing
     from loratools_formats.disk.errors import AdapterError
 
     alpha = Missing("the lora_alpha of the training script")
@@ -110,17 +119,17 @@ def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> OtherDelta:
             parts = {f"{part}.0": tensor for part, tensor in parts.items()}
         else:
             settings["ranknum"] = Missing("the number of active ranks of a module")
-        return OtherDelta("increlora", parts, settings, layer)
+        return KindDelta("increlora", parts, settings, layer)
     if "gate" in parts:
         shape = (parts["b"].shape[0], parts["a"].shape[1])
-        return OtherDelta("gated", parts, settings, layer, shape)
+        return KindDelta("gated", parts, settings, layer, shape)
     return _of_loralib(name, parts, settings, layer, path)
 
 
 def _of_loralib(
     name: str, parts: dict[str, TensorRef], settings: dict[str, Any], layer: Layer, path: Path
-) -> OtherDelta:
-    from loratools_formats.core.adapter import Missing, OtherDelta
+) -> KindDelta:
+    from loratools_formats.core.adapter import KindDelta, Missing
     from loratools_formats.disk.errors import AdapterError
 
     a, b, leaf = parts["a"].shape, parts["b"].shape, name.rpartition(".")[2]
@@ -134,16 +143,16 @@ def _of_loralib(
             pattern="[01]*1[01]*",
             of_weight=partial(_groups_of, rows=b[0], columns=a[1], enabled=a[0] // b[1]),
         )
-        return OtherDelta("loralib", parts, settings, layer, (None, a[1]))
+        return KindDelta("loralib", parts, settings, layer, (None, a[1]))
     if gcd(a[0], a[1], b[0]) == 1 or layer.kind == "embedding" or leaf in _LINEAR:
-        return OtherDelta("loralib", parts, settings, layer, (b[0], a[1]))
+        return KindDelta("loralib", parts, settings, layer, (b[0], a[1]))
     settings["kernel"] = Missing(
         "k for a convolution of k by k and one group, 1 for other layers: shapes do not tell them "
         "apart",
         whole=True,
         of_weight=partial(_kernel_of, rows=b[0], columns=a[1]),
     )
-    return OtherDelta("loralib", parts, settings, layer)
+    return KindDelta("loralib", parts, settings, layer)
 
 
 def _groups_of(shape: tuple[int, ...], rows: int, columns: int, enabled: int) -> str | None:
@@ -161,11 +170,4 @@ def _kernel_of(shape: tuple[int, ...], rows: int, columns: int) -> str | None:
     return str(width) if kernel == (width, width) and fits else None
 
 
-FORMAT = Format(
-    name="loralib",
-    description="state dict of the original LoRA code (loralib, AdaLoRA, IncreLoRA, SoRA)",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = Loralib()

@@ -23,11 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, OtherDelta
+    from loratools_formats.core.adapter import Adapter, ModuleChange
     from loratools_formats.core.tensors import TensorRef
 
 _QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
@@ -65,11 +64,35 @@ _KEY = re.compile(
     rf"(?P<adapter>{'|'.join(map(re.escape, _ADAPTERS))})\."
     rf"(?P<part>{'|'.join(map(re.escape, _PARTS))})"
 )
-_TELLING = re.compile(_KEY.pattern.encode())
 
 
-def _sniff(path: Path) -> bool:
-    return _is_distributed(path) or has_names(path, _TELLING, safetensors=True)
+class Megatron(StateDictFormat):
+    """State dicts in Megatron's names."""
+
+    name = "megatron"
+    description = "state dict in Megatron's names (Megatron-Bridge, NeMo)"
+    telling = _KEY.pattern.encode()
+
+    def sniff(self, path: Path) -> bool:
+        """Return whether a name is telling, or a folder is a checkpoint that `read` refuses."""
+        return _is_distributed(path) or super().sniff(path)
+
+    def read(self, path: Path) -> Adapter:
+        """Read a file."""
+        from loratools_formats.disk.errors import UnsupportedError
+
+        if _is_distributed(path):
+            raise UnsupportedError(
+                "a distributed checkpoint is not read",
+                path=path,
+                hint="Export it with export_adapter_ckpt of Megatron-Bridge, or save its gathered "
+                "tensors as one file",
+            )
+        return super().read(path)
+
+    def adapter(self, state: StateDict) -> Adapter:
+        """Return the adapter, whose alpha is missing."""
+        return adapter_of(state, self.name)
 
 
 def _is_distributed(path: Path) -> bool:
@@ -77,28 +100,12 @@ def _is_distributed(path: Path) -> bool:
     return path.is_dir() and (path / ".metadata").is_file() and any(path.glob("__*.distcp"))
 
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.disk.errors import UnsupportedError
-
-    if _is_distributed(path):
-        raise UnsupportedError(
-            "a distributed checkpoint is not read",
-            path=path,
-            hint="Export it with export_adapter_ckpt of Megatron-Bridge, or save its gathered "
-            "tensors as one file",
-        )
-    return adapter_of(StateDict(path), FORMAT.name, path)
-
-
-def adapter_of(
-    state: StateDict, format_name: str, path: Path, alpha: float | None = None
-) -> Adapter:
+def adapter_of(state: StateDict, format_name: str, alpha: float | None = None) -> Adapter:
     """Return the adapter in a state dict of Megatron's names.
 
     Args:
         state: the tensors.
         format_name: of the format that they were found in.
-        path: what they were read from.
         alpha: of every adapter; None if it is not known.
 
     Raises:
@@ -118,27 +125,30 @@ def adapter_of(
         if _PARTS[key["part"]] in own:
             raise state.unknown(name, "one tensor of that name")
         own[_PARTS[key["part"]]] = tensor
-    modules: dict[str, OtherDelta] = {}
+    modules: dict[str, ModuleChange] = {}
     shared: dict[str, TensorRef] = {}
     for (layer, adapter), own in parts.items():
         found = _deltas(state, layer, adapter, own)
         twice = sorted(set(found) & set(modules))
         if twice:
-            raise AdapterError("two adapters are for one projection", path=path, tensor=twice[0])
+            raise AdapterError(
+                "two adapters are for one projection", path=state.path, tensor=twice[0]
+            )
         modules |= found
         if len(found) > 1:
             shared |= {tensor.key: tensor for tensor in own.values()}
     if alpha is not None:
         modules = {
-            name: replace(delta, settings={**delta.settings, "alpha": alpha})
-            for name, delta in modules.items()
+            name: change.with_direction(replace(other, settings={**other.settings, "alpha": alpha}))
+            for name, change in modules.items()
+            if (other := change.kind_delta) is not None
         }
     return state.adapter(format_name, modules, shared=shared)
 
 
 def _deltas(
     state: StateDict, layer: int, adapter: str, own: dict[str, TensorRef]
-) -> dict[str, OtherDelta]:
+) -> dict[str, ModuleChange]:
     """Return the changes that one adapter makes, by the projection's path in the model."""
     module = f"layers.{layer}.{adapter}"
     if not {"a", "b"} <= set(own):
@@ -179,8 +189,8 @@ def _of_experts(
 
 def _delta(
     projection: str, own: dict[str, TensorRef], *, is_shared: bool, is_expert: bool
-) -> OtherDelta:
-    from loratools_formats.core.adapter import Missing, OtherDelta
+) -> ModuleChange:
+    from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
 
     settings: dict[str, Any] = {
         "alpha": Missing("alpha of the run's configuration; the rank for NeMo before it had one"),
@@ -204,21 +214,11 @@ def _delta(
         )
     if is_shared:
         out = own["b"].shape[0] if projection == "whole" else None
-        return OtherDelta("megatron", {}, settings, shape=(out, own["a"].shape[1]), shared=own)
-    return OtherDelta(
-        "megatron",
-        {part: own[part] for part in "ab"},
-        settings,
-        shape=(own["b"].shape[0], own["a"].shape[1]),
-        magnitude=own.get("magnitude"),
-    )
+        other = KindDelta("megatron", {}, settings, shape=(out, own["a"].shape[1]), shared=own)
+    else:
+        shape = (own["b"].shape[0], own["a"].shape[1])
+        other = KindDelta("megatron", {part: own[part] for part in "ab"}, settings, shape=shape)
+    return ModuleChange(other, own.get("magnitude"))
 
 
-FORMAT = Format(
-    name="megatron",
-    description="state dict in Megatron's names (Megatron-Bridge, NeMo)",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = Megatron()

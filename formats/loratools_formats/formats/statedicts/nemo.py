@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.contract.registry import Format
+from loratools_formats.contract.format import Format
 from loratools_formats.formats.statedicts.megatron import adapter_of
 from loratools_formats.formats.statedicts.statedict import StateDict
 
@@ -32,35 +32,43 @@ _PIECE = 1 << 24
 _FACTOR = ".linear_in.weight"
 
 
-def _sniff(path: Path) -> bool:
-    if path.suffix != _SUFFIX or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(_MAGIC_AT + len(_MAGIC))
-    return start.startswith(_GZIP) or start[_MAGIC_AT:] == _MAGIC
+class Nemo(Format):
+    """Archives of NeMo 1."""
 
+    name = "nemo"
+    description = "NeMo 1 archive of an adapter (.nemo)"
+    suffixes = (_SUFFIX,)
 
-def _read(path: Path) -> Adapter:
-    import tarfile
-    import tempfile
+    def sniff(self, path: Path) -> bool:
+        """Return whether a file has the suffix, and begins as an archive does."""
+        if path.suffix != _SUFFIX or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            start = file.read(_MAGIC_AT + len(_MAGIC))
+        return start.startswith(_GZIP) or start[_MAGIC_AT:] == _MAGIC
 
-    from loratools_formats.disk.errors import AdapterError
+    def read(self, path: Path) -> Adapter:
+        """Read the one file of weights in an archive, and its alpha."""
+        import tarfile
+        import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
-        content = Path(folder) / _WEIGHTS
-        try:
-            tuning = _tuning(_opened(path, content), path)
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            if isinstance(error, AdapterError):
-                raise
-            raise AdapterError(
-                f"cannot be read as an archive: {error}",
-                path=path,
-                hint="If it is compressed, unpack it and name its model_weights.ckpt",
-            ) from error
-        state = StateDict(path, content)
-        ranks = {ref.shape[-2] for key, ref in state.tensors.items() if key.endswith(_FACTOR)}
-        return adapter_of(state, FORMAT.name, path, _alpha(tuning, ranks, path))
+        from loratools_formats.disk.errors import AdapterError
+
+        with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
+            content = Path(folder) / _WEIGHTS
+            try:
+                tuning = _tuning(_opened(path, content), path)
+            except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+                if isinstance(error, AdapterError):
+                    raise
+                raise AdapterError(
+                    f"cannot be read as an archive: {error}",
+                    path=path,
+                    hint="If it is compressed, unpack it and name its model_weights.ckpt",
+                ) from error
+            state = StateDict(path, content)
+            ranks = {ref.shape[-2] for key, ref in state.tensors.items() if key.endswith(_FACTOR)}
+            return adapter_of(state, self.name, _alpha(tuning, ranks, path))
 
 
 def _opened(path: Path, target: Path) -> bytes:
@@ -147,16 +155,9 @@ def _alpha(tuning: dict[str, Any], ranks: set[int], path: Path) -> float | None:
             path=path,
             got=f"adapter_dim {rank}",
             expected=", ".join(map(str, sorted(ranks))),
-            hint="Unpack the archive, and give alpha with --set",
+            hint="Unpack the archive, and give alpha with `set=alpha=VALUE`",
         )
     return float(alpha)
 
 
-FORMAT = Format(
-    name="nemo",
-    description="NeMo 1 archive of an adapter (.nemo)",
-    suffixes=(_SUFFIX,),
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = Nemo()

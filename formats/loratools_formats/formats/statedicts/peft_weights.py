@@ -7,39 +7,48 @@ files of other names are single files of the diffusion world, where no alpha mea
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from pathlib import Path
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PARTS = {"A": "a", "B": "b"}
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_TELLING = re.compile(_KEY.pattern.encode())
+    from loratools_formats.core.adapter import Adapter, KindDelta
+    from loratools_formats.core.tensors import TensorRef
 
-
-def is_bare(path: Path, names: list[bytes]) -> bool:
-    """Return whether a safetensors file of these names is PEFT's weights, alone."""
-    return path.name == WEIGHTS_FILE and any(_TELLING.fullmatch(name) for name in names)
+_WEIGHTS_FILE = "adapter_model.safetensors"
+_PARTS = {"lora_A.weight": "a", "lora_B.weight": "b"}
 
 
-def _sniff(path: Path) -> bool:
-    return has_names(path, _TELLING, safetensors=path.name == WEIGHTS_FILE)
+class PeftWeights(StateDictFormat):
+    """PEFT's weights, alone."""
 
+    name = "peft-weights"
+    description = "PEFT's weights without their adapter_config.json"
+    telling = rb"base_model\.model\..+\.lora_[AB]\.weight"
+    parts = _PARTS
+    prefix = "base_model.model."
+    expected = "names that end in .lora_A.weight or .lora_B.weight"
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.core.adapter import Layer, Missing, OtherDelta
-    from loratools_formats.formats.peft.keys import square_orientation
+    def sniff(self, path: Path) -> bool:
+        """Return whether a name is telling; safetensors of other names are single files."""
+        is_other = path.suffix == ".safetensors" and path.name != _WEIGHTS_FILE
+        return not is_other and super().sniff(path)
 
-    state = StateDict(path)
-    own = state.by_module(_KEY, _PARTS, "names that end in .lora_A.weight or .lora_B.weight")
-    modules: dict[str, Delta] = {}
-    for module, parts in own.items():
+    def adapter(self, state: StateDict) -> Adapter:
+        """Return the adapter, with a note on what is missing."""
+        from dataclasses import replace
+
+        adapter = super().adapter(state)
+        note = "there is no adapter_config.json beside it, which would tell the scale"
+        return replace(adapter, notes=(*adapter.notes, note))
+
+    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
+        """Return a pair of factors whose scale and variant are missing."""
+        from loratools_formats.core.adapter import KindDelta, Layer, Missing
+        from loratools_formats.core.peft_facts import square_orientation
+
         if set(parts) != {"a", "b"}:
             raise state.lacking(module, parts, "lora_A.weight and lora_B.weight")
         state.check_factors(parts)
@@ -49,16 +58,7 @@ def _read(path: Path) -> Adapter:
         }
         layer = Layer("linear", transposed_if_square=square_orientation(False, module))
         shape = (parts["b"].shape[0], parts["a"].shape[1])
-        modules[module] = OtherDelta("unscaled", parts, settings, layer, shape)
-    note = "there is no adapter_config.json beside it, which would tell the scale"
-    return state.adapter(FORMAT.name, modules, notes=(note,))
+        return KindDelta("unscaled", parts, settings, layer, shape)
 
 
-FORMAT = Format(
-    name="peft-weights",
-    description="PEFT's weights without their adapter_config.json",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = PeftWeights()

@@ -1,8 +1,8 @@
 """Single files of bare tensors: state dicts, pickled or as safetensors, that training code saves.
 
-What the formats built on them share: telling them by the names in them, and opening them safely.
-Pickles are opened in a bounded child process, as PEFT's are. Files that are part of a PEFT or MLX
-folder are those formats'.
+`StateDictFormat` recognises them by the names in them; `StateDict` opens them safely. Pickles are
+opened in a bounded child process. Files that are part of a PEFT or MLX folder are left to those
+formats.
 """
 
 from __future__ import annotations
@@ -12,47 +12,101 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratools_formats.contract.format import Format
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from loratools_formats.containers.safetensors_read import SafetensorsFile
-    from loratools_formats.core.adapter import Adapter, Delta, Replacement
+    from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange, Replacement
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.errors import AdapterError
     from loratools_formats.disk.files import RegularFile
 
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _SAFETENSORS = ".safetensors"
 _SNIFFED_BYTES = 1 << 16
 _STRING_IN_PICKLE = re.compile(rb"X(.)\x00\x00\x00", re.DOTALL)  # opcode and length
-_ENTRY = re.compile(rb'"((?:[^"\\]|\\.)+)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
-_CONFIG = "adapter_config.json"
-_OF_FOLDERS = ("adapter_model.bin", "adapter_model.safetensors", "adapters.safetensors")
 
 
-def has_names(path: Path, pattern: re.Pattern[bytes], *, safetensors: bool = False) -> bool:
-    """Return whether a name in the first 64 KiB of a state dict matches a pattern whole.
+class StateDictFormat(Format):
+    """State dicts that are only read; a subclass says which names and which changes.
 
-    Args:
-        path: a file, perhaps.
-        pattern: of telling names.
-        safetensors: whether files of that type are meant too.
+    Attributes:
+        telling: regular expression; a file that has a name which matches it whole is of the format.
+        parts: what the declaration of the kind calls each tensor of a module, by the end of its
+            name after the module's path and a dot.
+        prefix: what names have before the module's path.
+        expected: the names, for messages.
     """
-    suffixes = (*SUFFIXES, _SAFETENSORS) if safetensors else SUFFIXES
-    if path.suffix not in suffixes or not path.is_file():
-        return False
-    if path.name in _OF_FOLDERS and (path.parent / _CONFIG).is_file():
-        return False
+
+    suffixes = _PICKLES
+    telling: bytes
+    parts: Mapping[str, str]
+    prefix: str = ""
+    expected: str
+
+    def sniff(self, path: Path) -> bool:
+        """Return whether a name in the first 64 KiB is telling."""
+        return any(re.fullmatch(self.telling, name) for name in names_in(path))
+
+    def read(self, path: Path) -> Adapter:
+        """Read a file."""
+        return self.adapter(StateDict(path))
+
+    def adapter(self, state: StateDict) -> Adapter:
+        """Return the adapter that a state dict holds: a change for each module.
+
+        Raises:
+            AdapterError: an unknown name, or tensors that do not belong together.
+        """
+        from loratools_formats.core.adapter import ModuleChange
+
+        own = self.by_module(state)
+        modules = {name: ModuleChange(self.delta(state, name, own[name])) for name in own}
+        return state.adapter(self.name, modules)
+
+    def by_module(self, state: StateDict) -> dict[str, dict[str, TensorRef]]:
+        """Return all tensors by module and part.
+
+        Raises:
+            AdapterError: a name that is not the format's, or two tensors for one part.
+        """
+        ends = "|".join(map(re.escape, self.parts))
+        key = re.compile(rf"{re.escape(self.prefix)}(?P<module>.+)\.(?P<part>{ends})")
+        own: dict[str, dict[str, TensorRef]] = {}
+        for name, tensor in state.tensors.items():
+            match = key.fullmatch(name)
+            if match is None or self.parts[match["part"]] in own.get(match["module"], {}):
+                raise state.unknown(name, self.expected)
+            own.setdefault(match["module"], {})[self.parts[match["part"]]] = tensor
+        return own
+
+    def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
+        """Return the change of one module.
+
+        Raises:
+            AdapterError: its tensors are not those of its kind.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither delta nor adapter")
+
+
+def names_in(path: Path) -> list[bytes]:
+    """Return the names of tensors in the first 64 KiB of a state dict; none of other files."""
+    from loratools_formats.containers.sniffing import is_part_of_folder, tensor_names
+
+    if path.suffix not in (*_PICKLES, _SAFETENSORS) or not path.is_file():
+        return []
+    if is_part_of_folder(path):
+        return []
     with path.open("rb") as file:
         start = file.read(_SNIFFED_BYTES)
     if path.suffix == _SAFETENSORS:
-        names = [match[1] for match in _ENTRY.finditer(start)]
-    elif start.startswith((b"PK", b"\x80")):
-        strings = _STRING_IN_PICKLE.finditer(start)
-        names = [start[match.end() : match.end() + match[1][0]] for match in strings]
-    else:
-        names = []
-    return any(pattern.fullmatch(name) for name in names)
+        return tensor_names(start)
+    if not start.startswith((b"PK", b"\x80")):
+        return []
+    strings = _STRING_IN_PICKLE.finditer(start)
+    return [start[match.end() : match.end() + match[1][0]] for match in strings]
 
 
 class StateDict:
@@ -63,6 +117,7 @@ class StateDict:
         content: where its weights are, if they were taken out of it.
 
     Attributes:
+        path: the file.
         tensors: by name.
 
     Raises:
@@ -77,7 +132,7 @@ class StateDict:
         from loratools_formats.containers.safetensors_read import read_safetensors
         from loratools_formats.disk.files import RegularFile
 
-        self._path = path
+        self.path = path
         weights: SafetensorsFile
         if path.suffix == _SAFETENSORS:
             weights = read_safetensors(path)
@@ -94,32 +149,11 @@ class StateDict:
 
         return AdapterError(
             "unknown tensor; it may change the weights",
-            path=self._path,
+            path=self.path,
             tensor=name,
             expected=expected,
             hint="Save the tensors of the adapter alone",
         )
-
-    def by_module(
-        self, key: re.Pattern[str], parts: Mapping[str, str], expected: str
-    ) -> dict[str, dict[str, TensorRef]]:
-        """Return all tensors by module and part.
-
-        Args:
-            key: matches every name whole, with groups `module` and `part`.
-            parts: what each part is called.
-            expected: the names, for messages.
-
-        Raises:
-            AdapterError: another name, or two tensors for one part.
-        """
-        own: dict[str, dict[str, TensorRef]] = {}
-        for name, tensor in self.tensors.items():
-            match = key.fullmatch(name)
-            if match is None or parts[match["part"]] in own.get(match["module"], {}):
-                raise self.unknown(name, expected)
-            own.setdefault(match["module"], {})[parts[match["part"]]] = tensor
-        return own
 
     def lacking(self, module: str, parts: dict[str, TensorRef], expected: str) -> AdapterError:
         """Return the error that a module's tensors are not those of its kind."""
@@ -127,7 +161,7 @@ class StateDict:
 
         return AdapterError(
             "module lacks a factor",
-            path=self._path,
+            path=self.path,
             tensor=module,
             got=", ".join(tensor.key for tensor in parts.values()),
             expected=expected,
@@ -146,7 +180,7 @@ class StateDict:
         from loratools_formats.core.factors import check_factor
 
         for tensor in tensors.values():
-            check_factor(tensor, self._path)
+            check_factor(tensor, self.path)
         self.check_axes(tensors, axes)
 
     def check_axes(self, tensors: Mapping[str, TensorRef], axes: int) -> None:
@@ -161,7 +195,7 @@ class StateDict:
             if len(tensor.shape) != axes or not tensor.numel:
                 raise AdapterError(
                     "tensor has another shape than its kind's",
-                    path=self._path,
+                    path=self.path,
                     tensor=tensor.key,
                     got=list(tensor.shape),
                     expected=f"{axes} axes, none of them empty",
@@ -178,7 +212,7 @@ class StateDict:
         if tensor.numel != 1:
             raise AdapterError(
                 "tensor is not one number",
-                path=self._path,
+                path=self.path,
                 tensor=tensor.key,
                 got=list(tensor.shape),
             )
@@ -198,7 +232,7 @@ class StateDict:
             if not same or not (is_first or tensor.raw() == first.raw()):
                 raise AdapterError(
                     "two modules have different values of a tensor that all share",
-                    path=self._path,
+                    path=self.path,
                     tensor=tensor.key,
                     expected=f"the values of {first.key}",
                 )
@@ -228,7 +262,7 @@ class StateDict:
     def adapter(
         self,
         format_name: str,
-        modules: Mapping[str, Delta],
+        modules: Mapping[str, ModuleChange],
         *,
         shared: dict[str, TensorRef] | None = None,
         replacements: dict[str, Replacement] | None = None,
@@ -247,11 +281,11 @@ class StateDict:
         """
         from loratools_formats.core.adapter import Adapter
 
-        is_pickled = self._path.suffix != _SAFETENSORS
-        pickled = (f"weights are pickled ({os.path.basename(self._path)})",) if is_pickled else ()
+        is_pickled = self.path.suffix != _SAFETENSORS
+        pickled = (f"weights are pickled ({os.path.basename(self.path)})",) if is_pickled else ()
         return Adapter(
             format=format_name,
-            source=self._path,
+            source=self.path,
             modules={name: modules[name] for name in sorted(modules)},
             shared=shared or {},
             replacements=replacements or {},

@@ -17,11 +17,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta, Missing
+    from loratools_formats.core.adapter import Adapter, Missing, ModuleChange
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.files import RegularFile
 
@@ -39,7 +38,6 @@ _IN_LAYER = {
 _MODULE = rf"layers\.\d{{1,4}}\.(?:{'|'.join(map(re.escape, _IN_LAYER))})|output"
 _PARTS = {"lora_a.weight": "a", "lora_b.weight": "b", "magnitude": "magnitude"}
 _KEY = re.compile(rf"(?P<module>{_MODULE})\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
-_FIRST_FACTOR = re.compile(rf"(?:{_MODULE})\.lora_a\.weight".encode())
 _CONFIG_KEYS = {"base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules"}
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 # By `model_type`: what torchtune's builders of these models use for the rotary embedding.
@@ -49,31 +47,34 @@ _ROPE = {
 }
 
 
-def _sniff(path: Path) -> bool:
-    return has_names(path, _FIRST_FACTOR, safetensors=True)
+class Torchtune(StateDictFormat):
+    """torchtune's factors in its own names."""
 
+    name = "torchtune"
+    description = "state dict of torchtune's own names (adapter_model.pt)"
+    telling = rf"(?:{_MODULE})\.lora_a\.weight".encode()
 
-def _read(path: Path) -> Adapter:
-    state = StateDict(path)
-    parts: dict[str, dict[str, TensorRef]] = {}
-    for name, tensor in state.tensors.items():
-        key = _KEY.fullmatch(name)
-        if key is None:
-            raise state.unknown(
-                name, "layers.N.attn.q_proj.lora_a.weight and the like, of one decoder"
-            )
-        parts.setdefault(key["module"], {})[_PARTS[key["part"]]] = tensor
-    ranks = set()
-    for module, own in parts.items():
-        if not {"a", "b"} <= set(own):
-            raise state.lacking(module, own, "lora_a.weight and lora_b.weight")
-        state.check_factors({part: own[part] for part in "ab"})
-        ranks.add(own["a"].shape[0])
-    alpha, beside = _alpha(path.parent, ranks)
-    modules: dict[str, Delta] = {
-        _path_in_model(module): _delta(module, own, alpha) for module, own in parts.items()
-    }
-    return state.adapter(FORMAT.name, modules, beside=beside)
+    def adapter(self, state: StateDict) -> Adapter:
+        """Return the adapter, with alpha from the configuration beside it if there is one."""
+        parts: dict[str, dict[str, TensorRef]] = {}
+        for name, tensor in state.tensors.items():
+            key = _KEY.fullmatch(name)
+            if key is None:
+                raise state.unknown(
+                    name, "layers.N.attn.q_proj.lora_a.weight and the like, of one decoder"
+                )
+            parts.setdefault(key["module"], {})[_PARTS[key["part"]]] = tensor
+        ranks = set()
+        for module, own in parts.items():
+            if not {"a", "b"} <= set(own):
+                raise state.lacking(module, own, "lora_a.weight and lora_b.weight")
+            state.check_factors({part: own[part] for part in "ab"})
+            ranks.add(own["a"].shape[0])
+        alpha, beside = _alpha(state.path.parent, ranks)
+        modules: dict[str, ModuleChange] = {
+            _path_in_model(module): _delta(module, own, alpha) for module, own in parts.items()
+        }
+        return state.adapter(self.name, modules, beside=beside)
 
 
 def _path_in_model(module: str) -> str:
@@ -83,8 +84,8 @@ def _path_in_model(module: str) -> str:
     return f"model.{layers}.{number}.{_IN_LAYER[rest]}"
 
 
-def _delta(module: str, own: dict[str, TensorRef], alpha: float | Missing) -> Delta:
-    from loratools_formats.core.adapter import Missing, OtherDelta
+def _delta(module: str, own: dict[str, TensorRef], alpha: float | Missing) -> ModuleChange:
+    from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
 
     settings: dict[str, Any] = {"alpha": alpha}
     heads = _HEADS.get(module.rpartition(".")[2])
@@ -100,13 +101,9 @@ def _delta(module: str, own: dict[str, TensorRef], alpha: float | Missing) -> De
             whole=True,
             in_base=(heads, "num_attention_heads"),
         )
-    return OtherDelta(
-        "torchtune",
-        {part: own[part] for part in "ab"},
-        settings,
-        shape=(own["b"].shape[0], own["a"].shape[1]),
-        magnitude=own.get("magnitude"),
-    )
+    shape = (own["b"].shape[0], own["a"].shape[1])
+    direction = KindDelta("torchtune", {part: own[part] for part in "ab"}, settings, shape=shape)
+    return ModuleChange(direction, own.get("magnitude"))
 
 
 def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[RegularFile, ...]]:
@@ -116,18 +113,14 @@ def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[Regula
         AdapterError: the configuration is malformed, or of other ranks.
     """
     from loratools_formats.core.adapter import Missing
-    from loratools_formats.disk import strict_json
     from loratools_formats.disk.errors import AdapterError
-    from loratools_formats.disk.files import RegularFile, inside, read_small_file
+    from loratools_formats.disk.files import RegularFile, inside
+    from loratools_formats.disk.strict_json import read_object
 
     if not (folder / CONFIG_FILE).is_file():
         return Missing("lora_alpha of the recipe's configuration"), ()
     path = inside(folder, CONFIG_FILE)
-    try:
-        values = strict_json.loads(read_small_file(path, _MAX_CONFIG_BYTES), max_depth=64)
-    except strict_json.StrictJsonError as error:
-        raise AdapterError(f"config is not sound JSON: {error}", path=path) from error
-    values = values if isinstance(values, dict) else {}
+    values = read_object(path, _MAX_CONFIG_BYTES)
     alpha: Any = values.get("lora_alpha")
     rank = values.get("r")
     others = sorted(set(values) - _CONFIG_KEYS)
@@ -138,16 +131,9 @@ def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[Regula
             path=path,
             got=", ".join([f"lora_alpha {alpha}", f"r {rank}", *others]),
             expected=f"lora_alpha and r = {', '.join(map(str, sorted(ranks)))}",
-            hint="Move it away, and give alpha with --set",
+            hint="Move it away, and give alpha with `set=alpha=VALUE`",
         )
     return float(alpha), (RegularFile(path),)
 
 
-FORMAT = Format(
-    name="torchtune",
-    description="state dict of torchtune's own names (adapter_model.pt)",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = Torchtune()

@@ -9,15 +9,12 @@ Source: `NLU/unilora/unilora.py` of KaiyangLi1992/Uni-LoRA 3387a6e.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import Adapter, ModuleChange
 
 _PARTS = {
     "project_params_A": "indices_a",
@@ -26,37 +23,31 @@ _PARTS = {
     "norm_factor_B": "scales_b",
     "vector_bank": "bank",
 }
-_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})")
-_TELLING = re.compile(rb".+\.project_params_[AB]")
 
 
-def _sniff(path: Path) -> bool:
-    return has_names(path, _TELLING, safetensors=True)
+class UniLora(StateDictFormat):
+    """Uni-LoRA's indices, norms and bank."""
+
+    name = "unilora"
+    description = "indices and bank of Uni-LoRA's authors"
+    telling = rb".+\.project_params_[AB]"
+    parts = _PARTS
+    expected = f"names that end in {', '.join(_PARTS)}"
+
+    def adapter(self, state: StateDict) -> Adapter:
+        """Return the adapter, with the bank shared by all modules."""
+        from loratools_formats.core.adapter import KindDelta, ModuleChange
+
+        modules: dict[str, ModuleChange] = {}
+        found, shared = state.with_one_bank(self.by_module(state), self.parts)
+        for module, parts in found.items():
+            crossed = {name: ref for name, ref in parts.items() if name != "bank"}
+            state.check_axes(crossed, 2)
+            parts |= {name: ref.transposed((1, 0)) for name, ref in crossed.items()}
+            shape = (parts["indices_b"].shape[0], parts["indices_a"].shape[1])
+            modules[module] = ModuleChange(KindDelta("unilora", parts, shape=shape, shared=shared))
+        bank = {tensor.key: tensor for tensor in shared.values()}
+        return state.adapter(self.name, modules, shared=bank)
 
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.core.adapter import OtherDelta
-
-    state = StateDict(path)
-    own = state.by_module(_KEY, _PARTS, f"names that end in {', '.join(_PARTS)}")
-    modules: dict[str, Delta] = {}
-    found, shared = state.with_one_bank(own, _PARTS)
-    for module, parts in found.items():
-        crossed = {name: ref for name, ref in parts.items() if name != "bank"}
-        state.check_axes(crossed, 2)
-        parts |= {name: ref.transposed((1, 0)) for name, ref in crossed.items()}
-        shape = (parts["indices_b"].shape[0], parts["indices_a"].shape[1])
-        modules[module] = OtherDelta("unilora", parts, shape=shape, shared=shared)
-    return state.adapter(
-        FORMAT.name, modules, shared={tensor.key: tensor for tensor in shared.values()}
-    )
-
-
-FORMAT = Format(
-    name="unilora",
-    description="indices and bank of Uni-LoRA's authors",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = UniLora()

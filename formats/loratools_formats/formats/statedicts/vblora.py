@@ -8,51 +8,44 @@ the model beside them have to be left out.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools_formats.contract.registry import Format
-from loratools_formats.formats.statedicts.statedict import SUFFIXES, StateDict, has_names
+from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, Delta
+    from loratools_formats.core.adapter import Adapter, ModuleChange
 
 _PARTS = {"logits_A": "logits_a", "logits_B": "logits_b", "vector_bank": "bank"}
-_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})")
-_TELLING = re.compile(rb".+\.logits_[AB]")
 
 
-def _sniff(path: Path) -> bool:
-    return has_names(path, _TELLING, safetensors=True)
+class VbLora(StateDictFormat):
+    """VB-LoRA's logits and bank."""
+
+    name = "vblora"
+    description = "logits and vector bank of VB-LoRA's authors"
+    telling = rb".+\.logits_[AB]"
+    parts = _PARTS
+    expected = f"names that end in {', '.join(_PARTS)}"
+
+    def adapter(self, state: StateDict) -> Adapter:
+        """Return the adapter, with the bank shared by all modules."""
+        from loratools_formats.core.adapter import KindDelta, Missing, ModuleChange
+
+        modules: dict[str, ModuleChange] = {}
+        found, shared = state.with_one_bank(self.by_module(state), self.parts)
+        for module, parts in found.items():
+            state.check_factors({name: parts[name] for name in ("logits_a", "logits_b")}, 3)
+            bank = {**parts, **shared}["bank"]
+            state.check_factors({"bank": bank})
+            length = bank.shape[1]
+            shape = (parts["logits_b"].shape[0] * length, parts["logits_a"].shape[0] * length)
+            parts["logits_a"] = parts["logits_a"].transposed((1, 0, 2))
+            settings = {"topk": Missing("topk of the training script", whole=True)}
+            modules[module] = ModuleChange(
+                KindDelta("vblora", parts, settings, shape=shape, shared=shared)
+            )
+        shared_by_key = {tensor.key: tensor for tensor in shared.values()}
+        return state.adapter(self.name, modules, shared=shared_by_key)
 
 
-def _read(path: Path) -> Adapter:
-    from loratools_formats.core.adapter import Missing, OtherDelta
-
-    state = StateDict(path)
-    own = state.by_module(_KEY, _PARTS, f"names that end in {', '.join(_PARTS)}")
-    modules: dict[str, Delta] = {}
-    found, shared = state.with_one_bank(own, _PARTS)
-    for module, parts in found.items():
-        state.check_factors({name: parts[name] for name in ("logits_a", "logits_b")}, 3)
-        bank = {**parts, **shared}["bank"]
-        state.check_factors({"bank": bank})
-        length = bank.shape[1]
-        shape = (parts["logits_b"].shape[0] * length, parts["logits_a"].shape[0] * length)
-        parts["logits_a"] = parts["logits_a"].transposed((1, 0, 2))
-        settings = {"topk": Missing("topk of the training script", whole=True)}
-        modules[module] = OtherDelta("vblora", parts, settings, shape=shape, shared=shared)
-    return state.adapter(
-        FORMAT.name, modules, shared={tensor.key: tensor for tensor in shared.values()}
-    )
-
-
-FORMAT = Format(
-    name="vblora",
-    description="logits and vector bank of VB-LoRA's authors",
-    suffixes=SUFFIXES,
-    is_folder=False,
-    sniff=_sniff,
-    read=_read,
-)
+FORMAT = VbLora()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.config_values import Values
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
@@ -45,81 +45,6 @@ class Module:
         return shape[axis]
 
 
-class Values:
-    """A configuration whose keys are checked as they are used.
-
-    Args:
-        values: the parsed JSON object.
-    """
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def _value(self, key: str, types: tuple[type, ...], expected: str) -> Any:
-        if key not in self._values:
-            raise AdapterError(f"config lacks {key}", expected=expected)
-        value = self._values[key]
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if type(value) not in types or not finite:
-            raise AdapterError(f"config value {key} is wrong", got=value, expected=expected)
-        return value
-
-    def number(self, key: str) -> float:
-        """Return a number."""
-        return float(self._value(key, (int, float), "a number"))
-
-    def number_or_none(self, key: str) -> float | None:
-        """Return a number, None if the key is absent or null."""
-        return None if self._values.get(key) is None else self.number(key)
-
-    def count(self, key: str) -> int:
-        """Return a whole number above 0."""
-        value: int = self._value(key, (int,), "a whole number above 0")
-        if value < 1:
-            raise AdapterError(
-                f"config value {key} is wrong", got=value, expected="a whole number above 0"
-            )
-        return value
-
-    def whole(self, key: str) -> int:
-        """Return a whole number."""
-        value: int = self._value(key, (int,), "a whole number")
-        return value
-
-    def flag(self, key: str) -> bool:
-        """Return a boolean."""
-        value: bool = self._value(key, (bool,), "true or false")
-        return value
-
-    def flag_or_false(self, key: str) -> bool:
-        """Return a boolean, False if the key is absent or null."""
-        return False if self._values.get(key) is None else self.flag(key)
-
-    def text(self, key: str) -> str:
-        """Return a string."""
-        value: str = self._value(key, (str,), "a string")
-        return value
-
-    def names(self, key: str, path: str) -> bool:
-        """Return whether a regular expression, or an entry of a list, names a module."""
-        found: str | list[Any] = self._value(key, (str, list), "names of modules")
-        if isinstance(found, str):
-            return re.fullmatch(found, path) is not None
-        return any(path.endswith(entry) for entry in found if isinstance(entry, str))
-
-    def indices(self, key: str) -> tuple[int, ...]:
-        """Return a list of whole numbers, none below 0."""
-        found: list[Any] = self._value(key, (list,), "a list of whole numbers")
-        if not all(type(number) is int and number >= 0 for number in found):
-            raise AdapterError(
-                f"config value {key} is wrong", got=found, expected="a list of whole numbers"
-            )
-        return tuple(found)
-
-    def __contains__(self, key: str) -> bool:
-        return self._values.get(key) is not None
-
-
 @dataclass(frozen=True)
 class PeftKind:
     """How PEFT stores one kind.
@@ -130,11 +55,17 @@ class PeftKind:
             number.
         shape: (out, in), None for what the tensors do not tell.
         settings: numbers that ΔW depends on.
-        used: configuration keys that `settings` or the rank and alpha patterns use.
+        used: configuration keys that `settings` uses.
         neutral: further keys that leave ΔW alone.
         shared: part by the name of a tensor that all modules have in common; `{}` in it stands for
             anything.
         kernel_of: parts whose axes after the second are a convolution's kernel.
+        patterns: configuration keys that map names of modules to a rank or an alpha of their own.
+        variant: returns the name of another declaration that a module is of; None for `kind`.
+        settings_of_all: numbers that follow from how many modules there are.
+        shared_by: returns the name under which a module's shared tensors are kept, at the end of
+            their own names; None if all modules share the same.
+        left_to_loader: names what the file leaves to be computed from the base; empty if nothing.
         layer: what its modules are, where the tensors' names do not say `embedding`.
         takes_embeddings: whether it takes embeddings as if they were linear layers of their stored
             shape, so that only the module's name tells.
@@ -148,6 +79,11 @@ class PeftKind:
     neutral: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     kernel_of: tuple[str, ...] = ()
+    patterns: frozenset[str] = frozenset()
+    variant: Callable[[Module], str | None] = lambda _module: None
+    settings_of_all: Callable[[int], dict[str, Any]] = lambda _count: {}
+    shared_by: Callable[[str], str] | None = None
+    left_to_loader: Callable[[Mapping[str, ModuleChange]], str] = lambda _modules: ""
     layer: Literal["linear", "embedding"] = "linear"
     takes_embeddings: bool = False
 

@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.core.adapter import Caveat, Delta, Layer, OtherDelta
+from loratools_formats.checkpoints.facts import is_embedding
+from loratools_formats.core.adapter import Caveat, KindDelta, Layer, ModuleChange
+from loratools_formats.core.config_values import Values
+from loratools_formats.core.peft_facts import PREFIX, square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import is_set, unknown_key
-from loratools_formats.formats.peft.kinds.declaration import NOT_A_CHANGE, Module, PeftKind, Values
+from loratools_formats.formats.peft.kinds.declaration import NOT_A_CHANGE, Module, PeftKind
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
 from loratools_formats.formats.peft.patterns import match_patterns
 
@@ -30,8 +32,6 @@ _COMMON_KEYS = frozenset(
     }
 )  # fmt: skip
 
-
-_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings")
 
 _NUMBER = re.compile(r"\.(\d+)(?=(\.weight)?$)")
 """The number of a tensor that is one of several, at the end of its name."""
@@ -47,21 +47,16 @@ def reason_against(peft_type: str) -> Caveat | None:
     )
 
 
-def left_to_loader(peft_type: str, modules: Mapping[str, Delta]) -> str:
-    """Return what a file leaves to be computed from the base, in words; empty if nothing.
-
-    PEFT saves neither Uni-LoRA's indices nor FRoD's basis unless it is asked to.
-    """
-    if peft_type == "UNILORA" and not modules:
-        return "Uni-LoRA's indices"
-    lacking = (isinstance(d, OtherDelta) and "v" not in d.shared for d in modules.values())
-    return "FRoD's bases" if peft_type == "FROD" and any(lacking) else ""
+def left_to_loader(peft_type: Any, modules: Mapping[str, ModuleChange]) -> str:
+    """Name what a file leaves to be computed from the base; empty if nothing."""
+    kind = PEFT_KINDS.get(peft_type)
+    return "" if kind is None else kind.left_to_loader(modules)
 
 
 def caveats_of(values: Mapping[str, Any]) -> list[Caveat]:
     """Return a caveat for each key that is set and not known."""
     kind = PEFT_KINDS[values["peft_type"]]
-    known = _COMMON_KEYS | kind.used | kind.neutral
+    known = _COMMON_KEYS | kind.used | kind.neutral | kind.patterns
     return [
         unknown_key(key, value)
         for key, value in sorted(values.items())
@@ -71,7 +66,7 @@ def caveats_of(values: Mapping[str, Any]) -> list[Caveat]:
 
 def read_modules(
     values: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path
-) -> tuple[dict[str, OtherDelta], dict[str, TensorRef], dict[str, TensorRef]]:
+) -> tuple[dict[str, KindDelta], dict[str, TensorRef], dict[str, TensorRef]]:
     """Return the modules, the tensors that they share, and the rest of the file.
 
     Raises:
@@ -92,7 +87,7 @@ def read_modules(
         found = _own_part(kind, name)
         if found is None:
             # What is no part of a module and lies outside the model, too, could change ΔW.
-            if not name.startswith(keys.PREFIX) or (stem is not None and stem[0] in name):
+            if not name.startswith(PREFIX) or (stem is not None and stem[0] in name):
                 raise AdapterError(
                     f"unknown tensor in an adapter of kind {peft_type}; it may change the weights",
                     path=folder,
@@ -108,12 +103,9 @@ def read_modules(
     for path in names:
         alpha = alphas.get(path, values.get("alpha"))
         rank = ranks.get(path, values.get("r"))
-        modules[path] = _delta(kind, values, path, own[path], shared, alpha, rank)
-    if peft_type == "TINYLORA":
-        modules = {
-            path: replace(delta, settings={**delta.settings, "count": len(names)})
-            for path, delta in modules.items()
-        }
+        delta = _delta(kind, values, path, own[path], shared, alpha, rank)
+        of_all = kind.settings_of_all(len(names))
+        modules[path] = replace(delta, settings={**delta.settings, **of_all})
     return modules, shared, rest
 
 
@@ -125,7 +117,7 @@ def _check(values: Mapping[str, Any]) -> None:
 
 def _numbers(values: Mapping[str, Any], kind: PeftKind, key: str) -> dict[str, float]:
     """Return a pattern map, empty if it holds something else or has no influence."""
-    found = values.get(key) if key in kind.used and kind.kind != "adalora" else None
+    found = values.get(key) if key in kind.patterns else None
     if found is None:
         return {}
     is_map = isinstance(found, dict) and all(
@@ -149,7 +141,7 @@ def _shared_part(kind: PeftKind, name: str) -> str | None:
 
 
 def _own_part(kind: PeftKind, name: str) -> tuple[str, str] | None:
-    if not name.startswith(keys.PREFIX):
+    if not name.startswith(PREFIX):
         return None
     numbered = _NUMBER.sub(".{}", name)
     number = _NUMBER.search(name)
@@ -157,9 +149,9 @@ def _own_part(kind: PeftKind, name: str) -> tuple[str, str] | None:
         if "{}" in suffix:
             if number is not None and numbered.endswith(suffix):
                 end = len(numbered) - len(suffix)
-                return numbered[len(keys.PREFIX) : end], part.replace("{}", number[1])
-        elif name.endswith(suffix) and len(name) > len(keys.PREFIX) + len(suffix):
-            return name[len(keys.PREFIX) : -len(suffix)], part
+                return numbered[len(PREFIX) : end], part.replace("{}", number[1])
+        elif name.endswith(suffix) and len(name) > len(PREFIX) + len(suffix):
+            return name[len(PREFIX) : -len(suffix)], part
     return None
 
 
@@ -171,7 +163,7 @@ def _delta(
     shared: Mapping[str, TensorRef],
     alpha: Any,
     rank: Any,
-) -> OtherDelta:
+) -> KindDelta:
     common = _shared_of(kind, path, shared)
     for number, name in ((alpha, "alpha"), (rank, "r")):
         wrong = number is not None and (
@@ -192,20 +184,17 @@ def _delta(
             got=", ".join(tensor.key for tensor in own.values()),
             expected=_expected(kind, str(error.args[0])),
         ) from error
-    name = kind.kind
-    if name == "miss" and len(own["block"].shape) == 3:
-        name = "miss_bat"
-    turn = keys.square_orientation(bool(values.get("fan_in_fan_out")), path)
+    turn = square_orientation(bool(values.get("fan_in_fan_out")), path)
     layer = Layer("linear", transposed_if_square=turn)
     ends = [end for end, part in kind.parts.items() if part in own and own[part].key.endswith(end)]
     if kind.layer == "embedding" or any("_embedding_" in end for end in ends):
         layer = Layer("embedding")
-    elif kind.takes_embeddings and path.rpartition(".")[2] in _EMBEDDINGS:
+    elif kind.takes_embeddings and is_embedding(path):
         layer, shape = Layer("embedding"), shape[::-1]
     kernels = [own[part].shape[2:] for part in kind.kernel_of if part in own]
     if any(kernels):
         layer = Layer("conv", kernel=next(filter(None, kernels)))
-    return OtherDelta(name, own, settings, layer, shape, common)
+    return KindDelta(kind.variant(module) or kind.kind, own, settings, layer, shape, common)
 
 
 def _expected(kind: PeftKind, part: str) -> str:
@@ -216,29 +205,9 @@ def _expected(kind: PeftKind, part: str) -> str:
 
 
 def _shared_of(kind: PeftKind, path: str, shared: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    if kind.kind == "frod":
-        category = frod_category(path)
-        return {
-            part: tensor
-            for name, tensor in shared.items()
-            if name.rpartition(".")[2] == category
-            and (part := _shared_part(kind, name)) is not None
-        }
+    end = None if kind.shared_by is None else kind.shared_by(path)
     return {
         part: tensor
         for name, tensor in shared.items()
-        if (part := _shared_part(kind, name)) is not None
+        if end in (None, name.rpartition(".")[2]) and (part := _shared_part(kind, name)) is not None
     }
-
-
-def frod_category(path: str) -> str:
-    """Return the name under which FRoD keeps what layers of one role share.
-
-    Source: `_category_from_key` in peft 0.21.2.
-    """
-    parts = path.split(".")
-    if len(parts) == 1 or parts[-2].isdigit():
-        return parts[-1]
-    if parts[-3:] == ["attention", "output", "dense"]:
-        return "attention_output"
-    return f"{parts[-2]}_{parts[-1]}"

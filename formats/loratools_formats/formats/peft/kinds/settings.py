@@ -6,12 +6,14 @@ Source: the tuners of peft 0.21.2.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from loratools_formats.core.adapter import Missing
+from loratools_formats.core.adapter import Missing, ModuleChange
+from loratools_formats.core.config_values import Values
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.formats.peft.kinds.declaration import Module, Shape, Values
+from loratools_formats.formats.peft.kinds.declaration import Module, Shape
 
 _LEAST_RANKNUM = 1e-5  # added to the rank by AdaLoRA's scale
 
@@ -190,3 +192,20 @@ def supertuning(values: Values, module: Module) -> dict[str, Any]:
     if "a" in module.parts:
         factor_scale = values.number("lora_alpha") / values.count("r")
     return {"scale": 1.0, "factor_scale": factor_scale}
+
+
+def unilora_left(modules: Mapping[str, ModuleChange]) -> str:
+    """PEFT saves the indices of Uni-LoRA, by which its modules are known, only if asked to."""
+    return "" if modules else "Uni-LoRA's indices"
+
+
+def frod_left(modules: Mapping[str, ModuleChange]) -> str:
+    """PEFT saves the basis of FRoD only if asked to."""
+    others = [change.kind_delta for change in modules.values()]
+    lacks = any(other is not None and "v" not in other.shared for other in others)
+    return "FRoD's bases" if lacks else ""
+
+
+def miss_variant(module: Module) -> str | None:
+    """Blocks of three axes are those of MiSS's second form, "bat"."""
+    return "miss_bat" if len(module.parts["block"].shape) == 3 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from loratools_formats.core.peft_facts import frod_category
 from loratools_formats.formats.peft.kinds import settings
 from loratools_formats.formats.peft.kinds.declaration import PeftKind
 
@@ -16,6 +17,8 @@ from loratools_formats.formats.peft.kinds.declaration import PeftKind
 def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
+
+_PATTERNS = _keys("rank_pattern alpha_pattern")
 
 PEFT_KINDS: dict[str, PeftKind] = {
     "ADALORA": PeftKind(
@@ -34,9 +37,10 @@ PEFT_KINDS: dict[str, PeftKind] = {
         {f".hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
         settings.loha_shape,
         settings.scaled,
-        _keys("r alpha rank_pattern alpha_pattern"),
+        _keys("r alpha"),
         _keys("module_dropout rank_dropout use_effective_conv2d"),
         kernel_of=("t1",),
+        patterns=_PATTERNS,
     ),
     "LOKR": PeftKind(
         "lokr",
@@ -44,12 +48,13 @@ PEFT_KINDS: dict[str, PeftKind] = {
         | {".lokr_t2": "w2_t"},
         settings.lokr_shape,
         settings.lokr,
-        _keys("r alpha rank_pattern alpha_pattern"),
+        _keys("r alpha"),
         _keys(
             "module_dropout rank_dropout rank_dropout_scale use_effective_conv2d decompose_both "
             "decompose_factor"
         ),
         kernel_of=("w2", "w2_t"),
+        patterns=_PATTERNS,
     ),
     "VERA": PeftKind(
         "vera",
@@ -111,6 +116,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             "base_model.unilora_theta_d": "bank",
             "base_model.unilora_vector_bank": "bank",
         },
+        left_to_loader=settings.unilora_left,
     ),
     "TINYLORA": PeftKind(
         "tinylora",
@@ -123,6 +129,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         _keys("projection_seed weight_tying"),
         _keys("r u init_v_bound save_projection tinylora_dropout"),
         {"base_model.tinylora_v.{}": "v.{}"},
+        settings_of_all=lambda count: {"count": count},
         takes_embeddings=True,
     ),
     "DELORA": PeftKind(
@@ -153,6 +160,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             "block", 1
         ), None),
         neutral=_keys("r mini_r miss_dropout"),
+        variant=settings.miss_variant,
     ),
     "BONE": PeftKind(
         "miss",
@@ -161,6 +169,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             "block", 1
         ), None),
         neutral=_keys("r"),
+        variant=settings.miss_variant,
     ),
     "C3A": PeftKind(
         "c3a",
@@ -380,5 +389,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             "base_model.frod_s_indices.{}": "places",
             "base_model.frod_s_size.{}": "size",
         },
+        shared_by=frod_category,
+        left_to_loader=settings.frod_left,
     ),
 }  # fmt: skip

@@ -15,7 +15,7 @@ import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Role = Literal[
     "a", "b", "mid", "alpha", "bias", "magnitude", "embedding_a", "embedding_b",
@@ -26,8 +26,10 @@ Role = Literal[
     "learned_embedding", "refused",
 ]  # fmt: skip
 
-Class = Literal["kohya", "diffusers", "comfyui", "safetensors"]
+Naming = Literal["kohya", "diffusers", "comfyui", "safetensors"]
 """A file's naming as a whole: all flat, all by component, all `diffusion_model.`, or otherwise."""
+
+NAMINGS: tuple[Naming, ...] = get_args(Naming)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Prefix:
     """
 
     pattern: str
-    naming: Class
+    naming: Naming
     flat: bool
 
 
@@ -170,7 +172,7 @@ class Key:
     prefix: str
     role: Role
     style: Style
-    naming: Class
+    naming: Naming
     flat: bool
 
 

@@ -18,10 +18,8 @@ import numpy as np
 from loratools_formats.core.adapter import (
     MUTATED_BASE,
     Adapter,
-    Delta,
-    Dora,
     LowRank,
-    low_rank_part,
+    ModuleChange,
 )
 from loratools_formats.core.dtypes import common_dtype, encode
 from loratools_formats.core.tensors import TensorRef
@@ -43,7 +41,7 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     if all(caveat.code != MUTATED_BASE for caveat in adapter.caveats):
         raise OptionError(
             "an initial adapter was given, but the adapter was not trained against a changed base",
-            hint="Leave out --initial",
+            hint="Leave out `initial`",
         )
     if set(adapter.modules) != set(initial.modules):
         differing = sorted(set(adapter.modules) ^ set(initial.modules))
@@ -64,7 +62,7 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
             hint="Give the adapter as it was saved before training",
         )
     modules = {
-        name: _difference(name, delta, low_rank_part(initial.modules[name]))
+        name: _difference(name, delta, initial.modules[name].require_factors())
         for name, delta in adapter.modules.items()
     }
     return replace(
@@ -75,8 +73,8 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     )
 
 
-def _equal(whole: Delta, other: Delta) -> bool:
-    first, second = low_rank_part(whole), low_rank_part(other)
+def _equal(whole: ModuleChange, other: ModuleChange) -> bool:
+    first, second = whole.require_factors(), other.require_factors()
     pairs = ((first.a, second.a), (first.b, second.b))
     return all(
         x.shape == y.shape and np.array_equal(x.load(np.float64), y.load(np.float64))
@@ -84,8 +82,8 @@ def _equal(whole: Delta, other: Delta) -> bool:
     )
 
 
-def _difference(name: str, whole: Delta, start: LowRank) -> Delta:
-    delta = low_rank_part(whole)
+def _difference(name: str, whole: ModuleChange, start: LowRank) -> ModuleChange:
+    delta = whole.require_factors()
     if delta.bias is not None or start.bias is not None:
         raise UnsupportedError("lora_bias on a changed base is not supported", tensor=name)
     if (delta.a.shape, delta.b.shape, delta.scale) != (start.a.shape, start.b.shape, start.scale):
@@ -101,7 +99,7 @@ def _difference(name: str, whole: Delta, start: LowRank) -> Delta:
         b=_joined(delta.b, start.b, axis=-1, sign=-1),
         alpha=None if delta.alpha is None else 2 * delta.alpha,
     )
-    return replace(whole, direction=doubled) if isinstance(whole, Dora) else doubled
+    return whole.with_direction(doubled)
 
 
 def _joined(first: TensorRef, second: TensorRef, axis: int, sign: int) -> TensorRef:

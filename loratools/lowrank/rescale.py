@@ -11,23 +11,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools_formats.core.adapter import Delta, Dora, LowRank, OtherDelta
+from loratools.algebra.linalg import is_power_of_two
+from loratools_formats.core.adapter import LowRank, ModuleChange
 from loratools_formats.core.dtypes import encode
 from loratools_formats.core.tensors import TensorRef
 
 
-def folded(delta: Delta, *, rounding: bool = False) -> Delta:
+def folded(delta: ModuleChange, *, rounding: bool = False) -> ModuleChange:
     """Return a delta of scale 1.
 
     Args:
         delta: any; a kind without factors stays as it is.
         rounding: whether values may be rounded; if not, a scale that cannot be moved exactly stays.
     """
-    if isinstance(delta, OtherDelta):
-        return delta
-    if isinstance(delta, Dora):
-        return replace(delta, direction=_folded(delta.direction, rounding))
-    return _folded(delta, rounding)
+    part = delta.factors
+    return delta if part is None else delta.with_direction(_folded(part, rounding))
 
 
 def _folded(delta: LowRank, rounding: bool) -> LowRank:
@@ -56,17 +54,16 @@ def _shares(scale: float) -> tuple[float, float]:
     >>> _shares(0.5), _shares(-16.0)
     ((1.0, 0.5), (-4.0, 4.0))
     """
-    mantissa, exponent = math.frexp(abs(scale))
     sign = math.copysign(1.0, scale)
-    if mantissa != 0.5:
+    if not is_power_of_two(scale):
         return sign * math.sqrt(abs(scale)), math.sqrt(abs(scale))
-    power = exponent - 1
+    power = math.frexp(scale)[1] - 1
     half = power // 2
     return sign * 2.0 ** (power - half), 2.0**half
 
 
 def _is_exact(tensor: TensorRef, factor: float) -> bool:
-    if abs(math.frexp(factor)[0]) != 0.5:
+    if not is_power_of_two(factor):
         return False
     wanted = tensor.load(np.float64) * factor
     return np.array_equal(encode(wanted, tensor.dtype).astype(np.float64), wanted)

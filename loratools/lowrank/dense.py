@@ -10,26 +10,28 @@ from typing import Any
 
 import numpy as np
 
-from loratools.factors.matrices import loaded
-from loratools_formats.core.adapter import LowRank
+from loratools.lowrank.matrices import loaded
+from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.orientation import is_transposed
 
 Array = np.ndarray[Any, Any]
 
 
-def effective_delta(name: str, delta: LowRank, weight_shape: tuple[int, ...]) -> Array:
-    """Return ΔW in float64 for a base weight of a shape.
+def effective_delta(name: str, change: ModuleChange, weight_shape: tuple[int, ...]) -> Array:
+    """Return ΔW in float64 for a base weight of a shape; of a DoRA, ΔW is the direction alone.
 
     Args:
         name: the module, for messages.
-        delta: its factors.
+        change: its change, which must have factors.
         weight_shape: shape of the base weight as stored: (out, in), (in, out), (out, in, *kernel),
             (vocabulary, dim), or (E, …) for experts.
 
     Raises:
         AdapterError: the factors do not fit the weight.
-        UnsupportedError: the weight is square and its orientation unknown.
+        UnsupportedError: the change has no factors, or the weight is square and its orientation
+            unknown.
     """
+    delta = change.require_factors()
     crossed = is_transposed(name, delta, weight_shape)
     products = [delta.scale * (b.astype(np.float64) @ a) for b, a in loaded(delta)]
     oriented = [product.T if crossed else product for product in products]

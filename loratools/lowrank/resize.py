@@ -16,14 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loratools.algebra.device import DeviceName
+from loratools.algebra.device import Computing
+from loratools.algebra.linalg import is_power_of_two
 from loratools.algebra.one_matrix import Decomposed, Method, RandomisedSvd, padded
 from loratools.algebra.ranks import Spectrum
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
+from loratools.work.declared import option
 from loratools.work.scratch import Scratch
+from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import DTYPES, DType, encode
-from loratools_formats.core.tensors import TensorRef
+from loratools_formats.core.tensors import TensorRef, unmade
 from loratools_formats.disk.errors import AdapterError, OptionError
 
 Array = np.ndarray[Any, Any]
@@ -33,43 +36,35 @@ _ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit
 
 
 @dataclass(frozen=True)
-class ComputeOptions:
+class ComputeOptions(Computing):
     """How to compute factors and how to store them.
 
     Attributes:
-        dtype: type of the new factors; None keeps each factor's own.
-        method: `exact`, or `rsvd` for a randomised SVD of the product.
-        oversample: p of the randomised SVD.
-        power_iterations: q of the randomised SVD.
-        seed: of the randomised SVD; every matrix derives its own from it.
-        keep_alpha: keep each module's alpha, so that its scale becomes alpha/rank.
-        device: where to compute.
-        workers: threads over modules on the CPU; results do not depend on it.
+        dtype: type of new factors: f32, f16 or bf16; by default each factor keeps its own.
+        method: how to decompose: exact, or rsvd, the randomised SVD of the LoRA-Squeeze paper.
+        oversample: oversampling of the randomised SVD.
+        power_iterations: power iterations of the randomised SVD.
+        seed: seed of all that is random; every matrix derives its own from it.
+        keep_alpha: keep each module's alpha, and scale by alpha/rank; else alpha becomes the rank.
 
     Raises:
-        OptionError: a number out of range.
+        OptionError: a number out of range, or an unknown type.
     """
 
-    dtype: OutputDtype | None = None
-    method: Method = "exact"
-    oversample: int = 10
-    power_iterations: int = 2
-    seed: int = 0
-    keep_alpha: bool = False
-    device: DeviceName = "cpu"
-    workers: int = 2
+    dtype: OutputDtype | None = option(
+        None, heading="Computing", aliases=("--outtype",), parse=dtype_name
+    )
+    method: Method = option("exact", heading="Computing", name="svd", aliases=("--method",))
+    oversample: int = option(10, heading="Computing")
+    power_iterations: int = option(2, heading="Computing")
+    seed: int = option(0, heading="Computing")
+    keep_alpha: bool = option(False, heading="Computing")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("oversample", "power_iterations", "seed"):
             if getattr(self, name) < 0:
                 raise OptionError(f"{name} is negative", got=getattr(self, name))
-        if self.workers < 1:
-            raise OptionError("workers is too small", got=self.workers, expected="at least 1")
-
-    @property
-    def threads(self) -> int:
-        """Threads to use over modules: one where a device does the work."""
-        return self.workers if self.device == "cpu" else 1
 
     def stored(self, tensor: TensorRef) -> DType:
         """Return the type in which a factor is stored."""
@@ -142,7 +137,7 @@ class Resizer:
             return delta
         pairs = [padded(b * ratio, a, rank) for b, a in loaded(delta)]
         bias = _scaled_bias(delta, ratio)
-        exact = abs(math.frexp(ratio)[0]) == 0.5 and (
+        exact = is_power_of_two(ratio) and (
             _is_exact([b for b, _ in pairs], self.options.stored(delta.b))
             and (delta.bias is None or _is_exact([np.asarray(bias)], delta.bias.dtype))
         )
@@ -150,8 +145,38 @@ class Resizer:
             types = self.options.stored(delta.b), self.options.stored(delta.a)
             pairs = [(encode(b, types[0]), encode(a, types[1])) for b, a in pairs]
             return self._stored(delta, pairs, scale, bias)
-        may_stay = keep_scale and not self.one_scale and not self.options.keep_alpha
-        return delta if same_type and rank == delta.rank and may_stay else None
+        stays = same_type and rank == delta.rank and self._may_stay(keep_scale)
+        return delta if stays else None
+
+    def planned(self, delta: LowRank, rank: int, *, keep_scale: bool = True) -> LowRank:
+        """Return the delta that will be made, without its values: types, shapes and scale.
+
+        The scale is another one only if factors keep their values, their scale should move into
+        them, and the type cannot hold what comes out.
+
+        Args:
+            delta: to be replaced, or to be kept at its own rank.
+            rank: wanted.
+            keep_scale: as for `without_loss`.
+        """
+        scale, types = (
+            self._scale(delta, rank),
+            [self.options.stored(t) for t in (delta.a, delta.b)],
+        )
+        keeps = rank == delta.rank and types == [delta.a.dtype, delta.b.dtype]
+        if keeps and not is_power_of_two(delta.scale / scale) and self._may_stay(keep_scale):
+            scale = delta.scale
+        shape_a = (*delta.a.shape[:-2], rank, delta.a.shape[-1])
+        return replace(
+            delta,
+            a=unmade(delta.a.key, types[0], shape_a),
+            b=unmade(delta.b.key, types[1], (*delta.b.shape[:-1], rank)),
+            scale=scale,
+        )
+
+    def _may_stay(self, keep_scale: bool) -> bool:
+        """Return whether a scale that cannot move into factors may stay as it is."""
+        return keep_scale and not self.one_scale and not self.options.keep_alpha
 
     def compressed(
         self, name: str, delta: LowRank, parts: Sequence[Decomposed], rank: int
@@ -264,7 +289,7 @@ def rounded(array: Array, dtype: DType, source: TensorRef) -> tuple[Array, Array
         f"{lost} values {what} dtype {dtype.code}",
         tensor=source.key,
         got=f"up to {np.abs(array).max():.3g}",
-        hint="Ask for --dtype bf16 or f32",
+        hint="Ask for `dtype=bf16` or f32",
     )
 
 

@@ -14,28 +14,30 @@ import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
-from loratools.factors.matrices import matrices
-from loratools_formats.core.adapter import Delta, Dora, LowRank
+from loratools.lowrank.matrices import matrices
+from loratools_formats.core.adapter import LowRank, ModuleChange
 from loratools_formats.core.dtypes import DType, encode
 from loratools_formats.core.tensors import Buffer, TensorRef
 
 _ROUNDING = {"F32": 2.0**-21, "F64": 2.0**-49}  # of the largest singular value
 
 
-def of_true_rank(delta: Delta, *, keep_scale: bool = False) -> Delta:
-    """Return a delta with as many ranks as its stored values tell apart from rounding.
+def of_true_rank(change: ModuleChange, *, keep_scale: bool = False) -> ModuleChange:
+    """Drop ranks that are only rounding noise, such as those left when a fused module is split.
 
     Args:
-        delta: any; what is no pair of factors of 32 bits or more stays as it is.
+        change: any; one that has no factors of 32 bits or more stays as it is.
         keep_scale: whether its scale stays beside the factors, instead of moving into them.
 
     Raises:
         AdapterError: a factor holds NaN or infinite values.
     """
-    if isinstance(delta, Dora):
-        direction = of_true_rank(delta.direction, keep_scale=keep_scale)
-        return replace(delta, direction=direction) if isinstance(direction, LowRank) else delta
-    if not isinstance(delta, LowRank) or delta.bias is not None or delta.experts > 1:
+    part = change.factors
+    return change if part is None else change.with_direction(_without_noise(part, keep_scale))
+
+
+def _without_noise(delta: LowRank, keep_scale: bool) -> LowRank:
+    if delta.bias is not None or delta.experts > 1:
         return delta
     roundings = [_ROUNDING.get(tensor.dtype.code) for tensor in (delta.a, delta.b)]
     known = [rounding for rounding in roundings if rounding is not None]

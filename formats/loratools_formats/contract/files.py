@@ -1,0 +1,129 @@
+"""Reading adapters of any format, and publishing what is written.
+
+Formats only encode and decode. Making an output appear whole, with its provenance beside it,
+happens here for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from loratools_formats.contract.registry import find_format, get_format
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import OutputError, OutputExistsError, UnsupportedError
+from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
+from loratools_formats.disk.publish import publish_file, publish_folder, resolved
+
+
+def read_adapter(
+    path: str | os.PathLike[str], format_name: str | None = None, *, carry_unknown: bool = False
+) -> Adapter:
+    """Read an adapter's headers; its tensors load on demand.
+
+    Args:
+        path: file or folder.
+        format_name: read it as this format instead of recognising it.
+        carry_unknown: keep tensors that the format does not know, where it would refuse them.
+
+    Raises:
+        LoratoolsError: nothing there, unknown format, or not a sound adapter.
+    """
+    chosen = find_format(path) if format_name is None else get_format(format_name)
+    return chosen.read_with_unknown(Path(path)) if carry_unknown else chosen.read(Path(path))
+
+
+def check_target(
+    path: str | os.PathLike[str], sources: Iterable[Path], *, overwrite: bool = False
+) -> None:
+    """Refuse, before any work is done, an output that could not be published.
+
+    Raises:
+        OutputError: the folder that it would be in does not exist.
+        OutputExistsError: it exists and may not be replaced, or lies inside or around a source.
+    """
+    target = resolved(path)
+    if not target.parent.is_dir():
+        raise OutputError("the folder to write into does not exist", path=target.parent)
+    if os.path.lexists(path) and not overwrite:
+        raise OutputExistsError(
+            "output exists", path=path, hint="Pass `overwrite=True` to replace it"
+        )
+    for source in sources:
+        real = Path(os.path.realpath(source))
+        if real != target and (target in real.parents or real in target.parents):
+            raise OutputExistsError(
+                "the output lies inside the input or around it",
+                path=path,
+                hint="Choose an output beside it",
+            )
+
+
+def check_output(
+    adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Refuse, before any work is done, an output of an adapter that could not be published.
+
+    Raises:
+        OutputError: the folder that it would be in does not exist.
+        OutputExistsError: it exists and may not be replaced, or lies inside or around the input.
+    """
+    sources = [] if adapter.source is None else [adapter.source]
+    check_target(path, sources, overwrite=overwrite)
+
+
+def write_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    format_name: str,
+    *,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write an adapter so that it appears whole or not at all, with its provenance beside it.
+
+    Args:
+        adapter: what to write.
+        path: where.
+        format_name: in which format.
+        overwrite: whether an output that exists may be replaced.
+        check: looks at the output before it appears; by raising it keeps it from appearing.
+
+    Raises:
+        OutputExistsError: the output exists and `overwrite` is false, or holds foreign files.
+        OutputError: the system refused; nothing was changed.
+        UnsupportedError: the adapter is of another format, and was not converted.
+    """
+    chosen = get_format(format_name)
+    if not chosen.is_writable:
+        raise UnsupportedError(f"format {chosen.name} can be read but not written")
+    if adapter.format != chosen.name:
+        raise UnsupportedError(
+            f"an adapter of format {adapter.format} is not in the terms of format {chosen.name}",
+            path=adapter.source,
+            hint="Convert it first: loratools.write, or loratools convert",
+        )
+    check_output(adapter, path, overwrite=overwrite)
+    publish = publish_folder if chosen.is_folder else publish_file
+    with publish(path, overwrite=overwrite) as temporary:
+        chosen.write(adapter, temporary)
+        if check is not None:
+            check(temporary)
+        adapter.check_unchanged()
+        if adapter.provenance is not None and chosen.is_folder:
+            files = sorted(p for p in temporary.iterdir() if p.suffix != ".md")
+            (temporary / PROVENANCE_FILE).write_bytes(statement(adapter.provenance, files))
+    if chosen.is_folder:
+        return
+    for name, content in _beside(adapter, Path(path)).items():
+        with publish_file(Path(f"{os.fspath(path)}.{name}"), overwrite=True) as temporary:
+            temporary.write_bytes(content)
+
+
+def _beside(adapter: Adapter, path: Path) -> dict[str, bytes]:
+    """Return what goes beside an output that is one file: its record, and what was made with it."""
+    made = {name: c for name, c in adapter.attachments.items() if isinstance(c, bytes)}
+    if adapter.provenance is None:
+        return made
+    return {**made, PROVENANCE_FILE: statement(adapter.provenance, [path])}

@@ -1,0 +1,43 @@
+"""Facts about PEFT's layers and names that its reader shares with whoever computes as PEFT does."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from loratools_formats.core.orientation import named_conv1d
+
+PREFIX = "base_model.model."
+"""What PEFT's files put before a module's path."""
+
+
+def square_orientation(fan_in_fan_out: bool, path: str) -> bool | None:
+    """Tell whether a square weight is stored (in, out), None where the file does not show it.
+
+    PEFT writes one `fan_in_fan_out` for all modules, that of the layer wrapped last; a GPT-2
+    adapter which also covers the linear lm_head says false although its Conv1D layers are not.
+    """
+    return fan_in_fan_out if fan_in_fan_out == named_conv1d(path) else None
+
+
+def replaced_name(target: str, modules: Container[str]) -> str:
+    """Return the name in a PEFT file of a tensor that replaces one of the base.
+
+    >>> replaced_name("q.bias", {"q"})
+    'base_model.model.q.base_layer.bias'
+    """
+    module, _, leaf = target.rpartition(".")
+    wrapped = f"{module}.base_layer" if module in modules else module
+    return f"{PREFIX}{wrapped}.{leaf}"
+
+
+def frod_category(path: str) -> str:
+    """Return the name under which FRoD keeps what layers of one role share.
+
+    Source: `_category_from_key` in peft 0.21.2.
+    """
+    parts = path.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    if parts[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"
+    return f"{parts[-2]}_{parts[-1]}"

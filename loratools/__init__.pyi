@@ -1,0 +1,385 @@
+# Made by tests/interface/make_stub.py; do not edit.
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from loratools.algebra.ranks import Budget as Budget
+from loratools.face.convert import ConvertResult as ConvertResult
+from loratools.face.convert import WriteResult as WriteResult
+from loratools.face.dequantize import DequantizeResult as DequantizeResult
+from loratools.face.extract import ExtractChoices as ExtractChoices
+from loratools.face.extract import ExtractResult as ExtractResult
+from loratools.face.fuse import FusePlan as FusePlan
+from loratools.face.fuse import FuseResult as FuseResult
+from loratools.face.info import InfoResult as InfoResult
+from loratools.face.lists import FormatsResult as FormatsResult
+from loratools.face.lists import MethodsResult as MethodsResult
+from loratools.face.merge import MergeResult as MergeResult
+from loratools.face.quantize import QuantizeResult as QuantizeResult
+from loratools.face.squeeze import SqueezeChoices as SqueezeChoices
+from loratools.face.squeeze import SqueezeResult as SqueezeResult
+from loratools.face.to_dora import ToDoraResult as ToDoraResult
+from loratools.face.to_lora import ToLoraChoices as ToLoraChoices
+from loratools.face.to_lora import ToLoraResult as ToLoraResult
+from loratools.face.verify import VerifyResult as VerifyResult
+from loratools.operations.merge.options import Override as Override
+from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
+from loratools_formats.core.adapter import Adapter as Adapter
+from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
+
+__version__: str
+
+def convert(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    to: str | None = None,
+    dtype: str | None = None,
+    set: Sequence[tuple[str, str] | str] | Mapping[str, str] = (),
+    keep_alpha: bool = False,
+    fold_alpha: bool = False,
+    allow_lossy: bool = False,
+    names: str | None = None,
+    names_from: str | os.PathLike[str] | None = None,
+    component: str | None = None,
+    strip_training_metadata: bool = False,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    in_place: bool = False,
+    max_error: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConvertResult: ...
+def write(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    allow_lossy: bool = False,
+    overwrite: bool = False,
+) -> WriteResult: ...
+def dequantize(
+    base: str | os.PathLike[str] | Checkpoint,
+    *,
+    workers: int | None = None,
+    max_shard_size: int | str | None = None,
+    dtype: Literal["bf16", "f16", "f32"] = "bf16",
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> DequantizeResult: ...
+def extract(
+    base: str | os.PathLike[str] | Checkpoint,
+    tuned: str | os.PathLike[str] | Checkpoint,
+    *,
+    base_name: str | None = None,
+    rank: int | None = None,
+    energy: float | str | None = None,
+    sv_ratio: float | None = None,
+    sv_fro: float | str | None = None,
+    sv_cumulative: float | str | None = None,
+    threshold: bool = False,
+    budget: Budget | str | None = None,
+    max_rank: int | None = None,
+    min_rank: int | None = None,
+    rank_pattern: Sequence[tuple[str, int] | str] | Mapping[str, int] = (),
+    uniform: bool = False,
+    serve_ranks: bool = False,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    svd: Literal["exact", "rsvd"] = "exact",
+    oversample: int = 10,
+    power_iterations: int = 2,
+    seed: int = 0,
+    keep_alpha: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    max_error: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExtractResult: ...
+def extract_choices(
+    base: str | os.PathLike[str] | Checkpoint,
+    tuned: str | os.PathLike[str] | Checkpoint,
+    *,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    svd: Literal["exact", "rsvd"] = "exact",
+    oversample: int = 10,
+    power_iterations: int = 2,
+    seed: int = 0,
+    keep_alpha: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+) -> ExtractChoices: ...
+@overload
+def fuse(
+    base: str | os.PathLike[str] | Checkpoint,
+    adapters: str
+    | os.PathLike[str]
+    | Adapter
+    | Mapping[str, float]
+    | Mapping[Path, float]
+    | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
+    *,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    max_shard_size: int | str | None = None,
+    dtype: str | None = None,
+    base_mode: Literal["dequant", "original"] | None = None,
+    requantize: bool = False,
+    allow_lossy: bool = False,
+    fallback: Literal["f16", "q8_0"] | None = None,
+    format: str | None = None,
+    output: str | os.PathLike[str],
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FuseResult: ...
+@overload
+def fuse(
+    base: str | os.PathLike[str] | Checkpoint,
+    adapters: str
+    | os.PathLike[str]
+    | Adapter
+    | Mapping[str, float]
+    | Mapping[Path, float]
+    | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
+    *,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    max_shard_size: int | str | None = None,
+    dtype: str | None = None,
+    base_mode: Literal["dequant", "original"] | None = None,
+    requantize: bool = False,
+    allow_lossy: bool = False,
+    fallback: Literal["f16", "q8_0"] | None = None,
+    format: str | None = None,
+    output: None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FusePlan: ...
+def info(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    format: str | None = None,
+    carry_unknown: bool = False,
+) -> InfoResult: ...
+def read(
+    path: str | os.PathLike[str], *, format: str | None = None, carry_unknown: bool = False
+) -> Adapter: ...
+def formats() -> FormatsResult: ...
+def methods() -> MethodsResult: ...
+def merge(
+    adapters: str
+    | os.PathLike[str]
+    | Adapter
+    | Mapping[str, float]
+    | Mapping[Path, float]
+    | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
+    *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    method: str = "linear",
+    space: Literal["full", "core"] = "full",
+    weight_pattern: Sequence[Override | str] = (),
+    replacements: str | None = None,
+    force_base: bool = False,
+    density: float | str | None = None,
+    lambda_: float | None = None,
+    majority_sign: Literal["total", "frequency"] | None = None,
+    flavor: Literal["peft", "paper", "mergekit"] | None = None,
+    normalize: bool = False,
+    set: Sequence[tuple[str, Any] | str] | Mapping[str, Any] = (),
+    rank: int | None = None,
+    energy: float | str | None = None,
+    sv_ratio: float | None = None,
+    sv_fro: float | str | None = None,
+    sv_cumulative: float | str | None = None,
+    threshold: bool = False,
+    budget: Budget | str | None = None,
+    max_rank: int | None = None,
+    min_rank: int | None = None,
+    rank_pattern: Sequence[tuple[str, int] | str] | Mapping[str, int] = (),
+    uniform: bool = False,
+    serve_ranks: bool = False,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    svd: Literal["exact", "rsvd"] = "exact",
+    oversample: int = 10,
+    power_iterations: int = 2,
+    seed: int = 0,
+    keep_alpha: bool = False,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    max_error: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeResult: ...
+def quantize(
+    base: str | os.PathLike[str] | Checkpoint,
+    *,
+    quant_type: Literal["nf4", "fp4"] = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    max_shard_size: int | str | None = None,
+    exclude: Sequence[str] = (),
+    experts: bool = False,
+    workers: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizeResult: ...
+def squeeze(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | str | None = None,
+    sv_ratio: float | None = None,
+    sv_fro: float | str | None = None,
+    sv_cumulative: float | str | None = None,
+    threshold: bool = False,
+    budget: Budget | str | None = None,
+    max_rank: int | None = None,
+    min_rank: int | None = None,
+    rank_pattern: Sequence[tuple[str, int] | str] | Mapping[str, int] = (),
+    uniform: bool = False,
+    serve_ranks: bool = False,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    svd: Literal["exact", "rsvd"] = "exact",
+    oversample: int = 10,
+    power_iterations: int = 2,
+    seed: int = 0,
+    keep_alpha: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+    initial: str | os.PathLike[str] | Adapter | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    in_place: bool = False,
+    max_error: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SqueezeResult: ...
+def squeeze_choices(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    svd: Literal["exact", "rsvd"] = "exact",
+    oversample: int = 10,
+    power_iterations: int = 2,
+    seed: int = 0,
+    keep_alpha: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+    initial: str | os.PathLike[str] | Adapter | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+) -> SqueezeChoices: ...
+def delta(
+    adapter: Adapter,
+    name: str,
+    *,
+    dtype: type[Any] | np.dtype[Any] | str = ...,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+) -> np.ndarray[Any, Any]: ...
+def factors(adapter: Adapter, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]: ...
+def from_factors(
+    modules: Mapping[str, tuple[Any, Any]],
+    *,
+    alpha: float | None = None,
+    base_model: str | None = None,
+) -> Adapter: ...
+def to_dora(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    base: str | os.PathLike[str] | Checkpoint,
+    initial: str | os.PathLike[str] | Adapter | None = None,
+    workers: int | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    in_place: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ToDoraResult: ...
+def to_lora(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    initial: str | os.PathLike[str] | Adapter | None = None,
+    set: Sequence[tuple[str, str] | str] | Mapping[str, str] = (),
+    exact: bool = False,
+    rank: int | None = None,
+    energy: float | str | None = None,
+    sv_ratio: float | None = None,
+    sv_fro: float | str | None = None,
+    sv_cumulative: float | str | None = None,
+    threshold: bool = False,
+    budget: Budget | str | None = None,
+    max_rank: int | None = None,
+    min_rank: int | None = None,
+    rank_pattern: Sequence[tuple[str, int] | str] | Mapping[str, int] = (),
+    uniform: bool = False,
+    serve_ranks: bool = False,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    svd: Literal["exact", "rsvd"] = "exact",
+    oversample: int = 10,
+    power_iterations: int = 2,
+    seed: int = 0,
+    keep_alpha: bool = False,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    in_place: bool = False,
+    max_error: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ToLoraResult: ...
+def to_lora_choices(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    initial: str | os.PathLike[str] | Adapter | None = None,
+    set: Sequence[tuple[str, str] | str] | Mapping[str, str] = (),
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    svd: Literal["exact", "rsvd"] = "exact",
+    oversample: int = 10,
+    power_iterations: int = 2,
+    seed: int = 0,
+    keep_alpha: bool = False,
+    format: str | None = None,
+    carry_unknown: bool = False,
+) -> ToLoraChoices | None: ...
+def verify(
+    fused: str | os.PathLike[str] | Checkpoint,
+    *,
+    base: str | os.PathLike[str] | Checkpoint,
+    adapters: str
+    | os.PathLike[str]
+    | Adapter
+    | Mapping[str, float]
+    | Mapping[Path, float]
+    | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
+    workers: int | None = None,
+    format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyResult: ...

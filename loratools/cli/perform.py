@@ -1,0 +1,122 @@
+"""What every command does around the one function that it calls: run it, report, say what became.
+
+Text and `--json` come from the same result; notes and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import click
+
+from loratools.cli.errors import EXIT_FOUND
+from loratools.cli.output import note, number, print_choices, print_json, progress_bar
+from loratools.cli.wording import worded
+from loratools.face.result import Result
+from loratools.work.requests import Reporting, Writing
+from loratools_formats.disk.errors import InexactError, LossyError, OptionError, ResultError
+
+Found = TypeVar("Found", bound=Result)
+Progress = Callable[[int, int], None]
+
+
+def target_of(writing: Writing) -> Writing:
+    """Return where the result goes: nowhere on a dry run.
+
+    Raises:
+        OptionError: no output was given.
+    """
+    if writing.dry_run:
+        return replace(writing, output=None, in_place=False)
+    if writing.output is None:
+        raise OptionError("no output given", hint="Add `output=PATH`, or `dry_run=True`")
+    return writing
+
+
+def report(result: Found, show: Callable[[Found], None], reporting: Reporting) -> None:
+    """Print a result: as one JSON object, or as text with its notes."""
+    if reporting.json:
+        print_json(result.to_dict())
+    elif not reporting.quiet:
+        show(result)
+    if not reporting.quiet:
+        for text in getattr(result, "notes", ()):
+            note(text)
+
+
+def perform(
+    label: str,
+    work: Callable[[Progress | None], Found],
+    show: Callable[[Found], None],
+    writing: Writing,
+    reporting: Reporting,
+    unit: str = "module",
+) -> int:
+    """Run an operation, report its result, and return the exit code.
+
+    Args:
+        label: of the progress bar.
+        work: runs it; called with what draws progress.
+        show: prints the result as text.
+        writing: where the result goes.
+        reporting: how to print.
+        unit: what progress counts.
+
+    Raises:
+        LoratoolsError: the operation failed.
+    """
+    failed: ResultError | None = None
+    result: Any
+    try:
+        with progress_bar(label, quiet=reporting.quiet, unit=unit) as progress:
+            result = work(progress)
+    except ResultError as error:
+        if isinstance(error, LossyError) and not writing.dry_run:
+            raise
+        failed, result = error, error.result
+    report(result, show, reporting)
+    if isinstance(failed, InexactError) and writing.max_error is not None:
+        click.echo(
+            f"relative error {number(result.relative_error)} is above --max-error "
+            f"{writing.max_error:g}; nothing was written",
+            err=True,
+        )
+        return EXIT_FOUND
+    if failed is not None:
+        raise failed
+    if not reporting.quiet:
+        nothing = writing.dry_run or writing.output is None
+        note("dry run, nothing was written" if nothing else f"wrote {writing.output}")
+    return 0
+
+
+def show_choices(
+    choices: Any, writing: Writing, reporting: Reporting, more: str = "", text: str | None = None
+) -> int:
+    """Print the table rank → size → error, say how to go on, and return the exit code.
+
+    Args:
+        choices: a result with `choices`, and `bytes_in` if sizes are to be compared with it.
+        writing: where the result was to go.
+        reporting: how to print.
+        more: another way out than to choose a rank.
+        text: a line below the table.
+
+    Raises:
+        OptionError: an output was given, and nothing decides its ranks.
+    """
+
+    def show(found: Any) -> None:
+        print_choices(getattr(found, "bytes_in", None), found.choices)
+        if text is not None:
+            click.echo(text)
+
+    report(choices, show, reporting)
+    rules = f"Choose with `rank`, `energy`, `budget` or another rule; see --help.{more}"
+    if writing.output is not None:
+        raise OptionError("no rule for the ranks, so nothing was written", hint=rules)
+    if not (reporting.quiet or reporting.json):
+        click.echo(worded(rules), err=True)
+    return 0

@@ -1,0 +1,45 @@
+"""Adapters as a command line names them: PATH, or PATH:WEIGHT."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools_formats.disk.errors import OptionError
+
+if TYPE_CHECKING:
+    from loratools.operations.fuse.draft import FuseInput
+
+
+def weighted_path(text: str) -> tuple[Path, float]:
+    """Read PATH or PATH:WEIGHT, the weight 1 by default; an existing path wins.
+
+    Raises:
+        OptionError: the path is empty, or what follows the colon is not a finite number.
+    """
+    path, separator, weight = text.rpartition(":")
+    if not text or (separator and not path):
+        raise OptionError("path of the adapter is empty", got=repr(text), expected="ADAPTER:NUMBER")
+    if not separator or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        value = float(weight)
+    except ValueError as error:
+        raise OptionError("not a weight", got=weight, expected="ADAPTER:NUMBER") from error
+    if not math.isfinite(value):
+        raise OptionError("not a finite weight", got=weight)
+    return Path(path), value
+
+
+def fuse_input(text: str, format_name: str | None) -> FuseInput:
+    """Read the adapter that PATH or PATH:WEIGHT names.
+
+    Raises:
+        LoratoolsError: not a weight, or not an adapter.
+    """
+    from loratools.operations.fuse.draft import FuseInput
+    from loratools_formats import read_adapter
+
+    path, weight = weighted_path(text)
+    return FuseInput(read_adapter(path, format_name), weight, path.name or str(path))

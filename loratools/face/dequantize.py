@@ -1,0 +1,81 @@
+"""`dequantize`: a checkpoint's four-bit weights in 16 or 32 bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from loratools.face.declare import Progress, public
+from loratools.face.result import Result
+from loratools.face.source import WRITING, Model, destination, model
+from loratools.operations import dequantize as working
+from loratools.work.json_object import hidden
+from loratools.work.requests import Writing
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DequantizeResult(Result, working.DequantizeResult):
+    """A checkpoint without four-bit weights, written or measured."""
+
+    operation: ClassVar[str] = "dequantize"
+
+    run: Callable[[Path, bool], working.DequantizeResult] = hidden()
+
+    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Dequantise again, write the checkpoint whole or not at all, and return where.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: it could not be written; what stood there is intact.
+        """
+        self.run(Path(path), overwrite)
+        return Path(path)
+
+
+@public(writing=WRITING)
+def dequantize(
+    base: Model,
+    *,
+    options: working.DequantizeOptions,
+    writing: Writing,
+    progress: Progress | None = None,
+) -> DequantizeResult:
+    """Turn a checkpoint's four-bit weights of bitsandbytes back into 16 or 32 bits.
+
+    Without `output` everything is computed and measured, and nothing written.
+
+    >>> import tempfile
+    >>> import loratools as lt
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = lt.quantize("examples/tiny-llama/model").write(f"{folder.name}/nf4")
+    >>> lt.dequantize(path, dtype="f32").relative_error
+    0.0
+    >>> folder.cleanup()
+
+    Args:
+        base: a checkpoint.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        AdapterError: no four-bit weights, malformed ones, or values beyond the type.
+        OutputExistsError: the output exists and `overwrite` is false.
+        OutputError: it could not be written.
+    """
+    checkpoint = model(base)
+    writing = destination(writing, None, [checkpoint])
+
+    def run(output: Path | None, overwrite: bool) -> working.DequantizeResult:
+        return working.dequantize(
+            checkpoint,
+            output,
+            options.dtype,
+            max_shard_bytes=options.max_shard_bytes,
+            overwrite=overwrite,
+            workers=options.workers,
+            progress=progress,
+        )
+
+    return DequantizeResult.of(run(writing.output, writing.overwrite), run=run)

@@ -1,0 +1,190 @@
+"""`extract`: the LoRA between two checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from loratools.algebra.ranks import RankRule
+from loratools.face.choices import ChoiceRow, choice_rows
+from loratools.face.declare import Progress, public
+from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
+from loratools.face.source import WRITING, Model, beside, destination, model
+from loratools.lowrank.resize import ComputeOptions
+from loratools.operations.extract import operation
+from loratools.work.requests import Writing
+from loratools.work.selection import Selection
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.disk.errors import OptionError
+
+
+@dataclass(frozen=True)
+class ExtractedModule:
+    """One module's change.
+
+    Attributes:
+        name: module path.
+        rank: of the factors; None if it is kept whole.
+        energy: share of ‖ΔW‖²_F in the singular values kept.
+        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ of the stored, rounded factors.
+    """
+
+    name: str
+    rank: int | None
+    energy: float
+    relative_error: float
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExtractResult(AdapterResult):
+    """The LoRA between two checkpoints.
+
+    Attributes:
+        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ over all modules together, of the stored, rounded factors.
+        bytes_out: size of the output's weight file.
+        unchanged: number of tensors that are equal in both.
+        skipped: tensors that changed and were not selected.
+        replaced: tensors that are carried whole.
+        modules: one report each, in path order.
+    """
+
+    operation: ClassVar[str] = "extract"
+
+    relative_error: float
+    bytes_out: int
+    unchanged: int
+    skipped: tuple[str, ...]
+    replaced: tuple[str, ...]
+    modules: tuple[ExtractedModule, ...]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExtractChoices(Result):
+    """What each rank would cost and lose.
+
+    Attributes:
+        choices: one row for each rank.
+    """
+
+    operation: ClassVar[str] = "extract"
+
+    choices: tuple[ChoiceRow, ...]
+
+
+@public(writing=(*WRITING, "max_error"))
+def extract(
+    base: Model,
+    tuned: Model,
+    *,
+    naming: operation.Naming,
+    rule: RankRule,
+    compute: ComputeOptions,
+    selection: Selection,
+    writing: Writing,
+    progress: Progress | None = None,
+) -> ExtractResult:
+    """Extract the LoRA between two checkpoints, as a PEFT adapter.
+
+    >>> import tempfile
+    >>> import loratools as lt
+    >>> base = "examples/tiny-llama/model"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fused = lt.fuse(base, "examples/tiny-llama/lora", output=f"{folder}/tuned")
+    ...     lt.extract(base, f"{folder}/tuned", rank=4).modules[0].rank
+    4
+
+    Args:
+        base: the model before training.
+        tuned: the model after.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        OptionError: no rule for the ranks.
+        InexactError: the error is above `max_error`; the error carries the result.
+        AdapterError: a tensor is in only one of the two, nothing changed, or NaN and infinite
+            values.
+        UnsupportedError: a tensor changed that has no place in a LoRA.
+        OutputExistsError: the output exists and `overwrite` is false.
+    """
+    if not rule.is_given:
+        raise OptionError(
+            "no rule for the ranks",
+            expected="rank, energy, budget or another rule",
+            hint="extract_choices shows what each rank costs",
+        )
+    before, after = model(base), model(tuned)
+    writing = destination(writing, None, [before, after])
+    found = _difference(before, after, selection, compute, naming.base_name)
+    done = operation.extract(
+        before,
+        after,
+        found,
+        rule,
+        compute,
+        scratch_folder=beside(writing),
+        progress=progress,
+    )
+    result = ExtractResult(
+        adapter=done.adapter,
+        notes=found.notes,
+        relative_error=done.relative_error,
+        bytes_out=written_nbytes(done.adapter),
+        unchanged=found.unchanged,
+        skipped=found.skipped,
+        replaced=tuple(r.target for r in done.adapter.replacements.values()),
+        modules=tuple(
+            ExtractedModule(module.name, module.rank, module.energy, module.relative_error)
+            for module in done.modules
+        ),
+    )
+    check_error(result, writing.max_error)
+    return result.written(writing)
+
+
+@public()
+def extract_choices(
+    base: Model,
+    tuned: Model,
+    *,
+    compute: ComputeOptions,
+    selection: Selection,
+) -> ExtractChoices:
+    """Return what each rank of the LoRA between two checkpoints would cost and lose.
+
+    >>> import tempfile
+    >>> import loratools as lt
+    >>> base = "examples/tiny-llama/model"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fused = lt.fuse(base, "examples/tiny-llama/lora", output=f"{folder}/tuned")
+    ...     lt.extract_choices(base, f"{folder}/tuned").choices[0].rank
+    1
+
+    Args:
+        base: as for `extract`.
+        tuned: as for `extract`.
+
+    Raises:
+        AdapterError: as for `extract`.
+        UnsupportedError: as for `extract`.
+    """
+    found = _difference(model(base), model(tuned), selection, compute, None)
+    return ExtractChoices(choices=choice_rows(operation.extract_choices(found, compute).choices))
+
+
+def _difference(
+    before: Checkpoint,
+    after: Checkpoint,
+    selection: Selection,
+    compute: ComputeOptions,
+    base_name: str | None,
+) -> operation.Difference:
+    recorded = base_name or _recorded_name(before) or str(before.path)
+    return operation.difference(
+        before, after, selection, base_name=recorded, workers=compute.threads
+    )
+
+
+def _recorded_name(base: Checkpoint) -> str | None:
+    name = base.config.get("_name_or_path")
+    return name if isinstance(name, str) and name and not Path(name).is_absolute() else None

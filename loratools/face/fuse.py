@@ -1,0 +1,287 @@
+"""`fuse`: adapters added into base weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from loratools.face.declare import Progress, public
+from loratools.face.result import Result
+from loratools.face.source import (
+    WRITING,
+    Model,
+    Weighted,
+    destination,
+    label,
+    model,
+    opened,
+    weighted,
+)
+from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
+from loratools.operations.fuse.operation import FuseOptions, FusePreview, Fusion
+from loratools.operations.fuse.operation import FuseResult as Fused
+from loratools.work.json_object import hidden
+from loratools.work.requests import Reading, Writing
+from loratools_formats.containers.gguf.container import is_gguf
+from loratools_formats.containers.gguf.splits import read_model
+from loratools_formats.disk.errors import OptionError
+
+
+@dataclass(frozen=True)
+class FusedAdapter:
+    """An adapter that was fused in.
+
+    Attributes:
+        name: what reports call it.
+        weight: factor of its change.
+    """
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """What fusing did to one tensor.
+
+    Attributes:
+        name: its key.
+        modules: the adapters' modules that change it; empty for a replacement.
+        dtype: type it is stored in.
+        base_norm: ‖W‖.
+        delta_norm: ‖ΔW‖, that of the difference for a replacement.
+        rounding_norm: ‖W' − (W + ΔW)‖, W' being what is stored.
+        surviving: share of ΔW found in what is stored; None if the tensor is not quantised again.
+        relative_change: ‖ΔW‖/‖W‖, None if W is zero.
+        lost_to_rounding: share of ΔW lost to rounding.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    dtype: str
+    base_norm: float
+    delta_norm: float
+    rounding_norm: float
+    surviving: float | None
+    relative_change: float | None
+    lost_to_rounding: float
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FuseResult(Result):
+    """A fused checkpoint that was written.
+
+    Attributes:
+        adapters: what was fused in, in order.
+        relative_change: ‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there.
+        lost_to_rounding: share of ΔW lost to rounding over all touched tensors.
+        bytes_out: size of the weight files.
+        files: their names.
+        surviving: share of ΔW that survives quantising again; None if nothing is quantised.
+        copied: number of tensors copied byte for byte.
+        converted: number of tensors that no adapter changes, stored in another type than before.
+        left_out: files of the base that were not carried over.
+        notes: what a user should know.
+        tensors: every touched tensor, in the base's order.
+    """
+
+    operation: ClassVar[str] = "fuse"
+
+    adapters: tuple[FusedAdapter, ...]
+    relative_change: float | None
+    lost_to_rounding: float
+    bytes_out: int
+    files: tuple[str, ...]
+    surviving: float | None
+    copied: int
+    converted: int
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    tensors: tuple[FusedTensor, ...]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor that fusing would change.
+
+    Attributes:
+        name: its key.
+        shape: as the base has it.
+        dtype: type it would be stored in.
+        modules: the adapters' modules that change it; empty for a replacement.
+        replaced_by: name of the adapter that replaces it, None if none does.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    modules: tuple[str, ...]
+    replaced_by: str | None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FusePlan(Result):
+    """What fusing would write; `write(path)` does it.
+
+    Attributes:
+        dry_run: always True.
+        bytes_out: size of the weight files.
+        tensors: those that adapters change.
+        total: number of tensors in all.
+        files: number of weight files.
+        notes: what a user should know.
+        fusion: the plan itself.
+        progress: called with (bytes done, bytes in all).
+    """
+
+    operation: ClassVar[str] = "fuse"
+
+    dry_run: bool
+    bytes_out: int
+    tensors: tuple[PlannedTensor, ...]
+    total: int = hidden()
+    files: int = hidden()
+    notes: tuple[str, ...] = hidden()
+    fusion: Fusion | GgufFusion = hidden()
+    progress: Progress | None = hidden()
+
+    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> FuseResult:
+        """Write the fused checkpoint, whole or not at all, and say what it did.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: not enough space, or writing failed; nothing was changed.
+            AdapterError: an input is malformed, or values are not finite.
+            UnsupportedError: less than half of the change survives quantising.
+        """
+        done = self.fusion.write(path, overwrite=overwrite, progress=self.progress)
+        return _result(self.fusion.inputs, done)
+
+
+@public(reading=("from_",), quantised=("fallback",), writing=WRITING)
+def fuse(
+    base: Model,
+    adapters: Weighted,
+    *,
+    options: FuseOptions,
+    quantised: GgufFuseOptions,
+    reading: Reading,
+    writing: Writing,
+    progress: Progress | None = None,
+) -> FuseResult | FusePlan:
+    """Fuse adapters into base weights, streamed: W' = W + Σ weight · ΔW, rounded once.
+
+    With `output` the checkpoint is written and the result says what was done; without, the result
+    is a plan, which has a `write` of its own.
+
+    >>> import loratools as lt
+    >>> plan = lt.fuse("examples/tiny-llama/model", {"examples/tiny-llama/lora": 0.5})
+    >>> len(plan.tensors), plan.tensors[0].dtype
+    (28, 'BF16')
+
+    Args:
+        base: a checkpoint folder, a safetensors file or a GGUF model.
+        adapters: adapters, or a mapping to their weights; a negative weight takes one out again.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        OptionError: an option that has no meaning for this base.
+        AdapterError: a module that does not fit, or values that are not finite.
+        UnsupportedError: a change that cannot be added, or that quantising erases.
+        OutputExistsError: the output exists and `overwrite` is false.
+        OutputError: not enough space, or writing failed; nothing was changed.
+    """
+    inputs = fuse_inputs(adapters, reading)
+    read = [item.adapter for item in inputs]
+    fusion: Fusion | GgufFusion
+    if isinstance(base, str | os.PathLike) and is_gguf(Path(base)):
+        writing = destination(writing, None, [Path(base), *read])
+        fusion = GgufFusion(read_model(Path(base)), inputs, _of_gguf(options, quantised))
+    else:
+        checkpoint = model(base)
+        writing = destination(writing, None, [checkpoint, *read])
+        if quantised.fallback is not None:
+            raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
+        fusion = Fusion(checkpoint, inputs, options)
+    plan = _plan(fusion.preview, fusion, progress)
+    if writing.output is None:
+        return plan
+    return plan.write(writing.output, overwrite=writing.overwrite)
+
+
+def fuse_inputs(adapters: Any, reading: Reading) -> list[FuseInput]:
+    """Return adapters with their weights and names.
+
+    Raises:
+        LoratoolsError: not an adapter, or not a weight.
+    """
+    return [
+        FuseInput(opened(source, reading), weight, label(source))
+        for source, weight in weighted(adapters)
+    ]
+
+
+_WORDS = {"max_shard_bytes": "max_shard_size"}
+
+
+def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOptions:
+    for name in ("max_shard_bytes", "base_mode", "requantize"):
+        if getattr(options, name):
+            raise OptionError(f"`{_WORDS.get(name, name)}` has no meaning for a GGUF model")
+    given: Any = options.dtype or "keep"
+    return GgufFuseOptions(
+        outtype=given,
+        fallback=quantised.fallback,
+        workers=options.workers,
+        device=options.device,
+        allow_lossy=options.allow_lossy,
+    )
+
+
+def _plan(preview: FusePreview, fusion: Fusion | GgufFusion, progress: Progress | None) -> FusePlan:
+    return FusePlan(
+        dry_run=True,
+        bytes_out=preview.nbytes,
+        tensors=tuple(
+            PlannedTensor(
+                plan.key,
+                tuple(plan.source.shape),
+                preview.dtypes[plan.key],
+                tuple(plan.modules),
+                plan.replaced_by,
+            )
+            for plan in preview.touched
+        ),
+        total=preview.total,
+        files=preview.files,
+        notes=preview.notes,
+        fusion=fusion,
+        progress=progress,
+    )
+
+
+def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
+    return FuseResult(
+        adapters=tuple(FusedAdapter(item.name, item.weight) for item in inputs),
+        relative_change=done.relative_change,
+        lost_to_rounding=done.lost,
+        bytes_out=done.nbytes,
+        files=done.shards,
+        surviving=done.surviving,
+        copied=done.copied,
+        converted=done.converted,
+        left_out=done.left_out,
+        notes=done.notes,
+        tensors=tuple(
+            FusedTensor(
+                name=report.key,
+                relative_change=report.relative_change,
+                lost_to_rounding=report.lost,
+                **{one.name: getattr(report, one.name) for one in fields(report)[1:]},
+            )
+            for report in done.tensors
+        ),
+    )

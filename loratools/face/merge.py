@@ -1,0 +1,246 @@
+"""`merge`: several adapters as one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from loratools.algebra.ranks import RankRule
+from loratools.face.declare import Progress, public
+from loratools.face.result import AdapterResult, check_error, written_nbytes
+from loratools.face.source import (
+    READING,
+    WRITING,
+    Model,
+    Weighted,
+    beside,
+    destination,
+    label,
+    model,
+    opened,
+    weighted,
+)
+from loratools.lowrank.resize import ComputeOptions
+from loratools.operations.merge import operation
+from loratools.operations.merge.align import MergeInput
+from loratools.operations.merge.methods import get_method
+from loratools.operations.merge.options import MergeOptions, Parameters
+from loratools.operations.merge.recipe import (
+    RECIPE_FILE,
+    Recipe,
+    RecipeAdapter,
+    load_recipe,
+    recipe_text,
+)
+from loratools.operations.merge.result import MergeModuleReport
+from loratools.work.json_object import hidden
+from loratools.work.requests import Reading, Writing
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.registry import get_format
+from loratools_formats.disk.errors import AdapterError, OptionError
+from loratools_formats.disk.publish import publish_file
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """An adapter that took part.
+
+    Attributes:
+        name: what reports call it.
+        weight: factor of its change.
+    """
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MergeResult(AdapterResult):
+    """A merged adapter.
+
+    Attributes:
+        method: name of the method.
+        adapters: what was merged, in order.
+        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ over all modules together, against what the method defines.
+        energy: share of ‖ΔW‖²_F in the singular values kept.
+        factor_residual: for `fedex`, how far the product of averaged factors would be from the
+            averaged product; None for other methods or where factors cannot be averaged.
+        bytes_in: size of the inputs' weight files.
+        bytes_out: size of the output's.
+        modules: one report each, in path order.
+        recipe: everything the merge needs, to be repeated from; None if an adapter is in no file.
+    """
+
+    operation: ClassVar[str] = "merge"
+
+    method: str
+    adapters: tuple[MergedAdapter, ...]
+    relative_error: float
+    energy: float
+    factor_residual: float | None
+    bytes_in: int
+    bytes_out: int
+    modules: tuple[MergeModuleReport, ...]
+    recipe: Recipe | None = hidden()
+
+    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the adapter in its format with its recipe, whole or not at all; return where.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: it could not be written; what stood there is intact.
+        """
+        place = Path(os.path.realpath(path))
+        adapter = self.adapter
+        if self.recipe is not None:
+            folder = place if get_format(adapter.format).is_folder else place.parent
+            recipe = self._recipe_text(self.recipe, folder)
+            adapter = replace(adapter, attachments={**adapter.attachments, RECIPE_FILE: recipe})
+        write_adapter(adapter, path, adapter.format, overwrite=overwrite)
+        return Path(path)
+
+    def write_recipe(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the recipe alone, with paths relative to its folder; return where.
+
+        Raises:
+            OptionError: an adapter is in no file, so that no recipe can name it.
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: it could not be written; what stood there is intact.
+        """
+        if self.recipe is None:
+            raise OptionError("an adapter is in no file, so that no recipe can name it")
+        text = self._recipe_text(self.recipe, Path(os.path.realpath(path)).parent)
+        with publish_file(path, overwrite=overwrite) as temporary:
+            temporary.write_bytes(text)
+        return Path(path)
+
+    def _recipe_text(self, recipe: Recipe, folder: Path) -> bytes:
+        return recipe_text(recipe, [item.sha256 or "" for item in recipe.adapters], folder)
+
+
+@public(reading=READING, writing=(*WRITING, "max_error"))
+def merge(
+    adapters: Weighted,
+    *,
+    base: Model | None = None,
+    options: MergeOptions,
+    parameters: Parameters,
+    rule: RankRule,
+    compute: ComputeOptions,
+    reading: Reading,
+    writing: Writing,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge adapters of any rank, scale and kind into one.
+
+    The first adapter gives the format and the settings of the result.
+
+    >>> import loratools as lt
+    >>> one, other = "examples/tiny-llama/lora", "examples/tiny-llama/rslora"
+    >>> lt.merge({one: 0.7, other: 0.3}, rank=8).modules[0].rank_out
+    8
+
+    Args:
+        adapters: a mapping of paths to weights, a sequence of adapters or (adapter, weight), or the
+            path of a recipe, which then says all but `workers`, `device` and where to write.
+        base: the base model, where a DoRA takes part.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        OptionError: options that do not fit the method, each other, the adapters or the recipe.
+        InexactError: the error is above `max_error`; the error carries the result.
+        AdapterError: adapters that do not fit together, or NaN and infinite values.
+        UnsupportedError: an adapter whose factors do not tell its ΔW, or a DoRA without its base.
+        OutputExistsError: the output exists and `overwrite` is false.
+    """
+    if isinstance(adapters, str | os.PathLike):
+        given = replace(options, rule=rule, compute=compute, parameters=parameters.given())
+        plan = _from_file(Path(adapters), given, base)
+        sources = [(item.path, item.weight) for item in plan.adapters]
+        chosen, base = plan.options, base if plan.base is None else plan.base
+        digests = [item.sha256 for item in plan.adapters]
+    else:
+        checked = get_method(options.method).checked(parameters.given())
+        chosen = replace(options, rule=rule, compute=compute, parameters=checked)
+        sources = weighted(adapters)
+        digests = [None] * len(sources)
+    inputs = _inputs(sources, digests, reading)
+    checkpoint = None if base is None else model(base)
+    writing = destination(writing, None, [*(item.adapter for item in inputs), checkpoint])
+    done = operation.merge(
+        inputs, chosen, base=checkpoint, scratch_folder=beside(writing), progress=progress
+    )
+    result = MergeResult(
+        adapter=done.adapter,
+        notes=_notes(inputs),
+        method=chosen.method,
+        adapters=tuple(MergedAdapter(item.name, item.weight) for item in inputs),
+        relative_error=done.relative_error,
+        energy=done.energy,
+        factor_residual=done.factor_residual,
+        bytes_in=sum(item.adapter.weights_nbytes for item in inputs),
+        bytes_out=written_nbytes(done.adapter),
+        modules=done.modules,
+        recipe=_recipe(inputs, chosen, checkpoint),
+    )
+    check_error(result, writing.max_error)
+    return result.written(writing)
+
+
+def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
+    """Return what a recipe says, with this run's threads and device.
+
+    Raises:
+        OptionError: an option was given that the recipe decides.
+    """
+    workers, device = given.compute.workers, given.compute.device
+    if given != MergeOptions(compute=ComputeOptions(workers=workers, device=device)) or base:
+        raise OptionError("a recipe says all settings", path=path, hint="Leave out the others")
+    plan = load_recipe(path)
+    compute = replace(plan.options.compute, workers=workers, device=device)
+    return replace(plan, options=replace(plan.options, compute=compute))
+
+
+def _inputs(
+    sources: Sequence[tuple[object, float]], digests: Sequence[str | None], reading: Reading
+) -> list[MergeInput]:
+    inputs: list[MergeInput] = []
+    names: list[str] = []
+    for (source, weight), digest in zip(sources, digests, strict=True):
+        adapter = opened(source, reading)
+        if digest is not None and adapter.inputs[0].sha256() != digest:
+            raise AdapterError(
+                "the adapter is not the one that the recipe was made with",
+                path=adapter.source,
+                expected=f"weights with sha256 {digest}",
+            )
+        names.append(label(source))
+        count = names.count(names[-1])
+        inputs.append(MergeInput(adapter, weight, names[-1] + (f"#{count}" if count > 1 else "")))
+    return inputs
+
+
+def _notes(inputs: list[MergeInput]) -> tuple[str, ...]:
+    bases = sorted({item.adapter.base_model for item in inputs if item.adapter.base_model})
+    notes = [text for item in inputs for text in item.adapter.notes]
+    if len(bases) > 1:
+        notes.append(f"the adapters name different base models: {', '.join(bases)}")
+    return tuple(notes)
+
+
+def _recipe(
+    inputs: list[MergeInput], options: MergeOptions, base: Checkpoint | None
+) -> Recipe | None:
+    """Return the recipe of a merge; None if an adapter is not what its file holds."""
+    adapters = []
+    for item in inputs:
+        adapter = item.adapter
+        if adapter.source is None or not adapter.inputs or adapter.provenance is not None:
+            return None
+        digest = adapter.inputs[0].sha256()
+        adapters.append(RecipeAdapter(adapter.source, item.weight, digest))
+    return Recipe(tuple(adapters), options, None if base is None else base.path)

@@ -1,0 +1,84 @@
+"""`quantize`: a checkpoint's linear layers in four bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from loratools.base.fourbit.encode import FourBitOptions
+from loratools.face.declare import Progress, public
+from loratools.face.result import Result
+from loratools.face.source import WRITING, Model, destination, model
+from loratools.operations import quantize as working
+from loratools.work.json_object import hidden
+from loratools.work.parallel import Workers
+from loratools.work.requests import Writing
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class QuantizeResult(Result, working.QuantizeResult):
+    """A checkpoint in four bits, written or measured."""
+
+    operation: ClassVar[str] = "quantize"
+
+    run: Callable[[Path, bool], working.QuantizeResult] = hidden()
+
+    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Quantise again, write the checkpoint whole or not at all, and return where.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: it could not be written; what stood there is intact.
+        """
+        self.run(Path(path), overwrite)
+        return Path(path)
+
+
+@public(writing=WRITING)
+def quantize(
+    base: Model,
+    *,
+    four_bit: FourBitOptions,
+    options: working.QuantizeOptions,
+    threads: Workers,
+    writing: Writing,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.
+
+    Without `output` everything is computed and measured, and nothing written.
+
+    >>> import loratools as lt
+    >>> result = lt.quantize("examples/tiny-llama/model")
+    >>> result.tensors[0].shape, result.bytes_out < result.bytes_in
+    ((128, 352), True)
+
+    Args:
+        base: a checkpoint folder.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        AdapterError: nothing to quantise, or a weight holds NaN or infinite values.
+        UnsupportedError: the checkpoint is quantised in another way.
+        OptionError: no such blocksize, or not a regular expression.
+        OutputExistsError: the output exists and `overwrite` is false.
+        OutputError: it could not be written.
+    """
+    checkpoint = model(base)
+    writing = destination(writing, None, [checkpoint])
+    chosen = replace(options, four_bit=four_bit)
+
+    def run(output: Path | None, overwrite: bool) -> working.QuantizeResult:
+        return working.quantize(
+            checkpoint,
+            output,
+            chosen,
+            overwrite=overwrite,
+            workers=threads.workers,
+            progress=progress,
+        )
+
+    return QuantizeResult.of(run(writing.output, writing.overwrite), run=run)

@@ -1,0 +1,112 @@
+"""What the public functions return: frozen, with the object that `--json` prints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from loratools.work.json_object import as_json, hidden, json_name
+from loratools.work.requests import Writing
+from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.registry import get_format, registered_formats
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import InexactError, OptionError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Result:
+    """What an operation found; `to_dict()` is the object that `--json` prints."""
+
+    operation: ClassVar[str]
+
+    @classmethod
+    def of(cls, found: Any, **others: Any) -> Self:
+        """Return a result with the fields of what an operation found, and others."""
+        names = {one.name for one in fields(cls)} - set(others)
+        return cls(**{name: getattr(found, name) for name in names}, **others)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the command line, `schema` and `operation` first."""
+        return {"schema": SCHEMA, "operation": self.operation, **as_json(self)}
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{one.name}=<{len(value)}>" if isinstance(value, tuple | Mapping) else
+            f"{one.name}={value!r}"
+            for one in fields(self)
+            if json_name(one)
+            for value in [getattr(self, one.name)]
+        ]  # fmt: skip
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdapterResult(Result):
+    """A result that is an adapter, written or not.
+
+    Attributes:
+        adapter: what was made; its tensors load on demand.
+        notes: what a user should know.
+    """
+
+    adapter: Adapter = hidden()
+    notes: tuple[str, ...] = hidden()
+
+    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the adapter in its format, whole or not at all, and return where.
+
+        Raises:
+            OutputExistsError: the output exists and `overwrite` is false.
+            OutputError: it could not be written; what stood there is intact.
+        """
+        write_adapter(self.adapter, path, self.adapter.format, overwrite=overwrite)
+        return Path(path)
+
+    def written(self, writing: Writing) -> Self:
+        """Write the adapter if an output was given, and return the result."""
+        if writing.output is not None:
+            _check_name(writing.output, self.adapter.format)
+            self.write(writing.output, overwrite=writing.overwrite)
+        return self
+
+
+def _check_name(output: Path, format_name: str) -> None:
+    """Refuse to make a folder that is named as a file of another format.
+
+    Raises:
+        OptionError: the name has the suffix of a format that is one file.
+    """
+    if not get_format(format_name).is_folder:
+        return
+    for entry in registered_formats():
+        other = entry.format
+        if other is None or other.is_folder or other.write is None:
+            continue
+        if any(output.name.lower().endswith(suffix) for suffix in other.suffixes):
+            raise OptionError(
+                f"format {format_name} is a folder, and the output is named as a file",
+                got=str(output),
+                hint="Name a folder, and make the file of it with `loratools convert`",
+            )
+
+
+def written_nbytes(adapter: Adapter) -> int:
+    """Return the size of the weights in the adapter's format."""
+    return get_format(adapter.format).weights_nbytes(adapter)
+
+
+def check_error(result: Any, limit: float | None) -> None:
+    """Raise `InexactError`, which carries the result, if its error is above the limit."""
+    error = result.relative_error
+    if limit is not None and not error <= limit:
+        raise InexactError(
+            "the relative error is above the limit; nothing was written",
+            got=f"{error:.3g}",
+            expected=f"at most {limit:g}",
+            result=result,
+        )

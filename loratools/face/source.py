@@ -1,0 +1,185 @@
+"""What functions take: adapters by path or as they are, weights beside them, and base models."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratools.work.requests import Reading, Writing
+from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from loratools_formats.contract.files import check_target, read_adapter
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import OptionError, OutputExistsError
+
+Source = str | os.PathLike[str] | Adapter
+"""An adapter: the path of a file or folder, or one that was read or made already."""
+
+Model = str | os.PathLike[str] | Checkpoint
+"""A base model: the path of a folder or a safetensors file, or one that was read already."""
+
+Weighted = (
+    Source | Mapping[str, float] | Mapping[Path, float] | Sequence[Source | tuple[Source, float]]
+)
+"""Adapters: one, several, or each with its weight; the weight is 1 where none is given."""
+
+
+READING = ("from_", "carry_unknown")
+WRITING = ("output", "overwrite")
+IN_PLACE = (*WRITING, "in_place")
+
+
+def opened(source: Any, reading: Reading) -> Adapter:
+    """Return the adapter that a source is.
+
+    Raises:
+        OptionError: it is no source, or a format was given for an adapter that is read already.
+        LoratoolsError: nothing there, unknown format, or not a sound adapter.
+    """
+    if isinstance(source, Adapter):
+        if reading.from_ is not None:
+            raise OptionError("the adapter is read already, and has a format", got=source.format)
+        return source
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise OptionError(
+            "not an adapter", got=repr(source), expected="the path of a file or folder, or one read"
+        )
+    return read_adapter(source, reading.from_, carry_unknown=reading.carry_unknown)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter relative to its original base.
+
+    Attributes:
+        adapter: to work on.
+        inputs: all adapters that it was read from.
+    """
+
+    adapter: Adapter
+    inputs: tuple[Adapter, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What reading it found that a user should know."""
+        return self.inputs[0].notes
+
+
+def trained(source: Any, initial: Any, reading: Reading) -> Trained:
+    """Return the adapter to work on; `initial` is the one saved before training, None if none.
+
+    Raises:
+        OptionError: the adapter was not trained against a changed base.
+        LoratoolsError: as `opened`.
+    """
+    adapter = opened(source, reading)
+    if initial is None:
+        return Trained(adapter, (adapter,))
+    from loratools.lowrank.initial import subtract_initial
+
+    first = opened(initial, reading)
+    return Trained(subtract_initial(adapter, first), (adapter, first))
+
+
+def model(base: Any) -> Checkpoint:
+    """Return the checkpoint that a base is.
+
+    Raises:
+        OptionError: it is neither a path nor a checkpoint.
+        LoratoolsError: nothing there, or not a sound checkpoint.
+    """
+    if isinstance(base, Checkpoint):
+        return base
+    if not isinstance(base, str | os.PathLike) or not os.fspath(base):
+        raise OptionError("not a base model", got=repr(base), expected="a path, or one read")
+    return read_checkpoint(Path(base))
+
+
+def weighted(adapters: Any) -> list[tuple[Any, float]]:
+    """Return adapters with their weights, 1 where none is given.
+
+    >>> weighted({"a": 0.7, "b": 0.3}), weighted("a"), weighted(["a", ("b", 2)])
+    ([('a', 0.7), ('b', 0.3)], [('a', 1.0)], [('a', 1.0), ('b', 2.0)])
+
+    Raises:
+        OptionError: none, or a weight that is not a finite number.
+    """
+    pairs: list[Any]
+    if isinstance(adapters, Mapping):
+        pairs = list(adapters.items())
+    elif isinstance(adapters, str | os.PathLike | Adapter):
+        pairs = [(adapters, 1.0)]
+    elif isinstance(adapters, Iterable):
+        pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
+    else:
+        raise OptionError(
+            "not adapters", got=repr(adapters), expected="a path, a sequence, or {path: weight}"
+        )
+    if not pairs:
+        raise OptionError("no adapters given")
+    for pair in pairs:
+        if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], float | int):
+            raise OptionError("not an adapter with its weight", got=repr(pair))
+        if not math.isfinite(pair[1]):
+            raise OptionError("not a finite weight", got=pair[1])
+    return [(source, float(weight)) for source, weight in pairs]
+
+
+def label(source: Any) -> str:
+    """Return what reports call an adapter: the name of its file or folder."""
+    path = source.source if isinstance(source, Adapter) else source
+    return "adapter" if path is None else os.path.basename(os.path.realpath(path))
+
+
+def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any]) -> Writing:
+    """Return where the result goes, refusing before any work an output that cannot be published.
+
+    Args:
+        writing: what was asked for.
+        source: the adapter to replace, if the result is to be written in place.
+        inputs: adapters, checkpoints and paths that are read.
+
+    Raises:
+        OptionError: the result is to go over an adapter that has no path, or to two places.
+        OutputExistsError: the output exists and may not be replaced, is an input, or lies inside an
+            input or around one.
+        OutputError: the folder that it would be in does not exist.
+    """
+    if writing.in_place:
+        if source is None or source.source is None or writing.output not in (None, source.source):
+            raise OptionError("`in_place` writes over the input, which is no such path")
+        writing = replace(writing, output=source.source, overwrite=True)
+    output = writing.output
+    if output is None:
+        return writing
+    if str(output) == "-":
+        raise OptionError("results are files and folders, and cannot go to stdout", got="-")
+    check_target(output, [], overwrite=writing.overwrite)
+    for path in filter(None, map(_path_of, inputs)):
+        if os.path.realpath(output) == os.path.realpath(path) and not writing.in_place:
+            raise OutputExistsError(
+                "the output is an input, and inputs are never changed",
+                path=output,
+                hint="Choose another output"
+                + (
+                    ", or pass `in_place=True`"
+                    if source is not None and path == source.source
+                    else ""
+                ),
+            )
+        check_target(output, [path], overwrite=writing.overwrite)
+    return writing
+
+
+def _path_of(item: Any) -> Path | None:
+    if isinstance(item, Adapter):
+        return item.source
+    return item.path if isinstance(item, Checkpoint) else item
+
+
+def beside(writing: Writing) -> Path | None:
+    """Return the folder where results may wait: beside the output, which must hold them anyway."""
+    return None if writing.output is None else Path(os.path.realpath(writing.output)).parent

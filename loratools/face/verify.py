@@ -1,0 +1,70 @@
+"""`verify`: whether a checkpoint is a base with adapters fused in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from loratools.face.declare import Progress, public
+from loratools.face.fuse import fuse_inputs
+from loratools.face.result import Result
+from loratools.face.source import Model, Weighted, model
+from loratools.operations import verify as operation
+from loratools.operations.verify import TensorVerdict, Verdict
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reading
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VerifyResult(Result):
+    """What was found in a checkpoint.
+
+    Attributes:
+        contained: whether the adapters are contained; None if that could not be checked.
+        counts: number of tensors by verdict.
+        tensors: every tensor of either checkpoint.
+    """
+
+    operation: ClassVar[str] = "verify"
+
+    contained: bool | None
+    counts: Mapping[Verdict, int]
+    tensors: tuple[TensorVerdict, ...]
+
+
+@public(reading=("from_",))
+def verify(
+    fused: Model,
+    *,
+    base: Model,
+    adapters: Weighted,
+    threads: Workers,
+    reading: Reading,
+    progress: Progress | None = None,
+) -> VerifyResult:
+    """Return, for each tensor, whether a checkpoint is the base with the adapters fused in.
+
+    >>> import loratools as lt
+    >>> model = "examples/tiny-llama/model"
+    >>> lt.verify(model, base=model, adapters="examples/tiny-llama/lora").contained
+    False
+
+    Args:
+        fused: the checkpoint in question.
+        base: what it is said to be made from.
+        adapters: what it should contain: adapters, or a mapping to their weights.
+        progress: called with (tensors done, tensors in all).
+
+    Raises:
+        AdapterError: malformed input, or an adapter that does not fit the base.
+        UnsupportedError: a quantisation or an adapter that cannot be read.
+    """
+    found = operation.verify(
+        model(fused),
+        model(base),
+        fuse_inputs(adapters, reading),
+        workers=threads.workers,
+        progress=progress,
+    )
+    return VerifyResult(contained=found.contained, counts=found.counts, tensors=found.tensors)

@@ -1,0 +1,124 @@
+"""Write `loratools/schemas/*.json`: JSON Schemas of what each command prints with `--json`.
+
+    python tests/interface/make_schemas.py
+
+They are made from the results that the functions return. A test compares the files with what this
+makes, and validates the output of every command.
+"""
+
+import collections.abc
+import dataclasses
+import inspect
+import json
+import re
+import types
+import typing
+from pathlib import Path
+
+import loratools
+from loratools.face.convert import ConvertResult, WriteResult
+from loratools.face.dequantize import DequantizeResult
+from loratools.face.extract import ExtractChoices, ExtractResult
+from loratools.face.fuse import FusePlan, FuseResult
+from loratools.face.info import InfoResult
+from loratools.face.lists import FormatsResult, MethodsResult
+from loratools.face.merge import MergeResult
+from loratools.face.quantize import QuantizeResult
+from loratools.face.result import SCHEMA
+from loratools.face.squeeze import SqueezeChoices, SqueezeResult
+from loratools.face.to_dora import ToDoraResult
+from loratools.face.to_lora import ToLoraChoices, ToLoraResult
+from loratools.face.verify import VerifyResult
+from loratools.work.json_object import json_name
+
+FOLDER = Path(loratools.__file__).parent / "schemas"
+RESULTS = {
+    "convert": (ConvertResult,),
+    "dequantize": (DequantizeResult,),
+    "extract": (ExtractResult, ExtractChoices),
+    "formats": (FormatsResult,),
+    "fuse": (FuseResult, FusePlan),
+    "info": (InfoResult,),
+    "merge": (MergeResult,),
+    "methods": (MethodsResult,),
+    "quantize": (QuantizeResult,),
+    "squeeze": (SqueezeResult, SqueezeChoices),
+    "to-dora": (ToDoraResult,),
+    "to-lora": (ToLoraResult, ToLoraChoices),
+    "verify": (VerifyResult,),
+    "write": (WriteResult,),
+}
+_SIMPLE = {str: "string", bool: "boolean", int: "integer", float: "number", Path: "string"}
+
+
+def schemas() -> dict[str, str]:
+    """Return the text of each schema by the command's name."""
+    return {name: _schema(name, results) for name, results in RESULTS.items()}
+
+
+def _schema(name: str, results: tuple[type, ...]) -> str:
+    shapes = [_object(result, top=True) for result in results]
+    body = shapes[0] if len(shapes) == 1 else {"oneOf": shapes}
+    head = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"loratools {name} --json",
+    }
+    return json.dumps(head | body, indent=2, ensure_ascii=False) + "\n"
+
+
+def _object(of: type, *, top: bool = False) -> dict[str, typing.Any]:
+    hints, texts = typing.get_type_hints(of), _texts(of)
+    properties: dict[str, typing.Any] = {}
+    if top:
+        properties |= {"schema": {"const": SCHEMA}, "operation": {"const": of.operation}}
+    for field in dataclasses.fields(of):
+        name = json_name(field)
+        if name is not None:
+            text = texts.get(field.name)
+            described = {} if text is None else {"description": text}
+            properties[name] = described | _of(hints[field.name])
+    return {
+        "type": "object",
+        "description": inspect.cleandoc(of.__doc__ or "").splitlines()[0],
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _of(hint: typing.Any) -> dict[str, typing.Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any:
+        return {}
+    if origin in (typing.Union, types.UnionType):
+        shapes = [_of(argument) for argument in arguments if argument is not types.NoneType]
+        return {"anyOf": [*shapes, {"type": "null"}]}
+    if origin is typing.Literal:
+        return {"enum": list(arguments)}
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        items = [_of(argument) for argument in arguments]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "items": False}
+    if origin is tuple:
+        return {"type": "array", "items": _of(arguments[0])}
+    if origin in (dict, collections.abc.Mapping):
+        return {"type": "object", "additionalProperties": _of(arguments[1])}
+    if dataclasses.is_dataclass(hint):
+        return _object(hint)
+    return {"type": _SIMPLE[hint]}
+
+
+def _texts(of: type) -> dict[str, str]:
+    """Return what docstrings say of each field, a derived class's over its base's."""
+    found: dict[str, str] = {}
+    for owner in reversed(of.__mro__):
+        _, _, section = inspect.cleandoc(owner.__doc__ or "").partition("\nAttributes:\n")
+        for entry in re.split(r"^ {4}(?=\w)", section, flags=re.MULTILINE)[1:]:
+            name, _, text = entry.partition(":")
+            found[name] = " ".join(text.split())
+    return found
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in schemas().items():
+        (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
