@@ -127,7 +127,7 @@ def test_recipes_repeat(version, name, tmp_path):
 
 
 def assert_alike(again, before, *, exactly):
-    """Tensors are equal bit for bit, or every change is equal but for the rounding of its factors."""
+    """Tensors have equal bits, or every change is equal but for the rounding of its factors."""
     if exactly:
         assert bits(weights(again)) == bits(weights(before))
         return
