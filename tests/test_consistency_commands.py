@@ -7,208 +7,33 @@ command states and the rounding of what it stores. `test_consistency.py` has the
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from safetensors.numpy import load_file, save_file
-
-from loratools.cli import cli
-from loratools_formats.disk.errors import LoratoolsError
-
-Array = np.ndarray[Any, Any]
-
-U32, RANK, OUT, IN, EXPERTS = 2.0**-24, 4, 32, 64, 3
-ROUNDOFF = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": U32}
-LAYER = "model.layers.0"
-Q, DOWN = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.down_proj"
-STACK = f"{LAYER}.mlp.experts.down_proj"
-LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": OUT,
-    "intermediate_size": IN, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "num_hidden_layers": 1, "vocab_size": 40, "tie_word_embeddings": False,
-}  # fmt: skip
-MIXTRAL = LLAMA | {
-    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": EXPERTS,
-}  # fmt: skip
-GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": OUT, "n_layer": 1}
-FP8 = {
-    "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 32],
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A base, an adapter for it, the weights that it changes, and the changes.
-
-    Attributes:
-        base: folder.
-        adapter: PEFT folder.
-        weights: float64 values of the base's changed tensors, as stored.
-        changes: ΔW of each, in its layout.
-    """
-
-    base: Path
-    adapter: Path
-    weights: dict[str, Array]
-    changes: dict[str, Array]
-
-
-def run(*arguments: object, code: int = 0) -> Any:
-    """Run a command, check its exit code, and return its JSON; of a failure, the error's text."""
-    given = [*map(str, arguments), "--json"]
-    done = CliRunner().invoke(cli, given, standalone_mode=False)
-    if done.exception is not None:
-        assert isinstance(done.exception, LoratoolsError), (given, done.exception)
-        assert code == 2, f"{given}: {done.exception}"
-        return str(done.exception)
-    assert (done.return_value or 0) == code, f"{given}: {done.output}"
-    return json.loads(done.stdout)
-
-
-def numbers(seed: int, *shape: int) -> Array:
-    """Return random values of few bits, whose products and sums are exact in float64."""
-    return np.round(np.random.default_rng(seed).standard_normal(shape) * 16) / 16
-
-
-def write_base(folder: Path, tensors: dict[str, Array], config: dict[str, Any]) -> Path:
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def write_adapter(folder: Path, factors: dict[str, tuple[Array, Array]], **config: Any) -> Path:
-    """Write a PEFT folder of scale 1/2."""
-    tensors = {}
-    for path, (b, a) in factors.items():
-        prefix = f"base_model.model.{path}.lora_"
-        tensors |= {f"{prefix}A.weight": a.astype("f4"), f"{prefix}B.weight": b.astype("f4")}
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = sorted({path.rpartition(".")[2] for path in factors})
-    values = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK / 2, "target_modules": targets}
-    (folder / "adapter_config.json").write_text(json.dumps(values | config))
-    return folder
-
-
-def llama_tensors(dtype: Any) -> dict[str, Array]:
-    """Return a whole tiny Llama, some of whose weights have been trained."""
-    shapes = {
-        f"{LAYER}.mlp.gate_proj": (IN, OUT), f"{LAYER}.mlp.up_proj": (IN, OUT), DOWN: (OUT, IN),
-        "model.embed_tokens": (40, OUT), "lm_head": (40, OUT),
-    } | {f"{LAYER}.self_attn.{letter}_proj": (OUT, OUT) for letter in "qkvo"}  # fmt: skip
-    norms = ("input_layernorm", "post_attention_layernorm")
-    found = {f"{LAYER}.{name}.weight": np.ones(OUT) for name in norms}
-    found |= {"model.norm.weight": np.ones(OUT)}
-    found |= {
-        f"{name}.weight": numbers(i, *shape) for i, (name, shape) in enumerate(shapes.items())
-    }
-    return {name: value.astype(dtype) for name, value in found.items()}
-
-
-def llama_adapter(folder: Path) -> tuple[Path, dict[str, Array]]:
-    """Write an adapter of two modules; return it and its changes."""
-    factors = {
-        path: (numbers(seed, OUT, RANK), numbers(seed + 1, RANK, in_))
-        for path, in_, seed in ((Q, OUT, 20), (DOWN, IN, 30))
-    }
-    changes = {f"{path}.weight": 0.5 * (b @ a) for path, (b, a) in factors.items()}
-    return write_adapter(folder, factors), changes
-
-
-def wide(tensors: dict[str, Array], names: Any) -> dict[str, Array]:
-    return {name: tensors[name].astype(np.float64) for name in names}
-
-
-def in_f32(root: Path) -> Setting:
-    adapter, changes = llama_adapter(root / "adapter")
-    tensors = llama_tensors(np.float32)
-    base = write_base(root / "base", tensors, LLAMA)
-    return Setting(base, adapter, wide(tensors, changes), changes)
-
-
-def in_bf16(root: Path) -> Setting:
-    adapter, changes = llama_adapter(root / "adapter")
-    tensors = llama_tensors(ml_dtypes.bfloat16)
-    base = write_base(root / "base", tensors, LLAMA)
-    return Setting(base, adapter, wide(tensors, changes), changes)
-
-
-def tied(root: Path) -> Setting:
-    adapter, changes = llama_adapter(root / "adapter")
-    tensors = llama_tensors(ml_dtypes.bfloat16)
-    del tensors["lm_head.weight"]
-    base = write_base(root / "base", tensors, LLAMA | {"tie_word_embeddings": True})
-    return Setting(base, adapter, wide(tensors, changes), changes)
-
-
-def in_four_bits(root: Path) -> Setting:
-    adapter, changes = llama_adapter(root / "adapter")
-    write_base(root / "wide", llama_tensors(np.float32), LLAMA)
-    run("quantize", root / "wide", "-o", root / "base")
-    run("dequantize", root / "base", "-o", root / "meant", "--dtype", "f32")
-    weights = wide(load_file(root / "meant" / "model.safetensors"), changes)
-    return Setting(root / "base", adapter, weights, changes)
-
-
-def in_eight_bits(root: Path) -> Setting:
-    adapter, changes = llama_adapter(root / "adapter")
-    tensors = llama_tensors(ml_dtypes.bfloat16)
-    weights = {}
-    for name in [name for name in tensors if "proj" in name]:
-        codes = tensors[name].astype(ml_dtypes.float8_e4m3fn)
-        rows, columns = codes.shape[0] // 16, codes.shape[1] // 32
-        scale = 2.0 ** np.arange(rows * columns).reshape(rows, columns) / 4
-        tensors |= {name: codes, f"{name}_scale_inv": scale.astype("f4")}
-        weights[name] = codes.astype(np.float64) * np.kron(scale, np.ones((16, 32)))
-    base = write_base(root / "base", tensors, LLAMA | {"quantization_config": FP8})
-    return Setting(base, adapter, {name: weights[name] for name in changes}, changes)
-
-
-def turned(root: Path) -> Setting:
-    """GPT-2, whose Conv1D weights are (in, out)."""
-    path = "transformer.h.0.attn.c_attn"
-    b, a = numbers(40, 3 * OUT, RANK), numbers(41, RANK, OUT)
-    key = f"{path}.weight"
-    tensors = {
-        key: numbers(42, OUT, 3 * OUT).astype("f4"),
-        "transformer.wte.weight": numbers(43, 40, OUT).astype("f4"),
-    }
-    base = write_base(root / "base", tensors, GPT2)
-    adapter = write_adapter(root / "adapter", {path: (b, a)}, fan_in_fan_out=True)
-    return Setting(base, adapter, wide(tensors, [key]), {key: 0.5 * (b @ a).T})
-
-
-def stacked(root: Path) -> Setting:
-    """Mixtral, whose experts are one tensor; its adapter is extracted from the tuned model."""
-    tensors = llama_tensors(np.float32)
-    tensors = {name: value for name, value in tensors.items() if ".mlp." not in name}
-    tensors |= {
-        f"{LAYER}.mlp.experts.gate_up_proj": numbers(50, EXPERTS, 2 * IN, OUT).astype("f4"),
-        STACK: numbers(51, EXPERTS, OUT, IN).astype("f4"),
-        f"{LAYER}.mlp.gate.weight": numbers(52, EXPERTS, OUT).astype("f4"),
-    }
-    base = write_base(root / "base", tensors, MIXTRAL)
-    changes = {
-        STACK: numbers(53, EXPERTS, OUT, RANK) @ numbers(54, EXPERTS, RANK, IN) / 2,
-        f"{Q}.weight": numbers(55, OUT, RANK) @ numbers(56, RANK, OUT) / 2,
-    }
-    new = {name: (tensors[name] + change).astype("f4") for name, change in changes.items()}
-    tuned = write_base(root / "tuned", tensors | new, MIXTRAL)
-    run("extract", base, tuned, "-o", root / "adapter", "--rank", RANK, "--dtype", "f32")
-    return Setting(base, root / "adapter", wide(tensors, changes), changes)
-
-
-BASES = {
-    "f32": in_f32, "bf16": in_bf16, "tied": tied, "four-bit": in_four_bits, "fp8": in_eight_bits,
-    "conv1d": turned, "experts": stacked,
-}  # fmt: skip
+from consistency_bases import (
+    BASES,
+    DOWN,
+    LLAMA,
+    OUT,
+    U32,
+    Q,
+    Setting,
+    applied,
+    dora,
+    factor_rounding,
+    gap,
+    numbers,
+    permuted,
+    rounding,
+    run,
+    size,
+    wide,
+    write_adapter,
+    write_base,
+)
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 
 @pytest.fixture(scope="module")
@@ -218,48 +43,19 @@ def setting(tmp_path_factory):
 
     def make(name: str) -> Setting:
         if name not in made:
-            made[name] = BASES[name](tmp_path_factory.mktemp(name))
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = here = BASES[name](folder)
+            here.fused.update(applied(here, here.adapter, folder / "fused"))
         return made[name]
 
     return make
 
 
-def applied(here: Setting, adapter: Path, out: Path) -> dict[str, Array]:
-    """Return the change that fusing an adapter in float32 makes to each weight, in float64."""
-    run("fuse", here.base, adapter, "-o", out, "--dtype", "f32", "--overwrite")
-    fused = load_file(out / "model.safetensors")
-    return {name: fused[name].astype(np.float64) - here.weights[name] for name in here.weights}
-
-
-def size(tensors: dict[str, Array]) -> float:
-    return float(np.sqrt(sum(np.sum(value**2) for value in tensors.values())))
-
-
-def gap(one: dict[str, Array], other: dict[str, Array]) -> float:
-    assert set(one) == set(other)
-    return size({name: one[name] - other[name] for name in one})
-
-
-def rounding(here: Setting) -> float:
-    """Return the most that storing W + ΔW in float32 moves all weights."""
-    return U32 * size({name: here.weights[name] + here.changes[name] for name in here.weights})
-
-
-def factor_rounding(here: Setting, unit: float = U32) -> float:
-    """Return the most that storing balanced factors moves all changes: 2u‖√S‖² for each matrix."""
-    found = 0.0
-    for change in here.changes.values():
-        sums = np.linalg.svd(change, compute_uv=False).sum(-1)
-        found += float(np.sum((2 * unit * sums + unit**2 * sums) ** 2))
-    return found**0.5
-
-
 @pytest.mark.parametrize("name", BASES)
-def test_fuse_adds_the_change_rounded_once(setting, tmp_path, name):
+def test_fuse_adds_the_change_rounded_once(setting, name):
     here = setting(name)
-    got = applied(here, here.adapter, tmp_path / "fused")
     allowed = 0.0 if name != "experts" else factor_rounding(here)  # factors that were extracted
-    assert gap(got, here.changes) <= rounding(here) + allowed
+    assert gap(here.fused, here.changes) <= rounding(here) + allowed
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -328,9 +124,176 @@ def test_what_a_command_writes_is_the_change_within_what_it_states(
         return
     stated = sum(run(*command).get("relative_error") or 0.0 for command in commands)
     got = applied(here, tmp_path / "out", tmp_path / "again")
-    before = applied(here, here.adapter, tmp_path / "before")
-    lost = gap(got, before) / size(here.changes)
+    lost = gap(got, here.fused) / size(here.changes)
     # Each of two fused models is rounded, and factors may be rounded by each of two commands.
     noise = 2 * (rounding(here) + factor_rounding(here)) / size(here.changes)
     assert abs(lost - stated) <= noise
     assert ("losses" in operation) == (stated > 0.1)
+
+
+# Operations on a DoRA that keep its change m/‖W + ΔW‖ · (W + ΔW) − W.
+OF_DORA = {
+    "to-lora": ["to-lora {a} -o {out} --base {base} --rank 32 --dtype f32"],
+    "to-lora with losses": ["to-lora {a} -o {out} --base {base} --rank 6 --dtype f32"],
+    "squeeze to all ranks": ["squeeze {a} -o {out} --rank 64"],
+    "merge of one": ["merge {a} -o {out} --base {base} --rank 32 --dtype f32"],
+    "merge of its parts": ["merge {a}:0.25 {a}:0.75 -o {out} --base {base} --rank 32 --dtype f32"],
+    "extract": [
+        "fuse {base} {a} -o {out}-fused --dtype f32",
+        "extract {base} {out}-fused -o {out} --rank 32 --dtype f32",
+    ],
+}
+
+
+@pytest.mark.parametrize("operation", OF_DORA)
+@pytest.mark.parametrize("name", [name for name in BASES if name != "experts"])
+def test_the_change_of_a_dora_is_kept_within_what_is_stated(setting, tmp_path, name, operation):
+    plain = setting(name)
+    changes = {}
+    for key, change in plain.changes.items():
+        whole = plain.weights[key] + change
+        outputs = 1 if name == "conv1d" else 0
+        gains = 1 + 0.25 * np.abs(numbers(60, whole.shape[outputs]))
+        changes[key] = np.expand_dims(gains, 1 - outputs) * whole - plain.weights[key]
+    here = replace(plain, adapter=dora(plain, tmp_path / "dora"), changes=changes)
+    before = applied(here, here.adapter, tmp_path / "before")
+    magnitudes = 2 * U32 * size({key: here.weights[key] + changes[key] for key in changes})
+    assert gap(before, changes) <= rounding(here) + magnitudes
+    names = {"a": here.adapter, "base": here.base, "out": tmp_path / "out"}
+    stated = 0.0
+    for line in OF_DORA[operation]:
+        stated += run(*(w.format(**names) for w in line.split())).get("relative_error") or 0.0
+    got = applied(here, tmp_path / "out", tmp_path / "again")
+    noise = 2 * (rounding(here) + magnitudes + factor_rounding(here)) / size(changes)
+    assert abs(gap(got, before) / size(changes) - stated) <= noise
+    assert ("losses" in operation) == (stated > 0.1)
+
+
+WITH_DTYPE = {
+    "squeeze": "squeeze {a} -o {out} --rank 2",
+    "merge": "merge {a}:0.25 {a} -o {out}",
+    "merge, resized": "merge {a}:0.25 {a} -o {out} --rank 2",
+    "to-lora": "to-lora {dora} -o {out} --base {base} --rank 3",
+    "extract": "extract {base} {fused} -o {out} --rank 2",
+    "fuse": "fuse {base} {a} -o {out}",
+    "dequantize": "dequantize {four} -o {out}",
+}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("command", WITH_DTYPE)
+def test_dtype_is_the_type_of_every_number_that_a_command_makes(setting, tmp_path, command, dtype):
+    here = setting("f32")
+    names = {
+        "a": here.adapter, "base": here.base, "out": tmp_path / "out", "dora": tmp_path / "dora",
+        "fused": here.base.parent / "fused", "four": setting("four-bit").base,
+    }  # fmt: skip
+    dora(here, tmp_path / "dora")
+    run(*(word.format(**names) for word in WITH_DTYPE[command].split()), "--dtype", dtype)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    with safe_open(file, "np") as opened:
+        stored = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+    if command == "dequantize":  # whose other tensors were never in four bits
+        stored = {key: code for key, code in stored.items() if "proj" in key}
+    assert set(stored.values()) == {dtype.upper()}
+
+
+WITH_BUDGET = {
+    "squeeze": "squeeze {a} -o {out}",
+    "merge": "merge {a}:0.25 {a} -o {out}",
+    "to-lora": "to-lora {dora} -o {out} --base {base}",
+    "extract": "extract {base} {fused} -o {out}",
+}
+
+
+@pytest.mark.parametrize("budget", [20_000, 60_000])
+@pytest.mark.parametrize("command", WITH_BUDGET)
+def test_a_budget_holds_the_whole_file_and_is_used(tmp_path, command, budget):
+    size_, rank = 256, 32
+    paths = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    keys = [f"{path}.weight" for path in paths]
+    tensors = {key: numbers(i, size_, size_).astype("f4") for i, key in enumerate(keys)}
+    factors = {
+        path: (numbers(70 + i, size_, rank), numbers(80 + i, rank, size_))
+        for i, path in enumerate(paths)
+    }
+    changes = {f"{path}.weight": 0.5 * (b @ a) for path, (b, a) in factors.items()}
+    base = write_base(tmp_path / "base", tensors, LLAMA)
+    adapter = write_adapter(tmp_path / "adapter", factors, r=rank, lora_alpha=rank / 2)
+    here = Setting(base, adapter, wide(tensors, keys), changes)
+    dora(here, tmp_path / "dora")
+    applied(here, adapter, tmp_path / "fused")
+    names = {name: tmp_path / name for name in ("base", "fused", "dora", "out")} | {"a": adapter}
+    words = [word.format(**names) for word in WITH_BUDGET[command].split()]
+    result = run(*words, "--budget", f"{budget}B", "--dtype", "f32")
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert file.stat().st_size == result["bytes_out"] <= budget
+    # What is left would not hold one more rank, beside what is reserved for the header.
+    assert file.stat().st_size > budget - 4 * 2 * size_ - 6000
+
+
+@pytest.fixture(scope="module")
+def gguf_base(tmp_path_factory, setting):
+    """Return the f32 base as a GGUF model, and its weights by llama.cpp's names."""
+    import gguf
+
+    path = tmp_path_factory.mktemp("gguf") / "base.gguf"
+    tensors = load_file(setting("f32").base / "model.safetensors")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("model")
+    writer.add_head_count(LLAMA["num_attention_heads"])
+    writer.add_head_count_kv(LLAMA["num_key_value_heads"])
+    writer.add_embedding_length(OUT)
+    weights = {}
+    for key, value in tensors.items():
+        name = f"{names.get_name(key.removesuffix('.weight'))}.weight"
+        turned = permuted(value) if "q_proj" in key or "k_proj" in key else value
+        writer.add_tensor(name, np.ascontiguousarray(turned))
+        weights[name] = turned.astype(np.float64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, weights
+
+
+TO_GGUF = {
+    "as it is": [],
+    "converted": ["convert {a} {out}.gguf --base {base}"],
+    "merged": ["merge {a}:0.25 {a}:0.75 -o {out}"],
+    "extracted": ["extract {base} {fused} -o {out} --rank 4 --dtype f32"],
+    "back from a DoRA": [
+        "to-dora {a} -o {out}-dora --base {base}",
+        "to-lora {out}-dora -o {out} --base {base} --rank 32 --dtype f32",
+    ],
+    "converted and squeezed": [
+        "convert {a} {out}-all.gguf --base {base}",
+        "squeeze {out}-all.gguf -o {out}.gguf --rank 64",
+    ],
+}
+
+
+@pytest.mark.parametrize("operation", TO_GGUF)
+def test_a_gguf_model_gets_the_change_that_a_checkpoint_gets(
+    setting, gguf_base, tmp_path, operation
+):
+    from gguf import GGUFReader
+
+    here, (base, weights) = setting("f32"), gguf_base
+    fused = here.base.parent / "fused"
+    names = {"a": here.adapter, "base": here.base, "fused": fused, "out": tmp_path / "out"}
+    for line in TO_GGUF[operation]:
+        run(*(word.format(**names) for word in line.split()))
+    given = [here.adapter, *tmp_path.glob("out.gguf"), *tmp_path.glob("out")][-1]
+    assert (given == here.adapter) == (operation == "as it is")
+    run("fuse", base, given, "-o", tmp_path / "fused.gguf")
+    tensors = {
+        t.name: t.data.astype(np.float64) for t in GGUFReader(tmp_path / "fused.gguf").tensors
+    }
+    got = {name: tensors[name] - weights[name] for name in weights}
+    want = dict.fromkeys(got, 0.0) | {
+        "blk.0.attn_q.weight": permuted(here.changes[f"{Q}.weight"]),
+        "blk.0.ffn_down.weight": here.changes[f"{DOWN}.weight"],
+    }
+    assert gap(got, want) <= 2 * (rounding(here) + factor_rounding(here))
