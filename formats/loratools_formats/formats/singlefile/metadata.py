@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from loratools_formats.containers.safetensors_write import header_bytes, in_file_order
 from loratools_formats.core.adapter import Adapter
