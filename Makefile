@@ -4,11 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints.txt
 
-.PHONY: help demo test lint format bench clean
+# Tests start many child processes, which would compile every module anew each time.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help demo test test-fast test-kernels lint format bench clean
 
 help:
 	@echo "make demo    squeeze the bundled adapter and print the report"
-	@echo "make test    run the whole test suite"
+	@echo "make test    run the whole test suite; make test-fast leaves out PEFT and other consumers"
+	@echo "make test-kernels  run the numeric tests under each matrix kernel of OpenBLAS"
 	@echo "make lint    check style, types and import layers"
 	@echo "make bench   measure speed and memory against peers and copying"
 
@@ -27,6 +31,12 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses 2 --fast --ignore=tests/consumers $(ARGS)
+
+test-kernels: $(VENV)/.dev
+	$(BIN)/python tests/kernels.py --numprocesses 2 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

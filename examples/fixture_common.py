@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 THREADS = 2
 
 
-def make_deterministic(seed: int) -> None:
+def make_deterministic(seed: int, threads: int = THREADS) -> None:
     """Seed every generator in use and ask torch for deterministic kernels."""
     random.seed(seed)
     torch.manual_seed(seed)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(mode=True)
 
 

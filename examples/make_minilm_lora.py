@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="use a few messages only")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    fixture_common.make_deterministic(SEED)
+    fixture_common.make_deterministic(SEED, 1 if arguments.quick else fixture_common.THREADS)
     rng = random.Random(SEED)
     train_set, test_set = make_examples(rng, train=True), make_examples(rng, train=False)
     if arguments.quick:

@@ -21,10 +21,10 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def documentation(seed: int) -> list[str]:
-    """Collect docstrings and the language reference of this Python, in shuffled order."""
+def documentation(seed: int, *, docstrings: bool = True) -> list[str]:
+    """Collect the language reference of this Python, and docstrings, in shuffled order."""
     texts = {inspect.cleandoc(text) for text in topics.topics.values()}
-    for path in sorted(standard_library().rglob("*.py")):
+    for path in sorted(standard_library().rglob("*.py")) if docstrings else ():
         if SKIPPED.intersection(path.relative_to(standard_library()).parts):
             continue
         for node in ast.walk(ast.parse(path.read_bytes())):

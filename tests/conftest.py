@@ -1,13 +1,56 @@
-"""Fixtures that many tests share."""
+"""Fixtures that many tests share, and the fast tier: `pytest --fast`, `make test-fast`.
 
+The fast tier leaves out every test marked `slow`, and skips every test and every file that imports
+one of the libraries which judge our outputs: they take seconds to import.
+"""
+
+import importlib.abc
 import json
+import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+HEAVY = {
+    "accelerate", "bitsandbytes", "diffusers", "loralib", "lycoris", "mergekit", "mlx", "mlx_lm",
+    "peft", "transformers", "xllamacpp",
+}  # fmt: skip
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32, "f64": np.float64}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="leave out slow tests; see conftest.py")
+
+
+def pytest_report_header():
+    """Name OpenBLAS' kernel, on which the last bits of every product depend."""
+    from threadpoolctl import threadpool_info
+
+    kernels = {i["architecture"] for i in threadpool_info() if i["internal_api"] == "openblas"}
+    return f"matrix kernel: {', '.join(sorted(kernels)) or 'not of OpenBLAS'}"
+
+
+class Skipping(importlib.abc.MetaPathFinder):
+    """Skips whatever imports a heavy library."""
+
+    def find_spec(self, name, *_):
+        library = name.partition(".")[0]
+        if library in HEAVY:
+            pytest.skip(f"{library} is not imported in the fast tier", allow_module_level=True)
+
+
+def pytest_configure(config):
+    if config.getoption("fast"):
+        sys.meta_path.insert(0, Skipping())
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("fast"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture

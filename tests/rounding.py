@@ -40,3 +40,16 @@ def _ordered(array: Array) -> Array:
     kind = _AS_INTEGERS[array.dtype.itemsize]
     bits = np.atleast_1d(array).view(kind).astype(np.int64)
     return np.where(bits < 0, np.iinfo(kind).min - bits, bits)
+
+
+EPS = float(np.finfo(np.float64).eps)
+
+
+def assert_equal_products(found, expected, terms):
+    """Entries are equal but for the order in which float64 sums of `terms` terms were formed.
+
+    Each side is within terms · ε/2 · ‖b‖‖a‖ of b @ a (Higham, Accuracy and Stability, 3.5); the 16
+    leaves room for factors whose norms multiply to more than that of their product.
+    """
+    limit = 16 * terms * EPS * float(np.linalg.norm(expected))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=limit)

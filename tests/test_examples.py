@@ -17,6 +17,7 @@ def shapes(folder):
     return {tensor.key: (tensor.shape, tensor.dtype.code) for tensor in adapter.tensors()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "bundled", "made"),
     [
@@ -38,6 +39,7 @@ def test_script_makes_what_is_bundled(tmp_path, script, bundled, made):
         assert shapes(out / fresh) == shapes(EXAMPLES / kept)
 
 
+@pytest.mark.slow
 def test_tiny_flux_is_what_its_script_makes(tmp_path):
     script = EXAMPLES / "make_tiny_flux.py"
     subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
@@ -48,6 +50,7 @@ def test_tiny_flux_is_what_its_script_makes(tmp_path):
     assert made.metadata == kept.metadata
 
 
+@pytest.mark.slow
 def test_tiny_llama_speaks_otherwise_in_llama_cpp_with_its_adapter(tmp_path):
     command = [sys.executable, EXAMPLES / "tiny_llama_gguf.py", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

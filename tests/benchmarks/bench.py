@@ -18,7 +18,7 @@ from pathlib import Path
 from machine import describe
 from report import markdown
 
-BENCHMARKS = ["squeeze", "merge", "fuse", "nf4", "fold", "gguf", "dialects"]
+BENCHMARKS = ["squeeze", "merge", "fuse", "nf4", "fold", "gguf", "dialects", "kernels"]
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
 _MARK = "<!-- {} -->\n"

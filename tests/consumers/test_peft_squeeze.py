@@ -12,6 +12,7 @@ import peft_oracle as oracle
 import pytest
 from click.testing import CliRunner
 from peft_cases import CASES, Case, old_experts
+from rounding import EPS
 
 from loratools.algebra.ranks import SERVE_RANKS, RankRule
 from loratools.cli import cli
@@ -146,7 +147,9 @@ def test_all_the_energy_keeps_every_change(saved, tmp_path, name):
     after = oracle.peft_deltas(oracle.loaded(target, case))
     for module in result.modules:
         weight = names_of(adapter, base)[module.name]
-        assert module.energy == pytest.approx(1.0, abs=64 * np.finfo(np.float64).eps)
+        # Gram matrices are sums over the inputs and outputs; their product is a sum of r² terms.
+        out, in_ = adapter.modules[module.name].require_factors().shape
+        assert module.energy == pytest.approx(1.0, abs=(out + in_ + module.rank_in**2) * EPS)
         if module.rank_out == module.rank_in:
             assert module.relative_error == 0.0
             assert oracle.distance(after[weight], before[weight]) <= 1e-12
@@ -189,7 +192,7 @@ def test_the_nominal_alpha_can_be_kept(saved, tmp_path, name):
     assert oracle.distance(got, oracle.outputs_with(case, weights)) <= 1e-5
     alphas = {path: delta.require_factors().alpha for path, delta in adapter.modules.items()}
     for path, (rank, scale) in settings_in_peft(target, case).items():
-        assert (rank, scale) == (RANK, pytest.approx(alphas[path] / RANK, rel=1e-15))
+        assert (rank, scale) == (RANK, pytest.approx(alphas[path] / RANK, rel=4 * EPS))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,11 @@ def test_modules_left_out_keep_their_factors_scale_and_rank(saved, tmp_path):
     assert {key: after[key] for key in untouched} == {key: before[key] for key in untouched}
     whole = oracle.peft_deltas(oracle.loaded(saved("rslora"), case))
     got = oracle.peft_deltas(oracle.loaded(tmp_path / "out", case))
-    assert oracle.distance(got["square.weight"], whole["square.weight"]) <= 1e-15
+    part = adapter.modules["square"].require_factors()
+    size = part.scale * np.linalg.norm(part.b.load()) * np.linalg.norm(part.a.load())
+    # Two sums of r products each, with the few roundings of a scale from another alpha.
+    allowed = (part.rank + 4) * EPS * size / np.linalg.norm(whole["square.weight"])
+    assert oracle.distance(got["square.weight"], whole["square.weight"]) <= allowed
     for name in ("up.weight", "down.weight"):
         want = oracle.truncated(whole[name], 1, is_stack=False)
         assert oracle.distance(got[name], want) <= 1e-6

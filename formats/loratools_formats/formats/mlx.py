@@ -149,6 +149,12 @@ def _stored(adapter: Adapter) -> Iterator[TensorRef]:
             what = "a convolution" if part.layer.kind == "conv" else "a bias of factors"
             raise UnsupportedError(f"an MLX adapter cannot hold {what}", tensor=name)
         if part.layer.kind == "experts":
+            if part.layer.parameters != (f"{name}.weight",):
+                raise UnsupportedError(
+                    "MLX has a module for each stack of experts, and its own names for them",
+                    tensor=name,
+                    got=", ".join(part.layer.parameters),
+                )
             yield part.a.renamed(f"{name}.lora_a")
             yield part.b.renamed(f"{name}.lora_b")
         else:
