@@ -69,6 +69,7 @@ class ThinModules:
     Attributes:
         adapter: the adapter, with settings that the base tells filled in.
         modules: its changes by path, DoRAs as their directions where there is no base.
+        directional: whether there are such DoRAs.
 
     Raises:
         UnsupportedError: a module needs the base, and there is none, or the factors do not tell
@@ -93,6 +94,9 @@ class ThinModules:
             name: delta.direction if isinstance(delta, Dora) and base is None else delta
             for name, delta in adapter.modules.items()
         }
+        self.directional = base is None and any(
+            isinstance(delta, Dora) for delta in adapter.modules.values()
+        )
         self._options = ComputeOptions()
         self._opener = Opener(
             replace(adapter, modules=self.modules),

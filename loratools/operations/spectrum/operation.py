@@ -104,7 +104,7 @@ def spectrum(
         families=_summed(matrices, lambda report: family_of(report.name)),
         frobenius=_norm(matrices),
         bytes_in=adapter.weights_nbytes,
-        directional=base is None and any(report.kind == "dora" for report in matrices),
+        directional=opener.directional,
         notes=tuple(dict.fromkeys(note for _, _, note in done if note)),
     )
 
