@@ -16,6 +16,11 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 OUTLIER = 3.5
+"""Robust standard deviations beyond which a value stands out."""
+DEAD = 1e-6
+"""A module is dead if its norm is below this share of the median norm."""
+ONE_SIDED = 1e3
+"""Factors are one-sided if the norm of one is beyond this many times the other's."""
 _LEAST_MEMBERS = 5
 _LEAST_SPREAD = 0.01  # of log values: a family closer together than 1 % has no outliers
 

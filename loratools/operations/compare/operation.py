@@ -183,7 +183,7 @@ def _inner_products(modules: Sequence[ThinModule]) -> tuple[Array, Array]:
                 if one.rank == other.rank:
                     rows = np.arange(one.rank)
                     stored[i, j] += float(a[starts[i] + rows, starts[j] + rows].sum())
-    return changes, stored
+    return (changes + changes.T) / 2.0, stored
 
 
 def _result(

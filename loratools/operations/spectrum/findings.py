@@ -6,14 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from loratools.algebra.outliers import OUTLIER
+from loratools.algebra.outliers import DEAD, ONE_SIDED, OUTLIER
 from loratools.operations.spectrum.result import Finding, MatrixReport
 
-_DEAD = 1e-6  # of the median norm
 _SPIKE = 0.9  # share of energy in one singular value, of a rank of at least 4
 _CONCENTRATED = 8.0  # times what random singular vectors give
 _KURTOSIS = 4.0  # times what random singular vectors give
-_ONE_SIDED = 1e3
 _ORDER = ("non-finite", "dead", "outlier", "reference", "intruder", "spike", "rows", "columns")
 
 
@@ -31,7 +29,7 @@ def _of(matrix: MatrixReport, median: float) -> Iterator[Finding]:
     if not matrix.finite or values is None:
         yield Finding("non-finite", label, "its factors hold NaN or infinite values")
         return
-    if values.frobenius <= _DEAD * median or values.frobenius == 0.0:
+    if values.frobenius <= DEAD * median or values.frobenius == 0.0:
         size = f"‖ΔW‖ = {values.frobenius:.3g}, the median is {median:.3g}"
         yield Finding("dead", label, f"it changes nothing: {size}")
         if values.frobenius == 0.0:
@@ -73,7 +71,7 @@ def _of(matrix: MatrixReport, median: float) -> Iterator[Finding]:
                 f"its entries have kurtosis {matrix.kurtosis:.1f}, at random "
                 f"{matrix.random_kurtosis:.1f}",
             )
-    if matrix.balance is not None and not 1 / _ONE_SIDED <= matrix.balance <= _ONE_SIDED:
+    if matrix.balance is not None and not 1 / ONE_SIDED <= matrix.balance <= ONE_SIDED:
         yield Finding(
             "one-sided", label, f"‖b‖/‖a‖ = {matrix.balance:.3g}; a low type may lose the small one"
         )

@@ -18,10 +18,11 @@ from loratools.algebra.measures import concentration, kurtosis, measures
 from loratools.algebra.outliers import family_of, numbers_in, scores_in_families
 from loratools.algebra.ranks import Spectrum
 from loratools.algebra.thin import Thin
+from loratools.base.decompositions import IntruderOptions
 from loratools.folding.thin_modules import NonFiniteError, ThinModule, ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.operations.spectrum.against import reference_scores
-from loratools.operations.spectrum.beside_base import IntruderOptions, beside_base
+from loratools.operations.spectrum.beside_base import beside_base
 from loratools.operations.spectrum.findings import findings
 from loratools.operations.spectrum.result import BaseMeasures, MatrixReport, SpectrumResult
 from loratools.operations.spectrum.suggested import fixed_nbytes, suggestions, table
