@@ -45,7 +45,9 @@ class IntruderOptions:
         if self.count < 0:
             raise OptionError("the number of singular vectors is negative", got=self.count)
         if not 0.0 < self.epsilon <= 1.0:
-            raise OptionError("epsilon is a cosine", got=self.epsilon, expected="above 0, at most 1")
+            raise OptionError(
+                "epsilon is a cosine", got=self.epsilon, expected="above 0, at most 1"
+            )
 
 
 def leading(weight: Array, delta: Thin, options: IntruderOptions) -> tuple[Leading, bool]:

@@ -281,9 +281,7 @@ class _Repair:
             change=_ratio(change, kept.squared_norm),
             relative_error=_ratio(done.squared_error, intended),
         )
-        return _Outcome(
-            done.delta, report, kept.squared_norm, change, intended, done.squared_error
-        )
+        return _Outcome(done.delta, report, kept.squared_norm, change, intended, done.squared_error)
 
     def _edited(self, thin: Thin, found: Leading) -> Matrix:
         """Return ΔW − (1 − λ) Σ σⱼ uⱼ vⱼᵀ, of rank r + the number of intruders."""
@@ -323,9 +321,7 @@ class _Repair:
             return outcomes
         limit = DEAD * float(np.median([math.sqrt(o.squared_norm) for o in outcomes]))
         return [
-            _dropped(o)
-            if math.sqrt(o.squared_norm) <= limit and o.report.name in selection
-            else o
+            _dropped(o) if math.sqrt(o.squared_norm) <= limit and o.report.name in selection else o
             for o in outcomes
         ]
 

@@ -161,7 +161,8 @@ def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) 
     numbers = max((rank or 0) for rank in ranks) * modules[0].shape[1] * len(modules[0].matrices)
     detail = None
     if count == len(found) == 2:
-        detail = pair_module(name, modules[0], modules[1], changes, stored, options.sample, options.seed)
+        first, second = modules
+        detail = pair_module(name, first, second, changes, stored, options.sample, options.seed)
     partial = any(thin.tail > 0.0 for module in modules for thin in module.matrices)
     return _Module(name, present, "", changes, stored, numbers, detail, partial)
 

@@ -6,8 +6,10 @@ is from their mean, and nothing about why.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -15,10 +17,32 @@ from loratools.algebra.measures import SpectrumMeasures, measures
 from loratools.folding.thin_modules import ThinModules
 from loratools.operations.spectrum.result import MatrixReport
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.registry import read_adapter
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.errors import AdapterError, MissingFileError, UnknownFormatError
 
 LEAST_REFERENCES = 3
+
+
+def read_references(folder: Path, adapter: Adapter) -> tuple[list[Adapter], list[str]]:
+    """Return the adapters in a folder, but not the one to score, and notes on what is none.
+
+    Raises:
+        MissingFileError: there is no such folder.
+        AdapterError: an adapter in it is malformed.
+    """
+    if not folder.is_dir():
+        raise MissingFileError("no folder of adapters", path=folder)
+    own = None if adapter.source is None else os.path.realpath(adapter.source)
+    found, notes = [], []
+    for child in sorted(folder.iterdir()):
+        if child.name.startswith(".") or os.path.realpath(child) == own:
+            continue
+        try:
+            found.append(read_adapter(child))
+        except UnknownFormatError:
+            notes.append(f"{child.name} in {folder} is no adapter and is not compared with")
+    return found, notes
 
 
 def reference_scores(

@@ -18,9 +18,7 @@ Array = np.ndarray[Any, Any]
 _NORM_TOLERANCE = 1e-6  # of a residual; the error of σ₁ is its square
 
 
-def beside_base(
-    weight: Array, delta: Thin, whole: Delta, options: IntruderOptions
-) -> BaseMeasures:
+def beside_base(weight: Array, delta: Thin, whole: Delta, options: IntruderOptions) -> BaseMeasures:
     """Return what a matrix is beside its base weight.
 
     Args:

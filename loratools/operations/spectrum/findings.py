@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from loratools.algebra.measures import SpectrumMeasures
 from loratools.algebra.outliers import DEAD, ONE_SIDED, OUTLIER
 from loratools.operations.spectrum.result import Finding, MatrixReport
 
@@ -25,55 +26,64 @@ def findings(matrices: Sequence[MatrixReport]) -> tuple[Finding, ...]:
 
 
 def _of(matrix: MatrixReport, median: float) -> Iterator[Finding]:
-    label, values = matrix.label, matrix.measures
+    values = matrix.measures
     if not matrix.finite or values is None:
-        yield Finding("non-finite", label, "its factors hold NaN or infinite values")
+        yield Finding("non-finite", matrix.label, "its factors hold NaN or infinite values")
         return
-    if values.frobenius <= DEAD * median or values.frobenius == 0.0:
-        size = f"‖ΔW‖ = {values.frobenius:.3g}, the median is {median:.3g}"
-        yield Finding("dead", label, f"it changes nothing: {size}")
-        if values.frobenius == 0.0:
-            return
-    if matrix.family_score is not None and abs(matrix.family_score) > OUTLIER:
-        side = "above" if matrix.family_score > 0 else "below"
-        yield Finding(
-            "outlier",
-            label,
-            f"‖ΔW‖ = {values.frobenius:.3g} is {abs(matrix.family_score):.1f} robust standard "
-            f"deviations {side} the trend of its kind over depth",
+    if values.frobenius <= DEAD * median:
+        text = f"it changes nothing: ‖ΔW‖ = {values.frobenius:.3g}, the median is {median:.3g}"
+        yield Finding("dead", matrix.label, text)
+    if values.frobenius > 0.0:
+        yield from _among_others(matrix, values)
+        yield from _of_spectrum(matrix, values)
+        yield from _of_entries(matrix)
+        yield from _of_factors(matrix)
+
+
+def _among_others(matrix: MatrixReport, values: SpectrumMeasures) -> Iterator[Finding]:
+    score = matrix.family_score
+    if score is not None and abs(score) > OUTLIER:
+        side = "above" if score > 0 else "below"
+        text = (
+            f"‖ΔW‖ = {values.frobenius:.3g} is {abs(score):.1f} robust standard deviations {side} "
+            "the trend of its kind over depth"
         )
+        yield Finding("outlier", matrix.label, text)
     for measure, score in (matrix.reference_scores or {}).items():
         if abs(score) > OUTLIER:
-            yield Finding("reference", label, f"{measure} has z = {score:.1f} in the references")
+            text = f"{measure} has z = {score:.1f} among the references"
+            yield Finding("reference", matrix.label, text)
+
+
+def _of_spectrum(matrix: MatrixReport, values: SpectrumMeasures) -> Iterator[Finding]:
     if matrix.base is not None and matrix.base.intruders:
-        yield Finding(
-            "intruder",
-            label,
+        text = (
             f"{matrix.base.intruders} of the {matrix.base.leading} leading singular vectors of "
-            "W + ΔW are intruder dimensions",
+            "W + ΔW are intruder dimensions"
         )
+        yield Finding("intruder", matrix.label, text)
     if (matrix.rank or 0) >= 4 and values.top_share >= _SPIKE:
-        yield Finding("spike", label, f"{values.top_share:.0%} of its energy is of rank 1")
+        yield Finding("spike", matrix.label, f"{values.top_share:.0%} of its energy is of rank 1")
+
+
+def _of_entries(matrix: MatrixReport) -> Iterator[Finding]:
     for kind, unit, ratio in (
         ("rows", "outputs", matrix.row_concentration),
         ("columns", "inputs", matrix.column_concentration),
     ):
         if ratio is not None and ratio > _CONCENTRATED:
-            yield Finding(
-                kind, label, f"its energy lies in few {unit}: {ratio:.1f} times as much as at random"
-            )
-    if matrix.kurtosis is not None and matrix.random_kurtosis is not None:
-        ratio = matrix.kurtosis / (matrix.random_kurtosis or 1.0)
-        if ratio > _KURTOSIS:
-            yield Finding(
-                "kurtosis",
-                label,
-                f"its entries have kurtosis {matrix.kurtosis:.1f}, at random "
-                f"{matrix.random_kurtosis:.1f}",
-            )
+            text = f"its energy lies in few {unit}: {ratio:.1f} times as much as at random"
+            yield Finding(kind, matrix.label, text)
+    measured, random = matrix.kurtosis, matrix.random_kurtosis
+    if measured is not None and random is not None and measured > _KURTOSIS * random:
+        text = f"its entries have kurtosis {measured:.1f}, at random {random:.1f}"
+        yield Finding("kurtosis", matrix.label, text)
+
+
+def _of_factors(matrix: MatrixReport) -> Iterator[Finding]:
     if matrix.balance is not None and not 1 / ONE_SIDED <= matrix.balance <= ONE_SIDED:
-        yield Finding(
-            "one-sided", label, f"‖b‖/‖a‖ = {matrix.balance:.3g}; a low type may lose the small one"
-        )
+        text = f"‖b‖/‖a‖ = {matrix.balance:.3g}; a type of few bits may lose the smaller factor"
+        yield Finding("one-sided", matrix.label, text)
     if matrix.dead_ranks:
-        yield Finding("dead-ranks", label, f"{matrix.dead_ranks} of its ranks are exactly zero")
+        text = f"{matrix.dead_ranks} of its ranks are exactly zero"
+        yield Finding("dead-ranks", matrix.label, text)
