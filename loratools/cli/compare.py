@@ -20,6 +20,18 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, printable
 
 _SHOWN = 5
+_HEADER = [
+    "module",
+    "cosine",
+    "norms",
+    "outputs (random)",
+    "inputs (random)",
+    "sign conflict",
+    "expected",
+    "moved",
+    "linear loss",
+    "TIES loss",
+]
 
 
 @click.command("compare")
@@ -128,9 +140,8 @@ def _matrix_rows(result: CompareResult) -> list[dict[str, object]]:
 def _print_report(result: CompareResult) -> None:
     if result.modules:
         print_table(
-            ["module", "cosine", "norms", "outputs (random)", "inputs (random)", "sign conflict"]
-            + ["expected", "moved", "linear loss", "TIES loss"],
-            "<>>>>>>>>>",
+            _HEADER,
+            "<" + ">" * (len(_HEADER) - 1),
             [_row(module) for module in result.modules],
         )
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from loratools.base.decompositions import IntruderOptions
+from loratools.cli import measuring
 from loratools.cli import options as shared
 from loratools.cli.outcome import checked_target, conclude, exceeds, read_source, scratch_folder
 from loratools.cli.output import number, print_json, print_table, progress_bar
@@ -23,7 +24,7 @@ from loratools_formats.disk.errors import printable
 @shared.output_options
 @shared.base_option
 @click.option("--keep-intruders", is_flag=True, help="Leave intruder dimensions as they are.")
-@shared.intruder_options
+@measuring.intruder_options
 @click.option(
     "--lambda",
     "shrink",
@@ -57,7 +58,7 @@ def command(
     keep_every_rank: bool,
     drop_dead: bool,
     rebalance: bool,
-    dtype: shared.FactorType | None,
+    dtype: measuring.FactorType | None,
     include: str | None,
     exclude: str | None,
     max_error: float | None,

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from loratools.base.decompositions import IntruderOptions
+from loratools.cli import measuring
 from loratools.cli import options as shared
 from loratools.cli.measured import optional, print_csv, sparkline
 from loratools.cli.output import human_bytes, note, number, print_json, print_table, progress_bar
@@ -25,8 +26,8 @@ _SHOWN = 3
 @click.command("spectrum")
 @shared.adapter_argument
 @shared.base_option
-@shared.setting_option
-@shared.intruder_options
+@measuring.setting_option
+@measuring.intruder_options
 @click.option("--entries", is_flag=True, help="Also stream all entries of ΔW, for their kurtosis.")
 @click.option(
     "--against",
@@ -77,7 +78,7 @@ def command(
             intruders=intruders,
             entries=entries,
             selection=Selection(include, exclude),
-            given=dict(shared.parsed_setting(text) for text in settings),
+            given=dict(measuring.parsed_setting(text) for text in settings),
             references=references,
             workers=workers,
             progress=progress,

@@ -1,1 +1,1 @@
-"""How adapters relate: angles, shared spaces, signs, merges, lineages; and two bases at an adapter."""
+"""How adapters relate: angles, spaces, signs, merges, lineages; and bases at an adapter."""

@@ -1,7 +1,7 @@
 """Compares the changes of adapters module by module, from their factors.
 
-Every inner product ⟨ΔWᵢ, ΔWⱼ⟩ comes from two Gram matrices of the adapters' factors side by side, so
-N adapters of rank r cost O(d (Nr)²) a module and no ΔW is formed. Two adapters are compared in
+Every inner product ⟨ΔWᵢ, ΔWⱼ⟩ comes from two Gram matrices of the adapters' factors side by side:
+N adapters of rank r cost O(d (Nr)²) a module, and no ΔW is formed. Two adapters are compared in
 detail: spaces, angles, signs, and what merging them would lose.
 """
 
