@@ -90,9 +90,7 @@ def test_trained_adapters_have_the_intruders_of_the_definition(name):
     from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
     weights, changes = dense.base_weights(), dense.peft_changes(dense.TINY / name)
-    result = spectrum(
-        read_adapter(dense.TINY / name), base=read_checkpoint(dense.TINY / "model")
-    )
+    result = spectrum(read_adapter(dense.TINY / name), base=read_checkpoint(dense.TINY / "model"))
     assert len(result.matrices) == len(changes)
     for matrix in result.matrices:
         weight, change = weights[matrix.name], changes[matrix.name]

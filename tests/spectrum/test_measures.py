@@ -129,9 +129,7 @@ def test_an_outlier_in_a_trend_is_found_and_only_it():
 def test_angles_are_those_of_scipy(dimensions):
     rng = np.random.default_rng(1)
     one = haar(rng, 20, dimensions[0])
-    near = one[:, : dimensions[1]] + 1e-9 * rng.standard_normal(
-        one[:, : dimensions[1]].shape
-    )
+    near = one[:, : dimensions[1]] + 1e-9 * rng.standard_normal(one[:, : dimensions[1]].shape)
     for other in (haar(rng, 20, dimensions[1]), np.linalg.qr(near)[0]):
         expected = np.sort(scipy.linalg.subspace_angles(one, other))
         assert_allclose(principal_angles(one, other), expected, rtol=1e-6, atol=1e-14)
