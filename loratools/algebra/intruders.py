@@ -96,12 +96,12 @@ def in_base(base: BaseSvd, delta: Thin, count: int, epsilon: float) -> Leading:
     size = len(diagonal)
 
     def forward(x: Array) -> Array:
-        y = left @ (right @ x)
+        y: Array = left @ (right @ x)
         y[:size] += diagonal[:, None] * x[:size]
         return y
 
     def backward(y: Array) -> Array:
-        x = right.T @ (left.T @ y)
+        x: Array = right.T @ (left.T @ y)
         x[:size] += diagonal[:, None] * y[:size]
         return x
 
@@ -199,7 +199,7 @@ def leading_triplets(
         block = backward(images[-1])
         sizes = np.linalg.norm(block, axis=0)
         if not (sizes > 1e-12 * sizes.max(initial=0.0)).all() or sizes.max() == 0.0:
-            block = rng.standard_normal(block.shape)
+            block = rng.standard_normal((columns, block.shape[1]))
         block = _outside(block, np.concatenate(spaces, axis=1))[:, :room]
 
 

@@ -66,7 +66,7 @@ def scores_in_families(norms: Mapping[str, float]) -> dict[str, float]:
     for name, norm in norms.items():
         if norm > 0.0:
             families.setdefault(family_of(name), []).append(name)
-    found = {}
+    found: dict[str, float] = {}
     for names in families.values():
         if len(names) >= _LEAST_MEMBERS:
             names.sort(key=numbers_in)

@@ -25,12 +25,13 @@ _DENSITY = 0.2
 def overlap(one: Array, other: Array) -> float:
     """Return ‖Q₁ᵀQ₂‖²_F/min(i, j) of orthonormal columns (n, i) and (n, j)."""
     count = min(one.shape[1], other.shape[1])
-    return float(np.sum((one.T @ other) ** 2)) / count if count else 0.0
+    total = float(np.sum((one.T @ other) ** 2))
+    return total / count if count else 0.0
 
 
 def random_overlap(one: Array, other: Array) -> float:
     """Return the mean of `overlap` for random spaces of these dimensions: max(i, j)/n."""
-    return max(one.shape[1], other.shape[1]) / len(one)
+    return float(max(one.shape[1], other.shape[1]) / len(one))
 
 
 def principal_angles(one: Array, other: Array) -> Array:

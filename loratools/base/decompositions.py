@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 import tempfile
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,9 @@ class _Cache:
         if self._file is None or not self._file.is_file():
             return None
         try:
-            with np.load(self._file, allow_pickle=False) as arrays:
+            with self._file.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 found = BaseSvd(arrays["u"], arrays["s"], arrays["vt"])
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None  # cut short or foreign: it is computed again and replaced
         rows, columns = self._shape
         size = min(self._shape)

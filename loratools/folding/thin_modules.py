@@ -155,7 +155,7 @@ class ThinModules:
         opened = self._opener.open(name)
         spectrum = self._opener.spectrum(name, opened)
         if opened.exact is not None and len(opened.exact.a) <= min(opened.template.shape):
-            matrices = (Thin(opened.exact.b, opened.exact.a),)
+            matrices: tuple[Thin, ...] = (Thin(opened.exact.b, opened.exact.a),)
         else:
             matrices = tuple(_leading(part, spectrum.rank) for part in opened.parts)
         direction = delta.direction if isinstance(delta, Dora) else None

@@ -95,7 +95,7 @@ def test_a_shelf_sorts_into_duplicates_families_and_lineages(make_folder):
 
 def test_modules_that_only_one_has_or_of_other_shapes_are_listed(make_folder):
     one = make_folder("one", {"a.q": (24, 20, 8), "b.q": (24, 20, 8), "c.q": (10, 20, 8)})
-    other = make_folder("other", {"a.q": (24, 20, 4), "c.q": (12, 20, 8)}, seed=1)
+    other = make_folder("other", {"a.q": (24, 20, 8), "c.q": (12, 20, 8)}, seed=1)
     result = compare({"one": read_adapter(one), "other": read_adapter(other)})
     assert [module.name for module in result.modules] == ["a.q"]
     reasons = {module.name: (module.adapters, module.reason) for module in result.unmatched}

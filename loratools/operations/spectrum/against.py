@@ -29,7 +29,7 @@ def read_references(folder: Path, adapter: Adapter) -> tuple[list[Adapter], list
 
     Raises:
         MissingFileError: there is no such folder.
-        AdapterError: an adapter in it is malformed.
+        AdapterError: there are fewer than three, or one is malformed.
     """
     if not folder.is_dir():
         raise MissingFileError("no folder of adapters", path=folder)
@@ -42,6 +42,13 @@ def read_references(folder: Path, adapter: Adapter) -> tuple[list[Adapter], list
             found.append(read_adapter(child))
         except UnknownFormatError:
             notes.append(f"{child.name} in {folder} is no adapter and is not compared with")
+    if len(found) < LEAST_REFERENCES:
+        raise AdapterError(
+            "too few adapters to compare with",
+            path=folder,
+            got=len(found),
+            expected=f"at least {LEAST_REFERENCES}",
+        )
     return found, notes
 
 
@@ -52,16 +59,7 @@ def reference_scores(
 
     The logarithms of norms, the share of energy in σ₁, and effective and stable rank are scored.
     Modules that fewer than three references have, and measures that do not vary, have no score.
-
-    Raises:
-        AdapterError: fewer than three references.
     """
-    if len(references) < LEAST_REFERENCES:
-        raise AdapterError(
-            "too few adapters to compare with",
-            got=len(references),
-            expected=f"at least {LEAST_REFERENCES}",
-        )
     found: dict[str, list[dict[str, float]]] = {}
     for adapter in references:
         for label, values in _measured(adapter, base):
