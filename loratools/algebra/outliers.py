@@ -39,6 +39,16 @@ def numbers_in(name: str) -> tuple[int, ...]:
     return tuple(int(digits) for digits in re.findall(r"\d+", name))
 
 
+def layer_of(name: str) -> str:
+    """Return the first part of a module's path that is a number; "" if none is.
+
+    >>> layer_of("model.layers.12.mlp"), layer_of("lora_te1_text_model_encoder_layers_3_fc1")
+    ('12', '3')
+    """
+    parts = name.split("." if "." in name else "_")
+    return next((part for part in parts if part.isdigit()), "")
+
+
 def theil_sen(y: Array) -> tuple[float, float]:
     """Return (slope, intercept) of the line through y over 0, 1, …: medians over all pairs."""
     x = np.arange(len(y), dtype=np.float64)

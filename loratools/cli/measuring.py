@@ -57,7 +57,9 @@ _INTRUDER_OPTIONS = [
     click.option(
         "--exact-svd", is_flag=True, help="Decompose base weights of any size, which is slow."
     ),
-    click.option("--cache", type=shared.PATH, metavar="FOLDER", help="Keep SVDs of base weights here."),
+    click.option(
+        "--cache", type=shared.PATH, metavar="FOLDER", help="Keep SVDs of base weights here."
+    ),
 ]
 
 

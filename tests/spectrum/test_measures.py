@@ -146,8 +146,8 @@ def test_the_random_overlap_holds_on_average():
 
 
 def test_signs_and_ties_are_the_dense_ones():
-    from peft.utils.merge_utils import ties as peft_ties
     import torch
+    from peft.utils.merge_utils import ties as peft_ties
 
     one, other = Thin(*factors((40, 30, 6))), Thin(*factors((40, 30, 5), 1), 0.5)
     dense = [one.b @ one.a, 0.5 * other.b @ other.a]

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratools.algebra.measures import concentration, kurtosis, measures
-from loratools.algebra.outliers import family_of, numbers_in, scores_in_families
+from loratools.algebra.outliers import family_of, layer_of, numbers_in, scores_in_families
 from loratools.algebra.ranks import Spectrum
 from loratools.algebra.thin import Thin
 from loratools.base.decompositions import IntruderOptions
@@ -101,7 +101,7 @@ def spectrum(
         findings=findings(matrices),
         choices=table(spectra, fixed) if complete else (),
         suggestions=suggestions(spectra, fixed) if complete else (),
-        layers=_summed(matrices, _layer),
+        layers=_summed(matrices, lambda report: layer_of(report.name)),
         families=_summed(matrices, lambda report: family_of(report.name)),
         frobenius=_norm(matrices),
         bytes_in=adapter.weights_nbytes,
@@ -183,11 +183,6 @@ def _scored(matrices: list[MatrixReport]) -> list[MatrixReport]:
     norms = {m.label: m.measures.frobenius for m in matrices if m.measures is not None}
     scores = scores_in_families(norms)
     return [replace(matrix, family_score=scores.get(matrix.label)) for matrix in matrices]
-
-
-def _layer(report: MatrixReport) -> str:
-    numbers = numbers_in(report.name)
-    return str(numbers[0]) if numbers else ""
 
 
 def _summed(

@@ -150,7 +150,8 @@ class SpectrumResult:
         findings: what stands out, the gravest kinds first.
         choices: rank → size → error, as `squeeze` shows it; empty if the ranks cannot be chosen.
         suggestions: what rules for ranks would give.
-        layers: ‖ΔW‖_F of each layer, by the first number in its modules' paths; "" has none.
+        layers: ‖ΔW‖_F of each layer, by the first part of its modules' paths that is a number;
+            "" for modules of none.
         families: ‖ΔW‖_F of each type of module, numbers in its path replaced by `*`.
         frobenius: ‖ΔW‖_F over everything.
         bytes_in: size of the weight file.
