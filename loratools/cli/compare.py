@@ -169,13 +169,14 @@ def _row(module: PairModule) -> list[str]:
 
 def _print_matrix(result: CompareResult) -> None:
     """Print the cosines in the order of the tree, numbered."""
-    header = ["adapter", "‖ΔW‖", *(str(place + 1) for place in range(len(result.names)))]
+    header = ["adapter", "‖ΔW‖", "linear loss"]
+    header += [str(place + 1) for place in range(len(result.names))]
     rows = []
     for place, i in enumerate(result.order):
+        name = f"{place + 1} {printable(result.names[i])}"
+        loss = optional(result.linear_losses[i], ".2f")
         cosines = [optional(result.cosines[i][j], ".2f") for j in result.order]
-        rows.append(
-            [f"{place + 1} {printable(result.names[i])}", number(result.norms[i]), *cosines]
-        )
+        rows.append([name, number(result.norms[i]), loss, *cosines])
     print_table(header, "<" + ">" * (len(header) - 1), rows)
 
 
@@ -188,8 +189,8 @@ def _print_groups(result: CompareResult) -> None:
                 f"cosine of the A factors: {number(a_cosine)} "
                 f"(independent starts: ±{optional(result.a_random)})"
             )
-    losses = " ".join(optional(loss, ".2f") for loss in result.linear_losses)
-    click.echo(f"loss of each in an even linear merge: {losses}")
+        losses = " ".join(optional(loss, ".2f") for loss in result.linear_losses)
+        click.echo(f"loss of each in an even linear merge: {losses}")
     for title, groups in (
         ("family (cosine above 0.5 on average)", result.families),
         ("near-duplicates (cosine at least 0.99)", result.duplicates),
