@@ -18,12 +18,11 @@ from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.algebra.thin import Thin
 from loratools.factors.matrices import loaded
 from loratools.factors.resize import ComputeOptions
-from loratools.folding.module import kind_name
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opener
 from loratools.folding.without_base import with_settings
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Delta, Dora, Layer, LowRank, OtherDelta
+from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
 
@@ -43,6 +42,7 @@ class ThinModule:
         directional: whether the matrices are a DoRA's direction rather than its change.
         spectrum: singular values and what a rank costs in a file, as `squeeze` and `to-lora` have
             them.
+        like: factors whose rank would be replaced in a file; their values are not to be read.
     """
 
     name: str
@@ -55,6 +55,7 @@ class ThinModule:
     scale: float | None
     directional: bool
     spectrum: Spectrum
+    like: LowRank
 
 
 class ThinModules:
@@ -90,12 +91,12 @@ class ThinModules:
         if not adapter.modules:
             raise AdapterError("the adapter has no modules", path=adapter.source)
         self.adapter = adapter
-        self.modules: dict[str, Delta] = {
-            name: delta.direction if isinstance(delta, Dora) and base is None else delta
-            for name, delta in adapter.modules.items()
+        self.modules = {
+            name: ModuleChange(change.direction) if base is None and change.factors else change
+            for name, change in adapter.modules.items()
         }
         self.directional = base is None and any(
-            isinstance(delta, Dora) for delta in adapter.modules.values()
+            change.is_dora for change in adapter.modules.values()
         )
         self._options = ComputeOptions()
         self._opener = Opener(
@@ -111,18 +112,18 @@ class ThinModules:
         Raises:
             AdapterError: NaN or infinite values, or tensors that do not fit.
         """
-        whole, delta = self.adapter.modules[name], self.modules[name]
+        whole, change = self.adapter.modules[name], self.modules[name]
         try:
-            if isinstance(delta, LowRank):
-                return self._of_factors(name, whole, delta)
-            return self._of_other(name, delta)
+            if change.factors is not None and not change.is_dora:
+                return self._of_factors(name, whole, change.factors)
+            return self._of_other(name, change)
         except LoratoolsError as error:
             error.tensor = error.tensor or name
             if error.path is None and self.adapter.source is not None:
                 error.path = str(self.adapter.source)
             raise
 
-    def _of_factors(self, name: str, whole: Delta, delta: LowRank) -> ThinModule:
+    def _of_factors(self, name: str, whole: ModuleChange, delta: LowRank) -> ThinModule:
         wide = "F64" in (delta.a.dtype.code, delta.b.dtype.code)
         thin = []
         for b, a in loaded(delta):
@@ -140,25 +141,26 @@ class ThinModules:
         spectrum = Spectrum(name, delta.shape, rows, delta.rank, delta.experts * bits // 8)
         return ThinModule(
             name,
-            kind_name(whole),
+            whole.kind,
             delta.layer,
             delta.shape,
             tuple(thin),
             delta.rank,
             delta.alpha,
             delta.scale,
-            isinstance(whole, Dora),
+            whole.is_dora,
             spectrum,
+            delta,
         )
 
-    def _of_other(self, name: str, delta: Dora | OtherDelta) -> ThinModule:
+    def _of_other(self, name: str, change: ModuleChange) -> ThinModule:
         opened = self._opener.open(name)
         spectrum = self._opener.spectrum(name, opened)
         if opened.exact is not None and len(opened.exact.a) <= min(opened.template.shape):
             matrices: tuple[Thin, ...] = (Thin(opened.exact.b, opened.exact.a),)
         else:
             matrices = tuple(_leading(part, spectrum.rank) for part in opened.parts)
-        direction = delta.direction if isinstance(delta, Dora) else None
+        direction = change.factors
         return ThinModule(
             name,
             opened.kind,
@@ -170,6 +172,7 @@ class ThinModules:
             None if direction is None else direction.scale,
             False,
             spectrum,
+            opened.template,
         )
 
 

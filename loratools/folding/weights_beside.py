@@ -10,7 +10,7 @@ from loratools.base.placement.experts import expert_placements
 from loratools.base.weights import find_place, names_under
 from loratools.naming.for_base import names_in_base
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Delta, Dora
+from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
@@ -32,21 +32,20 @@ class WeightsBeside:
         self._in_base = names_in_base(adapter, base)
         self._path = base.path
 
-    def load(self, name: str, delta: Delta) -> list[Array]:
+    def load(self, name: str, change: ModuleChange) -> list[Array]:
         """Return the weight of each matrix of a module: (out, in) float64, one per expert.
 
         Raises:
             AdapterError: no tensor of the base fits the module, or it holds NaN or infinite values.
             UnsupportedError: the base keeps the experts of a stack apart, or an expert in a stack.
         """
-        part = delta.direction if isinstance(delta, Dora) else delta
-        if part.layer.parameters:
-            return self._stack(name, delta)
-        weight = find_place(self._names, self._in_base[name], part).weight()
+        if change.layer.parameters:
+            return self._stack(name, change)
+        weight = find_place(self._names, self._in_base[name], change.direction).weight()
         return [weight.rows(0, weight.shape[0])]
 
-    def _stack(self, name: str, delta: Delta) -> list[Array]:
-        placed = expert_placements(self._names, name, delta)
+    def _stack(self, name: str, change: ModuleChange) -> list[Array]:
+        placed = expert_placements(self._names, name, change)
         if not placed:
             raise AdapterError("no base tensor fits the module", path=self._path, tensor=name)
         if len(placed) > 1:

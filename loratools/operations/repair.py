@@ -34,7 +34,7 @@ from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Dora, LowRank
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import encode
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
@@ -176,7 +176,7 @@ def repair(
     adapter.require_true_delta("repair")
     adapter = folded_exactly(adapter, "repair", scratch_folder, base)
     for name, delta in adapter.modules.items():
-        if isinstance(delta, Dora):
+        if delta.is_dora:
             raise UnsupportedError(
                 "a DoRA has no plain change to repair",
                 path=adapter.source,
@@ -200,7 +200,7 @@ def repair(
     if work.compute.dtype is not None:
         record["dtype"] = work.compute.dtype
     provenance = operation_record("repair", {"adapter": adapter}, record, base)
-    kept = {o.report.name: o.delta for o in outcomes if o.delta is not None}
+    kept = {o.report.name: ModuleChange(o.delta) for o in outcomes if o.delta is not None}
     if not kept:
         raise AdapterError("every module is dead, and nothing would be left", path=adapter.source)
     total = sum(o.squared_norm for o in outcomes)
@@ -208,7 +208,7 @@ def repair(
     return RepairResult(
         adapter=replace(
             adapter,
-            modules=dict(kept),
+            modules=kept,
             metadata={**adapter.metadata, **record_metadata(provenance)},
             provenance=provenance,
         ),
@@ -239,15 +239,15 @@ class _Repair:
 
     def one(self, name: str, *, touched: bool) -> _Outcome:
         """Return a module with its intruders shrunk and its factors balanced."""
-        module, delta = self._opener.open(name), self._opener.modules[name]
-        assert isinstance(delta, LowRank)
+        module, change = self._opener.open(name), self._opener.modules[name]
+        delta = change.require_factors()
         squared = sum(thin.squared_norm for thin in module.matrices)
         report = RepairReport(name, "kept", delta.rank, delta.rank, 0, 0, 0.0, 0.0)
         kept = _Outcome(delta, report, squared, 0.0, squared, 0.0)
         if not touched:
             return kept
         if self._beside is not None and squared > 0.0:
-            kept = self._shrunk(kept, module, delta, self._beside.load(name, delta))
+            kept = self._shrunk(kept, module, delta, self._beside.load(name, change))
         return self._balanced(kept) if self.options.rebalance and squared > 0.0 else kept
 
     def _shrunk(

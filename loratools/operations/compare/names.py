@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loratools.naming.rename import NamingOptions, renamed
-from loratools_formats.contract.registry import Context, get_format
+from loratools_formats.contract.format import Context
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LoratoolsError
-from loratools_formats.formats.singlefile.write import SINGLE_FILES
 
 
 def in_one_naming(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
@@ -31,8 +31,7 @@ def in_one_naming(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]
 
 def _in_model_names(adapter: Adapter) -> Adapter:
     found = get_format(adapter.format)
-    if found.to_model is not None:
-        adapter = found.to_model(adapter, Context())
-    if found.name in SINGLE_FILES:
+    adapter = found.to_model(adapter, Context())
+    if found.naming is not None:
         adapter = renamed(adapter, "bare", NamingOptions()).adapter
     return adapter

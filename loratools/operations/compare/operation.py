@@ -23,7 +23,7 @@ from loratools.operations.compare.result import CompareResult, PairModule, Unmat
 from loratools.work.parallel import in_order
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, OptionError
 
 Array = np.ndarray[Any, Any]
@@ -152,10 +152,7 @@ def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) 
     modules = [module for _, module in found]
     here = np.ix_(present, present)
     changes[here], products = _inner_products(modules)
-    ranks = [
-        module.rank if isinstance(openers[i].modules[name], LowRank) else None
-        for i, module in found
-    ]
+    ranks = [None if openers[i].modules[name].is_dora else module.rank for i, module in found]
     alike = np.array([[one is not None and one == other for other in ranks] for one in ranks])
     stored[here] = np.where(alike, products, np.nan)
     numbers = max((rank or 0) for rank in ranks) * modules[0].shape[1] * len(modules[0].matrices)

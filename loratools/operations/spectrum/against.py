@@ -17,7 +17,7 @@ from loratools.algebra.measures import SpectrumMeasures, measures
 from loratools.folding.thin_modules import ThinModules
 from loratools.operations.spectrum.result import MatrixReport
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.contract.registry import read_adapter
+from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, MissingFileError, UnknownFormatError
 

@@ -11,14 +11,16 @@ from loratools.algebra.thin import Thin
 from loratools.base.decompositions import IntruderOptions, leading
 from loratools.factors.matrices import loaded
 from loratools.operations.spectrum.result import BaseMeasures
-from loratools_formats.core.adapter import Delta, Dora
+from loratools_formats.core.adapter import ModuleChange
 
 Array = np.ndarray[Any, Any]
 
 _NORM_TOLERANCE = 1e-6  # of a residual; the error of σ₁ is its square
 
 
-def beside_base(weight: Array, delta: Thin, whole: Delta, options: IntruderOptions) -> BaseMeasures:
+def beside_base(
+    weight: Array, delta: Thin, whole: ModuleChange, options: IntruderOptions
+) -> BaseMeasures:
     """Return what a matrix is beside its base weight.
 
     Args:
@@ -53,14 +55,15 @@ def _spectral_norm(weight: Array) -> float:
     return float(s[0])
 
 
-def merged_weight(weight: Array, delta: Thin, whole: Delta) -> Array | None:
+def merged_weight(weight: Array, delta: Thin, whole: ModuleChange) -> Array | None:
     """Return W + ΔW, None where ΔW is not known in whole.
 
     A DoRA's is m/‖W + BA‖ ⊙ (W + BA), from its direction and magnitudes.
     """
-    if isinstance(whole, Dora) and whole.axis == "output":
-        ((b, a),) = loaded(whole.direction)
-        merged: Array = weight + whole.direction.scale * (b.astype(np.float64) @ a)
+    factors = whole.factors
+    if whole.magnitude is not None and factors is not None and whole.axis == "output":
+        ((b, a),) = loaded(factors)
+        merged: Array = weight + factors.scale * (b.astype(np.float64) @ a)
         norms = np.linalg.norm(merged, axis=1)
         gains = whole.magnitude.load(np.float64).reshape(-1) / np.where(norms > 0.0, norms, 1.0)
         return merged * gains[:, None]

@@ -16,7 +16,6 @@ import numpy as np
 
 from loratools.algebra.measures import concentration, kurtosis, measures
 from loratools.algebra.outliers import family_of, layer_of, numbers_in, scores_in_families
-from loratools.algebra.ranks import Spectrum
 from loratools.algebra.thin import Thin
 from loratools.base.decompositions import IntruderOptions
 from loratools.folding.thin_modules import NonFiniteError, ThinModule, ThinModules
@@ -25,14 +24,14 @@ from loratools.operations.spectrum.against import reference_scores
 from loratools.operations.spectrum.beside_base import beside_base
 from loratools.operations.spectrum.findings import findings
 from loratools.operations.spectrum.result import BaseMeasures, MatrixReport, SpectrumResult
-from loratools.operations.spectrum.suggested import fixed_nbytes, suggestions, table
+from loratools.operations.spectrum.suggested import suggestions, table
 from loratools.work.parallel import in_order
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, LowRank, low_rank_part
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-Opened = tuple[list[MatrixReport], Spectrum | None, str]
+Opened = tuple[list[MatrixReport], ThinModule | None, str]
 
 
 def spectrum(
@@ -82,7 +81,7 @@ def spectrum(
             _report(module, index, measured[index] if measured else None, entries=entries)
             for index in range(len(module.matrices))
         ]
-        return reports, module.spectrum, note
+        return reports, replace(module, matrices=()), note
 
     done: list[Opened] = []
     for outcome in in_order(one, names, workers):
@@ -92,15 +91,14 @@ def spectrum(
     matrices = _scored([report for reports, _, _ in done for report in reports])
     if references:
         matrices = reference_scores(matrices, references, base)
-    spectra = [found for _, found, _ in done if found is not None]
-    complete = len(spectra) == len(adapter.modules)
-    fixed = fixed_nbytes(opener.adapter, opener.modules)
+    measured = [module for _, module, _ in done if module is not None]
+    complete = len(measured) == len(adapter.modules)
     return SpectrumResult(
         source=None if adapter.source is None else str(adapter.source),
         matrices=tuple(matrices),
         findings=findings(matrices),
-        choices=table(spectra, fixed) if complete else (),
-        suggestions=suggestions(spectra, fixed) if complete else (),
+        choices=table(opener, measured) if complete else (),
+        suggestions=suggestions(opener, measured) if complete else (),
         layers=_summed(matrices, lambda report: layer_of(report.name)),
         families=_summed(matrices, lambda report: family_of(report.name)),
         frobenius=_norm(matrices),
@@ -172,8 +170,7 @@ def _dead_ranks(thin: Thin) -> int:
 
 
 def _not_finite(name: str, opener: ThinModules) -> MatrixReport:
-    delta = opener.modules[name]
-    part = delta if isinstance(delta, LowRank) else low_rank_part(delta)
+    part = opener.modules[name].require_factors()
     return MatrixReport(
         name, None, "lora", part.layer.kind, part.shape, part.rank, part.alpha, part.scale, False
     )
