@@ -7,9 +7,12 @@ from pathlib import Path
 
 import click
 
+from loratools.cli import measuring
 from loratools.cli import options as shared
 from loratools.cli.measured import optional, print_csv
 from loratools.cli.output import note, number, print_json, print_table, progress_bar, quantity
+from loratools.cli.page.measured import compare_sections
+from loratools.cli.page.page import write_page
 from loratools.operations.compare.bases import compare_bases
 from loratools.operations.compare.operation import CompareOptions, compare
 from loratools.operations.compare.result import BasesResult, CompareResult, PairModule
@@ -56,6 +59,7 @@ _HEADER = [
 @shared.selection_options
 @shared.workers_option
 @shared.from_option
+@measuring.html_options
 @click.option("--csv", "as_csv", is_flag=True, help="Print a row of numbers for every module.")
 @shared.json_option
 @shared.quiet_option
@@ -70,6 +74,8 @@ def command(
     exclude: str | None,
     workers: int,
     format_name: str | None,
+    html: Path | None,
+    overwrite: bool,
     as_csv: bool,
     as_json: bool,
     quiet: bool,
@@ -88,8 +94,8 @@ def command(
         raise OptionError("--csv and --json exclude each other")
     selection = Selection(include, exclude)
     if bases is not None:
-        if len(adapters) != 1 or base is not None:
-            raise OptionError("--bases takes one adapter, and no --base", got=len(adapters))
+        if len(adapters) != 1 or base is not None or html is not None:
+            raise OptionError("--bases takes one adapter, and neither --base nor --html")
         found = compare_bases(
             read_adapter(adapters[0], format_name),
             read_checkpoint(bases[0]),
@@ -108,6 +114,15 @@ def command(
             selection=selection,
             progress=progress,
         )
+    if html is not None:
+        title = f"Comparison of {len(result.names)} adapters"
+        write_page(html, title, compare_sections(result), overwrite=overwrite)
+    _show(result, as_csv=as_csv, as_json=as_json, quiet=quiet)
+    if html is not None and not quiet:
+        note(f"wrote {html}")
+
+
+def _show(result: CompareResult, *, as_csv: bool, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(result.to_dict())
     elif as_csv:

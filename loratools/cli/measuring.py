@@ -77,3 +77,16 @@ def intruder_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_INTRUDER_OPTIONS):
         command = option(command)
     return command
+
+
+def html_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of the page: `html`, and `overwrite` for it."""
+    page = click.option(
+        "--html",
+        type=shared.PATH,
+        metavar="FILE",
+        help="Also write a page that needs no network and no other file.",
+    )
+    overwrite = click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
+    command: Callable[..., Any] = page(overwrite(function))
+    return command

@@ -12,6 +12,8 @@ from loratools.cli import measuring
 from loratools.cli import options as shared
 from loratools.cli.measured import optional, print_csv, sparkline
 from loratools.cli.output import human_bytes, note, number, print_json, print_table, progress_bar
+from loratools.cli.page.measured import spectrum_sections
+from loratools.cli.page.page import write_page
 from loratools.operations.spectrum.against import read_references
 from loratools.operations.spectrum.operation import spectrum
 from loratools.operations.spectrum.result import MatrixReport, SpectrumResult
@@ -39,6 +41,7 @@ _SHOWN = 3
 @shared.workers_option
 @shared.from_option
 @shared.carry_unknown_option
+@measuring.html_options
 @click.option("--csv", "as_csv", is_flag=True, help="Print a row of numbers for every module.")
 @shared.json_option
 @shared.quiet_option
@@ -54,6 +57,8 @@ def command(
     workers: int,
     format_name: str | None,
     carry_unknown: bool,
+    html: Path | None,
+    overwrite: bool,
     as_csv: bool,
     as_json: bool,
     quiet: bool,
@@ -83,6 +88,9 @@ def command(
             workers=workers,
             progress=progress,
         )
+    if html is not None:
+        title = f"Spectrum of {adapter}"
+        write_page(html, title, spectrum_sections(result), overwrite=overwrite)
     if as_json:
         print_json(result.to_dict())
     elif as_csv:
@@ -92,6 +100,8 @@ def command(
     if not quiet:
         for text in (*notes, *result.notes):
             note(text)
+        if html is not None:
+            note(f"wrote {html}")
         if result.directional:
             note("DoRA modules are given by their directions; --base tells their true changes")
 
