@@ -16,6 +16,8 @@ import numpy as np
 
 from loratools.algebra.intruders import BaseSvd, Leading, base_svd, certified, in_base
 from loratools.algebra.thin import Thin
+from loratools.work.declared import option
+from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError, OutputError
 
 Array = np.ndarray[Any, Any]
@@ -28,22 +30,23 @@ class IntruderOptions:
     """How intruder dimensions are looked for.
 
     Attributes:
-        count: leading singular vectors of W + ΔW to examine, k of arXiv 2410.21228; 0 for none.
-        epsilon: a vector intrudes if its |cos| with every one of W's is below this.
-        exact: decompose base weights of any size; by default those of at most 1024 on a side, and
-            larger ones are judged by bounds.
-        cache: folder that keeps decompositions of base weights, by a digest of their values.
+        count: leading singular vectors of W + ΔW to examine for intruder dimensions; 0 for none.
+        epsilon: a vector intrudes if its |cos| with each singular vector of W is below this.
+        exact: decompose base weights of any size, which is slow; else those above 1024 on a side
+            are judged by bounds.
+        cache: keep decompositions of base weights in this folder, by a digest of their values.
 
     Raises:
         OptionError: a number out of range.
     """
 
-    count: int = 10
-    epsilon: float = 0.5
-    exact: bool = False
-    cache: Path | None = None
+    count: int = option(10, heading="Method", name="intruders")
+    epsilon: float = option(0.5, heading="Method")
+    exact: bool = option(False, heading="Method", name="exact_svd")
+    cache: Path | None = option(None, heading="Computing", metavar="FOLDER")
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.count < 0:
             raise OptionError("the number of singular vectors is negative", got=self.count)
         if not 0.0 < self.epsilon <= 1.0:

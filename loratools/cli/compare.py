@@ -7,15 +7,17 @@ from pathlib import Path
 
 import click
 
-from loratools.cli import measuring
 from loratools.cli import options as shared
+from loratools.cli.command import command as named_command
 from loratools.cli.measured import optional, print_csv
 from loratools.cli.output import note, number, print_json, print_table, progress_bar, quantity
 from loratools.cli.page.measured import compare_sections
-from loratools.cli.page.page import write_page
+from loratools.cli.page.page import Pages
 from loratools.operations.compare.bases import compare_bases
 from loratools.operations.compare.operation import CompareOptions, compare
 from loratools.operations.compare.result import BasesResult, CompareResult, PairModule
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reading, Reporting
 from loratools.work.selection import Selection
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
@@ -37,9 +39,8 @@ _HEADER = [
 ]
 
 
-@click.command("compare")
+@named_command("compare")
 @click.argument("adapters", type=shared.PATH, nargs=-1, required=True)
-@shared.base_option
 @click.option(
     "--bases",
     type=shared.PATH,
@@ -47,38 +48,21 @@ _HEADER = [
     metavar="W0 W1",
     help="Compare two base models where one adapter acts, instead of adapters.",
 )
-@click.option("--exact", is_flag=True, help="Look at every entry for signs and TIES.")
-@click.option(
-    "--sample",
-    type=click.IntRange(1),
-    default=1 << 16,
-    show_default=True,
-    help="Entries of a module to look at for signs and TIES.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
-@shared.selection_options
-@shared.workers_option
-@shared.from_option
-@measuring.html_options
-@click.option("--csv", "as_csv", is_flag=True, help="Print a row of numbers for every module.")
-@shared.json_option
-@shared.quiet_option
+@shared.reads("base", "from_")
+@shared.takes(CompareOptions, into="options")
+@shared.takes(Selection, into="selection")
+@shared.takes(Workers, into="threads")
+@shared.takes(Pages, into="pages")
+@shared.reports()
 def command(
     adapters: tuple[Path, ...],
-    base: Path | None,
     bases: tuple[Path, Path] | None,
-    exact: bool,
-    sample: int,
-    seed: int,
-    include: str | None,
-    exclude: str | None,
-    workers: int,
-    format_name: str | None,
-    html: Path | None,
-    overwrite: bool,
-    as_csv: bool,
-    as_json: bool,
-    quiet: bool,
+    reading: Reading,
+    options: CompareOptions,
+    selection: Selection,
+    threads: Workers,
+    pages: Pages,
+    reporting: Reporting,
 ) -> None:
     """Compare adapters: angles, shared spaces, signs, what merging loses, families and lineages.
 
@@ -90,36 +74,34 @@ def command(
     loratools compare shelf/*
     loratools compare my-adapter --bases old-model new-model
     """  # noqa: D301 - click reads the backspace
-    if as_csv and as_json:
-        raise OptionError("--csv and --json exclude each other")
-    selection = Selection(include, exclude)
+    pages.check(reporting)
     if bases is not None:
-        if len(adapters) != 1 or base is not None or html is not None:
-            raise OptionError("--bases takes one adapter, and neither --base nor --html")
+        if len(adapters) != 1 or reading.base is not None or pages.html is not None:
+            raise OptionError("`bases` takes one adapter, and neither `base` nor `html`")
         found = compare_bases(
-            read_adapter(adapters[0], format_name),
+            read_adapter(adapters[0], reading.from_),
             read_checkpoint(bases[0]),
             read_checkpoint(bases[1]),
             selection=selection,
-            workers=workers,
+            workers=threads.workers,
         )
-        _show_bases(found, as_csv=as_csv, as_json=as_json, quiet=quiet)
+        _show_bases(found, as_csv=pages.csv, as_json=reporting.json, quiet=reporting.quiet)
         return
-    options = CompareOptions(None if exact else sample, seed, workers)
-    with progress_bar("compare", quiet=quiet) as progress:
+    with progress_bar("compare", quiet=reporting.quiet) as progress:
         result = compare(
-            _named(adapters, format_name),
-            base=None if base is None else read_checkpoint(base),
+            _named(adapters, reading.from_),
+            base=None if reading.base is None else read_checkpoint(reading.base),
             options=options,
             selection=selection,
+            workers=threads.workers,
             progress=progress,
         )
-    if html is not None:
-        title = f"Comparison of {len(result.names)} adapters"
-        write_page(html, title, compare_sections(result), overwrite=overwrite)
-    _show(result, as_csv=as_csv, as_json=as_json, quiet=quiet)
-    if html is not None and not quiet:
-        note(f"wrote {html}")
+    title = f"Comparison of {len(result.names)} adapters"
+    pages.write(title, lambda: compare_sections(result))
+    _show(result, as_csv=pages.csv, as_json=reporting.json, quiet=reporting.quiet)
+    if not reporting.quiet:
+        for text in pages.notes():
+            note(text)
 
 
 def _show(result: CompareResult, *, as_csv: bool, as_json: bool, quiet: bool) -> None:

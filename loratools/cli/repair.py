@@ -2,71 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from loratools.base.decompositions import IntruderOptions
-from loratools.cli import measuring
 from loratools.cli import options as shared
-from loratools.cli.outcome import checked_target, conclude, exceeds, read_source, scratch_folder
-from loratools.cli.output import number, print_json, print_table, progress_bar
-from loratools.factors.resize import ComputeOptions
+from loratools.cli.command import command as named_command
+from loratools.cli.errors import EXIT_FOUND
+from loratools.cli.output import note, number, print_json, print_table, progress_bar
+from loratools.cli.perform import target_of
+from loratools.face.source import beside, destination, opened
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.repair import RepairOptions, RepairResult, repair
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Selection
 from loratools_formats import write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import printable
 
 
-@click.command("repair")
+@named_command("repair")
 @shared.adapter_argument
-@shared.output_options
-@shared.base_option
-@click.option("--keep-intruders", is_flag=True, help="Leave intruder dimensions as they are.")
-@measuring.intruder_options
-@click.option(
-    "--lambda",
-    "shrink",
-    type=float,
-    default=0.75,
-    show_default=True,
-    help="What singular values of intruder dimensions are multiplied by.",
-)
-@click.option(
-    "--keep-every-rank", is_flag=True, help="Let ranks grow by the edits, losing only rounding."
-)
-@click.option("--drop-dead", is_flag=True, help="Drop modules that change nothing.")
-@click.option("--rebalance", is_flag=True, help="Balance factors of very different norms.")
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Type of new factors.")
-@shared.selection_options
-@shared.max_error_option
-@shared.workers_option
-@shared.from_option
-@shared.carry_unknown_option
-@shared.json_option
-@shared.quiet_option
+@shared.writes("in_place", "max_error")
+@shared.reads("base", "from_", "carry_unknown")
+@shared.takes(RepairOptions, into="options")
+@shared.takes(IntruderOptions, into="intruders")
+@shared.takes(ComputeOptions, "dtype", into="compute")
+@shared.takes(Selection, into="selection")
+@shared.takes(Workers, into="threads")
+@shared.reports()
 def command(
     adapter: Path,
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    base: Path | None,
-    keep_intruders: bool,
+    writing: Writing,
+    reading: Reading,
+    options: RepairOptions,
     intruders: IntruderOptions,
-    shrink: float,
-    keep_every_rank: bool,
-    drop_dead: bool,
-    rebalance: bool,
-    dtype: measuring.FactorType | None,
-    include: str | None,
-    exclude: str | None,
-    max_error: float | None,
-    workers: int,
-    format_name: str | None,
-    carry_unknown: bool,
-    as_json: bool,
-    quiet: bool,
+    compute: ComputeOptions,
+    selection: Selection,
+    threads: Workers,
+    reporting: Reporting,
 ) -> int:
     """Shrink an adapter's intruder dimensions, drop dead modules, balance one-sided factors.
 
@@ -77,34 +54,39 @@ def command(
     loratools repair my-adapter --base model -o repaired
     loratools repair my-adapter -o tidy --keep-intruders --drop-dead --rebalance
     """  # noqa: D301 - click reads the backspace
-    options = RepairOptions(
-        intruders=None if keep_intruders else intruders,
-        shrink=shrink,
-        keep_every_rank=keep_every_rank,
-        drop_dead=drop_dead,
-        rebalance=rebalance,
-    )
-    source, sources = read_source(
-        adapter, None, format_name, carry_unknown=carry_unknown, quiet=quiet
-    )
-    target = checked_target(output, sources, [base], overwrite=overwrite, dry_run=dry_run)
-    with progress_bar("repair", quiet=quiet) as progress:
+    source = opened(adapter, reading)
+    target = destination(target_of(writing), source, [source, reading.base])
+    with progress_bar("repair", quiet=reporting.quiet) as progress:
         result = repair(
             source,
-            options,
-            base=None if base is None else read_checkpoint(base),
-            compute=ComputeOptions(dtype=dtype, workers=workers),
-            selection=Selection(include, exclude),
-            scratch_folder=scratch_folder(target),
+            replace(options, intruders=intruders),
+            base=None if reading.base is None else read_checkpoint(reading.base),
+            compute=compute,
+            selection=selection,
+            workers=threads.workers,
+            scratch_folder=beside(target),
             progress=progress,
         )
-    if target is not None and not exceeds(result.relative_error, max_error):
-        write_adapter(result.adapter, target, result.adapter.format, overwrite=overwrite)
-    if as_json:
+    exceeds = writing.max_error is not None and not result.relative_error <= writing.max_error
+    if target.output is not None and not exceeds:
+        write_adapter(
+            result.adapter, target.output, result.adapter.format, overwrite=target.overwrite
+        )
+    if reporting.json:
         print_json(result.to_dict())
-    elif not quiet:
+    elif not reporting.quiet:
         _print_report(result)
-    return conclude(result.relative_error, max_error, target, quiet=quiet)
+    if exceeds:
+        click.echo(
+            f"relative error {number(result.relative_error)} is above --max-error "
+            f"{writing.max_error:g}; nothing was written",
+            err=True,
+        )
+        return EXIT_FOUND
+    if not reporting.quiet:
+        where = target.output
+        note("dry run, nothing was written" if where is None else f"wrote {where}")
+    return 0
 
 
 def _print_report(result: RepairResult) -> None:

@@ -8,60 +8,44 @@ from pathlib import Path
 import click
 
 from loratools.base.decompositions import IntruderOptions
-from loratools.cli import measuring
 from loratools.cli import options as shared
+from loratools.cli.command import command as named_command
 from loratools.cli.measured import optional, print_csv, sparkline
 from loratools.cli.output import human_bytes, note, number, print_json, print_table, progress_bar
 from loratools.cli.page.measured import spectrum_sections
-from loratools.cli.page.page import write_page
+from loratools.cli.page.page import Pages
 from loratools.operations.spectrum.against import read_references
 from loratools.operations.spectrum.operation import spectrum
+from loratools.operations.spectrum.options import SpectrumOptions
 from loratools.operations.spectrum.result import MatrixReport, SpectrumResult
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reading, Reporting
 from loratools.work.selection import Selection
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.disk.errors import OptionError, printable
+from loratools_formats.disk.errors import printable
 
 _SHOWN = 3
 
 
-@click.command("spectrum")
+@named_command("spectrum")
 @shared.adapter_argument
-@shared.base_option
-@measuring.setting_option
-@measuring.intruder_options
-@click.option("--entries", is_flag=True, help="Also stream all entries of ΔW, for their kurtosis.")
-@click.option(
-    "--against",
-    type=shared.PATH,
-    metavar="FOLDER",
-    help="Score every module by z-score among the adapters in this folder.",
-)
-@shared.selection_options
-@shared.workers_option
-@shared.from_option
-@shared.carry_unknown_option
-@measuring.html_options
-@click.option("--csv", "as_csv", is_flag=True, help="Print a row of numbers for every module.")
-@shared.json_option
-@shared.quiet_option
+@shared.reads("base", "from_", "carry_unknown")
+@shared.takes(SpectrumOptions, into="options")
+@shared.takes(IntruderOptions, into="intruders")
+@shared.takes(Selection, into="selection")
+@shared.takes(Workers, into="threads")
+@shared.takes(Pages, into="pages")
+@shared.reports()
 def command(
     adapter: Path,
-    base: Path | None,
-    settings: tuple[str, ...],
+    reading: Reading,
+    options: SpectrumOptions,
     intruders: IntruderOptions,
-    entries: bool,
-    against: Path | None,
-    include: str | None,
-    exclude: str | None,
-    workers: int,
-    format_name: str | None,
-    carry_unknown: bool,
-    html: Path | None,
-    overwrite: bool,
-    as_csv: bool,
-    as_json: bool,
-    quiet: bool,
+    selection: Selection,
+    threads: Workers,
+    pages: Pages,
+    reporting: Reporting,
 ) -> None:
     """Measure what is in an adapter: spectra, ranks, strength, and what stands out.
 
@@ -72,36 +56,33 @@ def command(
     loratools spectrum my-adapter
     loratools spectrum my-adapter --base model --cache ~/.cache/loratools
     """  # noqa: D301 - click reads the backspace
-    if as_csv and as_json:
-        raise OptionError("--csv and --json exclude each other")
-    source = read_adapter(adapter, format_name, carry_unknown=carry_unknown)
-    references, notes = read_references(against, source) if against is not None else ([], [])
-    with progress_bar("spectrum", quiet=quiet) as progress:
+    pages.check(reporting)
+    source = read_adapter(adapter, reading.from_, carry_unknown=reading.carry_unknown)
+    references, notes = (
+        ([], []) if options.against is None else read_references(options.against, source)
+    )
+    with progress_bar("spectrum", quiet=reporting.quiet) as progress:
         result = spectrum(
             source,
-            base=None if base is None else read_checkpoint(base),
+            base=None if reading.base is None else read_checkpoint(reading.base),
             intruders=intruders,
-            entries=entries,
-            selection=Selection(include, exclude),
-            given=dict(measuring.parsed_setting(text) for text in settings),
+            entries=options.entries,
+            selection=selection,
+            given=dict(options.set_),
             references=references,
-            workers=workers,
+            workers=threads.workers,
             progress=progress,
         )
-    if html is not None:
-        title = f"Spectrum of {adapter}"
-        write_page(html, title, spectrum_sections(result), overwrite=overwrite)
-    if as_json:
+    pages.write(f"Spectrum of {adapter}", lambda: spectrum_sections(result))
+    if reporting.json:
         print_json(result.to_dict())
-    elif as_csv:
+    elif pages.csv:
         print_csv([matrix.to_dict() for matrix in result.matrices])
-    elif not quiet:
+    elif not reporting.quiet:
         _print_report(result)
-    if not quiet:
-        for text in (*notes, *result.notes):
+    if not reporting.quiet:
+        for text in (*notes, *result.notes, *pages.notes()):
             note(text)
-        if html is not None:
-            note(f"wrote {html}")
         if result.directional:
             note("DoRA modules are given by their directions; --base tells their true changes")
 

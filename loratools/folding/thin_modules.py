@@ -16,11 +16,11 @@ import numpy as np
 from loratools.algebra.one_matrix import Decomposed
 from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.algebra.thin import Thin
-from loratools.factors.matrices import loaded
-from loratools.factors.resize import ComputeOptions
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opener
 from loratools.folding.without_base import with_settings
+from loratools.lowrank.matrices import loaded
+from loratools.lowrank.resize import ComputeOptions
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, LoratoolsError

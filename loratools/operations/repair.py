@@ -25,14 +25,16 @@ from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.outliers import DEAD, ONE_SIDED
 from loratools.algebra.thin import Thin
 from loratools.base.decompositions import IntruderOptions, leading
-from loratools.factors.resize import ComputeOptions, Resizer
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.folding.without_base import folded_exactly
+from loratools.lowrank.resize import ComputeOptions, Resizer
+from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
+from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import encode
@@ -46,32 +48,35 @@ class RepairOptions:
     """What to repair.
 
     Attributes:
-        intruders: how intruder dimensions are found; None to leave them.
-        shrink: λ, what their singular values are multiplied by.
-        keep_every_rank: let a module's rank grow by its edits instead of squeezing it back.
+        intruders: how intruder dimensions are found.
+        keep_intruders: leave intruder dimensions as they are.
+        shrink: what singular values of intruder dimensions are multiplied by.
+        keep_every_rank: let ranks grow by the edits, which loses rounding only.
         drop_dead: drop modules whose norm is below 1e-6 of the median.
-        rebalance: bring factors whose norms differ by more than 1000 times to about equal norms.
+        rebalance: balance factors whose norms differ by more than 1000 times.
 
     Raises:
         OptionError: nothing to do, or λ out of range.
     """
 
-    intruders: IntruderOptions | None = None
-    shrink: float = 0.75
-    keep_every_rank: bool = False
-    drop_dead: bool = False
-    rebalance: bool = False
+    intruders: IntruderOptions = IntruderOptions()
+    keep_intruders: bool = option(False, heading="Method")
+    shrink: float = option(0.75, heading="Method", name="lambda_")
+    keep_every_rank: bool = option(False, heading="Rank")
+    drop_dead: bool = option(False, heading="Method")
+    rebalance: bool = option(False, heading="Method")
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not 0.0 <= self.shrink < 1.0:
             raise OptionError("lambda is a share", got=self.shrink, expected="from 0, below 1")
-        if self.intruders is None and not (self.drop_dead or self.rebalance):
+        if self.keep_intruders and not (self.drop_dead or self.rebalance):
             raise OptionError("no step of the repair is chosen")
 
     def record(self) -> dict[str, Any]:
         """Return what determines the output's bytes, for its provenance."""
         values: dict[str, Any] = {"drop_dead": self.drop_dead, "rebalance": self.rebalance}
-        if self.intruders is not None:
+        if not self.keep_intruders:
             values |= {
                 "lambda": self.shrink,
                 "count": self.intruders.count,
@@ -152,6 +157,7 @@ def repair(
     base: Checkpoint | None = None,
     compute: ComputeOptions | None = None,
     selection: Selection | None = None,
+    workers: int = 2,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RepairResult:
@@ -163,6 +169,7 @@ def repair(
         base: the base model, for intruder dimensions.
         compute: how to compute and store.
         selection: modules to touch; the others keep every bit.
+        workers: threads over modules; results do not depend on it.
         scratch_folder: where results wait until they are written.
         progress: called with (modules done, modules in all).
 
@@ -171,8 +178,11 @@ def repair(
         UnsupportedError: a module is a DoRA, or has no factors.
         AdapterError: NaN or infinite values, nothing selected, or every module is dead.
     """
-    if options.intruders is not None and base is None:
-        raise OptionError("intruder dimensions are told by the base model", hint="Pass --base")
+    if not options.keep_intruders and base is None:
+        raise OptionError(
+            "intruder dimensions are told by the base model",
+            hint="Pass `base=MODEL` or `keep_intruders=True`",
+        )
     adapter.require_true_delta("repair")
     adapter = folded_exactly(adapter, "repair", scratch_folder, base)
     for name, delta in adapter.modules.items():
@@ -189,9 +199,7 @@ def repair(
         raise AdapterError("no module is selected", path=adapter.source)
     outcomes: list[_Outcome] = []
     names = list(adapter.modules)
-    for outcome in in_order(
-        lambda name: work.one(name, touched=name in selection), names, work.compute.threads
-    ):
+    for outcome in in_order(lambda name: work.one(name, touched=name in selection), names, workers):
         outcomes.append(outcome)
         if progress is not None:
             progress(len(outcomes), len(names))
@@ -232,8 +240,8 @@ class _Repair:
         self.options = options
         self.compute = compute
         self._opener = ThinModules(adapter, base, "repair")
-        wanted = base is not None and options.intruders is not None
-        self._beside = WeightsBeside(adapter, base) if wanted and base is not None else None
+        beside = None if base is None or options.keep_intruders else WeightsBeside(adapter, base)
+        self._beside = beside
         self._resizer = Resizer(compute, Scratch(scratch_folder), one_scale=False)
         self._device = Device(compute.device)
 
@@ -253,7 +261,6 @@ class _Repair:
     def _shrunk(
         self, kept: _Outcome, module: ThinModule, delta: LowRank, weights: list[Array]
     ) -> _Outcome:
-        assert self.options.intruders is not None
         found = [
             leading(weight, thin, self.options.intruders)[0]
             for weight, thin in zip(weights, module.matrices, strict=True)

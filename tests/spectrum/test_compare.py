@@ -17,7 +17,7 @@ from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import AdapterError
 
-EXACT = CompareOptions(sample=None)
+EXACT = CompareOptions(exact=True)
 
 
 def run(*arguments):

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
 from loratools.base.decompositions import IntruderOptions
-from loratools.factors.resize import ComputeOptions
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.repair import RepairOptions, repair
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
@@ -164,9 +164,9 @@ def test_modules_that_are_not_selected_keep_every_bit(tmp_path):
 def test_what_cannot_be_repaired_is_refused(tmp_path):
     adapter = read_adapter(dense.TINY / "dora")
     with pytest.raises(UnsupportedError, match="DoRA"):
-        repair(adapter, RepairOptions(drop_dead=True))
+        repair(adapter, RepairOptions(keep_intruders=True, drop_dead=True))
     with pytest.raises(OptionError, match="no step"):
-        RepairOptions()
+        RepairOptions(keep_intruders=True)
     with pytest.raises(OptionError, match="lambda"):
         RepairOptions(IntruderOptions(), shrink=1.5)
     done = run("repair", dense.TINY / "lora", "-o", tmp_path / "out")

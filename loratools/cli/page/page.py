@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from loratools.cli.page.parts import escaped
+from loratools.work.declared import option
+from loratools.work.requests import Reporting
+from loratools_formats.contract.files import check_target
+from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.publish import publish_file
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -33,12 +38,37 @@ def page(title: str, sections: Sequence[str]) -> str:
     )
 
 
-def write_page(path: Path, title: str, sections: Sequence[str], *, overwrite: bool) -> None:
-    """Write a page whole or not at all.
+@dataclass(frozen=True)
+class Pages:
+    """Other forms of a report than text.
 
-    Raises:
-        OutputExistsError: it exists and `overwrite` is false.
-        OutputError: it cannot be written.
+    Attributes:
+        html: also write a page that needs no network and no other file.
+        overwrite: replace the page if it exists.
+        csv: print a row of numbers for every module.
     """
-    with publish_file(path, overwrite=overwrite) as temporary:
-        temporary.write_text(page(title, sections), encoding="utf-8")
+
+    html: Path | None = option(None, heading="Report", metavar="FILE")
+    overwrite: bool = option(False, heading="Report")
+    csv: bool = option(False, heading="Report")
+
+    def check(self, reporting: Reporting) -> None:
+        """Raise `OptionError` if two forms are to be printed, `OutputExistsError` for the page."""
+        if self.csv and reporting.json:
+            raise OptionError("`csv` and `json` exclude each other")
+        if self.html is not None:
+            check_target(self.html, [], overwrite=self.overwrite)
+
+    def write(self, title: str, sections: Callable[[], Sequence[str]]) -> None:
+        """Write the page if one is asked for, whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if self.html is not None:
+            with publish_file(self.html, overwrite=self.overwrite) as temporary:
+                temporary.write_text(page(title, sections()), encoding="utf-8")
+
+    def notes(self) -> Sequence[str]:
+        """Return what to say of it."""
+        return () if self.html is None else (f"wrote {self.html}",)

@@ -20,8 +20,10 @@ from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.operations.compare.names import in_one_naming
 from loratools.operations.compare.pair import pair_module
 from loratools.operations.compare.result import CompareResult, PairModule, Unmatched
+from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.selection import Selection
+from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, OptionError
@@ -38,23 +40,29 @@ class CompareOptions:
     """How to compare.
 
     Attributes:
-        sample: entries of a module that are drawn for signs and TIES; None for all of them.
-        seed: of the sample.
-        workers: threads over modules; results do not depend on it.
+        exact: look at every entry for signs and TIES.
+        sample: entries of a module to look at otherwise.
+        seed: seed of the sample.
 
     Raises:
         OptionError: a number out of range.
     """
 
-    sample: int | None = 1 << 16
-    seed: int = 0
-    workers: int = 2
+    exact: bool = option(False, heading="Method")
+    sample: int = option(1 << 16, heading="Method")
+    seed: int = option(0, heading="Computing")
 
     def __post_init__(self) -> None:
-        if self.sample is not None and self.sample < 1:
+        check_options(self)
+        if self.sample < 1:
             raise OptionError("the sample is too small", got=self.sample, expected="at least 1")
-        if self.workers < 1:
-            raise OptionError("workers is too small", got=self.workers, expected="at least 1")
+        if self.seed < 0:
+            raise OptionError("seed is negative", got=self.seed)
+
+    @property
+    def drawn(self) -> int | None:
+        """Entries to draw; None for all."""
+        return None if self.exact else self.sample
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ def compare(
     base: Checkpoint | None = None,
     options: CompareOptions | None = None,
     selection: Selection | None = None,
+    workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompareResult:
     """Compare adapters where their modules match.
@@ -103,6 +112,7 @@ def compare(
             directions without it.
         options: how to compare.
         selection: modules to compare.
+        workers: threads over modules; results do not depend on it.
         progress: called with (modules done, modules in all).
 
     Raises:
@@ -117,7 +127,7 @@ def compare(
     openers = [ThinModules(adapter, base, "compare") for adapter in named]
     wanted = sorted({n for opener in openers for n in opener.modules if n in selection})
     done: list[_Module] = []
-    for module in in_order(lambda n: _module(n, openers, options), wanted, options.workers):
+    for module in in_order(lambda n: _module(n, openers, options), wanted, workers):
         done.append(module)
         if progress is not None:
             progress(len(done), len(wanted))
@@ -129,7 +139,7 @@ def compare(
             hint="Are they adapters of models with the same modules?",
         )
     if any(opener.directional for opener in openers):
-        notes.append("DoRA modules are compared by their directions; --base gives their changes")
+        notes.append("DoRA modules are compared by their directions; `base` gives their changes")
     partial = sum(module.partial for module in done)
     if partial:
         notes.append(
@@ -159,7 +169,7 @@ def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) 
     detail = None
     if count == len(found) == 2:
         first, second = modules
-        detail = pair_module(name, first, second, changes, stored, options.sample, options.seed)
+        detail = pair_module(name, first, second, changes, stored, options.drawn, options.seed)
     partial = any(thin.tail > 0.0 for module in modules for thin in module.matrices)
     return _Module(name, present, "", changes, stored, numbers, detail, partial)
 

@@ -9,7 +9,7 @@ import numpy as np
 from loratools.algebra.intruders import amplification, leading_triplets
 from loratools.algebra.thin import Thin
 from loratools.base.decompositions import IntruderOptions, leading
-from loratools.factors.matrices import loaded
+from loratools.lowrank.matrices import loaded
 from loratools.operations.spectrum.result import BaseMeasures
 from loratools_formats.core.adapter import ModuleChange
 

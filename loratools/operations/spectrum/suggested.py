@@ -9,9 +9,9 @@ from dataclasses import replace
 from loratools.algebra.budget import RankChoice, choose_ranks, rank_table
 from loratools.algebra.measures import knee
 from loratools.algebra.ranks import RankRule, Spectrum
-from loratools.factors.resize import ComputeOptions, Resizer
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.without_base import plain_adapter
+from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.operations.ranked import planned_nbytes
 from loratools.operations.spectrum.result import Suggestion
 from loratools.work.scratch import Scratch
