@@ -164,7 +164,8 @@ def prepare(
     if context.base is not None and not _uses_base(get_format(adapter.format), target):
         unused = (f"converting {adapter.format} to {target.name} needs no base model",)
         context = replace(context, base=None)
-    _require_true_delta(adapter, target)
+    if adapter.format != target.name:
+        adapter.require_true_delta("convert", target.caveats_kept)
     model = _in_model_terms(adapter, target, context)
     lost = [] if single.as_it_is else _lost_by_any_name(model, target)
     left = {loss.name for loss in lost}
@@ -255,12 +256,6 @@ def _named(
     return renamed(adapter, naming or "bare", NamingOptions(table, tuple(dotted), single.component))
 
 
-def _require_true_delta(adapter: Adapter, target: Format) -> None:
-    caveats = tuple(c for c in adapter.caveats if c.code not in target.caveats_kept)
-    if adapter.format != target.name:
-        replace(adapter, caveats=caveats).require_true_delta("convert")
-
-
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
     source = get_format(adapter.format)
     return adapter if source.name == target.name else source.to_model(adapter, context)
@@ -274,9 +269,9 @@ def _uses_base(source: Format, target: Format) -> bool:
 
 def _notes(adapter: Adapter, made: Adapter, target: Format) -> tuple[str, ...]:
     if target.is_folder or not adapter.attachments:
-        return made.notes
+        return made.remarks
     names = ", ".join(sorted(adapter.attachments))
-    return (*made.notes, f"a {target.name} file has no place for {names}")
+    return (*made.remarks, f"a {target.name} file has no place for {names}")
 
 
 class _TooInexactError(Exception):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.core.adapter import MUTATED_BASE, Caveat
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.peft.patterns import match_patterns
@@ -169,16 +169,19 @@ class PeftConfig:
         """Return the factor of b @ a: α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732)."""
         return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank
 
-    def caveats(self) -> tuple[Caveat, ...]:
+    def caveats(self) -> tuple[Finding, ...]:
         """List why the factors do not tell the true ΔW, if they do not."""
         found = []
         init = self.values.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
             found.append(
-                Caveat(
-                    MUTATED_BASE,
+                Finding(
+                    "mutated-base",
+                    "error",
+                    "init_lora_weights",
                     f"init_lora_weights {init!r} changed the base weights before training",
-                    "Give the adapter saved right after initialisation as `initial`",
+                    "Make it plain with the adapter saved right after initialisation: "
+                    "loratools squeeze ADAPTER --initial INITIAL --energy 1 -o PLAIN",
                 )
             )
         elif isinstance(init, str) and init.lower() not in _PLAIN_INITS:
@@ -186,13 +189,25 @@ class PeftConfig:
         for key, reason in _REFUSED_KEYS.items():
             if is_set(self.values.get(key)):
                 found.append(
-                    Caveat(key, f"config key {key}: {reason}", "This kind is not supported yet")
+                    Finding(
+                        "unsupported-config-key",
+                        "error",
+                        key,
+                        f"config key {key}: {reason}",
+                        "This kind is not supported yet",
+                    )
                 )
         alphas = {f"alpha_pattern of {name}": alpha for name, alpha in self._alpha_pattern.items()}
         for name, alpha in {"lora_alpha": self.values["lora_alpha"], **alphas}.items():
             if alpha <= 0:
                 found.append(
-                    Caveat("lora_alpha", f"{name} is {alpha}", "Correct it in adapter_config.json")
+                    Finding(
+                        "alpha-not-positive",
+                        "error",
+                        name,
+                        f"{name} is {alpha}",
+                        "Correct it in adapter_config.json",
+                    )
                 )
         known = _NEUTRAL_KEYS | _HANDLED_KEYS | set(_REFUSED_KEYS) | set(VARIANT_KEYS)
         found += [
@@ -208,9 +223,11 @@ def is_set(value: Any) -> bool:
     return value is not None and value is not False and value not in ({}, [], "")
 
 
-def unknown_key(key: str, value: Any) -> Caveat:
-    """Return the caveat about a key that is not known."""
-    return Caveat(
+def unknown_key(key: str, value: Any) -> Finding:
+    """Return the finding about a key that is not known."""
+    return Finding(
+        "unknown-config-key",
+        "error",
         key,
         f"config key {key} = {value!r} is not known and may change the weights",
         "Remove the key from adapter_config.json if it has no effect",
