@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.core.alora import ACTIVATED, INVOCATION_TOKENS
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.strict_json import read_object
@@ -60,7 +62,6 @@ NOT_A_PRODUCT = {
 """Keys of systems that write a LoRA configuration and other tensors, and what they are."""
 
 _REFUSED_KEYS = NOT_A_PRODUCT | {
-    "alora_invocation_tokens": "it acts only after the invocation tokens (activated LoRA)",
     "arrow_config": "it is routed per token (Arrow)",
     "layer_replication": "its layers are numbered unlike the base model's",
     "megatron_config": "its factors are tensor-parallel shards",
@@ -186,6 +187,9 @@ class PeftConfig:
             )
         elif isinstance(init, str) and init.lower() not in _PLAIN_INITS:
             found.append(unknown_key("init_lora_weights", init))
+        if is_set(self.values.get(INVOCATION_TOKENS)):
+            message = f"config key {INVOCATION_TOKENS}: {ACTIVATED.message}"
+            found.append(replace(ACTIVATED, message=message))
         for key, reason in _REFUSED_KEYS.items():
             if is_set(self.values.get(key)):
                 found.append(
@@ -209,7 +213,13 @@ class PeftConfig:
                         "Correct it in adapter_config.json",
                     )
                 )
-        known = _NEUTRAL_KEYS | _HANDLED_KEYS | set(_REFUSED_KEYS) | set(VARIANT_KEYS)
+        known = (
+            _NEUTRAL_KEYS
+            | _HANDLED_KEYS
+            | {INVOCATION_TOKENS}
+            | set(_REFUSED_KEYS)
+            | set(VARIANT_KEYS)
+        )
         found += [
             unknown_key(key, value)
             for key, value in sorted(self.values.items())
