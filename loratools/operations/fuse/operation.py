@@ -19,7 +19,7 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from loratools.algebra.device import Computing, Device
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import plain, plain_metadata
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
@@ -212,7 +212,12 @@ class Fusion:
         self._lock = threading.Lock()
         self.new = NewCheckpoint(
             base,
-            grouped(base, self._parts(), max_shard_bytes=options.max_shard_bytes),
+            grouped(
+                base,
+                self._parts(),
+                max_shard_bytes=options.max_shard_bytes,
+                metadata=plain_metadata(self._plain),
+            ),
             self._config(),
             self._record,
             tuple(item.adapter for item in self.inputs),
