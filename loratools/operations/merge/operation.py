@@ -42,7 +42,6 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import common_dtype
-from loratools_formats.core.metadata import merged_from
 from loratools_formats.core.tensors import unmade
 from loratools_formats.disk.errors import OptionError
 
@@ -198,10 +197,7 @@ class _Merge(Ranked[_Merged, Measured]):
             config=_config(first, self.inputs),
             # The first adapter's card does not describe the result.
             attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
-            metadata={
-                **first.metadata,
-                **merged_from(item.adapter.metadata for item in self.inputs),
-            },
+            metadata={**first.metadata, **titles},
             inputs=tuple(file for item in self.inputs for file in item.adapter.inputs),
         )
 
