@@ -188,6 +188,7 @@ class _Merge(Ranked[_Merged, Measured]):
     def _without_modules(self) -> Adapter:
         """Return all of the merged adapter but its modules."""
         first = self.inputs[0].adapter
+        titles = merged_from(item.adapter.metadata for item in self.inputs)
         return replace(
             first,
             modules={},
