@@ -33,7 +33,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --fast --ignore=tests/consumers $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --fast $(ARGS)
 
 test-kernels: $(VENV)/.dev
 	$(BIN)/python tests/kernels.py --numprocesses 2 $(ARGS)

@@ -1,18 +1,21 @@
 """Fixtures that many tests share, and the fast tier: `pytest --fast`, `make test-fast`.
 
-The fast tier leaves out every test marked `slow`, and skips every test and every file that imports
-one of the libraries which judge our outputs: they take seconds to import.
+The fast tier leaves out every test marked `slow` and the folders NOT_FAST, and skips every test and
+every file that imports one of the libraries which judge our outputs: they take seconds to import.
 """
 
 import importlib.abc
 import json
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+# Tests with other libraries, and tests of whole programs that are stopped, starved or fed rubbish.
+NOT_FAST = {Path(__file__).parent / name for name in ("consumers", "robustness")}
 HEAVY = {
     "accelerate", "bitsandbytes", "diffusers", "loralib", "lycoris", "mergekit", "mlx", "mlx_lm",
     "peft", "transformers", "xllamacpp",
@@ -44,6 +47,10 @@ class Skipping(importlib.abc.MetaPathFinder):
 def pytest_configure(config):
     if config.getoption("fast"):
         sys.meta_path.insert(0, Skipping())
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if config.getoption("fast") and collection_path in NOT_FAST else None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -228,7 +228,9 @@ def test_info_shows_what_an_adapter_is(make_folder):
     info = json.loads(loratools("info", folder, "--json").stdout)
     assert info["parameters"] == 8 * 44 + 4 * 56
     assert info["dtypes"] == {"BF16": 4}
-    assert info["caveats"][0]["code"] == "some_new_key"
+    (finding,) = info["findings"]
+    assert finding["code"] == "unknown-config-key"
+    assert (finding["severity"], finding["where"]) == ("error", "some_new_key")
     assert "layers.1.down" in loratools("info", folder, "-v").stdout
 
 

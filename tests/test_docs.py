@@ -30,6 +30,7 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=[block[-1][0] for block in BLOCKS])
 def test_commands_print_what_is_shown(clone, block):
     for command, shown in block:

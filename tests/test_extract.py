@@ -312,6 +312,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         extract(base, tuned, difference(base, tuned), RankRule(rank=2))
 
 
+@pytest.mark.slow
 def test_rules_count_every_singular_value_of_a_large_change(tmp_path):
     old = {UP: np.zeros((540, 600), np.float32)}
     rng = np.random.default_rng(8)

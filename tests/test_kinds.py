@@ -315,8 +315,8 @@ SQUARE = {".lora_A.weight": random(16, 16), ".lora_B.weight": np.zeros((36, 16),
 )
 def test_what_is_no_product_is_recognised_and_not_a_change_of_zero(tmp_path, name, tensors, config):
     adapter = read_adapter(saved(tmp_path / "adapter", tensors, **config))
-    (caveat,) = describe(adapter).caveats
-    assert name in caveat.reason
+    (finding,) = describe(adapter).findings
+    assert name in finding.message
     for operation in (lambda: to_lora(adapter, RankRule()), lambda: squeeze(adapter, RankRule())):
         with pytest.raises(UnsupportedError, match=name):
             operation()
@@ -331,7 +331,7 @@ def test_tensors_beside_factors_that_are_not_known_are_refused(tmp_path, extra):
 def test_the_change_of_a_bayesian_lora_is_that_of_its_mean(tmp_path):
     spread = {".lora_A_rho": random(4, 24)}
     adapter = read_adapter(saved(tmp_path / "adapter", FACTORS | spread))
-    (note,) = (text for text in adapter.notes if "posterior" in text)
+    (note,) = (text for text in adapter.remarks if "posterior" in text)
     assert "BLoB" in note
     result = to_lora(adapter, RankRule())
     close(effective_delta("q_proj", result.adapter.modules["q_proj"], (36, 24)), 2.0 * B @ A)

@@ -16,20 +16,20 @@ from loratools_formats.contract.registry import (
 )
 from loratools_formats.core.adapter import (
     Adapter,
-    Caveat,
     KindDelta,
     Layer,
     LowRank,
     ModuleChange,
     Replacement,
 )
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import LoratoolsError
 
 __all__ = [
     "Adapter",
-    "Caveat",
     "Context",
+    "Finding",
     "Format",
     "FormatEntry",
     "KindDelta",

@@ -16,6 +16,7 @@ from loratools_formats.containers.gguf.model import plain
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef, equal_values
 from loratools_formats.disk.errors import LoratoolsError, MissingFileError
 
@@ -35,8 +36,9 @@ def without_repeated(adapter: Adapter, stored: Callable[[str], TensorRef | None]
     if not repeated:
         return adapter
     kept = {key: r for key, r in adapter.replacements.items() if key not in repeated}
-    note = f"left out, since they are the base's own values: {', '.join(repeated.values())}"
-    return replace(adapter, replacements=kept, notes=(*adapter.notes, note))
+    text = f"left out, since they are the base's own values: {', '.join(repeated.values())}"
+    finding = Finding("base-values", "note", None, text)
+    return replace(adapter, replacements=kept, findings=(*adapter.findings, finding))
 
 
 def stored_in(base: Path) -> Callable[[str], TensorRef | None]:

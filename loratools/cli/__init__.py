@@ -14,6 +14,7 @@ from loratools import __version__
 from loratools.cli.errors import run
 
 _COMMANDS = {
+    "compare": "loratools.cli.compare",
     "convert": "loratools.cli.convert",
     "dequantize": "loratools.cli.dequantize",
     "extract": "loratools.cli.extract",
@@ -23,6 +24,8 @@ _COMMANDS = {
     "merge": "loratools.cli.merge",
     "methods": "loratools.cli.methods",
     "quantize": "loratools.cli.quantize",
+    "repair": "loratools.cli.repair",
+    "spectrum": "loratools.cli.spectrum",
     "squeeze": "loratools.cli.squeeze",
     "to-dora": "loratools.cli.to_dora",
     "to-lora": "loratools.cli.to_lora",
@@ -30,6 +33,7 @@ _COMMANDS = {
 }
 
 _SUMMARIES = {
+    "compare": "Compare adapters: angles, shared spaces, signs, families; or two bases.",
     "convert": "Convert an adapter to another format, and check what was written.",
     "dequantize": "Turn a checkpoint's four-bit weights back into 16 or 32 bits.",
     "extract": "Extract the LoRA between two checkpoints.",
@@ -39,6 +43,8 @@ _SUMMARIES = {
     "merge": "Merge adapters of any rank, scale and type into one.",
     "methods": "List the merge methods with their parameters, broken plugins included.",
     "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
+    "repair": "Shrink an adapter's intruder dimensions, drop dead modules, balance factors.",
+    "spectrum": "Measure what is in an adapter: spectra, ranks, strength, what stands out.",
     "verify": "Check whether a checkpoint is a base with adapters fused in.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
     "to-dora": "Turn a LoRA into a DoRA that makes the same change.",

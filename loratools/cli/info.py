@@ -65,7 +65,10 @@ def _print(found: AdapterInfo) -> None:
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
     lines += [("carries", key) for key in found.carried]
     lines += [(key.removeprefix("loratools."), value) for key, value in found.provenance.items()]
-    lines += [("caution", f"{caveat.reason}. {caveat.remedy}") for caveat in found.caveats]
+    lines += [
+        (each.severity, f"{each.code}: " + ". ".join(filter(None, (each.message, each.hint))))
+        for each in found.findings
+    ]
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         if text:

@@ -226,7 +226,7 @@ def _inputs(
 
 def _notes(inputs: list[MergeInput]) -> tuple[str, ...]:
     bases = sorted({item.adapter.base_model for item in inputs if item.adapter.base_model})
-    notes = [text for item in inputs for text in item.adapter.notes]
+    notes = [text for item in inputs for text in item.adapter.remarks]
     if len(bases) > 1:
         notes.append(f"the adapters name different base models: {', '.join(bases)}")
     return tuple(notes)

@@ -65,7 +65,7 @@ class Trained:
     @property
     def notes(self) -> tuple[str, ...]:
         """What reading it found that a user should know."""
-        return self.inputs[0].notes
+        return self.inputs[0].remarks
 
 
 def trained(source: Any, initial: Any, reading: Reading) -> Trained:

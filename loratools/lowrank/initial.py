@@ -16,7 +16,6 @@ from dataclasses import replace
 import numpy as np
 
 from loratools_formats.core.adapter import (
-    MUTATED_BASE,
     Adapter,
     LowRank,
     ModuleChange,
@@ -24,6 +23,8 @@ from loratools_formats.core.adapter import (
 from loratools_formats.core.dtypes import common_dtype, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+
+_MUTATED_BASE = "mutated-base"
 
 
 def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
@@ -38,7 +39,7 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
         AdapterError: the two do not belong together.
         UnsupportedError: biases of factors, for which the difference is not defined here.
     """
-    if all(caveat.code != MUTATED_BASE for caveat in adapter.caveats):
+    if all(caveat.code != _MUTATED_BASE for caveat in adapter.caveats):
         raise OptionError(
             "an initial adapter was given, but the adapter was not trained against a changed base",
             hint="Leave out `initial`",
@@ -52,8 +53,8 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
         raise AdapterError(
             "the initial adapter is of another kind",
             path=initial.source,
-            got=initial.caveats[0].reason,
-            expected=adapter.caveats[0].reason,
+            got=initial.caveats[0].message,
+            expected=adapter.caveats[0].message,
         )
     if all(_equal(delta, initial.modules[name]) for name, delta in adapter.modules.items()):
         raise AdapterError(
@@ -68,7 +69,7 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     return replace(
         adapter,
         modules=modules,
-        caveats=tuple(caveat for caveat in adapter.caveats if caveat.code != MUTATED_BASE),
+        findings=tuple(each for each in adapter.findings if each.code != _MUTATED_BASE),
         other_inputs={**adapter.other_inputs, "initial": initial.inputs},
     )
 

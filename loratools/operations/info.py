@@ -9,10 +9,10 @@ from typing import Any
 
 from loratools_formats.core.adapter import (
     Adapter,
-    Caveat,
     Dialect,
     ModuleChange,
 )
+from loratools_formats.core.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class AdapterInfo:
         parameters: number of elements in all tensors.
         nbytes: size of the weight file.
         dtypes: number of tensors by stored type.
-        caveats: reasons why operations on ΔW refuse it.
-        notes: other remarks.
+        findings: what is worth telling; those of severity `error` make operations on ΔW refuse it.
         provenance: what the file says about how it was made, as metadata keys and values.
     """
 
@@ -95,8 +94,7 @@ class AdapterInfo:
     parameters: int
     nbytes: int
     dtypes: dict[str, int]
-    caveats: tuple[Caveat, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
     provenance: dict[str, str]
 
 
@@ -120,8 +118,7 @@ def describe(adapter: Adapter) -> AdapterInfo:
         parameters=sum(tensor.numel for tensor in adapter.tensors()),
         nbytes=adapter.weights_nbytes,
         dtypes=dict(sorted(Counter(t.dtype.code for t in adapter.tensors()).items())),
-        caveats=adapter.caveats,
-        notes=adapter.notes,
+        findings=adapter.findings,
         provenance={k: v for k, v in adapter.metadata.items() if k.startswith("loratools.")},
     )
 

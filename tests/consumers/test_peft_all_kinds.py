@@ -90,9 +90,10 @@ def test_kinds_without_a_weight_change_are_recognised_and_refused(tmp_path, peft
     peft.get_peft_model(model, getattr(peft, name)(**options)).save_pretrained(tmp_path / "adapter")
 
     adapter = read_adapter(tmp_path / "adapter")
-    (caveat,) = describe(adapter).caveats
-    assert f"kind {peft_type}" in caveat.reason
-    assert reason in caveat.reason
+    (finding,) = (each for each in describe(adapter).findings if each.severity == "error")
+    assert finding.code == "no-weight-change"
+    assert f"kind {peft_type}" in finding.message
+    assert reason in finding.message
     assert adapter.modules == {}
     for operation in (lambda: to_lora(adapter, RankRule()), lambda: squeeze(adapter, RankRule())):
         with pytest.raises(UnsupportedError, match=reason):

@@ -346,7 +346,7 @@ def test_a_number_that_is_not_in_the_config_is_never_assumed(made, tmp_path, nam
 def test_uni_lora_without_its_indices_asks_for_the_base_and_the_order_of_layers(made):
     folder, _ = made("unilora-seeded")
     adapter, base = read_adapter(folder / "adapter"), read_checkpoint(folder / "base")
-    assert "indices are not in the file" in " ".join(adapter.notes)
+    assert "indices are not in the file" in " ".join(adapter.remarks)
     for operation in (lambda: to_lora(adapter, RankRule()), lambda: squeeze(adapter, RankRule())):
         with pytest.raises(UnsupportedError, match="--base"):
             operation()

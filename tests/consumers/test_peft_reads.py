@@ -200,7 +200,7 @@ def test_named_adapters_lie_in_sub_folders(tmp_path):
     both = {"default": read_adapter(folder), "second": read_adapter(folder / "second")}
     assert set(both["default"].modules) == {"up"}
     assert set(both["second"].modules) == {"up", "down"}
-    assert any("second" in note for note in both["default"].notes)
+    assert any("second" in note for note in both["default"].remarks)
 
     base = peft_models.build("linear").double()
     again = PeftModel.from_pretrained(base, str(folder))

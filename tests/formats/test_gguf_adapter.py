@@ -29,7 +29,7 @@ from loratools_formats import (
 from loratools_formats.containers.gguf.container import KeyValue, read_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.core.adapter import ModuleChange
-from loratools_formats.core.alora import CAVEAT
+from loratools_formats.core.alora import ACTIVATED
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
@@ -176,7 +176,7 @@ def test_norms_are_carried_with_a_note(tmp_path):
     tensors = {A: floats(4, 16), B: floats(16, 4), "output_norm.weight": floats(16)}
     adapter = read_adapter(file_with(tmp_path / "file.gguf", tensors))
     assert set(adapter.carried) == {"output_norm.weight"}
-    assert "ignores" in adapter.notes[0]
+    assert "ignores" in adapter.remarks[0]
 
 
 def test_quantised_factors_are_read_as_what_they_stand_for(tmp_path):
@@ -317,7 +317,7 @@ def test_rows_that_are_no_whole_block_fall_back_to_16_bits(base, tmp_path):
     delta = with_parts(lora(), a=in_memory("a", floats(8, 64)), b=in_memory("b", floats(16, 8)))
     path = "model.layers.0.mlp.gate_proj"
     adapter = made({path: delta}, base(), "q8_0")
-    assert adapter.notes == (
+    assert adapter.remarks == (
         "1 of 2 factors are F16, since their rows are no whole blocks of Q8_0",
     )
     write_adapter(adapter, tmp_path / "out.gguf", "gguf")
@@ -485,7 +485,7 @@ def test_invocation_tokens_are_kept(make_folder, base, tmp_path):
 @pytest.mark.parametrize("tokens", [None, [], "5", [-1], [1 << 32], [True]])
 def test_invocation_tokens_that_are_none_are_refused(base, tokens):
     config = {"alora_invocation_tokens": tokens}
-    message = refusal({Q: lora()}, base(), config=config, caveats=(CAVEAT,))
+    message = refusal({Q: lora()}, base(), config=config, findings=(ACTIVATED,))
     assert "alora_invocation_tokens is wrong" in message
 
 

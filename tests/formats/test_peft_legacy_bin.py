@@ -66,7 +66,7 @@ def test_adapter(make_folder):
     (read,) = adapter.modules.values()
     assert read.direction.a.raw() == delta.direction.a.raw()
     assert read.direction.b.raw() == delta.direction.b.raw()
-    assert adapter.notes == ("weights are pickled (adapter_model.bin)",)
+    assert adapter.remarks == ("weights are pickled (adapter_model.bin)",)
     assert adapter.inputs[0].path.name == "adapter_model.bin"
     adapter.check_unchanged()
     (folder / "adapter_model.bin").touch()

@@ -65,7 +65,7 @@ class TestPeftWeights:
     def test_their_scale_is_asked_for(self, tmp_path, name):
         path = saved(tmp_path / name, self.tensors)
         assert find_format(path).name == "peft-weights"
-        assert "adapter_config.json" in read_adapter(path).notes[-1]
+        assert "adapter_config.json" in read_adapter(path).remarks[-1]
         with pytest.raises(UnsupportedError, match="alpha"):
             deltas_of(path, SHAPES, variant="rslora")
         got, _ = deltas_of(path, SHAPES, alpha=8, variant="rslora")

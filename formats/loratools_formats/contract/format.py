@@ -60,7 +60,8 @@ class Format:
         suffixes: endings of its files' names, or of its folders' if they have one of their own.
         is_folder: whether an adapter is a folder rather than a file.
         dtypes: types that a context may ask `from_model` to store factors in.
-        caveats_kept: codes of caveats that this format expresses; they hinder no conversion to it.
+        caveats_kept: codes of findings that hinder operations on ΔW, but no conversion to this
+            format, since it can say what they say.
         naming: how its files name the modules of a diffusion pipeline; None for other formats.
         uses_base: whether `to_model` or `from_model` can use the context's base model.
         one_kind: whether its configuration names one kind of adapter for the whole file.

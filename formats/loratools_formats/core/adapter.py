@@ -10,11 +10,12 @@ number in front of both: `a: (E, r, in)`, `b: (E, out, r)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.summary import adapter_line, adapter_table, change_line
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -324,24 +325,6 @@ class Dialect:
     keys: int
 
 
-@dataclass(frozen=True)
-class Caveat:
-    """A reason why the factors do not tell the true ΔW.
-
-    Attributes:
-        code: `mutated-base`, or the config key concerned.
-        reason: what is the matter.
-        remedy: what the user can do.
-    """
-
-    code: str
-    reason: str
-    remedy: str
-
-
-MUTATED_BASE = "mutated-base"
-
-
 @dataclass(frozen=True, repr=False)
 class Adapter:
     """An adapter read from somewhere, or made by an operation.
@@ -360,8 +343,7 @@ class Adapter:
         config: the format's own configuration, untouched.
         metadata: the weight file's string metadata.
         base_model: the base model's name, if recorded.
-        caveats: reasons why operations on ΔW must refuse this adapter.
-        notes: things a user should know that change nothing.
+        findings: what its reader, and the operations that made it, found worth telling.
         dialects: of a single file, how its keys are spelled.
         attachments: other files to keep beside the output, such as the tokenizer's, by name: a
             path to copy, or the content itself.
@@ -381,8 +363,7 @@ class Adapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     base_model: str | None = None
-    caveats: tuple[Caveat, ...] = ()
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     dialects: tuple[Dialect, ...] = ()
     attachments: Mapping[str, Path | bytes] = field(default_factory=dict)
     inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
@@ -411,15 +392,33 @@ class Adapter:
             yield replacement.tensor
         yield from self.carried.values()
 
-    def require_true_delta(self, operation: str) -> None:
-        """Raise `UnsupportedError` if the factors do not tell the true ΔW."""
-        if self.caveats:
-            caveat = self.caveats[0]
-            raise UnsupportedError(
-                f"{operation} needs the true weight change: {caveat.reason}",
-                path=self.source,
-                hint=caveat.remedy,
-            )
+    @property
+    def caveats(self) -> tuple[Finding, ...]:
+        """The findings of severity `error`: reasons why operations on ΔW refuse the adapter."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The messages of all other findings."""
+        return tuple(each.message for each in self.findings if each.severity != "error")
+
+    def require_true_delta(self, operation: str, kept: Collection[str] = ()) -> None:
+        """Refuse an adapter whose tensors do not tell its ΔW.
+
+        Args:
+            operation: what needs ΔW, for the message.
+            kept: codes of findings that do not hinder the operation.
+
+        Raises:
+            UnsupportedError: a finding hinders it.
+        """
+        for caveat in self.caveats:
+            if caveat.code not in kept:
+                raise UnsupportedError(
+                    f"{operation} needs the true weight change: {caveat.message}",
+                    path=self.source,
+                    hint=caveat.hint or None,
+                )
 
     def check_unchanged(self) -> None:
         """Raise `AdapterError` if an input file was written to since it was opened."""

@@ -6,13 +6,16 @@ operations on ΔW refuse such adapters. Formats that can say which tokens keep t
 
 from __future__ import annotations
 
-from loratools_formats.core.adapter import Adapter, Caveat
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
 
 INVOCATION_TOKENS = "alora_invocation_tokens"
 """Key of an adapter's configuration, in PEFT's and as GGUF adapters are handed to others."""
 
-CAVEAT = Caveat(
+ACTIVATED = Finding(
+    "activated-lora",
+    "error",
     INVOCATION_TOKENS,
     "it acts only after the invocation tokens (activated LoRA)",
     "Only converting it between peft and gguf is supported yet",
@@ -28,7 +31,7 @@ def invocation_tokens(adapter: Adapter) -> list[int] | None:
         AdapterError: they are no tokens, or the adapter does not say which they are.
     """
     tokens = adapter.config.get(INVOCATION_TOKENS)
-    is_activated = any(caveat.code == INVOCATION_TOKENS for caveat in adapter.caveats)
+    is_activated = any(caveat.code == ACTIVATED.code for caveat in adapter.caveats)
     if not tokens and not is_activated:
         return None
     if (

@@ -155,17 +155,13 @@ def prepare(
     target = get_format(format_name)
     if not target.is_writable:
         raise UnsupportedError(f"format {target.name} can be read but not written")
-    if context.dtype is not None and context.dtype not in target.dtypes:
-        raise OptionError(
-            f"format {target.name} is not written in this type",
-            got=context.dtype,
-            expected=" or ".join(target.dtypes) or "`dtype` to be left out",
-        )
+    _check_dtype(target, context.dtype)
     unused: tuple[str, ...] = ()
     if context.base is not None and not _uses_base(get_format(adapter.format), target):
         unused = (f"converting {adapter.format} to {target.name} needs no base model",)
         context = replace(context, base=None)
-    _require_true_delta(adapter, target)
+    if adapter.format != target.name:
+        adapter.require_true_delta("convert", target.caveats_kept)
     model = _in_model_terms(adapter, target, context)
     if target.name == "gguf" and context.base is not None and model.replacements:
         model = without_repeated(model, stored_in(context.base))
@@ -204,6 +200,15 @@ def prepare(
     )
     notes = (*unused, *_notes(adapter, made, target), *named.notes)
     return Conversion(adapter, made, exact, target, losses, notes)
+
+
+def _check_dtype(target: Format, dtype: str | None) -> None:
+    if dtype is not None and dtype not in target.dtypes:
+        raise OptionError(
+            f"format {target.name} is not written in this type",
+            got=dtype,
+            expected=" or ".join(target.dtypes) or "`dtype` to be left out",
+        )
 
 
 def _lost_by_any_name(adapter: Adapter, target: Format) -> list[Loss]:
@@ -258,12 +263,6 @@ def _named(
     return renamed(adapter, naming or "bare", NamingOptions(table, tuple(dotted), single.component))
 
 
-def _require_true_delta(adapter: Adapter, target: Format) -> None:
-    caveats = tuple(c for c in adapter.caveats if c.code not in target.caveats_kept)
-    if adapter.format != target.name:
-        replace(adapter, caveats=caveats).require_true_delta("convert")
-
-
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
     source = get_format(adapter.format)
     return adapter if source.name == target.name else source.to_model(adapter, context)
@@ -277,9 +276,9 @@ def _uses_base(source: Format, target: Format) -> bool:
 
 def _notes(adapter: Adapter, made: Adapter, target: Format) -> tuple[str, ...]:
     if target.is_folder or not adapter.attachments:
-        return made.notes
+        return made.remarks
     names = ", ".join(sorted(adapter.attachments))
-    return (*made.notes, f"a {target.name} file has no place for {names}")
+    return (*made.remarks, f"a {target.name} file has no place for {names}")
 
 
 class _TooInexactError(Exception):

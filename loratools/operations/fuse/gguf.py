@@ -100,7 +100,7 @@ class GgufFusion:
             name: self._plan(name, changes[name]) for name in base.tensors if name in changes
         }
         touched = [base.tensors[name] for name in self.plans]
-        read = dict.fromkeys(note for item in inputs for note in item.adapter.notes)
+        read = dict.fromkeys(note for item in inputs for note in item.adapter.remarks)
         self.notes = (*read, *_fallback_notes(touched, kinds, options), *_joined_notes(base))
 
     def _plan(self, name: str, changes: Sequence[Change]) -> TensorPlan:

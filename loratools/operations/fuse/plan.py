@@ -23,8 +23,7 @@ from loratools.operations.fuse.terms import Change
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES
 from loratools_formats.checkpoints.facts import is_vocabulary, text_values, with_text_values
-from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import MUTATED_BASE, Adapter
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -186,7 +185,7 @@ def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     Raises:
         UnsupportedError: it has no true ΔW, or a setting is neither in the file nor in the base.
     """
-    _require_true_delta(adapter)
+    adapter.require_true_delta("fuse")
     return with_replaced_rows(folded_where_exact(adapter, "fuse", None, base=base, dense=False))
 
 
@@ -221,17 +220,6 @@ def _tensor_plan(
         base.tensors.get(key),
         None if draft.replaced_by is None else draft.replaced_by.name,
     )
-
-
-def _require_true_delta(adapter: Adapter) -> None:
-    if any(caveat.code == MUTATED_BASE for caveat in adapter.caveats):
-        raise UnsupportedError(
-            "fuse needs the true weight change, and the adapter was trained on a changed base",
-            path=adapter.source,
-            hint="Make it plain first: "
-            + command_on(adapter, "squeeze", "--initial INITIAL --energy 1"),
-        )
-    adapter.require_true_delta("fuse")
 
 
 def _own(base: Checkpoint, key: str, draft: Draft) -> DType:

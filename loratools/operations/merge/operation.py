@@ -39,13 +39,12 @@ from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import MUTATED_BASE, Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import common_dtype
 from loratools_formats.core.metadata import merged_from
 from loratools_formats.core.tensors import unmade
-from loratools_formats.disk.errors import OptionError, UnsupportedError
+from loratools_formats.disk.errors import OptionError
 
 Array = np.ndarray[Any, Any]
 
@@ -135,7 +134,7 @@ def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) 
                     hint="Use `rank` or `energy`",
                 )
     for item in inputs:
-        _require_true_delta(item.adapter)
+        item.adapter.require_true_delta("merge")
     for override in options.overrides:
         method.checked(override.parameters)
         if override.weights is not None and len(override.weights) not in (1, count):
@@ -144,16 +143,6 @@ def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) 
                 got=len(override.weights),
                 expected=f"1 or {count}",
             )
-
-
-def _require_true_delta(adapter: Adapter) -> None:
-    try:
-        adapter.require_true_delta("merge")
-    except UnsupportedError as error:
-        if adapter.caveats[0].code == MUTATED_BASE:
-            command = command_on(adapter, "squeeze", "--initial INITIAL --energy 1")
-            error.hint = f"Make it a plain adapter first: {command}"
-        raise
 
 
 def _config(first: Adapter, inputs: Sequence[MergeInput]) -> Any:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.contract.format import Context, Format, Loss
-from loratools_formats.core.alora import INVOCATION_TOKENS
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter
@@ -25,7 +24,7 @@ class Gguf(Format):
     description = "GGUF adapter file for llama.cpp"
     suffixes = (".gguf",)
     dtypes = ("f32", "f16", "bf16", "q8_0")
-    caveats_kept = (INVOCATION_TOKENS,)
+    caveats_kept = ("activated-lora",)
     uses_base = True
 
     def sniff(self, path: Path) -> bool:

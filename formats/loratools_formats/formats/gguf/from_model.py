@@ -24,7 +24,7 @@ from loratools_formats.disk.files import RegularFile
 from loratools_formats.formats.gguf.architectures import Module
 from loratools_formats.formats.gguf.base import Base, read_base
 from loratools_formats.formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
-from loratools_formats.formats.gguf.write import fallback_notes
+from loratools_formats.formats.gguf.write import dtype_fallbacks
 
 _OUTPUT = "output"
 DEFAULT_DTYPE = "f32"
@@ -92,7 +92,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
             **{k: v for k, v in adapter.metadata.items() if k and not k.startswith(_OWN_KEYS)},
         },
         base_model=adapter.base_model,
-        notes=(*adapter.notes, *fallback_notes(modules, context.dtype)),
+        findings=(*adapter.findings, *dtype_fallbacks(modules, context.dtype)),
         inputs=adapter.inputs,
         other_inputs=with_base(adapter, base),
     )
@@ -104,7 +104,7 @@ def _of_gguf(adapter: Adapter, context: Context) -> Adapter:
     return replace(
         adapter,
         config={**adapter.config, "storage": context.dtype},
-        notes=(*adapter.notes, *fallback_notes(adapter.modules, context.dtype)),
+        findings=(*adapter.findings, *dtype_fallbacks(adapter.modules, context.dtype)),
     )
 
 

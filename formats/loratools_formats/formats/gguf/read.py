@@ -17,8 +17,9 @@ from loratools_formats.containers.gguf.cursor import ARRAY, STRING
 from loratools_formats.containers.gguf.ggml_types import decode
 from loratools_formats.containers.gguf.splits import COUNT
 from loratools_formats.core import alora
-from loratools_formats.core.adapter import Adapter, Caveat, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -78,11 +79,13 @@ def _read(file: GgufFile, path: Path) -> Adapter:
     if alpha is not None and not abs(alpha) < float("inf"):
         raise AdapterError("alpha is not finite", got=alpha)
     modules, carried = _modules(file, alpha)
-    notes = []
+    findings = []
     if carried:
-        notes.append(f"llama.cpp ignores trained norms: {', '.join(sorted(carried))}")
+        ignored = f"llama.cpp ignores trained norms: {', '.join(sorted(carried))}"
+        findings.append(Finding("norms-ignored", "warning", None, ignored))
     if any(tensor.kind.name not in DTYPES for tensor in file.tensors.values()):
-        notes.append("quantised factors are read as the float32 values they stand for")
+        read = "quantised factors are read as the float32 values they stand for"
+        findings.append(Finding("quantised-factors", "note", None, read))
     metadata = {
         key: entry.value
         for key, entry in file.keys.items()
@@ -108,8 +111,7 @@ def _read(file: GgufFile, path: Path) -> Adapter:
         config={"architecture": file.get(ARCHITECTURE, STRING), "keys": keys},
         metadata=metadata,
         base_model=base_model(metadata),
-        caveats=_caveats(keys),
-        notes=tuple(notes),
+        findings=(*_caveats(keys), *findings),
         inputs=(file.file,),
     )
 
@@ -141,7 +143,7 @@ def base_model_keys(name: str) -> dict[str, str]:
     return {_BASE_NAME: last} if last else {}
 
 
-def _caveats(keys: Mapping[str, KeyValue]) -> tuple[Caveat, ...]:
+def _caveats(keys: Mapping[str, KeyValue]) -> tuple[Finding, ...]:
     found = keys.get(INVOCATION_KEY)
     if found is None:
         return ()
@@ -151,7 +153,7 @@ def _caveats(keys: Mapping[str, KeyValue]) -> tuple[Caveat, ...]:
             got=f"{found.type} {found.item}",
             expected="array of u32",
         )
-    return (alora.CAVEAT,) if found.value else ()
+    return (alora.ACTIVATED,) if found.value else ()
 
 
 def _modules(

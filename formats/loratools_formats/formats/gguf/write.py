@@ -22,6 +22,7 @@ from loratools_formats.containers.gguf.cursor import ARRAY, STRING, VALUE_CODES
 from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode, package
 from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.read import ALPHA, ARCHITECTURE, QUANTISATION, STRUCTURAL_KEYS
@@ -152,16 +153,19 @@ def _pair(
     yield Planned(f"{name}.weight.lora_b", kind_b, part.b.shape, part.b, scale)
 
 
-def fallback_notes(modules: Mapping[str, ModuleChange], storage: str | None) -> tuple[str, ...]:
-    """Return a note if some factors cannot be stored in the type asked for."""
+def dtype_fallbacks(
+    modules: Mapping[str, ModuleChange], storage: str | None
+) -> tuple[Finding, ...]:
+    """Return a finding if some factors cannot be stored in the type asked for."""
     pairs = [pair for name, delta in modules.items() for pair in _pair(name, delta, False, storage)]
     count = sum(storage is not None and pair.kind.name != storage.upper() for pair in pairs)
     if not count or storage is None:
         return ()
     name = storage.upper()
-    return (
-        f"{count} of {len(pairs)} factors are F16, since their rows are no whole blocks of {name}",
+    text = (
+        f"{count} of {len(pairs)} factors are F16, since their rows are no whole blocks of {name}"
     )
+    return (Finding("dtype-fallback", "note", None, text),)
 
 
 def _kind(tensor: TensorRef, storage: str | None) -> GgmlType:

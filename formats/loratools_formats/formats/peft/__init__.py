@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.contract.format import Context, Format, Loss
-from loratools_formats.core.alora import INVOCATION_TOKENS
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter, ModuleChange
@@ -28,7 +27,7 @@ class Peft(Format):
     description = "PEFT adapter folder (adapter_config.json + adapter_model.safetensors or .bin)"
     is_folder = True
     dtypes = ("f32", "f16", "bf16")
-    caveats_kept = (INVOCATION_TOKENS,)
+    caveats_kept = ("activated-lora",)
     one_kind = True
 
     def sniff(self, path: Path) -> bool:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.core.adapter import MUTATED_BASE, Caveat
+from loratools_formats.core.alora import ACTIVATED, INVOCATION_TOKENS
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.peft.patterns import match_patterns
@@ -60,7 +62,6 @@ NOT_A_PRODUCT = {
 """Keys of systems that write a LoRA configuration and other tensors, and what they are."""
 
 _REFUSED_KEYS = NOT_A_PRODUCT | {
-    "alora_invocation_tokens": "it acts only after the invocation tokens (activated LoRA)",
     "arrow_config": "it is routed per token (Arrow)",
     "layer_replication": "its layers are numbered unlike the base model's",
     "megatron_config": "its factors are tensor-parallel shards",
@@ -169,32 +170,56 @@ class PeftConfig:
         """Return the factor of b @ a: α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732)."""
         return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank
 
-    def caveats(self) -> tuple[Caveat, ...]:
+    def caveats(self) -> tuple[Finding, ...]:
         """List why the factors do not tell the true ΔW, if they do not."""
         found = []
         init = self.values.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
             found.append(
-                Caveat(
-                    MUTATED_BASE,
+                Finding(
+                    "mutated-base",
+                    "error",
+                    "init_lora_weights",
                     f"init_lora_weights {init!r} changed the base weights before training",
-                    "Give the adapter saved right after initialisation as `initial`",
+                    "Make it plain with the adapter saved right after initialisation: "
+                    "loratools squeeze ADAPTER --initial INITIAL --energy 1 -o PLAIN",
                 )
             )
         elif isinstance(init, str) and init.lower() not in _PLAIN_INITS:
             found.append(unknown_key("init_lora_weights", init))
+        if is_set(self.values.get(INVOCATION_TOKENS)):
+            message = f"config key {INVOCATION_TOKENS}: {ACTIVATED.message}"
+            found.append(replace(ACTIVATED, message=message))
         for key, reason in _REFUSED_KEYS.items():
             if is_set(self.values.get(key)):
                 found.append(
-                    Caveat(key, f"config key {key}: {reason}", "This kind is not supported yet")
+                    Finding(
+                        "unsupported-config-key",
+                        "error",
+                        key,
+                        f"config key {key}: {reason}",
+                        "This kind is not supported yet",
+                    )
                 )
         alphas = {f"alpha_pattern of {name}": alpha for name, alpha in self._alpha_pattern.items()}
         for name, alpha in {"lora_alpha": self.values["lora_alpha"], **alphas}.items():
             if alpha <= 0:
                 found.append(
-                    Caveat("lora_alpha", f"{name} is {alpha}", "Correct it in adapter_config.json")
+                    Finding(
+                        "alpha-not-positive",
+                        "error",
+                        name,
+                        f"{name} is {alpha}",
+                        "Correct it in adapter_config.json",
+                    )
                 )
-        known = _NEUTRAL_KEYS | _HANDLED_KEYS | set(_REFUSED_KEYS) | set(VARIANT_KEYS)
+        known = (
+            _NEUTRAL_KEYS
+            | _HANDLED_KEYS
+            | {INVOCATION_TOKENS}
+            | set(_REFUSED_KEYS)
+            | set(VARIANT_KEYS)
+        )
         found += [
             unknown_key(key, value)
             for key, value in sorted(self.values.items())
@@ -208,9 +233,11 @@ def is_set(value: Any) -> bool:
     return value is not None and value is not False and value not in ({}, [], "")
 
 
-def unknown_key(key: str, value: Any) -> Caveat:
-    """Return the caveat about a key that is not known."""
-    return Caveat(
+def unknown_key(key: str, value: Any) -> Finding:
+    """Return the finding about a key that is not known."""
+    return Finding(
+        "unknown-config-key",
+        "error",
         key,
         f"config key {key} = {value!r} is not known and may change the weights",
         "Remove the key from adapter_config.json if it has no effect",

@@ -16,13 +16,13 @@ from loratools_formats.containers.pickles import read_bin
 from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
 from loratools_formats.core.adapter import (
     Adapter,
-    Caveat,
     Layer,
     LowRank,
     ModuleChange,
     Replacement,
 )
 from loratools_formats.core.factors import check_factor
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import (
@@ -83,7 +83,7 @@ def read(path: Path) -> Adapter:
 
 def _read(folder: Path) -> Adapter:
     values = read_values(inside(folder, CONFIG_FILE))
-    weights, original, notes = _open_weights(folder)
+    weights, original, about_weights = _open_weights(folder)
     found = _contents(values, weights.tensors, folder)
     replacements: dict[str, Replacement] = {}
     carried = found.rest
@@ -99,12 +99,12 @@ def _read(folder: Path) -> Adapter:
         config=values,
         metadata=weights.metadata,
         base_model=values.get("base_model_name_or_path"),
-        caveats=found.caveats,
-        notes=(
-            *notes,
-            *_folder_notes(folder),
-            *_training_notes(carried),
-            *_loader_notes(values["peft_type"], found.modules),
+        findings=(
+            *found.findings,
+            *about_weights,
+            *_about_folder(folder),
+            *_about_training(carried),
+            *_about_loader(values["peft_type"], found.modules),
         ),
         attachments={
             name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
@@ -122,7 +122,7 @@ class _Contents:
     modules: Mapping[str, ModuleChange]
     shared: Mapping[str, TensorRef]
     rest: dict[str, TensorRef]
-    caveats: tuple[Caveat, ...]
+    findings: tuple[Finding, ...]
 
 
 def _contents(
@@ -155,54 +155,65 @@ def _contents(
     return _Contents(modules, shared, rest, tuple(caveats_of(values)))
 
 
-def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[str]]:
+def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
     safe, legacy = folder / WEIGHTS_FILE, folder / LEGACY_WEIGHTS_FILE
     if safe.exists() or safe.is_symlink():
         weights = read_safetensors(inside(folder, WEIGHTS_FILE))
-        both = legacy.exists()
-        note = f"{LEGACY_WEIGHTS_FILE} lies beside {WEIGHTS_FILE} and is ignored, as PEFT does"
-        return weights, weights.file, [note] if both else []
+        text = f"{LEGACY_WEIGHTS_FILE} lies beside {WEIGHTS_FILE} and is ignored, as PEFT does"
+        twice = Finding("weights-twice", "warning", LEGACY_WEIGHTS_FILE, text)
+        return weights, weights.file, [twice] if legacy.exists() else []
     if legacy.exists() or legacy.is_symlink():
         weights, original = read_bin(inside(folder, LEGACY_WEIGHTS_FILE))
-        return weights, original, [f"weights are pickled ({LEGACY_WEIGHTS_FILE})"]
+        text = f"weights are pickled ({LEGACY_WEIGHTS_FILE})"
+        pickled = Finding("pickled-weights", "warning", LEGACY_WEIGHTS_FILE, text)
+        return weights, original, [pickled]
     raise MissingFileError(
         "no weights in the folder", path=folder, expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}"
     )
 
 
-def _loader_notes(peft_type: str, modules: Mapping[str, ModuleChange]) -> list[str]:
+def _about_loader(peft_type: str, modules: Mapping[str, ModuleChange]) -> list[Finding]:
     missing = left_to_loader(peft_type, modules)
-    return [f"{missing} are not in the file; to-lora computes them from `base`"] if missing else []
+    text = f"{missing} are not in the file; to-lora computes them from `base`"
+    return [Finding("left-to-loader", "warning", None, text)] if missing else []
 
 
-def _training_notes(carried: Mapping[str, TensorRef]) -> list[str]:
-    notes = []
-    if any(keys.SAMPLER in name for name in carried):
-        notes.append("MonteCLoRA's sampler acts in training only; it is left out when ranks change")
-    if any(name.endswith(keys.SPREAD) for name in carried):
-        notes.append(
+def _about_training(carried: Mapping[str, TensorRef]) -> list[Finding]:
+    found = []
+    sampler = next((name for name in carried if keys.SAMPLER in name), None)
+    if sampler is not None:
+        text = "MonteCLoRA's sampler acts in training only; it is left out when ranks change"
+        found.append(Finding("training-only", "note", sampler, text))
+    spread = next((name for name in carried if name.endswith(keys.SPREAD)), None)
+    if spread is not None:
+        text = (
             "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
             "spread of the posterior is left out of what is made from it"
         )
-    return notes
+        found.append(Finding("posterior-spread", "warning", spread, text))
+    return found
 
 
-def _folder_notes(folder: Path) -> list[str]:
+def _about_folder(folder: Path) -> list[Finding]:
     own = {CONFIG_FILE, WEIGHTS_FILE, LEGACY_WEIGHTS_FILE, PROVENANCE_FILE, "recipe.yaml"}
     foreign = sorted(
         child.name
         for child in folder.iterdir()
         if child.is_file() and child.name not in own and child.name not in _ATTACHMENTS
     )
-    notes = [f"files beside the adapter, not part of it: {', '.join(foreign)}"] if foreign else []
+    found = []
+    if foreign:
+        text = f"files beside the adapter, not part of it: {', '.join(foreign)}"
+        found.append(Finding("foreign-files", "note", foreign[0], text))
     others = sorted(
         child.name
         for child in folder.iterdir()
         if child.is_dir() and (child / CONFIG_FILE).is_file()
     )
     if others:
-        notes.append(f"sub-folders hold further adapters: {', '.join(others)}")
-    return notes
+        text = f"sub-folders hold further adapters: {', '.join(others)}"
+        found.append(Finding("nested-adapters", "note", others[0], text))
+    return found
 
 
 def _modules(
@@ -226,7 +237,7 @@ def _modules(
     return modules, rest
 
 
-def _module_caveats(modules: Mapping[str, ModuleChange]) -> list[Caveat]:
+def _module_caveats(modules: Mapping[str, ModuleChange]) -> list[Finding]:
     """Return why the factors of some modules do not tell the true ΔW.
 
     For `nn.MultiheadAttention`, peft 0.21.2 merges the output projection's change twice, in its
@@ -234,8 +245,10 @@ def _module_caveats(modules: Mapping[str, ModuleChange]) -> list[Caveat]:
     """
     doubled = [path for path in modules if keys.setting_name(path) != path]
     return [
-        Caveat(
+        Finding(
             "multihead-attention",
+            "error",
+            path,
             f"PEFT applies the change of {path} twice, since it belongs to an "
             "nn.MultiheadAttention",
             "This kind is not supported yet",

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.core.adapter import Caveat, KindDelta, Layer
+from loratools_formats.core.adapter import KindDelta, Layer
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -121,14 +122,16 @@ def variant_delta(
     return KindDelta(kind, own, settings, layer, (out, in_))
 
 
-def lost_middle(folder: Path, has_middle: bool) -> list[Caveat]:
+def lost_middle(folder: Path, has_middle: bool) -> list[Finding]:
     """Return why plain factors are not the change, if they come from LoRA-XS or LoRA-SB."""
     beside = [folder / _RECONSTRUCTION, folder.parent / _RECONSTRUCTION]
     if has_middle or not any(path.is_file() for path in beside):
         return []
     return [
-        Caveat(
-            "latent-mapping",
+        Finding(
+            "latent-mapping-missing",
+            "error",
+            _RECONSTRUCTION,
             f"a {_RECONSTRUCTION} lies beside it, as LoRA-XS and LoRA-SB write, but the trained "
             "matrices between the factors are not in the file",
             "Save the adapter again with its lora_latent_mapping tensors",

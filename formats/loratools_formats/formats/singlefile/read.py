@@ -18,6 +18,7 @@ from loratools_formats.core.adapter import (
     ModuleChange,
     Replacement,
 )
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import IA3_MARK, Key, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
@@ -107,8 +108,7 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
         carried=outside.carried,
         metadata=file.metadata,
         base_model=file.metadata.get("ss_base_model_version") or None,
-        caveats=() if configs is None else configs.caveats(),
-        notes=(f"carried without being understood: {', '.join(unknown)}",) if unknown else (),
+        findings=(*(() if configs is None else configs.caveats()), *_about_unknown(unknown)),
         dialects=dialects(keys),
         inputs=(file.file,),
     )
@@ -131,6 +131,11 @@ def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Key], list[str]
             if name != CONTROL_MARK:
                 unknown.append(name)
     return keys, unknown, outside
+
+
+def _about_unknown(names: list[str]) -> list[Finding]:
+    text = f"carried without being understood: {', '.join(names)}"
+    return [Finding("unknown-tensors", "warning", names[0], text)] if names else []
 
 
 def _of_ia3(name: str, tensors: Mapping[str, TensorRef]) -> Key | None:

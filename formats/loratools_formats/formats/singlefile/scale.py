@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loratools_formats.core.adapter import Caveat, LowRank, ModuleChange
+from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import AdapterError
@@ -93,7 +94,7 @@ class PackedConfigs:
             found[component] = {switch: bool(values.get(switch)) for switch in _SWITCHES}
         return found
 
-    def caveats(self) -> tuple[Caveat, ...]:
+    def caveats(self) -> tuple[Finding, ...]:
         """List why the factors do not tell the true ΔW, if they do not."""
         return tuple(caveat for config in self.configs.values() for caveat in config.caveats())
 

@@ -37,12 +37,15 @@ class PeftWeights(StateDictFormat):
         return not is_other and super().sniff(path)
 
     def adapter(self, state: StateDict) -> Adapter:
-        """Return the adapter, with a note on what is missing."""
+        """Return the adapter, with a finding on what is missing."""
         from dataclasses import replace
 
+        from loratools_formats.core.findings import Finding
+
         adapter = super().adapter(state)
-        note = "there is no adapter_config.json beside it, which would tell the scale"
-        return replace(adapter, notes=(*adapter.notes, note))
+        text = "there is no adapter_config.json beside it, which would tell the scale"
+        missing = Finding("config-missing", "warning", "adapter_config.json", text)
+        return replace(adapter, findings=(*adapter.findings, missing))
 
     def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return a pair of factors whose scale and variant are missing."""

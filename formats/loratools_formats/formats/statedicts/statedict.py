@@ -266,7 +266,6 @@ class StateDict:
         *,
         shared: dict[str, TensorRef] | None = None,
         replacements: dict[str, Replacement] | None = None,
-        notes: tuple[str, ...] = (),
         beside: tuple[RegularFile, ...] = (),
     ) -> Adapter:
         """Return the adapter that its tensors make.
@@ -276,13 +275,13 @@ class StateDict:
             modules: by path.
             shared: tensors that several modules are made of, by key.
             replacements: tensors that replace base tensors, by key.
-            notes: what a user should know.
             beside: other files that were read.
         """
         from loratools_formats.core.adapter import Adapter
+        from loratools_formats.core.findings import Finding
 
-        is_pickled = self.path.suffix != _SAFETENSORS
-        pickled = (f"weights are pickled ({os.path.basename(self.path)})",) if is_pickled else ()
+        name = os.path.basename(self.path)
+        pickled = Finding("pickled-weights", "warning", name, f"weights are pickled ({name})")
         return Adapter(
             format=format_name,
             source=self.path,
@@ -290,6 +289,6 @@ class StateDict:
             shared=shared or {},
             replacements=replacements or {},
             metadata=self._metadata,
-            notes=(*pickled, *notes),
+            findings=() if self.path.suffix == _SAFETENSORS else (pickled,),
             inputs=(self._original, *beside),
         )

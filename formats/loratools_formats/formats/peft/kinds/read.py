@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.checkpoints.facts import is_embedding
-from loratools_formats.core.adapter import Caveat, KindDelta, Layer, ModuleChange
+from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange
 from loratools_formats.core.config_values import Values
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import PREFIX, square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -37,13 +38,17 @@ _NUMBER = re.compile(r"\.(\d+)(?=(\.weight)?$)")
 """The number of a tensor that is one of several, at the end of its name."""
 
 
-def reason_against(peft_type: str) -> Caveat | None:
+def reason_against(peft_type: str) -> Finding | None:
     """Return why a kind has no change of weights that could be told, None if it has one."""
     reason = NOT_A_CHANGE.get(peft_type)
     if reason is None:
         return None
-    return Caveat(
-        "peft_type", f"it is of PEFT's kind {peft_type}: {reason}", "There is no way to fold it"
+    return Finding(
+        "no-weight-change",
+        "error",
+        "peft_type",
+        f"it is of PEFT's kind {peft_type}: {reason}",
+        "There is no way to fold it",
     )
 
 
@@ -53,8 +58,8 @@ def left_to_loader(peft_type: Any, modules: Mapping[str, ModuleChange]) -> str:
     return "" if kind is None else kind.left_to_loader(modules)
 
 
-def caveats_of(values: Mapping[str, Any]) -> list[Caveat]:
-    """Return a caveat for each key that is set and not known."""
+def caveats_of(values: Mapping[str, Any]) -> list[Finding]:
+    """Return a finding for each key that is set and not known."""
     kind = PEFT_KINDS[values["peft_type"]]
     known = _COMMON_KEYS | kind.used | kind.neutral | kind.patterns
     return [

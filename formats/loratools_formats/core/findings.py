@@ -1,0 +1,58 @@
+"""What readers and operations find worth telling about an adapter: codes, severities, words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning", "note"]
+"""`error`: the adapter's tensors do not tell its ΔW, so operations on ΔW refuse it. `warning`: the
+result may not be what the user expects. `note`: good to know; nothing changes."""
+
+CODES: Mapping[str, str] = {
+    # Readers of all formats.
+    "pickled-weights": "the weights are pickled",
+    "unknown-tensors": "tensors that nobody understands are carried along",
+    "quantised-factors": "factors are stored in blocks and read as the numbers they stand for",
+    "norms-ignored": "llama.cpp ignores trained norms in an adapter",
+    "config-missing": "the configuration that states the scale is missing",
+    "activated-lora": "the adapter acts only after certain tokens of the prompt",
+    # PEFT folders.
+    "mutated-base": "the initialisation changed the base weights before training",
+    "unknown-config-key": "a configuration key is set that is not known",
+    "unsupported-config-key": "a configuration key is set whose effect is not supported",
+    "alpha-not-positive": "an alpha is zero or negative",
+    "multihead-attention": "PEFT applies a change twice, in an nn.MultiheadAttention",
+    "latent-mapping-missing": "the trained matrices of LoRA-XS or LoRA-SB are missing",
+    "no-weight-change": "the kind of adapter changes no weight",
+    "left-to-loader": "PEFT computes tensors from the base that the file does not hold",
+    "weights-twice": "pickled weights lie beside safetensors and are ignored",
+    "foreign-files": "files lie beside the adapter that are no part of it",
+    "nested-adapters": "sub-folders hold further adapters",
+    "training-only": "tensors that act in training only are carried along",
+    "posterior-spread": "the spread of a Bayesian LoRA is left out of what is made from it",
+    "base-values": "tensors that replace the base's hold the base's own values",
+    # Writers.
+    "dtype-fallback": "some factors cannot be stored in the type asked for",
+}
+"""Code of every finding in this code base → what it says in general."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something worth telling about an adapter.
+
+    Attributes:
+        code: what is the matter, a stable word; those of this code base are in `CODES`.
+        severity: how bad it is.
+        where: the module, tensor, configuration key or file concerned; None for the whole adapter.
+        message: what was found, for people.
+        hint: what the user can do; empty for nothing.
+    """
+
+    code: str
+    severity: Severity
+    where: str | None
+    message: str
+    hint: str = ""

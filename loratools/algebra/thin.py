@@ -1,0 +1,120 @@
+"""One matrix as a product of thin factors, with the questions that diagnostics ask of it.
+
+Nothing here forms ΔW: spectra come from Gram matrices or QR of the factors, row and column energies
+from the factors and one Gram matrix. Where a change is not of low rank, the factors are its leading
+part, and `tail` is the energy of the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from loratools.algebra import linalg
+
+Array = np.ndarray[Any, Any]
+
+_BLOCK_ELEMENTS = 1 << 20
+
+
+class Thin:
+    """ΔW = scale · b @ a, and what is known to be missing from it.
+
+    Args:
+        b: (out, r), float32 or float64, finite.
+        a: (r, in).
+        scale: multiplies b @ a.
+        use_gram: whether the floor of the Gram route (1e-8 of σ₁) is below the factors' rounding.
+        tail: ‖·‖²_F of the part of the change that the factors leave out; 0 if nothing.
+    """
+
+    def __init__(
+        self, b: Array, a: Array, scale: float = 1.0, *, use_gram: bool = True, tail: float = 0.0
+    ) -> None:
+        self.b, self.a, self.scale, self.tail = b, a, scale, tail
+        self._use_gram = use_gram
+        self.grams = linalg.grams(b, a)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return len(self.b), self.a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of b."""
+        return len(self.a)
+
+    @property
+    def squared_norm(self) -> float:
+        """‖ΔW‖²_F, the tail included."""
+        return self.scale**2 * self.grams.squared_norm + self.tail
+
+    @functools.cached_property
+    def singular_values(self) -> Array:
+        """(min(r, out, in),) float64, descending; without those of the tail."""
+        count = min(self.rank, *self.shape)
+        if self._use_gram:
+            values: Array = linalg.gram_core(self.grams, self.scale).singular_values[:count]
+            return values
+        return self.svd[1]
+
+    @functools.cached_property
+    def svd(self) -> tuple[Array, Array, Array]:
+        """U (out, k), S (k,), Vᵀ (k, in) in float64 by QR of both factors."""
+        q_b, r_b = np.linalg.qr(self.b.astype(np.float64, copy=False))
+        q_a, r_a = np.linalg.qr(self.a.T.astype(np.float64, copy=False))
+        u, s, vt = np.linalg.svd(self.scale * (r_b @ r_a.T), full_matrices=False)
+        return q_b @ u, s, vt @ q_a.T
+
+    def spaces(self) -> tuple[Array, Array]:
+        """Return orthonormal bases of ΔW's columns (out, k) and rows (in, k), without rounding."""
+        u, s, vt = self.svd
+        kept = s > s[0] * max(self.shape) * np.finfo(np.float64).eps if len(s) else s > 0.0
+        return u[:, kept], vt[kept].T
+
+    def row_energies(self) -> Array:
+        """Return ‖row‖² of the factors' product: (out,) float64."""
+        return self.scale**2 * _quadratic(self.b, self.grams.a)
+
+    def column_energies(self) -> Array:
+        """Return ‖column‖² of the factors' product: (in,) float64."""
+        return self.scale**2 * _quadratic(self.a.T, self.grams.b)
+
+    def blocks(self) -> Iterator[tuple[int, int, Array]]:
+        """Yield (start, stop, rows of the product in float64) in order."""
+        height = max(1, _BLOCK_ELEMENTS // self.shape[1])
+        a = self.scale * self.a.astype(np.float64, copy=False)
+        for start in range(0, len(self.b), height):
+            yield start, start + height, self.b[start : start + height].astype(np.float64) @ a
+
+    def entries(self, rows: Array, columns: Array) -> Array:
+        """Return the entries of the product at (rows, columns): (S,) float64."""
+        values: Array = self.scale * np.einsum(
+            "ij,ij->i",
+            self.b[rows].astype(np.float64, copy=False),
+            self.a[:, columns].T.astype(np.float64, copy=False),
+        )
+        return values
+
+
+def _quadratic(x: Array, gram: Array) -> Array:
+    """Return xᵢ G xᵢᵀ of every row: (n,)."""
+    wide = x.astype(np.float64, copy=False)
+    values: Array = np.maximum(np.einsum("ij,ij->i", wide @ gram, wide), 0.0)
+    return values
+
+
+def inner(one: Thin, other: Thin) -> float:
+    """Return ⟨ΔW₁, ΔW₂⟩_F of the factors."""
+    return one.scale * other.scale * linalg.inner(one.b, one.a, other.b, other.a)
+
+
+def cosine(product: float, squared_one: float, squared_other: float) -> float | None:
+    """Return ⟨x, y⟩/(‖x‖‖y‖), None if either is zero."""
+    norms = math.sqrt(squared_one) * math.sqrt(squared_other)
+    return min(1.0, max(-1.0, product / norms)) if norms > 0.0 else None

@@ -1,0 +1,232 @@
+"""`loratools compare`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from loratools.cli import options as shared
+from loratools.cli.command import command as named_command
+from loratools.cli.measured import optional, print_csv
+from loratools.cli.output import note, number, print_json, print_table, progress_bar, quantity
+from loratools.cli.page.measured import compare_sections
+from loratools.cli.page.page import Pages
+from loratools.operations.compare.bases import compare_bases
+from loratools.operations.compare.operation import CompareOptions, compare
+from loratools.operations.compare.result import BasesResult, CompareResult, PairModule
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reading, Reporting
+from loratools.work.selection import Selection
+from loratools_formats import read_adapter
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import OptionError, printable
+
+_SHOWN = 5
+_HEADER = [
+    "module",
+    "cosine",
+    "norms",
+    "outputs (random)",
+    "inputs (random)",
+    "sign conflict",
+    "expected",
+    "moved",
+    "linear loss",
+    "TIES loss",
+]
+
+
+@named_command("compare")
+@click.argument("adapters", type=shared.PATH, nargs=-1, required=True)
+@click.option(
+    "--bases",
+    type=shared.PATH,
+    nargs=2,
+    metavar="W0 W1",
+    help="Compare two base models where one adapter acts, instead of adapters.",
+)
+@shared.reads("base", "from_")
+@shared.takes(CompareOptions, into="options")
+@shared.takes(Selection, into="selection")
+@shared.takes(Workers, into="threads")
+@shared.takes(Pages, into="pages")
+@shared.reports()
+def command(
+    adapters: tuple[Path, ...],
+    bases: tuple[Path, Path] | None,
+    reading: Reading,
+    options: CompareOptions,
+    selection: Selection,
+    threads: Workers,
+    pages: Pages,
+    reporting: Reporting,
+) -> None:
+    """Compare adapters: angles, shared spaces, signs, what merging loses, families and lineages.
+
+    Two adapters are compared module by module, more of them as a matrix. With --bases, one adapter
+    and two base models: how far these differ where the adapter acts.
+
+    \b
+    loratools compare one other
+    loratools compare shelf/*
+    loratools compare my-adapter --bases old-model new-model
+    """  # noqa: D301 - click reads the backspace
+    pages.check(reporting)
+    if bases is not None:
+        if len(adapters) != 1 or reading.base is not None or pages.html is not None:
+            raise OptionError("`bases` takes one adapter, and neither `base` nor `html`")
+        found = compare_bases(
+            read_adapter(adapters[0], reading.from_),
+            read_checkpoint(bases[0]),
+            read_checkpoint(bases[1]),
+            selection=selection,
+            workers=threads.workers,
+        )
+        _show_bases(found, as_csv=pages.csv, as_json=reporting.json, quiet=reporting.quiet)
+        return
+    with progress_bar("compare", quiet=reporting.quiet) as progress:
+        result = compare(
+            _named(adapters, reading.from_),
+            base=None if reading.base is None else read_checkpoint(reading.base),
+            options=options,
+            selection=selection,
+            workers=threads.workers,
+            progress=progress,
+        )
+    title = f"Comparison of {len(result.names)} adapters"
+    pages.write(title, lambda: compare_sections(result))
+    _show(result, as_csv=pages.csv, as_json=reporting.json, quiet=reporting.quiet)
+    if not reporting.quiet:
+        for text in pages.notes():
+            note(text)
+
+
+def _show(result: CompareResult, *, as_csv: bool, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json(result.to_dict())
+    elif as_csv:
+        modules = result.to_dict()["modules"]
+        print_csv(modules or _matrix_rows(result))
+    elif not quiet:
+        _print_report(result)
+    if not quiet:
+        for text in result.notes:
+            note(text)
+
+
+def _named(paths: tuple[Path, ...], format_name: str | None) -> dict[str, Adapter]:
+    """Return the adapters by the shortest ends of their paths that tell them apart."""
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise OptionError("an adapter is given twice", got=", ".join(map(str, paths)))
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return {name: read_adapter(path, format_name) for name, path in zip(names, paths, strict=True)}
+
+
+def _matrix_rows(result: CompareResult) -> list[dict[str, object]]:
+    return [
+        {"adapter": name, "norm": norm, **dict(zip(result.names, row, strict=True))}
+        for name, norm, row in zip(result.names, result.norms, result.cosines, strict=True)
+    ]
+
+
+def _print_report(result: CompareResult) -> None:
+    if result.modules:
+        print_table(
+            _HEADER,
+            "<" + ">" * (len(_HEADER) - 1),
+            [_row(module) for module in result.modules],
+        )
+    else:
+        _print_matrix(result)
+    _print_groups(result)
+    _print_unmatched(result)
+
+
+def _row(module: PairModule) -> list[str]:
+    low, high = module.sign_conflict_interval
+    within = "" if low == high else f" ± {(high - low) / 2:.3f}"
+    return [
+        printable(module.name),
+        optional(module.cosine, ".3f"),
+        " ".join(number(norm) for norm in module.norms),
+        f"{module.output_overlap:.3f} ({module.output_overlap_random:.3f})",
+        f"{module.input_overlap:.3f} ({module.input_overlap_random:.3f})",
+        f"{module.sign_conflict:.3f}{within}",
+        optional(module.sign_conflict_expected, ".3f"),
+        optional(module.moved),
+        " ".join(optional(loss, ".2f") for loss in module.linear_losses),
+        " ".join(optional(loss, ".2f") for loss in module.ties_losses),
+    ]
+
+
+def _print_matrix(result: CompareResult) -> None:
+    """Print the cosines in the order of the tree, numbered."""
+    header = ["adapter", "‖ΔW‖", "linear loss"]
+    header += [str(place + 1) for place in range(len(result.names))]
+    rows = []
+    for place, i in enumerate(result.order):
+        name = f"{place + 1} {printable(result.names[i])}"
+        loss = optional(result.linear_losses[i], ".2f")
+        cosines = [optional(result.cosines[i][j], ".2f") for j in result.order]
+        rows.append([name, number(result.norms[i]), loss, *cosines])
+    print_table(header, "<" + ">" * (len(header) - 1), rows)
+
+
+def _print_groups(result: CompareResult) -> None:
+    cosine, a_cosine = result.cosines[0][1], result.a_cosines[0][1]
+    if len(result.names) == 2:
+        click.echo(f"cosine of all modules in common: {optional(cosine)}")
+        if a_cosine is not None:
+            click.echo(
+                f"cosine of the A factors: {number(a_cosine)} "
+                f"(independent starts: ±{optional(result.a_random)})"
+            )
+        losses = " ".join(optional(loss, ".2f") for loss in result.linear_losses)
+        click.echo(f"loss of each in an even linear merge: {losses}")
+    for title, groups in (
+        ("family (cosine above 0.5 on average)", result.families),
+        ("near-duplicates (cosine at least 0.99)", result.duplicates),
+        ("same start (cosine of A at least 0.5)", result.lineages),
+    ):
+        for group in groups:
+            click.echo(f"{title}: {', '.join(printable(name) for name in group)}")
+
+
+def _print_unmatched(result: CompareResult) -> None:
+    if result.unmatched:
+        click.echo(f"not compared: {quantity(len(result.unmatched), 'module')}")
+    for one in result.unmatched[:_SHOWN]:
+        where = ", ".join(printable(name) for name in one.adapters)
+        click.echo(f"  {printable(one.name)} ({where}): {one.reason}")
+    if len(result.unmatched) > _SHOWN:
+        click.echo(f"  and {len(result.unmatched) - _SHOWN} more; --json lists all")
+
+
+def _show_bases(result: BasesResult, *, as_csv: bool, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json(result.to_dict())
+    elif as_csv:
+        print_csv(result.to_dict()["modules"])
+    elif not quiet:
+        print_table(
+            ["module", "‖W₁−W₀‖/‖W₀‖", "where ΔW writes", "where ΔW reads", "both, over ‖ΔW‖"],
+            "<>>>>",
+            [
+                [
+                    printable(module.name),
+                    optional(module.relative),
+                    optional(module.outputs),
+                    optional(module.inputs),
+                    optional(module.against_change),
+                ]
+                for module in result.modules
+            ],
+        )
+    if not quiet:
+        for text in result.notes:
+            note(text)

@@ -1,0 +1,1 @@
+"""How adapters relate: angles, spaces, signs, merges, lineages; and bases at an adapter."""

@@ -1,0 +1,37 @@
+"""Adapters of different formats under the names of the base model, so that their modules match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loratools.naming.rename import NamingOptions, renamed
+from loratools_formats.contract.format import Context
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import LoratoolsError
+
+
+def in_one_naming(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
+    """Return adapters whose modules are named alike, and notes on those that keep their names.
+
+    Adapters of one format keep their names; of several, each goes to the base model's names where
+    a way leads there.
+    """
+    if len({adapter.format for adapter in adapters}) == 1:
+        return list(adapters), []
+    named, notes = [], []
+    for adapter in adapters:
+        try:
+            named.append(_in_model_names(adapter))
+        except LoratoolsError as error:
+            named.append(adapter)
+            notes.append(f"{adapter.source} keeps its own names: {error.message}")
+    return named, notes
+
+
+def _in_model_names(adapter: Adapter) -> Adapter:
+    found = get_format(adapter.format)
+    adapter = found.to_model(adapter, Context())
+    if found.naming is not None:
+        adapter = renamed(adapter, "bare", NamingOptions()).adapter
+    return adapter

@@ -1,0 +1,290 @@
+"""Compares the changes of adapters module by module, from their factors.
+
+Every inner product ⟨ΔWᵢ, ΔWⱼ⟩ comes from two Gram matrices of the adapters' factors side by side:
+N adapters of rank r cost O(d (Nr)²) a module, and no ΔW is formed. Two adapters are compared in
+detail: spaces, angles, signs, and what merging them would lose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loratools.algebra.clusters import clusters, leaves, linkage
+from loratools.algebra.linalg import gram
+from loratools.folding.thin_modules import ThinModule, ThinModules
+from loratools.operations.compare.names import in_one_naming
+from loratools.operations.compare.pair import pair_module
+from loratools.operations.compare.result import CompareResult, PairModule, Unmatched
+from loratools.work.declared import option
+from loratools.work.parallel import in_order
+from loratools.work.selection import Selection
+from loratools.work.typed import check_options
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import AdapterError, OptionError
+
+Array = np.ndarray[Any, Any]
+
+_FAMILY = 0.5
+_DUPLICATE = 0.99
+_LINEAGE = 0.5
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """How to compare.
+
+    Attributes:
+        exact: look at every entry for signs and TIES.
+        sample: entries of a module to look at otherwise.
+        seed: seed of the sample.
+
+    Raises:
+        OptionError: a number out of range.
+    """
+
+    exact: bool = option(False, heading="Method")
+    sample: int = option(1 << 16, heading="Method")
+    seed: int = option(0, heading="Computing")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.sample < 1:
+            raise OptionError("the sample is too small", got=self.sample, expected="at least 1")
+        if self.seed < 0:
+            raise OptionError("seed is negative", got=self.seed)
+
+    @property
+    def drawn(self) -> int | None:
+        """Entries to draw; None for all."""
+        return None if self.exact else self.sample
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module of all adapters.
+
+    Attributes:
+        name: module path.
+        present: which adapters have it.
+        problem: why it is not compared; empty if it is.
+        changes: (N, N) inner products of the changes, 0 for an absent one.
+        stored: (N, N) inner products of the A factors as stored, NaN where shapes differ.
+        numbers: in one A factor.
+        detail: of two adapters.
+        partial: whether a change is known by its leading triplets only.
+    """
+
+    name: str
+    present: tuple[int, ...]
+    problem: str
+    changes: Array
+    stored: Array
+    numbers: int = 0
+    detail: PairModule | None = None
+    partial: bool = False
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether at least two adapters have it, in one shape."""
+        return len(self.present) > 1 and not self.problem
+
+
+def compare(
+    adapters: Mapping[str, Adapter],
+    *,
+    base: Checkpoint | None = None,
+    options: CompareOptions | None = None,
+    selection: Selection | None = None,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> CompareResult:
+    """Compare adapters where their modules match.
+
+    Args:
+        adapters: at least two, by the names they go by.
+        base: the base model, for DoRA and kinds that need it; DoRAs are compared by their
+            directions without it.
+        options: how to compare.
+        selection: modules to compare.
+        workers: threads over modules; results do not depend on it.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        OptionError: fewer than two adapters.
+        AdapterError: they share no module, or values are not finite.
+        UnsupportedError: a change depends on the base, or cannot be told.
+    """
+    if len(adapters) < 2:
+        raise OptionError("comparing takes at least two adapters", got=len(adapters))
+    options, selection = options or CompareOptions(), selection or Selection()
+    named, notes = in_one_naming(list(adapters.values()))
+    openers = [ThinModules(adapter, base, "compare") for adapter in named]
+    wanted = sorted({n for opener in openers for n in opener.modules if n in selection})
+    done: list[_Module] = []
+    for module in in_order(lambda n: _module(n, openers, options), wanted, workers):
+        done.append(module)
+        if progress is not None:
+            progress(len(done), len(wanted))
+    if not any(module.is_compared for module in done):
+        examples = [next(iter(opener.modules)) for opener in openers]
+        raise AdapterError(
+            "the adapters share no module",
+            got=" and ".join(dict.fromkeys(examples)),
+            hint="Are they adapters of models with the same modules?",
+        )
+    if any(opener.directional for opener in openers):
+        notes.append("DoRA modules are compared by their directions; `base` gives their changes")
+    partial = sum(module.partial for module in done)
+    if partial:
+        notes.append(
+            f"{partial} modules have full rank and are compared by their leading singular triplets"
+        )
+    return _result(adapters, done, notes)
+
+
+def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) -> _Module:
+    opened = [o.open(name) if name in o.modules else None for o in openers]
+    found = [(i, module) for i, module in enumerate(opened) if module is not None]
+    present = tuple(i for i, _ in found)
+    count = len(openers)
+    changes, stored = np.zeros((count, count)), np.full((count, count), np.nan)
+    if len({(module.shape, len(module.matrices)) for _, module in found}) > 1:
+        for i, module in found:
+            changes[i, i] = sum(thin.squared_norm for thin in module.matrices)
+        shapes = ", ".join(f"{module.shape[0]}×{module.shape[1]}" for _, module in found)
+        return _Module(name, present, f"its shapes differ: {shapes}", changes, stored)
+    modules = [module for _, module in found]
+    here = np.ix_(present, present)
+    changes[here], products = _inner_products(modules)
+    ranks = [None if openers[i].modules[name].is_dora else module.rank for i, module in found]
+    alike = np.array([[one is not None and one == other for other in ranks] for one in ranks])
+    stored[here] = np.where(alike, products, np.nan)
+    numbers = max((rank or 0) for rank in ranks) * modules[0].shape[1] * len(modules[0].matrices)
+    detail = None
+    if count == len(found) == 2:
+        first, second = modules
+        detail = pair_module(name, first, second, changes, stored, options.drawn, options.seed)
+    partial = any(thin.tail > 0.0 for module in modules for thin in module.matrices)
+    return _Module(name, present, "", changes, stored, numbers, detail, partial)
+
+
+def _inner_products(modules: Sequence[ThinModule]) -> tuple[Array, Array]:
+    """Return ⟨ΔWᵢ, ΔWⱼ⟩, and ⟨Aᵢ, Aⱼ⟩ where ranks are equal, summed over experts."""
+    count = len(modules)
+    changes, stored = np.zeros((count, count)), np.zeros((count, count))
+    for stack in zip(*(module.matrices for module in modules), strict=True):
+        starts = np.cumsum([0, *(thin.rank for thin in stack[:-1])])
+        scales = np.repeat([thin.scale for thin in stack], [thin.rank for thin in stack])
+        b = gram(np.concatenate([thin.b for thin in stack], axis=1))
+        a = gram(np.concatenate([thin.a for thin in stack], axis=0).T)
+        products = b * a * np.multiply.outer(scales, scales)
+        changes += np.add.reduceat(np.add.reduceat(products, starts, axis=0), starts, axis=1)
+        changes += np.diag([thin.tail for thin in stack])
+        for i, one in enumerate(stack):
+            for j, other in enumerate(stack):
+                if one.rank == other.rank:
+                    rows = np.arange(one.rank)
+                    stored[i, j] += float(a[starts[i] + rows, starts[j] + rows].sum())
+    return (changes + changes.T) / 2.0, stored
+
+
+def _result(
+    adapters: Mapping[str, Adapter], done: Sequence[_Module], notes: Sequence[str]
+) -> CompareResult:
+    names = tuple(adapters)
+    count = len(names)
+    total = np.sum([module.changes for module in done], axis=0)
+    inner, ours, theirs = np.zeros((3, count, count))
+    stored, own_a, other_a = np.zeros((3, count, count))
+    shared = np.zeros((count, count), np.int64)
+    numbers = 0
+    for module in done:
+        both = np.zeros((count, count), bool)
+        if not module.problem:
+            both[np.ix_(module.present, module.present)] = True
+        diagonal = np.diag(module.changes)
+        inner += np.where(both, module.changes, 0.0)
+        ours += np.where(both, diagonal[:, None], 0.0)
+        theirs += np.where(both, diagonal[None, :], 0.0)
+        known = np.isfinite(module.stored)
+        sizes = np.nan_to_num(np.diag(module.stored))
+        stored += np.where(known, module.stored, 0.0)
+        own_a += np.where(known, sizes[:, None], 0.0)
+        other_a += np.where(known, sizes[None, :], 0.0)
+        shared += both
+        numbers += module.numbers
+    cosines = _cosines(inner, ours, theirs)
+    a_cosines = _cosines(stored, own_a, other_a)
+    squares = np.diag(total)
+    merges = linkage(1.0 - np.nan_to_num(cosines))
+    mean = total.mean()
+    return CompareResult(
+        names=names,
+        sources=tuple(None if a.source is None else str(a.source) for a in adapters.values()),
+        norms=tuple(float(value) for value in np.sqrt(squares)),
+        cosines=_rows(cosines),
+        whole_cosines=_rows(_cosines(total, squares[:, None], squares[None, :])),
+        a_cosines=_rows(a_cosines),
+        a_random=1.0 / math.sqrt(numbers) if numbers else None,
+        shared=tuple(tuple(int(value) for value in row) for row in shared),
+        merges=tuple(tuple(float(value) for value in row) for row in merges),
+        order=tuple(leaves(merges)),
+        families=_groups(names, clusters(merges, 1.0 - _FAMILY)),
+        duplicates=tuple(
+            (names[i], names[j])
+            for i in range(count)
+            for j in range(i + 1, count)
+            if cosines[i, j] >= _DUPLICATE
+        ),
+        lineages=_groups(names, _joined(np.nan_to_num(a_cosines) >= _LINEAGE)),
+        modules=tuple(module.detail for module in done if module.detail is not None),
+        unmatched=tuple(
+            Unmatched(
+                module.name,
+                tuple(names[i] for i in module.present),
+                module.problem or "only one adapter has it",
+            )
+            for module in done
+            if not module.is_compared
+        ),
+        linear_losses=tuple(
+            math.sqrt(max(mean - 2.0 * total[i].mean() + squares[i], 0.0) / squares[i])
+            if squares[i]
+            else None
+            for i in range(count)
+        ),
+        notes=tuple(notes),
+    )
+
+
+def _cosines(inner: Array, ours: Array, theirs: Array) -> Array:
+    """Return cosines, NaN where a norm is zero."""
+    products = np.sqrt(ours) * np.sqrt(theirs)
+    quotients = np.divide(inner, products, out=np.full_like(inner, np.nan), where=products > 0.0)
+    cosines: Array = np.clip(quotients, -1.0, 1.0)
+    return cosines
+
+
+def _rows(matrix: Array) -> tuple[tuple[float | None, ...], ...]:
+    return tuple(tuple(None if math.isnan(v) else float(v) for v in row) for row in matrix)
+
+
+def _groups(names: Sequence[str], groups: Sequence[Sequence[int]]) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of more than one."""
+    return tuple(tuple(names[i] for i in group) for group in groups if len(group) > 1)
+
+
+def _joined(near: Array) -> list[list[int]]:
+    """Return the connected groups of a relation."""
+    groups: list[set[int]] = []
+    for i in range(len(near)):
+        touching = [group for group in groups if any(near[i, j] for j in group)]
+        groups = [group for group in groups if group not in touching]
+        groups.append(set().union({i}, *touching))
+    return sorted((sorted(group) for group in groups), key=lambda g: (-len(g), g))

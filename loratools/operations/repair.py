@@ -1,0 +1,349 @@
+"""Repairs an adapter: shrinks intruder dimensions, drops dead modules, rebalances factors.
+
+Intruder dimensions: singular values σⱼ of W + ΔW whose left vectors are far from all of W's (see
+`algebra.intruders`) become λσⱼ, by the rank-one edits ΔW − (1 − λ) Σ σⱼ uⱼ vⱼᵀ, then brought to the
+module's rank with the least error. Source: arXiv 2410.21228, §6; PEFT's `reduce_intruder_dimension`
+does it with two dense SVDs for each layer of a live model.
+
+Balancing moves a power of two from one factor to the other, which rounds nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratools.algebra.device import Device
+from loratools.algebra.intruders import Leading
+from loratools.algebra.one_matrix import Decomposed, Matrix
+from loratools.algebra.outliers import DEAD, ONE_SIDED
+from loratools.algebra.thin import Thin
+from loratools.base.decompositions import IntruderOptions, leading
+from loratools.folding.thin_modules import ThinModule, ThinModules
+from loratools.folding.weights_beside import WeightsBeside
+from loratools.folding.without_base import folded_exactly
+from loratools.lowrank.resize import ComputeOptions, Resizer
+from loratools.work.declared import option
+from loratools.work.parallel import in_order
+from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.scratch import Scratch
+from loratools.work.selection import Selection
+from loratools.work.typed import check_options
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.dtypes import encode
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class RepairOptions:
+    """What to repair.
+
+    Attributes:
+        intruders: how intruder dimensions are found.
+        keep_intruders: leave intruder dimensions as they are.
+        shrink: what singular values of intruder dimensions are multiplied by.
+        keep_every_rank: let ranks grow by the edits, which loses rounding only.
+        drop_dead: drop modules whose norm is below 1e-6 of the median.
+        rebalance: balance factors whose norms differ by more than 1000 times.
+
+    Raises:
+        OptionError: nothing to do, or λ out of range.
+    """
+
+    intruders: IntruderOptions = IntruderOptions()
+    keep_intruders: bool = option(False, heading="Method")
+    shrink: float = option(0.75, heading="Method", name="lambda_")
+    keep_every_rank: bool = option(False, heading="Rank")
+    drop_dead: bool = option(False, heading="Method")
+    rebalance: bool = option(False, heading="Method")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not 0.0 <= self.shrink < 1.0:
+            raise OptionError("lambda is a share", got=self.shrink, expected="from 0, below 1")
+        if self.keep_intruders and not (self.drop_dead or self.rebalance):
+            raise OptionError("no step of the repair is chosen")
+
+    def record(self) -> dict[str, Any]:
+        """Return what determines the output's bytes, for its provenance."""
+        values: dict[str, Any] = {"drop_dead": self.drop_dead, "rebalance": self.rebalance}
+        if not self.keep_intruders:
+            values |= {
+                "lambda": self.shrink,
+                "count": self.intruders.count,
+                "epsilon": self.intruders.epsilon,
+                "keep_every_rank": self.keep_every_rank,
+            }
+        return {name: value for name, value in values.items() if value is not False}
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What happened to one module.
+
+    Attributes:
+        name: module path.
+        action: `shrunk`, `dropped`, `rebalanced`, `shrunk, rebalanced`, or `kept`.
+        rank_in: rank before.
+        rank_out: rank after; 0 if dropped.
+        intruders: singular vectors that were shrunk, over all experts.
+        undetermined: those that the bounds leave open, and that stay.
+        change: ‖edits‖/‖ΔW‖, what the repair meant to change.
+        relative_error: ‖intended − stored‖/‖intended‖, of squeezing and rounding.
+        balance: ‖b‖/‖a‖ before, of rebalanced modules; None of others.
+    """
+
+    name: str
+    action: str
+    rank_in: int
+    rank_out: int
+    intruders: int
+    undetermined: int
+    change: float
+    relative_error: float
+    balance: float | None = None
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """The repaired adapter, not yet written.
+
+    Attributes:
+        adapter: to be given to `write_adapter`.
+        modules: one report each, in path order.
+        change: ‖edits‖/‖ΔW‖ over all modules.
+        relative_error: ‖intended − stored‖/‖intended‖ over all modules.
+    """
+
+    adapter: Adapter
+    modules: tuple[RepairReport, ...]
+    change: float
+    relative_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as the command line's `--json` prints it."""
+        return {
+            "schema": 1,
+            "operation": "repair",
+            "change": self.change,
+            "relative_error": self.relative_error,
+            "modules": [dataclasses.asdict(module) for module in self.modules],
+        }
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    delta: LowRank | None
+    report: RepairReport
+    squared_norm: float
+    squared_change: float
+    squared_intended: float
+    squared_error: float
+
+
+def repair(
+    adapter: Adapter,
+    options: RepairOptions,
+    *,
+    base: Checkpoint | None = None,
+    compute: ComputeOptions | None = None,
+    selection: Selection | None = None,
+    workers: int = 2,
+    scratch_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RepairResult:
+    """Repair an adapter.
+
+    Args:
+        adapter: plain, or of a kind that folds exactly without the base.
+        options: what to repair.
+        base: the base model, for intruder dimensions.
+        compute: how to compute and store.
+        selection: modules to touch; the others keep every bit.
+        workers: threads over modules; results do not depend on it.
+        scratch_folder: where results wait until they are written.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        OptionError: intruder dimensions are asked for without a base.
+        UnsupportedError: a module is a DoRA, or has no factors.
+        AdapterError: NaN or infinite values, nothing selected, or every module is dead.
+    """
+    if not options.keep_intruders and base is None:
+        raise OptionError(
+            "intruder dimensions are told by the base model",
+            hint="Pass `base=MODEL` or `keep_intruders=True`",
+        )
+    adapter.require_true_delta("repair")
+    adapter = folded_exactly(adapter, "repair", scratch_folder, base)
+    for name, delta in adapter.modules.items():
+        if delta.is_dora:
+            raise UnsupportedError(
+                "a DoRA has no plain change to repair",
+                path=adapter.source,
+                tensor=name,
+                hint="Make it a plain LoRA first: loratools to-lora --base MODEL --rank RANK",
+            )
+    work = _Repair(adapter, options, base, compute or ComputeOptions(), scratch_folder)
+    selection = selection or Selection()
+    if not any(name in selection for name in adapter.modules):
+        raise AdapterError("no module is selected", path=adapter.source)
+    outcomes: list[_Outcome] = []
+    names = list(adapter.modules)
+    for outcome in in_order(lambda name: work.one(name, touched=name in selection), names, workers):
+        outcomes.append(outcome)
+        if progress is not None:
+            progress(len(outcomes), len(names))
+    outcomes = work.without_dead(outcomes, selection)
+    record = options.record() | selection.record()
+    if work.compute.dtype is not None:
+        record["dtype"] = work.compute.dtype
+    provenance = operation_record("repair", {"adapter": adapter}, record, base)
+    kept = {o.report.name: ModuleChange(o.delta) for o in outcomes if o.delta is not None}
+    if not kept:
+        raise AdapterError("every module is dead, and nothing would be left", path=adapter.source)
+    total = sum(o.squared_norm for o in outcomes)
+    intended = sum(o.squared_intended for o in outcomes)
+    return RepairResult(
+        adapter=replace(
+            adapter,
+            modules=kept,
+            metadata={**adapter.metadata, **record_metadata(provenance)},
+            provenance=provenance,
+        ),
+        modules=tuple(outcome.report for outcome in outcomes),
+        change=_ratio(sum(o.squared_change for o in outcomes), total),
+        relative_error=_ratio(sum(o.squared_error for o in outcomes), intended),
+    )
+
+
+class _Repair:
+    """One run: what its modules share."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        options: RepairOptions,
+        base: Checkpoint | None,
+        compute: ComputeOptions,
+        scratch_folder: Path | None,
+    ) -> None:
+        self.options = options
+        self.compute = compute
+        self._opener = ThinModules(adapter, base, "repair")
+        beside = None if base is None or options.keep_intruders else WeightsBeside(adapter, base)
+        self._beside = beside
+        self._resizer = Resizer(compute, Scratch(scratch_folder), one_scale=False)
+        self._device = Device(compute.device)
+
+    def one(self, name: str, *, touched: bool) -> _Outcome:
+        """Return a module with its intruders shrunk and its factors balanced."""
+        module, change = self._opener.open(name), self._opener.modules[name]
+        delta = change.require_factors()
+        squared = sum(thin.squared_norm for thin in module.matrices)
+        report = RepairReport(name, "kept", delta.rank, delta.rank, 0, 0, 0.0, 0.0)
+        kept = _Outcome(delta, report, squared, 0.0, squared, 0.0)
+        if not touched:
+            return kept
+        if self._beside is not None and squared > 0.0:
+            kept = self._shrunk(kept, module, delta, self._beside.load(name, change))
+        return self._balanced(kept) if self.options.rebalance and squared > 0.0 else kept
+
+    def _shrunk(
+        self, kept: _Outcome, module: ThinModule, delta: LowRank, weights: list[Array]
+    ) -> _Outcome:
+        found = [
+            leading(weight, thin, self.options.intruders)[0]
+            for weight, thin in zip(weights, module.matrices, strict=True)
+        ]
+        count = sum(len(one.intruders) for one in found)
+        open_ = sum(one.verdicts.count("undetermined") for one in found)
+        report = replace(kept.report, undetermined=open_)
+        if not count:
+            return replace(kept, report=report)
+        parts: list[Decomposed] = [
+            self._edited(thin, one) for thin, one in zip(module.matrices, found, strict=True)
+        ]
+        rank = delta.rank
+        if self.options.keep_every_rank:
+            rank = min(rank + max(len(one.intruders) for one in found), *delta.shape)
+        done = self._resizer.compressed(module.name, delta, parts, rank)
+        factor = 1.0 - self.options.shrink
+        change = factor**2 * sum(float(np.sum(one.s[one.intruders] ** 2)) for one in found)
+        intended = sum(part.squared_norm for part in parts)
+        report = replace(
+            report,
+            action="shrunk",
+            rank_out=rank,
+            intruders=count,
+            change=_ratio(change, kept.squared_norm),
+            relative_error=_ratio(done.squared_error, intended),
+        )
+        return _Outcome(done.delta, report, kept.squared_norm, change, intended, done.squared_error)
+
+    def _edited(self, thin: Thin, found: Leading) -> Matrix:
+        """Return ΔW − (1 − λ) Σ σⱼ uⱼ vⱼᵀ, of rank r + the number of intruders."""
+        which = found.intruders
+        edits = (self.options.shrink - 1.0) * found.u[:, which] * found.s[which]
+        b = np.concatenate([thin.scale * thin.b.astype(np.float64), edits], axis=1)
+        a = np.concatenate([thin.a.astype(np.float64), found.vt[which]])
+        return Matrix(b, a, 1.0, self._device, use_gram=False)
+
+    def _balanced(self, done: _Outcome) -> _Outcome:
+        """Move a power of two between the factors, if they are one-sided and no value is lost."""
+        delta = done.delta
+        assert delta is not None
+        b, a = delta.b.load(np.float64), delta.a.load(np.float64)
+        size_b, size_a = float(np.linalg.norm(b)), float(np.linalg.norm(a))
+        if not size_b or not size_a or 1.0 / ONE_SIDED <= size_b / size_a <= ONE_SIDED:
+            return done
+        power = round(math.log2(size_b / size_a) / 2.0)
+        new = {"b": np.ldexp(b, -power), "a": np.ldexp(a, power)}
+        types = {"b": delta.b.dtype, "a": delta.a.dtype}
+        stored = {side: encode(values, types[side]) for side, values in new.items()}
+        if any(not np.array_equal(stored[s].astype(np.float64), new[s]) for s in new):
+            return done
+        scratch = self._resizer.scratch
+        balanced = replace(
+            delta,
+            b=scratch.store(delta.b.key, stored["b"], types["b"]),
+            a=scratch.store(delta.a.key, stored["a"], types["a"]),
+        )
+        action = "rebalanced" if done.report.action == "kept" else "shrunk, rebalanced"
+        report = replace(done.report, action=action, balance=size_b / size_a)
+        return replace(done, delta=balanced, report=report)
+
+    def without_dead(self, outcomes: list[_Outcome], selection: Selection) -> list[_Outcome]:
+        """Return the outcomes with dead modules dropped, which counts as error."""
+        if not self.options.drop_dead:
+            return outcomes
+        limit = DEAD * float(np.median([math.sqrt(o.squared_norm) for o in outcomes]))
+        return [
+            _dropped(o) if math.sqrt(o.squared_norm) <= limit and o.report.name in selection else o
+            for o in outcomes
+        ]
+
+
+def _dropped(outcome: _Outcome) -> _Outcome:
+    squared = outcome.squared_norm
+    report = replace(
+        outcome.report,
+        action="dropped",
+        rank_out=0,
+        change=1.0 if squared else 0.0,
+        relative_error=0.0,
+    )
+    return _Outcome(None, report, squared, squared, 0.0, 0.0)
+
+
+def _ratio(squared: float, squared_whole: float) -> float:
+    return math.sqrt(squared / squared_whole) if squared_whole else 0.0

@@ -1,0 +1,1 @@
+"""What is in an adapter: spectra, ranks, strength, anomalies, and its place in the base."""

@@ -1,0 +1,177 @@
+"""`compare` equals dense float64 computations, over formats and shelves."""
+
+import json
+import math
+import subprocess
+import sys
+
+import dense
+import numpy as np
+import pytest
+import scipy.linalg
+from numpy.testing import assert_allclose
+
+from loratools.operations.compare.bases import compare_bases
+from loratools.operations.compare.operation import CompareOptions, compare
+from loratools_formats import read_adapter
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import AdapterError
+
+EXACT = CompareOptions(exact=True)
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", "from loratools.cli import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_two_trained_adapters_compare_as_their_dense_changes():
+    changes = [dense.peft_changes(dense.TINY / name) for name in ("lora", "rslora")]
+    result = compare(
+        {name: read_adapter(dense.TINY / name) for name in ("lora", "rslora")}, options=EXACT
+    )
+    assert [module.name for module in result.modules] == sorted(changes[0])
+    for module in result.modules:
+        one, other = (change[module.name] for change in changes)
+        norms = np.linalg.norm(one), np.linalg.norm(other)
+        cosine = np.sum(one * other) / norms[0] / norms[1]
+        assert_allclose(module.cosine, cosine, atol=1e-12)
+        assert_allclose(module.norms, norms)
+        assert_allclose(module.moved, np.linalg.norm(other - one) / norms[0], rtol=1e-9)
+        direction = 1.0 - (norms[1] - norms[0]) ** 2 / np.linalg.norm(other - one) ** 2
+        assert_allclose(module.moved_direction, direction, rtol=1e-9)
+        assert_allclose(module.sign_conflict, np.mean(one * other < 0), atol=2.0 / one.size)
+        assert_allclose(module.sign_conflict_expected, math.acos(cosine) / math.pi)
+        losses = [np.linalg.norm((one + other) / 2 - x) / np.linalg.norm(x) for x in (one, other)]
+        assert_allclose(module.linear_losses, losses)
+        ranks = [np.linalg.matrix_rank(x) for x in (one, other)]
+        left = [np.linalg.svd(x)[0][:, :r] for x, r in zip((one, other), ranks, strict=True)]
+        angles = np.degrees(np.sort(scipy.linalg.subspace_angles(*left)))
+        found = module.output_angles
+        assert_allclose(found, (angles[0], np.median(angles), angles[-1]), atol=1e-4)
+        assert_allclose(
+            module.output_overlap, np.sum((left[0].T @ left[1]) ** 2) / min(ranks), rtol=1e-6
+        )
+        assert_allclose(module.output_overlap_random, max(ranks) / len(one))
+
+
+def test_a_shelf_sorts_into_duplicates_families_and_lineages(make_folder):
+    modules = {f"layers.{i}.q": (24, 20, 8) for i in range(3)}
+    first = make_folder("first", modules, dtype="f32", seed=1)
+    from safetensors.numpy import load_file, save_file
+
+    for name, change_b, change_a in (("near", 0.01, 0.0), ("sister", 3.0, 0.02)):
+        folder = make_folder(name, modules, dtype="f32", seed=1)
+        rng = np.random.default_rng(5)
+        file = folder / "adapter_model.safetensors"
+        stored = load_file(file)
+        for key in stored:
+            size = change_b if "lora_B" in key else change_a
+            noise = size * rng.standard_normal(stored[key].shape)
+            stored[key] = (stored[key] + noise).astype(np.float32)
+        save_file(stored, file)
+    stranger = make_folder("stranger", modules, dtype="f32", seed=8)
+    folders = [first, first.parent / "near", first.parent / "sister", stranger]
+    result = compare({folder.name: read_adapter(folder) for folder in folders})
+    assert result.duplicates == (("first", "near"),)
+    assert result.lineages == (("first", "near", "sister"),)
+    assert result.families[0] == ("first", "near")
+    assert abs(result.a_cosines[0][3]) < 6 * result.a_random
+    changes = [dense.peft_changes(folder) for folder in folders]
+    flat = [np.concatenate([c.reshape(-1) for c in change.values()]) for change in changes]
+    expected = np.corrcoef(flat) * 0.0
+    for i, one in enumerate(flat):
+        for j, other in enumerate(flat):
+            expected[i, j] = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    assert_allclose(result.cosines, expected, atol=1e-9)
+    mean = np.mean(flat, axis=0)
+    losses = [np.linalg.norm(mean - x) / np.linalg.norm(x) for x in flat]
+    assert_allclose(result.linear_losses, losses)
+
+
+def test_modules_that_only_one_has_or_of_other_shapes_are_listed(make_folder):
+    one = make_folder("one", {"a.q": (24, 20, 8), "b.q": (24, 20, 8), "c.q": (10, 20, 8)})
+    other = make_folder("other", {"a.q": (24, 20, 8), "c.q": (12, 20, 8)}, seed=1)
+    result = compare({"one": read_adapter(one), "other": read_adapter(other)})
+    assert [module.name for module in result.modules] == ["a.q"]
+    reasons = {module.name: (module.adapters, module.reason) for module in result.unmatched}
+    assert reasons["b.q"] == (("one",), "only one adapter has it")
+    assert reasons["c.q"][0] == ("one", "other")
+    assert "10×20, 12×20" in reasons["c.q"][1]
+    lone = make_folder("lone", {"z.q": (24, 20, 8)})
+    with pytest.raises(AdapterError, match="share no module"):
+        compare({"one": read_adapter(one), "lone": read_adapter(lone)})
+
+
+def test_formats_compare_under_the_base_models_names(tmp_path):
+    done = run("convert", dense.TINY / "lora", tmp_path / "mlx", "--to", "mlx", "--allow-lossy")
+    assert done.returncode == 0, done.stderr
+    result = compare(
+        {"peft": read_adapter(dense.TINY / "lora"), "mlx": read_adapter(tmp_path / "mlx")}
+    )
+    assert len(result.modules) == 28
+    assert_allclose(result.cosines, 1.0, atol=1e-6)
+    assert result.unmatched == ()
+
+
+def test_bases_differ_where_the_adapter_acts_as_computed_densely(tmp_path):
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(dense.TINY / "model", other)
+    stored = load_file(other / "model.safetensors")
+    rng = np.random.default_rng(0)
+    noisy = {
+        key: value + (0.01 * rng.standard_normal(value.shape)).astype(value.dtype)
+        if key.endswith("q_proj.weight")
+        else value
+        for key, value in stored.items()
+    }
+    save_file(noisy, other / "model.safetensors", metadata={"format": "pt"})
+    result = compare_bases(
+        read_adapter(dense.TINY / "lora"),
+        read_checkpoint(dense.TINY / "model"),
+        read_checkpoint(other),
+    )
+    changes = dense.peft_changes(dense.TINY / "lora")
+    for module in result.modules:
+        before = stored[f"{module.name}.weight"].astype(np.float64)
+        difference = noisy[f"{module.name}.weight"].astype(np.float64) - before
+        change = changes[module.name]
+        u, s, vt = np.linalg.svd(change, full_matrices=False)
+        kept = s > s[0] * 1e-12
+        p, q = u[:, kept] @ u[:, kept].T, vt[kept].T @ vt[kept]
+        norm = np.linalg.norm
+        assert_allclose(module.relative, norm(difference) / norm(before))
+        assert_allclose(module.outputs, norm(p @ difference) / norm(p @ before), rtol=1e-9)
+        assert_allclose(module.inputs, norm(difference @ q) / norm(before @ q), rtol=1e-9)
+        assert_allclose(module.against_change, norm(p @ difference @ q) / norm(change), rtol=1e-6)
+        assert (module.relative > 0) == module.name.endswith("q_proj")
+
+
+def test_the_command_prints_matrices_and_refuses_nonsense():
+    paths = [dense.TINY / name for name in ("lora", "rslora", "dora")]
+    done = run("compare", *paths)
+    assert done.returncode == 0
+    assert "1 " in done.stdout
+    assert "--base" in done.stderr
+    found = json.loads(run("compare", *paths, "--json").stdout)
+    assert (found["schema"], found["operation"]) == (1, "compare")
+    assert np.shape(found["cosines"]) == (3, 3)
+    for arguments in (
+        [paths[0]],
+        [paths[0], paths[0]],
+        [paths[0], paths[1], "--bases", dense.TINY / "model", dense.TINY / "model"],
+        [paths[0], dense.ROOT / "examples" / "minilm-lora"],
+        [paths[0], dense.TINY / "nothing"],
+    ):
+        done = run("compare", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1

@@ -1,0 +1,175 @@
+"""`repair` equals the paper's edit done densely, and PEFT's own `reduce_intruder_dimension`."""
+
+import json
+import subprocess
+import sys
+
+import dense
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from safetensors.numpy import load_file, save_file
+
+from loratools.base.decompositions import IntruderOptions
+from loratools.lowrank.resize import ComputeOptions
+from loratools.operations.repair import RepairOptions, repair
+from loratools_formats import read_adapter, write_adapter
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.disk.errors import OptionError, UnsupportedError
+
+BASE = dense.TINY / "model"
+F32 = ComputeOptions(dtype="f32")
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", "from loratools.cli import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def edited(weight, change, shrink=0.75):
+    """Return the change after the edit of arXiv 2410.21228, from two whole SVDs."""
+    _, found, (u, s, vt) = dense.intruders(weight, change, 10, 0.5)
+    return change + (shrink - 1.0) * (u[:, found] * s[found]) @ vt[found], len(found)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_trained_adapters_are_edited_as_the_paper_says(tmp_path, keep):
+    options = RepairOptions(IntruderOptions(), keep_every_rank=keep)
+    result = repair(
+        read_adapter(dense.TINY / "lora"), options, base=read_checkpoint(BASE), compute=F32
+    )
+    write_adapter(result.adapter, tmp_path / "out", "peft")
+    before, after = dense.peft_changes(dense.TINY / "lora"), dense.peft_changes(tmp_path / "out")
+    weights = dense.base_weights()
+    moved = 0.0
+    for module in result.modules:
+        change = before[module.name]
+        want, count = edited(weights[module.name], change)
+        moved += np.linalg.norm(want - change) ** 2
+        assert module.intruders == count
+        assert_allclose(
+            module.change, np.linalg.norm(want - change) / np.linalg.norm(change), atol=1e-6
+        )
+        u, s, vt = np.linalg.svd(want, full_matrices=False)
+        rank = module.rank_out
+        assert rank == 32 + (count if keep else 0)
+        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        assert_allclose(after[module.name], best, atol=2e-6 * s[0])
+        error = np.linalg.norm(after[module.name] - want) / np.linalg.norm(want)
+        assert_allclose(module.relative_error, error, rtol=1e-3, atol=1e-6)
+    total = np.sqrt(sum(np.linalg.norm(change) ** 2 for change in before.values()))
+    assert_allclose(result.change, np.sqrt(moved) / total, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_makes_the_same_change_of_the_same_adapter(tmp_path):
+    import torch
+    from peft import PeftModel
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, dense.TINY / "lora").to(torch.float64)
+    reduce_intruder_dimension(model, logging_sink=None)
+    theirs = {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("intruder_reduced")
+        .detach()
+        .numpy()
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    result = repair(
+        read_adapter(dense.TINY / "lora"),
+        RepairOptions(IntruderOptions()),
+        base=read_checkpoint(BASE),
+        compute=F32,
+    )
+    write_adapter(result.adapter, tmp_path / "out", "peft")
+    ours = dense.peft_changes(tmp_path / "out")
+    assert set(ours) == set(theirs)
+    assert sum(module.intruders for module in result.modules) > 50
+    for name, change in ours.items():
+        assert np.linalg.norm(change - theirs[name]) <= 1e-5 * np.linalg.norm(change), name
+
+
+def test_a_second_repair_finds_the_shrunk_dimensions_shorter(tmp_path):
+    options = RepairOptions(IntruderOptions(), shrink=0.0, keep_every_rank=True)
+    result = repair(
+        read_adapter(dense.TINY / "lora"), options, base=read_checkpoint(BASE), compute=F32
+    )
+    write_adapter(result.adapter, tmp_path / "out", "peft")
+    again = repair(read_adapter(tmp_path / "out"), options, base=read_checkpoint(BASE), compute=F32)
+    assert again.change < result.change
+
+
+def test_dead_modules_go_and_peft_loads_the_rest(make_folder, tmp_path):
+    modules = {f"layers.{i}.q": (24, 20, 8) for i in range(3)}
+    folder = make_folder("adapter", modules, dtype="f32")
+    file = folder / "adapter_model.safetensors"
+    stored = load_file(file)
+    key = "base_model.model.layers.1.q.lora_B.weight"
+    save_file({**stored, key: np.zeros_like(stored[key])}, file)
+    done = run("repair", folder, "-o", tmp_path / "out", "--keep-intruders", "--drop-dead")
+    assert done.returncode == 0, done.stderr
+    after = dense.peft_changes(tmp_path / "out")
+    before = dense.peft_changes(folder)
+    assert set(after) == {"layers.0.q", "layers.2.q"}
+    for name, change in after.items():
+        assert np.array_equal(change, before[name])
+    assert "dropped" in done.stdout
+    assert set(read_adapter(tmp_path / "out").modules) == set(after)
+
+
+def test_balancing_rounds_nothing(make_folder, tmp_path):
+    folder = make_folder("adapter", dtype="bf16")
+    file = folder / "adapter_model.safetensors"
+    import ml_dtypes
+
+    stored = load_file(file)
+    skewed = {
+        key: (value.astype(np.float64) * (2.0**-20 if "lora_B" in key else 2.0**7)).astype(
+            ml_dtypes.bfloat16
+        )
+        for key, value in stored.items()
+    }
+    save_file(skewed, file)
+    done = run(
+        "repair", folder, "-o", tmp_path / "out", "--keep-intruders", "--rebalance", "--json"
+    )
+    (module,) = json.loads(done.stdout)["modules"]
+    assert (module["action"], module["relative_error"]) == ("rebalanced", 0.0)
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    norms = [np.linalg.norm(value.astype(np.float64)) for value in after.values()]
+    assert 0.4 < norms[0] / norms[1] < 2.5
+    assert np.array_equal(
+        dense.peft_changes(tmp_path / "out")["layers.0.q"], dense.peft_changes(folder)["layers.0.q"]
+    )
+
+
+def test_modules_that_are_not_selected_keep_every_bit(tmp_path):
+    done = run(
+        "repair", dense.TINY / "lora", "--base", BASE, "-o", tmp_path / "out", "--include", "q_proj"
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = dense.peft_changes(dense.TINY / "lora"), dense.peft_changes(tmp_path / "out")
+    for name, change in before.items():
+        if not name.endswith("q_proj"):
+            assert np.array_equal(after[name], change)
+
+
+def test_what_cannot_be_repaired_is_refused(tmp_path):
+    adapter = read_adapter(dense.TINY / "dora")
+    with pytest.raises(UnsupportedError, match="DoRA"):
+        repair(adapter, RepairOptions(keep_intruders=True, drop_dead=True))
+    with pytest.raises(OptionError, match="no step"):
+        RepairOptions(keep_intruders=True)
+    with pytest.raises(OptionError, match="lambda"):
+        RepairOptions(IntruderOptions(), shrink=1.5)
+    done = run("repair", dense.TINY / "lora", "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert "--base" in done.stderr
+    assert not (tmp_path / "out").exists()
