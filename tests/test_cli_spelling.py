@@ -80,7 +80,7 @@ def test_every_command_that_computes_has_the_common_options(name):
 
 
 def narrowed(path):
-    return {delta.a.dtype.code for delta in read_adapter(path).modules.values()}
+    return {c.direction.a.dtype.code for c in read_adapter(path).modules.values()}
 
 
 @pytest.mark.parametrize("flag", ["--dtype", "--outtype"])
