@@ -159,14 +159,12 @@ class Resizer:
             rank: wanted.
             keep_scale: as for `without_loss`.
         """
-        scale, types = (
-            self._scale(delta, rank),
-            [self.options.stored(t) for t in (delta.a, delta.b)],
-        )
-        keeps = rank == delta.rank and types == [delta.a.dtype, delta.b.dtype]
+        scale = self._scale(delta, rank)
+        a, b = self.options.stored(delta.a), self.options.stored(delta.b)
+        keeps = rank == delta.rank and (a, b) == (delta.a.dtype, delta.b.dtype)
         if keeps and not is_power_of_two(delta.scale / scale) and self._may_stay(keep_scale):
             scale = delta.scale
-        return resized(delta, rank, *types, scale)
+        return resized(delta, rank, a, b, scale)
 
     def _may_stay(self, keep_scale: bool) -> bool:
         """Return whether a scale that cannot move into factors may stay as it is."""
