@@ -160,11 +160,11 @@ class Resizer:
             keep_scale: as for `without_loss`.
         """
         scale = self._scale(delta, rank)
-        of_a, of_b = (self.options.stored(tensor) for tensor in (delta.a, delta.b))
-        keeps = (rank, of_a, of_b) == (delta.rank, delta.a.dtype, delta.b.dtype)
+        a, b = self.options.stored(delta.a), self.options.stored(delta.b)
+        keeps = rank == delta.rank and (a, b) == (delta.a.dtype, delta.b.dtype)
         if keeps and not is_power_of_two(delta.scale / scale) and self._may_stay(keep_scale):
             scale = delta.scale
-        return resized(delta, rank, of_a, of_b, scale)
+        return resized(delta, rank, a, b, scale)
 
     def _may_stay(self, keep_scale: bool) -> bool:
         """Return whether a scale that cannot move into factors may stay as it is."""
