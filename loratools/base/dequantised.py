@@ -89,7 +89,7 @@ def plain(base: Checkpoint) -> PlainCheckpoint:
     for key, tensor in base.tensors.items():
         if key in four_bit:
             weight = four_bit[key]
-            tensors[key] = four_bit_tensor(weight, turned=is_conv1d(key, base.config))
+            tensors[key] = four_bit_tensor(weight, transposed=is_conv1d(key, base.config))
             stored[key] = weight.dtype if weight.dtype.bits == 16 else DTYPES["BF16"]
         elif key in eight_bit:
             tensors[key] = _computed(key, DTYPES["F32"], tensor.shape, _Fp8Source(eight_bit[key]))
@@ -140,10 +140,10 @@ def _computed(key: str, dtype: DType, shape: tuple[int, ...], source: _Source) -
     return in_file(key, dtype, shape, source, 0)
 
 
-def four_bit_tensor(weight: QuantizedWeight, *, turned: bool) -> TensorRef:
+def four_bit_tensor(weight: QuantizedWeight, *, transposed: bool) -> TensorRef:
     """Return a four-bit weight as a plain tensor; Conv1D weights are stored transposed."""
-    if turned and len(weight.shape) == 2:
-        return _computed(weight.key, weight.dtype, weight.shape[::-1], _TurnedSource(weight))
+    if transposed and len(weight.shape) == 2:
+        return _computed(weight.key, weight.dtype, weight.shape[::-1], _TransposedSource(weight))
     return _computed(weight.key, weight.dtype, weight.shape, _FourBitSource(weight))
 
 
@@ -182,7 +182,7 @@ class _FourBitSource(_Source):
         return self._decoder.elements(start, stop, out)
 
 
-class _TurnedSource(_FourBitSource):
+class _TransposedSource(_FourBitSource):
     """The same of a Conv1D weight, transposed back; each thread keeps the last one whole."""
 
     _kept = threading.local()

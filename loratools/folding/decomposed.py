@@ -106,7 +106,7 @@ class KroneckerMatrix:
         return source.squared_norm
 
 
-class TurnedMatrix:
+class TransposedMatrix:
     """The transpose of a matrix that has been taken apart.
 
     Args:
@@ -154,8 +154,8 @@ def decomposed(change: Change, device: Device, streaming: Streaming, label: str)
         return KroneckerMatrix(change)
     seed = zlib.crc32(label.encode(), streaming.seed & 0xFFFFFFFF)
     if isinstance(change, Columns):
-        turned = RowSource(change.shape[::-1], change.columns)
-        return TurnedMatrix(_streamed(turned, streaming.width, seed))
+        transposed = RowSource(change.shape[::-1], change.columns)
+        return TransposedMatrix(_streamed(transposed, streaming.width, seed))
     return _streamed(RowSource(change.shape, change.rows), streaming.width, seed)
 
 

@@ -99,11 +99,11 @@ def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Re
             got=list(bank.shape),
             expected=f"{length}",
         )
-    turned = bool(adapter.config.get("fan_in_fan_out"))
+    transposed = bool(adapter.config.get("fan_in_fan_out"))
     modules: dict[str, KindDelta] = {}
     places: dict[str, Place] = {}
     for path in paths:
-        layer = Layer("linear", transposed_if_square=square_orientation(turned, path))
+        layer = Layer("linear", transposed_if_square=square_orientation(transposed, path))
         modules[path] = KindDelta("unilora", {}, {}, layer, shared={"bank": bank})
         places[path] = find_place(names, path, modules[path])
     shapes = [

@@ -43,8 +43,8 @@ def _change(delta: KindDelta, weight: Weight) -> Change:
             gathered = np.empty_like(moved)
             gathered[:, order] = moved
             parts = gathered.reshape(stop - start, count, size)
-            turned = np.einsum("onb,nab->ona", parts, turn, optimize=True)
-            moved = turned.reshape(stop - start, in_)[:, order]
+            rotated = np.einsum("onb,nab->ona", parts, turn, optimize=True)
+            moved = rotated.reshape(stop - start, in_)[:, order]
         result: Array = gain[start:stop, None] * moved - base
         return result
 

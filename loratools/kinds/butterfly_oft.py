@@ -44,9 +44,9 @@ def _change(delta: KindDelta, weight: Weight) -> Change:
         moved = base
         for level in range(levels):
             order = _order(out, 2**level * (size // 2))
-            turned = turns[level] @ moved[order].reshape(count, size, -1)
+            rotated = turns[level] @ moved[order].reshape(count, size, -1)
             moved = np.empty_like(base)
-            moved[order] = turned.reshape(base.shape)
+            moved[order] = rotated.reshape(base.shape)
         result: Array = gain * moved - base
         return result
 

@@ -1,7 +1,7 @@
 """A full difference: ΔW = scale · diff, of any rank (LyCORIS `diff`, extracted checkpoints).
 
-It is read a block at a time: of rows, or of columns if it is stored as (in, out), when `crossed` is
-set.
+It is read in blocks of rows; with the setting `transposed` it is stored as (in, out), and read in
+blocks of columns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _change(delta: KindDelta, _: Weight) -> Change:
         block: Array = scale * flat.reshape(stop - start, width)
         return block
 
-    if delta.settings.get("crossed"):
+    if delta.settings.get("transposed"):
         return Columns((width, height), rows)
     return Rows((height, width), rows)
 

@@ -187,7 +187,7 @@ def _result(base: Checkpoint, jobs: Sequence[_Job], notes: Sequence[str]) -> Deq
 
 
 class _Job:
-    """One weight to be turned into a plain one, and how far rounding moved it."""
+    """One weight to be dequantised, and how far rounding moved it."""
 
     def __init__(self, weight: QuantizedWeight, dtype: DType, conv1d: bool) -> None:
         self.weight = weight
@@ -220,8 +220,8 @@ class _Job:
             else:
                 sink.write_at(start * width, piece.view(np.uint8).data)
         if self._transposed:
-            turned = np.ascontiguousarray(whole.reshape(self.weight.shape).T)
-            sink.write_at(0, turned.view(np.uint8).data)
+            transposed = np.ascontiguousarray(whole.reshape(self.weight.shape).T)
+            sink.write_at(0, transposed.view(np.uint8).data)
 
     @property
     def _numpy(self) -> np.dtype[Any]:

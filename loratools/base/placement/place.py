@@ -90,15 +90,15 @@ def _placement(
     if site.part is None and site.share is None and site.plane is None:
         return Placement(site.key, module, delta, whole_is_transposed(names, module, part, shape))
     oriented_by = module if site.part is None or site.plane is not None else site.part.module
-    crossed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
-    total = shape[1] if crossed else shape[0]
+    transposed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
+    total = shape[1] if transposed else shape[0]
     outputs = () if site.part is None else part_spans(names, site.part, total)
     here = sum(stop - start for start, stop in outputs) or total
     wanted = sum(stop - start for start, stop in share) or out
     if here != wanted:
         raise _does_not_fit(module, out, in_, f"{here} outputs in {site.key}")
     return Placement(
-        site.key, module, delta, crossed, plane=site.plane, outputs=outputs, rows=share
+        site.key, module, delta, transposed, plane=site.plane, outputs=outputs, rows=share
     )
 
 

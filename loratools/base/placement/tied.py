@@ -242,5 +242,5 @@ def _placement(
     shape = names.tensors[tie.embedding].shape
     if wholes:
         shape = adapter.replacements[wholes[0]].tensor.shape
-    crossed = whole_is_transposed(names, module, delta.require_factors(), shape)
-    return Placement(key, module, delta, crossed)
+    transposed = whole_is_transposed(names, module, delta.require_factors(), shape)
+    return Placement(key, module, delta, transposed)

@@ -272,8 +272,8 @@ class Fusion:
     def _requantized(self, plan: TensorPlan, weight: QuantizedWeight) -> Made:
         from loratools.operations.fuse.requantize import Requantized
 
-        turned = is_conv1d(plan.key, self._base.config)
-        work = Requantized(plan, weight, self._device, turned=turned)
+        transposed = is_conv1d(plan.key, self._base.config)
+        work = Requantized(plan, weight, self._device, transposed=transposed)
 
         def fill(sinks: Mapping[str, Sink]) -> None:
             self._report(work.fill(sinks))

@@ -177,7 +177,7 @@ def _terms(change: Change, view: View) -> list[Term] | list[RowsTerm]:
 def _streamed_term(placement: StreamedPlacement, weight: float, view: View) -> RowsTerm:
     values = placement.rows()
     outputs, others = placement.outputs, (0, values.shape[1])
-    if not placement.piece.crossed:
+    if not placement.piece.transposed:
         rows, columns = outputs, others
     else:
         whole = values.rows(0, values.shape[0]).T
