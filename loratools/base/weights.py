@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.fused import part_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
@@ -84,7 +84,7 @@ def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) ->
     Raises:
         UnsupportedError: only rows of a weight are replaced, or the base has it inside another.
     """
-    checkpoint = plain(base).checkpoint
+    checkpoint = dequantised(base).checkpoint
     names = Names(checkpoint)
     tensors = dict(checkpoint.tensors)
     for replacement in adapter.replacements.values():

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.base.weights import Place, find_place
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ def what_is_missing(adapter: Adapter) -> str:
 
 
 def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regenerated:
-    checkpoint = plain(base).checkpoint
+    checkpoint = dequantised(base).checkpoint
     names = Names(checkpoint)
     order = given.get("order")
     paths = _in_order(adapter, checkpoint, None if order is None else order.split(","))
@@ -216,7 +216,7 @@ def _listed(entries: Any, path: str) -> bool:
 
 
 def _frod(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regenerated:
-    names, values = Names(plain(base).checkpoint), Values(adapter.config)
+    names, values = Names(dequantised(base).checkpoint), Values(adapter.config)
     by_category: dict[str, list[str]] = {}
     for path in adapter.modules:
         by_category.setdefault(frod_category(path), []).append(path)

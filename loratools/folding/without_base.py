@@ -10,7 +10,7 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.base.placement.sites import sites
 from loratools.base.weights import ShapeOnly
@@ -193,7 +193,7 @@ class _Base:
         """Return what the shape of a module's own weight tells of a setting, None if nothing."""
         if self._base is None or missing.of_weight is None:
             return None
-        self._names = self._names or Names(plain(self._base).checkpoint)
+        self._names = self._names or Names(dequantised(self._base).checkpoint)
         found = sites(self._names, module, "weight")
         return missing.of_weight(self._names.tensors[found[0].key].shape) if found else None
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from loratools.base.dequantised import plain_config
+from loratools.base.dequantised import dequantised_config
 from loratools.base.fourbit.decode import CHUNK, Dequantizer
 from loratools.base.fourbit.encode import Loss
 from loratools.work.buffers import Buffers
@@ -146,7 +146,7 @@ def dequantize(
         new = NewCheckpoint(
             base,
             grouped(base, parts, max_shard_bytes=max_shard_bytes),
-            plain_config(base.config, torch_name(stored)) if base.config else None,
+            dequantised_config(base.config, torch_name(stored)) if base.config else None,
             lambda: operation_record("dequantize", {}, options, base),
         )
         with threadpool_limits(1):  # the sums of errors; threads go over weights

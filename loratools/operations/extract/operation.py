@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratools.algebra.ranks import RankRule, as_options
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.pairs import Comparison, Pair
 from loratools.operations.to_lora import FoldChoices, FoldResult, fold_choices, to_lora
@@ -78,7 +78,7 @@ def difference(
         UnsupportedError: a tensor changed that has no place in a LoRA.
     """
     selection = selection or Selection()
-    comparison = Comparison(plain(base).checkpoint, plain(tuned).checkpoint)
+    comparison = Comparison(dequantised(base).checkpoint, dequantised(tuned).checkpoint)
     pairs = comparison.pairs()
     changed = in_order(lambda pair: pair.differs(), pairs, workers or usable_cores())
     differing = [pair for pair, differs in zip(pairs, changed, strict=True) if differs]

@@ -34,7 +34,7 @@ from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.containers.gguf.container import GgufTensor
 from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
-from loratools_formats.containers.gguf.model import ModelLayout, plain
+from loratools_formats.containers.gguf.model import ModelLayout, decoded
 from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.files import check_target
 from loratools_formats.core.dtypes import DTYPES
@@ -104,9 +104,9 @@ class GgufFusion:
         self.notes = (*read, *_fallback_notes(touched, kinds, options), *_joined_notes(base))
 
     def _plan(self, name: str, changes: Sequence[Change]) -> TensorPlan:
-        source = plain(self.base.tensors[name])
+        source = decoded(self.base.tensors[name])
         kind = self.layout.kinds[name]
-        dtype = DTYPES[kind.name if kind.is_plain else "F32"]
+        dtype = DTYPES[kind.name if kind.is_float else "F32"]
         return TensorPlan(name, source, dtype, tuple(changes), original=source)
 
     @property
@@ -245,7 +245,7 @@ class GgufFusion:
                 written = os.pwrite(out, view, place)
                 view, place = view[written:], place + written
 
-        if kind.is_plain:
+        if kind.is_float:
             return fuse_tensor(plan, device, store)
         return quantised(plan, kind, device, store)
 

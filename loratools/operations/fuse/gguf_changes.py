@@ -21,7 +21,7 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import ready
 from loratools.operations.fuse.streamed import StreamedPlacement, refuse_unstreamable
 from loratools.operations.fuse.terms import Change
-from loratools_formats.containers.gguf.model import plain
+from loratools_formats.containers.gguf.model import decoded
 from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
@@ -156,7 +156,7 @@ def _placements(
 
 def _weight(name: str, orders: Mapping[str, list[int]], base: GgufModel) -> TensorRef:
     """Return a module's weight with its rows in transformers' order."""
-    stored = [plain(base.tensors[f"{tensor}.weight"]) for tensor in orders]
+    stored = [decoded(base.tensors[f"{tensor}.weight"]) for tensor in orders]
     source = [row for order in orders.values() for row in order]
     shape = len(source), stored[0].shape[1]
     if len(stored) == 1 and source == list(range(len(source))):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from loratools.algebra.device import Computing, Device
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
@@ -201,12 +201,14 @@ class Fusion:
             for item in inputs
         )
         self._base = base
-        self._plain = plain(base)
+        self._dequantised = dequantised(base)
         self._check_mode()
-        checkpoint = self._plain.checkpoint
+        checkpoint = self._dequantised.checkpoint
         if options.requantize:
             checkpoint = replace(checkpoint, config=base.config)
-        self.plan: FusePlan = plan_fuse(checkpoint, self.inputs, options.code, self._plain.stored)
+        self.plan: FusePlan = plan_fuse(
+            checkpoint, self.inputs, options.code, self._dequantised.stored
+        )
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()
@@ -219,7 +221,7 @@ class Fusion:
         )
 
     def _check_mode(self) -> None:
-        four_bit = bool(self._plain.four_bit)
+        four_bit = bool(self._dequantised.four_bit)
         mode, path = self.options.base_mode, self._base.path
         if self.options.allow_lossy and not self.options.requantize:
             raise OptionError("`allow_lossy` is for `requantize`")
@@ -242,16 +244,16 @@ class Fusion:
 
     def _config(self) -> Mapping[str, Any] | None:
         """Return the configuration to write, None to keep the base's file."""
-        if self.options.requantize or not self._plain.is_quantized:
+        if self.options.requantize or not self._dequantised.is_quantized:
             return self.plan.config
-        return (self.plan.config or self._plain.checkpoint.config) or None
+        return (self.plan.config or self._dequantised.checkpoint.config) or None
 
     def _record(self) -> Mapping[str, Any]:
         options = {
             "weights": [item.weight for item in self.inputs],
             "dtype": self.options.dtype,
             "max_shard_bytes": self.options.max_shard_bytes,
-            "base_mode": "dequant" if self._plain.four_bit else None,
+            "base_mode": "dequant" if self._dequantised.four_bit else None,
             "requantize": self.options.requantize,
         }
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
@@ -260,7 +262,7 @@ class Fusion:
     def _parts(self) -> dict[str, Part]:
         parts: dict[str, Part] = {}
         for key, plan in self.plan.tensors.items():
-            weight = self._plain.four_bit.get(key) if self.options.requantize else None
+            weight = self._dequantised.four_bit.get(key) if self.options.requantize else None
             if weight is None:
                 parts[key] = plan.source if plan.is_copy else self._made(plan)
             elif plan.is_touched:
@@ -327,11 +329,11 @@ class Fusion:
         )
 
     def _type_name(self, plan: TensorPlan) -> str:
-        weight = self._plain.four_bit.get(plan.key) if self.options.requantize else None
+        weight = self._dequantised.four_bit.get(plan.key) if self.options.requantize else None
         return plan.dtype.code if weight is None else weight.quant_type.upper()
 
     def _notes(self) -> list[str]:
-        dropped = self._plain.dropped
+        dropped = self._dequantised.dropped
         if not dropped or self.options.requantize:
             return []
         return [
@@ -371,7 +373,7 @@ class Fusion:
             key
             for key, plan in plans.items()
             if not plan.is_touched
-            and (not plan.is_copy or key in self._plain.stored)
+            and (not plan.is_copy or key in self._dequantised.stored)
             and not self.options.requantize
         }
         return FuseResult(

@@ -76,7 +76,7 @@ class Term:
         left: (rows, r) float64, or float32 that holds the stored numbers exactly.
         right: (r, columns) the same; the delta's scale is folded into one of them.
         weight: the adapter's.
-        dora: None for a plain delta.
+        dora: None for a product.
     """
 
     module: str
@@ -89,7 +89,7 @@ class Term:
     dora: DoraPart | None = None
 
     @property
-    def is_plain(self) -> bool:
+    def is_product(self) -> bool:
         """Whether it is a product, whatever the weights are."""
         return self.dora is None
 
@@ -113,7 +113,7 @@ class RowsTerm:
     columns: Span
     values: Rows
     weight: float
-    is_plain: bool = False
+    is_product: bool = False
 
 
 def stacked(changes: Sequence[Change]) -> bool:
@@ -274,11 +274,11 @@ def _check_fit(term: Term, view: View, *, complete: bool) -> None:
 
 
 def _joined(terms: list[Term | RowsTerm]) -> list[Term | RowsTerm]:
-    """Join plain terms of one rectangle, so that one product stands for all of them."""
+    """Join product terms of one rectangle, so that one product stands for all of them."""
     groups: dict[tuple[Span, Span], list[Term]] = {}
-    others = [term for term in terms if not term.is_plain]
+    others = [term for term in terms if not term.is_product]
     for term in terms:
-        if isinstance(term, Term) and term.is_plain:
+        if isinstance(term, Term) and term.is_product:
             groups.setdefault((term.rows, term.columns), []).append(term)
     joined: list[Term | RowsTerm] = []
     for (rows, columns), group in groups.items():

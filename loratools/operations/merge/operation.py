@@ -16,7 +16,7 @@ import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.ranks import Spectrum
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.folding.without_base import folded_exactly
 from loratools.lowrank.resize import Resizer, resized
@@ -170,7 +170,7 @@ class _Merge(Ranked[_Merged, Measured]):
         self.merge_options = options
         self.method = method
         self.modules = {module.name: module for module in modules}
-        self.base = None if base is None else Names(plain(base).checkpoint)
+        self.base = None if base is None else Names(dequantised(base).checkpoint)
         self.in_base: dict[str, str] = {}
         if base is not None:
             for item in inputs:
