@@ -45,7 +45,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Place:
+class BaseModule:
     """Where in the base a module's weight is.
 
     Attributes:
@@ -103,7 +103,7 @@ def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) ->
     return Names(replace(checkpoint, tensors=tensors))
 
 
-def find_place(names: Names, name: str, delta: LowRank | KindDelta) -> Place:
+def find_base_module(names: Names, name: str, delta: LowRank | KindDelta) -> BaseModule:
     """Return where the weight of a module is.
 
     Raises:
@@ -131,7 +131,7 @@ def find_place(names: Names, name: str, delta: LowRank | KindDelta) -> Place:
         layer = Layer("conv", kernel=stored.shape[2:])
     biases = sites(names, name, "bias")
     alone = len(found) == len(biases) == 1 and found[0].part is None and biases[0].part is None
-    return Place(pieces, layer, names.tensors[biases[0].key] if alone else None)
+    return BaseModule(pieces, layer, names.tensors[biases[0].key] if alone else None)
 
 
 def is_in_stack(names: Names, name: str) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
-from loratools.base.weights import Place, find_place
+from loratools.base.weights import BaseModule, find_base_module
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, KindDelta, Layer, ModuleChange
@@ -101,11 +101,11 @@ def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Re
         )
     transposed = bool(adapter.config.get("fan_in_fan_out"))
     modules: dict[str, KindDelta] = {}
-    places: dict[str, Place] = {}
+    places: dict[str, BaseModule] = {}
     for path in paths:
         layer = Layer("linear", transposed_if_square=square_orientation(transposed, path))
         modules[path] = KindDelta("unilora", {}, {}, layer, shared={"bank": bank})
-        places[path] = find_place(names, path, modules[path])
+        places[path] = find_base_module(names, path, modules[path])
     shapes = [
         shape
         for path in paths
@@ -256,8 +256,8 @@ def _frod(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regen
     return Regenerated(replace(adapter, modules=modules), given, caution)
 
 
-def _place(names: Names, path: str, adapter: Adapter) -> Place:
-    return find_place(names, path, adapter.modules[path].direction)
+def _place(names: Names, path: str, adapter: Adapter) -> BaseModule:
+    return find_base_module(names, path, adapter.modules[path].direction)
 
 
 def _by_layer(paths: list[str]) -> list[str]:

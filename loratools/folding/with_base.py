@@ -13,9 +13,9 @@ from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement.names import Names
 from loratools.base.weights import (
-    Place,
+    BaseModule,
     ShapeOnly,
-    find_place,
+    find_base_module,
     is_fused,
     is_in_stack,
     names_under,
@@ -87,14 +87,14 @@ class Opener:
         self.options = options
         self.device = Device(options.device)
         self.fused: list[str] = []
-        self.places = self._find_places(base)
+        self.places = self._find_base_modules(base)
         shapes = [place.shape for place in self.places.values()]
         self.largest = (
             max((shape[0] for shape in shapes), default=0),
             max((shape[1] for shape in shapes), default=0),
         )
 
-    def _find_places(self, base: Checkpoint | None) -> dict[str, Place]:
+    def _find_base_modules(self, base: Checkpoint | None) -> dict[str, BaseModule]:
         needing = [name for name, delta in self.adapter.modules.items() if needs_base(delta)]
         if base is None:
             if needing:
@@ -119,7 +119,7 @@ class Opener:
             if is_fused(names, in_base[name]):
                 self.fused.append(name)
             if needs_base(delta) or not is_in_stack(names, in_base[name]):
-                places[name] = find_place(names, in_base[name], delta.direction)
+                places[name] = find_base_module(names, in_base[name], delta.direction)
         return places
 
     def _refuse_tied(self, names: Names, in_base: Mapping[str, str]) -> None:
@@ -191,7 +191,7 @@ class Opener:
     def _through_dora(
         self,
         name: str,
-        place: Place,
+        place: BaseModule,
         change: Change,
         magnitude: TensorRef,
         whole: ModuleChange,
@@ -230,7 +230,7 @@ class Opener:
         )
 
 
-def added_bias(delta: KindDelta, weight: Weight, place: Place | None) -> TensorRef | None:
+def added_bias(delta: KindDelta, weight: Weight, place: BaseModule | None) -> TensorRef | None:
     """Return what a change adds to its layer's bias, None if nothing."""
     function = get_kind(delta.kind).bias
     if function is None or place is None or place.bias is None:

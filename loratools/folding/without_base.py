@@ -175,8 +175,8 @@ def with_settings(
                     )
                 filled[key] = _parsed(key, text, value)
             whole = replace(delta, settings={**delta.settings, **filled})
-            settled = get_kind(delta.kind).settled
-            modules[name] = change.with_direction(whole if settled is None else settled(whole))
+            completed = get_kind(delta.kind).completed
+            modules[name] = change.with_direction(whole if completed is None else completed(whole))
     if unused:
         raise OptionError("no module lacks this setting", got=", ".join(sorted(unused)))
     return replace(adapter, modules=modules)

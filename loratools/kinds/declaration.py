@@ -126,7 +126,7 @@ class Kind:
         bias: what is added to the layer's bias, given the bias before; None if it stays.
         magnitude: the magnitudes of a DoRA in the order of the outputs, given the stored ones;
             None if they are stored in that order.
-        settled: the delta again, with what its settings tell of its layer and shape, when none of
+        completed: the delta again, with what its settings tell of its layer and shape, when none of
             them is missing any more; None if they tell nothing.
         caution: what a user should know about every fold of the kind; empty for nothing.
         if_tied: why a plain LoRA on a tied embedding is not the same; empty if it is.
@@ -142,7 +142,7 @@ class Kind:
     low_rank: bool = True
     bias: Callable[[KindDelta, Weight, Array], Array] | None = None
     magnitude: Callable[[KindDelta, TensorRef], TensorRef] | None = None
-    settled: Callable[[KindDelta], KindDelta] | None = None
+    completed: Callable[[KindDelta], KindDelta] | None = None
     caution: str = ""
     if_tied: str = ""
 

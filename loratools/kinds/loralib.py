@@ -66,7 +66,7 @@ def _placed(a: Array, b: Array, groups: str) -> Array:
     return whole
 
 
-def _settled(delta: KindDelta) -> KindDelta:
+def _completed(delta: KindDelta) -> KindDelta:
     a, b = (delta.parts[side].shape for side in "ab")
     kernel = delta.settings.get("kernel", 1)
     if kernel != 1:
@@ -82,5 +82,5 @@ KIND = Kind(
     source="arXiv 2106.09685",
     parts=("a", "b"),
     change=_change,
-    settled=_settled,
+    completed=_completed,
 )

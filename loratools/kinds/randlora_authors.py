@@ -93,7 +93,7 @@ def _fused(tensors: Tensors, bases: tuple[Array, Array], groups: str, scale: flo
     return Rows((height * len(groups), height), rows_of)
 
 
-def _settled(delta: KindDelta) -> KindDelta:
+def _completed(delta: KindDelta) -> KindDelta:
     groups = delta.settings.get("groups")
     if groups is None:
         return delta
@@ -109,5 +109,5 @@ KIND = Kind(
     needs="shape",
     low_rank=False,
     change=_change,
-    settled=_settled,
+    completed=_completed,
 )

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from loratools.base.dequantised import dequantised_config
 from loratools.base.fourbit.decode import CHUNK, Dequantizer
-from loratools.base.fourbit.encode import Loss
+from loratools.base.fourbit.encode import QuantisationLoss
 from loratools.work.buffers import Buffers
 from loratools.work.declared import option
 from loratools.work.parallel import Workers, in_order, usable_cores
@@ -172,14 +172,16 @@ def _result(base: Checkpoint, jobs: Sequence[_Job], notes: Sequence[str]) -> Deq
             job.weight.quant_type,
             job.weight.nbytes,
             job.blank.nbytes,
-            Loss(job.squared_error, job.squared_norm).relative,
+            QuantisationLoss(job.squared_error, job.squared_norm).relative,
         )
         for job in jobs
     )
     bytes_in = sum(ref.nbytes for ref in base.tensors.values())
     return DequantizeResult(
         reports,
-        Loss(sum(j.squared_error for j in jobs), sum(j.squared_norm for j in jobs)).relative,
+        QuantisationLoss(
+            sum(j.squared_error for j in jobs), sum(j.squared_norm for j in jobs)
+        ).relative,
         bytes_in,
         bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
         tuple(notes),

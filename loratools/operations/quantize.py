@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from loratools.base.fourbit.encode import FourBitOptions, Loss
+from loratools.base.fourbit.encode import FourBitOptions, QuantisationLoss
 from loratools.base.fourbit.store import blanks, fill
 from loratools.base.linears import Kept, Linears, linear_weights
 from loratools.work.declared import option
@@ -245,7 +245,9 @@ def _result(
         )
     bytes_in = sum(ref.nbytes for ref in base.tensors.values())
     found = [job.loss for job in jobs if job.loss is not None]
-    overall = Loss(sum(x.squared_error for x in found), sum(x.squared_norm for x in found))
+    overall = QuantisationLoss(
+        sum(x.squared_error for x in found), sum(x.squared_norm for x in found)
+    )
     return QuantizeResult(
         tuple(reports),
         overall.relative,
@@ -261,7 +263,7 @@ class _Job:
 
     def __init__(self, ref: TensorRef, options: FourBitOptions, transposed: bool) -> None:
         self.ref = ref
-        self.loss: Loss | None = None
+        self.loss: QuantisationLoss | None = None
         self.nbytes = 0
         self._options = options
         self._transposed = transposed

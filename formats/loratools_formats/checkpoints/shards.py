@@ -87,7 +87,9 @@ class _Output:
                 self.write_at(start + done, tensor.file.read_at(tensor.offset + done, count))
 
     def make(self, part: Made) -> None:
-        sinks = {b.key: _Text(self, b) if b.is_text else _Place(self, b) for b in part.blanks}
+        sinks = {
+            b.key: _TextSink(self, b) if b.is_text else _TensorSink(self, b) for b in part.blanks
+        }
         part.fill(sinks)
         for sink in sinks.values():
             sink.check_filled()
@@ -134,7 +136,7 @@ class _Output:
                 self.fd = -1
 
 
-class _Place:
+class _TensorSink:
     """Sink of a tensor of known size."""
 
     def __init__(self, output: _Output, blank: Blank) -> None:
@@ -164,7 +166,7 @@ class _Place:
             )
 
 
-class _Text:
+class _TextSink:
     """Sink of a text, which is kept until its shard is complete."""
 
     def __init__(self, output: _Output, blank: Blank) -> None:

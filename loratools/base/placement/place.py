@@ -16,7 +16,7 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
 from loratools.base.placement.replacing import place_replacements
 from loratools.base.placement.sites import Site, sites
-from loratools.base.placement.tied import settle
+from loratools.base.placement.tied import tied_changes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef
@@ -38,7 +38,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
         UnsupportedError: a layout is ambiguous.
     """
     names = Names(base)
-    tied = settle(names, adapter)
+    tied = tied_changes(names, adapter)
     missing: list[str] = []
     replaced = place_replacements(names, adapter, tied, missing)
     deltas: list[Placement] = list(tied.deltas)

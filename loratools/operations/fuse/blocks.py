@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from loratools.algebra.device import Device, to_numpy
-from loratools.operations.fuse.terms import DoraPart, RowsTerm, Term, View
+from loratools.operations.fuse.terms import DoraTerm, RowsTerm, Term, View
 from loratools.work.buffers import Buffers
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -232,7 +232,7 @@ class _WithDora(_Product):
     """A DoRA: weight · (m/‖V‖ · V − W), V = W + left @ right."""
 
     def __init__(
-        self, term: Term, dora: DoraPart, dtype: Any, device: Device, reader: _Reader
+        self, term: Term, dora: DoraTerm, dtype: Any, device: Device, reader: _Reader
     ) -> None:
         super().__init__(term, dtype, device)
         self.dora = dora

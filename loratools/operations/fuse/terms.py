@@ -44,7 +44,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightedChange:
     """One adapter's change of one tensor, with the adapter's weight."""
 
     placement: Placement | BiasPlacement | StreamedPlacement
@@ -52,7 +52,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class DoraPart:
+class DoraTerm:
     """A DoRA's part of a term.
 
     Attributes:
@@ -86,7 +86,7 @@ class Term:
     left: Array
     right: Array
     weight: float
-    dora: DoraPart | None = None
+    dora: DoraTerm | None = None
 
     @property
     def is_product(self) -> bool:
@@ -116,7 +116,7 @@ class RowsTerm:
     is_product: bool = False
 
 
-def stacked(changes: Sequence[Change]) -> bool:
+def stacked(changes: Sequence[WeightedChange]) -> bool:
     """Return whether the tensor that is changed is a stack of matrices if it has three axes.
 
     Those of a convolution are one matrix, whatever their number.
@@ -128,7 +128,7 @@ def stacked(changes: Sequence[Change]) -> bool:
     )
 
 
-def load_terms(changes: Sequence[Change], view: View) -> list[list[Term | RowsTerm]]:
+def load_terms(changes: Sequence[WeightedChange], view: View) -> list[list[Term | RowsTerm]]:
     """Load the factors of all changes of a tensor; returns the terms of each plane.
 
     Raises:
@@ -138,7 +138,7 @@ def load_terms(changes: Sequence[Change], view: View) -> list[list[Term | RowsTe
     return [_joined([t for t in terms if t.plane == plane]) for plane in range(view.planes)]
 
 
-def _terms(change: Change, view: View) -> list[Term] | list[RowsTerm]:
+def _terms(change: WeightedChange, view: View) -> list[Term] | list[RowsTerm]:
     placement = change.placement
     if isinstance(placement, StreamedPlacement):
         return [_streamed_term(placement, change.weight, view)]
@@ -155,7 +155,7 @@ def _terms(change: Change, view: View) -> list[Term] | list[RowsTerm]:
             dora = None
             if magnitude is not None:
                 picked = _picked(magnitude, placement.rows)[span[0] : span[1]]
-                dora = DoraPart(picked, placement.transposed)
+                dora = DoraTerm(picked, placement.transposed)
             left, right = rows[span[0] : span[1]], a[index]
             if part.scale != 1.0:  # on the smaller one: that of a large vocabulary is not copied
                 if left.size <= right.size:

@@ -29,10 +29,10 @@ from loratools.operations.merge.exact import (
     merged_bias,
 )
 from loratools.operations.merge.extras import (
+    agreed_carried,
+    agreed_replacements,
     merged_additions,
     refuse_replaced_modules,
-    settled_carried,
-    settled_replacements,
 )
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.module import MergedModule, ModuleMethod, merged_module
@@ -198,8 +198,8 @@ class _Merge(Ranked[_Merged, Measured]):
             first,
             modules={},
             additions=merged_additions(self.inputs, self.coefficients),
-            replacements=settled_replacements(self.inputs, self.merge_options.replacements),
-            carried=settled_carried(self.inputs),
+            replacements=agreed_replacements(self.inputs, self.merge_options.replacements),
+            carried=agreed_carried(self.inputs),
             config=_config(first, self.inputs),
             # The first adapter's card does not describe the result.
             attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
@@ -314,7 +314,7 @@ class _Merge(Ranked[_Merged, Measured]):
 
     def _is_streamed(self, merged: MergedModule) -> bool:
         return (
-            merged.terms is None
+            merged.pairs is None
             and self.method.kind != "core"
             and self.merge_options.space == "full"
         )
