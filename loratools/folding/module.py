@@ -8,7 +8,7 @@ import numpy as np
 
 from loratools.folding.decomposed import rows_of
 from loratools.kinds import get_kind
-from loratools.kinds.declaration import Change, Product, Weight
+from loratools.kinds.declaration import DeltaForm, Product, Weight
 from loratools.lowrank.resize import ComputeOptions, rounded
 from loratools.work.scratch import Scratch
 from loratools_formats.core.adapter import KindDelta, Layer, LowRank
@@ -23,9 +23,9 @@ def known_shape(delta: KindDelta) -> tuple[int, int]:
     return out or 0, in_ or 0
 
 
-def checked_change(
+def checked_form(
     name: str, delta: KindDelta, weight: Weight, largest: tuple[int, int] = (0, 0)
-) -> Change:
+) -> DeltaForm:
     """Return ΔW of a module, checked against the shape of its weight.
 
     Raises:
@@ -47,14 +47,14 @@ def checked_change(
     if largest != (0, 0):
         delta = replace(delta, settings={**delta.settings, "largest": largest})
     with np.errstate(over="ignore", invalid="ignore"):
-        change = kind.change(delta, weight)
-    shape = rows_of(change).shape
+        form = kind.form(delta, weight)
+    shape = rows_of(form).shape
     expected = tuple(side or found for side, found in zip(weight.shape, shape, strict=True))
     if shape != expected:
         raise AdapterError(
             "the weight change does not fit the weight", tensor=name, got=shape, expected=expected
         )
-    return change
+    return form
 
 
 def planned_factors(

@@ -22,10 +22,10 @@ from loratools.base.weights import (
 )
 from loratools.folding.decomposed import Streaming, decomposed, exact_factors, rows_of
 from loratools.folding.dora import Rescaling, finite_vector, rescaled_rows, rescaling_of
-from loratools.folding.module import checked_change, known_shape, planned_factors
+from loratools.folding.module import checked_form, known_shape, planned_factors
 from loratools.folding.without_base import needs_base
 from loratools.kinds import get_kind
-from loratools.kinds.declaration import Change, Kronecker, Product, Weight
+from loratools.kinds.declaration import DeltaForm, Kronecker, Product, Weight
 from loratools.lowrank.matrices import loaded, matrices
 from loratools.lowrank.resize import ComputeOptions, spectrum_of
 from loratools.naming.for_base import names_in_base
@@ -159,7 +159,7 @@ class Opener:
             weight = place.weight()
         else:
             weight = ShapeOnly(place.shape)
-        change = checked_change(name, delta, weight, self.largest)
+        change = checked_form(name, delta, weight, self.largest)
         layer = delta.layer if place is None else place.layer
         bias = added_bias(delta, weight, place)
         magnitude = kind.magnitude_of(whole)
@@ -177,7 +177,7 @@ class Opener:
     def _stack(self, name: str, delta: KindDelta) -> Opened:
         """Return the changes of stacked experts, which no kind folds exactly."""
         changes = [
-            checked_change(name, plane, ShapeOnly(known_shape(plane))) for plane in delta.planes()
+            checked_form(name, plane, ShapeOnly(known_shape(plane))) for plane in delta.planes()
         ]
         streaming = self._streaming(name)
         parts = [
@@ -192,7 +192,7 @@ class Opener:
         self,
         name: str,
         place: BaseModule,
-        change: Change,
+        change: DeltaForm,
         magnitude: TensorRef,
         whole: ModuleChange,
         bias: TensorRef | None,

@@ -1,4 +1,4 @@
-"""Folding without the base: exactly, on the fly, and with settings that the user gives."""
+"""ToLoraOptions without the base: exactly, on the fly, and with settings that the user gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.sites import sites
 from loratools.base.weights import ShapeOnly
 from loratools.folding.decomposed import exact_factors
-from loratools.folding.module import checked_change, known_shape, planned_factors, stored_as_is
+from loratools.folding.module import checked_form, known_shape, planned_factors, stored_as_is
 from loratools.folding.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
@@ -112,7 +112,7 @@ def folded_where_exact(
         if delta is None or name in leave or not folds_alone(whole):
             continue
         with threadpool_limits(1):  # the bits must not depend on the machine's threads
-            found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
+            found = checked_form(name, delta, ShapeOnly(known_shape(delta)))
             if not isinstance(found, Product) and not dense and not whole.is_dora:
                 continue
             change = exact_factors(found, of_any_rank=True)

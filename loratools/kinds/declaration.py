@@ -78,7 +78,7 @@ class Columns:
     columns: Callable[[int, int], Array]
 
 
-Change = Product | Kronecker | Rows | Columns
+DeltaForm = Product | Kronecker | Rows | Columns
 
 
 class Weight(Protocol):
@@ -118,7 +118,7 @@ class Kind:
         title: what people call it.
         source: paper or code that defines it.
         parts: names of the tensors that every module has, its own and shared ones.
-        change: ΔW, given the tensors and the weight.
+        form: ΔW, given the tensors and the weight.
         optional: names of further tensors that a module may have.
         needs: what must be known of the base: `nothing`, the `shape` of the weight where the file
             does not tell it, or the `weight` itself.
@@ -136,7 +136,7 @@ class Kind:
     title: str
     source: str
     parts: tuple[str, ...]
-    change: Callable[[KindDelta, Weight], Change]
+    form: Callable[[KindDelta, Weight], DeltaForm]
     optional: tuple[str, ...] = ()
     needs: Needs = "nothing"
     low_rank: bool = True

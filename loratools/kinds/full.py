@@ -10,12 +10,12 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Columns, Kind, Rows, Weight
+from loratools.kinds.declaration import Array, Columns, DeltaForm, Kind, Rows, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     diff, scale = delta.parts["diff"], delta.settings["scale"]
     height, width = diff.shape[0], math.prod(diff.shape[1:])
 
@@ -36,6 +36,6 @@ KIND = Kind(
     title="full difference",
     source="LyCORIS",
     parts=("diff",),
-    change=_change,
+    form=_form,
     low_rank=False,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
@@ -45,7 +45,7 @@ def skew_symmetric(triangles: Array, size: int) -> Array:
     return result - result.swapaxes(1, 2)
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     triangles, settings = tensors["triangles"], delta.settings
     out, in_ = weight.shape
@@ -89,5 +89,5 @@ KIND = Kind(
     parts=("triangles",),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

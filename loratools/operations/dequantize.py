@@ -33,7 +33,7 @@ from loratools_formats.checkpoints.bitsandbytes import (
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
-from loratools_formats.checkpoints.shard_plan import Blank, Made, Part, Sink
+from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.disk.errors import AdapterError
 
@@ -132,7 +132,7 @@ def dequantize(
     stored = DTYPES[dtype.upper()]
     jobs = {k: _Job(w, stored, is_conv1d(k, base.config)) for k, w in weights.items()}
     auxiliary = {t.key for w in weights.values() for t in w.tensors} - set(weights)
-    parts: dict[str, Part] = {
+    parts: dict[str, NewTensor] = {
         key: jobs[key].made if key in jobs else ref
         for key, ref in base.tensors.items()
         if key not in auxiliary

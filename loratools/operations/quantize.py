@@ -37,7 +37,7 @@ from loratools_formats.checkpoints.bitsandbytes import (
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
-from loratools_formats.checkpoints.shard_plan import Made, Part, Sink
+from loratools_formats.checkpoints.shard_plan import Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DType
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -156,7 +156,7 @@ def quantize(
         key: _Job(ref, chosen.four_bit, is_conv1d(key, base.config))
         for key, ref in linears.weights.items()
     }
-    parts: dict[str, Part] = {
+    parts: dict[str, NewTensor] = {
         key: jobs[key].made if key in jobs else ref for key, ref in base.tensors.items()
     }
     notes = _notes(linears, len(already))

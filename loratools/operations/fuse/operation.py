@@ -32,7 +32,7 @@ from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
-from loratools_formats.checkpoints.shard_plan import Blank, Made, Part, Sink
+from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 BaseMode = Literal["dequant", "original"]
@@ -259,8 +259,8 @@ class Fusion:
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
         return operation_record("fuse", names, options, self._base)
 
-    def _parts(self) -> dict[str, Part]:
-        parts: dict[str, Part] = {}
+    def _parts(self) -> dict[str, NewTensor]:
+        parts: dict[str, NewTensor] = {}
         for key, plan in self.plan.tensors.items():
             weight = self._dequantised.four_bit.get(key) if self.options.requantize else None
             if weight is None:

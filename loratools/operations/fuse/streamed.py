@@ -19,7 +19,7 @@ from loratools.base.placement.names import Names
 from loratools.base.weights import BaseModule, Piece, find_base_module
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import rescaled_rows, rescaling_of
-from loratools.folding.module import checked_change
+from loratools.folding.module import checked_form
 from loratools.folding.with_base import added_bias
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product, Rows
@@ -67,7 +67,7 @@ class StreamedPlacement:
         if isinstance(direction, LowRank):
             whole = rows_of(_factors(direction))
         else:
-            whole = rows_of(checked_change(self.module, direction, weight, self.largest))
+            whole = rows_of(checked_form(self.module, direction, weight, self.largest))
             magnitude = get_kind(direction.kind).magnitude_of(self.change)
         if magnitude is not None:
             whole = rescaled_rows(rescaling_of(magnitude, self.change.axis, weight, whole))
