@@ -65,7 +65,7 @@ def delta(
     elif opened.exact is not None:
         dense, is_stack = [opened.exact.b @ opened.exact.a], False
     else:
-        dense = [_dense(part) for part in opened.parts]
+        dense = [_dense(part) for part in opened.matrices]
         is_stack = opened.planned.layer.kind == "experts"
     whole: Array = np.stack(dense) if is_stack else dense[0]
     return whole.astype(dtype, copy=False)

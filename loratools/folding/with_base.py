@@ -22,11 +22,12 @@ from loratools.base.weights import (
 )
 from loratools.folding.decomposed import Streaming, decomposed, exact_factors, rows_of
 from loratools.folding.dora import Rescaling, finite_vector, rescaled_rows, rescaling_of
-from loratools.folding.module import checked_form, known_shape, planned_factors
+from loratools.folding.module import checked_form, known_shape
 from loratools.folding.without_base import needs_base
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import DeltaForm, Kronecker, Product, Weight
 from loratools.lowrank.matrices import loaded, matrices
+from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, spectrum_of
 from loratools.naming.for_base import names_in_base
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -45,15 +46,15 @@ class Opened:
 
     Attributes:
         exact: factors that lose nothing but rounding, if there are any.
-        parts: its matrices, taken apart.
+        matrices: its matrices, taken apart.
         planned: the factors to be made, or those there are if they only change their rank.
         rescaling: of a DoRA.
         kind: what it was.
     """
 
     exact: Product | None
-    parts: list[Decomposed]
-    planned: LowRank
+    matrices: list[Decomposed]
+    planned: PlannedFactors
     rescaling: Rescaling | None
     kind: str
 
@@ -143,7 +144,8 @@ class Opener:
         delta = whole.direction
         if isinstance(delta, LowRank):
             if whole.magnitude is None:
-                return Opened(None, list(matrices(delta, self.device)), delta, None, "lora")
+                like = PlannedFactors.like(delta)
+                return Opened(None, list(matrices(delta, self.device)), like, None, "lora")
             assert place is not None
             ((b, a),) = loaded(delta)
             product = Product(delta.scale * b.astype(np.float64), a.astype(np.float64))
@@ -171,7 +173,7 @@ class Opener:
             matrix = Matrix(exact.b, exact.a, 1.0, self.device, use_gram=True)
         else:
             matrix = decomposed(change, self.device, self._streaming(name), name)
-        planned = planned_factors(name, layer, rows_of(change).shape, bias=bias)
+        planned = PlannedFactors.new(name, layer, rows_of(change).shape, bias=bias)
         return Opened(exact, [matrix], planned, None, delta.kind)
 
     def _stack(self, name: str, delta: KindDelta) -> Opened:
@@ -185,7 +187,9 @@ class Opener:
             for index, change in enumerate(changes)
         ]
         shape = rows_of(changes[0]).shape
-        planned = planned_factors(name, delta.layer, shape, experts=delta.experts, bias=delta.bias)
+        planned = PlannedFactors.new(
+            name, delta.layer, shape, experts=delta.experts, bias=delta.bias
+        )
         return Opened(None, parts, planned, None, delta.kind)
 
     def _through_dora(
@@ -200,7 +204,7 @@ class Opener:
         weight = place.weight()
         rescaling = rescaling_of(magnitude, whole.axis, weight, rows_of(change))
         matrix = decomposed(rescaled_rows(rescaling), self.device, self._streaming(name), name)
-        planned = planned_factors(name, place.layer, weight.shape, bias=bias)
+        planned = PlannedFactors.new(name, place.layer, weight.shape, bias=bias)
         return Opened(None, [matrix], planned, rescaling, whole.kind)
 
     def _streaming(self, name: str) -> Streaming:
@@ -214,12 +218,12 @@ class Opener:
 
     def spectrum(self, name: str, opened: Opened) -> Spectrum:
         """Return a module's singular values, as far as they are known."""
-        spectrum = spectrum_of(name, opened.planned, opened.parts, self.options)
+        spectrum = spectrum_of(name, opened.planned, opened.matrices, self.options)
         known = spectrum.singular_values
         if opened.exact is None and known.shape[1] < min(spectrum.shape):
             # Triplets beyond those asked for are there to make the others accurate.
             known = known[:, : self._streaming(name).width - _OVERSAMPLE]
-        norms = np.array([part.squared_norm for part in opened.parts])
+        norms = np.array([part.squared_norm for part in opened.matrices])
         tail = np.maximum(norms - (known**2).sum(axis=1), 0.0)
         rank = len(opened.exact.a) if opened.exact is not None else known.shape[1]
         return replace(

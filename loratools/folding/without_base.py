@@ -15,10 +15,11 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.sites import sites
 from loratools.base.weights import ShapeOnly
 from loratools.folding.decomposed import exact_factors
-from loratools.folding.module import checked_form, known_shape, planned_factors, stored_as_is
+from loratools.folding.module import checked_form, known_shape, stored_as_is
 from loratools.folding.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
+from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -119,7 +120,9 @@ def folded_where_exact(
         if change is None:
             continue
         shape = (len(change.b), change.a.shape[1])
-        planned = planned_factors(name, delta.layer, shape, experts=delta.experts, bias=delta.bias)
+        planned = PlannedFactors.new(
+            name, delta.layer, shape, experts=delta.experts, bias=delta.bias
+        )
         factors = stored_as_is(planned, change, ComputeOptions(), scratch)
         magnitude = get_kind(delta.kind).magnitude_of(whole)
         modules[name] = ModuleChange(factors, magnitude, whole.axis)

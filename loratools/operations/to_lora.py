@@ -260,15 +260,15 @@ class _ToLora(Ranked[_Converted, _Measured]):
 
     def measured(self, name: str) -> _Measured:
         opened = self.opener.open(name)
-        spectrum, like = self.opener.spectrum(name, opened), ModuleChange(opened.planned)
-        return _Measured(spectrum, like, opened.rescaling, opened.exact is not None)
+        spectrum = self.opener.spectrum(name, opened)
+        return _Measured(spectrum, opened.planned, opened.rescaling, opened.exact is not None)
 
     def outcome(self, name: str, ranks: Mapping[str, int] | None) -> _Converted:
         with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
             return self._folded(name, self.opener.open(name), ranks)
 
     def _folded(self, name: str, opened: Opened, ranks: Mapping[str, int] | None) -> _Converted:
-        squared_norm = sum(part.squared_norm for part in opened.parts)
+        squared_norm = sum(part.squared_norm for part in opened.matrices)
         rank = self._rank(name, opened, ranks)
         whole = self.modules[name]
         squared_error, kept = 0.0, squared_norm
@@ -282,13 +282,13 @@ class _ToLora(Ranked[_Converted, _Measured]):
             new = stored_as_is(opened.planned, exact, self.options, self.resizer.scratch)
             squared_error = sum(
                 part.squared_error(new.scale * b.astype(np.float64), a.astype(np.float64))
-                for part, (b, a) in zip(opened.parts, loaded(new), strict=True)
+                for part, (b, a) in zip(opened.matrices, loaded(new), strict=True)
             )
         elif rank is None:
             new, squared_error = self._kept_whole(name, opened)
         if new is None:
             rank = opened.planned.rank if rank is None else rank
-            found = self.resizer.compressed(name, opened.planned, opened.parts, rank)
+            found = self.resizer.compressed(name, opened.planned, opened.matrices, rank)
             new, squared_error, kept = found.delta, found.squared_error, found.energy
         of = opened.rescaling
         total = (of.squared_norm if of is not None else 0.0) or 1.0
@@ -305,9 +305,9 @@ class _ToLora(Ranked[_Converted, _Measured]):
 
     def _kept_whole(self, name: str, opened: Opened) -> tuple[KindDelta, float]:
         """Return a change as a full difference in float32, and the squared error of rounding it."""
-        part = opened.parts[0]
+        part = opened.matrices[0]
         planned = opened.planned
-        is_matrix = len(opened.parts) == 1 and planned.layer.kind != "embedding"
+        is_matrix = len(opened.matrices) == 1 and planned.layer.kind != "embedding"
         if not is_matrix or not isinstance(part, StreamedMatrix):
             raise UnsupportedError("a change of this layout cannot be kept whole", tensor=name)
         out, in_ = planned.shape

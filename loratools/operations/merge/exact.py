@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from loratools.algebra.linalg import is_power_of_two
+from loratools.lowrank.planned import PlannedFactors
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.module import MergedModule
 from loratools_formats.core.adapter import LowRank
@@ -67,7 +68,7 @@ def joined_form(module: AlignedModule, merged: MergedModule) -> tuple[int, float
 
 
 def joined_exactly(
-    module: AlignedModule, merged: MergedModule, template: LowRank
+    module: AlignedModule, merged: MergedModule, planned: PlannedFactors
 ) -> LowRank | None:
     """Return the concatenated factors if no value needs rounding, None if one does.
 
@@ -83,7 +84,7 @@ def joined_exactly(
         return replace(pairs[0][1], scale=scale)
     dtypes = {tensor.dtype for _, part in pairs for tensor in (part.a, part.b)}
     powers_of_two = all(map(is_power_of_two, ratios))
-    if template.bias is not None or len(dtypes) > 1 or not powers_of_two:
+    if planned.bias is not None or len(dtypes) > 1 or not powers_of_two:
         return None
     factors = [(ratio, part.b) for ratio, (_, part) in zip(ratios, pairs, strict=True)]
     dtype = next(iter(dtypes))
@@ -91,19 +92,9 @@ def joined_exactly(
     if not np.array_equal(encode(b, dtype).astype(np.float64), b):
         return None
     rank = sum(part.rank for _, part in pairs)
-    a_shape, b_shape = template.a.shape, template.b.shape
-    return replace(
-        template,
-        a=_joined(
-            template.a.key,
-            dtype,
-            (*a_shape[:-2], rank, a_shape[-1]),
-            [(1.0, part.a) for _, part in pairs],
-            -2,
-        ),
-        b=_joined(template.b.key, dtype, (*b_shape[:-1], rank), factors, -1),
-        scale=scale,
-    )
+    new = planned.resized(rank, dtype, dtype, scale)
+    a = _joined(new.a.key, dtype, new.a.shape, [(1.0, part.a) for _, part in pairs], -2)
+    return new.made(a, _joined(new.b.key, dtype, new.b.shape, factors, -1), scale, None)
 
 
 def _concatenated(parts: list[tuple[float, TensorRef]], axis: int) -> Array:
