@@ -16,8 +16,6 @@ def tensor_names(header: bytes) -> list[bytes]:
 
     >>> tensor_names(b'{"a.weight":{"dtype":"F32","shape":[1],"data_off')
     [b'a.weight']
-    >>> tensor_names(rb'1, \\"x\\": {\\"dtype\\": 2}"}, "b.weight": {"dtype":"F32","shape":[1],"data_off')
-    [b'b.weight']
     """
     return [found[1] for found in _ENTRY.finditer(header)]
 
