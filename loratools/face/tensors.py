@@ -66,7 +66,7 @@ def delta(
         dense, is_stack = [opened.exact.b @ opened.exact.a], False
     else:
         dense = [_dense(part) for part in opened.parts]
-        is_stack = opened.template.layer.kind == "experts"
+        is_stack = opened.planned.layer.kind == "experts"
     whole: Array = np.stack(dense) if is_stack else dense[0]
     return whole.astype(dtype, copy=False)
 

@@ -13,7 +13,7 @@ from loratools.lowrank.resize import ComputeOptions, rounded
 from loratools.work.scratch import Scratch
 from loratools_formats.core.adapter import KindDelta, Layer, LowRank
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.core.tensors import unmade
+from loratools_formats.core.tensors import TensorRef, unmade
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -57,31 +57,46 @@ def checked_change(
     return change
 
 
-def template_of(
-    name: str, delta: LowRank | KindDelta, layer: Layer, shape: tuple[int, int], rank: int = 1
+def planned_factors(
+    name: str,
+    layer: Layer,
+    shape: tuple[int, int],
+    *,
+    rank: int = 1,
+    experts: int = 1,
+    bias: TensorRef | None = None,
 ) -> LowRank:
-    """Return a delta that says where and how to store factors; its values are not read."""
+    """Return factors to be made in float32: of their tensors only name, type and shape are known.
+
+    Args:
+        name: the module.
+        layer: what is adapted.
+        shape: (out, in) of one matrix.
+        rank: of the factors.
+        experts: number of stacked matrices.
+        bias: (out,), added to the layer's bias.
+    """
     out, in_ = shape
     wide = DTYPES["F32"]
-    stack = (delta.experts,) if layer.kind == "experts" else ()
+    stack = (experts,) if layer.kind == "experts" else ()
     return LowRank(
         unmade(f"{name}.a", wide, (*stack, rank, in_)),
         unmade(f"{name}.b", wide, (*stack, out, rank)),
         1.0,
         layer,
-        bias=delta.bias,
+        bias=bias,
     )
 
 
 def stored_as_is(
-    template: LowRank, change: Product, options: ComputeOptions, scratch: Scratch
+    planned: LowRank, change: Product, options: ComputeOptions, scratch: Scratch
 ) -> LowRank:
-    """Store factors as they are, rounded once."""
-    types = options.stored(template.b), options.stored(template.a)
-    b, _ = rounded(change.b, types[0], template.b)
-    a, _ = rounded(change.a, types[1], template.a)
+    """Store factors as they are, rounded once, in place of the planned ones."""
+    types = options.stored(planned.b), options.stored(planned.a)
+    b, _ = rounded(change.b, types[0], planned.b)
+    a, _ = rounded(change.a, types[1], planned.a)
     return replace(
-        template,
-        a=scratch.store(template.a.key, a, types[1]),
-        b=scratch.store(template.b.key, b, types[0]),
+        planned,
+        a=scratch.store(planned.a.key, a, types[1]),
+        b=scratch.store(planned.b.key, b, types[0]),
     )

@@ -156,7 +156,7 @@ class ThinModules:
     def _of_other(self, name: str, change: ModuleChange) -> ThinModule:
         opened = self._opener.open(name)
         spectrum = self._opener.spectrum(name, opened)
-        if opened.exact is not None and len(opened.exact.a) <= min(opened.template.shape):
+        if opened.exact is not None and len(opened.exact.a) <= min(opened.planned.shape):
             matrices: tuple[Thin, ...] = (Thin(opened.exact.b, opened.exact.a),)
         else:
             matrices = tuple(_leading(part, spectrum.rank) for part in opened.parts)
@@ -164,15 +164,15 @@ class ThinModules:
         return ThinModule(
             name,
             opened.kind,
-            opened.template.layer,
-            opened.template.shape,
+            opened.planned.layer,
+            opened.planned.shape,
             matrices,
             None if direction is None else direction.rank,
             None if direction is None else direction.alpha,
             None if direction is None else direction.scale,
             False,
             spectrum,
-            opened.template,
+            opened.planned,
         )
 
 

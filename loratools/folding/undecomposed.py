@@ -13,7 +13,7 @@ from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed
 from loratools.base.weights import ShapeOnly
 from loratools.folding.decomposed import Streaming, decomposed, rows_of
-from loratools.folding.module import checked_change, known_shape, template_of
+from loratools.folding.module import checked_change, known_shape, planned_factors
 from loratools.folding.without_base import folds_alone
 from loratools.kinds.declaration import Change, Kronecker
 from loratools.lowrank.matrices import matrices
@@ -40,14 +40,15 @@ class Apart:
     def _change(self) -> Change:
         return checked_change(self.name, self.delta, ShapeOnly(known_shape(self.delta)))
 
-    def template(self) -> LowRank:
-        """Return a delta of the rank that it can have; its values are not read."""
+    def planned(self) -> LowRank:
+        """Return the factors of the highest rank that it can have, which are not made."""
         change = self._change()
         shape = rows_of(change).shape
         rank = min(shape)
         if isinstance(change, Kronecker):
             rank = min(change.left.shape) * min(change.right.shape)
-        return template_of(self.name, self.delta, self.delta.layer, shape, rank)
+        delta = self.delta
+        return planned_factors(self.name, delta.layer, shape, rank=rank, bias=delta.bias)
 
     def parts(self, device: Device) -> list[Decomposed]:
         """Return its matrix, taken apart."""

@@ -22,7 +22,7 @@ from loratools.base.weights import (
 )
 from loratools.folding.decomposed import Streaming, decomposed, exact_factors, rows_of
 from loratools.folding.dora import Rescaling, finite_vector, rescaled_rows, rescaling_of
-from loratools.folding.module import checked_change, known_shape, template_of
+from loratools.folding.module import checked_change, known_shape, planned_factors
 from loratools.folding.without_base import needs_base
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Change, Kronecker, Product, Weight
@@ -46,14 +46,14 @@ class Opened:
     Attributes:
         exact: factors that lose nothing but rounding, if there are any.
         parts: its matrices, taken apart.
-        template: says where and how to store the result; its values are not read.
+        planned: the factors to be made, or those there are if they only change their rank.
         rescaling: of a DoRA.
         kind: what it was.
     """
 
     exact: Product | None
     parts: list[Decomposed]
-    template: LowRank
+    planned: LowRank
     rescaling: Rescaling | None
     kind: str
 
@@ -147,9 +147,8 @@ class Opener:
             assert place is not None
             ((b, a),) = loaded(delta)
             product = Product(delta.scale * b.astype(np.float64), a.astype(np.float64))
-            return self._through_dora(
-                name, place, product, whole.magnitude, whole, _unscaled(delta)
-            )
+            bias = _scaled_bias(delta)
+            return self._through_dora(name, place, product, whole.magnitude, whole, bias)
         if delta.layer.kind == "experts":
             return self._stack(name, delta)
         weight: Weight
@@ -162,18 +161,18 @@ class Opener:
             weight = ShapeOnly(place.shape)
         change = checked_change(name, delta, weight, self.largest)
         layer = delta.layer if place is None else place.layer
-        template = template_of(name, delta, layer, rows_of(change).shape)
-        template = replace(template, bias=added_bias(delta, weight, place))
+        bias = added_bias(delta, weight, place)
         magnitude = kind.magnitude_of(whole)
         if magnitude is not None and place is not None:
-            return self._through_dora(name, place, change, magnitude, whole, template)
+            return self._through_dora(name, place, change, magnitude, whole, bias)
         exact = exact_factors(change, of_any_rank=kind.low_rank and not self.rule.is_given)
         matrix: Decomposed
         if exact is not None and not isinstance(change, Kronecker):
             matrix = Matrix(exact.b, exact.a, 1.0, self.device, use_gram=True)
         else:
             matrix = decomposed(change, self.device, self._streaming(name), name)
-        return Opened(exact, [matrix], template, None, delta.kind)
+        planned = planned_factors(name, layer, rows_of(change).shape, bias=bias)
+        return Opened(exact, [matrix], planned, None, delta.kind)
 
     def _stack(self, name: str, delta: KindDelta) -> Opened:
         """Return the changes of stacked experts, which no kind folds exactly."""
@@ -185,8 +184,9 @@ class Opener:
             decomposed(change, self.device, streaming, f"{name}#{index}")
             for index, change in enumerate(changes)
         ]
-        template = template_of(name, delta, delta.layer, rows_of(changes[0]).shape)
-        return Opened(None, parts, template, None, delta.kind)
+        shape = rows_of(changes[0]).shape
+        planned = planned_factors(name, delta.layer, shape, experts=delta.experts, bias=delta.bias)
+        return Opened(None, parts, planned, None, delta.kind)
 
     def _through_dora(
         self,
@@ -195,13 +195,13 @@ class Opener:
         change: Change,
         magnitude: TensorRef,
         whole: ModuleChange,
-        like: LowRank,
+        bias: TensorRef | None,
     ) -> Opened:
         weight = place.weight()
         rescaling = rescaling_of(magnitude, whole.axis, weight, rows_of(change))
         matrix = decomposed(rescaled_rows(rescaling), self.device, self._streaming(name), name)
-        template = template_of(name, like, place.layer, weight.shape)
-        return Opened(None, [matrix], template, rescaling, whole.kind)
+        planned = planned_factors(name, place.layer, weight.shape, bias=bias)
+        return Opened(None, [matrix], planned, rescaling, whole.kind)
 
     def _streaming(self, name: str) -> Streaming:
         rule = self.rule
@@ -214,7 +214,7 @@ class Opener:
 
     def spectrum(self, name: str, opened: Opened) -> Spectrum:
         """Return a module's singular values, as far as they are known."""
-        spectrum = spectrum_of(name, opened.template, opened.parts, self.options)
+        spectrum = spectrum_of(name, opened.planned, opened.parts, self.options)
         known = spectrum.singular_values
         if opened.exact is None and known.shape[1] < min(spectrum.shape):
             # Triplets beyond those asked for are there to make the others accurate.
@@ -239,9 +239,9 @@ def added_bias(delta: KindDelta, weight: Weight, place: Place | None) -> TensorR
     return in_memory(place.bias.key, added.astype(np.float32))
 
 
-def _unscaled(delta: LowRank) -> LowRank:
-    """Return a delta whose bias is what is added, not what its scale multiplies."""
+def _scaled_bias(delta: LowRank) -> TensorRef | None:
+    """Return what factors add to their layer's bias, None if nothing."""
     if delta.bias is None:
-        return delta
+        return None
     added = delta.scale * finite_vector(delta.bias, "bias")
-    return replace(delta, bias=in_memory(delta.bias.key, added.astype(np.float32)))
+    return in_memory(delta.bias.key, added.astype(np.float32))

@@ -16,7 +16,7 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.sites import sites
 from loratools.base.weights import ShapeOnly
 from loratools.folding.decomposed import exact_factors
-from loratools.folding.module import checked_change, known_shape, stored_as_is, template_of
+from loratools.folding.module import checked_change, known_shape, planned_factors, stored_as_is
 from loratools.folding.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
@@ -119,8 +119,9 @@ def folded_where_exact(
             change = exact_factors(found, of_any_rank=True)
         if change is None:
             continue
-        template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
-        factors = stored_as_is(template, change, ComputeOptions(), scratch)
+        shape = (len(change.b), change.a.shape[1])
+        planned = planned_factors(name, delta.layer, shape, experts=delta.experts, bias=delta.bias)
+        factors = stored_as_is(planned, change, ComputeOptions(), scratch)
         magnitude = get_kind(delta.kind).magnitude_of(whole)
         modules[name] = ModuleChange(factors, magnitude, whole.axis)
     return plain_adapter(adapter, modules)

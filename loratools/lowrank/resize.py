@@ -159,20 +159,12 @@ class Resizer:
             rank: wanted.
             keep_scale: as for `without_loss`.
         """
-        scale, types = (
-            self._scale(delta, rank),
-            [self.options.stored(t) for t in (delta.a, delta.b)],
-        )
-        keeps = rank == delta.rank and types == [delta.a.dtype, delta.b.dtype]
+        scale = self._scale(delta, rank)
+        a, b = self.options.stored(delta.a), self.options.stored(delta.b)
+        keeps = rank == delta.rank and (a, b) == (delta.a.dtype, delta.b.dtype)
         if keeps and not is_power_of_two(delta.scale / scale) and self._may_stay(keep_scale):
             scale = delta.scale
-        shape_a = (*delta.a.shape[:-2], rank, delta.a.shape[-1])
-        return replace(
-            delta,
-            a=unmade(delta.a.key, types[0], shape_a),
-            b=unmade(delta.b.key, types[1], (*delta.b.shape[:-1], rank)),
-            scale=scale,
-        )
+        return resized(delta, rank, a, b, scale)
 
     def _may_stay(self, keep_scale: bool) -> bool:
         """Return whether a scale that cannot move into factors may stay as it is."""
@@ -242,6 +234,17 @@ class Resizer:
             return None
         seed = zlib.crc32(label.encode(), options.seed & 0xFFFFFFFF)
         return RandomisedSvd(options.oversample, options.power_iterations, seed)
+
+
+def resized(delta: LowRank, rank: int, a: DType, b: DType, scale: float) -> LowRank:
+    """Return a delta of another rank, types and scale; its values cannot be read."""
+    shape_a, shape_b = delta.a.shape, delta.b.shape
+    return replace(
+        delta,
+        a=unmade(delta.a.key, a, (*shape_a[:-2], rank, shape_a[-1])),
+        b=unmade(delta.b.key, b, (*shape_b[:-1], rank)),
+        scale=scale,
+    )
 
 
 def _holds(wide: DType, narrow: DType) -> bool:

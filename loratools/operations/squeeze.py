@@ -223,7 +223,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
     Attributes:
         source: the adapter, with factors where they are thin.
         kept_whole: modules without factors that stay as they are.
-        whole: the others; of what is taken apart, a template.
+        whole: the others; of what is taken apart, the factors to be made.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
             if (delta := change.kind_delta) is not None and name not in self.kept_whole
         }
         self.whole = {
-            name: ModuleChange(self._apart[name].template()) if name in self._apart else change
+            name: ModuleChange(self._apart[name].planned()) if name in self._apart else change
             for name, change in self.source.modules.items()
             if name not in self.kept_whole
         }

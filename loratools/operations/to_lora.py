@@ -260,7 +260,7 @@ class _Fold(Ranked[_Folded, _Measured]):
 
     def measured(self, name: str) -> _Measured:
         opened = self.opener.open(name)
-        spectrum, like = self.opener.spectrum(name, opened), ModuleChange(opened.template)
+        spectrum, like = self.opener.spectrum(name, opened), ModuleChange(opened.planned)
         return _Measured(spectrum, like, opened.rescaling, opened.exact is not None)
 
     def outcome(self, name: str, ranks: Mapping[str, int] | None) -> _Folded:
@@ -279,7 +279,7 @@ class _Fold(Ranked[_Folded, _Measured]):
             new = self.resizer.without_loss(part, part.rank if rank is None else rank)
         elif exact is not None and (rank is None or rank >= len(exact.a)):
             exact = Product(*padded(exact.b, exact.a, rank or 0))
-            new = stored_as_is(opened.template, exact, self.options, self.resizer.scratch)
+            new = stored_as_is(opened.planned, exact, self.options, self.resizer.scratch)
             squared_error = sum(
                 part.squared_error(new.scale * b.astype(np.float64), a.astype(np.float64))
                 for part, (b, a) in zip(opened.parts, loaded(new), strict=True)
@@ -287,8 +287,8 @@ class _Fold(Ranked[_Folded, _Measured]):
         elif rank is None:
             new, squared_error = self._kept_whole(name, opened)
         if new is None:
-            rank = opened.template.rank if rank is None else rank
-            found = self.resizer.compressed(name, opened.template, opened.parts, rank)
+            rank = opened.planned.rank if rank is None else rank
+            found = self.resizer.compressed(name, opened.planned, opened.parts, rank)
             new, squared_error, kept = found.delta, found.squared_error, found.energy
         of = opened.rescaling
         total = (of.squared_norm if of is not None else 0.0) or 1.0
@@ -306,20 +306,20 @@ class _Fold(Ranked[_Folded, _Measured]):
     def _kept_whole(self, name: str, opened: Opened) -> tuple[KindDelta, float]:
         """Return a change as a full difference in float32, and the squared error of rounding it."""
         part = opened.parts[0]
-        template = opened.template
-        is_matrix = len(opened.parts) == 1 and template.layer.kind != "embedding"
+        planned = opened.planned
+        is_matrix = len(opened.parts) == 1 and planned.layer.kind != "embedding"
         if not is_matrix or not isinstance(part, StreamedMatrix):
             raise UnsupportedError("a change of this layout cannot be kept whole", tensor=name)
-        out, in_ = template.shape
+        out, in_ = planned.shape
         values, squared_error = np.empty((out, in_), np.float32), 0.0
         for start, stop, block in part.blocks():
             values[start:stop] = block
             squared_error += float(np.sum((values[start:stop] - block) ** 2))
-        kernel = template.layer.kernel
+        kernel = planned.layer.kernel
         shape = (out, in_ // math.prod(kernel), *kernel) if kernel else (out, in_)
         diff = self.resizer.scratch.store(f"{name}.diff", values.reshape(shape), DTYPES["F32"])
         settings = {"scale": 1.0}
-        delta = KindDelta("full", {"diff": diff}, settings, template.layer, (out, in_))
+        delta = KindDelta("full", {"diff": diff}, settings, planned.layer, (out, in_))
         return delta, squared_error
 
     def _rank(self, name: str, opened: Opened, ranks: Mapping[str, int] | None) -> int | None:

@@ -270,7 +270,7 @@ def test_magnitudes_are_taken_apart_like_the_rows(tmp_path):
     weights = {name: RNG.standard_normal(shape).astype("f4") for name, shape in SHAPES.items()}
     base = base_of(tmp_path / "base", weights, **LLAMA)
     path = saved(tmp_path / "adapter.safetensors", tensors)
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         deltas_of(path, SHAPES, alpha=ALPHA, **LLAMA)
     got, _ = deltas_of(path, SHAPES, base=base, alpha=ALPHA, rule=RankRule(rank=HEADS * WIDTH))
     # DoRALinear: m / ‖W + s·BA‖ · (W + s·BA), over the fused weight.

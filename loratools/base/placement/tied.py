@@ -17,7 +17,7 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
 from loratools_formats.checkpoints.facts import HEAD_BIASES
 from loratools_formats.core.adapter import Adapter, LowRank, Replacement
-from loratools_formats.core.tensors import TensorRef
+from loratools_formats.core.tensors import have_same_bits
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
@@ -148,7 +148,7 @@ def _is_mirrored(embedding: LowRank, head: LowRank) -> bool:
 def _same_wholes(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> bool:
     found = [adapter.replacements[key] for key in (*embedding.whole, *head.whole)]
     if len(found) == 2:
-        return _equal(found[0].tensor, found[1].tensor)
+        return have_same_bits(found[0].tensor, found[1].tensor)
     if not found:
         return True
     resized = found[0].tensor.shape != names.tensors[tie.embedding].shape
@@ -162,12 +162,7 @@ def _same_rows(adapter: Adapter, embedding: _End, head: _End) -> bool:
     if not embedding.rows:
         return False
     one, other = adapter.replacements[embedding.rows[0]], adapter.replacements[head.rows[0]]
-    return one.rows == other.rows and _equal(one.tensor, other.tensor)
-
-
-def _equal(one: TensorRef, other: TensorRef) -> bool:
-    same_type = one.dtype == other.dtype and one.shape == other.shape
-    return same_type and bytes(one.raw()) == bytes(other.raw())
+    return one.rows == other.rows and have_same_bits(one.tensor, other.tensor)
 
 
 def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> Settled:

@@ -44,6 +44,28 @@ def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None
     return in_memory(with_bias[0].key, total, common_dtype([bias.dtype for bias in with_bias]).code)
 
 
+def _scaled_parts(module: AlignedModule, merged: MergedModule) -> list[tuple[float, LowRank]]:
+    """Return what is summed, with its factor; nothing where one factor does not do for all."""
+    shares = merged.coefficients
+    if shares is None or merged.terms is None or (shares != shares[0]).any():
+        return []
+    parts = [None if delta is None else delta.require_factors() for delta in module.deltas]
+    return [
+        (float(share) * part.scale, part)
+        for share, part in zip(shares[0], parts, strict=True)
+        if part is not None and share != 0.0
+    ]
+
+
+def joined_form(module: AlignedModule, merged: MergedModule) -> tuple[int, float] | None:
+    """Return the rank and the scale that `joined_exactly` gives, if it gives any; reads no values.
+
+    None if there is nothing that could be joined.
+    """
+    terms = _scaled_parts(module, merged)
+    return (sum(part.rank for _, part in terms), abs(terms[0][0])) if terms else None
+
+
 def joined_exactly(
     module: AlignedModule, merged: MergedModule, template: LowRank
 ) -> LowRank | None:
@@ -52,16 +74,8 @@ def joined_exactly(
     One scale stands for all, a positive one; factors take up signs and ratios, exact if these are
     powers of two.
     """
-    if merged.coefficients is None or merged.terms is None:
-        return None
-    parts = [None if delta is None else delta.require_factors() for delta in module.deltas]
-    shares = merged.coefficients
-    terms = [
-        (float(shares[0][index]) * part.scale, part)
-        for index, part in enumerate(parts)
-        if part is not None and shares[0][index] != 0.0
-    ]
-    if not terms or (shares != shares[0]).any():
+    terms = _scaled_parts(module, merged)
+    if not terms:
         return None
     scale = abs(terms[0][0])
     ratios = [factor / scale for factor, _ in terms]

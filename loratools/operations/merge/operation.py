@@ -19,10 +19,15 @@ from loratools.algebra.ranks import Spectrum
 from loratools.base.dequantised import plain
 from loratools.base.placement.names import Names
 from loratools.folding.without_base import folded_exactly
-from loratools.lowrank.resize import Resizer
+from loratools.lowrank.resize import Resizer, resized
 from loratools.naming.for_base import names_in_base
 from loratools.operations.merge.align import AlignedModule, MergeInput, align
-from loratools.operations.merge.exact import factor_residual, joined_exactly, merged_bias
+from loratools.operations.merge.exact import (
+    factor_residual,
+    joined_exactly,
+    joined_form,
+    merged_bias,
+)
 from loratools.operations.merge.extras import (
     merged_additions,
     refuse_replaced_modules,
@@ -43,7 +48,6 @@ from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import common_dtype
 from loratools_formats.core.metadata import merged_from
-from loratools_formats.core.tensors import unmade
 from loratools_formats.disk.errors import OptionError
 
 Array = np.ndarray[Any, Any]
@@ -189,6 +193,7 @@ class _Merge(Ranked[_Merged, Measured]):
     def _without_modules(self) -> Adapter:
         """Return all of the merged adapter but its modules."""
         first = self.inputs[0].adapter
+        titles = merged_from(item.adapter.metadata for item in self.inputs)
         return replace(
             first,
             modules={},
@@ -198,10 +203,7 @@ class _Merge(Ranked[_Merged, Measured]):
             config=_config(first, self.inputs),
             # The first adapter's card does not describe the result.
             attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
-            metadata={
-                **first.metadata,
-                **merged_from(item.adapter.metadata for item in self.inputs),
-            },
+            metadata={**first.metadata, **titles},
             inputs=tuple(file for item in self.inputs for file in item.adapter.inputs),
         )
 
@@ -278,11 +280,10 @@ class _Merge(Ranked[_Merged, Measured]):
         module = self.modules[name]
         merged = self._merged(module)
         template = self._template(module, merged)
-        exact = joined_exactly(module, merged, template)
-        if exact is not None:  # whose scale may have to stay
-            a = unmade(template.a.key, template.a.dtype, exact.a.shape)
-            b = unmade(template.b.key, template.b.dtype, exact.b.shape)
-            template = replace(template, a=a, b=b, scale=exact.scale)
+        form = joined_form(module, merged)
+        if form is not None:  # whose scale may have to stay
+            rank, scale = form
+            template = resized(template, rank, template.a.dtype, template.b.dtype, scale)
         return Measured(self._spectrum(module, merged), ModuleChange(template))
 
     def _spectrum(self, module: AlignedModule, merged: MergedModule) -> Spectrum:
