@@ -239,11 +239,8 @@ class Fusion:
         plan = plan_fuse(checkpoint, self.inputs, options.code, self._dequantised.stored)
         keeps = not options.requantize and options.dtype is None and options.base_mode is None
         touched = {tensor.key for tensor in plan.touched}
-        if (
-            keeps
-            and self._dequantised.is_quantized
-            and touched.isdisjoint(self._dequantised.stored)
-        ):
+        is_quantised, stored = self._dequantised.is_quantized, self._dequantised.stored
+        if keeps and is_quantised and touched.isdisjoint(stored):
             kept = as_stored(base)
             return kept, plan_fuse(base, self.inputs)
         return self._dequantised, plan
@@ -262,7 +259,8 @@ class Fusion:
         except AdapterError as error:
             raise unreadable from error
         except UnsupportedError as error:
-            if error.tensor not in base.tensors or is_stored_plain(base, error.tensor):
+            tensor = error.tensor
+            if tensor not in base.tensors or tensor is None or is_stored_plain(base, tensor):
                 raise
             raise unreadable from error
         touched = [tensor.key for tensor in plan.touched if tensor.key in base.tensors]
