@@ -51,6 +51,7 @@ from loratools_formats.formats.peft.kinds.read import (
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
 from loratools_formats.formats.peft.parameters import Setting, settings, unstacked
 from loratools_formats.formats.peft.replacements import classify
+from loratools_formats.formats.peft.trainer_names import as_saved
 from loratools_formats.formats.peft.variants import lost_middle, variant_delta, variant_kind
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -87,7 +88,8 @@ def read(path: Path) -> Adapter:
 def _read(folder: Path, renamed: Path | None) -> Adapter:
     values = read_values(inside(folder, CONFIG_FILE))
     weights, original, about_weights = _open_weights(folder, renamed)
-    found = _contents(values, weights.tensors, folder)
+    tensors, about_names = as_saved(weights.tensors, folder)
+    found = _contents(values, tensors, folder)
     replacements: dict[str, Replacement] = {}
     carried = found.rest
     if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
@@ -105,6 +107,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
         findings=(
             *found.findings,
             *about_weights,
+            *about_names,
             *_about_folder(folder, original.path.name),
             *_about_training(carried),
             *_about_loader(values["peft_type"], found.modules),
