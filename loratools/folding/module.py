@@ -8,11 +8,12 @@ import numpy as np
 
 from loratools.folding.decomposed import rows_of
 from loratools.kinds import get_kind
-from loratools.kinds.declaration import Change, Product, Weight
+from loratools.kinds.declaration import Change, Kronecker, Product, Weight
 from loratools.lowrank.resize import ComputeOptions, rounded
 from loratools.work.scratch import Scratch
 from loratools_formats.core.adapter import KindDelta, Layer, LowRank
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.tensors import unmade
 from loratools_formats.disk.errors import AdapterError
 
@@ -44,6 +45,7 @@ def checked_change(
             tensor=name,
             got=", ".join(sorted(unknown)),
         )
+    check_shapes(kind.name, {**delta.shared, **delta.parts}, weight.shape)
     if largest != (0, 0):
         delta = replace(delta, settings={**delta.settings, "largest": largest})
     with np.errstate(over="ignore", invalid="ignore"):
@@ -54,7 +56,22 @@ def checked_change(
         raise AdapterError(
             "the weight change does not fit the weight", tensor=name, got=shape, expected=expected
         )
+    _check_size(name, change)
     return change
+
+
+def _check_size(name: str, change: Change) -> None:
+    """Refuse factors whose squares overflow; rows are checked as they are read."""
+    if isinstance(change, Product):
+        sides, scale = (change.b, change.a), 1.0
+    elif isinstance(change, Kronecker):
+        sides, scale = (change.left, change.right), change.scale
+    else:
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = [float(np.vdot(side, side)) for side in sides]
+        if not np.isfinite(np.prod([*squares, scale, scale])):
+            raise AdapterError("squares of the weight change overflow float64", tensor=name)
 
 
 def template_of(
