@@ -47,14 +47,14 @@ _VARIANTS = {
 
 
 @dataclass(frozen=True)
-class PlainCheckpoint:
+class DequantisedCheckpoint:
     """A checkpoint whose quantised weights read as floating ones.
 
     Attributes:
-        checkpoint: the same files, with plain tensors and a configuration for them.
+        checkpoint: the base's files, with floating tensors and a configuration for them.
         stored: type to store each computed weight in by default: 16 bits.
         four_bit: weights in four bits.
-        dropped: tensors that only say how others are quantised, and so have no place any more.
+        dropped: tensors that only say how others are quantised.
     """
 
     checkpoint: Checkpoint
@@ -68,8 +68,8 @@ class PlainCheckpoint:
         return bool(self.stored)
 
 
-def plain(base: Checkpoint) -> PlainCheckpoint:
-    """Return a checkpoint as plain tensors; itself if it is that already.
+def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
+    """Return a checkpoint whose weights read as floating ones; itself if none is quantised.
 
     Raises:
         AdapterError: malformed quantised weights.
@@ -79,7 +79,7 @@ def plain(base: Checkpoint) -> PlainCheckpoint:
     four_bit = quantized_weights(base.tensors)
     eight_bit = fp8_weights(base.tensors, base.config)
     if not four_bit and not eight_bit:
-        return PlainCheckpoint(base, {}, {}, ())
+        return DequantisedCheckpoint(base, {}, {}, ())
     auxiliary = {t.key for w in four_bit.values() for t in w.tensors} - set(four_bit)
     auxiliary |= {weight.scale.key for weight in eight_bit.values()}
     if eight_bit:
@@ -89,7 +89,7 @@ def plain(base: Checkpoint) -> PlainCheckpoint:
     for key, tensor in base.tensors.items():
         if key in four_bit:
             weight = four_bit[key]
-            tensors[key] = four_bit_tensor(weight, turned=is_conv1d(key, base.config))
+            tensors[key] = four_bit_tensor(weight, transposed=is_conv1d(key, base.config))
             stored[key] = weight.dtype if weight.dtype.bits == 16 else DTYPES["BF16"]
         elif key in eight_bit:
             tensors[key] = _computed(key, DTYPES["F32"], tensor.shape, _Fp8Source(eight_bit[key]))
@@ -97,11 +97,11 @@ def plain(base: Checkpoint) -> PlainCheckpoint:
         elif key not in auxiliary:
             tensors[key] = tensor
     name = next(iter(stored.values())).torch
-    checkpoint = replace(base, tensors=tensors, config=plain_config(base.config, str(name)))
-    return PlainCheckpoint(checkpoint, stored, four_bit, tuple(sorted(auxiliary)))
+    checkpoint = replace(base, tensors=tensors, config=dequantised_config(base.config, str(name)))
+    return DequantisedCheckpoint(checkpoint, stored, four_bit, tuple(sorted(auxiliary)))
 
 
-def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def dequantised_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return a configuration, and those nested in it, for plain weights of a torch type."""
     changed: dict[str, Any] = {}
     for name, value in config.items():
@@ -110,7 +110,9 @@ def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         if name in _DTYPE_KEYS and isinstance(value, str):
             changed[name] = dtype
         else:
-            changed[name] = plain_config(value, dtype) if isinstance(value, Mapping) else value
+            changed[name] = (
+                dequantised_config(value, dtype) if isinstance(value, Mapping) else value
+            )
     return changed
 
 
@@ -140,10 +142,10 @@ def _computed(key: str, dtype: DType, shape: tuple[int, ...], source: _Source) -
     return in_file(key, dtype, shape, source, 0)
 
 
-def four_bit_tensor(weight: QuantizedWeight, *, turned: bool) -> TensorRef:
+def four_bit_tensor(weight: QuantizedWeight, *, transposed: bool) -> TensorRef:
     """Return a four-bit weight as a plain tensor; Conv1D weights are stored transposed."""
-    if turned and len(weight.shape) == 2:
-        return _computed(weight.key, weight.dtype, weight.shape[::-1], _TurnedSource(weight))
+    if transposed and len(weight.shape) == 2:
+        return _computed(weight.key, weight.dtype, weight.shape[::-1], _TransposedSource(weight))
     return _computed(weight.key, weight.dtype, weight.shape, _FourBitSource(weight))
 
 
@@ -182,7 +184,7 @@ class _FourBitSource(_Source):
         return self._decoder.elements(start, stop, out)
 
 
-class _TurnedSource(_FourBitSource):
+class _TransposedSource(_FourBitSource):
     """The same of a Conv1D weight, transposed back; each thread keeps the last one whole."""
 
     _kept = threading.local()

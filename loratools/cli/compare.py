@@ -64,7 +64,7 @@ def command(
     pages: Pages,
     reporting: Reporting,
 ) -> None:
-    """Compare adapters: angles, shared spaces, signs, what merging loses, families and lineages.
+    """Compare adapters: angles, shared spaces, signs, families; or two bases.
 
     Two adapters are compared module by module, more of them as a matrix. With --bases, one adapter
     and two base models: how far these differ where the adapter acts.

@@ -45,7 +45,7 @@ def command(
     threads: Workers,
     reporting: Reporting,
 ) -> int:
-    """Shrink an adapter's intruder dimensions, drop dead modules, balance one-sided factors.
+    """Shrink an adapter's intruder dimensions, drop dead modules, balance factors.
 
     Intruder dimensions are leading singular vectors of W + ΔW that are far from all of W's; with
     them, an adapter forgets more of what the base knew (arXiv 2410.21228).

@@ -100,7 +100,7 @@ def file_with(path, tensors=None, keys=None, kind="adapter", adapter="lora"):
 
 A, B = "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"
 UNREADABLE = {
-    "a model": ({"kind": "model"}, "not a LoRA adapter.*--base"),
+    "a model": ({"kind": "model"}, "not a LoRA adapter.*`base`"),
     "another adapter": ({"adapter": "control_vector"}, "not a LoRA adapter"),
     "no type": ({"kind": ""}, "not a LoRA adapter; got general.type None"),
     "no type of adapter": ({"adapter": ""}, "not a LoRA adapter; got adapter.type None"),

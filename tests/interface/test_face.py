@@ -53,6 +53,9 @@ def made(tmp_path_factory):
     return folder
 
 
+# Commands that are not in the face yet.
+WITHOUT_A_FUNCTION = {"compare", "repair", "spectrum"}
+
 # Each case: what is called, and the command line that says it too. OUT stands for a new path.
 OUT = object()
 CASES = {
@@ -136,7 +139,9 @@ def test_a_function_gives_what_the_command_prints(case, made, tmp_path):
 
 
 def test_every_command_has_a_case():
-    assert {name.partition(",")[0] for name in CASES} == set(cli.list_commands(None))
+    cases = {name.partition(",")[0] for name in CASES}
+    assert cases | WITHOUT_A_FUNCTION == set(cli.list_commands(None))
+    assert not any(hasattr(lt, name) for name in WITHOUT_A_FUNCTION), "compare them too"
 
 
 def test_the_files_made_from_the_code_are_up_to_date():

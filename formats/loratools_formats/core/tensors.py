@@ -222,6 +222,12 @@ def in_file(
     return TensorRef(key, dtype, shape, lambda: file.read_at(offset, nbytes), file, offset)
 
 
+def have_same_bits(one: TensorRef, other: TensorRef) -> bool:
+    """Return whether two tensors agree in type, shape and every stored bit; reads both."""
+    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return alike and bytes(one.raw()) == bytes(other.raw())
+
+
 def unmade(key: str, dtype: DType, shape: tuple[int, ...]) -> TensorRef:
     """Return a tensor of which only name, type and shape are known; reading it is a mistake."""
 

@@ -49,7 +49,7 @@ class Pages:
     """
 
     html: Path | None = option(None, heading="Report", metavar="FILE")
-    overwrite: bool = option(False, heading="Report")
+    overwrite: bool = option(False, heading="Output")
     csv: bool = option(False, heading="Report")
 
     def check(self, reporting: Reporting) -> None:

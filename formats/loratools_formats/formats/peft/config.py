@@ -191,7 +191,8 @@ class PeftConfig:
                     "error",
                     "init_lora_weights",
                     f"init_lora_weights {init!r} changed the base weights before training",
-                    "Make it plain with the adapter saved right after initialisation: "
+                    "Make it plain with the adapter saved right after initialisation, which "
+                    "squeeze takes as `initial`: "
                     "loratools squeeze ADAPTER --initial INITIAL --energy 1 -o PLAIN",
                 )
             )

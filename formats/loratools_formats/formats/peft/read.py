@@ -21,7 +21,7 @@ from loratools_formats.core.adapter import (
     ModuleChange,
     Replacement,
 )
-from loratools_formats.core.factors import check_factor
+from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
@@ -370,24 +370,16 @@ def _ordinary(
         )
     layer = Layer("embedding" if embedding else "linear")
     if not embedding and dims > 2:
-        layer = Layer("conv", kernel=a.shape[2:])
-        if b.shape[2:] != (1,) * (dims - 2):
-            raise AdapterError(
-                "convolution's second factor must have a kernel of ones",
-                path=folder,
-                tensor=b.key,
-                got=list(b.shape),
-            )
+        stored = list(b.shape)
+        a, b, layer = flattened_convolution(a, b, folder)
         if b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0:
             raise UnsupportedError(
                 "grouped convolution: its weight change is not defined, PEFT cannot merge it "
                 "either",
                 path=folder,
                 tensor=b.key,
-                got=list(b.shape),
+                got=stored,
             )
-        a = a.reshaped((a.shape[0], a.numel // a.shape[0]))
-        b = b.reshaped(b.shape[:2])
     elif not embedding:
         turn = square_orientation(bool(config.values.get("fan_in_fan_out")), path)
         layer = Layer("linear", transposed_if_square=turn)

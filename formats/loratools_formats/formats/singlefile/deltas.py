@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratools_formats.core.adapter import Axis, KindDelta, Layer, LowRank, ModuleChange
-from loratools_formats.core.factors import check_factor
+from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.single_file_keys import Role
 from loratools_formats.core.tensors import TensorRef
@@ -93,16 +93,7 @@ def _low_rank(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
             got=f"{list(a.shape)} and {list(b.shape)}",
         )
     if dims > 2:
-        if b.shape[2:] != (1,) * (dims - 2):
-            raise AdapterError(
-                "convolution's second factor must have a kernel of ones",
-                path=path,
-                tensor=b.key,
-                got=list(b.shape),
-            )
-        layer = Layer("conv", kernel=a.shape[2:])
-        a = a.reshaped((a.shape[0], math.prod(a.shape[1:])))
-        b = b.reshaped(b.shape[:2])
+        a, b, layer = flattened_convolution(a, b, path)
     alpha, scale = _alpha(parts, a.shape[0], stated, path)
     return LowRank(a, b, scale, layer, parts.get("bias"), alpha, parts.get("alpha"))
 
