@@ -25,6 +25,7 @@ from loratools_formats.checkpoints.facts import (
 )
 from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange, Replacement
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import named_conv1d
 from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -109,7 +110,7 @@ class Comparison:
     def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
         self.base, self.tuned = base, tuned
         self._names = Names(base)
-        self.notes: list[str] = []
+        self.findings: list[Finding] = []
         self._tie = find_tie(self._names, guess_head=True)
         self._shared = shared_embeddings(self._names)
 
@@ -127,7 +128,7 @@ class Comparison:
             if other is None:
                 if not self._is_tied_copy(key, self.base):
                     raise self._alone(key, self.base, self.tuned)
-                self.notes.append(f"{key} is tied in the tuned checkpoint and not compared")
+                self._skip_tied(key, "tuned")
                 continue
             found.add(other)
             pairs.append(self._pair(key, old, self.tuned.tensors[other]))
@@ -135,8 +136,12 @@ class Comparison:
             if key not in found:
                 if not self._is_tied_copy(key, self.tuned):
                     raise self._alone(key, self.tuned, self.base)
-                self.notes.append(f"{key} is tied in the base checkpoint and not compared")
+                self._skip_tied(key, "base")
         return self._without_tied_head(pairs)
+
+    def _skip_tied(self, key: str, where: str) -> None:
+        message = f"{key} is tied in the {where} checkpoint and not compared"
+        self.findings.append(Finding("tied-skipped", "note", key, message))
 
     def _without_tied_head(self, pairs: list[Pair]) -> list[Pair]:
         """Leave out an output layer that both checkpoints store as a copy of the embedding.
