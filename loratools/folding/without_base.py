@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -160,29 +161,47 @@ def with_settings(
         if delta is not None:
             missing = {k: v for k, v in delta.settings.items() if isinstance(v, Missing)}
             unused -= set(missing)
-            filled = {}
+            texts: dict[str, str] = {}
             for key, value in missing.items():
                 text = of_base.weight_tells(name, value)
                 if text is None:
                     text = given[key] if key in given else of_base.config_tells(value)
-                if text is None:
-                    from_base = value.is_in_base and base is None
-                    or_base = ", or with --base MODEL" if from_base else ""
-                    command = command_on(adapter, "to-lora", f"--set {key}=VALUE")
-                    raise UnsupportedError(
-                        f"the weight change depends on {key}, which the file does not hold",
-                        path=adapter.source,
-                        tensor=name,
-                        expected=value.expected,
-                        hint=f"Make it a plain LoRA: {command}{or_base}",
-                    )
-                filled[key] = _parsed(key, text, value)
+                if text is not None:
+                    texts[key] = text
+            lacking = {key: value for key, value in missing.items() if key not in texts}
+            if lacking:
+                raise _lacks(adapter, name, lacking, given, has_base=base is not None)
+            filled = {key: _parsed(key, texts[key], value) for key, value in missing.items()}
             whole = replace(delta, settings={**delta.settings, **filled})
             completed = get_kind(delta.kind).completed
             modules[name] = change.with_direction(whole if completed is None else completed(whole))
     if unused:
         raise OptionError("no module lacks this setting", got=", ".join(sorted(unused)))
     return replace(adapter, modules=modules)
+
+
+def _lacks(
+    adapter: Adapter,
+    module: str,
+    lacking: Mapping[str, Missing],
+    given: Mapping[str, str],
+    *,
+    has_base: bool,
+) -> UnsupportedError:
+    """Return the error that settings are missing: all of them, and a command that gives them."""
+    names = list(lacking)
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    told = [f"--set {key}={shlex.quote(value)}" for key, value in given.items()]
+    command = command_on(adapter, "to-lora", *told, *(f"--set {key}=VALUE" for key in lacking))
+    may_tell = all(value.is_in_base for value in lacking.values()) and not has_base
+    expected = [f"{key}: {value.expected}" for key, value in lacking.items()]
+    return UnsupportedError(
+        f"the weight change depends on {listed}, which the file does not hold",
+        path=adapter.source,
+        tensor=module,
+        expected="; ".join(expected) if len(expected) > 1 else lacking[names[0]].expected,
+        hint=f"Make it a plain LoRA: {command}{', or with --base MODEL' if may_tell else ''}",
+    )
 
 
 class _Base:

@@ -138,7 +138,7 @@ def test_a_plain_checkpoint_stays_itself(make):
     [
         ({"q.weight": (6, 10)}, QUANT, UnsupportedError, "without one scale"),
         ({"q.weight": (6, 10), "q.scales": (1,)}, None, UnsupportedError, "without one scale"),
-        ({"q.weight": (6, 10), "q.weight_scale_inv": (2, 2)}, QUANT, AdapterError, "128 × 128"),
+        ({"q.weight": (6, 10), "q.weight_scale_inv": (2, 3)}, QUANT, AdapterError, "128 × 128"),
         (
             {"q.weight": (6, 10), "q.weight_scale_inv": (2, 2)},
             QUANT | {"weight_block_size": "4x4"},

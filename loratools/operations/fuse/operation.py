@@ -19,7 +19,12 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from loratools.algebra.device import Computing, Device
-from loratools.base.dequantised import dequantised
+from loratools.base.dequantised import (
+    DequantisedCheckpoint,
+    as_stored,
+    dequantised,
+    is_stored_plain,
+)
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
@@ -34,7 +39,7 @@ from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, groupe
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import OptionError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 BaseMode = Literal["dequant", "original"]
 _SURVIVING = 0.5
@@ -202,14 +207,7 @@ class Fusion:
             for item in inputs
         )
         self._base = base
-        self._dequantised = dequantised(base)
-        self._check_mode()
-        checkpoint = self._dequantised.checkpoint
-        if options.requantize:
-            checkpoint = replace(checkpoint, config=base.config)
-        self.plan: FusePlan = plan_fuse(
-            checkpoint, self.inputs, options.code, self._dequantised.stored
-        )
+        self._dequantised, self.plan = self._planned()
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()
@@ -220,6 +218,56 @@ class Fusion:
             self._record,
             tuple(item.adapter for item in self.inputs),
         )
+
+    def _planned(self) -> tuple[DequantisedCheckpoint, FusePlan]:
+        """Return the base as it is read, and what will be done with it.
+
+        Quantised weights that no adapter changes stay as they are, with the base's configuration.
+
+        Raises:
+            UnsupportedError: one is to change, and its quantisation cannot be read.
+        """
+        base, options = self._base, self.options
+        try:
+            self._dequantised = dequantised(base)
+        except UnsupportedError as unreadable:
+            kept = as_stored(base)
+            return kept, self._plan_beside(kept, unreadable)
+        self._check_mode()
+        checkpoint = self._dequantised.checkpoint
+        if options.requantize:
+            checkpoint = replace(checkpoint, config=base.config)
+        plan = plan_fuse(checkpoint, self.inputs, options.code, self._dequantised.stored)
+        keeps = not options.requantize and options.dtype is None and options.base_mode is None
+        touched = {tensor.key for tensor in plan.touched}
+        is_quantised, stored = self._dequantised.is_quantized, self._dequantised.stored
+        if keeps and is_quantised and touched.isdisjoint(stored):
+            kept = as_stored(base)
+            return kept, plan_fuse(base, self.inputs)
+        return self._dequantised, plan
+
+    def _plan_beside(self, kept: DequantisedCheckpoint, unreadable: UnsupportedError) -> FusePlan:
+        """Return a plan that leaves quantised weights alone.
+
+        Raises:
+            UnsupportedError: `unreadable`, if an adapter changes one or finds no place.
+        """
+        base, options = kept.checkpoint, self.options
+        if options.requantize or options.dtype is not None or options.base_mode is not None:
+            raise unreadable
+        try:
+            plan = plan_fuse(base, self.inputs)
+        except AdapterError as error:
+            raise unreadable from error
+        except UnsupportedError as error:
+            tensor = error.tensor
+            if tensor not in base.tensors or tensor is None or is_stored_plain(base, tensor):
+                raise
+            raise unreadable from error
+        touched = [tensor.key for tensor in plan.touched if tensor.key in base.tensors]
+        if not all(is_stored_plain(base, key) for key in touched):
+            raise unreadable
+        return plan
 
     def _check_mode(self) -> None:
         four_bit = bool(self._dequantised.four_bit)
