@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loratools.base.facts import Tie, find_tie, shared_embeddings
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
+from loratools.base.tied import Tie, find_tie, shared_embeddings
 from loratools_formats.checkpoints.facts import HEAD_BIASES
 from loratools_formats.core.adapter import Adapter, LowRank, Replacement
 from loratools_formats.core.findings import Finding

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement import rules
 from loratools.base.placement.names import Names
+from loratools.base.tied import find_tie, shared_embeddings
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import (
     DEFAULT_HEAD,
