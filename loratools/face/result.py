@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,6 +13,7 @@ from loratools.work.requests import Writing
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.registry import get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import InexactError, OptionError
 
 SCHEMA = 1
@@ -27,7 +28,7 @@ class Result:
     @classmethod
     def of(cls, found: Any, **others: Any) -> Self:
         """Return a result with the fields of what an operation found, and others."""
-        names = {one.name for one in fields(cls)} - set(others)
+        names = {one.name for one in fields(cls) if one.init} - set(others)
         return cls(**{name: getattr(found, name) for name in names}, **others)
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,16 +47,30 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class AdapterResult(Result):
+class Reported(Result):
+    """A result with findings.
+
+    Attributes:
+        findings: what a user should know.
+        notes: their messages.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", tuple(each.message for each in self.findings))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdapterResult(Reported):
     """A result that is an adapter, written or not.
 
     Attributes:
         adapter: what was made; its tensors load on demand.
-        notes: what a user should know.
     """
 
     adapter: Adapter = hidden()
-    notes: tuple[str, ...] = hidden()
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the adapter in its format, whole or not at all, and return where.

@@ -13,6 +13,7 @@ from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.contract.files import check_target, read_adapter
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 
 Source = str | os.PathLike[str] | Adapter
@@ -63,9 +64,9 @@ class Trained:
     inputs: tuple[Adapter, ...]
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def findings(self) -> tuple[Finding, ...]:
         """What reading it found that a user should know."""
-        return self.inputs[0].remarks
+        return self.inputs[0].notices
 
 
 def trained(source: Any, initial: Any, reading: Reading) -> Trained:

@@ -122,7 +122,7 @@ def to_lora(
     _check_format(done.adapter)
     result = ToLoraResult(
         adapter=done.adapter,
-        notes=given.notes,
+        findings=given.findings,
         relative_error=done.relative_error,
         bytes_in=given.adapter.weights_nbytes,
         bytes_out=written_nbytes(done.adapter),

@@ -10,8 +10,8 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.ranks import RankRule, Spectrum
-from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement.names import Names
+from loratools.base.tied import find_tie, shared_embeddings
 from loratools.base.weights import (
     BaseModule,
     ShapeOnly,

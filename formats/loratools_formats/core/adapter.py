@@ -403,9 +403,14 @@ class Adapter:
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
     @property
+    def notices(self) -> tuple[Finding, ...]:
+        """All other findings."""
+        return tuple(finding for finding in self.findings if finding.severity != "error")
+
+    @property
     def remarks(self) -> tuple[str, ...]:
-        """The messages of all other findings."""
-        return tuple(each.message for each in self.findings if each.severity != "error")
+        """The messages of `notices`."""
+        return tuple(notice.message for notice in self.notices)
 
     def require_true_delta(self, operation: str, kept: Collection[str] = ()) -> None:
         """Refuse an adapter whose tensors do not tell its ΔW.

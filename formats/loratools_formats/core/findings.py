@@ -36,6 +36,29 @@ CODES: Mapping[str, str] = {
     "base-values": "tensors that replace the base's hold the base's own values",
     # Writers.
     "dtype-fallback": "some factors cannot be stored in the type asked for",
+    # Placing an adapter on its base, and fusing.
+    "stays-tied": "the embedding and the output layer stay tied and change alike",
+    "untied": "the embedding and the output layer are tied no more",
+    "tensor-added": "a tensor is added that the base does not have",
+    "negative-weight": "a change that depends on the base's weights is subtracted",
+    "widened": "weights in eight bits are stored in sixteen where they change",
+    "vocabulary-resized": "the vocabulary has another size",
+    "no-longer-quantised": "weights are stored in floating-point types now",
+    "type-fallback": "tensors cannot be stored in the GGUF type asked for",
+    "parts-joined": "the parts of a split model become one file",
+    # Quantising and dequantising.
+    "already-quantised": "weights are in four bits already",
+    "experts-kept": "weights of experts stay as they are",
+    "stacks-kept": "stacks of experts' weights stay as they are",
+    "files-left-out": "files beside the base are not carried over",
+    # Converting, extracting and merging.
+    "base-unused": "the base model is not needed",
+    "attachments-left-out": "the format has no place for the files beside the adapter",
+    "names-by-table": "modules are renamed by a table of names",
+    "tied-skipped": "a tied tensor is not compared",
+    "buffer-skipped": "a buffer that only one checkpoint stores is not compared",
+    "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",
+    "different-bases": "the adapters name different base models",
 }
 """Code of every finding in this code base → what it says in general."""
 

@@ -62,7 +62,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
         tuple(biases),
         (*tied.replacements, *replaced.placed),
         tied.untied,
-        (*tied.notes, *replaced.notes),
+        (*tied.findings, *replaced.findings),
     )
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement import rules
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
+from loratools.base.tied import find_tie, shared_embeddings
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import (
@@ -27,6 +27,7 @@ from loratools_formats.checkpoints.facts import (
 )
 from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange, Replacement
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import named_conv1d
 from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -119,7 +120,7 @@ class Comparison:
         self._selection = selection
         self._other_form = {name for name in before.kept if before.known}
         self._names = Names(self.base)
-        self.notes: list[str] = []
+        self.findings: list[Finding] = []
         self._tie = find_tie(self._names, guess_head=True)
         self._shared = shared_embeddings(self._names)
 
@@ -177,11 +178,14 @@ class Comparison:
         """
         module = key.rpartition(".")[0]
         if self._is_tied_copy(key, here):
-            self.notes.append(f"{key} is tied in the {other} checkpoint and not compared")
+            message = f"{key} is tied in the {other} checkpoint and not compared"
+            self.findings.append(Finding("tied-skipped", "note", key, message))
         elif _BUFFER.search(key):
-            self.notes.append(f"{key} is a buffer that the {other} checkpoint lacks; left out")
+            message = f"{key} is a buffer that the {other} checkpoint lacks; left out"
+            self.findings.append(Finding("buffer-skipped", "note", key, message))
         elif module not in self._selection:
-            self.notes.append(f"{key}, which the {other} checkpoint lacks, is left out as asked")
+            message = f"{key}, which the {other} checkpoint lacks, is left out as asked"
+            self.findings.append(Finding("one-sided-skipped", "note", key, message))
         elif self._is_head(module) and other == "base":
             raise UnsupportedError(
                 "the tuned checkpoint has an output layer of its own, the base's is tied to its "

@@ -44,6 +44,7 @@ from loratools_formats.containers.gguf.model import ModelLayout, decoded
 from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.files import check_target
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_file, resolved
@@ -107,8 +108,8 @@ class GgufFusion:
         }
         refuse_nothing(self.plans.values(), self.inputs)
         touched = [base.tensors[name] for name in self.plans]
-        read = dict.fromkeys(note for item in inputs for note in item.adapter.remarks)
-        self.notes = (*read, *_fallback_notes(touched, kinds, options), *_joined_notes(base))
+        read = dict.fromkeys(notice for item in inputs for notice in item.adapter.notices)
+        self.findings = (*read, *_fallbacks(touched, kinds, options), *_joined(base))
 
     def _plan(self, name: str, changes: Sequence[WeightedChange]) -> TensorPlan:
         source = decoded(self.base.tensors[name])
@@ -126,7 +127,7 @@ class GgufFusion:
             len(self.base.tensors),
             self.layout.nbytes,
             1,
-            self.notes,
+            self.findings,
         )
 
     def write(
@@ -170,7 +171,7 @@ class GgufFusion:
             converted=0,
             nbytes=self.layout.nbytes,
             shards=(Path(output).name,),
-            notes=self.notes,
+            findings=self.findings,
             left_out=(),
         )
 
@@ -312,12 +313,12 @@ def _kind(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
     return BY_NAME["F16"]
 
 
-def _fallback_notes(
+def _fallbacks(
     tensors: Sequence[GgufTensor], kinds: Mapping[str, GgmlType], options: GgufFuseOptions
-) -> tuple[str, ...]:
-    """Return a note for each type that became another than the one asked for."""
+) -> list[Finding]:
+    """Return a finding for each type that became another than the one asked for."""
     found = Counter((t.kind.name, _wanted(t, options).name, kinds[t.name].name) for t in tensors)
-    notes = []
+    findings = []
     for (old, wanted, new), count in sorted(found.items()):
         if new != wanted:
             reason = (
@@ -326,13 +327,14 @@ def _fallback_notes(
                 else f"{wanted} cannot be written again"
             )
             many = "s" * (count > 1)
-            notes.append(f"{count} tensor{many} of type {old} became {new}, since {reason}")
-    return tuple(notes)
+            message = f"{count} tensor{many} of type {old} became {new}, since {reason}"
+            findings.append(Finding("type-fallback", "note", None, message))
+    return findings
 
 
-def _joined_notes(base: GgufModel) -> tuple[str, ...]:
-    count = len(base.parts)
-    return (f"the {count} parts of the model became one file",) if count > 1 else ()
+def _joined(base: GgufModel) -> list[Finding]:
+    message = f"the {len(base.parts)} parts of the model became one file"
+    return [Finding("parts-joined", "note", None, message)] if len(base.parts) > 1 else []
 
 
 def _header_digest(path: Path, nbytes: int) -> Mapping[str, str]:

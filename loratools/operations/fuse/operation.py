@@ -38,6 +38,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 BaseMode = Literal["dequant", "original"]
@@ -94,7 +95,7 @@ class FuseResult:
         converted: number of tensors that no adapter changes, stored in another type than before.
         nbytes: size of the weight files.
         shards: their names.
-        notes: what a user should know.
+        findings: what a user should know.
         left_out: files of the base that were not carried over.
     """
 
@@ -103,7 +104,7 @@ class FuseResult:
     converted: int
     nbytes: int
     shards: tuple[str, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
     left_out: tuple[str, ...]
 
     @property
@@ -137,7 +138,7 @@ class FusePreview:
         total: number of tensors in all.
         nbytes: size of the weight files.
         files: their number.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     touched: tuple[TensorPlan, ...]
@@ -145,7 +146,7 @@ class FusePreview:
     total: int
     nbytes: int
     files: int
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def refuse_erased(
@@ -401,24 +402,25 @@ class Fusion:
             len(self.plan.tensors),
             self.new.nbytes,
             len(self.new.shards),
-            self.plan.notes,
+            self.plan.findings,
         )
 
     def _type_name(self, plan: TensorPlan) -> str:
         weight = self._dequantised.four_bit.get(plan.key) if self.options.requantize else None
         return plan.dtype.code if weight is None else weight.quant_type.upper()
 
-    def _notes(self) -> list[str]:
+    def _findings(self) -> list[Finding]:
         dropped = self._dequantised.dropped
         if not dropped or self.options.requantize:
             return []
-        return [
+        message = (
             f"weights are stored in 16 bits now; {len(dropped)} tensors that only said how they "
             "were quantised are left out"
             if self.options.dtype != "f32"
             else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
             "they were are left out"
-        ]
+        )
+        return [Finding("no-longer-quantised", "note", None, message)]
 
     def write(
         self,
@@ -458,6 +460,6 @@ class Fusion:
             converted=len(converted),
             nbytes=self.new.nbytes,
             shards=tuple(shard.name for shard in self.new.shards),
-            notes=(*self.plan.notes, *self._notes()),
+            findings=(*self.plan.findings, *self._findings()),
             left_out=left_out,
         )
