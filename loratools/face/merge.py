@@ -176,7 +176,7 @@ def merge(
     )
     result = MergeResult(
         adapter=done.adapter,
-        notes=_notes(inputs),
+        notes=(*_notes(inputs), *_about_left_out(done.left_out)),
         method=chosen.method,
         adapters=tuple(MergedAdapter(item.name, item.weight) for item in inputs),
         relative_error=done.relative_error,
@@ -230,6 +230,13 @@ def _notes(inputs: list[MergeInput]) -> tuple[str, ...]:
     if len(bases) > 1:
         notes.append(f"the adapters name different base models: {', '.join(bases)}")
     return tuple(notes)
+
+
+def _about_left_out(paths: tuple[str, ...]) -> list[str]:
+    if not paths:
+        return []
+    which = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    return [f"left out, since every adapter's weight is 0 there: {which}"]
 
 
 def _recipe(

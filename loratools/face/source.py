@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratools.folding.zeros import require_change
 from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.contract.files import check_target, read_adapter
@@ -38,16 +39,21 @@ def opened(source: Any, reading: Reading) -> Adapter:
     Raises:
         OptionError: it is no source, or a format was given for an adapter that is read already.
         LoratoolsError: nothing there, unknown format, or not a sound adapter.
+        AdapterError: all that it holds is zero.
     """
     if isinstance(source, Adapter):
         if reading.from_ is not None:
             raise OptionError("the adapter is read already, and has a format", got=source.format)
-        return source
+        return require_change(source)
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise OptionError(
             "not an adapter", got=repr(source), expected="the path of a file or folder, or one read"
         )
-    return read_adapter(source, reading.from_, carry_unknown=reading.carry_unknown)
+    return require_change(_read(source, reading))
+
+
+def _read(path: str | os.PathLike[str], reading: Reading) -> Adapter:
+    return read_adapter(path, reading.from_, carry_unknown=reading.carry_unknown)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def trained(source: Any, initial: Any, reading: Reading) -> Trained:
         return Trained(adapter, (adapter,))
     from loratools.lowrank.initial import subtract_initial
 
-    first = opened(initial, reading)
+    # Before training, the change itself may be zero.
+    first = initial if isinstance(initial, Adapter) else _read(initial, reading)
     return Trained(subtract_initial(adapter, first), (adapter, first))
 
 
