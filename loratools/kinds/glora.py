@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 _PATHS = ("A", "B", "C", "D", "E")
@@ -40,7 +40,7 @@ class _Path:
         return self.rows(0, 1 << 60)
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     first, second = _Path(tensors, "A"), _Path(tensors, "B")
 
@@ -69,6 +69,6 @@ KIND = Kind(
     optional=tuple(f"{path}.{form}" for path in _PATHS for form in _FORMS),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
     bias=_bias,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
@@ -25,7 +25,7 @@ def _joined(tensors: Tensors, delta: KindDelta, side: str, axis: int) -> Array:
     return np.concatenate([tensors[f"{side}.{number}"] for number in numbers], axis=axis)
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b = _joined(tensors, delta, "a", 0), _joined(tensors, delta, "b", 1)
     e = _joined(tensors, delta, "e", 0)
@@ -43,5 +43,5 @@ KIND = Kind(
     source="arXiv 2308.12043",
     parts=(),
     optional=("a.*", "b.*", "e.*"),
-    change=_change,
+    form=_form,
 )

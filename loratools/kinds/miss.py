@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     block, (out, in_) = tensors["block"], weight.shape
     repeats = out // block.shape[1]
@@ -29,5 +29,5 @@ KIND = Kind(
     source="arXiv 2409.15371",
     parts=("block",),
     needs="shape",
-    change=_change,
+    form=_form,
 )

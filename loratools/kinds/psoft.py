@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.oft import cayley, cayley_neumann, skew_symmetric
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import MissingDependencyError
@@ -49,7 +49,7 @@ def _triplets(weight: Weight) -> tuple[Array, Array, Array]:
     return tuple(part.double().numpy() for part in (u.T, s, vt))
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     matrix = _rotation(tensors, delta)
     rank = len(matrix)
@@ -71,7 +71,7 @@ KIND = Kind(
     parts=("matrix",),
     optional=("left", "right"),
     needs="weight",
-    change=_change,
+    form=_form,
     caution="the signs of singular vectors are not in a PSOFT file; they are taken as torch finds "
     "them on this machine's CPU, as PEFT would when it loads the adapter there",
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -38,7 +38,7 @@ def _applied(columns: tuple[Array, Array], values: Array, group: int) -> Array:
     return result
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors, group = Tensors(delta), delta.settings["group"]
     diagonal, across = _columns(tensors, delta.settings["variant"], group)
     if len(diagonal) != weight.shape[0] or weight.shape[0] % group:
@@ -66,6 +66,6 @@ KIND = Kind(
     parts=("theta", "alpha"),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
     bias=_bias,
 )

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
@@ -43,7 +43,7 @@ def _he_uniform(stream: TorchStream, shape: tuple[int, int]) -> Array:
     return stream.uniform(shape, -bound, bound).astype(np.float64)
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     lambda_b, lambda_d = tensors["lambda_b"], tensors["lambda_d"]
     rank_a = len(lambda_d)
@@ -59,5 +59,5 @@ KIND = Kind(
     parts=("lambda_b", "lambda_d"),
     optional=("a", "b"),
     needs="shape",
-    change=_change,
+    form=_form,
 )

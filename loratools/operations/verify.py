@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loratools.algebra.device import Device
-from loratools.base.dequantised import PlainCheckpoint, plain
+from loratools.base.dequantised import DequantisedCheckpoint, dequantised
 from loratools.operations.fuse.blocks import fused_blocks, single_precision
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import ADDABLE, FLOATING, TensorPlan, plan_fuse
@@ -121,7 +121,7 @@ def verify(
         AdapterError: malformed input, or an adapter that does not fit the base.
         UnsupportedError: a quantisation or an adapter that cannot be read.
     """
-    old, new = plain(base), plain(fused)
+    old, new = dequantised(base), dequantised(fused)
     plans = plan_fuse(old.checkpoint, inputs, None, old.stored).tensors
 
     def judged(plan: TensorPlan) -> TensorVerdict:
@@ -142,7 +142,7 @@ def verify(
     return VerifyResult(tuple(verdicts))
 
 
-def _judged(plan: TensorPlan, new: PlainCheckpoint) -> TensorVerdict:
+def _judged(plan: TensorPlan, new: DequantisedCheckpoint) -> TensorVerdict:
     there = new.checkpoint.tensors.get(plan.key)
     if there is None:
         reason = "no tensor of that name"
@@ -195,7 +195,7 @@ def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparis
     # As `fuse` computes, so that what it wrote is found to be exact.
     single = single_precision(view, terms, there.dtype.code, base_code=plan.source.dtype.code)
     wanted_type = there.dtype.numpy_dtype()
-    roundings = _DORA_ROUNDINGS if any(not t.is_plain for plane in terms for t in plane) else 1
+    roundings = _DORA_ROUNDINGS if any(not t.is_product for plane in terms for t in plane) else 1
     is_exact = is_near = base_is_near = True
     delta = along = off = 0.0
     blocks = fused_blocks(

@@ -47,7 +47,7 @@ class Pair:
         use: what becomes of it if it changed: a `layer` to adapt, a tensor to carry `whole`, or
             `none` if a LoRA has no place for it.
         layer: what the module is.
-        crossed: whether it is stored as (in, out).
+        transposed: whether it is stored as (in, out).
         hint: what to do if a LoRA has no place for it.
     """
 
@@ -56,7 +56,7 @@ class Pair:
     new: TensorRef
     use: Literal["layer", "whole", "none"]
     layer: Layer = _LINEAR
-    crossed: bool = False
+    transposed: bool = False
     hint: str = "Leave its module out with `exclude`"
 
     @property
@@ -84,7 +84,7 @@ class Pair:
         """Return the difference, computed when it is read."""
         source = _DifferenceSource(self.old, self.new)
         diff = in_file(self.key, DTYPES["F64"], self.new.shape, source, 0)
-        settings = {"scale": 1.0, "crossed": self.crossed}
+        settings = {"scale": 1.0, "transposed": self.transposed}
         return ModuleChange(KindDelta("full", {"diff": diff}, settings, self.layer))
 
 
@@ -209,12 +209,12 @@ class Comparison:
         if dims > 2:
             return Pair(key, old, new, "layer", Layer("conv", kernel=old.shape[2:]))
         if is_embedding(module):
-            return Pair(key, old, new, "layer", Layer("embedding"), crossed=True)
-        crossed = is_conv1d(key, self.base.config)
-        if not crossed and "model_type" not in self.base.config:
+            return Pair(key, old, new, "layer", Layer("embedding"), transposed=True)
+        transposed = is_conv1d(key, self.base.config)
+        if not transposed and "model_type" not in self.base.config:
             self._refuse_unknown_layout(key, module)
-        layer = Layer("linear", transposed_if_square=crossed)
-        return Pair(key, old, new, "layer", layer, crossed)
+        layer = Layer("linear", transposed_if_square=transposed)
+        return Pair(key, old, new, "layer", layer, transposed)
 
     def _is_head(self, module: str) -> bool:
         head = head_of(sorted(self._names.types))
@@ -230,12 +230,12 @@ class Comparison:
     def _stack(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
         """Return a pair of stacked experts; how their matrices lie depends on the model type."""
         types = set(self._names.types_of(key))
-        crossed = bool(types & rules.TRANSPOSED_EXPERTS)
-        if not crossed and not types & rules.STRAIGHT_EXPERTS:
+        transposed = bool(types & rules.TRANSPOSED_EXPERTS)
+        if not transposed and not types & rules.STRAIGHT_EXPERTS:
             hint = "The model type does not tell how experts lie; leave them out with `exclude`"
             return Pair(key, old, new, "none", hint=hint)
-        layer = Layer("experts", parameters=(key,), transposed_if_square=crossed)
-        return Pair(key, old, new, "layer", layer, crossed)
+        layer = Layer("experts", parameters=(key,), transposed_if_square=transposed)
+        return Pair(key, old, new, "layer", layer, transposed)
 
     def _refuse_unknown_layout(self, key: str, module: str) -> None:
         if named_conv1d(module):

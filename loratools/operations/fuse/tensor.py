@@ -75,7 +75,7 @@ def fuse_tensor(
     terms = load_terms(plan.changes, view)
     dtype = plan.dtype.numpy_dtype()
     single = single_precision(view, terms, plan.dtype.code, base_code=plan.source.dtype.code)
-    only = None if plan.replaces else _only_plain(terms)
+    only = None if plan.replaces else _only_products(terms)
     base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
     for block in blocks:
@@ -110,13 +110,13 @@ def _squared_norm(values: Array) -> float:
     return float(np.dot(wide, wide))
 
 
-def _only_plain(terms: list[list[Term | RowsTerm]]) -> list[Term] | None:
+def _only_products(terms: list[list[Term | RowsTerm]]) -> list[Term] | None:
     """Return the terms if their squared norms add up to that of the change, else None."""
     found = [term for plane in terms for term in plane]
-    plain = [term for term in found if isinstance(term, Term) and term.is_plain]
-    if len(plain) < len(found) or any(len(plane) > 1 for plane in terms):
+    products = [term for term in found if isinstance(term, Term) and term.is_product]
+    if len(products) < len(found) or any(len(plane) > 1 for plane in terms):
         return None
-    return plain
+    return products
 
 
 def _squared(terms: list[Term]) -> float:
