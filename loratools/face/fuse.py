@@ -161,7 +161,7 @@ class FusePlan(Result):
         return _result(self.fusion.inputs, done)
 
 
-@public(reading=("from_",), quantised=("fallback",), writing=WRITING)
+@public(reading=("from_", "ignore_key"), quantised=("fallback",), writing=WRITING)
 def fuse(
     base: Model,
     adapters: Weighted,
