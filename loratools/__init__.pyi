@@ -49,6 +49,7 @@ def convert(
     strip_training_metadata: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -140,6 +141,7 @@ def fuse(
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     format: str | None = None,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str],
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -163,6 +165,7 @@ def fuse(
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     format: str | None = None,
+    ignore_key: Sequence[str] = (),
     output: None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -172,9 +175,14 @@ def info(
     *,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> InfoResult: ...
 def read(
-    path: str | os.PathLike[str], *, format: str | None = None, carry_unknown: bool = False
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> Adapter: ...
 def formats() -> FormatsResult: ...
 def methods() -> MethodsResult: ...
@@ -192,6 +200,7 @@ def merge(
     weight_pattern: Sequence[Override | str] = (),
     replacements: str | None = None,
     force_base: bool = False,
+    allow_missing: bool = False,
     density: float | str | None = None,
     lambda_: float | None = None,
     majority_sign: Literal["total", "frequency"] | None = None,
@@ -220,6 +229,7 @@ def merge(
     keep_alpha: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_error: float | None = None,
@@ -267,6 +277,7 @@ def squeeze(
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -289,6 +300,7 @@ def squeeze_choices(
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> SqueezeChoices: ...
 def delta(
     adapter: Adapter,
@@ -312,6 +324,7 @@ def to_dora(
     workers: int | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -346,6 +359,7 @@ def to_lora(
     keep_alpha: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -368,6 +382,7 @@ def to_lora_choices(
     keep_alpha: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> ToLoraChoices | None: ...
 def verify(
     fused: str | os.PathLike[str] | Checkpoint,
@@ -381,5 +396,6 @@ def verify(
     | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
     workers: int | None = None,
     format: str | None = None,
+    ignore_key: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...

@@ -13,13 +13,13 @@ from loratools.cli.measured import optional, print_csv
 from loratools.cli.output import note, number, print_json, print_table, progress_bar, quantity
 from loratools.cli.page.measured import compare_sections
 from loratools.cli.page.page import Pages
+from loratools.face.source import opened
 from loratools.operations.compare.bases import compare_bases
 from loratools.operations.compare.operation import CompareOptions, compare
 from loratools.operations.compare.result import BasesResult, CompareResult, PairModule
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting
 from loratools.work.selection import Selection
-from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, printable
@@ -48,7 +48,7 @@ _HEADER = [
     metavar="W0 W1",
     help="Compare two base models where one adapter acts, instead of adapters.",
 )
-@shared.reads("base", "from_")
+@shared.reads("base", "from_", "ignore_key")
 @shared.takes(CompareOptions, into="options")
 @shared.takes(Selection, into="selection")
 @shared.takes(Workers, into="threads")
@@ -79,7 +79,7 @@ def command(
         if len(adapters) != 1 or reading.base is not None or pages.html is not None:
             raise OptionError("`bases` takes one adapter, and neither `base` nor `html`")
         found = compare_bases(
-            read_adapter(adapters[0], reading.from_),
+            opened(adapters[0], reading),
             read_checkpoint(bases[0]),
             read_checkpoint(bases[1]),
             selection=selection,
@@ -89,7 +89,7 @@ def command(
         return
     with progress_bar("compare", quiet=reporting.quiet) as progress:
         result = compare(
-            _named(adapters, reading.from_),
+            _named(adapters, reading),
             base=None if reading.base is None else read_checkpoint(reading.base),
             options=options,
             selection=selection,
@@ -117,14 +117,14 @@ def _show(result: CompareResult, *, as_csv: bool, as_json: bool, quiet: bool) ->
             note(text)
 
 
-def _named(paths: tuple[Path, ...], format_name: str | None) -> dict[str, Adapter]:
+def _named(paths: tuple[Path, ...], reading: Reading) -> dict[str, Adapter]:
     """Return the adapters by the shortest ends of their paths that tell them apart."""
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise OptionError("an adapter is given twice", got=", ".join(map(str, paths)))
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    return {name: read_adapter(path, format_name) for name, path in zip(names, paths, strict=True)}
+    return {name: opened(path, reading) for name, path in zip(names, paths, strict=True)}
 
 
 def _matrix_rows(result: CompareResult) -> list[dict[str, object]]:

@@ -32,7 +32,7 @@ from loratools_formats.disk.errors import OptionError
 @shared.takes(RecipeFiles, into="files")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute", without=("--method",))
-@shared.reads("base", "from_", "carry_unknown")
+@shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.reports()
 @click.pass_context
 def command(

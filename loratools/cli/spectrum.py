@@ -14,6 +14,7 @@ from loratools.cli.measured import optional, print_csv, sparkline
 from loratools.cli.output import human_bytes, note, number, print_json, print_table, progress_bar
 from loratools.cli.page.measured import spectrum_sections
 from loratools.cli.page.page import Pages
+from loratools.face.source import opened
 from loratools.operations.spectrum.against import read_references
 from loratools.operations.spectrum.operation import spectrum
 from loratools.operations.spectrum.options import SpectrumOptions
@@ -21,7 +22,6 @@ from loratools.operations.spectrum.result import MatrixReport, SpectrumResult
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting
 from loratools.work.selection import Selection
-from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import printable
 
@@ -30,7 +30,7 @@ _SHOWN = 3
 
 @named_command("spectrum")
 @shared.adapter_argument
-@shared.reads("base", "from_", "carry_unknown")
+@shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.takes(SpectrumOptions, into="options")
 @shared.takes(IntruderOptions, into="intruders")
 @shared.takes(Selection, into="selection")
@@ -57,7 +57,7 @@ def command(
     loratools spectrum my-adapter --base model --cache ~/.cache/loratools
     """  # noqa: D301 - click reads the backspace
     pages.check(reporting)
-    source = read_adapter(adapter, reading.from_, carry_unknown=reading.carry_unknown)
+    source = opened(adapter, reading)
     references, notes = (
         ([], []) if options.against is None else read_references(options.against, source)
     )

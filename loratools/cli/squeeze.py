@@ -23,7 +23,7 @@ from loratools.work.selection import Selection
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Selection, into="selection")
-@shared.reads("initial", "from_", "carry_unknown")
+@shared.reads("initial", "from_", "carry_unknown", "ignore_key")
 @shared.reports()
 def command(
     adapter: Path,

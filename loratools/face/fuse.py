@@ -157,7 +157,7 @@ class FusePlan(Reported):
         return _result(self.fusion.inputs, done)
 
 
-@public(reading=("from_",), quantised=("fallback",), writing=WRITING)
+@public(reading=("from_", "ignore_key"), quantised=("fallback",), writing=WRITING)
 def fuse(
     base: Model,
     adapters: Weighted,

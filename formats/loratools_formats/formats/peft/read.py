@@ -7,6 +7,7 @@ carried; one that could change ΔW and is not understood is an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,11 +140,13 @@ def _contents(
         config = PeftConfig(values, folder / CONFIG_FILE)
         if _is_no_product(values):
             return _Contents({}, {}, dict(tensors), config.caveats())
+        _refuse_tinker(tensors)
         modules, rest = _modules(config, tensors, folder)
         has_middle = any(delta.kind == "middle" for delta in modules.values())
         caveats = (
             *config.caveats(),
             *_module_caveats(modules),
+            *(config.packing() if any(_is_stack(each) for each in modules.values()) else ()),
             *lost_middle(folder, has_middle),
         )
         return _Contents(modules, {}, rest, caveats)
@@ -159,6 +162,32 @@ def _contents(
     others, shared, rest = read_modules(values, tensors, folder)
     modules = {path: ModuleChange(other) for path, other in others.items()}
     return _Contents(modules, shared, rest, tuple(caveats_of(values)))
+
+
+_OF_TINKER = re.compile(r".*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\.weight")
+
+
+def _refuse_tinker(tensors: Mapping[str, TensorRef]) -> None:
+    """Refuse the names of Tinker's own files by that name: PEFT's are made of them.
+
+    Experts one by one are called `experts.N.w1`, and a stack has an axis for its experts.
+
+    Raises:
+        UnsupportedError: there is one of them.
+    """
+    for name, tensor in tensors.items():
+        is_expert = ".experts.w" in name
+        if _OF_TINKER.fullmatch(name) and not (is_expert and len(tensor.shape) == 2):
+            raise UnsupportedError(
+                "it is an adapter as Tinker saves it, in names that PEFT does not load",
+                tensor=name,
+                got=list(tensor.shape),
+                hint="Make PEFT's of it with tinker_cookbook.weights.build_lora_adapter",
+            )
+
+
+def _is_stack(change: ModuleChange) -> bool:
+    return change.layer.kind == "experts"
 
 
 def _open_weights(
