@@ -16,6 +16,7 @@ import numpy as np
 from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement import rules
 from loratools.base.placement.names import Names
+from loratools.base.placement.orient import stack_is_transposed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import (
     DEFAULT_HEAD,
@@ -234,7 +235,9 @@ class Comparison:
         if not crossed and not types & rules.STRAIGHT_EXPERTS:
             hint = "The model type does not tell how experts lie; leave them out with `exclude`"
             return Pair(key, old, new, "none", hint=hint)
-        layer = Layer("experts", parameters=(key,), transposed_if_square=crossed)
+        lies = stack_is_transposed(self._names, key)
+        swapped = None if lies is None else lies != crossed
+        layer = Layer("experts", (), (key,), transposed_if_square=crossed, swapped=swapped)
         return Pair(key, old, new, "layer", layer, crossed)
 
     def _refuse_unknown_layout(self, key: str, module: str) -> None:

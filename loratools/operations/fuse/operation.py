@@ -253,7 +253,8 @@ class Fusion:
         except AdapterError as error:
             raise unreadable from error
         except UnsupportedError as error:
-            if error.tensor not in base.tensors or is_stored_plain(base, error.tensor):
+            key = error.tensor
+            if key is None or key not in base.tensors or is_stored_plain(base, key):
                 raise
             raise unreadable from error
         touched = [tensor.key for tensor in plan.touched if tensor.key in base.tensors]
