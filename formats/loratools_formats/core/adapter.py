@@ -38,12 +38,16 @@ class Layer:
         parameters: for experts, the names the adapted parameter may have.
         transposed_if_square: what a square weight's orientation must be taken from, since its
             shape does not show it: False for (out, in), True for (in, out), None if unknown.
+        swapped: for experts, whether the factors are those of the transposed change, a being on
+            the outputs: PEFT's layers may take a parameter's axes so. None if the file does not
+            tell.
     """
 
     kind: Literal["linear", "conv", "embedding", "experts"]
     kernel: tuple[int, ...] = ()
     parameters: tuple[str, ...] = ()
     transposed_if_square: bool | None = False
+    swapped: bool | None = None
 
 
 @dataclass(frozen=True, repr=False)

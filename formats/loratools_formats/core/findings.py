@@ -37,6 +37,7 @@ CODES: Mapping[str, str] = {
     "training-only": "tensors that act in training only are carried along",
     "wrapped-names": "names have in them what training code left there",
     "posterior-spread": "the spread of a Bayesian LoRA is left out of what is made from it",
+    "expert-order-guessed": "factors of stacked experts are read in an order that nothing states",
     "base-values": "tensors that replace the base's hold the base's own values",
     # Writers.
     "dtype-fallback": "some factors cannot be stored in the type asked for",

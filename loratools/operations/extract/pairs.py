@@ -16,6 +16,7 @@ import numpy as np
 from loratools.base.placement import rules
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
+from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.tied import find_tie, shared_embeddings
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -270,7 +271,9 @@ class Comparison:
         if not transposed and not types & rules.STRAIGHT_EXPERTS:
             hint = "The model type does not tell how experts lie; leave them out with `exclude`"
             return Pair(key, old, new, "none", hint=hint)
-        layer = Layer("experts", parameters=(key,), transposed_if_square=transposed)
+        lies = stack_is_transposed(self._names, key)
+        swapped = None if lies is None else lies != transposed
+        layer = Layer("experts", (), (key,), transposed_if_square=transposed, swapped=swapped)
         return Pair(key, old, new, "layer", layer, transposed)
 
     def _refuse_unknown_layout(self, key: str, module: str) -> None:

@@ -287,8 +287,8 @@ class Fusion:
         except AdapterError as error:
             raise unreadable from error
         except UnsupportedError as error:
-            tensor = error.tensor
-            if tensor not in base.tensors or tensor is None or is_stored_plain(base, tensor):
+            key = error.tensor
+            if key is None or key not in base.tensors or is_stored_plain(base, key):
                 raise
             raise unreadable from error
         touched = [tensor.key for tensor in plan.touched if tensor.key in base.tensors]

@@ -67,9 +67,9 @@ FUSED_EXPERTS = "unsloth_fused_expert_lora"
 
 _HANDLED_KEYS = frozenset(
     {
-        "alpha_pattern", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save", "r",
-        "rank_pattern", "target_modules", "target_parameters", "trainable_token_indices",
-        "use_dora", "use_rslora",
+        "alpha_pattern", "init_lora_weights", "lora_B_layout", "lora_alpha", "lora_bias",
+        "modules_to_save", "r", "rank_pattern", "target_modules", "target_parameters",
+        "trainable_token_indices", "unsloth_fused_expert_lora", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 VARIANT_KEYS = ("use_bdlora", "use_qalora", "kasa_config")
