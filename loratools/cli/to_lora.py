@@ -14,7 +14,7 @@ from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations.to_lora import Folding
+from loratools.operations.to_lora import ToLoraOptions
 from loratools.work.requests import Reading, Reporting, Writing
 
 
@@ -22,7 +22,7 @@ from loratools.work.requests import Reading, Reporting, Writing
 @shared.adapter_argument
 @shared.writes("in_place", "max_error")
 @shared.reads("base", "initial", "from_", "carry_unknown")
-@shared.takes(Folding, into="folding")
+@shared.takes(ToLoraOptions, into="folding")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Pages, "html", "plot", into="pages")
@@ -31,7 +31,7 @@ def command(
     adapter: Path,
     writing: Writing,
     reading: Reading,
-    folding: Folding,
+    folding: ToLoraOptions,
     rule: RankRule,
     compute: ComputeOptions,
     pages: Pages,

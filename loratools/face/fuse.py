@@ -280,7 +280,11 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
                 name=report.key,
                 relative_change=report.relative_change,
                 lost_to_rounding=report.lost,
-                **{one.name: getattr(report, one.name) for one in fields(report)[1:]},
+                **{
+                    one.name: getattr(report, one.name)
+                    for one in fields(report)[1:]
+                    if one.name != "rounded"
+                },
             )
             for report in done.tensors
         ),

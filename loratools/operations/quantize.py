@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from loratools.base.fourbit.encode import FourBitOptions, Loss
+from loratools.base.fourbit.encode import FourBitOptions, QuantisationLoss
 from loratools.base.fourbit.store import blanks, fill
 from loratools.base.linears import Kept, Linears, linear_weights
 from loratools.work.declared import option
@@ -37,7 +37,7 @@ from loratools_formats.checkpoints.bitsandbytes import (
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
-from loratools_formats.checkpoints.shard_plan import Made, Part, Sink
+from loratools_formats.checkpoints.shard_plan import Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DType
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -156,7 +156,7 @@ def quantize(
         key: _Job(ref, chosen.four_bit, is_conv1d(key, base.config))
         for key, ref in linears.weights.items()
     }
-    parts: dict[str, Part] = {
+    parts: dict[str, NewTensor] = {
         key: jobs[key].made if key in jobs else ref for key, ref in base.tensors.items()
     }
     notes = _notes(linears, len(already))
@@ -245,7 +245,9 @@ def _result(
         )
     bytes_in = sum(ref.nbytes for ref in base.tensors.values())
     found = [job.loss for job in jobs if job.loss is not None]
-    overall = Loss(sum(x.squared_error for x in found), sum(x.squared_norm for x in found))
+    overall = QuantisationLoss(
+        sum(x.squared_error for x in found), sum(x.squared_norm for x in found)
+    )
     return QuantizeResult(
         tuple(reports),
         overall.relative,
@@ -261,7 +263,7 @@ class _Job:
 
     def __init__(self, ref: TensorRef, options: FourBitOptions, transposed: bool) -> None:
         self.ref = ref
-        self.loss: Loss | None = None
+        self.loss: QuantisationLoss | None = None
         self.nbytes = 0
         self._options = options
         self._transposed = transposed

@@ -12,7 +12,7 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools_formats import Context, get_format, read_adapter
 from loratools_formats.containers.gguf.container import read_gguf
-from loratools_formats.containers.gguf.model import plain
+from loratools_formats.containers.gguf.model import decoded
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
@@ -54,7 +54,7 @@ def fuse(base, out, *inputs, **options):
 
 
 def dense(path):
-    return {name: plain(t).load(np.float64) for name, t in read_gguf(path).tensors.items()}
+    return {name: decoded(t).load(np.float64) for name, t in read_gguf(path).tensors.items()}
 
 
 # How far fused and unfused may differ: the type's rounding of weights, and of activations, which

@@ -17,7 +17,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.kinds import all_kinds, get_kind
 from loratools.lowrank.dense import effective_delta
 from loratools.operations.squeeze import squeeze
-from loratools.operations.to_lora import fold_choices, to_lora
+from loratools.operations.to_lora import to_lora, to_lora_choices
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.core.adapter import KindDelta, ModuleChange
@@ -400,12 +400,12 @@ def test_what_is_drawn_for_all_layers_of_a_model_at_once_is_drawn_again(tmp_path
 
 def test_choices_are_none_where_all_folds_exactly(made):
     folder, _ = made("gralora")
-    assert fold_choices(read_adapter(folder / "adapter")) is None
+    assert to_lora_choices(read_adapter(folder / "adapter")) is None
 
 
 def test_choices_state_the_least_error_of_each_rank(made):
     folder, want = made("c3a")
-    choices = fold_choices(read_adapter(folder / "adapter")).choices
+    choices = to_lora_choices(read_adapter(folder / "adapter")).choices
     spectra = [np.linalg.svd(want[f"{n}.weight"], compute_uv=False) for n in ("up", "down", "sq")]
     total = sum(np.sum(sigma**2) for sigma in spectra)
     for choice in choices:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.summary import adapter_line, adapter_table, change_line
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -163,6 +164,10 @@ class KindDelta:
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
     bias: TensorRef | None = None
     alpha_tensor: TensorRef | None = None
+
+    def __post_init__(self) -> None:
+        if self.layer.kind != "experts":
+            check_shapes(self.kind, {**self.shared, **self.parts}, self.shape)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({change_line(self)})"

@@ -31,6 +31,7 @@ CODES: Mapping[str, str] = {
     "foreign-files": "files lie beside the adapter that are no part of it",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that act in training only are carried along",
+    "wrapped-names": "names have in them what training code left there",
     "posterior-spread": "the spread of a Bayesian LoRA is left out of what is made from it",
     "base-values": "tensors that replace the base's hold the base's own values",
     # Writers.

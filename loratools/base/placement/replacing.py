@@ -10,7 +10,7 @@ from loratools.base.placement.changes import Span
 from loratools.base.placement.fused import joined_spans, part_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.sites import Site, sites
-from loratools.base.placement.tied import Settled
+from loratools.base.placement.tied import TiedChanges
 from loratools_formats.checkpoints.facts import HEAD_BIASES, HEADS, INPUT_EMBEDDINGS
 from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.tensors import TensorRef
@@ -33,7 +33,7 @@ class Replaced:
 
 
 def place_replacements(
-    names: Names, adapter: Adapter, tied: Settled, missing: list[str]
+    names: Names, adapter: Adapter, tied: TiedChanges, missing: list[str]
 ) -> Replaced:
     """Return where an adapter's replacements go, and tell `names` of tensors they resize.
 

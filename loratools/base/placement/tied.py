@@ -22,7 +22,7 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
 @dataclass(frozen=True)
-class Settled:
+class TiedChanges:
     """What an adapter does to a tied weight.
 
     Attributes:
@@ -51,7 +51,7 @@ class _End:
     rows: list[str]
 
 
-def settle(names: Names, adapter: Adapter) -> Settled:
+def tied_changes(names: Names, adapter: Adapter) -> TiedChanges:
     """Return what an adapter does to a checkpoint's tied weight.
 
     Raises:
@@ -61,11 +61,11 @@ def settle(names: Names, adapter: Adapter) -> Settled:
     _refuse_shared_encoder(names, adapter)
     tie = find_tie(names, task=adapter.config.get("task_type"))
     if tie is None:
-        return Settled()
+        return TiedChanges()
     embedding = _end(names, adapter, tie.embedding)
     head = _end(names, adapter, tie.head)
     if not (_modules(embedding, head) or _replaced(embedding, head)):
-        return Settled()
+        return TiedChanges()
     _refuse_doubles(adapter, embedding, head)
     same = (
         _same_deltas(adapter, embedding, head)
@@ -165,7 +165,7 @@ def _same_rows(adapter: Adapter, embedding: _End, head: _End) -> bool:
     return one.rows == other.rows and have_same_bits(one.tensor, other.tensor)
 
 
-def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> Settled:
+def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> TiedChanges:
     keys = (tie.embedding, tie.head) if tie.is_head_stored else (tie.embedding,)
     modules = (embedding.modules + head.modules)[:1]
     wholes = (embedding.whole + head.whole)[:1]
@@ -173,7 +173,7 @@ def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _
     notes: tuple[str, ...] = ()
     if modules:
         notes = (f"{tie.embedding}: embedding and output layer stay tied, both changed alike",)
-    return Settled(
+    return TiedChanges(
         tuple(
             _placement(names, adapter, tie, key, module, wholes)
             for key in keys
@@ -187,7 +187,7 @@ def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _
     )
 
 
-def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> Settled:
+def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> TiedChanges:
     if tie.is_head_stored:
         raise UnsupportedError(
             "the base's config ties the embedding and the output layer, yet it stores both, and "
@@ -211,7 +211,7 @@ def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End
         f"{tie.embedding} and {tie.head} were tied; the adapter changes them differently, so both "
         "are written and tie_word_embeddings becomes false"
     )
-    return Settled(
+    return TiedChanges(
         tuple(deltas),
         tuple(replacements),
         {tie.head: tie.embedding, **_untied_bias(names, tie)},
@@ -242,5 +242,5 @@ def _placement(
     shape = names.tensors[tie.embedding].shape
     if wholes:
         shape = adapter.replacements[wholes[0]].tensor.shape
-    crossed = whole_is_transposed(names, module, delta.require_factors(), shape)
-    return Placement(key, module, delta, crossed)
+    transposed = whole_is_transposed(names, module, delta.require_factors(), shape)
+    return Placement(key, module, delta, transposed)

@@ -19,7 +19,7 @@ from loratools.operations.fuse.streamed import (
     refuse_clashes,
     streamed_placements,
 )
-from loratools.operations.fuse.terms import Change
+from loratools.operations.fuse.terms import WeightedChange
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES
 from loratools_formats.checkpoints.facts import is_vocabulary, text_values, with_text_values
@@ -51,7 +51,7 @@ class TensorPlan:
     key: str
     source: TensorRef
     dtype: DType
-    changes: tuple[Change, ...] = ()
+    changes: tuple[WeightedChange, ...] = ()
     patches: tuple[Patch, ...] = ()
     original: TensorRef | None = None
     replaced_by: str | None = None
@@ -164,7 +164,7 @@ def plan_fuse(
         for key, replacement in placements.replacements:
             replace_values(drafts, key, replacement, item)
         for placement in (*placements.deltas, *placements.biases, *others):
-            drafts[placement.key].changes.append(Change(placement, item.weight))
+            drafts[placement.key].changes.append(WeightedChange(placement, item.weight))
     plans = {
         key: _tensor_plan(base, key, drafts[key], dtype, (stored or {}).get(key))
         for key in _ordered(base, untied, drafts)

@@ -126,9 +126,9 @@ def _matched(name: str, whole: ModuleChange, first: LowRank, item: MergeInput) -
     if _is_pointwise(delta) and _is_pointwise(first) and delta.shape == first.shape:
         return whole.with_direction(replace(delta, layer=first.layer))
     if not whole.is_dora and delta.layer.kind == "experts":
-        turned = _flipped(delta)
-        if _identity(turned) == _identity(first):
-            return whole.with_direction(turned)
+        transposed = _flipped(delta)
+        if _identity(transposed) == _identity(first):
+            return whole.with_direction(transposed)
     raise AdapterError(
         "a module differs between the adapters",
         path=item.adapter.source,
@@ -148,8 +148,8 @@ def _is_pointwise(delta: LowRank) -> bool:
 
 def _identity(delta: LowRank) -> tuple[object, ...]:
     # Only for experts does the file's (out, in) depend on how the weight is stored.
-    turned = delta.layer.kind == "experts" and delta.shape[0] == delta.shape[1]
-    turn = delta.layer.transposed_if_square if turned else None
+    transposed = delta.layer.kind == "experts" and delta.shape[0] == delta.shape[1]
+    turn = delta.layer.transposed_if_square if transposed else None
     return delta.layer.kind, delta.layer.kernel, delta.shape, delta.experts, turn
 
 

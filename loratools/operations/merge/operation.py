@@ -16,10 +16,11 @@ import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.ranks import Spectrum
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.folding.without_base import folded_exactly
-from loratools.lowrank.resize import Resizer, resized
+from loratools.lowrank.planned import PlannedFactors
+from loratools.lowrank.resize import Resizer
 from loratools.naming.for_base import names_in_base
 from loratools.operations.merge.align import AlignedModule, MergeInput, align
 from loratools.operations.merge.exact import (
@@ -29,10 +30,10 @@ from loratools.operations.merge.exact import (
     merged_bias,
 )
 from loratools.operations.merge.extras import (
+    agreed_carried,
+    agreed_replacements,
     merged_additions,
     refuse_replaced_modules,
-    settled_carried,
-    settled_replacements,
 )
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.module import MergedModule, ModuleMethod, merged_module
@@ -170,7 +171,7 @@ class _Merge(Ranked[_Merged, Measured]):
         self.merge_options = options
         self.method = method
         self.modules = {module.name: module for module in modules}
-        self.base = None if base is None else Names(plain(base).checkpoint)
+        self.base = None if base is None else Names(dequantised(base).checkpoint)
         self.in_base: dict[str, str] = {}
         if base is not None:
             for item in inputs:
@@ -198,8 +199,8 @@ class _Merge(Ranked[_Merged, Measured]):
             first,
             modules={},
             additions=merged_additions(self.inputs, self.coefficients),
-            replacements=settled_replacements(self.inputs, self.merge_options.replacements),
-            carried=settled_carried(self.inputs),
+            replacements=agreed_replacements(self.inputs, self.merge_options.replacements),
+            carried=agreed_carried(self.inputs),
             config=_config(first, self.inputs),
             # The first adapter's card does not describe the result.
             attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
@@ -263,28 +264,23 @@ class _Merge(Ranked[_Merged, Measured]):
         in_base = self.in_base.get(module.name)
         return merged_module(module, run, self.base, self.folder, self.device, in_base)
 
-    def _template(self, module: AlignedModule, merged: MergedModule) -> LowRank:
-        """Return a delta that says where and how to store the result; its values are not read."""
+    def _planned_factors(self, module: AlignedModule, merged: MergedModule) -> PlannedFactors:
+        """Return the plan of the result, which says how to store it."""
         first = module.first
         parts = [delta.require_factors() for delta in module.deltas if delta is not None]
         dtype = common_dtype([tensor.dtype for part in parts for tensor in (part.a, part.b)])
-        return replace(
-            first,
-            a=replace(first.a, dtype=dtype),
-            b=replace(first.b, dtype=dtype),
-            scale=1.0,
-            bias=merged_bias(module, merged),
-        )
+        like = replace(PlannedFactors.like(first), bias=merged_bias(module, merged))
+        return like.resized(first.rank, dtype, dtype, 1.0)
 
     def measured(self, name: str) -> Measured:
         module = self.modules[name]
         merged = self._merged(module)
-        template = self._template(module, merged)
+        planned = self._planned_factors(module, merged)
         form = joined_form(module, merged)
         if form is not None:  # whose scale may have to stay
             rank, scale = form
-            template = resized(template, rank, template.a.dtype, template.b.dtype, scale)
-        return Measured(self._spectrum(module, merged), ModuleChange(template))
+            planned = planned.resized(rank, planned.a.dtype, planned.b.dtype, scale)
+        return Measured(self._spectrum(module, merged), planned)
 
     def _spectrum(self, module: AlignedModule, merged: MergedModule) -> Spectrum:
         highest = min(self._highest(module), *module.first.shape)
@@ -299,10 +295,10 @@ class _Merge(Ranked[_Merged, Measured]):
         width = max(len(row) for row in rows)
         stacked = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
         tail = np.array([m.squared_norm for m in merged.matrices]) - (stacked**2).sum(axis=1)
-        template = self._template(module, merged)
+        planned = self._planned_factors(module, merged)
         out, in_ = module.first.shape
         stored = self.options.stored
-        bits = in_ * stored(template.a).bits + out * stored(template.b).bits
+        bits = in_ * stored(planned.a).bits + out * stored(planned.b).bits
         return Spectrum(
             module.name,
             module.first.shape,
@@ -314,7 +310,7 @@ class _Merge(Ranked[_Merged, Measured]):
 
     def _is_streamed(self, merged: MergedModule) -> bool:
         return (
-            merged.terms is None
+            merged.pairs is None
             and self.method.kind != "core"
             and self.merge_options.space == "full"
         )
@@ -323,9 +319,9 @@ class _Merge(Ranked[_Merged, Measured]):
         module = self.modules[name]
         merged = self._merged(module)
         spectrum = self._spectrum(module, merged)
-        template = self._template(module, merged)
+        planned = self._planned_factors(module, merged)
         with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
-            new, squared_error = self._stored(module, merged, spectrum, template, ranks)
+            new, squared_error = self._stored(module, merged, spectrum, planned, ranks)
         squared_norm = sum(matrix.squared_norm for matrix in merged.matrices)
         kept = min(float(spectrum.energies[: new.rank].sum()), squared_norm)
         report = MergeModuleReport(
@@ -344,7 +340,7 @@ class _Merge(Ranked[_Merged, Measured]):
         module: AlignedModule,
         merged: MergedModule,
         spectrum: Spectrum,
-        template: LowRank,
+        planned: PlannedFactors,
         ranks: Mapping[str, int] | None,
     ) -> tuple[LowRank, float]:
         rule = self.rule
@@ -354,11 +350,11 @@ class _Merge(Ranked[_Merged, Measured]):
             rank = rule.of_module(spectrum)
         else:
             rank = spectrum.rank
-        exact = joined_exactly(module, merged, template) if rank >= spectrum.rank else None
+        exact = joined_exactly(module, merged, planned) if rank >= spectrum.rank else None
         if exact is not None:
             free = ranks is None and not rule.is_given
             kept = self.resizer.without_loss(exact, exact.rank if free else rank)
             if kept is not None:
                 return kept, 0.0
-        found = self.resizer.compressed(module.name, template, merged.matrices, rank)
+        found = self.resizer.compressed(module.name, planned, merged.matrices, rank)
         return found.delta, found.squared_error

@@ -23,7 +23,7 @@ Score = Callable[[int, int], Array]
 _HIGH_BITS = 15
 
 
-class RowSource(Protocol):
+class TaskRows(Protocol):
     """Rows of one task's ΔW."""
 
     def rows(self, start: int, stop: int) -> Array:
@@ -82,7 +82,7 @@ class Tasks:
             task at a density; None to trim per module.
     """
 
-    sources: Sequence[RowSource]
+    sources: Sequence[TaskRows]
     shape: tuple[int, int]
     seed: int
     name: str

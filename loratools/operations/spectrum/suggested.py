@@ -11,6 +11,7 @@ from loratools.algebra.measures import knee
 from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.without_base import plain_adapter
+from loratools.lowrank.planned import for_size
 from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.operations.ranked import planned_nbytes
 from loratools.operations.spectrum.result import Suggestion
@@ -61,7 +62,7 @@ def _size(opener: ThinModules, modules: Sequence[ThinModule]) -> Size:
     folds = any(opener.modules[m.name].is_dora or m.rank is None for m in modules)
 
     def of(ranks: Mapping[str, int]) -> int:
-        new = {m.name: resizer.planned(m.like, ranks[m.name]) for m in modules}
+        new = {m.name: for_size(resizer.planned(m.like, ranks[m.name])) for m in modules}
         if folds:
             plain = {name: ModuleChange(factors) for name, factors in new.items()}
             return planned_nbytes(plain_adapter(opener.adapter, plain))

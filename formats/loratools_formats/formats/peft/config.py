@@ -117,6 +117,22 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def check_value(values: Mapping[str, Any], key: str, path: Path | None = None) -> None:
+    """Check one value of a configuration, if it is there.
+
+    Raises:
+        AdapterError: it has the wrong type or is out of range.
+    """
+    is_valid, expected = _RULES[key]
+    if key in values and not is_valid(values[key]):
+        raise AdapterError(
+            f"config value {key} is wrong",
+            path=path,
+            got=json.dumps(values[key], default=str),
+            expected=expected,
+        )
+
+
 class PeftConfig:
     """A validated configuration.
 
@@ -134,14 +150,8 @@ class PeftConfig:
         for required in ("r", "lora_alpha"):
             if required not in values:
                 raise AdapterError(f"config lacks {required}", path=path)
-        for key, (is_valid, expected) in _RULES.items():
-            if key in values and not is_valid(values[key]):
-                raise AdapterError(
-                    f"config value {key} is wrong",
-                    path=path,
-                    got=json.dumps(values[key], default=str),
-                    expected=expected,
-                )
+        for key in _RULES:
+            check_value(values, key, path)
 
     @property
     def use_dora(self) -> bool:

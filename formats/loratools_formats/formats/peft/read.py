@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from loratools_formats.containers.pickles import read_bin
 from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
+from loratools_formats.containers.sniffing import is_beside_peft_config
 from loratools_formats.core.adapter import (
     Adapter,
     Layer,
@@ -50,6 +51,7 @@ from loratools_formats.formats.peft.kinds.read import (
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
 from loratools_formats.formats.peft.parameters import Setting, settings, unstacked
 from loratools_formats.formats.peft.replacements import classify
+from loratools_formats.formats.peft.trainer_names import as_saved
 from loratools_formats.formats.peft.variants import lost_middle, variant_delta, variant_kind
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -73,25 +75,28 @@ def read(path: Path) -> Adapter:
         AdapterError: malformed or contradictory.
         UnsupportedError: another adapter kind, or a variant whose layout is not known.
     """
-    folder = path.parent if path.name in (WEIGHTS_FILE, LEGACY_WEIGHTS_FILE) else path
+    is_named = path.name in (WEIGHTS_FILE, LEGACY_WEIGHTS_FILE)
+    renamed = None if is_named or path.is_dir() or not path.is_file() else path
+    folder = path.parent if is_named or renamed is not None else path
     try:
-        return _read(folder)
+        return _read(folder, renamed)
     except LoratoolsError as error:
-        error.path = error.path or str(folder)
+        error.path = error.path or str(renamed or folder)
         raise
 
 
-def _read(folder: Path) -> Adapter:
+def _read(folder: Path, renamed: Path | None) -> Adapter:
     values = read_values(inside(folder, CONFIG_FILE))
-    weights, original, about_weights = _open_weights(folder)
-    found = _contents(values, weights.tensors, folder)
+    weights, original, about_weights = _open_weights(folder, renamed)
+    tensors, about_names = as_saved(weights.tensors, folder)
+    found = _contents(values, tensors, folder)
     replacements: dict[str, Replacement] = {}
     carried = found.rest
     if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
         replacements, carried = classify(values, found.rest, found.modules, folder)
     return Adapter(
         format="peft",
-        source=folder,
+        source=renamed or folder,
         modules=found.modules,
         shared=found.shared,
         replacements=replacements,
@@ -102,7 +107,8 @@ def _read(folder: Path) -> Adapter:
         findings=(
             *found.findings,
             *about_weights,
-            *_about_folder(folder),
+            *about_names,
+            *_about_folder(folder, original.path.name),
             *_about_training(carried),
             *_about_loader(values["peft_type"], found.modules),
         ),
@@ -155,7 +161,11 @@ def _contents(
     return _Contents(modules, shared, rest, tuple(caveats_of(values)))
 
 
-def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
+def _open_weights(
+    folder: Path, renamed: Path | None
+) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
+    if renamed is not None:
+        return _open_renamed(folder, renamed.name)
     safe, legacy = folder / WEIGHTS_FILE, folder / LEGACY_WEIGHTS_FILE
     if safe.exists() or safe.is_symlink():
         weights = read_safetensors(inside(folder, WEIGHTS_FILE))
@@ -167,9 +177,27 @@ def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[Find
         text = f"weights are pickled ({LEGACY_WEIGHTS_FILE})"
         pickled = Finding("pickled-weights", "warning", LEGACY_WEIGHTS_FILE, text)
         return weights, original, [pickled]
+    others = sorted(child.name for child in folder.iterdir() if is_beside_peft_config(child))
+    if len(others) == 1:
+        return _open_renamed(folder, others[0])
     raise MissingFileError(
-        "no weights in the folder", path=folder, expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}"
+        "several weight files share the configuration" if others else "no weights in the folder",
+        path=folder,
+        got=", ".join(others) or None,
+        expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}",
+        hint="Name one of the files" if others else None,
     )
+
+
+def _open_renamed(folder: Path, name: str) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
+    text = f"the weights are in {name}; their scale is that of the {CONFIG_FILE} beside it"
+    found = [Finding("weights-renamed", "note", name, text)]
+    if name.endswith(".safetensors"):
+        weights = read_safetensors(inside(folder, name))
+        return weights, weights.file, found
+    weights, original = read_bin(inside(folder, name))
+    pickled = Finding("pickled-weights", "warning", name, f"weights are pickled ({name})")
+    return weights, original, [*found, pickled]
 
 
 def _about_loader(peft_type: str, modules: Mapping[str, ModuleChange]) -> list[Finding]:
@@ -194,8 +222,15 @@ def _about_training(carried: Mapping[str, TensorRef]) -> list[Finding]:
     return found
 
 
-def _about_folder(folder: Path) -> list[Finding]:
-    own = {CONFIG_FILE, WEIGHTS_FILE, LEGACY_WEIGHTS_FILE, PROVENANCE_FILE, "recipe.yaml"}
+def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
+    own = {
+        CONFIG_FILE,
+        weights_name,
+        WEIGHTS_FILE,
+        LEGACY_WEIGHTS_FILE,
+        PROVENANCE_FILE,
+        "recipe.yaml",
+    }
     foreign = sorted(
         child.name
         for child in folder.iterdir()
