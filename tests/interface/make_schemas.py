@@ -16,6 +16,7 @@ import typing
 from pathlib import Path
 
 import loratools
+from loratools.face.check import CheckResult, RuleResult
 from loratools.face.convert import ConvertResult, WriteResult
 from loratools.face.dequantize import DequantizeResult
 from loratools.face.extract import ExtractChoices, ExtractResult
@@ -33,6 +34,7 @@ from loratools.work.json_object import json_name
 
 FOLDER = Path(loratools.__file__).parent / "schemas"
 RESULTS = {
+    "check": (CheckResult,),
     "convert": (ConvertResult,),
     "dequantize": (DequantizeResult,),
     "extract": (ExtractResult, ExtractChoices),
@@ -42,6 +44,7 @@ RESULTS = {
     "merge": (MergeResult,),
     "methods": (MethodsResult,),
     "quantize": (QuantizeResult,),
+    "rule": (RuleResult,),
     "squeeze": (SqueezeResult, SqueezeChoices),
     "to-dora": (ToDoraResult,),
     "to-lora": (ToLoraResult, ToLoraChoices),

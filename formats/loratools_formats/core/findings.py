@@ -33,6 +33,11 @@ CODES: Mapping[str, str] = {
     "training-only": "tensors that act in training only are carried along",
     "posterior-spread": "the spread of a Bayesian LoRA is left out of what is made from it",
     "base-values": "tensors that replace the base's hold the base's own values",
+    # What a format's own loader would leave out.
+    "not-targeted": "the loader makes no layer for modules that the file holds",
+    "targets-unclear": "which modules the loader makes layers for cannot be told",
+    "target-without-tensors": "the configuration names modules that the file does not hold",
+    "pattern-unmatched": "a pattern of ranks or alphas matches no module",
     # Writers.
     "dtype-fallback": "some factors cannot be stored in the type asked for",
 }
