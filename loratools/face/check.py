@@ -22,7 +22,13 @@ from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Writing
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Severity
-from loratools_formats.disk.errors import LoratoolsError, OptionError, ResultError
+from loratools_formats.disk.errors import (
+    AdapterError,
+    LoratoolsError,
+    OptionError,
+    ResultError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     from loratools.operations.repair import RepairOptions
@@ -242,7 +248,7 @@ def _mended(
             overwrite=place.overwrite,
             allow_lossy=fixing.allow_lossy,
         )
-    except (ResultError, OptionError) as failure:
+    except (AdapterError, OptionError, ResultError, UnsupportedError) as failure:
         return tuple(replace(step, taken=False, reason=str(failure)) for step in taken)
     return tuple(
         replace(step, relative_error=written.relative_error)

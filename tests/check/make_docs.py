@@ -43,7 +43,7 @@ def targets():
         if f.name in ("rslora", "mixed_ranks", "other_kinds", "replacements", "token_rows",
                       "embeddings", "experts", "convolutions", "biases", "pickles")
     ]  # fmt: skip
-    yield "`refused` stops with an error, `ignored` loads and has no effect, `unknown` was not read."
+    yield "`refused` stops with an error, `ignored` has no effect, `unknown` was not looked at."
     yield ""
     yield "| target | version | as of | formats | kinds | " + " | ".join(shown) + " |"
     yield "|" + "---|" * (len(shown) + 5)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
@@ -104,26 +105,33 @@ def _rank_flag(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
 
 def _scale(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     """Compare each scale with the one that a program would take for all modules."""
-    parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
-    if target.scales != "one" or not parts or not subject.is_peft:
+    scales = {n: c.factors.scale for n, c in adapter.modules.items() if c.factors is not None}
+    if target.scales != "one" or not scales:
         return
-    r, alpha = subject.config.get("r"), subject.config.get("lora_alpha")
-    if not isinstance(r, int) or not isinstance(alpha, int | float) or r <= 0:
+    if "peft" not in target.formats:
+        if len(set(scales.values())) > 1:
+            least = min(scales, key=lambda name: scales[name])
+            what = f"scales that differ, here {scales[least]:g} to {max(scales.values()):g}"
+            yield from _unusable(target, "refused", what, [least], _uniform(adapter))
         return
-    has_root = bool(subject.config.get("use_rslora")) and target.rslora == "yes"
-    one = alpha / math.sqrt(r) if has_root else alpha / r
-    wrong = [n for n, part in parts.items() if part is not None and part.scale != one]
-    if not wrong:
-        return
-    part = parts[wrong[0]]
-    true = 0.0 if part is None else part.scale
-    if "peft" in target.formats:
+    one = _one_scale(subject.config, target) if adapter.format == "peft" else None
+    wrong = [name for name, scale in scales.items() if scale != one]
+    if one is not None and wrong:
         text = (
             f"{target.label} multiplies every module by {one:g} and silently leaves out the "
-            f"patterns: {wrong[0]} has {true:g}, as {len(wrong)} of {len(parts)} modules have "
-            "another"
+            f"patterns: {wrong[0]} has {scales[wrong[0]]:g}, as {len(wrong)} of {len(scales)} "
+            "modules have another"
         )
         yield Found(text, wrong[0], CONFIG_FILE, remedy=_uniform(adapter), target=target.name)
+
+
+def _one_scale(config: Mapping[str, Any], target: Target) -> float | None:
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or not isinstance(alpha, int | float) or r <= 0:
+        return None
+    return (
+        alpha / math.sqrt(r) if config.get("use_rslora") and target.rslora == "yes" else alpha / r
+    )
 
 
 def _uniform(adapter: Adapter) -> Remedy:
