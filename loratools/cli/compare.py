@@ -74,7 +74,7 @@ def command(
     loratools compare shelf/*
     loratools compare my-adapter --bases old-model new-model
     """  # noqa: D301 - click reads the backspace
-    pages.check(reporting)
+    pages.check(reporting, [*adapters, reading.base])
     if bases is not None:
         if len(adapters) != 1 or reading.base is not None or pages.html is not None:
             raise OptionError("`bases` takes one adapter, and neither `base` nor `html`")

@@ -56,7 +56,7 @@ def command(
     loratools spectrum my-adapter
     loratools spectrum my-adapter --base model --cache ~/.cache/loratools
     """  # noqa: D301 - click reads the backspace
-    pages.check(reporting)
+    pages.check(reporting, [adapter, reading.base])
     source = opened(adapter, reading)
     references, notes = (
         ([], []) if options.against is None else read_references(options.against, source)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from loratools.cli.page.parts import escaped
+from loratools.face.source import destination
 from loratools.work.declared import option
-from loratools.work.requests import Reporting
-from loratools_formats.contract.files import check_target
+from loratools.work.requests import Reporting, Writing
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.publish import publish_file
 
@@ -52,12 +52,18 @@ class Pages:
     overwrite: bool = option(False, heading="Output")
     csv: bool = option(False, heading="Report")
 
-    def check(self, reporting: Reporting) -> None:
-        """Raise `OptionError` if two forms are to be printed, `OutputExistsError` for the page."""
+    def check(self, reporting: Reporting, inputs: Iterable[Path | None]) -> None:
+        """Refuse two forms to print, or a page that would take the place of an input.
+
+        Raises:
+            OptionError: `csv` and `json` are asked for.
+            OutputExistsError: the page exists and `overwrite` is false, or lies in an input.
+        """
         if self.csv and reporting.json:
             raise OptionError("`csv` and `json` exclude each other")
         if self.html is not None:
-            check_target(self.html, [], overwrite=self.overwrite)
+            place = Writing(output=self.html, overwrite=self.overwrite)
+            destination(place, None, inputs)
 
     def write(self, title: str, sections: Callable[[], Sequence[str]]) -> None:
         """Write the page if one is asked for, whole or not at all.
