@@ -44,7 +44,7 @@ def find_tie(names: Names, *, task: object = None, guess_head: bool = False) -> 
 
     Args:
         names: the checkpoint.
-        task: the task of a PEFT adapter, which tells of an output layer if the configuration names
+        task: the task of a PEFT adapter, which implies an output layer if the configuration names
             no class.
         guess_head: what to take for true if neither tells.
 

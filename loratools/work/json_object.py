@@ -27,7 +27,7 @@ def json_name(of: Any) -> str | None:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON has it: dataclasses as objects, tuples as arrays."""
+    """Return a value in the types of JSON: dataclasses as objects, tuples as arrays."""
     if is_dataclass(value):
         names = {json_name(one): one.name for one in fields(value)}
         return {key: as_json(getattr(value, name)) for key, name in names.items() if key}

@@ -1,4 +1,4 @@
-"""What readers and operations find worth telling about an adapter: codes, severities, words."""
+"""Findings: what readers and operations have to say about an adapter, with a code for each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
-"""`error`: the adapter's tensors do not tell its ΔW, so operations on ΔW refuse it. `warning`: the
-result may not be what the user expects. `note`: good to know; nothing changes."""
+"""`error`: the adapter's tensors do not determine its ΔW, so operations on ΔW refuse it. `warning`:
+the result may not be what the user expects. `note`: good to know; nothing changes."""
 
 CODES: Mapping[str, str] = {
     # Readers of all formats.
@@ -31,7 +31,7 @@ CODES: Mapping[str, str] = {
     "foreign-files": "files lie beside the adapter that are no part of it",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that act in training only are carried along",
-    "posterior-spread": "the spread of a Bayesian LoRA is left out of what is made from it",
+    "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
     "base-values": "tensors that replace the base's hold the base's own values",
     # Writers.
     "dtype-fallback": "some factors cannot be stored in the type asked for",
@@ -57,7 +57,7 @@ CODES: Mapping[str, str] = {
     "tied-skipped": "a tied tensor is not compared",
     "different-bases": "the adapters name different base models",
 }
-"""Code of every finding in this code base → what it says in general."""
+"""Code of every finding in this code base → its meaning."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Finding:
     """Something worth telling about an adapter.
 
     Attributes:
-        code: what is the matter, a stable word; those of this code base are in `CODES`.
+        code: a stable name of the matter; those of this code base are in `CODES`.
         severity: how bad it is.
         where: the module, tensor, configuration key or file concerned; None for the whole adapter.
         message: what was found, for people.
