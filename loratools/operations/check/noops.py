@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from loratools.base.tied import find_tie
 from loratools.base.placement.experts import expert_placements
 from loratools.base.placement.names import Names
 from loratools.base.placement.place import place
 from loratools.base.placement.sites import sites
+from loratools.base.tied import find_tie
 from loratools.naming.for_base import named_for_base
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import CONFIG_FILE, Subject

@@ -247,7 +247,7 @@ def _about_training(carried: Mapping[str, TensorRef]) -> list[Finding]:
     if spread is not None:
         text = (
             "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
-            "spread of the posterior is left out of what is made from it"
+            "spread of the posterior is left out of every output"
         )
         found.append(Finding("posterior-spread", "warning", spread, text))
     return found
