@@ -192,6 +192,7 @@ def merge(
     weight_pattern: Sequence[Override | str] = (),
     replacements: str | None = None,
     force_base: bool = False,
+    allow_missing: bool = False,
     density: float | str | None = None,
     lambda_: float | None = None,
     majority_sign: Literal["total", "frequency"] | None = None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.face.source import (
@@ -144,7 +145,7 @@ class FusePlan(Result):
     tensors: tuple[PlannedTensor, ...]
     total: int = hidden()
     files: int = hidden()
-    notes: tuple[str, ...] = hidden()
+    notes: tuple[str, ...]
     fusion: Fusion | GgufFusion = hidden()
     progress: Progress | None = hidden()
 
@@ -158,7 +159,7 @@ class FusePlan(Result):
             UnsupportedError: less than half of the change survives quantising.
         """
         done = self.fusion.write(path, overwrite=overwrite, progress=self.progress)
-        return _result(self.fusion.inputs, done)
+        return _result(self.fusion.inputs, done, self.notes)
 
 
 @public(reading=("from_",), quantised=("fallback",), writing=WRITING)
@@ -206,7 +207,8 @@ def fuse(
         if quantised.fallback is not None:
             raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
         fusion = Fusion(checkpoint, inputs, options)
-    plan = _plan(fusion.preview, fusion, progress)
+    notes = about_base(read, Path(base) if isinstance(base, str | os.PathLike) else base)
+    plan = _plan(fusion.preview, fusion, progress, notes)
     if writing.output is None:
         return plan
     return plan.write(writing.output, overwrite=writing.overwrite)
@@ -241,7 +243,12 @@ def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOption
     )
 
 
-def _plan(preview: FusePreview, fusion: Fusion | GgufFusion, progress: Progress | None) -> FusePlan:
+def _plan(
+    preview: FusePreview,
+    fusion: Fusion | GgufFusion,
+    progress: Progress | None,
+    notes: tuple[str, ...],
+) -> FusePlan:
     return FusePlan(
         dry_run=True,
         bytes_out=preview.nbytes,
@@ -257,13 +264,13 @@ def _plan(preview: FusePreview, fusion: Fusion | GgufFusion, progress: Progress 
         ),
         total=preview.total,
         files=preview.files,
-        notes=preview.notes,
+        notes=(*notes, *preview.notes),
         fusion=fusion,
         progress=progress,
     )
 
 
-def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
+def _result(inputs: tuple[FuseInput, ...], done: Fused, planned: tuple[str, ...]) -> FuseResult:
     return FuseResult(
         adapters=tuple(FusedAdapter(item.name, item.weight) for item in inputs),
         relative_change=done.relative_change,
@@ -274,7 +281,7 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
         copied=done.copied,
         converted=done.converted,
         left_out=done.left_out,
-        notes=done.notes,
+        notes=tuple(dict.fromkeys((*planned, *done.notes))),
         tensors=tuple(
             FusedTensor(
                 name=report.key,

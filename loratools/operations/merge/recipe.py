@@ -164,6 +164,9 @@ def _value(value: Any, place: str, hint: Any) -> Any:
     return value
 
 
+_FLAGS = ("force_base", "allow_missing")
+
+
 def _recipe(content: Any, folder: Path) -> Recipe:
     fields = _fields(
         content,
@@ -180,6 +183,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             "replacements": False,
             "base": False,
             "force_base": False,
+            "allow_missing": False,
         },
     )
     if type(fields["version"]) is not int or fields["version"] != _VERSION:
@@ -193,9 +197,10 @@ def _recipe(content: Any, folder: Path) -> Recipe:
     space = fields.get("space", "full")
     if space not in ("full", "core"):
         raise _fail("$.space", "is wrong", got=space, expected="full or core")
-    force = fields.get("force_base", False)
-    if not isinstance(force, bool):
-        raise _fail("$.force_base", "must be true or false", got=force)
+    flags = {name: fields.get(name, False) for name in _FLAGS}
+    for flag, value in flags.items():
+        if not isinstance(value, bool):
+            raise _fail(f"$.{flag}", "must be true or false", got=value)
     name = _text(fields["method"], "$.method")
     method: Method = _placed("$.method", lambda: get_method(name))
     base = fields.get("base")
@@ -211,7 +216,8 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             for index, item in enumerate(_list(fields.get("overrides", []), "$.overrides"))
         ),
         replacements=None if policy is None else _text(policy, "$.replacements"),
-        force_base=force,
+        force_base=flags["force_base"],
+        allow_missing=flags["allow_missing"],
     )
     return Recipe(
         tuple(adapters), options, None if base is None else folder / _text(base, "$.base")
@@ -325,8 +331,7 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
         content["replacements"] = options.replacements
     if recipe.base is not None:
         content["base"] = _relative(recipe.base, folder)
-    if options.force_base:
-        content["force_base"] = True
+    content |= {flag: True for flag in _FLAGS if getattr(options, flag)}
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return text.encode()
 

@@ -54,7 +54,9 @@ def as_saved(
     renamed: dict[str, TensorRef] = {}
     for old, new in names.items():
         if new in renamed:
-            raise AdapterError("two tensors have one name without wrappers", path=folder, tensor=new)
+            raise AdapterError(
+                "two tensors have one name without wrappers", path=folder, tensor=new
+            )
         renamed[new] = tensors[old]
     first = next(old for old, new in names.items() if old != new)
     text = (
@@ -65,8 +67,7 @@ def as_saved(
 
 
 def _apply(names: dict[str, str], change: Callable[[str], str]) -> None:
-    for old in names:
-        names[old] = change(names[old])
+    names.update({old: change(name) for old, name in names.items()})
 
 
 def _without_head(names: dict[str, str], seen: list[str]) -> None:
@@ -79,7 +80,7 @@ def _without_head(names: dict[str, str], seen: list[str]) -> None:
         if names and all(name.startswith(head) for name in names.values()):
             seen.append("module")
             kept = head.removesuffix("module.")
-            _apply(names, lambda name, head=head, kept=kept: kept + name.removeprefix(head))
+            names.update({old: kept + name.removeprefix(head) for old, name in names.items()})
 
 
 def _without_adapter(names: dict[str, str], seen: list[str], folder: Path) -> None:
