@@ -10,6 +10,7 @@ from typing import Any
 
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, Checkpoint
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import printable
 from loratools_formats.disk.strict_json import read_object
 
@@ -17,7 +18,7 @@ _MAX_CONFIG_BYTES = 64 << 20
 _GENERIC = frozenset({"", "model", "diffusion-pytorch-model", "ggml-model"})
 
 
-def about_base(adapters: Iterable[Adapter], base: Checkpoint | Path | None) -> tuple[str, ...]:
+def about_base(adapters: Iterable[Adapter], base: Checkpoint | Path | None) -> tuple[Finding, ...]:
     """Return a note for each base that an adapter names and that is not the given one.
 
     A folder of the same name is the one named, and one whose name begins with it a variant of it,
@@ -31,8 +32,13 @@ def about_base(adapters: Iterable[Adapter], base: Checkpoint | Path | None) -> t
     own = {key for key in map(_key, _names(path, config)) if key not in _GENERIC}
     named = dict.fromkeys(adapter.base_model for adapter in adapters if adapter.base_model)
     return tuple(
-        f"the adapter names {printable(name)} as its base model, and not "
-        f"{printable(_shown(path))}; that shapes fit does not show that they are one"
+        Finding(
+            "other-base",
+            "note",
+            None,
+            f"the adapter names {printable(name)} as its base model, and not "
+            f"{printable(_shown(path))}; that shapes fit does not show that they are one",
+        )
         for name in named
         if not any(f"{key}-".startswith(f"{_key(name)}-") for key in own)
         and not (os.path.exists(name) and os.path.realpath(name) == os.path.realpath(path))

@@ -153,7 +153,7 @@ def convert(
         single=replace(single, alpha=options.alpha, as_it_is=as_it_is),
     )
     about = about_base([adapter], None if base is None else Path(base))
-    conversion = replace(conversion, notes=(*about, *conversion.notes))
+    conversion = replace(conversion, findings=(*about, *conversion.findings))
     if conversion.losses and not options.allow_lossy:
         raise _lossy(conversion)
     check = None
@@ -205,7 +205,7 @@ def _result(conversion: Conversion, check: ConversionCheck | None) -> ConvertRes
     errors = {} if check is None else {m.name: m.relative_error for m in check.modules}
     return ConvertResult(
         adapter=conversion.adapter,
-        notes=conversion.notes,
+        findings=conversion.findings,
         from_=conversion.source.format,
         to=conversion.target.name,
         bytes_out=written_nbytes(conversion.adapter),

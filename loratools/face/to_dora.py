@@ -79,5 +79,6 @@ def to_dora(
         scratch_folder=beside(writing),
         progress=progress,
     )
-    notes = (*given.notes, *about_base(given.inputs[:1], checkpoint))
-    return ToDoraResult(adapter=done.adapter, notes=notes, modules=done.modules).written(writing)
+    findings = (*given.findings, *about_base(given.inputs[:1], checkpoint))
+    result = ToDoraResult(adapter=done.adapter, findings=findings, modules=done.modules)
+    return result.written(writing)

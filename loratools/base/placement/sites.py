@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from loratools.base.placement import rules
-from loratools.base.placement.fused import HALVES, STACKED_GLU, Part, fusions
+from loratools.base.placement.fused import HALVES, STACKED_GLU, FusedPart, fusions
 from loratools.base.placement.names import Names
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>[a-z0-9_]+)")
@@ -30,7 +30,7 @@ class Site:
     """
 
     key: str
-    part: Part | None = None
+    part: FusedPart | None = None
     share: tuple[int, int] | None = None
     plane: int | None = None
 
@@ -70,7 +70,7 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
         return [Site(key, share=(i, len(keys))) for i, key in enumerate(keys)]
     if leaf != "weight":
         return []
-    return _in_stack(names, module) or _in_class(names, module)
+    return _in_class(names, module) or _in_stack(names, module)
 
 
 def _in_stack(names: Names, module: str) -> list[Site]:
@@ -82,7 +82,7 @@ def _in_stack(names: Names, module: str) -> list[Site]:
     key = names.find(stack)
     if key is None or len(names.tensors[key].shape) != 3:
         return []
-    part = None if half is None else Part(stack, STACKED_GLU, half)
+    part = None if half is None else FusedPart(stack, STACKED_GLU, half)
     return [Site(key, part=part, plane=int(match["index"]))]
 
 
@@ -100,5 +100,5 @@ def _in_class(names: Names, module: str) -> list[Site]:
         return [Site(named.name, plane=int(index[1]))]
     if kinds != ["MergeModulelist", "Concatenate"] or len(named.rule.sources) != 2:
         return []
-    part = Part(named.name, HALVES, named.source)
+    part = FusedPart(named.name, HALVES, named.source)
     return [Site(named.name, part=part, plane=int(index[1]))]

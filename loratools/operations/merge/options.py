@@ -114,7 +114,7 @@ class MergeOptions:
             first match decides.
         replacements: settle clashing saved modules: first, average or an adapter's name.
         force_base: merge adapters that name different base models.
-        allow_missing: merge adapters that share less than half of their modules.
+        allow_missing: merge adapters that share few modules or none; what one lacks counts as zero.
     """
 
     method: str = option("linear", heading="Method")

@@ -164,9 +164,6 @@ def _value(value: Any, place: str, hint: Any) -> Any:
     return value
 
 
-_FLAGS = ("force_base", "allow_missing")
-
-
 def _recipe(content: Any, folder: Path) -> Recipe:
     fields = _fields(
         content,
@@ -197,10 +194,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
     space = fields.get("space", "full")
     if space not in ("full", "core"):
         raise _fail("$.space", "is wrong", got=space, expected="full or core")
-    flags = {name: fields.get(name, False) for name in _FLAGS}
-    for flag, value in flags.items():
-        if not isinstance(value, bool):
-            raise _fail(f"$.{flag}", "must be true or false", got=value)
+    allowed = {name: _switch(fields, name) for name in ("force_base", "allow_missing")}
     name = _text(fields["method"], "$.method")
     method: Method = _placed("$.method", lambda: get_method(name))
     base = fields.get("base")
@@ -216,12 +210,18 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             for index, item in enumerate(_list(fields.get("overrides", []), "$.overrides"))
         ),
         replacements=None if policy is None else _text(policy, "$.replacements"),
-        force_base=flags["force_base"],
-        allow_missing=flags["allow_missing"],
+        **allowed,
     )
     return Recipe(
         tuple(adapters), options, None if base is None else folder / _text(base, "$.base")
     )
+
+
+def _switch(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise _fail(f"$.{name}", "must be true or false", got=value)
+    return value
 
 
 def _adapter(value: Any, place: str, folder: Path) -> RecipeAdapter:
@@ -331,7 +331,8 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
         content["replacements"] = options.replacements
     if recipe.base is not None:
         content["base"] = _relative(recipe.base, folder)
-    content |= {flag: True for flag in _FLAGS if getattr(options, flag)}
+    switches = {name: getattr(options, name) for name in ("force_base", "allow_missing")}
+    content |= {name: True for name, on in switches.items() if on}
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return text.encode()
 

@@ -17,7 +17,7 @@ from loratools.operations.merge.align import MergeInput
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.wrapped_names import unwrapped
-from loratools_formats.disk.errors import AdapterError, OptionError
+from loratools_formats.disk.errors import AdapterError
 
 _CHOICES = (
     (tuple(rules.QKV), rules.QKV_PARTS),
@@ -63,30 +63,6 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
             got=f"{left[0][1]} and {left[1][1]}",
         )
     return done
-
-
-def check_shared(inputs: Sequence[MergeInput], *, allow_missing: bool) -> None:
-    """Refuse adapters whose names hardly meet, unless that is meant.
-
-    Raises:
-        OptionError: two adapters share less than half of the modules of the smaller one.
-    """
-    if allow_missing:
-        return
-    for index, item in enumerate(inputs):
-        own = set(item.adapter.modules)
-        for other in inputs[:index]:
-            others = set(other.adapter.modules)
-            shared, least = len(own & others), min(len(own), len(others))
-            if 2 * shared < least:
-                lonely = min(own - others)
-                raise OptionError(
-                    f"{item.name} and {other.name} share only {shared} of {least} modules",
-                    got=lonely,
-                    expected=f"such as {min(others - own)}",
-                    hint="Are they adapters of one model? If they adapt different modules of it, "
-                    "pass `allow_missing=True`",
-                )
 
 
 _Found = tuple[MergeInput, str]
