@@ -35,6 +35,7 @@ CODES: Mapping[str, str] = {
     "foreign-files": "files lie beside the adapter that are no part of it",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that act in training only are carried along",
+    "other-base": "the adapter names another base model than the one given",
     "wrapped-names": "names have in them what training code left there",
     "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
     "expert-order-guessed": "factors of stacked experts are read in an order that nothing states",
