@@ -168,6 +168,16 @@ def _may_be(files: Sequence[NamedModules], neighbour: Table) -> bool:
     return True
 
 
+def may_have_no_table(names: Iterable[str]) -> bool:
+    """Return whether names without a component may be of an architecture that has no table."""
+    keys = [module_key(name) for name in names]
+    paths = [key.path for key in keys if key is not None and not key.prefix]
+    return len(paths) == len(keys) and any(
+        all(table.locate(path, flat=False, schemes=("diffusers",)) for path in paths)
+        for table in architectures_without_a_table()
+    )
+
+
 def _of_base(
     fitting: list[Table], others: list[Table], base: frozenset[str]
 ) -> tuple[list[Table], list[Table]]:

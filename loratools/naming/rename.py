@@ -18,6 +18,7 @@ from loratools.naming.choice import (
     chosen_tables,
     given_table,
     in_no_table,
+    may_have_no_table,
 )
 from loratools.naming.crossing import Crossing
 from loratools.naming.lists import MAP_KEY, as_metadata, embedded_map, looked_up
@@ -30,6 +31,7 @@ from loratools.naming.places import (
 )
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
 from loratools_formats.core.adapter import Adapter, Addition, ModuleChange, Replacement
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import COMPONENTS, Naming
 from loratools_formats.disk.errors import (
     AdapterError,
@@ -72,14 +74,14 @@ class Renamed:
 
     Attributes:
         adapter: with modules, keys of additions and metadata as the target has them.
-        notes: how the names were found.
+        findings: how the names were found.
         left_out: modules of other components than the one asked for, if the target holds one.
         split: modules that are pieces of what was one.
         exact: in float64, the modules whose values the adapter has rounded.
     """
 
     adapter: Adapter
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     left_out: tuple[str, ...] = ()
     split: frozenset[str] = frozenset()
     exact: Mapping[str, ModuleChange] = field(default_factory=dict)
@@ -128,7 +130,7 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
     left_out = tuple(sorted(set(adapter.modules) - set(kept)))
     split = frozenset(name.removeprefix(prefix) for name in by_diffusers.split & set(kept))
     exact = {n.removeprefix(prefix): d for n, d in by_diffusers.exact.items() if n in kept}
-    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out, split, exact)
+    return Renamed(replace(adapter, modules=modules), by_diffusers.findings, left_out, split, exact)
 
 
 def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renamed:
@@ -169,8 +171,9 @@ def _in_own_class(
             if options.table is not None:
                 raise
             found = ", ".join(error.got.split(", ")[:4]) if isinstance(error.got, str) else ""
-            note = f"names stay as they are: {error.message}" + (f" ({found})" if found else "")
-            return Renamed(_moved(adapter, file.names, target), (note,))
+            text = f"names stay as they are: {error.message}" + (f" ({found})" if found else "")
+            finding = Finding("names-stay", "note", None, text)
+            return Renamed(_moved(adapter, file.names, target), (finding,))
         if tables and file.outcome(target, tables[0]) != tuple(sorted(file.names.values())):
             return _crossed(adapter, file, target, tables, options)
     return Renamed(_moved(adapter, file.names, target))
@@ -208,8 +211,8 @@ def _crossed(
         made_by = ", ".join(table.name for table in tables)
         done = replace(done, metadata={**done.metadata, TABLES_KEY: made_by})
     titles = " or ".join(table.title for table in tables)
-    notes = (f"names by the table of {titles}",)
-    return Renamed(done, notes, left_out, frozenset(crossing.split), crossing.exact)
+    findings = (Finding("names-by-table", "note", None, f"names by the table of {titles}"),)
+    return Renamed(done, findings, left_out, frozenset(crossing.split), crossing.exact)
 
 
 def _one_expert(
@@ -219,7 +222,7 @@ def _one_expert(
     table: Table,
     options: NamingOptions,
 ) -> tuple[Adapter, tuple[str, ...]]:
-    """Return what is of one expert, where the target names all experts alike, and the rest.
+    """Return the modules of one expert, where the target names all experts alike, and the others.
 
     Raises:
         UnsupportedError: there are several, and none was chosen.
@@ -250,13 +253,15 @@ def _one_expert(
 def _with_component(adapter: Adapter, options: NamingOptions, target: Target) -> dict[str, str]:
     """Return what each module is called with its component before it."""
     result = {}
-    for name in all_names(adapter):
+    names = all_names(adapter)
+    is_told = options.table is not None or not may_have_no_table(names)
+    for name in names:
         key = module_key(name)
         if key is not None and key.prefix:
             result[name] = name
         elif options.component is not None and target != "bare":
             result[name] = f"{options.component}.{name}"
-        elif target in ("bare", "safetensors") or _is_in_a_table(name, options):
+        elif target in ("bare", "safetensors") or (is_told and _is_in_a_table(name, options)):
             result[name] = name
         else:
             raise OptionError(
@@ -270,12 +275,7 @@ def _with_component(adapter: Adapter, options: NamingOptions, target: Target) ->
 
 def _is_in_a_table(name: str, options: NamingOptions) -> bool:
     tables = (options.table,) if options.table else bundled_tables()
-    places = (located(name, table) for table in tables)
-    # A name that both namings of a table have may be of many architectures.
-    return any(
-        isinstance(place, Place) and place.row.diffusers != (place.row.original,)
-        for place in places
-    )
+    return any(located(name, table) is not None for table in tables)
 
 
 def all_names(adapter: Adapter) -> list[str]:

@@ -25,7 +25,7 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
         AdapterError: names that nothing resolves, or a component of which adapters share nothing.
         OptionError: names that fit several architectures, or have no component.
     """
-    target = get_format(inputs[0].adapter.format).naming
+    target = get_format(inputs[0].adapter.format).naming if inputs else None
     if target is None:
         return list(inputs)
     single = [item for item in inputs if get_format(item.adapter.format).naming is not None]
