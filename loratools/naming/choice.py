@@ -178,6 +178,13 @@ def may_have_no_table(names: Iterable[str]) -> bool:
     )
 
 
+def kernel_of(name: str) -> tuple[int, ...] | None:
+    """Return the kernel that tables give a module; None if none does, or they differ."""
+    places = (located(name, table) for table in bundled_tables())
+    found = {place.row.kernel for place in places if isinstance(place, Place)}
+    return found.pop() if len(found) == 1 else None
+
+
 def _of_base(
     fitting: list[Table], others: list[Table], base: frozenset[str]
 ) -> tuple[list[Table], list[Table]]:
