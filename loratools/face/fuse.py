@@ -157,7 +157,7 @@ class FusePlan(Reported):
         return _result(self.fusion.inputs, done)
 
 
-@public(reading=("from_",), quantised=("fallback",), writing=WRITING)
+@public(reading=("from_", "ignore_key"), quantised=("fallback",), writing=WRITING)
 def fuse(
     base: Model,
     adapters: Weighted,
@@ -276,7 +276,11 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
                 name=report.key,
                 relative_change=report.relative_change,
                 lost_to_rounding=report.lost,
-                **{one.name: getattr(report, one.name) for one in fields(report)[1:]},
+                **{
+                    one.name: getattr(report, one.name)
+                    for one in fields(report)[1:]
+                    if one.name != "rounded"
+                },
             )
             for report in done.tensors
         ),

@@ -177,7 +177,7 @@ def merge(
     )
     result = MergeResult(
         adapter=done.adapter,
-        findings=_findings(inputs),
+        findings=(*_findings(inputs), *_about_left_out(done.left_out)),
         method=chosen.method,
         adapters=tuple(MergedAdapter(item.name, item.weight) for item in inputs),
         relative_error=done.relative_error,
@@ -232,6 +232,14 @@ def _findings(inputs: list[MergeInput]) -> tuple[Finding, ...]:
         message = f"the adapters name different base models: {', '.join(bases)}"
         found.append(Finding("different-bases", "warning", None, message))
     return tuple(found)
+
+
+def _about_left_out(paths: tuple[str, ...]) -> list[Finding]:
+    if not paths:
+        return []
+    which = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    message = f"left out, since every adapter's weight is 0 there: {which}"
+    return [Finding("weightless-modules", "note", None, message)]
 
 
 def _recipe(

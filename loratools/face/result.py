@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from loratools.page.generic import result_sections
+from loratools.page.html import framed, page
+from loratools.page.parts import Section, figures
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
 from loratools_formats.contract.files import write_adapter
@@ -34,6 +37,34 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the command line, `schema` and `operation` first."""
         return {"schema": SCHEMA, "operation": self.operation, **as_json(self)}
+
+    def title(self) -> str:
+        """Return the heading of its page."""
+        return self.operation.capitalize()
+
+    def sections(self) -> Sequence[Section]:
+        """Return the parts of its page: every number and every table of its JSON object."""
+        return result_sections(self.to_dict(), getattr(self, "notes", ()))
+
+    def html(self) -> str:
+        """Return a page that shows the result; it needs no network and no other file."""
+        return page(self.title(), self.sections())
+
+    def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Draw the result's pictures into a PNG, SVG or PDF file, and return where.
+
+        Raises:
+            OptionError: the name ends in none of them, or the result has no picture.
+            MissingDependencyError: matplotlib is not installed.
+            OutputExistsError: the file exists and `overwrite` is false.
+        """
+        from loratools.page.plot import plot
+
+        plot(self.title(), figures(self.sections()), Path(path), overwrite=overwrite)
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        return framed(self.html())
 
     def __repr__(self) -> str:
         shown = [
@@ -71,6 +102,11 @@ class AdapterResult(Reported):
     """
 
     adapter: Adapter = hidden()
+
+    def title(self) -> str:
+        """Return the heading of its page."""
+        source = self.adapter.source
+        return super().title() if source is None else f"{super().title()} of {source}"
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the adapter in its format, whole or not at all, and return where.

@@ -124,7 +124,7 @@ class Opener:
         return places
 
     def _refuse_tied(self, names: Names, in_base: Mapping[str, str]) -> None:
-        tie = find_tie(names, task=self.adapter.config.get("task_type"), guess_head=True)
+        tie = find_tie(names, adapter=self.adapter, guess_head=True)
         shared = {f"{name}.weight" for name in shared_embeddings(names)}
         tied = shared if tie is None else {*shared, *map(names.spelling, (tie.embedding, tie.head))}
         for name, delta in self.adapter.modules.items():

@@ -10,7 +10,6 @@ Balancing moves a power of two from one factor to the other, which rounds nothin
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import encode
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
@@ -130,16 +130,6 @@ class RepairResult:
     change: float
     relative_error: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as the command line's `--json` prints it."""
-        return {
-            "schema": 1,
-            "operation": "repair",
-            "change": self.change,
-            "relative_error": self.relative_error,
-            "modules": [dataclasses.asdict(module) for module in self.modules],
-        }
-
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -192,7 +182,8 @@ def repair(
                 "a DoRA has no plain change to repair",
                 path=adapter.source,
                 tensor=name,
-                hint="Make it a plain LoRA first: loratools to-lora --base MODEL --rank RANK",
+                hint="Make it a plain LoRA first: "
+                + command_on(adapter, "to-lora", "--base MODEL", "--rank RANK"),
             )
     work = _Repair(adapter, options, base, compute or ComputeOptions(), scratch_folder)
     selection = selection or Selection()

@@ -326,6 +326,7 @@ overrides = st.lists(
         overrides=overrides,
         replacements=st.none() | st.sampled_from(["first", "average", "on", "null", "a b"]),
         force_base=st.booleans(),
+        allow_missing=st.booleans(),
     ),
     weights=st.tuples(finite, finite),
     has_base=st.booleans(),

@@ -83,6 +83,9 @@ LINEAR_TYPES = frozenset(
 TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 """Stacked experts whose class says `is_transposed`: (E, in, out)."""
 
+UNMARKED_TRANSPOSED = frozenset({"llama4", "llama4_text"})
+"""Stacked experts that are (E, in, out) though their class does not say so."""
+
 STRAIGHT_EXPERTS = (
     _MIXTRAL
     | _GRANITE

@@ -61,7 +61,7 @@ def tied_changes(names: Names, adapter: Adapter) -> TiedChanges:
         UnsupportedError: more than two layers share the weight, or the checkpoint holds both.
     """
     _refuse_shared_encoder(names, adapter)
-    tie = find_tie(names, task=adapter.config.get("task_type"))
+    tie = find_tie(names, adapter=adapter)
     if tie is None:
         return TiedChanges()
     embedding = _end(names, adapter, tie.embedding)

@@ -184,6 +184,7 @@ def prepare(
             if losses[0].remedy
             else "Pass `allow_lossy=True` to leave such things out",
         )
+    _refuse_nothing(model, adapter, target)
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
     exact, made = _translated(model, named, target, context, single)
@@ -202,6 +203,15 @@ def prepare(
     )
     findings = (*unused, *_findings(adapter, made, target), *named.findings)
     return Conversion(adapter, made, exact, target, losses, findings)
+
+
+def _refuse_nothing(model: Adapter, adapter: Adapter, target: Format) -> None:
+    if not (model.modules or model.replacements or model.shared):
+        raise UnsupportedError(
+            f"nothing would be left to write as {target.name}",
+            path=adapter.source,
+            got=f"{len(adapter.modules)} modules",
+        )
 
 
 def _check_dtype(target: Format, dtype: str | None) -> None:

@@ -5,6 +5,7 @@ differences of full rank, which `fold` approximates, streamed from both files; s
 weights of experts, matrix by matrix, in the form of PEFT's `target_parameters`. Norms, biases and
 embeddings that are tied or were resized are carried whole, as replacements; anything else that
 changed is refused. Tensors that did not change are left out.
+Modules are named as the base's class names them in memory, which is where PEFT looks for them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def difference(
         UnsupportedError: a tensor changed that has no place in a LoRA.
     """
     selection = selection or Selection()
-    comparison = Comparison(dequantised(base).checkpoint, dequantised(tuned).checkpoint)
+    comparison = Comparison(dequantised(base).checkpoint, dequantised(tuned).checkpoint, selection)
     pairs = comparison.pairs()
     changed = in_order(lambda pair: pair.differs(), pairs, workers or usable_cores())
     differing = [pair for pair, differs in zip(pairs, changed, strict=True) if differs]

@@ -23,7 +23,13 @@ from loratools.algebra.device import Computing, Device
 from loratools.operations.fuse.blocks import fused_blocks
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf_changes import gguf_changes
-from loratools.operations.fuse.operation import FusePreview, FuseResult, refuse_erased
+from loratools.operations.fuse.operation import (
+    FusePreview,
+    FuseResult,
+    refuse_erased,
+    refuse_nothing,
+    refuse_rounded,
+)
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor, not_finite
 from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
@@ -56,7 +62,7 @@ class GgufFuseOptions(Computing):
         outtype: type of the tensors that change; `keep` leaves each its own.
         fallback: type of changed tensors whose own cannot be written, such as Q4_K: f16 by
             default, or q8_0. Rows that do not fit q8_0 become f16.
-        allow_lossy: write even if less than half of the change survives quantising.
+        allow_lossy: write even if less than half of the change survives rounding.
 
     Raises:
         OptionError: no such type, or the number of threads is out of range.
@@ -100,6 +106,7 @@ class GgufFusion:
         self.plans = {
             name: self._plan(name, changes[name]) for name in base.tensors if name in changes
         }
+        refuse_nothing(self.plans.values(), self.inputs)
         touched = [base.tensors[name] for name in self.plans]
         read = dict.fromkeys(notice for item in inputs for notice in item.adapter.notices)
         self.findings = (*read, *_fallbacks(touched, kinds, options), *_joined(base))
@@ -151,6 +158,7 @@ class GgufFusion:
                 hint="Choose a wider `dtype` such as f16, or pass `allow_lossy=True`",
                 allow_lossy=self.options.allow_lossy,
             )
+            refuse_rounded(reports, self.base.path, allow_lossy=self.options.allow_lossy)
             self.layout.check_written(temporary)
             self._check_unchanged()
             digest = _header_digest(temporary, self.layout.data_start)

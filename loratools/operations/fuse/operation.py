@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,8 +56,7 @@ class FuseOptions(Sharding, Computing):
         base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
             on the 16-bit original.
         requantize: store changed four-bit weights in four bits again.
-        allow_lossy: with `requantize` or a GGUF base, write even if less than half of the change
-            survives rounding.
+        allow_lossy: write even if less than half of the change survives rounding.
     """
 
     dtype: str | None = option(
@@ -176,6 +175,33 @@ def refuse_erased(
         )
 
 
+def refuse_rounded(reports: Sequence[TensorReport], path: Path, *, allow_lossy: bool) -> None:
+    """Refuse a result in which rounding to floating types erases most of the change.
+
+    Raises:
+        UnsupportedError: less than half of it survives, and that was not allowed.
+    """
+    rounded = [replace(r, surviving=r.rounded) for r in reports if r.rounded is not None]
+    refuse_erased(
+        rounded,
+        path,
+        what=f"the steps of {' and '.join(sorted({r.dtype.lower() for r in rounded}))}",
+        hint="Choose a wider `dtype` such as f32, or pass `allow_lossy=True`",
+        allow_lossy=allow_lossy,
+    )
+
+
+def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> None:
+    """Refuse to fuse what changes nothing.
+
+    Raises:
+        AdapterError: no adapter has a module or a tensor that replaces one of the base.
+    """
+    if not any(plan.is_touched for plan in plans):
+        path = inputs[0].adapter.source if inputs else None
+        raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
+
+
 def surviving(reports: Sequence[TensorReport]) -> float | None:
     """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over the tensors where it was measured; None if there are none."""
     measured = [(r.surviving, r.delta_norm**2) for r in reports if r.surviving is not None]
@@ -208,6 +234,7 @@ class Fusion:
         )
         self._base = base
         self._dequantised, self.plan = self._planned()
+        refuse_nothing(self.plan.tensors.values(), self.inputs)
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()
@@ -260,8 +287,8 @@ class Fusion:
         except AdapterError as error:
             raise unreadable from error
         except UnsupportedError as error:
-            tensor = error.tensor
-            if tensor not in base.tensors or tensor is None or is_stored_plain(base, tensor):
+            key = error.tensor
+            if key is None or key not in base.tensors or is_stored_plain(base, key):
                 raise
             raise unreadable from error
         touched = [tensor.key for tensor in plan.touched if tensor.key in base.tensors]
@@ -272,8 +299,6 @@ class Fusion:
     def _check_mode(self) -> None:
         four_bit = bool(self._dequantised.four_bit)
         mode, path = self.options.base_mode, self._base.path
-        if self.options.allow_lossy and not self.options.requantize:
-            raise OptionError("`allow_lossy` is for `requantize`")
         if mode == "original" and four_bit:
             raise OptionError(
                 "the base is in four bits", path=path, hint="Give the original 16-bit base as BASE"
@@ -362,6 +387,9 @@ class Fusion:
             what="four bits",
             hint="Leave out `requantize` to store 16 bits, or pass `allow_lossy=True`",
             allow_lossy=self.options.allow_lossy,
+        )
+        refuse_rounded(
+            list(self._reports.values()), self._base.path, allow_lossy=self.options.allow_lossy
         )
 
     @property
