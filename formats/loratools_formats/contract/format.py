@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -106,6 +107,17 @@ class Format:
     def read_with_unknown(self, path: Path) -> Adapter:
         """Read, and carry the tensors that `read` refuses because it does not know them."""
         return self.read(path)
+
+    def loading_findings(self, adapter: Adapter) -> list[Finding]:
+        """Return what the format's own loader would leave out, or read otherwise, of a file.
+
+        By default nothing is known of a loader.
+
+        Args:
+            adapter: as `read` returned it.
+        """
+        del adapter
+        return []
 
     def losses(self, adapter: Adapter) -> list[Loss]:
         """Return what the format cannot hold of an adapter in the base model's names.

@@ -35,10 +35,16 @@ CODES: Mapping[str, str] = {
     "foreign-files": "files lie beside the adapter that are no part of it",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that act in training only are carried along",
+    "other-base": "the adapter names another base model than the one given",
     "wrapped-names": "names have in them what training code left there",
     "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
     "expert-order-guessed": "factors of stacked experts are read in an order that nothing states",
     "base-values": "tensors that replace the base's hold the base's own values",
+    # What a format's own loader would leave out.
+    "not-targeted": "the loader makes no layer for modules that the file holds",
+    "targets-unclear": "which modules the loader makes layers for cannot be told",
+    "target-without-tensors": "the configuration names modules that the file does not hold",
+    "pattern-unmatched": "a pattern of ranks or alphas matches no module",
     # Writers.
     "dtype-fallback": "some factors cannot be stored in the type asked for",
     # Placing an adapter on its base, and fusing.

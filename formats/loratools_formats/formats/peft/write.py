@@ -45,6 +45,7 @@ def write(adapter: Adapter, path: Path) -> None:
     (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
     for name, source in adapter.attachments.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
             (path / name).write_bytes(source)
         else:
