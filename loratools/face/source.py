@@ -99,9 +99,9 @@ class Trained:
     inputs: tuple[Adapter, ...]
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def findings(self) -> tuple[Finding, ...]:
         """What reading it found that a user should know."""
-        return self.inputs[0].remarks
+        return self.inputs[0].notices
 
 
 def trained(source: Any, initial: Any, reading: Reading) -> Trained:

@@ -8,11 +8,12 @@ import numpy as np
 
 from loratools.folding.decomposed import rows_of
 from loratools.kinds import get_kind
-from loratools.kinds.declaration import DeltaForm, Product, Weight
+from loratools.kinds.declaration import DeltaForm, Kronecker, Product, Weight
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, rounded
 from loratools.work.scratch import Scratch
 from loratools_formats.core.adapter import KindDelta, LowRank
+from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -43,6 +44,7 @@ def checked_form(
             tensor=name,
             got=", ".join(sorted(unknown)),
         )
+    check_shapes(kind.name, {**delta.shared, **delta.parts}, weight.shape)
     if largest != (0, 0):
         delta = replace(delta, settings={**delta.settings, "largest": largest})
     with np.errstate(over="ignore", invalid="ignore"):
@@ -53,7 +55,22 @@ def checked_form(
         raise AdapterError(
             "the weight change does not fit the weight", tensor=name, got=shape, expected=expected
         )
+    _check_size(name, form)
     return form
+
+
+def _check_size(name: str, form: DeltaForm) -> None:
+    """Refuse factors whose squares overflow; rows are checked as they are read."""
+    if isinstance(form, Product):
+        sides, scale = (form.b, form.a), 1.0
+    elif isinstance(form, Kronecker):
+        sides, scale = (form.left, form.right), form.scale
+    else:
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = [float(np.vdot(side, side)) for side in sides]
+        if not np.isfinite(np.prod([*squares, scale, scale])):
+            raise AdapterError("squares of the weight change overflow float64", tensor=name)
 
 
 def stored_as_is(

@@ -22,7 +22,10 @@ def _joined(tensors: Tensors, delta: KindDelta, side: str, axis: int) -> Array:
     )
     if not numbers or numbers != list(range(len(numbers))):
         raise AdapterError("pieces of a factor are missing", got=f"{side}: {numbers}")
-    return np.concatenate([tensors[f"{side}.{number}"] for number in numbers], axis=axis)
+    pieces = [tensors[f"{side}.{number}"] for number in numbers]
+    if side == "e":
+        return np.concatenate([piece.reshape(-1) for piece in pieces])
+    return np.concatenate(pieces, axis=axis)
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:

@@ -33,7 +33,12 @@ def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     elif len(a) != b.shape[1]:
         raise tensors.wrong_shape("b", f"(out, {len(a)})")
     elif kernel != 1:
-        sides = {"rows of A": len(a), "columns of A": a.shape[1], "rows of B": len(b)}
+        sides = {
+            "rows of A": len(a),
+            "columns of A": a.shape[1],
+            "rows of B": len(b),
+            "columns of B": b.shape[1],
+        }
         wrong = [side for side, length in sides.items() if length % kernel]
         if wrong:
             raise AdapterError(

@@ -51,10 +51,16 @@ def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     out, in_ = weight.shape
     rotated = out if delta.layer.kind == "embedding" else in_
     size = (1 + round((1 + 8 * triangles.shape[-1]) ** 0.5)) // 2
-    if triangles.ndim != 2 or triangles.shape[1] * 2 != size * (size - 1) or rotated % size:
+    if (
+        triangles.ndim != 2
+        or triangles.shape[1] * 2 != size * (size - 1)
+        or size < 2
+        or rotated % size
+    ):
         raise tensors.wrong_shape("triangles", f"(blocks, b(b − 1)/2) for a divisor b of {rotated}")
-    if len(triangles) not in (1, rotated // size):
-        raise tensors.wrong_shape("triangles", f"{rotated // size} blocks, or one for all")
+    count = 1 if settings["shared"] else rotated // size
+    if len(triangles) != count:
+        raise tensors.wrong_shape("triangles", f"({count}, {size * (size - 1) // 2})")
     skew = skew_symmetric(triangles, size)
     if settings["bound"] is not None:
         bound = settings["bound"] / np.sqrt(len(triangles))

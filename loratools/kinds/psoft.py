@@ -21,6 +21,9 @@ def _rotation(tensors: Tensors, delta: KindDelta) -> Array:
     matrix: Array
     if settings["orthogonal"]:
         size = (1 + round((1 + 8 * stored.size) ** 0.5)) // 2
+        rank = settings["rank"] or size
+        if stored.ndim != 1 or stored.size * 2 != size * (size - 1) or size != rank:
+            raise tensors.wrong_shape("matrix", f"({rank * (rank - 1) // 2},)")
         (skew,) = skew_symmetric(stored.reshape(1, -1), size)
         bound, terms = settings["bound"], settings["terms"]
         norm = np.linalg.norm(skew)
@@ -29,6 +32,11 @@ def _rotation(tensors: Tensors, delta: KindDelta) -> Array:
         matrix = cayley(-skew[None])[0] if terms is None else cayley_neumann(skew[None], terms)[0]
     else:
         matrix = stored
+        if stored.ndim != 2:
+            raise tensors.wrong_shape("matrix", "(r, r)")
+    for side in ("left", "right"):
+        if side in tensors and tensors[side].shape != matrix.shape[:1]:
+            raise tensors.wrong_shape(side, f"({len(matrix)},)")
     if "left" in tensors:
         matrix = tensors["left"][:, None] * matrix
     if "right" in tensors:

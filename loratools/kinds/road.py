@@ -17,6 +17,9 @@ from loratools_formats.disk.errors import UnsupportedError
 def _columns(tensors: Tensors, variant: str, group: int) -> tuple[Array, Array]:
     """Return the diagonal of R, and what each output gets from its partner, without sign."""
     theta, alpha = tensors["theta"], tensors["alpha"]
+    whole = {"road_1": group // 2, "road_4": 2 * group}.get(variant, group)
+    if group % 2 or len(theta) % whole:
+        raise tensors.wrong_shape("theta", f"a multiple of {whole}, for groups of {group}")
     if variant == "road_1":
         theta = theta.reshape(-1, group // 2).repeat(2, axis=0).reshape(-1)
         alpha = alpha.reshape(-1, group // 2).repeat(2, axis=0).reshape(-1)

@@ -29,11 +29,11 @@ def _projections(
         stream = TorchStream(delta.settings["seed"])
         a = _he_uniform(stream, (rank_a, largest_in))
         b = _he_uniform(stream, (largest_out, rank))
-    if a.shape[0] < rank_a or a.shape[1] < in_ or b.shape[0] < out or b.shape[1] < rank:
+    if a.shape[0] != rank_a or a.shape[1] < in_ or b.shape[0] < out or b.shape[1] != rank:
         raise AdapterError(
-            "the shared projections are too small",
+            "the shared projections do not fit the module",
             got=f"A {list(a.shape)}, B {list(b.shape)}",
-            expected=f"at least ({rank_a}, {in_}) and ({out}, {rank})",
+            expected=f"({rank_a}, {in_} or more) and ({out} or more, {rank})",
         )
     return a[:, :in_], b[:out]
 

@@ -60,8 +60,8 @@ class SqueezeResult:
         modules: one report each, in path order.
         relative_error: over all these modules together.
         directional: True if modules are DoRA, whose error is that of the direction.
-        kept_whole: modules without factors, which keep every bit: full differences, and what is
-            not selected.
+        kept_whole: modules without factors, which keep every bit: full differences, and modules
+            that are not selected.
     """
 
     adapter: Adapter
@@ -83,7 +83,7 @@ def squeeze(
     """Compress an adapter's ranks.
 
     Args:
-        adapter: any adapter whose factors tell its true ΔW, or that folds into such factors.
+        adapter: any adapter whose ΔW is known, and that has factors or folds into them.
         rule: how ranks are chosen.
         options: how to compute and store.
         selection: modules to touch; the others keep every bit.
@@ -140,9 +140,9 @@ def rank_choices(
 
 
 def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None) -> Adapter:
-    """Return an adapter with factors where they are thin; what is not selected stays as it is.
+    """Convert the selected modules to low-rank factors where that is cheap.
 
-    Files that hold one kind for all modules get factors of all that have them.
+    In formats whose configuration names one kind for the whole file, convert the others as well.
     """
     selected = {name for name in adapter.modules if name in selection}
     if get_format(adapter.format).one_kind:
@@ -221,7 +221,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
     """One run: what all its modules share.
 
     Attributes:
-        source: the adapter, with factors where they are thin.
+        source: the adapter, its selected modules with factors where that is cheap.
         kept_whole: modules without factors that stay as they are.
         whole: the others.
     """

@@ -233,12 +233,12 @@ def test_a_change_that_fits_several_parameters_is_refused():
         placed({MOE: experts(3, 5, 8, *shapes)}, checkpoint(shapes, model_type="mixtral"))
 
 
-def test_the_exchanged_axes_of_old_peft_cannot_be_cut():
+def test_the_exchanged_axes_of_old_peft_are_exchanged_back():
     base = checkpoint(per_expert(), model_type="qwen3_moe")
-    with pytest.raises(UnsupportedError, match=r"before 0\.19"):
-        placed({MOE: experts(3, 8, 10, f"{MOE}.gate_up_proj", square=True)}, base)
-    (first, *_) = placed({MOE: experts(3, 5, 8, f"{MOE}.down_proj", square=True)}, base).deltas
-    assert first.transposed is True
+    for (out, in_), leaf in (((8, 10), "gate_up_proj"), ((5, 8), "down_proj")):
+        found = placed({MOE: experts(3, out, in_, f"{MOE}.{leaf}", square=True)}, base).deltas
+        assert {placement.delta.shape for placement in found} == {(in_, out)}
+        assert not any(placement.transposed for placement in found)
 
 
 def covered(spans_, size):

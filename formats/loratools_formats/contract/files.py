@@ -1,4 +1,4 @@
-"""Reading adapters of any format, and publishing what is written.
+"""Reading adapters of any format, and publishing written ones.
 
 Formats only encode and decode. Making an output appear whole, with its provenance beside it,
 happens here for all of them.

@@ -1,4 +1,4 @@
-"""Opening files that may be hostile, and nothing about what is in them.
+"""Opening files that may be hostile; their content does not matter here.
 
 A path may be a FIFO (opening it would block for ever), a device (it never ends), a symlink out of
 the folder, or may change while it is read. So: open without blocking, take regular files only,

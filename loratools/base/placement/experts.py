@@ -12,6 +12,7 @@ from loratools.base.placement.fused import joined_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
 from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _PIECES = {"gate_up_proj": ("gate_proj", "up_proj")}
@@ -113,19 +114,13 @@ def _one_expert(
             "an expert's weights do not fit together", tensor=keys[0], got=list(shapes[0])
         )
     sizes = [shape[0] for shape in shapes]
-    transposed = _is_transposed(names, parameter, part, (sum(sizes), shapes[0][1]))
-    if transposed and len(keys) > 1:
-        raise UnsupportedError(
-            "PEFT before 0.19 read this parameter with inputs and outputs exchanged; such a change "
-            "cannot be cut into its projections",
-            path=names.base.path,
-            tensor=parameter,
-        )
+    if _is_transposed(names, parameter, part, (sum(sizes), shapes[0][1])):
+        delta = delta.with_direction(exchanged(part))
     spans = joined_spans(sizes)
     which = expert if part.experts > 1 else None
     return [
         Placement(
-            key, module, delta, transposed, expert=which, rows=(spans[i],) if len(keys) > 1 else ()
+            key, module, delta, False, expert=which, rows=(spans[i],) if len(keys) > 1 else ()
         )
         for i, key in enumerate(keys)
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 BaseMode = Literal["dequant", "original"]
@@ -55,8 +56,7 @@ class FuseOptions(Sharding, Computing):
         base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
             on the 16-bit original.
         requantize: store changed four-bit weights in four bits again.
-        allow_lossy: with `requantize` or a GGUF base, write even if less than half of the change
-            survives rounding.
+        allow_lossy: write even if less than half of the change survives rounding.
     """
 
     dtype: str | None = option(
@@ -95,7 +95,7 @@ class FuseResult:
         converted: number of tensors that no adapter changes, stored in another type than before.
         nbytes: size of the weight files.
         shards: their names.
-        notes: what a user should know.
+        findings: what a user should know.
         left_out: files of the base that were not carried over.
     """
 
@@ -104,12 +104,12 @@ class FuseResult:
     converted: int
     nbytes: int
     shards: tuple[str, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
     left_out: tuple[str, ...]
 
     @property
     def relative_change(self) -> float | None:
-        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if none is touched."""
+        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if no tensor is touched."""
         base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
         delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
         if not base:
@@ -118,7 +118,7 @@ class FuseResult:
 
     @property
     def surviving(self) -> float | None:
-        """Share of ΔW that survives four bits, over all weights stored so; None if none is."""
+        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
         return surviving(self.tensors)
 
     @property
@@ -138,7 +138,7 @@ class FusePreview:
         total: number of tensors in all.
         nbytes: size of the weight files.
         files: their number.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     touched: tuple[TensorPlan, ...]
@@ -146,7 +146,7 @@ class FusePreview:
     total: int
     nbytes: int
     files: int
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def refuse_erased(
@@ -173,6 +173,33 @@ def refuse_erased(
             expected=f"at least {100 * _SURVIVING:.0f} %",
             hint=hint,
         )
+
+
+def refuse_rounded(reports: Sequence[TensorReport], path: Path, *, allow_lossy: bool) -> None:
+    """Refuse a result in which rounding to floating types erases most of the change.
+
+    Raises:
+        UnsupportedError: less than half of it survives, and that was not allowed.
+    """
+    rounded = [replace(r, surviving=r.rounded) for r in reports if r.rounded is not None]
+    refuse_erased(
+        rounded,
+        path,
+        what=f"the steps of {' and '.join(sorted({r.dtype.lower() for r in rounded}))}",
+        hint="Choose a wider `dtype` such as f32, or pass `allow_lossy=True`",
+        allow_lossy=allow_lossy,
+    )
+
+
+def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> None:
+    """Refuse to fuse what changes nothing.
+
+    Raises:
+        AdapterError: no adapter has a module or a tensor that replaces one of the base.
+    """
+    if not any(plan.is_touched for plan in plans):
+        path = inputs[0].adapter.source if inputs else None
+        raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
 
 
 def surviving(reports: Sequence[TensorReport]) -> float | None:
@@ -207,6 +234,7 @@ class Fusion:
         )
         self._base = base
         self._dequantised, self.plan = self._planned()
+        refuse_nothing(self.plan.tensors.values(), self.inputs)
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()
@@ -259,8 +287,8 @@ class Fusion:
         except AdapterError as error:
             raise unreadable from error
         except UnsupportedError as error:
-            tensor = error.tensor
-            if tensor not in base.tensors or tensor is None or is_stored_plain(base, tensor):
+            key = error.tensor
+            if key is None or key not in base.tensors or is_stored_plain(base, key):
                 raise
             raise unreadable from error
         touched = [tensor.key for tensor in plan.touched if tensor.key in base.tensors]
@@ -271,8 +299,6 @@ class Fusion:
     def _check_mode(self) -> None:
         four_bit = bool(self._dequantised.four_bit)
         mode, path = self.options.base_mode, self._base.path
-        if self.options.allow_lossy and not self.options.requantize:
-            raise OptionError("`allow_lossy` is for `requantize`")
         if mode == "original" and four_bit:
             raise OptionError(
                 "the base is in four bits", path=path, hint="Give the original 16-bit base as BASE"
@@ -362,6 +388,9 @@ class Fusion:
             hint="Leave out `requantize` to store 16 bits, or pass `allow_lossy=True`",
             allow_lossy=self.options.allow_lossy,
         )
+        refuse_rounded(
+            list(self._reports.values()), self._base.path, allow_lossy=self.options.allow_lossy
+        )
 
     @property
     def preview(self) -> FusePreview:
@@ -373,24 +402,25 @@ class Fusion:
             len(self.plan.tensors),
             self.new.nbytes,
             len(self.new.shards),
-            self.plan.notes,
+            self.plan.findings,
         )
 
     def _type_name(self, plan: TensorPlan) -> str:
         weight = self._dequantised.four_bit.get(plan.key) if self.options.requantize else None
         return plan.dtype.code if weight is None else weight.quant_type.upper()
 
-    def _notes(self) -> list[str]:
+    def _findings(self) -> list[Finding]:
         dropped = self._dequantised.dropped
         if not dropped or self.options.requantize:
             return []
-        return [
+        message = (
             f"weights are stored in 16 bits now; {len(dropped)} tensors that only said how they "
             "were quantised are left out"
             if self.options.dtype != "f32"
             else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
             "they were are left out"
-        ]
+        )
+        return [Finding("no-longer-quantised", "note", None, message)]
 
     def write(
         self,
@@ -430,6 +460,6 @@ class Fusion:
             converted=len(converted),
             nbytes=self.new.nbytes,
             shards=tuple(shard.name for shard in self.new.shards),
-            notes=(*self.plan.notes, *self._notes()),
+            findings=(*self.plan.findings, *self._findings()),
             left_out=left_out,
         )

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import (
     Adapter,
-    Layer,
     LowRank,
     ModuleChange,
 )
+from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 
@@ -147,9 +147,9 @@ def _matched(name: str, whole: ModuleChange, first: LowRank, item: MergeInput) -
     if _is_pointwise(delta) and _is_pointwise(first) and delta.shape == first.shape:
         return whole.with_direction(replace(delta, layer=first.layer))
     if not whole.is_dora and delta.layer.kind == "experts":
-        transposed = _flipped(delta)
-        if _identity(transposed) == _identity(first):
-            return whole.with_direction(transposed)
+        turned = exchanged(delta)
+        if _identity(turned) == _identity(first):
+            return whole.with_direction(turned)
     raise AdapterError(
         "a module differs between the adapters",
         path=item.adapter.source,
@@ -169,23 +169,20 @@ def _is_pointwise(delta: LowRank) -> bool:
 
 def _identity(delta: LowRank) -> tuple[object, ...]:
     # Only for experts does the file's (out, in) depend on how the weight is stored.
-    transposed = delta.layer.kind == "experts" and delta.shape[0] == delta.shape[1]
-    turn = delta.layer.transposed_if_square if transposed else None
+    turned = delta.layer.kind == "experts" and delta.shape[0] == delta.shape[1]
+    turn = _turn(delta) if turned else None
     return delta.layer.kind, delta.layer.kernel, delta.shape, delta.experts, turn
+
+
+def _turn(delta: LowRank) -> object:
+    """Return which way round a square stack lies, as far as its file tells."""
+    layer = delta.layer
+    return ("swapped", layer.swapped) if layer.swapped is not None else layer.transposed_if_square
 
 
 def _described(delta: LowRank) -> str:
     experts = f", {delta.experts} experts" if delta.experts > 1 else ""
-    turn = delta.layer.transposed_if_square
+    turn = delta.layer.transposed_if_square if delta.layer.swapped is None else delta.layer.swapped
     stored = ", stored as (in, out)" if turn else ", stored either way" if turn is None else ""
     square = stored if experts and delta.shape[0] == delta.shape[1] else ""
     return f"{delta.layer.kind}, out {delta.shape[0]}, in {delta.shape[1]}{experts}{square}"
-
-
-def _flipped(delta: LowRank) -> LowRank:
-    """Return the transposed delta: PEFT before 0.19 stored experts the other way round."""
-    turn = delta.layer.transposed_if_square
-    layer: Layer = replace(delta.layer, transposed_if_square=None if turn is None else not turn)
-    return replace(
-        delta, a=delta.b.transposed((0, 2, 1)), b=delta.a.transposed((0, 2, 1)), layer=layer
-    )

@@ -67,9 +67,9 @@ FUSED_EXPERTS = "unsloth_fused_expert_lora"
 
 _HANDLED_KEYS = frozenset(
     {
-        "alpha_pattern", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save", "r",
-        "rank_pattern", "target_modules", "target_parameters", "trainable_token_indices",
-        "use_dora", "use_rslora",
+        "alpha_pattern", "init_lora_weights", "lora_B_layout", "lora_alpha", "lora_bias",
+        "modules_to_save", "r", "rank_pattern", "target_modules", "target_parameters",
+        "trainable_token_indices", "unsloth_fused_expert_lora", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 VARIANT_KEYS = ("use_bdlora", "use_qalora", "kasa_config")
@@ -137,6 +137,22 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def check_value(values: Mapping[str, Any], key: str, path: Path | None = None) -> None:
+    """Check one value of a configuration, if it is there.
+
+    Raises:
+        AdapterError: it has the wrong type or is out of range.
+    """
+    is_valid, expected = _RULES[key]
+    if key in values and not is_valid(values[key]):
+        raise AdapterError(
+            f"config value {key} is wrong",
+            path=path,
+            got=json.dumps(values[key], default=str),
+            expected=expected,
+        )
+
+
 class PeftConfig:
     """A validated configuration.
 
@@ -154,14 +170,8 @@ class PeftConfig:
         for required in ("r", "lora_alpha"):
             if required not in values:
                 raise AdapterError(f"config lacks {required}", path=path)
-        for key, (is_valid, expected) in _RULES.items():
-            if key in values and not is_valid(values[key]):
-                raise AdapterError(
-                    f"config value {key} is wrong",
-                    path=path,
-                    got=json.dumps(values[key], default=str),
-                    expected=expected,
-                )
+        for key in _RULES:
+            check_value(values, key, path)
 
     @property
     def use_dora(self) -> bool:

@@ -8,7 +8,7 @@ carried; one that could change ΔW and is not understood is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,8 +51,11 @@ from loratools_formats.formats.peft.kinds.read import (
     reason_against,
 )
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
-from loratools_formats.formats.peft.parameters import Setting, settings, unstacked
+from loratools_formats.formats.peft.packing import MARKERS
+from loratools_formats.formats.peft.parameters import Setting, settings
 from loratools_formats.formats.peft.replacements import classify
+from loratools_formats.formats.peft.stacks import Pair, Stack, stacks, unstacked, without_marks
+from loratools_formats.formats.peft.trainer_names import as_saved
 from loratools_formats.formats.peft.variants import lost_middle, variant_delta, variant_kind
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -80,7 +83,8 @@ def read(path: Path) -> Adapter:
 def _read(folder: Path, renamed: Path | None) -> Adapter:
     values = read_values(inside(folder, CONFIG_FILE))
     weights, original, about_weights = _open_weights(folder, renamed)
-    found = _contents(values, weights.tensors, folder)
+    tensors, about_names = as_saved(weights.tensors, folder)
+    found = _contents(values, tensors, folder)
     replacements: dict[str, Replacement] = {}
     carried = found.rest
     if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
@@ -92,12 +96,13 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
         shared=found.shared,
         replacements=replacements,
         carried=carried,
-        config=values,
+        config=_canonical(values, found.findings),
         metadata=weights.metadata,
         base_model=values.get("base_model_name_or_path"),
         findings=(
             *found.findings,
             *about_weights,
+            *about_names,
             *_about_folder(folder, original.path.name),
             *_about_training(carried),
             *_about_loader(values["peft_type"], found.modules),
@@ -105,6 +110,15 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
         attachments=attachments(folder),
         inputs=(original, RegularFile(folder / CONFIG_FILE)),
     )
+
+
+def _canonical(values: Mapping[str, Any], findings: Iterable[Finding]) -> Mapping[str, Any]:
+    """Return a configuration that does not speak of an order that the factors had in the file."""
+    auto = values.get("auto_mapping")
+    nested = isinstance(auto, Mapping) and any(key in auto for key in MARKERS)
+    guessed = any(finding.code == "expert-order-guessed" for finding in findings)
+    marked = nested or guessed or any(key in values for key in MARKERS)
+    return without_marks(values) if marked else values
 
 
 def _is_no_product(values: Mapping[str, Any]) -> bool:
@@ -128,13 +142,14 @@ def _contents(
         if _is_no_product(values):
             return _Contents({}, {}, dict(tensors), config.caveats())
         _refuse_tinker(tensors)
-        modules, rest = _modules(config, tensors, folder)
+        modules, rest, about_stacks = _modules(config, tensors, folder)
         has_middle = any(delta.kind == "middle" for delta in modules.values())
         caveats = (
             *config.caveats(),
             *_module_caveats(modules),
             *(config.packing() if any(_is_stack(each) for each in modules.values()) else ()),
             *lost_middle(folder, has_middle),
+            *about_stacks,
         )
         return _Contents(modules, {}, rest, caveats)
     reason = reason_against(peft_type)
@@ -232,7 +247,7 @@ def _about_training(carried: Mapping[str, TensorRef]) -> list[Finding]:
     if spread is not None:
         text = (
             "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
-            "spread of the posterior is left out of what is made from it"
+            "spread of the posterior is left out of every output"
         )
         found.append(Finding("posterior-spread", "warning", spread, text))
     return found
@@ -269,7 +284,7 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
 
 def _modules(
     config: PeftConfig, tensors: Mapping[str, TensorRef], folder: Path
-) -> tuple[dict[str, ModuleChange], dict[str, TensorRef]]:
+) -> tuple[dict[str, ModuleChange], dict[str, TensorRef], list[Finding]]:
     parts: dict[str, dict[keys.Part, TensorRef]] = {}
     rest: dict[str, TensorRef] = {}
     for name, tensor in tensors.items():
@@ -281,11 +296,13 @@ def _modules(
     pairs = {path: _factor_pair(path, parts[path], folder) for path in sorted(parts)}
     rows = {path: pair.a.shape[0] if pair.a.shape else 0 for path, pair in pairs.items()}
     resolved = settings(config, rows, folder)
+    flat = {path: Pair(pair.a, pair.b) for path, pair in pairs.items()}
+    lying, findings = stacks(config, flat, resolved, folder)
     modules: dict[str, ModuleChange] = {
-        path: _delta(config, path, parts[path], pair, resolved[path], folder)
+        path: _delta(config, path, parts[path], pair, resolved[path], lying.get(path), folder)
         for path, pair in pairs.items()
     }
-    return modules, rest
+    return modules, rest, findings
 
 
 def _module_caveats(modules: Mapping[str, ModuleChange]) -> list[Finding]:
@@ -314,12 +331,13 @@ def _delta(
     parts: dict[keys.Part, TensorRef],
     pair: _Pair,
     setting: Setting,
+    stack: Stack | None,
     folder: Path,
 ) -> ModuleChange:
     a, b, is_embedding = pair
     kind = variant_kind(config.values, path, parts)
     if setting.names:
-        direction = unstacked(config, a, b, setting, folder)
+        direction = unstacked(config, Pair(a, b), setting, stack, folder)
     else:
         if kind is not None:
             scale = config.scale(setting.alpha, setting.rank)
