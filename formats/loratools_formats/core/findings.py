@@ -45,6 +45,7 @@ CODES: Mapping[str, str] = {
     "targets-unclear": "which modules the loader makes layers for cannot be told",
     "target-without-tensors": "the configuration names modules that the file does not hold",
     "pattern-unmatched": "a pattern of ranks or alphas matches no module",
+    "classifier": "the fused model is a classifier now, and its configuration says so",
     # Writers.
     "dtype-fallback": "some factors cannot be stored in the type asked for",
     # Placing an adapter on its base, and fusing.

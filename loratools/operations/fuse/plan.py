@@ -12,6 +12,7 @@ from loratools.base.placement import BiasPlacement, Placement, Placements, place
 from loratools.folding.without_base import folded_where_exact, needs_base
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
+from loratools.operations.fuse.classifier import classifier_of
 from loratools.operations.fuse.draft import Draft, FuseInput, replace_values, with_replaced_rows
 from loratools.operations.fuse.streamed import (
     StreamedPlacement,
@@ -177,6 +178,10 @@ def plan_fuse(
         findings.append(Finding("widened", "note", None, message))
     resized = _resized(base, plans)
     config = _config(base, untied=bool(untied), resized=resized, dtype=dtype)
+    classifier = classifier_of([item.adapter for item in inputs], base, plans)
+    if classifier is not None:
+        config = dict(config or base.config) | classifier.config
+        findings.append(classifier.finding)
     if resized is not None:
         message = f"the vocabulary has {resized[1]} entries now, {resized[0]} before"
         findings.append(Finding("vocabulary-resized", "note", None, message))
