@@ -202,7 +202,7 @@ def _result(conversion: Conversion, check: ConversionCheck | None) -> ConvertRes
     errors = {} if check is None else {m.name: m.relative_error for m in check.modules}
     return ConvertResult(
         adapter=conversion.adapter,
-        notes=conversion.notes,
+        findings=conversion.findings,
         from_=conversion.source.format,
         to=conversion.target.name,
         bytes_out=written_nbytes(conversion.adapter),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loratools.face.declare import Progress, public
-from loratools.face.result import Result
+from loratools.face.result import Reported
 from loratools.face.source import (
     WRITING,
     Model,
@@ -71,7 +71,7 @@ class FusedTensor:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class FuseResult(Result):
+class FuseResult(Reported):
     """A fused checkpoint that was written.
 
     Attributes:
@@ -84,7 +84,6 @@ class FuseResult(Result):
         copied: number of tensors copied byte for byte.
         converted: number of tensors that no adapter changes, stored in another type than before.
         left_out: files of the base that were not carried over.
-        notes: what a user should know.
         tensors: every touched tensor, in the base's order.
     """
 
@@ -99,7 +98,6 @@ class FuseResult(Result):
     copied: int
     converted: int
     left_out: tuple[str, ...]
-    notes: tuple[str, ...]
     tensors: tuple[FusedTensor, ...]
 
 
@@ -123,7 +121,7 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class FusePlan(Result):
+class FusePlan(Reported):
     """What fusing would write; `write(path)` does it.
 
     Attributes:
@@ -132,7 +130,6 @@ class FusePlan(Result):
         tensors: those that adapters change.
         total: number of tensors in all.
         files: number of weight files.
-        notes: what a user should know.
         fusion: the plan itself.
         progress: called with (bytes done, bytes in all).
     """
@@ -144,7 +141,6 @@ class FusePlan(Result):
     tensors: tuple[PlannedTensor, ...]
     total: int = hidden()
     files: int = hidden()
-    notes: tuple[str, ...] = hidden()
     fusion: Fusion | GgufFusion = hidden()
     progress: Progress | None = hidden()
 
@@ -161,7 +157,7 @@ class FusePlan(Result):
         return _result(self.fusion.inputs, done)
 
 
-@public(reading=("from_",), quantised=("fallback",), writing=WRITING)
+@public(reading=("from_", "ignore_key"), quantised=("fallback",), writing=WRITING)
 def fuse(
     base: Model,
     adapters: Weighted,
@@ -257,7 +253,7 @@ def _plan(preview: FusePreview, fusion: Fusion | GgufFusion, progress: Progress 
         ),
         total=preview.total,
         files=preview.files,
-        notes=preview.notes,
+        findings=preview.findings,
         fusion=fusion,
         progress=progress,
     )
@@ -274,13 +270,17 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
         copied=done.copied,
         converted=done.converted,
         left_out=done.left_out,
-        notes=done.notes,
+        findings=done.findings,
         tensors=tuple(
             FusedTensor(
                 name=report.key,
                 relative_change=report.relative_change,
                 lost_to_rounding=report.lost,
-                **{one.name: getattr(report, one.name) for one in fields(report)[1:]},
+                **{
+                    one.name: getattr(report, one.name)
+                    for one in fields(report)[1:]
+                    if one.name != "rounded"
+                },
             )
             for report in done.tensors
         ),

@@ -78,6 +78,5 @@ def to_dora(
         scratch_folder=beside(writing),
         progress=progress,
     )
-    return ToDoraResult(adapter=done.adapter, notes=given.notes, modules=done.modules).written(
-        writing
-    )
+    result = ToDoraResult(adapter=done.adapter, findings=given.findings, modules=done.modules)
+    return result.written(writing)

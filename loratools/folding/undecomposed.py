@@ -13,11 +13,12 @@ from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed
 from loratools.base.weights import ShapeOnly
 from loratools.folding.decomposed import Streaming, decomposed, rows_of
-from loratools.folding.module import checked_change, known_shape, planned_factors
+from loratools.folding.module import checked_form, known_shape
 from loratools.folding.without_base import folds_alone
-from loratools.kinds.declaration import Change, Kronecker
+from loratools.kinds.declaration import DeltaForm, Kronecker
 from loratools.lowrank.matrices import matrices
-from loratools_formats.core.adapter import KindDelta, LowRank, ModuleChange
+from loratools.lowrank.planned import PlannedFactors
+from loratools_formats.core.adapter import KindDelta, ModuleChange
 
 
 def is_apart(delta: ModuleChange) -> bool:
@@ -31,32 +32,32 @@ class Apart:
 
     Attributes:
         name: module path.
-        delta: its change.
+        delta: its ΔW.
     """
 
     name: str
     delta: KindDelta
 
-    def _change(self) -> Change:
-        return checked_change(self.name, self.delta, ShapeOnly(known_shape(self.delta)))
+    def _form(self) -> DeltaForm:
+        return checked_form(self.name, self.delta, ShapeOnly(known_shape(self.delta)))
 
-    def planned(self) -> LowRank:
+    def planned(self) -> PlannedFactors:
         """Return the factors of the highest rank that it can have, which are not made."""
-        change = self._change()
-        shape = rows_of(change).shape
+        form = self._form()
+        shape = rows_of(form).shape
         rank = min(shape)
-        if isinstance(change, Kronecker):
-            rank = min(change.left.shape) * min(change.right.shape)
+        if isinstance(form, Kronecker):
+            rank = min(form.left.shape) * min(form.right.shape)
         delta = self.delta
-        return planned_factors(self.name, delta.layer, shape, rank=rank, bias=delta.bias)
+        return PlannedFactors.new(self.name, delta.layer, shape, rank=rank, bias=delta.bias)
 
-    def parts(self, device: Device) -> list[Decomposed]:
+    def matrices(self, device: Device) -> list[Decomposed]:
         """Return its matrix, taken apart."""
-        change = self._change()
-        everything = Streaming(min(rows_of(change).shape), seed=0)
-        return [decomposed(change, device, everything, self.name)]
+        form = self._form()
+        everything = Streaming(min(rows_of(form).shape), seed=0)
+        return [decomposed(form, device, everything, self.name)]
 
 
-def parts_of(delta: ModuleChange, apart: Apart | None, device: Device) -> Sequence[Decomposed]:
-    """Return every matrix of a module's delta, or of what has no factors."""
-    return matrices(delta.require_factors(), device) if apart is None else apart.parts(device)
+def matrices_of(change: ModuleChange, apart: Apart | None, device: Device) -> Sequence[Decomposed]:
+    """Return every matrix of a module, whether it has factors or is taken apart."""
+    return matrices(change.require_factors(), device) if apart is None else apart.matrices(device)

@@ -78,7 +78,7 @@ class Columns:
     columns: Callable[[int, int], Array]
 
 
-Change = Product | Kronecker | Rows | Columns
+DeltaForm = Product | Kronecker | Rows | Columns
 
 
 class Weight(Protocol):
@@ -118,7 +118,7 @@ class Kind:
         title: what people call it.
         source: paper or code that defines it.
         parts: names of the tensors that every module has, its own and shared ones.
-        change: ΔW, given the tensors and the weight.
+        form: ΔW, given the tensors and the weight.
         optional: names of further tensors that a module may have.
         needs: what must be known of the base: `nothing`, the `shape` of the weight where the file
             does not tell it, or the `weight` itself.
@@ -126,7 +126,7 @@ class Kind:
         bias: what is added to the layer's bias, given the bias before; None if it stays.
         magnitude: the magnitudes of a DoRA in the order of the outputs, given the stored ones;
             None if they are stored in that order.
-        settled: the delta again, with what its settings tell of its layer and shape, when none of
+        completed: the delta again, with what its settings tell of its layer and shape, when none of
             them is missing any more; None if they tell nothing.
         caution: what a user should know about every fold of the kind; empty for nothing.
         if_tied: why a plain LoRA on a tied embedding is not the same; empty if it is.
@@ -136,13 +136,13 @@ class Kind:
     title: str
     source: str
     parts: tuple[str, ...]
-    change: Callable[[KindDelta, Weight], Change]
+    form: Callable[[KindDelta, Weight], DeltaForm]
     optional: tuple[str, ...] = ()
     needs: Needs = "nothing"
     low_rank: bool = True
     bias: Callable[[KindDelta, Weight, Array], Array] | None = None
     magnitude: Callable[[KindDelta, TensorRef], TensorRef] | None = None
-    settled: Callable[[KindDelta], KindDelta] | None = None
+    completed: Callable[[KindDelta], KindDelta] | None = None
     caution: str = ""
     if_tied: str = ""
 

@@ -8,11 +8,11 @@ the same configuration: the inputs of the weight tell which. Source: `QALoraLine
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, group = tensors["a"], tensors["b"], delta.settings["group"]
     if b.shape[1] != len(a):
@@ -31,5 +31,5 @@ KIND = Kind(
     source="arXiv 2309.14717",
     parts=("a", "b"),
     needs="shape",
-    change=_change,
+    form=_form,
 )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     values, places, (out, in_) = tensors["values"], tensors.integers("indices"), weight.shape
     row, column = places if places.ndim == 2 else np.divmod(places, in_)
@@ -41,5 +41,5 @@ KIND = Kind(
     optional=("a", "b"),
     needs="shape",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
@@ -47,7 +47,7 @@ def _group(delta: KindDelta, p: Array) -> int:
     )
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, p = tensors["a"], tensors["b"], tensors["p"]
     v = tensors[f"v.{_group(delta, p)}"]
@@ -65,5 +65,5 @@ KIND = Kind(
     source="peft TinyLoraLayer",
     parts=("a", "b", "p"),
     optional=("v.*",),
-    change=_change,
+    form=_form,
 )

@@ -314,7 +314,7 @@ def test_every_fused_row_goes_to_one_projection(groups, per_group, width):
     found = []
     for projection, height in (("q", heads), ("k", groups), ("v", groups)):
         delta = KindDelta("megatron", factors, settings | {"projection": projection})
-        taken = get_kind("megatron").change(delta, ShapeOnly((0, 0))).b[:, 0]
+        taken = get_kind("megatron").form(delta, ShapeOnly((0, 0))).b[:, 0]
         assert len(taken) == height * width
         assert (np.diff(taken) > 0).all()
         found.append(taken)

@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from loratools_formats.checkpoints.shard_plan import Blank, Layout, Made, Part, Shard, part_nbytes
+from loratools_formats.checkpoints.shard_plan import (
+    Blank,
+    Layout,
+    Made,
+    NewTensor,
+    Shard,
+    new_nbytes,
+)
 from loratools_formats.containers.safetensors_write import check_written
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError
@@ -87,12 +94,14 @@ class _Output:
                 self.write_at(start + done, tensor.file.read_at(tensor.offset + done, count))
 
     def make(self, part: Made) -> None:
-        sinks = {b.key: _Text(self, b) if b.is_text else _Place(self, b) for b in part.blanks}
+        sinks = {
+            b.key: _TextSink(self, b) if b.is_text else _TensorSink(self, b) for b in part.blanks
+        }
         part.fill(sinks)
         for sink in sinks.values():
             sink.check_filled()
 
-    def do(self, part: Part) -> None:
+    def do(self, part: NewTensor) -> None:
         if isinstance(part, TensorRef):
             self.copy(part)
         else:
@@ -134,7 +143,7 @@ class _Output:
                 self.fd = -1
 
 
-class _Place:
+class _TensorSink:
     """Sink of a tensor of known size."""
 
     def __init__(self, output: _Output, blank: Blank) -> None:
@@ -164,7 +173,7 @@ class _Place:
             )
 
 
-class _Text:
+class _TextSink:
     """Sink of a text, which is kept until its shard is complete."""
 
     def __init__(self, output: _Output, blank: Blank) -> None:
@@ -240,7 +249,7 @@ def write_shards(
     stop = threading.Event()
     opened: list[_Output] = []
     endings: list[Future[None]] = []
-    total = sum(part_nbytes(part) for shard in shards for part in shard.parts)
+    total = sum(new_nbytes(part) for shard in shards for part in shard.parts)
     done = 0
     with (
         _flushing(opened),
@@ -254,7 +263,7 @@ def write_shards(
 
         try:
             for output, part in _tasks(folder, shards, stop, opened, completed):
-                running[pool.submit(output.do, part)] = part_nbytes(part)
+                running[pool.submit(output.do, part)] = new_nbytes(part)
                 while len(running) > 2 * workers:
                     done += _finished(running)
                     if progress is not None:
@@ -303,12 +312,12 @@ def _tasks(
     stop: threading.Event,
     opened: list[_Output],
     completed: Callable[[_Output], None],
-) -> Iterator[tuple[_Output, Part]]:
+) -> Iterator[tuple[_Output, NewTensor]]:
     """Yield what is to be done, shard by shard, large tensors first; keeps `opened` up to date."""
     for shard in shards:
         output = _Output(folder / shard.name, shard, stop, completed)
         opened[:] = [*(o for o in opened if o.fd >= 0), output]
-        for part in sorted(shard.parts, key=part_nbytes, reverse=True):
+        for part in sorted(shard.parts, key=new_nbytes, reverse=True):
             yield output, part
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.nothing import require_tensors
 from loratools_formats.disk.errors import OutputError, OutputExistsError, UnsupportedError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_file, publish_folder, resolved
@@ -28,10 +29,11 @@ def read_adapter(
         carry_unknown: keep tensors that the format does not know, where it would refuse them.
 
     Raises:
-        LoratoolsError: nothing there, unknown format, or not a sound adapter.
+        LoratoolsError: nothing there, unknown format, no tensors, or not a sound adapter.
     """
     chosen = find_format(path) if format_name is None else get_format(format_name)
-    return chosen.read_with_unknown(Path(path)) if carry_unknown else chosen.read(Path(path))
+    read = chosen.read_with_unknown if carry_unknown else chosen.read
+    return require_tensors(read(Path(path)))
 
 
 def check_target(

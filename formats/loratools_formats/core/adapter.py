@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.summary import adapter_line, adapter_table, change_line
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -37,12 +38,16 @@ class Layer:
         parameters: for experts, the names the adapted parameter may have.
         transposed_if_square: what a square weight's orientation must be taken from, since its
             shape does not show it: False for (out, in), True for (in, out), None if unknown.
+        swapped: for experts, whether the factors are those of the transposed change, a being on
+            the outputs: PEFT's layers may take a parameter's axes so. None if the file does not
+            tell.
     """
 
     kind: Literal["linear", "conv", "embedding", "experts"]
     kernel: tuple[int, ...] = ()
     parameters: tuple[str, ...] = ()
     transposed_if_square: bool | None = False
+    swapped: bool | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -163,6 +168,10 @@ class KindDelta:
     shared: Mapping[str, TensorRef] = field(default_factory=dict)
     bias: TensorRef | None = None
     alpha_tensor: TensorRef | None = None
+
+    def __post_init__(self) -> None:
+        if self.layer.kind != "experts":
+            check_shapes(self.kind, {**self.shared, **self.parts}, self.shape)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({change_line(self)})"
@@ -398,9 +407,14 @@ class Adapter:
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
     @property
+    def notices(self) -> tuple[Finding, ...]:
+        """All other findings."""
+        return tuple(finding for finding in self.findings if finding.severity != "error")
+
+    @property
     def remarks(self) -> tuple[str, ...]:
-        """The messages of all other findings."""
-        return tuple(each.message for each in self.findings if each.severity != "error")
+        """The messages of `notices`."""
+        return tuple(notice.message for notice in self.notices)
 
     def require_true_delta(self, operation: str, kept: Collection[str] = ()) -> None:
         """Refuse an adapter whose tensors do not tell its ΔW.

@@ -9,6 +9,7 @@ only a square weight falls back on what the reader found out.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from loratools_formats.core.adapter import KindDelta, LowRank
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -49,8 +50,8 @@ def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int
         matrix = tuple(weight_shape)
     expected_stack = (delta.experts,) if kind == "experts" else ()
     straight = _fits(matrix, (out, in_)) and kind != "embedding"
-    crossed = _fits(matrix, (in_, out)) and kind != "conv"
-    if stack != expected_stack or not (straight or crossed):
+    transposed = _fits(matrix, (in_, out)) and kind != "conv"
+    if stack != expected_stack or not (straight or transposed):
         raise AdapterError(
             "the delta does not fit the base weight",
             tensor=name,
@@ -58,7 +59,7 @@ def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int
             + (f", {delta.experts} experts" if kind == "experts" else ""),
             expected=f"a weight of shape {list(weight_shape)}",
         )
-    if straight and crossed:
+    if straight and transposed:
         if delta.layer.transposed_if_square is None:
             raise UnsupportedError(
                 "the weight is square and could be stored either way round",
@@ -67,7 +68,19 @@ def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int
                 hint="The base model's architecture must tell",
             )
         return delta.layer.transposed_if_square
-    return crossed
+    return transposed
+
+
+def exchanged(part: LowRank) -> LowRank:
+    """Return the factors of the transposed change: a' = bᵀ, b' = aᵀ, for each expert."""
+    axes = (0, 2, 1) if len(part.a.shape) == 3 else (1, 0)
+    swapped, turn = part.layer.swapped, part.layer.transposed_if_square
+    layer = replace(
+        part.layer,
+        swapped=None if swapped is None else not swapped,
+        transposed_if_square=None if turn is None else not turn,
+    )
+    return replace(part, a=part.b.transposed(axes), b=part.a.transposed(axes), layer=layer)
 
 
 def _fits(matrix: tuple[int, ...], known: tuple[int | None, int | None]) -> bool:

@@ -62,7 +62,7 @@ class FourBitOptions:
 
 
 @dataclass(frozen=True)
-class Loss:
+class QuantisationLoss:
     """What quantising did to a tensor.
 
     Attributes:
@@ -91,7 +91,7 @@ class Scales:
 
     absmax: F32
     nested: NestedScales | None
-    loss: Loss
+    loss: QuantisationLoss
 
 
 class StreamingQuantizer:
@@ -185,13 +185,13 @@ class StreamingQuantizer:
                 expected=self._numel,
             )
         if not self._options.double_quant:
-            return Scales(self._absmax, None, Loss(self._error, self._norm))
+            return Scales(self._absmax, None, QuantisationLoss(self._error, self._norm))
         nested = nest(self._absmax)
         exact = self._absmax.astype(np.float64)
         moved = unnest(nested.codes, nested.absmax, nested.offset) - exact
         rc, cc = self._sums.T
         error = self._error + float(moved**2 @ cc) - 2 * float((exact * moved) @ rc)
-        return Scales(self._absmax, nested, Loss(max(0.0, error), self._norm))
+        return Scales(self._absmax, nested, QuantisationLoss(max(0.0, error), self._norm))
 
 
 class _BlockEncoder:

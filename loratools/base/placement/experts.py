@@ -12,6 +12,7 @@ from loratools.base.placement.fused import joined_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
 from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _PIECES = {"gate_up_proj": ("gate_proj", "up_proj")}
@@ -63,9 +64,9 @@ def _stacked(names: Names, module: str, parameter: str, delta: ModuleChange) -> 
         return []
     part = delta.require_factors()
     shape = names.shape(key)
-    crossed = whole_is_transposed(names, parameter, part, shape)
+    transposed = whole_is_transposed(names, parameter, part, shape)
     only = 0 if part.layer.kind != "experts" and len(shape) == 3 else None
-    return [Placement(key, module, delta, crossed, plane=only)]
+    return [Placement(key, module, delta, transposed, plane=only)]
 
 
 def _per_expert(names: Names, module: str, parameter: str, delta: ModuleChange) -> list[Placement]:
@@ -113,25 +114,19 @@ def _one_expert(
             "an expert's weights do not fit together", tensor=keys[0], got=list(shapes[0])
         )
     sizes = [shape[0] for shape in shapes]
-    crossed = _crossed(names, parameter, part, (sum(sizes), shapes[0][1]))
-    if crossed and len(keys) > 1:
-        raise UnsupportedError(
-            "PEFT before 0.19 read this parameter with inputs and outputs exchanged; such a change "
-            "cannot be cut into its projections",
-            path=names.base.path,
-            tensor=parameter,
-        )
+    if _is_transposed(names, parameter, part, (sum(sizes), shapes[0][1])):
+        delta = delta.with_direction(exchanged(part))
     spans = joined_spans(sizes)
     which = expert if part.experts > 1 else None
     return [
         Placement(
-            key, module, delta, crossed, expert=which, rows=(spans[i],) if len(keys) > 1 else ()
+            key, module, delta, False, expert=which, rows=(spans[i],) if len(keys) > 1 else ()
         )
         for i, key in enumerate(keys)
     ]
 
 
-def _crossed(names: Names, parameter: str, part: LowRank, matrix: tuple[int, int]) -> bool:
+def _is_transposed(names: Names, parameter: str, part: LowRank, matrix: tuple[int, int]) -> bool:
     """Compare with the stack that transformers would make of the experts' weights, (E, out, in)."""
     shape = (part.experts, *matrix) if part.layer.kind == "experts" else matrix
     return whole_is_transposed(names, parameter, part, shape)

@@ -16,6 +16,7 @@ from loratools.base.placement import rules
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import TEXT_SECTIONS
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.core.wrapped_names import unwrapped
 from loratools_formats.disk.errors import AdapterError
 
 _SECTIONS = (*TEXT_SECTIONS, "vision_config")
@@ -79,7 +80,7 @@ class Names:
 
     def spelling(self, name: str) -> str:
         """Return the spelling that names of one tensor share."""
-        parts = name.split(".")
+        parts = unwrapped(name).split(".")
         while len(parts) > 1 and parts[0] in self._neutral:
             del parts[0]
         text = ".".join(parts)

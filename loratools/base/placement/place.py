@@ -16,7 +16,7 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
 from loratools.base.placement.replacing import place_replacements
 from loratools.base.placement.sites import Site, sites
-from loratools.base.placement.tied import settle
+from loratools.base.placement.tied import tied_changes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.tensors import TensorRef
@@ -38,7 +38,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
         UnsupportedError: a layout is ambiguous.
     """
     names = Names(base)
-    tied = settle(names, adapter)
+    tied = tied_changes(names, adapter)
     missing: list[str] = []
     replaced = place_replacements(names, adapter, tied, missing)
     deltas: list[Placement] = list(tied.deltas)
@@ -62,7 +62,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
         tuple(biases),
         (*tied.replacements, *replaced.placed),
         tied.untied,
-        (*tied.notes, *replaced.notes),
+        (*tied.findings, *replaced.findings),
     )
 
 
@@ -90,15 +90,15 @@ def _placement(
     if site.part is None and site.share is None and site.plane is None:
         return Placement(site.key, module, delta, whole_is_transposed(names, module, part, shape))
     oriented_by = module if site.part is None or site.plane is not None else site.part.module
-    crossed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
-    total = shape[1] if crossed else shape[0]
+    transposed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
+    total = shape[1] if transposed else shape[0]
     outputs = () if site.part is None else part_spans(names, site.part, total)
     here = sum(stop - start for start, stop in outputs) or total
     wanted = sum(stop - start for start, stop in share) or out
     if here != wanted:
         raise _does_not_fit(module, out, in_, f"{here} outputs in {site.key}")
     return Placement(
-        site.key, module, delta, crossed, plane=site.plane, outputs=outputs, rows=share
+        site.key, module, delta, transposed, plane=site.plane, outputs=outputs, rows=share
     )
 
 

@@ -1,4 +1,4 @@
-"""Facts about names and layouts, as tables; those about embeddings are in `base.facts`.
+"""Facts about names and layouts, as tables; those about tied embeddings are in `base.tied`.
 
 Source: transformers 5.23, `conversion_mapping.py` (what it renames when it loads and saves), the
 modelling files (order of outputs in fused projections), and torch's
@@ -82,6 +82,9 @@ LINEAR_TYPES = frozenset(
 
 TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 """Stacked experts whose class says `is_transposed`: (E, in, out)."""
+
+UNMARKED_TRANSPOSED = frozenset({"llama4", "llama4_text"})
+"""Stacked experts that are (E, in, out) though their class does not say so."""
 
 STRAIGHT_EXPERTS = (
     _MIXTRAL

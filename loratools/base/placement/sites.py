@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from loratools.base.placement import rules
-from loratools.base.placement.fused import STACKED_GLU, Part, fusions
+from loratools.base.placement.fused import STACKED_GLU, FusedPart, fusions
 from loratools.base.placement.names import Names
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>[a-z0-9_]+)")
@@ -29,7 +29,7 @@ class Site:
     """
 
     key: str
-    part: Part | None = None
+    part: FusedPart | None = None
     share: tuple[int, int] | None = None
     plane: int | None = None
 
@@ -74,5 +74,5 @@ def _in_stack(names: Names, module: str) -> list[Site]:
     key = names.find(stack)
     if key is None or len(names.tensors[key].shape) != 3:
         return []
-    part = None if half is None else Part(stack, STACKED_GLU, half)
+    part = None if half is None else FusedPart(stack, STACKED_GLU, half)
     return [Site(key, part=part, plane=int(match["index"]))]

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from loratools.base.facts import find_tie
 from loratools.base.placement.experts import expert_placements
 from loratools.base.placement.names import Names
 from loratools.base.placement.place import place
 from loratools.base.placement.sites import sites
+from loratools.base.tied import find_tie
 from loratools.naming.for_base import named_for_base
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import CONFIG_FILE, Subject
@@ -212,12 +212,12 @@ RULES = (
         "the base answers.",
         "Save from the unwrapped model, or remove the part from the names.",
         "`torch.compile`, FSDP and activation checkpointing wrap modules under these names",
-        _wrappers,
+        _wrappers, of_readers=("wrapped-names",),
     ),
     Rule(
         "LT403", "adapter-name-in-keys", "error",
         "Names hold the adapter's own name, such as lora_A.default.weight.",
-        "PEFT loads them only where the adapter has that very name, and drops them without an error "
+        "PEFT loads them only where the adapter has that very name, and drops them without error "
         "where it has another; vLLM refuses the file.",
         "Save with `save_pretrained`, not with the model's state_dict.",
         "`set_peft_model_state_dict` in peft 0.21.2, run; `parse_fine_tuned_lora_name` in vLLM",
@@ -264,5 +264,21 @@ RULES = (
         "Compare with PEFT, or fuse it: `loratools fuse BASE ADAPTER -o FUSED` unties the two.",
         "tie_word_embeddings in transformers",
         _tied,
+    ),
+    Rule(
+        "LT409", "experts-grouped", "error",
+        "Factors of stacked experts are packed expert by expert, which PEFT does not read.",
+        "PEFT takes the ranks of one expert for those of all, without an error.",
+        "Write it again as PEFT has it: `loratools convert ADAPTER -o NEW --to peft`.",
+        "peft.tuners.lora.layer.ParamWrapper, 0.21.2",
+        of_readers=("experts-grouped",),
+    ),
+    Rule(
+        "LT410", "expert-order-guessed", "warning",
+        "Nothing in the file states the order of stacked experts' factors.",
+        "Programs that take another order mix the experts up, without an error.",
+        "Compare with the base: `loratools check ADAPTER --base MODEL`.",
+        "The reader of PEFT folders",
+        of_readers=("expert-order-guessed",),
     ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.operations.check.baseline import fingerprint
 from loratools.operations.check.options import CheckOptions
@@ -167,7 +167,7 @@ def check(
 
 def _names(base: Checkpoint) -> Names:
     try:
-        return Names(plain(base).checkpoint)
+        return Names(dequantised(base).checkpoint)
     except UnsupportedError:  # a quantisation that cannot be read: names are as they are
         return Names(base)
 

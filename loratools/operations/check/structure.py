@@ -55,7 +55,11 @@ def _case_clash(subject: Subject) -> Iterator[Found]:
 
 def _empty(subject: Subject) -> Iterator[Found]:
     adapter = subject.adapter
-    if adapter is None or adapter.modules or adapter.replacements or adapter.additions:
+    if adapter is None:
+        if subject.is_peft and subject.header is not None and not subject.header:
+            yield Found("the file of the weights holds no tensor")
+        return
+    if adapter.modules or adapter.replacements or adapter.additions:
         return
     if not any(finding.code == "no-weight-change" for finding in adapter.findings):
         yield Found("no module is adapted, and no tensor replaces one of the base")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from loratools.operations.fuse.blocks import Patch
-from loratools.operations.fuse.terms import Change
+from loratools.operations.fuse.terms import WeightedChange
 from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.tensors import TensorRef, have_same_bits
 from loratools_formats.disk.errors import AdapterError
@@ -44,7 +44,7 @@ class Draft:
     """
 
     source: TensorRef
-    changes: list[Change] = field(default_factory=list)
+    changes: list[WeightedChange] = field(default_factory=list)
     patches: list[Patch] = field(default_factory=list)
     patched_by: list[FuseInput] = field(default_factory=list)
     replaced_by: FuseInput | None = None

@@ -42,9 +42,7 @@ def refuse_replaced_modules(inputs: Sequence[MergeInput]) -> None:
                 )
 
 
-def settled_replacements(
-    inputs: Sequence[MergeInput], policy: str | None
-) -> dict[str, Replacement]:
+def agreed_replacements(inputs: Sequence[MergeInput], policy: str | None) -> dict[str, Replacement]:
     """Return the replacements of the merged adapter.
 
     Args:
@@ -168,7 +166,7 @@ def merged_additions(
     return result
 
 
-def settled_carried(inputs: Sequence[MergeInput]) -> dict[str, TensorRef]:
+def agreed_carried(inputs: Sequence[MergeInput]) -> dict[str, TensorRef]:
     """Return the carried tensors of all adapters.
 
     Raises:

@@ -19,11 +19,13 @@ from loratools.algebra.streamed_svd import row_spans
 
 Array = np.ndarray[Any, Any]
 Score = Callable[[int, int], Array]
+RowReader = Callable[[int, int], Array]
+"""Returns rows [start, stop) of a merged ΔW."""
 
 _HIGH_BITS = 15
 
 
-class RowSource(Protocol):
+class TaskRows(Protocol):
     """Rows of one task's ΔW."""
 
     def rows(self, start: int, stop: int) -> Array:
@@ -82,7 +84,7 @@ class Tasks:
             task at a density; None to trim per module.
     """
 
-    sources: Sequence[RowSource]
+    sources: Sequence[TaskRows]
     shape: tuple[int, int]
     seed: int
     name: str

@@ -23,9 +23,9 @@ from loratools_formats.disk.errors import OutputError
 _START_BYTES = 24
 
 
-def plain(tensor: GgufTensor) -> TensorRef:
-    """Return a tensor as a plain one; of a quantised one, values are decoded when read."""
-    if tensor.kind.is_plain:
+def decoded(tensor: GgufTensor) -> TensorRef:
+    """Return a tensor as a floating one; quantised values are decoded when they are read."""
+    if tensor.kind.is_float:
         dtype = DTYPES[tensor.kind.name]
         return in_file(tensor.name, dtype, tensor.shape, tensor.file, tensor.offset)
     return in_file(tensor.name, DTYPES["F32"], tensor.shape, _Decoded(tensor), 0)

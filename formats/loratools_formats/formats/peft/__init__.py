@@ -32,7 +32,15 @@ class Peft(Format):
     one_kind = True
 
     def sniff(self, path: Path) -> bool:
-        """Return whether a folder has PEFT's configuration, and is not one of MLX."""
+        """Return whether a folder has PEFT's configuration, and is not one of MLX.
+
+        A weight file with PEFT's names that lies beside such a configuration counts too, whatever
+        it is called.
+        """
+        from loratools_formats.containers.sniffing import is_beside_peft_config
+
+        if path.name not in _WEIGHT_FILES and is_beside_peft_config(path):
+            return True
         folder = path.parent if path.name in _WEIGHT_FILES else path
         if not (folder / "adapter_config.json").is_file():
             return False
