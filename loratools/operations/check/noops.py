@@ -242,7 +242,7 @@ RULES = (
     ),
     Rule(
         "LT406", "not-in-base", "error",
-        "A module meets no module of the base model (with --base).",
+        "A module meets no module of the base model (with `base`).",
         "Loaders drop it, most with a line in a log; the base answers.",
         "Take the base that the adapter was trained on, or rename with "
         "`loratools convert --names`.",
@@ -251,7 +251,7 @@ RULES = (
     ),
     Rule(
         "LT407", "wrong-shape", "error",
-        "A module's shape is not that of the base model's weight (with --base).",
+        "A module's shape is not that of the base model's weight (with `base`).",
         "It cannot be added.",
         "Take the base that the adapter was trained on.",
         "The placement that `loratools fuse` uses",
@@ -259,7 +259,7 @@ RULES = (
     ),
     Rule(
         "LT408", "tied-embedding", "warning",
-        "The adapter changes one end of a tied embedding (with --base).",
+        "The adapter changes one end of a tied embedding (with `base`).",
         "PEFT leaves the other end as it was; programs that keep one tensor for both change both.",
         "Compare with PEFT, or fuse it: `loratools fuse BASE ADAPTER -o FUSED` unties the two.",
         "tie_word_embeddings in transformers",

@@ -130,7 +130,7 @@ RULES = (
         "LT107", "base-values", "note",
         "Tensors that replace the base's hold the base's own values.",
         "They take space and have no effect.",
-        "Leave the embedding out: `save_embedding_layers=False` in `save_pretrained`.",
+        "Leave the embedding out when you save: `save_pretrained` has an option for that.",
         "peft 0.21.2",
         of_readers=("base-values",),
     ),
