@@ -223,4 +223,12 @@ RULES = (
         "Unicode Technical Report 36",
         _odd_names,
     ),
+    Rule(
+        "LT013", "weights-renamed", "warning",
+        "The weights have another name than PEFT gives them.",
+        "PEFT and the programs that serve its adapters look for adapter_model.safetensors.",
+        "Rename the file, or write it again: `loratools convert ADAPTER -o NEW --to peft`.",
+        "peft.utils.save_and_load, 0.21.2",
+        of_readers=("weights-renamed",),
+    ),
 )  # fmt: skip

@@ -55,7 +55,11 @@ def _case_clash(subject: Subject) -> Iterator[Found]:
 
 def _empty(subject: Subject) -> Iterator[Found]:
     adapter = subject.adapter
-    if adapter is None or adapter.modules or adapter.replacements or adapter.additions:
+    if adapter is None:
+        if subject.is_peft and subject.header is not None and not subject.header:
+            yield Found("the file of the weights holds no tensor")
+        return
+    if adapter.modules or adapter.replacements or adapter.additions:
         return
     if not any(finding.code == "no-weight-change" for finding in adapter.findings):
         yield Found("no module is adapted, and no tensor replaces one of the base")
@@ -126,7 +130,7 @@ RULES = (
         "LT107", "base-values", "note",
         "Tensors that replace the base's hold the base's own values.",
         "They take space and have no effect.",
-        "Leave the embedding out: `save_embedding_layers=False` in `save_pretrained`.",
+        "Leave the embedding out when you save: `save_pretrained` has an option for that.",
         "peft 0.21.2",
         of_readers=("base-values",),
     ),
