@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from typing import TextIO
@@ -14,6 +15,7 @@ EXIT_FOUND = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+_ENDING = ("SIGTERM", "SIGHUP")
 _PROGRAM = "loratools"
 _COMPLETION = "_LORATOOLS_COMPLETE"
 
@@ -28,6 +30,7 @@ def run(cli: click.Command) -> None:
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings.showwarning = _noted
+    _end_as_exceptions_do()
     if "--traceback" in sys.argv[1:2]:
         sys.exit(_call(cli))
     try:
@@ -41,6 +44,9 @@ def run(cli: click.Command) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         code = EXIT_INTERRUPTED
+    except _EndedError as end:
+        click.echo("interrupted", err=True)
+        code = 128 + end.number
     except click.ClickException as error:
         click.echo(f"error: {_usage(error)}", err=True)
         code = EXIT_ERROR
@@ -48,6 +54,29 @@ def run(cli: click.Command) -> None:
         click.echo(f"error: {describe(error)}", err=True)
         code = EXIT_ERROR
     sys.exit(code)
+
+
+def _end_as_exceptions_do() -> None:
+    """Have signals raise that would end the process, unless it was started to ignore them."""
+    numbers = (getattr(signal, name, None) for name in _ENDING)
+    for number in numbers:
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    """End as an exception does, so that temporaries are removed; a second signal kills."""
+    del frame
+    signal.signal(number, signal.SIG_DFL)
+    raise _EndedError(number)
+
+
+class _EndedError(BaseException):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def _noted(

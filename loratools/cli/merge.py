@@ -20,7 +20,7 @@ from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles
 from loratools.work.declared import declared
 from loratools.work.requests import Reading, Reporting, Writing
-from loratools_formats.contract.files import check_target
+from loratools_formats.contract.files import check_apart, check_target
 from loratools_formats.disk.errors import OptionError
 
 
@@ -66,6 +66,8 @@ def command(
     target = target_of(writing)
     save_recipe = None if writing.dry_run else files.save_recipe
     if save_recipe is not None:
+        inputs = [sources] if isinstance(sources, Path) else [path for path, _ in sources]
+        check_apart(save_recipe, [*inputs, reading.base, target.output])
         check_target(save_recipe, [], overwrite=writing.overwrite)
 
     def work(progress: Callable[[int, int], None] | None) -> MergeResult:
