@@ -2,7 +2,8 @@
 
 Four-bit weights of bitsandbytes mean what loaders compute with: codebook · scale rounded to the
 type they were made from. Eight-bit floats mean code · scale, in float32. Nothing is held: a range
-of elements is computed from the same range of what is stored. Other quantisations are refused.
+of elements is computed from the same range of the stored ones. Other quantisations are refused,
+unless nothing needs their weights: `as_stored` then copies them as they are.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ from loratools_formats.checkpoints.bitsandbytes import (
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import (
     METHODS,
+    PRE_SCALE,
     Fp8Weight,
     activation_scales,
     fp8_weights,
 )
 from loratools_formats.checkpoints.facts import is_conv1d
+from loratools_formats.checkpoints.quantization import (
+    format_found,
+    parts_beside,
+    quantization_of,
+    refuse_rotated,
+)
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import UnsupportedError
@@ -37,12 +45,14 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+_FLOATING = ("F64", "F32", "F16", "BF16")
+_INTEGERS = ("I8", "U8", "I32", "U32")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # Entries by which compressed-tensors and ModelOpt tell their variants apart, and those that store
 # eight-bit floats.
 _VARIANTS = {
-    "format": ("dense", "float-quantized", "naive-quantized"),
-    "quant_algo": ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"),
+    "format": ("dense", "float-quantized", "naive-quantized", "mxfp8-quantized"),
+    "quant_algo": ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8"),
 }
 
 
@@ -78,10 +88,11 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
     _check_method(base)
     four_bit = quantized_weights(base.tensors)
     eight_bit = fp8_weights(base.tensors, base.config)
+    _check_left_over(base, four_bit, eight_bit)
     if not four_bit and not eight_bit:
         return DequantisedCheckpoint(base, {}, {}, ())
     auxiliary = {t.key for w in four_bit.values() for t in w.tensors} - set(four_bit)
-    auxiliary |= {weight.scale.key for weight in eight_bit.values()}
+    auxiliary |= {part.key for weight in eight_bit.values() for part in weight.parts}
     if eight_bit:
         auxiliary |= set(activation_scales(base.tensors))
     tensors: dict[str, TensorRef] = {}
@@ -105,7 +116,7 @@ def dequantised_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return a configuration, and those nested in it, for plain weights of a torch type."""
     changed: dict[str, Any] = {}
     for name, value in config.items():
-        if name in ("quantization_config", "_pre_quantization_dtype"):
+        if name in ("quantization_config", "compression_config", "_pre_quantization_dtype"):
             continue
         if name in _DTYPE_KEYS and isinstance(value, str):
             changed[name] = dtype
@@ -116,8 +127,27 @@ def dequantised_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
+def as_stored(base: Checkpoint) -> DequantisedCheckpoint:
+    """Return a checkpoint with all its tensors as they are, and its configuration.
+
+    Of such a checkpoint, only tensors that `is_stored_plain` tells may be read as weights.
+
+    Raises:
+        UnsupportedError: its weights are rotated.
+    """
+    refuse_rotated(base.config)
+    return DequantisedCheckpoint(base, {}, {}, ())
+
+
+def is_stored_plain(base: Checkpoint, key: str) -> bool:
+    """Return whether a tensor of a checkpoint is stored as plain floating numbers."""
+    code = base.tensors[key].dtype.code
+    return code in _FLOATING and not parts_beside(key, base.tensors)
+
+
 def _check_method(base: Checkpoint) -> None:
-    found = base.config.get("quantization_config")
+    refuse_rotated(base.config)
+    found = quantization_of(base.config)
     if found is None:
         return
     method = found.get("quant_method") if isinstance(found, Mapping) else found
@@ -129,12 +159,36 @@ def _check_method(base: Checkpoint) -> None:
         )
         if is_four_bit_config(found) or is_fp8:
             return
-    raise UnsupportedError(
+    raise _not_readable(base, f"quant_method {method}{variant}")
+
+
+def _check_left_over(
+    base: Checkpoint, four_bit: Mapping[str, QuantizedWeight], eight_bit: Mapping[str, Fp8Weight]
+) -> None:
+    """Refuse weights in integers, and scales of inputs, that belong to no weight that was found.
+
+    Raises:
+        UnsupportedError: there are some, such as four-bit experts beside eight-bit layers.
+    """
+    scales = {part.key for weight in eight_bit.values() for part in weight.parts}
+    for key, tensor in base.tensors.items():
+        is_integer = tensor.dtype.code in _INTEGERS and key not in four_bit
+        beside_others = is_integer and (four_bit or eight_bit) and key.endswith(".weight")
+        if (beside_others and parts_beside(key, base.tensors)) or (
+            key.endswith(PRE_SCALE) and key not in scales
+        ):
+            raise _not_readable(base, key)
+
+
+def _not_readable(base: Checkpoint, got: str) -> UnsupportedError:
+    told = format_found(base.tensors)
+    return UnsupportedError(
         "the base is quantised in a way that cannot be read",
         path=base.path,
-        got=f"quant_method {method}{variant}",
+        got=got if told is None else f"{got}: {told}",
         expected=f"bitsandbytes in four bits, or {', '.join(METHODS)} with eight-bit floats",
-        hint="Start from the original checkpoint",
+        hint="Start from the original checkpoint; only fuse leaves quantised weights as they are, "
+        "where no adapter changes them",
     )
 
 
@@ -208,11 +262,11 @@ class _Fp8Source(_Source):
         weight = self._weight
         codes: Array = weight.values.elements(start, stop).astype(np.float32)
         *_, out, in_ = weight.values.shape if len(weight.values.shape) > 1 else (1, stop)
-        scale = weight.scale.load(np.float32).reshape(-1)
+        scale = _numbers(weight.scale).reshape(-1)
         if weight.block is None:
             one = scale[0] if len(scale) == 1 else scale[np.arange(start, stop) // (out * in_)]
             codes *= one
-            return codes
+            return self._of_inputs(codes, start, in_)
         rows, columns = weight.block
         across = -(-in_ // columns)
         first, last = start // in_, -(-stop // in_)
@@ -221,4 +275,19 @@ class _Fp8Source(_Source):
         of_line = lines // out * -(-out // rows) + lines % out // rows
         spread = np.repeat(grid[of_line], columns, axis=1)[:, :in_].reshape(-1)
         codes *= spread[start - first * in_ : stop - first * in_]
-        return codes
+        return self._of_inputs(codes, start, in_)
+
+    def _of_inputs(self, values: Array, start: int, width: int) -> Array:
+        """Multiply elements from `start`, of rows of `width`, with the scale of inputs."""
+        if self._weight.of_inputs is not None:
+            scale = np.broadcast_to(self._weight.of_inputs.load(np.float32).reshape(-1), width)
+            values *= scale[np.arange(start, start + len(values)) % width]
+        return values
+
+
+def _numbers(scale: TensorRef) -> Array:
+    """Return scales in float32; bytes are exponents of two, where 127 stands for one."""
+    if scale.dtype.code == "U8":
+        return np.exp2(scale.load(np.float32) - np.float32(127))
+    values: Array = scale.load(np.float32)
+    return values

@@ -14,8 +14,8 @@ import click
 EXIT_FOUND = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+_EXIT_SIGNAL = 128
 
-_ENDING = ("SIGTERM", "SIGHUP")
 _PROGRAM = "loratools"
 _COMPLETION = "_LORATOOLS_COMPLETE"
 
@@ -23,14 +23,15 @@ _COMPLETION = "_LORATOOLS_COMPLETE"
 def run(cli: click.Command) -> None:
     """Run a command group and exit the process.
 
-    Exit codes: what the command returned, 2 for usage or bad input, 130 when interrupted. Nothing
-    but `--traceback` shows a Python traceback.
+    Exit codes: what the command returned, 2 for usage or bad input, 130 when interrupted, 128 and
+    the signal's number when terminated or hung up. Nothing but `--traceback` shows a Python
+    traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings.showwarning = _noted
-    _end_as_exceptions_do()
+    _stop_on_signals()
     if "--traceback" in sys.argv[1:2]:
         sys.exit(_call(cli))
     try:
@@ -41,12 +42,11 @@ def run(cli: click.Command) -> None:
         # The reader has gone; keep Python from complaining about it while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        code = EXIT_INTERRUPTED
-    except _EndedError as end:
-        click.echo("interrupted", err=True)
-        code = 128 + end.number
+    except (KeyboardInterrupt, click.Abort) as error:
+        number = getattr(error, "number", None)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            click.echo("interrupted" if number is None else "terminated", err=True)
+        code = EXIT_INTERRUPTED if number is None else _EXIT_SIGNAL + number
     except click.ClickException as error:
         click.echo(f"error: {_usage(error)}", err=True)
         code = EXIT_ERROR
@@ -56,27 +56,24 @@ def run(cli: click.Command) -> None:
     sys.exit(code)
 
 
-def _end_as_exceptions_do() -> None:
-    """Have signals raise that would end the process, unless it was started to ignore them."""
-    numbers = (getattr(signal, name, None) for name in _ENDING)
-    for number in numbers:
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _end)
-
-
-def _end(number: int, frame: object) -> None:
-    """End as an exception does, so that temporaries are removed; a second signal kills."""
-    del frame
-    signal.signal(number, signal.SIG_DFL)
-    raise _EndedError(number)
-
-
-class _EndedError(BaseException):
-    """A signal asked the process to end."""
+class _Terminated(KeyboardInterrupt):
+    """A signal that ends the process was sent: outputs are cleared away as on Ctrl-C."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(number)
+        super().__init__()
         self.number = number
+
+
+def _stop_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind the stack, unless whoever started this process ignores them."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
 
 
 def _noted(

@@ -10,8 +10,8 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.ranks import RankRule, Spectrum
-from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement.names import Names
+from loratools.base.tied import find_tie, shared_embeddings
 from loratools.base.weights import (
     BaseModule,
     ShapeOnly,
@@ -124,7 +124,7 @@ class Opener:
         return places
 
     def _refuse_tied(self, names: Names, in_base: Mapping[str, str]) -> None:
-        tie = find_tie(names, task=self.adapter.config.get("task_type"), guess_head=True)
+        tie = find_tie(names, adapter=self.adapter, guess_head=True)
         shared = {f"{name}.weight" for name in shared_embeddings(names)}
         tied = shared if tie is None else {*shared, *map(names.spelling, (tie.embedding, tie.head))}
         for name, delta in self.adapter.modules.items():

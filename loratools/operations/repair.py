@@ -10,7 +10,6 @@ Balancing moves a power of two from one factor to the other, which rounds nothin
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -130,16 +129,6 @@ class RepairResult:
     change: float
     relative_error: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as the command line's `--json` prints it."""
-        return {
-            "schema": 1,
-            "operation": "repair",
-            "change": self.change,
-            "relative_error": self.relative_error,
-            "modules": [dataclasses.asdict(module) for module in self.modules],
-        }
-
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -181,7 +170,7 @@ def repair(
     """
     if not options.keep_intruders and base is None:
         raise OptionError(
-            "intruder dimensions are told by the base model",
+            "intruder dimensions show only beside the base model",
             hint="Pass `base=MODEL` or `keep_intruders=True`",
         )
     adapter.require_true_delta("repair")

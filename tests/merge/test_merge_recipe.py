@@ -326,6 +326,7 @@ overrides = st.lists(
         overrides=overrides,
         replacements=st.none() | st.sampled_from(["first", "average", "on", "null", "a b"]),
         force_base=st.booleans(),
+        allow_missing=st.booleans(),
     ),
     weights=st.tuples(finite, finite),
     has_base=st.booleans(),
@@ -565,8 +566,8 @@ BESIDE = [
     ["--seed", "0"], ["--keep-alpha"], ["some/adapter"],
 ]  # fmt: skip
 FREE = {
-    "format_name", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error",
-    "as_json", "quiet", "workers", "device", "carry_unknown",
+    "from_", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error", "json",
+    "quiet", "workers", "device", "carry_unknown", "ignore_key", "allow_missing", "html", "plot",
 }  # fmt: skip
 
 

@@ -19,7 +19,12 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from loratools.algebra.device import Computing, Device
-from loratools.base.dequantised import dequantised
+from loratools.base.dequantised import (
+    DequantisedCheckpoint,
+    as_stored,
+    dequantised,
+    is_stored_plain,
+)
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
@@ -33,6 +38,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 BaseMode = Literal["dequant", "original"]
@@ -89,7 +95,7 @@ class FuseResult:
         converted: number of tensors that no adapter changes, stored in another type than before.
         nbytes: size of the weight files.
         shards: their names.
-        notes: what a user should know.
+        findings: what a user should know.
         left_out: files of the base that were not carried over.
     """
 
@@ -98,12 +104,12 @@ class FuseResult:
     converted: int
     nbytes: int
     shards: tuple[str, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
     left_out: tuple[str, ...]
 
     @property
     def relative_change(self) -> float | None:
-        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if none is touched."""
+        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if no tensor is touched."""
         base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
         delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
         if not base:
@@ -112,7 +118,7 @@ class FuseResult:
 
     @property
     def surviving(self) -> float | None:
-        """Share of ΔW that survives four bits, over all weights stored so; None if none is."""
+        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
         return surviving(self.tensors)
 
     @property
@@ -132,7 +138,7 @@ class FusePreview:
         total: number of tensors in all.
         nbytes: size of the weight files.
         files: their number.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     touched: tuple[TensorPlan, ...]
@@ -140,7 +146,7 @@ class FusePreview:
     total: int
     nbytes: int
     files: int
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def refuse_erased(
@@ -227,14 +233,7 @@ class Fusion:
             for item in inputs
         )
         self._base = base
-        self._dequantised = dequantised(base)
-        self._check_mode()
-        checkpoint = self._dequantised.checkpoint
-        if options.requantize:
-            checkpoint = replace(checkpoint, config=base.config)
-        self.plan: FusePlan = plan_fuse(
-            checkpoint, self.inputs, options.code, self._dequantised.stored
-        )
+        self._dequantised, self.plan = self._planned()
         refuse_nothing(self.plan.tensors.values(), self.inputs)
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
@@ -246,6 +245,56 @@ class Fusion:
             self._record,
             tuple(item.adapter for item in self.inputs),
         )
+
+    def _planned(self) -> tuple[DequantisedCheckpoint, FusePlan]:
+        """Return the base as it is read, and what will be done with it.
+
+        Quantised weights that no adapter changes stay as they are, with the base's configuration.
+
+        Raises:
+            UnsupportedError: one is to change, and its quantisation cannot be read.
+        """
+        base, options = self._base, self.options
+        try:
+            self._dequantised = dequantised(base)
+        except UnsupportedError as unreadable:
+            kept = as_stored(base)
+            return kept, self._plan_beside(kept, unreadable)
+        self._check_mode()
+        checkpoint = self._dequantised.checkpoint
+        if options.requantize:
+            checkpoint = replace(checkpoint, config=base.config)
+        plan = plan_fuse(checkpoint, self.inputs, options.code, self._dequantised.stored)
+        keeps = not options.requantize and options.dtype is None and options.base_mode is None
+        touched = {tensor.key for tensor in plan.touched}
+        is_quantised, stored = self._dequantised.is_quantized, self._dequantised.stored
+        if keeps and is_quantised and touched.isdisjoint(stored):
+            kept = as_stored(base)
+            return kept, plan_fuse(base, self.inputs)
+        return self._dequantised, plan
+
+    def _plan_beside(self, kept: DequantisedCheckpoint, unreadable: UnsupportedError) -> FusePlan:
+        """Return a plan that leaves quantised weights alone.
+
+        Raises:
+            UnsupportedError: `unreadable`, if an adapter changes one or finds no place.
+        """
+        base, options = kept.checkpoint, self.options
+        if options.requantize or options.dtype is not None or options.base_mode is not None:
+            raise unreadable
+        try:
+            plan = plan_fuse(base, self.inputs)
+        except AdapterError as error:
+            raise unreadable from error
+        except UnsupportedError as error:
+            key = error.tensor
+            if key is None or key not in base.tensors or is_stored_plain(base, key):
+                raise
+            raise unreadable from error
+        touched = [tensor.key for tensor in plan.touched if tensor.key in base.tensors]
+        if not all(is_stored_plain(base, key) for key in touched):
+            raise unreadable
+        return plan
 
     def _check_mode(self) -> None:
         four_bit = bool(self._dequantised.four_bit)
@@ -353,24 +402,25 @@ class Fusion:
             len(self.plan.tensors),
             self.new.nbytes,
             len(self.new.shards),
-            self.plan.notes,
+            self.plan.findings,
         )
 
     def _type_name(self, plan: TensorPlan) -> str:
         weight = self._dequantised.four_bit.get(plan.key) if self.options.requantize else None
         return plan.dtype.code if weight is None else weight.quant_type.upper()
 
-    def _notes(self) -> list[str]:
+    def _findings(self) -> list[Finding]:
         dropped = self._dequantised.dropped
         if not dropped or self.options.requantize:
             return []
-        return [
+        message = (
             f"weights are stored in 16 bits now; {len(dropped)} tensors that only said how they "
             "were quantised are left out"
             if self.options.dtype != "f32"
             else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
             "they were are left out"
-        ]
+        )
+        return [Finding("no-longer-quantised", "note", None, message)]
 
     def write(
         self,
@@ -410,6 +460,6 @@ class Fusion:
             converted=len(converted),
             nbytes=self.new.nbytes,
             shards=tuple(shard.name for shard in self.new.shards),
-            notes=(*self.plan.notes, *self._notes()),
+            findings=(*self.plan.findings, *self._findings()),
             left_out=left_out,
         )

@@ -44,7 +44,8 @@ def suggestions(opener: ThinModules, modules: Sequence[ThinModule]) -> tuple[Sug
 
     def of(rule: str, ranks: dict[str, int]) -> Suggestion:
         lost = sum(float(spectrum.energies[ranks[spectrum.name] :].sum()) for spectrum in spectra)
-        return Suggestion(rule, ranks, size(ranks), math.sqrt(lost / total) if total else 0.0)
+        error = math.sqrt(lost / total) if total else 0.0
+        return Suggestion(rule=rule, ranks=ranks, nbytes=size(ranks), relative_error=error)
 
     found = [of(text, choose_ranks(spectra, rule)) for text, rule in _RULES]
     return (*found, of("knee", {spectrum.name: _knee(spectrum) for spectrum in spectra}))

@@ -8,13 +8,15 @@ carried; one that could change ΔW and is not understood is an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loratools_formats.containers.pickles import read_bin
 from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
+from loratools_formats.containers.sniffing import is_beside_peft_config
 from loratools_formats.core.adapter import (
     Adapter,
     Layer,
@@ -35,6 +37,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.beside import ATTACHMENTS, attachments
 from loratools_formats.formats.peft.config import (
     CONFIG_FILE,
     NOT_A_PRODUCT,
@@ -49,21 +52,15 @@ from loratools_formats.formats.peft.kinds.read import (
     reason_against,
 )
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
-from loratools_formats.formats.peft.parameters import Setting, settings, unstacked
+from loratools_formats.formats.peft.packing import MARKERS
+from loratools_formats.formats.peft.parameters import Setting, settings
 from loratools_formats.formats.peft.replacements import classify
+from loratools_formats.formats.peft.stacks import Pair, Stack, stacks, unstacked, without_marks
+from loratools_formats.formats.peft.trainer_names import as_saved
 from loratools_formats.formats.peft.variants import lost_middle, variant_delta, variant_kind
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-
-_ATTACHMENTS = (
-    "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json", "merges.txt",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model",
-    "target.spm", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
-    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md",
-)  # fmt: skip
 
 
 def read(path: Path) -> Adapter:
@@ -74,44 +71,55 @@ def read(path: Path) -> Adapter:
         AdapterError: malformed or contradictory.
         UnsupportedError: another adapter kind, or a variant whose layout is not known.
     """
-    folder = path.parent if path.name in (WEIGHTS_FILE, LEGACY_WEIGHTS_FILE) else path
+    is_named = path.name in (WEIGHTS_FILE, LEGACY_WEIGHTS_FILE)
+    renamed = None if is_named or path.is_dir() or not path.is_file() else path
+    folder = path.parent if is_named or renamed is not None else path
     try:
-        return _read(folder)
+        return _read(folder, renamed)
     except LoratoolsError as error:
-        error.path = error.path or str(folder)
+        error.path = error.path or str(renamed or folder)
         raise
 
 
-def _read(folder: Path) -> Adapter:
+def _read(folder: Path, renamed: Path | None) -> Adapter:
     values = read_values(inside(folder, CONFIG_FILE))
-    weights, original, about_weights = _open_weights(folder)
-    found = _contents(values, weights.tensors, folder)
+    weights, original, about_weights = _open_weights(folder, renamed)
+    tensors, about_names = as_saved(weights.tensors, folder)
+    found = _contents(values, tensors, folder)
     replacements: dict[str, Replacement] = {}
     carried = found.rest
     if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
         replacements, carried = classify(values, found.rest, found.modules, folder)
     return Adapter(
         format="peft",
-        source=folder,
+        source=renamed or folder,
         modules=found.modules,
         shared=found.shared,
         replacements=replacements,
         carried=carried,
-        config=values,
+        config=_canonical(values, found.findings),
         metadata=weights.metadata,
         base_model=values.get("base_model_name_or_path"),
         findings=(
             *found.findings,
             *about_weights,
-            *_about_folder(folder),
+            *about_names,
+            *_about_folder(folder, original.path.name),
             *_about_training(carried),
             *_about_loader(values["peft_type"], found.modules),
         ),
-        attachments={
-            name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
-        },
+        attachments=attachments(folder),
         inputs=(original, RegularFile(folder / CONFIG_FILE)),
     )
+
+
+def _canonical(values: Mapping[str, Any], findings: Iterable[Finding]) -> Mapping[str, Any]:
+    """Return a configuration that does not speak of an order that the factors had in the file."""
+    auto = values.get("auto_mapping")
+    nested = isinstance(auto, Mapping) and any(key in auto for key in MARKERS)
+    guessed = any(finding.code == "expert-order-guessed" for finding in findings)
+    marked = nested or guessed or any(key in values for key in MARKERS)
+    return without_marks(values) if marked else values
 
 
 def _is_no_product(values: Mapping[str, Any]) -> bool:
@@ -134,12 +142,15 @@ def _contents(
         config = PeftConfig(values, folder / CONFIG_FILE)
         if _is_no_product(values):
             return _Contents({}, {}, dict(tensors), config.caveats())
-        modules, rest = _modules(config, tensors, folder)
+        _refuse_tinker(tensors)
+        modules, rest, about_stacks = _modules(config, tensors, folder)
         has_middle = any(delta.kind == "middle" for delta in modules.values())
         caveats = (
             *config.caveats(),
             *_module_caveats(modules),
+            *(config.packing() if any(_is_stack(each) for each in modules.values()) else ()),
             *lost_middle(folder, has_middle),
+            *about_stacks,
         )
         return _Contents(modules, {}, rest, caveats)
     reason = reason_against(peft_type)
@@ -156,7 +167,37 @@ def _contents(
     return _Contents(modules, shared, rest, tuple(caveats_of(values)))
 
 
-def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
+_OF_TINKER = re.compile(r".*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\.weight")
+
+
+def _refuse_tinker(tensors: Mapping[str, TensorRef]) -> None:
+    """Refuse the names of Tinker's own files by that name: PEFT's are made of them.
+
+    Experts one by one are called `experts.N.w1`, and a stack has an axis for its experts.
+
+    Raises:
+        UnsupportedError: there is one of them.
+    """
+    for name, tensor in tensors.items():
+        is_expert = ".experts.w" in name
+        if _OF_TINKER.fullmatch(name) and not (is_expert and len(tensor.shape) == 2):
+            raise UnsupportedError(
+                "it is an adapter as Tinker saves it, in names that PEFT does not load",
+                tensor=name,
+                got=list(tensor.shape),
+                hint="Make PEFT's of it with tinker_cookbook.weights.build_lora_adapter",
+            )
+
+
+def _is_stack(change: ModuleChange) -> bool:
+    return change.layer.kind == "experts"
+
+
+def _open_weights(
+    folder: Path, renamed: Path | None
+) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
+    if renamed is not None:
+        return _open_renamed(folder, renamed.name)
     safe, legacy = folder / WEIGHTS_FILE, folder / LEGACY_WEIGHTS_FILE
     if safe.exists() or safe.is_symlink():
         weights = read_safetensors(inside(folder, WEIGHTS_FILE))
@@ -168,9 +209,27 @@ def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[Find
         text = f"weights are pickled ({LEGACY_WEIGHTS_FILE})"
         pickled = Finding("pickled-weights", "warning", LEGACY_WEIGHTS_FILE, text)
         return weights, original, [pickled]
+    others = sorted(child.name for child in folder.iterdir() if is_beside_peft_config(child))
+    if len(others) == 1:
+        return _open_renamed(folder, others[0])
     raise MissingFileError(
-        "no weights in the folder", path=folder, expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}"
+        "several weight files share the configuration" if others else "no weights in the folder",
+        path=folder,
+        got=", ".join(others) or None,
+        expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}",
+        hint="Name one of the files" if others else None,
     )
+
+
+def _open_renamed(folder: Path, name: str) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
+    text = f"the weights are in {name}; their scale is that of the {CONFIG_FILE} beside it"
+    found = [Finding("weights-renamed", "note", name, text)]
+    if name.endswith(".safetensors"):
+        weights = read_safetensors(inside(folder, name))
+        return weights, weights.file, found
+    weights, original = read_bin(inside(folder, name))
+    pickled = Finding("pickled-weights", "warning", name, f"weights are pickled ({name})")
+    return weights, original, [*found, pickled]
 
 
 def _about_loader(peft_type: str, modules: Mapping[str, ModuleChange]) -> list[Finding]:
@@ -189,7 +248,7 @@ def _about_training(carried: Mapping[str, TensorRef]) -> list[Finding]:
     if spread is not None:
         text = (
             "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
-            "spread of the posterior is left out of what is made from it"
+            "spread of the posterior is left out of every output"
         )
         found.append(Finding("posterior-spread", "warning", spread, text))
     return found
@@ -201,12 +260,19 @@ def _what_it_is(path: Path) -> str:
     return "a folder" if path.is_dir() else "a pipe, socket or device"
 
 
-def _about_folder(folder: Path) -> list[Finding]:
-    own = {CONFIG_FILE, WEIGHTS_FILE, LEGACY_WEIGHTS_FILE, PROVENANCE_FILE, "recipe.yaml"}
+def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
+    own = {
+        CONFIG_FILE,
+        weights_name,
+        WEIGHTS_FILE,
+        LEGACY_WEIGHTS_FILE,
+        PROVENANCE_FILE,
+        "recipe.yaml",
+    }
     foreign = sorted(
         child.name
         for child in folder.iterdir()
-        if child.is_file() and child.name not in own and child.name not in _ATTACHMENTS
+        if child.is_file() and child.name not in own and child.name not in ATTACHMENTS
     )
     found = [
         Finding(
@@ -215,7 +281,7 @@ def _about_folder(folder: Path) -> list[Finding]:
             name,
             f"{name} is no regular file, and is left out: {_what_it_is(folder / name)}",
         )
-        for name in _ATTACHMENTS
+        for name in ATTACHMENTS
         if os.path.lexists(folder / name) and not (folder / name).is_file()
     ]
     if foreign:
@@ -234,7 +300,7 @@ def _about_folder(folder: Path) -> list[Finding]:
 
 def _modules(
     config: PeftConfig, tensors: Mapping[str, TensorRef], folder: Path
-) -> tuple[dict[str, ModuleChange], dict[str, TensorRef]]:
+) -> tuple[dict[str, ModuleChange], dict[str, TensorRef], list[Finding]]:
     parts: dict[str, dict[keys.Part, TensorRef]] = {}
     rest: dict[str, TensorRef] = {}
     for name, tensor in tensors.items():
@@ -246,11 +312,13 @@ def _modules(
     pairs = {path: _factor_pair(path, parts[path], folder) for path in sorted(parts)}
     rows = {path: pair.a.shape[0] if pair.a.shape else 0 for path, pair in pairs.items()}
     resolved = settings(config, rows, folder)
+    flat = {path: Pair(pair.a, pair.b) for path, pair in pairs.items()}
+    lying, findings = stacks(config, flat, resolved, folder)
     modules: dict[str, ModuleChange] = {
-        path: _delta(config, path, parts[path], pair, resolved[path], folder)
+        path: _delta(config, path, parts[path], pair, resolved[path], lying.get(path), folder)
         for path, pair in pairs.items()
     }
-    return modules, rest
+    return modules, rest, findings
 
 
 def _module_caveats(modules: Mapping[str, ModuleChange]) -> list[Finding]:
@@ -279,12 +347,13 @@ def _delta(
     parts: dict[keys.Part, TensorRef],
     pair: _Pair,
     setting: Setting,
+    stack: Stack | None,
     folder: Path,
 ) -> ModuleChange:
     a, b, is_embedding = pair
     kind = variant_kind(config.values, path, parts)
     if setting.names:
-        direction = unstacked(config, a, b, setting, folder)
+        direction = unstacked(config, Pair(a, b), setting, stack, folder)
     else:
         if kind is not None:
             scale = config.scale(setting.alpha, setting.rank)
