@@ -42,7 +42,7 @@ def spread_types(of: type) -> dict[str, type]:
     found: dict[str, type] = {}
     for name in names:
         choices: tuple[Any, ...] = (hints[name], *typing.get_args(hints[name]))
-        found[name] = next(choice for choice in choices if is_dataclass(choice))
+        found[name] = next(t for t in choices if isinstance(t, type) and is_dataclass(t))
     return found
 
 
