@@ -108,6 +108,11 @@ class ModelClass:
         self._roots = frozenset(entry["roots"])
         self._body = frozenset(entry.get("body", ()))
         self._rules = tuple(_collected(table, name, config, self._prefix))
+        self._bare = frozenset(
+            f"{path}.{weight}" if path else weight
+            for path, part in _parts(table, name, config, "")
+            for weight in table["classes"].get(part, {}).get("bare", ())
+        )
         self._keep = frozenset(entry.get("keep", ()))
         self._guarded: set[int] = set()
 
@@ -128,6 +133,10 @@ class ModelClass:
         if name != key and self._is_own(key) and not self._is_own(name):
             return Named(self._placed(key))
         return Named(name, rule, source)
+
+    def is_bare(self, name: str) -> bool:
+        """Return whether a weight is a parameter of a module that PEFT has no layer for."""
+        return bool(self._bare) and numbered(name)[0] in self._bare
 
     def _renamed(self, rule: Rule, name: str) -> str:
         found = rule.renamed(name, self._prefix)
