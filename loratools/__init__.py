@@ -14,6 +14,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "loratools.face.check": ("check", "rule"),
+    "loratools.face.compare": ("compare", "compare_bases"),
     "loratools.face.convert": ("convert", "write"),
     "loratools.face.dequantize": ("dequantize",),
     "loratools.face.extract": ("extract", "extract_choices"),
@@ -22,6 +24,8 @@ _HOMES = {
     "loratools.face.lists": ("formats", "methods"),
     "loratools.face.merge": ("merge",),
     "loratools.face.quantize": ("quantize",),
+    "loratools.face.repair": ("repair",),
+    "loratools.face.spectrum": ("spectrum",),
     "loratools.face.squeeze": ("squeeze", "squeeze_choices"),
     "loratools.face.tensors": ("delta", "factors", "from_factors"),
     "loratools.face.to_dora": ("to_dora",),

@@ -8,6 +8,10 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from loratools.algebra.ranks import Budget as Budget
+from loratools.face.check import CheckResult as CheckResult
+from loratools.face.check import RuleResult as RuleResult
+from loratools.face.compare import BasesResult as BasesResult
+from loratools.face.compare import CompareResult as CompareResult
 from loratools.face.convert import ConvertResult as ConvertResult
 from loratools.face.convert import WriteResult as WriteResult
 from loratools.face.dequantize import DequantizeResult as DequantizeResult
@@ -20,6 +24,8 @@ from loratools.face.lists import FormatsResult as FormatsResult
 from loratools.face.lists import MethodsResult as MethodsResult
 from loratools.face.merge import MergeResult as MergeResult
 from loratools.face.quantize import QuantizeResult as QuantizeResult
+from loratools.face.repair import RepairResult as RepairResult
+from loratools.face.spectrum import SpectrumResult as SpectrumResult
 from loratools.face.squeeze import SqueezeChoices as SqueezeChoices
 from loratools.face.squeeze import SqueezeResult as SqueezeResult
 from loratools.face.to_dora import ToDoraResult as ToDoraResult
@@ -33,6 +39,55 @@ from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
 
 __version__: str
 
+def check(
+    sources: str | os.PathLike[str] | Adapter | Sequence[str | os.PathLike[str] | Adapter],
+    *,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    target: Sequence[str] = (),
+    headers_only: bool = False,
+    baseline: str | os.PathLike[str] | None = None,
+    fail_on: Literal["error", "warning", "note", "never"] | None = None,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    fix: bool = False,
+    allow_lossy: bool = False,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckResult: ...
+def rule(name: str) -> RuleResult: ...
+def compare(
+    adapters: Mapping[str, str | os.PathLike[str] | Adapter]
+    | Sequence[str | os.PathLike[str] | Adapter],
+    *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    exact: bool = False,
+    sample: int = 65536,
+    seed: int = 0,
+    include: str | None = None,
+    exclude: str | None = None,
+    workers: int | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> CompareResult: ...
+def compare_bases(
+    source: str | os.PathLike[str] | Adapter,
+    base: str | os.PathLike[str] | Checkpoint,
+    other: str | os.PathLike[str] | Checkpoint,
+    *,
+    include: str | None = None,
+    exclude: str | None = None,
+    workers: int | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+) -> BasesResult: ...
 def convert(
     source: str | os.PathLike[str] | Adapter,
     *,
@@ -49,6 +104,7 @@ def convert(
     strip_training_metadata: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -140,6 +196,7 @@ def fuse(
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     format: str | None = None,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str],
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -163,6 +220,7 @@ def fuse(
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     format: str | None = None,
+    ignore_key: Sequence[str] = (),
     output: None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -172,9 +230,14 @@ def info(
     *,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> InfoResult: ...
 def read(
-    path: str | os.PathLike[str], *, format: str | None = None, carry_unknown: bool = False
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> Adapter: ...
 def formats() -> FormatsResult: ...
 def methods() -> MethodsResult: ...
@@ -192,6 +255,7 @@ def merge(
     weight_pattern: Sequence[Override | str] = (),
     replacements: str | None = None,
     force_base: bool = False,
+    allow_missing: bool = False,
     density: float | str | None = None,
     lambda_: float | None = None,
     majority_sign: Literal["total", "frequency"] | None = None,
@@ -220,6 +284,7 @@ def merge(
     keep_alpha: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_error: float | None = None,
@@ -239,6 +304,51 @@ def quantize(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizeResult: ...
+def repair(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    keep_intruders: bool = False,
+    lambda_: float = 0.75,
+    keep_every_rank: bool = False,
+    drop_dead: bool = False,
+    rebalance: bool = False,
+    intruders: int = 10,
+    epsilon: float = 0.5,
+    exact_svd: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    workers: int | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    in_place: bool = False,
+    max_error: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RepairResult: ...
+def spectrum(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    set: Sequence[tuple[str, str] | str] | Mapping[str, str] = (),
+    entries: bool = False,
+    against: str | os.PathLike[str] | None = None,
+    intruders: int = 10,
+    epsilon: float = 0.5,
+    exact_svd: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    workers: int | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> SpectrumResult: ...
 def squeeze(
     source: str | os.PathLike[str] | Adapter,
     *,
@@ -267,6 +377,7 @@ def squeeze(
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -289,6 +400,7 @@ def squeeze_choices(
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> SqueezeChoices: ...
 def delta(
     adapter: Adapter,
@@ -312,6 +424,7 @@ def to_dora(
     workers: int | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -346,6 +459,7 @@ def to_lora(
     keep_alpha: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -368,6 +482,7 @@ def to_lora_choices(
     keep_alpha: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> ToLoraChoices | None: ...
 def verify(
     fused: str | os.PathLike[str] | Checkpoint,
@@ -381,5 +496,6 @@ def verify(
     | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
     workers: int | None = None,
     format: str | None = None,
+    ignore_key: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...

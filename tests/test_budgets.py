@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loratools.factors.resize import ComputeOptions
 from safetensors.numpy import load_file, save_file
 from test_cli import loratools
 
 from loratools.algebra.ranks import Budget, RankRule
+from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.operation import difference, extract
 from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.operation import merge

@@ -16,6 +16,7 @@ from loratools.algebra.ranks import (
     gavish_donoho,
     pattern_rank,
 )
+from loratools.work.spellings import nbytes as size_of
 from loratools_formats.disk.errors import OptionError
 
 
@@ -187,16 +188,30 @@ def test_a_budget_whose_header_grows_with_the_ranks_is_kept():
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("12MB", 12_000_000), ("12 mib", 12 << 20), ("800", 800), (".5kB", 500), ("1GiB", 1 << 30)],
-)
+    [
+        ("12MB", 12_000_000), ("12 mib", 12 << 20), ("800", 800), (".5kB", 500), ("1GiB", 1 << 30),
+        ("3kb", 3_000), ("3KB", 3_000), ("2G", 2 * 10**9), ("0.5TB", 5 * 10**11), ("7 B", 7),
+        ("1.001kB", 1_001),
+    ],
+)  # fmt: skip
 def test_budget_sizes(text, nbytes):
     assert Budget.parse(text).resolve(1) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "x", "-5MB", "0%", "12 apples", "1e9"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "-5MB", "0%", "0", "0.0", "12 apples", "1e9", "١٢MB", "9" * 400, "5%%", "k"]
+)
 def test_bad_budgets(text):
-    with pytest.raises(OptionError, match="not a budget"):
+    with pytest.raises(OptionError, match=r"not a (size|share)"):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize(("text", "meant"), [("0.25", "25%"), (".5", "50%"), (" 0.125 ", "12.5%")])
+def test_a_budget_that_lacks_its_percent_sign_is_refused(text, meant):
+    with pytest.raises(OptionError, match=f"is a size in bytes; did you mean {meant}"):
+        Budget.parse(text)
+    with pytest.raises(OptionError, match="not a size above zero"):
+        size_of(text)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loratools.algebra.ranks import SERVE_RANKS, RankRule, Spectrum
+from loratools.work.json_object import named
 from loratools_formats.disk.errors import OptionError
 
 
@@ -193,7 +194,7 @@ def _spent(
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankChoice:
     """A row of the table rank → size → error.
 
@@ -205,7 +206,7 @@ class RankChoice:
     """
 
     rank: int
-    nbytes: int
+    nbytes: int = named("bytes")
     energy: float
     relative_error: float
 
@@ -231,5 +232,7 @@ def rank_table(
         lost = tails + sum(float(np.sum(spectrum.energies[rank:])) for spectrum in spectra)
         nbytes = size({s.name: min(rank, s.rank) for s in spectra})
         share = lost / total if total else 0.0
-        rows.append(RankChoice(rank, nbytes, 1.0 - share, share**0.5))
+        rows.append(
+            RankChoice(rank=rank, nbytes=nbytes, energy=1.0 - share, relative_error=share**0.5)
+        )
     return rows

@@ -1,4 +1,4 @@
-"""What singular values tell of a matrix, and how its energy lies against a random matrix's.
+"""Measures of a matrix by its singular values, and of its energy beside a random matrix's.
 
 Definitions, with σ the singular values and p = σ/Σσ:
   stable rank          Σσ²/σ₁² (Rudelson, Vershynin 2007)
@@ -25,14 +25,12 @@ import numpy as np
 
 from loratools.algebra.ranks import gavish_donoho
 from loratools.algebra.thin import Thin
+from loratools.work.json_object import named
 
 Array = np.ndarray[Any, Any]
 
-ENERGIES = (0.9, 0.95, 0.99)
-"""Shares of energy whose ranks are reported."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpectrumMeasures:
     """What a spectrum tells.
 
@@ -42,7 +40,9 @@ class SpectrumMeasures:
         stable_rank: Σσ²/σ₁²; 0 of a zero matrix, as all ranks are.
         effective_rank: exp of the entropy of σ/Σσ.
         participation_ratio: (Σσ²)²/Σσ⁴.
-        energy_ranks: least ranks with the shares `ENERGIES`.
+        energy_rank_90: least rank with 0.9 of the energy.
+        energy_rank_95: with 0.95.
+        energy_rank_99: with 0.99.
         threshold_rank: singular values above the Gavish–Donoho threshold.
         knee: singular values before the knee of the spectrum.
         top_share: σ₁²/Σσ².
@@ -53,10 +53,32 @@ class SpectrumMeasures:
     stable_rank: float
     effective_rank: float
     participation_ratio: float
-    energy_ranks: tuple[int, ...]
+    energy_rank_90: int = named("energy_rank_0.9")
+    energy_rank_95: int = named("energy_rank_0.95")
+    energy_rank_99: int = named("energy_rank_0.99")
     threshold_rank: int
     knee: int
     top_share: float
+
+    @property
+    def energy_ranks(self) -> tuple[int, int, int]:
+        """Least ranks with 0.9, 0.95 and 0.99 of the energy."""
+        return self.energy_rank_90, self.energy_rank_95, self.energy_rank_99
+
+
+_NOTHING = SpectrumMeasures(
+    frobenius=0.0,
+    spectral=0.0,
+    stable_rank=0.0,
+    effective_rank=0.0,
+    participation_ratio=0.0,
+    energy_rank_90=0,
+    energy_rank_95=0,
+    energy_rank_99=0,
+    threshold_rank=0,
+    knee=0,
+    top_share=0.0,
+)
 
 
 def measures(sigma: Array, shape: tuple[int, int], tail: float = 0.0) -> SpectrumMeasures:
@@ -71,7 +93,7 @@ def measures(sigma: Array, shape: tuple[int, int], tail: float = 0.0) -> Spectru
     squares = sigma**2
     total = float(squares.sum()) + tail
     if total == 0.0:
-        return SpectrumMeasures(0.0, 0.0, 0.0, 0.0, 0.0, (0,) * len(ENERGIES), 0, 0, 0.0)
+        return _NOTHING
     shares = sigma[sigma > 0.0] / sigma.sum()
     return SpectrumMeasures(
         frobenius=math.sqrt(total),
@@ -79,7 +101,9 @@ def measures(sigma: Array, shape: tuple[int, int], tail: float = 0.0) -> Spectru
         stable_rank=total / float(squares[0]),
         effective_rank=float(np.exp(-np.sum(shares * np.log(shares)))),
         participation_ratio=total**2 / float((squares**2).sum()),
-        energy_ranks=tuple(_energy_rank(squares, total, share) for share in ENERGIES),
+        energy_rank_90=_energy_rank(squares, total, 0.9),
+        energy_rank_95=_energy_rank(squares, total, 0.95),
+        energy_rank_99=_energy_rank(squares, total, 0.99),
         threshold_rank=int(np.sum(sigma > gavish_donoho(sigma, shape))),
         knee=knee(sigma),
         top_share=float(squares[0]) / total,

@@ -1,7 +1,8 @@
 """One matrix ΔW = scale · b @ a, taken apart once and asked for spectra, factors and errors.
 
 Chooses between the Gram route and QR: Gram for factors stored in 32 bits or fewer, whose rounding
-hides its floor; QR for float64 factors and for devices without float64.
+hides its floor; QR for float64 factors and for devices without float64. Factors whose terms nearly
+cancel are taken apart in more bits than float64 has.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from loratools.algebra import linalg
+from loratools.algebra import cancelling, linalg
 from loratools.algebra.device import Device, to_numpy
 
 Array = np.ndarray[Any, Any]
@@ -62,6 +63,17 @@ class Matrix:
         self._use_gram = use_gram and device.has_float64
         self._device = device
         self._grams = linalg.grams(self._b, self._a)
+        self._cancels = cancelling.cancels(self._grams)
+
+    @functools.cached_property
+    def _exact(self) -> cancelling.Core:
+        """The core of factors that nearly cancel."""
+        b, a = to_numpy(self._b), to_numpy(self._a)
+        return cancelling.core_of(b, a, np.full(len(a), self._scale))
+
+    @functools.cached_property
+    def _triplets(self) -> tuple[Array, Array, Array]:
+        return cancelling.triplets_of(self._exact)
 
     @functools.cached_property
     def _core(self) -> linalg.GramCore:
@@ -74,18 +86,28 @@ class Matrix:
     @property
     def squared_norm(self) -> float:
         """‖ΔW‖²_F."""
+        if self._cancels:
+            return self._exact.norm**2
         return self._scale**2 * self._grams.squared_norm
 
     @property
     def singular_values(self) -> Array:
         """(r,): descending; zeros where the shape allows fewer."""
-        found = self._core.singular_values if self._use_gram else self._qr.singular_values
         values = np.zeros(self._a.shape[0])
+        if self._cancels:
+            values[:] = self._triplets[1]
+            values[min(self._b.shape[0], self._a.shape[1]) :] = 0.0
+            return values
+        found = self._core.singular_values if self._use_gram else self._qr.singular_values
         values[: found.shape[0]] = to_numpy(found)
         return values
 
     def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
         """Return the best (b, a) of a rank, balanced, of scale 1, padded with zeros if need be."""
+        if self._cancels:
+            u, s, vt = (part.copy() for part in self._triplets)
+            root = np.sqrt(s[:rank])
+            return padded(*signed(u[:, :rank] * root, root[:, None] * vt[:rank]), rank)
         if randomised is not None:
             found = linalg.rsvd_factors(
                 self._b,
@@ -105,10 +127,22 @@ class Matrix:
         return padded(to_numpy(found.b), to_numpy(found.a), rank)
 
     def squared_error(self, b: Array, a: Array) -> float:
-        """Return ‖ΔW − b @ a‖²_F."""
+        """Return ‖ΔW − b @ a‖²_F; an upper bound of it where the factors nearly cancel."""
+        if self._cancels:
+            return self._bounded_error(b, a) ** 2
         new_b, new_a = self._device.put(b), self._device.put(a)
         error, _ = linalg.residual_norm(self._b, self._a, self._scale, self._grams, new_b, new_a)
         return error**2
+
+    def _bounded_error(self, b: Array, a: Array) -> float:
+        old_b, old_a = to_numpy(self._b), to_numpy(self._a)
+        core = cancelling.core_of(
+            np.concatenate([old_b, b], axis=1, dtype=np.float64),
+            np.concatenate([old_a, a], dtype=np.float64),
+            np.concatenate([np.full(len(old_a), self._scale), np.full(len(a), -1.0)]),
+        )
+        norm = float(np.linalg.norm(core.core))
+        return 0.0 if norm <= core.floor and not self._exact.norm else norm + core.floor
 
 
 def padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from loratools.work.declared import option
 from loratools.work.selection import check_regex
-from loratools.work.spellings import share
+from loratools.work.spellings import share, share_or_nbytes
 from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 SERVE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts as max_lora_rank (vllm/config/lora.py, 2026)."""
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,10 @@ class Budget:
         1500000
 
         Raises:
-            OptionError: none of these.
+            OptionError: none of these, or a share without its `%`.
         """
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|(?:([kmg]i?)?b)?)\s*", text, re.IGNORECASE)
-        if match is None or float(match[1]) <= 0:
-            raise OptionError("not a budget", got=text, expected="such as 25% or 12MB")
-        number = float(match[1])
-        if match[2] == "%":
-            return cls(share=number / 100)
-        return cls(nbytes=int(number * _UNITS[(match[3] or "").lower()]))
+        share, nbytes = share_or_nbytes(text)
+        return cls(nbytes, share)
 
     def resolve(self, input_nbytes: int) -> int:
         """Return the budget in bytes."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.algebra import linalg
+from loratools.algebra import cancelling, linalg
 
 Array = np.ndarray[Any, Any]
 
@@ -38,6 +38,7 @@ class Thin:
         self.b, self.a, self.scale, self.tail = b, a, scale, tail
         self._use_gram = use_gram
         self.grams = linalg.grams(b, a)
+        self._cancels = cancelling.cancels(self.grams)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,20 +53,30 @@ class Thin:
     @property
     def squared_norm(self) -> float:
         """‖ΔW‖²_F, the tail included."""
+        if self._cancels:
+            return self._exact.norm**2 + self.tail
         return self.scale**2 * self.grams.squared_norm + self.tail
+
+    @functools.cached_property
+    def _exact(self) -> cancelling.Core:
+        return cancelling.core_of(self.b, self.a, np.full(self.rank, self.scale))
 
     @functools.cached_property
     def singular_values(self) -> Array:
         """(min(r, out, in),) float64, descending; without those of the tail."""
         count = min(self.rank, *self.shape)
-        if self._use_gram:
+        if self._use_gram and not self._cancels:
             values: Array = linalg.gram_core(self.grams, self.scale).singular_values[:count]
             return values
-        return self.svd[1]
+        return self.svd[1][:count]
 
     @functools.cached_property
     def svd(self) -> tuple[Array, Array, Array]:
         """U (out, k), S (k,), Vᵀ (k, in) in float64 by QR of both factors."""
+        if self._cancels:
+            u, values, v = cancelling.triplets_of(self._exact)
+            count = min(self.rank, *self.shape)
+            return u[:, :count], values[:count], v[:count]
         q_b, r_b = np.linalg.qr(self.b.astype(np.float64, copy=False))
         q_a, r_a = np.linalg.qr(self.a.T.astype(np.float64, copy=False))
         u, s, vt = np.linalg.svd(self.scale * (r_b @ r_a.T), full_matrices=False)

@@ -2,7 +2,7 @@
 
 Four-bit weights of bitsandbytes mean what loaders compute with: codebook · scale rounded to the
 type they were made from. Eight-bit floats mean code · scale, in float32. Nothing is held: a range
-of elements is computed from the same range of what is stored. Other quantisations are refused,
+of elements is computed from the same range of the stored ones. Other quantisations are refused,
 unless nothing needs their weights: `as_stored` then copies them as they are.
 """
 
@@ -57,14 +57,14 @@ _VARIANTS = {
 
 
 @dataclass(frozen=True)
-class PlainCheckpoint:
+class DequantisedCheckpoint:
     """A checkpoint whose quantised weights read as floating ones.
 
     Attributes:
-        checkpoint: the same files, with plain tensors and a configuration for them.
+        checkpoint: the base's files, with floating tensors and a configuration for them.
         stored: type to store each computed weight in by default: 16 bits.
         four_bit: weights in four bits.
-        dropped: tensors that only say how others are quantised, and so have no place any more.
+        dropped: tensors that only say how others are quantised.
     """
 
     checkpoint: Checkpoint
@@ -78,8 +78,8 @@ class PlainCheckpoint:
         return bool(self.stored)
 
 
-def plain(base: Checkpoint) -> PlainCheckpoint:
-    """Return a checkpoint as plain tensors; itself if it is that already.
+def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
+    """Return a checkpoint whose weights read as floating ones; itself if none is quantised.
 
     Raises:
         AdapterError: malformed quantised weights.
@@ -90,7 +90,7 @@ def plain(base: Checkpoint) -> PlainCheckpoint:
     eight_bit = fp8_weights(base.tensors, base.config)
     _check_left_over(base, four_bit, eight_bit)
     if not four_bit and not eight_bit:
-        return PlainCheckpoint(base, {}, {}, ())
+        return DequantisedCheckpoint(base, {}, {}, ())
     auxiliary = {t.key for w in four_bit.values() for t in w.tensors} - set(four_bit)
     auxiliary |= {part.key for weight in eight_bit.values() for part in weight.parts}
     if eight_bit:
@@ -100,7 +100,7 @@ def plain(base: Checkpoint) -> PlainCheckpoint:
     for key, tensor in base.tensors.items():
         if key in four_bit:
             weight = four_bit[key]
-            tensors[key] = four_bit_tensor(weight, turned=is_conv1d(key, base.config))
+            tensors[key] = four_bit_tensor(weight, transposed=is_conv1d(key, base.config))
             stored[key] = weight.dtype if weight.dtype.bits == 16 else DTYPES["BF16"]
         elif key in eight_bit:
             tensors[key] = _computed(key, DTYPES["F32"], tensor.shape, _Fp8Source(eight_bit[key]))
@@ -108,11 +108,11 @@ def plain(base: Checkpoint) -> PlainCheckpoint:
         elif key not in auxiliary:
             tensors[key] = tensor
     name = next(iter(stored.values())).torch
-    checkpoint = replace(base, tensors=tensors, config=plain_config(base.config, str(name)))
-    return PlainCheckpoint(checkpoint, stored, four_bit, tuple(sorted(auxiliary)))
+    checkpoint = replace(base, tensors=tensors, config=dequantised_config(base.config, str(name)))
+    return DequantisedCheckpoint(checkpoint, stored, four_bit, tuple(sorted(auxiliary)))
 
 
-def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def dequantised_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return a configuration, and those nested in it, for plain weights of a torch type."""
     changed: dict[str, Any] = {}
     for name, value in config.items():
@@ -121,11 +121,13 @@ def plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         if name in _DTYPE_KEYS and isinstance(value, str):
             changed[name] = dtype
         else:
-            changed[name] = plain_config(value, dtype) if isinstance(value, Mapping) else value
+            changed[name] = (
+                dequantised_config(value, dtype) if isinstance(value, Mapping) else value
+            )
     return changed
 
 
-def as_stored(base: Checkpoint) -> PlainCheckpoint:
+def as_stored(base: Checkpoint) -> DequantisedCheckpoint:
     """Return a checkpoint with all its tensors as they are, and its configuration.
 
     Of such a checkpoint, only tensors that `is_stored_plain` tells may be read as weights.
@@ -134,7 +136,7 @@ def as_stored(base: Checkpoint) -> PlainCheckpoint:
         UnsupportedError: its weights are rotated.
     """
     refuse_rotated(base.config)
-    return PlainCheckpoint(base, {}, {}, ())
+    return DequantisedCheckpoint(base, {}, {}, ())
 
 
 def is_stored_plain(base: Checkpoint, key: str) -> bool:
@@ -194,10 +196,10 @@ def _computed(key: str, dtype: DType, shape: tuple[int, ...], source: _Source) -
     return in_file(key, dtype, shape, source, 0)
 
 
-def four_bit_tensor(weight: QuantizedWeight, *, turned: bool) -> TensorRef:
+def four_bit_tensor(weight: QuantizedWeight, *, transposed: bool) -> TensorRef:
     """Return a four-bit weight as a plain tensor; Conv1D weights are stored transposed."""
-    if turned and len(weight.shape) == 2:
-        return _computed(weight.key, weight.dtype, weight.shape[::-1], _TurnedSource(weight))
+    if transposed and len(weight.shape) == 2:
+        return _computed(weight.key, weight.dtype, weight.shape[::-1], _TransposedSource(weight))
     return _computed(weight.key, weight.dtype, weight.shape, _FourBitSource(weight))
 
 
@@ -236,7 +238,7 @@ class _FourBitSource(_Source):
         return self._decoder.elements(start, stop, out)
 
 
-class _TurnedSource(_FourBitSource):
+class _TransposedSource(_FourBitSource):
     """The same of a Conv1D weight, transposed back; each thread keeps the last one whole."""
 
     _kept = threading.local()
@@ -284,7 +286,7 @@ class _Fp8Source(_Source):
 
 
 def _numbers(scale: TensorRef) -> Array:
-    """Return scales in float32; bytes are exponents of two, 127 of which stands for one."""
+    """Return scales in float32; bytes are exponents of two, where 127 stands for one."""
     if scale.dtype.code == "U8":
         return np.exp2(scale.load(np.float32) - np.float32(127))
     values: Array = scale.load(np.float32)

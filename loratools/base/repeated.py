@@ -12,7 +12,7 @@ from pathlib import Path
 from loratools.base.placement.names import Names
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, read_checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
-from loratools_formats.containers.gguf.model import plain
+from loratools_formats.containers.gguf.model import decoded
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
@@ -73,6 +73,6 @@ def _in_gguf(base: Path) -> Callable[[str], TensorRef | None]:
         except LoratoolsError:  # not a matrix of this model, so nothing to compare with
             return None
         moved = others or order != list(range(len(order)))
-        return None if moved else plain(model.tensors[f"{name}.weight"])
+        return None if moved else decoded(model.tensors[f"{name}.weight"])
 
     return found

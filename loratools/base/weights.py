@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.fused import part_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
@@ -33,19 +33,19 @@ class Piece:
 
     Attributes:
         stored: the tensor: (out, in), (in, out), or (out, in, *kernel).
-        crossed: whether it is stored as (in, out).
+        transposed: whether it is stored as (in, out).
         start: first output.
         stop: after the last one.
     """
 
     stored: TensorRef
-    crossed: bool
+    transposed: bool
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
-class Place:
+class BaseModule:
     """Where in the base a module's weight is.
 
     Attributes:
@@ -62,7 +62,7 @@ class Place:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         first = self.pieces[0]
-        side = first.stored.shape[0] if first.crossed else math.prod(first.stored.shape[1:])
+        side = first.stored.shape[0] if first.transposed else math.prod(first.stored.shape[1:])
         return sum(piece.stop - piece.start for piece in self.pieces), side
 
     def weight(self) -> BaseWeight:
@@ -71,10 +71,10 @@ class Place:
 
 
 def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) -> Names:
-    """Return a base's tensors as an adapter's changes find them.
+    """Return the base's tensors with the adapter's replacement tensors substituted.
 
     A file may hold the whole weight or bias of a layer beside its change, such as a saved embedding
-    or a trained bias. Then the change is one of that tensor, which is read in the base's place.
+    or a trained bias. The change then applies to that tensor instead of the base's.
 
     Args:
         adapter: whose replacements count.
@@ -84,7 +84,7 @@ def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) ->
     Raises:
         UnsupportedError: only rows of a weight are replaced, or the base has it inside another.
     """
-    checkpoint = plain(base).checkpoint
+    checkpoint = dequantised(base).checkpoint
     names = Names(checkpoint)
     tensors = dict(checkpoint.tensors)
     for replacement in adapter.replacements.values():
@@ -103,7 +103,7 @@ def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) ->
     return Names(replace(checkpoint, tensors=tensors))
 
 
-def find_place(names: Names, name: str, delta: LowRank | KindDelta) -> Place:
+def find_base_module(names: Names, name: str, delta: LowRank | KindDelta) -> BaseModule:
     """Return where the weight of a module is.
 
     Raises:
@@ -131,7 +131,7 @@ def find_place(names: Names, name: str, delta: LowRank | KindDelta) -> Place:
         layer = Layer("conv", kernel=stored.shape[2:])
     biases = sites(names, name, "bias")
     alone = len(found) == len(biases) == 1 and found[0].part is None and biases[0].part is None
-    return Place(pieces, layer, names.tensors[biases[0].key] if alone else None)
+    return BaseModule(pieces, layer, names.tensors[biases[0].key] if alone else None)
 
 
 def is_in_stack(names: Names, name: str) -> bool:
@@ -148,13 +148,13 @@ def is_fused(names: Names, name: str) -> bool:
 def _pieces(names: Names, name: str, delta: LowRank | KindDelta, site: Site) -> Sequence[Piece]:
     stored = names.tensors[site.key]
     if site.part is None and site.share is None:
-        crossed = whole_is_transposed(names, name, delta, stored.shape)
+        transposed = whole_is_transposed(names, name, delta, stored.shape)
     else:
         by = name if site.part is None else site.part.module
-        crossed = cut_is_transposed(names, by, delta, stored.shape)
-    total = math.prod(stored.shape[1:]) if crossed else stored.shape[0]
+        transposed = cut_is_transposed(names, by, delta, stored.shape)
+    total = math.prod(stored.shape[1:]) if transposed else stored.shape[0]
     spans = ((0, total),) if site.part is None else part_spans(names, site.part, total)
-    return [Piece(stored, crossed, start, stop) for start, stop in spans]
+    return [Piece(stored, transposed, start, stop) for start, stop in spans]
 
 
 class BaseWeight:
@@ -173,7 +173,7 @@ class BaseWeight:
         self._bias = bias
         self._pieces = pieces
         self._turned = {
-            piece.stored.key: self._whole(piece.stored) for piece in pieces if piece.crossed
+            piece.stored.key: self._whole(piece.stored) for piece in pieces if piece.transposed
         }
 
     def _whole(self, stored: TensorRef) -> Array:
@@ -211,7 +211,7 @@ class BaseWeight:
 
     def _read(self, piece: Piece, start: int, stop: int) -> Array:
         stored, width = piece.stored, self.shape[1]
-        if piece.crossed:
+        if piece.transposed:
             rows = self._turned[stored.key][start:stop].astype(np.float64)
         else:
             flat = stored.elements(start * width, stop * width)
@@ -222,7 +222,7 @@ class BaseWeight:
 
 
 class ShapeOnly:
-    """A weight of which only the shape is known."""
+    """A weight whose values are not known, only its shape."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -10,18 +9,16 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.measured import optional, print_csv
-from loratools.cli.output import note, number, print_json, print_table, progress_bar, quantity
-from loratools.cli.page.measured import compare_sections
-from loratools.cli.page.page import Pages
-from loratools.operations.compare.bases import compare_bases
-from loratools.operations.compare.operation import CompareOptions, compare
-from loratools.operations.compare.result import BasesResult, CompareResult, PairModule
+from loratools.cli.output import number, print_table, progress_bar, quantity
+from loratools.cli.pages import Pages
+from loratools.cli.perform import report
+from loratools.face.compare import BasesResult, CompareResult, compare, compare_bases
+from loratools.operations.compare.operation import CompareOptions
+from loratools.operations.compare.result import PairModule
+from loratools.work.json_object import as_json
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting
 from loratools.work.selection import Selection
-from loratools_formats import read_adapter
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, printable
 
 _SHOWN = 5
@@ -48,7 +45,7 @@ _HEADER = [
     metavar="W0 W1",
     help="Compare two base models where one adapter acts, instead of adapters.",
 )
-@shared.reads("base", "from_")
+@shared.reads("base", "from_", "ignore_key")
 @shared.takes(CompareOptions, into="options")
 @shared.takes(Selection, into="selection")
 @shared.takes(Workers, into="threads")
@@ -64,7 +61,7 @@ def command(
     pages: Pages,
     reporting: Reporting,
 ) -> None:
-    """Compare adapters: angles, shared spaces, signs, what merging loses, families and lineages.
+    """Compare adapters: angles, shared spaces, signs, families; or two bases.
 
     Two adapters are compared module by module, more of them as a matrix. With --bases, one adapter
     and two base models: how far these differ where the adapter acts.
@@ -74,57 +71,37 @@ def command(
     loratools compare shelf/*
     loratools compare my-adapter --bases old-model new-model
     """  # noqa: D301 - click reads the backspace
-    pages.check(reporting)
-    if bases is not None:
-        if len(adapters) != 1 or reading.base is not None or pages.html is not None:
-            raise OptionError("`bases` takes one adapter, and neither `base` nor `html`")
+    pages.check(reporting, [*adapters, reading.base, *(bases or ())])
+    if bases is None:
+        with progress_bar("compare", quiet=reporting.quiet) as progress:
+            result = compare(
+                adapters,
+                base=reading.base,
+                options=options,
+                selection=selection,
+                threads=threads,
+                reading=reading,
+                progress=progress,
+            )
+        pages.write(result)
+        report(result, _csv if pages.csv else _print_report, reporting)
+    else:
+        if len(adapters) != 1 or reading.base is not None:
+            raise OptionError("`bases` takes one adapter, and no `base`")
         found = compare_bases(
-            read_adapter(adapters[0], reading.from_),
-            read_checkpoint(bases[0]),
-            read_checkpoint(bases[1]),
-            selection=selection,
-            workers=threads.workers,
+            adapters[0], *bases, selection=selection, threads=threads, reading=reading
         )
-        _show_bases(found, as_csv=pages.csv, as_json=reporting.json, quiet=reporting.quiet)
-        return
-    with progress_bar("compare", quiet=reporting.quiet) as progress:
-        result = compare(
-            _named(adapters, reading.from_),
-            base=None if reading.base is None else read_checkpoint(reading.base),
-            options=options,
-            selection=selection,
-            workers=threads.workers,
-            progress=progress,
-        )
-    title = f"Comparison of {len(result.names)} adapters"
-    pages.write(title, lambda: compare_sections(result))
-    _show(result, as_csv=pages.csv, as_json=reporting.json, quiet=reporting.quiet)
-    if not reporting.quiet:
-        for text in pages.notes():
-            note(text)
+        pages.write(found)
+        report(found, _bases_csv if pages.csv else _print_bases, reporting)
+    pages.say(reporting)
 
 
-def _show(result: CompareResult, *, as_csv: bool, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        print_json(result.to_dict())
-    elif as_csv:
-        modules = result.to_dict()["modules"]
-        print_csv(modules or _matrix_rows(result))
-    elif not quiet:
-        _print_report(result)
-    if not quiet:
-        for text in result.notes:
-            note(text)
+def _csv(result: CompareResult) -> None:
+    print_csv(as_json(result.modules) or _matrix_rows(result))
 
 
-def _named(paths: tuple[Path, ...], format_name: str | None) -> dict[str, Adapter]:
-    """Return the adapters by the shortest ends of their paths that tell them apart."""
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise OptionError("an adapter is given twice", got=", ".join(map(str, paths)))
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
-    return {name: read_adapter(path, format_name) for name, path in zip(names, paths, strict=True)}
+def _bases_csv(result: BasesResult) -> None:
+    print_csv(as_json(result.modules))
 
 
 def _matrix_rows(result: CompareResult) -> list[dict[str, object]]:
@@ -186,12 +163,15 @@ def _print_groups(result: CompareResult) -> None:
                 f"cosine of the A factors: {number(a_cosine)} "
                 f"(independent starts: ±{optional(result.a_random)})"
             )
+        overlap = result.a_overlaps[0][1]
+        if overlap is not None:
+            click.echo(f"overlap of the spaces of A, above random: {number(overlap)}")
         losses = " ".join(optional(loss, ".2f") for loss in result.linear_losses)
         click.echo(f"loss of each in an even linear merge: {losses}")
     for title, groups in (
         ("family (cosine above 0.5 on average)", result.families),
         ("near-duplicates (cosine at least 0.99)", result.duplicates),
-        ("same start (cosine of A at least 0.5)", result.lineages),
+        ("same start (cosine or overlap of A at least 0.5)", result.lineages),
     ):
         for group in groups:
             click.echo(f"{title}: {', '.join(printable(name) for name in group)}")
@@ -207,26 +187,18 @@ def _print_unmatched(result: CompareResult) -> None:
         click.echo(f"  and {len(result.unmatched) - _SHOWN} more; --json lists all")
 
 
-def _show_bases(result: BasesResult, *, as_csv: bool, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        print_json(result.to_dict())
-    elif as_csv:
-        print_csv(result.to_dict()["modules"])
-    elif not quiet:
-        print_table(
-            ["module", "‖W₁−W₀‖/‖W₀‖", "where ΔW writes", "where ΔW reads", "both, over ‖ΔW‖"],
-            "<>>>>",
+def _print_bases(result: BasesResult) -> None:
+    print_table(
+        ["module", "‖W₁−W₀‖/‖W₀‖", "where ΔW writes", "where ΔW reads", "both, over ‖ΔW‖"],
+        "<>>>>",
+        [
             [
-                [
-                    printable(module.name),
-                    optional(module.relative),
-                    optional(module.outputs),
-                    optional(module.inputs),
-                    optional(module.against_change),
-                ]
-                for module in result.modules
-            ],
-        )
-    if not quiet:
-        for text in result.notes:
-            note(text)
+                printable(module.name),
+                optional(module.relative),
+                optional(module.outputs),
+                optional(module.inputs),
+                optional(module.against_change),
+            ]
+            for module in result.modules
+        ],
+    )

@@ -10,6 +10,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, note, number, percent, print_table, quantity
+from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.extract import ExtractResult, extract, extract_choices
 from loratools.lowrank.resize import ComputeOptions
@@ -26,6 +27,7 @@ from loratools.work.selection import Selection
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Selection, into="selection")
+@shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
 def command(
     base: Path,
@@ -35,6 +37,7 @@ def command(
     rule: RankRule,
     compute: ComputeOptions,
     selection: Selection,
+    pages: Pages,
     reporting: Reporting,
 ) -> int:
     """Extract the LoRA between two checkpoints.
@@ -45,9 +48,10 @@ def command(
     \b
     loratools extract base-model tuned-model -o my-lora --rank 32
     """  # noqa: D301 - click reads the backspace
+    pages.check(reporting, [base, tuned, writing.output], overwrite=writing.overwrite)
     if not rule.is_given:
         choices = extract_choices(base, tuned, compute=compute, selection=selection)
-        return show_choices(choices, writing, reporting)
+        return show_choices(choices, writing, reporting, pages=pages)
     target = target_of(writing)
     return perform(
         "extract",
@@ -64,6 +68,7 @@ def command(
         _show,
         target,
         reporting,
+        pages=pages,
     )
 
 

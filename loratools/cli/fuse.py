@@ -9,6 +9,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, note, number, percent, print_table, quantity
+from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
 from loratools.face.fuse import FusePlan, FuseResult, PlannedTensor, fuse
@@ -23,7 +24,8 @@ from loratools.work.requests import Reading, Reporting, Writing
 @shared.writes(positional=False)
 @shared.takes(FuseOptions, into="options")
 @shared.takes(GgufFuseOptions, "fallback", into="quantised")
-@shared.reads("from_")
+@shared.reads("from_", "ignore_key")
+@shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
 def command(
     base: Path,
@@ -32,6 +34,7 @@ def command(
     options: FuseOptions,
     quantised: GgufFuseOptions,
     reading: Reading,
+    pages: Pages,
     reporting: Reporting,
 ) -> int:
     """Fuse adapters into base weights, streamed, without loading a model.
@@ -45,11 +48,14 @@ def command(
     loratools fuse base.gguf my-adapter -o merged.gguf --dtype q8_0
     """  # noqa: D301 - click reads the backspace
     target = target_of(writing)
+    sources = [weighted_path(text) for text in adapters]
+    inputs = [base, *(path for path, _ in sources), target.output]
+    pages.check(reporting, inputs, overwrite=writing.overwrite)
     return perform(
         "fuse",
         lambda progress: fuse(
             base,
-            [weighted_path(text) for text in adapters],
+            sources,
             options=options,
             quantised=quantised,
             reading=reading,
@@ -60,6 +66,7 @@ def command(
         target,
         reporting,
         unit="B",
+        pages=pages,
     )
 
 

@@ -12,15 +12,16 @@ from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, note, number, percent, print_table
+from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
 from loratools.face.merge import MergeResult, merge
+from loratools.face.source import destination
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles
 from loratools.work.declared import declared
 from loratools.work.requests import Reading, Reporting, Writing
-from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import OptionError
 
 
@@ -32,7 +33,8 @@ from loratools_formats.disk.errors import OptionError
 @shared.takes(RecipeFiles, into="files")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute", without=("--method",))
-@shared.reads("base", "from_", "carry_unknown")
+@shared.reads("base", "from_", "carry_unknown", "ignore_key")
+@shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
 @click.pass_context
 def command(
@@ -43,6 +45,7 @@ def command(
     files: RecipeFiles,
     compute: ComputeOptions,
     reading: Reading,
+    pages: Pages,
     reporting: Reporting,
     **settings: Any,
 ) -> int:
@@ -64,9 +67,14 @@ def command(
     else:
         raise OptionError("no adapters to merge", hint="Name some, or pass `recipe=FILE`")
     target = target_of(writing)
+    inputs = [sources] if isinstance(sources, Path) else [path for path, _ in sources]
+    inputs += [path for path in (reading.base, target.output) if path is not None]
+    pages.check(reporting, inputs, overwrite=writing.overwrite)
     save_recipe = None if writing.dry_run else files.save_recipe
     if save_recipe is not None:
-        check_target(save_recipe, [], overwrite=writing.overwrite)
+        read = [files.recipe, *(path for path, _ in ([] if isinstance(sources, Path) else sources))]
+        place = Writing(output=save_recipe, overwrite=writing.overwrite)
+        destination(place, None, [*read, reading.base])
 
     def work(progress: Callable[[int, int], None] | None) -> MergeResult:
         result = merge(
@@ -82,7 +90,7 @@ def command(
             result.write_recipe(save_recipe, overwrite=writing.overwrite)
         return result
 
-    return perform("merge", work, _show, target, reporting)
+    return perform("merge", work, _show, target, reporting, pages=pages)
 
 
 def _refuse_what_recipes_say(context: click.Context) -> None:

@@ -13,6 +13,7 @@ import click
 
 from loratools.cli.errors import EXIT_FOUND
 from loratools.cli.output import note, number, print_choices, print_json, progress_bar
+from loratools.cli.pages import Pages
 from loratools.cli.wording import worded
 from loratools.face.result import Result
 from loratools.work.requests import Reporting, Writing
@@ -20,6 +21,7 @@ from loratools_formats.disk.errors import InexactError, LossyError, OptionError,
 
 Found = TypeVar("Found", bound=Result)
 Progress = Callable[[int, int], None]
+_NONE = Pages()
 
 
 def target_of(writing: Writing) -> Writing:
@@ -53,6 +55,7 @@ def perform(
     writing: Writing,
     reporting: Reporting,
     unit: str = "module",
+    pages: Pages = _NONE,
 ) -> int:
     """Run an operation, report its result, and return the exit code.
 
@@ -63,6 +66,7 @@ def perform(
         writing: where the result goes.
         reporting: how to print.
         unit: what progress counts.
+        pages: other forms of the report, checked already.
 
     Raises:
         LoratoolsError: the operation failed.
@@ -86,14 +90,22 @@ def perform(
         return EXIT_FOUND
     if failed is not None:
         raise failed
+    pages.write(result, overwrite=writing.overwrite)
     if not reporting.quiet:
         nothing = writing.dry_run or writing.output is None
-        note("dry run, nothing was written" if nothing else f"wrote {writing.output}")
+        nothing_else = "nothing else" if pages.files else "nothing"
+        note(f"dry run, {nothing_else} was written" if nothing else f"wrote {writing.output}")
+    pages.say(reporting)
     return 0
 
 
 def show_choices(
-    choices: Any, writing: Writing, reporting: Reporting, more: str = "", text: str | None = None
+    choices: Any,
+    writing: Writing,
+    reporting: Reporting,
+    more: str = "",
+    text: str | None = None,
+    pages: Pages = _NONE,
 ) -> int:
     """Print the table rank → size → error, say how to go on, and return the exit code.
 
@@ -103,6 +115,7 @@ def show_choices(
         reporting: how to print.
         more: another way out than to choose a rank.
         text: a line below the table.
+        pages: other forms of the table, checked already.
 
     Raises:
         OptionError: an output was given, and nothing decides its ranks.
@@ -113,10 +126,13 @@ def show_choices(
         if text is not None:
             click.echo(text)
 
+    if writing.output is None:
+        pages.write(choices, overwrite=writing.overwrite)
     report(choices, show, reporting)
     rules = f"Choose with `rank`, `energy`, `budget` or another rule; see --help.{more}"
     if writing.output is not None:
         raise OptionError("no rule for the ranks, so nothing was written", hint=rules)
     if not (reporting.quiet or reporting.json):
         click.echo(worded(rules), err=True)
+    pages.say(reporting)
     return 0

@@ -11,18 +11,16 @@ from loratools.base.decompositions import IntruderOptions
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.measured import optional, print_csv, sparkline
-from loratools.cli.output import human_bytes, note, number, print_json, print_table, progress_bar
-from loratools.cli.page.measured import spectrum_sections
-from loratools.cli.page.page import Pages
-from loratools.operations.spectrum.against import read_references
-from loratools.operations.spectrum.operation import spectrum
+from loratools.cli.output import human_bytes, number, print_table, progress_bar
+from loratools.cli.pages import Pages
+from loratools.cli.perform import report
+from loratools.face.spectrum import SpectrumResult, spectrum
 from loratools.operations.spectrum.options import SpectrumOptions
-from loratools.operations.spectrum.result import MatrixReport, SpectrumResult
+from loratools.operations.spectrum.result import MatrixReport
+from loratools.work.json_object import as_json
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting
 from loratools.work.selection import Selection
-from loratools_formats import read_adapter
-from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import printable
 
 _SHOWN = 3
@@ -30,7 +28,7 @@ _SHOWN = 3
 
 @named_command("spectrum")
 @shared.adapter_argument
-@shared.reads("base", "from_", "carry_unknown")
+@shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.takes(SpectrumOptions, into="options")
 @shared.takes(IntruderOptions, into="intruders")
 @shared.takes(Selection, into="selection")
@@ -47,7 +45,7 @@ def command(
     pages: Pages,
     reporting: Reporting,
 ) -> None:
-    """Measure what is in an adapter: spectra, ranks, strength, and what stands out.
+    """Measure what is in an adapter: spectra, ranks, strength, what stands out.
 
     Without --base everything comes from the factors. With it, also the size of the change beside
     the weight, intruder dimensions, and the true change of a DoRA.
@@ -56,35 +54,25 @@ def command(
     loratools spectrum my-adapter
     loratools spectrum my-adapter --base model --cache ~/.cache/loratools
     """  # noqa: D301 - click reads the backspace
-    pages.check(reporting)
-    source = read_adapter(adapter, reading.from_, carry_unknown=reading.carry_unknown)
-    references, notes = (
-        ([], []) if options.against is None else read_references(options.against, source)
-    )
+    pages.check(reporting, [adapter, reading.base])
     with progress_bar("spectrum", quiet=reporting.quiet) as progress:
         result = spectrum(
-            source,
-            base=None if reading.base is None else read_checkpoint(reading.base),
-            intruders=intruders,
-            entries=options.entries,
+            adapter,
+            base=reading.base,
+            options=options,
+            judging=intruders,
             selection=selection,
-            given=dict(options.set_),
-            references=references,
-            workers=threads.workers,
+            threads=threads,
+            reading=reading,
             progress=progress,
         )
-    pages.write(f"Spectrum of {adapter}", lambda: spectrum_sections(result))
-    if reporting.json:
-        print_json(result.to_dict())
-    elif pages.csv:
-        print_csv([matrix.to_dict() for matrix in result.matrices])
-    elif not reporting.quiet:
-        _print_report(result)
-    if not reporting.quiet:
-        for text in (*notes, *result.notes, *pages.notes()):
-            note(text)
-        if result.directional:
-            note("DoRA modules are given by their directions; --base tells their true changes")
+    pages.write(result)
+    report(result, _csv if pages.csv else _print_report, reporting)
+    pages.say(reporting)
+
+
+def _csv(result: SpectrumResult) -> None:
+    print_csv([as_json(matrix) for matrix in result.matrices])
 
 
 def _print_report(result: SpectrumResult) -> None:

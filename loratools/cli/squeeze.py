@@ -10,6 +10,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.output import note, number, percent, print_table, sizes
+from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.squeeze import SqueezeResult, squeeze, squeeze_choices
 from loratools.lowrank.resize import ComputeOptions
@@ -23,7 +24,8 @@ from loratools.work.selection import Selection
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Selection, into="selection")
-@shared.reads("initial", "from_", "carry_unknown")
+@shared.reads("initial", "from_", "carry_unknown", "ignore_key")
+@shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
 def command(
     adapter: Path,
@@ -32,6 +34,7 @@ def command(
     compute: ComputeOptions,
     selection: Selection,
     reading: Reading,
+    pages: Pages,
     reporting: Reporting,
 ) -> int:
     """Compress an adapter's ranks with the smallest possible error.
@@ -42,6 +45,8 @@ def command(
     loratools squeeze my-adapter -o smaller --rank 16
     loratools squeeze my-adapter -o smaller --budget 25%
     """  # noqa: D301 - click reads the backspace
+    inputs = [adapter, reading.initial, writing.output]
+    pages.check(reporting, inputs, overwrite=writing.overwrite)
     given = {
         "compute": compute,
         "selection": selection,
@@ -49,7 +54,7 @@ def command(
         "reading": reading,
     }
     if not rule.is_given:
-        return show_choices(squeeze_choices(adapter, **given), writing, reporting)
+        return show_choices(squeeze_choices(adapter, **given), writing, reporting, pages=pages)
     target = target_of(writing)
     return perform(
         "squeeze",
@@ -57,6 +62,7 @@ def command(
         _show,
         target,
         reporting,
+        pages=pages,
     )
 
 

@@ -10,28 +10,31 @@ from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, note, number, percent, print_table
+from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations.to_lora import Folding
+from loratools.operations.to_lora import ToLoraOptions
 from loratools.work.requests import Reading, Reporting, Writing
 
 
 @named_command("to-lora")
 @shared.adapter_argument
 @shared.writes("in_place", "max_error")
-@shared.reads("base", "initial", "from_", "carry_unknown")
-@shared.takes(Folding, into="folding")
+@shared.reads("base", "initial", "from_", "carry_unknown", "ignore_key")
+@shared.takes(ToLoraOptions, into="folding")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
+@shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
 def command(
     adapter: Path,
     writing: Writing,
     reading: Reading,
-    folding: Folding,
+    folding: ToLoraOptions,
     rule: RankRule,
     compute: ComputeOptions,
+    pages: Pages,
     reporting: Reporting,
 ) -> int:
     """Turn an adapter of any kind into a plain LoRA.
@@ -44,6 +47,8 @@ def command(
     loratools to-lora my-loha -o plain
     loratools to-lora my-dora --base model -o plain --rank 64
     """  # noqa: D301 - click reads the backspace
+    inputs = [adapter, reading.base, reading.initial, writing.output]
+    pages.check(reporting, inputs, overwrite=writing.overwrite)
     given = {
         "base": reading.base,
         "initial": reading.initial,
@@ -55,7 +60,7 @@ def command(
         choices = to_lora_choices(adapter, **given)
         if choices is not None:
             more = " `loratools fuse` puts the change into the model without loss."
-            return show_choices(choices, writing, reporting, more, _energies(choices))
+            return show_choices(choices, writing, reporting, more, _energies(choices), pages)
     target = target_of(writing)
     return perform(
         "to-lora",
@@ -63,6 +68,7 @@ def command(
         _show,
         target,
         reporting,
+        pages=pages,
     )
 
 

@@ -22,7 +22,7 @@ from loratools_formats.disk.errors import OptionError
 @named_command("verify")
 @click.argument("fused", type=shared.PATH)
 @click.argument("made_from", nargs=-1, metavar="BASE ADAPTER[:WEIGHT]...")
-@shared.reads("base", "from_")
+@shared.reads("base", "from_", "ignore_key")
 @shared.takes(Claim, into="claim")
 @shared.takes(Workers, into="threads")
 @shared.reports("json", "quiet", "verbose")
@@ -36,7 +36,8 @@ def command(
 ) -> int:
     """Check whether a checkpoint is a base with adapters fused in.
 
-    Exits with 0 if it is, with 1 if not, and with 2 if a tensor could not be checked.
+    Exits with 0 if it is, with 1 if not, and with 2 if the checkpoint cannot tell: a tensor could
+    not be checked, rounding erases a change, or the adapter changes nothing.
 
     \b
     loratools verify merged-model base-model my-adapter
@@ -54,7 +55,7 @@ def command(
         )
     report(result, lambda found: _show(found, verbose=reporting.verbose), reporting)
     if result.contained is None and not reporting.quiet:
-        note("some tensors could not be checked")
+        note("that cannot be told; see the reasons above" if result.told else "nothing can be told")
     return {True: 0, False: EXIT_FOUND, None: EXIT_ERROR}[result.contained]
 
 
@@ -79,8 +80,9 @@ def _show(result: VerifyResult, *, verbose: bool) -> None:
         print_table(header, "<<>><", [_row(tensor) for tensor in shown])
     counts = ", ".join(f"{count} {verdict}" for verdict, count in result.counts.items())
     click.echo(f"tensors: {counts}")
-    answer = {True: "contained", False: "not contained", None: "not checked"}[result.contained]
-    click.echo(f"adapter: {answer}")
+    answer = {True: "contained", False: "not contained", None: "cannot tell"}[result.contained]
+    told = f", {percent(result.told)} of ΔW shows" if result.contained is None else ""
+    click.echo(f"adapter: {answer}{told}")
 
 
 def _row(tensor: TensorVerdict) -> list[str]:

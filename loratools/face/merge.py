@@ -41,6 +41,7 @@ from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.registry import get_format
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.publish import publish_file
 
@@ -176,7 +177,7 @@ def merge(
     )
     result = MergeResult(
         adapter=done.adapter,
-        notes=_notes(inputs),
+        findings=(*_findings(inputs), *_about_left_out(done.left_out)),
         method=chosen.method,
         adapters=tuple(MergedAdapter(item.name, item.weight) for item in inputs),
         relative_error=done.relative_error,
@@ -224,12 +225,21 @@ def _inputs(
     return inputs
 
 
-def _notes(inputs: list[MergeInput]) -> tuple[str, ...]:
+def _findings(inputs: list[MergeInput]) -> tuple[Finding, ...]:
     bases = sorted({item.adapter.base_model for item in inputs if item.adapter.base_model})
-    notes = [text for item in inputs for text in item.adapter.remarks]
+    found = [notice for item in inputs for notice in item.adapter.notices]
     if len(bases) > 1:
-        notes.append(f"the adapters name different base models: {', '.join(bases)}")
-    return tuple(notes)
+        message = f"the adapters name different base models: {', '.join(bases)}"
+        found.append(Finding("different-bases", "warning", None, message))
+    return tuple(found)
+
+
+def _about_left_out(paths: tuple[str, ...]) -> list[Finding]:
+    if not paths:
+        return []
+    which = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    message = f"left out, since every adapter's weight is 0 there: {which}"
+    return [Finding("weightless-modules", "note", None, message)]
 
 
 def _recipe(

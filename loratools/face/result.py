@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from loratools.page.generic import result_sections
+from loratools.page.html import framed, page
+from loratools.page.parts import Section, figures
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.registry import get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import InexactError, OptionError
 
 SCHEMA = 1
@@ -27,12 +31,40 @@ class Result:
     @classmethod
     def of(cls, found: Any, **others: Any) -> Self:
         """Return a result with the fields of what an operation found, and others."""
-        names = {one.name for one in fields(cls)} - set(others)
+        names = {one.name for one in fields(cls) if one.init} - set(others)
         return cls(**{name: getattr(found, name) for name in names}, **others)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the command line, `schema` and `operation` first."""
         return {"schema": SCHEMA, "operation": self.operation, **as_json(self)}
+
+    def title(self) -> str:
+        """Return the heading of its page."""
+        return self.operation.capitalize()
+
+    def sections(self) -> Sequence[Section]:
+        """Return the parts of its page: every number and every table of its JSON object."""
+        return result_sections(self.to_dict(), getattr(self, "notes", ()))
+
+    def html(self) -> str:
+        """Return a page that shows the result; it needs no network and no other file."""
+        return page(self.title(), self.sections())
+
+    def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Draw the result's pictures into a PNG, SVG or PDF file, and return where.
+
+        Raises:
+            OptionError: the name ends in none of them, or the result has no picture.
+            MissingDependencyError: matplotlib is not installed.
+            OutputExistsError: the file exists and `overwrite` is false.
+        """
+        from loratools.page.plot import plot
+
+        plot(self.title(), figures(self.sections()), Path(path), overwrite=overwrite)
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        return framed(self.html())
 
     def __repr__(self) -> str:
         shown = [
@@ -46,16 +78,35 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class AdapterResult(Result):
+class Reported(Result):
+    """A result with findings.
+
+    Attributes:
+        findings: what a user should know.
+        notes: their messages.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", tuple(each.message for each in self.findings))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdapterResult(Reported):
     """A result that is an adapter, written or not.
 
     Attributes:
         adapter: what was made; its tensors load on demand.
-        notes: what a user should know.
     """
 
     adapter: Adapter = hidden()
-    notes: tuple[str, ...] = hidden()
+
+    def title(self) -> str:
+        """Return the heading of its page."""
+        source = self.adapter.source
+        return super().title() if source is None else f"{super().title()} of {source}"
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the adapter in its format, whole or not at all, and return where.

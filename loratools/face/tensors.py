@@ -13,7 +13,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.algebra.streamed_svd import StreamedMatrix
 from loratools.face.declare import public
 from loratools.face.source import Model, model
-from loratools.folding.decomposed import TurnedMatrix
+from loratools.folding.decomposed import TransposedMatrix
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opened, Opener
 from loratools.folding.without_base import needs_base, with_settings
@@ -65,8 +65,8 @@ def delta(
     elif opened.exact is not None:
         dense, is_stack = [opened.exact.b @ opened.exact.a], False
     else:
-        dense = [_dense(part) for part in opened.parts]
-        is_stack = opened.template.layer.kind == "experts"
+        dense = [_dense(part) for part in opened.matrices]
+        is_stack = opened.planned.layer.kind == "experts"
     whole: Array = np.stack(dense) if is_stack else dense[0]
     return whole.astype(dtype, copy=False)
 
@@ -167,7 +167,7 @@ def _opened(adapter: Adapter, name: str, base: Model | None) -> LowRank | Opened
 
 def _dense(part: Any) -> Array:
     """Return ΔW of a matrix that is not a product: (out, in) float64."""
-    if isinstance(part, TurnedMatrix):
+    if isinstance(part, TransposedMatrix):
         return _dense(part.inner).T
     assert isinstance(part, StreamedMatrix)
     return np.concatenate([block.copy() for _, _, block in part.blocks()])
@@ -188,7 +188,7 @@ def _low_rank(name: str, pair: Any, alpha: float | None) -> LowRank:
 
 def _tensor(key: str, value: Any) -> TensorRef:
     """Return a copy of a matrix in memory, bit for bit."""
-    if hasattr(value, "detach"):  # a torch tensor, of which NumPy knows no bfloat16
+    if hasattr(value, "detach"):  # a torch tensor, whose bfloat16 NumPy does not know
         torch, value = sys.modules["torch"], value.detach().cpu().contiguous()
         if value.dtype == torch.bfloat16:
             import ml_dtypes

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.algebra.ranks import RankRule
+from loratools.base.named_base import about_base
 from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
@@ -21,7 +22,7 @@ from loratools.face.source import (
 )
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import to_lora as operation
-from loratools.operations.to_lora import Folding, FoldModuleReport
+from loratools.operations.to_lora import ToLoraModuleReport, ToLoraOptions
 from loratools.work.requests import Reading, Writing
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
@@ -46,7 +47,7 @@ class ToLoraResult(AdapterResult):
     bytes_in: int
     bytes_out: int
     cautions: tuple[str, ...]
-    modules: tuple[FoldModuleReport, ...]
+    modules: tuple[ToLoraModuleReport, ...]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -74,7 +75,7 @@ def to_lora(
     *,
     base: Model | None = None,
     initial: Source | None = None,
-    folding: Folding,
+    folding: ToLoraOptions,
     rule: RankRule,
     compute: ComputeOptions,
     reading: Reading,
@@ -122,7 +123,7 @@ def to_lora(
     _check_format(done.adapter)
     result = ToLoraResult(
         adapter=done.adapter,
-        notes=given.notes,
+        findings=(*given.findings, *about_base(given.inputs[:1], checkpoint)),
         relative_error=done.relative_error,
         bytes_in=given.adapter.weights_nbytes,
         bytes_out=written_nbytes(done.adapter),
@@ -139,7 +140,7 @@ def to_lora_choices(
     *,
     base: Model | None = None,
     initial: Source | None = None,
-    folding: Folding,
+    folding: ToLoraOptions,
     compute: ComputeOptions,
     reading: Reading,
 ) -> ToLoraChoices | None:
@@ -160,7 +161,7 @@ def to_lora_choices(
     """
     adapter = trained(source, initial, reading).adapter
     checkpoint = None if base is None else model(base)
-    found = operation.fold_choices(adapter, compute, base=checkpoint, given=dict(folding.set_))
+    found = operation.to_lora_choices(adapter, compute, base=checkpoint, given=dict(folding.set_))
     if found is None:
         return None
     return ToLoraChoices(

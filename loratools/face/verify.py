@@ -21,7 +21,8 @@ class VerifyResult(Result):
     """What was found in a checkpoint.
 
     Attributes:
-        contained: whether the adapters are contained; None if that could not be checked.
+        contained: whether the adapters are contained; None if the checkpoint cannot tell.
+        told: share of ‖ΔW‖², over all tensors, whose presence or absence shows.
         counts: number of tensors by verdict.
         tensors: every tensor of either checkpoint.
     """
@@ -29,11 +30,12 @@ class VerifyResult(Result):
     operation: ClassVar[str] = "verify"
 
     contained: bool | None
+    told: float
     counts: Mapping[Verdict, int]
     tensors: tuple[TensorVerdict, ...]
 
 
-@public(reading=("from_",))
+@public(reading=("from_", "ignore_key"))
 def verify(
     fused: Model,
     *,
@@ -67,4 +69,6 @@ def verify(
         workers=threads.workers,
         progress=progress,
     )
-    return VerifyResult(contained=found.contained, counts=found.counts, tensors=found.tensors)
+    return VerifyResult(
+        contained=found.contained, told=found.told, counts=found.counts, tensors=found.tensors
+    )

@@ -1,4 +1,4 @@
-"""A weight change of any form, taken apart: spectra, factors and errors from its declaration."""
+"""ΔW of any form, taken apart: spectra, factors and errors from its declaration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix, RandomisedSvd, padded, signed
 from loratools.algebra.streamed_svd import RowSource, StreamedMatrix, row_spans, streamed_svd
-from loratools.kinds.declaration import Change, Columns, Kronecker, Product, Rows
+from loratools.kinds.declaration import Columns, DeltaForm, Kronecker, Product, Rows
 
 Array = np.ndarray[Any, Any]
 
@@ -20,7 +20,7 @@ _NEGLIGIBLE = 1e-14
 
 @dataclass(frozen=True)
 class Streaming:
-    """How to look for the leading triplets of a change of full rank.
+    """How to look for the leading triplets of a ΔW of full rank.
 
     Attributes:
         width: how many to look for, oversampling included.
@@ -31,22 +31,22 @@ class Streaming:
     seed: int
 
 
-def rows_of(change: Change) -> Rows:
-    """Return a change of any form as rows on demand."""
-    if isinstance(change, Rows):
-        return change
-    if isinstance(change, Product):
-        b, a = change.b, change.a
+def rows_of(form: DeltaForm) -> Rows:
+    """Return ΔW of any form as rows on demand."""
+    if isinstance(form, Rows):
+        return form
+    if isinstance(form, Product):
+        b, a = form.b, form.a
         return Rows((len(b), a.shape[1]), lambda start, stop: b[start:stop] @ a)
-    if isinstance(change, Columns):
-        columns, spans = change.columns, [*row_spans(change.shape[::-1])]
+    if isinstance(form, Columns):
+        columns, spans = form.columns, [*row_spans(form.shape[::-1])]
         return Rows(
-            change.shape,
+            form.shape,
             lambda start, stop: np.concatenate(
                 [columns(*span)[:, start:stop].T for span in spans], 1
             ),
         )
-    left, right, scale = change.left, change.right, change.scale
+    left, right, scale = form.left, form.right, form.scale
     height = len(right)
 
     def rows(start: int, stop: int) -> Array:
@@ -62,17 +62,17 @@ class KroneckerMatrix:
     """A Kronecker product, whose singular values are the products of those of its sides.
 
     Args:
-        change: the product.
+        form: the product.
     """
 
-    def __init__(self, change: Kronecker) -> None:
-        self._left = np.linalg.svd(change.left, full_matrices=False)
-        self._right = np.linalg.svd(change.right, full_matrices=False)
-        self._scale = change.scale
-        self._rows = rows_of(change)
+    def __init__(self, form: Kronecker) -> None:
+        self._left = np.linalg.svd(form.left, full_matrices=False)
+        self._right = np.linalg.svd(form.right, full_matrices=False)
+        self._scale = form.scale
+        self._rows = rows_of(form)
         products = np.multiply.outer(self._left[1], self._right[1])
         self._order = np.argsort(-products, axis=None, kind="stable")
-        self._values = abs(change.scale) * products.reshape(-1)[self._order]
+        self._values = abs(form.scale) * products.reshape(-1)[self._order]
 
     @property
     def squared_norm(self) -> float:
@@ -106,7 +106,7 @@ class KroneckerMatrix:
         return source.squared_norm
 
 
-class TurnedMatrix:
+class TransposedMatrix:
     """The transpose of a matrix that has been taken apart.
 
     Args:
@@ -139,24 +139,24 @@ class TurnedMatrix:
         return self.inner.squared_error(a.T, b.T)
 
 
-def decomposed(change: Change, device: Device, streaming: Streaming, label: str) -> Decomposed:
-    """Return a change taken apart.
+def decomposed(form: DeltaForm, device: Device, streaming: Streaming, label: str) -> Decomposed:
+    """Return ΔW taken apart.
 
     Args:
-        change: ΔW.
+        form: ΔW.
         device: where to compute with factors.
         streaming: how to compute with rows.
         label: from which the random start derives, beside the seed.
     """
-    if isinstance(change, Product):
-        return Matrix(change.b, change.a, 1.0, device, use_gram=True)
-    if isinstance(change, Kronecker):
-        return KroneckerMatrix(change)
+    if isinstance(form, Product):
+        return Matrix(form.b, form.a, 1.0, device, use_gram=True)
+    if isinstance(form, Kronecker):
+        return KroneckerMatrix(form)
     seed = zlib.crc32(label.encode(), streaming.seed & 0xFFFFFFFF)
-    if isinstance(change, Columns):
-        turned = RowSource(change.shape[::-1], change.columns)
-        return TurnedMatrix(_streamed(turned, streaming.width, seed))
-    return _streamed(RowSource(change.shape, change.rows), streaming.width, seed)
+    if isinstance(form, Columns):
+        transposed = RowSource(form.shape[::-1], form.columns)
+        return TransposedMatrix(_streamed(transposed, streaming.width, seed))
+    return _streamed(RowSource(form.shape, form.rows), streaming.width, seed)
 
 
 def _streamed(source: RowSource, width: int, seed: int) -> StreamedMatrix:
@@ -165,28 +165,28 @@ def _streamed(source: RowSource, width: int, seed: int) -> StreamedMatrix:
     )
 
 
-def exact_factors(change: Change, *, of_any_rank: bool) -> Product | None:
+def exact_factors(form: DeltaForm, *, of_any_rank: bool) -> Product | None:
     """Return factors that lose nothing but rounding, without ranks that are zero; None if none.
 
     Args:
-        change: ΔW; at least one rank is kept.
+        form: ΔW; at least one rank is kept.
         of_any_rank: decompose rows too, at whatever rank they have.
     """
-    if isinstance(change, Rows | Columns) and not of_any_rank:
+    if isinstance(form, Rows | Columns) and not of_any_rank:
         return None
-    if not isinstance(change, Product):
+    if not isinstance(form, Product):
         matrix: Decomposed
-        if isinstance(change, Kronecker):
-            matrix = KroneckerMatrix(change)
+        if isinstance(form, Kronecker):
+            matrix = KroneckerMatrix(form)
         else:
-            rows = rows_of(change)
+            rows = rows_of(form)
             source = RowSource(rows.shape, rows.rows)
             svd = streamed_svd(source, min(rows.shape), power_iterations=0, seed=0)
             matrix = StreamedMatrix(source, lambda: svd)
         values = matrix.singular_values
         rank = int(np.count_nonzero(values > _NEGLIGIBLE * values[0]))
         return Product(*matrix.factors(max(rank, 1)))
-    alive = np.flatnonzero(change.b.any(axis=0) & change.a.any(axis=1))
+    alive = np.flatnonzero(form.b.any(axis=0) & form.a.any(axis=1))
     if not alive.size:
         alive = np.zeros(1, np.int64)
-    return Product(change.b[:, alive], change.a[alive])
+    return Product(form.b[:, alive], form.a[alive])

@@ -8,12 +8,12 @@ import numpy as np
 
 from loratools.folding.decomposed import rows_of
 from loratools.kinds import get_kind
-from loratools.kinds.declaration import Change, Product, Weight
+from loratools.kinds.declaration import DeltaForm, Kronecker, Product, Weight
+from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, rounded
 from loratools.work.scratch import Scratch
-from loratools_formats.core.adapter import KindDelta, Layer, LowRank
-from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.core.tensors import unmade
+from loratools_formats.core.adapter import KindDelta, LowRank
+from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.disk.errors import AdapterError
 
 
@@ -23,9 +23,9 @@ def known_shape(delta: KindDelta) -> tuple[int, int]:
     return out or 0, in_ or 0
 
 
-def checked_change(
+def checked_form(
     name: str, delta: KindDelta, weight: Weight, largest: tuple[int, int] = (0, 0)
-) -> Change:
+) -> DeltaForm:
     """Return ΔW of a module, checked against the shape of its weight.
 
     Raises:
@@ -44,44 +44,42 @@ def checked_change(
             tensor=name,
             got=", ".join(sorted(unknown)),
         )
+    check_shapes(kind.name, {**delta.shared, **delta.parts}, weight.shape)
     if largest != (0, 0):
         delta = replace(delta, settings={**delta.settings, "largest": largest})
     with np.errstate(over="ignore", invalid="ignore"):
-        change = kind.change(delta, weight)
-    shape = rows_of(change).shape
+        form = kind.form(delta, weight)
+    shape = rows_of(form).shape
     expected = tuple(side or found for side, found in zip(weight.shape, shape, strict=True))
     if shape != expected:
         raise AdapterError(
             "the weight change does not fit the weight", tensor=name, got=shape, expected=expected
         )
-    return change
+    _check_size(name, form)
+    return form
 
 
-def template_of(
-    name: str, delta: LowRank | KindDelta, layer: Layer, shape: tuple[int, int], rank: int = 1
-) -> LowRank:
-    """Return a delta that says where and how to store factors; its values are not read."""
-    out, in_ = shape
-    wide = DTYPES["F32"]
-    stack = (delta.experts,) if layer.kind == "experts" else ()
-    return LowRank(
-        unmade(f"{name}.a", wide, (*stack, rank, in_)),
-        unmade(f"{name}.b", wide, (*stack, out, rank)),
-        1.0,
-        layer,
-        bias=delta.bias,
-    )
+def _check_size(name: str, form: DeltaForm) -> None:
+    """Refuse factors whose squares overflow; rows are checked as they are read."""
+    if isinstance(form, Product):
+        sides, scale = (form.b, form.a), 1.0
+    elif isinstance(form, Kronecker):
+        sides, scale = (form.left, form.right), form.scale
+    else:
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = [float(np.vdot(side, side)) for side in sides]
+        if not np.isfinite(np.prod([*squares, scale, scale])):
+            raise AdapterError("squares of the weight change overflow float64", tensor=name)
 
 
 def stored_as_is(
-    template: LowRank, change: Product, options: ComputeOptions, scratch: Scratch
+    planned: PlannedFactors, product: Product, options: ComputeOptions, scratch: Scratch
 ) -> LowRank:
-    """Store factors as they are, rounded once."""
-    types = options.stored(template.b), options.stored(template.a)
-    b, _ = rounded(change.b, types[0], template.b)
-    a, _ = rounded(change.a, types[1], template.a)
-    return replace(
-        template,
-        a=scratch.store(template.a.key, a, types[1]),
-        b=scratch.store(template.b.key, b, types[0]),
-    )
+    """Make planned factors of these values, each rounded once."""
+    types = options.stored(planned.b), options.stored(planned.a)
+    b, _ = rounded(product.b, types[0], planned.b.key)
+    a, _ = rounded(product.a, types[1], planned.a.key)
+    new_a = scratch.store(planned.a.key, a, types[1])
+    new_b = scratch.store(planned.b.key, b, types[0])
+    return planned.made(new_a, new_b, planned.scale, planned.bias)

@@ -1,9 +1,9 @@
 """What a PEFT file leaves to the code that loads it, computed again from its seeds and the base.
 
-Two kinds do so. Uni-LoRA saves its numbers alone: which layers there are, and which number goes
-where, follow from the model. FRoD saves its trained numbers: the basis that layers of one role
-share follows from their weights. Both are repeated step by step, as peft 0.21.2 does it; what
-depends on the order in which a model's code declares its layers must be given.
+Two kinds leave tensors out. Uni-LoRA saves its numbers alone: which layers there are, and which
+number goes where, follow from the model. FRoD saves its trained numbers: the basis that layers of
+one role share follows from their weights. Both are repeated step by step, as peft 0.21.2 does it;
+what depends on the order in which a model's code declares its layers must be given.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
-from loratools.base.weights import Place, find_place
+from loratools.base.weights import BaseModule, find_base_module
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, KindDelta, Layer, ModuleChange
@@ -59,7 +59,7 @@ def regenerated(adapter: Adapter, base: Checkpoint | None, given: Mapping[str, s
     Args:
         adapter: of any kind.
         base: the base model.
-        given: settings by name, of which `order` is Uni-LoRA's.
+        given: settings by name; `order` is Uni-LoRA's.
 
     Raises:
         UnsupportedError: it depends on the base, and there is none, or on an order not given.
@@ -84,7 +84,7 @@ def what_is_missing(adapter: Adapter) -> str:
 
 
 def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regenerated:
-    checkpoint = plain(base).checkpoint
+    checkpoint = dequantised(base).checkpoint
     names = Names(checkpoint)
     order = given.get("order")
     paths = _in_order(adapter, checkpoint, None if order is None else order.split(","))
@@ -99,13 +99,13 @@ def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Re
             got=list(bank.shape),
             expected=f"{length}",
         )
-    turned = bool(adapter.config.get("fan_in_fan_out"))
+    transposed = bool(adapter.config.get("fan_in_fan_out"))
     modules: dict[str, KindDelta] = {}
-    places: dict[str, Place] = {}
+    places: dict[str, BaseModule] = {}
     for path in paths:
-        layer = Layer("linear", transposed_if_square=square_orientation(turned, path))
+        layer = Layer("linear", transposed_if_square=square_orientation(transposed, path))
         modules[path] = KindDelta("unilora", {}, {}, layer, shared={"bank": bank})
-        places[path] = find_place(names, path, modules[path])
+        places[path] = find_base_module(names, path, modules[path])
     shapes = [
         shape
         for path in paths
@@ -216,7 +216,7 @@ def _listed(entries: Any, path: str) -> bool:
 
 
 def _frod(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regenerated:
-    names, values = Names(plain(base).checkpoint), Values(adapter.config)
+    names, values = Names(dequantised(base).checkpoint), Values(adapter.config)
     by_category: dict[str, list[str]] = {}
     for path in adapter.modules:
         by_category.setdefault(frod_category(path), []).append(path)
@@ -256,8 +256,8 @@ def _frod(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regen
     return Regenerated(replace(adapter, modules=modules), given, caution)
 
 
-def _place(names: Names, path: str, adapter: Adapter) -> Place:
-    return find_place(names, path, adapter.modules[path].direction)
+def _place(names: Names, path: str, adapter: Adapter) -> BaseModule:
+    return find_base_module(names, path, adapter.modules[path].direction)
 
 
 def _by_layer(paths: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opener
 from loratools.folding.without_base import with_settings
 from loratools.lowrank.matrices import loaded
+from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
@@ -42,7 +43,7 @@ class ThinModule:
         directional: whether the matrices are a DoRA's direction rather than its change.
         spectrum: singular values and what a rank costs in a file, as `squeeze` and `to-lora` have
             them.
-        like: factors whose rank would be replaced in a file; their values are not to be read.
+        like: the factors whose rank would be replaced in a file.
     """
 
     name: str
@@ -55,7 +56,7 @@ class ThinModule:
     scale: float | None
     directional: bool
     spectrum: Spectrum
-    like: LowRank
+    like: PlannedFactors
 
 
 class ThinModules:
@@ -150,29 +151,29 @@ class ThinModules:
             delta.scale,
             whole.is_dora,
             spectrum,
-            delta,
+            PlannedFactors.like(delta),
         )
 
     def _of_other(self, name: str, change: ModuleChange) -> ThinModule:
         opened = self._opener.open(name)
         spectrum = self._opener.spectrum(name, opened)
-        if opened.exact is not None and len(opened.exact.a) <= min(opened.template.shape):
+        if opened.exact is not None and len(opened.exact.a) <= min(opened.planned.shape):
             matrices: tuple[Thin, ...] = (Thin(opened.exact.b, opened.exact.a),)
         else:
-            matrices = tuple(_leading(part, spectrum.rank) for part in opened.parts)
+            matrices = tuple(_leading(part, spectrum.rank) for part in opened.matrices)
         direction = change.factors
         return ThinModule(
             name,
             opened.kind,
-            opened.template.layer,
-            opened.template.shape,
+            opened.planned.layer,
+            opened.planned.shape,
             matrices,
             None if direction is None else direction.rank,
             None if direction is None else direction.alpha,
             None if direction is None else direction.scale,
             False,
             spectrum,
-            opened.template,
+            opened.planned,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from loratools.base.placement.experts import expert_placements
-from loratools.base.weights import find_place, names_under
+from loratools.base.weights import find_base_module, names_under
 from loratools.naming.for_base import names_in_base
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, ModuleChange
@@ -41,7 +41,7 @@ class WeightsBeside:
         """
         if change.layer.parameters:
             return self._stack(name, change)
-        weight = find_place(self._names, self._in_base[name], change.direction).weight()
+        weight = find_base_module(self._names, self._in_base[name], change.direction).weight()
         return [weight.rows(0, weight.shape[0])]
 
     def _stack(self, name: str, change: ModuleChange) -> list[Array]:

@@ -10,23 +10,24 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.ranks import RankRule, Spectrum
-from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement.names import Names
+from loratools.base.tied import find_tie, shared_embeddings
 from loratools.base.weights import (
-    Place,
+    BaseModule,
     ShapeOnly,
-    find_place,
+    find_base_module,
     is_fused,
     is_in_stack,
     names_under,
 )
 from loratools.folding.decomposed import Streaming, decomposed, exact_factors, rows_of
 from loratools.folding.dora import Rescaling, finite_vector, rescaled_rows, rescaling_of
-from loratools.folding.module import checked_change, known_shape, template_of
+from loratools.folding.module import checked_form, known_shape
 from loratools.folding.without_base import needs_base
 from loratools.kinds import get_kind
-from loratools.kinds.declaration import Change, Kronecker, Product, Weight
+from loratools.kinds.declaration import DeltaForm, Kronecker, Product, Weight
 from loratools.lowrank.matrices import loaded, matrices
+from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, spectrum_of
 from loratools.naming.for_base import names_in_base
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -45,15 +46,15 @@ class Opened:
 
     Attributes:
         exact: factors that lose nothing but rounding, if there are any.
-        parts: its matrices, taken apart.
-        template: says where and how to store the result; its values are not read.
+        matrices: its matrices, taken apart.
+        planned: the factors to be made, or those there are if they only change their rank.
         rescaling: of a DoRA.
         kind: what it was.
     """
 
     exact: Product | None
-    parts: list[Decomposed]
-    template: LowRank
+    matrices: list[Decomposed]
+    planned: PlannedFactors
     rescaling: Rescaling | None
     kind: str
 
@@ -87,14 +88,14 @@ class Opener:
         self.options = options
         self.device = Device(options.device)
         self.fused: list[str] = []
-        self.places = self._find_places(base)
+        self.places = self._find_base_modules(base)
         shapes = [place.shape for place in self.places.values()]
         self.largest = (
             max((shape[0] for shape in shapes), default=0),
             max((shape[1] for shape in shapes), default=0),
         )
 
-    def _find_places(self, base: Checkpoint | None) -> dict[str, Place]:
+    def _find_base_modules(self, base: Checkpoint | None) -> dict[str, BaseModule]:
         needing = [name for name, delta in self.adapter.modules.items() if needs_base(delta)]
         if base is None:
             if needing:
@@ -119,11 +120,11 @@ class Opener:
             if is_fused(names, in_base[name]):
                 self.fused.append(name)
             if needs_base(delta) or not is_in_stack(names, in_base[name]):
-                places[name] = find_place(names, in_base[name], delta.direction)
+                places[name] = find_base_module(names, in_base[name], delta.direction)
         return places
 
     def _refuse_tied(self, names: Names, in_base: Mapping[str, str]) -> None:
-        tie = find_tie(names, task=self.adapter.config.get("task_type"), guess_head=True)
+        tie = find_tie(names, adapter=self.adapter, guess_head=True)
         shared = {f"{name}.weight" for name in shared_embeddings(names)}
         tied = shared if tie is None else {*shared, *map(names.spelling, (tie.embedding, tie.head))}
         for name, delta in self.adapter.modules.items():
@@ -143,13 +144,13 @@ class Opener:
         delta = whole.direction
         if isinstance(delta, LowRank):
             if whole.magnitude is None:
-                return Opened(None, list(matrices(delta, self.device)), delta, None, "lora")
+                like = PlannedFactors.like(delta)
+                return Opened(None, list(matrices(delta, self.device)), like, None, "lora")
             assert place is not None
             ((b, a),) = loaded(delta)
             product = Product(delta.scale * b.astype(np.float64), a.astype(np.float64))
-            return self._through_dora(
-                name, place, product, whole.magnitude, whole, _unscaled(delta)
-            )
+            bias = _scaled_bias(delta)
+            return self._through_dora(name, place, product, whole.magnitude, whole, bias)
         if delta.layer.kind == "experts":
             return self._stack(name, delta)
         weight: Weight
@@ -160,48 +161,51 @@ class Opener:
             weight = place.weight()
         else:
             weight = ShapeOnly(place.shape)
-        change = checked_change(name, delta, weight, self.largest)
+        change = checked_form(name, delta, weight, self.largest)
         layer = delta.layer if place is None else place.layer
-        template = template_of(name, delta, layer, rows_of(change).shape)
-        template = replace(template, bias=added_bias(delta, weight, place))
+        bias = added_bias(delta, weight, place)
         magnitude = kind.magnitude_of(whole)
         if magnitude is not None and place is not None:
-            return self._through_dora(name, place, change, magnitude, whole, template)
+            return self._through_dora(name, place, change, magnitude, whole, bias)
         exact = exact_factors(change, of_any_rank=kind.low_rank and not self.rule.is_given)
         matrix: Decomposed
         if exact is not None and not isinstance(change, Kronecker):
             matrix = Matrix(exact.b, exact.a, 1.0, self.device, use_gram=True)
         else:
             matrix = decomposed(change, self.device, self._streaming(name), name)
-        return Opened(exact, [matrix], template, None, delta.kind)
+        planned = PlannedFactors.new(name, layer, rows_of(change).shape, bias=bias)
+        return Opened(exact, [matrix], planned, None, delta.kind)
 
     def _stack(self, name: str, delta: KindDelta) -> Opened:
         """Return the changes of stacked experts, which no kind folds exactly."""
         changes = [
-            checked_change(name, plane, ShapeOnly(known_shape(plane))) for plane in delta.planes()
+            checked_form(name, plane, ShapeOnly(known_shape(plane))) for plane in delta.planes()
         ]
         streaming = self._streaming(name)
         parts = [
             decomposed(change, self.device, streaming, f"{name}#{index}")
             for index, change in enumerate(changes)
         ]
-        template = template_of(name, delta, delta.layer, rows_of(changes[0]).shape)
-        return Opened(None, parts, template, None, delta.kind)
+        shape = rows_of(changes[0]).shape
+        planned = PlannedFactors.new(
+            name, delta.layer, shape, experts=delta.experts, bias=delta.bias
+        )
+        return Opened(None, parts, planned, None, delta.kind)
 
     def _through_dora(
         self,
         name: str,
-        place: Place,
-        change: Change,
+        place: BaseModule,
+        change: DeltaForm,
         magnitude: TensorRef,
         whole: ModuleChange,
-        like: LowRank,
+        bias: TensorRef | None,
     ) -> Opened:
         weight = place.weight()
         rescaling = rescaling_of(magnitude, whole.axis, weight, rows_of(change))
         matrix = decomposed(rescaled_rows(rescaling), self.device, self._streaming(name), name)
-        template = template_of(name, like, place.layer, weight.shape)
-        return Opened(None, [matrix], template, rescaling, whole.kind)
+        planned = PlannedFactors.new(name, place.layer, weight.shape, bias=bias)
+        return Opened(None, [matrix], planned, rescaling, whole.kind)
 
     def _streaming(self, name: str) -> Streaming:
         rule = self.rule
@@ -214,12 +218,12 @@ class Opener:
 
     def spectrum(self, name: str, opened: Opened) -> Spectrum:
         """Return a module's singular values, as far as they are known."""
-        spectrum = spectrum_of(name, opened.template, opened.parts, self.options)
+        spectrum = spectrum_of(name, opened.planned, opened.matrices, self.options)
         known = spectrum.singular_values
         if opened.exact is None and known.shape[1] < min(spectrum.shape):
             # Triplets beyond those asked for are there to make the others accurate.
             known = known[:, : self._streaming(name).width - _OVERSAMPLE]
-        norms = np.array([part.squared_norm for part in opened.parts])
+        norms = np.array([part.squared_norm for part in opened.matrices])
         tail = np.maximum(norms - (known**2).sum(axis=1), 0.0)
         rank = len(opened.exact.a) if opened.exact is not None else known.shape[1]
         return replace(
@@ -230,7 +234,7 @@ class Opener:
         )
 
 
-def added_bias(delta: KindDelta, weight: Weight, place: Place | None) -> TensorRef | None:
+def added_bias(delta: KindDelta, weight: Weight, place: BaseModule | None) -> TensorRef | None:
     """Return what a change adds to its layer's bias, None if nothing."""
     function = get_kind(delta.kind).bias
     if function is None or place is None or place.bias is None:
@@ -239,9 +243,9 @@ def added_bias(delta: KindDelta, weight: Weight, place: Place | None) -> TensorR
     return in_memory(place.bias.key, added.astype(np.float32))
 
 
-def _unscaled(delta: LowRank) -> LowRank:
-    """Return a delta whose bias is what is added, not what its scale multiplies."""
+def _scaled_bias(delta: LowRank) -> TensorRef | None:
+    """Return what factors add to their layer's bias, None if nothing."""
     if delta.bias is None:
-        return delta
+        return None
     added = delta.scale * finite_vector(delta.bias, "bias")
-    return replace(delta, bias=in_memory(delta.bias.key, added.astype(np.float32)))
+    return in_memory(delta.bias.key, added.astype(np.float32))

@@ -1,24 +1,26 @@
-"""Folding without the base: exactly, on the fly, and with settings that the user gives."""
+"""ToLoraOptions without the base: exactly, on the fly, and with settings that the user gives."""
 
 from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.base.placement.sites import sites
 from loratools.base.weights import ShapeOnly
 from loratools.folding.decomposed import exact_factors
-from loratools.folding.module import checked_change, known_shape, stored_as_is, template_of
+from loratools.folding.module import checked_form, known_shape, stored_as_is
 from loratools.folding.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
+from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -35,7 +37,7 @@ def folds_alone(delta: ModuleChange) -> bool:
 
 
 def needs_base(delta: ModuleChange) -> bool:
-    """Return whether a change cannot be told without the base's weights or shapes."""
+    """Return whether a change depends on the base's weights or shapes."""
     if delta.is_dora or delta.factors is not None:
         return delta.is_dora
     needs = get_kind(delta.kind).needs
@@ -53,10 +55,10 @@ def folded_exactly(
         adapter: of any kind.
         operation: what it is for, for messages.
         scratch_folder: where new factors wait until they are written.
-        base: the base model, for what its configuration tells of settings that a file lacks.
+        base: the base model, whose configuration states settings that a file lacks.
 
     Raises:
-        UnsupportedError: a module does not fold exactly, or not without the base.
+        UnsupportedError: a module does not fold exactly, or only with the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
     folded = folded_where_exact(adapter, operation, scratch_folder, base=base)
@@ -80,16 +82,16 @@ def folded_where_exact(
     leave: Container[str] = (),
     dense: bool = True,
 ) -> Adapter:
-    """Return the same, with modules that do not fold so as they are.
+    """Return an adapter whose modules are folded where that is exact; others stay unchanged.
 
     Args:
         adapter: of any kind.
         operation: what it is for, for messages.
         scratch_folder: where new factors wait until they are written.
-        base: the base model, for what its configuration tells of settings that a file lacks.
+        base: the base model, whose configuration states settings that a file lacks.
         leave: modules to leave as they are.
-        dense: whether what is no product of factors is decomposed, too, which is slow; but for
-            DoRAs, which need factors.
+        dense: also decompose deltas that are not a product of two factors (slow). DoRAs are always
+            decomposed.
 
     Raises:
         UnsupportedError: a setting that the change depends on is not in the file.
@@ -112,14 +114,17 @@ def folded_where_exact(
         if delta is None or name in leave or not folds_alone(whole):
             continue
         with threadpool_limits(1):  # the bits must not depend on the machine's threads
-            found = checked_change(name, delta, ShapeOnly(known_shape(delta)))
+            found = checked_form(name, delta, ShapeOnly(known_shape(delta)))
             if not isinstance(found, Product) and not dense and not whole.is_dora:
                 continue
             change = exact_factors(found, of_any_rank=True)
         if change is None:
             continue
-        template = template_of(name, delta, delta.layer, (len(change.b), change.a.shape[1]))
-        factors = stored_as_is(template, change, ComputeOptions(), scratch)
+        shape = (len(change.b), change.a.shape[1])
+        planned = PlannedFactors.new(
+            name, delta.layer, shape, experts=delta.experts, bias=delta.bias
+        )
+        factors = stored_as_is(planned, change, ComputeOptions(), scratch)
         magnitude = get_kind(delta.kind).magnitude_of(whole)
         modules[name] = ModuleChange(factors, magnitude, whole.axis)
     return plain_adapter(adapter, modules)
@@ -156,48 +161,66 @@ def with_settings(
         if delta is not None:
             missing = {k: v for k, v in delta.settings.items() if isinstance(v, Missing)}
             unused -= set(missing)
-            filled = {}
+            texts: dict[str, str] = {}
             for key, value in missing.items():
                 text = of_base.weight_tells(name, value)
                 if text is None:
                     text = given[key] if key in given else of_base.config_tells(value)
-                if text is None:
-                    from_base = value.is_in_base and base is None
-                    or_base = ", or with --base MODEL" if from_base else ""
-                    command = command_on(adapter, "to-lora", f"--set {key}=VALUE")
-                    raise UnsupportedError(
-                        f"the weight change depends on {key}, which the file does not hold",
-                        path=adapter.source,
-                        tensor=name,
-                        expected=value.expected,
-                        hint=f"Make it a plain LoRA: {command}{or_base}",
-                    )
-                filled[key] = _parsed(key, text, value)
+                if text is not None:
+                    texts[key] = text
+            lacking = {key: value for key, value in missing.items() if key not in texts}
+            if lacking:
+                raise _lacks(adapter, name, lacking, given, has_base=base is not None)
+            filled = {key: _parsed(key, texts[key], value) for key, value in missing.items()}
             whole = replace(delta, settings={**delta.settings, **filled})
-            settled = get_kind(delta.kind).settled
-            modules[name] = change.with_direction(whole if settled is None else settled(whole))
+            completed = get_kind(delta.kind).completed
+            modules[name] = change.with_direction(whole if completed is None else completed(whole))
     if unused:
         raise OptionError("no module lacks this setting", got=", ".join(sorted(unused)))
     return replace(adapter, modules=modules)
 
 
+def _lacks(
+    adapter: Adapter,
+    module: str,
+    lacking: Mapping[str, Missing],
+    given: Mapping[str, str],
+    *,
+    has_base: bool,
+) -> UnsupportedError:
+    """Return the error that settings are missing: all of them, and a command that gives them."""
+    names = list(lacking)
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    told = [f"--set {key}={shlex.quote(value)}" for key, value in given.items()]
+    command = command_on(adapter, "to-lora", *told, *(f"--set {key}=VALUE" for key in lacking))
+    may_tell = all(value.is_in_base for value in lacking.values()) and not has_base
+    expected = [f"{key}: {value.expected}" for key, value in lacking.items()]
+    return UnsupportedError(
+        f"the weight change depends on {listed}, which the file does not hold",
+        path=adapter.source,
+        tensor=module,
+        expected="; ".join(expected) if len(expected) > 1 else lacking[names[0]].expected,
+        hint=f"Make it a plain LoRA: {command}{', or with --base MODEL' if may_tell else ''}",
+    )
+
+
 class _Base:
-    """What a base model tells of settings that a file lacks."""
+    """The settings that a base model determines where the file lacks them."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self._base = base
         self._names: Names | None = None
 
     def weight_tells(self, module: str, missing: Missing) -> str | None:
-        """Return what the shape of a module's own weight tells of a setting, None if nothing."""
+        """Return the value that the shape of a module's own weight implies; None if none."""
         if self._base is None or missing.of_weight is None:
             return None
-        self._names = self._names or Names(plain(self._base).checkpoint)
+        self._names = self._names or Names(dequantised(self._base).checkpoint)
         found = sites(self._names, module, "weight")
         return missing.of_weight(self._names.tensors[found[0].key].shape) if found else None
 
     def config_tells(self, missing: Missing) -> str | None:
-        """Return what the configuration tells of a setting, None if nothing."""
+        """Return the value that the base's configuration states; None if it states none."""
         config = {} if self._base is None else self._base.config
         values = text_values(config)
         found = next((values[k] for k in missing.in_base if values.get(k) is not None), None)
@@ -224,6 +247,6 @@ def _parsed(key: str, text: str, missing: Missing) -> str | float:
 
 
 def plain_adapter(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
-    """Return an adapter of other modules, with a configuration that says so."""
+    """Return an adapter of plain modules, with the configuration of a plain LoRA."""
     chosen = get_format(adapter.format)
     return (chosen if chosen.is_writable else get_format("peft")).with_factors(adapter, modules)

@@ -6,11 +6,11 @@ reader resolves it.
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, e = tensors["a"], tensors["b"], tensors["e"]
     if e.size != len(a) or b.shape[1] != len(a):
@@ -23,5 +23,5 @@ KIND = Kind(
     title="AdaLoRA",
     source="arXiv 2303.10512",
     parts=("a", "b", "e"),
-    change=_change,
+    form=_form,
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -113,7 +113,7 @@ def _nearest(points: Array, centres: Array) -> Array:
     return result
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     b, a = _factors(delta, weight)
     return Product(b, a[:, : weight.shape[1]])
 
@@ -132,6 +132,6 @@ KIND = Kind(
     parts=("basis",),
     optional=("a.*", "b.*"),
     needs="weight",
-    change=_change,
+    form=_form,
     bias=_bias,
 )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors, (out, in_) = Tensors(delta), weight.shape
     if tensors["added"].size != out:
         raise tensors.wrong_shape("added", f"(1, {out})")
@@ -33,6 +33,6 @@ KIND = Kind(
     source="arXiv 2509.15974",
     parts=("added",),
     needs="weight",
-    change=_change,
+    form=_form,
     bias=_bias,
 )

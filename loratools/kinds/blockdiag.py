@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
@@ -24,7 +24,7 @@ def _expanded(blocks: Array, count: int) -> Array:
     return whole
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, count = tensors["a"], tensors["b"], delta.settings["blocks"]
     if len(a) % count or len(b) % count:
@@ -43,5 +43,5 @@ KIND = Kind(
     title="BD-LoRA",
     source="peft BdLoraLinearVariant",
     parts=("a", "b"),
-    change=_change,
+    form=_form,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.oft import cayley
 from loratools_formats.core.adapter import KindDelta
 
@@ -26,7 +26,7 @@ def _permutation(size: int, blocks: int, radius: int, levels: int) -> Array:
     return np.concatenate([start + inside for start in range(0, size, width)])
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     stored, gain, (out, in_) = tensors["blocks"], tensors["gain"].reshape(-1), weight.shape
     if stored.ndim != 4 or stored.shape[1] * stored.shape[2] != in_ or len(gain) != out:
@@ -43,8 +43,8 @@ def _change(delta: KindDelta, weight: Weight) -> Change:
             gathered = np.empty_like(moved)
             gathered[:, order] = moved
             parts = gathered.reshape(stop - start, count, size)
-            turned = np.einsum("onb,nab->ona", parts, turn, optimize=True)
-            moved = turned.reshape(stop - start, in_)[:, order]
+            rotated = np.einsum("onb,nab->ona", parts, turn, optimize=True)
+            moved = rotated.reshape(stop - start, in_)[:, order]
         result: Array = gain[start:stop, None] * moved - base
         return result
 
@@ -58,5 +58,5 @@ KIND = Kind(
     parts=("blocks", "gain"),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

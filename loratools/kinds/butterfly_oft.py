@@ -13,7 +13,7 @@ import functools
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.diag_oft import gains, rotations
 from loratools_formats.core.adapter import KindDelta
 
@@ -23,7 +23,7 @@ def _order(out: int, apart: int) -> Array:
     return np.arange(out).reshape(-1, 2, apart).swapaxes(1, 2).reshape(-1)
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     blocks, out = tensors["blocks"], weight.shape[0]
     if (
@@ -44,9 +44,9 @@ def _change(delta: KindDelta, weight: Weight) -> Change:
         moved = base
         for level in range(levels):
             order = _order(out, 2**level * (size // 2))
-            turned = turns[level] @ moved[order].reshape(count, size, -1)
+            rotated = turns[level] @ moved[order].reshape(count, size, -1)
             moved = np.empty_like(base)
-            moved[order] = turned.reshape(base.shape)
+            moved[order] = rotated.reshape(base.shape)
         result: Array = gain * moved - base
         return result
 
@@ -61,5 +61,5 @@ KIND = Kind(
     optional=("gain",),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

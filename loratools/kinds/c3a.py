@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     kernel = Tensors(delta)["kernel"]
     count_out, count_in, size = kernel.shape
     in_ = count_in * size
@@ -34,5 +34,5 @@ KIND = Kind(
     source="arXiv 2407.19342",
     parts=("kernel",),
     low_rank=False,
-    change=_change,
+    form=_form,
 )

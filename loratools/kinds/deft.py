@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     p, method = tensors["p"], delta.settings["method"]
     if p.ndim != 2 or len(p) != weight.shape[0]:
@@ -40,5 +40,5 @@ KIND = Kind(
     parts=("p",),
     optional=("r",),
     needs="weight",
-    change=_change,
+    form=_form,
 )

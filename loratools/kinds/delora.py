@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 _LEAST_NORM = 1e-4
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, w_norm = tensors["a"], tensors["b"], tensors["w_norm"]
     if b.shape[1] != len(a) or w_norm.shape != a.shape[1:]:
@@ -30,5 +30,5 @@ KIND = Kind(
     title="DeLoRA",
     source="arXiv 2503.18225",
     parts=("a", "b", "lambda", "w_norm"),
-    change=_change,
+    form=_form,
 )

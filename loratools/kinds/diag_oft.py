@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.oft import cayley
 from loratools_formats.core.adapter import KindDelta
 
@@ -42,7 +42,7 @@ def gains(tensors: Tensors, out: int) -> Array:
     return found
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     blocks, out = tensors["blocks"], weight.shape[0]
     if (
@@ -74,5 +74,5 @@ KIND = Kind(
     optional=("gain",),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

@@ -1,19 +1,19 @@
 """FourierFT: a few entries of the two-dimensional Fourier spectrum (arXiv 2405.03003).
 
-ΔW = scale · Re(IDFT2(F)), F zero but for `spectrum` at places drawn from a seed: the first ones of
-a random permutation of all entries, row by row. Source: `FourierFTLayer` in peft 0.21.2.
+ΔW = scale · Re(IDFT2(F)), F zero except for `spectrum` at positions drawn from a seed: the first
+ones of a random permutation of all entries, row by row. Source: `FourierFTLayer` in peft 0.21.2.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     spectrum, (out, in_) = tensors["spectrum"], weight.shape
     if spectrum.ndim != 1 or len(spectrum) > out * in_:
@@ -41,5 +41,5 @@ KIND = Kind(
     parts=("spectrum",),
     needs="shape",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

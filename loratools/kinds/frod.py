@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 _LEAST_NORM = 1e-12
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     v, values, trained = tensors["v"], tensors["sparse"], tensors["diagonal"]
     places = tensors.integers("places")
@@ -50,5 +50,5 @@ KIND = Kind(
     optional=("size",),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

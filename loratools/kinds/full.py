@@ -1,7 +1,7 @@
 """A full difference: ΔW = scale · diff, of any rank (LyCORIS `diff`, extracted checkpoints).
 
-It is read a block at a time: of rows, or of columns if it is stored as (in, out), when `crossed` is
-set.
+It is read in blocks of rows; with the setting `transposed` it is stored as (in, out), and read in
+blocks of columns.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Columns, Kind, Rows, Weight
+from loratools.kinds.declaration import Array, Columns, DeltaForm, Kind, Rows, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     diff, scale = delta.parts["diff"], delta.settings["scale"]
     height, width = diff.shape[0], math.prod(diff.shape[1:])
 
@@ -26,7 +26,7 @@ def _change(delta: KindDelta, _: Weight) -> Change:
         block: Array = scale * flat.reshape(stop - start, width)
         return block
 
-    if delta.settings.get("crossed"):
+    if delta.settings.get("transposed"):
         return Columns((width, height), rows)
     return Rows((height, width), rows)
 
@@ -36,6 +36,6 @@ KIND = Kind(
     title="full difference",
     source="LyCORIS",
     parts=("diff",),
-    change=_change,
+    form=_form,
     low_rank=False,
 )

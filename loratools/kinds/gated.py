@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, gate = tensors["a"], tensors["b"], tensors["gate"].reshape(-1)
     if not len(gate) == len(a) == b.shape[1]:
@@ -23,5 +23,5 @@ KIND = Kind(
     title="LoRA with gates (SoRA)",
     source="arXiv 2311.11696",
     parts=("a", "b", "gate"),
-    change=_change,
+    form=_form,
 )

@@ -9,11 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.disk.errors import AdapterError
 
-_PATHS = ("A", "B", "C", "D", "E")
-_FORMS = ("Xd", "Xu", "X", "zeros")
+_NAMES = (
+    *(f"{path}.{form}" for path in "ABC" for form in ("Xd", "Xu")),
+    *(f"{path}.{form}" for path in "ABCDE" for form in ("X", "zeros")),
+)
 
 
 class _Path:
@@ -22,10 +25,15 @@ class _Path:
     def __init__(self, tensors: Tensors, name: str) -> None:
         self._down = self._up = None
         self._value: Array = np.zeros(1)
+        if (f"{name}.Xd" in tensors) != (f"{name}.Xu" in tensors):
+            raise AdapterError(f"module has one of {name}.Xd and {name}.Xu")
         if f"{name}.Xd" in tensors:
             self._down, self._up = tensors[f"{name}.Xd"], tensors[f"{name}.Xu"]
-        elif f"{name}.X" in tensors:
-            self._value = tensors[f"{name}.X"]
+        else:
+            # PEFT adds the buffer that stands for nothing, too, whatever a file holds in it.
+            stored = [form for form in ("X", "zeros") if f"{name}.{form}" in tensors]
+            if stored:
+                self._value = tensors[f"{name}.{stored[0]}"]
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows [start, stop), or what broadcasts to them."""
@@ -40,7 +48,7 @@ class _Path:
         return self.rows(0, 1 << 60)
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     first, second = _Path(tensors, "A"), _Path(tensors, "B")
 
@@ -66,9 +74,9 @@ KIND = Kind(
     title="GLoRA",
     source="arXiv 2306.07967",
     parts=(),
-    optional=tuple(f"{path}.{form}" for path in _PATHS for form in _FORMS),
+    optional=_NAMES,
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
     bias=_bias,
 )

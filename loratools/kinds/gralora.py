@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, scale = tensors["a"], tensors["b"], delta.settings["scale"]
     count, width, rank = a.shape
@@ -39,5 +39,5 @@ KIND = Kind(
     source="arXiv 2505.20355",
     parts=("a", "b"),
     optional=("general_a", "general_b"),
-    change=_change,
+    form=_form,
 )

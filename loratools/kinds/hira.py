@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b = tensors["a"], tensors["b"]
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
@@ -30,5 +30,5 @@ KIND = Kind(
     parts=("a", "b"),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

@@ -1,8 +1,8 @@
 """HRA: the input is reflected several times (arXiv 2405.17484).
 
 W' = W Π (I − 2 uᵢuᵢᵀ) with unit vectors; ΔW = −2 Σ wᵢ uᵢᵀ has rank r at most, with wᵢ = W applied
-to what the earlier reflections make of uᵢ. With `orthogonal` the vectors are made so first. Source:
-`HRALinear.get_delta_weight` in peft 0.21.2.
+to what the earlier reflections make of uᵢ. With `orthogonal` the vectors are made orthogonal first.
+Source: `HRALinear.get_delta_weight` in peft 0.21.2.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     u = tensors["u"]
     if u.ndim != 2 or len(u) != weight.shape[1]:
@@ -43,5 +43,5 @@ KIND = Kind(
     source="arXiv 2405.17484",
     parts=("u",),
     needs="weight",
-    change=_change,
+    form=_form,
 )

@@ -5,7 +5,7 @@ W' = l ∘ W per output, where the bias is scaled too, or per input. Source: pef
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
@@ -34,7 +34,7 @@ def scaled(tensors: Tensors, factors: Array, weight: Weight, *, on_input: bool) 
     return Rows(weight.shape, rows)
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     change = tensors["gain"].reshape(-1) - 1.0
     return scaled(tensors, change, weight, on_input=delta.settings["on_input"])
@@ -54,6 +54,6 @@ KIND = Kind(
     parts=("gain",),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
     bias=_bias,
 )

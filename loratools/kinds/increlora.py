@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
@@ -22,10 +22,13 @@ def _joined(tensors: Tensors, delta: KindDelta, side: str, axis: int) -> Array:
     )
     if not numbers or numbers != list(range(len(numbers))):
         raise AdapterError("pieces of a factor are missing", got=f"{side}: {numbers}")
-    return np.concatenate([tensors[f"{side}.{number}"] for number in numbers], axis=axis)
+    pieces = [tensors[f"{side}.{number}"] for number in numbers]
+    if side == "e":
+        return np.concatenate([piece.reshape(-1) for piece in pieces])
+    return np.concatenate(pieces, axis=axis)
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b = _joined(tensors, delta, "a", 0), _joined(tensors, delta, "b", 1)
     e = _joined(tensors, delta, "e", 0)
@@ -43,5 +46,5 @@ KIND = Kind(
     source="arXiv 2308.12043",
     parts=(),
     optional=("a.*", "b.*", "e.*"),
-    change=_change,
+    form=_form,
 )

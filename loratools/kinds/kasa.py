@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, diagonal = tensors["a"], tensors["b"], tensors["diagonal"].reshape(-1)
     rank = len(a)
@@ -32,5 +32,5 @@ KIND = Kind(
     source="arXiv 2412.06071",
     parts=("a", "b", "diagonal"),
     needs="weight",
-    change=_change,
+    form=_form,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
@@ -27,7 +27,7 @@ def _pair(tensors: Tensors, number: int) -> tuple[Array, Array]:
     return a.T, spread.reshape(len(core), -1)
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     (b1, a1), (b2, a2) = _pair(tensors, 1), _pair(tensors, 2)
     if len(b1) != len(b2) or a1.shape[1] != a2.shape[1]:
@@ -51,5 +51,5 @@ KIND = Kind(
     source="arXiv 2108.06098",
     parts=("w1_a", "w1_b", "w2_a", "w2_b"),
     optional=("t1", "t2"),
-    change=_change,
+    form=_form,
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Kronecker, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Kronecker, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
@@ -50,7 +50,7 @@ def _by_input(left: Array, whole: Array, scale: float) -> Rows:
     return Rows((outputs * height, columns), rows)
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     if delta.settings.get("by_input"):
         return _by_input(_side(tensors, 1), tensors["w2"], delta.settings["scale"])
@@ -63,5 +63,5 @@ KIND = Kind(
     source="arXiv 2212.10650",
     parts=(),
     optional=("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "w2_t"),
-    change=_change,
+    form=_form,
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -50,7 +50,7 @@ def _leading_ldu(weight: Weight, rank: int, label: str) -> tuple[Array, Array, A
     return lower, pivots, upper / pivots[:, None]
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     z = tensors["z"].reshape(-1)
     rank = len(z)
@@ -71,5 +71,5 @@ KIND = Kind(
     source="arXiv 2410.13618",
     parts=("z",),
     needs="weight",
-    change=_change,
+    form=_form,
 )

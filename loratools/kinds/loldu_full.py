@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     residual, z = tensors["residual"], tensors["z"].reshape(-1)
     permutation, lower, upper = tensors["permutation"], tensors["lower"], tensors["upper"]
@@ -42,5 +42,5 @@ KIND = Kind(
     optional=("copy", "mask"),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

@@ -17,12 +17,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta, Layer
 from loratools_formats.disk.errors import AdapterError
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors, settings = Tensors(delta), delta.settings
     a, b = tensors["a"], tensors["b"]
     kernel = settings.get("kernel", 1)
@@ -33,7 +33,12 @@ def _change(delta: KindDelta, _: Weight) -> Change:
     elif len(a) != b.shape[1]:
         raise tensors.wrong_shape("b", f"(out, {len(a)})")
     elif kernel != 1:
-        sides = {"rows of A": len(a), "columns of A": a.shape[1], "rows of B": len(b)}
+        sides = {
+            "rows of A": len(a),
+            "columns of A": a.shape[1],
+            "rows of B": len(b),
+            "columns of B": b.shape[1],
+        }
         wrong = [side for side, length in sides.items() if length % kernel]
         if wrong:
             raise AdapterError(
@@ -66,7 +71,7 @@ def _placed(a: Array, b: Array, groups: str) -> Array:
     return whole
 
 
-def _settled(delta: KindDelta) -> KindDelta:
+def _completed(delta: KindDelta) -> KindDelta:
     a, b = (delta.parts[side].shape for side in "ab")
     kernel = delta.settings.get("kernel", 1)
     if kernel != 1:
@@ -81,6 +86,6 @@ KIND = Kind(
     title="LoRA of loralib",
     source="arXiv 2106.09685",
     parts=("a", "b"),
-    change=_change,
-    settled=_settled,
+    form=_form,
+    completed=_completed,
 )

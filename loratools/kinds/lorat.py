@@ -11,11 +11,11 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors, parts = Tensors(delta), delta.settings["parts"]
     rslora = "rslora" in tensors and bool(tensors["rslora"].item())
     alpha = tensors["alpha"].item() if "alpha" in tensors else delta.settings["alpha"]
@@ -45,5 +45,5 @@ KIND = Kind(
     source="arXiv 2403.05231",
     parts=(),
     optional=("a", "b", "a.*", "b.*", "alpha", "rslora"),
-    change=_change,
+    form=_form,
 )

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a1, a2, b1, b2 = (tensors[name] for name in ("a1", "a2", "b1", "b2"))
     a1, a2, b1, b2 = (factor.reshape(len(factor), -1) for factor in (a1, a2, b1, b2))
@@ -42,5 +42,5 @@ KIND = Kind(
     source="arXiv 2306.07967",
     parts=("a1", "a2", "b1", "b2"),
     needs="weight",
-    change=_change,
+    form=_form,
 )

@@ -6,12 +6,12 @@ arXiv 2205.05638 and `IA3Module` in lycoris-lora 4.1.
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Change, Kind, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Tensors, Weight
 from loratools.kinds.ia3 import scaled
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     return scaled(tensors, tensors["gain"].reshape(-1), weight, on_input=delta.settings["on_input"])
 
@@ -23,5 +23,5 @@ KIND = Kind(
     parts=("gain", "on_input"),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

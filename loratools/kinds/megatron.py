@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -43,7 +43,7 @@ def _rows(delta: KindDelta, total: int) -> Array:
     return rows
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b = tensors["a"], tensors["b"]
     if b.shape[1] != len(a):
@@ -70,6 +70,6 @@ KIND = Kind(
     source="Megatron-Bridge, peft/utils.py",
     parts=("a", "b"),
     optional=("magnitude",),
-    change=_change,
+    form=_form,
     magnitude=_magnitude,
 )

@@ -6,11 +6,11 @@ SVD: without M they are a large part of the base weight.
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, middle = tensors["a"], tensors["b"], tensors["middle"]
     if middle.shape != (b.shape[1], len(a)):
@@ -23,5 +23,5 @@ KIND = Kind(
     title="LoRA with a middle matrix (LoRA-XS, LoRA-SB, NLoRA)",
     source="arXiv 2405.17604",
     parts=("a", "b", "middle"),
-    change=_change,
+    form=_form,
 )

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     block, (out, in_) = tensors["block"], weight.shape
     repeats = out // block.shape[1]
-    if block.ndim != 2 or block.shape[1] * repeats != out:
-        raise tensors.wrong_shape("block", f"(r, {out}), or a divisor of it")
+    if block.shape[1] * repeats != out or (repeats > 1 and not delta.settings["mini"]):
+        divisor = " or a divisor of it" if delta.settings["mini"] else ""
+        raise tensors.wrong_shape("block", f"(r, {out}{divisor})")
     rank = len(block)
     a = (np.arange(in_)[None, :] % rank == np.arange(rank)[:, None]).astype(np.float64)
     return Product(np.tile(block, repeats).T, a)
@@ -29,5 +30,5 @@ KIND = Kind(
     source="arXiv 2409.15371",
     parts=("block",),
     needs="shape",
-    change=_change,
+    form=_form,
 )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     block, (out, in_) = tensors["block"], weight.shape
     rank = block.shape[-1]
@@ -40,5 +40,5 @@ KIND = Kind(
     parts=("block",),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

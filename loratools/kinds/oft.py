@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
 def cayley(skew: Array) -> Array:
     """Return (I − Q)(I + Q)⁻¹ for a stack of skew-symmetric Q (n, b, b)."""
     eye = np.eye(skew.shape[-1])
-    turned = np.linalg.solve((eye + skew).swapaxes(-1, -2), (eye - skew).swapaxes(-1, -2))
-    result: Array = turned.swapaxes(-1, -2)
+    rotated = np.linalg.solve((eye + skew).swapaxes(-1, -2), (eye - skew).swapaxes(-1, -2))
+    result: Array = rotated.swapaxes(-1, -2)
     return result
 
 
@@ -45,16 +45,22 @@ def skew_symmetric(triangles: Array, size: int) -> Array:
     return result - result.swapaxes(1, 2)
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     triangles, settings = tensors["triangles"], delta.settings
     out, in_ = weight.shape
-    turned = out if delta.layer.kind == "embedding" else in_
+    rotated = out if delta.layer.kind == "embedding" else in_
     size = (1 + round((1 + 8 * triangles.shape[-1]) ** 0.5)) // 2
-    if triangles.ndim != 2 or triangles.shape[1] * 2 != size * (size - 1) or turned % size:
-        raise tensors.wrong_shape("triangles", f"(blocks, b(b − 1)/2) for a divisor b of {turned}")
-    if len(triangles) not in (1, turned // size):
-        raise tensors.wrong_shape("triangles", f"{turned // size} blocks, or one for all")
+    if (
+        triangles.ndim != 2
+        or triangles.shape[1] * 2 != size * (size - 1)
+        or size < 2
+        or rotated % size
+    ):
+        raise tensors.wrong_shape("triangles", f"(blocks, b(b − 1)/2) for a divisor b of {rotated}")
+    count = 1 if settings["shared"] else rotated // size
+    if len(triangles) != count:
+        raise tensors.wrong_shape("triangles", f"({count}, {size * (size - 1) // 2})")
     skew = skew_symmetric(triangles, size)
     if settings["bound"] is not None:
         bound = settings["bound"] / np.sqrt(len(triangles))
@@ -62,7 +68,7 @@ def _change(delta: KindDelta, weight: Weight) -> Change:
         skew = np.where(norms <= bound, skew, bound * skew / np.maximum(norms, 1e-300))
     terms = settings["terms"]
     turns = cayley(skew) if terms is None else cayley_neumann(skew, terms)
-    turns = np.broadcast_to(turns - np.eye(size), (turned // size, size, size))
+    turns = np.broadcast_to(turns - np.eye(size), (rotated // size, size, size))
 
     def of_embedding(start: int, stop: int) -> Array:
         first, last = start // size, -(-stop // size)
@@ -89,5 +95,5 @@ KIND = Kind(
     parts=("triangles",),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

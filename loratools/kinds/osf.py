@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     u, s, v = tensors["u"], tensors["s"], tensors["v"]
     if (len(u), v.shape[1]) != weight.shape or not u.shape[1] == len(s) == len(v):
@@ -36,5 +36,5 @@ KIND = Kind(
     parts=("u", "s", "v"),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

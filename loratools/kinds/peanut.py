@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.activations import activation
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors, bend = Tensors(delta), activation(delta.settings["activation"])
     a, b, depth = tensors["a"], tensors["b"], delta.settings["depth"]
     out, in_ = weight.shape
@@ -49,5 +49,5 @@ KIND = Kind(
     parts=("a", "b"),
     optional=("encoder.*", "decoder.*"),
     needs="weight",
-    change=_change,
+    form=_form,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.oft import cayley, cayley_neumann, skew_symmetric
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import MissingDependencyError
@@ -21,6 +21,9 @@ def _rotation(tensors: Tensors, delta: KindDelta) -> Array:
     matrix: Array
     if settings["orthogonal"]:
         size = (1 + round((1 + 8 * stored.size) ** 0.5)) // 2
+        rank = settings["rank"] or size
+        if stored.ndim != 1 or stored.size * 2 != size * (size - 1) or size != rank:
+            raise tensors.wrong_shape("matrix", f"({rank * (rank - 1) // 2},)")
         (skew,) = skew_symmetric(stored.reshape(1, -1), size)
         bound, terms = settings["bound"], settings["terms"]
         norm = np.linalg.norm(skew)
@@ -29,6 +32,11 @@ def _rotation(tensors: Tensors, delta: KindDelta) -> Array:
         matrix = cayley(-skew[None])[0] if terms is None else cayley_neumann(skew[None], terms)[0]
     else:
         matrix = stored
+        if stored.ndim != 2:
+            raise tensors.wrong_shape("matrix", "(r, r)")
+    for side in ("left", "right"):
+        if side in tensors and tensors[side].shape != matrix.shape[:1]:
+            raise tensors.wrong_shape(side, f"({len(matrix)},)")
     if "left" in tensors:
         matrix = tensors["left"][:, None] * matrix
     if "right" in tensors:
@@ -49,7 +57,7 @@ def _triplets(weight: Weight) -> tuple[Array, Array, Array]:
     return tuple(part.double().numpy() for part in (u.T, s, vt))
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     matrix = _rotation(tensors, delta)
     rank = len(matrix)
@@ -71,7 +79,7 @@ KIND = Kind(
     parts=("matrix",),
     optional=("left", "right"),
     needs="weight",
-    change=_change,
+    form=_form,
     caution="the signs of singular vectors are not in a PSOFT file; they are taken as torch finds "
     "them on this machine's CPU, as PEFT would when it loads the adapter there",
 )

@@ -1,18 +1,18 @@
 """QA-LoRA: the input is pooled in groups before the first factor (arXiv 2309.14717).
 
 The layer sees the mean of each group times the number of groups, so every column of A (r, in/group)
-stands for a whole group. PEFT does so on GPTQ layers only, and trains plain factors on others, with
-the same configuration: the inputs of the weight tell which. Source: `QALoraLinearVariant` in peft
-0.21.2.
+stands for a whole group. PEFT does this on GPTQ layers only, and trains plain factors on others,
+with the same configuration: the inputs of the weight tell which. Source: `QALoraLinearVariant` in
+peft 0.21.2.
 """
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, group = tensors["a"], tensors["b"], delta.settings["group"]
     if b.shape[1] != len(a):
@@ -31,5 +31,5 @@ KIND = Kind(
     source="arXiv 2309.14717",
     parts=("a", "b"),
     needs="shape",
-    change=_change,
+    form=_form,
 )

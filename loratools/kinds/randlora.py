@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.core.dtypes import DTYPES, DType, encode
@@ -55,7 +55,7 @@ def _ternary(unit: Array, sparsity: float) -> Array:
     return np.where(unit < share, -1.0, np.where(unit > np.float32(1.0) - share, 1.0, 0.0))
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     lambdas, gammas = tensors["lambda"], tensors["gamma"]
     rank, count = lambdas.shape
@@ -91,5 +91,5 @@ KIND = Kind(
     optional=("a", "b"),
     needs="shape",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

@@ -16,12 +16,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors, settings = Tensors(delta), delta.settings
     bases = tensors["a"], tensors["b"]
     lambdas, gammas = tensors["lambda"], tensors["gamma"]
@@ -93,7 +93,7 @@ def _fused(tensors: Tensors, bases: tuple[Array, Array], groups: str, scale: flo
     return Rows((height * len(groups), height), rows_of)
 
 
-def _settled(delta: KindDelta) -> KindDelta:
+def _completed(delta: KindDelta) -> KindDelta:
     groups = delta.settings.get("groups")
     if groups is None:
         return delta
@@ -108,6 +108,6 @@ KIND = Kind(
     parts=("lambda", "gamma", "a", "b"),
     needs="shape",
     low_rank=False,
-    change=_change,
-    settled=_settled,
+    form=_form,
+    completed=_completed,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -17,6 +17,9 @@ from loratools_formats.disk.errors import UnsupportedError
 def _columns(tensors: Tensors, variant: str, group: int) -> tuple[Array, Array]:
     """Return the diagonal of R, and what each output gets from its partner, without sign."""
     theta, alpha = tensors["theta"], tensors["alpha"]
+    whole = {"road_1": group // 2, "road_4": 2 * group}.get(variant, group)
+    if group % 2 or len(theta) % whole:
+        raise tensors.wrong_shape("theta", f"a multiple of {whole}, for groups of {group}")
     if variant == "road_1":
         theta = theta.reshape(-1, group // 2).repeat(2, axis=0).reshape(-1)
         alpha = alpha.reshape(-1, group // 2).repeat(2, axis=0).reshape(-1)
@@ -38,7 +41,7 @@ def _applied(columns: tuple[Array, Array], values: Array, group: int) -> Array:
     return result
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors, group = Tensors(delta), delta.settings["group"]
     diagonal, across = _columns(tensors, delta.settings["variant"], group)
     if len(diagonal) != weight.shape[0] or weight.shape[0] % group:
@@ -66,6 +69,6 @@ KIND = Kind(
     parts=("theta", "alpha"),
     needs="weight",
     low_rank=False,
-    change=_change,
+    form=_form,
     bias=_bias,
 )

@@ -1,18 +1,18 @@
 """Sparse changes: values at stored places (SHiRA, arXiv 2406.13175; SpIEL, arXiv 2401.16405).
 
-ΔW is zero but for scale · `values`, added up at `indices`: pairs (2, n) of row and column, or flat
-places (n,) counted row by row. Some, Supra among them, have plain factors beside it.
+ΔW is zero except for scale · `values`, added up at `indices`: pairs (2, n) of row and column, or
+flat places (n,) counted row by row. Some, Supra among them, have plain factors beside it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     values, places, (out, in_) = tensors["values"], tensors.integers("indices"), weight.shape
     row, column = places if places.ndim == 2 else np.divmod(places, in_)
@@ -41,5 +41,5 @@ KIND = Kind(
     optional=("a", "b"),
     needs="shape",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

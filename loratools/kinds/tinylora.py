@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import UnsupportedError
@@ -47,14 +47,14 @@ def _group(delta: KindDelta, p: Array) -> int:
     )
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b, p = tensors["a"], tensors["b"], tensors["p"]
     v = tensors[f"v.{_group(delta, p)}"]
     if p.shape != (len(v), b.shape[1], len(a)):
         raise tensors.wrong_shape("p", f"({len(v)}, {b.shape[1]}, {len(a)})")
     middle = np.tensordot(v, p, axes=1)
-    if delta.layer.kind == "embedding":  # factored as it is stored, the vocabulary first
+    if delta.layer.kind == "embedding":  # factored in the stored layout, the vocabulary first
         return Product(a.T, (b @ middle).T)
     return Product(b, middle @ a)
 
@@ -65,5 +65,5 @@ KIND = Kind(
     source="peft TinyLoraLayer",
     parts=("a", "b", "p"),
     optional=("v.*",),
-    change=_change,
+    form=_form,
 )

@@ -1,6 +1,6 @@
 """Trainable tokens: some rows of an embedding are replaced.
 
-ΔW is zero but for the rows at `rows`, where it is their new values less the base's: as a matrix
+ΔW is zero except in the rows at `rows`, where it is their new values less the base's: as a matrix
 with the vocabulary as `in`, a product of rank n. Source: `TrainableTokensLayer` in peft 0.21.2,
 which changes an output layer that is tied to the embedding along with it; a plain LoRA does not.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors, places = Tensors(delta), np.array(delta.settings["rows"], np.int64)
     new, (out, in_) = tensors["values"], weight.shape
     if new.shape != (len(places), out) or len(set(places.tolist())) != len(places):
@@ -33,6 +33,6 @@ KIND = Kind(
     source="peft TrainableTokensLayer",
     parts=("values",),
     needs="weight",
-    change=_change,
+    form=_form,
     if_tied="an output layer that is tied to the embedding would keep its old rows",
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -32,7 +32,7 @@ def _order(delta: KindDelta) -> Array:
     return np.arange(rows).reshape(heads, -1, 2).transpose(0, 2, 1).reshape(-1)
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a, b = tensors["a"], tensors["b"]
     if b.shape[1] != len(a):
@@ -57,6 +57,6 @@ KIND = Kind(
     title="LoRA and DoRA of torchtune",
     source="torchtune 0.6.1, models/convert_weights.py",
     parts=("a", "b"),
-    change=_change,
+    form=_form,
     magnitude=_magnitude,
 )

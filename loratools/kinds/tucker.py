@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     up, mid, down = tensors["up"], tensors["mid"], tensors["down"]
     up, down = up.reshape(len(up), -1), down.reshape(len(down), -1)
@@ -27,5 +27,5 @@ KIND = Kind(
     title="LoCon with a Tucker core",
     source="LyCORIS",
     parts=("up", "mid", "down"),
-    change=_change,
+    form=_form,
 )

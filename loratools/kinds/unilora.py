@@ -5,7 +5,7 @@ A = bank[indices_a] ∘ scales_a, B alike, ΔW = B @ A.
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
@@ -17,7 +17,7 @@ def _factor(tensors: Tensors, side: str) -> Array:
     return factor
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     return Product(_factor(tensors, "b"), _factor(tensors, "a"))
 
@@ -27,5 +27,5 @@ KIND = Kind(
     title="Uni-LoRA",
     source="arXiv 2506.00799",
     parts=("bank", "indices_a", "indices_b", "scales_a", "scales_b"),
-    change=_change,
+    form=_form,
 )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
-from loratools.kinds.declaration import Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors, settings = Tensors(delta), delta.settings
     a, b = tensors["a"], tensors["b"]
     if b.shape[1] != len(a):
@@ -26,5 +26,5 @@ KIND = Kind(
     title="LoRA that has lost its scale (LoRAFactory, ICM-LoRA)",
     source="MyTransformers, common/lora_modules/lora.py",
     parts=("a", "b"),
-    change=_change,
+    form=_form,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
 
@@ -36,7 +36,7 @@ def _mixture(tensors: Tensors, side: str, topk: int) -> Array:
     return mixture
 
 
-def _change(delta: KindDelta, _: Weight) -> Change:
+def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     a = _mixture(tensors, "a", delta.settings["topk"])
     b = _mixture(tensors, "b", delta.settings["topk"])
@@ -51,5 +51,5 @@ KIND = Kind(
     source="arXiv 2405.15179",
     parts=("bank",),
     optional=("logits_a", "logits_b", "indices_a", "indices_b", "weights_a", "weights_b"),
-    change=_change,
+    form=_form,
 )

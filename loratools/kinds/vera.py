@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools_formats.core.adapter import KindDelta
 from loratools_formats.disk.errors import AdapterError
@@ -29,11 +29,11 @@ def _projections(
         stream = TorchStream(delta.settings["seed"])
         a = _he_uniform(stream, (rank_a, largest_in))
         b = _he_uniform(stream, (largest_out, rank))
-    if a.shape[0] < rank_a or a.shape[1] < in_ or b.shape[0] < out or b.shape[1] < rank:
+    if a.shape[0] != rank_a or a.shape[1] < in_ or b.shape[0] < out or b.shape[1] != rank:
         raise AdapterError(
-            "the shared projections are too small",
+            "the shared projections do not fit the module",
             got=f"A {list(a.shape)}, B {list(b.shape)}",
-            expected=f"at least ({rank_a}, {in_}) and ({out}, {rank})",
+            expected=f"({rank_a}, {in_} or more) and ({out} or more, {rank})",
         )
     return a[:, :in_], b[:out]
 
@@ -43,7 +43,7 @@ def _he_uniform(stream: TorchStream, shape: tuple[int, int]) -> Array:
     return stream.uniform(shape, -bound, bound).astype(np.float64)
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     lambda_b, lambda_d = tensors["lambda_b"], tensors["lambda_d"]
     rank_a = len(lambda_d)
@@ -59,5 +59,5 @@ KIND = Kind(
     parts=("lambda_b", "lambda_d"),
     optional=("a", "b"),
     needs="shape",
-    change=_change,
+    form=_form,
 )

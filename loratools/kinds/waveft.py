@@ -1,16 +1,16 @@
 """WaveFT: a few wavelet coefficients (arXiv 2505.12532).
 
-The matrix of coefficients is zero but for `spectrum` at places drawn from a seed, as in FourierFT.
-Its quarters are the four bands of one level of a two-dimensional wavelet transform, which is
-inverted and cropped; or, without transform, it is ΔW itself. Both steps are products with one
-matrix per side. Source: `WaveFTLayer` in peft 0.21.2.
+The matrix of coefficients is zero except for `spectrum` at positions drawn from a seed, as in
+FourierFT. Its quarters are the four bands of one level of a two-dimensional wavelet transform,
+which is inverted and cropped; or, without transform, it is ΔW itself. Both steps are products with
+one matrix per side. Source: `WaveFTLayer` in peft 0.21.2.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, Change, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools.kinds.numbers.wavelets import scaling_filter
 from loratools_formats.core.adapter import KindDelta
@@ -37,7 +37,7 @@ def _synthesis(low: Array, side: int) -> tuple[Array, int]:
     return inner[start : start + side], (padded - side) // 2
 
 
-def _change(delta: KindDelta, weight: Weight) -> Change:
+def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     tensors = Tensors(delta)
     spectrum, (out, in_) = tensors["spectrum"], weight.shape
     if spectrum.ndim != 1 or len(spectrum) > out * in_:
@@ -70,5 +70,5 @@ KIND = Kind(
     parts=("spectrum",),
     needs="shape",
     low_rank=False,
-    change=_change,
+    form=_form,
 )

@@ -32,8 +32,8 @@ def effective_delta(name: str, change: ModuleChange, weight_shape: tuple[int, ..
             unknown.
     """
     delta = change.require_factors()
-    crossed = is_transposed(name, delta, weight_shape)
+    transposed = is_transposed(name, delta, weight_shape)
     products = [delta.scale * (b.astype(np.float64) @ a) for b, a in loaded(delta)]
-    oriented = [product.T if crossed else product for product in products]
+    oriented = [product.T if transposed else product for product in products]
     whole = np.stack(oriented) if delta.layer.kind == "experts" else oriented[0]
     return whole.reshape(weight_shape)

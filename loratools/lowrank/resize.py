@@ -3,7 +3,7 @@
 Shared by every operation that ends in factors of a chosen rank. Two ways lead there. Where the
 rank does not shrink and the type holds every value, factors keep their values, padded with zeros
 if the rank grows, and the scale moves into `b` if it is a power of two, which is exact. Otherwise
-the factors are computed anew in canonical form, and the error of what is stored is returned.
+the factors are computed anew in canonical form, and the error of the stored ones is returned.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,12 +21,13 @@ from loratools.algebra.linalg import is_power_of_two
 from loratools.algebra.one_matrix import Decomposed, Method, RandomisedSvd, padded
 from loratools.algebra.ranks import Spectrum
 from loratools.lowrank.matrices import loaded
+from loratools.lowrank.planned import PlannedFactors, PlannedTensor
 from loratools.work.declared import option
 from loratools.work.scratch import Scratch
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import DTYPES, DType, encode
-from loratools_formats.core.tensors import TensorRef, unmade
+from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError
 
 Array = np.ndarray[Any, Any]
@@ -66,7 +67,7 @@ class ComputeOptions(Computing):
             if getattr(self, name) < 0:
                 raise OptionError(f"{name} is negative", got=getattr(self, name))
 
-    def stored(self, tensor: TensorRef) -> DType:
+    def stored(self, tensor: TensorRef | PlannedTensor) -> DType:
         """Return the type in which a factor is stored."""
         return tensor.dtype if self.dtype is None else DTYPES[self.dtype.upper()]
 
@@ -80,13 +81,13 @@ class ComputeOptions(Computing):
 
 
 def spectrum_of(
-    name: str, delta: LowRank, parts: Sequence[Decomposed], options: ComputeOptions
+    name: str, planned: PlannedFactors, matrices: Sequence[Decomposed], options: ComputeOptions
 ) -> Spectrum:
     """Return a module's singular values, and what a rank of it costs in the output."""
-    out, in_ = delta.shape
-    bits = in_ * options.stored(delta.a).bits + out * options.stored(delta.b).bits
-    rows = np.stack([part.singular_values for part in parts])
-    return Spectrum(name, delta.shape, rows, delta.rank, delta.experts * bits // 8)
+    out, in_ = planned.shape
+    bits = in_ * options.stored(planned.a).bits + out * options.stored(planned.b).bits
+    rows = np.stack([matrix.singular_values for matrix in matrices])
+    return Spectrum(name, planned.shape, rows, planned.rank, planned.experts * bits // 8)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Compressed:
 
     Attributes:
         delta: its factors, rounded and stored.
-        squared_error: ‖ΔW − ΔW'‖²_F of what is stored.
+        squared_error: ‖ΔW − ΔW'‖²_F of the stored factors.
         energy: ‖·‖²_F of the factors before rounding.
     """
 
@@ -119,7 +120,7 @@ class Resizer:
     one_scale: bool
 
     def without_loss(self, delta: LowRank, rank: int, *, keep_scale: bool = True) -> LowRank | None:
-        """Return the same ΔW at `rank` with no value rounded, or None if that cannot be.
+        """Return factors of the same ΔW at `rank` without rounding a value; None if there are none.
 
         Args:
             delta: what to keep.
@@ -136,7 +137,7 @@ class Resizer:
         if ratio == 1.0 and same_type and rank == delta.rank:
             return delta
         pairs = [padded(b * ratio, a, rank) for b, a in loaded(delta)]
-        bias = _scaled_bias(delta, ratio)
+        bias = _scaled_bias(delta.bias, ratio)
         exact = is_power_of_two(ratio) and (
             _is_exact([b for b, _ in pairs], self.options.stored(delta.b))
             and (delta.bias is None or _is_exact([np.asarray(bias)], delta.bias.dtype))
@@ -144,97 +145,92 @@ class Resizer:
         if exact:
             types = self.options.stored(delta.b), self.options.stored(delta.a)
             pairs = [(encode(b, types[0]), encode(a, types[1])) for b, a in pairs]
-            return self._stored(delta, pairs, scale, bias)
+            return self._stored(PlannedFactors.like(delta), pairs, scale, bias)
         stays = same_type and rank == delta.rank and self._may_stay(keep_scale)
         return delta if stays else None
 
-    def planned(self, delta: LowRank, rank: int, *, keep_scale: bool = True) -> LowRank:
-        """Return the delta that will be made, without its values: types, shapes and scale.
+    def planned(
+        self, like: PlannedFactors, rank: int, *, keep_scale: bool = True
+    ) -> PlannedFactors:
+        """Return the plan of the factors that will be made: types, shapes and scale.
 
         The scale is another one only if factors keep their values, their scale should move into
         them, and the type cannot hold what comes out.
 
         Args:
-            delta: to be replaced, or to be kept at its own rank.
+            like: the factors to be replaced, or to be kept at their own rank.
             rank: wanted.
             keep_scale: as for `without_loss`.
         """
-        scale, types = (
-            self._scale(delta, rank),
-            [self.options.stored(t) for t in (delta.a, delta.b)],
-        )
-        keeps = rank == delta.rank and types == [delta.a.dtype, delta.b.dtype]
-        if keeps and not is_power_of_two(delta.scale / scale) and self._may_stay(keep_scale):
-            scale = delta.scale
-        shape_a = (*delta.a.shape[:-2], rank, delta.a.shape[-1])
-        return replace(
-            delta,
-            a=unmade(delta.a.key, types[0], shape_a),
-            b=unmade(delta.b.key, types[1], (*delta.b.shape[:-1], rank)),
-            scale=scale,
-        )
+        scale = self._scale(like, rank)
+        a, b = self.options.stored(like.a), self.options.stored(like.b)
+        keeps = rank == like.rank and (a, b) == (like.a.dtype, like.b.dtype)
+        if keeps and not is_power_of_two(like.scale / scale) and self._may_stay(keep_scale):
+            scale = like.scale
+        return like.resized(rank, a, b, scale)
 
     def _may_stay(self, keep_scale: bool) -> bool:
-        """Return whether a scale that cannot move into factors may stay as it is."""
+        """Return whether a scale that cannot move into factors may stay beside them."""
         return keep_scale and not self.one_scale and not self.options.keep_alpha
 
     def compressed(
-        self, name: str, delta: LowRank, parts: Sequence[Decomposed], rank: int
+        self, name: str, like: PlannedFactors, matrices: Sequence[Decomposed], rank: int
     ) -> Compressed:
-        """Return the best delta of `rank`, and what is lost by it as it is stored.
+        """Return the best factors of `rank` as they are stored, and their error.
 
         Args:
             name: the module, from which random seeds derive.
-            delta: to be replaced.
-            parts: its matrices, taken apart.
+            like: the factors to be replaced.
+            matrices: the module's ΔW, taken apart.
             rank: wanted.
 
         Raises:
             AdapterError: values do not fit the stored type.
         """
-        scale = self._scale(delta, rank)
+        scale = self._scale(like, rank)
         root = math.sqrt(scale)
-        b_type, a_type = self.options.stored(delta.b), self.options.stored(delta.a)
+        b_type, a_type = self.options.stored(like.b), self.options.stored(like.a)
         pairs = []
         squared_error = energy = 0.0
-        for index, part in enumerate(parts):
-            b, a = part.factors(rank, self._randomised(f"{name}#{index}"))
+        for index, matrix in enumerate(matrices):
+            b, a = matrix.factors(rank, self._randomised(f"{name}#{index}"))
             energy += float(np.einsum("ij,ij->j", b, b) @ np.einsum("ij,ij->i", a, a))
             if scale != 1.0:
                 b, a = b / root, a / root
-            b, b_back = rounded(b, b_type, delta.b)
-            a, a_back = rounded(a, a_type, delta.a)
-            squared_error += part.squared_error(b_back if scale == 1.0 else b_back * scale, a_back)
+            b, b_back = rounded(b, b_type, like.b.key)
+            a, a_back = rounded(a, a_type, like.a.key)
+            scaled = b_back if scale == 1.0 else b_back * scale
+            squared_error += matrix.squared_error(scaled, a_back)
             pairs.append((b, a))
-        bias = _scaled_bias(delta, delta.scale / scale)
-        return Compressed(self._stored(delta, pairs, scale, bias), squared_error, energy)
+        bias = _scaled_bias(like.bias, like.scale / scale)
+        return Compressed(self._stored(like, pairs, scale, bias), squared_error, energy)
 
-    def _scale(self, delta: LowRank, rank: int) -> float:
+    def _scale(self, like: LowRank | PlannedFactors, rank: int) -> float:
         """Return the scale to write: 1, or alpha/rank where alpha is to be kept."""
-        if self.options.keep_alpha and delta.alpha is not None:
-            return delta.alpha / rank
+        if self.options.keep_alpha and like.alpha is not None:
+            return like.alpha / rank
         return 1.0
 
     def _stored(
-        self, delta: LowRank, pairs: list[tuple[Array, Array]], scale: float, bias: Array | None
+        self,
+        like: PlannedFactors,
+        pairs: list[tuple[Array, Array]],
+        scale: float,
+        bias: Array | None,
     ) -> LowRank:
         """Store rounded factors, one pair per expert, and return the delta they make."""
-        b_type, a_type = self.options.stored(delta.b), self.options.stored(delta.a)
-        new_bias = delta.bias
-        if delta.bias is not None and bias is not None:
-            stored, _ = rounded(bias, delta.bias.dtype, delta.bias)
-            new_bias = self.scratch.store(delta.bias.key, stored, delta.bias.dtype)
-        if len(delta.a.shape) == 3:
+        b_type, a_type = self.options.stored(like.b), self.options.stored(like.a)
+        new_bias = like.bias
+        if like.bias is not None and bias is not None:
+            stored, _ = rounded(bias, like.bias.dtype, like.bias.key)
+            new_bias = self.scratch.store(like.bias.key, stored, like.bias.dtype)
+        if len(like.a.shape) == 3:
             b, a = np.stack([b for b, _ in pairs]), np.stack([a for _, a in pairs])
         else:
             ((b, a),) = pairs
-        return replace(
-            delta,
-            a=self.scratch.store(delta.a.key, a, a_type),
-            b=self.scratch.store(delta.b.key, b, b_type),
-            scale=scale,
-            bias=new_bias,
-        )
+        new_a = self.scratch.store(like.a.key, a, a_type)
+        new_b = self.scratch.store(like.b.key, b, b_type)
+        return like.made(new_a, new_b, scale, new_bias)
 
     def _randomised(self, label: str) -> RandomisedSvd | None:
         options = self.options
@@ -254,22 +250,22 @@ def _is_exact(arrays: list[Array], dtype: DType) -> bool:
     return all(np.array_equal(encode(array, dtype).astype(array.dtype), array) for array in arrays)
 
 
-def _scaled_bias(delta: LowRank, factor: float) -> Array | None:
-    """Return the bias of the second factor times a number, None if there is none.
+def _scaled_bias(bias: TensorRef | None, factor: float) -> Array | None:
+    """Return the bias of the second factor times a number; None if it has no bias.
 
     Raises:
         AdapterError: NaN or infinite values.
     """
-    if delta.bias is None:
+    if bias is None:
         return None
-    values: Array = delta.bias.load(np.float64) * factor
+    values: Array = bias.load(np.float64) * factor
     if not np.isfinite(values).all():
-        raise AdapterError("bias holds NaN or infinite values", tensor=delta.bias.key)
+        raise AdapterError("bias holds NaN or infinite values", tensor=bias.key)
     return values
 
 
-def rounded(array: Array, dtype: DType, source: TensorRef) -> tuple[Array, Array]:
-    """Round once to `dtype`; returns the stored values, and the same in float64.
+def rounded(array: Array, dtype: DType, key: str) -> tuple[Array, Array]:
+    """Round the values of a tensor once; return them in `dtype`, and in float64.
 
     Raises:
         AdapterError: values are too large for the type, or so small that it loses them.
@@ -287,7 +283,7 @@ def rounded(array: Array, dtype: DType, source: TensorRef) -> tuple[Array, Array
         lost, what = int(np.count_nonzero((back == 0.0) & (array != 0.0))), "vanish in"
     raise AdapterError(
         f"{lost} values {what} dtype {dtype.code}",
-        tensor=source.key,
+        tensor=key,
         got=f"up to {np.abs(array).max():.3g}",
         hint="Ask for `dtype=bf16` or f32",
     )

@@ -23,6 +23,7 @@ from loratools.naming.places import (
 )
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
 from loratools_formats.core.adapter import Adapter, Addition, ModuleChange, Replacement
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
@@ -58,14 +59,14 @@ class Renamed:
 
     Attributes:
         adapter: with modules, keys of additions and metadata as the target has them.
-        notes: how the names were found.
+        findings: how the names were found.
         left_out: modules of other components than the one asked for, if the target holds one.
         split: modules that are pieces of what was one.
         exact: in float64, the modules whose values the adapter has rounded.
     """
 
     adapter: Adapter
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     left_out: tuple[str, ...] = ()
     split: frozenset[str] = frozenset()
     exact: Mapping[str, ModuleChange] = field(default_factory=dict)
@@ -114,7 +115,7 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
     left_out = tuple(sorted(set(adapter.modules) - set(kept)))
     split = frozenset(name.removeprefix(prefix) for name in by_diffusers.split & set(kept))
     exact = {n.removeprefix(prefix): d for n, d in by_diffusers.exact.items() if n in kept}
-    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out, split, exact)
+    return Renamed(replace(adapter, modules=modules), by_diffusers.findings, left_out, split, exact)
 
 
 def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renamed:
@@ -137,8 +138,8 @@ def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renam
     modules, additions = crossing.modules(), crossing.additions()
     done = _finished(adapter, modules, additions, target, crossing.dotted)
     titles = " or ".join(table.title for table in tables)
-    notes = (f"names by the table of {titles}",)
-    return Renamed(done, notes, left_out, frozenset(crossing.split), crossing.exact)
+    findings = (Finding("names-by-table", "note", None, f"names by the table of {titles}"),)
+    return Renamed(done, findings, left_out, frozenset(crossing.split), crossing.exact)
 
 
 def _one_expert(
@@ -148,7 +149,7 @@ def _one_expert(
     table: Table,
     options: NamingOptions,
 ) -> tuple[Adapter, tuple[str, ...]]:
-    """Return what is of one expert, where the target names all experts alike, and the rest.
+    """Return the modules of one expert, where the target names all experts alike, and the others.
 
     Raises:
         UnsupportedError: there are several, and none was chosen.

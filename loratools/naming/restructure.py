@@ -19,7 +19,7 @@ from loratools.algebra.linalg import is_power_of_two
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode
-from loratools_formats.core.tensors import TensorRef, rounded
+from loratools_formats.core.tensors import TensorRef, have_same_bits, rounded
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
@@ -159,7 +159,9 @@ def _fused_factors(
     if first.scale == 0.0 and any(part.scale != 0.0 for part in present):
         raise AdapterError("parts of a fused module have a scale of zero", tensor=name)
     dtype = common_dtype([t.dtype for part in present for t in (part.a, part.b)])
-    shared = len(present) == len(parts) and _one_a(present)
+    shared = len(present) == len(parts) and all(
+        have_same_bits(part.a, first.a) for part in present[1:]
+    )
     rank = first.rank if shared else sum(part.rank for part in present)
     a = rounded(first.a, dtype) if shared else _stacked([part.a for part in present], dtype)
     wide = common_dtype([dtype, DTYPES["F64" if exact else "F32"]])
@@ -172,15 +174,6 @@ def _fused_factors(
         bias=_fused_bias(parts, heights, first, exact=exact),
         alpha=None if first.alpha is None else first.scale * rank,
         alpha_tensor=None,
-    )
-
-
-def _one_a(parts: Sequence[LowRank]) -> bool:
-    first = parts[0].a
-    return all(
-        (part.a.dtype, part.a.shape) == (first.dtype, first.shape)
-        and bytes(part.a.raw()) == bytes(first.raw())
-        for part in parts[1:]
     )
 
 
@@ -270,7 +263,7 @@ def swapped_halves(name: str, delta: ModuleChange) -> ModuleChange:
     """
     part = delta.factors
     if part is None or delta.is_dora:
-        raise _kept_whole(name, "what is no plain pair of factors")
+        raise _kept_whole(name, "a change that is no plain pair of factors")
     half = units(name, part.b.shape[0], (1, 1))
     bias = None if part.bias is None else _swapped(part.bias, half)
     return delta.with_direction(replace(part, b=_swapped(part.b, half), bias=bias))

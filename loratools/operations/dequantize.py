@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from loratools.base.dequantised import plain_config
+from loratools.base.dequantised import dequantised_config
 from loratools.base.fourbit.decode import CHUNK, Dequantizer
-from loratools.base.fourbit.encode import Loss
+from loratools.base.fourbit.encode import QuantisationLoss
 from loratools.work.buffers import Buffers
 from loratools.work.declared import option
 from loratools.work.parallel import Workers, in_order, usable_cores
@@ -33,8 +33,9 @@ from loratools_formats.checkpoints.bitsandbytes import (
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
-from loratools_formats.checkpoints.shard_plan import Blank, Made, Part, Sink
+from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DTYPES, DType
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
 
 DTypeName = Literal["bf16", "f16", "f32"]
@@ -85,14 +86,14 @@ class DequantizeResult:
         relative_error: of rounding, over all of them.
         bytes_in: size of all tensors before.
         bytes_out: size of all tensors after.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     tensors: tuple[DequantizedTensor, ...]
     relative_error: float
     bytes_in: int
     bytes_out: int
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def dequantize(
@@ -132,12 +133,12 @@ def dequantize(
     stored = DTYPES[dtype.upper()]
     jobs = {k: _Job(w, stored, is_conv1d(k, base.config)) for k, w in weights.items()}
     auxiliary = {t.key for w in weights.values() for t in w.tensors} - set(weights)
-    parts: dict[str, Part] = {
+    parts: dict[str, NewTensor] = {
         key: jobs[key].made if key in jobs else ref
         for key, ref in base.tensors.items()
         if key not in auxiliary
     }
-    notes: list[str] = []
+    findings: list[Finding] = []
     if output is None:
         for _ in in_order(_Job.measure, jobs.values(), workers):
             pass
@@ -146,7 +147,7 @@ def dequantize(
         new = NewCheckpoint(
             base,
             grouped(base, parts, max_shard_bytes=max_shard_bytes),
-            plain_config(base.config, torch_name(stored)) if base.config else None,
+            dequantised_config(base.config, torch_name(stored)) if base.config else None,
             lambda: operation_record("dequantize", {}, options, base),
         )
         with threadpool_limits(1):  # the sums of errors; threads go over weights
@@ -154,8 +155,9 @@ def dequantize(
                 new, output, overwrite=overwrite, workers=workers, progress=progress
             )
         if left_out:
-            notes.append(f"not carried over: {', '.join(left_out)}")
-    return _result(base, list(jobs.values()), notes)
+            message = f"not carried over: {', '.join(left_out)}"
+            findings.append(Finding("files-left-out", "note", None, message))
+    return _result(base, list(jobs.values()), findings)
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -164,7 +166,9 @@ def _method(config: Mapping[str, Any]) -> str:
     return "no quantization_config" if method is None else f"quant_method {method}"
 
 
-def _result(base: Checkpoint, jobs: Sequence[_Job], notes: Sequence[str]) -> DequantizeResult:
+def _result(
+    base: Checkpoint, jobs: Sequence[_Job], findings: Sequence[Finding]
+) -> DequantizeResult:
     reports = tuple(
         DequantizedTensor(
             job.weight.key,
@@ -172,22 +176,24 @@ def _result(base: Checkpoint, jobs: Sequence[_Job], notes: Sequence[str]) -> Deq
             job.weight.quant_type,
             job.weight.nbytes,
             job.blank.nbytes,
-            Loss(job.squared_error, job.squared_norm).relative,
+            QuantisationLoss(job.squared_error, job.squared_norm).relative,
         )
         for job in jobs
     )
     bytes_in = sum(ref.nbytes for ref in base.tensors.values())
     return DequantizeResult(
         reports,
-        Loss(sum(j.squared_error for j in jobs), sum(j.squared_norm for j in jobs)).relative,
+        QuantisationLoss(
+            sum(j.squared_error for j in jobs), sum(j.squared_norm for j in jobs)
+        ).relative,
         bytes_in,
         bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
-        tuple(notes),
+        tuple(findings),
     )
 
 
 class _Job:
-    """One weight to be turned into a plain one, and how far rounding moved it."""
+    """One weight to be dequantised, and how far rounding moved it."""
 
     def __init__(self, weight: QuantizedWeight, dtype: DType, conv1d: bool) -> None:
         self.weight = weight
@@ -220,8 +226,8 @@ class _Job:
             else:
                 sink.write_at(start * width, piece.view(np.uint8).data)
         if self._transposed:
-            turned = np.ascontiguousarray(whole.reshape(self.weight.shape).T)
-            sink.write_at(0, turned.view(np.uint8).data)
+            transposed = np.ascontiguousarray(whole.reshape(self.weight.shape).T)
+            sink.write_at(0, transposed.view(np.uint8).data)
 
     @property
     def _numpy(self) -> np.dtype[Any]:

@@ -1,9 +1,9 @@
 """Quantise a checkpoint's linear layers to four bits, in the layout of bitsandbytes.
 
 Every weight is read in pieces, quantised and written where it belongs; nothing is held but its
-scales. The bytes are those that bitsandbytes' CPU code makes, but for the mean of the scales that
-double quantisation subtracts, which its own depends on the number of threads. Everything else in
-the checkpoint, weights already in four bits included, is copied bit for bit.
+scales. The bytes are those that bitsandbytes' CPU code makes, except for the mean of the scales
+that double quantisation subtracts, which its own depends on the number of threads. Everything else
+in the checkpoint, weights already in four bits included, is copied bit for bit.
 
 What it does not: experts that are stacked in one tensor, for which there is no four-bit layout.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from loratools.base.fourbit.encode import FourBitOptions, Loss
+from loratools.base.fourbit.encode import FourBitOptions, QuantisationLoss
 from loratools.base.fourbit.store import blanks, fill
 from loratools.base.linears import Kept, Linears, linear_weights
 from loratools.work.declared import option
@@ -37,8 +37,9 @@ from loratools_formats.checkpoints.bitsandbytes import (
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
-from loratools_formats.checkpoints.shard_plan import Made, Part, Sink
+from loratools_formats.checkpoints.shard_plan import Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DType
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -108,7 +109,7 @@ class QuantizeResult:
         kept: two-dimensional weights that were not quantised, and why.
         bytes_in: size of all tensors before.
         bytes_out: size of all tensors after.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     tensors: tuple[QuantizedTensor, ...]
@@ -116,7 +117,7 @@ class QuantizeResult:
     kept: tuple[Kept, ...]
     bytes_in: int
     bytes_out: int
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def quantize(
@@ -156,10 +157,10 @@ def quantize(
         key: _Job(ref, chosen.four_bit, is_conv1d(key, base.config))
         for key, ref in linears.weights.items()
     }
-    parts: dict[str, Part] = {
+    parts: dict[str, NewTensor] = {
         key: jobs[key].made if key in jobs else ref for key, ref in base.tensors.items()
     }
-    notes = _notes(linears, len(already))
+    findings = _findings(linears, len(already))
     if output is None:
         for _ in in_order(_Job.measure, jobs.values(), workers):
             pass
@@ -176,8 +177,9 @@ def quantize(
                 new, output, overwrite=overwrite, workers=workers, progress=progress
             )
         if left_out:
-            notes.append(f"not carried over: {', '.join(left_out)}")
-    return _result(base, list(jobs.values()), linears, notes)
+            message = f"not carried over: {', '.join(left_out)}"
+            findings.append(Finding("files-left-out", "note", None, message))
+    return _result(base, list(jobs.values()), linears, findings)
 
 
 def _check_base(base: Checkpoint) -> None:
@@ -201,22 +203,25 @@ def _check_base(base: Checkpoint) -> None:
     )
 
 
-def _notes(linears: Linears, already: int) -> list[str]:
-    notes = []
+def _findings(linears: Linears, already: int) -> list[Finding]:
+    found = []
     if already:
-        notes.append(f"{already} weights are in four bits already and were copied as they are")
+        message = f"{already} weights are in four bits already and were copied as they are"
+        found.append(Finding("already-quantised", "note", None, message))
     experts = sum(kept.reason == "expert" for kept in linears.kept)
     if experts:
-        notes.append(
+        message = (
             f"{experts} weights of experts stay as they are, since transformers 5 cannot load "
             "them in four bits; `experts=True` quantises them for other loaders"
         )
+        found.append(Finding("experts-kept", "note", None, message))
     if linears.stacks:
-        notes.append(
+        message = (
             f"{len(linears.stacks)} tensors of stacked experts stay as they are: there is no "
             "four-bit layout for them"
         )
-    return notes
+        found.append(Finding("stacks-kept", "note", None, message))
+    return found
 
 
 def _config(base: Checkpoint, linears: Linears, options: FourBitOptions) -> dict[str, Any]:
@@ -233,7 +238,7 @@ def _config(base: Checkpoint, linears: Linears, options: FourBitOptions) -> dict
 
 
 def _result(
-    base: Checkpoint, jobs: Sequence[_Job], linears: Linears, notes: Sequence[str]
+    base: Checkpoint, jobs: Sequence[_Job], linears: Linears, findings: Sequence[Finding]
 ) -> QuantizeResult:
     reports = []
     for job in jobs:
@@ -245,14 +250,16 @@ def _result(
         )
     bytes_in = sum(ref.nbytes for ref in base.tensors.values())
     found = [job.loss for job in jobs if job.loss is not None]
-    overall = Loss(sum(x.squared_error for x in found), sum(x.squared_norm for x in found))
+    overall = QuantisationLoss(
+        sum(x.squared_error for x in found), sum(x.squared_norm for x in found)
+    )
     return QuantizeResult(
         tuple(reports),
         overall.relative,
         linears.kept,
         bytes_in,
         bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
-        tuple(notes),
+        tuple(findings),
     )
 
 
@@ -261,7 +268,7 @@ class _Job:
 
     def __init__(self, ref: TensorRef, options: FourBitOptions, transposed: bool) -> None:
         self.ref = ref
-        self.loss: Loss | None = None
+        self.loss: QuantisationLoss | None = None
         self.nbytes = 0
         self._options = options
         self._transposed = transposed

@@ -18,11 +18,12 @@ from typing import Any, Generic, TypeVar
 
 from loratools.algebra.budget import Limit, RankChoice, choose_ranks, rank_table
 from loratools.algebra.ranks import RankRule, Spectrum
+from loratools.lowrank.planned import PlannedFactors, for_size
 from loratools.lowrank.resize import Resizer
 from loratools.work.parallel import in_order
 from loratools.work.provenance import record_metadata
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
 
 Record = Mapping[str, Any]
@@ -51,11 +52,11 @@ class Measured:
 
     Attributes:
         spectrum: its singular values.
-        like: a change whose rank is to be replaced; its values are not read.
+        like: the factors whose rank is to be replaced, or that are to be made.
     """
 
     spectrum: Spectrum
-    like: ModuleChange
+    like: PlannedFactors
 
 
 AnyOutcome = TypeVar("AnyOutcome", bound=Outcome)
@@ -134,6 +135,11 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
     @abstractmethod
     def adapter(self, modules: Mapping[str, ModuleChange]) -> Adapter:
         """Return the adapter that these changes make, without a record of how it was made."""
+
+    def changed(self, name: str, factors: LowRank) -> ModuleChange:
+        """Return the change of a module that has these factors now."""
+        del name
+        return ModuleChange(factors)
 
     def keeps_scale(self, name: str, ranks: Mapping[str, int]) -> bool:
         """Return whether a module may keep a scale that cannot move into its factors."""
@@ -232,13 +238,12 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
     def _planned(
         self, measured: Sequence[Measured], ranks: Mapping[str, int]
     ) -> dict[str, ModuleChange]:
-        """Return the changes that modules will have; their values cannot be read yet."""
+        """Return the changes by which a format counts the bytes of the file with these ranks."""
         modules: dict[str, ModuleChange] = {}
         for each in measured:
-            name, like = each.spectrum.name, each.like
-            keep_scale = self.keeps_scale(name, ranks)
-            new = self.resizer.planned(like.require_factors(), ranks[name], keep_scale=keep_scale)
-            modules[name] = like.with_direction(new)
+            name, keep_scale = each.spectrum.name, self.keeps_scale(each.spectrum.name, ranks)
+            planned = self.resizer.planned(each.like, ranks[name], keep_scale=keep_scale)
+            modules[name] = self.changed(name, for_size(planned))
         return modules
 
     def _recorded(self, modules: Mapping[str, ModuleChange], record: Record) -> Adapter:

@@ -10,7 +10,6 @@ Balancing moves a power of two from one factor to the other, which rounds nothin
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from loratools.base.decompositions import IntruderOptions, leading
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.folding.without_base import folded_exactly
+from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
@@ -129,16 +129,6 @@ class RepairResult:
     change: float
     relative_error: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as the command line's `--json` prints it."""
-        return {
-            "schema": 1,
-            "operation": "repair",
-            "change": self.change,
-            "relative_error": self.relative_error,
-            "modules": [dataclasses.asdict(module) for module in self.modules],
-        }
-
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -180,7 +170,7 @@ def repair(
     """
     if not options.keep_intruders and base is None:
         raise OptionError(
-            "intruder dimensions are told by the base model",
+            "intruder dimensions show only beside the base model",
             hint="Pass `base=MODEL` or `keep_intruders=True`",
         )
     adapter.require_true_delta("repair")
@@ -276,7 +266,7 @@ class _Repair:
         rank = delta.rank
         if self.options.keep_every_rank:
             rank = min(rank + max(len(one.intruders) for one in found), *delta.shape)
-        done = self._resizer.compressed(module.name, delta, parts, rank)
+        done = self._resizer.compressed(module.name, PlannedFactors.like(delta), parts, rank)
         factor = 1.0 - self.options.shrink
         change = factor**2 * sum(float(np.sum(one.s[one.intruders] ** 2)) for one in found)
         intended = sum(part.squared_norm for part in parts)

@@ -18,16 +18,17 @@ from pathlib import Path
 from loratools.algebra.budget import RankChoice
 from loratools.algebra.device import Device
 from loratools.algebra.ranks import RankRule, as_options
-from loratools.folding.undecomposed import Apart, is_apart, parts_of
+from loratools.folding.undecomposed import Apart, is_apart, matrices_of
 from loratools.folding.without_base import folded_where_exact, to_lora_command
 from loratools.lowrank.matrices import matrices
+from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer, spectrum_of
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.peft_facts import stacked_on_loading
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
@@ -60,8 +61,8 @@ class SqueezeResult:
         modules: one report each, in path order.
         relative_error: over all these modules together.
         directional: True if modules are DoRA, whose error is that of the direction.
-        kept_whole: modules without factors, which keep every bit: full differences, and what is
-            not selected.
+        kept_whole: modules without factors, which keep every bit: full differences, and modules
+            that are not selected.
     """
 
     adapter: Adapter
@@ -83,7 +84,7 @@ def squeeze(
     """Compress an adapter's ranks.
 
     Args:
-        adapter: any adapter whose factors tell its true ΔW, or that folds into such factors.
+        adapter: any adapter whose ΔW is known, and that has factors or folds into them.
         rule: how ranks are chosen.
         options: how to compute and store.
         selection: modules to touch; the others keep every bit.
@@ -110,9 +111,8 @@ def squeeze(
     inputs = {"adapter": work.source}
     done = work.run(partial(operation_record, "squeeze", inputs, record), progress)
     modules = done.modules
-    scales = {change.require_factors().scale for change in work.whole.values()}
     if all(outcome.unchanged for outcome in done.outcomes) and (
-        not rule.uniform or len(scales) == 1
+        not rule.uniform or len(work.scales()) == 1
     ):
         modules = dict(work.whole)
     return SqueezeResult(
@@ -141,9 +141,9 @@ def rank_choices(
 
 
 def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None) -> Adapter:
-    """Return an adapter with factors where they are thin; what is not selected stays as it is.
+    """Convert the selected modules to low-rank factors where that is cheap.
 
-    Files that hold one kind for all modules get factors of all that have them.
+    In formats whose configuration names one kind for the whole file, convert the others as well.
     """
     selected = {name for name in adapter.modules if name in selection}
     if get_format(adapter.format).one_kind:
@@ -224,9 +224,9 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
     """One run: what all its modules share.
 
     Attributes:
-        source: the adapter, with factors where they are thin.
+        source: the adapter, its selected modules with factors where that is cheap.
         kept_whole: modules without factors that stay as they are.
-        whole: the others; of what is taken apart, a template.
+        whole: the others.
     """
 
     def __init__(
@@ -245,9 +245,15 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
             if (delta := change.kind_delta) is not None and name not in self.kept_whole
         }
         self.whole = {
-            name: ModuleChange(self._apart[name].template()) if name in self._apart else change
+            name: change
             for name, change in self.source.modules.items()
             if name not in self.kept_whole
+        }
+        self._like = {
+            name: self._apart[name].planned()
+            if name in self._apart
+            else PlannedFactors.like(change.require_factors())
+            for name, change in self.whole.items()
         }
         groups = _sharing_settings(self.whole, self.source.format)
         self._group = {name: group for group in groups for name in group}
@@ -265,19 +271,24 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
 
     def alphas(self) -> set[float]:
         """Return the numbers that files state as alpha."""
-        parts = [change.require_factors() for change in self.whole.values()]
-        return {part.alpha for part in parts if part.alpha is not None}
+        return {like.alpha for like in self._like.values() if like.alpha is not None}
+
+    def scales(self) -> set[float]:
+        """Return the numbers that multiply the factors."""
+        return {like.scale for like in self._like.values()}
 
     def measured(self, name: str) -> Measured:
-        whole = self.whole[name]
-        delta = whole.require_factors()
-        parts = parts_of(whole, self._apart.get(name), self._device)
-        return Measured(spectrum_of(name, delta, parts, self.options), whole)
+        like = self._like[name]
+        found = matrices_of(self.whole[name], self._apart.get(name), self._device)
+        return Measured(spectrum_of(name, like, found, self.options), like)
+
+    def changed(self, name: str, factors: LowRank) -> ModuleChange:
+        return self.whole[name].with_direction(factors)
 
     def keeps_scale(self, name: str, ranks: Mapping[str, int]) -> bool:
         """Return whether no module that must have the same scale gets another rank."""
         group = self._group.get(name, ())
-        return all(ranks[each] == self.whole[each].rank for each in group if each in ranks)
+        return all(ranks[each] == self._like[each].rank for each in group if each in ranks)
 
     def adapter(self, modules: Mapping[str, ModuleChange]) -> Adapter:
         everything = {**self.whole, **modules, **self.kept_whole}
@@ -286,30 +297,31 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         )
 
     def outcome(self, name: str, ranks: Mapping[str, int] | None) -> _Squeezed:
-        whole = self.whole[name]
-        delta = whole.require_factors()
+        whole, like = self.whole[name], self._like[name]
         if name not in self._selected:
-            squared_norm = sum(part.squared_norm for part in matrices(delta, self._device))
-            report = ModuleReport(name, delta.rank, delta.rank, 1.0, 0.0)
+            found = matrices(whole.require_factors(), self._device)
+            squared_norm = sum(matrix.squared_norm for matrix in found)
+            report = ModuleReport(name, like.rank, like.rank, 1.0, 0.0)
             return _Squeezed(name, whole, 0.0, squared_norm, report, unchanged=True)
-        parts = parts_of(whole, self._apart.get(name), self._device)
-        spectrum = spectrum_of(name, delta, parts, self.options)
+        parts = matrices_of(whole, self._apart.get(name), self._device)
+        spectrum = spectrum_of(name, like, parts, self.options)
         rank = self.rule.of_module(spectrum) if ranks is None else ranks[name]
         squared_error, kept = 0.0, sum(part.squared_norm for part in parts)
         squared_norm = kept
         new = None
         if name not in self._apart:
             keeps = ranks is None or self.keeps_scale(name, ranks)
-            new = self.resizer.without_loss(delta, rank, keep_scale=keeps)
+            factors = whole.require_factors()
+            new = self.resizer.without_loss(factors, rank, keep_scale=keeps)
         unchanged = new is not None and (new.rank, new.a.dtype, new.b.dtype) == (
-            delta.rank,
-            delta.a.dtype,
-            delta.b.dtype,
+            like.rank,
+            like.a.dtype,
+            like.b.dtype,
         )
         if new is None:
-            compressed = self.resizer.compressed(name, delta, parts, rank)
+            compressed = self.resizer.compressed(name, like, parts, rank)
             new, squared_error, kept = compressed.delta, compressed.squared_error, compressed.energy
         error = ratio(squared_error, squared_norm)
-        report = ModuleReport(name, delta.rank, new.rank, share(kept, squared_norm), error)
-        change = whole.with_direction(new)
+        report = ModuleReport(name, like.rank, new.rank, share(kept, squared_norm), error)
+        change = self.changed(name, new)
         return _Squeezed(name, change, squared_error, squared_norm, report, unchanged)

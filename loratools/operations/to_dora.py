@@ -1,6 +1,6 @@
 """A LoRA as a DoRA that makes the same change: magnitudes are the norms of the merged weights.
 
-With m = ‖W + ΔW‖ per output, m/‖W + ΔW‖ ⊙ (W + ΔW) = W + ΔW: exact but for the rounding of m to
+With m = ‖W + ΔW‖ per output, m/‖W + ΔW‖ ⊙ (W + ΔW) = W + ΔW: exact except for the rounding of m to
 float32. The factors keep every bit. The base weight is read a block of rows at a time.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from loratools.base.placement.names import Names
-from loratools.base.weights import find_place, names_under
+from loratools.base.weights import find_base_module, names_under
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import output_norms
 from loratools.folding.without_base import folded_exactly
@@ -125,7 +125,7 @@ def _one(
         raise UnsupportedError(
             "stacked experts cannot be a DoRA, PEFT has no such thing", tensor=name
         )
-    place = find_place(names, in_base, delta)
+    place = find_base_module(names, in_base, delta)
     ((b, a),) = loaded(delta)
     change = rows_of(Product(delta.scale * b.astype(np.float64), a.astype(np.float64)))
     norms = output_norms(place.weight(), change)

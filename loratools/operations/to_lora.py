@@ -1,8 +1,8 @@
 """Every kind of adapter as plain low-rank factors, at the smallest error that is possible.
 
 Three cases. A kind that is a product of two factors in disguise folds exactly, to rounding. Any
-other change is approximated by its leading singular triplets, and the error of what is stored is
-measured against the true change. A change that depends on the base weight (DoRA, OFT, IA³ …) is
+other change is approximated by its leading singular triplets, and the error of the stored factors
+is measured against the true change. A change that depends on the base weight (DoRA, OFT, IA³ …) is
 built from it a block of rows at a time. What the kinds mean is in `loratools.kinds`.
 
 A DoRA changes W by g⊙(W + ΔW) − W with g = m/‖W + ΔW‖ per output: the rescaled factors, of low
@@ -44,7 +44,7 @@ from loratools_formats.disk.errors import AdapterError, OptionError, Unsupported
 
 
 @dataclass(frozen=True)
-class Folding:
+class ToLoraOptions:
     """What folding is told besides ranks and how to compute.
 
     Attributes:
@@ -60,7 +60,7 @@ class Folding:
 
 
 @dataclass(frozen=True)
-class FoldModuleReport:
+class ToLoraModuleReport:
     """What became of one module.
 
     Attributes:
@@ -84,7 +84,7 @@ class FoldModuleReport:
 
 
 @dataclass(frozen=True)
-class FoldResult:
+class ToLoraResult:
     """The plain adapter, not yet written.
 
     Attributes:
@@ -95,13 +95,13 @@ class FoldResult:
     """
 
     adapter: Adapter
-    modules: tuple[FoldModuleReport, ...]
+    modules: tuple[ToLoraModuleReport, ...]
     relative_error: float
     cautions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class FoldChoices:
+class ToLoraChoices:
     """What ranks would cost and lose, for an adapter whose change is not of low rank.
 
     Attributes:
@@ -127,7 +127,7 @@ def to_lora(
     record: Callable[[], Mapping[str, Any]] | None = None,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> FoldResult:
+) -> ToLoraResult:
     """Turn an adapter of any kind into plain low-rank factors.
 
     Args:
@@ -149,7 +149,7 @@ def to_lora(
     """
     complete = regenerated(adapter, base, given or {})
     adapter = with_settings(complete.adapter, complete.unused, base)
-    work = _Fold(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
+    work = _ToLora(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
     rule.check_patterns(adapter.modules)
 
     def recorded() -> dict[str, Any]:
@@ -158,7 +158,7 @@ def to_lora(
         return operation_record("to-lora", {"adapter": adapter}, made, base)
 
     done = work.run(recorded if record is None else record, progress)
-    return FoldResult(
+    return ToLoraResult(
         work.finished(done.modules, done.record),
         tuple(outcome.report for outcome in done.outcomes),
         done.relative_error,
@@ -183,13 +183,13 @@ def _cautions(adapter: Adapter) -> tuple[str, ...]:
     return tuple(get_kind(kind).caution for kind in sorted(kinds) if get_kind(kind).caution)
 
 
-def fold_choices(
+def to_lora_choices(
     adapter: Adapter,
     options: ComputeOptions | None = None,
     *,
     base: Checkpoint | None = None,
     given: Mapping[str, str] | None = None,
-) -> FoldChoices | None:
+) -> ToLoraChoices | None:
     """Return what ranks would cost and lose, None if every module folds exactly.
 
     Raises:
@@ -198,7 +198,7 @@ def fold_choices(
     """
     complete = regenerated(adapter, base, given or {})
     adapter = with_settings(complete.adapter, complete.unused, base)
-    work = _Fold(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
+    work = _ToLora(adapter, RankRule(), options or ComputeOptions(), base, None, whole=False)
     deltas = adapter.modules.values()
     if all(d.kind == "lora" or (folds_alone(d) and not needs_base(d)) for d in deltas):
         return None
@@ -207,7 +207,7 @@ def fold_choices(
         return None
     rescalings = [each.rescaling for each in found if each.rescaling is not None]
     total = sum(rescaling.squared_norm for rescaling in rescalings) or 1.0
-    return FoldChoices(
+    return ToLoraChoices(
         tuple(work.table(found)),
         sum(r.squared_low_rank for r in rescalings) / total if rescalings else None,
         sum(r.squared_rescaling for r in rescalings) / total if rescalings else None,
@@ -215,8 +215,8 @@ def fold_choices(
 
 
 @dataclass(frozen=True)
-class _Folded(Outcome):
-    report: FoldModuleReport
+class _Converted(Outcome):
+    report: ToLoraModuleReport
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class _Measured(Measured):
     is_exact: bool
 
 
-class _Fold(Ranked[_Folded, _Measured]):
+class _ToLora(Ranked[_Converted, _Measured]):
     """One run: what all its modules share."""
 
     def __init__(
@@ -260,15 +260,15 @@ class _Fold(Ranked[_Folded, _Measured]):
 
     def measured(self, name: str) -> _Measured:
         opened = self.opener.open(name)
-        spectrum, like = self.opener.spectrum(name, opened), ModuleChange(opened.template)
-        return _Measured(spectrum, like, opened.rescaling, opened.exact is not None)
+        spectrum = self.opener.spectrum(name, opened)
+        return _Measured(spectrum, opened.planned, opened.rescaling, opened.exact is not None)
 
-    def outcome(self, name: str, ranks: Mapping[str, int] | None) -> _Folded:
+    def outcome(self, name: str, ranks: Mapping[str, int] | None) -> _Converted:
         with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
             return self._folded(name, self.opener.open(name), ranks)
 
-    def _folded(self, name: str, opened: Opened, ranks: Mapping[str, int] | None) -> _Folded:
-        squared_norm = sum(part.squared_norm for part in opened.parts)
+    def _folded(self, name: str, opened: Opened, ranks: Mapping[str, int] | None) -> _Converted:
+        squared_norm = sum(part.squared_norm for part in opened.matrices)
         rank = self._rank(name, opened, ranks)
         whole = self.modules[name]
         squared_error, kept = 0.0, squared_norm
@@ -279,20 +279,20 @@ class _Fold(Ranked[_Folded, _Measured]):
             new = self.resizer.without_loss(part, part.rank if rank is None else rank)
         elif exact is not None and (rank is None or rank >= len(exact.a)):
             exact = Product(*padded(exact.b, exact.a, rank or 0))
-            new = stored_as_is(opened.template, exact, self.options, self.resizer.scratch)
+            new = stored_as_is(opened.planned, exact, self.options, self.resizer.scratch)
             squared_error = sum(
                 part.squared_error(new.scale * b.astype(np.float64), a.astype(np.float64))
-                for part, (b, a) in zip(opened.parts, loaded(new), strict=True)
+                for part, (b, a) in zip(opened.matrices, loaded(new), strict=True)
             )
         elif rank is None:
             new, squared_error = self._kept_whole(name, opened)
         if new is None:
-            rank = opened.template.rank if rank is None else rank
-            found = self.resizer.compressed(name, opened.template, opened.parts, rank)
+            rank = opened.planned.rank if rank is None else rank
+            found = self.resizer.compressed(name, opened.planned, opened.matrices, rank)
             new, squared_error, kept = found.delta, found.squared_error, found.energy
         of = opened.rescaling
         total = (of.squared_norm if of is not None else 0.0) or 1.0
-        report = FoldModuleReport(
+        report = ToLoraModuleReport(
             name,
             opened.kind,
             None if isinstance(new, KindDelta) else new.rank,
@@ -301,25 +301,25 @@ class _Fold(Ranked[_Folded, _Measured]):
             None if of is None else of.squared_low_rank / total,
             None if of is None else of.squared_rescaling / total,
         )
-        return _Folded(name, ModuleChange(new), squared_error, squared_norm, report)
+        return _Converted(name, ModuleChange(new), squared_error, squared_norm, report)
 
     def _kept_whole(self, name: str, opened: Opened) -> tuple[KindDelta, float]:
         """Return a change as a full difference in float32, and the squared error of rounding it."""
-        part = opened.parts[0]
-        template = opened.template
-        is_matrix = len(opened.parts) == 1 and template.layer.kind != "embedding"
+        part = opened.matrices[0]
+        planned = opened.planned
+        is_matrix = len(opened.matrices) == 1 and planned.layer.kind != "embedding"
         if not is_matrix or not isinstance(part, StreamedMatrix):
             raise UnsupportedError("a change of this layout cannot be kept whole", tensor=name)
-        out, in_ = template.shape
+        out, in_ = planned.shape
         values, squared_error = np.empty((out, in_), np.float32), 0.0
         for start, stop, block in part.blocks():
             values[start:stop] = block
             squared_error += float(np.sum((values[start:stop] - block) ** 2))
-        kernel = template.layer.kernel
+        kernel = planned.layer.kernel
         shape = (out, in_ // math.prod(kernel), *kernel) if kernel else (out, in_)
         diff = self.resizer.scratch.store(f"{name}.diff", values.reshape(shape), DTYPES["F32"])
         settings = {"scale": 1.0}
-        delta = KindDelta("full", {"diff": diff}, settings, template.layer, (out, in_))
+        delta = KindDelta("full", {"diff": diff}, settings, planned.layer, (out, in_))
         return delta, squared_error
 
     def _rank(self, name: str, opened: Opened, ranks: Mapping[str, int] | None) -> int | None:

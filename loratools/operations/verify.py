@@ -1,7 +1,7 @@
 """Whether a fused checkpoint contains an adapter, tensor by tensor.
 
 What fusing would make is computed again from the base and the adapters, block by block, and
-compared with what is there. Nothing is written.
+compared with the stored values. Nothing is written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loratools.algebra.device import Device
-from loratools.base.dequantised import PlainCheckpoint, plain
+from loratools.base.dequantised import DequantisedCheckpoint, dequantised
 from loratools.operations.fuse.blocks import fused_blocks, single_precision
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import ADDABLE, FLOATING, TensorPlan, plan_fuse
@@ -66,6 +66,7 @@ class TensorVerdict:
         touched: whether the adapters change it.
         found: share of ΔW in the tensor, ⟨W' − W, ΔW⟩/‖ΔW‖²; None where nothing changes.
         error: ‖W' − (W + ΔW)‖/‖ΔW‖; None where nothing changes.
+        change: ‖ΔW‖; None where it was not computed.
         reason: why it is not contained or was not checked.
     """
 
@@ -74,6 +75,7 @@ class TensorVerdict:
     touched: bool
     found: float | None = None
     error: float | None = None
+    change: float | None = None
     reason: str | None = None
 
 
@@ -94,10 +96,19 @@ class VerifyResult:
 
     @property
     def contained(self) -> bool | None:
-        """Whether the adapters are contained; None if that could not be checked."""
+        """Whether the adapters are contained; None if the checkpoint cannot tell."""
         if "not contained" in self.counts:
             return False
-        return None if "not checked" in self.counts else True
+        nothing = not any(tensor.touched for tensor in self.tensors)
+        return None if nothing or "not checked" in self.counts else True
+
+    @property
+    def told(self) -> float:
+        """Share of ‖ΔW‖², over all tensors, whose presence or absence shows; 0 of no change."""
+        changes = [(t.change or 0.0, t.verdict) for t in self.tensors]
+        total = sum(change**2 for change, _ in changes)
+        known = sum(change**2 for change, verdict in changes if verdict != "not checked")
+        return known / total if total else 0.0
 
 
 def verify(
@@ -121,7 +132,7 @@ def verify(
         AdapterError: malformed input, or an adapter that does not fit the base.
         UnsupportedError: a quantisation or an adapter that cannot be read.
     """
-    old, new = plain(base), plain(fused)
+    old, new = dequantised(base), dequantised(fused)
     plans = plan_fuse(old.checkpoint, inputs, None, old.stored).tensors
 
     def judged(plan: TensorPlan) -> TensorVerdict:
@@ -142,7 +153,7 @@ def verify(
     return VerifyResult(tuple(verdicts))
 
 
-def _judged(plan: TensorPlan, new: PlainCheckpoint) -> TensorVerdict:
+def _judged(plan: TensorPlan, new: DequantisedCheckpoint) -> TensorVerdict:
     there = new.checkpoint.tensors.get(plan.key)
     if there is None:
         reason = "no tensor of that name"
@@ -174,6 +185,7 @@ class _Comparison:
 
     Attributes:
         is_exact: W' is the wanted values, rounded.
+        base_is_exact: so is W: rounding erases the change.
         is_near: every element of W' is within the tolerance.
         base_is_near: so is every element of W, so that the change cannot be seen.
         delta: ‖ΔW‖².
@@ -182,6 +194,7 @@ class _Comparison:
     """
 
     is_exact: bool
+    base_is_exact: bool
     is_near: bool
     base_is_near: bool
     delta: float
@@ -195,8 +208,8 @@ def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparis
     # As `fuse` computes, so that what it wrote is found to be exact.
     single = single_precision(view, terms, there.dtype.code, base_code=plan.source.dtype.code)
     wanted_type = there.dtype.numpy_dtype()
-    roundings = _DORA_ROUNDINGS if any(not t.is_plain for plane in terms for t in plane) else 1
-    is_exact = is_near = base_is_near = True
+    roundings = _DORA_ROUNDINGS if any(not t.is_product for plane in terms for t in plane) else 1
+    is_exact = base_is_exact = is_near = base_is_near = True
     delta = along = off = 0.0
     blocks = fused_blocks(
         plan.source, view, terms, plan.patches, single=single, device=Device("cpu")
@@ -212,6 +225,8 @@ def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparis
             wanted, found = total.astype(np.float64), stored.astype(np.float64)
             old = plan.old_values(block.start, block.base.reshape(-1)).astype(np.float64)
             change = wanted - old
+            if base_is_exact:
+                base_is_exact = bool((rounded.astype(np.float64) == old).all())
             if base_is_near or (is_near and not is_same):
                 tolerance = roundings * _tolerance(there.dtype, wanted, change)
                 is_near = is_near and bool((np.abs(found - wanted) <= tolerance).all())
@@ -219,7 +234,7 @@ def _compared(plan: TensorPlan, there: TensorRef, *, exactly: bool) -> _Comparis
             delta += float(np.dot(change, change))
             along += float(np.dot(found - old, change))
             off += float(np.dot(found - wanted, found - wanted))
-    return _Comparison(is_exact, is_near, base_is_near, delta, along, off)
+    return _Comparison(is_exact, base_is_exact, is_near, base_is_near, delta, along, off)
 
 
 def _tolerance(dtype: DType, wanted: Array, change: Array) -> Array:
@@ -240,9 +255,10 @@ def _verdict(plan: TensorPlan, c: _Comparison, *, four_bit: bool) -> TensorVerdi
     is_measured = c.delta > 0 and math.isfinite(c.off)
     found = c.along / c.delta if is_measured else None
     error = math.sqrt(c.off / c.delta) if is_measured else None
+    change = math.sqrt(c.delta) if is_measured else None
 
     def result(verdict: Verdict, reason: str | None = None) -> TensorVerdict:
-        return TensorVerdict(plan.key, verdict, plan.is_touched, found, error, reason)
+        return TensorVerdict(plan.key, verdict, plan.is_touched, found, error, change, reason)
 
     if not math.isfinite(c.delta):
         return TensorVerdict(
@@ -251,6 +267,8 @@ def _verdict(plan: TensorPlan, c: _Comparison, *, four_bit: bool) -> TensorVerdi
             plan.is_touched,
             reason="the base tensor holds NaN or infinite values",
         )
+    if c.is_exact and c.base_is_exact and c.delta:
+        return result("not checked", "the change is below the rounding of its type")
     if c.is_exact:
         return result("exact")
     if not math.isfinite(c.off):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from loratools_formats.disk.errors import OptionError
 
@@ -24,7 +25,10 @@ def dtype(text: str) -> str:
     return _SPELLED.get(name, name)
 
 
-_SIZE = re.compile(r"(\d+\.?\d*|\.\d+)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
+_NUMBER = r"(\d{1,30}\.?\d{0,30}|\.\d{1,30})"
+_SIZE = re.compile(rf"{_NUMBER}\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
+_PERCENT = re.compile(rf"{_NUMBER}\s*%", re.ASCII)
+_BARE_FRACTION = re.compile(r"0*\.\d*[1-9]\d*", re.ASCII)
 
 
 def nbytes(text: str) -> int:
@@ -40,10 +44,35 @@ def nbytes(text: str) -> int:
     if match is None:
         raise OptionError("not a size", got=text, expected="such as 5GB, 500MB or 4GiB")
     power = " kmgt".index((match[2] or " ").lower())
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    size = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power)
     if size <= 0:
         raise OptionError("not a size above zero", got=text)
     return size
+
+
+def share_or_nbytes(text: str) -> tuple[float | None, int | None]:
+    """Return a share written as a percentage, or a size in bytes; the other is None.
+
+    >>> share_or_nbytes("25%"), share_or_nbytes("12MB")
+    ((0.25, None), (None, 12000000))
+
+    Raises:
+        OptionError: it is neither, or not above zero.
+    """
+    bare = text.strip()
+    percent = _PERCENT.fullmatch(bare)
+    if percent is not None and float(percent[1]) > 0:
+        return float(percent[1]) / 100, None
+    if _BARE_FRACTION.fullmatch(bare):
+        meant = f"{float(bare) * 100:g}%"
+        raise OptionError(f"{bare} is a size in bytes; did you mean {meant}?")
+    if percent is not None:
+        raise OptionError("not a share above zero", got=text)
+    if _SIZE.fullmatch(bare) is None:
+        raise OptionError(
+            "not a budget", got=text, expected="a size such as 12MB, or a share such as 25%"
+        )
+    return None, nbytes(bare)
 
 
 def share(text: str) -> float:

@@ -223,8 +223,8 @@ def predicted(adapter: Adapter, base: State, deltas: State, ties: tuple[str, ...
         name = weight_name(path, delta, base)
         result[name] = result[name] + deltas[name]
         if whole.is_dora:
-            crossed = is_transposed(path, delta, base[name].shape)
-            result[name] = _dora_weight(whole, result[name], output_axis=1 if crossed else 0)
+            transposed = is_transposed(path, delta, base[name].shape)
+            result[name] = _dora_weight(whole, result[name], output_axis=1 if transposed else 0)
         if delta.bias is not None:
             bias = f"{path}.bias"
             result[bias] = result[bias] + delta.scale * delta.bias.load(np.float64)

@@ -14,7 +14,7 @@ from loratools.lowrank.dense import effective_delta
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.operation import FuseOptions, Fusion
 from loratools.operations.to_dora import to_dora
-from loratools.operations.to_lora import fold_choices, to_lora
+from loratools.operations.to_lora import to_lora, to_lora_choices
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import UnsupportedError
@@ -80,7 +80,7 @@ def test_the_table_of_ranks_states_the_least_errors(base):
         for name, delta in source.modules.items()
     ]
     total = sum(np.sum(sigma**2) for sigma in spectra)
-    found = fold_choices(source, base=base)
+    found = to_lora_choices(source, base=base)
     assert [choice.rank for choice in found.choices][3:6] == [8, 16, 32]
     for choice in found.choices:
         lost = sum(np.sum(sigma[choice.rank :] ** 2) for sigma in spectra)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from four_bit_models import MODELS, build, logits, quantized_by_transformers, tensors_of
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.fourbit import scales
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.operations.fuse.draft import FuseInput
@@ -101,7 +101,7 @@ def test_sums_are_those_of_what_bitsandbytes_reads(made, tmp_path, name, quant_t
         found = found.T if turned else found
         assert mismatches(found, exact) <= 1e-4 * exact.size, key
     assert compared == sum(
-        len(w.tensors) > 0 for w in plain(read_checkpoint(base)).four_bit.values()
+        len(w.tensors) > 0 for w in dequantised(read_checkpoint(base)).four_bit.values()
     )
     assert {r.key for r in result.tensors} == set(changes)
 
@@ -137,7 +137,7 @@ def test_logits_are_those_of_the_adapter_live_on_the_quantised_model(made, tmp_p
     fused(base, adapter, tmp_path / "out", dtype="f32")
     model = MODELS["llama"].load(tmp_path / "out")
     # The quantised weights, as every loader reads them, in a float32 model.
-    tensors = plain(read_checkpoint(base)).checkpoint.tensors
+    tensors = dequantised(read_checkpoint(base)).checkpoint.tensors
     live = MODELS["llama"].load(base.parent / "llama").float()
     live.load_state_dict({k: torch.from_numpy(t.load(np.float32)) for k, t in tensors.items()})
     live = peft.PeftModel.from_pretrained(live, adapter)

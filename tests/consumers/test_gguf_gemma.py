@@ -15,7 +15,7 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools_formats import Context, read_adapter
 from loratools_formats.containers.gguf.container import read_gguf
-from loratools_formats.containers.gguf.model import plain
+from loratools_formats.containers.gguf.model import decoded
 from loratools_formats.containers.gguf.splits import read_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -58,7 +58,7 @@ def in_torch(path):
         if key == "lm_head.weight":
             continue
         tensor = file.tensors[names.get_name(key, try_suffixes=(".weight",))]
-        array = np.array(plain(tensor).load(np.float32))
+        array = np.array(decoded(tensor).load(np.float32))
         values[key] = torch.from_numpy(array - 1 if key.endswith("norm.weight") else array)
     model.load_state_dict(values, assign=True, strict=False)
     model.tie_weights()

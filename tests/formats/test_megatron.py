@@ -270,7 +270,7 @@ def test_magnitudes_are_taken_apart_like_the_rows(tmp_path):
     weights = {name: RNG.standard_normal(shape).astype("f4") for name, shape in SHAPES.items()}
     base = base_of(tmp_path / "base", weights, **LLAMA)
     path = saved(tmp_path / "adapter.safetensors", tensors)
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         deltas_of(path, SHAPES, alpha=ALPHA, **LLAMA)
     got, _ = deltas_of(path, SHAPES, base=base, alpha=ALPHA, rule=RankRule(rank=HEADS * WIDTH))
     # DoRALinear: m / ‖W + s·BA‖ · (W + s·BA), over the fused weight.
@@ -314,7 +314,7 @@ def test_every_fused_row_goes_to_one_projection(groups, per_group, width):
     found = []
     for projection, height in (("q", heads), ("k", groups), ("v", groups)):
         delta = KindDelta("megatron", factors, settings | {"projection": projection})
-        taken = get_kind("megatron").change(delta, ShapeOnly((0, 0))).b[:, 0]
+        taken = get_kind("megatron").form(delta, ShapeOnly((0, 0))).b[:, 0]
         assert len(taken) == height * width
         assert (np.diff(taken) > 0).all()
         found.append(taken)

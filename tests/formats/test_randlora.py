@@ -86,7 +86,7 @@ def test_layers_of_one_projection(tmp_path, form, sides):
     (delta,) = result.adapter.modules.values()
     delta = delta.require_factors()
     close(delta.scale * delta.b.load("f8") @ delta.a.load("f8"), want, 1e-5)
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         to_lora(read_adapter(path), FULL, given={"alpha": str(ALPHA)})
 
 

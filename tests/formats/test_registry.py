@@ -16,6 +16,7 @@ from loratools_formats import (
     read_adapter,
     registered_formats,
 )
+from loratools_formats.containers.sniffing import tensor_names
 from loratools_formats.contract.files import check_output, write_adapter
 from loratools_formats.contract.format import Format
 from loratools_formats.core.adapter import Adapter
@@ -281,3 +282,8 @@ def test_an_input_that_changes_stops_the_write(make_folder, tmp_path):
     with pytest.raises(AdapterError, match="changed while"):
         write_adapter(adapter, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_are_found_after_escaped_quotes_of_metadata():
+    header = rb'1, \"x\": {\"dtype\": 2}"}, "a.weight": {"dtype":"F32","shape":[1],"data_off'
+    assert tensor_names(header) == [b"a.weight"]

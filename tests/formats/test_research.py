@@ -11,7 +11,12 @@ from statedicts import base_of, close, deltas_of, saved
 
 from loratools.algebra.ranks import RankRule
 from loratools_formats import find_format, read_adapter
-from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.disk.errors import (
+    AdapterError,
+    MissingFileError,
+    OptionError,
+    UnsupportedError,
+)
 
 RNG = np.random.default_rng(0)
 OUT, IN, RANK = 36, 24, 4
@@ -68,6 +73,9 @@ class TestPeftWeights:
         assert "adapter_config.json" in read_adapter(path).remarks[-1]
         with pytest.raises(UnsupportedError, match="alpha"):
             deltas_of(path, SHAPES, variant="rslora")
+        both = r"alpha and variant.* --set alpha=VALUE --set variant=VALUE"
+        with pytest.raises(UnsupportedError, match=both):
+            deltas_of(path, SHAPES)
         got, _ = deltas_of(path, SHAPES, alpha=8, variant="rslora")
         a, b = self.tensors.values()
         close(got["layers.0.q"], 8 / math.sqrt(RANK) * b.astype("f8") @ a)
@@ -78,8 +86,41 @@ class TestPeftWeights:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         assert find_format(path).name == find_format(tmp_path).name == "peft"
 
-    def test_other_names_are_single_files(self, tmp_path):
-        assert find_format(saved(tmp_path / "lora.safetensors", self.tensors)).name == "safetensors"
+    @pytest.mark.parametrize("name", ["chat.safetensors", "chat.bin", "checkpoint-5.safetensors"])
+    def test_under_another_name_the_configuration_beside_them_counts(self, tmp_path, name):
+        alone = saved(tmp_path / "alone.safetensors", self.tensors)
+        assert find_format(alone).name == "peft-weights"  # it asks for alpha
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q"]}
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        path = saved(folder / name, self.tensors)
+        for adapter in (read_adapter(path), read_adapter(folder)):
+            factors = adapter.modules["layers.0.q"].factors
+            assert adapter.format == "peft"
+            assert factors is not None
+            assert factors.scale == 8 / RANK
+            assert next(finding.code for finding in adapter.findings) == "weights-renamed"
+
+    def test_of_two_weight_files_one_must_be_named(self, tmp_path):
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q"]}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        for name in ("one.safetensors", "two.safetensors"):
+            saved(tmp_path / name, self.tensors)
+        with pytest.raises(MissingFileError, match=r"one\.safetensors, two\.safetensors"):
+            read_adapter(tmp_path)
+        assert read_adapter(tmp_path / "two.safetensors").modules["layers.0.q"].rank == RANK
+
+    def test_a_scale_in_the_file_makes_it_a_single_file(self, tmp_path):
+        alpha = {"base_model.model.layers.0.q.alpha": np.float32(RANK / 2)}
+        path = saved(tmp_path / "one.safetensors", self.tensors | alpha)
+        assert find_format(path).name == "safetensors"
+        assert read_adapter(path).modules["layers.0.q"].factors.scale == 0.5
+
+    def test_a_scale_that_is_assumed_is_a_finding(self, tmp_path):
+        path = saved(tmp_path / "one.safetensors", self.tensors)
+        (found,) = read_adapter(path, "safetensors").findings
+        assert found.code == "scale-assumed"
 
     def test_other_tensors_are_refused(self, tmp_path):
         extra = {"base_model.model.layers.0.q.lora_magnitude_vector": random(OUT)}
@@ -128,7 +169,7 @@ class TestLoldu:
         path = saved(tmp_path / "loldu.safetensors", z)
         assert find_format(path).name == "loldu"
         given = {"alpha": self.alpha, "init_method": init_method}
-        with pytest.raises(UnsupportedError, match="--base"):
+        with pytest.raises(UnsupportedError, match="`base`"):
             deltas_of(path, SHAPES, **given)
         base = base_of(tmp_path / "base", {"layers.0.q": weight})
         got, result = deltas_of(path, SHAPES, base=base, **given)

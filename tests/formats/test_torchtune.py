@@ -12,7 +12,7 @@ from statedicts import base_of, close, deltas_of, saved
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import cli
-from loratools.operations.to_lora import fold_choices
+from loratools.operations.to_lora import to_lora_choices
 from loratools_formats import find_format, read_adapter
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
@@ -122,7 +122,7 @@ def test_magnitudes_move_with_their_rows(tmp_path):
     base = base_of(tmp_path / "base", weights, **LLAMA)
     got, result = deltas_of(path, SHAPES, base=base, rule=RankRule(rank=HIDDEN), alpha=ALPHA)
     assert {module.kind for module in result.modules} == {"torchtune"}
-    assert fold_choices(read_adapter(path), base=base, given={"alpha": str(ALPHA)}) is not None
+    assert to_lora_choices(read_adapter(path), base=base, given={"alpha": str(ALPHA)}) is not None
     for name, heads in ((Q, HEADS), (K, KV_HEADS)):
         short = name.rpartition(".")[2]
         weight = in_torchtune_order(weights[name].astype("f4").astype("f8"), heads)

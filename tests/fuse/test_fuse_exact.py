@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from loratools.algebra.device import Device
 from loratools.operations.fuse import blocks
 from loratools.operations.fuse.blocks import Patch, fused_blocks
-from loratools.operations.fuse.terms import DoraPart, Term, View
+from loratools.operations.fuse.terms import DoraTerm, Term, View
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError
 
@@ -141,7 +141,7 @@ def test_dora_by_its_definition(monkeypatch, along_columns, weight, block):
     w, left, right = drawn(rng, 30, 20, 4, 0.5, "f4")
     magnitude = rng.uniform(0.5, 2, 20 if along_columns else 30)
     plain = rng.standard_normal((30, 2)), rng.standard_normal((2, 20))
-    dora = DoraPart(magnitude, along_columns)
+    dora = DoraTerm(magnitude, along_columns)
     got = summed(w, [term(*plain), term(left, right, weight=weight, dora=dora)], single=False)
     v = w.astype(np.float64) + left @ right
     norm = np.linalg.norm(v, axis=0 if along_columns else 1)
@@ -158,7 +158,7 @@ def test_a_dora_without_a_direction_is_an_error(along_columns):
     else:
         w[2] = 0
     left, right = np.zeros((4, 1)), np.ones((1, 3))
-    dora = DoraPart(np.ones(3 if along_columns else 4), along_columns)
+    dora = DoraTerm(np.ones(3 if along_columns else 4), along_columns)
     with pytest.raises(AdapterError, match="no direction"):
         summed(w, [term(left, right, dora=dora)], single=False)
 

@@ -16,6 +16,8 @@ import typing
 from pathlib import Path
 
 import loratools
+from loratools.face.check import CheckResult, RuleResult
+from loratools.face.compare import BasesResult, CompareResult
 from loratools.face.convert import ConvertResult, WriteResult
 from loratools.face.dequantize import DequantizeResult
 from loratools.face.extract import ExtractChoices, ExtractResult
@@ -24,15 +26,20 @@ from loratools.face.info import InfoResult
 from loratools.face.lists import FormatsResult, MethodsResult
 from loratools.face.merge import MergeResult
 from loratools.face.quantize import QuantizeResult
+from loratools.face.repair import RepairResult
 from loratools.face.result import SCHEMA
+from loratools.face.spectrum import SpectrumResult
 from loratools.face.squeeze import SqueezeChoices, SqueezeResult
 from loratools.face.to_dora import ToDoraResult
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult
 from loratools.face.verify import VerifyResult
-from loratools.work.json_object import json_name
+from loratools.work.json_object import json_name, spread_types
 
 FOLDER = Path(loratools.__file__).parent / "schemas"
 RESULTS = {
+    "check": (CheckResult,),
+    "compare": (CompareResult,),
+    "compare-bases": (BasesResult,),
     "convert": (ConvertResult,),
     "dequantize": (DequantizeResult,),
     "extract": (ExtractResult, ExtractChoices),
@@ -42,6 +49,9 @@ RESULTS = {
     "merge": (MergeResult,),
     "methods": (MethodsResult,),
     "quantize": (QuantizeResult,),
+    "repair": (RepairResult,),
+    "rule": (RuleResult,),
+    "spectrum": (SpectrumResult,),
     "squeeze": (SqueezeResult, SqueezeChoices),
     "to-dora": (ToDoraResult,),
     "to-lora": (ToLoraResult, ToLoraChoices),
@@ -71,9 +81,13 @@ def _object(of: type, *, top: bool = False) -> dict[str, typing.Any]:
     properties: dict[str, typing.Any] = {}
     if top:
         properties |= {"schema": {"const": SCHEMA}, "operation": {"const": of.operation}}
+    inner = spread_types(of)
     for field in dataclasses.fields(of):
         name = json_name(field)
-        if name is not None:
+        if field.name in inner:
+            within = _object(inner[field.name])["properties"]
+            properties |= {key: _or_null(shape) for key, shape in within.items()}
+        elif name is not None:
             text = texts.get(field.name)
             described = {} if text is None else {"description": text}
             properties[name] = described | _of(hints[field.name])
@@ -84,6 +98,12 @@ def _object(of: type, *, top: bool = False) -> dict[str, typing.Any]:
         "required": list(properties),
         "additionalProperties": False,
     }
+
+
+def _or_null(shape: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    described = {key: text for key, text in shape.items() if key == "description"}
+    rest = {key: value for key, value in shape.items() if key != "description"}
+    return described | {"anyOf": [rest, {"type": "null"}]}
 
 
 def _of(hint: typing.Any) -> dict[str, typing.Any]:

@@ -33,8 +33,9 @@ LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 LORA, RSLORA, DORA, MODEL = (LLAMA / name for name in ("lora", "rslora", "dora", "model"))
 MODULE = "model.layers.0.self_attn.q_proj"
 FUNCTIONS = [name for name in lt.__all__ if inspect.isfunction(getattr(lt, name))]
-RESULTS = ("convert", "dequantize", "extract", "formats", "fuse", "info", "merge", "methods",
-           "quantize", "squeeze", "to_dora", "to_lora", "verify", "write")  # fmt: skip
+RESULTS = ("check", "compare", "compare_bases", "convert", "dequantize", "extract", "formats",
+           "fuse", "info", "merge", "methods", "quantize", "repair", "rule", "spectrum", "squeeze",
+           "to_dora", "to_lora", "verify", "write")  # fmt: skip
 
 
 def command_line(*arguments):
@@ -56,6 +57,11 @@ def made(tmp_path_factory):
 # Each case: what is called, and the command line that says it too. OUT stands for a new path.
 OUT = object()
 CASES = {
+    "check": (
+        lambda m, o: lt.check([LORA, RSLORA], target=["vllm"], base=MODEL),
+        lambda m: ["check", LORA, RSLORA, "--target=vllm", "--base", MODEL, "--no-config"],
+    ),
+    "rule": (lambda m, o: lt.rule("LT506"), lambda m: ["rule", "scale-dropped"]),
     "info": (lambda m, o: lt.info(LORA), lambda m: ["info", LORA]),
     "formats": (lambda m, o: lt.formats(), lambda m: ["formats"]),
     "methods": (lambda m, o: lt.methods(), lambda m: ["methods"]),
@@ -105,6 +111,30 @@ CASES = {
         lambda m, o: lt.fuse(MODEL, LORA),
         lambda m: ["fuse", MODEL, LORA, "--dry-run"],
     ),
+    "spectrum": (
+        lambda m, o: lt.spectrum(DORA, base=MODEL, entries=True, intruders=4, include="layers.0"),
+        lambda m: ["spectrum", DORA, "--base", MODEL, "--entries", "--intruders=4",
+                   "--include=layers.0"],
+    ),
+    "spectrum, factors alone": (lambda m, o: lt.spectrum(DORA), lambda m: ["spectrum", DORA]),
+    "compare": (
+        lambda m, o: lt.compare([LORA, RSLORA], include="layers.0", exact=True),
+        lambda m: ["compare", LORA, RSLORA, "--include=layers.0", "--exact"],
+    ),
+    "compare, a shelf": (
+        lambda m, o: lt.compare([LORA, RSLORA, DORA], base=MODEL),
+        lambda m: ["compare", LORA, RSLORA, DORA, "--base", MODEL],
+    ),
+    "compare, bases": (
+        lambda m, o: lt.compare_bases(LORA, MODEL, m / "fused", include="mlp"),
+        lambda m: ["compare", LORA, "--bases", MODEL, m / "fused", "--include=mlp"],
+    ),
+    "repair": (
+        lambda m, o: lt.repair(LORA, base=MODEL, lambda_=0.5, rebalance=True, include="mlp",
+                               output=o),
+        lambda m: ["repair", LORA, "--base", MODEL, "--lambda=0.5", "--rebalance", "--include=mlp",
+                   "-o", OUT],
+    ),
     "verify": (
         lambda m, o: lt.verify(m / "fused", base=MODEL, adapters=LORA),
         lambda m: ["verify", m / "fused", "--base", MODEL, "--adapter", LORA],
@@ -136,7 +166,8 @@ def test_a_function_gives_what_the_command_prints(case, made, tmp_path):
 
 
 def test_every_command_has_a_case():
-    assert {name.partition(",")[0] for name in CASES} == set(cli.list_commands(None))
+    cases = {name.partition(",")[0] for name in CASES}
+    assert cases == set(cli.list_commands(None))
 
 
 def test_the_files_made_from_the_code_are_up_to_date():

@@ -118,10 +118,10 @@ def test_replaced_biases_are_cut_and_joined_like_deltas():
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("crossed", [False, True])
-def test_stacked_changes_on_stacks(model_type, crossed):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stacked_changes_on_stacks(model_type, transposed):
     shapes = {f"{MOE}.gate_up_proj": (3, 10, 8), f"{MOE}.down_proj": (3, 8, 5)}
-    if crossed:
+    if transposed:
         shapes = {key: (e, i, o) for key, (e, o, i) in shapes.items()}
     names = tuple(shapes)
     modules = {
@@ -130,8 +130,8 @@ def test_stacked_changes_on_stacks(model_type, crossed):
     }
     result = placed(modules, checkpoint(shapes, model_type=model_type))
     assert [(p.key, p.transposed, p.expert, p.plane) for p in result.deltas] == [
-        (f"{MOE}.gate_up_proj", crossed, None, None), (f"{MOE}.down_proj", crossed, None, None),
-    ]  # fmt: skip
+        (f"{MOE}.{leaf}", transposed, None, None) for leaf in ("gate_up_proj", "down_proj")
+    ]
 
 
 def per_expert(count=3, leaves=("gate_proj", "up_proj", "down_proj"), stack=MOE):
@@ -184,10 +184,10 @@ def test_a_stack_of_one_expert():
     assert {p.expert for p in result.deltas} == {None}
 
 
-@pytest.mark.parametrize("crossed", [False, True])
-def test_an_expert_of_its_own_on_a_stack(crossed):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_expert_of_its_own_on_a_stack(transposed):
     shapes = {f"{MOE}.gate_up_proj": (3, 10, 8), f"{MOE}.down_proj": (3, 8, 5)}
-    if crossed:
+    if transposed:
         shapes = {key: (e, i, o) for key, (e, o, i) in shapes.items()}
     modules = {
         "layers.0.block_sparse_moe.experts.1.w1": linear(5, 8),
@@ -196,9 +196,9 @@ def test_an_expert_of_its_own_on_a_stack(crossed):
     }
     result = placed(modules, checkpoint(shapes, model_type="mixtral"))
     assert [(p.key, p.plane, p.outputs, p.transposed) for p in result.deltas] == [
-        (f"{MOE}.gate_up_proj", 1, ((0, 5),), crossed),
-        (f"{MOE}.gate_up_proj", 1, ((5, 10),), crossed),
-        (f"{MOE}.down_proj", 2, (), crossed),
+        (f"{MOE}.gate_up_proj", 1, ((0, 5),), transposed),
+        (f"{MOE}.gate_up_proj", 1, ((5, 10),), transposed),
+        (f"{MOE}.down_proj", 2, (), transposed),
     ]
     with pytest.raises(AdapterError, match="fewer experts"):
         placed({f"{MOE}.3.down_proj": linear(8, 5)}, checkpoint(shapes, model_type="mixtral"))

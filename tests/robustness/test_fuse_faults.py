@@ -191,17 +191,13 @@ def test_an_output_that_exists(broken, refused):
     refused(*broken, "--overwrite", output=broken[0])
 
 
-def test_the_base_itself_is_replaced_on_demand_only_if_nothing_is_lost(
-    broken, refused, loratools, tmp_path
-):
-    (broken[0] / "pytorch_model.bin").write_text("old weights")
-    line = refused(*broken, "pytorch_model.bin", output=broken[0], options=["--overwrite"])
-    assert "would lose files" in line
-    (broken[0] / "pytorch_model.bin").unlink()
-    assert loratools("fuse", *broken, "-o", tmp_path / "out").code == 0
-    assert loratools("fuse", *broken, "-o", broken[0], "--overwrite").code == 0
-    assert content(broken[0]) == content(tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == ["base", "out"]
+def test_the_base_itself_is_never_replaced(broken, loratools, tmp_path):
+    before = content(broken[0])
+    run = loratools("fuse", *broken, "-o", broken[0], "--overwrite")
+    assert run.code == 2
+    assert "inputs are never changed" in run.err
+    assert content(broken[0]) == before
+    assert sorted(os.listdir(tmp_path)) == ["base"]
 
 
 def test_a_file_size_limit(broken, refused):

@@ -32,7 +32,7 @@ class Known:
 def dense(delta, weight=None):
     """Return a delta's ΔW, of a DoRA that of its direction, as a matrix."""
     if delta.factors is None:
-        change = get_kind(delta.kind).change(delta.kind_delta, weight)
+        change = get_kind(delta.kind).form(delta.kind_delta, weight)
         if isinstance(change, Product):
             return change.b @ change.a
         if isinstance(change, Kronecker):

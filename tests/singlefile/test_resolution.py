@@ -85,7 +85,7 @@ def test_names_that_nothing_resolves_are_listed(tmp_path):
     text = refusal("convert", source, tmp_path / "out.safetensors", "--to", "diffusers")
     assert "2 module names are not in any bundled table" in text
     assert all(name in text for name in FLAT)
-    assert "--names-from" in text
+    assert "`names_from`" in text
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -105,7 +105,7 @@ def test_a_list_of_names_undoes_flattening(tmp_path, given):
             other.write_text(json.dumps({"weight_map": shards}))
         options = ("--base", other, "--component", "transformer")
         text = refusal("convert", source, out, "--to", "diffusers", "--base", other)
-        assert "--component" in text
+        assert "`component`" in text
     else:
         dotted_file(other, *UNKNOWN, seed=2)
         if given == "file of ours":
@@ -199,7 +199,7 @@ def test_a_table_of_the_users(tmp_path):
 
 def test_names_without_a_component_ask_for_one(tmp_path):
     source, out = GOLDEN / "mochi.safetensors", tmp_path / "out.safetensors"
-    assert "--component" in refusal("convert", source, out, "--to", "diffusers")
+    assert "`component`" in refusal("convert", source, out, "--to", "diffusers")
     run("convert", source, out, "--to", "diffusers", "--component", "transformer")
     assert set(deltas(out)) == {"transformer.transformer_blocks.0.attn1.to_q"}
 
@@ -207,7 +207,7 @@ def test_names_without_a_component_ask_for_one(tmp_path):
 def test_a_component_becomes_a_peft_folder_and_comes_back(tmp_path):
     source = GOLDEN / "diffusers_metadata.safetensors"
     folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
-    assert "--component" in refusal("convert", source, folder, "--to", "peft")
+    assert "`component`" in refusal("convert", source, folder, "--to", "peft")
     options = ("--to", "peft", "--component", "transformer")
     assert "another component" in refusal("convert", source, folder, *options)
     run("convert", source, folder, *options, "--allow-lossy")
@@ -259,7 +259,7 @@ def test_of_two_experts_other_namings_take_the_one_asked_for(tmp_path):
     out = tmp_path / "out.safetensors"
     text = refusal("convert", source, out, "--to", "comfyui")
     assert "transformer, transformer_2" in text
-    assert "--component" in text
+    assert "`component`" in text
     options = ("--to", "comfyui", "--component", "transformer_2")
     assert "is of another component" in refusal("convert", source, out, *options)
     assert not out.exists()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loratools.cli.page.measured import compare_sections, spectrum_sections
-from loratools.cli.page.page import page
 from loratools.operations.compare.operation import compare
 from loratools.operations.spectrum.operation import spectrum
+from loratools.page.html import page
+from loratools.page.measured import compare_sections, spectrum_sections
 from loratools_formats import read_adapter
 
 VOID = {"meta", "link", "input", "br"}

@@ -44,7 +44,7 @@ class Checkpoint:
         config: `config.json`, empty if there is none.
         files: the shards.
         stem: what the names of the weight files begin with.
-        index: the index as it is, None if there is a single file.
+        index: the parsed index; None if there is a single file.
     """
 
     path: Path
@@ -124,7 +124,7 @@ def checkpoint_names(path: str | os.PathLike[str]) -> list[str]:
     """Return the names of a checkpoint's tensors, from its header or its index alone.
 
     Args:
-        path: a file, of which the header is enough, an index, or a folder with one of them.
+        path: a file (only its header is needed), an index, or a folder that holds one of them.
 
     Raises:
         MissingFileError: nothing there.

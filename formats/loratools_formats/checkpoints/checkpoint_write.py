@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, WEIGHT_SUFFIXES, Checkpoint
-from loratools_formats.checkpoints.shard_plan import Part, Shard, part_nbytes
+from loratools_formats.checkpoints.shard_plan import NewTensor, Shard, new_nbytes
 from loratools_formats.checkpoints.shards import check_space, write_shards
 from loratools_formats.containers.safetensors_read import (
     SafetensorsFile,
@@ -72,7 +72,7 @@ class NewCheckpoint:
 
 def grouped(
     base: Checkpoint,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, NewTensor],
     *,
     max_shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -94,10 +94,10 @@ def grouped(
         return _as_in_base(base, parts, home, metadata)
     if not base.is_folder:
         raise OptionError("a single file cannot be split", hint="Leave out `max_shard_size`")
-    groups: list[list[Part]] = []
+    groups: list[list[NewTensor]] = []
     room = 0
     for part in _in_base_order(base, parts):
-        nbytes = part_nbytes(part)
+        nbytes = new_nbytes(part)
         if not groups or nbytes > room:
             groups.append([])
             room = max_shard_bytes
@@ -114,7 +114,7 @@ def _names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _in_base_order(base: Checkpoint, parts: Mapping[str, Part]) -> list[Part]:
+def _in_base_order(base: Checkpoint, parts: Mapping[str, NewTensor]) -> list[NewTensor]:
     """Return the parts in the order of the base's files and bytes, new ones after their anchor."""
     order = {
         key: (number, ref.offset)
@@ -131,11 +131,11 @@ def _in_base_order(base: Checkpoint, parts: Mapping[str, Part]) -> list[Part]:
 
 def _as_in_base(
     base: Checkpoint,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, NewTensor],
     home: Mapping[str, SafetensorsFile],
     metadata: Mapping[str, str] | None,
 ) -> list[Shard]:
-    groups: dict[Path, list[Part]] = {file.file.path: [] for file in base.files}
+    groups: dict[Path, list[NewTensor]] = {file.file.path: [] for file in base.files}
     place = base.files[-1].file.path
     for key, part in parts.items():
         place = home[key].file.path if key in home else place

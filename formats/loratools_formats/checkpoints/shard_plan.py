@@ -67,10 +67,10 @@ class Made:
     fill: Callable[[Mapping[str, Sink]], None] = field(compare=False)
 
 
-Part = TensorRef | Made
+NewTensor = TensorRef | Made
 
 
-def part_nbytes(part: Part) -> int:
+def new_nbytes(part: NewTensor) -> int:
     """Return the size of a part of a shard in bytes; of text, the most it can be."""
     return part.nbytes if isinstance(part, TensorRef) else sum(b.nbytes for b in part.blanks)
 
@@ -88,7 +88,7 @@ class Shard:
     """
 
     name: str
-    parts: Sequence[Part]
+    parts: Sequence[NewTensor]
     template: SafetensorsFile | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 

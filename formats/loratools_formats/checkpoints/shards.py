@@ -16,11 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from loratools_formats.checkpoints.shard_plan import Blank, Layout, Made, Part, Shard, part_nbytes
+from loratools_formats.checkpoints.shard_plan import (
+    Blank,
+    Layout,
+    Made,
+    NewTensor,
+    Shard,
+    new_nbytes,
+)
 from loratools_formats.containers.safetensors_write import check_written
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError
-from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.files import RegularFile, create, write_at
 
 _COPY_CHUNK_BYTES = 32 << 20
 _FLUSH_SECONDS = 0.03
@@ -54,7 +61,7 @@ class _Output:
         self._lock = threading.Lock()
         self._closing = threading.Lock()
         self._failure: OSError | None = None
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self.fd = create(path)
         try:
             _allocate(self.fd, self.layout.end)
             self.write_at(0, self.layout.header)
@@ -67,10 +74,7 @@ class _Output:
     def write_at(self, position: int, data: Buffer) -> None:
         if self.stop.is_set():
             raise _Stopped
-        view = memoryview(data).cast("B")
-        while view:
-            written = os.pwrite(self.fd, view, position)
-            view, position = view[written:], position + written
+        write_at(self.fd, position, memoryview(data).cast("B"))
 
     def copy(self, tensor: TensorRef) -> None:
         start = self.layout.offsets[tensor.key]
@@ -87,12 +91,14 @@ class _Output:
                 self.write_at(start + done, tensor.file.read_at(tensor.offset + done, count))
 
     def make(self, part: Made) -> None:
-        sinks = {b.key: _Text(self, b) if b.is_text else _Place(self, b) for b in part.blanks}
+        sinks = {
+            b.key: _TextSink(self, b) if b.is_text else _TensorSink(self, b) for b in part.blanks
+        }
         part.fill(sinks)
         for sink in sinks.values():
             sink.check_filled()
 
-    def do(self, part: Part) -> None:
+    def do(self, part: NewTensor) -> None:
         if isinstance(part, TensorRef):
             self.copy(part)
         else:
@@ -134,7 +140,7 @@ class _Output:
                 self.fd = -1
 
 
-class _Place:
+class _TensorSink:
     """Sink of a tensor of known size."""
 
     def __init__(self, output: _Output, blank: Blank) -> None:
@@ -164,7 +170,7 @@ class _Place:
             )
 
 
-class _Text:
+class _TextSink:
     """Sink of a text, which is kept until its shard is complete."""
 
     def __init__(self, output: _Output, blank: Blank) -> None:
@@ -240,7 +246,7 @@ def write_shards(
     stop = threading.Event()
     opened: list[_Output] = []
     endings: list[Future[None]] = []
-    total = sum(part_nbytes(part) for shard in shards for part in shard.parts)
+    total = sum(new_nbytes(part) for shard in shards for part in shard.parts)
     done = 0
     with (
         _flushing(opened),
@@ -254,7 +260,7 @@ def write_shards(
 
         try:
             for output, part in _tasks(folder, shards, stop, opened, completed):
-                running[pool.submit(output.do, part)] = part_nbytes(part)
+                running[pool.submit(output.do, part)] = new_nbytes(part)
                 while len(running) > 2 * workers:
                     done += _finished(running)
                     if progress is not None:
@@ -303,12 +309,12 @@ def _tasks(
     stop: threading.Event,
     opened: list[_Output],
     completed: Callable[[_Output], None],
-) -> Iterator[tuple[_Output, Part]]:
+) -> Iterator[tuple[_Output, NewTensor]]:
     """Yield what is to be done, shard by shard, large tensors first; keeps `opened` up to date."""
     for shard in shards:
         output = _Output(folder / shard.name, shard, stop, completed)
         opened[:] = [*(o for o in opened if o.fd >= 0), output]
-        for part in sorted(shard.parts, key=part_nbytes, reverse=True):
+        for part in sorted(shard.parts, key=new_nbytes, reverse=True):
             yield output, part
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 # Quotes within metadata are escaped; the entry after them must not be looked for at each of them.
 _ENTRY = re.compile(rb'(?<!\\)"((?:[^"\\]|\\.)++)":\s*\{\s*"(?:dtype|shape|data_offsets)"')
 _CONFIG = "adapter_config.json"
+_SNIFFED_BYTES = 1 << 16
+# A name in a safetensors header, or a short string in a pickle.
+_PEFT_NAME = re.compile(rb'(?:(?<!\\)"|X.\x00\x00\x00)base_model\.model\.', re.DOTALL)
 _OF_FOLDERS = ("adapter_model.bin", "adapter_model.safetensors", "adapters.safetensors")
 
 
@@ -22,4 +25,29 @@ def tensor_names(header: bytes) -> list[bytes]:
 
 def is_part_of_folder(path: Path) -> bool:
     """Return whether a weight file belongs to a PEFT or MLX folder: a configuration is beside."""
-    return path.name in _OF_FOLDERS and (path.parent / _CONFIG).is_file()
+    if path.name in _OF_FOLDERS:
+        return (path.parent / _CONFIG).is_file()
+    return is_beside_peft_config(path)
+
+
+def is_beside_peft_config(path: Path) -> bool:
+    """Return whether a weight file has PEFT's names, and PEFT's configuration beside it.
+
+    It may be called anything: PEFT calls it `adapter_model`, and people rename it.
+    """
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth") or not path.is_file():
+        return False
+    config = path.parent / _CONFIG
+    try:
+        return (
+            config.is_file()
+            and b'"peft_type"' in _start_of(config)
+            and _PEFT_NAME.search(_start_of(path)) is not None
+        )
+    except OSError:
+        return False
+
+
+def _start_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_SNIFFED_BYTES)

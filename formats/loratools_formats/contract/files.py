@@ -1,4 +1,4 @@
-"""Reading adapters of any format, and publishing what is written.
+"""Reading adapters of any format, and publishing written ones.
 
 Formats only encode and decode. Making an output appear whole, with its provenance beside it,
 happens here for all of them.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.nothing import require_tensors
 from loratools_formats.disk.errors import OutputError, OutputExistsError, UnsupportedError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_file, publish_folder, resolved
@@ -28,10 +29,11 @@ def read_adapter(
         carry_unknown: keep tensors that the format does not know, where it would refuse them.
 
     Raises:
-        LoratoolsError: nothing there, unknown format, or not a sound adapter.
+        LoratoolsError: nothing there, unknown format, no tensors, or not a sound adapter.
     """
     chosen = find_format(path) if format_name is None else get_format(format_name)
-    return chosen.read_with_unknown(Path(path)) if carry_unknown else chosen.read(Path(path))
+    read = chosen.read_with_unknown if carry_unknown else chosen.read
+    return require_tensors(read(Path(path)))
 
 
 def check_target(
@@ -112,8 +114,9 @@ def write_adapter(
             check(temporary)
         adapter.check_unchanged()
         if adapter.provenance is not None and chosen.is_folder:
-            files = sorted(p for p in temporary.iterdir() if p.suffix != ".md")
-            (temporary / PROVENANCE_FILE).write_bytes(statement(adapter.provenance, files))
+            files = sorted(p for p in temporary.rglob("*") if p.is_file() and p.suffix != ".md")
+            record = statement(adapter.provenance, files, folder=temporary)
+            (temporary / PROVENANCE_FILE).write_bytes(record)
     if chosen.is_folder:
         return
     for name, content in _beside(adapter, Path(path)).items():

@@ -9,6 +9,11 @@ from typing import Any
 
 from loratools_formats.disk.errors import AdapterError
 
+LOOPS = 1000
+"""The largest count of a configuration that a loop runs over; PEFT's defaults are below 10."""
+
+_LARGEST = 2**63 - 1  # torch and PEFT hold whole numbers in 64 bits
+
 
 class Values:
     """A configuration whose keys are checked as they are used.
@@ -31,25 +36,40 @@ class Values:
 
     def number(self, key: str) -> float:
         """Return a number."""
-        return float(self._value(key, (int, float), "a number"))
+        value = self._value(key, (int, float), "a number")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise self._wrong(key, "a number of at most 64 bits")
+        return float(value)
 
     def number_or_none(self, key: str) -> float | None:
         """Return a number, None if the key is absent or null."""
         return None if self._values.get(key) is None else self.number(key)
 
-    def count(self, key: str) -> int:
-        """Return a whole number above 0."""
+    def share(self, key: str) -> float:
+        """Return a number from 0 to 1."""
+        value = self.number(key)
+        if not 0.0 <= value <= 1.0:
+            raise self._wrong(key, "a number from 0 to 1")
+        return value
+
+    def count(self, key: str, most: int = 2**31 - 1) -> int:
+        """Return a whole number above 0 and no greater than `most`."""
         value: int = self._value(key, (int,), "a whole number above 0")
-        if value < 1:
-            raise AdapterError(
-                f"config value {key} is wrong", got=value, expected="a whole number above 0"
-            )
+        if not 1 <= value <= most:
+            raise self._wrong(key, f"a whole number from 1 to {most}")
         return value
 
     def whole(self, key: str) -> int:
         """Return a whole number."""
         value: int = self._value(key, (int,), "a whole number")
+        if abs(value) > _LARGEST:
+            raise self._wrong(key, "a whole number of at most 64 bits")
         return value
+
+    def _wrong(self, key: str, expected: str) -> AdapterError:
+        return AdapterError(
+            f"config value {key} is wrong", got=_short(self._values[key]), expected=expected
+        )
 
     def flag(self, key: str) -> bool:
         """Return a boolean."""
@@ -64,6 +84,10 @@ class Values:
         """Return a string."""
         value: str = self._value(key, (str,), "a string")
         return value
+
+    def is_text(self, key: str) -> bool:
+        """Return whether a key is there and holds a string."""
+        return isinstance(self._values.get(key), str)
 
     def names(self, key: str, path: str) -> bool:
         """Return whether a regular expression, or an entry of a list, names a module."""
@@ -83,3 +107,9 @@ class Values:
 
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
+
+
+def _short(value: Any) -> Any:
+    """Return a value as messages show it: an endless whole number by its length."""
+    is_long = isinstance(value, int) and abs(value) > _LARGEST
+    return f"a number of {value.bit_length()} bits" if is_long else value

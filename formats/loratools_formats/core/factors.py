@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.nothing import NOT_GATHERED
 from loratools_formats.core.tensors import TensorRef, rounded
 from loratools_formats.disk.errors import AdapterError
 
@@ -32,7 +34,7 @@ def check_factor(tensor: TensorRef, path: Path) -> None:
             path=path,
             tensor=tensor.key,
             got=list(tensor.shape),
-            hint="Sharded training saves such files when the shards were not gathered",
+            hint=NOT_GATHERED,
         )
     if tensor.numel > _MAX_FACTOR_ELEMENTS:
         raise AdapterError(
@@ -44,8 +46,39 @@ def check_factor(tensor: TensorRef, path: Path) -> None:
         )
 
 
+def flattened_convolution(
+    a: TensorRef, b: TensorRef, path: Path
+) -> tuple[TensorRef, TensorRef, Layer]:
+    """Return the factors of a convolution as matrices, and its layer.
+
+    Args:
+        a: (r, in, *kernel).
+        b: (out, r, 1, …), of as many dimensions.
+        path: the file, for messages.
+
+    Raises:
+        AdapterError: the second factor has a kernel of its own.
+    """
+    if b.shape[2:] != (1,) * (len(a.shape) - 2):
+        raise AdapterError(
+            "convolution's second factor must have a kernel of ones",
+            path=path,
+            tensor=b.key,
+            got=list(b.shape),
+        )
+    layer = Layer("conv", kernel=a.shape[2:])
+    return a.reshaped((a.shape[0], math.prod(a.shape[1:]))), b.reshaped(b.shape[:2]), layer
+
+
+def alpha_of(rank: int, scale: float) -> int | float:
+    """Return the α with α/r = scale, a whole number if one gives that scale."""
+    alpha = scale * rank
+    whole = round(alpha)
+    return whole if whole / rank == scale else alpha
+
+
 def stored_as(delta: ModuleChange, dtype: str | None) -> ModuleChange:
-    """Return a delta whose factors are of a type, such as `bf16`; None keeps each one's own.
+    """Return a change whose factors have a type, such as `bf16`; with None each keeps its own.
 
     Magnitudes, biases and the tensors of other kinds stay as they are.
     """

@@ -50,8 +50,8 @@ def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int
         matrix = tuple(weight_shape)
     expected_stack = (delta.experts,) if kind == "experts" else ()
     straight = _fits(matrix, (out, in_)) and kind != "embedding"
-    crossed = _fits(matrix, (in_, out)) and kind != "conv"
-    if stack != expected_stack or not (straight or crossed):
+    transposed = _fits(matrix, (in_, out)) and kind != "conv"
+    if stack != expected_stack or not (straight or transposed):
         raise AdapterError(
             "the delta does not fit the base weight",
             tensor=name,
@@ -59,7 +59,7 @@ def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int
             + (f", {delta.experts} experts" if kind == "experts" else ""),
             expected=f"a weight of shape {list(weight_shape)}",
         )
-    if straight and crossed:
+    if straight and transposed:
         if delta.layer.transposed_if_square is None:
             raise UnsupportedError(
                 "the weight is square and could be stored either way round",
@@ -68,7 +68,7 @@ def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int
                 hint="The base model's architecture must tell",
             )
         return delta.layer.transposed_if_square
-    return crossed
+    return transposed
 
 
 def exchanged(part: LowRank) -> LowRank:

@@ -62,7 +62,7 @@ class FourBitOptions:
 
 
 @dataclass(frozen=True)
-class Loss:
+class QuantisationLoss:
     """What quantising did to a tensor.
 
     Attributes:
@@ -81,7 +81,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Scales:
-    """What is left of a tensor when its codes are written.
+    """The scales and the error of a tensor, known when all its codes are written.
 
     Attributes:
         absmax: (blocks,) float32 scales.
@@ -91,7 +91,7 @@ class Scales:
 
     absmax: F32
     nested: NestedScales | None
-    loss: Loss
+    loss: QuantisationLoss
 
 
 class StreamingQuantizer:
@@ -122,7 +122,7 @@ class StreamingQuantizer:
     def push(self, values: NDArray[Any]) -> Iterator[U8]:
         """Take the next values, and yield the packed codes that are ready.
 
-        What is yielded is overwritten later. The values must not change until all is consumed.
+        Yielded arrays are overwritten later. The values must not change until all are consumed.
 
         Args:
             values: any shape, flattened in row-major order; float32 or smaller.
@@ -185,13 +185,13 @@ class StreamingQuantizer:
                 expected=self._numel,
             )
         if not self._options.double_quant:
-            return Scales(self._absmax, None, Loss(self._error, self._norm))
+            return Scales(self._absmax, None, QuantisationLoss(self._error, self._norm))
         nested = nest(self._absmax)
         exact = self._absmax.astype(np.float64)
         moved = unnest(nested.codes, nested.absmax, nested.offset) - exact
         rc, cc = self._sums.T
         error = self._error + float(moved**2 @ cc) - 2 * float((exact * moved) @ rc)
-        return Scales(self._absmax, nested, Loss(max(0.0, error), self._norm))
+        return Scales(self._absmax, nested, QuantisationLoss(max(0.0, error), self._norm))
 
 
 class _BlockEncoder:
@@ -218,7 +218,7 @@ class _BlockEncoder:
         """Encode a piece; returns its packed codes, None if a value is not finite.
 
         Args:
-            piece: (n,) values, of which only the last piece's n is no multiple of the blocksize.
+            piece: (n,) values; n is a multiple of the blocksize, except in the last piece.
             absmax: (blocks,) receives the scales to be stored.
         """
         n = piece.size

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loratools.base.fourbit.encode import FourBitOptions, Loss, StreamingQuantizer
+from loratools.base.fourbit.encode import FourBitOptions, QuantisationLoss, StreamingQuantizer
 from loratools.base.fourbit.tables import dynamic_map, four_bit
 from loratools_formats.checkpoints.bitsandbytes import (
     MAX_STATE_BYTES,
@@ -46,7 +46,7 @@ def fill(
     dtype: DType,
     options: FourBitOptions,
     pieces: Iterable[NDArray[Any]],
-) -> Loss:
+) -> QuantisationLoss:
     """Quantise a weight and write all its tensors; returns what was lost.
 
     Args:

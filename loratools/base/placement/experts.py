@@ -69,9 +69,9 @@ def _stacked(names: Names, module: str, parameter: str, delta: ModuleChange) -> 
         return []
     part = delta.require_factors()
     shape = names.shape(key)
-    crossed = whole_is_transposed(names, parameter, part, shape)
+    transposed = whole_is_transposed(names, parameter, part, shape)
     only = 0 if part.layer.kind != "experts" and len(shape) == 3 else None
-    return [Placement(key, module, delta, crossed, plane=only)]
+    return [Placement(key, module, delta, transposed, plane=only)]
 
 
 def _per_expert(names: Names, module: str, parameter: str, delta: ModuleChange) -> list[Placement]:
@@ -123,7 +123,7 @@ def _one_expert(
             "an expert's weights do not fit together", tensor=keys[0], got=list(shapes[0])
         )
     sizes = [shape[0] for shape in shapes]
-    if _crossed(names, parameter, part, (sum(sizes), shapes[0][1])):
+    if _is_transposed(names, parameter, part, (sum(sizes), shapes[0][1])):
         delta = delta.with_direction(exchanged(part))
     spans = joined_spans(sizes)
     which = expert if part.experts > 1 else None
@@ -135,7 +135,7 @@ def _one_expert(
     ]
 
 
-def _crossed(names: Names, parameter: str, part: LowRank, matrix: tuple[int, int]) -> bool:
+def _is_transposed(names: Names, parameter: str, part: LowRank, matrix: tuple[int, int]) -> bool:
     """Compare with the stack that transformers would make of the experts' weights, (E, out, in)."""
     shape = (part.experts, *matrix) if part.layer.kind == "experts" else matrix
     return whole_is_transposed(names, parameter, part, shape)

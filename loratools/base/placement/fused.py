@@ -15,9 +15,11 @@ _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 STACKED_GLU = "experts.gate_up_proj"
+HALVES = "experts, halved"
+"""Stacked experts that a class makes of single ones: all outputs of the first, then the second."""
 
 
-class Part(NamedTuple):
+class FusedPart(NamedTuple):
     """One of the projections in a fused one.
 
     Attributes:
@@ -31,11 +33,11 @@ class Part(NamedTuple):
     place: int
 
 
-def fusions(module: str) -> list[Part]:
+def fusions(module: str) -> list[FusedPart]:
     """Return the fused modules that a module could be a part of."""
     parent, dot, leaf = module.rpartition(".")
     return [
-        Part(f"{parent}{dot}{fused}", fused, parts.index(leaf))
+        FusedPart(f"{parent}{dot}{fused}", fused, parts.index(leaf))
         for tables, choices in ((rules.QKV, rules.QKV_PARTS), (rules.GLU, rules.GLU_PARTS))
         for parts in choices
         if leaf in parts
@@ -43,7 +45,7 @@ def fusions(module: str) -> list[Part]:
     ]
 
 
-def part_spans(names: Names, part: Part, total: int) -> tuple[Span, ...]:
+def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
     """Return the outputs of a fused projection that are one part's.
 
     Args:
@@ -55,21 +57,17 @@ def part_spans(names: Names, part: Part, total: int) -> tuple[Span, ...]:
         UnsupportedError: the order of outputs is not known for this model.
         AdapterError: the configuration does not fit the weight.
     """
-    if part.leaf == STACKED_GLU:
-        if not rules.HALVED_EXPERTS.intersection(names.types_of(part.module)):
-            raise _unknown_layout(names, part.module)
-        return _joined((1, 1), total, part)
-    if part.leaf in rules.GLU:
-        if not rules.GLU[part.leaf].intersection(names.types_of(part.module)):
+    if part.leaf == HALVES or part.leaf == STACKED_GLU or part.leaf in rules.GLU:
+        known = rules.HALVED_EXPERTS if part.leaf == STACKED_GLU else rules.GLU.get(part.leaf)
+        if known is not None and not known.intersection(names.types_of(part.module)):
             raise _unknown_layout(names, part.module)
         return _joined((1, 1), total, part)
     if part.leaf == "in_proj_weight":
         return _joined((1, 1, 1), total, part)
     layouts = rules.QKV[part.leaf]
-    known = [layouts[t] for t in names.types_of(part.module) if t in layouts]
-    if not known:
+    layout = next((layouts[t] for t in names.types_of(part.module) if t in layouts), None)
+    if layout is None:
         raise _unknown_layout(names, part.module)
-    layout = known[0]
     if layout == "thirds":
         return _joined((1, 1, 1), total, part)
     section = names.section(part.module)
@@ -95,14 +93,14 @@ def joined_spans(sizes: list[int]) -> list[Span]:
     return list(pairwise(accumulate(sizes, initial=0)))
 
 
-def _joined(weights: tuple[int, ...], total: int, part: Part) -> tuple[Span, ...]:
+def _joined(weights: tuple[int, ...], total: int, part: FusedPart) -> tuple[Span, ...]:
     unit, rest = divmod(total, sum(weights))
     if rest:
         raise _does_not_fit(part, total, f"parts in proportion {list(weights)}")
     return (joined_spans([weight * unit for weight in weights])[part.place],)
 
 
-def _head_count(names: Names, part: Part, section: Mapping[str, Any]) -> int:
+def _head_count(names: Names, part: FusedPart, section: Mapping[str, Any]) -> int:
     for key in _HEADS:
         if _is_count(section.get(key)):
             return int(section[key])
@@ -114,7 +112,7 @@ def _head_count(names: Names, part: Part, section: Mapping[str, Any]) -> int:
     )
 
 
-def _key_value_count(names: Names, part: Part, section: Mapping[str, Any], heads: int) -> int:
+def _key_value_count(names: Names, part: FusedPart, section: Mapping[str, Any], heads: int) -> int:
     types = rules.MULTI_QUERY_TYPES.intersection(names.types_of(part.module))
     if types and not section.get("new_decoder_architecture"):
         if not isinstance(section.get("multi_query"), bool):
@@ -142,7 +140,7 @@ def _unknown_layout(names: Names, module: str) -> UnsupportedError:
     )
 
 
-def _does_not_fit(part: Part, total: int, expected: str) -> AdapterError:
+def _does_not_fit(part: FusedPart, total: int, expected: str) -> AdapterError:
     return AdapterError(
         "the fused projection does not fit the base model's config",
         tensor=part.module,

@@ -33,9 +33,9 @@ def whole_is_transposed(
         told = _linear_if_square(names, module)
     if layer.transposed_if_square is None:
         delta = replace(delta, layer=replace(layer, transposed_if_square=told))
-    crossed = is_transposed(module, delta, shape)
+    transposed = is_transposed(module, delta, shape)
     is_whole = layer.kind == "linear" and not layer.parameters
-    if is_whole and shape[0] != shape[1] and told not in (None, crossed):
+    if is_whole and shape[0] != shape[1] and told not in (None, transposed):
         raise AdapterError(
             "the delta fits the base weight only the other way round",
             path=names.base.path,
@@ -43,7 +43,7 @@ def whole_is_transposed(
             got=f"out {delta.shape[0]}, in {delta.shape[1]}",
             expected=f"a weight {'(in, out)' if told else '(out, in)'} of shape {list(shape)}",
         )
-    return crossed
+    return transposed
 
 
 def cut_is_transposed(

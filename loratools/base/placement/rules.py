@@ -1,4 +1,4 @@
-"""Facts about names and layouts, as tables; those about embeddings are in `base.facts`.
+"""Facts about names and layouts, as tables; those about tied embeddings are in `base.tied`.
 
 Source: transformers 5.23, `conversion_mapping.py` (what it renames when it loads and saves), the
 modelling files (order of outputs in fused projections), and torch's

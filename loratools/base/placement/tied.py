@@ -11,25 +11,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loratools.base.facts import Tie, find_tie, shared_embeddings
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
+from loratools.base.tied import Tie, find_tie, shared_embeddings
 from loratools_formats.checkpoints.facts import HEAD_BIASES
 from loratools_formats.core.adapter import Adapter, LowRank, Replacement
-from loratools_formats.core.tensors import TensorRef
+from loratools_formats.core.findings import Finding
+from loratools_formats.core.tensors import have_same_bits
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
 @dataclass(frozen=True)
-class Settled:
+class TiedChanges:
     """What an adapter does to a tied weight.
 
     Attributes:
         deltas: changes of the weight, or of the two it becomes.
         replacements: what replaces it, or them.
-        untied: the new tensor and the one it begins as a copy of, if they part.
-        notes: what a user should know.
+        untied: maps the new output-layer tensor to the embedding it is copied from, if they must
+            differ.
+        findings: what a user should know.
         modules: modules of the adapter that are dealt with.
         replaced: replacements of the adapter, by key, that are dealt with.
     """
@@ -37,7 +39,7 @@ class Settled:
     deltas: tuple[Placement, ...] = ()
     replacements: tuple[tuple[str, Replacement], ...] = ()
     untied: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     modules: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
 
@@ -51,7 +53,7 @@ class _End:
     rows: list[str]
 
 
-def settle(names: Names, adapter: Adapter) -> Settled:
+def tied_changes(names: Names, adapter: Adapter) -> TiedChanges:
     """Return what an adapter does to a checkpoint's tied weight.
 
     Raises:
@@ -59,13 +61,13 @@ def settle(names: Names, adapter: Adapter) -> Settled:
         UnsupportedError: more than two layers share the weight, or the checkpoint holds both.
     """
     _refuse_shared_encoder(names, adapter)
-    tie = find_tie(names, task=adapter.config.get("task_type"))
+    tie = find_tie(names, adapter=adapter)
     if tie is None:
-        return Settled()
+        return TiedChanges()
     embedding = _end(names, adapter, tie.embedding)
     head = _end(names, adapter, tie.head)
     if not (_modules(embedding, head) or _replaced(embedding, head)):
-        return Settled()
+        return TiedChanges()
     _refuse_doubles(adapter, embedding, head)
     same = (
         _same_deltas(adapter, embedding, head)
@@ -148,7 +150,7 @@ def _is_mirrored(embedding: LowRank, head: LowRank) -> bool:
 def _same_wholes(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> bool:
     found = [adapter.replacements[key] for key in (*embedding.whole, *head.whole)]
     if len(found) == 2:
-        return _equal(found[0].tensor, found[1].tensor)
+        return have_same_bits(found[0].tensor, found[1].tensor)
     if not found:
         return True
     resized = found[0].tensor.shape != names.tensors[tie.embedding].shape
@@ -162,23 +164,19 @@ def _same_rows(adapter: Adapter, embedding: _End, head: _End) -> bool:
     if not embedding.rows:
         return False
     one, other = adapter.replacements[embedding.rows[0]], adapter.replacements[head.rows[0]]
-    return one.rows == other.rows and _equal(one.tensor, other.tensor)
+    return one.rows == other.rows and have_same_bits(one.tensor, other.tensor)
 
 
-def _equal(one: TensorRef, other: TensorRef) -> bool:
-    same_type = one.dtype == other.dtype and one.shape == other.shape
-    return same_type and bytes(one.raw()) == bytes(other.raw())
-
-
-def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> Settled:
+def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> TiedChanges:
     keys = (tie.embedding, tie.head) if tie.is_head_stored else (tie.embedding,)
     modules = (embedding.modules + head.modules)[:1]
     wholes = (embedding.whole + head.whole)[:1]
     rows = (embedding.rows + head.rows)[:1]
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     if modules:
-        notes = (f"{tie.embedding}: embedding and output layer stay tied, both changed alike",)
-    return Settled(
+        message = f"{tie.embedding}: embedding and output layer stay tied, both changed alike"
+        findings = (Finding("stays-tied", "note", tie.embedding, message),)
+    return TiedChanges(
         tuple(
             _placement(names, adapter, tie, key, module, wholes)
             for key in keys
@@ -186,13 +184,13 @@ def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _
         ),
         tuple((key, adapter.replacements[name]) for key in keys for name in wholes + rows),
         {},
-        notes,
+        findings,
         _modules(embedding, head),
         _replaced(embedding, head),
     )
 
 
-def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> Settled:
+def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End) -> TiedChanges:
     if tie.is_head_stored:
         raise UnsupportedError(
             "the base's config ties the embedding and the output layer, yet it stores both, and "
@@ -216,11 +214,11 @@ def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End
         f"{tie.embedding} and {tie.head} were tied; the adapter changes them differently, so both "
         "are written and tie_word_embeddings becomes false"
     )
-    return Settled(
+    return TiedChanges(
         tuple(deltas),
         tuple(replacements),
         {tie.head: tie.embedding, **_untied_bias(names, tie)},
-        (note,),
+        (Finding("untied", "note", tie.head, note),),
         _modules(embedding, head),
         _replaced(embedding, head),
     )
@@ -247,5 +245,5 @@ def _placement(
     shape = names.tensors[tie.embedding].shape
     if wholes:
         shape = adapter.replacements[wholes[0]].tensor.shape
-    crossed = whole_is_transposed(names, module, delta.require_factors(), shape)
-    return Placement(key, module, delta, crossed)
+    transposed = whole_is_transposed(names, module, delta.require_factors(), shape)
+    return Placement(key, module, delta, transposed)

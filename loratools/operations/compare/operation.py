@@ -20,6 +20,7 @@ from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.operations.compare.names import in_one_naming
 from loratools.operations.compare.pair import pair_module
 from loratools.operations.compare.result import CompareResult, PairModule, Unmatched
+from loratools.operations.compare.starts import Starts, starts, unknown
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.selection import Selection
@@ -74,7 +75,7 @@ class _Module:
         present: which adapters have it.
         problem: why it is not compared; empty if it is.
         changes: (N, N) inner products of the changes, 0 for an absent one.
-        stored: (N, N) inner products of the A factors as stored, NaN where shapes differ.
+        starts: how the A factors as stored relate.
         numbers: in one A factor.
         detail: of two adapters.
         partial: whether a change is known by its leading triplets only.
@@ -84,7 +85,7 @@ class _Module:
     present: tuple[int, ...]
     problem: str
     changes: Array
-    stored: Array
+    starts: Starts
     numbers: int = 0
     detail: PairModule | None = None
     partial: bool = False
@@ -153,31 +154,30 @@ def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) 
     found = [(i, module) for i, module in enumerate(opened) if module is not None]
     present = tuple(i for i, _ in found)
     count = len(openers)
-    changes, stored = np.zeros((count, count)), np.full((count, count), np.nan)
+    changes, begun = np.zeros((count, count)), unknown(count)
     if len({(module.shape, len(module.matrices)) for _, module in found}) > 1:
         for i, module in found:
             changes[i, i] = sum(thin.squared_norm for thin in module.matrices)
         shapes = ", ".join(f"{module.shape[0]}×{module.shape[1]}" for _, module in found)
-        return _Module(name, present, f"its shapes differ: {shapes}", changes, stored)
+        return _Module(name, present, f"its shapes differ: {shapes}", changes, begun)
     modules = [module for _, module in found]
     here = np.ix_(present, present)
-    changes[here], products = _inner_products(modules)
+    changes[here], grams = _inner_products(modules)
     ranks = [None if openers[i].modules[name].is_dora else module.rank for i, module in found]
-    alike = np.array([[one is not None and one == other for other in ranks] for one in ranks])
-    stored[here] = np.where(alike, products, np.nan)
+    begun = _starts(modules, present, ranks, grams, count)
     numbers = max((rank or 0) for rank in ranks) * modules[0].shape[1] * len(modules[0].matrices)
     detail = None
     if count == len(found) == 2:
         first, second = modules
-        detail = pair_module(name, first, second, changes, stored, options.drawn, options.seed)
+        detail = pair_module(name, first, second, changes, begun, options.drawn, options.seed)
     partial = any(thin.tail > 0.0 for module in modules for thin in module.matrices)
-    return _Module(name, present, "", changes, stored, numbers, detail, partial)
+    return _Module(name, present, "", changes, begun, numbers, detail, partial)
 
 
-def _inner_products(modules: Sequence[ThinModule]) -> tuple[Array, Array]:
-    """Return ⟨ΔWᵢ, ΔWⱼ⟩, and ⟨Aᵢ, Aⱼ⟩ where ranks are equal, summed over experts."""
+def _inner_products(modules: Sequence[ThinModule]) -> tuple[Array, list[Array]]:
+    """Return ⟨ΔWᵢ, ΔWⱼ⟩ summed over experts, and the Gram matrix of all rows of A of each."""
     count = len(modules)
-    changes, stored = np.zeros((count, count)), np.zeros((count, count))
+    changes, grams = np.zeros((count, count)), []
     for stack in zip(*(module.matrices for module in modules), strict=True):
         starts = np.cumsum([0, *(thin.rank for thin in stack[:-1])])
         scales = np.repeat([thin.scale for thin in stack], [thin.rank for thin in stack])
@@ -186,12 +186,31 @@ def _inner_products(modules: Sequence[ThinModule]) -> tuple[Array, Array]:
         products = b * a * np.multiply.outer(scales, scales)
         changes += np.add.reduceat(np.add.reduceat(products, starts, axis=0), starts, axis=1)
         changes += np.diag([thin.tail for thin in stack])
-        for i, one in enumerate(stack):
-            for j, other in enumerate(stack):
-                if one.rank == other.rank:
-                    rows = np.arange(one.rank)
-                    stored[i, j] += float(a[starts[i] + rows, starts[j] + rows].sum())
-    return (changes + changes.T) / 2.0, stored
+        grams.append(a)
+    return (changes + changes.T) / 2.0, grams
+
+
+def _starts(
+    modules: Sequence[ThinModule],
+    present: Sequence[int],
+    ranks: Sequence[int | None],
+    grams: Sequence[Array],
+    count: int,
+) -> Starts:
+    """Compare the A factors of those of the `present` modules that have factors."""
+    known = [place for place, rank in enumerate(ranks) if rank is not None]
+    found = unknown(count)
+    if not known:
+        return found
+    sizes = [module.matrices[0].rank for module in modules]
+    ends = np.cumsum([0, *sizes])
+    rows = np.concatenate([np.arange(ends[place], ends[place + 1]) for place in known])
+    width = modules[0].shape[1]
+    some = starts([g[np.ix_(rows, rows)] for g in grams], [sizes[p] for p in known], width)
+    here = np.ix_([present[place] for place in known], [present[place] for place in known])
+    for whole, part in zip(vars(found).values(), vars(some).values(), strict=True):
+        whole[here] = part
+    return found
 
 
 def _result(
@@ -202,6 +221,7 @@ def _result(
     total = np.sum([module.changes for module in done], axis=0)
     inner, ours, theirs = np.zeros((3, count, count))
     stored, own_a, other_a = np.zeros((3, count, count))
+    overlaps, told = np.zeros((2, count, count))
     shared = np.zeros((count, count), np.int64)
     numbers = 0
     for module in done:
@@ -212,15 +232,17 @@ def _result(
         inner += np.where(both, module.changes, 0.0)
         ours += np.where(both, diagonal[:, None], 0.0)
         theirs += np.where(both, diagonal[None, :], 0.0)
-        known = np.isfinite(module.stored)
-        sizes = np.nan_to_num(np.diag(module.stored))
-        stored += np.where(known, module.stored, 0.0)
-        own_a += np.where(known, sizes[:, None], 0.0)
-        other_a += np.where(known, sizes[None, :], 0.0)
+        stored += np.nan_to_num(module.starts.inner)
+        own_a += np.nan_to_num(module.starts.ours)
+        other_a += np.nan_to_num(module.starts.theirs)
+        overlaps += np.nan_to_num(module.starts.overlaps)
+        told += np.isfinite(module.starts.overlaps)
         shared += both
         numbers += module.numbers
     cosines = _cosines(inner, ours, theirs)
     a_cosines = _cosines(stored, own_a, other_a)
+    a_overlaps = np.divide(overlaps, told, out=np.full_like(overlaps, np.nan), where=told > 0)
+    alike = np.fmax(a_cosines, a_overlaps)
     squares = np.diag(total)
     merges = linkage(1.0 - np.nan_to_num(cosines))
     mean = total.mean()
@@ -231,6 +253,7 @@ def _result(
         cosines=_rows(cosines),
         whole_cosines=_rows(_cosines(total, squares[:, None], squares[None, :])),
         a_cosines=_rows(a_cosines),
+        a_overlaps=_rows(a_overlaps),
         a_random=1.0 / math.sqrt(numbers) if numbers else None,
         shared=tuple(tuple(int(value) for value in row) for row in shared),
         merges=tuple(tuple(float(value) for value in row) for row in merges),
@@ -242,7 +265,7 @@ def _result(
             for j in range(i + 1, count)
             if cosines[i, j] >= _DUPLICATE
         ),
-        lineages=_groups(names, _joined(np.nan_to_num(a_cosines) >= _LINEAGE)),
+        lineages=_groups(names, _joined(np.nan_to_num(alike) >= _LINEAGE)),
         modules=tuple(module.detail for module in done if module.detail is not None),
         unmatched=tuple(
             Unmatched(

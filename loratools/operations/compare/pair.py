@@ -11,6 +11,7 @@ from loratools.algebra.subspaces import entry_measures, overlap, principal_angle
 from loratools.algebra.thin import Thin, cosine
 from loratools.folding.thin_modules import ThinModule
 from loratools.operations.compare.result import PairModule
+from loratools.operations.compare.starts import Starts
 
 Array = np.ndarray[Any, Any]
 Angles = tuple[float, float, float]
@@ -21,7 +22,7 @@ def pair_module(
     one: ThinModule,
     other: ThinModule,
     changes: Array,
-    stored: Array,
+    starts: Starts,
     sample: int | None,
     seed: int,
 ) -> PairModule:
@@ -32,16 +33,17 @@ def pair_module(
         one: of the first adapter.
         other: of the second.
         changes: (2, 2) inner products of the changes.
-        stored: (2, 2) inner products of the stored A factors, NaN where they cannot be compared.
+        starts: how the stored A factors relate.
         sample: entries to draw; None for all.
         seed: of the sample.
     """
     first, second, product = changes[0, 0], changes[1, 1], changes[0, 1]
-    angle_cosine = cosine(product, first, second)
+    angle_cosine = cosine(float(product), float(first), float(second))
     norms = math.sqrt(first), math.sqrt(second)
     moved = max(first + second - 2.0 * product, 0.0)
     direction = None if angle_cosine is None else 2.0 * norms[0] * norms[1] * (1.0 - angle_cosine)
-    a_moved = max(stored[0, 0] + stored[1, 1] - 2.0 * stored[0, 1], 0.0)
+    a_norm = float(starts.ours[0, 1])
+    a_moved = max(a_norm + float(starts.theirs[0, 1] - 2.0 * starts.inner[0, 1]), 0.0)
     entries = entry_measures([one.matrices, other.matrices], sample, seed)
     pairs = list(zip(one.matrices, other.matrices, strict=True))
     outputs = _spaces(pairs, 0)
@@ -52,7 +54,7 @@ def pair_module(
         norms=norms,
         moved=math.sqrt(moved) / norms[0] if norms[0] else None,
         moved_direction=min(direction / moved, 1.0) if moved and direction is not None else None,
-        a_change=math.sqrt(a_moved / stored[0, 0]) if stored[0, 0] > 0.0 else None,
+        a_change=math.sqrt(a_moved / a_norm) if a_norm > 0.0 else None,
         output_overlap=outputs[0],
         output_overlap_random=outputs[1],
         input_overlap=inputs[0],

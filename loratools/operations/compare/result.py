@@ -1,10 +1,8 @@
-"""What `compare` returns, and its one spelling as a dictionary."""
+"""What `compare` returns."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,8 @@ class PairModule:
         moved: ‖ΔW₂ − ΔW₁‖/‖ΔW₁‖.
         moved_direction: share of ‖ΔW₂ − ΔW₁‖² that is of direction, 2‖ΔW₁‖‖ΔW₂‖(1 − cos); the rest,
             (‖ΔW₂‖ − ‖ΔW₁‖)², is of magnitude. None if nothing moved.
-        a_change: ‖A₂ − A₁‖/‖A₁‖ of the factors as stored; None where they have different shapes.
+        a_change: ‖A₂ − A₁‖/‖A₁‖ of the factors as stored, over the leading rows that both have;
+            None where there are no factors.
         output_overlap: of the column spaces, in [0, 1].
         output_overlap_random: its mean for random spaces of these dimensions.
         input_overlap: of the row spaces.
@@ -76,14 +75,17 @@ class CompareResult:
         norms: ‖ΔW‖_F of each, over the modules compared.
         cosines: N×N over the modules that both have; None where one is zero or they share none.
         whole_cosines: N×N over everything, a module that one lacks counting as zero.
-        a_cosines: N×N cosine of the stored A factors of equal shape; None where there are none.
+        a_cosines: N×N cosine of the stored A factors over the leading rows that both have; None
+            where there are none.
+        a_overlaps: N×N share of the smaller space of A's rows that lies within the larger, less
+            what random spaces share, averaged over modules; None where these share over half.
         a_random: typical size of `a_cosines` of independent initialisations: 1/√(numbers in A).
         shared: N×N number of modules both have.
         merges: average-linkage merges on 1 − cosine, as rows (cluster, cluster, distance, size).
         order: adapters in the order of the tree.
         families: groups closer than cosine 0.5 on average, by names.
         duplicates: pairs of cosine at least 0.99.
-        lineages: groups joined by cosines of A of at least 0.5.
+        lineages: groups joined by cosines or overlaps of A of at least 0.5.
         modules: of two adapters, each module both have; empty for more.
         unmatched: what was not compared.
         linear_losses: ‖mean − ΔWᵢ‖/‖ΔWᵢ‖ of each adapter in an even linear merge of all.
@@ -96,6 +98,7 @@ class CompareResult:
     cosines: tuple[tuple[float | None, ...], ...]
     whole_cosines: tuple[tuple[float | None, ...], ...]
     a_cosines: tuple[tuple[float | None, ...], ...]
+    a_overlaps: tuple[tuple[float | None, ...], ...]
     a_random: float | None
     shared: tuple[tuple[int, ...], ...]
     merges: tuple[tuple[float, ...], ...]
@@ -107,10 +110,6 @@ class CompareResult:
     unmatched: tuple[Unmatched, ...]
     linear_losses: tuple[float | None, ...]
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as the command line's `--json` prints it."""
-        return {"schema": 1, "operation": "compare", **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,3 @@ class BasesResult:
     source: str | None
     modules: tuple[BasesModule, ...]
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as the command line's `--json` prints it."""
-        return {"schema": 1, "operation": "compare-bases", **dataclasses.asdict(self)}

@@ -30,6 +30,7 @@ from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.factors import stored_as
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.metadata import without_training_data
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
@@ -44,7 +45,7 @@ class Conversion:
         exact: the same with no factor rounded, to compare with.
         target: the format to write.
         losses: what the target does not hold; `adapter` is without it.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     source: Adapter
@@ -52,7 +53,7 @@ class Conversion:
     exact: Adapter
     target: Format
     losses: tuple[Loss, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class SingleFileOptions:
     strip_training_metadata: bool = option(False, heading="Output")
 
     def record(self) -> dict[str, Any]:
-        """Return what is set, for an output's provenance."""
+        """Return the options that were given, for an output's provenance."""
         values = {
             "names": None if self.names is None else Path(self.names).name,
             "names_from": None if self.names_from is None else self.names_from.name,
@@ -156,9 +157,10 @@ def prepare(
     if not target.is_writable:
         raise UnsupportedError(f"format {target.name} can be read but not written")
     _check_dtype(target, context.dtype)
-    unused: tuple[str, ...] = ()
+    unused: tuple[Finding, ...] = ()
     if context.base is not None and not _uses_base(get_format(adapter.format), target):
-        unused = (f"converting {adapter.format} to {target.name} needs no base model",)
+        message = f"converting {adapter.format} to {target.name} needs no base model"
+        unused = (Finding("base-unused", "note", None, message),)
         context = replace(context, base=None)
     if adapter.format != target.name:
         adapter.require_true_delta("convert", target.caveats_kept)
@@ -182,6 +184,7 @@ def prepare(
             if losses[0].remedy
             else "Pass `allow_lossy=True` to leave such things out",
         )
+    _refuse_nothing(model, adapter, target)
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
     exact, made = _translated(model, named, target, context, single)
@@ -198,8 +201,17 @@ def prepare(
         provenance=record,
         metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
     )
-    notes = (*unused, *_notes(adapter, made, target), *named.notes)
-    return Conversion(adapter, made, exact, target, losses, notes)
+    findings = (*unused, *_findings(adapter, made, target), *named.findings)
+    return Conversion(adapter, made, exact, target, losses, findings)
+
+
+def _refuse_nothing(model: Adapter, adapter: Adapter, target: Format) -> None:
+    if not (model.modules or model.replacements or model.shared):
+        raise UnsupportedError(
+            f"nothing would be left to write as {target.name}",
+            path=adapter.source,
+            got=f"{len(adapter.modules)} modules",
+        )
 
 
 def _check_dtype(target: Format, dtype: str | None) -> None:
@@ -274,11 +286,12 @@ def _uses_base(source: Format, target: Format) -> bool:
     return (source.uses_base or target.uses_base) and (is_other or target.naming is not None)
 
 
-def _notes(adapter: Adapter, made: Adapter, target: Format) -> tuple[str, ...]:
+def _findings(adapter: Adapter, made: Adapter, target: Format) -> tuple[Finding, ...]:
     if target.is_folder or not adapter.attachments:
-        return made.remarks
+        return made.notices
     names = ", ".join(sorted(adapter.attachments))
-    return (*made.remarks, f"a {target.name} file has no place for {names}")
+    message = f"a {target.name} file has no place for {names}"
+    return (*made.notices, Finding("attachments-left-out", "note", None, message))
 
 
 class _TooInexactError(Exception):

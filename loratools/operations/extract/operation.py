@@ -5,6 +5,7 @@ differences of full rank, which `fold` approximates, streamed from both files; s
 weights of experts, matrix by matrix, in the form of PEFT's `target_parameters`. Norms, biases and
 embeddings that are tied or were resized are carried whole, as replacements; anything else that
 changed is refused. Tensors that did not change are left out.
+Modules are named as the base's class names them in memory, which is where PEFT looks for them.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratools.algebra.ranks import RankRule, as_options
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.pairs import Comparison, Pair
-from loratools.operations.to_lora import FoldChoices, FoldResult, fold_choices, to_lora
+from loratools.operations.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
 from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
 from loratools.work.provenance import operation_record
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How the base model is named in what is written.
+    """How the output names the base model.
 
     Attributes:
         base_name: name to record as the base model's.
@@ -47,13 +49,13 @@ class Difference:
         adapter: full differences by module, and replacements.
         unchanged: number of tensors that are the same.
         skipped: tensors that changed and were not selected.
-        notes: what the user should know.
+        findings: what a user should know.
     """
 
     adapter: Adapter
     unchanged: int
     skipped: tuple[str, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def difference(
@@ -78,7 +80,7 @@ def difference(
         UnsupportedError: a tensor changed that has no place in a LoRA.
     """
     selection = selection or Selection()
-    comparison = Comparison(plain(base).checkpoint, plain(tuned).checkpoint)
+    comparison = Comparison(dequantised(base).checkpoint, dequantised(tuned).checkpoint, selection)
     pairs = comparison.pairs()
     changed = in_order(lambda pair: pair.differs(), pairs, workers or usable_cores())
     differing = [pair for pair, differs in zip(pairs, changed, strict=True) if differs]
@@ -119,7 +121,7 @@ def difference(
         config=comparison.config(modules, base_name),
         base_model=base_name,
     )
-    return Difference(adapter, unchanged, tuple(skipped), tuple(comparison.notes))
+    return Difference(adapter, unchanged, tuple(skipped), tuple(comparison.findings))
 
 
 def _deltas(pairs: Iterable[Pair]) -> dict[str, ModuleChange]:
@@ -147,7 +149,7 @@ def extract(
     *,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> FoldResult:
+) -> ToLoraResult:
     """Return the LoRA between two checkpoints.
 
     Args:
@@ -177,12 +179,12 @@ def extract(
     )
 
 
-def extract_choices(found: Difference, options: ComputeOptions | None = None) -> FoldChoices:
+def extract_choices(found: Difference, options: ComputeOptions | None = None) -> ToLoraChoices:
     """Return what ranks would cost and lose.
 
     Raises:
         AdapterError: NaN or infinite values.
     """
-    choices = fold_choices(found.adapter, options)
+    choices = to_lora_choices(found.adapter, options)
     assert choices is not None
     return choices

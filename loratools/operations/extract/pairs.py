@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement import rules
+from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
+from loratools.base.tied import find_tie, shared_embeddings
+from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import (
     DEFAULT_HEAD,
@@ -26,6 +28,7 @@ from loratools_formats.checkpoints.facts import (
 )
 from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange, Replacement
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import named_conv1d
 from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -33,6 +36,11 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 _LINEAR = Layer("linear")
 _STACKED = ("gate_up_proj", "down_proj")
 """Parameters of stacked experts, in the order in which transformers declares them."""
+_BUFFER = re.compile(
+    r"(?:^|\.)(?:rotary_emb\.(?:original_)?inv_freq|rotary_pos_emb\.inv_freq|position_ids|token_type_ids"
+    r"|masked_bias|num_batches_tracked|relative_position_index)$"
+)
+"""Buffers that older releases stored, which a class computes itself."""
 _PARALLEL = re.compile(r"(?:.*\.)?(?:input_linear|output_linear)")
 """Modules whose weight is a stack of experts, too, under names that PEFT does not know."""
 
@@ -48,7 +56,7 @@ class Pair:
         use: what becomes of it if it changed: a `layer` to adapt, a tensor to carry `whole`, or
             `none` if a LoRA has no place for it.
         layer: what the module is.
-        crossed: whether it is stored as (in, out).
+        transposed: whether it is stored as (in, out).
         hint: what to do if a LoRA has no place for it.
     """
 
@@ -57,7 +65,7 @@ class Pair:
     new: TensorRef
     use: Literal["layer", "whole", "none"]
     layer: Layer = _LINEAR
-    crossed: bool = False
+    transposed: bool = False
     hint: str = "Leave its module out with `exclude`"
 
     @property
@@ -85,7 +93,7 @@ class Pair:
         """Return the difference, computed when it is read."""
         source = _DifferenceSource(self.old, self.new)
         diff = in_file(self.key, DTYPES["F64"], self.new.shape, source, 0)
-        settings = {"scale": 1.0, "crossed": self.crossed}
+        settings = {"scale": 1.0, "transposed": self.transposed}
         return ModuleChange(KindDelta("full", {"diff": diff}, settings, self.layer))
 
 
@@ -107,10 +115,13 @@ class _DifferenceSource:
 class Comparison:
     """Both checkpoints, and what each of their tensors is."""
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
-        self.base, self.tuned = base, tuned
-        self._names = Names(base)
-        self.notes: list[str] = []
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, selection: Selection) -> None:
+        before, after = class_view(base), class_view(tuned, base.config)
+        self.base, self.tuned = before.checkpoint, after.checkpoint
+        self._selection = selection
+        self._other_form = {name for name in before.kept if before.known}
+        self._names = Names(self.base)
+        self.findings: list[Finding] = []
         self._tie = find_tie(self._names, guess_head=True)
         self._shared = shared_embeddings(self._names)
 
@@ -126,17 +137,13 @@ class Comparison:
         for key, old in self.base.tensors.items():
             other = names.find(key)
             if other is None:
-                if not self._is_tied_copy(key, self.base):
-                    raise self._alone(key, self.base, self.tuned)
-                self.notes.append(f"{key} is tied in the tuned checkpoint and not compared")
+                self._only_in(key, self.base, self.tuned, "tuned")
                 continue
             found.add(other)
             pairs.append(self._pair(key, old, self.tuned.tensors[other]))
         for key in self.tuned.tensors:
             if key not in found:
-                if not self._is_tied_copy(key, self.tuned):
-                    raise self._alone(key, self.tuned, self.base)
-                self.notes.append(f"{key} is tied in the base checkpoint and not compared")
+                self._only_in(key, self.tuned, self.base, "base")
         return self._without_tied_head(pairs)
 
     def _without_tied_head(self, pairs: list[Pair]) -> list[Pair]:
@@ -164,13 +171,39 @@ class Comparison:
                 )
         return [pair for pair in pairs if pair is not head]
 
-    def _alone(self, key: str, here: Checkpoint, there: Checkpoint) -> AdapterError:
-        return AdapterError(
-            "a tensor is in only one of the checkpoints",
-            path=here.path,
-            tensor=key,
-            expected=f"the same tensor in {there.path.name}",
-        )
+    def _only_in(self, key: str, here: Checkpoint, there: Checkpoint, other: str) -> None:
+        """Note why a tensor that only one checkpoint has plays no part.
+
+        Raises:
+            AdapterError: it may play one.
+        """
+        module = key.rpartition(".")[0]
+        if self._is_tied_copy(key, here):
+            message = f"{key} is tied in the {other} checkpoint and not compared"
+            self.findings.append(Finding("tied-skipped", "note", key, message))
+        elif _BUFFER.search(key):
+            message = f"{key} is a buffer that the {other} checkpoint lacks; left out"
+            self.findings.append(Finding("buffer-skipped", "note", key, message))
+        elif module not in self._selection:
+            message = f"{key}, which the {other} checkpoint lacks, is left out as asked"
+            self.findings.append(Finding("one-sided-skipped", "note", key, message))
+        elif self._is_head(module) and other == "base":
+            raise UnsupportedError(
+                "the tuned checkpoint has an output layer of its own, the base's is tied to its "
+                "embedding",
+                path=here.path,
+                tensor=key,
+                hint="Untie the base first: store the embedding under this name too, and set "
+                "tie_word_embeddings to false in its config.json; or leave it out with `exclude`",
+            )
+        else:
+            raise AdapterError(
+                "a tensor is in only one of the checkpoints",
+                path=here.path,
+                tensor=key,
+                expected=f"the same tensor in {there.path.name}",
+                hint="Leave its module out with `exclude`",
+            )
 
     def _is_tied_copy(self, key: str, checkpoint: Checkpoint) -> bool:
         """Return whether a tensor is an output embedding that repeats the input embedding."""
@@ -201,6 +234,9 @@ class Comparison:
             )
         if not (old.dtype.floating and new.dtype.floating):
             return Pair(key, old, new, "none")
+        if key in self._other_form:
+            hint = "The class keeps it in another form; leave its module out with `exclude`"
+            return Pair(key, old, new, "none", hint=hint)
         if dims <= 1 or old.shape != new.shape or self._is_shared(key):
             return Pair(key, old, new, "whole")
         if leaf in _STACKED and module.endswith("experts") and dims == 3:
@@ -210,12 +246,12 @@ class Comparison:
         if dims > 2:
             return Pair(key, old, new, "layer", Layer("conv", kernel=old.shape[2:]))
         if is_embedding(module):
-            return Pair(key, old, new, "layer", Layer("embedding"), crossed=True)
-        crossed = is_conv1d(key, self.base.config)
-        if not crossed and "model_type" not in self.base.config:
+            return Pair(key, old, new, "layer", Layer("embedding"), transposed=True)
+        transposed = is_conv1d(key, self.base.config)
+        if not transposed and "model_type" not in self.base.config:
             self._refuse_unknown_layout(key, module)
-        layer = Layer("linear", transposed_if_square=crossed)
-        return Pair(key, old, new, "layer", layer, crossed)
+        layer = Layer("linear", transposed_if_square=transposed)
+        return Pair(key, old, new, "layer", layer, transposed)
 
     def _is_head(self, module: str) -> bool:
         head = head_of(sorted(self._names.types))
@@ -231,14 +267,14 @@ class Comparison:
     def _stack(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
         """Return a pair of stacked experts; how their matrices lie depends on the model type."""
         types = set(self._names.types_of(key))
-        crossed = bool(types & rules.TRANSPOSED_EXPERTS)
-        if not crossed and not types & rules.STRAIGHT_EXPERTS:
+        transposed = bool(types & rules.TRANSPOSED_EXPERTS)
+        if not transposed and not types & rules.STRAIGHT_EXPERTS:
             hint = "The model type does not tell how experts lie; leave them out with `exclude`"
             return Pair(key, old, new, "none", hint=hint)
         lies = stack_is_transposed(self._names, key)
-        swapped = None if lies is None else lies != crossed
-        layer = Layer("experts", (), (key,), transposed_if_square=crossed, swapped=swapped)
-        return Pair(key, old, new, "layer", layer, crossed)
+        swapped = None if lies is None else lies != transposed
+        layer = Layer("experts", (), (key,), transposed_if_square=transposed, swapped=swapped)
+        return Pair(key, old, new, "layer", layer, transposed)
 
     def _refuse_unknown_layout(self, key: str, module: str) -> None:
         if named_conv1d(module):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from loratools.algebra.device import Device, to_numpy
-from loratools.operations.fuse.terms import DoraPart, RowsTerm, Term, View
+from loratools.operations.fuse.terms import DoraTerm, RowsTerm, Term, View
 from loratools.work.buffers import Buffers
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -76,7 +76,7 @@ def single_precision(
         code == base_code == "BF16"
         and elements >= _MIN_SINGLE_ELEMENTS
         and all(
-            isinstance(term, Term) and term.is_plain and term.right.shape[0] <= _MAX_SINGLE_RANK
+            isinstance(term, Term) and term.is_product and term.right.shape[0] <= _MAX_SINGLE_RANK
             for plane in terms
             for term in plane
         )
@@ -119,14 +119,14 @@ def fused_blocks(
             w, sums = base[:count], total[:count]
             reader.read(plane, top, w)
             only = prepared[0] if len(prepared) == 1 else None
-            if isinstance(only, _Plain) and only.is_whole(top, count, view):
+            if isinstance(only, _Product) and only.is_whole(top, count, view):
                 only.put(w, sums, top)
             else:
                 sums[...] = w
                 for term in prepared:
                     term.add(w, sums, product[:count], top)
             if single:
-                products = [item for item in prepared if isinstance(item, _Plain)]
+                products = [item for item in prepared if isinstance(item, _Product)]
                 _repair(w, sums, top, products, masks[0, :count], masks[1, :count])
             yield Block((plane * view.rows + top) * view.columns, w, sums)
 
@@ -160,15 +160,15 @@ class _Reader:
 
 def _prepared(
     term: Term | RowsTerm, dtype: Any, device: Device, reader: _Reader
-) -> _Plain | _ByRows:
+) -> _Product | _ByRows:
     if isinstance(term, RowsTerm):
         return _ByRows(term)
     if term.dora is None:
-        return _Plain(term, dtype, device)
+        return _Product(term, dtype, device)
     return _WithDora(term, term.dora, dtype, device, reader)
 
 
-class _Plain:
+class _Product:
     """A term ready to be added to blocks."""
 
     def __init__(self, term: Term, dtype: Any, device: Device) -> None:
@@ -191,7 +191,7 @@ class _Plain:
             self.bound = float(roundings * abs(term.weight) * lengths[0] * lengths[1])
 
     def is_whole(self, top: int, count: int, view: View) -> bool:
-        """Return whether it covers a block with a plain sum, unweighted."""
+        """Return whether it covers a block with a sum without weights."""
         start, stop = self.term.rows
         covers = start <= top and top + count <= stop and self.term.columns == (0, view.columns)
         return covers and self.term.weight == 1.0 and self.term.dora is None
@@ -228,11 +228,11 @@ class _Plain:
         total += product if self.term.weight == 1.0 else self.term.weight * product
 
 
-class _WithDora(_Plain):
+class _WithDora(_Product):
     """A DoRA: weight · (m/‖V‖ · V − W), V = W + left @ right."""
 
     def __init__(
-        self, term: Term, dora: DoraPart, dtype: Any, device: Device, reader: _Reader
+        self, term: Term, dora: DoraTerm, dtype: Any, device: Device, reader: _Reader
     ) -> None:
         super().__init__(term, dtype, device)
         self.dora = dora
@@ -286,7 +286,7 @@ def _ratio(magnitude: Array, norms: Array, module: str) -> Array:
 
 
 def _repair(
-    base: Array, total: Array, top: int, prepared: Sequence[_Plain], mask: Array, spare: Array
+    base: Array, total: Array, top: int, prepared: Sequence[_Product], mask: Array, spare: Array
 ) -> None:
     """Compute again in float64 the entries whose float32 error could show in a bfloat16."""
     bound = sum(term.bound for term in prepared)
@@ -329,7 +329,7 @@ def _true_places(mask: Array) -> Array:
     return np.concatenate([words[eights] * 8 + offsets, rest])
 
 
-def _compute_in_double(base: Array, total: Array, top: int, prepared: Sequence[_Plain]) -> None:
+def _compute_in_double(base: Array, total: Array, top: int, prepared: Sequence[_Product]) -> None:
     exact = base.astype(np.float64)
     for item in prepared:
         term = item.term

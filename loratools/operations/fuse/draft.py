@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from loratools.operations.fuse.blocks import Patch
-from loratools.operations.fuse.terms import Change
+from loratools.operations.fuse.terms import WeightedChange
 from loratools_formats.core.adapter import Adapter, Replacement
-from loratools_formats.core.tensors import TensorRef
+from loratools_formats.core.tensors import TensorRef, have_same_bits
 from loratools_formats.disk.errors import AdapterError
 
 _MERGE_FIRST = "Merge them first: loratools merge ADAPTER ADAPTER --replacements first -o merged"
@@ -44,7 +44,7 @@ class Draft:
     """
 
     source: TensorRef
-    changes: list[Change] = field(default_factory=list)
+    changes: list[WeightedChange] = field(default_factory=list)
     patches: list[Patch] = field(default_factory=list)
     patched_by: list[FuseInput] = field(default_factory=list)
     replaced_by: FuseInput | None = None
@@ -103,7 +103,7 @@ def replace_values(
     for other in draft.patched_by:
         if other is not item:
             raise _whole_and_rows(key, item, other)
-    if draft.replaced_by is not None and not _equal(draft.source, tensor):
+    if draft.replaced_by is not None and not have_same_bits(draft.source, tensor):
         raise AdapterError(
             f"{draft.replaced_by.name} and {item.name} replace the same tensor by different ones",
             tensor=key,
@@ -134,8 +134,3 @@ def _refuse_other_rows(patch: Patch, replacement: Replacement, item: FuseInput) 
                 got=f"row {row}",
                 hint=_MERGE_FIRST,
             )
-
-
-def _equal(first: TensorRef, second: TensorRef) -> bool:
-    same = first.dtype == second.dtype and first.shape == second.shape
-    return same and bytes(first.raw()) == bytes(second.raw())

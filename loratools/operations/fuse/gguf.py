@@ -23,10 +23,16 @@ from loratools.algebra.device import Computing, Device
 from loratools.operations.fuse.blocks import fused_blocks
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf_changes import gguf_changes
-from loratools.operations.fuse.operation import FusePreview, FuseResult, refuse_erased
+from loratools.operations.fuse.operation import (
+    FusePreview,
+    FuseResult,
+    refuse_erased,
+    refuse_nothing,
+    refuse_rounded,
+)
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor, not_finite
-from loratools.operations.fuse.terms import Change, View, load_terms, stacked
+from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record
@@ -34,11 +40,13 @@ from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.containers.gguf.container import GgufTensor
 from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, decode, encode
-from loratools_formats.containers.gguf.model import ModelLayout, plain
+from loratools_formats.containers.gguf.model import ModelLayout, decoded
 from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.files import check_target
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
+from loratools_formats.disk.files import create, write_at
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_file, resolved
 
@@ -55,7 +63,7 @@ class GgufFuseOptions(Computing):
         outtype: type of the tensors that change; `keep` leaves each its own.
         fallback: type of changed tensors whose own cannot be written, such as Q4_K: f16 by
             default, or q8_0. Rows that do not fit q8_0 become f16.
-        allow_lossy: write even if less than half of the change survives quantising.
+        allow_lossy: write even if less than half of the change survives rounding.
 
     Raises:
         OptionError: no such type, or the number of threads is out of range.
@@ -90,7 +98,7 @@ class GgufFusion:
     ) -> None:
         self.base, self.options = base, options
         self.inputs = tuple(inputs)
-        changes: dict[str, list[Change]] = {}
+        changes: dict[str, list[WeightedChange]] = {}
         for item in inputs:
             for name, change in gguf_changes(item, base):
                 changes.setdefault(name, []).append(change)
@@ -99,14 +107,15 @@ class GgufFusion:
         self.plans = {
             name: self._plan(name, changes[name]) for name in base.tensors if name in changes
         }
+        refuse_nothing(self.plans.values(), self.inputs)
         touched = [base.tensors[name] for name in self.plans]
-        read = dict.fromkeys(note for item in inputs for note in item.adapter.remarks)
-        self.notes = (*read, *_fallback_notes(touched, kinds, options), *_joined_notes(base))
+        read = dict.fromkeys(notice for item in inputs for notice in item.adapter.notices)
+        self.findings = (*read, *_fallbacks(touched, kinds, options), *_joined(base))
 
-    def _plan(self, name: str, changes: Sequence[Change]) -> TensorPlan:
-        source = plain(self.base.tensors[name])
+    def _plan(self, name: str, changes: Sequence[WeightedChange]) -> TensorPlan:
+        source = decoded(self.base.tensors[name])
         kind = self.layout.kinds[name]
-        dtype = DTYPES[kind.name if kind.is_plain else "F32"]
+        dtype = DTYPES[kind.name if kind.is_float else "F32"]
         return TensorPlan(name, source, dtype, tuple(changes), original=source)
 
     @property
@@ -119,7 +128,7 @@ class GgufFusion:
             len(self.base.tensors),
             self.layout.nbytes,
             1,
-            self.notes,
+            self.findings,
         )
 
     def write(
@@ -150,6 +159,7 @@ class GgufFusion:
                 hint="Choose a wider `dtype` such as f16, or pass `allow_lossy=True`",
                 allow_lossy=self.options.allow_lossy,
             )
+            refuse_rounded(reports, self.base.path, allow_lossy=self.options.allow_lossy)
             self.layout.check_written(temporary)
             self._check_unchanged()
             digest = _header_digest(temporary, self.layout.data_start)
@@ -162,7 +172,7 @@ class GgufFusion:
             converted=0,
             nbytes=self.layout.nbytes,
             shards=(Path(output).name,),
-            notes=self.notes,
+            findings=self.findings,
             left_out=(),
         )
 
@@ -212,7 +222,7 @@ class GgufFusion:
         self, path: Path, progress: Callable[[int, int], None] | None
     ) -> tuple[TensorReport, ...]:
         device = Device(self.options.device)
-        out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        out = create(path)
         reports, done = [], 0
         try:
             self.layout.write_header(out)
@@ -240,12 +250,9 @@ class GgufFusion:
 
         def store(start: int, values: Array) -> None:
             place = offset + start // kind.block * kind.block_nbytes
-            view = memoryview(values.reshape(-1).view(np.uint8).data)
-            while view:
-                written = os.pwrite(out, view, place)
-                view, place = view[written:], place + written
+            write_at(out, place, memoryview(values.reshape(-1).view(np.uint8).data))
 
-        if kind.is_plain:
+        if kind.is_float:
             return fuse_tensor(plan, device, store)
         return quantised(plan, kind, device, store)
 
@@ -304,12 +311,12 @@ def _kind(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
     return BY_NAME["F16"]
 
 
-def _fallback_notes(
+def _fallbacks(
     tensors: Sequence[GgufTensor], kinds: Mapping[str, GgmlType], options: GgufFuseOptions
-) -> tuple[str, ...]:
-    """Return a note for each type that became another than the one asked for."""
+) -> list[Finding]:
+    """Return a finding for each type that became another than the one asked for."""
     found = Counter((t.kind.name, _wanted(t, options).name, kinds[t.name].name) for t in tensors)
-    notes = []
+    findings = []
     for (old, wanted, new), count in sorted(found.items()):
         if new != wanted:
             reason = (
@@ -318,13 +325,14 @@ def _fallback_notes(
                 else f"{wanted} cannot be written again"
             )
             many = "s" * (count > 1)
-            notes.append(f"{count} tensor{many} of type {old} became {new}, since {reason}")
-    return tuple(notes)
+            message = f"{count} tensor{many} of type {old} became {new}, since {reason}"
+            findings.append(Finding("type-fallback", "note", None, message))
+    return findings
 
 
-def _joined_notes(base: GgufModel) -> tuple[str, ...]:
-    count = len(base.parts)
-    return (f"the {count} parts of the model became one file",) if count > 1 else ()
+def _joined(base: GgufModel) -> list[Finding]:
+    message = f"the {len(base.parts)} parts of the model became one file"
+    return [Finding("parts-joined", "note", None, message)] if len(base.parts) > 1 else []
 
 
 def _header_digest(path: Path, nbytes: int) -> Mapping[str, str]:

@@ -1,6 +1,6 @@
 """Where an adapter's changes go in a GGUF model.
 
-What is a product of thin factors takes the way of `convert`: rows of B are put into llama.cpp's
+A product of thin factors is translated as by `convert`: rows of B are put into llama.cpp's
 order. DoRAs, rotations and whatever else depends on the weight are computed on the module's weight
 as transformers has it, with the rows of llama.cpp's tensors put back in order; then each tensor
 takes its rows of the result.
@@ -15,13 +15,13 @@ import numpy as np
 
 from loratools.base.placement import Placement
 from loratools.base.repeated import stored_in, without_repeated
-from loratools.base.weights import Piece, Place
+from loratools.base.weights import BaseModule, Piece
 from loratools.kinds import get_kind
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import ready
 from loratools.operations.fuse.streamed import StreamedPlacement, refuse_unstreamable
-from loratools.operations.fuse.terms import Change
-from loratools_formats.containers.gguf.model import plain
+from loratools.operations.fuse.terms import WeightedChange
+from loratools_formats.containers.gguf.model import decoded
 from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
@@ -31,7 +31,7 @@ from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 
-def gguf_changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
+def gguf_changes(item: FuseInput, base: GgufModel) -> list[tuple[str, WeightedChange]]:
     """Return the tensors that an adapter changes, with the changes, in GGUF's layout.
 
     Raises:
@@ -50,8 +50,8 @@ def gguf_changes(item: FuseInput, base: GgufModel) -> list[tuple[str, Change]]:
         is_embedding = delta.layer.kind == "embedding"
         placements.append(Placement(f"{module}.weight", module, delta, transposed=is_embedding))
     placements += _streamed(by_rows, base)
-    found: dict[str, Change] = {}
-    for change in (Change(placement, item.weight) for placement in placements):
+    found: dict[str, WeightedChange] = {}
+    for change in (WeightedChange(placement, item.weight) for placement in placements):
         key = change.placement.key
         _refuse_scaled(key, base)
         if key in found:
@@ -77,7 +77,7 @@ def _refuse_scaled(name: str, base: GgufModel) -> None:
 
 
 def _in_model_terms(adapter: Adapter, base: GgufModel) -> Adapter:
-    """Return an adapter with the base model's names, or one of GGUF as it is."""
+    """Return an adapter with the base model's names; one of GGUF is returned unchanged."""
     target = get_format("gguf")
     if adapter.format == target.name:
         return adapter
@@ -108,7 +108,7 @@ def _streamed(modules: Mapping[str, ModuleChange], base: GgufModel) -> list[Stre
         return []
     rows_of = get_format("gguf").rows_in_base(base.path)
     orders: dict[str, Mapping[str, list[int]]] = {}
-    places: dict[str, Place] = {}
+    places: dict[str, BaseModule] = {}
     for name, delta in modules.items():
         try:
             refuse_unstreamable(name, delta)
@@ -117,7 +117,9 @@ def _streamed(modules: Mapping[str, ModuleChange], base: GgufModel) -> list[Stre
             error.tensor = error.tensor or name
             raise
         weight = _weight(name, orders[name], base)
-        places[name] = Place((Piece(weight, False, 0, weight.shape[0]),), Layer("linear"), None)
+        places[name] = BaseModule(
+            (Piece(weight, False, 0, weight.shape[0]),), Layer("linear"), None
+        )
         if _changes_bias(delta, [f"{tensor}.bias" for tensor in orders[name]], base):
             raise UnsupportedError(
                 "a change of a bias is not fused into a GGUF model",
@@ -145,7 +147,7 @@ def _changes_bias(delta: ModuleChange, biases: list[str], base: GgufModel) -> bo
 def _placements(
     name: str,
     delta: ModuleChange,
-    place: Place,
+    place: BaseModule,
     orders: Mapping[str, list[int]],
     largest: tuple[int, int],
 ) -> Iterator[StreamedPlacement]:
@@ -156,7 +158,7 @@ def _placements(
 
 def _weight(name: str, orders: Mapping[str, list[int]], base: GgufModel) -> TensorRef:
     """Return a module's weight with its rows in transformers' order."""
-    stored = [plain(base.tensors[f"{tensor}.weight"]) for tensor in orders]
+    stored = [decoded(base.tensors[f"{tensor}.weight"]) for tensor in orders]
     source = [row for order in orders.values() for row in order]
     shape = len(source), stored[0].shape[1]
     if len(stored) == 1 and source == list(range(len(source))):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,12 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from loratools.algebra.device import Computing, Device
-from loratools.base.dequantised import PlainCheckpoint, as_stored, is_stored_plain, plain
+from loratools.base.dequantised import (
+    DequantisedCheckpoint,
+    as_stored,
+    dequantised,
+    is_stored_plain,
+)
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
@@ -32,7 +37,8 @@ from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
-from loratools_formats.checkpoints.shard_plan import Blank, Made, Part, Sink
+from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 BaseMode = Literal["dequant", "original"]
@@ -50,8 +56,7 @@ class FuseOptions(Sharding, Computing):
         base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
             on the 16-bit original.
         requantize: store changed four-bit weights in four bits again.
-        allow_lossy: with `requantize` or a GGUF base, write even if less than half of the change
-            survives rounding.
+        allow_lossy: write even if less than half of the change survives rounding.
     """
 
     dtype: str | None = option(
@@ -90,7 +95,7 @@ class FuseResult:
         converted: number of tensors that no adapter changes, stored in another type than before.
         nbytes: size of the weight files.
         shards: their names.
-        notes: what a user should know.
+        findings: what a user should know.
         left_out: files of the base that were not carried over.
     """
 
@@ -99,12 +104,12 @@ class FuseResult:
     converted: int
     nbytes: int
     shards: tuple[str, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
     left_out: tuple[str, ...]
 
     @property
     def relative_change(self) -> float | None:
-        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if none is touched."""
+        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if no tensor is touched."""
         base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
         delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
         if not base:
@@ -113,7 +118,7 @@ class FuseResult:
 
     @property
     def surviving(self) -> float | None:
-        """Share of ΔW that survives four bits, over all weights stored so; None if none is."""
+        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
         return surviving(self.tensors)
 
     @property
@@ -133,7 +138,7 @@ class FusePreview:
         total: number of tensors in all.
         nbytes: size of the weight files.
         files: their number.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     touched: tuple[TensorPlan, ...]
@@ -141,7 +146,7 @@ class FusePreview:
     total: int
     nbytes: int
     files: int
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def refuse_erased(
@@ -168,6 +173,33 @@ def refuse_erased(
             expected=f"at least {100 * _SURVIVING:.0f} %",
             hint=hint,
         )
+
+
+def refuse_rounded(reports: Sequence[TensorReport], path: Path, *, allow_lossy: bool) -> None:
+    """Refuse a result in which rounding to floating types erases most of the change.
+
+    Raises:
+        UnsupportedError: less than half of it survives, and that was not allowed.
+    """
+    rounded = [replace(r, surviving=r.rounded) for r in reports if r.rounded is not None]
+    refuse_erased(
+        rounded,
+        path,
+        what=f"the steps of {' and '.join(sorted({r.dtype.lower() for r in rounded}))}",
+        hint="Choose a wider `dtype` such as f32, or pass `allow_lossy=True`",
+        allow_lossy=allow_lossy,
+    )
+
+
+def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> None:
+    """Refuse to fuse what changes nothing.
+
+    Raises:
+        AdapterError: no adapter has a module or a tensor that replaces one of the base.
+    """
+    if not any(plan.is_touched for plan in plans):
+        path = inputs[0].adapter.source if inputs else None
+        raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
 
 
 def surviving(reports: Sequence[TensorReport]) -> float | None:
@@ -201,7 +233,8 @@ class Fusion:
             for item in inputs
         )
         self._base = base
-        self._plain, self.plan = self._planned()
+        self._dequantised, self.plan = self._planned()
+        refuse_nothing(self.plan.tensors.values(), self.inputs)
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()
@@ -213,7 +246,7 @@ class Fusion:
             tuple(item.adapter for item in self.inputs),
         )
 
-    def _planned(self) -> tuple[PlainCheckpoint, FusePlan]:
+    def _planned(self) -> tuple[DequantisedCheckpoint, FusePlan]:
         """Return the base as it is read, and what will be done with it.
 
         Quantised weights that no adapter changes stay as they are, with the base's configuration.
@@ -223,23 +256,24 @@ class Fusion:
         """
         base, options = self._base, self.options
         try:
-            self._plain = plain(base)
+            self._dequantised = dequantised(base)
         except UnsupportedError as unreadable:
             kept = as_stored(base)
             return kept, self._plan_beside(kept, unreadable)
         self._check_mode()
-        checkpoint = self._plain.checkpoint
+        checkpoint = self._dequantised.checkpoint
         if options.requantize:
             checkpoint = replace(checkpoint, config=base.config)
-        plan = plan_fuse(checkpoint, self.inputs, options.code, self._plain.stored)
+        plan = plan_fuse(checkpoint, self.inputs, options.code, self._dequantised.stored)
         keeps = not options.requantize and options.dtype is None and options.base_mode is None
         touched = {tensor.key for tensor in plan.touched}
-        if keeps and self._plain.is_quantized and touched.isdisjoint(self._plain.stored):
+        is_quantised, stored = self._dequantised.is_quantized, self._dequantised.stored
+        if keeps and is_quantised and touched.isdisjoint(stored):
             kept = as_stored(base)
             return kept, plan_fuse(base, self.inputs)
-        return self._plain, plan
+        return self._dequantised, plan
 
-    def _plan_beside(self, kept: PlainCheckpoint, unreadable: UnsupportedError) -> FusePlan:
+    def _plan_beside(self, kept: DequantisedCheckpoint, unreadable: UnsupportedError) -> FusePlan:
         """Return a plan that leaves quantised weights alone.
 
         Raises:
@@ -263,10 +297,8 @@ class Fusion:
         return plan
 
     def _check_mode(self) -> None:
-        four_bit = bool(self._plain.four_bit)
+        four_bit = bool(self._dequantised.four_bit)
         mode, path = self.options.base_mode, self._base.path
-        if self.options.allow_lossy and not self.options.requantize:
-            raise OptionError("`allow_lossy` is for `requantize`")
         if mode == "original" and four_bit:
             raise OptionError(
                 "the base is in four bits", path=path, hint="Give the original 16-bit base as BASE"
@@ -286,25 +318,25 @@ class Fusion:
 
     def _config(self) -> Mapping[str, Any] | None:
         """Return the configuration to write, None to keep the base's file."""
-        if self.options.requantize or not self._plain.is_quantized:
+        if self.options.requantize or not self._dequantised.is_quantized:
             return self.plan.config
-        return (self.plan.config or self._plain.checkpoint.config) or None
+        return (self.plan.config or self._dequantised.checkpoint.config) or None
 
     def _record(self) -> Mapping[str, Any]:
         options = {
             "weights": [item.weight for item in self.inputs],
             "dtype": self.options.dtype,
             "max_shard_bytes": self.options.max_shard_bytes,
-            "base_mode": "dequant" if self._plain.four_bit else None,
+            "base_mode": "dequant" if self._dequantised.four_bit else None,
             "requantize": self.options.requantize,
         }
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
         return operation_record("fuse", names, options, self._base)
 
-    def _parts(self) -> dict[str, Part]:
-        parts: dict[str, Part] = {}
+    def _parts(self) -> dict[str, NewTensor]:
+        parts: dict[str, NewTensor] = {}
         for key, plan in self.plan.tensors.items():
-            weight = self._plain.four_bit.get(key) if self.options.requantize else None
+            weight = self._dequantised.four_bit.get(key) if self.options.requantize else None
             if weight is None:
                 parts[key] = plan.source if plan.is_copy else self._made(plan)
             elif plan.is_touched:
@@ -316,8 +348,8 @@ class Fusion:
     def _requantized(self, plan: TensorPlan, weight: QuantizedWeight) -> Made:
         from loratools.operations.fuse.requantize import Requantized
 
-        turned = is_conv1d(plan.key, self._base.config)
-        work = Requantized(plan, weight, self._device, turned=turned)
+        transposed = is_conv1d(plan.key, self._base.config)
+        work = Requantized(plan, weight, self._device, transposed=transposed)
 
         def fill(sinks: Mapping[str, Sink]) -> None:
             self._report(work.fill(sinks))
@@ -356,6 +388,9 @@ class Fusion:
             hint="Leave out `requantize` to store 16 bits, or pass `allow_lossy=True`",
             allow_lossy=self.options.allow_lossy,
         )
+        refuse_rounded(
+            list(self._reports.values()), self._base.path, allow_lossy=self.options.allow_lossy
+        )
 
     @property
     def preview(self) -> FusePreview:
@@ -367,24 +402,25 @@ class Fusion:
             len(self.plan.tensors),
             self.new.nbytes,
             len(self.new.shards),
-            self.plan.notes,
+            self.plan.findings,
         )
 
     def _type_name(self, plan: TensorPlan) -> str:
-        weight = self._plain.four_bit.get(plan.key) if self.options.requantize else None
+        weight = self._dequantised.four_bit.get(plan.key) if self.options.requantize else None
         return plan.dtype.code if weight is None else weight.quant_type.upper()
 
-    def _notes(self) -> list[str]:
-        dropped = self._plain.dropped
+    def _findings(self) -> list[Finding]:
+        dropped = self._dequantised.dropped
         if not dropped or self.options.requantize:
             return []
-        return [
+        message = (
             f"weights are stored in 16 bits now; {len(dropped)} tensors that only said how they "
             "were quantised are left out"
             if self.options.dtype != "f32"
             else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
             "they were are left out"
-        ]
+        )
+        return [Finding("no-longer-quantised", "note", None, message)]
 
     def write(
         self,
@@ -415,7 +451,7 @@ class Fusion:
             key
             for key, plan in plans.items()
             if not plan.is_touched
-            and (not plan.is_copy or key in self._plain.stored)
+            and (not plan.is_copy or key in self._dequantised.stored)
             and not self.options.requantize
         }
         return FuseResult(
@@ -424,6 +460,6 @@ class Fusion:
             converted=len(converted),
             nbytes=self.new.nbytes,
             shards=tuple(shard.name for shard in self.new.shards),
-            notes=(*self.plan.notes, *self._notes()),
+            findings=(*self.plan.findings, *self._findings()),
             left_out=left_out,
         )

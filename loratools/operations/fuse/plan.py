@@ -19,12 +19,13 @@ from loratools.operations.fuse.streamed import (
     refuse_clashes,
     streamed_placements,
 )
-from loratools.operations.fuse.terms import Change
+from loratools.operations.fuse.terms import WeightedChange
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES
 from loratools_formats.checkpoints.facts import is_vocabulary, text_values, with_text_values
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import DTYPES, DType
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -51,7 +52,7 @@ class TensorPlan:
     key: str
     source: TensorRef
     dtype: DType
-    changes: tuple[Change, ...] = ()
+    changes: tuple[WeightedChange, ...] = ()
     patches: tuple[Patch, ...] = ()
     original: TensorRef | None = None
     replaced_by: str | None = None
@@ -73,7 +74,7 @@ class TensorPlan:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the bytes of its source are what is stored."""
+        """Whether the bytes of its source are stored unchanged."""
         return not self.changes and not self.replaces and self.dtype == self.source.dtype
 
     def old_values(self, start: int, values: Array) -> Array:
@@ -105,13 +106,13 @@ class FusePlan:
         base: the checkpoint, as plain tensors.
         tensors: every tensor of the output, new ones after the one they derive from.
         config: the new configuration, None if it stays.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     base: Checkpoint
     tensors: Mapping[str, TensorPlan]
     config: Mapping[str, Any] | None
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
     @property
     def touched(self) -> tuple[TensorPlan, ...]:
@@ -137,7 +138,7 @@ def plan_fuse(
         AdapterError: a module fits no tensor, adapters contradict each other, or shapes differ.
         UnsupportedError: an adapter's ΔW is not known, or the base's type cannot be added to.
     """
-    notes: list[str] = []
+    findings: list[Finding] = []
     placed = []
     inputs = [
         replace(item, adapter=named_for_base(ready(item.adapter, base), base)) for item in inputs
@@ -149,13 +150,14 @@ def plan_fuse(
         refuse_clashes(base, placements, weights)
         placed.append(placements)
         streamed.append([*weights, *biases])
-        notes += [note for note in placements.notes if note not in notes]
+        findings += [each for each in placements.findings if each not in findings]
         _refuse_weighted_replacement(item, placements)
         if item.weight < 0 and any(map(needs_base, item.adapter.modules.values())):
-            notes.append(
+            message = (
                 f"{item.name}: its change depends on the weights; a negative weight subtracts "
                 "that of these weights, and cannot take out one that is fused already"
             )
+            findings.append(Finding("negative-weight", "warning", item.name, message))
     untied = _untied(inputs, placed)
     drafts = {key: Draft(tensor) for key, tensor in base.tensors.items()}
     for new, origin in untied.items():
@@ -164,19 +166,21 @@ def plan_fuse(
         for key, replacement in placements.replacements:
             replace_values(drafts, key, replacement, item)
         for placement in (*placements.deltas, *placements.biases, *others):
-            drafts[placement.key].changes.append(Change(placement, item.weight))
+            drafts[placement.key].changes.append(WeightedChange(placement, item.weight))
     plans = {
         key: _tensor_plan(base, key, drafts[key], dtype, (stored or {}).get(key))
         for key in _ordered(base, untied, drafts)
     }
     widened = sum(plan.is_widened for plan in plans.values())
     if widened and dtype is None:
-        notes.append(f"weights in eight bits that change are stored as BF16: {widened}")
+        message = f"weights in eight bits that change are stored as BF16: {widened}"
+        findings.append(Finding("widened", "note", None, message))
     resized = _resized(base, plans)
     config = _config(base, untied=bool(untied), resized=resized, dtype=dtype)
     if resized is not None:
-        notes.append(f"the vocabulary has {resized[1]} entries now, {resized[0]} before")
-    return FusePlan(base, plans, config, tuple(notes))
+        message = f"the vocabulary has {resized[1]} entries now, {resized[0]} before"
+        findings.append(Finding("vocabulary-resized", "note", None, message))
+    return FusePlan(base, plans, config, tuple(findings))
 
 
 def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
@@ -223,7 +227,7 @@ def _tensor_plan(
 
 
 def _own(base: Checkpoint, key: str, draft: Draft) -> DType:
-    """Return the type that a tensor is stored in if none is asked for: the base's."""
+    """Return the type in which a tensor is stored by default: the base's."""
     if key in base.tensors and draft.source.dtype.code in FLOATING:
         return base.tensors[key].dtype
     return draft.source.dtype

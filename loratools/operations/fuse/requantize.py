@@ -33,18 +33,18 @@ class Requantized:
     """One changed weight that is stored in four bits again, as it was before.
 
     Args:
-        plan: the weight as a plain tensor, with what is added.
+        plan: the dequantised weight, with what is added to it.
         weight: how it is stored.
-        turned: whether it is stored transposed, as Conv1D weights are.
+        transposed: whether it is stored transposed, as Conv1D weights are.
         device: where products are computed.
     """
 
     def __init__(
-        self, plan: TensorPlan, weight: QuantizedWeight, device: Device, *, turned: bool
+        self, plan: TensorPlan, weight: QuantizedWeight, device: Device, *, transposed: bool
     ) -> None:
         self.plan = plan
         self.weight = weight
-        self._turned = turned
+        self._transposed = transposed
         self._device = device
         self._options = FourBitOptions(
             quant_type=weight.quant_type,
@@ -67,12 +67,12 @@ class Requantized:
         key, shape = self.weight.key, self.weight.shape
         fill(kept, key, shape, self.weight.dtype, self._options, self._pieces())
         written = quantized_weights({name: sink.tensor() for name, sink in kept.items()})[key]
-        return self._measured(four_bit_tensor(written, turned=self._turned))
+        return self._measured(four_bit_tensor(written, transposed=self._transposed))
 
     def _pieces(self) -> Iterator[Array]:
         """Yield the new values in the order in which they are stored."""
         pieces = (block.total.astype(np.float32) for block in self._blocks())
-        if self._turned:
+        if self._transposed:
             yield np.ascontiguousarray(np.concatenate(list(pieces)).T)
         else:
             yield from pieces

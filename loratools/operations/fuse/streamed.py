@@ -16,10 +16,10 @@ import numpy as np
 
 from loratools.base.placement import BiasPlacement, Placement, Placements
 from loratools.base.placement.names import Names
-from loratools.base.weights import Piece, Place, find_place
+from loratools.base.weights import BaseModule, Piece, find_base_module
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import rescaled_rows, rescaling_of
-from loratools.folding.module import checked_change
+from loratools.folding.module import checked_form
 from loratools.folding.with_base import added_bias
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product, Rows
@@ -49,7 +49,7 @@ class StreamedPlacement:
     key: str
     module: str
     change: ModuleChange
-    place: Place
+    place: BaseModule
     piece: Piece
     first: int
     largest: tuple[int, int]
@@ -67,7 +67,7 @@ class StreamedPlacement:
         if isinstance(direction, LowRank):
             whole = rows_of(_factors(direction))
         else:
-            whole = rows_of(checked_change(self.module, direction, weight, self.largest))
+            whole = rows_of(checked_form(self.module, direction, weight, self.largest))
             magnitude = get_kind(direction.kind).magnitude_of(self.change)
         if magnitude is not None:
             whole = rescaled_rows(rescaling_of(magnitude, self.change.axis, weight, whole))
@@ -120,9 +120,9 @@ def streamed_placements(
     return weights, biases
 
 
-def _place(names: Names, name: str, delta: ModuleChange) -> Place:
+def _place(names: Names, name: str, delta: ModuleChange) -> BaseModule:
     refuse_unstreamable(name, delta)
-    return find_place(names, name, delta.direction)
+    return find_base_module(names, name, delta.direction)
 
 
 def refuse_unstreamable(name: str, delta: ModuleChange) -> None:
@@ -137,7 +137,7 @@ def refuse_unstreamable(name: str, delta: ModuleChange) -> None:
 
 def _pieces(
     streamed: Mapping[str, ModuleChange],
-    places: Mapping[str, Place],
+    places: Mapping[str, BaseModule],
     largest: tuple[int, int],
 ) -> Iterator[StreamedPlacement]:
     for name, delta in streamed.items():
@@ -148,7 +148,7 @@ def _pieces(
             first += piece.stop - piece.start
 
 
-def _biases(name: str, delta: ModuleChange, place: Place) -> Iterator[BiasPlacement]:
+def _biases(name: str, delta: ModuleChange, place: BaseModule) -> Iterator[BiasPlacement]:
     direction = delta.direction
     if isinstance(direction, LowRank):
         bias, scale = direction.bias, direction.scale

@@ -21,6 +21,7 @@ Array = np.ndarray[Any, Any]
 
 _CHECKED_ELEMENTS = 1 << 20
 _LEAST_SQUARES = 1e-25
+_SHOWS = 1e-2  # of ‖ΔW‖², below which a block's rounding takes no more than a tenth of its change
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class TensorReport:
         base_norm: ‖W‖.
         delta_norm: ‖ΔW‖, that of the difference for a replacement.
         rounding_norm: ‖W' − (W + ΔW)‖, W' being what is stored.
-        surviving: share of ΔW found in what is stored, ⟨W' − W, ΔW⟩/‖ΔW‖²; only measured where
+        surviving: share of ΔW found in the stored tensor, ⟨W' − W, ΔW⟩/‖ΔW‖²; only measured where
             the result is quantised again, None otherwise.
+        rounded: that share where the result is rounded to a floating type; None for others, and for
+            replacements.
     """
 
     key: str
@@ -45,6 +48,7 @@ class TensorReport:
     delta_norm: float
     rounding_norm: float
     surviving: float | None = None
+    rounded: float | None = None
 
     @property
     def relative_change(self) -> float | None:
@@ -75,8 +79,9 @@ def fuse_tensor(
     terms = load_terms(plan.changes, view)
     dtype = plan.dtype.numpy_dtype()
     single = single_precision(view, terms, plan.dtype.code, base_code=plan.source.dtype.code)
-    only = None if plan.replaces else _only_plain(terms)
+    only = None if plan.replaces else _only_products(terms)
     base, delta, rounding = 0.0, 0.0 if only is None else _squared(only), 0.0
+    gained = 0.0
     blocks = fused_blocks(plan.source, view, terms, plan.patches, single=single, device=device)
     for block in blocks:
         w, total = block.base.reshape(-1), block.total.reshape(-1)
@@ -85,11 +90,14 @@ def fuse_tensor(
         store(block.start, stored)
         old = plan.old_values(block.start, w)
         base += _squared_norm(old)
+        change = np.subtract(total, old, out=BUFFERS.array("change", total.shape, total.dtype))
         if only is None:
-            change = total - old
             delta += _squared_norm(change)
         np.subtract(stored, total, out=w, dtype=w.dtype)
-        rounding += _squared_norm(w)
+        error = _squared_norm(w)
+        rounding += error
+        if error > _SHOWS * _squared_norm(change):
+            gained += _product(w, change)
     if not math.isfinite(rounding + base + delta):
         raise not_finite(plan, plan.dtype.code)
     return TensorReport(
@@ -99,24 +107,29 @@ def fuse_tensor(
         math.sqrt(base),
         math.sqrt(delta),
         math.sqrt(rounding),
+        rounded=None if plan.replaces else 1.0 + gained / delta if delta else 1.0,
     )
+
+
+def _product(x: Array, y: Array) -> float:
+    return float(np.dot(x.astype(np.float64), y.astype(np.float64)))
 
 
 def _squared_norm(values: Array) -> float:
     found = float(np.dot(values, values))
     if _LEAST_SQUARES < found < math.inf:
         return found
-    wide = values.astype(np.float64)  # squares of values beyond 10^±19 are none of float32
+    wide = values.astype(np.float64)  # squares of values beyond 10^±19 leave the range of float32
     return float(np.dot(wide, wide))
 
 
-def _only_plain(terms: list[list[Term | RowsTerm]]) -> list[Term] | None:
+def _only_products(terms: list[list[Term | RowsTerm]]) -> list[Term] | None:
     """Return the terms if their squared norms add up to that of the change, else None."""
     found = [term for plane in terms for term in plane]
-    plain = [term for term in found if isinstance(term, Term) and term.is_plain]
-    if len(plain) < len(found) or any(len(plane) > 1 for plane in terms):
+    products = [term for term in found if isinstance(term, Term) and term.is_product]
+    if len(products) < len(found) or any(len(plane) > 1 for plane in terms):
         return None
-    return plain
+    return products
 
 
 def _squared(terms: list[Term]) -> float:

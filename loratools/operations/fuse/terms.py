@@ -1,4 +1,4 @@
-"""From placed deltas to what is added to which rectangle of which matrix of a stored tensor.
+"""From placed deltas to terms: what is added to which rectangle of which stored matrix.
 
 Stored tensors of any layout are seen as `planes` matrices of (rows, columns), row-major as they
 lie in the file: outputs are rows, or columns where the tensor is stored as (in, out). A delta
@@ -44,7 +44,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightedChange:
     """One adapter's change of one tensor, with the adapter's weight."""
 
     placement: Placement | BiasPlacement | StreamedPlacement
@@ -52,7 +52,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class DoraPart:
+class DoraTerm:
     """A DoRA's part of a term.
 
     Attributes:
@@ -76,7 +76,7 @@ class Term:
         left: (rows, r) float64, or float32 that holds the stored numbers exactly.
         right: (r, columns) the same; the delta's scale is folded into one of them.
         weight: the adapter's.
-        dora: None for a plain delta.
+        dora: None for a product.
     """
 
     module: str
@@ -86,10 +86,10 @@ class Term:
     left: Array
     right: Array
     weight: float
-    dora: DoraPart | None = None
+    dora: DoraTerm | None = None
 
     @property
-    def is_plain(self) -> bool:
+    def is_product(self) -> bool:
         """Whether it is a product, whatever the weights are."""
         return self.dora is None
 
@@ -113,10 +113,10 @@ class RowsTerm:
     columns: Span
     values: Rows
     weight: float
-    is_plain: bool = False
+    is_product: bool = False
 
 
-def stacked(changes: Sequence[Change]) -> bool:
+def stacked(changes: Sequence[WeightedChange]) -> bool:
     """Return whether the tensor that is changed is a stack of matrices if it has three axes.
 
     Those of a convolution are one matrix, whatever their number.
@@ -128,7 +128,7 @@ def stacked(changes: Sequence[Change]) -> bool:
     )
 
 
-def load_terms(changes: Sequence[Change], view: View) -> list[list[Term | RowsTerm]]:
+def load_terms(changes: Sequence[WeightedChange], view: View) -> list[list[Term | RowsTerm]]:
     """Load the factors of all changes of a tensor; returns the terms of each plane.
 
     Raises:
@@ -138,7 +138,7 @@ def load_terms(changes: Sequence[Change], view: View) -> list[list[Term | RowsTe
     return [_joined([t for t in terms if t.plane == plane]) for plane in range(view.planes)]
 
 
-def _terms(change: Change, view: View) -> list[Term] | list[RowsTerm]:
+def _terms(change: WeightedChange, view: View) -> list[Term] | list[RowsTerm]:
     placement = change.placement
     if isinstance(placement, StreamedPlacement):
         return [_streamed_term(placement, change.weight, view)]
@@ -155,7 +155,7 @@ def _terms(change: Change, view: View) -> list[Term] | list[RowsTerm]:
             dora = None
             if magnitude is not None:
                 picked = _picked(magnitude, placement.rows)[span[0] : span[1]]
-                dora = DoraPart(picked, placement.transposed)
+                dora = DoraTerm(picked, placement.transposed)
             left, right = rows[span[0] : span[1]], a[index]
             if part.scale != 1.0:  # on the smaller one: that of a large vocabulary is not copied
                 if left.size <= right.size:
@@ -177,7 +177,7 @@ def _terms(change: Change, view: View) -> list[Term] | list[RowsTerm]:
 def _streamed_term(placement: StreamedPlacement, weight: float, view: View) -> RowsTerm:
     values = placement.rows()
     outputs, others = placement.outputs, (0, values.shape[1])
-    if not placement.piece.crossed:
+    if not placement.piece.transposed:
         rows, columns = outputs, others
     else:
         whole = values.rows(0, values.shape[0]).T
@@ -237,7 +237,7 @@ def _bias_terms(placement: BiasPlacement, weight: float, view: View) -> list[Ter
 
 
 def _picked(values: Array, spans: tuple[Span, ...]) -> Array:
-    """Return the listed rows of an array, all of them if none is listed."""
+    """Return the listed rows of an array; all of them if the list is empty."""
     if not spans:
         return values
     return np.concatenate([values[start:stop] for start, stop in spans])
@@ -274,11 +274,11 @@ def _check_fit(term: Term, view: View, *, complete: bool) -> None:
 
 
 def _joined(terms: list[Term | RowsTerm]) -> list[Term | RowsTerm]:
-    """Join plain terms of one rectangle, so that one product stands for all of them."""
+    """Join product terms of one rectangle, so that one product stands for all of them."""
     groups: dict[tuple[Span, Span], list[Term]] = {}
-    others = [term for term in terms if not term.is_plain]
+    others = [term for term in terms if not term.is_product]
     for term in terms:
-        if isinstance(term, Term) and term.is_plain:
+        if isinstance(term, Term) and term.is_product:
             groups.setdefault((term.rows, term.columns), []).append(term)
     joined: list[Term | RowsTerm] = []
     for (rows, columns), group in groups.items():

@@ -54,11 +54,19 @@ class AlignedModule:
         return any(delta is not None and delta.is_dora for delta in self.deltas)
 
 
-def align(inputs: Sequence[MergeInput], *, force_base: bool = False) -> list[AlignedModule]:
+def align(
+    inputs: Sequence[MergeInput], *, force_base: bool = False, allow_missing: bool = False
+) -> list[AlignedModule]:
     """Return every module that any adapter has, in path order.
 
+    Args:
+        inputs: the adapters.
+        force_base: take adapters that name different base models.
+        allow_missing: take adapters that share few modules with the others, or none.
+
     Raises:
-        AdapterError: a module differs in shape or kind, or an adapter shares none with the others.
+        AdapterError: a module differs in shape or kind, or an adapter shares fewer than half of its
+            modules, and of the others', with them.
         OptionError: the adapters name different base models and `force_base` is false.
         UnsupportedError: an adapter replaces the weight of a DoRA.
     """
@@ -67,19 +75,32 @@ def align(inputs: Sequence[MergeInput], *, force_base: bool = False) -> list[Ali
     names = sorted({name for item in inputs for name in item.adapter.modules})
     if not names:
         raise AdapterError("the adapters have no modules to merge", path=inputs[0].adapter.source)
-    for item in inputs if len(inputs) > 1 else ():
-        others = {n for other in inputs if other is not item for n in other.adapter.modules}
-        if not others & set(item.adapter.modules):
-            raise AdapterError(
-                "an adapter shares no module with the others",
-                path=item.adapter.source,
-                got=next(iter(item.adapter.modules), "no modules"),
-                expected=f"such as {min(others, default='a module')}",
-                hint="Are they adapters of the same model, in the same naming?",
-            )
+    for item in inputs if len(inputs) > 1 and not allow_missing else ():
+        _check_names_meet(item, inputs)
     modules = [_aligned(name, inputs) for name in names]
     _check_weights({module.name for module in modules if module.needs_base}, inputs)
     return modules
+
+
+def _check_names_meet(item: MergeInput, inputs: Sequence[MergeInput]) -> None:
+    """Refuse an adapter whose names hardly meet the others': they may be other spellings.
+
+    One that adapts part of what the others do is ordinary.
+    """
+    own = set(item.adapter.modules)
+    others = {n for other in inputs if other is not item for n in other.adapter.modules}
+    shared = own & others
+    if own and 2 * len(shared) >= min(len(own), len(others)):
+        return
+    few = f"only {len(shared)} of its {len(own)} modules" if shared else "no module"
+    raise AdapterError(
+        f"an adapter shares {few} with the others",
+        path=item.adapter.source,
+        got=min(own - others, default="no modules"),
+        expected=f"such as {min(others - own, default='a module')}",
+        hint="Are they adapters of the same model, in the same naming? If so, and they adapt "
+        "different modules, pass `allow_missing=True`",
+    )
 
 
 def _check_weights(needing: set[str], inputs: Sequence[MergeInput]) -> None:

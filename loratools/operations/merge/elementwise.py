@@ -18,13 +18,11 @@ from typing import Any, Literal
 import numpy as np
 
 from loratools.operations.merge.methods import Method
-from loratools.operations.merge.tasks import Tasks
+from loratools.operations.merge.sign_election import Flavor, MajoritySign, elected
+from loratools.operations.merge.tasks import RowReader, Tasks
 from loratools_formats.disk.errors import OptionError
 
 Array = np.ndarray[Any, Any]
-Rows = Callable[[int, int], Array]
-MajoritySign = Literal["total", "frequency"]
-Flavor = Literal["peft", "paper", "mergekit"]
 
 
 def _checked_density(density: float) -> float:
@@ -33,7 +31,7 @@ def _checked_density(density: float) -> float:
     return density
 
 
-def _top(tasks: Tasks, density: float, flavor: Flavor) -> Rows:
+def _top(tasks: Tasks, density: float, flavor: Flavor) -> RowReader:
     """Keep the entries of largest magnitude of each task, those equal to the last one included."""
     if _checked_density(density) >= 1.0:
         return tasks.block
@@ -54,7 +52,7 @@ def _top(tasks: Tasks, density: float, flavor: Flavor) -> Rows:
     return rows
 
 
-def _dropped(tasks: Tasks, keep: Callable[[int, Array], Array], rescale: str) -> Rows:
+def _dropped(tasks: Tasks, keep: Callable[[int, Array], Array], rescale: str) -> RowReader:
     """Keep entries at random: each with the probability that `keep` gives it."""
 
     def one(task: int, start: int, stop: int) -> Array:
@@ -76,7 +74,7 @@ def _dropped(tasks: Tasks, keep: Callable[[int, Array], Array], rescale: str) ->
     return rows
 
 
-def _bernoulli(tasks: Tasks, density: float, flavor: Flavor) -> Rows:
+def _bernoulli(tasks: Tasks, density: float, flavor: Flavor) -> RowReader:
     if _checked_density(density) >= 1.0:
         return tasks.block
     if density <= 0.0:
@@ -85,42 +83,11 @@ def _bernoulli(tasks: Tasks, density: float, flavor: Flavor) -> Rows:
     return _dropped(tasks, lambda _, entries: np.full(entries.shape, density), rescale)
 
 
-def _summed(rows: Rows, weights: Array, scale: float) -> Rows:
+def _summed(rows: RowReader, weights: Array, scale: float) -> RowReader:
     """Σ wₜ·xₜ."""
 
     def merged(start: int, stop: int) -> Array:
         result: Array = scale * np.tensordot(weights, rows(start, stop).astype(np.float64), axes=1)
-        return result
-
-    return merged
-
-
-def _elected(
-    rows: Rows,
-    weights: Array,
-    scale: float,
-    majority_sign: MajoritySign,
-    flavor: Flavor,
-    normalize: bool = True,
-) -> Rows:
-    """Elect a sign for each entry and average the tasks that agree with it."""
-    factors = weights[:, None, None]
-
-    def merged(start: int, stop: int) -> Array:
-        entries = rows(start, stop).astype(np.float64)
-        weighted = factors * entries
-        voters = entries if flavor == "peft" else weighted
-        votes = voters if majority_sign == "total" else np.sign(voters)
-        sign = np.where(votes.sum(axis=0) >= 0.0, 1.0, -1.0)
-        agree = np.sign(voters) == sign
-        total = np.where(agree, weighted, 0.0).sum(axis=0)
-        divisor: Array = np.ones_like(total)
-        if normalize and flavor == "mergekit":
-            divisor = np.where(agree, factors, 0.0).sum(axis=0)
-            divisor[divisor == 0.0] = 1.0
-        elif normalize:
-            divisor = np.maximum(agree.sum(axis=0), 1)
-        result: Array = scale * total / divisor
         return result
 
     return merged
@@ -134,9 +101,9 @@ def ties(
     majority_sign: MajoritySign = "total",
     flavor: Flavor = "peft",
     lambda_: float = 1.0,
-) -> Rows:
+) -> RowReader:
     """Trim to the largest entries, elect signs, average what agrees."""
-    return _elected(_top(tasks, density, flavor), weights, lambda_, majority_sign, flavor)
+    return elected(_top(tasks, density, flavor), weights, lambda_, majority_sign, flavor)
 
 
 def magnitude_prune(
@@ -146,7 +113,7 @@ def magnitude_prune(
     density: float = 0.2,
     flavor: Flavor = "peft",
     lambda_: float = 1.0,
-) -> Rows:
+) -> RowReader:
     """Trim to the largest entries, then a weighted sum."""
     return _summed(_top(tasks, density, flavor), weights, lambda_)
 
@@ -158,7 +125,7 @@ def dare_linear(
     density: float = 0.5,
     flavor: Flavor = "peft",
     lambda_: float = 1.0,
-) -> Rows:
+) -> RowReader:
     """Drop entries at random, rescale, then a weighted sum."""
     return _summed(_bernoulli(tasks, density, flavor), weights, lambda_)
 
@@ -171,11 +138,11 @@ def dare_ties(
     majority_sign: MajoritySign = "total",
     flavor: Flavor = "peft",
     lambda_: float = 1.0,
-) -> Rows:
+) -> RowReader:
     """Drop entries at random, rescale, elect signs, combine what agrees."""
     rows = _bernoulli(tasks, density, flavor)
     normalize = flavor != "mergekit"
-    return _elected(rows, weights, lambda_, majority_sign, flavor, normalize)
+    return elected(rows, weights, lambda_, majority_sign, flavor, normalize)
 
 
 def della(
@@ -187,13 +154,13 @@ def della(
     majority_sign: MajoritySign = "total",
     flavor: Literal["paper", "mergekit"] = "paper",
     lambda_: float = 1.0,
-) -> Rows:
+) -> RowReader:
     """Drop entries at random, small ones of a row more likely, elect signs, combine.
 
     The i-th smallest of n entries of a row is kept with p = density − ε + 2ε(i−1)/(n−1).
     """
     if _checked_density(density) >= 1.0:
-        return _elected(tasks.block, weights, lambda_, majority_sign, flavor)
+        return elected(tasks.block, weights, lambda_, majority_sign, flavor)
     if not 0.0 < density - epsilon <= density + epsilon < 1.0:
         raise OptionError(
             "density ± epsilon must stay inside (0, 1)", got=f"{density:g} ± {epsilon:g}"
@@ -206,12 +173,12 @@ def della(
         return result
 
     rows = _dropped(tasks, chances, "l1" if flavor == "mergekit" else "chance")
-    return _elected(rows, weights, lambda_, majority_sign, flavor)
+    return elected(rows, weights, lambda_, majority_sign, flavor)
 
 
 def breadcrumbs(
     tasks: Tasks, weights: Array, *, density: float = 0.9, gamma: float = 0.01, lambda_: float = 1.0
-) -> Rows:
+) -> RowReader:
     """Drop the share gamma of largest entries and the smallest ones down to density, then sum."""
     elements = tasks.shape[0] * tasks.shape[1]
     target = int(_checked_density(density) * elements)
@@ -236,7 +203,7 @@ def breadcrumbs(
     return _summed(rows, weights, lambda_)
 
 
-def sce(tasks: Tasks, weights: Array, *, density: float = 1.0, lambda_: float = 1.0) -> Rows:
+def sce(tasks: Tasks, weights: Array, *, density: float = 1.0, lambda_: float = 1.0) -> RowReader:
     """Select where tasks vary most, weigh tasks by their energy there, erase minority signs.
 
     Raises:
@@ -250,7 +217,7 @@ def sce(tasks: Tasks, weights: Array, *, density: float = 1.0, lambda_: float = 
         spread: Array = block.var(axis=0).astype(np.float32)
         return spread
 
-    rows: Rows = tasks.block
+    rows: RowReader = tasks.block
     if _checked_density(density) < 1.0:
         limit = np.float32(tasks.kth_largest(variance, int(tasks.nonzero(variance) * density)))
 

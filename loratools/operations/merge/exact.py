@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from loratools.algebra.linalg import is_power_of_two
+from loratools.lowrank.planned import PlannedFactors
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.module import MergedModule
 from loratools_formats.core.adapter import LowRank
@@ -44,52 +45,56 @@ def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None
     return in_memory(with_bias[0].key, total, common_dtype([bias.dtype for bias in with_bias]).code)
 
 
+def _scaled_parts(module: AlignedModule, merged: MergedModule) -> list[tuple[float, LowRank]]:
+    """Return the summed factors, each with its number; none if experts have different numbers."""
+    shares = merged.coefficients
+    if shares is None or merged.pairs is None or (shares != shares[0]).any():
+        return []
+    parts = [None if delta is None else delta.require_factors() for delta in module.deltas]
+    return [
+        (float(share) * part.scale, part)
+        for share, part in zip(shares[0], parts, strict=True)
+        if part is not None and share != 0.0
+    ]
+
+
+def joined_form(module: AlignedModule, merged: MergedModule) -> tuple[int, float] | None:
+    """Return the rank and the scale that `joined_exactly` gives, if it gives any; reads no values.
+
+    None if there is nothing that could be joined.
+    """
+    pairs = _scaled_parts(module, merged)
+    return (sum(part.rank for _, part in pairs), abs(pairs[0][0])) if pairs else None
+
+
 def joined_exactly(
-    module: AlignedModule, merged: MergedModule, template: LowRank
+    module: AlignedModule, merged: MergedModule, planned: PlannedFactors
 ) -> LowRank | None:
     """Return the concatenated factors if no value needs rounding, None if one does.
 
     One scale stands for all, a positive one; factors take up signs and ratios, exact if these are
     powers of two.
     """
-    if merged.coefficients is None or merged.terms is None:
+    pairs = _scaled_parts(module, merged)
+    if not pairs:
         return None
-    parts = [None if delta is None else delta.require_factors() for delta in module.deltas]
-    shares = merged.coefficients
-    terms = [
-        (float(shares[0][index]) * part.scale, part)
-        for index, part in enumerate(parts)
-        if part is not None and shares[0][index] != 0.0
-    ]
-    if not terms or (shares != shares[0]).any():
-        return None
-    scale = abs(terms[0][0])
-    ratios = [factor / scale for factor, _ in terms]
+    scale = abs(pairs[0][0])
+    ratios = [factor / scale for factor, _ in pairs]
     if ratios == [1.0]:
-        return replace(terms[0][1], scale=scale)
-    dtypes = {tensor.dtype for _, part in terms for tensor in (part.a, part.b)}
+        return replace(pairs[0][1], scale=scale)
+    dtypes = {tensor.dtype for _, part in pairs for tensor in (part.a, part.b)}
     powers_of_two = all(map(is_power_of_two, ratios))
-    if template.bias is not None or len(dtypes) > 1 or not powers_of_two:
+    if planned.bias is not None or len(dtypes) > 1 or not powers_of_two:
         return None
-    factors = [(ratio, part.b) for ratio, (_, part) in zip(ratios, terms, strict=True)]
+    factors = [(ratio, part.b) for ratio, (_, part) in zip(ratios, pairs, strict=True)]
     dtype = next(iter(dtypes))
     b = _concatenated(factors, -1)
     if not np.array_equal(encode(b, dtype).astype(np.float64), b):
         return None
-    rank = sum(part.rank for _, part in terms)
-    a_shape, b_shape = template.a.shape, template.b.shape
-    return replace(
-        template,
-        a=_joined(
-            template.a.key,
-            dtype,
-            (*a_shape[:-2], rank, a_shape[-1]),
-            [(1.0, part.a) for _, part in terms],
-            -2,
-        ),
-        b=_joined(template.b.key, dtype, (*b_shape[:-1], rank), factors, -1),
-        scale=scale,
-    )
+    rank = sum(part.rank for _, part in pairs)
+    new = planned.resized(rank, dtype, dtype, scale)
+    a = _joined(new.a.key, dtype, new.a.shape, [(1.0, part.a) for _, part in pairs], -2)
+    return new.made(a, _joined(new.b.key, dtype, new.b.shape, factors, -1), scale, None)
 
 
 def _concatenated(parts: list[tuple[float, TensorRef]], axis: int) -> Array:
@@ -109,21 +114,21 @@ def _joined(
 
 def factor_residual(merged: MergedModule, module: AlignedModule) -> float | None:
     """Return ‖Σ cₜΔWₜ − B̄Ā‖²_F, what averaging the factors themselves would get wrong."""
-    if merged.terms is None or merged.coefficients is None:
+    if merged.pairs is None or merged.coefficients is None:
         return None
     total = 0.0
-    for shares, terms, matrix in zip(
-        merged.coefficients, merged.terms, merged.matrices, strict=True
+    for shares, pairs, matrix in zip(
+        merged.coefficients, merged.pairs, merged.matrices, strict=True
     ):
         present = [
-            (float(share), delta.require_factors(), term)
-            for share, delta, term in zip(shares, module.deltas, terms, strict=True)
-            if term is not None and delta is not None
+            (float(share), delta.require_factors(), pair)
+            for share, delta, pair in zip(shares, module.deltas, pairs, strict=True)
+            if pair is not None and delta is not None
         ]
         same = {(part.rank, part.scale) for _, part, _ in present}
-        if len(same) > 1 or len(present) < len(terms):
+        if len(same) > 1 or len(present) < len(pairs):
             return None
-        mean_b = sum(share * term[0] for share, _, term in present)
-        mean_a = sum(share * term[1] for share, _, term in present)
+        mean_b = sum(share * pair[0] for share, _, pair in present)
+        mean_a = sum(share * pair[1] for share, _, pair in present)
         total += matrix.squared_error(np.asarray(mean_b), np.asarray(mean_a))
     return total

@@ -15,7 +15,7 @@ import numpy as np
 from loratools.operations.merge.align import MergeInput
 from loratools_formats.core.adapter import Addition, Replacement
 from loratools_formats.core.dtypes import common_dtype, encode
-from loratools_formats.core.tensors import TensorRef, in_memory
+from loratools_formats.core.tensors import TensorRef, have_same_bits, in_memory
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
@@ -42,9 +42,7 @@ def refuse_replaced_modules(inputs: Sequence[MergeInput]) -> None:
                 )
 
 
-def settled_replacements(
-    inputs: Sequence[MergeInput], policy: str | None
-) -> dict[str, Replacement]:
+def agreed_replacements(inputs: Sequence[MergeInput], policy: str | None) -> dict[str, Replacement]:
     """Return the replacements of the merged adapter.
 
     Args:
@@ -102,12 +100,7 @@ def _same(first: Replacement, second: Replacement) -> bool:
         second.kind,
         second.target,
         second.rows,
-    ) and _same_tensor(first.tensor, second.tensor)
-
-
-def _same_tensor(first: TensorRef, second: TensorRef) -> bool:
-    alike = (first.shape, first.dtype) == (second.shape, second.dtype)
-    return alike and bytes(first.raw()) == bytes(second.raw())
+    ) and have_same_bits(first.tensor, second.tensor)
 
 
 def _average(key: str, found: list[Replacement]) -> Replacement:
@@ -173,7 +166,7 @@ def merged_additions(
     return result
 
 
-def settled_carried(inputs: Sequence[MergeInput]) -> dict[str, TensorRef]:
+def agreed_carried(inputs: Sequence[MergeInput]) -> dict[str, TensorRef]:
     """Return the carried tensors of all adapters.
 
     Raises:
@@ -182,7 +175,7 @@ def settled_carried(inputs: Sequence[MergeInput]) -> dict[str, TensorRef]:
     result: dict[str, TensorRef] = {}
     for item in inputs:
         for key, tensor in item.adapter.carried.items():
-            if key in result and not _same_tensor(result[key], tensor):
+            if key in result and not have_same_bits(result[key], tensor):
                 raise AdapterError(
                     "adapters carry different tensors under one name", tensor=key, got=item.name
                 )

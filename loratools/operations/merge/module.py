@@ -21,7 +21,7 @@ from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
 from loratools.algebra.streamed_svd import RowStore, StreamedMatrix, streamed_svd
 from loratools.base.placement.names import Names
-from loratools.base.weights import find_place
+from loratools.base.weights import find_base_module
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import Rescaling, rescaling_of
 from loratools.kinds.declaration import Product, Weight
@@ -29,13 +29,19 @@ from loratools.lowrank.matrices import loaded
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.methods import Method
 from loratools.operations.merge.space import lifted, shared_space
-from loratools.operations.merge.tasks import DenseRows, FactorRows, RowSource, Tasks, ZeroRows
+from loratools.operations.merge.tasks import (
+    DenseRows,
+    FactorRows,
+    RowReader,
+    TaskRows,
+    Tasks,
+    ZeroRows,
+)
 from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
 Space = Literal["full", "core"]
-Rows = Callable[[int, int], Array]
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class ModuleMethod:
 
 
 MergedMatrix = Matrix | StreamedMatrix
-Term = tuple[Array, Array]
+FactorPair = tuple[Array, Array]
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,12 @@ class MergedModule:
     Attributes:
         matrices: the results.
         coefficients: of span methods, one row per expert; None for others.
-        terms: factors of scale 1 that were merged, per expert and adapter; None where streamed.
+        pairs: factors of scale 1 that were merged, per expert and adapter; None where streamed.
     """
 
     matrices: list[MergedMatrix]
     coefficients: Array | None
-    terms: list[list[Term | None]] | None
+    pairs: list[list[FactorPair | None]] | None
 
 
 def merged_module(
@@ -125,56 +131,56 @@ def _check_finite(squared_norm: float) -> None:
 def _from_factors(
     module: AlignedModule, run: ModuleMethod, scratch_folder: Path | None, device: Device
 ) -> MergedModule:
-    stacks = [None if d is None else terms_of(d) for d in module.deltas]
+    stacks = [None if d is None else pairs_of(d) for d in module.deltas]
     matrices: list[MergedMatrix] = []
-    coefficients, all_terms = [], []
+    coefficients, all_pairs = [], []
     for expert in range(module.first.experts):
-        terms = [None if stack is None else stack[expert] for stack in stacks]
+        pairs = [None if stack is None else stack[expert] for stack in stacks]
         label = f"{module.name}#{expert}"
         if run.method.kind == "span":
-            shares = _coefficients(run, _factor_gram(terms))
-            matrices.append(_sum(terms, shares, device))
+            shares = _coefficients(run, _factor_gram(pairs))
+            matrices.append(_sum(pairs, shares, device))
             coefficients.append(shares)
-            all_terms.append(terms)
+            all_pairs.append(pairs)
         elif run.method.kind == "core":
-            space = shared_space(terms, module.first.shape)
+            space = shared_space(pairs, module.first.shape)
             b, a = run.method.function(space, run.weights, **run.parameters)
             matrices.append(Matrix(b, a, 1.0, device, use_gram=False))
         elif run.space == "core":
-            matrices.append(_elementwise_in_core(module, run, terms, label, device))
+            matrices.append(_elementwise_in_core(module, run, pairs, label, device))
         else:
-            sources: list[RowSource] = [
-                ZeroRows(module.first.shape[1]) if term is None else FactorRows(*term)
-                for term in terms
+            sources: list[TaskRows] = [
+                ZeroRows(module.first.shape[1]) if pair is None else FactorRows(*pair)
+                for pair in pairs
             ]
             tasks = Tasks(sources, module.first.shape, run.seed, label, run.share_threshold)
             rows = run.method.function(tasks, run.weights, **run.parameters)
             matrices.append(_streamed(tasks, rows, module, run, scratch_folder))
     if run.method.kind == "span":
-        return MergedModule(matrices, np.array(coefficients), all_terms)
+        return MergedModule(matrices, np.array(coefficients), all_pairs)
     return MergedModule(matrices, None, None)
 
 
-def terms_of(delta: ModuleChange) -> list[Term]:
+def pairs_of(delta: ModuleChange) -> list[FactorPair]:
     """Return the factors of each matrix of a delta in float64, the scale folded in.
 
     Raises:
         AdapterError: a factor holds NaN or infinite values.
     """
     part = delta.require_factors()
-    terms = []
+    pairs = []
     for b, a in loaded(part):
         for values, tensor in ((a, part.a), (b, part.b)):
             if not (math.isfinite(values.sum()) or np.isfinite(values).all()):
                 raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
-        terms.append((part.scale * b.astype(np.float64), a.astype(np.float64, copy=False)))
-    return terms
+        pairs.append((part.scale * b.astype(np.float64), a.astype(np.float64, copy=False)))
+    return pairs
 
 
-def _factor_gram(terms: list[Term | None]) -> Array:
-    gram = np.zeros((len(terms), len(terms)))
-    for i, first in enumerate(terms):
-        for j, second in enumerate(terms[: i + 1]):
+def _factor_gram(pairs: list[FactorPair | None]) -> Array:
+    gram = np.zeros((len(pairs), len(pairs)))
+    for i, first in enumerate(pairs):
+        for j, second in enumerate(pairs[: i + 1]):
             if first is not None and second is not None:
                 gram[i, j] = gram[j, i] = linalg.inner(*first, *second)
     return gram
@@ -185,18 +191,22 @@ def _coefficients(run: ModuleMethod, gram: Array) -> Array:
     return result
 
 
-def _sum(terms: list[Term | None], shares: Array, device: Device) -> Matrix:
+def _sum(pairs: list[FactorPair | None], shares: Array, device: Device) -> Matrix:
     present = [
-        (float(share), *term) for share, term in zip(shares, terms, strict=True) if term is not None
+        (float(share), *pair) for share, pair in zip(shares, pairs, strict=True) if pair is not None
     ]
     b, a = linalg.concatenate(present)
     return Matrix(b, a, 1.0, device, use_gram=True)
 
 
 def _elementwise_in_core(
-    module: AlignedModule, run: ModuleMethod, terms: list[Term | None], label: str, device: Device
+    module: AlignedModule,
+    run: ModuleMethod,
+    pairs: list[FactorPair | None],
+    label: str,
+    device: Device,
 ) -> Matrix:
-    space = shared_space(terms, module.first.shape)
+    space = shared_space(pairs, module.first.shape)
     sources = [DenseRows(core) for core in space.cores]
     tasks = Tasks(sources, (space.u.shape[1], space.v.shape[1]), run.seed, label)
     rows = run.method.function(tasks, run.weights, **run.parameters)
@@ -205,7 +215,7 @@ def _elementwise_in_core(
 
 
 def _streamed(
-    tasks: Tasks, rows: Rows, module: AlignedModule, run: ModuleMethod, folder: Path | None
+    tasks: Tasks, rows: RowReader, module: AlignedModule, run: ModuleMethod, folder: Path | None
 ) -> StreamedMatrix:
     store = RowStore(tasks.shape, folder)
     for span in tasks.spans():
@@ -246,12 +256,12 @@ def _through_base(
             tensor=module.name,
             hint="Use another method",
         )
-    weight = find_place(base, in_base, module.first).weight()
+    weight = find_base_module(base, in_base, module.first).weight()
     sources = [_row_source(delta, weight, module) for delta in module.deltas]
     tasks = Tasks(sources, module.first.shape, run.seed, f"{module.name}#0", run.share_threshold)
     coefficients = None
     if run.method.kind == "elementwise":
-        rows: Rows = run.method.function(tasks, run.weights, **run.parameters)
+        rows: RowReader = run.method.function(tasks, run.weights, **run.parameters)
     else:
         gram = np.zeros((tasks.count, tasks.count))
         for span in tasks.spans():
@@ -268,10 +278,10 @@ def _through_base(
     return MergedModule([_streamed(tasks, rows, module, run, folder)], coefficients, None)
 
 
-def _row_source(delta: ModuleChange | None, weight: Weight, module: AlignedModule) -> RowSource:
+def _row_source(delta: ModuleChange | None, weight: Weight, module: AlignedModule) -> TaskRows:
     if delta is None:
         return ZeroRows(module.first.shape[1])
-    ((b, a),) = terms_of(delta)
+    ((b, a),) = pairs_of(delta)
     if delta.magnitude is None:
         return FactorRows(b, a)
     change = rows_of(Product(b, a))

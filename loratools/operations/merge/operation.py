@@ -16,24 +16,31 @@ import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.ranks import Spectrum
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.folding.without_base import folded_exactly
+from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import Resizer
 from loratools.naming.for_base import names_in_base
 from loratools.operations.merge.align import AlignedModule, MergeInput, align
-from loratools.operations.merge.exact import factor_residual, joined_exactly, merged_bias
+from loratools.operations.merge.exact import (
+    factor_residual,
+    joined_exactly,
+    joined_form,
+    merged_bias,
+)
 from loratools.operations.merge.extras import (
+    agreed_carried,
+    agreed_replacements,
     merged_additions,
     refuse_replaced_modules,
-    settled_carried,
-    settled_replacements,
 )
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.module import MergedModule, ModuleMethod, merged_module
 from loratools.operations.merge.naming import in_one_naming
 from loratools.operations.merge.options import MergeOptions
 from loratools.operations.merge.result import MergeModuleReport, MergeResult
+from loratools.operations.merge.spellings import in_one_spelling
 from loratools.operations.merge.trim import SharedTrim
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
@@ -43,7 +50,6 @@ from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import common_dtype
 from loratools_formats.core.metadata import merged_from
-from loratools_formats.core.tensors import unmade
 from loratools_formats.disk.errors import OptionError
 
 Array = np.ndarray[Any, Any]
@@ -84,8 +90,10 @@ def merge(
     method = get_method(options.method)
     options = replace(options, parameters=method.checked(options.parameters))
     inputs = in_one_naming([_folded(item, scratch_folder) for item in inputs])
+    inputs = in_one_spelling(inputs, base)
     _check(inputs, options, method)
-    modules = align(inputs, force_base=options.force_base)
+    modules = align(inputs, force_base=options.force_base, allow_missing=options.allow_missing)
+    modules, silent = _heard(modules, inputs, options)
     refuse_replaced_modules(inputs)
     work = _Merge(inputs, options, method, modules, base, scratch_folder)
 
@@ -103,11 +111,60 @@ def merge(
         share(sum(outcome.kept for outcome in done.outcomes), done.squared_norm),
         done.relative_error,
         ratio(sum(known), done.squared_norm) if len(known) == len(residuals) else None,
+        silent,
     )
 
 
+_SCALING = frozenset(
+    {
+        "linear", "cat", "ties", "magnitude_prune", "dare_linear", "dare_ties", "della",
+        "breadcrumbs",
+    }
+)  # fmt: skip
+"""Methods whose result is zero where every weight is."""
+
+
+def _heard(
+    modules: list[AlignedModule], inputs: Sequence[MergeInput], options: MergeOptions
+) -> tuple[list[AlignedModule], tuple[str, ...]]:
+    """Return the modules to which an adapter contributes, and the paths of the others.
+
+    Raises:
+        OptionError: there are no modules of the first sort.
+    """
+    if options.method not in _SCALING or options.parameters.get("normalize"):
+        return modules, ()
+    silent = tuple(
+        module.name
+        for module in modules
+        if not any(
+            weight != 0
+            for weight, delta in zip(
+                _weights_of(module.name, inputs, options), module.deltas, strict=True
+            )
+            if delta is not None
+        )
+    )
+    if len(silent) == len(modules):
+        raise OptionError(
+            "nothing is left: the weight of every adapter is 0 in every module that it has"
+        )
+    left = set(silent)
+    return [module for module in modules if module.name not in left], silent
+
+
+def _weights_of(
+    name: str, inputs: Sequence[MergeInput], options: MergeOptions
+) -> np.ndarray[Any, Any]:
+    for override in options.overrides:
+        weights = override.weights
+        if weights is not None and re.search(override.match, name):
+            return np.array(weights * len(inputs) if len(weights) == 1 else weights)
+    return np.array([item.weight for item in inputs])
+
+
 def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
-    """Return an input of plain factors, where it folds into such exactly."""
+    """Return an input whose kinds are folded into factors, exactly."""
     return replace(item, adapter=folded_exactly(item.adapter, "merge", scratch_folder))
 
 
@@ -166,7 +223,7 @@ class _Merge(Ranked[_Merged, Measured]):
         self.merge_options = options
         self.method = method
         self.modules = {module.name: module for module in modules}
-        self.base = None if base is None else Names(plain(base).checkpoint)
+        self.base = None if base is None else Names(dequantised(base).checkpoint)
         self.in_base: dict[str, str] = {}
         if base is not None:
             for item in inputs:
@@ -189,19 +246,17 @@ class _Merge(Ranked[_Merged, Measured]):
     def _without_modules(self) -> Adapter:
         """Return all of the merged adapter but its modules."""
         first = self.inputs[0].adapter
+        titles = merged_from(item.adapter.metadata for item in self.inputs)
         return replace(
             first,
             modules={},
             additions=merged_additions(self.inputs, self.coefficients),
-            replacements=settled_replacements(self.inputs, self.merge_options.replacements),
-            carried=settled_carried(self.inputs),
+            replacements=agreed_replacements(self.inputs, self.merge_options.replacements),
+            carried=agreed_carried(self.inputs),
             config=_config(first, self.inputs),
             # The first adapter's card does not describe the result.
             attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
-            metadata={
-                **first.metadata,
-                **merged_from(item.adapter.metadata for item in self.inputs),
-            },
+            metadata={**first.metadata, **titles},
             inputs=tuple(file for item in self.inputs for file in item.adapter.inputs),
         )
 
@@ -219,11 +274,7 @@ class _Merge(Ranked[_Merged, Measured]):
         )
 
     def _weights(self, name: str) -> np.ndarray[Any, Any]:
-        for override in self.merge_options.overrides:
-            weights = override.weights
-            if weights is not None and re.search(override.match, name):
-                return np.array(weights * len(self.inputs) if len(weights) == 1 else weights)
-        return np.array([item.weight for item in self.inputs])
+        return _weights_of(name, self.inputs, self.merge_options)
 
     def _parameters(self, name: str) -> dict[str, Any]:
         for override in self.merge_options.overrides:
@@ -261,29 +312,23 @@ class _Merge(Ranked[_Merged, Measured]):
         in_base = self.in_base.get(module.name)
         return merged_module(module, run, self.base, self.folder, self.device, in_base)
 
-    def _template(self, module: AlignedModule, merged: MergedModule) -> LowRank:
-        """Return a delta that says where and how to store the result; its values are not read."""
+    def _planned_factors(self, module: AlignedModule, merged: MergedModule) -> PlannedFactors:
+        """Return the plan of the result, which says how to store it."""
         first = module.first
         parts = [delta.require_factors() for delta in module.deltas if delta is not None]
         dtype = common_dtype([tensor.dtype for part in parts for tensor in (part.a, part.b)])
-        return replace(
-            first,
-            a=replace(first.a, dtype=dtype),
-            b=replace(first.b, dtype=dtype),
-            scale=1.0,
-            bias=merged_bias(module, merged),
-        )
+        like = replace(PlannedFactors.like(first), bias=merged_bias(module, merged))
+        return like.resized(first.rank, dtype, dtype, 1.0)
 
     def measured(self, name: str) -> Measured:
         module = self.modules[name]
         merged = self._merged(module)
-        template = self._template(module, merged)
-        exact = joined_exactly(module, merged, template)
-        if exact is not None:  # whose scale may have to stay
-            a = unmade(template.a.key, template.a.dtype, exact.a.shape)
-            b = unmade(template.b.key, template.b.dtype, exact.b.shape)
-            template = replace(template, a=a, b=b, scale=exact.scale)
-        return Measured(self._spectrum(module, merged), ModuleChange(template))
+        planned = self._planned_factors(module, merged)
+        form = joined_form(module, merged)
+        if form is not None:  # whose scale may have to stay
+            rank, scale = form
+            planned = planned.resized(rank, planned.a.dtype, planned.b.dtype, scale)
+        return Measured(self._spectrum(module, merged), planned)
 
     def _spectrum(self, module: AlignedModule, merged: MergedModule) -> Spectrum:
         highest = min(self._highest(module), *module.first.shape)
@@ -298,10 +343,10 @@ class _Merge(Ranked[_Merged, Measured]):
         width = max(len(row) for row in rows)
         stacked = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
         tail = np.array([m.squared_norm for m in merged.matrices]) - (stacked**2).sum(axis=1)
-        template = self._template(module, merged)
+        planned = self._planned_factors(module, merged)
         out, in_ = module.first.shape
         stored = self.options.stored
-        bits = in_ * stored(template.a).bits + out * stored(template.b).bits
+        bits = in_ * stored(planned.a).bits + out * stored(planned.b).bits
         return Spectrum(
             module.name,
             module.first.shape,
@@ -313,7 +358,7 @@ class _Merge(Ranked[_Merged, Measured]):
 
     def _is_streamed(self, merged: MergedModule) -> bool:
         return (
-            merged.terms is None
+            merged.pairs is None
             and self.method.kind != "core"
             and self.merge_options.space == "full"
         )
@@ -322,9 +367,9 @@ class _Merge(Ranked[_Merged, Measured]):
         module = self.modules[name]
         merged = self._merged(module)
         spectrum = self._spectrum(module, merged)
-        template = self._template(module, merged)
+        planned = self._planned_factors(module, merged)
         with np.errstate(over="ignore", invalid="ignore"):  # refused by name where it matters
-            new, squared_error = self._stored(module, merged, spectrum, template, ranks)
+            new, squared_error = self._stored(module, merged, spectrum, planned, ranks)
         squared_norm = sum(matrix.squared_norm for matrix in merged.matrices)
         kept = min(float(spectrum.energies[: new.rank].sum()), squared_norm)
         report = MergeModuleReport(
@@ -343,7 +388,7 @@ class _Merge(Ranked[_Merged, Measured]):
         module: AlignedModule,
         merged: MergedModule,
         spectrum: Spectrum,
-        template: LowRank,
+        planned: PlannedFactors,
         ranks: Mapping[str, int] | None,
     ) -> tuple[LowRank, float]:
         rule = self.rule
@@ -353,11 +398,11 @@ class _Merge(Ranked[_Merged, Measured]):
             rank = rule.of_module(spectrum)
         else:
             rank = spectrum.rank
-        exact = joined_exactly(module, merged, template) if rank >= spectrum.rank else None
+        exact = joined_exactly(module, merged, planned) if rank >= spectrum.rank else None
         if exact is not None:
             free = ranks is None and not rule.is_given
             kept = self.resizer.without_loss(exact, exact.rank if free else rank)
             if kept is not None:
                 return kept, 0.0
-        found = self.resizer.compressed(module.name, template, merged.matrices, rank)
+        found = self.resizer.compressed(module.name, planned, merged.matrices, rank)
         return found.delta, found.squared_error

@@ -41,18 +41,18 @@ class SharedSpace:
     ranks: tuple[int, ...]
 
 
-def shared_space(terms: list[tuple[Array, Array] | None], shape: tuple[int, int]) -> SharedSpace:
+def shared_space(pairs: list[tuple[Array, Array] | None], shape: tuple[int, int]) -> SharedSpace:
     """Return the shared space of deltas given as factors of scale 1.
 
     Args:
-        terms: (b (m, r), a (r, n)) in float64 for each adapter, None where it has no delta.
+        pairs: (b (m, r), a (r, n)) in float64 for each adapter, None where it has no delta.
         shape: (m, n).
     """
-    balanced = [None if term is None else _balanced(*term) for term in terms]
+    balanced = [None if pair is None else _balanced(*pair) for pair in pairs]
     present = [factors for factors in balanced if factors is not None]
     u = _basis(np.concatenate([factors.b for factors in present], axis=1))
     v = _basis(np.concatenate([factors.a.T for factors in present], axis=1))
-    cores = np.zeros((len(terms), u.shape[1], v.shape[1]))
+    cores = np.zeros((len(pairs), u.shape[1], v.shape[1]))
     for index, factors in enumerate(balanced):
         if factors is not None:
             cores[index] = (u.T @ factors.b) @ (factors.a @ v)

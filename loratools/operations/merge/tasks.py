@@ -15,14 +15,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from loratools.algebra.streamed_svd import row_spans
+
 Array = np.ndarray[Any, Any]
 Score = Callable[[int, int], Array]
+RowReader = Callable[[int, int], Array]
+"""Returns rows [start, stop) of a merged ΔW."""
 
-_BLOCK_ELEMENTS = 1 << 19
 _HIGH_BITS = 15
 
 
-class RowSource(Protocol):
+class TaskRows(Protocol):
     """Rows of one task's ΔW."""
 
     def rows(self, start: int, stop: int) -> Array:
@@ -81,7 +84,7 @@ class Tasks:
             task at a density; None to trim per module.
     """
 
-    sources: Sequence[RowSource]
+    sources: Sequence[TaskRows]
     shape: tuple[int, int]
     seed: int
     name: str
@@ -93,11 +96,8 @@ class Tasks:
         return len(self.sources)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Yield (start, stop) of each block of rows."""
-        rows, columns = self.shape
-        height = max(1, _BLOCK_ELEMENTS // columns)
-        for start in range(0, rows, height):
-            yield start, min(start + height, rows)
+        """Return (start, stop) of each block of rows."""
+        return row_spans(self.shape)
 
     def block(self, start: int, stop: int) -> Array:
         """Return all tasks' rows [start, stop): (T, stop − start, n) float32."""

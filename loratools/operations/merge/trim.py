@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loratools.operations.merge.align import AlignedModule
-from loratools.operations.merge.module import terms_of
+from loratools.operations.merge.module import pairs_of
 from loratools.operations.merge.tasks import FactorRows, Histogram, Tasks, ZeroRows
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -66,7 +66,7 @@ class SharedTrim:
             if delta is None:
                 sources: list[Any] = [ZeroRows(shape[1])] * module.first.experts
             else:
-                sources = [FactorRows(*term) for term in terms_of(delta)]
+                sources = [FactorRows(*pair) for pair in pairs_of(delta)]
             for source in sources:
                 tasks = Tasks([source], shape, 0, module.name)
                 for span in tasks.spans():

@@ -1,13 +1,12 @@
-"""What `spectrum` returns, and its one spelling as a dictionary."""
+"""What `spectrum` returns."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from loratools.algebra.budget import RankChoice
-from loratools.algebra.measures import ENERGIES, SpectrumMeasures
+from loratools.algebra.measures import SpectrumMeasures
+from loratools.work.json_object import named, spread
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class MatrixReport:
     scale: float | None
     finite: bool
     singular_values: tuple[float, ...] = ()
-    measures: SpectrumMeasures | None = None
+    measures: SpectrumMeasures | None = spread(default=None)
     tail: float = 0.0
     balance: float | None = None
     dead_ranks: int = 0
@@ -97,18 +96,8 @@ class MatrixReport:
         """The module's path, with the expert's number in brackets."""
         return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return every number by its name."""
-        values = dataclasses.asdict(self)
-        found = values.pop("measures")
-        if found is not None:
-            ranks = found.pop("energy_ranks")
-            found |= {f"energy_rank_{s:g}": r for s, r in zip(ENERGIES, ranks, strict=True)}
-            values |= found
-        return values
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Suggestion:
     """Ranks that a rule would choose, and what they would cost and lose.
 
@@ -121,7 +110,7 @@ class Suggestion:
 
     rule: str
     ranks: dict[str, int]
-    nbytes: int
+    nbytes: int = named("bytes")
     relative_error: float
 
 
@@ -140,7 +129,7 @@ class Finding:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpectrumResult:
     """Everything `loratools spectrum` shows.
 
@@ -160,7 +149,7 @@ class SpectrumResult:
     """
 
     source: str | None
-    matrices: tuple[MatrixReport, ...]
+    matrices: tuple[MatrixReport, ...] = named("modules")
     findings: tuple[Finding, ...]
     choices: tuple[RankChoice, ...]
     suggestions: tuple[Suggestion, ...]
@@ -170,37 +159,3 @@ class SpectrumResult:
     bytes_in: int
     directional: bool
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as the command line's `--json` prints it."""
-        return {
-            "schema": 1,
-            "operation": "spectrum",
-            "source": self.source,
-            "frobenius": self.frobenius,
-            "bytes_in": self.bytes_in,
-            "directional": self.directional,
-            "findings": [dataclasses.asdict(finding) for finding in self.findings],
-            "choices": [
-                {
-                    "rank": choice.rank,
-                    "bytes": choice.nbytes,
-                    "energy": choice.energy,
-                    "relative_error": choice.relative_error,
-                }
-                for choice in self.choices
-            ],
-            "suggestions": [
-                {
-                    "rule": one.rule,
-                    "bytes": one.nbytes,
-                    "relative_error": one.relative_error,
-                    "ranks": one.ranks,
-                }
-                for one in self.suggestions
-            ],
-            "layers": self.layers,
-            "families": self.families,
-            "modules": [matrix.to_dict() for matrix in self.matrices],
-            "notes": list(self.notes),
-        }

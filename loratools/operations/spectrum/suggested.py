@@ -11,6 +11,7 @@ from loratools.algebra.measures import knee
 from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.without_base import plain_adapter
+from loratools.lowrank.planned import for_size
 from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.operations.ranked import planned_nbytes
 from loratools.operations.spectrum.result import Suggestion
@@ -43,7 +44,8 @@ def suggestions(opener: ThinModules, modules: Sequence[ThinModule]) -> tuple[Sug
 
     def of(rule: str, ranks: dict[str, int]) -> Suggestion:
         lost = sum(float(spectrum.energies[ranks[spectrum.name] :].sum()) for spectrum in spectra)
-        return Suggestion(rule, ranks, size(ranks), math.sqrt(lost / total) if total else 0.0)
+        error = math.sqrt(lost / total) if total else 0.0
+        return Suggestion(rule=rule, ranks=ranks, nbytes=size(ranks), relative_error=error)
 
     found = [of(text, choose_ranks(spectra, rule)) for text, rule in _RULES]
     return (*found, of("knee", {spectrum.name: _knee(spectrum) for spectrum in spectra}))
@@ -60,7 +62,7 @@ def _size(opener: ThinModules, modules: Sequence[ThinModule]) -> Size:
     folds = any(opener.modules[m.name].is_dora or m.rank is None for m in modules)
 
     def of(ranks: Mapping[str, int]) -> int:
-        new = {m.name: resizer.planned(m.like, ranks[m.name]) for m in modules}
+        new = {m.name: for_size(resizer.planned(m.like, ranks[m.name])) for m in modules}
         if folds:
             plain = {name: ModuleChange(factors) for name, factors in new.items()}
             return planned_nbytes(plain_adapter(opener.adapter, plain))

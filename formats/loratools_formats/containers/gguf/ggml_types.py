@@ -31,7 +31,7 @@ class GgmlType:
         code: number in the file.
         name: as ggml calls it.
         block: elements that are stored together; a row must be a multiple of it.
-        block_nbytes: bytes of such a block.
+        block_nbytes: bytes of a block.
     """
 
     code: int
@@ -40,7 +40,7 @@ class GgmlType:
     block_nbytes: int
 
     @property
-    def is_plain(self) -> bool:
+    def is_float(self) -> bool:
         """Whether elements are stored one by one as numbers."""
         return self.name in DTYPES
 
@@ -72,7 +72,7 @@ def decode(data: Buffer, kind: GgmlType, shape: tuple[int, ...]) -> Array:
     Raises:
         UnsupportedError: the `gguf` package cannot decode the type.
     """
-    if kind.is_plain:
+    if kind.is_float:
         return dtypes.decode(data, DTYPES[kind.name], shape)
     import numpy as np
 
@@ -109,7 +109,7 @@ def encode(values: Array, kind: GgmlType) -> Array:
     """
     import numpy as np
 
-    if kind.is_plain:
+    if kind.is_float:
         return dtypes.encode(values, DTYPES[kind.name]).reshape(-1).view(np.uint8)
     gguf = package()
     code = gguf.GGMLQuantizationType(kind.code)

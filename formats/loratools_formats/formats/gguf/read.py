@@ -204,7 +204,7 @@ def _delta(target: str, stored_a: GgufTensor, stored_b: GgufTensor, alpha: float
 
 def _reference(tensor: GgufTensor) -> TensorRef:
     kind = tensor.kind
-    if kind.is_plain:
+    if kind.is_float:
         dtype = DTYPES[kind.name]
         if kind.name not in ("F32", "F16", "BF16"):
             raise AdapterError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import INVOCATION_TOKENS
-from loratools_formats.core.tensors import in_memory, joined
+from loratools_formats.core.tensors import have_same_bits, in_memory, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module, Sizes
 from loratools_formats.formats.gguf.base import read_base
@@ -115,13 +115,7 @@ def _side_by_side(path: str, parts: list[LowRank]) -> LowRank:
     If all have the same A, it is kept; else ranks add up: [B₁ 0; 0 B₂] [A₁; A₂].
     """
     first = parts[0]
-    same = all(
-        part.scale == first.scale
-        and part.a.shape == first.a.shape
-        and part.a.dtype == first.a.dtype
-        and bytes(part.a.raw()) == bytes(first.a.raw())
-        for part in parts
-    )
+    same = all(part.scale == first.scale and have_same_bits(part.a, first.a) for part in parts)
     if not same:
         return _block_diagonal(path, parts)
     rows = sum(part.shape[0] for part in parts)

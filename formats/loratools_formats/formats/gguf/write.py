@@ -126,7 +126,7 @@ def _keys(adapter: Adapter, alpha: float | None, tensors: Sequence[Planned]) -> 
     kinds = {planned.kind.name for planned in tensors if planned.name.endswith(".lora_a")}
     if len(kinds) == 1 and (code := _FILE_TYPES.get(*kinds)) is not None:
         keys["general.file_type"] = KeyValue("u32", code)
-    if not all(planned.kind.is_plain for planned in tensors):
+    if not all(planned.kind.is_float for planned in tensors):
         keys[QUANTISATION] = KeyValue("u32", _QUANTISATION_VERSION)
     added = {key: KeyValue(STRING, value) for key, value in adapter.metadata.items()}
     for key, entry in {**adapter.config.get("keys", {}), **added}.items():

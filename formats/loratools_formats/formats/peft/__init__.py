@@ -16,6 +16,7 @@ from loratools_formats.contract.format import Context, Format, Loss
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter, ModuleChange
+    from loratools_formats.core.findings import Finding
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -31,7 +32,15 @@ class Peft(Format):
     one_kind = True
 
     def sniff(self, path: Path) -> bool:
-        """Return whether a folder has PEFT's configuration, and is not one of MLX."""
+        """Return whether a folder has PEFT's configuration, and is not one of MLX.
+
+        A weight file with PEFT's names that lies beside such a configuration counts too, whatever
+        it is called.
+        """
+        from loratools_formats.containers.sniffing import is_beside_peft_config
+
+        if path.name not in _WEIGHT_FILES and is_beside_peft_config(path):
+            return True
         folder = path.parent if path.name in _WEIGHT_FILES else path
         if not (folder / "adapter_config.json").is_file():
             return False
@@ -44,6 +53,12 @@ class Peft(Format):
         from loratools_formats.formats.peft.read import read
 
         return read(path)
+
+    def loading_findings(self, adapter: Adapter) -> list[Finding]:
+        """Return the modules that PEFT makes no layer for, and the patterns that match none."""
+        from loratools_formats.formats.peft.loading import loading_findings
+
+        return loading_findings(adapter)
 
     def losses(self, adapter: Adapter) -> list[Loss]:
         """Return what PEFT cannot hold."""

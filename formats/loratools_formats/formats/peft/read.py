@@ -7,6 +7,7 @@ carried; one that could change ΔW and is not understood is an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 from loratools_formats.containers.pickles import read_bin
 from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
+from loratools_formats.containers.sniffing import is_beside_peft_config
 from loratools_formats.core.adapter import (
     Adapter,
     Layer,
@@ -21,7 +23,7 @@ from loratools_formats.core.adapter import (
     ModuleChange,
     Replacement,
 )
-from loratools_formats.core.factors import check_factor
+from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
@@ -34,6 +36,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.beside import ATTACHMENTS, attachments
 from loratools_formats.formats.peft.config import (
     CONFIG_FILE,
     NOT_A_PRODUCT,
@@ -52,19 +55,11 @@ from loratools_formats.formats.peft.packing import MARKERS
 from loratools_formats.formats.peft.parameters import Setting, settings
 from loratools_formats.formats.peft.replacements import classify
 from loratools_formats.formats.peft.stacks import Pair, Stack, stacks, unstacked, without_marks
+from loratools_formats.formats.peft.trainer_names import as_saved
 from loratools_formats.formats.peft.variants import lost_middle, variant_delta, variant_kind
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-
-_ATTACHMENTS = (
-    "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json", "merges.txt",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model",
-    "target.spm", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
-    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md",
-)  # fmt: skip
 
 
 def read(path: Path) -> Adapter:
@@ -75,25 +70,28 @@ def read(path: Path) -> Adapter:
         AdapterError: malformed or contradictory.
         UnsupportedError: another adapter kind, or a variant whose layout is not known.
     """
-    folder = path.parent if path.name in (WEIGHTS_FILE, LEGACY_WEIGHTS_FILE) else path
+    is_named = path.name in (WEIGHTS_FILE, LEGACY_WEIGHTS_FILE)
+    renamed = None if is_named or path.is_dir() or not path.is_file() else path
+    folder = path.parent if is_named or renamed is not None else path
     try:
-        return _read(folder)
+        return _read(folder, renamed)
     except LoratoolsError as error:
-        error.path = error.path or str(folder)
+        error.path = error.path or str(renamed or folder)
         raise
 
 
-def _read(folder: Path) -> Adapter:
+def _read(folder: Path, renamed: Path | None) -> Adapter:
     values = read_values(inside(folder, CONFIG_FILE))
-    weights, original, about_weights = _open_weights(folder)
-    found = _contents(values, weights.tensors, folder)
+    weights, original, about_weights = _open_weights(folder, renamed)
+    tensors, about_names = as_saved(weights.tensors, folder)
+    found = _contents(values, tensors, folder)
     replacements: dict[str, Replacement] = {}
     carried = found.rest
     if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
         replacements, carried = classify(values, found.rest, found.modules, folder)
     return Adapter(
         format="peft",
-        source=folder,
+        source=renamed or folder,
         modules=found.modules,
         shared=found.shared,
         replacements=replacements,
@@ -104,13 +102,12 @@ def _read(folder: Path) -> Adapter:
         findings=(
             *found.findings,
             *about_weights,
-            *_about_folder(folder),
+            *about_names,
+            *_about_folder(folder, original.path.name),
             *_about_training(carried),
             *_about_loader(values["peft_type"], found.modules),
         ),
-        attachments={
-            name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
-        },
+        attachments=attachments(folder),
         inputs=(original, RegularFile(folder / CONFIG_FILE)),
     )
 
@@ -144,11 +141,13 @@ def _contents(
         config = PeftConfig(values, folder / CONFIG_FILE)
         if _is_no_product(values):
             return _Contents({}, {}, dict(tensors), config.caveats())
+        _refuse_tinker(tensors)
         modules, rest, about_stacks = _modules(config, tensors, folder)
         has_middle = any(delta.kind == "middle" for delta in modules.values())
         caveats = (
             *config.caveats(),
             *_module_caveats(modules),
+            *(config.packing() if any(_is_stack(each) for each in modules.values()) else ()),
             *lost_middle(folder, has_middle),
             *about_stacks,
         )
@@ -167,7 +166,37 @@ def _contents(
     return _Contents(modules, shared, rest, tuple(caveats_of(values)))
 
 
-def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
+_OF_TINKER = re.compile(r".*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\.weight")
+
+
+def _refuse_tinker(tensors: Mapping[str, TensorRef]) -> None:
+    """Refuse the names of Tinker's own files by that name: PEFT's are made of them.
+
+    Experts one by one are called `experts.N.w1`, and a stack has an axis for its experts.
+
+    Raises:
+        UnsupportedError: there is one of them.
+    """
+    for name, tensor in tensors.items():
+        is_expert = ".experts.w" in name
+        if _OF_TINKER.fullmatch(name) and not (is_expert and len(tensor.shape) == 2):
+            raise UnsupportedError(
+                "it is an adapter as Tinker saves it, in names that PEFT does not load",
+                tensor=name,
+                got=list(tensor.shape),
+                hint="Make PEFT's of it with tinker_cookbook.weights.build_lora_adapter",
+            )
+
+
+def _is_stack(change: ModuleChange) -> bool:
+    return change.layer.kind == "experts"
+
+
+def _open_weights(
+    folder: Path, renamed: Path | None
+) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
+    if renamed is not None:
+        return _open_renamed(folder, renamed.name)
     safe, legacy = folder / WEIGHTS_FILE, folder / LEGACY_WEIGHTS_FILE
     if safe.exists() or safe.is_symlink():
         weights = read_safetensors(inside(folder, WEIGHTS_FILE))
@@ -179,9 +208,27 @@ def _open_weights(folder: Path) -> tuple[SafetensorsFile, RegularFile, list[Find
         text = f"weights are pickled ({LEGACY_WEIGHTS_FILE})"
         pickled = Finding("pickled-weights", "warning", LEGACY_WEIGHTS_FILE, text)
         return weights, original, [pickled]
+    others = sorted(child.name for child in folder.iterdir() if is_beside_peft_config(child))
+    if len(others) == 1:
+        return _open_renamed(folder, others[0])
     raise MissingFileError(
-        "no weights in the folder", path=folder, expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}"
+        "several weight files share the configuration" if others else "no weights in the folder",
+        path=folder,
+        got=", ".join(others) or None,
+        expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}",
+        hint="Name one of the files" if others else None,
     )
+
+
+def _open_renamed(folder: Path, name: str) -> tuple[SafetensorsFile, RegularFile, list[Finding]]:
+    text = f"the weights are in {name}; their scale is that of the {CONFIG_FILE} beside it"
+    found = [Finding("weights-renamed", "note", name, text)]
+    if name.endswith(".safetensors"):
+        weights = read_safetensors(inside(folder, name))
+        return weights, weights.file, found
+    weights, original = read_bin(inside(folder, name))
+    pickled = Finding("pickled-weights", "warning", name, f"weights are pickled ({name})")
+    return weights, original, [*found, pickled]
 
 
 def _about_loader(peft_type: str, modules: Mapping[str, ModuleChange]) -> list[Finding]:
@@ -200,18 +247,25 @@ def _about_training(carried: Mapping[str, TensorRef]) -> list[Finding]:
     if spread is not None:
         text = (
             "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
-            "spread of the posterior is left out of what is made from it"
+            "spread of the posterior is left out of every output"
         )
         found.append(Finding("posterior-spread", "warning", spread, text))
     return found
 
 
-def _about_folder(folder: Path) -> list[Finding]:
-    own = {CONFIG_FILE, WEIGHTS_FILE, LEGACY_WEIGHTS_FILE, PROVENANCE_FILE, "recipe.yaml"}
+def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
+    own = {
+        CONFIG_FILE,
+        weights_name,
+        WEIGHTS_FILE,
+        LEGACY_WEIGHTS_FILE,
+        PROVENANCE_FILE,
+        "recipe.yaml",
+    }
     foreign = sorted(
         child.name
         for child in folder.iterdir()
-        if child.is_file() and child.name not in own and child.name not in _ATTACHMENTS
+        if child.is_file() and child.name not in own and child.name not in ATTACHMENTS
     )
     found = []
     if foreign:
@@ -385,24 +439,16 @@ def _ordinary(
         )
     layer = Layer("embedding" if embedding else "linear")
     if not embedding and dims > 2:
-        layer = Layer("conv", kernel=a.shape[2:])
-        if b.shape[2:] != (1,) * (dims - 2):
-            raise AdapterError(
-                "convolution's second factor must have a kernel of ones",
-                path=folder,
-                tensor=b.key,
-                got=list(b.shape),
-            )
+        stored = list(b.shape)
+        a, b, layer = flattened_convolution(a, b, folder)
         if b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0:
             raise UnsupportedError(
                 "grouped convolution: its weight change is not defined, PEFT cannot merge it "
                 "either",
                 path=folder,
                 tensor=b.key,
-                got=list(b.shape),
+                got=stored,
             )
-        a = a.reshaped((a.shape[0], a.numel // a.shape[0]))
-        b = b.reshaped(b.shape[:2])
     elif not embedding:
         turn = square_orientation(bool(config.values.get("fan_in_fan_out")), path)
         layer = Layer("linear", transposed_if_square=turn)

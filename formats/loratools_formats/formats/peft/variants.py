@@ -87,18 +87,18 @@ def variant_delta(
     """
     a, b, embedding = factors
     rank = setting[1]
+    if len(a.shape) != 2 or len(b.shape) != 2 or "b_bias" in parts:
+        raise UnsupportedError(
+            f"variant {kind} is known for linear layers without lora_bias only",
+            tensor=a.key,
+            got=list(a.shape),
+        )
     if a.shape[0] != rank:
         raise AdapterError(
             "rank in the file and rank in the config differ",
             tensor=a.key,
             got=f"shape {list(a.shape)}",
             expected=f"r = {rank} for {path}",
-        )
-    if len(a.shape) != 2 or len(b.shape) != 2 or "b_bias" in parts:
-        raise UnsupportedError(
-            f"variant {kind} is known for linear layers without lora_bias only",
-            tensor=a.key,
-            got=list(a.shape),
         )
     own = {"a": a, "b": b}
     settings: dict[str, Any] = {"scale": scale}

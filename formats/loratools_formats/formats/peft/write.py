@@ -16,7 +16,7 @@ from typing import Any
 from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
 from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
-from loratools_formats.core.factors import kept_whole
+from loratools_formats.core.factors import alpha_of, kept_whole
 from loratools_formats.core.peft_facts import stacked_on_loading
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -46,6 +46,7 @@ def write(adapter: Adapter, path: Path) -> None:
     (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
     for name, source in adapter.attachments.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
             (path / name).write_bytes(source)
         else:
@@ -184,7 +185,7 @@ def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     for path, group in _pattern_names(adapter.modules).items():
         part = adapter.modules[path].require_factors()
         for name in group:
-            setting = (part.rank, _alpha(part))
+            setting = (part.rank, alpha_of(part.rank, part.scale))
             if wanted.setdefault(name, setting) != setting:
                 raise _indistinct(path)
     names = list(wanted)
@@ -234,10 +235,3 @@ def _indistinct(path: str) -> UnsupportedError:
         tensor=path,
         hint="Give them one rank and scale: `uniform=True` without `keep_alpha` does",
     )
-
-
-def _alpha(delta: LowRank) -> int | float:
-    """Return the number that PEFT divides by the rank to get the scale, a whole one if possible."""
-    alpha = delta.scale * delta.rank
-    whole = round(alpha)
-    return whole if whole / delta.rank == delta.scale else alpha

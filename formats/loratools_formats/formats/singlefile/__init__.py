@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from loratools_formats.core.single_file_keys import Naming
 
 _SNIFFED_BYTES = 60_000
+_METADATA_BYTES = 5_000
 _MOST_HEADER_BYTES = 100_000_000
-_WEIGHTS_OF_PEFT = "adapter_model.safetensors"
 
 
 class SingleFile(Format):
@@ -42,7 +42,7 @@ class SingleFile(Format):
 
     def sniff(self, path: Path) -> bool:
         """Return whether the last 60 kB of a header have adapter keys of this naming."""
-        return _sniffed(path) == self.naming
+        return sniffed_naming(path) == self.naming
 
     def read(self, path: Path) -> Adapter:
         """Read a file; a mixture of namings can be read as any of them."""
@@ -94,48 +94,59 @@ class SingleFile(Format):
         return stored if as_it_is else respelled(stored, self.naming)
 
 
-def _sniffed(path: Path) -> Naming | None:
+def sniffed_naming(path: Path) -> Naming | None:
     """Return the naming of the adapter keys in the end of a header, None if it has none."""
     from loratools_formats.containers.sniffing import is_part_of_folder, tensor_names
 
     if not path.is_file() or is_part_of_folder(path):
         return None
     try:
-        names = tensor_names(_end_of_header(path))
+        start, end = _ends_of_header(path)
     except OSError:
         return None
-    return _naming(path, names) if names else None
+    names = tensor_names(end)
+    return _naming(start, names) if names else None
 
 
-def _naming(path: Path, names: list[bytes]) -> Naming | None:
+def _naming(start: bytes, names: list[bytes]) -> Naming | None:
+    from loratools_formats.core.peft_facts import PREFIX as PEFT_PREFIX
     from loratools_formats.core.single_file_keys import Key, parse
-    from loratools_formats.formats.singlefile.read import CONTROL_MARK, naming_class
+    from loratools_formats.formats.singlefile.read import CONTROL_MARK, OF_DIFFUSION, naming_class
+    from loratools_formats.formats.singlefile.scale import METADATA_KEY
 
     control = CONTROL_MARK.encode() in names
     keys = [parse(name.decode("utf-8", "replace"), control=control) for name in names]
     known = [key for key in keys if key is not None]
 
     def is_bare(key: Key) -> bool:
-        return key.prefix == "base_model.model." and key.style == "peft" and key.role in ("a", "b")
+        return (
+            key.prefix == PEFT_PREFIX
+            and key.role not in ("alpha", "learned_embedding")
+            and OF_DIFFUSION.match(key.module) is None
+        )
 
     # PEFT's weights without their configuration are another format: their scale is not 1.
-    if path.name == _WEIGHTS_OF_PEFT and any(map(is_bare, known)):
+    # Those of diffusion models are loaded without one everywhere, with a scale of 1 (fal).
+    scaled = METADATA_KEY.encode() in start or any(key.role == "alpha" for key in known)
+    if not scaled and any(map(is_bare, known)):
         return None
     # Checkpoints may have an alpha of their own.
     telling = any(key.role not in ("alpha", "learned_embedding", "refused") for key in known)
     return naming_class(known) if telling else None
 
 
-def _end_of_header(path: Path) -> bytes:
+def _ends_of_header(path: Path) -> tuple[bytes, bytes]:
+    """Return the start of a header, where its metadata is, and its end; empty if there is none."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = os.fstat(file.fileno()).st_size
         if not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
-            return b""
-        if file.read(1) != b"{":
-            return b""
+            return b"", b""
+        start = file.read(min(length, _METADATA_BYTES))
+        if not start.startswith(b"{"):
+            return b"", b""
         file.seek(8 + max(0, length - _SNIFFED_BYTES))
-        return file.read(min(length, _SNIFFED_BYTES))
+        return start, file.read(min(length, _SNIFFED_BYTES))
 
 
 KOHYA = SingleFile(

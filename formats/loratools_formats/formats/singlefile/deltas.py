@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratools_formats.core.adapter import Axis, KindDelta, Layer, LowRank, ModuleChange
-from loratools_formats.core.factors import check_factor
+from loratools_formats.core.factors import check_factor, flattened_convolution
+from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.single_file_keys import Role
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -92,16 +93,7 @@ def _low_rank(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
             got=f"{list(a.shape)} and {list(b.shape)}",
         )
     if dims > 2:
-        if b.shape[2:] != (1,) * (dims - 2):
-            raise AdapterError(
-                "convolution's second factor must have a kernel of ones",
-                path=path,
-                tensor=b.key,
-                got=list(b.shape),
-            )
-        layer = Layer("conv", kernel=a.shape[2:])
-        a = a.reshaped((a.shape[0], math.prod(a.shape[1:])))
-        b = b.reshaped(b.shape[:2])
+        a, b, layer = flattened_convolution(a, b, path)
     alpha, scale = _alpha(parts, a.shape[0], stated, path)
     return LowRank(a, b, scale, layer, parts.get("bias"), alpha, parts.get("alpha"))
 
@@ -150,6 +142,7 @@ def _embedding(module: str, parts: Parts, stated: Setting | None, path: Path) ->
 def _tucker(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     _none_beside(module, parts, {"alpha", "magnitude"}, path)
     down, up, mid = parts["a"], parts["b"], parts["mid"]
+    check_shapes("tucker", {"down": down, "up": up, "mid": mid})
     _, scale = _alpha(parts, down.shape[0], stated, path)
     if len(mid.shape) < 3 or mid.shape[:2] != (up.shape[1], down.shape[0]):
         raise AdapterError(
@@ -171,6 +164,7 @@ def _hadamard(module: str, parts: Parts, stated: Setting | None, path: Path) -> 
     tensors = _named(module, parts, _HADAMARD, ("w1_a", "w1_b", "w2_a", "w2_b"), path)
     if ("t1" in tensors) != ("t2" in tensors):
         raise AdapterError("LoHa has one of two Tucker cores", path=path, tensor=module)
+    check_shapes("loha", tensors)
     _, scale = _alpha(parts, tensors["w1_b"].shape[0], stated, path)
     layer = Layer("linear")
     columns = math.prod(tensors["w1_b"].shape[1:])
@@ -192,6 +186,7 @@ def _kronecker(module: str, parts: Parts, stated: Setting | None, path: Path) ->
             raise AdapterError(
                 f"LoKr has neither or both of {side} and its factors", path=path, tensor=module
             )
+    check_shapes("lokr", tensors)
     # Whatever alpha says, nothing scales two whole matrices: LyCORIS and ComfyUI agree on it.
     scale = 1.0
     for factor in ("w2_b", "w1_b"):
@@ -220,6 +215,7 @@ def _full(module: str, parts: Parts, stated: Setting | None, path: Path) -> Kind
     del stated
     _none_beside(module, parts, {"alpha"}, path)
     diff = parts["diff"]
+    check_shapes("full", {"diff": diff})
     shape = (diff.shape[0], math.prod(diff.shape[1:]))
     layer = Layer("conv", diff.shape[2:]) if len(diff.shape) > 2 else Layer("linear")
     return _other("full", {"diff": diff}, parts, 1.0, layer, shape)
@@ -228,6 +224,7 @@ def _full(module: str, parts: Parts, stated: Setting | None, path: Path) -> Kind
 def _glora(module: str, parts: Parts, stated: Setting | None, path: Path) -> KindDelta:
     _none_beside(module, parts, {"alpha"}, path)
     tensors = {role: parts[role] for role in ("a1", "a2", "b1", "b2")}
+    check_shapes("lycoris_glora", tensors)
     _, scale = _alpha(parts, tensors["a2"].shape[0], stated, path)
     columns = math.prod(tensors["b2"].shape[1:])
     layer = (

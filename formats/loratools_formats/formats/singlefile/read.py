@@ -7,6 +7,7 @@ key, so that a file whose modules are not renamed is written with the keys that 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from loratools_formats.core.adapter import (
     Replacement,
 )
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.single_file_keys import IA3_MARK, Key, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
@@ -32,6 +34,12 @@ from loratools_formats.formats.singlefile.scale import (
 )
 
 CONTROL_MARK = "lora_controlnet"
+
+OF_DIFFUSION = re.compile(
+    r"(?:double_blocks|single_blocks|(?:single_)?transformer_blocks|(?:down|up|input|output|joint)_blocks"
+    r"|mid_block|middle_block)\."
+)
+"""Start of the paths of modules in UNets and diffusion transformers."""
 
 _ADDED: dict[Role, str] = {"diff_b": "bias", "b_norm": "bias", "w_norm": "weight"}
 _REPLACED: dict[Role, str] = {"set_weight": "weight", "norm_scale": "scale"}
@@ -108,14 +116,18 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
         carried=outside.carried,
         metadata=file.metadata,
         base_model=file.metadata.get("ss_base_model_version") or None,
-        findings=(*(() if configs is None else configs.caveats()), *_about_unknown(unknown)),
+        findings=(
+            *(() if configs is None else configs.caveats()),
+            *_about_scale(configs, keys),
+            *_about_unknown(unknown),
+        ),
         dialects=dialects(keys),
         inputs=(file.file,),
     )
 
 
 def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Key], list[str], _Outside]:
-    """Return the keys that the grammar claims, those it does not, and what is neither."""
+    """Return the keys that the grammar claims, the others, and tensors outside of modules."""
     control = CONTROL_MARK in tensors
     keys: dict[str, Key] = {}
     unknown: list[str] = []
@@ -131,6 +143,18 @@ def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Key], list[str]
             if name != CONTROL_MARK:
                 unknown.append(name)
     return keys, unknown, outside
+
+
+def _about_scale(configs: PackedConfigs | None, keys: Mapping[str, Key]) -> list[Finding]:
+    """Say that a scale was not in the file, where PEFT wrote it and had one elsewhere."""
+    bare = next((name for name, key in keys.items() if PREFIX in key.prefix), None)
+    if bare is None or configs is not None or any(key.role == "alpha" for key in keys.values()):
+        return []
+    text = (
+        "PEFT's names, and no scale in the file: it is taken as 1, as diffusers and ComfyUI take "
+        "it, whatever the training's configuration said"
+    )
+    return [Finding("scale-assumed", "warning", bare, text)]
 
 
 def _about_unknown(names: list[str]) -> list[Finding]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.core.tensors import TensorRef, in_memory
@@ -183,7 +184,7 @@ def _in_any_version(path: str) -> str:
 
 def _settings(paths: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     names = list(paths)
-    alphas = {name: _whole(scale * rank, rank, scale) for name, (rank, scale) in paths.items()}
+    alphas = {name: alpha_of(rank, scale) for name, (rank, scale) in paths.items()}
     rank = max(r for r, _ in paths.values())
     alpha = next(alphas[name] for name, (r, _) in paths.items() if r == rank)
     return {
@@ -192,8 +193,3 @@ def _settings(paths: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
         "rank_pattern": {pattern_for(n, names): r for n, (r, _) in paths.items() if r != rank},
         "alpha_pattern": {pattern_for(n, names): a for n, a in alphas.items() if a != alpha},
     }
-
-
-def _whole(alpha: float, rank: int, scale: float) -> int | float:
-    whole = round(alpha)
-    return whole if whole / rank == scale else alpha

@@ -92,6 +92,7 @@ def _bias_in_model(key: str, modules: Collection[str]) -> str:
 
 def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> KindDelta:
     from loratools_formats.core.adapter import KindDelta, Layer, Missing
+    from loratools_formats.core.kind_shapes import check_shapes
     from loratools_formats.disk.errors import AdapterError
 
     alpha = Missing("the lora_alpha of the training script")
@@ -121,6 +122,7 @@ def _delta(name: str, parts: dict[str, TensorRef], path: Path) -> KindDelta:
             settings["ranknum"] = Missing("the number of active ranks of a module")
         return KindDelta("increlora", parts, settings, layer)
     if "gate" in parts:
+        check_shapes("gated", parts)
         shape = (parts["b"].shape[0], parts["a"].shape[1])
         return KindDelta("gated", parts, settings, layer, shape)
     return _of_loralib(name, parts, settings, layer, path)

@@ -1,8 +1,8 @@
 """PEFT's weights of a plain LoRA without their `adapter_config.json`, as ICM-LoRA leaves them.
 
 The scale is in the configuration that is missing, so that alpha, and whether it is over the rank or
-its root, are asked for; read only. With the configuration beside them they are a PEFT folder, and
-files of other names are single files of the diffusion world, where no alpha means a scale of 1.
+its root, are asked for; read only. With the configuration beside them they are PEFT's, whatever the
+file is called, and with a scale in the file they are a single file of the diffusion world.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter, KindDelta
     from loratools_formats.core.tensors import TensorRef
 
-_WEIGHTS_FILE = "adapter_model.safetensors"
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b"}
 
 
@@ -32,12 +31,13 @@ class PeftWeights(StateDictFormat):
     expected = "names that end in .lora_A.weight or .lora_B.weight"
 
     def sniff(self, path: Path) -> bool:
-        """Return whether a name is telling; safetensors of other names are single files."""
-        is_other = path.suffix == ".safetensors" and path.name != _WEIGHTS_FILE
-        return not is_other and super().sniff(path)
+        """Return whether a name is telling, and no single file's format claims it for its scale."""
+        from loratools_formats.formats.singlefile import sniffed_naming
+
+        return super().sniff(path) and sniffed_naming(path) is None
 
     def adapter(self, state: StateDict) -> Adapter:
-        """Return the adapter, with a finding on what is missing."""
+        """Return the adapter, with a finding about the missing configuration."""
         from dataclasses import replace
 
         from loratools_formats.core.findings import Finding

@@ -41,9 +41,9 @@ class UniLora(StateDictFormat):
         modules: dict[str, ModuleChange] = {}
         found, shared = state.with_one_bank(self.by_module(state), self.parts)
         for module, parts in found.items():
-            crossed = {name: ref for name, ref in parts.items() if name != "bank"}
-            state.check_axes(crossed, 2)
-            parts |= {name: ref.transposed((1, 0)) for name, ref in crossed.items()}
+            transposed = {name: ref for name, ref in parts.items() if name != "bank"}
+            state.check_axes(transposed, 2)
+            parts |= {name: ref.transposed((1, 0)) for name, ref in transposed.items()}
             shape = (parts["indices_b"].shape[0], parts["indices_a"].shape[1])
             modules[module] = ModuleChange(KindDelta("unilora", parts, shape=shape, shared=shared))
         bank = {tensor.key: tensor for tensor in shared.values()}

@@ -17,7 +17,7 @@ Shape = tuple[int | None, int | None]
 
 @dataclass(frozen=True)
 class Module:
-    """What is known of one module while its settings are resolved.
+    """One module while its settings are resolved.
 
     Attributes:
         path: module path.
@@ -67,6 +67,9 @@ class PeftKind:
             their own names; None if all modules share the same.
         left_to_loader: names what the file leaves to be computed from the base; empty if nothing.
         layer: what its modules are, where the tensors' names do not say `embedding`.
+        sizes: configuration key by the name of a length (`core.kind_shapes`) that it states; PEFT
+            makes tensors of that length and refuses a file with others.
+        sizes_vary_by: configuration keys that, when set, give modules other sizes.
         takes_embeddings: whether it takes embeddings as if they were linear layers of their stored
             shape, so that only the module's name tells.
     """
@@ -86,6 +89,8 @@ class PeftKind:
     left_to_loader: Callable[[Mapping[str, ModuleChange]], str] = lambda _modules: ""
     layer: Literal["linear", "embedding"] = "linear"
     takes_embeddings: bool = False
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    sizes_vary_by: frozenset[str] = frozenset()
 
 
 NOT_A_CHANGE = {

@@ -16,10 +16,11 @@ from loratools_formats.checkpoints.facts import is_embedding
 from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange
 from loratools_formats.core.config_values import Values
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.peft_facts import PREFIX, square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.formats.peft.config import is_set, unknown_key
+from loratools_formats.formats.peft.config import OF_TRAINERS, check_value, is_set, unknown_key
 from loratools_formats.formats.peft.kinds.declaration import NOT_A_CHANGE, Module, PeftKind
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
 from loratools_formats.formats.peft.patterns import match_patterns
@@ -61,7 +62,7 @@ def left_to_loader(peft_type: Any, modules: Mapping[str, ModuleChange]) -> str:
 def caveats_of(values: Mapping[str, Any]) -> list[Finding]:
     """Return a finding for each key that is set and not known."""
     kind = PEFT_KINDS[values["peft_type"]]
-    known = _COMMON_KEYS | kind.used | kind.neutral | kind.patterns
+    known = _COMMON_KEYS | OF_TRAINERS | kind.used | kind.neutral | kind.patterns
     return [
         unknown_key(key, value)
         for key, value in sorted(values.items())
@@ -115,9 +116,8 @@ def read_modules(
 
 
 def _check(values: Mapping[str, Any]) -> None:
-    for key in ("base_model_name_or_path", "peft_version"):
-        if not isinstance(values.get(key), str | None):
-            raise AdapterError(f"config value {key} is wrong", got=values[key], expected="a string")
+    for key in ("base_model_name_or_path", "peft_version", "modules_to_save", "target_modules"):
+        check_value(values, key)
 
 
 def _numbers(values: Mapping[str, Any], kind: PeftKind, key: str) -> dict[str, float]:
@@ -180,6 +180,8 @@ def _delta(
             )
     module = Module(path, {**common, **own}, alpha, rank)
     try:
+        lengths = check_shapes(kind.variant(module) or kind.kind, module.parts)
+        _check_sizes(kind, values, module, lengths)
         shape = kind.shape(module)
         settings = kind.settings(Values(values), module)
     except KeyError as error:
@@ -200,6 +202,27 @@ def _delta(
     if any(kernels):
         layer = Layer("conv", kernel=next(filter(None, kernels)))
     return KindDelta(kind.variant(module) or kind.kind, own, settings, layer, shape, common)
+
+
+def _check_sizes(
+    kind: PeftKind, values: Mapping[str, Any], module: Module, lengths: Mapping[str, int]
+) -> None:
+    """Refuse a module whose tensors have other lengths than the configuration says.
+
+    Raises:
+        AdapterError: a length and the configuration differ.
+    """
+    if any(values.get(key) for key in kind.sizes_vary_by):
+        return
+    for name, key in kind.sizes.items():
+        stated = module.rank if key == "r" else values.get(key)
+        if name in lengths and stated is not None and stated != lengths[name]:
+            raise AdapterError(
+                f"the tensors and the config's {key} differ",
+                tensor=module.path,
+                got=f"{lengths[name]} in the tensors",
+                expected=f"{key} = {stated}",
+            )
 
 
 def _expected(kind: PeftKind, part: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools_formats.core.adapter import Missing, ModuleChange
-from loratools_formats.core.config_values import Values
+from loratools_formats.core.config_values import LOOPS, Values
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.kinds.declaration import Module, Shape
@@ -131,10 +131,18 @@ def randlora(values: Values, module: Module) -> dict[str, Any]:
 
 def oft(values: Values, module: Module) -> dict[str, Any]:
     """Return how OFT makes rotations."""
-    del module
+    shared = values.flag_or_false("block_share")
+    if shared and module.side("triangles", 0) != 1:
+        raise AdapterError(
+            "the tensors and the config's block_share differ",
+            tensor=module.parts["triangles"].key,
+            got=list(module.parts["triangles"].shape),
+            expected="one block for all",
+        )
     return {
+        "shared": shared,
         "bound": values.number("eps") if values.flag("coft") else None,
-        "terms": values.count("num_cayley_neumann_terms")
+        "terms": values.count("num_cayley_neumann_terms", most=LOOPS)
         if values.flag("use_cayley_neumann")
         else None,
     }
@@ -157,7 +165,7 @@ def ia3(values: Values, module: Module) -> dict[str, Any]:
 def ia3_shape(module: Module) -> Shape:
     """Return the side that is scaled."""
     shape = module.parts["gain"].shape
-    if len(shape) > 2:
+    if len(shape) != 2:
         return (None, None)
     return (None, shape[-1]) if shape[0] == 1 else (shape[0], None)
 
@@ -173,14 +181,14 @@ def deft(values: Values, module: Module) -> dict[str, Any]:
 
 def psoft(values: Values, module: Module) -> dict[str, Any]:
     """Return how PSOFT makes its rotation."""
-    del module
     if values.text("psoft_svd") != "full":
         raise UnsupportedError("PSOFT on a randomised SVD of the base cannot be repeated")
     return {
+        "rank": module.rank,
         "orthogonal": values.flag("psoft_orth"),
         "balanced": values.text("ab_svd_init") == "pissa_init",
         "bound": values.number_or_none("cayley_neumann_eps"),
-        "terms": values.count("num_cayley_neumann_terms")
+        "terms": values.count("num_cayley_neumann_terms", most=LOOPS)
         if values.flag("use_cayley_neumann")
         else None,
     }
@@ -204,6 +212,20 @@ def frod_left(modules: Mapping[str, ModuleChange]) -> str:
     others = [change.kind_delta for change in modules.values()]
     lacks = any(other is not None and "v" not in other.shared for other in others)
     return "FRoD's bases" if lacks else ""
+
+
+def miss(values: Values, module: Module) -> dict[str, Any]:
+    """Return whether MiSS repeats its block along the outputs, and hold the form to the config."""
+    form = values.text("init_weights") if values.is_text("init_weights") else ""
+    block = module.parts["block"]
+    if (form == "bat") != (len(block.shape) == 3):
+        raise AdapterError(
+            "the tensors and the config's init_weights differ",
+            tensor=block.key,
+            got=list(block.shape),
+            expected="three axes with bat, two with any other",
+        )
+    return {"mini": form == "mini"}
 
 
 def miss_variant(module: Module) -> str | None:

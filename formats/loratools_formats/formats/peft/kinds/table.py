@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from loratools_formats.core.config_values import LOOPS
 from loratools_formats.core.peft_facts import frod_category
 from loratools_formats.formats.peft.kinds import settings
 from loratools_formats.formats.peft.kinds.declaration import PeftKind
@@ -41,6 +42,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         _keys("module_dropout rank_dropout use_effective_conv2d"),
         kernel_of=("t1",),
         patterns=_PATTERNS,
+        sizes={"r1": "r", "r2": "r"},
     ),
     "LOKR": PeftKind(
         "lokr",
@@ -55,6 +57,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         ),
         kernel_of=("w2", "w2_t"),
         patterns=_PATTERNS,
+        sizes={"r1": "r", "r2": "r"},
     ),
     "VERA": PeftKind(
         "vera",
@@ -64,6 +67,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         _keys("projection_prng_key"),
         _keys("r save_projection vera_dropout d_initial"),
         {"base_model.vera_A": "a", "base_model.vera_B": "b"},
+        sizes={"r": "r", "s": "r"},
     ),
     "PVERA": PeftKind(
         "vera",
@@ -73,6 +77,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         _keys("projection_prng_key sample_at_inference"),
         _keys("r save_projection pvera_dropout d_initial generator_seed"),
         {"base_model.pvera_A": "a", "base_model.pvera_B": "b"},
+        sizes={"s": "r"},
     ),
     "VBLORA": PeftKind(
         "vblora",
@@ -92,6 +97,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             "save_only_topk_weights"
         ),
         {"base_model.vblora_vector_bank": "bank"},
+        sizes={"r": "r", "h": "num_vectors", "length": "vector_length"},
     ),
     "UNILORA": PeftKind(
         "unilora",
@@ -117,6 +123,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             "base_model.unilora_vector_bank": "bank",
         },
         left_to_loader=settings.unilora_left,
+        sizes={"r": "r", "n": "theta_d_length"},
     ),
     "TINYLORA": PeftKind(
         "tinylora",
@@ -124,19 +131,22 @@ PEFT_KINDS: dict[str, PeftKind] = {
         lambda m: (m.side("b", 0), m.side("a", 1)),
         lambda values, _: {
             "seed": values.whole("projection_seed"),
-            "tying": values.number("weight_tying"),
+            "tying": values.share("weight_tying"),
         },
         _keys("projection_seed weight_tying"),
         _keys("r u init_v_bound save_projection tinylora_dropout"),
         {"base_model.tinylora_v.{}": "v.{}"},
         settings_of_all=lambda count: {"count": count},
         takes_embeddings=True,
+        sizes={"r": "r", "s": "r", "u": "u"},
     ),
     "DELORA": PeftKind(
         "delora",
         {f".delora_{name}": name.lower() for name in ("A", "B", "lambda", "w_norm")},
         lambda m: (m.side("b", 0), m.side("a", 1)),
-        neutral=_keys("r rank_pattern delora_lambda lambda_pattern module_dropout"),
+        neutral=_keys("r delora_lambda lambda_pattern module_dropout"),
+        patterns=_keys("rank_pattern"),
+        sizes={"r": "r"},
     ),
     "GRALORA": PeftKind(
         "gralora",
@@ -152,6 +162,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         },
         _keys("alpha r hybrid_r"),
         _keys("gralora_k gralora_dropout"),
+        sizes={"r": "r", "n": "gralora_k", "h": "hybrid_r"},
     ),
     "MISS": PeftKind(
         "miss",
@@ -159,8 +170,10 @@ PEFT_KINDS: dict[str, PeftKind] = {
         lambda m: (None if len(m.parts["block"].shape) == 2 else m.side("block", 0) * m.side(
             "block", 1
         ), None),
+        settings.miss,
         neutral=_keys("r mini_r miss_dropout"),
         variant=settings.miss_variant,
+        sizes={"r": "r"},
     ),
     "BONE": PeftKind(
         "miss",
@@ -168,8 +181,10 @@ PEFT_KINDS: dict[str, PeftKind] = {
         lambda m: (None if len(m.parts["block"].shape) == 2 else m.side("block", 0) * m.side(
             "block", 1
         ), None),
+        settings.miss,
         neutral=_keys("r"),
         variant=settings.miss_variant,
+        sizes={"r": "r"},
     ),
     "C3A": PeftKind(
         "c3a",
@@ -179,6 +194,8 @@ PEFT_KINDS: dict[str, PeftKind] = {
             m.side("kernel", 1) * m.side("kernel", 2),
         ),
         neutral=_keys("block_size block_size_pattern"),
+        sizes={"size": "block_size"},
+        sizes_vary_by=_keys("block_size_pattern"),
     ),
     "RANDLORA": PeftKind(
         "randlora",
@@ -192,6 +209,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
             for name in ("randlora", "randbasis")
             for side in "AB"
         },
+        sizes={"r": "r"},
     ),
     "FOURIERFT": PeftKind(
         "fourierft",
@@ -203,6 +221,8 @@ PEFT_KINDS: dict[str, PeftKind] = {
         },
         _keys("random_loc_seed scaling"),
         _keys("n_frequency n_frequency_pattern"),
+        sizes={"n": "n_frequency"},
+        sizes_vary_by=_keys("n_frequency_pattern"),
     ),
     "WAVEFT": PeftKind(
         "waveft",
@@ -215,6 +235,8 @@ PEFT_KINDS: dict[str, PeftKind] = {
         },
         _keys("random_loc_seed scaling wavelet_family use_idwt"),
         _keys("n_frequency n_frequency_pattern proportional_parameters"),
+        sizes={"n": "n_frequency"},
+        sizes_vary_by=_keys("n_frequency_pattern proportional_parameters"),
     ),
     "SHIRA": PeftKind(
         "sparse",
@@ -235,6 +257,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         settings.supertuning,
         _keys("r lora_alpha"),
         _keys("lora_dropout save_precomputed_indices select_top sparsity"),
+        sizes={"r": "r"},
     ),
     "SFT": PeftKind(
         "sparse",
@@ -251,14 +274,15 @@ PEFT_KINDS: dict[str, PeftKind] = {
         {".oft_R.weight": "triangles", ".oft_embedding_R.weight": "triangles"},
         lambda _: (None, None),
         settings.oft,
-        _keys("coft eps use_cayley_neumann num_cayley_neumann_terms"),
-        _keys("r oft_block_size block_share module_dropout"),
+        _keys("block_share coft eps use_cayley_neumann num_cayley_neumann_terms"),
+        _keys("r oft_block_size module_dropout"),
     ),
     "BOFT": PeftKind(
         "boft",
         {".boft_R": "blocks", ".boft_s": "gain"},
-        lambda m: (max(m.parts["gain"].shape), m.side("blocks", 1) * m.side("blocks", 2)),
+        lambda m: (m.parts["gain"].numel, m.side("blocks", 1) * m.side("blocks", 2)),
         neutral=_keys("boft_block_num boft_block_size boft_dropout boft_n_butterfly_factor"),
+        sizes={"levels": "boft_n_butterfly_factor"},
     ),
     "HRA": PeftKind(
         "hra",
@@ -267,6 +291,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         lambda values, _: {"orthogonal": values.flag("apply_GS")},
         _keys("apply_GS"),
         _keys("r"),
+        sizes={"r": "r"},
     ),
     "ROAD": PeftKind(
         "road",
@@ -290,8 +315,10 @@ PEFT_KINDS: dict[str, PeftKind] = {
         "hira",
         {f".hira_{infix}{side}": side.lower() for infix in ("", "embedding_") for side in "AB"},
         lambda m: (m.side("b", 0), math.prod(m.parts["a"].shape[1:])),
-        neutral=_keys("r rank_pattern hira_dropout"),
+        neutral=_keys("r hira_dropout"),
+        patterns=_keys("rank_pattern"),
         kernel_of=("a",),
+        sizes={"r": "r"},
     ),
     "GLORA": PeftKind(
         "glora",
@@ -302,6 +329,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         },
         lambda _: (None, None),
         neutral=_keys("r config_A_B config_C config_D_E"),
+        sizes={"rA": "r", "rB": "r", "rC": "r"},
     ),
     "DEFT": PeftKind(
         "deft",
@@ -310,6 +338,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         settings.deft,
         _keys("decomposition_method alpha"),
         _keys("r para init_scale deft_dropout"),
+        sizes={"r": "r"},
     ),
     "PSOFT": PeftKind(
         "psoft",
@@ -324,6 +353,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
               "use_cayley_neumann"),
         _keys("r psoft_alpha psoft_dropout psoft_mag_a psoft_mag_b psoft_svd_lowrank_niter "
               "random_seed"),
+        sizes={"r": "r"},
     ),
     "OSF": PeftKind(
         "osf",
@@ -358,10 +388,11 @@ PEFT_KINDS: dict[str, PeftKind] = {
         lambda values, _: {
             "scale": values.number("scaling"),
             "activation": values.text("act_fn"),
-            "depth": values.whole("depth"),
+            "depth": values.count("depth", most=LOOPS),
         },
         _keys("scaling act_fn depth"),
         _keys("r"),
+        sizes={"r": "r"},
     ),
     "BEFT": PeftKind(
         "bias",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -47,7 +47,7 @@ def spread(scale, block, shape):
 def check(base, wanted):
     """Compare whole tensors and odd ranges with float32 values."""
     (key,) = (k for k in base.tensors if k.endswith(".weight"))
-    tensor = plain(base).checkpoint.tensors[key]
+    tensor = dequantised(base).checkpoint.tensors[key]
     assert tensor.dtype.code == "F32"
     assert tensor.shape == wanted.shape
     np.testing.assert_array_equal(tensor.load(), wanted)
@@ -117,7 +117,7 @@ def test_scales_that_only_serve_running_are_dropped_and_the_config_is_plain(make
         "norm.weight": torch.ones(10, dtype=torch.bfloat16),
     }
     base = make(tensors, {"quant_method": "modelopt"}, text_config={"dtype": "float8_e4m3fn"})
-    found = plain(base)
+    found = dequantised(base)
     assert set(found.checkpoint.tensors) == {"a.q.weight", "norm.weight"}
     assert set(found.dropped) == {"a.q.weight_scale", "a.q.input_scale", "a.k_scale"}
     assert "quantization_config" not in found.checkpoint.config
@@ -129,8 +129,8 @@ def test_a_plain_checkpoint_stays_itself(make):
     import torch
 
     base = make({"q.weight": torch.ones(2, 2)})
-    assert plain(base).checkpoint is base
-    assert not plain(base).is_quantized
+    assert dequantised(base).checkpoint is base
+    assert not dequantised(base).is_quantized
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_refusals(make, tensors, quantization, error, words):
     filled = {k: torch.ones(v) if "scale" in k else codes(*v) for k, v in tensors.items()}
     base = make(filled, quantization)
     with pytest.raises(error, match=words):
-        plain(base)
+        dequantised(base)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_variants_that_store_eight_bit_floats(make, quantization):
     import torch
 
     base = make({"q.weight": codes(6, 10), "q.weight_scale": torch.tensor(0.5)}, quantization)
-    (tensor,) = plain(base).checkpoint.tensors.values()
+    (tensor,) = dequantised(base).checkpoint.tensors.values()
     np.testing.assert_array_equal(tensor.load(), 0.5 * codes(6, 10).float().numpy())
 
 
@@ -244,8 +244,9 @@ def test_eight_bit_floats_without_scales_are_numbers(make, make_folder, tmp_path
     if dtype is None:
         assert torch.equal(written["layers.0.q.weight"], exact.to(torch.bfloat16))
         assert torch.equal(written["layers.0.o.weight"].view(torch.uint8), other.view(torch.uint8))
-        assert result.notes == ("weights in eight bits that change are stored as BF16: 1",)
+        (finding,) = result.findings
+        assert finding.message == "weights in eight bits that change are stored as BF16: 1"
     else:
         assert torch.equal(written["layers.0.q.weight"], exact.to(torch.float16))
         assert torch.equal(written["layers.0.o.weight"], other.to(torch.float16))
-        assert result.notes == ()
+        assert result.findings == ()

@@ -1,1 +1,0 @@
-"""Reports as one HTML page that needs nothing else: no network, no other files."""

@@ -1,0 +1,163 @@
+"""`compare`: how adapters relate; and `compare_bases`: how bases differ where an adapter acts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from loratools.face.declare import Progress, public
+from loratools.face.result import Result
+from loratools.face.source import READING, Model, Source, label, model, opened
+from loratools.operations.compare import bases, operation
+from loratools.operations.compare import result as measured
+from loratools.operations.compare.operation import CompareOptions
+from loratools.page.measured import bases_sections, compare_sections
+from loratools.page.parts import Section
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reading
+from loratools.work.selection import Selection
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import OptionError
+
+Shelf = Mapping[str, Source] | Sequence[Source]
+"""Adapters: several, or by the names they are to go by."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CompareResult(Result, measured.CompareResult):
+    """How adapters relate."""
+
+    operation: ClassVar[str] = "compare"
+
+    def title(self) -> str:
+        """Return the heading of its page."""
+        return f"Comparison of {len(self.names)} adapters"
+
+    def sections(self) -> Sequence[Section]:
+        """Return the parts of its page, findings first."""
+        return compare_sections(self)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BasesResult(Result, measured.BasesResult):
+    """How far two bases differ where an adapter acts."""
+
+    operation: ClassVar[str] = "compare-bases"
+
+    def title(self) -> str:
+        """Return the heading of its page."""
+        return f"Two bases where {self.source or 'an adapter'} acts"
+
+    def sections(self) -> Sequence[Section]:
+        """Return the parts of its page."""
+        return bases_sections(self)
+
+
+@public(reading=READING)
+def compare(
+    adapters: Shelf,
+    *,
+    base: Model | None = None,
+    options: CompareOptions,
+    selection: Selection,
+    threads: Workers,
+    reading: Reading,
+    progress: Progress | None = None,
+) -> CompareResult:
+    """Compare adapters where their modules match: angles, shared spaces, signs, families.
+
+    Two adapters are compared module by module, more of them as a matrix.
+
+    >>> import loratools as lt
+    >>> found = lt.compare(["examples/tiny-llama/lora", "examples/tiny-llama/rslora"])
+    >>> found.names, len(found.modules)
+    (('lora', 'rslora'), 28)
+
+    Args:
+        adapters: at least two, or a mapping from the names they are to go by.
+        base: the base model, for DoRA and kinds that need it.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        OptionError: fewer than two adapters, one given twice, or a number out of range.
+        AdapterError: they share no module, or values are not finite.
+        UnsupportedError: a change depends on the base, or cannot be told.
+    """
+    named = _named(adapters, reading)
+    found = operation.compare(
+        named,
+        base=None if base is None else model(base),
+        options=options,
+        selection=selection,
+        workers=threads.workers,
+        progress=progress,
+    )
+    return CompareResult.of(found)
+
+
+@public(reading=READING)
+def compare_bases(
+    source: Source,
+    base: Model,
+    other: Model,
+    *,
+    selection: Selection,
+    threads: Workers,
+    reading: Reading,
+) -> BasesResult:
+    """Compare two base models where an adapter acts: may it be moved from one to the other?
+
+    >>> import loratools as lt
+    >>> model = "examples/tiny-llama/model"
+    >>> lt.compare_bases("examples/tiny-llama/lora", model, model).modules[0].outputs
+    0.0
+
+    Args:
+        source: an adapter of any kind.
+        base: the model that it was trained on.
+        other: the model that it is to be moved to.
+
+    Raises:
+        AdapterError: no module fits both bases.
+        UnsupportedError: a change cannot be told.
+        OptionError: an argument is neither a path nor what was read.
+    """
+    found = bases.compare_bases(
+        opened(source, reading),
+        model(base),
+        model(other),
+        selection=selection,
+        workers=threads.workers,
+    )
+    return BasesResult.of(found)
+
+
+def _named(adapters: Any, reading: Reading) -> dict[str, Adapter]:
+    """Return adapters by their names: the shortest ends of their paths that tell them apart.
+
+    Raises:
+        OptionError: it is no shelf, or an adapter is given twice.
+    """
+    if isinstance(adapters, Mapping):
+        return {str(name): opened(one, reading) for name, one in adapters.items()}
+    if isinstance(adapters, str | os.PathLike | Adapter) or not isinstance(adapters, Iterable):
+        raise OptionError("comparing takes at least two adapters", got=repr(adapters))
+    sources = list(adapters)
+    places = [_place(one) for one in sources]
+    known = [os.path.realpath(place) for place in places if place is not None]
+    if len(set(known)) < len(known):
+        raise OptionError("an adapter is given twice", got=", ".join(map(str, places)))
+    names = [label(one) if place is None else os.path.basename(os.path.abspath(place))
+             for one, place in zip(sources, places, strict=True)]  # fmt: skip
+    if len(set(names)) < len(names):
+        names = [f"{n} {i}" if p is None else p
+                 for i, (n, p) in enumerate(zip(names, places, strict=True), 1)]  # fmt: skip
+    return {name: opened(one, reading) for name, one in zip(names, sources, strict=True)}
+
+
+def _place(source: Any) -> str | None:
+    if isinstance(source, Adapter):
+        return None if source.source is None else str(source.source)
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else None

@@ -1,0 +1,1 @@
+"""Reports as data, as one HTML page that needs nothing else, and as pictures."""

@@ -1,0 +1,168 @@
+"""A report as one HTML page: head, style, parts and the script that sorts and filters tables.
+
+Every text is escaped here. The page loads nothing: its policy forbids every request.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from importlib.resources import files
+
+from loratools.page.parts import (
+    Cell,
+    Chart,
+    Findings,
+    Heatmap,
+    Numbers,
+    Part,
+    Section,
+    Table,
+    Tree,
+)
+from loratools.page.svg import chart_svg, escaped, tree_svg
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def page(title: str, sections: Sequence[Section]) -> str:
+    """Return an HTML document that needs no network and no other file."""
+    folder = files("loratools.page")
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    script = (folder / "script.js").read_text(encoding="utf-8")
+    body = "".join(
+        f"<section><h2>{escaped(one.title)}</h2>{''.join(map(_part, one.parts))}</section>"
+        for one in sections
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escaped(title)}</title><style>{style}</style></head>"
+        f"<body><main><h1>{escaped(title)}</h1>{body}</main>"
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def framed(document: str) -> str:
+    """Return a page as a notebook shows it: in a frame, so that neither touches the other."""
+    return (
+        f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(document, quote=True)}" '
+        'title="report" style="width:100%;height:36rem;border:0"></iframe>'
+    )
+
+
+def _part(part: Part) -> str:
+    if isinstance(part, Numbers):
+        return _numbers(part)
+    if isinstance(part, Findings):
+        return _findings(part)
+    if isinstance(part, Table):
+        return _table(part)
+    if isinstance(part, Heatmap):
+        return _heatmap(part)
+    return _chart(part) if isinstance(part, Chart) else _tree(part)
+
+
+def _numbers(part: Numbers) -> str:
+    rows = "".join(
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>"
+        for name, value in part.items
+    )
+    return f'<dl class="numbers">{rows}</dl>'
+
+
+def _findings(part: Findings) -> str:
+    if not part.items:
+        return "<p>Nothing stands out.</p>"
+    rows = "".join(
+        f"<li><strong>{escaped(kind)}</strong> <code>{escaped(name)}</code>: {escaped(text)}</li>"
+        for kind, name, text in part.items
+    )
+    return f'<ul class="findings">{rows}</ul>'
+
+
+def _table(part: Table) -> str:
+    titles = "".join(
+        f'<th scope="col" aria-sort="none"><button type="button">{escaped(t)}</button></th>'
+        for t in part.header
+    )
+    body = "".join(
+        f"<tr>{''.join(_cell(cell, place) for place, cell in enumerate(row))}</tr>"
+        for row in part.rows
+    )
+    field = (
+        '<p><label>Show rows with <input type="search" class="filter"></label> '
+        '<span class="count" role="status"></span></p>'
+        if part.filtered
+        else ""
+    )
+    inner = f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="table">{field}{_scrolled(part.caption, inner)}</div>'
+
+
+def _scrolled(caption: str, inner: str, kind: str = "") -> str:
+    """Return a table that scrolls sideways where the screen is narrow, by keys too."""
+    named = escaped(caption)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{named}">'
+        f'<table class="{kind}"><caption>{named}</caption>{inner}</table></div>'
+    )
+
+
+def _cell(value: Cell, place: int) -> str:
+    if value is None:
+        return '<td class="number">–</td>'
+    if isinstance(value, str):
+        if place == 0:
+            return f'<th scope="row">{escaped(value)}</th>'
+        return f"<td>{escaped(value)}</td>"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f'<td class="number" data-value="{value!r}">{text}</td>'
+
+
+def _heatmap(part: Heatmap) -> str:
+    names = "".join(f'<th scope="col">{escaped(name or "–")}</th>' for name in part.columns)
+    body = ""
+    for name, line in zip(part.rows, part.values, strict=True):
+        cells = "".join(_shaded(value, part.largest) for value in line)
+        body += f'<tr><th scope="row">{escaped(name)}</th>{cells}</tr>'
+    head = f"<thead><tr><td>{escaped(part.across)}</td>{names}</tr></thead>"
+    return _scrolled(part.caption, f"{head}<tbody>{body}</tbody>", "heat")
+
+
+def _shaded(value: float | None, largest: float) -> str:
+    if value is None:
+        return '<td class="number">–</td>'
+    share = min(abs(value) / largest, 1.0) if largest > 0.0 else 0.0
+    side = " minus" if value < 0.0 else ""
+    return f'<td class="number{side}" style="--share:{share:.3f}">{value:.3g}</td>'
+
+
+def _chart(part: Chart) -> str:
+    drawn = chart_svg(part)
+    if not drawn:
+        return ""
+    rows: list[Sequence[Cell]] = [
+        [line.name, " ".join(f"{y:.3g}" for _, y in line.points)] for line in part.lines
+    ]
+    numbers = Table(f"{part.caption}: numbers", ["name", f"{part.y} in order of {part.x}"], rows)
+    more = "" if part.has_table else _folded(numbers)
+    return f"<figure>{drawn}<figcaption>{escaped(part.caption)}</figcaption></figure>{more}"
+
+
+def _tree(part: Tree) -> str:
+    names = dict(enumerate(part.names))
+    rows: list[Sequence[Cell]] = []
+    for step, (first, second, distance, size) in enumerate(part.merges, 1):
+        names[len(part.names) + step - 1] = f"group {step}"
+        rows.append([f"group {step}", names[int(first)], names[int(second)], distance, int(size)])
+    header = ["merge", "of", "and", "distance", "members"]
+    numbers = _folded(Table(f"{part.caption}: numbers", header, rows))
+    caption = escaped(part.caption)
+    return f"<figure>{tree_svg(part)}<figcaption>{caption}</figcaption></figure>{numbers}"
+
+
+def _folded(part: Table) -> str:
+    return f"<details><summary>As a table</summary>{_table(part)}</details>"

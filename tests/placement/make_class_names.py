@@ -1,0 +1,237 @@
+"""Writes the table of names that transformers' classes give to what checkpoints store.
+
+    python tests/placement/make_class_names.py
+
+It builds every class of the automatic mappings that its default configuration builds, on the meta
+device, and records what `core_model_loading` does with names: rules by class or model type, the
+parts that are models of their own, and the prefix that bodies and heads differ by. Run it again
+with a new release; `test_class_names.py` compares the table with the one that is installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.filterwarnings("ignore")
+
+from loratools.base.placement.model_class import numbered  # noqa: E402
+
+TABLE = Path(__file__).parents[2] / "loratools/base/placement/data/class_names.json"
+_SECONDS = 20
+
+
+def class_names():
+    """Return the names of the classes that the automatic mappings have."""
+    from transformers.models.auto import modeling_auto
+
+    found: set[str] = set()
+    for name, mapping in vars(modeling_auto).items():
+        if name.startswith("MODEL_") and name.endswith("MAPPING_NAMES"):
+            for classes in mapping.values():
+                found.update((classes,) if isinstance(classes, str) else filter(None, classes))
+    return sorted(found)
+
+
+def shortened(config):
+    """Return a configuration of two layers, in all of its parts."""
+    from transformers import PretrainedConfig
+
+    for value in list(vars(config).values()):
+        if isinstance(value, PretrainedConfig):
+            shortened(value)
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > 2:
+        config.num_hidden_layers = 2
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == layers:
+                setattr(config, name, value[:2])
+    return config
+
+
+def model_of(class_name):
+    """Return a class's model on the meta device, or raise what its configuration raises."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, class_name)
+    with torch.device("meta"):
+        try:
+            return cls(shortened(cls.config_class()))
+        except TimeoutError:
+            raise
+        except Exception:  # noqa: BLE001 - two layers may be too few
+            return cls(cls.config_class())
+
+
+def described(model, classes):
+    """Add a class and those of its parts to the table."""
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    sections = {
+        id(value): name
+        for name, value in vars(model.config).items()
+        if isinstance(value, PretrainedConfig)
+    }
+    parts, seen = [], []
+    for path, module in model.named_modules():
+        if path and isinstance(module, PreTrainedModel) and not path.startswith(tuple(seen)):
+            seen.append(path + ".")
+            section = sections.get(id(module.config), "")
+            parts.append([path, type(module).__name__, section])
+            if type(module).__name__ not in classes:
+                described(module, classes)
+    keys = list(model.state_dict())
+    roots = sorted({key.partition(".")[0] for key in keys})
+    prefix = model.base_model_prefix
+    body = {
+        k.removeprefix(f"{prefix}.").partition(".")[0] for k in keys if k.startswith(f"{prefix}.")
+    }
+    entry = {"type": model.config.model_type, "roots": roots}
+    if prefix:
+        entry["prefix"] = prefix
+    if prefix and body:
+        entry["body"] = sorted(body)
+    if parts:
+        entry["parts"] = parts
+    classes[type(model).__name__] = entry
+
+
+def expected(model):
+    """Return what transformers calls each tensor that it stores, and each that it has in memory."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+
+    own = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def name(key):
+        found, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if found not in own and key in own:
+            return rename_source_key(key, [], [], model.base_model_prefix, own)[0]
+        return found
+
+    stored = revert_weight_conversion(model, own)
+    return {key: name(key) for key in [*stored, *own]}
+
+
+def wrong(model, wanted, table):
+    """Return the names that the table does not give as transformers does."""
+    from loratools.base.placement.model_class import ModelClass, names_in
+
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    found = names_in(ModelClass(type(model).__name__, config, table), sorted(wanted))
+    return {key: name for key, name in wanted.items() if found[key].name != name}
+
+
+def rule(transform):
+    """Return a rule as plain values."""
+    values = {
+        "find": transform.compiled_sources.pattern,
+        "sources": transform.source_patterns,
+        "targets": transform.target_patterns,
+    }
+    kind = type(transform).__name__
+    if kind not in ("WeightRenaming", "WeightConverter"):
+        values["kind"] = kind
+    if hasattr(transform, "offset"):
+        values["offset"] = transform.offset
+    if hasattr(transform, "operations"):
+        values["operations"] = [operation(op) for op in transform.operations]
+    return values
+
+
+def operation(op):
+    """Return an operation's name and its plain arguments."""
+    known = inspect.signature(type(op).__init__).parameters
+    arguments = {
+        name: value
+        for name, value in vars(op).items()
+        if name in known and isinstance(value, str | int | list | bool)
+    }
+    return [type(op).__name__, arguments]
+
+
+def make():
+    """Return the table, and what could not be built with its reason."""
+    import transformers
+    from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    mapping = _build_checkpoint_conversion_mapping()
+    rules = {name: [rule(t) for t in transforms] for name, transforms in sorted(mapping.items())}
+    classes, failed = {}, {}
+    for name in class_names():
+        signal.alarm(_SECONDS)
+        try:
+            described(model_of(name), classes)
+        except Exception as error:  # noqa: BLE001 - any class may refuse its own defaults
+            failed[name] = f"{type(error).__name__}: {str(error)[:100]}"
+        finally:
+            signal.alarm(0)
+    bodies = {
+        model_type: names if isinstance(names, str) else names[0]
+        for model_type, names in MODEL_MAPPING_NAMES.items()
+    }
+    table = {
+        "transformers": transformers.__version__,
+        "rules": rules,
+        "bodies": dict(sorted(bodies.items())),
+        "classes": dict(sorted(classes.items())),
+    }
+    for name in sorted(classes):
+        _check(name, table, failed)
+    return table, failed
+
+
+def _check(name, table, failed):
+    """Note names to keep as they are; take out a class that the table gives wrong names to."""
+    try:
+        model = model_of(name)
+        wanted = expected(model)
+    except Exception as error:  # noqa: BLE001 - parts are not built alone
+        failed[f"{name} is not checked"] = f"{type(error).__name__}: {str(error)[:100]}"
+        return
+    own = set(model.state_dict())
+    off = wrong(model, wanted, table)
+    keep = sorted({numbered(key)[0] for key in off if key in own and off[key] == key})
+    if keep:
+        table["classes"][name]["keep"] = keep
+        off = wrong(model, wanted, table)
+    if off:
+        del table["classes"][name]
+        key = next(iter(off))
+        failed[name] = f"{len(off)} names differ, such as {key}, which is {off[key]}"
+
+
+def _timeout(*_):
+    raise TimeoutError("too slow")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGALRM, _timeout)
+    made, refused = make()
+    lines = []
+    for key, value in made.items():
+        if isinstance(value, dict):
+            inner = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            lines.append(f"{json.dumps(key)}: {{\n{inner}\n}}")
+        else:
+            lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    for class_name, reason in refused.items():
+        print(class_name, reason, file=sys.stderr)
+    print(len(made["classes"]), "classes,", len(refused), "not built")

@@ -1,0 +1,102 @@
+"""Factors whose terms nearly cancel, against exact rational arithmetic."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loratools.algebra.device import Device
+from loratools.algebra.one_matrix import Matrix
+from loratools.algebra.thin import Thin
+
+OUT, IN = 6, 7
+SIZES = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to a type and return float64."""
+    import ml_dtypes
+
+    return values.astype(getattr(ml_dtypes, dtype, dtype)).astype(np.float64)
+
+
+def exact(b: np.ndarray, a: np.ndarray, scale: float = 1.0) -> list[list[Fraction]]:
+    """Return scale · b @ a as fractions."""
+    factor = Fraction(scale)
+    left = [[Fraction(float(x)) * factor for x in row] for row in b]
+    right = [[Fraction(float(x)) for x in row] for row in a.T]
+    return [[sum(x * y for x, y in zip(u, v, strict=True)) for v in right] for u in left]
+
+
+def norm(matrix: list[list[Fraction]]) -> float:
+    """‖·‖_F, rounded once or twice."""
+    squared = sum(x * x for row in matrix for x in row)
+    return math.sqrt(squared)
+
+
+def difference(x: list[list[Fraction]], y: list[list[Fraction]]) -> list[list[Fraction]]:
+    return [[u - v for u, v in zip(p, q, strict=True)] for p, q in zip(x, y, strict=True)]
+
+
+def cancelling(
+    dtype: str, smallness: float, pairs: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return b and a, each column of b twice with opposite signs, and nearly equal rows of a."""
+    rng = np.random.default_rng(seed)
+    c, d, e = rng.standard_normal((OUT, pairs)), *rng.standard_normal((2, pairs, IN))
+    b = rounded(np.hstack([c, -c]) * 2.0 ** rng.integers(-3, 3), dtype)
+    return b, rounded(np.vstack([d + smallness * e, d]), dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(SIZES)),
+    st.floats(-14.0, -1.0).map(lambda power: 10.0**power),
+    st.integers(1, 3),
+    st.sampled_from([1.0, 0.5, 1.7, -3.0]),
+    st.integers(0, 2**32),
+)
+def test_norms_factors_and_errors_are_those_of_exact_arithmetic(dtype, small, pairs, scale, seed):
+    b, a = cancelling(dtype, small, pairs, seed)
+    truth = exact(b, a, scale)
+    size = norm(truth)
+    matrix = Matrix(b, a, scale, Device("cpu"), use_gram=dtype != "float64")
+    assert math.sqrt(matrix.squared_norm) == pytest.approx(size, rel=1e-9)
+    values = matrix.singular_values
+    assert np.linalg.norm(values) == pytest.approx(size, rel=1e-6)
+    for rank in range(1, 2 * pairs + 1):
+        new_b, new_a = matrix.factors(rank)
+        error = norm(difference(truth, exact(new_b, new_a)))
+        left_out = float(np.linalg.norm(values[rank:]))
+        assert abs(error - left_out) <= 1e-6 * size
+        reported = math.sqrt(matrix.squared_error(new_b, new_a))
+        if reported > 1e-4 * size or error > 1e-4 * size:
+            assert reported == pytest.approx(error, rel=1e-3)
+    thin = Thin(b, a, scale, use_gram=dtype != "float64")
+    assert math.sqrt(thin.squared_norm) == pytest.approx(size, rel=1e-9)
+
+
+def test_an_error_is_never_below_the_true_one():
+    for seed in range(20):
+        b, a = cancelling("float64", 1e-9, 2, seed)
+        matrix = Matrix(b, a, 1.0, Device("cpu"), use_gram=False)
+        new_b, new_a = matrix.factors(2)
+        error = norm(difference(exact(b, a), exact(new_b, new_a)))
+        assert math.sqrt(matrix.squared_error(new_b, new_a)) >= error * (1.0 - 1e-9)
+
+
+def test_a_change_that_cancels_whole_is_zero_and_loses_nothing():
+    rng = np.random.default_rng(0)
+    c, d = rng.standard_normal((OUT, 2)), rng.standard_normal((2, IN))
+    matrix = Matrix(np.hstack([c, -c]), np.vstack([d, d]), 1.0, Device("cpu"), use_gram=True)
+    assert matrix.squared_norm == 0.0
+    assert not matrix.singular_values.any()
+    new_b, new_a = matrix.factors(1)
+    assert not new_b.any()
+    assert not new_a.any()
+    assert matrix.squared_error(new_b, new_a) == 0.0
