@@ -174,4 +174,13 @@ RULES = (
         "The writer of GGUF files",
         of_readers=("dtype-fallback",),
     ),
+    Rule(
+        "LT113", "expert-order-guessed", "warning",
+        "Nothing states in which order lora_B holds stacked experts.",
+        "Read in the wrong order, every expert gets parts of the changes of others.",
+        "Convert it: what `loratools convert` writes states the order. If the guess is wrong, add "
+        "lora_B_layout: rank_major to adapter_config.json first.",
+        "unsloth_zoo 2026.9.6; Megatron-Bridge, `_pack_target_parameter_adapter_weights`",
+        of_readers=("expert-order-guessed",),
+    ),
 )  # fmt: skip
