@@ -36,7 +36,7 @@ test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --fast $(ARGS)
 
 test-kernels: $(VENV)/.dev
-	$(BIN)/python tests/kernels.py --numprocesses 2 $(ARGS)
+	$(BIN)/python tests/run_kernels.py --numprocesses 2 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
