@@ -33,6 +33,7 @@ CODES: Mapping[str, str] = {
     "weights-renamed": "the weights have another name than PEFT gives them",
     "weights-twice": "pickled weights lie beside safetensors and are ignored",
     "foreign-files": "files lie beside the adapter that are no part of it",
+    "unreadable-attachment": "something beside the adapter is no regular file",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that act in training only are carried along",
     "other-base": "the adapter names another base model than the one given",
