@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
 from loratools.face.result import Reported
 from loratools.face.source import (
@@ -27,6 +28,7 @@ from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
 
 
@@ -53,8 +55,8 @@ class FusedTensor:
         dtype: type it is stored in.
         base_norm: ‖W‖.
         delta_norm: ‖ΔW‖, that of the difference for a replacement.
-        rounding_norm: ‖W' − (W + ΔW)‖, W' being what is stored.
-        surviving: share of ΔW found in what is stored; None if the tensor is not quantised again.
+        rounding_norm: ‖W' − (W + ΔW)‖, where W' is stored.
+        surviving: share of ΔW found in the stored tensor; None if it is not quantised again.
         relative_change: ‖ΔW‖/‖W‖, None if W is zero.
         lost_to_rounding: share of ΔW lost to rounding.
     """
@@ -107,7 +109,7 @@ class PlannedTensor:
 
     Attributes:
         name: its key.
-        shape: as the base has it.
+        shape: its shape in the base.
         dtype: type it would be stored in.
         modules: the adapters' modules that change it; empty for a replacement.
         replaced_by: name of the adapter that replaces it, None if none does.
@@ -154,7 +156,7 @@ class FusePlan(Reported):
             UnsupportedError: less than half of the change survives quantising.
         """
         done = self.fusion.write(path, overwrite=overwrite, progress=self.progress)
-        return _result(self.fusion.inputs, done)
+        return _result(self.fusion.inputs, done, self.findings)
 
 
 @public(reading=("from_", "ignore_key"), quantised=("fallback",), writing=WRITING)
@@ -202,7 +204,8 @@ def fuse(
         if quantised.fallback is not None:
             raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
         fusion = Fusion(checkpoint, inputs, options)
-    plan = _plan(fusion.preview, fusion, progress)
+    about = about_base(read, Path(base) if isinstance(base, str | os.PathLike) else base)
+    plan = _plan(fusion.preview, fusion, progress, about)
     if writing.output is None:
         return plan
     return plan.write(writing.output, overwrite=writing.overwrite)
@@ -237,7 +240,12 @@ def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOption
     )
 
 
-def _plan(preview: FusePreview, fusion: Fusion | GgufFusion, progress: Progress | None) -> FusePlan:
+def _plan(
+    preview: FusePreview,
+    fusion: Fusion | GgufFusion,
+    progress: Progress | None,
+    about: tuple[Finding, ...],
+) -> FusePlan:
     return FusePlan(
         dry_run=True,
         bytes_out=preview.nbytes,
@@ -253,13 +261,13 @@ def _plan(preview: FusePreview, fusion: Fusion | GgufFusion, progress: Progress 
         ),
         total=preview.total,
         files=preview.files,
-        findings=preview.findings,
+        findings=(*about, *preview.findings),
         fusion=fusion,
         progress=progress,
     )
 
 
-def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
+def _result(inputs: tuple[FuseInput, ...], done: Fused, planned: tuple[Finding, ...]) -> FuseResult:
     return FuseResult(
         adapters=tuple(FusedAdapter(item.name, item.weight) for item in inputs),
         relative_change=done.relative_change,
@@ -270,7 +278,7 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
         copied=done.copied,
         converted=done.converted,
         left_out=done.left_out,
-        findings=done.findings,
+        findings=tuple(dict.fromkeys((*planned, *done.findings))),
         tensors=tuple(
             FusedTensor(
                 name=report.key,

@@ -170,7 +170,7 @@ def repair(
     """
     if not options.keep_intruders and base is None:
         raise OptionError(
-            "intruder dimensions are told by the base model",
+            "intruder dimensions show only beside the base model",
             hint="Pass `base=MODEL` or `keep_intruders=True`",
         )
     adapter.require_true_delta("repair")

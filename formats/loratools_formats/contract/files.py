@@ -1,4 +1,4 @@
-"""Reading adapters of any format, and publishing what is written.
+"""Reading adapters of any format, and publishing written ones.
 
 Formats only encode and decode. Making an output appear whole, with its provenance beside it,
 happens here for all of them.
@@ -114,8 +114,9 @@ def write_adapter(
             check(temporary)
         adapter.check_unchanged()
         if adapter.provenance is not None and chosen.is_folder:
-            files = sorted(p for p in temporary.iterdir() if p.suffix != ".md")
-            (temporary / PROVENANCE_FILE).write_bytes(statement(adapter.provenance, files))
+            files = sorted(p for p in temporary.rglob("*") if p.is_file() and p.suffix != ".md")
+            record = statement(adapter.provenance, files, folder=temporary)
+            (temporary / PROVENANCE_FILE).write_bytes(record)
     if chosen.is_folder:
         return
     for name, content in _beside(adapter, Path(path)).items():

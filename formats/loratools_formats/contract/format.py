@@ -162,7 +162,7 @@ class Format:
         """Give an adapter the names, layout and configuration that `write` wants.
 
         What `losses` lists is left out. No ΔW changes, unless the context asks for a type that
-        cannot hold the factors. By default any adapter can be written as it is.
+        cannot hold the factors. By default any adapter can be written without a change.
 
         Args:
             adapter: of this format, or in the base model's names and layout.

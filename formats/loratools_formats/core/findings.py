@@ -1,4 +1,4 @@
-"""What readers and operations find worth telling about an adapter: codes, severities, words."""
+"""Findings: what readers and operations have to say about an adapter, with a code for each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
-"""`error`: the adapter's tensors do not tell its ΔW, so operations on ΔW refuse it. `warning`: the
-result may not be what the user expects. `note`: good to know; nothing changes."""
+"""`error`: the adapter's tensors do not determine its ΔW, so operations on ΔW refuse it. `warning`:
+the result may not be what the user expects. `note`: good to know; nothing changes."""
 
 CODES: Mapping[str, str] = {
     # Readers of all formats.
@@ -35,8 +35,9 @@ CODES: Mapping[str, str] = {
     "foreign-files": "files lie beside the adapter that are no part of it",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that act in training only are carried along",
+    "other-base": "the adapter names another base model than the one given",
     "wrapped-names": "names have in them what training code left there",
-    "posterior-spread": "the spread of a Bayesian LoRA is left out of what is made from it",
+    "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
     "expert-order-guessed": "factors of stacked experts are read in an order that nothing states",
     "base-values": "tensors that replace the base's hold the base's own values",
     # What a format's own loader would leave out.
@@ -71,7 +72,7 @@ CODES: Mapping[str, str] = {
     "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",
     "different-bases": "the adapters name different base models",
 }
-"""Code of every finding in this code base → what it says in general."""
+"""Code of every finding in this code base → its meaning."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Finding:
     """Something worth telling about an adapter.
 
     Attributes:
-        code: what is the matter, a stable word; those of this code base are in `CODES`.
+        code: a stable name of the matter; those of this code base are in `CODES`.
         severity: how bad it is.
         where: the module, tensor, configuration key or file concerned; None for the whole adapter.
         message: what was found, for people.

@@ -25,6 +25,7 @@ def statement(
     predicate: Mapping[str, Any],
     files: Iterable[Path],
     digest: Callable[[Path], Mapping[str, str]] | None = None,
+    folder: Path | None = None,
 ) -> bytes:
     """Return the statement that `files` were made as `predicate` says, as UTF-8 JSON.
 
@@ -34,9 +35,16 @@ def statement(
         predicate: how they were made.
         files: the files.
         digest: what to say of each; its sha256 by default.
+        folder: what they are named relative to; None for their names alone.
     """
     describe = digest or (lambda path: {"sha256": sha256_of(path)})
-    subject = [{"name": path.name, "digest": dict(describe(path))} for path in files]
+    subject = [
+        {
+            "name": path.name if folder is None else path.relative_to(folder).as_posix(),
+            "digest": dict(describe(path)),
+        }
+        for path in files
+    ]
     content = {
         "_type": _STATEMENT_TYPE,
         "subject": subject,

@@ -175,7 +175,7 @@ def _mode_of_new_file(path: Path) -> int:
 def _check_target(
     path: str | os.PathLike[str], target: Path, overwrite: bool, *, folder: bool
 ) -> int | None:
-    """Return the permissions of what is to be replaced, None if there is nothing."""
+    """Return the permissions of the file to be replaced; None if there is none."""
     try:
         status = os.lstat(target)
     except FileNotFoundError:

@@ -217,8 +217,8 @@ RULES = (
     Rule(
         "LT403", "adapter-name-in-keys", "error",
         "Names hold the adapter's own name, such as lora_A.default.weight.",
-        "PEFT loads them only where the adapter has that very name, and drops them without error "
-        "where it has another; vLLM refuses the file.",
+        "PEFT loads them only where the adapter has that very name, and drops them without an "
+        "error where it has another; vLLM refuses the file.",
         "Save with `save_pretrained`, not with the model's state_dict.",
         "`set_peft_model_state_dict` in peft 0.21.2, run; `parse_fine_tuned_lora_name` in vLLM",
         _adapter_name,

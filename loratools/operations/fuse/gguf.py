@@ -46,6 +46,7 @@ from loratools_formats.contract.files import check_target
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
+from loratools_formats.disk.files import create, write_at
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 from loratools_formats.disk.publish import publish_file, resolved
 
@@ -221,7 +222,7 @@ class GgufFusion:
         self, path: Path, progress: Callable[[int, int], None] | None
     ) -> tuple[TensorReport, ...]:
         device = Device(self.options.device)
-        out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        out = create(path)
         reports, done = [], 0
         try:
             self.layout.write_header(out)
@@ -249,10 +250,7 @@ class GgufFusion:
 
         def store(start: int, values: Array) -> None:
             place = offset + start // kind.block * kind.block_nbytes
-            view = memoryview(values.reshape(-1).view(np.uint8).data)
-            while view:
-                written = os.pwrite(out, view, place)
-                view, place = view[written:], place + written
+            write_at(out, place, memoryview(values.reshape(-1).view(np.uint8).data))
 
         if kind.is_float:
             return fuse_tensor(plan, device, store)

@@ -74,7 +74,7 @@ class TensorPlan:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the bytes of its source are what is stored."""
+        """Whether the bytes of its source are stored unchanged."""
         return not self.changes and not self.replaces and self.dtype == self.source.dtype
 
     def old_values(self, start: int, values: Array) -> Array:
@@ -227,7 +227,7 @@ def _tensor_plan(
 
 
 def _own(base: Checkpoint, key: str, draft: Draft) -> DType:
-    """Return the type that a tensor is stored in if none is asked for: the base's."""
+    """Return the type in which a tensor is stored by default: the base's."""
     if key in base.tensors and draft.source.dtype.code in FLOATING:
         return base.tensors[key].dtype
     return draft.source.dtype

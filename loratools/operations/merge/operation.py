@@ -40,6 +40,7 @@ from loratools.operations.merge.module import MergedModule, ModuleMethod, merged
 from loratools.operations.merge.naming import in_one_naming
 from loratools.operations.merge.options import MergeOptions
 from loratools.operations.merge.result import MergeModuleReport, MergeResult
+from loratools.operations.merge.spellings import in_one_spelling
 from loratools.operations.merge.trim import SharedTrim
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
@@ -89,6 +90,7 @@ def merge(
     method = get_method(options.method)
     options = replace(options, parameters=method.checked(options.parameters))
     inputs = in_one_naming([_folded(item, scratch_folder) for item in inputs])
+    inputs = in_one_spelling(inputs, base)
     _check(inputs, options, method)
     modules = align(inputs, force_base=options.force_base, allow_missing=options.allow_missing)
     modules, silent = _heard(modules, inputs, options)
@@ -162,7 +164,7 @@ def _weights_of(
 
 
 def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
-    """Return an input of plain factors, where it folds into such exactly."""
+    """Return an input whose kinds are folded into factors, exactly."""
     return replace(item, adapter=folded_exactly(item.adapter, "merge", scratch_folder))
 
 

@@ -67,8 +67,7 @@ def as_saved(
 
 
 def _apply(names: dict[str, str], change: Callable[[str], str]) -> None:
-    for old in names:
-        names[old] = change(names[old])
+    names.update({old: change(name) for old, name in names.items()})
 
 
 def _without_head(names: dict[str, str], seen: list[str]) -> None:
@@ -81,7 +80,7 @@ def _without_head(names: dict[str, str], seen: list[str]) -> None:
         if names and all(name.startswith(head) for name in names.values()):
             seen.append("module")
             kept = head.removesuffix("module.")
-            _apply(names, lambda name, head=head, kept=kept: kept + name.removeprefix(head))
+            names.update({old: kept + name.removeprefix(head) for old, name in names.items()})
 
 
 def _without_adapter(names: dict[str, str], seen: list[str], folder: Path) -> None:

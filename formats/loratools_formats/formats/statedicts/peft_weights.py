@@ -37,7 +37,7 @@ class PeftWeights(StateDictFormat):
         return super().sniff(path) and sniffed_naming(path) is None
 
     def adapter(self, state: StateDict) -> Adapter:
-        """Return the adapter, with a finding on what is missing."""
+        """Return the adapter, with a finding about the missing configuration."""
         from dataclasses import replace
 
         from loratools_formats.core.findings import Finding
