@@ -154,8 +154,7 @@ def expected(model):
 
 def wrong(model, wanted, table):
     """Return the names that the table does not give as transformers does."""
-    from loratools.base.placement.model_class import names_in
-    from loratools.base.placement.model_class import ModelClass
+    from loratools.base.placement.model_class import ModelClass, names_in
 
     config = json.loads(model.config.to_json_string(use_diff=False))
     found = names_in(ModelClass(type(model).__name__, config, table), sorted(wanted))
