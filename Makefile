@@ -40,7 +40,7 @@ test-models: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --models tests/consumers/test_model_classes.py $(ARGS)
 
 test-kernels: $(VENV)/.dev
-	$(BIN)/python tests/kernels.py --numprocesses 2 $(ARGS)
+	$(BIN)/python tests/run_kernels.py --numprocesses 2 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -8,6 +8,8 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from loratools.algebra.ranks import Budget as Budget
+from loratools.face.check import CheckResult as CheckResult
+from loratools.face.check import RuleResult as RuleResult
 from loratools.face.compare import BasesResult as BasesResult
 from loratools.face.compare import CompareResult as CompareResult
 from loratools.face.convert import ConvertResult as ConvertResult
@@ -37,6 +39,27 @@ from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
 
 __version__: str
 
+def check(
+    sources: str | os.PathLike[str] | Adapter | Sequence[str | os.PathLike[str] | Adapter],
+    *,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    target: Sequence[str] = (),
+    headers_only: bool = False,
+    baseline: str | os.PathLike[str] | None = None,
+    fail_on: Literal["error", "warning", "note", "never"] | None = None,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    fix: bool = False,
+    allow_lossy: bool = False,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckResult: ...
+def rule(name: str) -> RuleResult: ...
 def compare(
     adapters: Mapping[str, str | os.PathLike[str] | Adapter]
     | Sequence[str | os.PathLike[str] | Adapter],

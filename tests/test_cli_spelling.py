@@ -70,11 +70,14 @@ def test_a_flag_means_one_thing_in_all_commands():
     assert set(varied) <= {"--set", "--exclude", "--exact"}
 
 
-@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in {"info", "formats", "methods"}])
+SHOWING = {"info", "formats", "methods", "rule"}
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in SHOWING])
 def test_every_command_that_computes_has_the_common_options(name):
     flags = {flag for option in options(name) for flag in option.opts}
     assert {"--json", "--quiet", "-q"} <= flags
-    if name not in {"verify", "spectrum", "compare"}:
+    if name not in {"verify", "spectrum", "compare", "check"}:
         assert {"--output", "-o", "--overwrite", "--dry-run"} <= flags
     if name != "convert":
         assert "--workers" in flags

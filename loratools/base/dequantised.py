@@ -2,7 +2,7 @@
 
 Four-bit weights of bitsandbytes mean what loaders compute with: codebook · scale rounded to the
 type they were made from. Eight-bit floats mean code · scale, in float32. Nothing is held: a range
-of elements is computed from the same range of what is stored. Other quantisations are refused,
+of elements is computed from the same range of the stored ones. Other quantisations are refused,
 unless nothing needs their weights: `as_stored` then copies them as they are.
 """
 
@@ -286,7 +286,7 @@ class _Fp8Source(_Source):
 
 
 def _numbers(scale: TensorRef) -> Array:
-    """Return scales in float32; bytes are exponents of two, 127 of which stands for one."""
+    """Return scales in float32; bytes are exponents of two, where 127 stands for one."""
     if scale.dtype.code == "U8":
         return np.exp2(scale.load(np.float32) - np.float32(127))
     values: Array = scale.load(np.float32)

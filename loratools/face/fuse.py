@@ -55,8 +55,8 @@ class FusedTensor:
         dtype: type it is stored in.
         base_norm: ‖W‖.
         delta_norm: ‖ΔW‖, that of the difference for a replacement.
-        rounding_norm: ‖W' − (W + ΔW)‖, W' being what is stored.
-        surviving: share of ΔW found in what is stored; None if the tensor is not quantised again.
+        rounding_norm: ‖W' − (W + ΔW)‖, where W' is stored.
+        surviving: share of ΔW found in the stored tensor; None if it is not quantised again.
         relative_change: ‖ΔW‖/‖W‖, None if W is zero.
         lost_to_rounding: share of ΔW lost to rounding.
     """
@@ -109,7 +109,7 @@ class PlannedTensor:
 
     Attributes:
         name: its key.
-        shape: as the base has it.
+        shape: its shape in the base.
         dtype: type it would be stored in.
         modules: the adapters' modules that change it; empty for a replacement.
         replaced_by: name of the adapter that replaces it, None if none does.

@@ -21,7 +21,7 @@ def folded(delta: ModuleChange, *, rounding: bool = False) -> ModuleChange:
     """Return a delta of scale 1.
 
     Args:
-        delta: any; a kind without factors stays as it is.
+        delta: any; a change without factors is returned unchanged.
         rounding: whether values may be rounded; if not, a scale that cannot be moved exactly stays.
     """
     part = delta.factors

@@ -66,7 +66,7 @@ class Crossing:
         return self._all(self._source.modules)
 
     def additions(self) -> dict[str, Addition]:
-        """Return what is added to biases and norms, by its new target."""
+        """Return the additions to biases and norms, by their new targets."""
         result: dict[str, Addition] = {}
         by_leaf: dict[str, dict[str, ModuleChange]] = {}
         for addition in self._source.additions.values():
@@ -174,7 +174,7 @@ def _height(delta: ModuleChange) -> int:
     height = delta.shape[0]
     if height is None:
         raise UnsupportedError(
-            "a weight change whose shape the file does not tell cannot be renamed so",
+            "a weight change whose shape the file does not state cannot be renamed by a table",
             tensor=next((t.key for t in delta.tensors()), None),
         )
     return height

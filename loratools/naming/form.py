@@ -75,7 +75,7 @@ _ALIASES = _PAIRS | {"alias": _NAME}
 
 
 def check_form(values: Mapping[str, Any], paths: Collection[str], path: str | None) -> None:
-    """Refuse what is no table of names.
+    """Refuse a value that is no table of names.
 
     Args:
         values: the parsed file.

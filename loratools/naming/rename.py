@@ -149,7 +149,7 @@ def _one_expert(
     table: Table,
     options: NamingOptions,
 ) -> tuple[Adapter, tuple[str, ...]]:
-    """Return what is of one expert, where the target names all experts alike, and the rest.
+    """Return the modules of one expert, where the target names all experts alike, and the others.
 
     Raises:
         UnsupportedError: there are several, and none was chosen.

@@ -268,7 +268,7 @@ def find_table(name: str) -> Table:
             return table
     if not name.endswith(".toml"):
         raise OptionError(
-            "no table of names is called so",
+            "there is no table of names called this",
             got=name,
             expected=", ".join(table.name for table in bundled_tables()) + " or FILE.toml",
         )

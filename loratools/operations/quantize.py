@@ -1,9 +1,9 @@
 """Quantise a checkpoint's linear layers to four bits, in the layout of bitsandbytes.
 
 Every weight is read in pieces, quantised and written where it belongs; nothing is held but its
-scales. The bytes are those that bitsandbytes' CPU code makes, but for the mean of the scales that
-double quantisation subtracts, which its own depends on the number of threads. Everything else in
-the checkpoint, weights already in four bits included, is copied bit for bit.
+scales. The bytes are those that bitsandbytes' CPU code makes, except for the mean of the scales
+that double quantisation subtracts, which its own depends on the number of threads. Everything else
+in the checkpoint, weights already in four bits included, is copied bit for bit.
 
 What it does not: experts that are stacked in one tensor, for which there is no four-bit layout.
 """

@@ -47,7 +47,7 @@ def spread_types(of: type) -> dict[str, type]:
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON has it: dataclasses as objects, tuples as arrays."""
+    """Return a value in the types of JSON: dataclasses as objects, tuples as arrays."""
     if is_dataclass(value) and not isinstance(value, type):
         return _object(value)
     if isinstance(value, Mapping):

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from loratools.cli import cli
 from loratools_formats import read_adapter
-from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 RNG = np.random.default_rng(7)
 PREFIX = "base_model.model.model.layers.0."
@@ -139,3 +139,27 @@ def test_a_key_that_is_known_to_matter_cannot_be_ignored(tmp_path):
         "squeeze", path, "--dry-run", "--rank", "2", "--ignore-key", "init_lora_weights"
     )
     assert "cannot be ignored" in str(done.exception)
+
+
+def test_modules_of_sentence_transformers_stay_beside_the_adapter(tmp_path):
+    path = folder(tmp_path / "lora", PLAIN)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    (path / "modules.json").write_text(json.dumps(modules))
+    for name in ("1_Pooling", "2_Dense"):
+        (path / name).mkdir()
+        (path / name / "config.json").write_text(f'{{"of": "{name}"}}')
+    save_file({"weight": np.ones((2, 2), "f4")}, path / "2_Dense" / "model.safetensors")
+    done = loratools("squeeze", path, "-o", tmp_path / "out", "--rank", "2")
+    assert done.exception is None
+    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (path / name).read_bytes()
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert {"1_Pooling/config.json", "2_Dense/config.json"} < {s["name"] for s in record["subject"]}
+
+
+@pytest.mark.parametrize("place", ["../elsewhere", "/etc"])
+def test_modules_elsewhere_are_refused(tmp_path, place):
+    path = folder(tmp_path / "lora", PLAIN)
+    (path / "modules.json").write_text(json.dumps([{"path": place}]))
+    with pytest.raises(AdapterError, match="elsewhere"):
+        read_adapter(path)

@@ -566,8 +566,8 @@ BESIDE = [
     ["--seed", "0"], ["--keep-alpha"], ["some/adapter"],
 ]  # fmt: skip
 FREE = {
-    "format_name", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error",
-    "as_json", "quiet", "workers", "device", "carry_unknown",
+    "from_", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error", "json",
+    "quiet", "workers", "device", "carry_unknown", "ignore_key", "allow_missing", "html", "plot",
 }  # fmt: skip
 
 

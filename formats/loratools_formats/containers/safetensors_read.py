@@ -76,7 +76,7 @@ def read_safetensors(
 
 
 def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
-    """Return the names of a file's tensors, of which only the header need be there.
+    """Return the names of a file's tensors; only the header need be there.
 
     Raises:
         MissingFileError: nothing is at `path`.
@@ -264,7 +264,7 @@ def _check_layout(
 
 
 def header_of(file: SafetensorsFile) -> bytes:
-    """Return the header of a file as it is, the length in front included."""
+    """Return the header's bytes, the length in front included."""
     (length,) = struct.unpack("<Q", file.file.read_at(0, LENGTH_BYTES))
     return bytes(file.file.read_at(0, LENGTH_BYTES + length))
 

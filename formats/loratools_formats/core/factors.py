@@ -78,7 +78,7 @@ def alpha_of(rank: int, scale: float) -> int | float:
 
 
 def stored_as(delta: ModuleChange, dtype: str | None) -> ModuleChange:
-    """Return a delta whose factors are of a type, such as `bf16`; None keeps each one's own.
+    """Return a change whose factors have a type, such as `bf16`; with None each keeps its own.
 
     Magnitudes, biases and the tensors of other kinds stay as they are.
     """

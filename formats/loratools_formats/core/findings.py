@@ -1,4 +1,4 @@
-"""What readers and operations find worth telling about an adapter: codes, severities, words."""
+"""Findings: what readers and operations have to say about an adapter, with a code for each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
-"""`error`: the adapter's tensors do not tell its ΔW, so operations on ΔW refuse it. `warning`: the
-result may not be what the user expects. `note`: good to know; nothing changes."""
+"""`error`: the adapter's tensors do not determine its ΔW, so operations on ΔW refuse it. `warning`:
+the result may not be what the user expects. `note`: good to know; nothing changes."""
 
 CODES: Mapping[str, str] = {
     # Readers of all formats.
@@ -33,13 +33,20 @@ CODES: Mapping[str, str] = {
     "weights-renamed": "the weights have another name than PEFT gives them",
     "weights-twice": "pickled weights lie beside safetensors and are ignored",
     "foreign-files": "files lie beside the adapter that are no part of it",
+    "unreadable-attachment": "something beside the adapter is no regular file",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that act in training only are carried along",
     "other-base": "the adapter names another base model than the one given",
     "wrapped-names": "names have in them what training code left there",
-    "posterior-spread": "the spread of a Bayesian LoRA is left out of what is made from it",
+    "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
     "expert-order-guessed": "factors of stacked experts are read in an order that nothing states",
     "base-values": "tensors that replace the base's hold the base's own values",
+    # What a format's own loader would leave out.
+    "not-targeted": "the loader makes no layer for modules that the file holds",
+    "targets-unclear": "which modules the loader makes layers for cannot be told",
+    "target-without-tensors": "the configuration names modules that the file does not hold",
+    "pattern-unmatched": "a pattern of ranks or alphas matches no module",
+    "classifier": "the fused model is a classifier now, and its configuration says so",
     # Writers.
     "dtype-fallback": "some factors cannot be stored in the type asked for",
     # Placing an adapter on its base, and fusing.
@@ -67,7 +74,7 @@ CODES: Mapping[str, str] = {
     "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",
     "different-bases": "the adapters name different base models",
 }
-"""Code of every finding in this code base → what it says in general."""
+"""Code of every finding in this code base → its meaning."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Finding:
     """Something worth telling about an adapter.
 
     Attributes:
-        code: what is the matter, a stable word; those of this code base are in `CODES`.
+        code: a stable name of the matter; those of this code base are in `CODES`.
         severity: how bad it is.
         where: the module, tensor, configuration key or file concerned; None for the whole adapter.
         message: what was found, for people.

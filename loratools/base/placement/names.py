@@ -92,7 +92,7 @@ class Names:
         return text
 
     def find(self, name: str) -> str | None:
-        """Return the key of the tensor that a name means, None if there is none.
+        """Return the key of the tensor that a name means; None if the base has no such tensor.
 
         Raises:
             AdapterError: it could mean several.

@@ -29,7 +29,8 @@ class TiedChanges:
     Attributes:
         deltas: changes of the weight, or of the two it becomes.
         replacements: what replaces it, or them.
-        untied: the new tensor and the one it begins as a copy of, if they part.
+        untied: maps the new output-layer tensor to the embedding it is copied from, if they must
+            differ.
         findings: what a user should know.
         modules: modules of the adapter that are dealt with.
         replaced: replacements of the adapter, by key, that are dealt with.

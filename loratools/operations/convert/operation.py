@@ -118,7 +118,7 @@ class SingleFileOptions:
     strip_training_metadata: bool = option(False, heading="Output")
 
     def record(self) -> dict[str, Any]:
-        """Return what is set, for an output's provenance."""
+        """Return the options that were given, for an output's provenance."""
         values = {
             "names": None if self.names is None else Path(self.names).name,
             "names_from": None if self.names_from is None else self.names_from.name,

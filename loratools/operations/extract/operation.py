@@ -32,7 +32,7 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 @dataclass(frozen=True)
 class Naming:
-    """How the base model is named in what is written.
+    """How the output names the base model.
 
     Attributes:
         base_name: name to record as the base model's.

@@ -46,8 +46,9 @@ from loratools_formats.contract.files import check_target
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
-from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
-from loratools_formats.disk.publish import publish_file, resolved
+from loratools_formats.disk.files import create, write_at
+from loratools_formats.disk.provenance import PREDICATE_TYPE, PROVENANCE_FILE, statement_of_one
+from loratools_formats.disk.publish import publish_with, resolved
 
 Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Fallback = Literal["f16", "q8_0"]
@@ -149,7 +150,8 @@ class GgufFusion:
         check_target(output, self._sources(), overwrite=overwrite)
         self._refuse_part(output)
         check_space(resolved(output).parent, self.layout.nbytes)
-        with publish_file(output, overwrite=overwrite) as temporary:
+        marks = {PROVENANCE_FILE: PREDICATE_TYPE.encode()}
+        with publish_with(output, marks, overwrite=overwrite) as (temporary, beside):
             reports = self._fill(temporary, progress)
             refuse_erased(
                 reports,
@@ -161,10 +163,12 @@ class GgufFusion:
             refuse_rounded(reports, self.base.path, allow_lossy=self.options.allow_lossy)
             self.layout.check_written(temporary)
             self._check_unchanged()
-            digest = _header_digest(temporary, self.layout.data_start)
-        beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
-        with publish_file(beside, overwrite=True) as temporary:
-            temporary.write_bytes(statement(self._record(), [Path(output)], lambda _: digest))
+            beside[PROVENANCE_FILE] += statement_of_one(
+                self._record(),
+                Path(output),
+                temporary,
+                lambda place: _header_digest(place, self.layout.data_start),
+            )
         return FuseResult(
             tensors=reports,
             copied=len(self.base.tensors) - len(self.plans),
@@ -221,7 +225,7 @@ class GgufFusion:
         self, path: Path, progress: Callable[[int, int], None] | None
     ) -> tuple[TensorReport, ...]:
         device = Device(self.options.device)
-        out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        out = create(path)
         reports, done = [], 0
         try:
             self.layout.write_header(out)
@@ -249,10 +253,7 @@ class GgufFusion:
 
         def store(start: int, values: Array) -> None:
             place = offset + start // kind.block * kind.block_nbytes
-            view = memoryview(values.reshape(-1).view(np.uint8).data)
-            while view:
-                written = os.pwrite(out, view, place)
-                view, place = view[written:], place + written
+            write_at(out, place, memoryview(values.reshape(-1).view(np.uint8).data))
 
         if kind.is_float:
             return fuse_tensor(plan, device, store)

@@ -109,7 +109,7 @@ class FuseResult:
 
     @property
     def relative_change(self) -> float | None:
-        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if none is touched."""
+        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if no tensor is touched."""
         base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
         delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
         if not base:
@@ -118,7 +118,7 @@ class FuseResult:
 
     @property
     def surviving(self) -> float | None:
-        """Share of ΔW that survives four bits, over all weights stored so; None if none is."""
+        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
         return surviving(self.tensors)
 
     @property

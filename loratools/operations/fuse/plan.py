@@ -12,6 +12,7 @@ from loratools.base.placement import BiasPlacement, Placement, Placements, place
 from loratools.folding.without_base import folded_where_exact, needs_base
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
+from loratools.operations.fuse.classifier import classifier_of
 from loratools.operations.fuse.draft import Draft, FuseInput, replace_values, with_replaced_rows
 from loratools.operations.fuse.streamed import (
     StreamedPlacement,
@@ -75,7 +76,7 @@ class TensorPlan:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the bytes of its source are what is stored."""
+        """Whether the bytes of its source are stored unchanged."""
         return not self.changes and not self.replaces and self.dtype == self.source.dtype
 
     def old_values(self, start: int, values: Array) -> Array:
@@ -176,6 +177,10 @@ def plan_fuse(
         findings.append(Finding("widened", "note", None, message))
     resized = _resized(base, plans)
     config = _config(base, untied=bool(untied), resized=resized, dtype=dtype)
+    classifier = classifier_of([item.adapter for item in inputs], base, plans)
+    if classifier is not None:
+        config = {**(config or base.config), **classifier.config}
+        findings.append(classifier.finding)
     if resized is not None:
         message = f"the vocabulary has {resized[1]} entries now, {resized[0]} before"
         findings.append(Finding("vocabulary-resized", "note", None, message))
@@ -232,7 +237,7 @@ def _tensor_plan(
 
 
 def _own(base: Checkpoint, key: str, draft: Draft) -> DType:
-    """Return the type that a tensor is stored in if none is asked for: the base's."""
+    """Return the type in which a tensor is stored by default: the base's."""
     if key in base.tensors and draft.source.dtype.code in FLOATING:
         return base.tensors[key].dtype
     return draft.source.dtype

@@ -46,7 +46,7 @@ def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None
 
 
 def _scaled_parts(module: AlignedModule, merged: MergedModule) -> list[tuple[float, LowRank]]:
-    """Return what is summed, with its factor; nothing where one factor does not do for all."""
+    """Return the summed factors, each with its number; none if experts have different numbers."""
     shares = merged.coefficients
     if shares is None or merged.pairs is None or (shares != shares[0]).any():
         return []

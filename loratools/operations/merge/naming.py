@@ -24,7 +24,7 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
         AdapterError: names that nothing resolves, or a component of which adapters share nothing.
         OptionError: names that fit several architectures, or have no component.
     """
-    target = get_format(inputs[0].adapter.format).naming
+    target = get_format(inputs[0].adapter.format).naming if inputs else None
     if target is None:
         return list(inputs)
     if target == "safetensors":

@@ -164,7 +164,7 @@ def _weights_of(
 
 
 def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
-    """Return an input of plain factors, where it folds into such exactly."""
+    """Return an input whose kinds are folded into factors, exactly."""
     return replace(item, adapter=folded_exactly(item.adapter, "merge", scratch_folder))
 
 

@@ -18,7 +18,7 @@ from loratools_formats.disk.errors import OptionError
 
 @dataclass(frozen=True)
 class Override:
-    """What is different for modules whose path a regular expression is found in.
+    """Other weights or parameters for the modules whose path a regular expression finds.
 
     Attributes:
         match: the regular expression.

@@ -7,6 +7,7 @@ carried; one that could change ΔW and is not understood is an error.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.beside import ATTACHMENTS, attachments
 from loratools_formats.formats.peft.config import (
     CONFIG_FILE,
     NOT_A_PRODUCT,
@@ -59,15 +61,6 @@ from loratools_formats.formats.peft.variants import lost_middle, variant_delta, 
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-
-_ATTACHMENTS = (
-    "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json", "merges.txt",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model",
-    "target.spm", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
-    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md",
-)  # fmt: skip
 
 
 def read(path: Path) -> Adapter:
@@ -115,9 +108,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *_about_training(carried),
             *_about_loader(values["peft_type"], found.modules),
         ),
-        attachments={
-            name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
-        },
+        attachments=attachments(folder),
         inputs=(original, RegularFile(folder / CONFIG_FILE)),
     )
 
@@ -257,10 +248,16 @@ def _about_training(carried: Mapping[str, TensorRef]) -> list[Finding]:
     if spread is not None:
         text = (
             "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
-            "spread of the posterior is left out of what is made from it"
+            "spread of the posterior is left out of every output"
         )
         found.append(Finding("posterior-spread", "warning", spread, text))
     return found
+
+
+def _what_it_is(path: Path) -> str:
+    if path.is_symlink():
+        return "a link to nothing" if not path.exists() else "a link to no file"
+    return "a folder" if path.is_dir() else "a pipe, socket or device"
 
 
 def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
@@ -275,9 +272,18 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
     foreign = sorted(
         child.name
         for child in folder.iterdir()
-        if child.is_file() and child.name not in own and child.name not in _ATTACHMENTS
+        if child.is_file() and child.name not in own and child.name not in ATTACHMENTS
     )
-    found = []
+    found = [
+        Finding(
+            "unreadable-attachment",
+            "warning",
+            name,
+            f"{name} is no regular file, and is left out: {_what_it_is(folder / name)}",
+        )
+        for name in ATTACHMENTS
+        if os.path.lexists(folder / name) and not (folder / name).is_file()
+    ]
     if foreign:
         text = f"files beside the adapter, not part of it: {', '.join(foreign)}"
         found.append(Finding("foreign-files", "note", foreign[0], text))

@@ -22,7 +22,9 @@ _PARTS = (
     r"lora_[ABN]|lora_embedding_[ABN]|lora_magnitude_vector|lora_diag|hada_[wt]\w+|lokr_[wt]\w+|ia3_l"
     r"|oft_[a-z]\w*|boft_[a-z]\w*|vera_lambda_[bd]|randlora_\w+|hra_u|miss_\w+|bone_\w+"
 )
-_IN_MEMORY = re.compile(rf"(.+\.(?:{_PARTS}))\.(?!weight$|bias$)([^.]+)((?:\.weight|\.bias)?)")
+_IN_MEMORY = re.compile(
+    rf"(.+\.(?:{_PARTS}))\.(?!weight$|bias$|(?:{_PARTS})(?:\.|$))([^.]+)((?:\.weight|\.bias)?)"
+)
 _ON_DISK = re.compile(rf".+\.(?:{_PARTS})(?:\.weight|\.bias)?")
 _SAVED_MODULE = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
 _WITHOUT_LEAF = ("lora_magnitude_vector",)

@@ -79,7 +79,7 @@ def _contents(adapter: Adapter, target: Naming) -> tuple[list[TensorRef], dict[s
 
 
 def _true_metadata(adapter: Adapter, metadata: dict[str, str]) -> str:
-    """Return diffusers' metadata, as it is if it is still true of each module."""
+    """Return diffusers' metadata, unchanged if it is still true of each module."""
     configs = packed_configs(metadata, adapter.source)
     parts = {name: delta.factors for name, delta in adapter.modules.items()}
     wanted = {name: (p.rank, p.scale) for name, p in parts.items() if p is not None}
