@@ -268,12 +268,15 @@ def _named(
     if single.as_it_is or (naming is None and get_format(adapter.format).naming is None):
         return Renamed(adapter)
     dotted: list[str] = []
+    base: tuple[str, ...] = ()
     if context.base is not None and naming is not None:
-        dotted += names_of_base(context.base, single.component)
+        base = tuple(names_of_base(context.base, single.component))
+        dotted += base
     if single.names_from is not None:
         dotted += names_of_adapter(single.names_from)
     table = None if single.names is None else find_table(single.names)
-    return renamed(adapter, naming or "bare", NamingOptions(table, tuple(dotted), single.component))
+    options = NamingOptions(table, tuple(dotted), base, single.component)
+    return renamed(adapter, naming or "bare", options)
 
 
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
