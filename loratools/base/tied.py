@@ -47,7 +47,7 @@ def find_tie(
 
     Args:
         names: the checkpoint.
-        adapter: its configuration tells of an output layer, by the task or by the model's class,
+        adapter: its configuration implies an output layer, by the task or by the model's class,
             if the base's configuration names no class.
         guess_head: what to take for true if neither tells.
 

@@ -511,7 +511,7 @@ def test_split_modules_come_back_with_their_ranks_and_bytes(tmp_path):
     source = save(file, tmp_path / "diffusers.safetensors")
     for naming in ("kohya", "comfyui"):
         there, back = tmp_path / f"{naming}.safetensors", tmp_path / f"{naming}.back.safetensors"
-        run("convert", source, there, "--to", naming)
+        run("convert", source, there, "--to", naming, "--names", "flux1")
         (fused,) = ours(there).values()
         expected = np.zeros((7 * 8, 8))
         expected[:8] = file.deltas[f"{block}.attn.to_q"]
