@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,12 +88,10 @@ class Values:
         """Return whether a key is there and holds a string."""
         return isinstance(self._values.get(key), str)
 
-    def names(self, key: str, path: str) -> bool:
-        """Return whether a regular expression, or an entry of a list, names a module."""
+    def names(self, key: str) -> str | list[Any]:
+        """Return a regular expression, or a list of ends of names."""
         found: str | list[Any] = self._value(key, (str, list), "names of modules")
-        if isinstance(found, str):
-            return re.fullmatch(found, path) is not None
-        return any(path.endswith(entry) for entry in found if isinstance(entry, str))
+        return found
 
     def indices(self, key: str) -> tuple[int, ...]:
         """Return a list of whole numbers, none below 0."""
