@@ -24,14 +24,3 @@ def in_base_layout(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     if base is None or not has_own_layout(adapter):
         return adapter
     return get_format(adapter.format).to_model(adapter, Context(base=base.path))
-
-
-def in_own_layout(adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Return what `in_base_layout` made in the layout of its format.
-
-    Raises:
-        UnsupportedError: the format cannot hold it.
-    """
-    if base is None or not has_own_layout(adapter):
-        return adapter
-    return get_format(adapter.format).from_model(adapter, Context(base=base.path))

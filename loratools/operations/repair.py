@@ -24,7 +24,7 @@ from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.outliers import DEAD, ONE_SIDED
 from loratools.algebra.thin import Thin
 from loratools.base.decompositions import IntruderOptions, leading
-from loratools.folding.base_layout import in_base_layout, in_own_layout
+from loratools.folding.base_layout import has_own_layout
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.folding.without_base import folded_exactly
@@ -175,8 +175,14 @@ def repair(
             "intruder dimensions show only beside the base model",
             hint="Pass `base=MODEL` or `keep_intruders=True`",
         )
+    if not options.keep_intruders and has_own_layout(adapter):
+        raise UnsupportedError(
+            f"modules of format {adapter.format} do not lie as in the base model",
+            path=adapter.source,
+            hint="Convert it first: loratools convert --to peft --base MODEL, and back afterwards",
+        )
     adapter.require_true_delta("repair")
-    adapter = folded_exactly(in_base_layout(adapter, base), "repair", scratch_folder, base)
+    adapter = folded_exactly(adapter, "repair", scratch_folder, base)
     for name, delta in adapter.modules.items():
         if delta.is_dora:
             raise UnsupportedError(
@@ -213,7 +219,7 @@ def repair(
         provenance=provenance,
     )
     return RepairResult(
-        adapter=in_own_layout(repaired, base),
+        adapter=repaired,
         modules=tuple(outcome.report for outcome in outcomes),
         change=_ratio(sum(o.squared_change for o in outcomes), total),
         relative_error=_ratio(sum(o.squared_error for o in outcomes), intended),
