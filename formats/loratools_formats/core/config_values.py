@@ -51,11 +51,11 @@ class Values:
             raise self._wrong(key, "a number from 0 to 1")
         return value
 
-    def count(self, key: str, most: int = 2**31 - 1) -> int:
-        """Return a whole number above 0 and no greater than `most`."""
-        value: int = self._value(key, (int,), "a whole number above 0")
-        if not 1 <= value <= most:
-            raise self._wrong(key, f"a whole number from 1 to {most}")
+    def count(self, key: str, most: int = 2**31 - 1, least: int = 1) -> int:
+        """Return a whole number no less than `least` and no greater than `most`."""
+        value: int = self._value(key, (int,), "a whole number")
+        if not least <= value <= most:
+            raise self._wrong(key, f"a whole number from {least} to {most}")
         return value
 
     def whole(self, key: str) -> int:
