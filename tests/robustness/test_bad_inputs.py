@@ -223,7 +223,7 @@ def test_bombs(defect, make_folder, refused):
 def test_missing_config(make_folder, refused):
     folder = make_folder()
     (folder / CONFIG).unlink()
-    refused(folder, "no known format")
+    refused(folder, f"{CONFIG} is not")
 
 
 def test_missing_weights(make_folder, refused):
