@@ -147,6 +147,22 @@ def switches(modules: Mapping[str, ModuleChange]) -> dict[str, dict[str, bool]]:
     return found
 
 
+def has_mixed_ranks(modules: Mapping[str, ModuleChange]) -> bool:
+    """Return whether a component has modules of several ranks, and no alpha tensors.
+
+    diffusers up to 0.39 takes the largest rank for all modules of a file that states none, and so
+    multiplies the others by their share of it.
+    """
+    ranks: dict[str, set[int]] = {}
+    for name, delta in modules.items():
+        part = delta.factors
+        if part is not None:
+            if part.alpha_tensor is not None:
+                return False
+            ranks.setdefault(name.partition(".")[0], set()).add(part.rank)
+    return any(len(found) > 1 for found in ranks.values())
+
+
 def packed(modules: Mapping[str, ModuleChange], metadata: Mapping[str, str]) -> str:
     """Return diffusers' metadata that gives each module its rank, scale and kind.
 
