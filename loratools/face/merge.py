@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,10 +40,11 @@ from loratools.operations.merge.result import MergeModuleReport
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.files import check_apart, write_adapter
+from loratools_formats.contract.path_kinds import is_model
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import AdapterError, OptionError
+from loratools_formats.disk.errors import AdapterError, OptionError, UnknownFormatError
 from loratools_formats.disk.publish import publish_file
 
 
@@ -114,6 +116,7 @@ class MergeResult(AdapterResult):
         """
         if self.recipe is None:
             raise OptionError("an adapter is in no file, so that no recipe can name it")
+        check_apart(path, [*(item.path for item in self.recipe.adapters), self.recipe.base])
         text = self._recipe_text(self.recipe, Path(os.path.realpath(path)).parent)
         with publish_file(path, overwrite=overwrite) as temporary:
             temporary.write_bytes(text)
@@ -212,7 +215,11 @@ def _inputs(
     inputs: list[MergeInput] = []
     names: list[str] = []
     for (source, weight), digest in zip(sources, digests, strict=True):
-        adapter = opened(source, reading)
+        try:
+            adapter = opened(source, reading)
+        except UnknownFormatError as error:
+            error.hint = _fuse_instead(source, sources) or error.hint
+            raise
         if digest is not None and adapter.inputs[0].sha256() != digest:
             raise AdapterError(
                 "the adapter is not the one that the recipe was made with",
@@ -223,6 +230,16 @@ def _inputs(
         count = names.count(names[-1])
         inputs.append(MergeInput(adapter, weight, names[-1] + (f"#{count}" if count > 1 else "")))
     return inputs
+
+
+def _fuse_instead(source: object, sources: Sequence[tuple[object, float]]) -> str | None:
+    """Return the command for those who name a model among the adapters; None if it is none."""
+    paths = [path for path, _ in sources if isinstance(path, str | os.PathLike)]
+    if not isinstance(source, str | os.PathLike) or not is_model(Path(source)):
+        return None
+    others = [shlex.quote(os.fspath(path)) for path in paths if path != source] or ["ADAPTER"]
+    command = " ".join(["loratools fuse", shlex.quote(os.fspath(source)), *others, "-o fused"])
+    return f"merge makes one adapter of several; to put adapters into a model: {command}"
 
 
 def _findings(inputs: list[MergeInput]) -> tuple[Finding, ...]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from loratools.base.dequantised import as_stored
+from loratools.base.dequantised import dequantised
 from loratools.base.placement import rules
 from loratools.base.placement.changes import Placement, Span
 from loratools.base.placement.class_view import class_view
@@ -43,7 +43,7 @@ def in_class_names(adapters: Sequence[Adapter], base: Checkpoint) -> list[Adapte
         AdapterError: a module fits nothing in the base, or several things.
         UnsupportedError: a change that cannot be cut or put together.
     """
-    names = Names(class_view(as_stored(base).checkpoint).checkpoint)
+    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
     changes = [_by_weight(names, adapter) for adapter in adapters]
     paths = _paths({key for each in changes for key in each})
     return [
@@ -124,7 +124,7 @@ def _whole(
         if len(members) > 1:
             raise AdapterError("two modules are one in the base", path=adapter.source, tensor=key)
         change = members[0][1]
-        if not change.layer.parameters:
+        if not change.layer.parameters and (change.is_dora or not names.is_bare(key)):
             return change
         layer = replace(change.layer, parameters=(key,))
         return change.with_direction(replace(change.direction, layer=layer))

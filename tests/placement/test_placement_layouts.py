@@ -241,6 +241,23 @@ def test_the_exchanged_axes_of_old_peft_are_exchanged_back():
         assert not any(placement.transposed for placement in found)
 
 
+@pytest.mark.parametrize(("width", "inner"), [(8, 5), (8, 8)])
+def test_experts_as_lists_of_layers_go_into_their_plane(width, inner):
+    """Unsloth's gpt-oss: `gate_up_projs.N` is (2·I, H), its outputs in the order of the base's."""
+    stack = "model.layers.0.mlp.experts"
+    shapes = {
+        f"{stack}.gate_up_proj": (3, width, 2 * inner), f"{stack}.down_proj": (3, inner, width),
+    }  # fmt: skip
+    base = checkpoint(shapes, model_type="gpt_oss")
+    modules = {
+        f"{stack}.gate_up_projs.1": linear(2 * inner, width),
+        f"{stack}.down_projs.2": linear(width, inner),
+    }
+    into, out = placed(modules, base).deltas
+    assert (into.key, into.plane, into.transposed) == (f"{stack}.gate_up_proj", 1, True)
+    assert (out.key, out.plane, out.transposed) == (f"{stack}.down_proj", 2, True)
+
+
 def covered(spans_, size):
     rows = [row for span in spans_ or ((0, size),) for row in range(*span)]
     assert sorted(rows) == list(range(size)), "every output once"

@@ -15,7 +15,12 @@ from loratools_formats.core.adapter import LowRank, ModuleChange
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_PIECES = {"gate_up_proj": ("gate_proj", "up_proj")}
+_PIECES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+"""The projections that a parameter joins, under each of the names that checkpoints give them."""
+
 _STACK = re.compile(r"(?P<stack>.*\bexperts)\.(?P<leaf>[a-z0-9_]+)")
 
 
@@ -74,12 +79,16 @@ def _per_expert(names: Names, module: str, parameter: str, delta: ModuleChange) 
     if match is None:
         return []
     stack, leaf = match["stack"], match["leaf"]
-    leaves = _PIECES.get(leaf, (leaf,))
     part = delta.require_factors()
-    rows = []
-    for expert in range(part.experts):
-        keys = [names.find(f"{stack}.{expert}.{piece}.weight") for piece in leaves]
-        rows.append([key for key in keys if key is not None])
+    rows: list[list[str]] = []
+    leaves: tuple[str, ...] = ()
+    for leaves in _PIECES.get(leaf, ((leaf,),)):
+        rows = []
+        for expert in range(part.experts):
+            keys = [names.find(f"{stack}.{expert}.{piece}.weight") for piece in leaves]
+            rows.append([key for key in keys if key is not None])
+        if any(rows):
+            break
     if not any(rows):
         return []
     _check_complete(names, parameter, stack, leaves, rows)

@@ -65,10 +65,9 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
     if part.leaf == "in_proj_weight":
         return _joined((1, 1, 1), total, part)
     layouts = rules.QKV[part.leaf]
-    known = [layouts[t] for t in names.types_of(part.module) if t in layouts]
-    if not known:
+    layout = next((layouts[t] for t in names.types_of(part.module) if t in layouts), None)
+    if layout is None:
         raise _unknown_layout(names, part.module)
-    layout = known[0]
     if layout == "thirds":
         return _joined((1, 1, 1), total, part)
     section = names.section(part.module)

@@ -58,7 +58,7 @@ def cut_is_transposed(
 
     Args:
         names: the checkpoint.
-        module: the module the matrix is the weight of.
+        module: the module the matrix is the weight of; of stacked experts, their key.
         delta: whose inputs it has.
         shape: of the stored matrix.
         stacked: it is one of stacked experts.
@@ -78,7 +78,7 @@ def cut_is_transposed(
     if shape[0] != shape[1]:
         return shape[0] == width
     if stacked:
-        told = _experts_if_square(names, module)
+        told = stack_is_transposed(names, module)
     else:
         told = _linear_if_square(names, module)
         told = delta.layer.transposed_if_square if told is None else told

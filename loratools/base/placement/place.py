@@ -95,7 +95,8 @@ def _placement(
         shape = shape[1:]
     if site.part is None and site.share is None and site.plane is None:
         return Placement(site.key, module, delta, whole_is_transposed(names, module, part, shape))
-    oriented_by = module if site.part is None or site.plane is not None else site.part.module
+    oriented_by = module if site.part is None else site.part.module
+    oriented_by = oriented_by if site.plane is None else site.key
     transposed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
     total = shape[1] if transposed else shape[0]
     outputs = () if site.part is None else part_spans(names, site.part, total)

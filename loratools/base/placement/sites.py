@@ -15,7 +15,12 @@ _STACKED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
     "down_proj": ("down_proj", None),
+    "w1": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "w2": ("down_proj", None),
 }
+_LISTED = re.compile(r"(?P<stack>.+\.experts)\.(?P<leaf>gate_up|down)_projs\.(?P<index>\d{1,6})")
+"""Experts of gpt-oss as lists of layers, as Unsloth's four-bit copies have them."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,11 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
 
 
 def _in_stack(names: Names, module: str) -> list[Site]:
+    listed = _LISTED.fullmatch(names.spelling(module))
+    if listed is not None:
+        key = names.find(f"{listed['stack']}.{listed['leaf']}_proj")
+        is_stack = key is not None and len(names.tensors[key].shape) == 3
+        return [Site(key, plane=int(listed["index"]))] if key is not None and is_stack else []
     match = _EXPERT.fullmatch(names.spelling(module))
     if match is None or match["leaf"] not in _STACKED:
         return []

@@ -20,6 +20,7 @@ from loratools.lowrank.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
 from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
+from loratools.operations.convert.class_names import in_target_names, uses_names
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
@@ -286,11 +287,16 @@ def _named(
 
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
     source = get_format(adapter.format)
-    return adapter if source.name == target.name else source.to_model(adapter, context)
+    model = adapter if source.name == target.name else source.to_model(adapter, context)
+    if uses_names(source.name, target.name):
+        return in_target_names(model, target.name, context.base)
+    return model
 
 
 def _uses_base(source: Format, target: Format) -> bool:
     """Return whether a base model has a part in a conversion between two formats."""
+    if uses_names(source.name, target.name):
+        return True
     is_other = source.name != target.name
     return (source.uses_base or target.uses_base) and (is_other or target.naming is not None)
 
