@@ -62,7 +62,7 @@ def command(
     presenting: Presenting,
     reporting: Reporting,
 ) -> int:
-    """Check adapters: what loads and does nothing, what programs refuse, what is missing.
+    """Check adapters: what does nothing, what programs refuse, what is missing.
 
     A folder that is no adapter stands for all adapters below it. Exits with 0 if nothing was found,
     with 1 if something was, and with 2 if an adapter could not be looked at.

@@ -6,11 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from loratools.page.generic import result_sections
-from loratools.page.html import framed, page
-from loratools.page.parts import Section, figures
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
 from loratools_formats.contract.files import write_adapter
@@ -18,6 +15,9 @@ from loratools_formats.contract.registry import get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import InexactError, OptionError
+
+if TYPE_CHECKING:
+    from loratools.page.parts import Section
 
 SCHEMA = 1
 
@@ -44,10 +44,14 @@ class Result:
 
     def sections(self) -> Sequence[Section]:
         """Return the parts of its page: every number and every table of its JSON object."""
+        from loratools.page.generic import result_sections
+
         return result_sections(self.to_dict(), getattr(self, "notes", ()))
 
     def html(self) -> str:
         """Return a page that shows the result; it needs no network and no other file."""
+        from loratools.page.html import page
+
         return page(self.title(), self.sections())
 
     def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -58,12 +62,15 @@ class Result:
             MissingDependencyError: matplotlib is not installed.
             OutputExistsError: the file exists and `overwrite` is false.
         """
+        from loratools.page.parts import figures
         from loratools.page.plot import plot
 
         plot(self.title(), figures(self.sections()), Path(path), overwrite=overwrite)
         return Path(path)
 
     def _repr_html_(self) -> str:
+        from loratools.page.html import framed
+
         return framed(self.html())
 
     def __repr__(self) -> str:

@@ -149,9 +149,13 @@ def with_kernels(adapter: Adapter) -> Adapter:
 
 def to_lora_command(adapter: Adapter, delta: ModuleChange) -> str:
     """Return the command that makes a plain LoRA of what does not become one on the fly."""
-    base = ["--base MODEL"] if needs_base(delta) else []
-    rank = [] if get_kind(delta.kind).low_rank else ["--rank RANK"]
-    return command_on(adapter, "to-lora", *base, *rank)
+    is_low_rank = get_kind(delta.kind).low_rank
+    return command_on(
+        adapter,
+        "to-lora",
+        *(["--base MODEL"] if needs_base(delta) else []),
+        *([] if is_low_rank else ["--rank RANK"]),
+    )
 
 
 def with_settings(
@@ -218,7 +222,7 @@ def _lacks(
         path=adapter.source,
         tensor=module,
         expected="; ".join(expected) if len(expected) > 1 else lacking[names[0]].expected,
-        hint=f"Make it a plain LoRA: {command}{', or with --base MODEL' if may_tell else ''}",
+        hint=f"Make it a plain LoRA: {command}{', or with `base`' if may_tell else ''}",
     )
 
 

@@ -186,7 +186,7 @@ def prepare(
             if losses[0].remedy
             else "Pass `allow_lossy=True` to leave such things out",
         )
-    _refuse_nothing(model, adapter, target)
+    _refuse_nothing(model, adapter, target, losses)
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
     exact, made = _translated(model, named, target, context, single)
@@ -207,10 +207,13 @@ def prepare(
     return Conversion(adapter, made, exact, target, losses, findings)
 
 
-def _refuse_nothing(model: Adapter, adapter: Adapter, target: Format) -> None:
+def _refuse_nothing(
+    model: Adapter, adapter: Adapter, target: Format, losses: tuple[Loss, ...]
+) -> None:
     if not (model.modules or model.replacements or model.shared):
+        why = f": {losses[0].name} {losses[0].reason}" if losses else ""
         raise UnsupportedError(
-            f"nothing would be left to write as {target.name}",
+            f"nothing would be left to write as {target.name}{why}",
             path=adapter.source,
             got=f"{len(adapter.modules)} modules",
         )
