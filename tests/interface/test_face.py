@@ -240,7 +240,7 @@ def test_options_are_those_of_the_declarations():
         (lambda: lt.factors(lt.read(DORA), MODULE), UnsupportedError, r"no product of two"),
         (lambda: lt.convert(LORA), OptionError, r"no output given"),
         (lambda: RankRule(rank="8"), OptionError, r"rank is of the wrong type; got '8'"),
-        (lambda: RankRule(budget="much"), OptionError, r"not a size; got much"),
+        (lambda: RankRule(budget="much"), OptionError, r"not a budget; got much"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(call, error, text):

@@ -23,6 +23,11 @@ _MODEL_WEIGHTS = re.compile(
     r"(?:\.index\.json)?"
 )
 _HUB_ID = re.compile(r"(?:hf:/{1,2}|https?:/{1,2}huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
+_OF_MODELS = re.compile(
+    r"(?:^|\.)(?:(?:\w*_)?(?:blocks?|layers?)|h)\.\d+\.(?:.*\.)?(?:weight|bias)$"
+    r"|(?:^|\.)(?:embed_tokens|lm_head|wte|wpe|norm|ln_f)\.(?:weight|bias)$"
+)
+_OF_ADAPTERS = re.compile(r"lora|adapter|hada_|lokr_|oft|delta|\.diff", re.IGNORECASE)
 _MOST_JSON_BYTES = 16 << 20
 _MOST_HEADER_BYTES = 1 << 20
 _SMALL_BYTES = 1024
@@ -160,6 +165,8 @@ def _weights(folder: Path, names: list[str]) -> Kind | None:
 
 
 def _of_file(path: Path) -> Kind | None:
+    if not path.is_file():  # opening a pipe would wait for ever
+        return None
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -197,9 +204,8 @@ def _of_inversion(path: Path, names: list[str]) -> Kind | None:
 
 
 def _of_model(path: Path, names: list[str]) -> Kind | None:
-    if not any(name.endswith((".weight", ".bias")) for name in names):
-        return None
-    if any("lora" in name.lower() for name in names):
+    of_model = sum(_OF_MODELS.search(name) is not None for name in names)
+    if 2 * of_model <= len(names) or any(_OF_ADAPTERS.search(name) for name in names):
         return None
     return Kind(
         "is a model's weights, not an adapter",

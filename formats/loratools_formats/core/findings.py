@@ -67,6 +67,7 @@ CODES: Mapping[str, str] = {
     # Converting, extracting and merging.
     "base-unused": "the base model is not needed",
     "attachments-left-out": "the format has no place for the files beside the adapter",
+    "names-stay": "names of modules stay, since no table of names is certain",
     "names-by-table": "modules are renamed by a table of names",
     "weightless-modules": "modules in which every adapter's weight is 0 are left out",
     "tied-skipped": "a tied tensor is not compared",

@@ -231,4 +231,12 @@ RULES = (
         "peft.utils.save_and_load, 0.21.2",
         of_readers=("weights-renamed",),
     ),
+    Rule(
+        "LT014", "unreadable-attachment", "warning",
+        "Something beside the adapter is no regular file: a dangling link, a pipe or a folder.",
+        "Copies and uploads leave it out, or fail on it.",
+        "Put the file itself there, or remove the link.",
+        "The reader of PEFT folders",
+        of_readers=("unreadable-attachment",),
+    ),
 )  # fmt: skip

@@ -273,12 +273,4 @@ RULES = (
         "peft.tuners.lora.layer.ParamWrapper, 0.21.2",
         of_readers=("experts-grouped",),
     ),
-    Rule(
-        "LT410", "expert-order-guessed", "warning",
-        "Nothing in the file states the order of stacked experts' factors.",
-        "Programs that take another order mix the experts up, without an error.",
-        "Compare with the base: `loratools check ADAPTER --base MODEL`.",
-        "The reader of PEFT folders",
-        of_readers=("expert-order-guessed",),
-    ),
 )  # fmt: skip
