@@ -180,7 +180,7 @@ def plan_fuse(
     config = _config(base, untied=bool(untied), resized=resized, dtype=dtype)
     classifier = classifier_of([item.adapter for item in inputs], base, plans)
     if classifier is not None:
-        config = dict(config or base.config) | classifier.config
+        config = {**(config or base.config), **classifier.config}
         findings.append(classifier.finding)
     if resized is not None:
         message = f"the vocabulary has {resized[1]} entries now, {resized[0]} before"
