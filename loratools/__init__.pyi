@@ -53,7 +53,6 @@ def check(
     allow_lossy: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
-    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     workers: int | None = None,

@@ -28,6 +28,8 @@ from loratools_formats.checkpoints.eight_bit_floats import (
     Fp8Weight,
     activation_scales,
     fp8_weights,
+    marks_of_comfyui,
+    unmarked,
 )
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.quantization import (
@@ -65,12 +67,14 @@ class DequantisedCheckpoint:
         stored: type to store each computed weight in by default: 16 bits.
         four_bit: weights in four bits.
         dropped: tensors that only say how others are quantised.
+        eight_bit: names of the weights in eight-bit floats.
     """
 
     checkpoint: Checkpoint
     stored: Mapping[str, DType]
     four_bit: Mapping[str, QuantizedWeight]
     dropped: tuple[str, ...]
+    eight_bit: tuple[str, ...] = ()
 
     @property
     def is_quantized(self) -> bool:
@@ -94,7 +98,7 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
     auxiliary = {t.key for w in four_bit.values() for t in w.tensors} - set(four_bit)
     auxiliary |= {part.key for weight in eight_bit.values() for part in weight.parts}
     if eight_bit:
-        auxiliary |= set(activation_scales(base.tensors))
+        auxiliary |= {*activation_scales(base.tensors), *marks_of_comfyui(base.tensors, eight_bit)}
     tensors: dict[str, TensorRef] = {}
     stored: dict[str, DType] = {}
     for key, tensor in base.tensors.items():
@@ -109,7 +113,17 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
             tensors[key] = tensor
     name = next(iter(stored.values())).torch
     checkpoint = replace(base, tensors=tensors, config=dequantised_config(base.config, str(name)))
-    return DequantisedCheckpoint(checkpoint, stored, four_bit, tuple(sorted(auxiliary)))
+    return DequantisedCheckpoint(
+        checkpoint, stored, four_bit, tuple(sorted(auxiliary)), tuple(sorted(eight_bit))
+    )
+
+
+def dequantised_metadata(base: DequantisedCheckpoint) -> dict[str, str] | None:
+    """Return the metadata of files of dequantised weights; None if they keep their own."""
+    files = base.checkpoint.files
+    if not base.eight_bit or all(unmarked(f.metadata, base.eight_bit) == f.metadata for f in files):
+        return None
+    return unmarked(files[0].metadata, base.eight_bit)
 
 
 def dequantised_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from loratools_formats.checkpoints.facts import (
     has_head,
     head_of,
     is_tied,
+    says_tied,
 )
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError
@@ -47,7 +48,7 @@ def find_tie(
 
     Args:
         names: the checkpoint.
-        adapter: its configuration tells of an output layer, by the task or by the model's class,
+        adapter: its configuration implies an output layer, by the task or by the model's class,
             if the base's configuration names no class.
         guess_head: what to take for true if neither tells.
 
@@ -94,7 +95,8 @@ def _has_head(names: Names, adapter: Adapter | None, guess_head: bool) -> bool:
             return task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
         # PEFT records the model's class if it is told no task.
         model = auto.get("base_model_class") if isinstance(auto, dict) else None
-        told = has_head({"architectures": [model]}) if isinstance(model, str) else None
+        if isinstance(model, str) and says_tied(names.base.config) is not True:
+            told = has_head({"architectures": [model]})
     return guess_head if told is None else told
 
 

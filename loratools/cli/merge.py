@@ -22,6 +22,7 @@ from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles
 from loratools.work.declared import declared
 from loratools.work.requests import Reading, Reporting, Writing
+from loratools_formats.contract.files import check_apart
 from loratools_formats.disk.errors import OptionError
 
 
@@ -75,6 +76,7 @@ def command(
         read = [files.recipe, *(path for path, _ in ([] if isinstance(sources, Path) else sources))]
         place = Writing(output=save_recipe, overwrite=writing.overwrite)
         destination(place, None, [*read, reading.base])
+        check_apart(save_recipe, [*read, reading.base, target.output])
 
     def work(progress: Callable[[int, int], None] | None) -> MergeResult:
         result = merge(

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
-from loratools.face.source import READING, Model, Source, destination, model, opened
+from loratools.face.source import Model, Source, destination, model
 from loratools.operations.check import runner
 from loratools.operations.check.baseline import read_baseline
 from loratools.operations.check.options import CheckOptions, FixOptions
@@ -20,6 +20,7 @@ from loratools.operations.check.rules import rule_named
 from loratools.operations.check.runner import CheckedAdapter, CheckFinding, Unchecked
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Writing
+from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Severity
 from loratools_formats.disk.errors import (
@@ -29,9 +30,6 @@ from loratools_formats.disk.errors import (
     ResultError,
     UnsupportedError,
 )
-
-if TYPE_CHECKING:
-    from loratools.operations.repair import RepairOptions
 
 Sources = Source | Sequence[Source]
 """One adapter, or several."""
@@ -114,7 +112,7 @@ class RuleResult(Result):
     statistical: bool
 
 
-@public(reading=READING, writing=("output", "overwrite"))
+@public(reading=("from_", "carry_unknown"), writing=("output", "overwrite"))
 def check(
     sources: Sources,
     *,
@@ -170,12 +168,18 @@ def check(
     first = run(given, reading)
     if first.unchecked or not any(finding.remedy for finding in first.findings):
         return _result(first, options, ())
-    adapter = opened(given[0], reading)
+    adapter = _read(given[0], reading)
     place = destination(writing, adapter, [adapter, checkpoint])
     steps = _mended(adapter, first.findings, fixing, base, place)
     if not any(step.taken for step in steps):
         return _result(first, options, steps)
     return _result(run([Path(str(place.output))], Reading()), options, steps)
+
+
+def _read(source: Path | Adapter, reading: Reading) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    return read_adapter(source, reading.from_, carry_unknown=reading.carry_unknown)
 
 
 def _listed(sources: Any) -> list[Path | Adapter]:
@@ -279,14 +283,14 @@ def _step(adapter: Adapter, remedy: Remedy, base: Model | None) -> tuple[Adapter
 
 
 def _repaired(adapter: Adapter, remedy: Remedy) -> tuple[Adapter, float | None]:
-    from loratools.operations.repair import RepairOptions, repair
+    from loratools.face.repair import repair
 
-    options: RepairOptions = RepairOptions(
+    made = repair(
+        adapter,
         keep_intruders=True,
         drop_dead=remedy.kind == "drop-dead",
         rebalance=remedy.kind == "rebalance",
     )
-    made = repair(adapter, options)
     return made.adapter, made.relative_error
 
 

@@ -40,7 +40,7 @@ from loratools.operations.merge.result import MergeModuleReport
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.files import check_apart, write_adapter
 from loratools_formats.contract.path_kinds import is_model
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.findings import Finding
@@ -116,6 +116,7 @@ class MergeResult(AdapterResult):
         """
         if self.recipe is None:
             raise OptionError("an adapter is in no file, so that no recipe can name it")
+        check_apart(path, [*(item.path for item in self.recipe.adapters), self.recipe.base])
         text = self._recipe_text(self.recipe, Path(os.path.realpath(path)).parent)
         with publish_file(path, overwrite=overwrite) as temporary:
             temporary.write_bytes(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +9,6 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.ranks import RankRule, Spectrum
-from loratools.base.placement.names import Names
 from loratools.base.tied import find_tie, shared_embeddings
 from loratools.base.weights import (
     BaseModule,
@@ -113,7 +111,6 @@ class Opener:
         places = {}
         names = names_under(self.adapter, base, needing)
         in_base = names_in_base(self.adapter, base)
-        self._refuse_tied(names, in_base)
         for name, delta in self.adapter.modules.items():
             if delta.kind == "lora":
                 continue
@@ -123,7 +120,15 @@ class Opener:
                 places[name] = find_base_module(names, in_base[name], delta.direction)
         return places
 
-    def _refuse_tied(self, names: Names, in_base: Mapping[str, str]) -> None:
+    def refuse_tied(self, base: Checkpoint) -> None:
+        """Refuse changes that no plain LoRA makes where the embedding is tied to the output layer.
+
+        Raises:
+            UnsupportedError: a module is such a change of a tied tensor.
+        """
+        needing = [name for name, delta in self.adapter.modules.items() if needs_base(delta)]
+        names = names_under(self.adapter, base, needing)
+        in_base = names_in_base(self.adapter, base)
         tie = find_tie(names, adapter=self.adapter, guess_head=True)
         shared = {f"{name}.weight" for name in shared_embeddings(names)}
         tied = shared if tie is None else {*shared, *map(names.spelling, (tie.embedding, tie.head))}

@@ -22,12 +22,13 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
+from loratools.naming.choice import kernel_of
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import text_values
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Missing, ModuleChange
+from loratools_formats.core.adapter import Adapter, Layer, Missing, ModuleChange
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 
@@ -130,6 +131,22 @@ def folded_where_exact(
     return plain_adapter(adapter, modules)
 
 
+def with_kernels(adapter: Adapter) -> Adapter:
+    """Return an adapter whose LoHa and LoKr of convolutions are such, where a table tells it.
+
+    LyCORIS flattens the kernel into the columns, so that only the module's name tells it.
+    """
+    modules = dict(adapter.modules)
+    for name, whole in adapter.modules.items():
+        delta, columns = whole.kind_delta, whole.shape[1]
+        if delta is None or delta.kind not in ("loha", "lokr") or delta.layer.kind != "linear":
+            continue
+        kernel = kernel_of(name)
+        if kernel is not None and columns is not None and columns % math.prod(kernel) == 0:
+            modules[name] = whole.with_direction(replace(delta, layer=Layer("conv", kernel)))
+    return replace(adapter, modules=modules)
+
+
 def to_lora_command(adapter: Adapter, delta: ModuleChange) -> str:
     """Return the command that makes a plain LoRA of what does not become one on the fly."""
     base = ["--base MODEL"] if needs_base(delta) else []
@@ -152,6 +169,7 @@ def with_settings(
         UnsupportedError: a setting is still missing.
         OptionError: a value is not one, or no module lacks the setting.
     """
+    adapter = with_kernels(adapter)
     unused = set(given)
     of_base = _Base(base)
     modules: dict[str, ModuleChange] = {}

@@ -28,6 +28,27 @@ def folded(delta: ModuleChange, *, rounding: bool = False) -> ModuleChange:
     return delta if part is None else delta.with_direction(_folded(part, rounding))
 
 
+def of_positive_scale(delta: ModuleChange) -> ModuleChange:
+    """Return a delta whose scale is above 0: `b` takes up a sign, and is 0 for a scale of 0.
+
+    Loaders and formats disagree on scales of 0 and below; the factors say the same exactly.
+    """
+    part = delta.factors
+    if part is None or part.scale > 0:
+        return delta
+    sign, scale = (-1.0, -part.scale) if part.scale < 0 else (0.0, 1.0)
+    return delta.with_direction(
+        replace(
+            part,
+            b=_times(part.b, sign),
+            bias=None if part.bias is None else _times(part.bias, sign),
+            scale=scale,
+            alpha=None if part.alpha is None else scale * part.rank,
+            alpha_tensor=None,
+        )
+    )
+
+
 def _folded(delta: LowRank, rounding: bool) -> LowRank:
     if delta.scale == 1.0 or delta.scale == 0.0:
         return delta

@@ -206,8 +206,8 @@ class Resizer:
         return Compressed(self._stored(like, pairs, scale, bias), squared_error, energy)
 
     def _scale(self, like: LowRank | PlannedFactors, rank: int) -> float:
-        """Return the scale to write: 1, or alpha/rank where alpha is to be kept."""
-        if self.options.keep_alpha and like.alpha is not None:
+        """Return the scale to write: 1, or alpha/rank where a positive alpha is to be kept."""
+        if self.options.keep_alpha and like.alpha is not None and like.alpha > 0:
             return like.alpha / rank
         return 1.0
 

@@ -124,7 +124,7 @@ def _whole(
         if len(members) > 1:
             raise AdapterError("two modules are one in the base", path=adapter.source, tensor=key)
         change = members[0][1]
-        if not change.layer.parameters:
+        if not change.layer.parameters and (change.is_dora or not names.is_bare(key)):
             return change
         layer = replace(change.layer, parameters=(key,))
         return change.with_direction(replace(change.direction, layer=layer))

@@ -24,6 +24,7 @@ from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.outliers import DEAD, ONE_SIDED
 from loratools.algebra.thin import Thin
 from loratools.base.decompositions import IntruderOptions, leading
+from loratools.folding.base_layout import has_own_layout
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.folding.without_base import folded_exactly
@@ -36,6 +37,7 @@ from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import encode
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
@@ -173,6 +175,12 @@ def repair(
             "intruder dimensions show only beside the base model",
             hint="Pass `base=MODEL` or `keep_intruders=True`",
         )
+    if not options.keep_intruders and has_own_layout(adapter):
+        raise UnsupportedError(
+            f"modules of format {adapter.format} do not lie as in the base model",
+            path=adapter.source,
+            hint="Convert it first: loratools convert --to peft --base MODEL, and back afterwards",
+        )
     adapter.require_true_delta("repair")
     adapter = folded_exactly(adapter, "repair", scratch_folder, base)
     for name, delta in adapter.modules.items():
@@ -181,7 +189,8 @@ def repair(
                 "a DoRA has no plain change to repair",
                 path=adapter.source,
                 tensor=name,
-                hint="Make it a plain LoRA first: loratools to-lora --base MODEL --rank RANK",
+                hint="Make it a plain LoRA first: "
+                + command_on(adapter, "to-lora", "--base MODEL", "--rank RANK"),
             )
     work = _Repair(adapter, options, base, compute or ComputeOptions(), scratch_folder)
     selection = selection or Selection()
@@ -203,13 +212,14 @@ def repair(
         raise AdapterError("every module is dead, and nothing would be left", path=adapter.source)
     total = sum(o.squared_norm for o in outcomes)
     intended = sum(o.squared_intended for o in outcomes)
+    repaired = replace(
+        adapter,
+        modules=kept,
+        metadata={**adapter.metadata, **record_metadata(provenance)},
+        provenance=provenance,
+    )
     return RepairResult(
-        adapter=replace(
-            adapter,
-            modules=kept,
-            metadata={**adapter.metadata, **record_metadata(provenance)},
-            provenance=provenance,
-        ),
+        adapter=repaired,
         modules=tuple(outcome.report for outcome in outcomes),
         change=_ratio(sum(o.squared_change for o in outcomes), total),
         relative_error=_ratio(sum(o.squared_error for o in outcomes), intended),
@@ -232,7 +242,9 @@ class _Repair:
         self._opener = ThinModules(adapter, base, "repair")
         beside = None if base is None or options.keep_intruders else WeightsBeside(adapter, base)
         self._beside = beside
-        self._resizer = Resizer(compute, Scratch(scratch_folder), one_scale=False)
+        # Modules that are left alone keep their scales, and a format may want one for all.
+        kept = replace(compute, keep_alpha=True)
+        self._resizer = Resizer(kept, Scratch(scratch_folder), one_scale=False)
         self._device = Device(compute.device)
 
     def one(self, name: str, *, touched: bool) -> _Outcome:
@@ -266,7 +278,11 @@ class _Repair:
         rank = delta.rank
         if self.options.keep_every_rank:
             rank = min(rank + max(len(one.intruders) for one in found), *delta.shape)
-        done = self._resizer.compressed(module.name, PlannedFactors.like(delta), parts, rank)
+        like = PlannedFactors.like(delta)
+        if like.alpha is None:
+            like = replace(like, alpha=delta.scale * delta.rank)
+        done = self._resizer.compressed(module.name, like, parts, rank)
+        new = replace(done.delta, alpha=None) if delta.alpha is None else done.delta
         factor = 1.0 - self.options.shrink
         change = factor**2 * sum(float(np.sum(one.s[one.intruders] ** 2)) for one in found)
         intended = sum(part.squared_norm for part in parts)
@@ -278,7 +294,7 @@ class _Repair:
             change=_ratio(change, kept.squared_norm),
             relative_error=_ratio(done.squared_error, intended),
         )
-        return _Outcome(done.delta, report, kept.squared_norm, change, intended, done.squared_error)
+        return _Outcome(new, report, kept.squared_norm, change, intended, done.squared_error)
 
     def _edited(self, thin: Thin, found: Leading) -> Matrix:
         """Return ΔW − (1 − λ) Σ σⱼ uⱼ vⱼᵀ, of rank r + the number of intruders."""

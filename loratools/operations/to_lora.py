@@ -246,6 +246,8 @@ class _ToLora(Ranked[_Converted, _Measured]):
         self.modules = adapter.modules
         self.whole = whole
         self.opener = Opener(adapter, rule, options, base)
+        if base is not None:
+            self.opener.refuse_tied(base)
         self._plain = plain_adapter(adapter, {})
         super().__init__(
             list(adapter.modules),

@@ -25,7 +25,7 @@ def result_sections(result: Mapping[str, Any], notes: Sequence[str] = ()) -> lis
     ]
     parts = [Section("Overview", [Numbers(numbers)])]
     if notes:
-        parts.append(Section("Notes", [Findings([("note", "", text) for text in notes])]))
+        parts.append(Section("Notes", [Findings([("notes", "", text) for text in notes])]))
     for name, value in result.items():
         if isinstance(value, list) and value and name != "notes":
             parts.append(Section(worded(name).capitalize(), _of_list(name, value)))
@@ -89,7 +89,7 @@ def _pictures(items: Sequence[Mapping[str, Any]], header: Sequence[str]) -> list
 def error_curve(points: Sequence[tuple[int, float]]) -> Chart:
     """Return the picture of the table rank → size → error."""
     curve = Line("all modules", [(float(rank), error) for rank, error in points])
-    caption = "Relative error of each rank, as in the table below"
+    caption = "Relative error of each rank"
     return Chart(caption, "rank", "relative error", [curve], has_table=True)
 
 

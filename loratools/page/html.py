@@ -24,6 +24,9 @@ from loratools.page.svg import chart_svg, escaped, tree_svg
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
+_FINDINGS = 5
+"""Findings of one kind that are shown at once; the others unfold."""
+
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """Return an HTML document that needs no network and no other file."""
@@ -76,11 +79,18 @@ def _numbers(part: Numbers) -> str:
 def _findings(part: Findings) -> str:
     if not part.items:
         return "<p>Nothing stands out.</p>"
-    rows = "".join(
-        f"<li><strong>{escaped(kind)}</strong> <code>{escaped(name)}</code>: {escaped(text)}</li>"
-        for kind, name, text in part.items
-    )
-    return f'<ul class="findings">{rows}</ul>'
+    kinds: dict[str, list[str]] = {}
+    for kind, name, text in part.items:
+        place = f"<code>{escaped(name)}</code>: " if name else ""
+        kinds.setdefault(kind, []).append(f"<li>{place}{escaped(text)}</li>")
+    return "".join(_kind(kind, rows) for kind, rows in kinds.items())
+
+
+def _kind(kind: str, rows: Sequence[str]) -> str:
+    first, others = "".join(rows[:_FINDINGS]), "".join(rows[_FINDINGS:])
+    more = f"{len(rows) - _FINDINGS} more of “{escaped(kind)}”"
+    rest = f"<details><summary>{more}</summary><ul>{others}</ul></details>" if others else ""
+    return f"<h3>{escaped(kind)}: {len(rows)}</h3><ul>{first}</ul>{rest}"
 
 
 def _table(part: Table) -> str:

@@ -53,7 +53,7 @@ def spectrum_sections(result: SpectrumResult) -> list[Section]:
 
 
 def _notes(notes: tuple[str, ...]) -> list[Section]:
-    items = [("note", "", text) for text in notes]
+    items = [("notes", "", text) for text in notes]
     return [Section("Notes", [Findings(items)])] if items else []
 
 

@@ -26,10 +26,17 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower()[1:] not in KINDS:
         names = " or ".join(f".{kind}" for kind in KINDS)
         raise OptionError("no such kind of picture", got=path.name, expected=f"a name in {names}")
-    if find_spec("matplotlib") is None:
+    if not _has_matplotlib():
         raise MissingDependencyError(
             "pictures need matplotlib", hint="pip install 'loratools[report]'"
         )
+
+
+def _has_matplotlib() -> bool:
+    try:
+        return find_spec("matplotlib") is not None
+    except ValueError:  # a module that was put there without a description of where it is from
+        return False
 
 
 def plot(title: str, figures: Sequence[Figure], path: Path, *, overwrite: bool) -> None:
@@ -99,7 +106,11 @@ def _draw_chart(place: Any, figure: Chart) -> None:
         )
     largest = max((y for line in figure.lines for _, y in line.points), default=0.0)
     if figure.log_y and largest > 0.0:
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+
         place.set_yscale("log")
+        place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        place.yaxis.set_minor_formatter(NullFormatter())
         place.set_ylim(largest * 10.0**-DECADES, largest * 1.3)
     place.set_xlabel(_text(figure.x, 80))
     place.set_ylabel(_text(figure.y, 80))

@@ -74,7 +74,6 @@ def marked(layout):
         ({"lora_B_layout": "rank_major"}, False),
         ({"lora_B_layout": "grouped_by_expert"}, True),
         ({"unsloth_fused_expert_lora": marked("rank_major")}, False),
-        ({"unsloth_fused_expert_lora": marked("mixed")}, True),
         ({"auto_mapping": {"unsloth_fused_expert_lora": marked("grouped_by_expert")}}, True),
         # The marker of each parameter precedes the one for all.
         (
@@ -90,6 +89,12 @@ def test_packing_of_stacked_experts_counts_where_there_are_some(tmp_path, config
     codes = [each.code for each in read_adapter(stacked(tmp_path / "moe", **config)).caveats]
     assert codes == ["experts-grouped"] * is_grouped
     assert read_adapter(folder(tmp_path / "dense", PLAIN, **config)).caveats == ()
+
+
+def test_an_unknown_packing_of_stacked_experts_is_refused(tmp_path):
+    path = stacked(tmp_path / "moe", unsloth_fused_expert_lora=marked("mixed"))
+    with pytest.raises(AdapterError, match="got mixed; expected rank_major or grouped_by_expert"):
+        read_adapter(path)
 
 
 @pytest.mark.parametrize(

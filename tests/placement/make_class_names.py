@@ -100,7 +100,31 @@ def described(model, classes):
         entry["body"] = sorted(body)
     if parts:
         entry["parts"] = parts
+    bare = bare_weights(model, tuple(seen))
+    if bare:
+        entry["bare"] = bare
     classes[type(model).__name__] = entry
+
+
+def bare_weights(model, inner):
+    """Return the weights that are parameters of modules which PEFT has no layer for.
+
+    PEFT adapts them as `target_parameters`. Numbers of layers are left out, and parts of the model
+    that have entries of their own.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    layers = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd, Conv1D)
+    return sorted(
+        {
+            numbered(f"{path}.weight")[0]
+            for path, module in model.named_modules()
+            if not path.startswith(inner) and not isinstance(module, layers)
+            for name, weight in module.named_parameters(recurse=False)
+            if name == "weight" and weight.ndim == 2
+        }
+    )
 
 
 def expected(model):

@@ -73,7 +73,7 @@ BAD_WEIGHTS = DEFECTS | {
     "signalling NaN": (factors(fill=b"\x01\x00\x80\x7f"), "NaN"),
     "one infinity": (container(SOUND, VALUES[:-4] + b"\x00\x00\x80\x7f"), "infinite"),
     "infinities": (factors(dtype="F8_E5M2", nbytes=1, fill=b"\x7c"), "infinite"),
-    "no tensors": (container(b"{}"), "no module"),
+    "no tensors": (container(b"{}"), "no tensors"),
 }
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 from numpy.testing import assert_allclose
+from safetensors.numpy import load_file, save_file
 
+import loratools as lt
 from loratools.operations.compare.bases import compare_bases
 from loratools.operations.compare.operation import CompareOptions, compare
 from loratools_formats import read_adapter
@@ -62,8 +64,6 @@ def test_two_trained_adapters_compare_as_their_dense_changes():
 def test_a_shelf_sorts_into_duplicates_families_and_lineages(make_folder):
     modules = {f"layers.{i}.q": (24, 20, 8) for i in range(3)}
     first = make_folder("first", modules, dtype="f32", seed=1)
-    from safetensors.numpy import load_file, save_file
-
     for name, change_b, change_a in (("near", 0.01, 0.0), ("sister", 3.0, 0.02)):
         folder = make_folder(name, modules, dtype="f32", seed=1)
         rng = np.random.default_rng(5)
@@ -91,6 +91,42 @@ def test_a_shelf_sorts_into_duplicates_families_and_lineages(make_folder):
     mean = np.mean(flat, axis=0)
     losses = [np.linalg.norm(mean - x) / np.linalg.norm(x) for x in flat]
     assert_allclose(result.linear_losses, losses)
+
+
+def test_a_lineage_is_seen_across_ranks(make_folder, tmp_path):
+    modules = {f"layers.{i}.q": (24, 60, 8) for i in range(3)}
+    first = make_folder("first", modules, dtype="f32", seed=1)
+    stranger = make_folder("stranger", modules, dtype="f32", seed=8)
+    lt.squeeze(first, rank=3, output=tmp_path / "squeezed")
+    longer = make_folder("longer", modules, dtype="f32", seed=1, r=10)
+    file = longer / "adapter_model.safetensors"
+    rng = np.random.default_rng(3)
+    stored = {
+        key: np.concatenate([v, rng.standard_normal((2, 60), np.float32)])
+        if "lora_A" in key
+        else rng.standard_normal((24, 10), np.float32)
+        for key, v in load_file(file).items()
+    }
+    save_file(stored, file)
+    shelf = {"first": first, "squeezed": tmp_path / "squeezed", "longer": longer,
+             "stranger": stranger}  # fmt: skip
+    result = lt.compare(shelf)
+    assert result.lineages == (("first", "squeezed", "longer"),)
+    assert_allclose(result.a_cosines[0][2], 1.0, rtol=1e-12)
+    assert_allclose(result.a_overlaps[0][1], 1.0, atol=1e-5)
+    a = [dense.tensors(f / "adapter_model.safetensors") for f in (first, stranger)]
+    shares = []
+    for key in (key for key in a[0] if "lora_A" in key):
+        q = [np.linalg.qr(x[key].T.astype(np.float64))[0] for x in a]
+        shares.append((np.sum((q[0].T @ q[1]) ** 2) / 8 - 8 / 60) / (1 - 8 / 60))
+    assert_allclose(result.a_overlaps[0][3], np.mean(shares), rtol=1e-6)
+    pair = lt.compare([first, tmp_path / "squeezed"])
+    lead = dense.tensors(tmp_path / "squeezed" / "adapter_model.safetensors")
+    key = "base_model.model.layers.0.q.lora_A.weight"
+    one, other = a[0][key][:3].astype(np.float64), lead[key].astype(np.float64)
+    wanted = np.linalg.norm(other - one) / np.linalg.norm(one)
+    assert_allclose(pair.modules[0].a_change, wanted, rtol=1e-9)
+    json.dumps(pair.to_dict(), allow_nan=False)
 
 
 def test_modules_that_only_one_has_or_of_other_shapes_are_listed(make_folder):

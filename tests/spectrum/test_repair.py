@@ -10,6 +10,7 @@ import pytest
 from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
+import loratools as lt
 from loratools.base.decompositions import IntruderOptions
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.repair import RepairOptions, repair
@@ -173,3 +174,30 @@ def test_what_cannot_be_repaired_is_refused(tmp_path):
     assert done.returncode == 2
     assert "--base" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_other_formats_are_repaired_as_peft_is(tmp_path):
+    base, whole = dense.TINY / "model", lt.repair(dense.TINY / "lora", base=dense.TINY / "model")
+    lt.convert(dense.TINY / "lora", to="mlx", output=tmp_path / "mlx")
+    lt.repair(tmp_path / "mlx", base=base, output=tmp_path / "repaired")
+    for name in whole.adapter.modules:
+        b, a = lt.factors(lt.read(tmp_path / "repaired"), name)
+        np.testing.assert_array_equal(b @ a, lt.delta(whole.adapter, name))
+    lt.convert(dense.TINY / "lora", to="gguf", base=base, output=tmp_path / "a.gguf")
+    with pytest.raises(UnsupportedError, match="convert --to peft"):
+        lt.repair(tmp_path / "a.gguf", base=base)
+    options = {"keep_intruders": True, "drop_dead": True}
+    assert lt.repair(tmp_path / "a.gguf", **options).change == 0.0
+
+
+def test_a_gguf_adapter_is_measured_beside_the_base_as_it_was_before(tmp_path):
+    base = dense.TINY / "model"
+    lt.convert(dense.TINY / "lora", to="gguf", base=base, output=tmp_path / "a.gguf")
+    before = lt.spectrum(dense.TINY / "lora", base=base, include="layers.1")
+    after = lt.spectrum(tmp_path / "a.gguf", base=base, include="layers.1")
+    for one, other in zip(before.matrices, after.matrices, strict=True):
+        assert one.name == other.name
+        np.testing.assert_allclose(one.base.cosines, other.base.cosines, atol=1e-6)
+        assert one.base.intruders == other.base.intruders
+    pair = lt.compare([dense.TINY / "lora", tmp_path / "a.gguf"], base=base)
+    assert min(module.cosine for module in pair.modules) > 1 - 1e-6

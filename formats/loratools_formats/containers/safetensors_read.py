@@ -9,6 +9,7 @@ file contains (a million tensors, a hundred thousand dimensions).
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -226,7 +227,8 @@ def _entry(
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise AdapterError("bad data offsets", path=path, tensor=name, got=offsets)
     nbytes = dtype.nbytes(tuple(shape))
-    if any(size > 1 << 62 for size in shape) or nbytes != offsets[1] - offsets[0]:
+    # A 0 among the sizes does not excuse a product of the others that no library can count.
+    if math.prod(filter(None, shape)) > 1 << 62 or nbytes != offsets[1] - offsets[0]:
         raise AdapterError(
             "shape and dtype do not fit the data",
             path=path,

@@ -33,6 +33,7 @@ CODES: Mapping[str, str] = {
     "weights-renamed": "the weights have another name than PEFT gives them",
     "weights-twice": "pickled weights lie beside safetensors and are ignored",
     "foreign-files": "files lie beside the adapter that are no part of it",
+    "unreadable-attachment": "something beside the adapter is no regular file",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that act in training only are carried along",
     "other-base": "the adapter names another base model than the one given",
@@ -66,6 +67,7 @@ CODES: Mapping[str, str] = {
     # Converting, extracting and merging.
     "base-unused": "the base model is not needed",
     "attachments-left-out": "the format has no place for the files beside the adapter",
+    "names-stay": "names of modules stay, since no table of names is certain",
     "names-by-table": "modules are renamed by a table of names",
     "weightless-modules": "modules in which every adapter's weight is 0 are left out",
     "tied-skipped": "a tied tensor is not compared",

@@ -15,9 +15,11 @@ NOT_GATHERED = (
 def require_tensors(adapter: Adapter) -> Adapter:
     """Return an adapter, unless it has no tensor with a value in it.
 
+    Kinds that change no weight may have none; a finding of theirs says so.
+
     Raises:
         AdapterError: it has none.
     """
-    if any(tensor.numel for tensor in adapter.tensors()):
+    if adapter.caveats or any(tensor.numel for tensor in adapter.tensors()):
         return adapter
     raise AdapterError("the adapter holds no tensors", path=adapter.source, hint=NOT_GATHERED)

@@ -108,6 +108,17 @@ class ModelClass:
         self._roots = frozenset(entry["roots"])
         self._body = frozenset(entry.get("body", ()))
         self._rules = tuple(_collected(table, name, config, self._prefix))
+        self._bare = frozenset(
+            f"{path}.{weight}" if path else weight
+            for path, part in _parts(table, name, config, "")
+            for weight in table["classes"].get(part, {}).get("bare", ())
+        )
+        self._projections = frozenset(
+            source.removesuffix(".weight").rpartition(".")[2]
+            for rule in self._rules
+            if rule.operations[:1] and rule.operations[0][0] == "MergeModulelist"
+            for source in rule.sources
+        )
         self._keep = frozenset(entry.get("keep", ()))
         self._guarded: set[int] = set()
 
@@ -128,6 +139,17 @@ class ModelClass:
         if name != key and self._is_own(key) and not self._is_own(name):
             return Named(self._placed(key))
         return Named(name, rule, source)
+
+    def is_bare(self, name: str) -> bool:
+        """Return whether PEFT adapts a weight as a parameter only.
+
+        It has no layer for some modules. In classes that stack experts, it takes every layer that
+        is called as the projections of experts were for one of them, dense ones too.
+        """
+        module = name.removesuffix(".weight")
+        if module != name and module.rpartition(".")[2] in self._projections:
+            return True
+        return bool(self._bare) and numbered(name)[0] in self._bare
 
     def _renamed(self, rule: Rule, name: str) -> str:
         found = rule.renamed(name, self._prefix)

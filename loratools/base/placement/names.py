@@ -119,6 +119,10 @@ class Names:
         """Return what the base's class calls a tensor; None if the class is not known."""
         return None if self._model is None else self._model.named(unwrapped(name))
 
+    def is_bare(self, key: str) -> bool:
+        """Return whether PEFT adapts a weight of the class as a parameter, not as a layer's."""
+        return self._model is not None and self._model.is_bare(key)
+
     @cached_property
     def _by_class(self) -> dict[str, str]:
         """The stored tensors by their names in the class, where each is one of its parameters."""

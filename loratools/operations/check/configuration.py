@@ -59,7 +59,7 @@ RULES = (
         "another thing there.",
         "Remove the key if it has no effect.",
         "`PeftConfigMixin.from_pretrained` in peft 0.21.2",
-        of_readers=("unknown-config-key",),
+        of_readers=("unknown-config-key", "ignored-config-key"),
     ),
     Rule(
         "LT202", "unsupported-config-key", "warning",
@@ -192,5 +192,13 @@ RULES = (
         "List the names of the modules.",
         "`check_target_module_exists` in peft 0.21.2",
         of_readers=("targets-unclear",),
+    ),
+    Rule(
+        "LT218", "scale-assumed", "warning",
+        "No scale is in the file, and 1 is taken.",
+        "Programs that take another default act more strongly or more weakly.",
+        "Write it down: `loratools convert ADAPTER -o NEW --to peft`.",
+        "The readers of files without a configuration",
+        of_readers=("scale-assumed",),
     ),
 )  # fmt: skip

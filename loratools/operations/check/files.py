@@ -223,4 +223,20 @@ RULES = (
         "Unicode Technical Report 36",
         _odd_names,
     ),
+    Rule(
+        "LT013", "weights-renamed", "warning",
+        "The weights have another name than PEFT gives them.",
+        "PEFT and the programs that serve its adapters look for adapter_model.safetensors.",
+        "Rename the file, or write it again: `loratools convert ADAPTER -o NEW --to peft`.",
+        "peft.utils.save_and_load, 0.21.2",
+        of_readers=("weights-renamed",),
+    ),
+    Rule(
+        "LT014", "unreadable-attachment", "warning",
+        "Something beside the adapter is no regular file: a dangling link, a pipe or a folder.",
+        "Copies and uploads leave it out, or fail on it.",
+        "Put the file itself there, or remove the link.",
+        "The reader of PEFT folders",
+        of_readers=("unreadable-attachment",),
+    ),
 )  # fmt: skip

@@ -212,7 +212,7 @@ RULES = (
         "the base answers.",
         "Save from the unwrapped model, or remove the part from the names.",
         "`torch.compile`, FSDP and activation checkpointing wrap modules under these names",
-        _wrappers,
+        _wrappers, of_readers=("wrapped-names",),
     ),
     Rule(
         "LT403", "adapter-name-in-keys", "error",
@@ -242,7 +242,7 @@ RULES = (
     ),
     Rule(
         "LT406", "not-in-base", "error",
-        "A module meets no module of the base model (with --base).",
+        "A module meets no module of the base model (with `base`).",
         "Loaders drop it, most with a line in a log; the base answers.",
         "Take the base that the adapter was trained on, or rename with "
         "`loratools convert --names`.",
@@ -251,7 +251,7 @@ RULES = (
     ),
     Rule(
         "LT407", "wrong-shape", "error",
-        "A module's shape is not that of the base model's weight (with --base).",
+        "A module's shape is not that of the base model's weight (with `base`).",
         "It cannot be added.",
         "Take the base that the adapter was trained on.",
         "The placement that `loratools fuse` uses",
@@ -259,10 +259,18 @@ RULES = (
     ),
     Rule(
         "LT408", "tied-embedding", "warning",
-        "The adapter changes one end of a tied embedding (with --base).",
+        "The adapter changes one end of a tied embedding (with `base`).",
         "PEFT leaves the other end as it was; programs that keep one tensor for both change both.",
         "Compare with PEFT, or fuse it: `loratools fuse BASE ADAPTER -o FUSED` unties the two.",
         "tie_word_embeddings in transformers",
         _tied,
+    ),
+    Rule(
+        "LT409", "experts-grouped", "error",
+        "Factors of stacked experts are packed expert by expert, which PEFT does not read.",
+        "PEFT takes the ranks of one expert for those of all, without an error.",
+        "Write it again as PEFT has it: `loratools convert ADAPTER -o NEW --to peft`.",
+        "peft.tuners.lora.layer.ParamWrapper, 0.21.2",
+        of_readers=("experts-grouped",),
     ),
 )  # fmt: skip

@@ -138,7 +138,7 @@ RULES = (
     ),
     Rule(
         "LT704", "licence-conflict", "warning",
-        "The base forbids uses that the adapter's licence allows (with --base).",
+        "The base forbids uses that the adapter's licence allows (with `base`).",
         "An adapter is made from its base. Whether it is derived from it is for lawyers.",
         "Name the base's licence.",
         "The front matter of both; words are compared, and nothing else",

@@ -19,15 +19,15 @@ ORDER: tuple[Kind, ...] = (
 LOSSY: frozenset[Kind] = frozenset({"plain", "rank"})
 """Remedies that may change ΔW by more than rounding."""
 
-_COMMANDS: dict[Kind, tuple[str, str, str]] = {
-    "plain": ("to-lora", "--energy 1", "plain"),
-    "rank": ("squeeze", "--rank {}", "smaller"),
-    "uniform": ("squeeze", "--uniform --rank {}", "uniform"),
-    "tidy": ("squeeze", "--energy 1", "tidy"),
-    "drop-dead": ("repair", "--keep-intruders --drop-dead", "tidy"),
-    "rebalance": ("repair", "--keep-intruders --rebalance", "balanced"),
-    "format": ("convert", "--to {}", "converted"),
-    "rewrite": ("convert", "--to {}", "rewritten"),
+_COMMANDS: dict[Kind, tuple[str, str]] = {
+    "plain": ("loratools to-lora --energy 1", "plain"),
+    "rank": ("loratools squeeze --rank {}", "smaller"),
+    "uniform": ("loratools squeeze --uniform --rank {}", "uniform"),
+    "tidy": ("loratools squeeze --energy 1", "tidy"),
+    "drop-dead": ("loratools repair --keep-intruders --drop-dead", "tidy"),
+    "rebalance": ("loratools repair --keep-intruders --rebalance", "balanced"),
+    "format": ("loratools convert --to {}", "converted"),
+    "rewrite": ("loratools convert --to {}", "rewritten"),
 }
 
 
@@ -52,9 +52,13 @@ class Remedy:
 
     def command(self, adapter: Adapter | None) -> str:
         """Return the command line that does it."""
-        verb, options, output = _COMMANDS[self.kind]
-        more = ("--base MODEL",) if self.base else ()
-        text = command_on(adapter, verb, options.format(self.value), *more, output=output)
+        command, output = _COMMANDS[self.kind]
+        _, verb, options = command.format(self.value).split(" ", 2)
+        text = (
+            command_on(adapter, verb, options, "--base MODEL", output=output)
+            if self.base
+            else command_on(adapter, verb, options, output=output)
+        )
         # Another format has another suffix, or none.
         return f"{text.rpartition(' ')[0]} {output}" if self.kind == "format" else text
 

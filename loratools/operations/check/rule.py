@@ -22,7 +22,7 @@ GROUPS: dict[Group, str] = {
     "configuration": "Whether the configuration fits the tensors, and what else it says.",
     "numbers": "What the values are; these rules read every tensor.",
     "no-ops": "What loads and does nothing, or another thing, without an error.",
-    "targets": "What a serving program refuses or leaves out; only with `--target`.",
+    "targets": "What a serving program refuses or leaves out; only with `target`.",
     "publication": "What a reader of the Hub page misses.",
 }
 """Groups of rules, in the order of the first digit of their codes, and what each is about."""

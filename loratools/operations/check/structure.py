@@ -55,7 +55,11 @@ def _case_clash(subject: Subject) -> Iterator[Found]:
 
 def _empty(subject: Subject) -> Iterator[Found]:
     adapter = subject.adapter
-    if adapter is None or adapter.modules or adapter.replacements or adapter.additions:
+    if adapter is None:
+        if subject.is_peft and subject.header is not None and not subject.header:
+            yield Found("the file of the weights holds no tensor")
+        return
+    if adapter.modules or adapter.replacements or adapter.additions:
         return
     if not any(finding.code == "no-weight-change" for finding in adapter.findings):
         yield Found("no module is adapted, and no tensor replaces one of the base")
@@ -126,7 +130,7 @@ RULES = (
         "LT107", "base-values", "note",
         "Tensors that replace the base's hold the base's own values.",
         "They take space and have no effect.",
-        "Leave the embedding out: `save_embedding_layers=False` in `save_pretrained`.",
+        "Leave the embedding out when you save: `save_pretrained` has an option for that.",
         "peft 0.21.2",
         of_readers=("base-values",),
     ),
@@ -169,5 +173,14 @@ RULES = (
         "Nothing.",
         "The writer of GGUF files",
         of_readers=("dtype-fallback",),
+    ),
+    Rule(
+        "LT113", "expert-order-guessed", "warning",
+        "Nothing states in which order lora_B holds stacked experts.",
+        "Read in the wrong order, every expert gets parts of the changes of others.",
+        "Convert it: what `loratools convert` writes states the order. If the guess is wrong, add "
+        "lora_B_layout: rank_major to adapter_config.json first.",
+        "unsloth_zoo 2026.9.6; Megatron-Bridge, `_pack_target_parameter_adapter_weights`",
+        of_readers=("expert-order-guessed",),
     ),
 )  # fmt: skip

@@ -104,16 +104,24 @@ class Subject:
             return {}
 
     @functools.cached_property
-    def tensors(self) -> Mapping[str, TensorRef]:
-        """Tensors by their key in the file; of a refused PEFT folder from its weights' header."""
+    def header(self) -> Mapping[str, TensorRef] | None:
+        """Tensors by their key in the file; None if there is no header that can be read.
+
+        Those of a refused PEFT folder are read from its weights once more.
+        """
         if self.adapter is not None:
             return {tensor.key: tensor for tensor in self.adapter.tensors()}
         if self.folder is None or not (self.folder / WEIGHTS_FILE).is_file():
-            return {}
+            return None
         try:
             return read_safetensors(inside(self.folder, WEIGHTS_FILE)).tensors
         except LoratoolsError:  # then this is why the reader refused the adapter
-            return {}
+            return None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """Tensors by their key in the file, as far as they are known."""
+        return self.header or {}
 
     @functools.cached_property
     def card(self) -> Card | None:

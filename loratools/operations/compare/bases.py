@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from loratools.algebra.thin import Thin
+from loratools.folding.base_layout import in_base_layout
 from loratools.folding.thin_modules import ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.operations.compare.result import BasesModule, BasesResult
@@ -44,7 +45,7 @@ def compare_bases(
         AdapterError: no module fits both bases.
         UnsupportedError: a change cannot be told.
     """
-    opener = ThinModules(adapter, base, "compare")
+    opener = ThinModules(in_base_layout(adapter, base), base, "compare")
     before, after = WeightsBeside(opener.adapter, base), WeightsBeside(opener.adapter, other)
     names = [name for name in opener.modules if name in (selection or Selection())]
 

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loratools.folding.base_layout import in_base_layout
 from loratools.naming.rename import NamingOptions, renamed
+from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LoratoolsError
 
 
-def in_one_naming(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
+def in_one_naming(
+    adapters: Sequence[Adapter], base: Checkpoint | None
+) -> tuple[list[Adapter], list[str]]:
     """Return adapters whose modules are named alike, and notes on those that keep their names.
 
     Adapters of one format keep their names; of several, each goes to the base model's names where
     a way leads there.
     """
     if len({adapter.format for adapter in adapters}) == 1:
-        return list(adapters), []
+        return [in_base_layout(adapter, base) for adapter in adapters], []
     named, notes = [], []
     for adapter in adapters:
         try:
-            named.append(_in_model_names(adapter))
+            named.append(_in_model_names(adapter, base))
         except LoratoolsError as error:
             named.append(adapter)
             notes.append(f"{adapter.source} keeps its own names: {error.message}")
     return named, notes
 
 
-def _in_model_names(adapter: Adapter) -> Adapter:
+def _in_model_names(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     found = get_format(adapter.format)
-    adapter = found.to_model(adapter, Context())
+    adapter = found.to_model(adapter, Context(base=None if base is None else base.path))
     if found.naming is not None:
         adapter = renamed(adapter, "bare", NamingOptions()).adapter
     return adapter

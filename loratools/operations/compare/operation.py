@@ -76,7 +76,7 @@ class _Module:
         problem: why it is not compared; empty if it is.
         changes: (N, N) inner products of the changes, 0 for an absent one.
         starts: how the A factors as stored relate.
-        numbers: in one A factor.
+        numbers: in the rows of A that all have.
         detail: of two adapters.
         partial: whether a change is known by its leading triplets only.
     """
@@ -124,7 +124,7 @@ def compare(
     if len(adapters) < 2:
         raise OptionError("comparing takes at least two adapters", got=len(adapters))
     options, selection = options or CompareOptions(), selection or Selection()
-    named, notes = in_one_naming(list(adapters.values()))
+    named, notes = in_one_naming(list(adapters.values()), base)
     openers = [ThinModules(adapter, base, "compare") for adapter in named]
     wanted = sorted({n for opener in openers for n in opener.modules if n in selection})
     done: list[_Module] = []
@@ -137,7 +137,7 @@ def compare(
         raise AdapterError(
             "the adapters share no module",
             got=" and ".join(dict.fromkeys(examples)),
-            hint="Are they adapters of models with the same modules?",
+            hint="; ".join(notes) or "Are they adapters of models with the same modules?",
         )
     if any(opener.directional for opener in openers):
         notes.append("DoRA modules are compared by their directions; `base` gives their changes")
@@ -165,7 +165,8 @@ def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) 
     changes[here], grams = _inner_products(modules)
     ranks = [None if openers[i].modules[name].is_dora else module.rank for i, module in found]
     begun = _starts(modules, present, ranks, grams, count)
-    numbers = max((rank or 0) for rank in ranks) * modules[0].shape[1] * len(modules[0].matrices)
+    least = min((rank for rank in ranks if rank), default=0)
+    numbers = least * modules[0].shape[1] * len(modules[0].matrices)
     detail = None
     if count == len(found) == 2:
         first, second = modules

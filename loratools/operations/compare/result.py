@@ -79,7 +79,8 @@ class CompareResult:
             where there are none.
         a_overlaps: N×N share of the smaller space of A's rows that lies within the larger, less
             what random spaces share, averaged over modules; None where these share over half.
-        a_random: typical size of `a_cosines` of independent initialisations: 1/√(numbers in A).
+        a_random: typical size of `a_cosines` of independent initialisations: 1/√(numbers in the
+            rows that all have).
         shared: N×N number of modules both have.
         merges: average-linkage merges on 1 − cosine, as rows (cluster, cluster, distance, size).
         order: adapters in the order of the tree.

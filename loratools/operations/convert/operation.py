@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.base.repeated import stored_in, without_repeated
-from loratools.lowrank.rescale import folded
+from loratools.lowrank.rescale import folded, of_positive_scale
 from loratools.lowrank.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
 from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
+from loratools.operations.convert.class_names import in_target_names, uses_names
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
@@ -165,6 +166,7 @@ def prepare(
     if adapter.format != target.name:
         adapter.require_true_delta("convert", target.caveats_kept)
     model = _in_model_terms(adapter, target, context)
+    model = model if single.as_it_is else _with_positive_scales(model)
     if target.name == "gguf" and context.base is not None and model.replacements:
         model = without_repeated(model, stored_in(context.base))
     lost = [] if single.as_it_is else _lost_by_any_name(model, target)
@@ -212,6 +214,11 @@ def _refuse_nothing(model: Adapter, adapter: Adapter, target: Format) -> None:
             path=adapter.source,
             got=f"{len(adapter.modules)} modules",
         )
+
+
+def _with_positive_scales(adapter: Adapter) -> Adapter:
+    modules = {name: of_positive_scale(delta) for name, delta in adapter.modules.items()}
+    return replace(adapter, modules=modules)
 
 
 def _check_dtype(target: Format, dtype: str | None) -> None:
@@ -267,21 +274,29 @@ def _named(
     if single.as_it_is or (naming is None and get_format(adapter.format).naming is None):
         return Renamed(adapter)
     dotted: list[str] = []
+    base: tuple[str, ...] = ()
     if context.base is not None and naming is not None:
-        dotted += names_of_base(context.base, single.component)
+        base = tuple(names_of_base(context.base, single.component))
+        dotted += base
     if single.names_from is not None:
         dotted += names_of_adapter(single.names_from)
     table = None if single.names is None else find_table(single.names)
-    return renamed(adapter, naming or "bare", NamingOptions(table, tuple(dotted), single.component))
+    options = NamingOptions(table, tuple(dotted), base, single.component)
+    return renamed(adapter, naming or "bare", options)
 
 
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
     source = get_format(adapter.format)
-    return adapter if source.name == target.name else source.to_model(adapter, context)
+    model = adapter if source.name == target.name else source.to_model(adapter, context)
+    if uses_names(source.name, target.name):
+        return in_target_names(model, target.name, context.base)
+    return model
 
 
 def _uses_base(source: Format, target: Format) -> bool:
     """Return whether a base model has a part in a conversion between two formats."""
+    if uses_names(source.name, target.name):
+        return True
     is_other = source.name != target.name
     return (source.uses_base or target.uses_base) and (is_other or target.naming is not None)
 

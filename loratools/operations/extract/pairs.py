@@ -245,8 +245,14 @@ class Comparison:
             return Pair(key, old, new, "none")
         if dims > 2:
             return Pair(key, old, new, "layer", Layer("conv", kernel=old.shape[2:]))
+        return self._matrix(key, old, new)
+
+    def _matrix(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
+        module = key.rpartition(".")[0]
         if is_embedding(module):
             return Pair(key, old, new, "layer", Layer("embedding"), transposed=True)
+        if self._names.is_bare(key):
+            return Pair(key, old, new, "layer", Layer("linear", parameters=(key,)))
         transposed = is_conv1d(key, self.base.config)
         if not transposed and "model_type" not in self.base.config:
             self._refuse_unknown_layout(key, module)

@@ -47,8 +47,8 @@ from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 from loratools_formats.disk.files import create, write_at
-from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
-from loratools_formats.disk.publish import publish_file, resolved
+from loratools_formats.disk.provenance import PREDICATE_TYPE, PROVENANCE_FILE, statement_of_one
+from loratools_formats.disk.publish import publish_with, resolved
 
 Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Fallback = Literal["f16", "q8_0"]
@@ -150,7 +150,8 @@ class GgufFusion:
         check_target(output, self._sources(), overwrite=overwrite)
         self._refuse_part(output)
         check_space(resolved(output).parent, self.layout.nbytes)
-        with publish_file(output, overwrite=overwrite) as temporary:
+        marks = {PROVENANCE_FILE: PREDICATE_TYPE.encode()}
+        with publish_with(output, marks, overwrite=overwrite) as (temporary, beside):
             reports = self._fill(temporary, progress)
             refuse_erased(
                 reports,
@@ -162,10 +163,12 @@ class GgufFusion:
             refuse_rounded(reports, self.base.path, allow_lossy=self.options.allow_lossy)
             self.layout.check_written(temporary)
             self._check_unchanged()
-            digest = _header_digest(temporary, self.layout.data_start)
-        beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
-        with publish_file(beside, overwrite=True) as temporary:
-            temporary.write_bytes(statement(self._record(), [Path(output)], lambda _: digest))
+            beside[PROVENANCE_FILE] += statement_of_one(
+                self._record(),
+                Path(output),
+                temporary,
+                lambda place: _header_digest(place, self.layout.data_start),
+            )
         return FuseResult(
             tensors=reports,
             copied=len(self.base.tensors) - len(self.plans),

@@ -23,6 +23,7 @@ from loratools.base.dequantised import (
     DequantisedCheckpoint,
     as_stored,
     dequantised,
+    dequantised_metadata,
     is_stored_plain,
 )
 from loratools.folding.without_base import folded_where_exact
@@ -240,7 +241,12 @@ class Fusion:
         self._lock = threading.Lock()
         self.new = NewCheckpoint(
             base,
-            grouped(base, self._parts(), max_shard_bytes=options.max_shard_bytes),
+            grouped(
+                base,
+                self._parts(),
+                max_shard_bytes=options.max_shard_bytes,
+                metadata=dequantised_metadata(self._dequantised),
+            ),
             self._config(),
             self._record,
             tuple(item.adapter for item in self.inputs),

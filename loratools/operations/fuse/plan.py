@@ -21,6 +21,7 @@ from loratools.operations.fuse.streamed import (
     streamed_placements,
 )
 from loratools.operations.fuse.terms import WeightedChange
+from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES
 from loratools_formats.checkpoints.facts import is_vocabulary, text_values, with_text_values
@@ -141,9 +142,7 @@ def plan_fuse(
     """
     findings: list[Finding] = []
     placed = []
-    inputs = [
-        replace(item, adapter=named_for_base(ready(item.adapter, base), base)) for item in inputs
-    ]
+    inputs = [replace(item, adapter=_in_names_of(item.adapter, base)) for item in inputs]
     streamed: list[list[Placement | BiasPlacement | StreamedPlacement]] = []
     for item in inputs:
         placements = place(_without_streamed(item.adapter), base)
@@ -196,6 +195,12 @@ def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """
     adapter.require_true_delta("fuse")
     return with_replaced_rows(folded_where_exact(adapter, "fuse", None, base=base, dense=False))
+
+
+def _in_names_of(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter whose names lead to a checkpoint's tensors."""
+    named = named_for_base(ready(adapter, base), base)
+    return in_class_names([named], base)[0] if adapter.format == "mlx" else named
 
 
 def _without_streamed(adapter: Adapter) -> Adapter:

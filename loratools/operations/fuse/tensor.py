@@ -34,9 +34,9 @@ class TensorReport:
         dtype: type it is stored in.
         base_norm: ‖W‖.
         delta_norm: ‖ΔW‖, that of the difference for a replacement.
-        rounding_norm: ‖W' − (W + ΔW)‖, W' being what is stored.
-        surviving: share of ΔW found in the stored tensor, ⟨W' − W, ΔW⟩/‖ΔW‖²; only measured where
-            the result is quantised again, None otherwise.
+        rounding_norm: ‖W' − (W + ΔW)‖, where W' is stored.
+        surviving: share of ΔW found in the stored tensor, ⟨W' − W, ΔW⟩/‖ΔW‖², where the result is
+            quantised again; None otherwise.
         rounded: that share where the result is rounded to a floating type; None for others, and for
             replacements.
     """

@@ -79,6 +79,8 @@ def joined_exactly(
     if not pairs:
         return None
     scale = abs(pairs[0][0])
+    if scale == 0.0:
+        return None
     ratios = [factor / scale for factor, _ in pairs]
     if ratios == [1.0]:
         return replace(pairs[0][1], scale=scale)

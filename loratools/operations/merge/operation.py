@@ -20,6 +20,7 @@ from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.folding.without_base import folded_exactly
 from loratools.lowrank.planned import PlannedFactors
+from loratools.lowrank.rescale import of_positive_scale
 from loratools.lowrank.resize import Resizer
 from loratools.naming.for_base import names_in_base
 from loratools.operations.merge.align import AlignedModule, MergeInput, align
@@ -164,8 +165,10 @@ def _weights_of(
 
 
 def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
-    """Return an input whose kinds are folded into factors, exactly."""
-    return replace(item, adapter=folded_exactly(item.adapter, "merge", scratch_folder))
+    """Return an input whose kinds are folded into factors, exactly, with scales above 0."""
+    adapter = folded_exactly(item.adapter, "merge", scratch_folder)
+    modules = {name: of_positive_scale(delta) for name, delta in adapter.modules.items()}
+    return replace(item, adapter=replace(adapter, modules=modules))
 
 
 def _check(inputs: Sequence[MergeInput], options: MergeOptions, method: Method) -> None:

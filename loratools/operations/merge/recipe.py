@@ -37,6 +37,7 @@ from loratools.work.selection import check_regex
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
+from loratools_formats.disk.provenance import MADE_HERE
 
 RECIPE_FILE = "recipe.yaml"
 _VERSION = 1
@@ -334,7 +335,7 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
     switches = {name: getattr(options, name) for name in ("force_base", "allow_missing")}
     content |= {name: True for name, on in switches.items() if on}
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return text.encode()
+    return MADE_HERE + b"\n" + text.encode()
 
 
 def _shown(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ carried; one that could change ΔW and is not understood is an error.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -253,6 +254,12 @@ def _about_training(carried: Mapping[str, TensorRef]) -> list[Finding]:
     return found
 
 
+def _what_it_is(path: Path) -> str:
+    if path.is_symlink():
+        return "a link to nothing" if not path.exists() else "a link to no file"
+    return "a folder" if path.is_dir() else "a pipe, socket or device"
+
+
 def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
     own = {
         CONFIG_FILE,
@@ -267,7 +274,16 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
         for child in folder.iterdir()
         if child.is_file() and child.name not in own and child.name not in ATTACHMENTS
     )
-    found = []
+    found = [
+        Finding(
+            "unreadable-attachment",
+            "warning",
+            name,
+            f"{name} is no regular file, and is left out: {_what_it_is(folder / name)}",
+        )
+        for name in ATTACHMENTS
+        if os.path.lexists(folder / name) and not (folder / name).is_file()
+    ]
     if foreign:
         text = f"files beside the adapter, not part of it: {', '.join(foreign)}"
         found.append(Finding("foreign-files", "note", foreign[0], text))

@@ -23,7 +23,7 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
 from loratools_formats.formats.peft.parameters import Setting, settings
-from loratools_formats.formats.peft.patterns import pattern_for
+from loratools_formats.formats.peft.patterns import PatternsOf
 from loratools_formats.formats.peft.read import WEIGHTS_FILE
 
 
@@ -193,11 +193,10 @@ def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     stacked = [wanted[name] for name in stacked_on_loading(names)]
     rank, alpha = stacked[0] if stacked else max(wanted.values(), key=lambda setting: setting[0])
     values["r"], values["lora_alpha"] = rank, alpha
-    values["rank_pattern"] = {
-        pattern_for(name, names): r for name, (r, _) in wanted.items() if r != rank
-    }
+    pattern_for = PatternsOf(names).pattern_for
+    values["rank_pattern"] = {pattern_for(name): r for name, (r, _) in wanted.items() if r != rank}
     values["alpha_pattern"] = {
-        pattern_for(name, names): a for name, (_, a) in wanted.items() if a != alpha
+        pattern_for(name): a for name, (_, a) in wanted.items() if a != alpha
     }
     if values.get("use_rslora"):
         values["use_rslora"] = False
