@@ -99,7 +99,8 @@ class SingleFileOptions:
     """How to write or read single-file adapters, whose names need resolving.
 
     Attributes:
-        names: names of an architecture in single files: sd1, sdxl, flux1, wan2, qwen_image,
+        names: names of an architecture in single files: auraflow, chroma, cosmos2, flux1, flux2,
+            hunyuan_video, krea2, ltx2, ltx_video, lumina2, qwen_image, sd1, sd3, sdxl, wan2,
             z_image, or a FILE.toml of yours.
         names_from: an adapter whose dotted names resolve flattened ones.
         component: part of a pipeline that names without one are of, or that is to be taken.
