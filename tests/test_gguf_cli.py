@@ -118,7 +118,6 @@ def test_options_for_checkpoints_are_refused(model, files, options):
     [
         (["--fallback", "f16"], "--fallback has no meaning for a safetensors checkpoint"),
         (["--dtype", "q8_0"], "no such type; got q8_0; expected f32 or f16 or bf16"),
-        (["--allow-lossy"], "--allow-lossy is for --requantize"),
     ],
 )
 def test_options_for_gguf_are_refused(options, message):

@@ -15,7 +15,9 @@ from loratools.work.requests import Reporting
 @click.argument("name", metavar="RULE")
 @shared.reports()
 def command(name: str, reporting: Reporting) -> None:
-    """Explain a rule of `check`: what it finds, why that matters, what to do.
+    """Explain a rule of `check`.
+
+    Says what it finds, why that matters and what to do.
 
     \b
     loratools rule LT401

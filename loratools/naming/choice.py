@@ -46,17 +46,19 @@ class NamedModules:
         shapes: of their weights, by the name in the adapter.
         metadata: of the file.
         source: the file, for messages.
+        base_model: the base model's name, if recorded.
     """
 
     names: Mapping[str, str]
     shapes: Mapping[str, Shape]
     metadata: Mapping[str, str]
     source: object = None
+    base_model: str | None = None
 
     @classmethod
     def of(cls, adapter: Adapter, names: Mapping[str, str]) -> NamedModules:
         """Return the modules of an adapter that are called so."""
-        return cls(names, shapes_of(adapter), adapter.metadata, adapter.source)
+        return cls(names, shapes_of(adapter), adapter.metadata, adapter.source, adapter.base_model)
 
     def place(self, name: str, table: Table) -> Place | TextPlace | None:
         """Return where a module stands in a table, None if nowhere."""
@@ -226,6 +228,10 @@ def _stated(files: Sequence[NamedModules]) -> tuple[tuple[Table, ...], str | Non
         known = [(text, names) for text, names in named if names]
         if texts and not known:
             raise _without_table(file, texts[0])
+        if not texts and file.base_model is not None:
+            # A name that people give says something only if a table is known by it.
+            of_base = {t.name for t in bundled_tables() if t.is_known_as(file.base_model)}
+            known = [(file.base_model, of_base)] if of_base else []
         for text, names in known:
             tables, said = tuple(table for table in tables if table.name in names), text
         if said is not None and not tables:

@@ -217,6 +217,7 @@ def _refuse_nothing(
             f"nothing would be left to write as {target.name}{why}",
             path=adapter.source,
             got=f"{len(adapter.modules)} modules",
+            hint=losses[0].remedy or None if losses else None,
         )
 
 

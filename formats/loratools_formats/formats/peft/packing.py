@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -142,6 +140,8 @@ def evidence(b: TensorRef, experts: int, rank: int) -> tuple[float, float] | Non
         return None
     # Of many experts, a few: rank by rank the columns of expert e are j·E + e.
     chosen = min(experts, max(2, _MANY_COLUMNS // rank))
+    import numpy as np
+
     values = b.load(np.float32)
     found = []
     for rank_major in (True, False):
