@@ -20,10 +20,9 @@ READ = (
 )
 TEXT = """\
 `spectrum` of one adapter of rank 64 on all seven linears of 32 layers; `compare` of 100 adapters of
-rank 16 on all of them, pairwise; intruder dimensions of an adapter of rank 64 on one layer's
-attention, with no decomposition kept, with all kept (`--cache`), and by PEFT's way: two full SVDs of
-each layer's weight. Whole commands are child processes, timed from outside; inputs are in the page
-cache."""
+rank 16 on all of them, pairwise; intruder dimensions of an adapter of rank 64 on one weight of
+4096×4096, with no decomposition kept, with it kept (`--cache`), and by PEFT's way: full SVDs of W
+and W + ΔW. Whole commands are child processes, timed from outside; inputs are in the page cache."""
 
 
 def run(workdir: Path, layers: int = 32, shelf: int = SHELF) -> Report:
@@ -50,7 +49,7 @@ def run(workdir: Path, layers: int = 32, shelf: int = SHELF) -> Report:
         )
     cache = workdir / "svds"
     analysis = [tool("loratools"), "spectrum", str(one), "--base", str(base), "--json"]
-    analysis += ["--include", r"layers\.0\.self_attn"]
+    analysis += ["--include", r"layers\.0\.self_attn\.q"]
     shutil.rmtree(cache, ignore_errors=True)
     run_child(Command([*analysis, "--exact-svd", "--cache", str(cache)]), workdir)
     intruders = interleaved(
@@ -92,7 +91,7 @@ def run(workdir: Path, layers: int = 32, shelf: int = SHELF) -> Report:
         [
             _table("Spectrum, rank 64", spectrum),
             _table(f"Comparison of {shelf} adapters, rank 16", compare),
-            _table("Intruder dimensions of four 4096×4096 weights", intruders),
+            _table("Intruder dimensions of one weight of 4096×4096", intruders),
         ],
     )
 

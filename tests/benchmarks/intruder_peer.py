@@ -3,7 +3,7 @@
     python intruder_peer.py make BASE
     python intruder_peer.py analyse BASE ADAPTER
 
-The base has one layer's attention, 4096×4096 in bf16. The analysis is that of PEFT's
+The base has one weight, 4096×4096 in bf16. The analysis is that of PEFT's
 `reduce_intruder_dimension` on a live model, without its edit: SVDs of W and of W + ΔW, then the
 cosines of the leading left singular vectors.
 """
@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = [f"model.layers.0.self_attn.{one}_proj" for one in "qkvo"]
+NAMES = ["model.layers.0.self_attn.q_proj"]
 
 
 def make(folder: Path) -> None:
