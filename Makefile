@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Tests start many child processes, which would compile every module anew each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-kernels lint format bench clean
+.PHONY: help demo test test-fast test-models test-kernels lint format bench clean
 
 help:
 	@echo "make demo    squeeze the bundled adapter and print the report"
 	@echo "make test    run the whole test suite; make test-fast leaves out PEFT and other consumers"
+	@echo "make test-models  test every class of transformers that a tiny configuration builds"
 	@echo "make test-kernels  run the numeric tests under each matrix kernel of OpenBLAS"
 	@echo "make lint    check style, types and import layers"
 	@echo "make bench   measure speed and memory against peers and copying"
@@ -35,8 +36,11 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --fast $(ARGS)
 
+test-models: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses 2 --models tests/consumers/test_model_classes.py $(ARGS)
+
 test-kernels: $(VENV)/.dev
-	$(BIN)/python tests/kernels.py --numprocesses 2 $(ARGS)
+	$(BIN)/python tests/run_kernels.py --numprocesses 2 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -14,6 +14,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "loratools.face.check": ("check", "rule"),
     "loratools.face.compare": ("compare", "compare_bases"),
     "loratools.face.convert": ("convert", "write"),
     "loratools.face.dequantize": ("dequantize",),

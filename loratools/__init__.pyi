@@ -8,6 +8,8 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from loratools.algebra.ranks import Budget as Budget
+from loratools.face.check import CheckResult as CheckResult
+from loratools.face.check import RuleResult as RuleResult
 from loratools.face.compare import BasesResult as BasesResult
 from loratools.face.compare import CompareResult as CompareResult
 from loratools.face.convert import ConvertResult as ConvertResult
@@ -37,6 +39,26 @@ from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
 
 __version__: str
 
+def check(
+    sources: str | os.PathLike[str] | Adapter | Sequence[str | os.PathLike[str] | Adapter],
+    *,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    target: Sequence[str] = (),
+    headers_only: bool = False,
+    baseline: str | os.PathLike[str] | None = None,
+    fail_on: Literal["error", "warning", "note", "never"] | None = None,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    fix: bool = False,
+    allow_lossy: bool = False,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckResult: ...
+def rule(name: str) -> RuleResult: ...
 def compare(
     adapters: Mapping[str, str | os.PathLike[str] | Adapter]
     | Sequence[str | os.PathLike[str] | Adapter],
@@ -50,6 +72,7 @@ def compare(
     workers: int | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> CompareResult: ...
 def compare_bases(
@@ -62,6 +85,7 @@ def compare_bases(
     workers: int | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> BasesResult: ...
 def convert(
     source: str | os.PathLike[str] | Adapter,
@@ -79,6 +103,7 @@ def convert(
     strip_training_metadata: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -170,6 +195,7 @@ def fuse(
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     format: str | None = None,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str],
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -193,6 +219,7 @@ def fuse(
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     format: str | None = None,
+    ignore_key: Sequence[str] = (),
     output: None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -202,9 +229,14 @@ def info(
     *,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> InfoResult: ...
 def read(
-    path: str | os.PathLike[str], *, format: str | None = None, carry_unknown: bool = False
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> Adapter: ...
 def formats() -> FormatsResult: ...
 def methods() -> MethodsResult: ...
@@ -222,6 +254,7 @@ def merge(
     weight_pattern: Sequence[Override | str] = (),
     replacements: str | None = None,
     force_base: bool = False,
+    allow_missing: bool = False,
     density: float | str | None = None,
     lambda_: float | None = None,
     majority_sign: Literal["total", "frequency"] | None = None,
@@ -250,6 +283,7 @@ def merge(
     keep_alpha: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_error: float | None = None,
@@ -288,6 +322,7 @@ def repair(
     exclude: str | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -310,6 +345,7 @@ def spectrum(
     workers: int | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> SpectrumResult: ...
 def squeeze(
@@ -340,6 +376,7 @@ def squeeze(
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -362,6 +399,7 @@ def squeeze_choices(
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> SqueezeChoices: ...
 def delta(
     adapter: Adapter,
@@ -385,6 +423,7 @@ def to_dora(
     workers: int | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -419,6 +458,7 @@ def to_lora(
     keep_alpha: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
@@ -441,6 +481,7 @@ def to_lora_choices(
     keep_alpha: bool = False,
     format: str | None = None,
     carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
 ) -> ToLoraChoices | None: ...
 def verify(
     fused: str | os.PathLike[str] | Checkpoint,
@@ -454,5 +495,6 @@ def verify(
     | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
     workers: int | None = None,
     format: str | None = None,
+    ignore_key: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...

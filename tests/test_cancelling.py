@@ -46,7 +46,7 @@ def difference(x: list[list[Fraction]], y: list[list[Fraction]]) -> list[list[Fr
 def cancelling(
     dtype: str, smallness: float, pairs: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return b and a, columns of b twice, with both signs, and rows of a that nearly agree."""
+    """Return b and a, each column of b twice with opposite signs, and nearly equal rows of a."""
     rng = np.random.default_rng(seed)
     c, d, e = rng.standard_normal((OUT, pairs)), *rng.standard_normal((2, pairs, IN))
     b = rounded(np.hstack([c, -c]) * 2.0 ** rng.integers(-3, 3), dtype)

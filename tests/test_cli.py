@@ -138,7 +138,7 @@ def test_dry_run_reports_the_same_and_writes_nothing(make_folder, tmp_path):
         (["--rank", "2"], "no output given"),
         (["--rank", "0", "--dry-run"], "rank is too small"),
         (["--rank", "2", "--energy", "0.5", "--dry-run"], "rank rules exclude each other"),
-        (["--budget", "much", "--dry-run"], "not a size"),
+        (["--budget", "much", "--dry-run"], "not a budget"),
         (["--budget", "10B", "--dry-run"], "the budget is too small"),
         (["--rank-pattern", "q", "--rank", "2", "--dry-run"], "not a rank pattern"),
         (["--include", "(", "--rank", "2", "--dry-run"], "not a regular expression"),

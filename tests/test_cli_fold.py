@@ -27,6 +27,8 @@ def test_to_lora_writes_and_reports(tmp_path):
     assert set(report) == {
         "schema",
         "operation",
+        "findings",
+        "notes",
         "relative_error",
         "bytes_in",
         "bytes_out",
@@ -101,7 +103,7 @@ ERRORS = {
     "not a setting": (["to-lora", LORA, "--set", "alpha", "--dry-run"], "KEY=VALUE"),
     "not the base": (
         ["to-lora", DORA, "--base", LORA, "--rank", "2", "--dry-run"],
-        "no checkpoint",
+        "is an adapter, not a model",
     ),
     "a DoRA": (["to-dora", DORA, "--base", BASE, "--dry-run"], "DoRA already"),
     "the same": (["extract", BASE, BASE, "--rank", "2", "--dry-run"], "nothing to extract"),

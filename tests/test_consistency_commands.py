@@ -106,7 +106,7 @@ REFUSED = {
     ("conv1d", "gguf and back"): "num_attention_heads",
     ("experts", "to-dora"): "stacked experts",
     ("experts", "to-dora and back"): "stacked experts",
-    ("experts", "mlx and back"): "a module for each stack",
+    ("experts", "mlx and back"): "name experts differently",
 }
 
 

@@ -125,9 +125,10 @@ def test_unknown_types_and_names_are_refused(make_folder, tmp_path):
     assert isinstance(format_for_output("adapter"), Format)
 
 
+@pytest.mark.usefixtures("plugins")
 def test_a_base_that_is_not_needed_is_a_note(make_folder, tmp_path):
-    conversion = prepare(read_adapter(make_folder()), "peft", Context(base=tmp_path / "missing"))
-    assert "converting peft to peft needs no base model" in conversion.notes
+    conversion = prepare(read_adapter(make_folder()), "demo", Context(base=tmp_path / "missing"))
+    assert "base-unused" in [finding.code for finding in conversion.findings]
 
 
 @pytest.mark.parametrize(

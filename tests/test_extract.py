@@ -167,7 +167,7 @@ def test_tied_embeddings_are_carried_whole(tmp_path):
     tuned = written(tmp_path / "tuned", {**new, HEAD: new[EMBED]}, config)
     found = difference(base, tuned)
     assert [r.kind for r in found.adapter.replacements.values()] == ["embedding"]
-    assert "lm_head" in " ".join(found.notes)
+    assert "lm_head" in " ".join(each.message for each in found.findings)
 
 
 def test_without_an_output_embedding_the_input_embedding_is_tied(tmp_path):

@@ -92,7 +92,7 @@ def test_qa_lora_pools_its_input_where_the_weight_says_so(tmp_path, pooled):
     factors = {".lora_A.weight": small, ".lora_B.weight": B.astype("f4")}
     folder = saved(tmp_path / "adapter", factors, use_qalora=True, qalora_group_size=4)
     adapter = read_adapter(folder)
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         to_lora(adapter, RankRule())
     save_file({"q_proj.weight": np.zeros((36, 24), "f4")}, tmp_path / "base.safetensors")
     result = to_lora(adapter, RankRule(), base=read_checkpoint(tmp_path / "base.safetensors"))
@@ -158,7 +158,7 @@ def test_a_magnitude_makes_a_fold_a_dora():
     result = squeeze(adapter_of(delta), RankRule(rank=2))
     assert result.adapter.modules["layer"].kind == "dora"
     assert result.directional
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         to_lora(adapter_of(delta), RankRule(rank=2))
 
 

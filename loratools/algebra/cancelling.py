@@ -36,7 +36,7 @@ _SPLIT = 134217729.0  # 2²⁷ + 1
 
 
 def cancels(both: Grams) -> bool:
-    """Return whether ‖b @ a‖² is small beside Σ‖bᵢ‖²‖aᵢ‖², and Gram matrices may not show it."""
+    """Return whether ‖b @ a‖² is small beside Σ‖bᵢ‖²‖aᵢ‖², which Gram matrices may hide."""
     xp = namespace(both.b)
     terms = float(xp.sum(xp.linalg.diagonal(both.b) * xp.linalg.diagonal(both.a)))
     return math.isfinite(terms) and both.squared_norm < _LEAST_SHARE * terms

@@ -48,7 +48,7 @@ class BaseSvd:
 
 @dataclass(frozen=True)
 class Leading:
-    """Leading singular triplets of W + ΔW, and what is known of their place in W's basis.
+    """Leading singular triplets of W + ΔW, and bounds on their cosines with W's.
 
     Attributes:
         u: (out, k).

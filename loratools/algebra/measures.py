@@ -1,4 +1,4 @@
-"""What singular values tell of a matrix, and how its energy lies against a random matrix's.
+"""Measures of a matrix by its singular values, and of its energy beside a random matrix's.
 
 Definitions, with σ the singular values and p = σ/Σσ:
   stable rank          Σσ²/σ₁² (Rudelson, Vershynin 2007)

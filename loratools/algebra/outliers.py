@@ -40,7 +40,7 @@ def numbers_in(name: str) -> tuple[int, ...]:
 
 
 def layer_of(name: str) -> str:
-    """Return the first part of a module's path that is a number; "" if none is.
+    """Return the first part of a module's path that is a number; "" if there is none.
 
     >>> layer_of("model.layers.12.mlp"), layer_of("lora_te1_text_model_encoder_layers_3_fc1")
     ('12', '3')

@@ -177,7 +177,7 @@ def streamed_svd(
 
 
 def _exact(source: RowBlocks) -> StreamedSvd:
-    """Reduce the long side by QR of blocks, then decompose what is left."""
+    """Reduce the long side by QR of blocks, then decompose the small matrix."""
     rows, columns = source.shape
     if rows <= columns:
         whole = np.concatenate([block for _, _, block in source.blocks()])

@@ -79,7 +79,7 @@ class _Cache:
             self._file = folder / f"{digest.hexdigest()}.svd.npz"
 
     def load(self) -> BaseSvd | None:
-        """Return what is kept for the weight, None if nothing whole."""
+        """Return the cached decomposition of the weight; None if there is none, or a broken one."""
         if self._file is None or not self._file.is_file():
             return None
         try:

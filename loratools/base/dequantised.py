@@ -2,7 +2,7 @@
 
 Four-bit weights of bitsandbytes mean what loaders compute with: codebook · scale rounded to the
 type they were made from. Eight-bit floats mean code · scale, in float32. Nothing is held: a range
-of elements is computed from the same range of what is stored. Other quantisations are refused,
+of elements is computed from the same range of the stored ones. Other quantisations are refused,
 unless nothing needs their weights: `as_stored` then copies them as they are.
 """
 
@@ -28,6 +28,8 @@ from loratools_formats.checkpoints.eight_bit_floats import (
     Fp8Weight,
     activation_scales,
     fp8_weights,
+    marks_of_comfyui,
+    unmarked,
 )
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.quantization import (
@@ -65,12 +67,14 @@ class DequantisedCheckpoint:
         stored: type to store each computed weight in by default: 16 bits.
         four_bit: weights in four bits.
         dropped: tensors that only say how others are quantised.
+        eight_bit: names of the weights in eight-bit floats.
     """
 
     checkpoint: Checkpoint
     stored: Mapping[str, DType]
     four_bit: Mapping[str, QuantizedWeight]
     dropped: tuple[str, ...]
+    eight_bit: tuple[str, ...] = ()
 
     @property
     def is_quantized(self) -> bool:
@@ -94,7 +98,7 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
     auxiliary = {t.key for w in four_bit.values() for t in w.tensors} - set(four_bit)
     auxiliary |= {part.key for weight in eight_bit.values() for part in weight.parts}
     if eight_bit:
-        auxiliary |= set(activation_scales(base.tensors))
+        auxiliary |= {*activation_scales(base.tensors), *marks_of_comfyui(base.tensors, eight_bit)}
     tensors: dict[str, TensorRef] = {}
     stored: dict[str, DType] = {}
     for key, tensor in base.tensors.items():
@@ -109,7 +113,17 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
             tensors[key] = tensor
     name = next(iter(stored.values())).torch
     checkpoint = replace(base, tensors=tensors, config=dequantised_config(base.config, str(name)))
-    return DequantisedCheckpoint(checkpoint, stored, four_bit, tuple(sorted(auxiliary)))
+    return DequantisedCheckpoint(
+        checkpoint, stored, four_bit, tuple(sorted(auxiliary)), tuple(sorted(eight_bit))
+    )
+
+
+def dequantised_metadata(base: DequantisedCheckpoint) -> dict[str, str] | None:
+    """Return the metadata of files of dequantised weights; None if they keep their own."""
+    files = base.checkpoint.files
+    if not base.eight_bit or all(unmarked(f.metadata, base.eight_bit) == f.metadata for f in files):
+        return None
+    return unmarked(files[0].metadata, base.eight_bit)
 
 
 def dequantised_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -286,7 +300,7 @@ class _Fp8Source(_Source):
 
 
 def _numbers(scale: TensorRef) -> Array:
-    """Return scales in float32; bytes are exponents of two, 127 of which stands for one."""
+    """Return scales in float32; bytes are exponents of two, where 127 stands for one."""
     if scale.dtype.code == "U8":
         return np.exp2(scale.load(np.float32) - np.float32(127))
     values: Array = scale.load(np.float32)

@@ -1,10 +1,10 @@
 """Which tensors of a checkpoint are the weights of linear layers that are quantised to four bits.
 
 Only names, shapes and the configuration are known here, no model class. The default is that of
-transformers: linear layers, but not the output embedding, what is tied to the input embedding, a
-head that is the last parameter, or what a model class keeps in float32. In doubt a weight stays
-as it is: every two-dimensional weight that is left out is listed in the configuration, and the
-loader leaves listed modules alone, so that what is loaded is what was written.
+transformers: linear layers, except the output embedding, layers tied to the input embedding, a
+head that is the last parameter, and layers that a model class keeps in float32. In doubt a weight
+is not quantised: every two-dimensional weight that is left out is listed in the configuration, and
+loaders do not touch listed modules, so the loaded weights are the written ones.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def linear_weights(
     Args:
         base: the checkpoint.
         taken: keys that are something else, such as parts of weights already quantised.
-        skip: regular expressions searched in module paths; what they find stays as it is.
+        skip: regular expressions searched in module paths; modules that they find are not
+            quantised.
         experts: also take the weights of experts stored one by one.
 
     Raises:
@@ -126,7 +127,7 @@ class _Choice:
         self.heads = frozenset(head_of([m]) for m in self._models) or frozenset({head_of([])})
 
     def reason_to_keep(self, module: str, ref: TensorRef) -> str | None:
-        """Return why a module's weight stays as it is, None if it is quantised."""
+        """Return why a module's weight is not quantised; None if it is."""
         parent, _, last = module.rpartition(".")
         without_bias = f"{module}.bias" not in self._base.tensors
         reasons = {
@@ -164,7 +165,7 @@ def _check_type(ref: TensorRef) -> None:
 def _keep_what_is_listed(
     weights: dict[str, TensorRef], kept: list[Kept], heads: frozenset[str]
 ) -> None:
-    """Keep also what the loader takes for a listed module: a name below it, or one that ends so."""
+    """Also keep modules whose path starts or ends with a listed name: loaders skip them."""
     names = heads | {_shortened(k.module) for k in kept}
     while True:
         modules = {key: key.removesuffix(_WEIGHT) for key in weights}

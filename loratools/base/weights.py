@@ -71,10 +71,10 @@ class BaseModule:
 
 
 def names_under(adapter: Adapter, base: Checkpoint, modules: Collection[str]) -> Names:
-    """Return a base's tensors as an adapter's changes find them.
+    """Return the base's tensors with the adapter's replacement tensors substituted.
 
     A file may hold the whole weight or bias of a layer beside its change, such as a saved embedding
-    or a trained bias. Then the change is one of that tensor, which is read in the base's place.
+    or a trained bias. The change then applies to that tensor instead of the base's.
 
     Args:
         adapter: whose replacements count.
@@ -222,7 +222,7 @@ class BaseWeight:
 
 
 class ShapeOnly:
-    """A weight of which only the shape is known."""
+    """A weight whose values are not known, only its shape."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape

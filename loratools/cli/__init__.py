@@ -14,6 +14,7 @@ from loratools import __version__
 from loratools.cli.errors import run
 
 _COMMANDS = {
+    "check": "loratools.cli.check",
     "compare": "loratools.cli.compare",
     "convert": "loratools.cli.convert",
     "dequantize": "loratools.cli.dequantize",
@@ -25,6 +26,7 @@ _COMMANDS = {
     "methods": "loratools.cli.methods",
     "quantize": "loratools.cli.quantize",
     "repair": "loratools.cli.repair",
+    "rule": "loratools.cli.rule",
     "spectrum": "loratools.cli.spectrum",
     "squeeze": "loratools.cli.squeeze",
     "to-dora": "loratools.cli.to_dora",
@@ -33,6 +35,7 @@ _COMMANDS = {
 }
 
 _SUMMARIES = {
+    "check": "Check adapters: what does nothing, what programs refuse, what is missing.",
     "compare": "Compare adapters: angles, shared spaces, signs, families; or two bases.",
     "convert": "Convert an adapter to another format, and check what was written.",
     "dequantize": "Turn a checkpoint's four-bit weights back into 16 or 32 bits.",
@@ -44,6 +47,7 @@ _SUMMARIES = {
     "methods": "List the merge methods with their parameters, broken plugins included.",
     "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
     "repair": "Shrink an adapter's intruder dimensions, drop dead modules, balance factors.",
+    "rule": "Explain a rule of `check`.",
     "spectrum": "Measure what is in an adapter: spectra, ranks, strength, what stands out.",
     "verify": "Check whether a checkpoint is a base with adapters fused in.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
@@ -62,7 +66,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the first argument names; say which is close if none is."""
+        """Return the command that the first argument names; suggest a close one if none fits."""
         if args[0] not in _COMMANDS and not args[0].startswith("-"):
             import difflib
 
@@ -72,7 +76,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command; None if there is no such name."""
+        """Import and return a command; None if no command has the name."""
         if cmd_name not in _COMMANDS:
             return None
         command: click.Command = import_module(_COMMANDS[cmd_name]).command

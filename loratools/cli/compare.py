@@ -45,7 +45,7 @@ _HEADER = [
     metavar="W0 W1",
     help="Compare two base models where one adapter acts, instead of adapters.",
 )
-@shared.reads("base", "from_")
+@shared.reads("base", "from_", "ignore_key")
 @shared.takes(CompareOptions, into="options")
 @shared.takes(Selection, into="selection")
 @shared.takes(Workers, into="threads")

@@ -22,7 +22,7 @@ _SINGLE_FILES = ("names", "names_from", "component", "strip_training_metadata")
 @shared.writes("in_place", "max_error")
 @shared.takes(ConvertOptions, into="options")
 @shared.takes(SingleFileOptions, *_SINGLE_FILES, into="single")
-@shared.reads("base", "from_", "carry_unknown")
+@shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.reports("json", "quiet", "verbose")
 def command(
     adapter: Path,

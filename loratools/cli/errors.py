@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from typing import TextIO
@@ -13,6 +14,7 @@ import click
 EXIT_FOUND = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+_EXIT_SIGNAL = 128
 
 _PROGRAM = "loratools"
 _COMPLETION = "_LORATOOLS_COMPLETE"
@@ -21,13 +23,15 @@ _COMPLETION = "_LORATOOLS_COMPLETE"
 def run(cli: click.Command) -> None:
     """Run a command group and exit the process.
 
-    Exit codes: what the command returned, 2 for usage or bad input, 130 when interrupted. Nothing
-    but `--traceback` shows a Python traceback.
+    Exit codes: what the command returned, 2 for usage or bad input, 130 when interrupted, 128 and
+    the signal's number when terminated or hung up. Nothing but `--traceback` shows a Python
+    traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings.showwarning = _noted
+    _stop_on_signals()
     if "--traceback" in sys.argv[1:2]:
         sys.exit(_call(cli))
     try:
@@ -38,9 +42,11 @@ def run(cli: click.Command) -> None:
         # The reader has gone; keep Python from complaining about it while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        code = EXIT_INTERRUPTED
+    except (KeyboardInterrupt, click.Abort) as error:
+        number = getattr(error, "number", None)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            click.echo("interrupted" if number is None else "terminated", err=True)
+        code = EXIT_INTERRUPTED if number is None else _EXIT_SIGNAL + number
     except click.ClickException as error:
         click.echo(f"error: {_usage(error)}", err=True)
         code = EXIT_ERROR
@@ -48,6 +54,26 @@ def run(cli: click.Command) -> None:
         click.echo(f"error: {describe(error)}", err=True)
         code = EXIT_ERROR
     sys.exit(code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """A signal that ends the process was sent: outputs are cleared away as on Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _stop_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind the stack, unless whoever started this process ignores them."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
 
 
 def _noted(

@@ -24,7 +24,7 @@ from loratools.work.requests import Reading, Reporting, Writing
 @shared.writes(positional=False)
 @shared.takes(FuseOptions, into="options")
 @shared.takes(GgufFuseOptions, "fallback", into="quantised")
-@shared.reads("from_")
+@shared.reads("from_", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
 def command(

@@ -19,7 +19,7 @@ from loratools_formats.disk.errors import printable
 
 @named_command("info")
 @shared.adapter_argument
-@shared.reads("from_", "carry_unknown")
+@shared.reads("from_", "carry_unknown", "ignore_key")
 @shared.reports("json", "quiet", "verbose")
 def command(adapter: Path, reading: Reading, reporting: Reporting) -> None:
     """Show what an adapter is, from its headers alone.

@@ -16,12 +16,13 @@ from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
 from loratools.face.merge import MergeResult, merge
+from loratools.face.source import destination
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles
 from loratools.work.declared import declared
 from loratools.work.requests import Reading, Reporting, Writing
-from loratools_formats.contract.files import check_target
+from loratools_formats.contract.files import check_apart
 from loratools_formats.disk.errors import OptionError
 
 
@@ -33,7 +34,7 @@ from loratools_formats.disk.errors import OptionError
 @shared.takes(RecipeFiles, into="files")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute", without=("--method",))
-@shared.reads("base", "from_", "carry_unknown")
+@shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
 @click.pass_context
@@ -72,7 +73,10 @@ def command(
     pages.check(reporting, inputs, overwrite=writing.overwrite)
     save_recipe = None if writing.dry_run else files.save_recipe
     if save_recipe is not None:
-        check_target(save_recipe, [], overwrite=writing.overwrite)
+        read = [files.recipe, *(path for path, _ in ([] if isinstance(sources, Path) else sources))]
+        place = Writing(output=save_recipe, overwrite=writing.overwrite)
+        destination(place, None, [*read, reading.base])
+        check_apart(save_recipe, [*read, reading.base, target.output])
 
     def work(progress: Callable[[int, int], None] | None) -> MergeResult:
         result = merge(

@@ -35,7 +35,7 @@ base_argument = click.argument("base", type=PATH)
 
 
 class _Text(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.2
-    """Text that the declaration reads; help shows the choices, of which any spelling is taken."""
+    """Text that the declaration reads; help shows the choices, and takes their other spellings."""
 
     def __init__(self, option: Option) -> None:
         self.name = "|".join(option.choices) or "text"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from loratools.cli.output import note
 from loratools.face.result import Result
-from loratools.page.plot import check_plot
 from loratools.work.declared import option
 from loratools.work.requests import Reporting
 from loratools_formats.contract.files import check_target
@@ -57,6 +56,8 @@ class Pages:
         if self.csv and reporting.json:
             raise OptionError("`csv` and `json` exclude each other")
         if self.plot is not None:
+            from loratools.page.plot import check_plot
+
             check_plot(self.plot)
         others = [path for path in inputs if path is not None]
         known = {os.path.realpath(path) for path in others}

@@ -23,7 +23,7 @@ from loratools_formats.disk.errors import printable
 @named_command("repair")
 @shared.adapter_argument
 @shared.writes("in_place", "max_error")
-@shared.reads("base", "from_", "carry_unknown")
+@shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.takes(RepairOptions, into="options")
 @shared.takes(IntruderOptions, into="intruders")
 @shared.takes(ComputeOptions, "dtype", "workers", into="compute")

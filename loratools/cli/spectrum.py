@@ -28,7 +28,7 @@ _SHOWN = 3
 
 @named_command("spectrum")
 @shared.adapter_argument
-@shared.reads("base", "from_", "carry_unknown")
+@shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.takes(SpectrumOptions, into="options")
 @shared.takes(IntruderOptions, into="intruders")
 @shared.takes(Selection, into="selection")

@@ -24,7 +24,7 @@ from loratools.work.selection import Selection
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Selection, into="selection")
-@shared.reads("initial", "from_", "carry_unknown")
+@shared.reads("initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
 def command(

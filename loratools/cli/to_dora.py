@@ -17,7 +17,7 @@ from loratools_formats.disk.errors import OptionError
 @named_command("to-dora")
 @shared.adapter_argument
 @shared.writes("in_place")
-@shared.reads("base", "initial", "from_", "carry_unknown")
+@shared.reads("base", "initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Workers, into="threads")
 @shared.reports()
 def command(

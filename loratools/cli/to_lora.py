@@ -21,7 +21,7 @@ from loratools.work.requests import Reading, Reporting, Writing
 @named_command("to-lora")
 @shared.adapter_argument
 @shared.writes("in_place", "max_error")
-@shared.reads("base", "initial", "from_", "carry_unknown")
+@shared.reads("base", "initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(ToLoraOptions, into="folding")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")

@@ -22,7 +22,7 @@ from loratools_formats.disk.errors import OptionError
 @named_command("verify")
 @click.argument("fused", type=shared.PATH)
 @click.argument("made_from", nargs=-1, metavar="BASE ADAPTER[:WEIGHT]...")
-@shared.reads("base", "from_")
+@shared.reads("base", "from_", "ignore_key")
 @shared.takes(Claim, into="claim")
 @shared.takes(Workers, into="threads")
 @shared.reports("json", "quiet", "verbose")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
 from loratools.face.source import IN_PLACE, READING, Source, destination, opened
@@ -151,6 +152,8 @@ def convert(
         metadata=dict(options.set_),
         single=replace(single, alpha=options.alpha, as_it_is=as_it_is),
     )
+    about = about_base([adapter], None if base is None else Path(base))
+    conversion = replace(conversion, findings=(*about, *conversion.findings))
     if conversion.losses and not options.allow_lossy:
         raise _lossy(conversion)
     check = None
@@ -202,7 +205,7 @@ def _result(conversion: Conversion, check: ConversionCheck | None) -> ConvertRes
     errors = {} if check is None else {m.name: m.relative_error for m in check.modules}
     return ConvertResult(
         adapter=conversion.adapter,
-        notes=conversion.notes,
+        findings=conversion.findings,
         from_=conversion.source.format,
         to=conversion.target.name,
         bytes_out=written_nbytes(conversion.adapter),

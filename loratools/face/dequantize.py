@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from loratools.face.declare import Progress, public
-from loratools.face.result import Result
+from loratools.face.result import Reported
 from loratools.face.source import WRITING, Model, destination, model
 from loratools.operations import dequantize as working
 from loratools.work.json_object import hidden
@@ -17,7 +17,7 @@ from loratools.work.requests import Writing
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DequantizeResult(Result, working.DequantizeResult):
+class DequantizeResult(Reported, working.DequantizeResult):
     """A checkpoint without four-bit weights, written or measured."""
 
     operation: ClassVar[str] = "dequantize"

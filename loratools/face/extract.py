@@ -127,7 +127,7 @@ def extract(
     )
     result = ExtractResult(
         adapter=done.adapter,
-        notes=found.notes,
+        findings=found.findings,
         relative_error=done.relative_error,
         bytes_out=written_nbytes(done.adapter),
         unchanged=found.unchanged,

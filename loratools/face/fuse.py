@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
-from loratools.face.result import Result
+from loratools.face.result import Reported
 from loratools.face.source import (
     WRITING,
     Model,
@@ -27,6 +28,7 @@ from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
 
 
@@ -53,8 +55,8 @@ class FusedTensor:
         dtype: type it is stored in.
         base_norm: ‖W‖.
         delta_norm: ‖ΔW‖, that of the difference for a replacement.
-        rounding_norm: ‖W' − (W + ΔW)‖, W' being what is stored.
-        surviving: share of ΔW found in what is stored; None if the tensor is not quantised again.
+        rounding_norm: ‖W' − (W + ΔW)‖, where W' is stored.
+        surviving: share of ΔW found in the stored tensor; None if it is not quantised again.
         relative_change: ‖ΔW‖/‖W‖, None if W is zero.
         lost_to_rounding: share of ΔW lost to rounding.
     """
@@ -71,7 +73,7 @@ class FusedTensor:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class FuseResult(Result):
+class FuseResult(Reported):
     """A fused checkpoint that was written.
 
     Attributes:
@@ -84,7 +86,6 @@ class FuseResult(Result):
         copied: number of tensors copied byte for byte.
         converted: number of tensors that no adapter changes, stored in another type than before.
         left_out: files of the base that were not carried over.
-        notes: what a user should know.
         tensors: every touched tensor, in the base's order.
     """
 
@@ -99,7 +100,6 @@ class FuseResult(Result):
     copied: int
     converted: int
     left_out: tuple[str, ...]
-    notes: tuple[str, ...]
     tensors: tuple[FusedTensor, ...]
 
 
@@ -109,7 +109,7 @@ class PlannedTensor:
 
     Attributes:
         name: its key.
-        shape: as the base has it.
+        shape: its shape in the base.
         dtype: type it would be stored in.
         modules: the adapters' modules that change it; empty for a replacement.
         replaced_by: name of the adapter that replaces it, None if none does.
@@ -123,7 +123,7 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class FusePlan(Result):
+class FusePlan(Reported):
     """What fusing would write; `write(path)` does it.
 
     Attributes:
@@ -132,7 +132,6 @@ class FusePlan(Result):
         tensors: those that adapters change.
         total: number of tensors in all.
         files: number of weight files.
-        notes: what a user should know.
         fusion: the plan itself.
         progress: called with (bytes done, bytes in all).
     """
@@ -144,7 +143,6 @@ class FusePlan(Result):
     tensors: tuple[PlannedTensor, ...]
     total: int = hidden()
     files: int = hidden()
-    notes: tuple[str, ...] = hidden()
     fusion: Fusion | GgufFusion = hidden()
     progress: Progress | None = hidden()
 
@@ -158,10 +156,10 @@ class FusePlan(Result):
             UnsupportedError: less than half of the change survives quantising.
         """
         done = self.fusion.write(path, overwrite=overwrite, progress=self.progress)
-        return _result(self.fusion.inputs, done)
+        return _result(self.fusion.inputs, done, self.findings)
 
 
-@public(reading=("from_",), quantised=("fallback",), writing=WRITING)
+@public(reading=("from_", "ignore_key"), quantised=("fallback",), writing=WRITING)
 def fuse(
     base: Model,
     adapters: Weighted,
@@ -206,7 +204,8 @@ def fuse(
         if quantised.fallback is not None:
             raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
         fusion = Fusion(checkpoint, inputs, options)
-    plan = _plan(fusion.preview, fusion, progress)
+    about = about_base(read, Path(base) if isinstance(base, str | os.PathLike) else base)
+    plan = _plan(fusion.preview, fusion, progress, about)
     if writing.output is None:
         return plan
     return plan.write(writing.output, overwrite=writing.overwrite)
@@ -241,7 +240,12 @@ def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOption
     )
 
 
-def _plan(preview: FusePreview, fusion: Fusion | GgufFusion, progress: Progress | None) -> FusePlan:
+def _plan(
+    preview: FusePreview,
+    fusion: Fusion | GgufFusion,
+    progress: Progress | None,
+    about: tuple[Finding, ...],
+) -> FusePlan:
     return FusePlan(
         dry_run=True,
         bytes_out=preview.nbytes,
@@ -257,13 +261,13 @@ def _plan(preview: FusePreview, fusion: Fusion | GgufFusion, progress: Progress 
         ),
         total=preview.total,
         files=preview.files,
-        notes=preview.notes,
+        findings=(*about, *preview.findings),
         fusion=fusion,
         progress=progress,
     )
 
 
-def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
+def _result(inputs: tuple[FuseInput, ...], done: Fused, planned: tuple[Finding, ...]) -> FuseResult:
     return FuseResult(
         adapters=tuple(FusedAdapter(item.name, item.weight) for item in inputs),
         relative_change=done.relative_change,
@@ -274,7 +278,7 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused) -> FuseResult:
         copied=done.copied,
         converted=done.converted,
         left_out=done.left_out,
-        notes=done.notes,
+        findings=tuple(dict.fromkeys((*planned, *done.findings))),
         tensors=tuple(
             FusedTensor(
                 name=report.key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,9 +40,11 @@ from loratools.operations.merge.result import MergeModuleReport
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.contract.files import write_adapter
+from loratools_formats.contract.files import check_apart, write_adapter
+from loratools_formats.contract.path_kinds import is_model
 from loratools_formats.contract.registry import get_format
-from loratools_formats.disk.errors import AdapterError, OptionError
+from loratools_formats.core.findings import Finding
+from loratools_formats.disk.errors import AdapterError, OptionError, UnknownFormatError
 from loratools_formats.disk.publish import publish_file
 
 
@@ -113,6 +116,7 @@ class MergeResult(AdapterResult):
         """
         if self.recipe is None:
             raise OptionError("an adapter is in no file, so that no recipe can name it")
+        check_apart(path, [*(item.path for item in self.recipe.adapters), self.recipe.base])
         text = self._recipe_text(self.recipe, Path(os.path.realpath(path)).parent)
         with publish_file(path, overwrite=overwrite) as temporary:
             temporary.write_bytes(text)
@@ -176,7 +180,7 @@ def merge(
     )
     result = MergeResult(
         adapter=done.adapter,
-        notes=_notes(inputs),
+        findings=(*_findings(inputs), *_about_left_out(done.left_out)),
         method=chosen.method,
         adapters=tuple(MergedAdapter(item.name, item.weight) for item in inputs),
         relative_error=done.relative_error,
@@ -211,7 +215,11 @@ def _inputs(
     inputs: list[MergeInput] = []
     names: list[str] = []
     for (source, weight), digest in zip(sources, digests, strict=True):
-        adapter = opened(source, reading)
+        try:
+            adapter = opened(source, reading)
+        except UnknownFormatError as error:
+            error.hint = _fuse_instead(source, sources) or error.hint
+            raise
         if digest is not None and adapter.inputs[0].sha256() != digest:
             raise AdapterError(
                 "the adapter is not the one that the recipe was made with",
@@ -224,12 +232,31 @@ def _inputs(
     return inputs
 
 
-def _notes(inputs: list[MergeInput]) -> tuple[str, ...]:
+def _fuse_instead(source: object, sources: Sequence[tuple[object, float]]) -> str | None:
+    """Return the command for those who name a model among the adapters; None if it is none."""
+    paths = [path for path, _ in sources if isinstance(path, str | os.PathLike)]
+    if not isinstance(source, str | os.PathLike) or not is_model(Path(source)):
+        return None
+    others = [shlex.quote(os.fspath(path)) for path in paths if path != source] or ["ADAPTER"]
+    command = " ".join(["loratools fuse", shlex.quote(os.fspath(source)), *others, "-o fused"])
+    return f"merge makes one adapter of several; to put adapters into a model: {command}"
+
+
+def _findings(inputs: list[MergeInput]) -> tuple[Finding, ...]:
     bases = sorted({item.adapter.base_model for item in inputs if item.adapter.base_model})
-    notes = [text for item in inputs for text in item.adapter.remarks]
+    found = [notice for item in inputs for notice in item.adapter.notices]
     if len(bases) > 1:
-        notes.append(f"the adapters name different base models: {', '.join(bases)}")
-    return tuple(notes)
+        message = f"the adapters name different base models: {', '.join(bases)}"
+        found.append(Finding("different-bases", "warning", None, message))
+    return tuple(found)
+
+
+def _about_left_out(paths: tuple[str, ...]) -> list[Finding]:
+    if not paths:
+        return []
+    which = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    message = f"left out, since every adapter's weight is 0 there: {which}"
+    return [Finding("weightless-modules", "note", None, message)]
 
 
 def _recipe(

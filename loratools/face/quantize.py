@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.face.declare import Progress, public
-from loratools.face.result import Result
+from loratools.face.result import Reported
 from loratools.face.source import WRITING, Model, destination, model
 from loratools.operations import quantize as working
 from loratools.work.json_object import hidden
@@ -19,7 +19,7 @@ from loratools.work.requests import Writing
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class QuantizeResult(Result, working.QuantizeResult):
+class QuantizeResult(Reported, working.QuantizeResult):
     """A checkpoint in four bits, written or measured."""
 
     operation: ClassVar[str] = "quantize"

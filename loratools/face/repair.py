@@ -91,6 +91,6 @@ def repair(
         scratch_folder=beside(writing),
         progress=progress,
     )
-    result = RepairResult.of(done, notes=adapter.remarks)
+    result = RepairResult.of(done, findings=adapter.notices)
     check_error(result, writing.max_error)
     return result.written(writing)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from loratools.page.generic import result_sections
-from loratools.page.html import framed, page
-from loratools.page.parts import Section, figures
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.registry import get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import InexactError, OptionError
+
+if TYPE_CHECKING:
+    from loratools.page.parts import Section
 
 SCHEMA = 1
 
@@ -30,7 +31,7 @@ class Result:
     @classmethod
     def of(cls, found: Any, **others: Any) -> Self:
         """Return a result with the fields of what an operation found, and others."""
-        names = {one.name for one in fields(cls)} - set(others)
+        names = {one.name for one in fields(cls) if one.init} - set(others)
         return cls(**{name: getattr(found, name) for name in names}, **others)
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,10 +44,14 @@ class Result:
 
     def sections(self) -> Sequence[Section]:
         """Return the parts of its page: every number and every table of its JSON object."""
+        from loratools.page.generic import result_sections
+
         return result_sections(self.to_dict(), getattr(self, "notes", ()))
 
     def html(self) -> str:
         """Return a page that shows the result; it needs no network and no other file."""
+        from loratools.page.html import page
+
         return page(self.title(), self.sections())
 
     def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -57,12 +62,15 @@ class Result:
             MissingDependencyError: matplotlib is not installed.
             OutputExistsError: the file exists and `overwrite` is false.
         """
+        from loratools.page.parts import figures
         from loratools.page.plot import plot
 
         plot(self.title(), figures(self.sections()), Path(path), overwrite=overwrite)
         return Path(path)
 
     def _repr_html_(self) -> str:
+        from loratools.page.html import framed
+
         return framed(self.html())
 
     def __repr__(self) -> str:
@@ -77,16 +85,30 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class AdapterResult(Result):
+class Reported(Result):
+    """A result with findings.
+
+    Attributes:
+        findings: what a user should know.
+        notes: their messages.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", tuple(each.message for each in self.findings))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdapterResult(Reported):
     """A result that is an adapter, written or not.
 
     Attributes:
         adapter: what was made; its tensors load on demand.
-        notes: what a user should know.
     """
 
     adapter: Adapter = hidden()
-    notes: tuple[str, ...] = hidden()
 
     def title(self) -> str:
         """Return the heading of its page."""

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratools.folding.zeros import require_change
 from loratools.work.requests import Reading, Writing
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.contract.files import check_target, read_adapter
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 
 Source = str | os.PathLike[str] | Adapter
@@ -27,7 +29,7 @@ Weighted = (
 """Adapters: one, several, or each with its weight; the weight is 1 where none is given."""
 
 
-READING = ("from_", "carry_unknown")
+READING = ("from_", "carry_unknown", "ignore_key")
 WRITING = ("output", "overwrite")
 IN_PLACE = (*WRITING, "in_place")
 
@@ -38,16 +40,50 @@ def opened(source: Any, reading: Reading) -> Adapter:
     Raises:
         OptionError: it is no source, or a format was given for an adapter that is read already.
         LoratoolsError: nothing there, unknown format, or not a sound adapter.
+        AdapterError: all that it holds is zero.
     """
     if isinstance(source, Adapter):
         if reading.from_ is not None:
             raise OptionError("the adapter is read already, and has a format", got=source.format)
-        return source
+        return ignoring(require_change(source), reading.ignore_key)
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise OptionError(
             "not an adapter", got=repr(source), expected="the path of a file or folder, or one read"
         )
-    return read_adapter(source, reading.from_, carry_unknown=reading.carry_unknown)
+    return require_change(_read(source, reading))
+
+
+def _read(path: str | os.PathLike[str], reading: Reading) -> Adapter:
+    adapter = read_adapter(path, reading.from_, carry_unknown=reading.carry_unknown)
+    return ignoring(adapter, reading.ignore_key)
+
+
+def ignoring(adapter: Adapter, keys: Sequence[str]) -> Adapter:
+    """Return an adapter in which configuration keys that are not known hinder nothing.
+
+    Raises:
+        OptionError: a key is known, and has an effect.
+    """
+    if not keys:
+        return adapter
+    known = [
+        each.where
+        for each in adapter.caveats
+        if each.where in keys and each.code != "unknown-config-key"
+    ]
+    if known:
+        raise OptionError(
+            "the key is known to matter, and cannot be ignored", path=adapter.source, got=known[0]
+        )
+    findings = tuple(_ignored(each) if each.where in keys else each for each in adapter.findings)
+    return replace(adapter, findings=findings)
+
+
+def _ignored(finding: Finding) -> Finding:
+    if finding.code != "unknown-config-key":
+        return finding
+    text = f"config key {finding.where} is not known, and is ignored as was asked for"
+    return Finding("ignored-config-key", "note", finding.where, text)
 
 
 @dataclass(frozen=True)
@@ -63,9 +99,9 @@ class Trained:
     inputs: tuple[Adapter, ...]
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def findings(self) -> tuple[Finding, ...]:
         """What reading it found that a user should know."""
-        return self.inputs[0].remarks
+        return self.inputs[0].notices
 
 
 def trained(source: Any, initial: Any, reading: Reading) -> Trained:
@@ -80,7 +116,8 @@ def trained(source: Any, initial: Any, reading: Reading) -> Trained:
         return Trained(adapter, (adapter,))
     from loratools.lowrank.initial import subtract_initial
 
-    first = opened(initial, reading)
+    # Before training, the change itself may be zero.
+    first = initial if isinstance(initial, Adapter) else _read(initial, reading)
     return Trained(subtract_initial(adapter, first), (adapter, first))
 
 

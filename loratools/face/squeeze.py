@@ -109,7 +109,7 @@ def squeeze(
     )
     result = SqueezeResult(
         adapter=done.adapter,
-        notes=given.notes,
+        findings=given.findings,
         relative_error=done.relative_error,
         directional=done.directional,
         bytes_in=given.adapter.weights_nbytes,

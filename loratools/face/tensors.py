@@ -188,7 +188,7 @@ def _low_rank(name: str, pair: Any, alpha: float | None) -> LowRank:
 
 def _tensor(key: str, value: Any) -> TensorRef:
     """Return a copy of a matrix in memory, bit for bit."""
-    if hasattr(value, "detach"):  # a torch tensor, of which NumPy knows no bfloat16
+    if hasattr(value, "detach"):  # a torch tensor, whose bfloat16 NumPy does not know
         torch, value = sys.modules["torch"], value.detach().cpu().contiguous()
         if value.dtype == torch.bfloat16:
             import ml_dtypes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult
 from loratools.face.source import (
@@ -78,6 +79,6 @@ def to_dora(
         scratch_folder=beside(writing),
         progress=progress,
     )
-    return ToDoraResult(adapter=done.adapter, notes=given.notes, modules=done.modules).written(
-        writing
-    )
+    findings = (*given.findings, *about_base(given.inputs[:1], checkpoint))
+    result = ToDoraResult(adapter=done.adapter, findings=findings, modules=done.modules)
+    return result.written(writing)

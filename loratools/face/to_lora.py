@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.algebra.ranks import RankRule
+from loratools.base.named_base import about_base
 from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
@@ -122,7 +123,7 @@ def to_lora(
     _check_format(done.adapter)
     result = ToLoraResult(
         adapter=done.adapter,
-        notes=given.notes,
+        findings=(*given.findings, *about_base(given.inputs[:1], checkpoint)),
         relative_error=done.relative_error,
         bytes_in=given.adapter.weights_nbytes,
         bytes_out=written_nbytes(done.adapter),

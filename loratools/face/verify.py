@@ -35,7 +35,7 @@ class VerifyResult(Result):
     tensors: tuple[TensorVerdict, ...]
 
 
-@public(reading=("from_",))
+@public(reading=("from_", "ignore_key"))
 def verify(
     fused: Model,
     *,

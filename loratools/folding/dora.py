@@ -1,4 +1,4 @@
-"""DoRA and its base weight: the change it makes, and magnitudes that leave a change as it is.
+"""DoRA and its base weight: the change it makes, and magnitudes that make no further change.
 
 W' = m/‖W + ΔW‖ ⊙ (W + ΔW), norms per output of the matrix (out, in): per row of a linear layer,
 per filter of a convolution, per column of an embedding. Source: arXiv 2402.09353 and peft 0.21.2,
@@ -103,7 +103,7 @@ def _input_norms(weight: Weight, delta: Rows, kernel: int) -> Array:
 
 
 def rescaling_of(magnitude: TensorRef, axis: Axis, weight: Weight, change: Rows) -> Rescaling:
-    """Return what a module's magnitudes make of the rows of its direction.
+    """Return the rescaling that a module's magnitudes apply to the rows of W + ΔW.
 
     Raises:
         AdapterError: they do not fit or are not finite.

@@ -1,9 +1,9 @@
 """What a PEFT file leaves to the code that loads it, computed again from its seeds and the base.
 
-Two kinds do so. Uni-LoRA saves its numbers alone: which layers there are, and which number goes
-where, follow from the model. FRoD saves its trained numbers: the basis that layers of one role
-share follows from their weights. Both are repeated step by step, as peft 0.21.2 does it; what
-depends on the order in which a model's code declares its layers must be given.
+Two kinds leave tensors out. Uni-LoRA saves its numbers alone: which layers there are, and which
+number goes where, follow from the model. FRoD saves its trained numbers: the basis that layers of
+one role share follows from their weights. Both are repeated step by step, as peft 0.21.2 does it;
+what depends on the order in which a model's code declares its layers must be given.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def regenerated(adapter: Adapter, base: Checkpoint | None, given: Mapping[str, s
     Args:
         adapter: of any kind.
         base: the base model.
-        given: settings by name, of which `order` is Uni-LoRA's.
+        given: settings by name; `order` is Uni-LoRA's.
 
     Raises:
         UnsupportedError: it depends on the base, and there is none, or on an order not given.

@@ -1,4 +1,4 @@
-"""Changes that are no product of thin factors, taken apart as they are when their turn comes.
+"""Deltas that are no product of thin factors: decomposed one at a time, without making factors.
 
 A Kronecker product's singular values are the products of those of its sides: its best factors of a
 rank take no time, while all of its factors are as large as the weight.
@@ -22,13 +22,13 @@ from loratools_formats.core.adapter import KindDelta, ModuleChange
 
 
 def is_apart(delta: ModuleChange) -> bool:
-    """Return whether a change is to be taken apart so: of another kind, told without the base."""
+    """Return whether a change is of a kind that can be decomposed here, without the base."""
     return folds_alone(delta) and not delta.is_dora and delta.layer.kind != "experts"
 
 
 @dataclass(frozen=True)
 class Apart:
-    """A module of another kind, which no factors are made of.
+    """A module of another kind, whose delta is decomposed directly.
 
     Attributes:
         name: module path.
@@ -42,7 +42,7 @@ class Apart:
         return checked_form(self.name, self.delta, ShapeOnly(known_shape(self.delta)))
 
     def planned(self) -> PlannedFactors:
-        """Return the factors of the highest rank that it can have, which are not made."""
+        """Return the plan of factors of the highest rank that it can have."""
         form = self._form()
         shape = rows_of(form).shape
         rank = min(shape)

@@ -9,7 +9,7 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.ranks import RankRule, Spectrum
-from loratools.base.facts import find_tie, shared_embeddings
+from loratools.base.tied import find_tie, shared_embeddings
 from loratools.base.weights import (
     BaseModule,
     ShapeOnly,
@@ -129,7 +129,7 @@ class Opener:
         needing = [name for name, delta in self.adapter.modules.items() if needs_base(delta)]
         names = names_under(self.adapter, base, needing)
         in_base = names_in_base(self.adapter, base)
-        tie = find_tie(names, task=self.adapter.config.get("task_type"), guess_head=True)
+        tie = find_tie(names, adapter=self.adapter, guess_head=True)
         shared = {f"{name}.weight" for name in shared_embeddings(names)}
         tied = shared if tie is None else {*shared, *map(names.spelling, (tie.embedding, tie.head))}
         for name, delta in self.adapter.modules.items():

@@ -22,12 +22,13 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
+from loratools.naming.choice import kernel_of
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import text_values
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Missing, ModuleChange
+from loratools_formats.core.adapter import Adapter, Layer, Missing, ModuleChange
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 
@@ -37,7 +38,7 @@ def folds_alone(delta: ModuleChange) -> bool:
 
 
 def needs_base(delta: ModuleChange) -> bool:
-    """Return whether a change cannot be told without the base's weights or shapes."""
+    """Return whether a change depends on the base's weights or shapes."""
     if delta.is_dora or delta.factors is not None:
         return delta.is_dora
     needs = get_kind(delta.kind).needs
@@ -55,10 +56,10 @@ def folded_exactly(
         adapter: of any kind.
         operation: what it is for, for messages.
         scratch_folder: where new factors wait until they are written.
-        base: the base model, for what its configuration tells of settings that a file lacks.
+        base: the base model, whose configuration states settings that a file lacks.
 
     Raises:
-        UnsupportedError: a module does not fold exactly, or not without the base.
+        UnsupportedError: a module does not fold exactly, or only with the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
     folded = folded_where_exact(adapter, operation, scratch_folder, base=base)
@@ -82,16 +83,16 @@ def folded_where_exact(
     leave: Container[str] = (),
     dense: bool = True,
 ) -> Adapter:
-    """Return the same, with modules that do not fold so as they are.
+    """Return an adapter whose modules are folded where that is exact; others stay unchanged.
 
     Args:
         adapter: of any kind.
         operation: what it is for, for messages.
         scratch_folder: where new factors wait until they are written.
-        base: the base model, for what its configuration tells of settings that a file lacks.
+        base: the base model, whose configuration states settings that a file lacks.
         leave: modules to leave as they are.
-        dense: whether what is no product of factors is decomposed, too, which is slow; but for
-            DoRAs, which need factors.
+        dense: also decompose deltas that are not a product of two factors (slow). DoRAs are always
+            decomposed.
 
     Raises:
         UnsupportedError: a setting that the change depends on is not in the file.
@@ -130,11 +131,31 @@ def folded_where_exact(
     return plain_adapter(adapter, modules)
 
 
+def with_kernels(adapter: Adapter) -> Adapter:
+    """Return an adapter whose LoHa and LoKr of convolutions are such, where a table tells it.
+
+    LyCORIS flattens the kernel into the columns, so that only the module's name tells it.
+    """
+    modules = dict(adapter.modules)
+    for name, whole in adapter.modules.items():
+        delta, columns = whole.kind_delta, whole.shape[1]
+        if delta is None or delta.kind not in ("loha", "lokr") or delta.layer.kind != "linear":
+            continue
+        kernel = kernel_of(name)
+        if kernel is not None and columns is not None and columns % math.prod(kernel) == 0:
+            modules[name] = whole.with_direction(replace(delta, layer=Layer("conv", kernel)))
+    return replace(adapter, modules=modules)
+
+
 def to_lora_command(adapter: Adapter, delta: ModuleChange) -> str:
     """Return the command that makes a plain LoRA of what does not become one on the fly."""
-    base = ["--base MODEL"] if needs_base(delta) else []
-    rank = [] if get_kind(delta.kind).low_rank else ["--rank RANK"]
-    return command_on(adapter, "to-lora", *base, *rank)
+    is_low_rank = get_kind(delta.kind).low_rank
+    return command_on(
+        adapter,
+        "to-lora",
+        *(["--base MODEL"] if needs_base(delta) else []),
+        *([] if is_low_rank else ["--rank RANK"]),
+    )
 
 
 def with_settings(
@@ -152,6 +173,7 @@ def with_settings(
         UnsupportedError: a setting is still missing.
         OptionError: a value is not one, or no module lacks the setting.
     """
+    adapter = with_kernels(adapter)
     unused = set(given)
     of_base = _Base(base)
     modules: dict[str, ModuleChange] = {}
@@ -200,19 +222,19 @@ def _lacks(
         path=adapter.source,
         tensor=module,
         expected="; ".join(expected) if len(expected) > 1 else lacking[names[0]].expected,
-        hint=f"Make it a plain LoRA: {command}{', or with --base MODEL' if may_tell else ''}",
+        hint=f"Make it a plain LoRA: {command}{', or with `base`' if may_tell else ''}",
     )
 
 
 class _Base:
-    """What a base model tells of settings that a file lacks."""
+    """The settings that a base model determines where the file lacks them."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self._base = base
         self._names: Names | None = None
 
     def weight_tells(self, module: str, missing: Missing) -> str | None:
-        """Return what the shape of a module's own weight tells of a setting, None if nothing."""
+        """Return the value that the shape of a module's own weight implies; None if none."""
         if self._base is None or missing.of_weight is None:
             return None
         self._names = self._names or Names(dequantised(self._base).checkpoint)
@@ -220,7 +242,7 @@ class _Base:
         return missing.of_weight(self._names.tensors[found[0].key].shape) if found else None
 
     def config_tells(self, missing: Missing) -> str | None:
-        """Return what the configuration tells of a setting, None if nothing."""
+        """Return the value that the base's configuration states; None if it states none."""
         config = {} if self._base is None else self._base.config
         values = text_values(config)
         found = next((values[k] for k in missing.in_base if values.get(k) is not None), None)
@@ -247,6 +269,6 @@ def _parsed(key: str, text: str, missing: Missing) -> str | float:
 
 
 def plain_adapter(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
-    """Return an adapter of other modules, with a configuration that says so."""
+    """Return an adapter of plain modules, with the configuration of a plain LoRA."""
     chosen = get_format(adapter.format)
     return (chosen if chosen.is_writable else get_format("peft")).with_factors(adapter, modules)

@@ -67,7 +67,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Columns:
-    """ΔW of full rank, a block of columns at a time, as it is stored where inputs come first.
+    """ΔW of full rank, a block of columns at a time, for weights that are stored inputs first.
 
     Attributes:
         shape: (out, in).
@@ -121,15 +121,16 @@ class Kind:
         form: ΔW, given the tensors and the weight.
         optional: names of further tensors that a module may have.
         needs: what must be known of the base: `nothing`, the `shape` of the weight where the file
-            does not tell it, or the `weight` itself.
-        low_rank: whether the fold to two factors is exact.
-        bias: what is added to the layer's bias, given the bias before; None if it stays.
+            does not determine it, or the `weight` itself.
+        low_rank: whether it folds into two factors exactly.
+        bias: returns the vector to add to the layer's bias, given that bias; None if it stays.
         magnitude: the magnitudes of a DoRA in the order of the outputs, given the stored ones;
             None if they are stored in that order.
-        completed: the delta again, with what its settings tell of its layer and shape, when none of
-            them is missing any more; None if they tell nothing.
-        caution: what a user should know about every fold of the kind; empty for nothing.
-        if_tied: why a plain LoRA on a tied embedding is not the same; empty if it is.
+        completed: returns the delta with its layer and shape, once no setting is missing; None if
+            settings have no influence on these.
+        caution: a warning that holds for every fold of the kind; empty if there is none.
+        if_tied: why a plain LoRA on a tied embedding would make another change; empty if it would
+            not.
     """
 
     name: str
@@ -152,7 +153,7 @@ class Kind:
         return part in self.parts or part in self.optional or f"{stem}.*" in self.optional
 
     def magnitude_of(self, change: ModuleChange) -> TensorRef | None:
-        """Return the magnitudes of a DoRA, one per output in their order; None if it is none."""
+        """Return the magnitudes of a DoRA, one per output in their order; None if it is no DoRA."""
         stored, delta = change.magnitude, change.kind_delta
         if self.magnitude is None or stored is None or delta is None:
             return stored

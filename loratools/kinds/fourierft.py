@@ -1,7 +1,7 @@
 """FourierFT: a few entries of the two-dimensional Fourier spectrum (arXiv 2405.03003).
 
-ΔW = scale · Re(IDFT2(F)), F zero but for `spectrum` at places drawn from a seed: the first ones of
-a random permutation of all entries, row by row. Source: `FourierFTLayer` in peft 0.21.2.
+ΔW = scale · Re(IDFT2(F)), F zero except for `spectrum` at positions drawn from a seed: the first
+ones of a random permutation of all entries, row by row. Source: `FourierFTLayer` in peft 0.21.2.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """HRA: the input is reflected several times (arXiv 2405.17484).
 
 W' = W Π (I − 2 uᵢuᵢᵀ) with unit vectors; ΔW = −2 Σ wᵢ uᵢᵀ has rank r at most, with wᵢ = W applied
-to what the earlier reflections make of uᵢ. With `orthogonal` the vectors are made so first. Source:
-`HRALinear.get_delta_weight` in peft 0.21.2.
+to what the earlier reflections make of uᵢ. With `orthogonal` the vectors are made orthogonal first.
+Source: `HRALinear.get_delta_weight` in peft 0.21.2.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """QA-LoRA: the input is pooled in groups before the first factor (arXiv 2309.14717).
 
 The layer sees the mean of each group times the number of groups, so every column of A (r, in/group)
-stands for a whole group. PEFT does so on GPTQ layers only, and trains plain factors on others, with
-the same configuration: the inputs of the weight tell which. Source: `QALoraLinearVariant` in peft
-0.21.2.
+stands for a whole group. PEFT does this on GPTQ layers only, and trains plain factors on others,
+with the same configuration: the inputs of the weight tell which. Source: `QALoraLinearVariant` in
+peft 0.21.2.
 """
 
 from __future__ import annotations

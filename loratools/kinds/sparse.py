@@ -1,7 +1,7 @@
 """Sparse changes: values at stored places (SHiRA, arXiv 2406.13175; SpIEL, arXiv 2401.16405).
 
-ΔW is zero but for scale · `values`, added up at `indices`: pairs (2, n) of row and column, or flat
-places (n,) counted row by row. Some, Supra among them, have plain factors beside it.
+ΔW is zero except for scale · `values`, added up at `indices`: pairs (2, n) of row and column, or
+flat places (n,) counted row by row. Some, Supra among them, have plain factors beside it.
 """
 
 from __future__ import annotations

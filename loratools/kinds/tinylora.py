@@ -54,7 +54,7 @@ def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     if p.shape != (len(v), b.shape[1], len(a)):
         raise tensors.wrong_shape("p", f"({len(v)}, {b.shape[1]}, {len(a)})")
     middle = np.tensordot(v, p, axes=1)
-    if delta.layer.kind == "embedding":  # factored as it is stored, the vocabulary first
+    if delta.layer.kind == "embedding":  # factored in the stored layout, the vocabulary first
         return Product(a.T, (b @ middle).T)
     return Product(b, middle @ a)
 

@@ -1,6 +1,6 @@
 """Trainable tokens: some rows of an embedding are replaced.
 
-ΔW is zero but for the rows at `rows`, where it is their new values less the base's: as a matrix
+ΔW is zero except in the rows at `rows`, where it is their new values less the base's: as a matrix
 with the vocabulary as `in`, a product of rank n. Source: `TrainableTokensLayer` in peft 0.21.2,
 which changes an output layer that is tied to the embedding along with it; a plain LoRA does not.
 """

@@ -1,9 +1,9 @@
 """WaveFT: a few wavelet coefficients (arXiv 2505.12532).
 
-The matrix of coefficients is zero but for `spectrum` at places drawn from a seed, as in FourierFT.
-Its quarters are the four bands of one level of a two-dimensional wavelet transform, which is
-inverted and cropped; or, without transform, it is ΔW itself. Both steps are products with one
-matrix per side. Source: `WaveFTLayer` in peft 0.21.2.
+The matrix of coefficients is zero except for `spectrum` at positions drawn from a seed, as in
+FourierFT. Its quarters are the four bands of one level of a two-dimensional wavelet transform,
+which is inverted and cropped; or, without transform, it is ΔW itself. Both steps are products with
+one matrix per side. Source: `WaveFTLayer` in peft 0.21.2.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class PlannedFactors:
         b: (out, r) or (E, out, r).
         scale: the number that will multiply their product.
         layer: what is adapted.
-        bias: (out,) float64 or narrower, which exists already; None if there is none.
-        alpha: the number that the file states now; None if none.
+        bias: (out,), which exists already; None if there is none.
+        alpha: the number that the file states now; None if it states none.
         alpha_tensor: the tensor that states it, in formats which keep it in one.
     """
 

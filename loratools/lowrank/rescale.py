@@ -21,11 +21,32 @@ def folded(delta: ModuleChange, *, rounding: bool = False) -> ModuleChange:
     """Return a delta of scale 1.
 
     Args:
-        delta: any; a kind without factors stays as it is.
+        delta: any; a change without factors is returned unchanged.
         rounding: whether values may be rounded; if not, a scale that cannot be moved exactly stays.
     """
     part = delta.factors
     return delta if part is None else delta.with_direction(_folded(part, rounding))
+
+
+def of_positive_scale(delta: ModuleChange) -> ModuleChange:
+    """Return a delta whose scale is above 0: `b` takes up a sign, and is 0 for a scale of 0.
+
+    Loaders and formats disagree on scales of 0 and below; the factors say the same exactly.
+    """
+    part = delta.factors
+    if part is None or part.scale > 0:
+        return delta
+    sign, scale = (-1.0, -part.scale) if part.scale < 0 else (0.0, 1.0)
+    return delta.with_direction(
+        replace(
+            part,
+            b=_times(part.b, sign),
+            bias=None if part.bias is None else _times(part.bias, sign),
+            scale=scale,
+            alpha=None if part.alpha is None else scale * part.rank,
+            alpha_tensor=None,
+        )
+    )
 
 
 def _folded(delta: LowRank, rounding: bool) -> LowRank:

@@ -3,7 +3,7 @@
 Shared by every operation that ends in factors of a chosen rank. Two ways lead there. Where the
 rank does not shrink and the type holds every value, factors keep their values, padded with zeros
 if the rank grows, and the scale moves into `b` if it is a power of two, which is exact. Otherwise
-the factors are computed anew in canonical form, and the error of what is stored is returned.
+the factors are computed anew in canonical form, and the error of the stored ones is returned.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Compressed:
 
     Attributes:
         delta: its factors, rounded and stored.
-        squared_error: ‖ΔW − ΔW'‖²_F of what is stored.
+        squared_error: ‖ΔW − ΔW'‖²_F of the stored factors.
         energy: ‖·‖²_F of the factors before rounding.
     """
 
@@ -120,7 +120,7 @@ class Resizer:
     one_scale: bool
 
     def without_loss(self, delta: LowRank, rank: int, *, keep_scale: bool = True) -> LowRank | None:
-        """Return the same ΔW at `rank` with no value rounded, or None if that cannot be.
+        """Return factors of the same ΔW at `rank` without rounding a value; None if there are none.
 
         Args:
             delta: what to keep.
@@ -170,13 +170,13 @@ class Resizer:
         return like.resized(rank, a, b, scale)
 
     def _may_stay(self, keep_scale: bool) -> bool:
-        """Return whether a scale that cannot move into factors may stay as it is."""
+        """Return whether a scale that cannot move into factors may stay beside them."""
         return keep_scale and not self.one_scale and not self.options.keep_alpha
 
     def compressed(
         self, name: str, like: PlannedFactors, matrices: Sequence[Decomposed], rank: int
     ) -> Compressed:
-        """Return the best delta of `rank`, and what is lost by it as it is stored.
+        """Return the best factors of `rank` as they are stored, and their error.
 
         Args:
             name: the module, from which random seeds derive.
@@ -206,8 +206,8 @@ class Resizer:
         return Compressed(self._stored(like, pairs, scale, bias), squared_error, energy)
 
     def _scale(self, like: LowRank | PlannedFactors, rank: int) -> float:
-        """Return the scale to write: 1, or alpha/rank where alpha is to be kept."""
-        if self.options.keep_alpha and like.alpha is not None:
+        """Return the scale to write: 1, or alpha/rank where a positive alpha is to be kept."""
+        if self.options.keep_alpha and like.alpha is not None and like.alpha > 0:
             return like.alpha / rank
         return 1.0
 
@@ -251,7 +251,7 @@ def _is_exact(arrays: list[Array], dtype: DType) -> bool:
 
 
 def _scaled_bias(bias: TensorRef | None, factor: float) -> Array | None:
-    """Return the bias of the second factor times a number, None if there is none.
+    """Return the bias of the second factor times a number; None if it has no bias.
 
     Raises:
         AdapterError: NaN or infinite values.

@@ -1,4 +1,4 @@
-"""The rank that ΔW has, where its factors have more: pieces of a fused module that was mixed.
+"""Dropping ranks that are only rounding noise, such as those left when a fused module is split.
 
 A fused module's factors may be dense, such as those of an SVD, though each of its pieces is of
 lower rank; the spectrum of a piece then falls to the rounding of its stored values at its rank.
@@ -26,7 +26,7 @@ def of_true_rank(change: ModuleChange, *, keep_scale: bool = False) -> ModuleCha
     """Drop ranks that are only rounding noise, such as those left when a fused module is split.
 
     Args:
-        change: any; one that has no factors of 32 bits or more stays as it is.
+        change: any; a change without factors of 32 bits or more is returned unchanged.
         keep_scale: whether its scale stays beside the factors, instead of moving into them.
 
     Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from loratools.naming.choice import NamedModules
 from loratools.naming.places import (
     Target,
     TextPlace,
     dotted_name,
-    located,
     prefixed,
     target_scheme,
     text_name,
@@ -27,7 +27,7 @@ class Crossing:
 
     Args:
         source: the adapter.
-        names: what each of its modules is called, component included.
+        file: its modules, and what each is called, component included.
         target: the naming it goes to.
         table: of its architecture; locates every name.
         expert: the component that original names are of; the table's first by default.
@@ -41,13 +41,13 @@ class Crossing:
     def __init__(
         self,
         source: Adapter,
-        names: Mapping[str, str],
+        file: NamedModules,
         target: Target,
         table: Table,
         expert: str | None = None,
     ) -> None:
         self._source = source
-        self._names = names
+        self._file = file
         self._target: Target = target
         self._table = table
         self._expert = expert or table.component
@@ -66,7 +66,7 @@ class Crossing:
         return self._all(self._source.modules)
 
     def additions(self) -> dict[str, Addition]:
-        """Return what is added to biases and norms, by its new target."""
+        """Return the additions to biases and norms, by their new targets."""
         result: dict[str, Addition] = {}
         by_leaf: dict[str, dict[str, ModuleChange]] = {}
         for addition in self._source.additions.values():
@@ -82,7 +82,7 @@ class Crossing:
         result: dict[str, ModuleChange] = {}
         groups: dict[tuple[Row, tuple[str, ...], str], _Group] = {}
         for name, delta in deltas.items():
-            place = located(self._names[name], self._table)
+            place = self._file.place(name, self._table)
             if isinstance(place, TextPlace):
                 self._put(result, text_name(place, self._target), delta)
                 self.dotted[text_name(place, "kohya")] = text_name(place, "diffusers")
@@ -174,7 +174,7 @@ def _height(delta: ModuleChange) -> int:
     height = delta.shape[0]
     if height is None:
         raise UnsupportedError(
-            "a weight change whose shape the file does not tell cannot be renamed so",
+            "a weight change whose shape the file does not state cannot be renamed by a table",
             tensor=next((t.key for t in delta.tensors()), None),
         )
     return height

@@ -60,7 +60,7 @@ def named_for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
 
 
 def names_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
-    """Return what the base calls each module that it has as the adapter has it.
+    """Return the base's name of each module of the adapter.
 
     Others keep their names, also where the base fuses or splits what the adapter does not.
     """

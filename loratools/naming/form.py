@@ -5,6 +5,7 @@ What the values mean together, such as parts that rows stand for, is for `tables
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,22 @@ def _is_groups(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, dict) for each in value)
 
 
+def _is_counts_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_counts, value.values()))
+
+
+def _is_expressions(value: Any) -> bool:
+    return _is_texts(value) and all(map(_compiles, value))
+
+
+def _compiles(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 _TEXT = _Value("a text", lambda value: isinstance(value, str))
 _NAME = _Value("a text", lambda value: isinstance(value, str), required=True)
 _COMPONENTS = ", ".join(COMPONENTS)
@@ -50,6 +67,9 @@ _TABLE = {
     "experts": _Value(
         f"a list of {_COMPONENTS}", lambda value: _is_texts(value) and set(value) <= {*COMPONENTS}
     ),
+    "classes": _Value("a list of texts", _is_texts),
+    "known_as": _Value("a list of regular expressions", _is_expressions),
+    "blocks": _Value("a list of numbers above 0 for each name", _is_counts_by_name),
     "text_encoders": _Value("a table", lambda value: isinstance(value, dict)),
     "modules": _Value(
         "[[modules]], one or more",
@@ -69,13 +89,18 @@ _MODULES = _PAIRS | {
         "a list of pairs of names",
         lambda value: _is_pairs(value) and all(len(each) == 2 for each in value),
     ),
+    "shape": _Value(
+        "two numbers above 0, of rows and of columns",
+        lambda value: _is_counts(value) and len(value) == 2,
+    ),
+    "kernel": _Value("a list of numbers above 0", _is_counts),
     "swapped_halves": _Value("true or false", lambda value: isinstance(value, bool)),
 }
 _ALIASES = _PAIRS | {"alias": _NAME}
 
 
 def check_form(values: Mapping[str, Any], paths: Collection[str], path: str | None) -> None:
-    """Refuse what is no table of names.
+    """Refuse a value that is no table of names.
 
     Args:
         values: the parsed file.

@@ -6,14 +6,35 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from loratools.naming.tables import Place, Scheme, Table, TextEncoder, filled, flattened
-from loratools_formats.core.single_file_keys import Key, Naming, parse
+from loratools.naming.tables import Place, Scheme, Shape, Table, TextEncoder, filled, flattened
+from loratools_formats.core.single_file_keys import COMPONENTS, Key, Naming, parse
 
-Target = Naming | Literal["bare"]
-"""A naming of single files, or `bare`: paths within one component, as other formats have them."""
+
+@dataclass(frozen=True)
+class FileSpelling:
+    """How one file spells its modules, where that differs from file to file of one naming.
+
+    Attributes:
+        naming: the class of the file.
+        scheme: the naming of the architecture that its paths are of.
+        prefix: what stands before them; a component stands for all components.
+        flat: whether they are flattened.
+        text_prefixes: what stands before the paths of text encoders, by role, where it has some.
+    """
+
+    naming: Naming
+    scheme: Scheme
+    prefix: str
+    flat: bool
+    text_prefixes: tuple[tuple[str, str], ...] = ()
+
+
+Target = Naming | Literal["bare"] | FileSpelling
+"""A naming of single files, or `bare`: paths within one component, as other formats have them; or
+the spelling of a file."""
 
 _PROBE = ".lora_A.weight"
-_TEXT_PREFIXES = ("lora_te", "text_encoder")
+TEXT_PREFIXES = ("lora_te", "text_encoder")
 _OUTER = "text_model."
 
 
@@ -32,7 +53,7 @@ def module_key(name: str) -> Key | None:
     return None if key is None or key.module != name else key
 
 
-def _schemes(key: Key) -> tuple[Scheme, ...]:
+def schemes_of(key: Key) -> tuple[Scheme, ...]:
     """Return the schemes that a module's path may be of, told by its prefix.
 
     ai-toolkit puts `diffusion_model.` before the paths of diffusers' Z-Image.
@@ -42,8 +63,14 @@ def _schemes(key: Key) -> tuple[Scheme, ...]:
     return ("original", "diffusers")
 
 
-def located(name: str, table: Table) -> Place | TextPlace | None:
-    """Return where a module's name stands in a table or its text encoders, None if nowhere."""
+def located(name: str, table: Table, shape: Shape = (None, None)) -> Place | TextPlace | None:
+    """Return where a module's name stands in a table or its text encoders, None if nowhere.
+
+    Args:
+        name: of the module, with its component.
+        table: of an architecture.
+        shape: of its weight, whose proportions the table may tell.
+    """
     key = module_key(name)
     if key is None:
         return None
@@ -59,14 +86,14 @@ def located(name: str, table: Table) -> Place | TextPlace | None:
             if path is None and not key.flat:
                 path = key.path
             return None if path is None else TextPlace(role, encoder, path)
-    if key.prefix.startswith(_TEXT_PREFIXES):
+    if key.prefix.startswith(TEXT_PREFIXES):
         return None
     component = ""
     if key.naming == "diffusers":
         component = key.prefix.partition(".")[0]
         if component not in table.components:
             return None
-    place = table.locate(key.path, flat=key.flat, schemes=_schemes(key))
+    place = table.locate(key.path, flat=key.flat, schemes=schemes_of(key), shape=shape)
     return None if place is None else replace(place, component=component)
 
 
@@ -96,6 +123,8 @@ def names_at(place: Place, target: Target, table: Table) -> list[str]:
 
 def target_scheme(target: Target, table: Table) -> Scheme:
     """Return which of an architecture's two namings a target uses."""
+    if isinstance(target, FileSpelling):
+        return target.scheme
     if target == "kohya":
         return table.kohya
     return "original" if target == "comfyui" else "diffusers"
@@ -103,6 +132,10 @@ def target_scheme(target: Target, table: Table) -> Scheme:
 
 def prefixed(path: str, target: Target, component: str) -> str:
     """Return a module's name in the target, which has the component only if it is diffusers'."""
+    if isinstance(target, FileSpelling):
+        has_component = target.prefix.removesuffix(".") in COMPONENTS
+        prefix = f"{component}." if has_component else target.prefix
+        return prefix + (flattened(path) if target.flat else path)
     if target == "kohya":
         return f"lora_unet_{flattened(path)}"
     return f"diffusion_model.{path}" if target == "comfyui" else f"{component}.{path}"
@@ -115,6 +148,11 @@ def dotted_name(path: str, component: str, scheme: Scheme) -> str:
 
 def text_name(text: TextPlace, target: Target) -> str:
     """Return what a text encoder's module is called in the target."""
+    if isinstance(target, FileSpelling):
+        prefix = dict(target.text_prefixes).get(text.role)
+        if prefix is not None:
+            return prefix + (text.path if prefix.endswith(".") else flattened(text.path))
+        target = target.naming if target.naming != "safetensors" else "diffusers"
     if target == "kohya":
         return text.encoder.kohya + flattened(text.path)
     if target == "comfyui":

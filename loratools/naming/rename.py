@@ -10,21 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from loratools.naming.choice import (
+    TABLES_KEY,
+    NamedModules,
+    chosen_tables,
+    given_table,
+    in_no_table,
+    may_have_no_table,
+)
 from loratools.naming.crossing import Crossing
 from loratools.naming.lists import MAP_KEY, as_metadata, embedded_map, looked_up
 from loratools.naming.places import (
+    FileSpelling,
     Target,
     located,
     module_key,
-    names_at,
     target_scheme,
-    text_name,
 )
 from loratools.naming.tables import Place, Table, bundled_tables, flattened
 from loratools_formats.core.adapter import Adapter, Addition, ModuleChange, Replacement
-from loratools_formats.core.single_file_keys import COMPONENTS
-from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.core.findings import Finding
+from loratools_formats.core.single_file_keys import COMPONENTS, Naming
+from loratools_formats.disk.errors import (
+    AdapterError,
+    LoratoolsError,
+    OptionError,
+    UnsupportedError,
+)
 
 _FLAT_OF = {
     "unet.": "lora_unet_",
@@ -44,11 +58,13 @@ class NamingOptions:
     Attributes:
         table: names of the architecture; None to find the bundled one that fits.
         dotted: a list of dotted names, components included.
+        base: those of them that are of the base, which a table must know.
         component: what to put before paths that have no component.
     """
 
     table: Table | None = None
     dotted: tuple[str, ...] = ()
+    base: tuple[str, ...] = ()
     component: str | None = None
 
 
@@ -58,14 +74,14 @@ class Renamed:
 
     Attributes:
         adapter: with modules, keys of additions and metadata as the target has them.
-        notes: how the names were found.
+        findings: how the names were found.
         left_out: modules of other components than the one asked for, if the target holds one.
         split: modules that are pieces of what was one.
         exact: in float64, the modules whose values the adapter has rounded.
     """
 
     adapter: Adapter
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     left_out: tuple[str, ...] = ()
     split: frozenset[str] = frozenset()
     exact: Mapping[str, ModuleChange] = field(default_factory=dict)
@@ -114,7 +130,7 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
     left_out = tuple(sorted(set(adapter.modules) - set(kept)))
     split = frozenset(name.removeprefix(prefix) for name in by_diffusers.split & set(kept))
     exact = {n.removeprefix(prefix): d for n, d in by_diffusers.exact.items() if n in kept}
-    return Renamed(replace(adapter, modules=modules), by_diffusers.notes, left_out, split, exact)
+    return Renamed(replace(adapter, modules=modules), by_diffusers.findings, left_out, split, exact)
 
 
 def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renamed:
@@ -126,34 +142,92 @@ def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renam
     if target != "kohya":
         dotted = looked_up(flat, options.dotted, known)
         names = {old: dotted.get(new, new) for old, new in names.items()}
+    file = NamedModules.of(adapter, names)
     if all(_is_of(new, target) for new in names.values()):
-        return Renamed(_moved(adapter, names, target))
-    tables = _tables(adapter, names, target, options)
+        return _in_own_class(adapter, file, target, options)
+    if options.table is not None:
+        tables = [given_table(file, options.table)]
+    else:
+        tables = chosen_tables([file], target, options.base)
     if not tables:
         return Renamed(_moved(adapter, _without_table(adapter, names, target), target, names))
-    adapter, left_out = _one_expert(adapter, names, target, tables[0], options)
+    return _crossed(adapter, file, target, tables, options)
+
+
+def _in_own_class(
+    adapter: Adapter, file: NamedModules, target: Target, options: NamingOptions
+) -> Renamed:
+    """Return a file that is of the class, its modules as most files of the class spell them.
+
+    Names stay where no table is certain.
+    """
+    if target in ("kohya", "comfyui"):
+        try:
+            if options.table is not None:
+                tables = [given_table(file, options.table)]
+            else:
+                tables = chosen_tables([file], target, options.base)
+        except LoratoolsError as error:
+            if options.table is not None:
+                raise
+            found = ", ".join(error.got.split(", ")[:4]) if isinstance(error.got, str) else ""
+            text = f"names stay as they are: {error.message}" + (f" ({found})" if found else "")
+            finding = Finding("names-stay", "note", None, text)
+            return Renamed(_moved(adapter, file.names, target), (finding,))
+        if tables and file.outcome(target, tables[0]) != tuple(sorted(file.names.values())):
+            return _crossed(adapter, file, target, tables, options)
+    return Renamed(_moved(adapter, file.names, target))
+
+
+def respelled_as(adapter: Adapter, spelling: FileSpelling, table: Table) -> Adapter:
+    """Return an adapter of single files as another file spells its modules.
+
+    Args:
+        adapter: all of whose modules the table has.
+        spelling: of the other file.
+        table: of their architecture.
+
+    Raises:
+        AdapterError: two modules become one, or rows do not divide.
+        UnsupportedError: kinds that cannot be taken apart or put together.
+    """
+    file = NamedModules.of(adapter, {name: name for name in all_names(adapter)})
+    return _crossed(adapter, file, spelling, [table], NamingOptions()).adapter
+
+
+def _crossed(
+    adapter: Adapter,
+    file: NamedModules,
+    target: Target,
+    tables: list[Table],
+    options: NamingOptions,
+) -> Renamed:
+    adapter, left_out = _one_expert(adapter, file, target, tables[0], options)
     expert = options.component if options.component in tables[0].components else None
-    crossing = Crossing(adapter, names, target, tables[0], expert)
+    crossing = Crossing(adapter, file, target, tables[0], expert)
     modules, additions = crossing.modules(), crossing.additions()
     done = _finished(adapter, modules, additions, target, crossing.dotted)
+    if options.table is None or options.table in bundled_tables():
+        made_by = ", ".join(table.name for table in tables)
+        done = replace(done, metadata={**done.metadata, TABLES_KEY: made_by})
     titles = " or ".join(table.title for table in tables)
-    notes = (f"names by the table of {titles}",)
-    return Renamed(done, notes, left_out, frozenset(crossing.split), crossing.exact)
+    findings = (Finding("names-by-table", "note", None, f"names by the table of {titles}"),)
+    return Renamed(done, findings, left_out, frozenset(crossing.split), crossing.exact)
 
 
 def _one_expert(
     adapter: Adapter,
-    names: Mapping[str, str],
+    file: NamedModules,
     target: Target,
     table: Table,
     options: NamingOptions,
 ) -> tuple[Adapter, tuple[str, ...]]:
-    """Return what is of one expert, where the target names all experts alike, and the rest.
+    """Return the modules of one expert, where the target names all experts alike, and the others.
 
     Raises:
         UnsupportedError: there are several, and none was chosen.
     """
-    places = {old: located(new, table) for old, new in names.items()}
+    places = {name: file.place(name, table) for name in file.names}
     own = next((c for c in table.components if c == options.component), table.component)
     experts = {old: p.component or own for old, p in places.items() if isinstance(p, Place)}
     found = sorted(set(experts.values()))
@@ -161,7 +235,7 @@ def _one_expert(
         return adapter, ()
     if options.component not in found:
         raise UnsupportedError(
-            f"{target} files name all experts alike, and the adapter has several",
+            f"{_naming(target)} files name all experts alike, and the adapter has several",
             path=adapter.source,
             got=", ".join(found),
             hint="Take one with `component`, and leave out the others with `allow_lossy=True`",
@@ -179,13 +253,15 @@ def _one_expert(
 def _with_component(adapter: Adapter, options: NamingOptions, target: Target) -> dict[str, str]:
     """Return what each module is called with its component before it."""
     result = {}
-    for name in _all_names(adapter):
+    names = all_names(adapter)
+    is_told = options.table is not None or not may_have_no_table(names)
+    for name in names:
         key = module_key(name)
         if key is not None and key.prefix:
             result[name] = name
         elif options.component is not None and target != "bare":
             result[name] = f"{options.component}.{name}"
-        elif target in ("bare", "safetensors") or _is_in_a_table(name, options):
+        elif target in ("bare", "safetensors") or (is_told and _is_in_a_table(name, options)):
             result[name] = name
         else:
             raise OptionError(
@@ -202,7 +278,7 @@ def _is_in_a_table(name: str, options: NamingOptions) -> bool:
     return any(located(name, table) is not None for table in tables)
 
 
-def _all_names(adapter: Adapter) -> list[str]:
+def all_names(adapter: Adapter) -> list[str]:
     """Return the names of all modules that are changed, by factors or otherwise."""
     added = [addition.target.rpartition(".")[0] for addition in adapter.additions.values()]
     return list(dict.fromkeys([*adapter.modules, *added]))
@@ -217,52 +293,6 @@ def _is_of(name: str, target: Target) -> bool:
     return key.naming == target
 
 
-def _tables(
-    adapter: Adapter, names: Mapping[str, str], target: Target, options: NamingOptions
-) -> list[Table]:
-    """Return the tables that locate every name, which all come to the same names."""
-    if options.table is not None:
-        missing = [new for new in names.values() if located(new, options.table) is None]
-        if missing:
-            raise _unresolved(adapter, missing, f"the table of {options.table.title}")
-        return [options.table]
-    fitting = [
-        table
-        for table in bundled_tables()
-        if all(located(new, table) is not None for new in names.values())
-    ]
-    if len({_outcome(names, target, table) for table in fitting}) > 1:
-        raise OptionError(
-            "the names fit several architectures",
-            path=adapter.source,
-            got=", ".join(table.name for table in fitting),
-            hint="Name one with `names`",
-        )
-    return fitting
-
-
-def _outcome(names: Mapping[str, str], target: Target, table: Table) -> tuple[str, ...]:
-    found = []
-    for name in names.values():
-        place = located(name, table)
-        if isinstance(place, Place):
-            found += names_at(place, target, table)
-        elif place is not None:
-            found.append(text_name(place, target))
-    return tuple(sorted(found))
-
-
-def _unresolved(adapter: Adapter, missing: list[str], where: str) -> AdapterError:
-    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    count = "1 module name is" if len(missing) == 1 else f"{len(missing)} module names are"
-    return AdapterError(
-        f"{count} not in {where}",
-        path=adapter.source,
-        got=shown,
-        hint="Give a list of names with `base` or `names_from`, or a table with `names`",
-    )
-
-
 def _without_table(adapter: Adapter, names: Mapping[str, str], target: Target) -> dict[str, str]:
     """Return names that need no table: flattened ones of dotted ones.
 
@@ -271,7 +301,7 @@ def _without_table(adapter: Adapter, names: Mapping[str, str], target: Target) -
     """
     if target != "kohya":
         missing = [new for new in names.values() if not _is_of(new, target)]
-        raise _unresolved(adapter, missing, "any bundled table")
+        raise in_no_table(NamedModules.of(adapter, names), missing)
     second = any(new.startswith("text_encoder_2.") for new in names.values())
     flat_of = {**_FLAT_OF, "text_encoder.": "lora_te1_" if second else "lora_te_"}
     result = {}
@@ -282,7 +312,7 @@ def _without_table(adapter: Adapter, names: Mapping[str, str], target: Target) -
             continue
         prefix = next((p for p in flat_of if new.startswith(p)), None)
         if prefix is None:
-            raise _unresolved(adapter, [new], "any bundled table")
+            raise in_no_table(NamedModules.of(adapter, names), [new])
         result[old] = flat_of[prefix] + flattened(new.removeprefix(prefix))
     return result
 
@@ -330,6 +360,7 @@ def _finished(
     dotted: Mapping[str, str],
 ) -> Adapter:
     """Return the adapter with its new contents, and the map back if names were flattened."""
+    target = _naming(target)
     metadata = {k: v for k, v in adapter.metadata.items() if k != MAP_KEY}
     there = {*modules, *(name.rpartition(".")[0] for name in additions)}
     known = {name: full for name, full in dotted.items() if name in there}
@@ -344,6 +375,10 @@ def _finished(
         replacements=_of_original(adapter) if target == "comfyui" else adapter.replacements,
         metadata=metadata,
     )
+
+
+def _naming(target: Target) -> Naming | Literal["bare"]:
+    return target.naming if isinstance(target, FileSpelling) else target
 
 
 def _of_original(adapter: Adapter) -> dict[str, Replacement]:

@@ -263,7 +263,7 @@ def swapped_halves(name: str, delta: ModuleChange) -> ModuleChange:
     """
     part = delta.factors
     if part is None or delta.is_dora:
-        raise _kept_whole(name, "what is no plain pair of factors")
+        raise _kept_whole(name, "a change that is no plain pair of factors")
     half = units(name, part.b.shape[0], (1, 1))
     bias = None if part.bias is None else _swapped(part.bias, half)
     return delta.with_direction(replace(part, b=_swapped(part.b, half), bias=bias))

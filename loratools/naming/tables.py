@@ -1,8 +1,9 @@
 """Tables of the two namings of an architecture: data files, read and checked, and looked up.
 
 A table has rows: a module of the original naming, and the modules that stand for it in diffusers'
-naming, one, or several that divide its rows. Patterns have `{}` for numbers. A user's own table is
-a file of the same form.
+naming, one, or several that divide its rows. Patterns have `{}` for numbers. A table also tells
+its architecture from its neighbours': the proportion of a weight's rows to its columns, and how
+many blocks there are. A user's own table is a file of the same form.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,9 +22,12 @@ from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.files import read_small_file
 
 Scheme = Literal["original", "diffusers"]
+Shape = tuple[int | None, int | None]
+"""(out, in) of a weight as a matrix; None for a side that is not known."""
 
 _MAX_FILE_BYTES = 1 << 20
 _TEXT_ENCODERS = "text_encoders"
+_NO_TABLES = (_TEXT_ENCODERS, "neighbours")
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,29 @@ class Row:
         diffusers: the names of what stands for it, in the order of its rows.
         parts: how many of the equal parts of its rows each of them has.
         swapped_halves: whether the two halves of its outputs are in the other order.
+        shape: its rows and columns, in proportion; None if that varies.
+        kernel: the kernel that its weight has as a convolution; None if the table does not tell.
     """
 
     original: str
     diffusers: tuple[str, ...]
     parts: tuple[int, ...]
     swapped_halves: bool = False
+    shape: tuple[int, int] | None = None
+    kernel: tuple[int, ...] | None = None
+
+    def fits(self, covered: tuple[int, ...], shape: Shape) -> bool:
+        """Return whether some of its parts may be of that shape."""
+        rows, columns = shape
+        if self.shape is None or rows is None or columns is None:
+            return True
+        share = sum(self.parts[part] for part in covered)
+        return rows * self.shape[1] * sum(self.parts) == columns * self.shape[0] * share
+
+    @property
+    def stack(self) -> str:
+        """Name of the list of blocks that it is in; empty if it is in none."""
+        return self.original.partition(".{}.")[0] if ".{}." in self.original else ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,11 @@ class Table:
         self.component: str = values["diffusers"]
         self.components = (self.component, *values.get("experts", ()))
         self.kohya: Scheme = values["kohya"]
+        self.classes: tuple[str, ...] = tuple(values.get("classes", ()))
+        self._known_as = [re.compile(text, re.IGNORECASE) for text in values.get("known_as", ())]
+        self._blocks: dict[str, tuple[int, ...]] = {
+            name: tuple(counts) for name, counts in values.get("blocks", {}).items()
+        }
         self.text_encoders = {
             role: TextEncoder(
                 entry["kohya"],
@@ -109,7 +135,7 @@ class Table:
         }
         try:
             self._rows = [row for group in values["modules"] for row in _rows(group)]
-            by_name = {row.original: row for row in self._rows}
+            by_name = {row.original: row for row in reversed(self._rows)}
             aliases = [alias for group in values.get("aliases", ()) for alias in _rows(group)]
             self._aliases = [_aliased(alias, by_name) for alias in aliases]
         except ValueError as error:
@@ -119,21 +145,51 @@ class Table:
                 hint="The bundled tables show the form: loratools/naming/data",
             ) from error
 
-    def locate(self, path: str, *, flat: bool, schemes: tuple[Scheme, ...]) -> Place | None:
+    def is_known_as(self, text: str) -> bool:
+        """Return whether a file's metadata means this architecture by a text."""
+        return any(pattern.search(text) for pattern in self._known_as)
+
+    def is_complete(self, places: Iterable[Place]) -> bool:
+        """Return whether places are in all blocks of each list of blocks that they are in."""
+        last: dict[str, int] = {}
+        for place in places:
+            stack = place.row.stack
+            if stack in self._blocks:
+                last[stack] = max(last.get(stack, 0), int(place.numbers[0]))
+        return bool(last) and all(n + 1 in self._blocks[stack] for stack, n in last.items())
+
+    def locate(
+        self,
+        path: str,
+        *,
+        flat: bool,
+        schemes: tuple[Scheme, ...],
+        shape: Shape = (None, None),
+    ) -> Place | None:
         """Return where a module's path stands, None if it is in none of the schemes.
 
         Args:
             path: within the component.
             flat: whether `_` stands for `.` in it.
             schemes: namings it may be of.
+            shape: of the module's weight; a place must have the proportion of its sides.
 
         Raises:
             OptionError: several rows have that flattened name.
         """
-        found = [p for scheme in schemes for p in self._index(scheme, flat).look_up(path)]
+        found = [
+            place
+            for scheme in schemes
+            for place in self._index(scheme, flat).look_up(path)
+            if place.row.fits(place.covered, shape) and self._has_block(place)
+        ]
         if len({(place.row, place.numbers, place.covered) for place in found}) > 1:
             raise OptionError(f"several modules of {self.title} have that name", got=path)
         return found[0] if found else None
+
+    def _has_block(self, place: Place) -> bool:
+        counts = self._blocks.get(place.row.stack)
+        return counts is None or int(place.numbers[0]) < max(counts)
 
     @functools.cache  # noqa: B019 - tables live as long as the process
     def _index(self, scheme: Scheme, flat: bool) -> _Index:
@@ -209,6 +265,8 @@ def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
                 tuple(other_start + other for other in others),
                 parts,
                 bool(group.get("swapped_halves")),
+                tuple(group["shape"]) if "shape" in group else None,
+                tuple(group["kernel"]) if "kernel" in group else None,
             )
             if any(text.count("{}") != row.original.count("{}") for text in row.diffusers):
                 raise ValueError(f"{name} has other numbers than what it stands for")
@@ -252,7 +310,7 @@ def bundled_tables() -> tuple[Table, ...]:
     return tuple(
         Table(name, tomllib.loads(_data().joinpath(f"{name}.toml").read_text(encoding="utf-8")))
         for name in names
-        if name != _TEXT_ENCODERS
+        if name not in _NO_TABLES
     )
 
 
@@ -268,7 +326,7 @@ def find_table(name: str) -> Table:
             return table
     if not name.endswith(".toml"):
         raise OptionError(
-            "no table of names is called so",
+            "there is no table of names called this",
             got=name,
             expected=", ".join(table.name for table in bundled_tables()) + " or FILE.toml",
         )

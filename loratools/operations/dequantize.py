@@ -35,6 +35,7 @@ from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, groupe
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DTYPES, DType
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
 
 DTypeName = Literal["bf16", "f16", "f32"]
@@ -85,14 +86,14 @@ class DequantizeResult:
         relative_error: of rounding, over all of them.
         bytes_in: size of all tensors before.
         bytes_out: size of all tensors after.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     tensors: tuple[DequantizedTensor, ...]
     relative_error: float
     bytes_in: int
     bytes_out: int
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def dequantize(
@@ -137,7 +138,7 @@ def dequantize(
         for key, ref in base.tensors.items()
         if key not in auxiliary
     }
-    notes: list[str] = []
+    findings: list[Finding] = []
     if output is None:
         for _ in in_order(_Job.measure, jobs.values(), workers):
             pass
@@ -154,8 +155,9 @@ def dequantize(
                 new, output, overwrite=overwrite, workers=workers, progress=progress
             )
         if left_out:
-            notes.append(f"not carried over: {', '.join(left_out)}")
-    return _result(base, list(jobs.values()), notes)
+            message = f"not carried over: {', '.join(left_out)}"
+            findings.append(Finding("files-left-out", "note", None, message))
+    return _result(base, list(jobs.values()), findings)
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -164,7 +166,9 @@ def _method(config: Mapping[str, Any]) -> str:
     return "no quantization_config" if method is None else f"quant_method {method}"
 
 
-def _result(base: Checkpoint, jobs: Sequence[_Job], notes: Sequence[str]) -> DequantizeResult:
+def _result(
+    base: Checkpoint, jobs: Sequence[_Job], findings: Sequence[Finding]
+) -> DequantizeResult:
     reports = tuple(
         DequantizedTensor(
             job.weight.key,
@@ -184,7 +188,7 @@ def _result(base: Checkpoint, jobs: Sequence[_Job], notes: Sequence[str]) -> Deq
         ).relative,
         bytes_in,
         bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
-        tuple(notes),
+        tuple(findings),
     )
 
 

@@ -70,7 +70,7 @@ class AdapterInfo:
     Attributes:
         path: where it was read from.
         format: name of its format.
-        dialects: of a single file, how its keys are spelled and what that is told by.
+        dialects: of a single file, how its keys are spelled, and by what that is recognised.
         base_model: as recorded, None if it is not.
         modules: adapted modules, in path order.
         additions: tensors that are added to biases and norms.
@@ -79,7 +79,8 @@ class AdapterInfo:
         parameters: number of elements in all tensors.
         nbytes: size of the weight file.
         dtypes: number of tensors by stored type.
-        findings: what is worth telling; those of severity `error` make operations on ΔW refuse it.
+        findings: what a user should know; those of severity `error` make operations on ΔW refuse
+            it.
         provenance: what the file says about how it was made, as metadata keys and values.
     """
 

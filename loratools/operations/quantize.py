@@ -1,9 +1,9 @@
 """Quantise a checkpoint's linear layers to four bits, in the layout of bitsandbytes.
 
 Every weight is read in pieces, quantised and written where it belongs; nothing is held but its
-scales. The bytes are those that bitsandbytes' CPU code makes, but for the mean of the scales that
-double quantisation subtracts, which its own depends on the number of threads. Everything else in
-the checkpoint, weights already in four bits included, is copied bit for bit.
+scales. The bytes are those that bitsandbytes' CPU code makes, except for the mean of the scales
+that double quantisation subtracts, which its own depends on the number of threads. Everything else
+in the checkpoint, weights already in four bits included, is copied bit for bit.
 
 What it does not: experts that are stacked in one tensor, for which there is no four-bit layout.
 """
@@ -39,6 +39,7 @@ from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, groupe
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DType
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -108,7 +109,7 @@ class QuantizeResult:
         kept: two-dimensional weights that were not quantised, and why.
         bytes_in: size of all tensors before.
         bytes_out: size of all tensors after.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     tensors: tuple[QuantizedTensor, ...]
@@ -116,7 +117,7 @@ class QuantizeResult:
     kept: tuple[Kept, ...]
     bytes_in: int
     bytes_out: int
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def quantize(
@@ -159,7 +160,7 @@ def quantize(
     parts: dict[str, NewTensor] = {
         key: jobs[key].made if key in jobs else ref for key, ref in base.tensors.items()
     }
-    notes = _notes(linears, len(already))
+    findings = _findings(linears, len(already))
     if output is None:
         for _ in in_order(_Job.measure, jobs.values(), workers):
             pass
@@ -176,8 +177,9 @@ def quantize(
                 new, output, overwrite=overwrite, workers=workers, progress=progress
             )
         if left_out:
-            notes.append(f"not carried over: {', '.join(left_out)}")
-    return _result(base, list(jobs.values()), linears, notes)
+            message = f"not carried over: {', '.join(left_out)}"
+            findings.append(Finding("files-left-out", "note", None, message))
+    return _result(base, list(jobs.values()), linears, findings)
 
 
 def _check_base(base: Checkpoint) -> None:
@@ -201,22 +203,25 @@ def _check_base(base: Checkpoint) -> None:
     )
 
 
-def _notes(linears: Linears, already: int) -> list[str]:
-    notes = []
+def _findings(linears: Linears, already: int) -> list[Finding]:
+    found = []
     if already:
-        notes.append(f"{already} weights are in four bits already and were copied as they are")
+        message = f"{already} weights are in four bits already and were copied as they are"
+        found.append(Finding("already-quantised", "note", None, message))
     experts = sum(kept.reason == "expert" for kept in linears.kept)
     if experts:
-        notes.append(
+        message = (
             f"{experts} weights of experts stay as they are, since transformers 5 cannot load "
             "them in four bits; `experts=True` quantises them for other loaders"
         )
+        found.append(Finding("experts-kept", "note", None, message))
     if linears.stacks:
-        notes.append(
+        message = (
             f"{len(linears.stacks)} tensors of stacked experts stay as they are: there is no "
             "four-bit layout for them"
         )
-    return notes
+        found.append(Finding("stacks-kept", "note", None, message))
+    return found
 
 
 def _config(base: Checkpoint, linears: Linears, options: FourBitOptions) -> dict[str, Any]:
@@ -233,7 +238,7 @@ def _config(base: Checkpoint, linears: Linears, options: FourBitOptions) -> dict
 
 
 def _result(
-    base: Checkpoint, jobs: Sequence[_Job], linears: Linears, notes: Sequence[str]
+    base: Checkpoint, jobs: Sequence[_Job], linears: Linears, findings: Sequence[Finding]
 ) -> QuantizeResult:
     reports = []
     for job in jobs:
@@ -254,7 +259,7 @@ def _result(
         linears.kept,
         bytes_in,
         bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
-        tuple(notes),
+        tuple(findings),
     )
 
 

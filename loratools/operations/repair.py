@@ -37,6 +37,7 @@ from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import encode
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
@@ -171,7 +172,7 @@ def repair(
     """
     if not options.keep_intruders and base is None:
         raise OptionError(
-            "intruder dimensions are told by the base model",
+            "intruder dimensions show only beside the base model",
             hint="Pass `base=MODEL` or `keep_intruders=True`",
         )
     if not options.keep_intruders and has_own_layout(adapter):
@@ -188,7 +189,8 @@ def repair(
                 "a DoRA has no plain change to repair",
                 path=adapter.source,
                 tensor=name,
-                hint="Make it a plain LoRA first: loratools to-lora --base MODEL --rank RANK",
+                hint="Make it a plain LoRA first: "
+                + command_on(adapter, "to-lora", "--base MODEL", "--rank RANK"),
             )
     work = _Repair(adapter, options, base, compute or ComputeOptions(), scratch_folder)
     selection = selection or Selection()

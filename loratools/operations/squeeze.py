@@ -29,6 +29,7 @@ from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.peft_facts import stacked_on_loading
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 
@@ -60,8 +61,8 @@ class SqueezeResult:
         modules: one report each, in path order.
         relative_error: over all these modules together.
         directional: True if modules are DoRA, whose error is that of the direction.
-        kept_whole: modules without factors, which keep every bit: full differences, and what is
-            not selected.
+        kept_whole: modules without factors, which keep every bit: full differences, and modules
+            that are not selected.
     """
 
     adapter: Adapter
@@ -83,7 +84,7 @@ def squeeze(
     """Compress an adapter's ranks.
 
     Args:
-        adapter: any adapter whose factors tell its true ΔW, or that folds into such factors.
+        adapter: any adapter whose ΔW is known, and that has factors or folds into them.
         rule: how ranks are chosen.
         options: how to compute and store.
         selection: modules to touch; the others keep every bit.
@@ -140,9 +141,9 @@ def rank_choices(
 
 
 def _folded(adapter: Adapter, selection: Selection, scratch_folder: Path | None) -> Adapter:
-    """Return an adapter with factors where they are thin; what is not selected stays as it is.
+    """Convert the selected modules to low-rank factors where that is cheap.
 
-    Files that hold one kind for all modules get factors of all that have them.
+    In formats whose configuration names one kind for the whole file, convert the others as well.
     """
     selected = {name for name in adapter.modules if name in selection}
     if get_format(adapter.format).one_kind:
@@ -197,18 +198,20 @@ def _selected(
     return selected
 
 
-def _sharing_settings(modules: Mapping[str, ModuleChange]) -> list[list[str]]:
+def _sharing_settings(modules: Mapping[str, ModuleChange], format_name: str) -> list[list[str]]:
     """Return groups of modules that must have one rank and scale.
 
-    PEFT names the settings of expert parameters by parameter, and a file does not say which of two
-    adapted parameters of one module is which, so both need the same.
+    PEFT names the settings of expert parameters by parameter; where a file does not say which of
+    two adapted parameters of one module is which, both need the same. What PEFT stacks when it
+    loads needs one rank, too.
     """
+    stacked = stacked_on_loading(modules) if format_name == "peft" else []
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, delta in modules.items():
         parameters = delta.layer.parameters
         if len(parameters) > 1:
             groups.setdefault(parameters, []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
+    return [names for names in (stacked, *groups.values()) if len(names) > 1]
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
     """One run: what all its modules share.
 
     Attributes:
-        source: the adapter, with factors where they are thin.
+        source: the adapter, its selected modules with factors where that is cheap.
         kept_whole: modules without factors that stay as they are.
         whole: the others.
     """
@@ -252,7 +255,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
             else PlannedFactors.like(change.require_factors())
             for name, change in self.whole.items()
         }
-        groups = _sharing_settings(self.whole)
+        groups = _sharing_settings(self.whole, self.source.format)
         self._group = {name: group for group in groups for name in group}
         self._device = Device(options.device)
         super().__init__(

@@ -1,6 +1,6 @@
 """A LoRA as a DoRA that makes the same change: magnitudes are the norms of the merged weights.
 
-With m = ‖W + ΔW‖ per output, m/‖W + ΔW‖ ⊙ (W + ΔW) = W + ΔW: exact but for the rounding of m to
+With m = ‖W + ΔW‖ per output, m/‖W + ΔW‖ ⊙ (W + ΔW) = W + ΔW: exact except for the rounding of m to
 float32. The factors keep every bit. The base weight is read a block of rows at a time.
 """
 

@@ -1,8 +1,8 @@
 """Every kind of adapter as plain low-rank factors, at the smallest error that is possible.
 
 Three cases. A kind that is a product of two factors in disguise folds exactly, to rounding. Any
-other change is approximated by its leading singular triplets, and the error of what is stored is
-measured against the true change. A change that depends on the base weight (DoRA, OFT, IA³ …) is
+other change is approximated by its leading singular triplets, and the error of the stored factors
+is measured against the true change. A change that depends on the base weight (DoRA, OFT, IA³ …) is
 built from it a block of rows at a time. What the kinds mean is in `loratools.kinds`.
 
 A DoRA changes W by g⊙(W + ΔW) − W with g = m/‖W + ΔW‖ per output: the rescaled factors, of low

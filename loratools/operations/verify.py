@@ -1,7 +1,7 @@
 """Whether a fused checkpoint contains an adapter, tensor by tensor.
 
 What fusing would make is computed again from the base and the adapters, block by block, and
-compared with what is there. Nothing is written.
+compared with the stored values. Nothing is written.
 """
 
 from __future__ import annotations

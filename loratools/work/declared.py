@@ -74,7 +74,7 @@ class Option:
         """Return the field's value for what a caller gave: text is read, several become a tuple.
 
         Raises:
-            OptionError: the text does not mean a value, or it is none of the choices.
+            OptionError: the text is no value, or not one of the choices.
         """
         if not self.multiple:
             return self.one(given)
@@ -87,7 +87,7 @@ class Option:
         """Return one of the values, which text is read for.
 
         Raises:
-            OptionError: the text does not mean a value, or it is none of the choices.
+            OptionError: the text is no value, or not one of the choices.
         """
         value = self.parse(given) if self.parse is not None and isinstance(given, str) else given
         if self.choices and isinstance(value, str):

@@ -42,12 +42,12 @@ def spread_types(of: type) -> dict[str, type]:
     found: dict[str, type] = {}
     for name in names:
         choices: tuple[Any, ...] = (hints[name], *typing.get_args(hints[name]))
-        found[name] = next(t for t in choices if isinstance(t, type) and is_dataclass(t))
+        found[name] = next(c for c in choices if isinstance(c, type) and is_dataclass(c))
     return found
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON has it: dataclasses as objects, tuples as arrays."""
+    """Return a value in the types of JSON: dataclasses as objects, tuples as arrays."""
     if is_dataclass(value) and not isinstance(value, type):
         return _object(value)
     if isinstance(value, Mapping):

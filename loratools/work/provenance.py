@@ -29,6 +29,10 @@ def operation_record(
         tuned: another that it was compared with.
     """
     checkpoints = {"base": base, "tuned": tuned}
+    ignored = {
+        role: [each.where for each in adapter.findings if each.code == "ignored-config-key"]
+        for role, adapter in inputs.items()
+    }
     made = {role: adapter.provenance for role, adapter in inputs.items() if adapter.provenance}
     return {
         "tool": {"name": "loratools", "version": __version__},
@@ -44,6 +48,11 @@ def operation_record(
             for role, files in _files_by_role(inputs)
             for file in files
         ],
+        **(
+            {"ignoredKeys": {r: k for r, k in ignored.items() if k}}
+            if any(ignored.values())
+            else {}
+        ),
         # Inputs that operations made in memory: how, since the files are those they began with.
         **({"steps": made} if made else {}),
     }

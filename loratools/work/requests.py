@@ -16,12 +16,14 @@ class Reading:
     Attributes:
         from_: read as this format instead of recognising it.
         carry_unknown: keep tensors that the format does not know.
+        ignore_key: a configuration key that is not known and has no effect on the weights.
         initial: the adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.
         base: the base model: a folder or a file.
     """
 
     from_: str | None = option(None, heading="Input", metavar="FORMAT")
     carry_unknown: bool = option(False, heading="Input")
+    ignore_key: tuple[str, ...] = option((), heading="Input", metavar="KEY")
     initial: Path | None = option(None, heading="Input")
     base: Path | None = option(None, heading="Input")
 

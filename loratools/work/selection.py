@@ -36,7 +36,7 @@ class Selection:
         return wanted and not (self.exclude and re.search(self.exclude, name))
 
     def record(self) -> dict[str, str]:
-        """Return what is set, for an output's provenance."""
+        """Return the patterns that were given, for an output's provenance."""
         given = {"include": self.include, "exclude": self.exclude}
         return {name: pattern for name, pattern in given.items() if pattern is not None}
 

@@ -68,6 +68,10 @@ def share_or_nbytes(text: str) -> tuple[float | None, int | None]:
         raise OptionError(f"{bare} is a size in bytes; did you mean {meant}?")
     if percent is not None:
         raise OptionError("not a share above zero", got=text)
+    if _SIZE.fullmatch(bare) is None:
+        raise OptionError(
+            "not a budget", got=text, expected="a size such as 12MB, or a share such as 25%"
+        )
     return None, nbytes(bare)
 
 

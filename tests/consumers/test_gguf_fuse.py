@@ -93,7 +93,8 @@ def test_split_models_fuse_to_the_same_bytes_as_whole_ones(bases, adapter, tmp_p
     first = gguf_models.split_base(bases(kind), tmp_path / "split.gguf", most=5)
     for base, name in ((bases(kind), "whole.gguf"), (first, "joined.gguf")):
         result = fuse(base, tmp_path / name, (folder, 1.0))
-    assert result.notes == ("the 5 parts of the model became one file",)
+    (finding,) = result.findings
+    assert finding.message == "the 5 parts of the model became one file"
     whole, joined = read_gguf(tmp_path / "whole.gguf"), read_gguf(tmp_path / "joined.gguf")
     for name, tensor in whole.tensors.items():
         assert bytes(joined.tensors[name].raw()) == bytes(tensor.raw())
@@ -241,11 +242,11 @@ def test_types_that_cannot_be_written_become_another_with_a_note(bases, adapter,
     base, (folder, _) = bases("Q4_K"), adapter
     result = fuse(base, tmp_path / "out.gguf", (folder, 1.0), fallback="q8_0")
     assert {report.dtype for report in result.tensors} == {"Q8_0"}
-    assert result.notes == (
+    assert tuple(each.message for each in result.findings) == (
         "8 tensors of type Q4_K became Q8_0, since Q4_K cannot be written again",
     )
     result = fuse(bases("F32"), tmp_path / "same.gguf", (folder, 1.0), fallback="q8_0")
-    assert (result.notes, {report.dtype for report in result.tensors}) == ((), {"F32"})
+    assert (result.findings, {report.dtype for report in result.tensors}) == ((), {"F32"})
 
 
 def test_gguf_adapters_fuse_like_the_folders_they_come_from(bases, adapter, tmp_path):
@@ -294,7 +295,7 @@ def test_saved_embeddings_that_repeat_the_base_are_left_out(gguf_bases, bases, t
     for number, known in enumerate((base, gguf_bases / NAME)):
         prepared = prepare(read_adapter(lora), "gguf", Context(known))
         assert prepared.losses == ()
-        assert any("the base's own values" in note for note in prepared.notes)
+        assert "base-values" in [finding.code for finding in prepared.findings]
         write(prepared, tmp_path / f"{number}.gguf")
         (apart,) = gguf_models.from_llama_cpp(base, [tmp_path / f"{number}.gguf"])
         assert np.abs(apart - wanted).max() < 1e-4

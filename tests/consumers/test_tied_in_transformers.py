@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement.names import Names
+from loratools.base.tied import find_tie, shared_embeddings
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.checkpoints.tie_defaults import TIED
 from loratools_formats.core.tensors import equal_values

@@ -3,6 +3,8 @@
 import errno
 import os
 
+from loratools_formats.disk import renames
+
 CALLS = ("open", "write", "fsync", "chmod", "mkdir", "rename", "replace")
 
 
@@ -24,6 +26,7 @@ def watch(patch, fail_at=None):
 
     for name in CALLS:
         patch.setattr(os, name, wrapped(name, getattr(os, name)))
+    patch.setattr(renames, "_renamed", wrapped("rename", renames._renamed))
     return made
 
 

@@ -629,7 +629,8 @@ def test_norms_that_llama_cpp_ignores_are_named_when_fusing(tmp_path):
     lora = file_with(tmp_path / "lora.gguf", factors)
     given = [FuseInput(read_adapter(lora), 1.0, "lora")] * 2
     fusion = GgufFusion(read_model(model), given, GgufFuseOptions())
-    assert fusion.preview.notes == ("llama.cpp ignores trained norms: output_norm.weight",)
+    (finding,) = fusion.preview.findings
+    assert finding.message == "llama.cpp ignores trained norms: output_norm.weight"
 
 
 def test_an_adapter_is_no_model(tmp_path):

@@ -129,7 +129,8 @@ def test_a_split_model_becomes_one_file_with_its_keys(tmp_path):
     given = FuseInput(read_adapter(tmp_path / "lora.gguf"), 1.0, "lora")
     fusion = GgufFusion(read_model(path), [given], GgufFuseOptions())
     result = fusion.write(tmp_path / "out.gguf")
-    assert result.notes == ("the 3 parts of the model became one file",)
+    (finding,) = result.findings
+    assert finding.message == "the 3 parts of the model became one file"
     before, after = read_gguf(path), read_gguf(tmp_path / "out.gguf")
     split = {"split.no", "split.count", "split.tensors.count"}
     assert list(after.keys) == [key for key in before.keys if key not in split]

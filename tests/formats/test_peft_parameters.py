@@ -37,14 +37,27 @@ def test_two_ranks_fit_one_number_of_experts(experts, rank):
         assert found == {up: ((UP,), 12, rank), down: ((DOWN,), 6, 2)}
 
 
-def test_with_one_rank_and_alpha_every_parameter_stays_possible():
-    found = settings(config(), {INNER: 6, OUTER: 6}, None)
-    assert {setting.names for setting in found.values()} == {(DOWN, UP)}
+def test_with_one_rank_the_order_of_declaration_tells():
+    """PEFT wraps the parameter that the class declares first innermost."""
+    found = settings(config(**of_gate_up(2, 12)), {INNER: 6, OUTER: 6}, None)
+    assert found == {INNER: ((UP,), 12, 2), OUTER: ((DOWN,), 6, 2)}
 
 
-def test_one_rank_and_two_alphas_are_refused():
+def test_names_whose_order_is_not_known_stay_possible():
+    values = config(target_parameters=["left", "right"])
+    found = settings(values, {INNER: 6, OUTER: 6}, None)
+    both = ("mlp.experts.left", "mlp.experts.right")
+    assert {setting.names for setting in found.values()} == {both}
+
+
+def test_one_rank_and_two_alphas_of_unknown_names_are_refused():
+    values = config(target_parameters=["left", "right"], alpha_pattern={"left": 12})
     with pytest.raises(UnsupportedError, match="does not say which is which"):
-        settings(config(**of_gate_up(2, 12)), {INNER: 6, OUTER: 6}, None)
+        settings(values, {INNER: 6, OUTER: 6}, None)
+
+
+def test_one_alone_of_one_rank_stays_either():
+    assert settings(config(), {OUTER: 6}, None)[OUTER].names == (DOWN, UP)
 
 
 def test_a_change_alone_that_could_be_of_two_ranks_is_refused():

@@ -9,7 +9,7 @@ from peft.utils.other import get_pattern_key
 
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import patterns
-from loratools_formats.formats.peft.patterns import match_patterns, pattern_for
+from loratools_formats.formats.peft.patterns import PatternsOf, match_patterns
 
 NAMES = st.text("ab.1_", min_size=1, max_size=8)
 PLAIN_KEYS = st.from_regex(re.compile(r"\^?([ab1_.-]|\\[.-]){1,6}", re.ASCII), fullmatch=True)
@@ -76,5 +76,5 @@ def test_bad(defect, tmp_path):
 @given(st.lists(st.text("ab.-_1\\*(", min_size=1, max_size=7), min_size=1, max_size=6, unique=True))
 def test_written_patterns_mean_one_module(names):
     for name in names:
-        key = pattern_for(name, names)
+        key = PatternsOf(names).pattern_for(name)
         assert [n for n in names if get_pattern_key([key], n) == key] == [name]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from faults import CALLS, each_failure, watch
 
-from loratools_formats.disk import publish
+from loratools_formats.disk import publish, renames
 from loratools_formats.disk.errors import AdapterError, OutputError, OutputExistsError
 from loratools_formats.disk.publish import publish_file, publish_folder
 
@@ -46,7 +46,7 @@ WAYS = [pytest.param("exchange", marks=LINUX_ONLY), "two renames"]
 def swap(request, monkeypatch):
     """Replace folders in both ways: in one step, and as systems do that cannot."""
     if request.param == "two renames":
-        monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(publish, "exchange", lambda first, second: False)
     return request.param
 
 
@@ -208,7 +208,7 @@ def test_a_stale_temporary_of_somebody_else_stops_nothing(tmp_path, monkeypatch)
 def test_flushed_before_it_appears(swap, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         made = watch(patch)
-        write_folder(tmp_path / "out")
+        write_folder(tmp_path / "out", overwrite=True)
     assert made.count("rename") == 1
     assert made[: made.index("rename")].count("fsync") == len(NEW) + 1
     assert made[made.index("rename") :].count("fsync") == 1
@@ -245,11 +245,11 @@ def test_every_failing_call(old, swap, tmp_path, monkeypatch):
 KILLED = f"""
 import os, sys
 from pathlib import Path
-from loratools_formats.disk import publish
+from loratools_formats.disk import publish, renames
 
 left = int(sys.argv[2])
 if sys.argv[3] == "two renames":
-    publish._exchange = lambda first, second: False
+    publish.exchange = lambda first, second: False
 
 def counted(original):
     def call(*arguments, **options):
@@ -314,3 +314,110 @@ def test_an_error_of_the_system_names_the_output(tmp_path):
         Path(tmp_path / "missing").read_bytes()
     assert isinstance(caught.value, OSError)
     assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+@pytest.fixture(params=["one step", "link", "look"])
+def without(request, monkeypatch):
+    """Rename over nothing in each way: as Linux can, by a link, and by looking first."""
+    if request.param != "one step":
+        monkeypatch.setattr(renames, "_renamed", lambda *names_and_flags: False)
+    if request.param == "look":
+
+        def no_link(*names, **options):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", no_link)
+    return request.param
+
+
+def test_what_appears_during_the_run_is_not_replaced(without, tmp_path):
+    out = tmp_path / "out"
+
+    def write():
+        with publish_file(out) as temporary:
+            temporary.write_bytes(b"new")
+            out.write_bytes(b"theirs")
+
+    with pytest.raises(OutputExistsError, match="appeared"):
+        write()
+    assert out.read_bytes() == b"theirs"
+    assert os.listdir(tmp_path) == ["out"]
+    with pytest.raises(OutputExistsError), publish.publish_folder(tmp_path / "folder"):
+        (tmp_path / "folder").mkdir()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "out"]
+    write_file(tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == b"new"
+
+
+def write_both(out, **options):
+    with publish.publish_with(out, {"made": b"ours"}, **options) as (temporary, beside):
+        temporary.write_bytes(b"new")
+        beside["made"] += b"ours, new"
+
+
+def test_a_file_beside_is_part_of_the_output(tmp_path):
+    out, made = tmp_path / "out", tmp_path / "out.made"
+    write_both(out)
+    assert (out.read_bytes(), made.read_bytes()) == (b"new", b"ours, new")
+    made.write_bytes(b"ours, old")
+    write_both(out, overwrite=True)
+    assert made.read_bytes() == b"ours, new"
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.made"]
+
+
+@pytest.mark.parametrize("kind", ["theirs", "link", "folder", "pipe"])
+def test_what_is_not_ours_beside_an_output_is_never_replaced(kind, tmp_path):
+    out, made, victim = tmp_path / "out", tmp_path / "out.made", tmp_path / "victim"
+    victim.write_bytes(b"ours to look at")
+    make = {
+        "theirs": lambda: made.write_bytes(b"notes"),
+        "link": lambda: made.symlink_to(victim),
+        "folder": made.mkdir,
+        "pipe": lambda: os.mkfifo(made),
+    }
+    make[kind]()
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="not ours"):
+            write_both(out, overwrite=overwrite)
+    assert not out.exists()
+    assert victim.read_bytes() == b"ours to look at"
+    assert sorted(os.listdir(tmp_path)) == ["out.made", "victim"]
+
+
+def test_a_file_beside_is_taken_back_if_the_output_fails(tmp_path, monkeypatch):
+    out, made = tmp_path / "out", tmp_path / "out.made"
+    out.write_bytes(b"old")
+    made.write_bytes(b"ours, old")
+    original = os.replace
+
+    def fails(source, target):
+        if os.fspath(target) == os.fspath(out):
+            raise OSError(5, "Input/output error")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OutputError, match="Nothing was changed"):
+        write_both(out, overwrite=True)
+    assert (out.read_bytes(), made.read_bytes()) == (b"old", b"ours, old")
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.made"]
+
+
+def test_a_name_too_long_for_what_goes_beside_is_refused_first(tmp_path):
+    with pytest.raises(OutputError, match="too long"):
+        write_both(tmp_path / ("n" * 252))
+    assert os.listdir(tmp_path) == []
+
+
+def test_any_run_beside_removes_what_a_killed_one_left(tmp_path):
+    child = """
+import os, sys
+from pathlib import Path
+from loratools_formats.disk.publish import publish_file
+with publish_file(Path(sys.argv[1]) / "a") as outer, publish_file(outer) as inner:
+    inner.write_bytes(b"half")
+    os._exit(9)
+"""
+    subprocess.run([sys.executable, "-c", child, tmp_path], check=False)
+    assert len(os.listdir(tmp_path)) == 1
+    write_file(tmp_path / "other")
+    assert os.listdir(tmp_path) == ["other"]

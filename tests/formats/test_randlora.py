@@ -86,7 +86,7 @@ def test_layers_of_one_projection(tmp_path, form, sides):
     (delta,) = result.adapter.modules.values()
     delta = delta.require_factors()
     close(delta.scale * delta.b.load("f8") @ delta.a.load("f8"), want, 1e-5)
-    with pytest.raises(UnsupportedError, match="--base"):
+    with pytest.raises(UnsupportedError, match="`base`"):
         to_lora(read_adapter(path), FULL, given={"alpha": str(ALPHA)})
 
 
@@ -125,6 +125,6 @@ def test_bases_that_do_not_fit_are_refused(tmp_path, name, shape):
         "m.basis_a": random(1, RANK, 9), "m.basis_b": random(COUNT, 9, RANK),
     } | {f"m.{name}": random(*shape)}  # fmt: skip
     base = base_of(tmp_path / "base", {"m": np.zeros((8, HIDDEN))})
-    adapter = read_adapter(saved(tmp_path / "lora.safetensors", tensors))
-    with pytest.raises(AdapterError, match="does not fit"):
-        to_lora(adapter, FULL, base=base, given={"alpha": str(ALPHA)})
+    path = saved(tmp_path / "lora.safetensors", tensors)
+    with pytest.raises(AdapterError, match=r"do(es)? not fit"):
+        to_lora(read_adapter(path), FULL, base=base, given={"alpha": str(ALPHA)})

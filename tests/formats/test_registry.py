@@ -33,7 +33,8 @@ from loratools_formats.disk.errors import (
 
 PLUGIN = """
 from pathlib import Path
-from loratools_formats import Adapter, Format
+from loratools_formats import Adapter, Format, TensorRef
+from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError
 
 class Also(Format):
@@ -48,7 +49,8 @@ class Toy(Also):
     def read(self, path):
         if path.read_bytes() == b"toy bad":
             raise AdapterError("bad toy", path=path)
-        return Adapter("toy", path, {})
+        toy = TensorRef("toy", DTYPES["F32"], (1,), lambda: bytes(4))
+        return Adapter("toy", path, {}, carried={"toy": toy})
 
     def write(self, adapter, path):
         path.write_bytes(b"toy written")

@@ -169,7 +169,7 @@ class TestLoldu:
         path = saved(tmp_path / "loldu.safetensors", z)
         assert find_format(path).name == "loldu"
         given = {"alpha": self.alpha, "init_method": init_method}
-        with pytest.raises(UnsupportedError, match="--base"):
+        with pytest.raises(UnsupportedError, match="`base`"):
             deltas_of(path, SHAPES, **given)
         base = base_of(tmp_path / "base", {"layers.0.q": weight})
         got, result = deltas_of(path, SHAPES, base=base, **given)

@@ -132,8 +132,8 @@ def test_flushed_before_it_appears(tmp_path, monkeypatch):
         made = watch(patch)
         write_safetensors(tmp_path / "f", TENSORS, METADATA)
     assert max(i for i, name in enumerate(made) if name == "write") < made.index("fsync")
-    assert made.index("fsync") < made.index("replace")
-    assert made[made.index("replace") :].count("fsync") == 1, "the folder is flushed afterwards"
+    assert made.index("fsync") < made.index("rename")
+    assert made[made.index("rename") :].count("fsync") == 1, "the folder is flushed afterwards"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o000, 0o077])

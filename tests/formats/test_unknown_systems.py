@@ -109,7 +109,7 @@ FILES = {
             "roberta.encoder.layer.0.attention.self.query.initial_A": random(24, 4),
             "roberta.encoder.layer.0.attention.self.query.initial_B": random(4, 24),
         },
-        NONE,
+        "is a model's weights, not an adapter",
     ),
     "hyper beside factors": (
         {

@@ -244,8 +244,9 @@ def test_eight_bit_floats_without_scales_are_numbers(make, make_folder, tmp_path
     if dtype is None:
         assert torch.equal(written["layers.0.q.weight"], exact.to(torch.bfloat16))
         assert torch.equal(written["layers.0.o.weight"].view(torch.uint8), other.view(torch.uint8))
-        assert result.notes == ("weights in eight bits that change are stored as BF16: 1",)
+        (finding,) = result.findings
+        assert finding.message == "weights in eight bits that change are stored as BF16: 1"
     else:
         assert torch.equal(written["layers.0.q.weight"], exact.to(torch.float16))
         assert torch.equal(written["layers.0.o.weight"], other.to(torch.float16))
-        assert result.notes == ()
+        assert result.findings == ()

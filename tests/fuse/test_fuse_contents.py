@@ -29,7 +29,7 @@ def test_a_change_of_the_head_unties_it(tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert config["text_config"] == {"tie_word_embeddings": False}
-    assert any("were tied" in note for note in result.notes)
+    assert "untied" in [finding.code for finding in result.findings]
 
 
 def test_one_adapter_on_both_tied_weights_and_one_on_the_head(tmp_path):
@@ -59,7 +59,8 @@ def test_a_vocabulary_of_another_size(sharded, tmp_path, rows):
     for key, seed in ((EMBED, 7), (HEAD, 8)):
         np.testing.assert_array_equal(after[key], matrix(seed, rows, 16))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows
-    assert f"the vocabulary has {rows} entries now, 40 before" in result.notes
+    messages = [finding.message for finding in result.findings]
+    assert f"the vocabulary has {rows} entries now, 40 before" in messages
     assert names_in(tmp_path / "out") == names_in(sharded)
     reports = {report.key: report for report in result.tensors}
     old = np.zeros((max(rows, 40), 16))
@@ -217,4 +218,4 @@ def test_a_dora_taken_out_of_weights_is_not_what_was_put_in(sharded, tmp_path):
     v = cases.exact(w, b, a, 1)
     exact = 2 * w - magnitude[:, None] / np.linalg.norm(v, axis=1, keepdims=True) * v
     rounding.assert_rounded_once(after[f"{UP.format(0)}.weight"], exact, unequal=0)
-    assert any("cannot take out one that is fused already" in note for note in result.notes)
+    assert "negative-weight" in [finding.code for finding in result.findings]

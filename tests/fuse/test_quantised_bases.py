@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loratools.base.dequantised import plain
+from loratools.base.dequantised import dequantised
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.operation import FuseOptions, Fusion
 from loratools_formats import read_adapter
@@ -86,7 +86,7 @@ def test_scales_of_eight_bit_floats(case, make):
     w, scale = codes(24, 20), grid_of((24, 20), (4, 5))
     base = make({KEY: w, name: stored(scale).contiguous()}, quantization, nested=nested)
     spread = scale.numpy().repeat(4, 0).repeat(5, 1)
-    found = plain(base).checkpoint
+    found = dequantised(base).checkpoint
     assert set(found.tensors) == {KEY}
     np.testing.assert_array_equal(found.tensors[KEY].load(), w.float().numpy() * spread)
     assert "quantization_config" not in json.dumps(dict(found.config))
@@ -135,7 +135,7 @@ def test_an_empty_transform_is_none(make):
     import torch
 
     tensors = {KEY: codes(24, 20), f"{KEY}_scale": torch.tensor(0.5)}
-    plain(make(tensors, {"quant_method": "compressed-tensors", "transform_config": {}}))
+    dequantised(make(tensors, {"quant_method": "compressed-tensors", "transform_config": {}}))
 
 
 def mxfp4():

@@ -16,6 +16,7 @@ import typing
 from pathlib import Path
 
 import loratools
+from loratools.face.check import CheckResult, RuleResult
 from loratools.face.compare import BasesResult, CompareResult
 from loratools.face.convert import ConvertResult, WriteResult
 from loratools.face.dequantize import DequantizeResult
@@ -36,6 +37,7 @@ from loratools.work.json_object import json_name, spread_types
 
 FOLDER = Path(loratools.__file__).parent / "schemas"
 RESULTS = {
+    "check": (CheckResult,),
     "compare": (CompareResult,),
     "compare-bases": (BasesResult,),
     "convert": (ConvertResult,),
@@ -48,6 +50,7 @@ RESULTS = {
     "methods": (MethodsResult,),
     "quantize": (QuantizeResult,),
     "repair": (RepairResult,),
+    "rule": (RuleResult,),
     "spectrum": (SpectrumResult,),
     "squeeze": (SqueezeResult, SqueezeChoices),
     "to-dora": (ToDoraResult,),

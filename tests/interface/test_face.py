@@ -33,9 +33,9 @@ LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 LORA, RSLORA, DORA, MODEL = (LLAMA / name for name in ("lora", "rslora", "dora", "model"))
 MODULE = "model.layers.0.self_attn.q_proj"
 FUNCTIONS = [name for name in lt.__all__ if inspect.isfunction(getattr(lt, name))]
-RESULTS = ("compare", "compare_bases", "convert", "dequantize", "extract", "formats", "fuse",
-           "info", "merge", "methods", "quantize", "repair", "spectrum", "squeeze", "to_dora",
-           "to_lora", "verify", "write")  # fmt: skip
+RESULTS = ("check", "compare", "compare_bases", "convert", "dequantize", "extract", "formats",
+           "fuse", "info", "merge", "methods", "quantize", "repair", "rule", "spectrum", "squeeze",
+           "to_dora", "to_lora", "verify", "write")  # fmt: skip
 
 
 def command_line(*arguments):
@@ -57,6 +57,11 @@ def made(tmp_path_factory):
 # Each case: what is called, and the command line that says it too. OUT stands for a new path.
 OUT = object()
 CASES = {
+    "check": (
+        lambda m, o: lt.check([LORA, RSLORA], target=["vllm"], base=MODEL),
+        lambda m: ["check", LORA, RSLORA, "--target=vllm", "--base", MODEL, "--no-config"],
+    ),
+    "rule": (lambda m, o: lt.rule("LT506"), lambda m: ["rule", "scale-dropped"]),
     "info": (lambda m, o: lt.info(LORA), lambda m: ["info", LORA]),
     "formats": (lambda m, o: lt.formats(), lambda m: ["formats"]),
     "methods": (lambda m, o: lt.methods(), lambda m: ["methods"]),
@@ -235,7 +240,7 @@ def test_options_are_those_of_the_declarations():
         (lambda: lt.factors(lt.read(DORA), MODULE), UnsupportedError, r"no product of two"),
         (lambda: lt.convert(LORA), OptionError, r"no output given"),
         (lambda: RankRule(rank="8"), OptionError, r"rank is of the wrong type; got '8'"),
-        (lambda: RankRule(budget="much"), OptionError, r"not a size; got much"),
+        (lambda: RankRule(budget="much"), OptionError, r"not a budget; got much"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(call, error, text):

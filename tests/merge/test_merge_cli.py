@@ -211,7 +211,7 @@ def test_a_base_for_doras(tmp_path, loratools):
         assert total_distance(got, changes) <= 1e-6
     code, _, err = loratools("merge", dora, "--base", tmp_path / "nothing", "-o", tmp_path / "out")
     assert code == 2
-    assert "no checkpoint there" in only_line(err)
+    assert "no such file or folder" in only_line(err)
 
 
 def test_different_base_models_are_noted_once_forced(tmp_path, loratools):
@@ -302,8 +302,8 @@ def test_the_json_report_has_the_documented_keys(tmp_path, loratools):
     assert code == 0
     report = json.loads(text)
     assert list(report) == [
-        "schema", "operation", "method", "adapters", "relative_error", "energy",
-        "factor_residual", "bytes_in", "bytes_out", "modules",
+        "schema", "operation", "findings", "notes", "method", "adapters", "relative_error",
+        "energy", "factor_residual", "bytes_in", "bytes_out", "modules",
     ]  # fmt: skip
     assert report["schema"] == 1
     assert (report["operation"], report["method"]) == ("merge", "linear")

@@ -375,12 +375,12 @@ def test_an_absent_module_is_a_zero_vote_in_ties(tmp_path):
 
 def test_an_intersection_of_nothing_is_an_error(tmp_path):
     first = save(tmp_path / "a", {"q": linear(24, 20, 4)})
-    second = save(tmp_path / "b", {"model.q": linear(24, 20, 4)})
+    second = save(tmp_path / "b", {"other.q": linear(24, 20, 4)})
     third = save(tmp_path / "c", {"q": linear(24, 20, 4), "k": linear(9, 20, 4)})
     for pairs, named in (
-        ([(first, 1.0), (second, 1.0)], "got q; expected such as model.q"),
-        ([(second, 1.0), (first, 1.0)], "got model.q; expected such as q"),
-        ([(first, 1.0), (third, 1.0), (second, 1.0)], "got model.q; expected such as k"),
+        ([(first, 1.0), (second, 1.0)], "got q; expected such as other.q"),
+        ([(second, 1.0), (first, 1.0)], "got other.q; expected such as q"),
+        ([(first, 1.0), (third, 1.0), (second, 1.0)], "got other.q; expected such as k"),
     ):
         with pytest.raises(AdapterError, match=f"shares no module with the others; {named}"):
             run(tmp_path / "out", pairs)

@@ -156,8 +156,8 @@ def changed(**fields):
         (changed(ranks={"energy": 2}), r"\$.ranks: energy is a share; got 2"),
         (changed(ranks={"rank": 2, "energy": 0.5}), r"\$.ranks: rank rules exclude each other"),
         (changed(ranks={"uniform": "yes"}), r"\$.ranks.uniform: is wrong; .*true or false"),
-        (changed(ranks={"budget": "much"}), r"\$.ranks.budget: not a size; got much"),
-        (changed(ranks={"budget": True}), r"\$.ranks.budget: not a size"),
+        (changed(ranks={"budget": "much"}), r"\$.ranks.budget: not a budget; got much"),
+        (changed(ranks={"budget": True}), r"\$.ranks.budget: not a"),
         (changed(ranks={"patterns": "q"}), r"\$.ranks.patterns: must be a list"),
         (changed(ranks={"patterns": [["q", 2], ["k"]]}), r"\$.ranks.patterns\[1\]: must be"),
         (changed(ranks={"patterns": [["q", "2"]]}), r"\$.ranks.patterns\[0\]: must be a regular"),
@@ -326,6 +326,7 @@ overrides = st.lists(
         overrides=overrides,
         replacements=st.none() | st.sampled_from(["first", "average", "on", "null", "a b"]),
         force_base=st.booleans(),
+        allow_missing=st.booleans(),
     ),
     weights=st.tuples(finite, finite),
     has_base=st.booleans(),
@@ -565,8 +566,8 @@ BESIDE = [
     ["--seed", "0"], ["--keep-alpha"], ["some/adapter"],
 ]  # fmt: skip
 FREE = {
-    "format_name", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error",
-    "as_json", "quiet", "workers", "device", "carry_unknown",
+    "from_", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error", "json",
+    "quiet", "workers", "device", "carry_unknown", "ignore_key", "allow_missing", "html", "plot",
 }  # fmt: skip
 
 

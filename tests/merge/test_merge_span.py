@@ -1,6 +1,7 @@
 """Methods that are weighted sums, against dense float64 arithmetic and against mergekit."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from merge_others import mergekit
 
 from loratools.algebra.ranks import Budget, RankRule
 from loratools.lowrank.resize import ComputeOptions
+from loratools.operations.merge.options import Override
 from loratools.operations.merge.span import karcher, model_stock, slerp
 from loratools_formats.disk.errors import OptionError
 
@@ -188,9 +190,20 @@ def test_weight_zero_counts_for_nothing(tmp_path):
     ((first, _), (second, _)) = pair(tmp_path)
     _, got = run(tmp_path / "out", [(first, 1.0), (second, 0.0)])
     assert total_distance(got, true_deltas(first)) <= 1e-6
-    result, nothing = run(tmp_path / "zero", [(first, 0.0)])
-    assert not any(delta.any() for delta in nothing.values())
-    assert result.relative_error == 0.0
+    with pytest.raises(OptionError, match="nothing is left"):
+        run(tmp_path / "zero", [(first, 0.0)])
+
+
+def test_modules_of_weight_zero_are_left_out(tmp_path):
+    (first, _), _ = pair(tmp_path)
+    (name, *others) = sorted(true_deltas(first))
+    result, got = run(
+        tmp_path / "out", [(first, 1.0)], overrides=(Override(f"^{re.escape(name)}$", (0.0,)),)
+    )
+    assert result.left_out == (name,)
+    assert sorted(got) == others
+    want = {path: delta for path, delta in true_deltas(first).items() if path != name}
+    assert total_distance(got, want) <= 1e-6
 
 
 def test_normalize_divides_by_the_sum_of_weights(tmp_path):

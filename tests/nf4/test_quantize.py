@@ -113,7 +113,7 @@ def test_weights_in_four_bits_already_are_copied(make_base, tmp_path):
         "model.layers.1.mlp.up.weight",
         "model.layers.1.self_attn.q_proj.weight",
     }
-    assert any("already" in note for note in result.notes)
+    assert "already-quantised" in [finding.code for finding in result.findings]
     weights = quantized_weights(after.tensors)
     assert weights[UP].quant_type == "fp4"
     some = raw(tmp_path / "some")
@@ -163,7 +163,7 @@ def test_experts_stay_unless_asked_for(make_base, tmp_path):
     base = make_base(weights=weights, extra={"model.experts.up": np.ones((2, 3, 4), np.float32)})
     result, after = made(base, tmp_path)
     assert {t.name for t in result.tensors} == {"model.layers.0.mlp.shared_expert.up_proj.weight"}
-    notes = " ".join(result.notes)
+    notes = " ".join(each.message for each in result.findings)
     assert "3 weights of experts" in notes
     assert "1 tensors of stacked experts" in notes
     assert after.config["quantization_config"]["llm_int8_skip_modules"] == [

@@ -21,6 +21,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 warnings.filterwarnings("ignore")
 
+from loratools.base.placement.model_class import numbered  # noqa: E402
+
 TABLE = Path(__file__).parents[2] / "loratools/base/placement/data/class_names.json"
 _SECONDS = 20
 
@@ -68,8 +70,8 @@ def model_of(class_name):
             return cls(cls.config_class())
 
 
-def described(model):
-    """Return a class's part of the table."""
+def described(model, classes):
+    """Add a class and those of its parts to the table."""
     from transformers import PretrainedConfig, PreTrainedModel
 
     sections = {
@@ -83,6 +85,8 @@ def described(model):
             seen.append(path + ".")
             section = sections.get(id(module.config), "")
             parts.append([path, type(module).__name__, section])
+            if type(module).__name__ not in classes:
+                described(module, classes)
     keys = list(model.state_dict())
     roots = sorted({key.partition(".")[0] for key in keys})
     prefix = model.base_model_prefix
@@ -96,7 +100,65 @@ def described(model):
         entry["body"] = sorted(body)
     if parts:
         entry["parts"] = parts
-    return entry
+    bare = bare_weights(model, tuple(seen))
+    if bare:
+        entry["bare"] = bare
+    classes[type(model).__name__] = entry
+
+
+def bare_weights(model, inner):
+    """Return the weights that are parameters of modules which PEFT has no layer for.
+
+    PEFT adapts them as `target_parameters`. Numbers of layers are left out, and parts of the model
+    that have entries of their own.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    layers = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd, Conv1D)
+    return sorted(
+        {
+            numbered(f"{path}.weight")[0]
+            for path, module in model.named_modules()
+            if not path.startswith(inner) and not isinstance(module, layers)
+            for name, weight in module.named_parameters(recurse=False)
+            if name == "weight" and weight.ndim == 2
+        }
+    )
+
+
+def expected(model):
+    """Return what transformers calls each tensor that it stores, and each that it has in memory."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+
+    own = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def name(key):
+        found, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if found not in own and key in own:
+            return rename_source_key(key, [], [], model.base_model_prefix, own)[0]
+        return found
+
+    stored = revert_weight_conversion(model, own)
+    return {key: name(key) for key in [*stored, *own]}
+
+
+def wrong(model, wanted, table):
+    """Return the names that the table does not give as transformers does."""
+    from loratools.base.placement.model_class import ModelClass, names_in
+
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    found = names_in(ModelClass(type(model).__name__, config, table), sorted(wanted))
+    return {key: name for key, name in wanted.items() if found[key].name != name}
 
 
 def rule(transform):
@@ -139,7 +201,7 @@ def make():
     for name in class_names():
         signal.alarm(_SECONDS)
         try:
-            classes[name] = described(model_of(name))
+            described(model_of(name), classes)
         except Exception as error:  # noqa: BLE001 - any class may refuse its own defaults
             failed[name] = f"{type(error).__name__}: {str(error)[:100]}"
         finally:
@@ -154,7 +216,29 @@ def make():
         "bodies": dict(sorted(bodies.items())),
         "classes": dict(sorted(classes.items())),
     }
+    for name in sorted(classes):
+        _check(name, table, failed)
     return table, failed
+
+
+def _check(name, table, failed):
+    """Note names to keep as they are; take out a class that the table gives wrong names to."""
+    try:
+        model = model_of(name)
+        wanted = expected(model)
+    except Exception as error:  # noqa: BLE001 - parts are not built alone
+        failed[f"{name} is not checked"] = f"{type(error).__name__}: {str(error)[:100]}"
+        return
+    own = set(model.state_dict())
+    off = wrong(model, wanted, table)
+    keep = sorted({numbered(key)[0] for key in off if key in own and off[key] == key})
+    if keep:
+        table["classes"][name]["keep"] = keep
+        off = wrong(model, wanted, table)
+    if off:
+        del table["classes"][name]
+        key = next(iter(off))
+        failed[name] = f"{len(off)} names differ, such as {key}, which is {off[key]}"
 
 
 def _timeout(*_):

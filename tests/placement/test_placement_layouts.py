@@ -233,12 +233,29 @@ def test_a_change_that_fits_several_parameters_is_refused():
         placed({MOE: experts(3, 5, 8, *shapes)}, checkpoint(shapes, model_type="mixtral"))
 
 
-def test_the_exchanged_axes_of_old_peft_cannot_be_cut():
+def test_the_exchanged_axes_of_old_peft_are_exchanged_back():
     base = checkpoint(per_expert(), model_type="qwen3_moe")
-    with pytest.raises(UnsupportedError, match=r"before 0\.19"):
-        placed({MOE: experts(3, 8, 10, f"{MOE}.gate_up_proj", square=True)}, base)
-    (first, *_) = placed({MOE: experts(3, 5, 8, f"{MOE}.down_proj", square=True)}, base).deltas
-    assert first.transposed is True
+    for (out, in_), leaf in (((8, 10), "gate_up_proj"), ((5, 8), "down_proj")):
+        found = placed({MOE: experts(3, out, in_, f"{MOE}.{leaf}", square=True)}, base).deltas
+        assert {placement.delta.shape for placement in found} == {(in_, out)}
+        assert not any(placement.transposed for placement in found)
+
+
+@pytest.mark.parametrize(("width", "inner"), [(8, 5), (8, 8)])
+def test_experts_as_lists_of_layers_go_into_their_plane(width, inner):
+    """Unsloth's gpt-oss: `gate_up_projs.N` is (2·I, H), its outputs in the order of the base's."""
+    stack = "model.layers.0.mlp.experts"
+    shapes = {
+        f"{stack}.gate_up_proj": (3, width, 2 * inner), f"{stack}.down_proj": (3, inner, width),
+    }  # fmt: skip
+    base = checkpoint(shapes, model_type="gpt_oss")
+    modules = {
+        f"{stack}.gate_up_projs.1": linear(2 * inner, width),
+        f"{stack}.down_projs.2": linear(width, inner),
+    }
+    into, out = placed(modules, base).deltas
+    assert (into.key, into.plane, into.transposed) == (f"{stack}.gate_up_proj", 1, True)
+    assert (out.key, out.plane, out.transposed) == (f"{stack}.down_proj", 2, True)
 
 
 def covered(spans_, size):

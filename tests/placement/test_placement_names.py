@@ -196,7 +196,8 @@ def test_replacements_follow_the_same_rules():
     assert [key for key, _ in result.replacements] == [
         "encoder.norm.weight", "encoder.norm.bias", "classifier.weight", "encoder.emb.weight",
     ]  # fmt: skip
-    assert result.notes == ("classifier.weight: not in the base, added",)
+    (finding,) = result.findings
+    assert finding.message == "classifier.weight: not in the base, added"
 
 
 @pytest.mark.parametrize(

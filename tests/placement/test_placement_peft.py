@@ -242,7 +242,7 @@ def test_a_classifier_on_the_checkpoint_of_a_body(tmp_path):
     )
     placements = fused(base, tmp_path / "adapter", tmp_path / "fused")
     assert "classifier.weight" in {key for key, _ in placements.replacements}
-    assert "classifier.weight: not in the base, added" in placements.notes
+    assert "tensor-added" in [finding.code for finding in placements.findings]
     copy_config(tmp_path / "base", tmp_path / "fused", num_labels=3)
     found = load("bert", tmp_path / "fused")
     np.testing.assert_allclose(logits(found), logits(live), atol=1e-12)

@@ -88,7 +88,7 @@ def test_layers_part_where_the_live_ones_do(tmp_path, name, config, parts):
     )
     assert answers.agree()
     assert bool(placements.untied) is parts
-    assert any("tie_word_embeddings" in note for note in placements.notes) is parts
+    assert any(each.code == "untied" for each in placements.findings) is parts
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -99,7 +99,7 @@ def test_equal_changes_of_both_stay_one(tmp_path, target):
     assert answers.agree()
     assert not placements.untied
     assert [p.key for p in placements.deltas].count("model.embed_tokens.weight") == 1
-    assert "stay tied" in placements.notes[0]
+    assert placements.findings[0].code == "stays-tied"
 
 
 def test_equal_changes_that_peft_does_not_load_for_gpt2_stay_one(tmp_path):

@@ -73,7 +73,7 @@ BAD_WEIGHTS = DEFECTS | {
     "signalling NaN": (factors(fill=b"\x01\x00\x80\x7f"), "NaN"),
     "one infinity": (container(SOUND, VALUES[:-4] + b"\x00\x00\x80\x7f"), "infinite"),
     "infinities": (factors(dtype="F8_E5M2", nbytes=1, fill=b"\x7c"), "infinite"),
-    "no tensors": (container(b"{}"), "no module"),
+    "no tensors": (container(b"{}"), "no tensors"),
 }
 
 
@@ -152,7 +152,7 @@ BAD_SETTINGS = {
     "rank_pattern a list": ({"rank_pattern": [1]}, "rank_pattern is wrong"),
     "rank_pattern of strings": ({"rank_pattern": {"q": "8"}}, "rank_pattern is wrong"),
     "rank_pattern of 0": ({"rank_pattern": {"q": 0}}, "rank_pattern is wrong"),
-    "rank_pattern no regex": ({"rank_pattern": {"(": 8}}, "bad regular expression"),
+    "rank_pattern no regex": ({"rank_pattern": {"(": 8}}, "regular expression is wrong"),
     "rank_pattern catastrophic": ({"rank_pattern": {r"(\w+\.?)+#": 8}}, "too long to match"),
     "rank_pattern of 513 characters": ({"rank_pattern": {"q" * 513: 8}}, "too long"),
     "target_modules a number": ({"target_modules": 5}, "target_modules is wrong"),
@@ -195,7 +195,7 @@ BAD_CONFIG_FILES = {
     "duplicate deep inside": (config(rank_pattern='{"q": 8, "q": 4}').encode(), "duplicate"),
     "alpha NaN": (config(lora_alpha="NaN").encode(), "NaN"),
     "alpha -Infinity": (config(lora_alpha="-Infinity").encode(), "-Infinity"),
-    "alpha 1e1000": (config(lora_alpha="1e1000").encode(), "lora_alpha"),
+    "alpha 1e1000": (config(lora_alpha="1e1000").encode(), "too large for float64"),
     "r of 100,000 digits": (config(r="1" * 100_000).encode(), "100000 digits"),
     "nested deeply": (config(x="[" * 100_000).encode(), "deep"),
     "over 1 MiB": (config(revision='"%s"' % ("x" * (1 << 20))).encode(), "large"),
@@ -223,7 +223,7 @@ def test_bombs(defect, make_folder, refused):
 def test_missing_config(make_folder, refused):
     folder = make_folder()
     (folder / CONFIG).unlink()
-    refused(folder, "no known format")
+    refused(folder, f"{CONFIG} is not")
 
 
 def test_missing_weights(make_folder, refused):

@@ -182,7 +182,7 @@ def test_truncated_file(command, four_bit, refused, tmp_path):
 
 @pytest.mark.parametrize("command", ["quantize", "dequantize"])
 def test_missing_input(command, refused, tmp_path):
-    refused(command, tmp_path / "nothing", "no checkpoint there")
+    refused(command, tmp_path / "nothing", "no such file or folder")
 
 
 @pytest.mark.parametrize("command", ["quantize", "dequantize"])

@@ -132,6 +132,16 @@ def test_a_module_that_the_base_does_not_have(broken, refused):
 def test_a_base_quantised_in_an_unknown_way(broken, refused):
     config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (broken[0] / "config.json").write_text(json.dumps(config))
+    tensors, name = load_file(shard(broken[0])), linear(1)
+    del tensors[f"{name}.weight"]
+    packed = {"qweight": ("i4", 8, 64), "qzeros": ("i4", 1, 8), "scales": ("f2", 1, 64)}
+    parts = {f"{name}.{part}": np.ones(size, kind) for part, (kind, *size) in packed.items()}
+    save_file(tensors | parts, shard(broken[0]))
+    index = broken[0] / "model.safetensors.index.json"
+    where = json.loads(index.read_text())
+    home = where["weight_map"].pop(f"{name}.weight")
+    where["weight_map"] |= dict.fromkeys(parts, home)
+    index.write_text(json.dumps(where))
     refused(*broken, "gptq")
 
 
@@ -191,17 +201,13 @@ def test_an_output_that_exists(broken, refused):
     refused(*broken, "--overwrite", output=broken[0])
 
 
-def test_the_base_itself_is_replaced_on_demand_only_if_nothing_is_lost(
-    broken, refused, loratools, tmp_path
-):
-    (broken[0] / "pytorch_model.bin").write_text("old weights")
-    line = refused(*broken, "pytorch_model.bin", output=broken[0], options=["--overwrite"])
-    assert "would lose files" in line
-    (broken[0] / "pytorch_model.bin").unlink()
-    assert loratools("fuse", *broken, "-o", tmp_path / "out").code == 0
-    assert loratools("fuse", *broken, "-o", broken[0], "--overwrite").code == 0
-    assert content(broken[0]) == content(tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == ["base", "out"]
+def test_the_base_itself_is_never_replaced(broken, loratools, tmp_path):
+    before = content(broken[0])
+    run = loratools("fuse", *broken, "-o", broken[0], "--overwrite")
+    assert run.code == 2
+    assert "inputs are never changed" in run.err
+    assert content(broken[0]) == before
+    assert sorted(os.listdir(tmp_path)) == ["base"]
 
 
 def test_a_file_size_limit(broken, refused):

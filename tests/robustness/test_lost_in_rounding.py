@@ -50,15 +50,22 @@ def test_a_change_below_rounding_can_be_told_neither_from_the_base_nor_from_itse
     assert found.tensors[0].verdict == "not checked"
 
 
-def test_an_adapter_without_modules_cannot_be_found(base, tmp_path):
+def test_an_adapter_without_modules_is_neither_found_nor_fused(base, tmp_path):
     nothing = adapter(tmp_path / "nothing", None)
-    found = lt.verify(base, base=base, adapters=nothing)
-    assert found.contained is None
-    assert found.told == 0.0
-    with pytest.raises(AdapterError, match="no module to fuse"):
-        lt.fuse(base, nothing)
+    for act in (
+        lambda: lt.verify(base, base=base, adapters=nothing),
+        lambda: lt.fuse(base, nothing),
+    ):
+        with pytest.raises(AdapterError, match="no tensors"):
+            act()
+
+
+def test_an_adapter_of_which_nothing_would_be_left_is_not_converted(tmp_path):
+    file = tmp_path / "d.safetensors"
+    diff = np.ones((8, 16), "f4")
+    save_file({"lora_unet_mid_block_attentions_0_proj_out.diff": diff}, file)
     with pytest.raises(UnsupportedError, match="nothing would be left"):
-        lt.convert(nothing, to="safetensors", output=tmp_path / "x.safetensors")
+        lt.convert(file, to="diffusers", output=tmp_path / "x.safetensors", allow_lossy=True)
 
 
 def test_a_change_that_shows_is_found_whole(base, tmp_path):

@@ -238,7 +238,11 @@ def test_read_only_folder(source, tmp_path, loratools):
 
 
 def test_output_is_the_input(source, tmp_path, loratools):
+    before = content(source)
     run = loratools("squeeze", source, "-o", source, "--rank", "2", "--overwrite")
+    assert (run.code, content(source)) == (2, before)
+    assert "inputs are never changed" in run.err
+    run = loratools("squeeze", source, "--in-place", "--rank", "2")
     assert_done(run, source)
     assert os.listdir(tmp_path) == [source.name]
 

@@ -37,7 +37,12 @@ def test_infinities_are_refused_by_one_line_with_the_files_key(tmp_path, leaf, v
     if target != "diffusers":
         file.pair(f"{block}txt_attn_proj", 16, 16, 4, KOHYA, alpha=4.0)
         file.tensors[f"{block}txt_attn_proj.dora_scale"] = np.ones((16, 1), np.float32)
-        for end, shape in (("w1_a", (8, 2)), ("w1_b", (2, 8)), ("w2_a", (8, 2)), ("w2_b", (2, 8))):
+        for end, shape in (
+            ("w1_a", (64, 2)),
+            ("w1_b", (2, 16)),
+            ("w2_a", (64, 2)),
+            ("w2_b", (2, 16)),
+        ):
             file.tensors[f"{block}img_mlp_0.hada_{end}"] = file.draw(*shape)
     file.tensors = {key: tensor.astype(np.float32) for key, tensor in file.tensors.items()}
     file.tensors[block + leaf].flat[3] = value
@@ -65,7 +70,7 @@ def test_doras_of_inputs_are_a_loss_to_diffusers(tmp_path, lost):
     done = CliRunner().invoke(cli, [str(a) for a in [*command, "--dry-run", "--json"]])
     (loss,) = json.loads(done.stdout)["losses"]
     assert loss["name"] == block + lost
-    assert loss["remedy"].endswith("loratools to-lora --base MODEL")
+    assert loss["remedy"].startswith("Make it a plain LoRA first: loratools to-lora ")
     assert not target.exists()
     run(*command, "--allow-lossy")
     assert list(deltas(target)) == ["transformer.transformer_blocks.0.attn.to_out.0"]
@@ -75,7 +80,7 @@ def test_an_adapter_loses_nothing_to_its_own_format(tmp_path):
     """Kinds that few pipelines load are no loss to a file that has them already."""
     file = DialectFile("diffusers", {"diffusers"}, seed=9)
     file.pair("transformer.blocks.0.to_k", 8, 8, 2, PEFT)
-    for end, shape in (("w1_a", (8, 2)), ("w1_b", (2, 8)), ("w2_a", (8, 2)), ("w2_b", (2, 8))):
+    for end, shape in (("w1_a", (64, 2)), ("w1_b", (2, 16)), ("w2_a", (64, 2)), ("w2_b", (2, 16))):
         file.tensors[f"transformer.blocks.0.to_q.hada_{end}"] = file.draw(*shape)
     file.pair("transformer.blocks.0.to_v", 8, 8, 2, PEFT)
     file.tensors["transformer.blocks.0.to_v.dora_scale"] = file.draw(1, 8)

@@ -511,7 +511,7 @@ def test_split_modules_come_back_with_their_ranks_and_bytes(tmp_path):
     source = save(file, tmp_path / "diffusers.safetensors")
     for naming in ("kohya", "comfyui"):
         there, back = tmp_path / f"{naming}.safetensors", tmp_path / f"{naming}.back.safetensors"
-        run("convert", source, there, "--to", naming)
+        run("convert", source, there, "--to", naming, "--names", "flux1")
         (fused,) = ours(there).values()
         expected = np.zeros((7 * 8, 8))
         expected[:8] = file.deltas[f"{block}.attn.to_q"]
@@ -568,3 +568,20 @@ def test_a_file_with_two_scale_carriers_is_refused(saved, tmp_path):
     done = CliRunner().invoke(cli, ["info", str(tmp_path / "both.safetensors")])
     assert done.exit_code != 0
     assert "states scales twice" in str(done.exception)
+
+
+def test_modules_of_several_ranks_state_them(tmp_path):
+    """diffusers up to 0.39 takes one rank for all where a file states none."""
+    file = DialectFile("diffusers", {"diffusers"}, seed=5)
+    for name, rank in (("attn1.to_q", 4), ("attn1.to_k", 6)):
+        file.pair(f"transformer.blocks.0.{name}", 8, 8, rank, PEFT)
+    source = save(file, tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    run("squeeze", source, "-o", out, "--energy", "0.9999999", "--max-rank", "5")
+    adapter = read_adapter(out)
+    assert len({delta.rank for delta in adapter.modules.values()}) == 2
+    stated = json.loads(adapter.metadata["lora_adapter_metadata"])
+    ranks = {delta.rank for delta in adapter.modules.values()}
+    assert stated["transformer.r"] == max(ranks)
+    assert set(stated["transformer.rank_pattern"].values()) == {min(ranks)}
+    assert all(delta.require_factors().scale == 1.0 for delta in adapter.modules.values())

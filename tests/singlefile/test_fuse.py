@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -229,3 +231,45 @@ def test_what_is_not_of_low_rank_goes_in_without_loss(bases, tmp_path):
     split = [found.pop(f"transformer_blocks.0.attn.to_{n}.weight") for n in "qkv"]
     np.testing.assert_allclose(np.concatenate(split), change, atol=1e-6)
     assert list(found) == ["transformer_blocks.0.ff.net.0.proj.weight"]
+
+
+@pytest.mark.parametrize("mark", ["comfy_quant", "metadata", "scaled_fp8", "scale_weight"])
+def test_scaled_eight_bits_of_comfyui_become_16_and_lose_their_marks(tmp_path, mark):
+    """ComfyUI would multiply 16-bit weights by no scale, or refuse them, as eight-bit ones."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file as save_torch
+
+    torch.manual_seed(0)
+    module, other = "blocks.0.self_attn.q", "blocks.0.self_attn.k"
+    weight = torch.randn(8, 8)
+    scale = weight.abs().max() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    tensors, metadata = {f"{other}.weight": torch.randn(8, 8)}, {"title": "kept"}
+    tensors[f"{module}.weight"] = codes
+    beside = "scale_weight" if mark.startswith("scale") else "weight_scale"
+    tensors[f"{module}.{beside}"] = scale
+    if mark == "comfy_quant":
+        text = json.dumps({"format": "float8_e4m3fn"}).encode()
+        tensors[f"{module}.comfy_quant"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    elif mark == "metadata":
+        layers = {module: {"format": "float8_e4m3fn"}}
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
+    elif mark == "scaled_fp8":
+        tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    base = tmp_path / "base.safetensors"
+    save_torch(tensors, base, metadata)
+    file = DialectFile("comfyui", {"comfyui"})
+    file.pair(f"diffusion_model.{module}", 8, 8, 2, KOHYA)
+    source = save(file, tmp_path / "lora.safetensors")
+    run("fuse", base, source, "-o", tmp_path / "fused")
+    with safe_open(tmp_path / "fused", "pt") as fused:
+        assert set(fused.keys()) == {f"{module}.weight", f"{other}.weight"}
+        assert fused.metadata() == {"title": "kept"} | {
+            key: value for key, value in fused.metadata().items() if key.startswith("loratools.")
+        }
+        found = fused.get_tensor(f"{module}.weight")
+    assert found.dtype == torch.bfloat16
+    (delta,) = file.deltas.values()
+    expected = codes.double() * scale.double() + torch.from_numpy(np.asarray(delta, np.float64))
+    assert (found.double() - expected).abs().max() <= 2**-8 * expected.abs().max()

@@ -193,3 +193,31 @@ def test_what_is_left_out_of_a_squeeze_keeps_its_kind_and_bits(tmp_path):
         k: v for k, v in before.items() if k.startswith(name)
     }
     assert read_adapter(out).modules[plain].rank == 2
+
+
+@pytest.mark.parametrize("kind", ["lokr", "loha"])
+@pytest.mark.parametrize("command", ["to-lora", "merge"])
+def test_convolutions_without_a_core_keep_their_kernel(tmp_path, kind, command):
+    """LyCORIS flattens the kernel into the columns; the tables of names know it."""
+    module = "lora_unet_down_blocks_0_resnets_0_conv1"
+    generator = np.random.default_rng(0)
+    shapes = {
+        "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 36)},
+        "loha": {f"hada_w{n}_{end}": s for n in "12" for end, s in (("a", (8, 2)), ("b", (2, 72)))},
+    }[kind]
+    parts = {k: generator.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+    save_file({f"{module}.{k}": v for k, v in parts.items()}, tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    run(command, tmp_path / "in.safetensors", "-o", out)
+    tensors = load_file(out)
+    down, up = (tensors[f"{module}.lora_{end}.weight"] for end in ("down", "up"))
+    assert down.shape[1:] == (8, 3, 3)
+    assert up.shape == (8, down.shape[0], 1, 1)
+    if kind == "lokr":
+        expected = np.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"])
+    else:
+        products = [parts[f"hada_w{n}_a"] @ parts[f"hada_w{n}_b"] for n in "12"]
+        expected = products[0] * products[1]
+    scale = float(tensors.get(f"{module}.alpha", down.shape[0])) / down.shape[0]
+    found = scale * up[:, :, 0, 0].astype(np.float64) @ down.reshape(len(down), -1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

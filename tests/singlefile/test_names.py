@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
-from dialect_files import PEFT, DialectFile, save
-from test_dialects import tensors_of
-from test_resolution import run
+import warnings
 
+import numpy as np
+import pytest
+from dialect_files import KOHYA, PEFT, DialectFile, save
+from neighbours import built_classes, weights
+from test_dialects import tensors_of
+from test_resolution import deltas, refusal, run
+
+from loratools.naming.choice import (
+    NamedModules,
+    architectures_without_a_table,
+    chosen_tables,
+)
 from loratools.naming.tables import bundled_tables, filled, find_table, flattened
 from loratools_formats.disk.errors import OptionError
 
@@ -40,6 +49,16 @@ MODELS = {
     ),
     "qwen_image": ("QwenImageTransformer2DModel", {"num_layers": 2}),
     "z_image": ("ZImageTransformer2DModel", {"n_layers": 2, "n_refiner_layers": 2}),
+    "auraflow": ("AuraFlowTransformer2DModel", {}),
+    "chroma": ("ChromaTransformer2DModel", {"num_layers": 2, "num_single_layers": 2}),
+    "cosmos2": ("CosmosTransformer3DModel", {"num_layers": 2}),
+    "flux2": ("Flux2Transformer2DModel", {"num_layers": 2, "num_single_layers": 2}),
+    "hunyuan_video": ("HunyuanVideoTransformer3DModel", {"num_layers": 2, "num_single_layers": 2}),
+    "krea2": ("Krea2Transformer2DModel", {"num_layers": 2}),
+    "ltx2": ("LTX2VideoTransformer3DModel", {"num_layers": 2}),
+    "ltx_video": ("LTXVideoTransformer3DModel", {"num_layers": 2}),
+    "lumina2": ("Lumina2Transformer2DModel", {"num_layers": 2}),
+    "sd3": ("SD3Transformer2DModel", {"num_layers": 3, "dual_attention_layers": (0,)}),
 }
 
 
@@ -54,7 +73,8 @@ def model_modules():
     def modules(name):
         if name not in made:
             kind, config = MODELS[name]
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # diffusers' own
                 model = getattr(diffusers, kind)(**config)
             kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
             made[name] = {
@@ -67,10 +87,15 @@ def model_modules():
     return modules
 
 
-def original_of(table, path):
-    place = table.locate(path, flat=False, schemes=("diffusers",))
+def original_of(table, path, shape):
+    """Return where a module stands, its original name, and its shapes here and there."""
+    linear = shape if len(shape) == 2 else (None, None)
+    place = table.locate(path, flat=False, schemes=("diffusers",), shape=linear)
     assert place is not None, path
-    return place, filled(place.row.original, place.numbers)
+    (part,) = place.covered
+    parts = place.row.parts
+    whole = (shape[0] * sum(parts) // parts[part], shape[1]) if len(shape) == 2 else (None, None)
+    return place, filled(place.row.original, place.numbers), linear, whole
 
 
 def test_every_table_is_tested():
@@ -81,17 +106,17 @@ def test_every_table_is_tested():
 def test_every_module_of_the_model_has_a_name_and_a_way_back(name, model_modules):
     table = find_table(name)
     reached = {}
-    for path in model_modules(name):
-        place, original = original_of(table, path)
+    for path, shape in model_modules(name).items():
+        place, original, own, whole = original_of(table, path, shape)
         (part,) = place.covered
         assert (original, part) not in reached
         reached[original, part] = path
         for flat in (False, True):
             spelled = flattened(original) if flat else original
-            back = table.locate(spelled, flat=flat, schemes=("original",))
+            back = table.locate(spelled, flat=flat, schemes=("original",), shape=whole)
             assert filled(back.row.diffusers[part], back.numbers) == path
             spelled = flattened(path) if flat else path
-            again = table.locate(spelled, flat=flat, schemes=("diffusers",))
+            again = table.locate(spelled, flat=flat, schemes=("diffusers",), shape=own)
             assert again == place
 
 
@@ -119,7 +144,7 @@ def test_original_names_are_those_that_diffusers_converts(name, model_modules):
     table, modules = find_table(name), model_modules(name)
     heights, columns = {}, {}
     for path, shape in modules.items():
-        place, original = original_of(table, path)
+        place, original, *_ = original_of(table, path, shape)
         heights.setdefault(original, {})[place.covered[0]] = shape[0]
         columns[original] = shape[1:]
     mark = {original: number for number, original in enumerate(sorted(heights))}
@@ -127,12 +152,13 @@ def test_original_names_are_those_that_diffusers_converts(name, model_modules):
     for original, parts in heights.items():
         # Small in all but the first dimension; each row says where it is.
         rows = sum(parts.values())
-        checkpoint[f"{original}.weight"] = (
-            torch.arange(rows).double().reshape(-1, 1) + 1e6 * mark[original]
-        )
-    converted = _converted(converters, name, checkpoint, modules)
+        weight = torch.arange(rows).double().reshape(-1, 1) + 1e6 * mark[original]
+        if name in ("sd3", "lumina2"):  # whose converters look at the columns
+            weight = weight.expand(-1, columns[original][0])
+        checkpoint[f"{original}.weight"] = weight
+    converted = _converted(converters, name, checkpoint)
     for path, shape in modules.items():
-        place, original = original_of(table, path)
+        place, original, *_ = original_of(table, path, shape)
         (part,) = place.covered
         start = sum(height for p, height in heights[original].items() if p < part)
         expected = torch.arange(start, start + shape[0])
@@ -142,7 +168,7 @@ def test_original_names_are_those_that_diffusers_converts(name, model_modules):
         assert torch.equal(found.long(), expected), path
 
 
-def _converted(converters, name, checkpoint, modules):
+def _converted(converters, name, checkpoint):
     import torch
 
     prefix = "model.diffusion_model."
@@ -159,27 +185,203 @@ def _converted(converters, name, checkpoint, modules):
             full[key.removesuffix(".weight") + ".bias"] = torch.zeros(1)
         return converters.convert_ldm_unet_checkpoint(full, config)
     if name == "flux1":
-        hidden = modules["x_embedder"][0]
-        full = {key.removeprefix(prefix): tensor for key, tensor in full.items()}
-        for key in list(full):
-            full[key.removesuffix(".weight") + ".bias"] = torch.zeros(full[key].shape[0])
-        for key in list(full):
-            for stream in ("img", "txt"):
-                if key.endswith(f"{stream}_attn.qkv.weight"):
-                    block = key.rpartition(".qkv")[0]
-                    full[f"{block}.norm.query_norm.scale"] = torch.zeros(1)
-                    full[f"{block}.norm.key_norm.scale"] = torch.zeros(1)
-            if key.endswith("linear1.weight"):
-                block = key.rpartition(".linear1")[0]
-                full[f"{block}.norm.query_norm.scale"] = torch.zeros(1)
-                full[f"{block}.norm.key_norm.scale"] = torch.zeros(1)
-        assert hidden == 3072
-        return converters.convert_flux_transformer_checkpoint_to_diffusers(full)
+        return _flux1(converters, {k.removeprefix(prefix): v for k, v in full.items()})
+    if name in ("sd3", "chroma"):
+        return _with_biases(converters, name, {k.removeprefix(prefix): v for k, v in full.items()})
     convert = {
+        "auraflow": converters.convert_auraflow_transformer_checkpoint_to_diffusers,
+        "cosmos2": converters.convert_cosmos_transformer_checkpoint_to_diffusers,
+        "flux2": converters.convert_flux2_transformer_checkpoint_to_diffusers,
+        "hunyuan_video": converters.convert_hunyuan_video_transformer_to_diffusers,
+        "krea2": converters.convert_krea2_transformer_checkpoint_to_diffusers,
+        "ltx2": converters.convert_ltx2_transformer_to_diffusers,
+        "ltx_video": converters.convert_ltx_transformer_checkpoint_to_diffusers,
+        "lumina2": converters.convert_lumina2_to_diffusers,
         "wan2": converters.convert_wan_transformer_to_diffusers,
         "z_image": converters.convert_z_image_transformer_checkpoint_to_diffusers,
     }[name]
+    if name in ("auraflow", "hunyuan_video", "flux2", "cosmos2", "lumina2"):
+        full = {key.removeprefix(prefix): tensor for key, tensor in full.items()}
+    if name == "auraflow":
+        for key in ("register_tokens", "positional_encoding", "init_x_linear.bias"):
+            full[key] = torch.zeros(1)
     return convert(full)
+
+
+def _with_biases(converters, name, full):
+    import torch
+
+    for key in list(full):
+        full[key.removesuffix(".weight") + ".bias"] = full[key][:, 0]
+        block, _, last = key.removesuffix(".weight").rpartition(".")
+        if name == "chroma" and last in ("qkv", "linear1"):
+            for norm in ("query_norm", "key_norm"):
+                full[f"{block}.norm.{norm}.scale"] = torch.zeros(1)
+        if name == "chroma" and last == "in_layer":
+            number = block.rpartition(".")[2]
+            full[f"distilled_guidance_layer.norms.{number}.scale"] = torch.zeros(1)
+    if name == "chroma":
+        return converters.convert_chroma_transformer_checkpoint_to_diffusers(full)
+    full["pos_embed"] = torch.zeros(1)
+    return converters.convert_sd3_transformer_checkpoint_to_diffusers(full)
+
+
+def _flux1(converters, full):
+    import torch
+
+    for key in list(full):
+        full[key.removesuffix(".weight") + ".bias"] = torch.zeros(full[key].shape[0])
+        block, _, last = key.removesuffix(".weight").rpartition(".")
+        if last in ("qkv", "linear1"):
+            for norm in ("query_norm", "key_norm"):
+                full[f"{block}.norm.{norm}.scale"] = torch.zeros(1)
+    return converters.convert_flux_transformer_checkpoint_to_diffusers(full)
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp", "all"])
+def test_no_model_of_diffusers_gets_the_names_of_another(models, part, tmp_path):
+    """Every transformer and UNet that builds without arguments, its blocks all there."""
+    from diffusers.models import transformers
+
+    tables = {kind: table for table in bundled_tables() for kind in table.classes}
+    wrong = []
+    for kind, shapes in models.items():
+        chosen = {path: shape for path, shape in shapes.items() if is_of(part, path)}
+        component = "transformer" if hasattr(transformers, kind) else "unet"
+        names = {f"{component}.{path}": f"{component}.{path}" for path in chosen}
+        sides = dict(zip(names, chosen.values(), strict=True))
+        linear = {name: shape for name, shape in sides.items() if len(shape) == 2}
+        file = NamedModules(names, linear, {})
+        try:
+            found = chosen_tables([file], "comfyui") if names else []
+        except OptionError:
+            continue
+        own = tables.get(kind)
+        if own is None and found and component == "transformer":
+            wrong.append((kind, [table.name for table in found]))
+        if own is not None and found and own not in found:
+            wrong.append((kind, [table.name for table in found]))
+    assert not wrong
+
+
+def is_of(part, path):
+    is_attention = any(word in path for word in ("attn", "attention"))
+    is_mlp = any(word in path for word in ("ff", "mlp", "feed_forward"))
+    return {"attention": is_attention, "mlp": is_mlp, "all": True}[part]
+
+
+def test_architectures_without_a_table_are_known(models):
+    """The names that the tables compete with are those of the installed diffusers."""
+    tables = {kind for table in bundled_tables() for kind in table.classes}
+    listed = {table.name: table for table in architectures_without_a_table()}
+    from diffusers.models import transformers
+
+    for kind, shapes in models.items():
+        if not hasattr(transformers, kind) or kind in tables:
+            continue
+        for path in shapes:
+            place = listed[kind].locate(path, flat=False, schemes=("diffusers",))
+            assert place is not None, (kind, path)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Return the shapes of the weights of every model that builds without arguments."""
+    from diffusers.models import transformers, unets
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own
+        built = built_classes(transformers) | built_classes(unets)
+    return {kind: weights(model) for kind, model in built.items()}
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ({"ss_base_model_version": "lumina2"}, ["lumina2"]),
+        ({"modelspec.architecture": "stable-diffusion-v3-5-large/lora"}, ["sd3"]),
+        ({"ss_base_model_version": "flux2_klein_9b"}, ["flux2"]),
+        (
+            {"ss_base_model_version": "flux1", "modelspec.architecture": "flux-1-dev/lora"},
+            ["flux1"],
+        ),
+        ({"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}, ["sdxl"]),
+        ({"ss_base_model_version": "sd_v1"}, ["sd1"]),
+        ({"ss_base_model_version": "qwen_image_edit_2509"}, ["qwen_image"]),
+        ({"ss_base_model_version": "wan2.1"}, ["wan2"]),
+        ({"ss_base_model_version": "zimage:turbo"}, ["z_image"]),
+        ({"ss_base_model_version": "chroma"}, ["chroma"]),
+        ({"ss_base_model_version": "ltx2"}, ["ltx2"]),
+        ({"ss_base_model_version": "ltxv"}, ["ltx_video"]),
+        ({"ss_base_model_version": "hunyuan_video"}, ["hunyuan_video"]),
+        ({"modelspec.architecture": "anima"}, ["cosmos2"]),
+        ({"ss_base_model_version": "ponyv7"}, ["auraflow"]),
+        ({"ss_base_model_version": "pony"}, ["sdxl"]),
+        ({"ss_base_model_version": "krea2"}, ["krea2"]),
+    ],
+)
+def test_what_metadata_calls_an_architecture(said, names):
+    assert [t.name for t in bundled_tables() if all(map(t.is_known_as, said_texts(said)))] == names
+
+
+def said_texts(metadata):
+    return [text for key, text in metadata.items() if key != "ss_v2"]
+
+
+@pytest.mark.parametrize("said", ["kandinsky-5/lora", "flux1", "lumina2"])
+def test_metadata_of_another_architecture_is_a_refusal(tmp_path, said):
+    file = DialectFile("diffusers", {"diffusers"})
+    file.pair("transformer.blocks.0.attn1.to_q", 8, 8, 2, PEFT)
+    file.metadata = {"modelspec.architecture": said}
+    source = save(file, tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    text = refusal("convert", source, out, "--to", "comfyui")
+    assert said in text
+    assert not out.exists()
+    run("convert", source, out, "--to", "comfyui", "--names", "wan2")
+    assert {n.rpartition(".lora")[0] for n in tensors_of(out)} == {
+        "diffusion_model.blocks.0.self_attn.q"
+    }
+
+
+@pytest.mark.parametrize("names", [(), ("--names", "z_image")])
+def test_rows_that_are_no_thirds_are_not_cut_in_thirds(tmp_path, names):
+    """Lumina 2 has fewer heads of keys and values than of queries."""
+    file = DialectFile("kohya", {"kohya"})
+    file.pair("lora_unet_layers_0_attention_qkv", 40, 24, 2, KOHYA, alpha=2.0)
+    source = save(file, tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    if names:
+        assert "proportions" in refusal("convert", source, out, "--to", "diffusers", *names)
+        return
+    run("convert", source, out, "--to", "diffusers")
+    heights = {n: shape[0] for n, (_, shape, _) in tensors_of(out).items() if "lora_B" in n}
+    block = "transformer.layers.0.attn"
+    parts = {"q": 24, "k": 8, "v": 8}
+    assert heights == {f"{block}.to_{part}.lora_B.weight": n for part, n in parts.items()}
+
+
+def test_the_last_block_of_sd3_has_its_halves_swapped(tmp_path):
+    """Its context has a norm of shift and scale, told by its shape."""
+    file = DialectFile("comfyui", {"comfyui"})
+    block = "joint_blocks.23.context_block.adaLN_modulation.1"
+    file.pair(f"diffusion_model.{block}", 16, 8, 2, PEFT)
+    file.pair(f"diffusion_model.{block.replace('23', '22')}", 48, 8, 2, PEFT)
+    source = save(file, tmp_path / "in.safetensors")
+    out, back = tmp_path / "out.safetensors", tmp_path / "back.safetensors"
+    run("convert", source, out, "--to", "diffusers")
+    before, after = deltas(source), deltas(out)
+    last = before[f"diffusion_model.{block}"]
+    np.testing.assert_array_equal(
+        after["transformer.transformer_blocks.23.norm1_context.linear"],
+        np.concatenate([last[8:], last[:8]]),
+    )
+    np.testing.assert_array_equal(
+        after["transformer.transformer_blocks.22.norm1_context.linear"],
+        before[f"diffusion_model.{block.replace('23', '22')}"],
+    )
+    run("convert", out, back, "--to", "comfyui")
+    assert tensors_of(back) == tensors_of(source)
 
 
 def test_a_table_of_another_form_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from loratools_formats.containers.safetensors_read import (
     read_safetensors,
     safetensors_names,
 )
+from loratools_formats.contract.path_kinds import architecture, cached, missing
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, MissingFileError
 from loratools_formats.disk.files import inside
@@ -26,6 +28,7 @@ from loratools_formats.disk.strict_json import read_object
 
 _STEMS = ("model", "diffusion_pytorch_model")
 CONFIG_FILE = "config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
     ".ot",
@@ -44,7 +47,7 @@ class Checkpoint:
         config: `config.json`, empty if there is none.
         files: the shards.
         stem: what the names of the weight files begin with.
-        index: the index as it is, None if there is a single file.
+        index: the parsed index; None if there is a single file.
     """
 
     path: Path
@@ -124,7 +127,7 @@ def checkpoint_names(path: str | os.PathLike[str]) -> list[str]:
     """Return the names of a checkpoint's tensors, from its header or its index alone.
 
     Args:
-        path: a file, of which the header is enough, an index, or a folder with one of them.
+        path: a file (only its header is needed), an index, or a folder that holds one of them.
 
     Raises:
         MissingFileError: nothing there.
@@ -144,6 +147,16 @@ def checkpoint_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _nothing_there(target: Path) -> MissingFileError:
+    if not target.exists():
+        return missing(target)
+    kind = cached(target) if target.is_dir() else None
+    if kind is not None:
+        return MissingFileError(kind.what, path=target, hint=kind.hint)
+    if (target / _ADAPTER_CONFIG).is_file():
+        fused = f"loratools fuse MODEL {shlex.quote(os.fspath(target))} -o fused"
+        return MissingFileError(
+            "is an adapter, not a model", path=target, hint=f"To put it into its model: {fused}"
+        )
     return MissingFileError(
         "no checkpoint there",
         path=target,
@@ -157,7 +170,21 @@ def _other_weights(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     found = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    if any(name.startswith("pytorch_model") and name.endswith(".bin") for name in found):
+        return f"Its weights are pickled; make safetensors of them: {_from_pickles(folder)}"
     return f"It holds {', '.join(found[:3])}; name a .safetensors file itself" if found else None
+
+
+def _from_pickles(folder: Path) -> str:
+    """Return a command that saves a model's pickled weights as safetensors, with transformers."""
+    name = architecture(folder).strip(" ()")
+    of_class = name if name.isidentifier() else "AutoModel"
+    source, target = os.fspath(folder), f"{os.fspath(folder).rstrip('/')}-safetensors"
+    code = (
+        f"import transformers as t; t.{of_class}.from_pretrained({source!r}, dtype='auto')"
+        f".save_pretrained({target!r})"
+    )
+    return f"python -c {shlex.quote(code)}"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -28,8 +28,13 @@ from loratools_formats.contract.files import check_target
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import RegularFile, inside
-from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
-from loratools_formats.disk.publish import publish_file, publish_folder, resolved
+from loratools_formats.disk.provenance import (
+    PREDICATE_TYPE,
+    PROVENANCE_FILE,
+    statement,
+    statement_of_one,
+)
+from loratools_formats.disk.publish import publish_folder, publish_with, resolved
 
 _WEIGHT_INDEX_SUFFIX = ".index.json"
 _QUANTIZED_FILE = "hf_quant_config.json"  # ModelOpt's, which loaders read beside config.json
@@ -216,15 +221,16 @@ def _write_file(
     accept: Callable[[], None] | None,
 ) -> None:
     (shard,) = new.shards
-    with publish_file(output, overwrite=overwrite) as temporary:
+    marks = {PROVENANCE_FILE: PREDICATE_TYPE.encode()}
+    with publish_with(output, marks, overwrite=overwrite) as (temporary, beside):
         shard = replace(shard, name=temporary.name)
         write_shards(temporary.parent, [shard], workers=workers, progress=progress)
         if accept is not None:
             accept()
         new.check_unchanged()
-    beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
-    with publish_file(beside, overwrite=True) as temporary:
-        temporary.write_bytes(statement(new.provenance(), [Path(output)], _digest))
+        beside[PROVENANCE_FILE] += statement_of_one(
+            new.provenance(), Path(output), temporary, _digest
+        )
 
 
 def _digest(path: Path) -> dict[str, str]:

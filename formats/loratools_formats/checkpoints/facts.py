@@ -2,7 +2,7 @@
 
 Every command asks here, so that all of them get one answer: which part of a configuration describes
 the language model, whether its embedding is tied to its output layer, and which names embeddings
-and transformers' Conv1D have. `loratools.base.facts` adds what only the tensors tell.
+and transformers' Conv1D have. `loratools.base.tied` adds what only the tensors tell.
 
 Source: transformers 5.23 and 4.57, configuration and modelling files.
 """

@@ -27,7 +27,7 @@ from loratools_formats.checkpoints.shard_plan import (
 from loratools_formats.containers.safetensors_write import check_written
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError
-from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.files import RegularFile, create, write_at
 
 _COPY_CHUNK_BYTES = 32 << 20
 _FLUSH_SECONDS = 0.03
@@ -61,7 +61,7 @@ class _Output:
         self._lock = threading.Lock()
         self._closing = threading.Lock()
         self._failure: OSError | None = None
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self.fd = create(path)
         try:
             _allocate(self.fd, self.layout.end)
             self.write_at(0, self.layout.header)
@@ -74,10 +74,7 @@ class _Output:
     def write_at(self, position: int, data: Buffer) -> None:
         if self.stop.is_set():
             raise _Stopped
-        view = memoryview(data).cast("B")
-        while view:
-            written = os.pwrite(self.fd, view, position)
-            view, position = view[written:], position + written
+        write_at(self.fd, position, memoryview(data).cast("B"))
 
     def copy(self, tensor: TensorRef) -> None:
         start = self.layout.offsets[tensor.key]

@@ -93,7 +93,7 @@ def _failure(child: subprocess.CompletedProcess[str]) -> str:
 
 
 def _check_container(file: RegularFile) -> None:
-    """Refuse what is no pickle before torch is imported, and archives that could expand."""
+    """Refuse files that are no pickles before torch is imported, and archives that could expand."""
     start = bytes(file.read_at(0, min(file.nbytes, 64)))
     refuse_lfs_pointer(start, file.path)
     if start.startswith(_ARCHIVE_START):

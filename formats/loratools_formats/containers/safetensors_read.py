@@ -9,6 +9,7 @@ file contains (a million tensors, a hundred thousand dimensions).
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -76,7 +77,7 @@ def read_safetensors(
 
 
 def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
-    """Return the names of a file's tensors, of which only the header need be there.
+    """Return the names of a file's tensors; only the header need be there.
 
     Raises:
         MissingFileError: nothing is at `path`.
@@ -226,7 +227,8 @@ def _entry(
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise AdapterError("bad data offsets", path=path, tensor=name, got=offsets)
     nbytes = dtype.nbytes(tuple(shape))
-    if any(size > 1 << 62 for size in shape) or nbytes != offsets[1] - offsets[0]:
+    # A 0 among the sizes does not excuse a product of the others that no library can count.
+    if math.prod(filter(None, shape)) > 1 << 62 or nbytes != offsets[1] - offsets[0]:
         raise AdapterError(
             "shape and dtype do not fit the data",
             path=path,
@@ -264,7 +266,7 @@ def _check_layout(
 
 
 def header_of(file: SafetensorsFile) -> bytes:
-    """Return the header of a file as it is, the length in front included."""
+    """Return the header's bytes, the length in front included."""
     (length,) = struct.unpack("<Q", file.file.read_at(0, LENGTH_BYTES))
     return bytes(file.file.read_at(0, LENGTH_BYTES + length))
 

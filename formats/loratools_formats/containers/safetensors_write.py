@@ -121,8 +121,8 @@ def write_safetensors(
     flushed and its header is compared with what the `safetensors` library reads from it.
 
     Raises:
-        AdapterError: a tensor has no possible name, the name of another but for case, or not the
-            bytes that its shape and type ask for.
+        AdapterError: a tensor has no possible name, a name that differs from another only in case,
+            or not the bytes that its shape and type ask for.
         OutputExistsError: `path` exists and `overwrite` is false.
         OutputError: writing failed; nothing was changed.
     """
@@ -138,7 +138,7 @@ def write_safetensors(
 
 
 def check_names(ordered: Sequence[Planned]) -> None:
-    """Raise `AdapterError` if a tensor has no possible name, or that of another but for case."""
+    """Raise `AdapterError` if a name is impossible, or differs from another only in case."""
     seen: dict[str, str] = {}
     for tensor in ordered:
         check_name(tensor.key, None, DEFAULT_LIMITS)

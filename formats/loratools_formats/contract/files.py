@@ -1,4 +1,4 @@
-"""Reading adapters of any format, and publishing what is written.
+"""Reading adapters of any format, and publishing written ones.
 
 Formats only encode and decode. Making an output appear whole, with its provenance beside it,
 happens here for all of them.
@@ -12,9 +12,16 @@ from pathlib import Path
 
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.nothing import require_tensors
 from loratools_formats.disk.errors import OutputError, OutputExistsError, UnsupportedError
-from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
-from loratools_formats.disk.publish import publish_file, publish_folder, resolved
+from loratools_formats.disk.provenance import (
+    MADE_HERE,
+    PREDICATE_TYPE,
+    PROVENANCE_FILE,
+    statement,
+    statement_of_one,
+)
+from loratools_formats.disk.publish import publish_folder, publish_with, resolved
 
 
 def read_adapter(
@@ -28,10 +35,11 @@ def read_adapter(
         carry_unknown: keep tensors that the format does not know, where it would refuse them.
 
     Raises:
-        LoratoolsError: nothing there, unknown format, or not a sound adapter.
+        LoratoolsError: nothing there, unknown format, no tensors, or not a sound adapter.
     """
     chosen = find_format(path) if format_name is None else get_format(format_name)
-    return chosen.read_with_unknown(Path(path)) if carry_unknown else chosen.read(Path(path))
+    read = chosen.read_with_unknown if carry_unknown else chosen.read
+    return require_tensors(read(Path(path)))
 
 
 def check_target(
@@ -57,6 +65,24 @@ def check_target(
                 "the output lies inside the input or around it",
                 path=path,
                 hint="Choose an output beside it",
+            )
+
+
+def check_apart(path: str | os.PathLike[str], others: Iterable[Path | None]) -> None:
+    """Refuse a further output that is an input or the output itself, or lies in or around one.
+
+    Raises:
+        OutputExistsError: it does.
+    """
+    target = resolved(path)
+    for other in filter(None, others):
+        real = Path(os.path.realpath(other))
+        if real == target or target in real.parents or (real in target.parents and real.is_dir()):
+            raise OutputExistsError(
+                "it is an input or the output, or lies inside one or around it",
+                path=path,
+                got=str(other),
+                hint="Choose a place beside them",
             )
 
 
@@ -105,25 +131,30 @@ def write_adapter(
             hint="Convert it first: loratools.write, or loratools convert",
         )
     check_output(adapter, path, overwrite=overwrite)
-    publish = publish_folder if chosen.is_folder else publish_file
-    with publish(path, overwrite=overwrite) as temporary:
+
+    def make(temporary: Path) -> None:
         chosen.write(adapter, temporary)
         if check is not None:
             check(temporary)
         adapter.check_unchanged()
-        if adapter.provenance is not None and chosen.is_folder:
-            files = sorted(p for p in temporary.iterdir() if p.suffix != ".md")
-            (temporary / PROVENANCE_FILE).write_bytes(statement(adapter.provenance, files))
+
     if chosen.is_folder:
+        with publish_folder(path, overwrite=overwrite) as temporary:
+            make(temporary)
+            if adapter.provenance is not None:
+                files = sorted(p for p in temporary.rglob("*") if p.is_file() and p.suffix != ".md")
+                record = statement(adapter.provenance, files, folder=temporary)
+                (temporary / PROVENANCE_FILE).write_bytes(record)
         return
-    for name, content in _beside(adapter, Path(path)).items():
-        with publish_file(Path(f"{os.fspath(path)}.{name}"), overwrite=True) as temporary:
-            temporary.write_bytes(content)
-
-
-def _beside(adapter: Adapter, path: Path) -> dict[str, bytes]:
-    """Return what goes beside an output that is one file: its record, and what was made with it."""
     made = {name: c for name, c in adapter.attachments.items() if isinstance(c, bytes)}
-    if adapter.provenance is None:
-        return made
-    return {**made, PROVENANCE_FILE: statement(adapter.provenance, [path])}
+    with publish_with(path, marks_beside(made), overwrite=overwrite) as (temporary, beside):
+        make(temporary)
+        for name, content in made.items():
+            beside[name] += content
+        if adapter.provenance is not None:
+            beside[PROVENANCE_FILE] += statement_of_one(adapter.provenance, Path(path), temporary)
+
+
+def marks_beside(names: Iterable[str] = ()) -> dict[str, bytes]:
+    """Return what every file of ours beside a single-file output holds, by the end of its name."""
+    return {PROVENANCE_FILE: PREDICATE_TYPE.encode(), **dict.fromkeys(names, MADE_HERE)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -107,6 +108,17 @@ class Format:
         """Read, and carry the tensors that `read` refuses because it does not know them."""
         return self.read(path)
 
+    def loading_findings(self, adapter: Adapter) -> list[Finding]:
+        """Return what the format's own loader would leave out, or read otherwise, of a file.
+
+        By default nothing is known of a loader.
+
+        Args:
+            adapter: as `read` returned it.
+        """
+        del adapter
+        return []
+
     def losses(self, adapter: Adapter) -> list[Loss]:
         """Return what the format cannot hold of an adapter in the base model's names.
 
@@ -150,7 +162,7 @@ class Format:
         """Give an adapter the names, layout and configuration that `write` wants.
 
         What `losses` lists is left out. No ΔW changes, unless the context asks for a type that
-        cannot hold the factors. By default any adapter can be written as it is.
+        cannot hold the factors. By default any adapter can be written without a change.
 
         Args:
             adapter: of this format, or in the base model's names and layout.

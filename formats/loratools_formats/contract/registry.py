@@ -13,9 +13,9 @@ import warnings
 from pathlib import Path
 
 from loratools_formats.contract.format import Format
+from loratools_formats.contract.path_kinds import kind_of, missing
 from loratools_formats.contract.plugins import Plugin, load_group
 from loratools_formats.disk.errors import (
-    MissingFileError,
     PluginWarning,
     UnknownFormatError,
     printable,
@@ -90,11 +90,11 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     """
     target = Path(path)
     try:
-        exists = os.path.lexists(target)
+        exists = os.path.exists(target)
     except ValueError:
         exists = False
     if not exists:
-        raise MissingFileError("no such file or folder", path=path)
+        raise missing(path)
     found = [one for one in _working() if _recognises(one, target)]
     if len(found) == 1:
         return found[0]
@@ -107,6 +107,9 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     below = _adapters_below(target) if target.is_dir() else []
     if below:
         hint = f"It holds adapters in sub-folders; name one of: {', '.join(below)}"
+    kind = None if below else kind_of(target)
+    if kind is not None:
+        raise UnknownFormatError(kind.what, path=path, hint=kind.hint or None)
     raise UnknownFormatError("no known format recognises it as an adapter", path=path, hint=hint)
 
 

@@ -38,12 +38,16 @@ class Layer:
         parameters: for experts, the names the adapted parameter may have.
         transposed_if_square: what a square weight's orientation must be taken from, since its
             shape does not show it: False for (out, in), True for (in, out), None if unknown.
+        swapped: for experts, whether the factors are those of the transposed change, a being on
+            the outputs: PEFT's layers may take a parameter's axes so. None if the file does not
+            tell.
     """
 
     kind: Literal["linear", "conv", "embedding", "experts"]
     kernel: tuple[int, ...] = ()
     parameters: tuple[str, ...] = ()
     transposed_if_square: bool | None = False
+    swapped: bool | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,7 +59,7 @@ class LowRank:
         b: (out, r) or (E, out, r).
         scale: the number that multiplies the product.
         layer: what is adapted.
-        bias: (out,), of which scale · bias is added to the layer's bias (PEFT's `lora_bias`).
+        bias: (out,); scale · bias is added to the layer's bias (PEFT's `lora_bias`).
         alpha: the number the file states, from which the reader derived the scale; None if none.
         alpha_tensor: the tensor that states it, in formats which keep it in one.
     """
@@ -112,13 +116,14 @@ class Missing:
 
     Attributes:
         expected: what it may be, for people.
-        choices: the words it may be; empty if it is none of some words.
+        choices: the words it may be; empty if it is no word.
         pattern: regular expression that it must match whole; empty if it is a number.
         whole: whether it is a whole number above 0.
-        in_base: entries of the base model's `config.json` that tell it; the first present counts.
+        in_base: entries of the base model's `config.json` that state it; the first present counts.
         meaning: what the words in that entry mean; empty if it holds the setting itself.
-        of_weight: returns what the shape of the module's weight in the base tells of it, None if
-            nothing; None if no shape does. It precedes what the user gives for all modules.
+        of_weight: reads the setting from the shape of the module's base weight; returns None if
+            that shape does not determine it. The field is None if no shape can. It takes
+            precedence over the value that the user gives for all modules.
     """
 
     expected: str
@@ -131,7 +136,7 @@ class Missing:
 
     @property
     def is_in_base(self) -> bool:
-        """Whether the base model may tell it."""
+        """Whether the base model may determine it."""
         return bool(self.in_base) or self.of_weight is not None
 
 
@@ -149,10 +154,11 @@ class KindDelta:
         settings: numbers that ΔW depends on, resolved by the reader: scale, block sizes, seeds; a
             `Missing` for one that the user must give.
         layer: what is adapted.
-        shape: (out, in) of the weight as a matrix; None for a side that the file does not tell.
+        shape: (out, in) of the weight as a matrix; None for a side that the file does not
+            determine.
         shared: tensors that it has in common with other modules, by the declaration's names; they
             are in `Adapter.shared` too, and counted there.
-        bias: (out,), added to the layer's bias as it is.
+        bias: (out,), added to the layer's bias without the scale.
         alpha_tensor: the tensor that states alpha, in formats which keep it in one.
     """
 
@@ -179,7 +185,7 @@ class KindDelta:
         return next(iter(self.parts.values())).shape[0] if is_stack else 1
 
     def planes(self) -> Iterator[KindDelta]:
-        """Yield the change of each matrix of a stack, or itself if it is none."""
+        """Yield the delta of each matrix of a stack; only itself if it is no stack."""
         if self.layer.kind != "experts":
             yield self
             return
@@ -246,7 +252,7 @@ class ModuleChange:
 
     @property
     def shape(self) -> tuple[int | None, int | None]:
-        """(out, in) of one matrix; None for a side that the file does not tell."""
+        """(out, in) of one matrix; None for a side that the file does not determine."""
         return self.direction.shape
 
     @property
@@ -302,7 +308,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Addition:
-    """A tensor that is added to a bias or a norm's weight as it is, times the adapter's strength.
+    """A tensor that is added to a bias or a norm's weight, times the adapter's strength.
 
     Attributes:
         target: name of the base tensor.
@@ -320,7 +326,7 @@ class Dialect:
     Attributes:
         name: what it is called.
         why: what it is recognised by.
-        example: a key of the file that is spelled so.
+        example: a key of the file in that spelling.
         keys: how many are.
     """
 
@@ -334,7 +340,7 @@ class Dialect:
 class Adapter:
     """An adapter read from somewhere, or made by an operation.
 
-    Every tensor of a file is in exactly one of `modules`, `shared`, `additions`, `replacements` and
+    Each tensor of a file is in exactly one of `modules`, `shared`, `additions`, `replacements` and
     `carried`.
 
     Attributes:
@@ -344,7 +350,7 @@ class Adapter:
         shared: tensors that the deltas of several modules are made of, by their key in the file.
         additions: tensors that are added to biases and norms, by their key in the file.
         replacements: tensors that replace base tensors, by their key in the file.
-        carried: tensors known to be neither, preserved as they are, by key.
+        carried: tensors that are none of these, preserved unchanged, by key.
         config: the format's own configuration, untouched.
         metadata: the weight file's string metadata.
         base_model: the base model's name, if recorded.
@@ -403,9 +409,14 @@ class Adapter:
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
     @property
+    def notices(self) -> tuple[Finding, ...]:
+        """All other findings."""
+        return tuple(finding for finding in self.findings if finding.severity != "error")
+
+    @property
     def remarks(self) -> tuple[str, ...]:
-        """The messages of all other findings."""
-        return tuple(each.message for each in self.findings if each.severity != "error")
+        """The messages of `notices`."""
+        return tuple(notice.message for notice in self.notices)
 
     def require_true_delta(self, operation: str, kept: Collection[str] = ()) -> None:
         """Refuse an adapter whose tensors do not tell its ΔW.

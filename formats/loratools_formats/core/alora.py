@@ -1,6 +1,6 @@
 """Activated LoRA (arXiv 2504.12397): adapters that act only after certain tokens of the prompt.
 
-The factors do not tell the change of a weight, since there is none before those tokens, so
+The factors do not determine the change of a weight, since there is none before those tokens, so
 operations on ΔW refuse such adapters. Formats that can say which tokens keep them.
 """
 

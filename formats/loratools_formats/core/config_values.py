@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,11 +51,11 @@ class Values:
             raise self._wrong(key, "a number from 0 to 1")
         return value
 
-    def count(self, key: str, most: int = 2**31 - 1) -> int:
-        """Return a whole number above 0 and no greater than `most`."""
-        value: int = self._value(key, (int,), "a whole number above 0")
-        if not 1 <= value <= most:
-            raise self._wrong(key, f"a whole number from 1 to {most}")
+    def count(self, key: str, most: int = 2**31 - 1, least: int = 1) -> int:
+        """Return a whole number no less than `least` and no greater than `most`."""
+        value: int = self._value(key, (int,), "a whole number")
+        if not least <= value <= most:
+            raise self._wrong(key, f"a whole number from {least} to {most}")
         return value
 
     def whole(self, key: str) -> int:
@@ -89,12 +88,10 @@ class Values:
         """Return whether a key is there and holds a string."""
         return isinstance(self._values.get(key), str)
 
-    def names(self, key: str, path: str) -> bool:
-        """Return whether a regular expression, or an entry of a list, names a module."""
+    def names(self, key: str) -> str | list[Any]:
+        """Return a regular expression, or a list of ends of names."""
         found: str | list[Any] = self._value(key, (str, list), "names of modules")
-        if isinstance(found, str):
-            return re.fullmatch(found, path) is not None
-        return any(path.endswith(entry) for entry in found if isinstance(entry, str))
+        return found
 
     def indices(self, key: str) -> tuple[int, ...]:
         """Return a list of whole numbers, none below 0."""

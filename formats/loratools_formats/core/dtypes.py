@@ -126,7 +126,7 @@ def converted(array: Array, dtype: DTypeLike) -> Array:
 def encode(array: Array, dtype: DType) -> Array:
     """Round `array` to `dtype` (to nearest, ties to even) and make it contiguous.
 
-    It is rounded once, but for float64 to bfloat16, which goes through float32 and so may take
+    It is rounded once, except from float64 to bfloat16, which goes through float32 and may take
     the other neighbour for values within 2^-24 of a tie, eight in a million.
     """
     import numpy as np

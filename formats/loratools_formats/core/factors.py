@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.nothing import NOT_GATHERED
 from loratools_formats.core.tensors import TensorRef, rounded
 from loratools_formats.disk.errors import AdapterError
 
@@ -33,7 +34,7 @@ def check_factor(tensor: TensorRef, path: Path) -> None:
             path=path,
             tensor=tensor.key,
             got=list(tensor.shape),
-            hint="Sharded training saves such files when the shards were not gathered",
+            hint=NOT_GATHERED,
         )
     if tensor.numel > _MAX_FACTOR_ELEMENTS:
         raise AdapterError(
@@ -77,7 +78,7 @@ def alpha_of(rank: int, scale: float) -> int | float:
 
 
 def stored_as(delta: ModuleChange, dtype: str | None) -> ModuleChange:
-    """Return a delta whose factors are of a type, such as `bf16`; None keeps each one's own.
+    """Return a change whose factors have a type, such as `bf16`; with None each keeps its own.
 
     Magnitudes, biases and the tensors of other kinds stay as they are.
     """

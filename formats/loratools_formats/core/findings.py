@@ -1,4 +1,4 @@
-"""What readers and operations find worth telling about an adapter: codes, severities, words."""
+"""Findings: what readers and operations have to say about an adapter, with a code for each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
-"""`error`: the adapter's tensors do not tell its ΔW, so operations on ΔW refuse it. `warning`: the
-result may not be what the user expects. `note`: good to know; nothing changes."""
+"""`error`: the adapter's tensors do not determine its ΔW, so operations on ΔW refuse it. `warning`:
+the result may not be what the user expects. `note`: good to know; nothing changes."""
 
 CODES: Mapping[str, str] = {
     # Readers of all formats.
@@ -17,27 +17,65 @@ CODES: Mapping[str, str] = {
     "quantised-factors": "factors are stored in blocks and read as the numbers they stand for",
     "norms-ignored": "llama.cpp ignores trained norms in an adapter",
     "config-missing": "the configuration that states the scale is missing",
+    "scale-assumed": "no scale is in the file, and 1 is taken",
     "activated-lora": "the adapter acts only after certain tokens of the prompt",
     # PEFT folders.
     "mutated-base": "the initialisation changed the base weights before training",
     "unknown-config-key": "a configuration key is set that is not known",
+    "ignored-config-key": "a configuration key that is not known is ignored, as was asked for",
+    "experts-grouped": "B of stacked experts is packed expert by expert, which PEFT is not",
     "unsupported-config-key": "a configuration key is set whose effect is not supported",
     "alpha-not-positive": "an alpha is zero or negative",
     "multihead-attention": "PEFT applies a change twice, in an nn.MultiheadAttention",
     "latent-mapping-missing": "the trained matrices of LoRA-XS or LoRA-SB are missing",
     "no-weight-change": "the kind of adapter changes no weight",
     "left-to-loader": "PEFT computes tensors from the base that the file does not hold",
+    "weights-renamed": "the weights have another name than PEFT gives them",
     "weights-twice": "pickled weights lie beside safetensors and are ignored",
     "foreign-files": "files lie beside the adapter that are no part of it",
+    "unreadable-attachment": "something beside the adapter is no regular file",
     "nested-adapters": "sub-folders hold further adapters",
     "training-only": "tensors that act in training only are carried along",
+    "other-base": "the adapter names another base model than the one given",
     "wrapped-names": "names have in them what training code left there",
-    "posterior-spread": "the spread of a Bayesian LoRA is left out of what is made from it",
+    "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
+    "expert-order-guessed": "factors of stacked experts are read in an order that nothing states",
     "base-values": "tensors that replace the base's hold the base's own values",
+    # What a format's own loader would leave out.
+    "not-targeted": "the loader makes no layer for modules that the file holds",
+    "targets-unclear": "which modules the loader makes layers for cannot be told",
+    "target-without-tensors": "the configuration names modules that the file does not hold",
+    "pattern-unmatched": "a pattern of ranks or alphas matches no module",
+    "classifier": "the fused model is a classifier now, and its configuration says so",
     # Writers.
     "dtype-fallback": "some factors cannot be stored in the type asked for",
+    # Placing an adapter on its base, and fusing.
+    "stays-tied": "the embedding and the output layer stay tied and change alike",
+    "untied": "the embedding and the output layer are tied no more",
+    "tensor-added": "a tensor is added that the base does not have",
+    "negative-weight": "a change that depends on the base's weights is subtracted",
+    "widened": "weights in eight bits are stored in sixteen where they change",
+    "vocabulary-resized": "the vocabulary has another size",
+    "no-longer-quantised": "weights are stored in floating-point types now",
+    "type-fallback": "tensors cannot be stored in the GGUF type asked for",
+    "parts-joined": "the parts of a split model become one file",
+    # Quantising and dequantising.
+    "already-quantised": "weights are in four bits already",
+    "experts-kept": "weights of experts stay as they are",
+    "stacks-kept": "stacks of experts' weights stay as they are",
+    "files-left-out": "files beside the base are not carried over",
+    # Converting, extracting and merging.
+    "base-unused": "the base model is not needed",
+    "attachments-left-out": "the format has no place for the files beside the adapter",
+    "names-stay": "names of modules stay, since no table of names is certain",
+    "names-by-table": "modules are renamed by a table of names",
+    "weightless-modules": "modules in which every adapter's weight is 0 are left out",
+    "tied-skipped": "a tied tensor is not compared",
+    "buffer-skipped": "a buffer that only one checkpoint stores is not compared",
+    "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",
+    "different-bases": "the adapters name different base models",
 }
-"""Code of every finding in this code base → what it says in general."""
+"""Code of every finding in this code base → its meaning."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +83,7 @@ class Finding:
     """Something worth telling about an adapter.
 
     Attributes:
-        code: what is the matter, a stable word; those of this code base are in `CODES`.
+        code: a stable name of the matter; those of this code base are in `CODES`.
         severity: how bad it is.
         where: the module, tensor, configuration key or file concerned; None for the whole adapter.
         message: what was found, for people.

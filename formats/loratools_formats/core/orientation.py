@@ -9,6 +9,7 @@ only a square weight falls back on what the reader found out.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from loratools_formats.core.adapter import KindDelta, LowRank
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -68,6 +69,18 @@ def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int
             )
         return delta.layer.transposed_if_square
     return transposed
+
+
+def exchanged(part: LowRank) -> LowRank:
+    """Return the factors of the transposed change: a' = bᵀ, b' = aᵀ, for each expert."""
+    axes = (0, 2, 1) if len(part.a.shape) == 3 else (1, 0)
+    swapped, turn = part.layer.swapped, part.layer.transposed_if_square
+    layer = replace(
+        part.layer,
+        swapped=None if swapped is None else not swapped,
+        transposed_if_square=None if turn is None else not turn,
+    )
+    return replace(part, a=part.b.transposed(axes), b=part.a.transposed(axes), layer=layer)
 
 
 def _fits(matrix: tuple[int, ...], known: tuple[int | None, int | None]) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import re
+from collections.abc import Container, Iterable
 
 from loratools_formats.core.orientation import named_conv1d
 
 PREFIX = "base_model.model."
 """What PEFT's files put before a module's path."""
+
+_EXPERT = re.compile(r"(?P<owner>.+)\.experts\.\d+\.(?:gate_proj|up_proj|down_proj|w1|w2|w3)")
+_ROUTER = ".gate"
 
 
 def square_orientation(fan_in_fan_out: bool, path: str) -> bool | None:
@@ -41,3 +45,21 @@ def frod_category(path: str) -> str:
     if parts[-3:] == ["attention", "output", "dense"]:
         return "attention_output"
     return f"{parts[-2]}_{parts[-1]}"
+
+
+def stacked_on_loading(modules: Iterable[str]) -> list[str]:
+    """Return the modules that must have one rank and alpha, so that PEFT can stack them on loading.
+
+    On transformers 5, PEFT joins experts that are adapted one by one to stacked parameters, and
+    takes routers for parameters too. It gives all of them the configuration's r and lora_alpha:
+    twice these for `gate_up_proj`, whatever rank_pattern says of the names in the file.
+
+    Source: `_convert_peft_config_moe` of peft 0.21.2.
+
+    >>> stacked_on_loading(["l.0.mlp.experts.0.up_proj", "l.0.mlp.gate", "l.0.mlp.shared.up_proj"])
+    ['l.0.mlp.experts.0.up_proj', 'l.0.mlp.gate']
+    """
+    names = list(modules)
+    owners = {found["owner"] for name in names if (found := _EXPERT.fullmatch(name))}
+    routers = {f"{owner}{_ROUTER}" for owner in owners}
+    return [name for name in names if name in routers or _EXPERT.fullmatch(name)]

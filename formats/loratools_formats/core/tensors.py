@@ -134,11 +134,11 @@ class TensorRef:
         return dtypes.to_torch(self.read(), self.dtype, self.shape)
 
     def renamed(self, key: str) -> TensorRef:
-        """Return the same tensor under another name."""
+        """Return the tensor under another name."""
         return replace(self, key=key)
 
     def reshaped(self, shape: tuple[int, ...]) -> TensorRef:
-        """Return the same bytes seen with another shape.
+        """Return the bytes with another shape.
 
         Raises:
             AdapterError: the shapes hold different numbers of elements.
@@ -229,7 +229,7 @@ def have_same_bits(one: TensorRef, other: TensorRef) -> bool:
 
 
 def unmade(key: str, dtype: DType, shape: tuple[int, ...]) -> TensorRef:
-    """Return a tensor of which only name, type and shape are known; reading it is a mistake."""
+    """Return a tensor that has name, type and shape, and no values; reading it is an error."""
 
     def read() -> Buffer:
         raise AssertionError(f"{key} is planned and has no values yet")

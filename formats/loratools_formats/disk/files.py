@@ -1,4 +1,4 @@
-"""Opening files that may be hostile, and nothing about what is in them.
+"""Opening files that may be hostile; their content does not matter here.
 
 A path may be a FIFO (opening it would block for ever), a device (it never ends), a symlink out of
 the folder, or may change while it is read. So: open without blocking, take regular files only,
@@ -140,9 +140,8 @@ class RegularFile:
         done = _copied_in_kernel(self._fd, offset, nbytes, out, out_offset)
         while done < nbytes:
             view = memoryview(self.read_at(offset + done, min(_COPY_CHUNK_BYTES, nbytes - done)))
-            while view:
-                written = os.pwrite(out, view, out_offset + done)
-                view, done = view[written:], done + written
+            write_at(out, out_offset + done, view)
+            done += len(view)
 
     def check_unchanged(self) -> None:
         """Raise `AdapterError` if the file was written to since it was opened."""
@@ -164,6 +163,36 @@ class RegularFile:
 
     def __del__(self) -> None:
         self.close()
+
+
+_POSITION = threading.Lock()
+"""Held while a descriptor's position is set and used, where the system cannot do both at once."""
+
+
+def create(path: Path) -> int:
+    """Return a descriptor of a new file to write to at any place, and to read.
+
+    Raises:
+        OSError: it exists, or cannot be made.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, 0o666)
+
+
+def write_at(fd: int, offset: int, data: memoryview) -> None:
+    """Write all bytes at an offset; as safe between threads as `os.pwrite`, which Windows lacks.
+
+    Raises:
+        OSError: writing failed.
+    """
+    while data:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(fd, data, offset)
+        else:
+            with _POSITION:
+                os.lseek(fd, offset, os.SEEK_SET)
+                written = os.write(fd, data)
+        data, offset = data[written:], offset + written
 
 
 def _copied_in_kernel(fd: int, offset: int, nbytes: int, out: int, out_offset: int) -> int:

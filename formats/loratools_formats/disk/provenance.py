@@ -16,8 +16,11 @@ from typing import Any
 from loratools_formats.disk.files import RegularFile
 
 PROVENANCE_FILE = "provenance.json"
+PREDICATE_TYPE = "urn:loratools:operation:v1"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-_PREDICATE_TYPE = "urn:loratools:operation:v1"
+MADE_HERE = b"# Made by loratools."
+"""How a text file of ours begins that lies beside an output."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -25,6 +28,7 @@ def statement(
     predicate: Mapping[str, Any],
     files: Iterable[Path],
     digest: Callable[[Path], Mapping[str, str]] | None = None,
+    folder: Path | None = None,
 ) -> bytes:
     """Return the statement that `files` were made as `predicate` says, as UTF-8 JSON.
 
@@ -34,18 +38,43 @@ def statement(
         predicate: how they were made.
         files: the files.
         digest: what to say of each; its sha256 by default.
+        folder: what they are named relative to; None for their names alone.
     """
     describe = digest or (lambda path: {"sha256": sha256_of(path)})
-    subject = [{"name": path.name, "digest": dict(describe(path))} for path in files]
+    subject = [
+        {
+            "name": path.name if folder is None else path.relative_to(folder).as_posix(),
+            "digest": dict(describe(path)),
+        }
+        for path in files
+    ]
     content = {
         "_type": _STATEMENT_TYPE,
         "subject": subject,
-        "predicateType": _PREDICATE_TYPE,
+        "predicateType": PREDICATE_TYPE,
         "predicate": predicate,
     }
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     # Bytes of file names and arguments that are no UTF-8, which JSON cannot hold.
     return (_SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n").encode()
+
+
+def statement_of_one(
+    predicate: Mapping[str, Any],
+    path: Path,
+    file: Path,
+    digest: Callable[[Path], Mapping[str, str]] | None = None,
+) -> bytes:
+    """Return the statement that one file was made as `predicate` says.
+
+    Args:
+        predicate: how it was made.
+        path: the name it will have.
+        file: where it lies now.
+        digest: what to say of it; its sha256 by default.
+    """
+    describe = digest or (lambda place: {"sha256": sha256_of(place)})
+    return statement(predicate, [path], lambda _: describe(file))
 
 
 def sha256_of(path: Path) -> str:

@@ -1,32 +1,29 @@
 """Making outputs appear whole or not at all.
 
 A file or folder is built under a temporary name beside its destination, flushed to the disk,
-checked by its maker, then renamed. Whoever looks sees the old output or the new one. A killed
-process leaves at most a temporary named `.<name>.loratools-<pid>-<random>`, which the next write
-to the same destination removes once that process is gone.
+checked by its maker, then renamed: over nothing, unless what is there may be replaced. Whoever
+looks sees the old output or the new one. Files that belong beside an output that is one file are
+part of it: they are checked before any work, made before the rename, and taken back if it fails. A
+killed process leaves at most temporaries, which `temporaries` describes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import re
-import secrets
 import shutil
 import stat
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools_formats.disk.errors import LoratoolsError, OutputError, OutputExistsError
+from loratools_formats.disk.renames import exchange, rename_new
+from loratools_formats.disk.temporaries import temporary_beside
 
-_MARK = ".loratools-"
 _OLD = ".old"
-_NAME_LIMIT_BYTES = 255
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+_LARGEST_BESIDE = 64 << 20
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
@@ -52,21 +49,146 @@ def publish_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         OutputExistsError: `path` exists and `overwrite` is false, or it is a folder.
         OutputError: the system refused a step; what stood at `path` is intact.
     """
+    with publish_with(path, {}, overwrite=overwrite) as (temporary, _):
+        yield temporary
+
+
+@contextlib.contextmanager
+def publish_with(
+    path: str | os.PathLike[str], beside: Mapping[str, bytes], *, overwrite: bool = False
+) -> Iterator[tuple[Path, Mapping[str, bytearray]]]:
+    """Yield a temporary path, and what to write beside the output; publish all of it or nothing.
+
+    Args:
+        path: where the output is to be.
+        beside: for each file `<path>.<name>`, bytes that every such file of ours holds. A file that
+            lacks them is a user's, and is never replaced; nor is a link, a folder or a pipe.
+        overwrite: whether an output that exists may be replaced, and what is ours beside it.
+
+    Yields:
+        the temporary path, and the content of each file beside the output, which the caller fills;
+        what stays empty is not written.
+
+    Raises:
+        OutputExistsError: `path`, or a file beside it, exists and may not be replaced.
+        OutputError: the system refused a step; what stood there is intact.
+    """
     target = resolved(path)
     old_mode = _check_target(path, target, overwrite, folder=False)
-    temporary = _temporary_beside(target)
+    check_beside(path, beside, overwrite=overwrite)
+    temporary = temporary_beside(target)
+    contents = {name: bytearray() for name in beside}
+    placed: list[_Placed] = []
     with _os_errors_named(path):
         mode = _mode_of_new_file(temporary) if old_mode is None else old_mode
         try:
-            yield temporary
+            yield temporary, contents
             os.chmod(temporary, mode)
             sync_file(temporary)
-            os.replace(temporary, target)
+            for name, content in contents.items():
+                if content:
+                    placed.append(_put_beside(Path(f"{os.fspath(path)}.{name}"), content))
+            if overwrite:
+                os.replace(temporary, target)
+            else:
+                _rename_new(temporary, target, path)
         except BaseException:
+            for one in placed:
+                one.take_back()
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+    for one in placed:
+        one.keep()
     _make_durable(path, target)
+
+
+def check_beside(
+    path: str | os.PathLike[str], beside: Mapping[str, bytes], *, overwrite: bool = False
+) -> None:
+    """Refuse, before any work is done, files beside an output that may not be replaced.
+
+    Raises:
+        OutputExistsError: one exists, and is not ours or belongs to an output that stays.
+        OutputError: one cannot be written.
+    """
+    for name, mark in beside.items():
+        place = Path(f"{os.fspath(path)}.{name}")
+        try:
+            status = os.lstat(place)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"a file beside the output cannot be written: {getattr(error, 'strerror', error)}",
+                path=place,
+            ) from error
+        ours = stat.S_ISREG(status.st_mode) and _holds(place, status.st_size, mark)
+        if not ours or (os.path.lexists(path) and not overwrite):
+            raise OutputExistsError(
+                f"a file that belongs beside the output exists{'' if ours else ' and is not ours'}",
+                path=place,
+                hint="Move it away or choose another output",
+            )
+
+
+def _holds(path: Path, nbytes: int, mark: bytes) -> bool:
+    try:
+        return nbytes <= _LARGEST_BESIDE and mark in path.read_bytes()
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A file that was put beside an output, and what it replaced."""
+
+    place: Path
+    aside: Path | None
+
+    def keep(self) -> None:
+        if self.aside is not None:
+            with contextlib.suppress(OSError):
+                self.aside.unlink()
+
+    def take_back(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.aside is None:
+                self.place.unlink()
+            else:
+                os.replace(self.aside, self.place)
+
+
+def _put_beside(place: Path, content: bytes | bytearray) -> _Placed:
+    temporary = temporary_beside(place)
+    aside: Path | None = None
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.lexists(place):
+            aside = temporary_beside(place)
+            os.rename(place, aside)
+        _rename_new(temporary, place, place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if aside is not None:
+            _Placed(place, aside).take_back()
+        raise
+    return _Placed(place, aside)
+
+
+def _rename_new(temporary: Path, target: Path, path: str | os.PathLike[str]) -> None:
+    try:
+        rename_new(temporary, target)
+    except FileExistsError as error:
+        raise OutputExistsError(
+            "output appeared while it was being made",
+            path=path,
+            hint="Pass `overwrite=True` to replace it",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -83,7 +205,7 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
     """
     target = resolved(path)
     old_mode = _check_target(path, target, overwrite, folder=True)
-    temporary = _temporary_beside(target)
+    temporary = temporary_beside(target)
     with _os_errors_named(path):
         try:
             temporary.mkdir()
@@ -94,7 +216,10 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
                 for name in names:
                     sync_file(Path(root) / name)
                 _sync_folder(Path(root))
-            _swap_folder(temporary, target)
+            if overwrite:
+                _swap_folder(temporary, target)
+            else:
+                _rename_new(temporary, target, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -134,7 +259,7 @@ def _swap_folder(temporary: Path, target: Path) -> None:
             got=", ".join(foreign[:5]),
             hint="Move them away or choose another output",
         )
-    if _exchange(temporary, target):
+    if exchange(temporary, target):
         shutil.rmtree(temporary, ignore_errors=True)
         return
     aside = target.parent / f"{temporary.name}{_OLD}"
@@ -145,18 +270,6 @@ def _swap_folder(temporary: Path, target: Path) -> None:
         os.rename(aside, target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step where the system can (renameat2, Linux); False where not."""
-    if not sys.platform.startswith("linux"):
-        return False
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    names = os.fsencode(first), os.fsencode(second)
-    status: int = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
-    return status == 0
 
 
 def _mode_of_new_file(path: Path) -> int:
@@ -175,7 +288,7 @@ def _mode_of_new_file(path: Path) -> int:
 def _check_target(
     path: str | os.PathLike[str], target: Path, overwrite: bool, *, folder: bool
 ) -> int | None:
-    """Return the permissions of what is to be replaced, None if there is nothing."""
+    """Return the permissions of the file to be replaced; None if there is none."""
     try:
         status = os.lstat(target)
     except FileNotFoundError:
@@ -198,42 +311,6 @@ def _check_target(
             "output exists", path=path, hint="Pass `overwrite=True` to replace it"
         )
     return stat.S_IMODE(status.st_mode)
-
-
-def _temporary_beside(target: Path) -> Path:
-    suffix = f"{_MARK}{os.getpid()}-{secrets.token_hex(4)}"
-    stem = os.fsdecode(b"." + os.fsencode(target.name)[: _NAME_LIMIT_BYTES - len(suffix) - 6])
-    _remove_stale(target.parent, stem)
-    return target.parent / f"{stem}{suffix}"
-
-
-def _remove_stale(folder: Path, stem: str) -> None:
-    pattern = re.compile(rf"{re.escape(stem + _MARK)}(\d+)-[0-9a-f]{{8}}")
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise OutputError(f"cannot write there: {error.strerror}", path=folder) from error
-    for entry in entries:
-        match = pattern.fullmatch(entry.name)
-        if match is None or _is_running(int(match[1])):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                os.unlink(entry.path)
-
-
-def _is_running(pid: int) -> bool:
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def sync_file(path: Path) -> None:

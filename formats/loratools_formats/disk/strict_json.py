@@ -7,6 +7,7 @@ either ambiguous between readers or a way to hang one, so all are errors here.
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -37,6 +38,13 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise StrictJsonError("a number is too large for float64")
+    return value
+
+
 def _constant(text: str) -> float:
     raise StrictJsonError(f"{text} is not JSON")
 
@@ -61,7 +69,11 @@ def loads(data: bytes, *, max_depth: int | None = None) -> Any:
         raise StrictJsonError("starts with a byte order mark")
     try:
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_int=_integer, parse_constant=_constant
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_number,
+            parse_constant=_constant,
         )
     except RecursionError as error:
         raise StrictJsonError("nested too deeply") from error

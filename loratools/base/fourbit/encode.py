@@ -81,7 +81,7 @@ class QuantisationLoss:
 
 @dataclass(frozen=True)
 class Scales:
-    """What is left of a tensor when its codes are written.
+    """The scales and the error of a tensor, known when all its codes are written.
 
     Attributes:
         absmax: (blocks,) float32 scales.
@@ -122,7 +122,7 @@ class StreamingQuantizer:
     def push(self, values: NDArray[Any]) -> Iterator[U8]:
         """Take the next values, and yield the packed codes that are ready.
 
-        What is yielded is overwritten later. The values must not change until all is consumed.
+        Yielded arrays are overwritten later. The values must not change until all are consumed.
 
         Args:
             values: any shape, flattened in row-major order; float32 or smaller.
@@ -218,7 +218,7 @@ class _BlockEncoder:
         """Encode a piece; returns its packed codes, None if a value is not finite.
 
         Args:
-            piece: (n,) values, of which only the last piece's n is no multiple of the blocksize.
+            piece: (n,) values; n is a multiple of the blocksize, except in the last piece.
             absmax: (blocks,) receives the scales to be stored.
         """
         n = piece.size

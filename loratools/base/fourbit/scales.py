@@ -2,7 +2,7 @@
 
 bitsandbytes' CPU code does not take the nearest of the 256 values of the dynamic map but sorts a
 scale into one of 65,536 equal bins, whose centre decides; one code in a thousand differs from the
-nearest. That is followed here to the bit. What is not followed is the mean that is subtracted
+nearest. That is followed here to the bit, except for the mean that is subtracted
 first: torch's depends on its number of threads, so here it is taken in float64.
 """
 

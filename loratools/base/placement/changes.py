@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loratools_formats.core.adapter import ModuleChange, Replacement
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 
 Span = tuple[int, int]
@@ -69,11 +70,11 @@ class Placements:
             or the head of a task.
         untied: new tensors by name, with the stored tensor that each begins as a copy of; the
             config must then say that embeddings are not tied.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     deltas: tuple[Placement, ...]
     biases: tuple[BiasPlacement, ...]
     replacements: tuple[tuple[str, Replacement], ...]
     untied: Mapping[str, str]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]

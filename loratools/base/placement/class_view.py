@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from loratools.base.placement.model_class import ModelClass, Named, Rule, class_of
+from loratools.base.placement.model_class import Named, Rule, class_of, names_in
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
-from loratools_formats.core.wrapped_names import unwrapped
 
 
 @dataclass(frozen=True)
@@ -72,44 +71,6 @@ def class_view(base: Checkpoint, config: Mapping[str, Any] | None = None) -> Cla
     return ClassView(replace(base, tensors=tensors), stored, tuple(kept))
 
 
-def names_in(model: ModelClass, keys: Sequence[str]) -> dict[str, Named]:
-    """Return what a class calls tensors; layers and experts of one kind are asked once."""
-    known: dict[str, tuple[str, Named]] = {}
-    found = {}
-    for key in keys:
-        shape, numbers = _numbered(unwrapped(key))
-        if shape not in known:
-            marked = _filled(shape, [str(_MARK + i) for i in range(len(numbers))])
-            known[shape] = (marked, model.named(marked))
-        named = known[shape][1]
-        parts = named.name.split(".")
-        marks = {str(_MARK + i): number for i, number in enumerate(numbers)}
-        name = ".".join(marks.get(part, part) for part in parts)
-        lost = any(part.isdigit() and int(part) >= _MARK and part not in marks for part in parts)
-        found[key] = model.named(unwrapped(key)) if lost else replace(named, name=name)
-    return found
-
-
-_LISTS = frozenset({"layers", "layer", "h", "blocks", "block", "experts"})
-_MARK = 1_000_003
-
-
-def _numbered(key: str) -> tuple[str, list[str]]:
-    """Return a name without the numbers of layers and experts, and these numbers."""
-    parts = key.split(".")
-    numbers = []
-    for index in range(1, len(parts)):
-        if parts[index].isdigit() and parts[index - 1] in _LISTS:
-            numbers.append(parts[index])
-            parts[index] = "#"
-    return ".".join(parts), numbers
-
-
-def _filled(shape: str, numbers: Sequence[str]) -> str:
-    remaining = iter(numbers)
-    return ".".join(next(remaining) if part == "#" else part for part in shape.split("."))
-
-
 def _natural(key: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in key.split(".")]
 
@@ -127,34 +88,34 @@ def _converted(
     ]
     if not all(by_source):
         return {}
-    pieces = [parts[0] for parts in by_source]
-    lists = by_source
+    pieces: list[list[_Pieces]] | None = by_source
     for operation, arguments in rule.operations:
-        dim = arguments.get("dim", 0)
-        if operation == "MergeModulelist" and dim == 0:
-            if any(len({part.shape for part in parts}) != 1 for parts in lists):
-                return {}
-            pieces = [_stacked(parts) for parts in lists]
-            lists = [[piece] for piece in pieces]
-        elif operation == "Concatenate" and all(len(parts) == 1 for parts in lists):
-            if dim and len(pieces[0].shape) < 3:
-                return {}
-            if len({(*p.shape[:dim], *p.shape[dim + 1 :]) for p in pieces}) != 1:
-                return {}
-            pieces = [_concatenated(pieces, dim)]
-            lists = [pieces]
-        elif operation == "Chunk" and len(pieces) == 1 and len(lists[0]) == 1:
-            count = len(rule.targets)
-            if dim != 0 or pieces[0].shape[0] % count:
-                return {}
-            rows = pieces[0].shape[0] // count
-            pieces = [pieces[0].rows(i * rows, (i + 1) * rows) for i in range(count)]
-        else:
-            return {}
-    if any(len(parts) > 1 for parts in lists) or len(pieces) != len(rule.targets):
+        if pieces is not None:
+            pieces = _operated(operation, arguments.get("dim", 0), pieces, len(rule.targets))
+    if pieces is None or len(pieces) != len(rule.targets) or any(len(p) > 1 for p in pieces):
         return {}
     names = [_target_name(name, rule, index) for index in range(len(pieces))]
-    return {n: piece.tensor(n) for n, piece in zip(names, pieces, strict=True)}
+    return {n: parts[0].tensor(n) for n, parts in zip(names, pieces, strict=True)}
+
+
+def _operated(
+    operation: str, dim: int, pieces: list[list[_Pieces]], targets: int
+) -> list[list[_Pieces]] | None:
+    """Return what an operation makes of the tensors of each source; None if it is not known."""
+    if operation == "MergeModulelist":
+        alike = all(len({part.shape for part in parts}) == 1 for parts in pieces)
+        return [[_stacked(parts)] for parts in pieces] if alike and dim == 0 else None
+    if any(len(parts) > 1 for parts in pieces):
+        return None
+    only = [parts[0] for parts in pieces]
+    if operation == "Concatenate":
+        sides = {(*piece.shape[:dim], *piece.shape[dim + 1 :]) for piece in only}
+        fits = len(sides) == 1 and (dim == 0 or len(only[0].shape) > 2)
+        return [[_concatenated(only, dim)]] if fits else None
+    if operation == "Chunk" and len(only) == 1 and dim == 0 and not only[0].shape[0] % targets:
+        rows = only[0].shape[0] // targets
+        return [[only[0].rows(i * rows, (i + 1) * rows)] for i in range(targets)]
+    return None
 
 
 def _target_name(name: str, rule: Rule, index: int) -> str:
@@ -237,7 +198,7 @@ def _concatenated(parts: Sequence[_Pieces], dim: int) -> _Pieces:
     shape = (*first[:dim], sum(part.shape[dim] for part in parts), *first[dim + 1 :])
     if dim == 0:
         return _Pieces(shape, tuple(run for part in parts for run in part.runs))
-    runs = []
+    runs: list[_Run] = []
     for outer in range(math.prod(first[:dim])):
         for part in parts:
             size = math.prod(part.shape[dim:])

@@ -12,9 +12,15 @@ from loratools.base.placement.fused import joined_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
 from loratools_formats.core.adapter import LowRank, ModuleChange
+from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_PIECES = {"gate_up_proj": ("gate_proj", "up_proj")}
+_PIECES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+"""The projections that a parameter joins, under each of the names that checkpoints give them."""
+
 _STACK = re.compile(r"(?P<stack>.*\bexperts)\.(?P<leaf>[a-z0-9_]+)")
 
 
@@ -73,12 +79,16 @@ def _per_expert(names: Names, module: str, parameter: str, delta: ModuleChange) 
     if match is None:
         return []
     stack, leaf = match["stack"], match["leaf"]
-    leaves = _PIECES.get(leaf, (leaf,))
     part = delta.require_factors()
-    rows = []
-    for expert in range(part.experts):
-        keys = [names.find(f"{stack}.{expert}.{piece}.weight") for piece in leaves]
-        rows.append([key for key in keys if key is not None])
+    rows: list[list[str]] = []
+    leaves: tuple[str, ...] = ()
+    for leaves in _PIECES.get(leaf, ((leaf,),)):
+        rows = []
+        for expert in range(part.experts):
+            keys = [names.find(f"{stack}.{expert}.{piece}.weight") for piece in leaves]
+            rows.append([key for key in keys if key is not None])
+        if any(rows):
+            break
     if not any(rows):
         return []
     _check_complete(names, parameter, stack, leaves, rows)
@@ -113,19 +123,13 @@ def _one_expert(
             "an expert's weights do not fit together", tensor=keys[0], got=list(shapes[0])
         )
     sizes = [shape[0] for shape in shapes]
-    transposed = _is_transposed(names, parameter, part, (sum(sizes), shapes[0][1]))
-    if transposed and len(keys) > 1:
-        raise UnsupportedError(
-            "PEFT before 0.19 read this parameter with inputs and outputs exchanged; such a change "
-            "cannot be cut into its projections",
-            path=names.base.path,
-            tensor=parameter,
-        )
+    if _is_transposed(names, parameter, part, (sum(sizes), shapes[0][1])):
+        delta = delta.with_direction(exchanged(part))
     spans = joined_spans(sizes)
     which = expert if part.experts > 1 else None
     return [
         Placement(
-            key, module, delta, transposed, expert=which, rows=(spans[i],) if len(keys) > 1 else ()
+            key, module, delta, False, expert=which, rows=(spans[i],) if len(keys) > 1 else ()
         )
         for i, key in enumerate(keys)
     ]

@@ -15,6 +15,8 @@ _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 STACKED_GLU = "experts.gate_up_proj"
+HALVES = "experts, halved"
+"""Stacked experts that a class makes of single ones: all outputs of the first, then the second."""
 
 
 class FusedPart(NamedTuple):
@@ -55,21 +57,17 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
         UnsupportedError: the order of outputs is not known for this model.
         AdapterError: the configuration does not fit the weight.
     """
-    if part.leaf == STACKED_GLU:
-        if not rules.HALVED_EXPERTS.intersection(names.types_of(part.module)):
-            raise _unknown_layout(names, part.module)
-        return _joined((1, 1), total, part)
-    if part.leaf in rules.GLU:
-        if not rules.GLU[part.leaf].intersection(names.types_of(part.module)):
+    if part.leaf == HALVES or part.leaf == STACKED_GLU or part.leaf in rules.GLU:
+        known = rules.HALVED_EXPERTS if part.leaf == STACKED_GLU else rules.GLU.get(part.leaf)
+        if known is not None and not known.intersection(names.types_of(part.module)):
             raise _unknown_layout(names, part.module)
         return _joined((1, 1), total, part)
     if part.leaf == "in_proj_weight":
         return _joined((1, 1, 1), total, part)
     layouts = rules.QKV[part.leaf]
-    known = [layouts[t] for t in names.types_of(part.module) if t in layouts]
-    if not known:
+    layout = next((layouts[t] for t in names.types_of(part.module) if t in layouts), None)
+    if layout is None:
         raise _unknown_layout(names, part.module)
-    layout = known[0]
     if layout == "thirds":
         return _joined((1, 1, 1), total, part)
     section = names.section(part.module)

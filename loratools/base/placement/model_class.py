@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
+
+from loratools_formats.core.wrapped_names import unwrapped
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,37 @@ class ModelClass:
     Args:
         name: of the class.
         config: the model's configuration.
+        table: the rules of all classes, by default those of this package.
     """
 
-    def __init__(self, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, config: Mapping[str, Any], table: Mapping[str, Any] | None = None
+    ) -> None:
         self.name = name
-        entry = _table()["classes"][name]
+        table = _table() if table is None else table
+        entry = table["classes"][name]
         self._prefix: str = entry.get("prefix", "")
         self._roots = frozenset(entry["roots"])
         self._body = frozenset(entry.get("body", ()))
-        self._rules = tuple(_collected(name, config, self._prefix))
+        self._rules = tuple(_collected(table, name, config, self._prefix))
+        self._bare = frozenset(
+            f"{path}.{weight}" if path else weight
+            for path, part in _parts(table, name, config, "")
+            for weight in table["classes"].get(part, {}).get("bare", ())
+        )
+        self._projections = frozenset(
+            source.removesuffix(".weight").rpartition(".")[2]
+            for rule in self._rules
+            if rule.operations[:1] and rule.operations[0][0] == "MergeModulelist"
+            for source in rule.sources
+        )
+        self._keep = frozenset(entry.get("keep", ()))
         self._guarded: set[int] = set()
 
     def named(self, key: str) -> Named:
         """Return what the class calls a tensor of a checkpoint."""
+        if self._keep and numbered(key)[0] in self._keep:
+            return Named(key)
         name, rule, source = key, None, 0
         for renaming in self._rules:
             if not renaming.operations:
@@ -119,6 +139,17 @@ class ModelClass:
         if name != key and self._is_own(key) and not self._is_own(name):
             return Named(self._placed(key))
         return Named(name, rule, source)
+
+    def is_bare(self, name: str) -> bool:
+        """Return whether PEFT adapts a weight as a parameter only.
+
+        It has no layer for some modules. In classes that stack experts, it takes every layer that
+        is called as the projections of experts were for one of them, dense ones too.
+        """
+        module = name.removesuffix(".weight")
+        if module != name and module.rpartition(".")[2] in self._projections:
+            return True
+        return bool(self._bare) and numbered(name)[0] in self._bare
 
     def _renamed(self, rule: Rule, name: str) -> str:
         found = rule.renamed(name, self._prefix)
@@ -156,16 +187,61 @@ def class_of(config: Mapping[str, Any]) -> ModelClass | None:
     return None if name is None else ModelClass(name, config)
 
 
+_LISTS = frozenset({"layers", "layer", "h", "blocks", "block", "experts"})
+
+
+def numbered(name: str) -> tuple[str, list[str]]:
+    """Return a name without the numbers of layers and experts, and these numbers.
+
+    >>> numbered("model.layers.12.mlp.experts.3.w1.weight")
+    ('model.layers.#.mlp.experts.#.w1.weight', ['12', '3'])
+    """
+    parts = name.split(".")
+    numbers = []
+    for index in range(1, len(parts)):
+        if parts[index].isdigit() and parts[index - 1] in _LISTS:
+            numbers.append(parts[index])
+            parts[index] = "#"
+    return ".".join(parts), numbers
+
+
+def names_in(model: ModelClass, keys: Sequence[str]) -> dict[str, Named]:
+    """Return what a class calls tensors; layers and experts of one kind are asked once."""
+    known: dict[str, tuple[str, Named]] = {}
+    found = {}
+    for key in keys:
+        shape, numbers = numbered(unwrapped(key))
+        if shape not in known:
+            marked = _filled(shape, [str(_MARK + i) for i in range(len(numbers))])
+            known[shape] = (marked, model.named(marked))
+        named = known[shape][1]
+        parts = named.name.split(".")
+        marks = {str(_MARK + i): number for i, number in enumerate(numbers)}
+        name = ".".join(marks.get(part, part) for part in parts)
+        lost = any(part.isdigit() and int(part) >= _MARK and part not in marks for part in parts)
+        found[key] = model.named(unwrapped(key)) if lost else replace(named, name=name)
+    return found
+
+
+_MARK = 1_000_003
+
+
+def _filled(shape: str, numbers: Sequence[str]) -> str:
+    remaining = iter(numbers)
+    return ".".join(next(remaining) if part == "#" else part for part in shape.split("."))
+
+
 def release() -> str:
     """Return the release of transformers that the table was made from."""
     return str(_table()["transformers"])
 
 
-def _collected(name: str, config: Mapping[str, Any], prefix: str) -> Iterator[Rule]:
+def _collected(
+    table: Mapping[str, Any], name: str, config: Mapping[str, Any], prefix: str
+) -> Iterator[Rule]:
     """Yield the rules of a class and of its parts, in the order in which they hold."""
-    table = _table()
     seen: dict[str, list[str]] = {}
-    for path, part in _parts(name, config, ""):
+    for path, part in _parts(table, name, config, ""):
         if _claimed(seen, part, path):
             continue
         model_type = table["classes"].get(part, {}).get("type", "")
@@ -187,10 +263,11 @@ def _claimed(seen: Mapping[str, list[str]], name: str, path: str) -> bool:
     return any(other == "" or path.startswith(f"{other}.") for other in seen.get(name, ()))
 
 
-def _parts(name: str, config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
+def _parts(
+    table: Mapping[str, Any], name: str, config: Mapping[str, Any], path: str
+) -> Iterator[tuple[str, str]]:
     """Yield path and class of a model and of the models in it, as `named_modules` does."""
     yield path, name
-    table = _table()
     for inner, usual, section in table["classes"].get(name, {}).get("parts", ()):
         own = config.get(section) if section else None
         part_config = own if isinstance(own, Mapping) else config if not section else {}
@@ -200,7 +277,7 @@ def _parts(name: str, config: Mapping[str, Any], path: str) -> Iterator[tuple[st
             usually = table["classes"].get(usual, {}).get("type")
             if isinstance(told, str) and usually is not None and told != usually:
                 part = table["bodies"].get(told, usual)
-        yield from _parts(part, part_config, f"{path}.{inner}" if path else inner)
+        yield from _parts(table, part, part_config, f"{path}.{inner}" if path else inner)
 
 
 def _rule(values: Mapping[str, Any], scope: str | None) -> Rule:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from loratools.base.placement import rules
+from loratools.base.placement.model_class import Named, class_of, names_in
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import TEXT_SECTIONS
 from loratools_formats.core.tensors import TensorRef
@@ -54,6 +56,7 @@ class Names:
         self._by_spelling: dict[str, list[str]] = {}
         for key in base.tensors:
             self._by_spelling.setdefault(self.spelling(key), []).append(key)
+        self._model = class_of(config)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape a tensor has once the adapter's whole tensors have replaced others."""
@@ -89,13 +92,18 @@ class Names:
         return text
 
     def find(self, name: str) -> str | None:
-        """Return the key of the tensor that a name means, None if there is none.
+        """Return the key of the tensor that a name means; None if the base has no such tensor.
 
         Raises:
             AdapterError: it could mean several.
         """
         if name in self.tensors:
             return name
+        in_class = self.in_class(name)
+        if in_class is not None and in_class.rule is None:
+            key = self._by_class.get(in_class.name)
+            if key is not None:
+                return key
         found = self._by_spelling.get(self.spelling(name), [])
         if len(found) > 1:
             raise AdapterError(
@@ -106,6 +114,27 @@ class Names:
                 expected="one, or one of exactly this name",
             )
         return found[0] if found else None
+
+    def in_class(self, name: str) -> Named | None:
+        """Return what the base's class calls a tensor; None if the class is not known."""
+        return None if self._model is None else self._model.named(unwrapped(name))
+
+    def is_bare(self, key: str) -> bool:
+        """Return whether PEFT adapts a weight of the class as a parameter, not as a layer's."""
+        return self._model is not None and self._model.is_bare(key)
+
+    @cached_property
+    def _by_class(self) -> dict[str, str]:
+        """The stored tensors by their names in the class, where each is one of its parameters."""
+        if self._model is None:
+            return {}
+        found: dict[str, str] = {}
+        twice = set()
+        for key, named in names_in(self._model, list(self.tensors)).items():
+            if named.rule is None:
+                twice |= {named.name} & found.keys()
+                found[named.name] = key
+        return {name: key for name, key in found.items() if name not in twice}
 
     def nearest(self, name: str) -> list[str]:
         """Return the base tensors with the most similar names, for messages."""

@@ -22,11 +22,15 @@ def whole_is_transposed(
         UnsupportedError: it is square, and the architecture does not tell either.
     """
     layer = delta.layer
-    told = (
-        _experts_if_square(names, module)
-        if layer.kind == "experts"
-        else _linear_if_square(names, module)
-    )
+    if layer.kind == "experts":
+        told = _experts_if_square(names, module)
+        if layer.swapped is not None:
+            lies = stack_is_transposed(names, module)
+            layer = replace(layer, transposed_if_square=None)
+            delta = replace(delta, layer=layer)
+            told = None if lies is None else layer.swapped != lies
+    else:
+        told = _linear_if_square(names, module)
     if layer.transposed_if_square is None:
         delta = replace(delta, layer=replace(layer, transposed_if_square=told))
     transposed = is_transposed(module, delta, shape)
@@ -54,7 +58,7 @@ def cut_is_transposed(
 
     Args:
         names: the checkpoint.
-        module: the module the matrix is the weight of.
+        module: the module the matrix is the weight of; of stacked experts, their key.
         delta: whose inputs it has.
         shape: of the stored matrix.
         stacked: it is one of stacked experts.
@@ -74,7 +78,7 @@ def cut_is_transposed(
     if shape[0] != shape[1]:
         return shape[0] == width
     if stacked:
-        told = _experts_if_square(names, module)
+        told = stack_is_transposed(names, module)
     else:
         told = _linear_if_square(names, module)
         told = delta.layer.transposed_if_square if told is None else told
@@ -86,6 +90,31 @@ def cut_is_transposed(
             hint="The base model's type does not tell either",
         )
     return told
+
+
+def stack_is_transposed(names: Names, parameter: str) -> bool | None:
+    """Return whether stacked experts are stored as (E, in, out); None if nothing tells.
+
+    The shapes of a module's two parameters do: both have the model's width on one side, and
+    `gate_up_proj` has twice the other side of `down_proj`. Else the model's type does.
+    """
+    shapes = [
+        names.shape(key)
+        for leaf in ("gate_up_proj", "down_proj")
+        if (key := names.find(f"{parameter.rpartition('.')[0]}.{leaf}")) is not None
+    ]
+    if len(shapes) == 2 and all(len(shape) == 3 for shape in shapes):
+        (_, rows, columns), (_, other_rows, other_columns) = shapes
+        straight = (rows, columns) == (2 * other_columns, other_rows)
+        turned = (columns, rows) == (2 * other_rows, other_columns)
+        if straight != turned:
+            return turned
+    if names.find(parameter) is None:  # experts one by one, which transformers stacks as they lie
+        return False
+    types = set(names.types_of(parameter))
+    if types & (rules.TRANSPOSED_EXPERTS | rules.UNMARKED_TRANSPOSED):
+        return True
+    return False if types & rules.STRAIGHT_EXPERTS else None
 
 
 def _linear_if_square(names: Names, module: str) -> bool | None:

@@ -45,7 +45,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
     biases: list[BiasPlacement] = []
     for module, delta in adapter.modules.items():
         if module not in tied.modules:
-            placed = _placements(names, module, delta)
+            placed = module_placements(names, module, delta)
             if not placed:
                 missing.append(module)
                 continue
@@ -55,18 +55,24 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
             biases += _bias_placements(names, module, part, part.bias)
     biases += _additions(names, adapter, missing)
     if missing:
-        raise _unmatched(names, missing)
+        raise unmatched(names, missing)
     _refuse_clashes(names, deltas)
     return Placements(
         tuple(deltas),
         tuple(biases),
         (*tied.replacements, *replaced.placed),
         tied.untied,
-        (*tied.notes, *replaced.notes),
+        (*tied.findings, *replaced.findings),
     )
 
 
-def _placements(names: Names, module: str, delta: ModuleChange) -> list[Placement]:
+def module_placements(names: Names, module: str, delta: ModuleChange) -> list[Placement]:
+    """Return where a module's change goes; empty if the base has nothing that it fits.
+
+    Raises:
+        AdapterError: it fits several tensors, or has another shape.
+        UnsupportedError: a layout is ambiguous, or the change has no factors.
+    """
     part = delta.require_factors()
     if part.layer.parameters:
         return expert_placements(names, module, delta)
@@ -89,7 +95,8 @@ def _placement(
         shape = shape[1:]
     if site.part is None and site.share is None and site.plane is None:
         return Placement(site.key, module, delta, whole_is_transposed(names, module, part, shape))
-    oriented_by = module if site.part is None or site.plane is not None else site.part.module
+    oriented_by = module if site.part is None else site.part.module
+    oriented_by = oriented_by if site.plane is None else site.key
     transposed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
     total = shape[1] if transposed else shape[0]
     outputs = () if site.part is None else part_spans(names, site.part, total)
@@ -184,7 +191,8 @@ def _does_not_fit(module: str, out: int, in_: int, expected: str) -> AdapterErro
     )
 
 
-def _unmatched(names: Names, missing: list[str]) -> AdapterError:
+def unmatched(names: Names, missing: list[str]) -> AdapterError:
+    """Return the error that modules or tensors fit nothing in the base."""
     listed = []
     for name in missing[:_LISTED]:
         nearest = names.nearest(name)

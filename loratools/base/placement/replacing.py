@@ -13,6 +13,7 @@ from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import TiedChanges
 from loratools_formats.checkpoints.facts import HEAD_BIASES, HEADS, INPUT_EMBEDDINGS
 from loratools_formats.core.adapter import Adapter, Replacement
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -25,11 +26,11 @@ class Replaced:
 
     Attributes:
         placed: by base key, rows after whole tensors.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     placed: list[tuple[str, Replacement]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 def place_replacements(
@@ -60,7 +61,8 @@ def place_replacements(
             result.placed += _at(names, replacement, found)
         elif _is_task_head(names, replacement):
             result.placed.append((replacement.target, replacement))
-            result.notes.append(f"{replacement.target}: not in the base, added")
+            message = f"{replacement.target}: not in the base, added"
+            result.findings.append(Finding("tensor-added", "note", replacement.target, message))
         else:
             missing.append(replacement.target)
     return result

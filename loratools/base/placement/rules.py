@@ -1,13 +1,17 @@
-"""Facts about names and layouts, as tables; those about embeddings are in `base.facts`.
+"""Facts about names and layouts, as tables; those about tied embeddings are in `base.tied`.
 
 Source: transformers 5.23, `conversion_mapping.py` (what it renames when it loads and saves), the
 modelling files (order of outputs in fused projections), and torch's
-`nn.MultiheadAttention`. A model type that is not listed has no rule; nothing here is a default.
+`nn.MultiheadAttention`. How model types hold stacked experts is generated
+(`checkpoints.expert_classes`). A model type that is not listed has no rule; nothing here is a
+default.
 """
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
+
+from loratools_formats.checkpoints import expert_classes
 
 NEUTRAL = frozenset(
     {"base_model", "model", "module", "transformer", "language_model", "text_model", "backbone"}
@@ -80,23 +84,26 @@ LINEAR_TYPES = frozenset(
 )  # fmt: skip
 """Model types all of whose projections are `nn.Linear`, stored as (out, in)."""
 
-TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+_STORED_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+"""Types whose class transposes what checkpoints hold, if it lies the other way round."""
+
+_NOT_IN_TABLE = frozenset({"dots1", "qwen3_5_moe", "qwen3_omni_moe"})
+"""Types of straight experts whose configuration the table does not name or cannot make."""
+
+TRANSPOSED_EXPERTS = expert_classes.MARKED | {"aria"}
 """Stacked experts whose class says `is_transposed`: (E, in, out)."""
 
+UNMARKED_TRANSPOSED = (expert_classes.TRANSPOSED - expert_classes.MARKED) | {"llama4"}
+"""Stacked experts that are (E, in, out) though their class does not say so."""
+
 STRAIGHT_EXPERTS = (
-    _MIXTRAL
-    | _GRANITE
-    | {
-        "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe",
-        "hunyuan_v1_moe", "jamba", "llama4", "llama4_text", "olmoe", "qwen2_moe", "qwen3_moe",
-        "qwen3_next", "qwen3_omni_moe", "qwen3_5_moe",
-    }
-)  # fmt: skip
-"""Stacked experts whose class does not, so that PEFT reads them as (E, out, in).
+    expert_classes.STRAIGHT | UNMARKED_TRANSPOSED | _MIXTRAL | _GRANITE | _NOT_IN_TABLE
+) - _STORED_EITHER_WAY
+"""Stacked experts whose class does not, so that PEFT reads them as (E, out, in)."""
 
-Not `qwen3_vl_moe`, whose checkpoints are stored either way."""
-
-HALVED_EXPERTS = STRAIGHT_EXPERTS | {"aria", "aria_text", "qwen3_vl_moe"}
+HALVED_EXPERTS = (
+    STRAIGHT_EXPERTS | _STORED_EITHER_WAY | {"aria", "aria_text"}
+) - expert_classes.ALTERNATING
 """Stacked `gate_up_proj` holds all gate outputs, then all up outputs; gpt-oss alternates them."""
 
 

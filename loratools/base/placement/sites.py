@@ -6,15 +6,21 @@ import re
 from dataclasses import dataclass
 
 from loratools.base.placement import rules
-from loratools.base.placement.fused import STACKED_GLU, FusedPart, fusions
+from loratools.base.placement.fused import HALVES, STACKED_GLU, FusedPart, fusions
 from loratools.base.placement.names import Names
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>[a-z0-9_]+)")
+_NUMBERED = re.compile(r"\bexperts\.(\d{1,6})\.")
 _STACKED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
     "down_proj": ("down_proj", None),
+    "w1": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "w2": ("down_proj", None),
 }
+_LISTED = re.compile(r"(?P<stack>.+\.experts)\.(?P<leaf>gate_up|down)_projs\.(?P<index>\d{1,6})")
+"""Experts of gpt-oss as lists of layers, as Unsloth's four-bit copies have them."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,11 @@ class Site:
     part: FusedPart | None = None
     share: tuple[int, int] | None = None
     plane: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensor is all of the module's weight, and no more."""
+        return self.part is None and self.share is None and self.plane is None
 
 
 def sites(names: Names, module: str, leaf: str) -> list[Site]:
@@ -62,10 +73,17 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
     keys = [key for key in found if key is not None]
     if parts and len(keys) == len(parts):
         return [Site(key, share=(i, len(keys))) for i, key in enumerate(keys)]
-    return _in_stack(names, module) if leaf == "weight" else []
+    if leaf != "weight":
+        return []
+    return _in_class(names, module) or _in_stack(names, module)
 
 
 def _in_stack(names: Names, module: str) -> list[Site]:
+    listed = _LISTED.fullmatch(names.spelling(module))
+    if listed is not None:
+        key = names.find(f"{listed['stack']}.{listed['leaf']}_proj")
+        is_stack = key is not None and len(names.tensors[key].shape) == 3
+        return [Site(key, plane=int(listed["index"]))] if key is not None and is_stack else []
     match = _EXPERT.fullmatch(names.spelling(module))
     if match is None or match["leaf"] not in _STACKED:
         return []
@@ -76,3 +94,21 @@ def _in_stack(names: Names, module: str) -> list[Site]:
         return []
     part = None if half is None else FusedPart(stack, STACKED_GLU, half)
     return [Site(key, part=part, plane=int(match["index"]))]
+
+
+def _in_class(names: Names, module: str) -> list[Site]:
+    """Return where the class puts the weight of an expert that older releases kept apart."""
+    named = names.in_class(f"{module}.weight")
+    if named is None or named.rule is None:
+        return []
+    index = _NUMBERED.search(module)
+    kinds = [operation for operation, _ in named.rule.operations]
+    shape = names.tensors[named.name].shape if named.name in names.tensors else ()
+    if index is None or len(shape) != 3 or kinds[:1] != ["MergeModulelist"]:
+        return []
+    if kinds == ["MergeModulelist"]:
+        return [Site(named.name, plane=int(index[1]))]
+    if kinds != ["MergeModulelist", "Concatenate"] or len(named.rule.sources) != 2:
+        return []
+    part = FusedPart(named.name, HALVES, named.source)
+    return [Site(named.name, part=part, plane=int(index[1]))]

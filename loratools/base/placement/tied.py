@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loratools.base.facts import Tie, find_tie, shared_embeddings
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import whole_is_transposed
+from loratools.base.tied import Tie, find_tie, shared_embeddings
 from loratools_formats.checkpoints.facts import HEAD_BIASES
 from loratools_formats.core.adapter import Adapter, LowRank, Replacement
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import have_same_bits
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -28,8 +29,9 @@ class TiedChanges:
     Attributes:
         deltas: changes of the weight, or of the two it becomes.
         replacements: what replaces it, or them.
-        untied: the new tensor and the one it begins as a copy of, if they part.
-        notes: what a user should know.
+        untied: maps the new output-layer tensor to the embedding it is copied from, if they must
+            differ.
+        findings: what a user should know.
         modules: modules of the adapter that are dealt with.
         replaced: replacements of the adapter, by key, that are dealt with.
     """
@@ -37,7 +39,7 @@ class TiedChanges:
     deltas: tuple[Placement, ...] = ()
     replacements: tuple[tuple[str, Replacement], ...] = ()
     untied: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     modules: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
 
@@ -59,7 +61,7 @@ def tied_changes(names: Names, adapter: Adapter) -> TiedChanges:
         UnsupportedError: more than two layers share the weight, or the checkpoint holds both.
     """
     _refuse_shared_encoder(names, adapter)
-    tie = find_tie(names, task=adapter.config.get("task_type"))
+    tie = find_tie(names, adapter=adapter)
     if tie is None:
         return TiedChanges()
     embedding = _end(names, adapter, tie.embedding)
@@ -170,9 +172,10 @@ def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _
     modules = (embedding.modules + head.modules)[:1]
     wholes = (embedding.whole + head.whole)[:1]
     rows = (embedding.rows + head.rows)[:1]
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     if modules:
-        notes = (f"{tie.embedding}: embedding and output layer stay tied, both changed alike",)
+        message = f"{tie.embedding}: embedding and output layer stay tied, both changed alike"
+        findings = (Finding("stays-tied", "note", tie.embedding, message),)
     return TiedChanges(
         tuple(
             _placement(names, adapter, tie, key, module, wholes)
@@ -181,7 +184,7 @@ def _together(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _
         ),
         tuple((key, adapter.replacements[name]) for key in keys for name in wholes + rows),
         {},
-        notes,
+        findings,
         _modules(embedding, head),
         _replaced(embedding, head),
     )
@@ -215,7 +218,7 @@ def _apart(names: Names, adapter: Adapter, tie: Tie, embedding: _End, head: _End
         tuple(deltas),
         tuple(replacements),
         {tie.head: tie.embedding, **_untied_bias(names, tie)},
-        (note,),
+        (Finding("untied", "note", tie.head, note),),
         _modules(embedding, head),
         _replaced(embedding, head),
     )

@@ -25,7 +25,7 @@ class TorchStream:
     """A `torch.Generator("cpu").manual_seed(seed)`.
 
     Args:
-        seed: as given to torch, of which it uses the low 32 bits.
+        seed: as given to torch, which uses its low 32 bits.
     """
 
     def __init__(self, seed: int) -> None:
@@ -59,7 +59,7 @@ class TorchStream:
     def normal(self, shape: tuple[int, ...], deviation: float) -> Array:
         """Return what `torch.normal(0, deviation, shape)` gives, in float32, to rounding.
 
-        Fewer than 16 numbers are drawn in pairs. What is left of the last pair is dropped; torch
+        Fewer than 16 numbers are drawn in pairs. The rest of the last pair is dropped; torch
         would keep it for its next call of this kind.
         """
         count = math.prod(shape)

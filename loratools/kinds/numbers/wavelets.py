@@ -61,7 +61,7 @@ def scaling_filter(name: str) -> Array:
         name: as PEFT has it: `haar`, or a family and a number.
 
     Raises:
-        UnsupportedError: PEFT has it not, or cannot use it.
+        UnsupportedError: PEFT does not have it, or cannot use it.
     """
     family, number = name.rstrip("0123456789"), name[len(name.rstrip("0123456789")) :]
     order = int(number) if number else 0

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.base.repeated import stored_in, without_repeated
-from loratools.lowrank.rescale import folded
+from loratools.lowrank.rescale import folded, of_positive_scale
 from loratools.lowrank.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
 from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
+from loratools.operations.convert.class_names import in_target_names, uses_names
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
@@ -30,6 +31,7 @@ from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.factors import stored_as
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.metadata import without_training_data
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
@@ -44,7 +46,7 @@ class Conversion:
         exact: the same with no factor rounded, to compare with.
         target: the format to write.
         losses: what the target does not hold; `adapter` is without it.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     source: Adapter
@@ -52,7 +54,7 @@ class Conversion:
     exact: Adapter
     target: Format
     losses: tuple[Loss, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class SingleFileOptions:
     """How to write or read single-file adapters, whose names need resolving.
 
     Attributes:
-        names: names of an architecture in single files: sd1, sdxl, flux1, wan2, qwen_image,
+        names: names of an architecture in single files: auraflow, chroma, cosmos2, flux1, flux2,
+            hunyuan_video, krea2, ltx2, ltx_video, lumina2, qwen_image, sd1, sd3, sdxl, wan2,
             z_image, or a FILE.toml of yours.
         names_from: an adapter whose dotted names resolve flattened ones.
         component: part of a pipeline that names without one are of, or that is to be taken.
@@ -116,7 +119,7 @@ class SingleFileOptions:
     strip_training_metadata: bool = option(False, heading="Output")
 
     def record(self) -> dict[str, Any]:
-        """Return what is set, for an output's provenance."""
+        """Return the options that were given, for an output's provenance."""
         values = {
             "names": None if self.names is None else Path(self.names).name,
             "names_from": None if self.names_from is None else self.names_from.name,
@@ -156,13 +159,15 @@ def prepare(
     if not target.is_writable:
         raise UnsupportedError(f"format {target.name} can be read but not written")
     _check_dtype(target, context.dtype)
-    unused: tuple[str, ...] = ()
+    unused: tuple[Finding, ...] = ()
     if context.base is not None and not _uses_base(get_format(adapter.format), target):
-        unused = (f"converting {adapter.format} to {target.name} needs no base model",)
+        message = f"converting {adapter.format} to {target.name} needs no base model"
+        unused = (Finding("base-unused", "note", None, message),)
         context = replace(context, base=None)
     if adapter.format != target.name:
         adapter.require_true_delta("convert", target.caveats_kept)
     model = _in_model_terms(adapter, target, context)
+    model = model if single.as_it_is else _with_positive_scales(model)
     if target.name == "gguf" and context.base is not None and model.replacements:
         model = without_repeated(model, stored_in(context.base))
     lost = [] if single.as_it_is else _lost_by_any_name(model, target)
@@ -182,7 +187,7 @@ def prepare(
             if losses[0].remedy
             else "Pass `allow_lossy=True` to leave such things out",
         )
-    _refuse_nothing(model, adapter, target)
+    _refuse_nothing(model, adapter, target, losses)
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
     exact, made = _translated(model, named, target, context, single)
@@ -199,17 +204,25 @@ def prepare(
         provenance=record,
         metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
     )
-    notes = (*unused, *_notes(adapter, made, target), *named.notes)
-    return Conversion(adapter, made, exact, target, losses, notes)
+    findings = (*unused, *_findings(adapter, made, target), *named.findings)
+    return Conversion(adapter, made, exact, target, losses, findings)
 
 
-def _refuse_nothing(model: Adapter, adapter: Adapter, target: Format) -> None:
+def _refuse_nothing(
+    model: Adapter, adapter: Adapter, target: Format, losses: tuple[Loss, ...]
+) -> None:
     if not (model.modules or model.replacements or model.shared):
+        why = f": {losses[0].name} {losses[0].reason}" if losses else ""
         raise UnsupportedError(
-            f"nothing would be left to write as {target.name}",
+            f"nothing would be left to write as {target.name}{why}",
             path=adapter.source,
             got=f"{len(adapter.modules)} modules",
         )
+
+
+def _with_positive_scales(adapter: Adapter) -> Adapter:
+    modules = {name: of_positive_scale(delta) for name, delta in adapter.modules.items()}
+    return replace(adapter, modules=modules)
 
 
 def _check_dtype(target: Format, dtype: str | None) -> None:
@@ -265,30 +278,39 @@ def _named(
     if single.as_it_is or (naming is None and get_format(adapter.format).naming is None):
         return Renamed(adapter)
     dotted: list[str] = []
+    base: tuple[str, ...] = ()
     if context.base is not None and naming is not None:
-        dotted += names_of_base(context.base, single.component)
+        base = tuple(names_of_base(context.base, single.component))
+        dotted += base
     if single.names_from is not None:
         dotted += names_of_adapter(single.names_from)
     table = None if single.names is None else find_table(single.names)
-    return renamed(adapter, naming or "bare", NamingOptions(table, tuple(dotted), single.component))
+    options = NamingOptions(table, tuple(dotted), base, single.component)
+    return renamed(adapter, naming or "bare", options)
 
 
 def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
     source = get_format(adapter.format)
-    return adapter if source.name == target.name else source.to_model(adapter, context)
+    model = adapter if source.name == target.name else source.to_model(adapter, context)
+    if uses_names(source.name, target.name):
+        return in_target_names(model, target.name, context.base)
+    return model
 
 
 def _uses_base(source: Format, target: Format) -> bool:
     """Return whether a base model has a part in a conversion between two formats."""
+    if uses_names(source.name, target.name):
+        return True
     is_other = source.name != target.name
     return (source.uses_base or target.uses_base) and (is_other or target.naming is not None)
 
 
-def _notes(adapter: Adapter, made: Adapter, target: Format) -> tuple[str, ...]:
+def _findings(adapter: Adapter, made: Adapter, target: Format) -> tuple[Finding, ...]:
     if target.is_folder or not adapter.attachments:
-        return made.remarks
+        return made.notices
     names = ", ".join(sorted(adapter.attachments))
-    return (*made.remarks, f"a {target.name} file has no place for {names}")
+    message = f"a {target.name} file has no place for {names}"
+    return (*made.notices, Finding("attachments-left-out", "note", None, message))
 
 
 class _TooInexactError(Exception):

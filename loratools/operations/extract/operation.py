@@ -25,13 +25,14 @@ from loratools.work.provenance import operation_record
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How the base model is named in what is written.
+    """How the output names the base model.
 
     Attributes:
         base_name: name to record as the base model's.
@@ -48,13 +49,13 @@ class Difference:
         adapter: full differences by module, and replacements.
         unchanged: number of tensors that are the same.
         skipped: tensors that changed and were not selected.
-        notes: what the user should know.
+        findings: what a user should know.
     """
 
     adapter: Adapter
     unchanged: int
     skipped: tuple[str, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def difference(
@@ -120,7 +121,7 @@ def difference(
         config=comparison.config(modules, base_name),
         base_model=base_name,
     )
-    return Difference(adapter, unchanged, tuple(skipped), tuple(comparison.notes))
+    return Difference(adapter, unchanged, tuple(skipped), tuple(comparison.findings))
 
 
 def _deltas(pairs: Iterable[Pair]) -> dict[str, ModuleChange]:

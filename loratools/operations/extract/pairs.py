@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loratools.base.facts import find_tie, shared_embeddings
 from loratools.base.placement import rules
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
+from loratools.base.placement.orient import stack_is_transposed
+from loratools.base.tied import find_tie, shared_embeddings
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import (
@@ -27,6 +28,7 @@ from loratools_formats.checkpoints.facts import (
 )
 from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange, Replacement
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import named_conv1d
 from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -119,7 +121,7 @@ class Comparison:
         self._selection = selection
         self._other_form = {name for name in before.kept if before.known}
         self._names = Names(self.base)
-        self.notes: list[str] = []
+        self.findings: list[Finding] = []
         self._tie = find_tie(self._names, guess_head=True)
         self._shared = shared_embeddings(self._names)
 
@@ -177,11 +179,14 @@ class Comparison:
         """
         module = key.rpartition(".")[0]
         if self._is_tied_copy(key, here):
-            self.notes.append(f"{key} is tied in the {other} checkpoint and not compared")
+            message = f"{key} is tied in the {other} checkpoint and not compared"
+            self.findings.append(Finding("tied-skipped", "note", key, message))
         elif _BUFFER.search(key):
-            self.notes.append(f"{key} is a buffer that the {other} checkpoint lacks; left out")
+            message = f"{key} is a buffer that the {other} checkpoint lacks; left out"
+            self.findings.append(Finding("buffer-skipped", "note", key, message))
         elif module not in self._selection:
-            self.notes.append(f"{key}, which the {other} checkpoint lacks, is left out as asked")
+            message = f"{key}, which the {other} checkpoint lacks, is left out as asked"
+            self.findings.append(Finding("one-sided-skipped", "note", key, message))
         elif self._is_head(module) and other == "base":
             raise UnsupportedError(
                 "the tuned checkpoint has an output layer of its own, the base's is tied to its "
@@ -240,8 +245,14 @@ class Comparison:
             return Pair(key, old, new, "none")
         if dims > 2:
             return Pair(key, old, new, "layer", Layer("conv", kernel=old.shape[2:]))
+        return self._matrix(key, old, new)
+
+    def _matrix(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
+        module = key.rpartition(".")[0]
         if is_embedding(module):
             return Pair(key, old, new, "layer", Layer("embedding"), transposed=True)
+        if self._names.is_bare(key):
+            return Pair(key, old, new, "layer", Layer("linear", parameters=(key,)))
         transposed = is_conv1d(key, self.base.config)
         if not transposed and "model_type" not in self.base.config:
             self._refuse_unknown_layout(key, module)
@@ -266,7 +277,9 @@ class Comparison:
         if not transposed and not types & rules.STRAIGHT_EXPERTS:
             hint = "The model type does not tell how experts lie; leave them out with `exclude`"
             return Pair(key, old, new, "none", hint=hint)
-        layer = Layer("experts", parameters=(key,), transposed_if_square=transposed)
+        lies = stack_is_transposed(self._names, key)
+        swapped = None if lies is None else lies != transposed
+        layer = Layer("experts", (), (key,), transposed_if_square=transposed, swapped=swapped)
         return Pair(key, old, new, "layer", layer, transposed)
 
     def _refuse_unknown_layout(self, key: str, module: str) -> None:

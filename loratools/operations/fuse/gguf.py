@@ -44,9 +44,11 @@ from loratools_formats.containers.gguf.model import ModelLayout, decoded
 from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.files import check_target
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
-from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
-from loratools_formats.disk.publish import publish_file, resolved
+from loratools_formats.disk.files import create, write_at
+from loratools_formats.disk.provenance import PREDICATE_TYPE, PROVENANCE_FILE, statement_of_one
+from loratools_formats.disk.publish import publish_with, resolved
 
 Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Fallback = Literal["f16", "q8_0"]
@@ -107,8 +109,8 @@ class GgufFusion:
         }
         refuse_nothing(self.plans.values(), self.inputs)
         touched = [base.tensors[name] for name in self.plans]
-        read = dict.fromkeys(note for item in inputs for note in item.adapter.remarks)
-        self.notes = (*read, *_fallback_notes(touched, kinds, options), *_joined_notes(base))
+        read = dict.fromkeys(notice for item in inputs for notice in item.adapter.notices)
+        self.findings = (*read, *_fallbacks(touched, kinds, options), *_joined(base))
 
     def _plan(self, name: str, changes: Sequence[WeightedChange]) -> TensorPlan:
         source = decoded(self.base.tensors[name])
@@ -126,7 +128,7 @@ class GgufFusion:
             len(self.base.tensors),
             self.layout.nbytes,
             1,
-            self.notes,
+            self.findings,
         )
 
     def write(
@@ -148,7 +150,8 @@ class GgufFusion:
         check_target(output, self._sources(), overwrite=overwrite)
         self._refuse_part(output)
         check_space(resolved(output).parent, self.layout.nbytes)
-        with publish_file(output, overwrite=overwrite) as temporary:
+        marks = {PROVENANCE_FILE: PREDICATE_TYPE.encode()}
+        with publish_with(output, marks, overwrite=overwrite) as (temporary, beside):
             reports = self._fill(temporary, progress)
             refuse_erased(
                 reports,
@@ -160,17 +163,19 @@ class GgufFusion:
             refuse_rounded(reports, self.base.path, allow_lossy=self.options.allow_lossy)
             self.layout.check_written(temporary)
             self._check_unchanged()
-            digest = _header_digest(temporary, self.layout.data_start)
-        beside = Path(f"{os.fspath(output)}.{PROVENANCE_FILE}")
-        with publish_file(beside, overwrite=True) as temporary:
-            temporary.write_bytes(statement(self._record(), [Path(output)], lambda _: digest))
+            beside[PROVENANCE_FILE] += statement_of_one(
+                self._record(),
+                Path(output),
+                temporary,
+                lambda place: _header_digest(place, self.layout.data_start),
+            )
         return FuseResult(
             tensors=reports,
             copied=len(self.base.tensors) - len(self.plans),
             converted=0,
             nbytes=self.layout.nbytes,
             shards=(Path(output).name,),
-            notes=self.notes,
+            findings=self.findings,
             left_out=(),
         )
 
@@ -220,7 +225,7 @@ class GgufFusion:
         self, path: Path, progress: Callable[[int, int], None] | None
     ) -> tuple[TensorReport, ...]:
         device = Device(self.options.device)
-        out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        out = create(path)
         reports, done = [], 0
         try:
             self.layout.write_header(out)
@@ -248,10 +253,7 @@ class GgufFusion:
 
         def store(start: int, values: Array) -> None:
             place = offset + start // kind.block * kind.block_nbytes
-            view = memoryview(values.reshape(-1).view(np.uint8).data)
-            while view:
-                written = os.pwrite(out, view, place)
-                view, place = view[written:], place + written
+            write_at(out, place, memoryview(values.reshape(-1).view(np.uint8).data))
 
         if kind.is_float:
             return fuse_tensor(plan, device, store)
@@ -312,12 +314,12 @@ def _kind(tensor: GgufTensor, options: GgufFuseOptions) -> GgmlType:
     return BY_NAME["F16"]
 
 
-def _fallback_notes(
+def _fallbacks(
     tensors: Sequence[GgufTensor], kinds: Mapping[str, GgmlType], options: GgufFuseOptions
-) -> tuple[str, ...]:
-    """Return a note for each type that became another than the one asked for."""
+) -> list[Finding]:
+    """Return a finding for each type that became another than the one asked for."""
     found = Counter((t.kind.name, _wanted(t, options).name, kinds[t.name].name) for t in tensors)
-    notes = []
+    findings = []
     for (old, wanted, new), count in sorted(found.items()):
         if new != wanted:
             reason = (
@@ -326,13 +328,14 @@ def _fallback_notes(
                 else f"{wanted} cannot be written again"
             )
             many = "s" * (count > 1)
-            notes.append(f"{count} tensor{many} of type {old} became {new}, since {reason}")
-    return tuple(notes)
+            message = f"{count} tensor{many} of type {old} became {new}, since {reason}"
+            findings.append(Finding("type-fallback", "note", None, message))
+    return findings
 
 
-def _joined_notes(base: GgufModel) -> tuple[str, ...]:
-    count = len(base.parts)
-    return (f"the {count} parts of the model became one file",) if count > 1 else ()
+def _joined(base: GgufModel) -> list[Finding]:
+    message = f"the {len(base.parts)} parts of the model became one file"
+    return [Finding("parts-joined", "note", None, message)] if len(base.parts) > 1 else []
 
 
 def _header_digest(path: Path, nbytes: int) -> Mapping[str, str]:

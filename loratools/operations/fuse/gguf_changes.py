@@ -1,6 +1,6 @@
 """Where an adapter's changes go in a GGUF model.
 
-What is a product of thin factors takes the way of `convert`: rows of B are put into llama.cpp's
+A product of thin factors is translated as by `convert`: rows of B are put into llama.cpp's
 order. DoRAs, rotations and whatever else depends on the weight are computed on the module's weight
 as transformers has it, with the rows of llama.cpp's tensors put back in order; then each tensor
 takes its rows of the result.
@@ -77,7 +77,7 @@ def _refuse_scaled(name: str, base: GgufModel) -> None:
 
 
 def _in_model_terms(adapter: Adapter, base: GgufModel) -> Adapter:
-    """Return an adapter with the base model's names, or one of GGUF as it is."""
+    """Return an adapter with the base model's names; one of GGUF is returned unchanged."""
     target = get_format("gguf")
     if adapter.format == target.name:
         return adapter

@@ -23,6 +23,7 @@ from loratools.base.dequantised import (
     DequantisedCheckpoint,
     as_stored,
     dequantised,
+    dequantised_metadata,
     is_stored_plain,
 )
 from loratools.folding.without_base import folded_where_exact
@@ -38,6 +39,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 BaseMode = Literal["dequant", "original"]
@@ -94,7 +96,7 @@ class FuseResult:
         converted: number of tensors that no adapter changes, stored in another type than before.
         nbytes: size of the weight files.
         shards: their names.
-        notes: what a user should know.
+        findings: what a user should know.
         left_out: files of the base that were not carried over.
     """
 
@@ -103,12 +105,12 @@ class FuseResult:
     converted: int
     nbytes: int
     shards: tuple[str, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
     left_out: tuple[str, ...]
 
     @property
     def relative_change(self) -> float | None:
-        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if none is touched."""
+        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if no tensor is touched."""
         base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
         delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
         if not base:
@@ -117,7 +119,7 @@ class FuseResult:
 
     @property
     def surviving(self) -> float | None:
-        """Share of ΔW that survives four bits, over all weights stored so; None if none is."""
+        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
         return surviving(self.tensors)
 
     @property
@@ -137,7 +139,7 @@ class FusePreview:
         total: number of tensors in all.
         nbytes: size of the weight files.
         files: their number.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     touched: tuple[TensorPlan, ...]
@@ -145,7 +147,7 @@ class FusePreview:
     total: int
     nbytes: int
     files: int
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def refuse_erased(
@@ -239,7 +241,12 @@ class Fusion:
         self._lock = threading.Lock()
         self.new = NewCheckpoint(
             base,
-            grouped(base, self._parts(), max_shard_bytes=options.max_shard_bytes),
+            grouped(
+                base,
+                self._parts(),
+                max_shard_bytes=options.max_shard_bytes,
+                metadata=dequantised_metadata(self._dequantised),
+            ),
             self._config(),
             self._record,
             tuple(item.adapter for item in self.inputs),
@@ -286,8 +293,8 @@ class Fusion:
         except AdapterError as error:
             raise unreadable from error
         except UnsupportedError as error:
-            tensor = error.tensor
-            if tensor not in base.tensors or tensor is None or is_stored_plain(base, tensor):
+            key = error.tensor
+            if key is None or key not in base.tensors or is_stored_plain(base, key):
                 raise
             raise unreadable from error
         touched = [tensor.key for tensor in plan.touched if tensor.key in base.tensors]
@@ -401,24 +408,25 @@ class Fusion:
             len(self.plan.tensors),
             self.new.nbytes,
             len(self.new.shards),
-            self.plan.notes,
+            self.plan.findings,
         )
 
     def _type_name(self, plan: TensorPlan) -> str:
         weight = self._dequantised.four_bit.get(plan.key) if self.options.requantize else None
         return plan.dtype.code if weight is None else weight.quant_type.upper()
 
-    def _notes(self) -> list[str]:
+    def _findings(self) -> list[Finding]:
         dropped = self._dequantised.dropped
         if not dropped or self.options.requantize:
             return []
-        return [
+        message = (
             f"weights are stored in 16 bits now; {len(dropped)} tensors that only said how they "
             "were quantised are left out"
             if self.options.dtype != "f32"
             else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
             "they were are left out"
-        ]
+        )
+        return [Finding("no-longer-quantised", "note", None, message)]
 
     def write(
         self,
@@ -458,6 +466,6 @@ class Fusion:
             converted=len(converted),
             nbytes=self.new.nbytes,
             shards=tuple(shard.name for shard in self.new.shards),
-            notes=(*self.plan.notes, *self._notes()),
+            findings=(*self.plan.findings, *self._findings()),
             left_out=left_out,
         )

@@ -12,6 +12,7 @@ from loratools.base.placement import BiasPlacement, Placement, Placements, place
 from loratools.folding.without_base import folded_where_exact, needs_base
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
+from loratools.operations.fuse.classifier import classifier_of
 from loratools.operations.fuse.draft import Draft, FuseInput, replace_values, with_replaced_rows
 from loratools.operations.fuse.streamed import (
     StreamedPlacement,
@@ -20,11 +21,13 @@ from loratools.operations.fuse.streamed import (
     streamed_placements,
 )
 from loratools.operations.fuse.terms import WeightedChange
+from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES
 from loratools_formats.checkpoints.facts import is_vocabulary, text_values, with_text_values
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import DTYPES, DType
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -73,7 +76,7 @@ class TensorPlan:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the bytes of its source are what is stored."""
+        """Whether the bytes of its source are stored unchanged."""
         return not self.changes and not self.replaces and self.dtype == self.source.dtype
 
     def old_values(self, start: int, values: Array) -> Array:
@@ -105,13 +108,13 @@ class FusePlan:
         base: the checkpoint, as plain tensors.
         tensors: every tensor of the output, new ones after the one they derive from.
         config: the new configuration, None if it stays.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     base: Checkpoint
     tensors: Mapping[str, TensorPlan]
     config: Mapping[str, Any] | None
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
     @property
     def touched(self) -> tuple[TensorPlan, ...]:
@@ -137,11 +140,9 @@ def plan_fuse(
         AdapterError: a module fits no tensor, adapters contradict each other, or shapes differ.
         UnsupportedError: an adapter's ΔW is not known, or the base's type cannot be added to.
     """
-    notes: list[str] = []
+    findings: list[Finding] = []
     placed = []
-    inputs = [
-        replace(item, adapter=named_for_base(ready(item.adapter, base), base)) for item in inputs
-    ]
+    inputs = [replace(item, adapter=_in_names_of(item.adapter, base)) for item in inputs]
     streamed: list[list[Placement | BiasPlacement | StreamedPlacement]] = []
     for item in inputs:
         placements = place(_without_streamed(item.adapter), base)
@@ -149,13 +150,14 @@ def plan_fuse(
         refuse_clashes(base, placements, weights)
         placed.append(placements)
         streamed.append([*weights, *biases])
-        notes += [note for note in placements.notes if note not in notes]
+        findings += [each for each in placements.findings if each not in findings]
         _refuse_weighted_replacement(item, placements)
         if item.weight < 0 and any(map(needs_base, item.adapter.modules.values())):
-            notes.append(
+            message = (
                 f"{item.name}: its change depends on the weights; a negative weight subtracts "
                 "that of these weights, and cannot take out one that is fused already"
             )
+            findings.append(Finding("negative-weight", "warning", item.name, message))
     untied = _untied(inputs, placed)
     drafts = {key: Draft(tensor) for key, tensor in base.tensors.items()}
     for new, origin in untied.items():
@@ -171,12 +173,18 @@ def plan_fuse(
     }
     widened = sum(plan.is_widened for plan in plans.values())
     if widened and dtype is None:
-        notes.append(f"weights in eight bits that change are stored as BF16: {widened}")
+        message = f"weights in eight bits that change are stored as BF16: {widened}"
+        findings.append(Finding("widened", "note", None, message))
     resized = _resized(base, plans)
     config = _config(base, untied=bool(untied), resized=resized, dtype=dtype)
+    classifier = classifier_of([item.adapter for item in inputs], base, plans)
+    if classifier is not None:
+        config = {**(config or base.config), **classifier.config}
+        findings.append(classifier.finding)
     if resized is not None:
-        notes.append(f"the vocabulary has {resized[1]} entries now, {resized[0]} before")
-    return FusePlan(base, plans, config, tuple(notes))
+        message = f"the vocabulary has {resized[1]} entries now, {resized[0]} before"
+        findings.append(Finding("vocabulary-resized", "note", None, message))
+    return FusePlan(base, plans, config, tuple(findings))
 
 
 def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
@@ -187,6 +195,12 @@ def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """
     adapter.require_true_delta("fuse")
     return with_replaced_rows(folded_where_exact(adapter, "fuse", None, base=base, dense=False))
+
+
+def _in_names_of(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter whose names lead to a checkpoint's tensors."""
+    named = named_for_base(ready(adapter, base), base)
+    return in_class_names([named], base)[0] if adapter.format == "mlx" else named
 
 
 def _without_streamed(adapter: Adapter) -> Adapter:
@@ -223,7 +237,7 @@ def _tensor_plan(
 
 
 def _own(base: Checkpoint, key: str, draft: Draft) -> DType:
-    """Return the type that a tensor is stored in if none is asked for: the base's."""
+    """Return the type in which a tensor is stored by default: the base's."""
     if key in base.tensors and draft.source.dtype.code in FLOATING:
         return base.tensors[key].dtype
     return draft.source.dtype

@@ -33,7 +33,7 @@ class Requantized:
     """One changed weight that is stored in four bits again, as it was before.
 
     Args:
-        plan: the weight as a plain tensor, with what is added.
+        plan: the dequantised weight, with what is added to it.
         weight: how it is stored.
         transposed: whether it is stored transposed, as Conv1D weights are.
         device: where products are computed.

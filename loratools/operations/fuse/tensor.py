@@ -34,8 +34,8 @@ class TensorReport:
         dtype: type it is stored in.
         base_norm: ‖W‖.
         delta_norm: ‖ΔW‖, that of the difference for a replacement.
-        rounding_norm: ‖W' − (W + ΔW)‖, W' being what is stored.
-        surviving: share of ΔW found in what is stored, ⟨W' − W, ΔW⟩/‖ΔW‖², where the result is
+        rounding_norm: ‖W' − (W + ΔW)‖, where W' is stored.
+        surviving: share of ΔW found in the stored tensor, ⟨W' − W, ΔW⟩/‖ΔW‖², where the result is
             quantised again; None otherwise.
         rounded: that share where the result is rounded to a floating type; None for others, and for
             replacements.
@@ -119,7 +119,7 @@ def _squared_norm(values: Array) -> float:
     found = float(np.dot(values, values))
     if _LEAST_SQUARES < found < math.inf:
         return found
-    wide = values.astype(np.float64)  # squares of values beyond 10^±19 are none of float32
+    wide = values.astype(np.float64)  # squares of values beyond 10^±19 leave the range of float32
     return float(np.dot(wide, wide))
 
 

@@ -1,4 +1,4 @@
-"""From placed deltas to what is added to which rectangle of which matrix of a stored tensor.
+"""From placed deltas to terms: what is added to which rectangle of which stored matrix.
 
 Stored tensors of any layout are seen as `planes` matrices of (rows, columns), row-major as they
 lie in the file: outputs are rows, or columns where the tensor is stored as (in, out). A delta
@@ -237,7 +237,7 @@ def _bias_terms(placement: BiasPlacement, weight: float, view: View) -> list[Ter
 
 
 def _picked(values: Array, spans: tuple[Span, ...]) -> Array:
-    """Return the listed rows of an array, all of them if none is listed."""
+    """Return the listed rows of an array; all of them if the list is empty."""
     if not spans:
         return values
     return np.concatenate([values[start:stop] for start, stop in spans])

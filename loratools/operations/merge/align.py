@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import (
     Adapter,
-    Layer,
     LowRank,
     ModuleChange,
 )
+from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 
@@ -54,11 +54,19 @@ class AlignedModule:
         return any(delta is not None and delta.is_dora for delta in self.deltas)
 
 
-def align(inputs: Sequence[MergeInput], *, force_base: bool = False) -> list[AlignedModule]:
+def align(
+    inputs: Sequence[MergeInput], *, force_base: bool = False, allow_missing: bool = False
+) -> list[AlignedModule]:
     """Return every module that any adapter has, in path order.
 
+    Args:
+        inputs: the adapters.
+        force_base: take adapters that name different base models.
+        allow_missing: take adapters that share few modules with the others, or none.
+
     Raises:
-        AdapterError: a module differs in shape or kind, or an adapter shares none with the others.
+        AdapterError: a module differs in shape or kind, or an adapter shares fewer than half of its
+            modules, and of the others', with them.
         OptionError: the adapters name different base models and `force_base` is false.
         UnsupportedError: an adapter replaces the weight of a DoRA.
     """
@@ -67,19 +75,32 @@ def align(inputs: Sequence[MergeInput], *, force_base: bool = False) -> list[Ali
     names = sorted({name for item in inputs for name in item.adapter.modules})
     if not names:
         raise AdapterError("the adapters have no modules to merge", path=inputs[0].adapter.source)
-    for item in inputs if len(inputs) > 1 else ():
-        others = {n for other in inputs if other is not item for n in other.adapter.modules}
-        if not others & set(item.adapter.modules):
-            raise AdapterError(
-                "an adapter shares no module with the others",
-                path=item.adapter.source,
-                got=next(iter(item.adapter.modules), "no modules"),
-                expected=f"such as {min(others, default='a module')}",
-                hint="Are they adapters of the same model, in the same naming?",
-            )
+    for item in inputs if len(inputs) > 1 and not allow_missing else ():
+        _check_names_meet(item, inputs)
     modules = [_aligned(name, inputs) for name in names]
     _check_weights({module.name for module in modules if module.needs_base}, inputs)
     return modules
+
+
+def _check_names_meet(item: MergeInput, inputs: Sequence[MergeInput]) -> None:
+    """Refuse an adapter whose names hardly meet the others': they may be other spellings.
+
+    One that adapts part of what the others do is ordinary.
+    """
+    own = set(item.adapter.modules)
+    others = {n for other in inputs if other is not item for n in other.adapter.modules}
+    shared = own & others
+    if own and 2 * len(shared) >= min(len(own), len(others)):
+        return
+    few = f"only {len(shared)} of its {len(own)} modules" if shared else "no module"
+    raise AdapterError(
+        f"an adapter shares {few} with the others",
+        path=item.adapter.source,
+        got=min(own - others, default="no modules"),
+        expected=f"such as {min(others - own, default='a module')}",
+        hint="Are they adapters of the same model, in the same naming? If so, and they adapt "
+        "different modules, pass `allow_missing=True`",
+    )
 
 
 def _check_weights(needing: set[str], inputs: Sequence[MergeInput]) -> None:
@@ -126,9 +147,9 @@ def _matched(name: str, whole: ModuleChange, first: LowRank, item: MergeInput) -
     if _is_pointwise(delta) and _is_pointwise(first) and delta.shape == first.shape:
         return whole.with_direction(replace(delta, layer=first.layer))
     if not whole.is_dora and delta.layer.kind == "experts":
-        transposed = _flipped(delta)
-        if _identity(transposed) == _identity(first):
-            return whole.with_direction(transposed)
+        turned = exchanged(delta)
+        if _identity(turned) == _identity(first):
+            return whole.with_direction(turned)
     raise AdapterError(
         "a module differs between the adapters",
         path=item.adapter.source,
@@ -148,23 +169,20 @@ def _is_pointwise(delta: LowRank) -> bool:
 
 def _identity(delta: LowRank) -> tuple[object, ...]:
     # Only for experts does the file's (out, in) depend on how the weight is stored.
-    transposed = delta.layer.kind == "experts" and delta.shape[0] == delta.shape[1]
-    turn = delta.layer.transposed_if_square if transposed else None
+    turned = delta.layer.kind == "experts" and delta.shape[0] == delta.shape[1]
+    turn = _turn(delta) if turned else None
     return delta.layer.kind, delta.layer.kernel, delta.shape, delta.experts, turn
+
+
+def _turn(delta: LowRank) -> object:
+    """Return which way round a square stack lies, as far as its file tells."""
+    layer = delta.layer
+    return ("swapped", layer.swapped) if layer.swapped is not None else layer.transposed_if_square
 
 
 def _described(delta: LowRank) -> str:
     experts = f", {delta.experts} experts" if delta.experts > 1 else ""
-    turn = delta.layer.transposed_if_square
+    turn = delta.layer.transposed_if_square if delta.layer.swapped is None else delta.layer.swapped
     stored = ", stored as (in, out)" if turn else ", stored either way" if turn is None else ""
     square = stored if experts and delta.shape[0] == delta.shape[1] else ""
     return f"{delta.layer.kind}, out {delta.shape[0]}, in {delta.shape[1]}{experts}{square}"
-
-
-def _flipped(delta: LowRank) -> LowRank:
-    """Return the transposed delta: PEFT before 0.19 stored experts the other way round."""
-    turn = delta.layer.transposed_if_square
-    layer: Layer = replace(delta.layer, transposed_if_square=None if turn is None else not turn)
-    return replace(
-        delta, a=delta.b.transposed((0, 2, 1)), b=delta.a.transposed((0, 2, 1)), layer=layer
-    )

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from loratools.operations.merge.elementwise import Flavor, MajoritySign, ties
+from loratools.operations.merge.elementwise import ties
 from loratools.operations.merge.methods import Method
+from loratools.operations.merge.sign_election import Flavor, MajoritySign
 from loratools.operations.merge.space import SharedSpace, lifted
 from loratools.operations.merge.tasks import DenseRows, Tasks
 

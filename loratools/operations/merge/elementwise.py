@@ -18,13 +18,11 @@ from typing import Any, Literal
 import numpy as np
 
 from loratools.operations.merge.methods import Method
-from loratools.operations.merge.tasks import Tasks
+from loratools.operations.merge.sign_election import Flavor, MajoritySign, elected
+from loratools.operations.merge.tasks import RowReader, Tasks
 from loratools_formats.disk.errors import OptionError
 
 Array = np.ndarray[Any, Any]
-RowReader = Callable[[int, int], Array]
-MajoritySign = Literal["total", "frequency"]
-Flavor = Literal["peft", "paper", "mergekit"]
 
 
 def _checked_density(density: float) -> float:
@@ -95,37 +93,6 @@ def _summed(rows: RowReader, weights: Array, scale: float) -> RowReader:
     return merged
 
 
-def _elected(
-    rows: RowReader,
-    weights: Array,
-    scale: float,
-    majority_sign: MajoritySign,
-    flavor: Flavor,
-    normalize: bool = True,
-) -> RowReader:
-    """Elect a sign for each entry and average the tasks that agree with it."""
-    factors = weights[:, None, None]
-
-    def merged(start: int, stop: int) -> Array:
-        entries = rows(start, stop).astype(np.float64)
-        weighted = factors * entries
-        voters = entries if flavor == "peft" else weighted
-        votes = voters if majority_sign == "total" else np.sign(voters)
-        sign = np.where(votes.sum(axis=0) >= 0.0, 1.0, -1.0)
-        agree = np.sign(voters) == sign
-        total = np.where(agree, weighted, 0.0).sum(axis=0)
-        divisor: Array = np.ones_like(total)
-        if normalize and flavor == "mergekit":
-            divisor = np.where(agree, factors, 0.0).sum(axis=0)
-            divisor[divisor == 0.0] = 1.0
-        elif normalize:
-            divisor = np.maximum(agree.sum(axis=0), 1)
-        result: Array = scale * total / divisor
-        return result
-
-    return merged
-
-
 def ties(
     tasks: Tasks,
     weights: Array,
@@ -136,7 +103,7 @@ def ties(
     lambda_: float = 1.0,
 ) -> RowReader:
     """Trim to the largest entries, elect signs, average what agrees."""
-    return _elected(_top(tasks, density, flavor), weights, lambda_, majority_sign, flavor)
+    return elected(_top(tasks, density, flavor), weights, lambda_, majority_sign, flavor)
 
 
 def magnitude_prune(
@@ -175,7 +142,7 @@ def dare_ties(
     """Drop entries at random, rescale, elect signs, combine what agrees."""
     rows = _bernoulli(tasks, density, flavor)
     normalize = flavor != "mergekit"
-    return _elected(rows, weights, lambda_, majority_sign, flavor, normalize)
+    return elected(rows, weights, lambda_, majority_sign, flavor, normalize)
 
 
 def della(
@@ -193,7 +160,7 @@ def della(
     The i-th smallest of n entries of a row is kept with p = density − ε + 2ε(i−1)/(n−1).
     """
     if _checked_density(density) >= 1.0:
-        return _elected(tasks.block, weights, lambda_, majority_sign, flavor)
+        return elected(tasks.block, weights, lambda_, majority_sign, flavor)
     if not 0.0 < density - epsilon <= density + epsilon < 1.0:
         raise OptionError(
             "density ± epsilon must stay inside (0, 1)", got=f"{density:g} ± {epsilon:g}"
@@ -206,7 +173,7 @@ def della(
         return result
 
     rows = _dropped(tasks, chances, "l1" if flavor == "mergekit" else "chance")
-    return _elected(rows, weights, lambda_, majority_sign, flavor)
+    return elected(rows, weights, lambda_, majority_sign, flavor)
 
 
 def breadcrumbs(

@@ -46,7 +46,7 @@ def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None
 
 
 def _scaled_parts(module: AlignedModule, merged: MergedModule) -> list[tuple[float, LowRank]]:
-    """Return what is summed, with its factor; nothing where one factor does not do for all."""
+    """Return the summed factors, each with its number; none if experts have different numbers."""
     shares = merged.coefficients
     if shares is None or merged.pairs is None or (shares != shares[0]).any():
         return []
@@ -79,6 +79,8 @@ def joined_exactly(
     if not pairs:
         return None
     scale = abs(pairs[0][0])
+    if scale == 0.0:
+        return None
     ratios = [factor / scale for factor, _ in pairs]
     if ratios == [1.0]:
         return replace(pairs[0][1], scale=scale)

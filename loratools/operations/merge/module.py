@@ -29,13 +29,19 @@ from loratools.lowrank.matrices import loaded
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.methods import Method
 from loratools.operations.merge.space import lifted, shared_space
-from loratools.operations.merge.tasks import DenseRows, FactorRows, TaskRows, Tasks, ZeroRows
+from loratools.operations.merge.tasks import (
+    DenseRows,
+    FactorRows,
+    RowReader,
+    TaskRows,
+    Tasks,
+    ZeroRows,
+)
 from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 Array = np.ndarray[Any, Any]
 Space = Literal["full", "core"]
-RowReader = Callable[[int, int], Array]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from loratools.naming.places import module_key
 from loratools.naming.rename import NamingOptions, renamed
+from loratools.naming.together import in_one_spelling
 from loratools.operations.merge.align import MergeInput
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
@@ -24,9 +25,20 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
         AdapterError: names that nothing resolves, or a component of which adapters share nothing.
         OptionError: names that fit several architectures, or have no component.
     """
-    target = get_format(inputs[0].adapter.format).naming
+    target = get_format(inputs[0].adapter.format).naming if inputs else None
     if target is None:
         return list(inputs)
+    single = [item for item in inputs if get_format(item.adapter.format).naming is not None]
+    alike = in_one_spelling([item.adapter for item in single])
+    if alike is not None:
+        spelled = iter(alike)
+        inputs = [
+            item
+            if get_format(item.adapter.format).naming is None
+            else replace(item, adapter=next(spelled))
+            for item in inputs
+        ]
+        return _with_shared_components(inputs)
     if target == "safetensors":
         return _with_shared_components(inputs)
     result = [inputs[0]]

@@ -18,7 +18,7 @@ from loratools_formats.disk.errors import OptionError
 
 @dataclass(frozen=True)
 class Override:
-    """What is different for modules whose path a regular expression is found in.
+    """Other weights or parameters for the modules whose path a regular expression finds.
 
     Attributes:
         match: the regular expression.
@@ -114,6 +114,7 @@ class MergeOptions:
             first match decides.
         replacements: settle clashing saved modules: first, average or an adapter's name.
         force_base: merge adapters that name different base models.
+        allow_missing: merge adapters that share few modules or none; what one lacks counts as zero.
     """
 
     method: str = option("linear", heading="Method")
@@ -130,6 +131,7 @@ class MergeOptions:
     )
     replacements: str | None = option(None, heading="Method", metavar="WHICH")
     force_base: bool = option(False, heading="Input")
+    allow_missing: bool = option(False, heading="Input")
 
     def record(self) -> dict[str, Any]:
         """Return what determines the output's bytes, for its provenance."""

@@ -37,6 +37,7 @@ from loratools.work.selection import check_regex
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
+from loratools_formats.disk.provenance import MADE_HERE
 
 RECIPE_FILE = "recipe.yaml"
 _VERSION = 1
@@ -180,6 +181,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             "replacements": False,
             "base": False,
             "force_base": False,
+            "allow_missing": False,
         },
     )
     if type(fields["version"]) is not int or fields["version"] != _VERSION:
@@ -193,9 +195,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
     space = fields.get("space", "full")
     if space not in ("full", "core"):
         raise _fail("$.space", "is wrong", got=space, expected="full or core")
-    force = fields.get("force_base", False)
-    if not isinstance(force, bool):
-        raise _fail("$.force_base", "must be true or false", got=force)
+    allowed = {name: _switch(fields, name) for name in ("force_base", "allow_missing")}
     name = _text(fields["method"], "$.method")
     method: Method = _placed("$.method", lambda: get_method(name))
     base = fields.get("base")
@@ -211,11 +211,18 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             for index, item in enumerate(_list(fields.get("overrides", []), "$.overrides"))
         ),
         replacements=None if policy is None else _text(policy, "$.replacements"),
-        force_base=force,
+        **allowed,
     )
     return Recipe(
         tuple(adapters), options, None if base is None else folder / _text(base, "$.base")
     )
+
+
+def _switch(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise _fail(f"$.{name}", "must be true or false", got=value)
+    return value
 
 
 def _adapter(value: Any, place: str, folder: Path) -> RecipeAdapter:
@@ -325,10 +332,10 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
         content["replacements"] = options.replacements
     if recipe.base is not None:
         content["base"] = _relative(recipe.base, folder)
-    if options.force_base:
-        content["force_base"] = True
+    switches = {name: getattr(options, name) for name in ("force_base", "allow_missing")}
+    content |= {name: True for name, on in switches.items() if on}
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return text.encode()
+    return MADE_HERE + b"\n" + text.encode()
 
 
 def _shown(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class MergeResult:
         relative_error: over all modules together.
         factor_residual: for `fedex`, how far the product of averaged factors would be from the
             averaged product; None for other methods or where factors cannot be averaged.
+        left_out: paths of modules in which every adapter that has them has weight 0.
     """
 
     adapter: Adapter
@@ -46,3 +47,4 @@ class MergeResult:
     energy: float
     relative_error: float
     factor_residual: float | None
+    left_out: tuple[str, ...] = ()

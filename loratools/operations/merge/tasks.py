@@ -19,6 +19,8 @@ from loratools.algebra.streamed_svd import row_spans
 
 Array = np.ndarray[Any, Any]
 Score = Callable[[int, int], Array]
+RowReader = Callable[[int, int], Array]
+"""Returns rows [start, stop) of a merged ΔW."""
 
 _HIGH_BITS = 15
 

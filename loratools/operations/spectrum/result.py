@@ -115,8 +115,8 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something that stands out. It is a statistic, and no verdict.
+class Observation:
+    """Something that stands out in an adapter: a statistic, and no verdict.
 
     Attributes:
         kind: what, in one word.
@@ -150,7 +150,7 @@ class SpectrumResult:
 
     source: str | None
     matrices: tuple[MatrixReport, ...] = named("modules")
-    findings: tuple[Finding, ...]
+    findings: tuple[Observation, ...]
     choices: tuple[RankChoice, ...]
     suggestions: tuple[Suggestion, ...]
     layers: dict[str, float]

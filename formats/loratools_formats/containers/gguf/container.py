@@ -206,6 +206,8 @@ def _read(file: RegularFile) -> GgufFile:
         key = cursor.string(_MAX_KEY_BYTES)
         if not key or key in keys:
             raise AdapterError(f"key {key} is listed twice" if key else "key is empty")
+        if key.startswith(_RESERVED):
+            raise AdapterError(f"key {key} is reserved for readers", path=file.path)
         keys[key] = _value(cursor, key)
     alignment = _alignment(keys)
     infos: dict[str, tuple[GgmlType, tuple[int, ...], int]] = {}
@@ -229,6 +231,10 @@ def _check_count(what: str, count: int, limit: int, smallest: int, cursor: Curso
         raise AdapterError(
             f"too many {what} in the GGUF header", got=count, expected=f"at most {most}"
         )
+
+
+_RESERVED = "GGUF."
+"""gguf-py gives keys that begin so to the fields of the file's head."""
 
 
 def _value(cursor: Cursor, key: str) -> KeyValue:

@@ -1,6 +1,6 @@
 """The values in a GGUF header, taken one after another from a file that may be hostile.
 
-Lengths are checked against what is left of the file before anything is read or allocated.
+Lengths are checked against the rest of the file before anything is read or allocated.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class GgmlType:
         code: number in the file.
         name: as ggml calls it.
         block: elements that are stored together; a row must be a multiple of it.
-        block_nbytes: bytes of such a block.
+        block_nbytes: bytes of a block.
     """
 
     code: int

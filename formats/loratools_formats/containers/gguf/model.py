@@ -19,6 +19,7 @@ from loratools_formats.containers.gguf.splits import SPLIT_KEYS, GgufModel
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import OutputError
+from loratools_formats.disk.files import write_at
 
 _START_BYTES = 24
 
@@ -103,15 +104,12 @@ class ModelLayout:
         first = self.base.first
         start = MAGIC + struct.pack("<IQQ", first.version, len(self.base.tensors), len(self._keys))
         os.ftruncate(out, self.nbytes)
-        os.pwrite(out, start, 0)
+        write_at(out, 0, memoryview(start))
         position = _START_BYTES
         for begin, end in self._keys.values():
             first.file.copy_at(begin, end - begin, out, position)
             position += end - begin
-        view = memoryview(self._infos)
-        while view:
-            written = os.pwrite(out, view, position)
-            view, position = view[written:], position + written
+        write_at(out, position, memoryview(self._infos))
 
     def copy_tensor(self, name: str, out: int) -> None:
         """Copy a tensor that keeps its type."""

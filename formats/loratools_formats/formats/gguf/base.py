@@ -57,7 +57,7 @@ class Base:
 
 
 def read_base(path: Path) -> Base:
-    """Read what is needed of a base model: a folder with config.json, or a GGUF file.
+    """Read the needed facts of a base model: a folder with config.json, or a GGUF file.
 
     Raises:
         MissingFileError: there is neither.

@@ -17,7 +17,7 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import invocation_tokens
-from loratools_formats.core.orientation import is_transposed
+from loratools_formats.core.orientation import exchanged, is_transposed
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.disk.files import RegularFile
@@ -266,8 +266,9 @@ def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, st
             expected=", ".join(f"{list(shape)} of {name}" for name, shape in shapes.items()),
         )
     stored = (sizes.experts, *shapes[fitting[0]])
-    if is_transposed(path, delta, stored):
-        delta = replace(delta, a=delta.b.transposed((0, 2, 1)), b=delta.a.transposed((0, 2, 1)))
+    swapped = delta.layer.swapped
+    if swapped if swapped is not None else is_transposed(path, delta, stored):
+        delta = exchanged(delta)
     return found[0], found[1], delta
 
 

@@ -152,7 +152,7 @@ def _block_diagonal(path: str, parts: list[LowRank]) -> LowRank:
 
 def _with_layer(path: str, called: str, delta: LowRank, architecture: Architecture) -> LowRank:
     if delta.layer.kind == "experts":
-        return replace(delta, layer=Layer("experts", parameters=(called,)))
+        return replace(delta, layer=Layer("experts", parameters=(called,), swapped=False))
     if architecture.conv1d and delta.layer.kind == "linear" and path not in architecture.outputs:
         return replace(delta, layer=Layer("linear", transposed_if_square=True))
     return delta

@@ -16,6 +16,7 @@ from loratools_formats.contract.format import Context, Format, Loss
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter, ModuleChange
+    from loratools_formats.core.findings import Finding
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -52,6 +53,12 @@ class Peft(Format):
         from loratools_formats.formats.peft.read import read
 
         return read(path)
+
+    def loading_findings(self, adapter: Adapter) -> list[Finding]:
+        """Return the modules that PEFT makes no layer for, and the patterns that match none."""
+        from loratools_formats.formats.peft.loading import loading_findings
+
+        return loading_findings(adapter)
 
     def losses(self, adapter: Adapter) -> list[Loss]:
         """Return what PEFT cannot hold."""

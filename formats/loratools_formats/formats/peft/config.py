@@ -45,11 +45,31 @@ _NEUTRAL_KEYS = frozenset(
         "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
     }
 )  # fmt: skip
+OF_TRAINERS = frozenset(
+    {
+        # Unsloth's arguments of `get_peft_model`
+        "max_seq_length", "qat_scheme", "random_state", "temporary_location", "unsloth_version",
+        "use_gradient_checkpointing",
+        # ms-swift, and LoRA+ in it and in LLaMA-Factory: types and learning rates of training
+        "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio", "loraplus_lr_embedding",
+        "loraplus_lr_ratio", "loraplus_weight_decay", "swift_type",
+        # axolotl, of how training rounded; arguments of peft's functions that some write along
+        "autocast_adapter_dtype", "low_cpu_mem_usage", "nvfp4_merge_aware",
+        # peft 0.2: what `eval()` did to a model in memory
+        "merge_weights",
+    }
+)  # fmt: skip
+"""Keys that trainers write into PEFT's configuration, and that change nothing in the file."""
+
+B_LAYOUT = "lora_B_layout"
+FUSED_EXPERTS = "unsloth_fused_expert_lora"
+"""Keys of Unsloth that say how B of stacked experts is packed; `rank_major` is PEFT's own way."""
+
 _HANDLED_KEYS = frozenset(
     {
-        "alpha_pattern", "init_lora_weights", "lora_alpha", "lora_bias", "modules_to_save", "r",
-        "rank_pattern", "target_modules", "target_parameters", "trainable_token_indices",
-        "use_dora", "use_rslora",
+        "alpha_pattern", "init_lora_weights", "lora_B_layout", "lora_alpha", "lora_bias",
+        "modules_to_save", "r", "rank_pattern", "target_modules", "target_parameters",
+        "trainable_token_indices", "unsloth_fused_expert_lora", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 VARIANT_KEYS = ("use_bdlora", "use_qalora", "kasa_config")
@@ -180,6 +200,28 @@ class PeftConfig:
         """Return the factor of b @ a: α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732)."""
         return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank
 
+    def packing(self) -> tuple[Finding, ...]:
+        """List why B of stacked experts is not packed as PEFT packs it, if Unsloth says so.
+
+        Source: unsloth-zoo, pull 1232; the detailed marker precedes the flat one.
+        """
+        auto = self.values.get("auto_mapping")
+        nested = self.values.get(FUSED_EXPERTS) or (
+            auto.get(FUSED_EXPERTS) if isinstance(auto, dict) else None
+        )
+        layouts = _layouts(nested) or {B_LAYOUT: self.values.get(B_LAYOUT)}
+        return tuple(
+            Finding(
+                "experts-grouped",
+                "error",
+                key,
+                f"B of stacked experts ({key}) is packed {layout!r}, not rank_major as PEFT has it",
+                "Repack it with Unsloth: load the adapter and save it again",
+            )
+            for key, layout in layouts.items()
+            if layout not in (None, "rank_major")
+        )
+
     def caveats(self) -> tuple[Finding, ...]:
         """List why the factors do not tell the true ΔW, if they do not."""
         found = []
@@ -230,6 +272,8 @@ class PeftConfig:
             | {INVOCATION_TOKENS}
             | set(_REFUSED_KEYS)
             | set(VARIANT_KEYS)
+            | OF_TRAINERS
+            | {B_LAYOUT, FUSED_EXPERTS}
         )
         found += [
             unknown_key(key, value)
@@ -237,6 +281,19 @@ class PeftConfig:
             if key not in known and is_set(value)
         ]
         return tuple(found)
+
+
+def _layouts(marker: Any) -> dict[str, Any]:
+    """Return how each parameter's B is packed, as Unsloth's detailed marker says."""
+    if not isinstance(marker, dict):
+        return {}
+    parameters = marker.get("parameters")
+    found = {
+        name: entry.get(B_LAYOUT)
+        for name, entry in (parameters if isinstance(parameters, dict) else {}).items()
+        if isinstance(entry, dict)
+    }
+    return found or ({B_LAYOUT: marker[B_LAYOUT]} if B_LAYOUT in marker else {})
 
 
 def is_set(value: Any) -> bool:
@@ -251,7 +308,7 @@ def unknown_key(key: str, value: Any) -> Finding:
         "error",
         key,
         f"config key {key} = {value!r} is not known and may change the weights",
-        "Remove the key from adapter_config.json if it has no effect",
+        f"If it has no effect on them, pass `ignore_key={key}`",
     )
 
 

@@ -2,9 +2,10 @@
 
 Keys name the module only. Where several parameters of one module are adapted, their changes nest
 (`experts.lora_A`, `experts.base_layer.lora_A`), innermost the one that the model class declares
-first, so that a file alone does not say which is which. Ranks may: the rows of a factor are
-rank · experts, and the parameters of one module have the same number of experts. Where they do not,
-every parameter stays a candidate, for the shapes of a base to decide.
+first. The order in which classes declare the known names is the same everywhere, and tells which is
+which where all of them are adapted and one number of experts results. Else ranks may tell: the rows
+of a factor are rank · experts, and the parameters of one module have the same number of experts.
+Where they do not, every parameter stays a candidate, for the shapes of a base to decide.
 
 Source: `_inject_parameters` and `ParamWrapper` of peft 0.21.2; its conversion of adapters for
 transformers 5, which gives the joined `gate_up_proj` twice the rank of `down_proj`.
@@ -13,17 +14,21 @@ transformers 5, which gives the joined `gate_up_proj` twice the rank of `down_pr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from loratools_formats.core.adapter import Layer, LowRank
-from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import PeftConfig
 
 _NESTED = ".base_layer"
+
+_DECLARED = (
+    ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"),
+    ("w1", "v1", "w2"),
+)
+"""Parameters of stacked experts in the order in which classes of transformers 5 declare them."""
 
 
 class Setting(NamedTuple):
@@ -71,7 +76,7 @@ def settings(
 
 
 def _names(path: str, targets: Iterable[str], whole: frozenset[str]) -> tuple[str, ...]:
-    module = _module(path)
+    module = owner(path)
     parts = module.split(".")
     if any(".".join(parts[start:]) in whole for start in range(len(parts))):
         return ()
@@ -83,7 +88,8 @@ def _names(path: str, targets: Iterable[str], whole: frozenset[str]) -> tuple[st
     return tuple(sorted(found))
 
 
-def _module(path: str) -> str:
+def owner(path: str) -> str:
+    """Return the module that a change of one of its parameters is stored under."""
     while path.endswith(_NESTED):
         path = path.removesuffix(_NESTED)
     return path
@@ -99,10 +105,14 @@ def _told_apart(
     nests: dict[str, list[str]] = {}
     for path, names in candidates.items():
         if names:
-            nests.setdefault(_module(path), []).append(path)
+            nests.setdefault(owner(path), []).append(path)
     result = dict(candidates)
     for paths in nests.values():
         names = candidates[paths[0]]
+        declared = _by_declaration({path: rows[path] for path in paths}, names, found)
+        if declared:
+            result |= {path: (name,) for path, name in declared.items()}
+            continue
         if len({found[name] for name in names}) == 1:
             continue
         known = Counter(found[name][1] for name in names)
@@ -112,6 +122,21 @@ def _told_apart(
             if len({found[name] for name in result[path]}) > 1:
                 raise _ambiguous(path, result[path], folder)
     return result
+
+
+def _by_declaration(
+    rows: Mapping[str, int], names: Collection[str], found: Mapping[str, tuple[float, int]]
+) -> dict[str, str]:
+    """Return which parameter each change of one module is of, by its depth; empty if not told."""
+    leaves = {name.rpartition(".")[2]: name for name in names}
+    order = next((each for each in _DECLARED if set(leaves) <= set(each)), None)
+    if order is None or len(rows) != len(names) or len(leaves) != len(names):
+        return {}
+    ordered = [leaves[leaf] for leaf in order if leaf in leaves]
+    paths = sorted(rows, key=len, reverse=True)
+    told = dict(zip(paths, ordered, strict=True))
+    experts = {divmod(rows[path], found[name][1]) for path, name in told.items()}
+    return told if len(experts) == 1 and experts.pop()[1] == 0 else {}
 
 
 def _ranks(rows: Mapping[str, int], known: Counter[int], folder: Path | None) -> dict[str, int]:
@@ -163,54 +188,3 @@ def _ambiguous(path: str, got: Iterable[str], folder: Path | None) -> Unsupporte
         tensor=path,
         got=", ".join(got),
     )
-
-
-def unstacked(
-    config: PeftConfig,
-    a: TensorRef,
-    b: TensorRef,
-    setting: Setting,
-    folder: Path,
-) -> LowRank:
-    """Unstack experts: A (E·r, in) holds them expert by expert, B (out, r·E) rank by rank.
-
-    Raises:
-        AdapterError: the factors do not fit together, or the config's rank does not fit them.
-    """
-    names, alpha, rank = setting
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise AdapterError(
-            "expert factors do not fit together",
-            path=folder,
-            tensor=a.key,
-            got=f"{list(a.shape)} and {list(b.shape)}",
-        )
-    if a.shape[0] % rank:
-        raise AdapterError(
-            "rank in the file and rank in the config differ",
-            path=folder,
-            tensor=a.key,
-            got=f"{a.shape[0]} rows",
-            expected=f"a multiple of {rank}",
-        )
-    count = a.shape[0] // rank
-    scale = config.scale(alpha, rank)
-    if count == 1:
-        return LowRank(a, b, scale, Layer("linear", parameters=names), alpha=alpha)
-    out, in_ = b.shape[0], a.shape[1]
-    layer = Layer("experts", parameters=names, transposed_if_square=_square_experts(config))
-    stacked_b = b.reshaped((out, rank, count)).transposed((2, 0, 1))
-    return LowRank(a.reshaped((count, rank, in_)), stacked_b, scale, layer, alpha=alpha)
-
-
-def _square_experts(config: PeftConfig) -> bool | None:
-    """PEFT before 0.19 read all expert parameters as (E, in, out); now it depends on the model.
-
-    Development versions on the way to 0.19 may have done either.
-    """
-    text = str(config.values.get("peft_version") or "")
-    version = text.split(".")
-    released = len(version) >= 2 and all(part.isdecimal() for part in version[:2])
-    if not released or len(text) > 20 or "dev" in text:
-        return None
-    return True if (int(version[0]), int(version[1])) < (0, 19) else None

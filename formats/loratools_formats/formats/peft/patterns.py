@@ -2,7 +2,8 @@
 
 Source: `get_pattern_key` in peft/utils/other.py, 0.21.2. The keys are regular expressions from a
 file somebody else made, and Python's engine can be made to run for ever, so anything but a plain
-name is matched in a child process with a time limit.
+name is matched in a child process that may use so much CPU time; the clock does not count, so that
+a busy machine refuses nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -24,16 +26,22 @@ _WRITTEN_PLAIN = re.compile(r"[\w.-]+")
 _MAX_PATTERN_CHARACTERS = 512
 _MAX_PATTERNS = 100_000
 _MAX_LOOK_UPS = 8_000_000
-_TIMEOUT_SECONDS = 1.0
+_CPU_SECONDS = 2
+_TIMEOUT_SECONDS = 120.0  # of the clock, for systems that do not count CPU time
 
-_CHILD = """
+_CHILD = f"""
 import json, re, signal, sys
-getattr(signal, "alarm", int)(5)  # in case the parent is killed and nobody stops this
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, ({_CPU_SECONDS}, {_CPU_SECONDS}))
+except ImportError:  # Windows
+    pass
+getattr(signal, "alarm", int)({_TIMEOUT_SECONDS:.0f})  # in case nobody stops this
 patterns, names = json.load(sys.stdin)
 try:
-    compiled = [re.compile(rf"(.*\\.)?({p})$") for p in patterns]
+    compiled = [re.compile(p) for p in patterns]
 except (re.error, OverflowError, RecursionError) as error:
-    sys.exit(f"{error}")
+    sys.exit(f"{{error}}")
 print(json.dumps([next((i for i, c in enumerate(compiled) if c.match(n)), -1) for n in names]))
 """
 
@@ -98,35 +106,45 @@ def _match_plain(tables: _Tables, names: list[str]) -> list[int]:
             tail = tails.get(length)
             if tail is None or (anchored and length != len(name)):
                 continue
-            blanked = list(tail)
-            for place in wild:
-                blanked[place] = "."
-            found.append(table.get("".join(blanked), none))
+            found.append(table.get(_blanked(tail, wild), none))
         best = min(found, default=none)
         result.append(best if best < none else -1)
     return result
 
 
+def matches_whole(pattern: str, name: str) -> bool:
+    """Return whether a foreign regular expression matches a whole name.
+
+    Raises:
+        AdapterError: it is none, is too long or takes too long.
+    """
+    if len(pattern) > _MAX_PATTERN_CHARACTERS:
+        raise AdapterError("regular expression is too long", got=pattern)
+    return _in_child([pattern], [name], None, form=r"(?:{})\Z") == [0]
+
+
 def _match_in_child(keys: list[str], names: list[str], path: Path | None) -> list[int]:
+    return _in_child(keys, names, path, form=r"(.*\.)?({})$")
+
+
+def _in_child(keys: list[str], names: list[str], path: Path | None, *, form: str) -> list[int]:
+    patterns = [form.replace("{}", key) for key in keys]
     try:
         child = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
-            input=json.dumps([keys, names]),
+            input=json.dumps([patterns, names]),
             capture_output=True,
             text=True,
             check=False,
             timeout=_TIMEOUT_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        raise AdapterError(
-            "rank_pattern or alpha_pattern takes too long to match",
-            path=path,
-            got=max(keys, key=len),
-            hint="Write the module names instead of a regular expression",
-        ) from error
+        raise _too_slow(keys, path) from error
+    if child.returncode < 0:
+        raise _too_slow(keys, path)
     if child.returncode != 0:
         raise AdapterError(
-            "rank_pattern or alpha_pattern holds a bad regular expression",
+            "a regular expression is wrong",
             path=path,
             got=child.stderr.strip().splitlines()[-1] if child.stderr.strip() else keys[0],
         )
@@ -134,21 +152,56 @@ def _match_in_child(keys: list[str], names: list[str], path: Path | None) -> lis
     return indices
 
 
-def pattern_for(name: str, names: list[str]) -> str:
-    r"""Return a pattern that matches `name` and no other of `names`.
+def _too_slow(keys: list[str], path: Path | None) -> AdapterError:
+    return AdapterError(
+        "a regular expression takes too long to match",
+        path=path,
+        got=max(keys, key=len),
+        hint="Write the module names instead of a regular expression",
+    )
 
-    The plain name where that is enough, since other tools look names up literally; else the
-    anchored, escaped one.
 
-    >>> pattern_for("layers.1.q", ["layers.1.q", "layers.2.q"])
-    'layers.1.q'
-    >>> pattern_for("layers.1.q", ["layers.1.q", "model.layers.1.q"])
-    '^layers\\.1\\.q'
+class PatternsOf:
+    """Writes a pattern for each of many names, in time that grows with their number.
+
+    Args:
+        names: of all modules.
     """
-    tail = name.rpartition(".")[2]
-    plain = re.compile(rf"(?:.*\.)?{name}") if _WRITTEN_PLAIN.fullmatch(name) else None
-    if plain is not None and not any(
-        other != name and other.endswith(tail) and plain.fullmatch(other) for other in names
-    ):
-        return name
-    return "^" + re.escape(name)
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._counts: dict[tuple[int, ...], Counter[str]] = {}
+
+    def pattern_for(self, name: str) -> str:
+        r"""Return a pattern that matches `name` and no other name.
+
+        The plain name where that is enough, since other tools look names up literally; else the
+        anchored, escaped one.
+
+        >>> PatternsOf(["layers.1.q", "layers.2.q"]).pattern_for("layers.1.q")
+        'layers.1.q'
+        >>> PatternsOf(["layers.1.q", "model.layers.1.q"]).pattern_for("layers.1.q")
+        '^layers\\.1\\.q'
+        """
+        if _WRITTEN_PLAIN.fullmatch(name) and self._matches(name) <= 1:
+            return name
+        return "^" + re.escape(name)
+
+    def _matches(self, name: str) -> int:
+        r"""Return how many names the plain name matches: `(.*\.)?name`, its dots any character."""
+        dots = tuple(i for i, c in enumerate(name) if c == ".")
+        key = (len(name), *dots)
+        if key not in self._counts:
+            self._counts[key] = Counter(
+                _blanked(other[-len(name) :], dots)
+                for other in self._names
+                if len(other) == len(name) or other[: -len(name)].endswith(".")
+            )
+        return self._counts[key][_blanked(name, dots)]
+
+
+def _blanked(text: str, places: tuple[int, ...]) -> str:
+    characters = list(text)
+    for place in places:
+        characters[place] = "."
+    return "".join(characters)

@@ -7,7 +7,9 @@ carried; one that could change ΔW and is not understood is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.beside import ATTACHMENTS, attachments
 from loratools_formats.formats.peft.config import (
     CONFIG_FILE,
     NOT_A_PRODUCT,
@@ -49,22 +52,15 @@ from loratools_formats.formats.peft.kinds.read import (
     reason_against,
 )
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
-from loratools_formats.formats.peft.parameters import Setting, settings, unstacked
+from loratools_formats.formats.peft.packing import MARKERS
+from loratools_formats.formats.peft.parameters import Setting, settings
 from loratools_formats.formats.peft.replacements import classify
+from loratools_formats.formats.peft.stacks import Pair, Stack, stacks, unstacked, without_marks
 from loratools_formats.formats.peft.trainer_names import as_saved
 from loratools_formats.formats.peft.variants import lost_middle, variant_delta, variant_kind
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
-
-_ATTACHMENTS = (
-    "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json", "merges.txt",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model",
-    "target.spm", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
-    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md",
-)  # fmt: skip
 
 
 def read(path: Path) -> Adapter:
@@ -101,7 +97,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
         shared=found.shared,
         replacements=replacements,
         carried=carried,
-        config=values,
+        config=_canonical(values, found.findings),
         metadata=weights.metadata,
         base_model=values.get("base_model_name_or_path"),
         findings=(
@@ -112,11 +108,18 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *_about_training(carried),
             *_about_loader(values["peft_type"], found.modules),
         ),
-        attachments={
-            name: inside(folder, name) for name in _ATTACHMENTS if (folder / name).is_file()
-        },
+        attachments=attachments(folder),
         inputs=(original, RegularFile(folder / CONFIG_FILE)),
     )
+
+
+def _canonical(values: Mapping[str, Any], findings: Iterable[Finding]) -> Mapping[str, Any]:
+    """Return a configuration that does not speak of an order that the factors had in the file."""
+    auto = values.get("auto_mapping")
+    nested = isinstance(auto, Mapping) and any(key in auto for key in MARKERS)
+    guessed = any(finding.code == "expert-order-guessed" for finding in findings)
+    marked = nested or guessed or any(key in values for key in MARKERS)
+    return without_marks(values) if marked else values
 
 
 def _is_no_product(values: Mapping[str, Any]) -> bool:
@@ -139,12 +142,15 @@ def _contents(
         config = PeftConfig(values, folder / CONFIG_FILE)
         if _is_no_product(values):
             return _Contents({}, {}, dict(tensors), config.caveats())
-        modules, rest = _modules(config, tensors, folder)
+        _refuse_tinker(tensors)
+        modules, rest, about_stacks = _modules(config, tensors, folder)
         has_middle = any(delta.kind == "middle" for delta in modules.values())
         caveats = (
             *config.caveats(),
             *_module_caveats(modules),
+            *(config.packing() if any(_is_stack(each) for each in modules.values()) else ()),
             *lost_middle(folder, has_middle),
+            *about_stacks,
         )
         return _Contents(modules, {}, rest, caveats)
     reason = reason_against(peft_type)
@@ -159,6 +165,32 @@ def _contents(
     others, shared, rest = read_modules(values, tensors, folder)
     modules = {path: ModuleChange(other) for path, other in others.items()}
     return _Contents(modules, shared, rest, tuple(caveats_of(values)))
+
+
+_OF_TINKER = re.compile(r".*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\.weight")
+
+
+def _refuse_tinker(tensors: Mapping[str, TensorRef]) -> None:
+    """Refuse the names of Tinker's own files by that name: PEFT's are made of them.
+
+    Experts one by one are called `experts.N.w1`, and a stack has an axis for its experts.
+
+    Raises:
+        UnsupportedError: there is one of them.
+    """
+    for name, tensor in tensors.items():
+        is_expert = ".experts.w" in name
+        if _OF_TINKER.fullmatch(name) and not (is_expert and len(tensor.shape) == 2):
+            raise UnsupportedError(
+                "it is an adapter as Tinker saves it, in names that PEFT does not load",
+                tensor=name,
+                got=list(tensor.shape),
+                hint="Make PEFT's of it with tinker_cookbook.weights.build_lora_adapter",
+            )
+
+
+def _is_stack(change: ModuleChange) -> bool:
+    return change.layer.kind == "experts"
 
 
 def _open_weights(
@@ -216,10 +248,16 @@ def _about_training(carried: Mapping[str, TensorRef]) -> list[Finding]:
     if spread is not None:
         text = (
             "it is a Bayesian LoRA (BLoB, TFB): the weight change is that of the mean, and the "
-            "spread of the posterior is left out of what is made from it"
+            "spread of the posterior is left out of every output"
         )
         found.append(Finding("posterior-spread", "warning", spread, text))
     return found
+
+
+def _what_it_is(path: Path) -> str:
+    if path.is_symlink():
+        return "a link to nothing" if not path.exists() else "a link to no file"
+    return "a folder" if path.is_dir() else "a pipe, socket or device"
 
 
 def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
@@ -234,9 +272,18 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
     foreign = sorted(
         child.name
         for child in folder.iterdir()
-        if child.is_file() and child.name not in own and child.name not in _ATTACHMENTS
+        if child.is_file() and child.name not in own and child.name not in ATTACHMENTS
     )
-    found = []
+    found = [
+        Finding(
+            "unreadable-attachment",
+            "warning",
+            name,
+            f"{name} is no regular file, and is left out: {_what_it_is(folder / name)}",
+        )
+        for name in ATTACHMENTS
+        if os.path.lexists(folder / name) and not (folder / name).is_file()
+    ]
     if foreign:
         text = f"files beside the adapter, not part of it: {', '.join(foreign)}"
         found.append(Finding("foreign-files", "note", foreign[0], text))
@@ -253,7 +300,7 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
 
 def _modules(
     config: PeftConfig, tensors: Mapping[str, TensorRef], folder: Path
-) -> tuple[dict[str, ModuleChange], dict[str, TensorRef]]:
+) -> tuple[dict[str, ModuleChange], dict[str, TensorRef], list[Finding]]:
     parts: dict[str, dict[keys.Part, TensorRef]] = {}
     rest: dict[str, TensorRef] = {}
     for name, tensor in tensors.items():
@@ -265,11 +312,13 @@ def _modules(
     pairs = {path: _factor_pair(path, parts[path], folder) for path in sorted(parts)}
     rows = {path: pair.a.shape[0] if pair.a.shape else 0 for path, pair in pairs.items()}
     resolved = settings(config, rows, folder)
+    flat = {path: Pair(pair.a, pair.b) for path, pair in pairs.items()}
+    lying, findings = stacks(config, flat, resolved, folder)
     modules: dict[str, ModuleChange] = {
-        path: _delta(config, path, parts[path], pair, resolved[path], folder)
+        path: _delta(config, path, parts[path], pair, resolved[path], lying.get(path), folder)
         for path, pair in pairs.items()
     }
-    return modules, rest
+    return modules, rest, findings
 
 
 def _module_caveats(modules: Mapping[str, ModuleChange]) -> list[Finding]:
@@ -298,12 +347,13 @@ def _delta(
     parts: dict[keys.Part, TensorRef],
     pair: _Pair,
     setting: Setting,
+    stack: Stack | None,
     folder: Path,
 ) -> ModuleChange:
     a, b, is_embedding = pair
     kind = variant_kind(config.values, path, parts)
     if setting.names:
-        direction = unstacked(config, a, b, setting, folder)
+        direction = unstacked(config, Pair(a, b), setting, stack, folder)
     else:
         if kind is not None:
             scale = config.scale(setting.alpha, setting.rank)

@@ -22,7 +22,9 @@ _PARTS = (
     r"lora_[ABN]|lora_embedding_[ABN]|lora_magnitude_vector|lora_diag|hada_[wt]\w+|lokr_[wt]\w+|ia3_l"
     r"|oft_[a-z]\w*|boft_[a-z]\w*|vera_lambda_[bd]|randlora_\w+|hra_u|miss_\w+|bone_\w+"
 )
-_IN_MEMORY = re.compile(rf"(.+\.(?:{_PARTS}))\.(?!weight$|bias$)([^.]+)((?:\.weight|\.bias)?)")
+_IN_MEMORY = re.compile(
+    rf"(.+\.(?:{_PARTS}))\.(?!weight$|bias$|(?:{_PARTS})(?:\.|$))([^.]+)((?:\.weight|\.bias)?)"
+)
 _ON_DISK = re.compile(rf".+\.(?:{_PARTS})(?:\.weight|\.bias)?")
 _SAVED_MODULE = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
 _WITHOUT_LEAF = ("lora_magnitude_vector",)
@@ -67,8 +69,7 @@ def as_saved(
 
 
 def _apply(names: dict[str, str], change: Callable[[str], str]) -> None:
-    for old in names:
-        names[old] = change(names[old])
+    names.update({old: change(name) for old, name in names.items()})
 
 
 def _without_head(names: dict[str, str], seen: list[str]) -> None:
@@ -81,13 +82,14 @@ def _without_head(names: dict[str, str], seen: list[str]) -> None:
         if names and all(name.startswith(head) for name in names.values()):
             seen.append("module")
             kept = head.removesuffix("module.")
-            _apply(names, lambda name, head=head, kept=kept: kept + name.removeprefix(head))
+            names.update({old: kept + name.removeprefix(head) for old, name in names.items()})
 
 
 def _without_adapter(names: dict[str, str], seen: list[str], folder: Path) -> None:
     found = {name: _IN_MEMORY.fullmatch(name) for name in names.values()}
     adapters = sorted({match[2] for match in found.values() if match is not None})
-    if not adapters:
+    # PEFT puts the adapter's name into every part's name, or into none.
+    if not adapters or any(_ON_DISK.fullmatch(name) for name in names.values()):
         return
     if len(adapters) > 1:
         raise AdapterError(

@@ -17,12 +17,13 @@ from loratools_formats.containers.safetensors_write import safetensors_nbytes, w
 from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
+from loratools_formats.core.peft_facts import stacked_on_loading
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
 from loratools_formats.formats.peft.parameters import Setting, settings
-from loratools_formats.formats.peft.patterns import pattern_for
+from loratools_formats.formats.peft.patterns import PatternsOf
 from loratools_formats.formats.peft.read import WEIGHTS_FILE
 
 
@@ -45,6 +46,7 @@ def write(adapter: Adapter, path: Path) -> None:
     (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
     for name, source in adapter.attachments.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
             (path / name).write_bytes(source)
         else:
@@ -187,14 +189,14 @@ def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
             if wanted.setdefault(name, setting) != setting:
                 raise _indistinct(path)
     names = list(wanted)
-    rank = max(r for r, _ in wanted.values())
-    alpha = next(alpha for r, alpha in wanted.values() if r == rank)
+    # What PEFT stacks when it loads takes r and lora_alpha themselves, not the patterns.
+    stacked = [wanted[name] for name in stacked_on_loading(names)]
+    rank, alpha = stacked[0] if stacked else max(wanted.values(), key=lambda setting: setting[0])
     values["r"], values["lora_alpha"] = rank, alpha
-    values["rank_pattern"] = {
-        pattern_for(name, names): r for name, (r, _) in wanted.items() if r != rank
-    }
+    pattern_for = PatternsOf(names).pattern_for
+    values["rank_pattern"] = {pattern_for(name): r for name, (r, _) in wanted.items() if r != rank}
     values["alpha_pattern"] = {
-        pattern_for(name, names): a for name, (_, a) in wanted.items() if a != alpha
+        pattern_for(name): a for name, (_, a) in wanted.items() if a != alpha
     }
     if values.get("use_rslora"):
         values["use_rslora"] = False

@@ -127,7 +127,7 @@ def _read(path: Path, carry_unknown: bool) -> Adapter:
 
 
 def _sorted(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Key], list[str], _Outside]:
-    """Return the keys that the grammar claims, those it does not, and what is neither."""
+    """Return the keys that the grammar claims, the others, and tensors outside of modules."""
     control = CONTROL_MARK in tensors
     keys: dict[str, Key] = {}
     unknown: list[str] = []

@@ -24,7 +24,7 @@ from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.strict_json import parsed_object
 from loratools_formats.formats.peft.config import PeftConfig
-from loratools_formats.formats.peft.patterns import pattern_for
+from loratools_formats.formats.peft.patterns import PatternsOf
 
 METADATA_KEY = "lora_adapter_metadata"
 _SWITCHES = ("use_dora", "lora_bias")
@@ -39,6 +39,10 @@ def stated_alpha(tensor: TensorRef, path: Path) -> float:
     if tensor.numel != 1:
         raise AdapterError(
             "alpha is not one number", path=path, tensor=tensor.key, got=list(tensor.shape)
+        )
+    if not (tensor.dtype.floating or tensor.dtype.numpy_dtype().kind in "iu"):
+        raise AdapterError(
+            "alpha is no number", path=path, tensor=tensor.key, got=tensor.dtype.code
         )
     value = float(tensor.load().astype(np.float64).reshape(()))
     if not math.isfinite(value):
@@ -143,6 +147,22 @@ def switches(modules: Mapping[str, ModuleChange]) -> dict[str, dict[str, bool]]:
     return found
 
 
+def has_mixed_ranks(modules: Mapping[str, ModuleChange]) -> bool:
+    """Return whether a component has modules of several ranks, and no alpha tensors.
+
+    diffusers up to 0.39 takes the largest rank for all modules of a file that states none, and so
+    multiplies the others by their share of it.
+    """
+    ranks: dict[str, set[int]] = {}
+    for name, delta in modules.items():
+        part = delta.factors
+        if part is not None:
+            if part.alpha_tensor is not None:
+                return False
+            ranks.setdefault(name.partition(".")[0], set()).add(part.rank)
+    return any(len(found) > 1 for found in ranks.values())
+
+
 def packed(modules: Mapping[str, ModuleChange], metadata: Mapping[str, str]) -> str:
     """Return diffusers' metadata that gives each module its rank, scale and kind.
 
@@ -183,13 +203,13 @@ def _in_any_version(path: str) -> str:
 
 
 def _settings(paths: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    names = list(paths)
+    pattern_for = PatternsOf(list(paths)).pattern_for
     alphas = {name: alpha_of(rank, scale) for name, (rank, scale) in paths.items()}
     rank = max(r for r, _ in paths.values())
     alpha = next(alphas[name] for name, (r, _) in paths.items() if r == rank)
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {pattern_for(n, names): r for n, (r, _) in paths.items() if r != rank},
-        "alpha_pattern": {pattern_for(n, names): a for n, a in alphas.items() if a != alpha},
+        "rank_pattern": {pattern_for(n): r for n, (r, _) in paths.items() if r != rank},
+        "alpha_pattern": {pattern_for(n): a for n, a in alphas.items() if a != alpha},
     }

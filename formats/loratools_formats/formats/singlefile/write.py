@@ -25,6 +25,7 @@ from loratools_formats.formats.singlefile.metadata import (
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,
     alpha_tensor,
+    has_mixed_ranks,
     packed,
     packed_configs,
     states_scale,
@@ -71,6 +72,8 @@ def _contents(adapter: Adapter, target: Naming) -> tuple[list[TensorRef], dict[s
     if not _is_own(adapter, target):
         adapter = respelled(adapter, target)
     metadata = with_room_for_digests(updated(adapter))
+    if target == "diffusers" and METADATA_KEY not in metadata and has_mixed_ranks(adapter.modules):
+        metadata[METADATA_KEY] = packed(adapter.modules, {})
     in_metadata = METADATA_KEY in metadata
     if in_metadata:
         metadata[METADATA_KEY] = _true_metadata(adapter, metadata)
@@ -79,7 +82,7 @@ def _contents(adapter: Adapter, target: Naming) -> tuple[list[TensorRef], dict[s
 
 
 def _true_metadata(adapter: Adapter, metadata: dict[str, str]) -> str:
-    """Return diffusers' metadata, as it is if it is still true of each module."""
+    """Return diffusers' metadata, unchanged if it is still true of each module."""
     configs = packed_configs(metadata, adapter.source)
     parts = {name: delta.factors for name, delta in adapter.modules.items()}
     wanted = {name: (p.rank, p.scale) for name, p in parts.items() if p is not None}

@@ -2,7 +2,7 @@
 
 Projections that Megatron fuses share one pair of factors; they become the projections that
 transformers' models of Llama's layout have, which needs the number of heads and the width of the
-MLP. Alpha is in the configuration of the run, not in the weights. What is read is one file with the
+MLP. Alpha is in the configuration of the run, not in the weights. The file that is read holds the
 gathered tensors; distributed checkpoints, folders of shards, are recognised and refused.
 
 Experts have a pair of factors each, stacked, or share one side of it; they become the experts that

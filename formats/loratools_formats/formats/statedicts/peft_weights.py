@@ -32,12 +32,14 @@ class PeftWeights(StateDictFormat):
 
     def sniff(self, path: Path) -> bool:
         """Return whether a name is telling, and no single file's format claims it for its scale."""
-        from loratools_formats.formats.singlefile import sniffed_naming
+        from loratools_formats.contract.registry import registered_formats
 
-        return super().sniff(path) and sniffed_naming(path) is None
+        others = [entry.format for entry in registered_formats()]
+        single = [other for other in others if other is not None and other.naming is not None]
+        return super().sniff(path) and not any(other.sniff(path) for other in single)
 
     def adapter(self, state: StateDict) -> Adapter:
-        """Return the adapter, with a finding on what is missing."""
+        """Return the adapter, with a finding about the missing configuration."""
         from dataclasses import replace
 
         from loratools_formats.core.findings import Finding

@@ -17,7 +17,7 @@ Shape = tuple[int | None, int | None]
 
 @dataclass(frozen=True)
 class Module:
-    """What is known of one module while its settings are resolved.
+    """One module while its settings are resolved.
 
     Attributes:
         path: module path.

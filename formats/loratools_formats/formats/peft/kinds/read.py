@@ -20,7 +20,7 @@ from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.peft_facts import PREFIX, square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.formats.peft.config import check_value, is_set, unknown_key
+from loratools_formats.formats.peft.config import OF_TRAINERS, check_value, is_set, unknown_key
 from loratools_formats.formats.peft.kinds.declaration import NOT_A_CHANGE, Module, PeftKind
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
 from loratools_formats.formats.peft.patterns import match_patterns
@@ -62,7 +62,7 @@ def left_to_loader(peft_type: Any, modules: Mapping[str, ModuleChange]) -> str:
 def caveats_of(values: Mapping[str, Any]) -> list[Finding]:
     """Return a finding for each key that is set and not known."""
     kind = PEFT_KINDS[values["peft_type"]]
-    known = _COMMON_KEYS | kind.used | kind.neutral | kind.patterns
+    known = _COMMON_KEYS | OF_TRAINERS | kind.used | kind.neutral | kind.patterns
     return [
         unknown_key(key, value)
         for key, value in sorted(values.items())

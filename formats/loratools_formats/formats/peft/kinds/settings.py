@@ -14,6 +14,7 @@ from loratools_formats.core.config_values import LOOPS, Values
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.kinds.declaration import Module, Shape
+from loratools_formats.formats.peft.patterns import matches_whole
 
 _LEAST_RANKNUM = 1e-5  # added to the rank by AdaLoRA's scale
 
@@ -152,7 +153,10 @@ def ia3(values: Values, module: Module) -> dict[str, Any]:
     """Return which side of the weight is scaled, which shows in linear layers only."""
     shape = module.parts["gain"].shape
     if len(shape) > 2 and math.prod(shape) == shape[1]:
-        return {"on_input": values.names("feedforward_modules", module.path)}
+        found, path = values.names("feedforward_modules"), module.path
+        if isinstance(found, str):
+            return {"on_input": matches_whole(found, path)}
+        return {"on_input": any(path.endswith(end) for end in found if isinstance(end, str))}
     if len(shape) != 2 or min(shape) != 1 or max(shape) == 1:
         raise UnsupportedError(
             "whether inputs or outputs are scaled does not show",

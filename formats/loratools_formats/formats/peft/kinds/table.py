@@ -388,7 +388,7 @@ PEFT_KINDS: dict[str, PeftKind] = {
         lambda values, _: {
             "scale": values.number("scaling"),
             "activation": values.text("act_fn"),
-            "depth": values.count("depth", most=LOOPS),
+            "depth": values.count("depth", most=LOOPS, least=0),
         },
         _keys("scaling act_fn depth"),
         _keys("r"),

@@ -15,7 +15,9 @@ from loratools_formats.checkpoints.facts import (
     has_head,
     head_of,
     is_tied,
+    says_tied,
 )
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -39,19 +41,21 @@ class Tie:
     is_head_stored: bool
 
 
-def find_tie(names: Names, *, task: object = None, guess_head: bool = False) -> Tie | None:
+def find_tie(
+    names: Names, *, adapter: Adapter | None = None, guess_head: bool = False
+) -> Tie | None:
     """Return the tied weight of a checkpoint, None if it has none.
 
     Args:
         names: the checkpoint.
-        task: the task of a PEFT adapter, which tells of an output layer if the configuration names
-            no class.
+        adapter: its configuration implies an output layer, by the task or by the model's class,
+            if the base's configuration names no class.
         guess_head: what to take for true if neither tells.
 
     Raises:
         AdapterError: `tie_word_embeddings` in the configuration is neither true nor false.
     """
-    if not _has_head(names, task, guess_head):
+    if not _has_head(names, adapter, guess_head):
         return None
     found = [
         key
@@ -83,10 +87,16 @@ def shared_embeddings(names: Names) -> frozenset[str]:
     return SHARED_EMBEDDINGS if tied else frozenset({"shared"})
 
 
-def _has_head(names: Names, task: object, guess_head: bool) -> bool:
+def _has_head(names: Names, adapter: Adapter | None, guess_head: bool) -> bool:
     told = has_head(names.base.config)
-    if told is None and task is not None:
-        return task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    if told is None and adapter is not None:
+        task, auto = adapter.config.get("task_type"), adapter.config.get("auto_mapping")
+        if task is not None:
+            return task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+        # PEFT records the model's class if it is told no task.
+        model = auto.get("base_model_class") if isinstance(auto, dict) else None
+        if isinstance(model, str) and says_tied(names.base.config) is not True:
+            told = has_head({"architectures": [model]})
     return guess_head if told is None else told
 
 

@@ -1,4 +1,4 @@
-"""Run the numeric tests under each matrix kernel of OpenBLAS: `python tests/kernels.py [ARG...]`.
+"""Run the numeric tests under each matrix kernel: `python tests/run_kernels.py [ARG...]`.
 
 The last bits of every product depend on the kernel, and OpenBLAS chooses it by the processor. Here
 each of KERNELS runs the tests that compute; one that this processor

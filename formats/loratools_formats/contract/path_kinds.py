@@ -1,0 +1,220 @@
+"""What a path is that was given as an adapter or a model and is none, and the next step.
+
+Every command in a hint can be pasted; what only the user knows stands in capitals.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loratools_formats.containers.sniffing import tensor_names
+from loratools_formats.disk.errors import LoratoolsError, MissingFileError
+from loratools_formats.disk.strict_json import read_object
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS_OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+_MODEL_WEIGHTS = re.compile(
+    r"(?:model|diffusion_pytorch_model|pytorch_model|consolidated)[-.\w]*\.(?:safetensors|bin)"
+    r"(?:\.index\.json)?"
+)
+_HUB_ID = re.compile(r"(?:hf:/{1,2}|https?:/{1,2}huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
+_OF_MODELS = re.compile(
+    r"(?:^|\.)(?:(?:\w*_)?(?:blocks?|layers?)|h)\.\d+\.(?:.*\.)?(?:weight|bias)$"
+    r"|(?:^|\.)(?:embed_tokens|lm_head|wte|wpe|norm|ln_f)\.(?:weight|bias)$"
+)
+_OF_ADAPTERS = re.compile(r"lora|adapter|hada_|lokr_|oft|delta|\.diff", re.IGNORECASE)
+_MOST_JSON_BYTES = 16 << 20
+_MOST_HEADER_BYTES = 1 << 20
+_SMALL_BYTES = 1024
+
+
+class Kind(NamedTuple):
+    """What a path is, and the next step; an empty hint for none."""
+
+    what: str
+    hint: str = ""
+
+
+def missing(path: str | os.PathLike[str]) -> MissingFileError:
+    """Return the error for a path where nothing is: a link to nothing, or a name on the Hub."""
+    text = os.fspath(path)
+    try:
+        target = os.readlink(text) if os.path.islink(text) else None
+    except (OSError, ValueError):
+        target = None
+    if target is not None:
+        return MissingFileError(f"is a link to {target}, which does not exist", path=path)
+    found = _HUB_ID.fullmatch(text)
+    parent = os.path.dirname(text)
+    if found is None or (not text.startswith(("hf:", "http")) and os.path.isdir(parent)):
+        return MissingFileError("no such file or folder", path=path)
+    name = found[1]
+    local = shlex.quote(name.rpartition("/")[2])
+    return MissingFileError(
+        "no such file or folder; loratools reads local files",
+        path=path,
+        hint=f"If it is on the Hugging Face Hub: hf download {name} --local-dir {local}",
+    )
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Return what a path is that no format recognises as an adapter; None if that is not known."""
+    return _of_folder(path) if path.is_dir() else _of_file(path)
+
+
+def is_model(path: Path) -> bool:
+    """Return whether a folder holds a model's weights."""
+    try:
+        return path.is_dir() and any(_MODEL_WEIGHTS.fullmatch(each) for each in os.listdir(path))
+    except OSError:
+        return False
+
+
+def cached(path: Path) -> Kind | None:
+    """Return what a folder of the Hugging Face cache is; None for others."""
+    snapshots = path / "snapshots"
+    if not path.name.startswith("models--") or not snapshots.is_dir():
+        return None
+    try:
+        main = (path / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        main = ""
+    found = sorted(child.name for child in snapshots.iterdir() if child.is_dir())
+    if not found:
+        return Kind("is a folder of the Hugging Face cache without a snapshot")
+    chosen = main if main in found else found[-1]
+    return Kind(
+        "is a folder of the Hugging Face cache, which holds snapshots",
+        f"Name one: {_quoted(snapshots / chosen)}",
+    )
+
+
+def architecture(folder: Path) -> str:
+    """Return the class of a model in brackets, after a space; empty if its config has none."""
+    try:
+        names: Any = read_object(folder / "config.json", _MOST_JSON_BYTES).get("architectures")
+    except (LoratoolsError, OSError):
+        return ""
+    return f" ({names[0]})" if isinstance(names, list) and names else ""
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(os.fspath(path))
+
+
+def _of_folder(folder: Path) -> Kind | None:
+    names = sorted(os.listdir(folder))
+    if not names:
+        return Kind("is an empty folder")
+    for found in (_cached_or_pipeline, _without_config, _model, _weights):
+        kind = found(folder, names)
+        if kind is not None:
+            return kind
+    return None
+
+
+def _cached_or_pipeline(folder: Path, names: list[str]) -> Kind | None:
+    if "model_index.json" in names:
+        return Kind(
+            "is a diffusion pipeline, not an adapter",
+            "To put an adapter into one of its models: "
+            f"loratools fuse {_quoted(folder / 'MODEL')} ADAPTER -o fused",
+        )
+    return cached(folder)
+
+
+def _without_config(folder: Path, names: list[str]) -> Kind | None:
+    found = next((name for name in _WEIGHTS_OF_ADAPTERS if name in names), None)
+    if found is None or _CONFIG in names:
+        return None
+    hint = f"Fetch {_CONFIG} from where the adapter came from"
+    if found.startswith("adapter_model"):
+        hint += (
+            f", or: loratools to-lora {_quoted(folder / found)} --set alpha=VALUE "
+            "--set variant=VALUE -o plain"
+        )
+    return Kind(f"{found} is there, {_CONFIG} is not", hint)
+
+
+def _model(folder: Path, names: list[str]) -> Kind | None:
+    if not any(map(_MODEL_WEIGHTS.fullmatch, names)):
+        return None
+    return Kind(
+        f"is a model{architecture(folder)}, not an adapter",
+        f"To put an adapter into it: loratools fuse {_quoted(folder)} ADAPTER -o fused",
+    )
+
+
+def _weights(folder: Path, names: list[str]) -> Kind | None:
+    found = [name for name in names if name.endswith((".safetensors", ".gguf", ".pt", ".bin"))]
+    if not found:
+        return None
+    if len(found) == 1:
+        return Kind(
+            f"is a folder that holds {found[0]}", f"Name the file: {_quoted(folder / found[0])}"
+        )
+    return Kind(
+        f"is a folder that holds {len(found)} weight files",
+        f"Name one, such as {_quoted(folder / found[0])}",
+    )
+
+
+def _of_file(path: Path) -> Kind | None:
+    if not path.is_file():  # opening a pipe would wait for ever
+        return None
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(_MOST_HEADER_BYTES)
+    except OSError:
+        return None
+    if size == 0:
+        return Kind("is an empty file", "Fetch it again")
+    if size < _SMALL_BYTES and start.startswith(b"version https://git-lfs"):
+        return Kind("is a Git LFS pointer, not the file itself", "Run: git lfs pull")
+    if path.name == _CONFIG:
+        return Kind("is an adapter's configuration", f"Name its folder: {_quoted(path.parent)}")
+    if path.suffix == ".safetensors":
+        names = [name.decode("utf-8", "replace") for name in tensor_names(start)]
+        return next((found for rule in _RULES if (found := rule(path, names))), None)
+    return None
+
+
+def _of_peft(path: Path, names: list[str]) -> Kind | None:
+    if not any(name.startswith("base_model.model.") for name in names):
+        return None
+    return Kind(
+        f"holds PEFT's weights, and {_CONFIG}, which tells their scale, is not beside it",
+        f"Fetch {_CONFIG} from where the adapter came from, into {_quoted(path.parent)}",
+    )
+
+
+def _of_inversion(path: Path, names: list[str]) -> Kind | None:
+    if not names or not set(names) <= {"emb_params", "clip_l", "clip_g", "t5xxl"}:
+        return None
+    return Kind(
+        f"{path.name} is a textual inversion: vectors of new words, which change no weight",
+        "Load it beside the model: no command of loratools has a use for it",
+    )
+
+
+def _of_model(path: Path, names: list[str]) -> Kind | None:
+    of_model = sum(_OF_MODELS.search(name) is not None for name in names)
+    if 2 * of_model <= len(names) or any(_OF_ADAPTERS.search(name) for name in names):
+        return None
+    return Kind(
+        "is a model's weights, not an adapter",
+        f"To put an adapter into it: loratools fuse {_quoted(path)} ADAPTER -o fused.safetensors",
+    )
+
+
+_RULES: tuple[Callable[[Path, list[str]], Kind | None], ...] = (
+    _of_peft,
+    _of_inversion,
+    _of_model,
+)

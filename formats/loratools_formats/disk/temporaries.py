@@ -1,0 +1,78 @@
+"""Temporary names beside an output, and the removal of those that a killed process left.
+
+A temporary is named `.<name>.loratools-<pid>-<machine><random>`, four hex digits each. Whoever
+writes beside it next removes it once its process is gone: under any name if it was made on this
+machine since it started, else only one for the output being written, as process numbers of another
+machine say nothing here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from loratools_formats.disk.errors import OutputError
+
+_MARK = ".loratools-"
+_NAME_LIMIT_BYTES = 255
+_TEMPORARY = re.compile(rf"(\..*){re.escape(_MARK)}(\d+)-([0-9a-f]{{4}})[0-9a-f]{{4}}", re.DOTALL)
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def temporary_beside(target: Path) -> Path:
+    """Return a new name beside an output, after removing what killed processes left there.
+
+    Raises:
+        OutputError: the folder cannot be listed.
+    """
+    suffix = f"{_MARK}{os.getpid()}-{_machine()}{secrets.token_hex(2)}"
+    stem = os.fsdecode(b"." + os.fsencode(target.name)[: _NAME_LIMIT_BYTES - len(suffix) - 6])
+    _remove_stale(target.parent, stem)
+    name = target.parent / f"{stem}{suffix}"
+    return temporary_beside(target) if os.path.lexists(name) else name
+
+
+@functools.cache
+def _machine() -> str:
+    """Return four hex digits of this machine since it started."""
+    started = b""
+    with contextlib.suppress(OSError):
+        started = _BOOT_ID.read_bytes()
+    return hashlib.sha256(platform.node().encode() + started).hexdigest()[:4]
+
+
+def _remove_stale(folder: Path, stem: str) -> None:
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise OutputError(f"cannot write there: {error.strerror}", path=folder) from error
+    for entry in entries:
+        match = _TEMPORARY.fullmatch(entry.name) if _MARK in entry.name else None
+        if match is None or (match[1] != stem and match[3] != _machine()):
+            continue
+        if _is_running(int(match[2])):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                os.unlink(entry.path)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

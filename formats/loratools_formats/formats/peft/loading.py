@@ -1,0 +1,126 @@
+"""What PEFT leaves out when it loads a folder, though the file holds it.
+
+PEFT makes its layers from the configuration before it loads tensors, and drops those which belong
+to no layer with a warning. Source: `check_target_module_exists` in peft/tuners/tuners_utils.py and
+`set_peft_model_state_dict` in peft/utils/save_and_load.py, 0.21.2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.formats.peft import keys
+from loratools_formats.formats.peft.config import CONFIG_FILE
+from loratools_formats.formats.peft.patterns import match_patterns
+
+_LAYER_NUMBER = re.compile(r".*\.[^.]*\.(\d+)\.")
+_WORD = re.compile(r"\w+")
+_ALL_LINEAR = "all-linear"
+_SLOW_PATTERNS = 16
+"""Most regular expressions that are matched one by one, each in a process of its own."""
+
+
+def loading_findings(adapter: Adapter) -> list[Finding]:
+    """Return the modules that PEFT makes no layer for, and the patterns that match no module."""
+    values = adapter.config
+    names = {
+        keys.setting_name(path): path
+        for path, change in adapter.modules.items()
+        if not change.layer.parameters
+    }
+    found: list[Finding] = []
+    try:
+        missed = _not_targeted(values, list(names))
+    except AdapterError as error:
+        text = f"whether target_modules names every module cannot be told: {error.message}"
+        return [Finding("targets-unclear", "note", "target_modules", text)]
+    if missed:
+        more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+        text = (
+            f"PEFT makes no layer for {names[missed[0]]}{more} and drops the tensors, since "
+            f"{_chooser(values)} in {CONFIG_FILE} leaves it out"
+        )
+        hint = "Name the modules in target_modules"
+        found.append(Finding("not-targeted", "error", names[missed[0]], text, hint))
+    return [*found, *_targets_without_tensors(values, list(names)), *_unmatched(adapter)]
+
+
+def _not_targeted(values: Mapping[str, Any], names: list[str]) -> list[str]:
+    """Return the modules that the configuration does not choose, in order.
+
+    Raises:
+        AdapterError: a regular expression is broken, too long or too slow.
+    """
+    target = values.get("target_modules")
+    if target is None or target == _ALL_LINEAR or values.get("layers_pattern"):
+        return []
+    chosen = _named(target, names)
+    excluded = _named(values.get("exclude_modules") or [], names)
+    numbers = values.get("layers_to_transform")
+    if numbers not in (None, []) and not isinstance(target, str):
+        wanted = numbers if isinstance(numbers, list) else [numbers]
+        chosen = {name for name in chosen if name in target or _number(name) in wanted}
+    return [name for name in names if name not in chosen or name in excluded]
+
+
+def _named(what: Any, names: list[str]) -> set[str]:
+    """Return the names that a regular expression matches whole, or that end in a listed name."""
+    if isinstance(what, str):
+        return set(match_patterns({f"^(?:{what})": 1}, names, None))
+    ends = frozenset(each for each in what if isinstance(each, str))
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        if any(".".join(parts[start:]) in ends for start in range(len(parts))):
+            found.add(name)
+    return found
+
+
+def _number(name: str) -> int | None:
+    match = _LAYER_NUMBER.match(name)
+    return None if match is None else int(match[1])
+
+
+def _chooser(values: Mapping[str, Any]) -> str:
+    given = [key for key in ("exclude_modules", "layers_to_transform") if values.get(key)]
+    return " with ".join(["target_modules", *given])
+
+
+def _targets_without_tensors(values: Mapping[str, Any], names: list[str]) -> list[Finding]:
+    target = values.get("target_modules")
+    if not isinstance(target, list) or values.get("target_parameters"):
+        return []
+    ends = {
+        ".".join(parts[start:])
+        for name in names
+        for parts in [name.split(".")]
+        for start in range(len(parts))
+    }
+    idle = sorted(each for each in target if isinstance(each, str) and each not in ends)
+    if not idle:
+        return []
+    text = f"target_modules names {', '.join(idle[:4])}, and the file has no module of that name"
+    return [Finding("target-without-tensors", "note", "target_modules", text)]
+
+
+def _unmatched(adapter: Adapter) -> list[Finding]:
+    names = [
+        name
+        for path, change in adapter.modules.items()
+        for name in change.layer.parameters or (keys.setting_name(path),)
+    ]
+    found = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = list(adapter.config.get(key) or {})
+        plain = [each for each in patterns if _WORD.fullmatch(each.replace(".", ""))]
+        slow = [each for each in patterns if each not in set(plain)][:_SLOW_PATTERNS]
+        idle = [each for each in (*plain, *slow) if not match_patterns({each: 1}, names, None)]
+        if idle:
+            text = f"{key} has patterns that match no module: {', '.join(idle[:4])}"
+            found.append(Finding("pattern-unmatched", "warning", key, text))
+    return found

@@ -1,0 +1,250 @@
+"""How the factors of stacked experts lie in a PEFT folder: which way round, and in which order.
+
+A flat pair is A (E·r, X) and B (Y, r·E). A always holds one expert after the other. X is the
+inputs, or the outputs: PEFT's releases and model classes differ, files lie about the release that
+wrote them, and the shapes of the two parameters of one module tell. Both have H, the width of the
+model, on one side, and `gate_up` has twice the other side of `down`. B's columns are rank by rank
+in PEFT and most others, or expert by expert: in Unsloth's of before September 2026, marked or not,
+and in Megatron-Bridge's export.
+
+Sources: `ParamWrapper` of peft 0.17 to 0.21; unsloth_zoo's `lora_B_layout` and
+`unsloth_fused_expert_lora`; `_pack_target_parameter_adapter_weights` of Megatron-Bridge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loratools_formats.core.adapter import Layer, LowRank
+from loratools_formats.core.findings import Finding
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.formats.peft.config import PeftConfig
+from loratools_formats.formats.peft.packing import (
+    EXPERT_MAJOR,
+    MARKERS,
+    RANK_MAJOR,
+    marked,
+    unmarked,
+)
+from loratools_formats.formats.peft.parameters import Setting, owner
+
+_SIBLINGS = {
+    "gate_up_proj": "down_proj",
+    "up_proj": "down_proj",
+    "input_linear": "output_linear",
+    "fc1": "fc2",
+}
+"""The parameter, or the module with one, that maps into the experts, and the one that maps out."""
+
+_GATED = frozenset({"gate_up_proj", "input_linear", "fc1"})
+_ATTENTION = re.compile(r"(?:.*\.)?(?:self_attn|attention|attn|mixer)\.[qkv]_proj")
+
+
+class Pair(NamedTuple):
+    """The factors of a module as they are stored."""
+
+    a: TensorRef
+    b: TensorRef
+
+
+class Stack(NamedTuple):
+    """How one stack lies.
+
+    Attributes:
+        swapped: whether A is on the outputs; None if nothing in the file tells.
+        order: of B's columns, `rank_major` or `grouped_by_expert`.
+    """
+
+    swapped: bool | None
+    order: str
+
+
+def stacks(
+    config: PeftConfig,
+    pairs: Mapping[str, Pair],
+    settings: Mapping[str, Setting],
+    folder: Path,
+) -> tuple[dict[str, Stack], list[Finding]]:
+    """Return how each stack of experts lies, and what to tell about it.
+
+    Args:
+        config: of the folder.
+        pairs: every module's factors.
+        settings: of every module; a stack is one that names parameters and has several experts.
+        folder: for messages.
+
+    Raises:
+        AdapterError: one parameter of a module lies one way round, and the other one the other.
+    """
+    found = {
+        path: pairs[path]
+        for path, setting in settings.items()
+        if setting.names and _experts(pairs[path], setting) > 1
+    }
+    turned = _orientations(config, found, settings, _width(pairs, settings), folder)
+    findings: list[Finding] = []
+    orders = dict.fromkeys(found, RANK_MAJOR)
+    for path, pair in found.items():
+        leaf = settings[path].names[0].rpartition(".")[2]
+        experts, rank = _experts(pair, settings[path]), settings[path].rank
+        told = marked(config.values, leaf)
+        guessed = None if told else unmarked(config.values, leaf, swapped=turned[path])
+        orders[path] = told or (guessed.order if guessed else RANK_MAJOR)
+        if guessed and not findings:
+            findings.append(guessed.finding(path, pair.b, experts, rank))
+    return {path: Stack(turned[path], orders[path]) for path in found}, findings
+
+
+def unstacked(
+    config: PeftConfig, pair: Pair, setting: Setting, stack: Stack | None, folder: Path
+) -> LowRank:
+    """Return the factors of a parameter, one pair for each expert.
+
+    Raises:
+        AdapterError: the factors do not fit together, or the config's rank does not fit them.
+    """
+    (a, b), (names, alpha, rank) = pair, setting
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise AdapterError(
+            "expert factors do not fit together",
+            path=folder,
+            tensor=a.key,
+            got=f"{list(a.shape)} and {list(b.shape)}",
+        )
+    if a.shape[0] % rank:
+        raise AdapterError(
+            "rank in the file and rank in the config differ",
+            path=folder,
+            tensor=a.key,
+            got=f"{a.shape[0]} rows",
+            expected=f"a multiple of {rank}",
+        )
+    count, scale = a.shape[0] // rank, config.scale(alpha, rank)
+    if stack is None:
+        return LowRank(a, b, scale, Layer("linear", parameters=names), alpha=alpha)
+    out, in_ = b.shape[0], a.shape[1]
+    layer = Layer(
+        "experts",
+        parameters=names,
+        transposed_if_square=True if _release(config) == _BEFORE_0_19 else None,
+        swapped=stack.swapped,
+    )
+    if stack.order == EXPERT_MAJOR:
+        of_experts = b.reshaped((out, count, rank)).transposed((1, 0, 2))
+    else:
+        of_experts = b.reshaped((out, rank, count)).transposed((2, 0, 1))
+    return LowRank(a.reshaped((count, rank, in_)), of_experts, scale, layer, alpha=alpha)
+
+
+def without_marks(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration for factors that are written rank by rank, whatever they were."""
+    kept = {key: value for key, value in values.items() if key not in MARKERS}
+    auto = values.get("auto_mapping")
+    if isinstance(auto, Mapping):
+        kept["auto_mapping"] = {key: value for key, value in auto.items() if key not in MARKERS}
+    return {**kept, "lora_B_layout": RANK_MAJOR}
+
+
+def _experts(pair: Pair, setting: Setting) -> int:
+    rows = pair.a.shape[0] if pair.a.shape else 0
+    return rows // setting.rank
+
+
+def _width(pairs: Mapping[str, Pair], settings: Mapping[str, Setting]) -> int | None:
+    """Return H as the attention layers' inputs show it; None if they are of several widths."""
+    widths = {
+        pair.a.shape[-1]
+        for path, pair in pairs.items()
+        if not settings[path].names and _ATTENTION.fullmatch(path) and len(pair.a.shape) == 2
+    }
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _orientations(
+    config: PeftConfig,
+    found: Mapping[str, Pair],
+    settings: Mapping[str, Setting],
+    width: int | None,
+    folder: Path,
+) -> dict[str, bool | None]:
+    turned: dict[str, bool | None] = dict.fromkeys(found)
+    roles = {_role(path, settings[path]): path for path in found}
+    for (parent, leaf), path in roles.items():
+        other = roles.get((parent, _SIBLINGS.get(leaf, "")))
+        if other is not None:
+            swapped = _by_siblings(found[path], found[other], leaf, path, folder)
+            turned[path] = turned[other] = swapped
+    for (_, leaf), path in roles.items():
+        if turned[path] is None and width is not None:
+            turned[path] = _by_width(found[path], leaf, width)
+    known = {swapped for swapped in turned.values() if swapped is not None}
+    if not known and _release(config) == _0_19_0:
+        # It read the axes the wrong way round of every class but Llama 4's.
+        known = {True}
+    of_all = known.pop() if len(known) == 1 else None
+    return {path: of_all if swapped is None else swapped for path, swapped in turned.items()}
+
+
+def _role(path: str, setting: Setting) -> tuple[str, str]:
+    """Return a module and the name of one of its parameters, which stands for a module in some."""
+    module, leaf = owner(path), ""
+    if len(setting.names) == 1:
+        leaf = setting.names[0].rpartition(".")[2]
+    if leaf == "weight":
+        module, _, leaf = module.rpartition(".")
+    return module, leaf or path
+
+
+def _by_siblings(inner: Pair, outer: Pair, leaf: str, path: str, folder: Path) -> bool | None:
+    """Return whether A is on the outputs, from the shapes of the two parameters of a module."""
+    x1, y1 = inner.a.shape[-1], inner.b.shape[0]
+    x2, y2 = outer.a.shape[-1], outer.b.shape[0]
+    times = 2 if leaf in _GATED else 1
+    straight, swapped = (x1, y1) == (y2, times * x2), (y1, x1) == (x2, times * y2)
+    if straight != swapped:
+        return swapped
+    if straight:  # without a gate both fit
+        return None
+    if leaf in _GATED and ((x1, y1) == (x2, times * y2) or (y1, x1) == (y2, times * x2)):
+        raise AdapterError(
+            "one parameter of a module has its inputs where the other has its outputs",
+            path=folder,
+            tensor=path,
+            got=f"{x1} → {y1} and {x2} → {y2}",
+            expected="H → 2·I and I → H, or both the other way round",
+        )
+    return None
+
+
+def _by_width(pair: Pair, leaf: str, width: int) -> bool | None:
+    x, y = pair.a.shape[-1], pair.b.shape[0]
+    if x == y or width not in (x, y):
+        return None
+    if leaf in _SIBLINGS:
+        return x != width
+    return y != width if leaf in _SIBLINGS.values() else None
+
+
+_BEFORE_0_19 = (0, 18)
+_0_19_0 = (0, 19, 0)
+
+
+def _release(config: PeftConfig) -> tuple[int, ...] | None:
+    """Return what decides how PEFT took a parameter's axes: its release before 0.19, or 0.19.0.
+
+    Releases before 0.19 read all expert parameters as (E, in, out); now it depends on the model.
+    Development versions on the way to 0.19 may have done either.
+    """
+    text = str(config.values.get("peft_version") or "")
+    version = text.split(".")
+    released = len(version) >= 2 and all(part.isdecimal() for part in version[:2])
+    if not released or len(text) > 20 or "dev" in text:
+        return None
+    numbers = int(version[0]), int(version[1])
+    if numbers < (0, 19):
+        return _BEFORE_0_19
+    return _0_19_0 if version == ["0", "19", "0"] else None

@@ -1,0 +1,183 @@
+"""`loratools check`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from loratools.cli import options as shared
+from loratools.cli.command import command as named_command
+from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
+from loratools.cli.output import note, print_json, progress_bar
+from loratools.face.check import CheckResult, check
+from loratools.operations.check.baseline import baseline_text
+from loratools.operations.check.options import CheckOptions, FixOptions
+from loratools.operations.check.settings import Settings, settings_in
+from loratools.work.declared import option
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reading, Reporting, Writing
+from loratools_formats.contract.registry import find_format
+from loratools_formats.disk.errors import LoratoolsError, OptionError, OutputExistsError
+
+_MOST_FOLDERS = 100_000
+
+
+@dataclass(frozen=True)
+class Presenting:
+    """How findings are printed.
+
+    Attributes:
+        output_format: how to print findings.
+        write_baseline: list the findings in a new file, for --baseline in later runs.
+        no_config: read no loratools.toml or pyproject.toml of the current folder.
+    """
+
+    output_format: Literal["text", "json", "github", "sarif", "junit"] = option(
+        "text", heading="Report"
+    )
+    write_baseline: Path | None = option(None, heading="Report", metavar="FILE")
+    no_config: bool = option(False, heading="Report")
+
+
+@named_command("check")
+@click.argument("adapters", nargs=-1, type=shared.PATH, metavar="ADAPTER...")
+@shared.reads("base", "from_", "carry_unknown")
+@shared.takes(CheckOptions, into="options")
+@shared.takes(FixOptions, into="fixing")
+@shared.takes(Writing, "output", "overwrite", into="writing")
+@shared.takes(Workers, into="threads")
+@shared.takes(Presenting, into="presenting")
+@shared.reports()
+def command(
+    adapters: tuple[Path, ...],
+    reading: Reading,
+    options: CheckOptions,
+    fixing: FixOptions,
+    writing: Writing,
+    threads: Workers,
+    presenting: Presenting,
+    reporting: Reporting,
+) -> int:
+    """Check adapters: what does nothing, what programs refuse, what is missing.
+
+    A folder that is no adapter stands for all adapters below it. Exits with 0 if nothing was found,
+    with 1 if something was, and with 2 if an adapter could not be looked at.
+
+    \b
+    loratools check my-adapter --target vllm --base model
+    loratools check adapters/ --output-format sarif > findings.sarif
+    loratools check my-adapter --target llamacpp --base model --fix -o fixed.gguf
+    """  # noqa: D301 - click reads the backspace
+    if not adapters:
+        raise OptionError("no adapter given", expected="ADAPTER...")
+    settings = _settings(adapters, presenting)
+    base = reading.base or settings.file("base")
+    with progress_bar("check", quiet=reporting.quiet, unit="adapter") as progress:
+        result = check(
+            _below(adapters),
+            options=_with_settings(options, settings),
+            base=base,
+            fixing=fixing,
+            reading=replace(reading, base=None),
+            writing=writing,
+            threads=threads,
+            progress=progress,
+        )
+    if presenting.write_baseline is not None:
+        _write_baseline(presenting.write_baseline, result)
+    _print(result, presenting, reporting)
+    if any(step.taken for step in result.steps) and not reporting.quiet:
+        note(f"wrote {writing.output}")
+    if not result.complete:
+        return EXIT_ERROR
+    return 0 if result.passed else EXIT_FOUND
+
+
+def _settings(adapters: tuple[Path, ...], presenting: Presenting) -> Settings:
+    """Return the settings of the current folder, unless that is an adapter under check."""
+    here = os.path.realpath(".")
+    own = {os.path.realpath(path if path.is_dir() else path.parent) for path in adapters}
+    if presenting.no_config or (here in own and _is_adapter(Path(here))):
+        return Settings(None, {})
+    return settings_in(Path())
+
+
+def _with_settings(options: CheckOptions, settings: Settings) -> CheckOptions:
+    """Return the options, and the settings' where the command line has none."""
+    return replace(
+        options,
+        select=options.select or settings.names("select"),
+        ignore=options.ignore or settings.names("ignore"),
+        target=options.target or settings.names("target"),
+        headers_only=options.headers_only or bool(settings.values.get("headers-only")),
+        baseline=options.baseline or settings.file("baseline"),
+        fail_on=options.fail_on or settings.text("fail-on"),  # type: ignore[arg-type]
+    )
+
+
+def _below(paths: tuple[Path, ...]) -> list[Path]:
+    """Return the adapters that paths mean: themselves, or those below a folder that is none."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        inner = [] if not path.is_dir() or _is_adapter(path) else _adapters_in(path)
+        found |= dict.fromkeys(inner or [path])
+    return list(found)
+
+
+def _adapters_in(folder: Path) -> list[Path]:
+    found, pending, looked_at = [], [folder], 0
+    while pending and looked_at < _MOST_FOLDERS:
+        here = pending.pop()
+        for child in sorted(here.iterdir()):
+            looked_at += 1
+            is_folder = child.is_dir() and not child.is_symlink()
+            if (is_folder or child.suffix in (".safetensors", ".gguf")) and _is_adapter(child):
+                found.append(child)
+            elif is_folder and not child.name.startswith("."):
+                pending.append(child)
+    return sorted(found)
+
+
+def _is_adapter(path: Path) -> bool:
+    try:
+        find_format(path)
+    except LoratoolsError:
+        return False
+    return True
+
+
+def _write_baseline(path: Path, result: CheckResult) -> None:
+    lines = {
+        f.fingerprint: f"{f.code} {f.adapter} {f.where or ''}".strip() for f in result.findings
+    }
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(baseline_text(lines))
+    except FileExistsError as error:
+        raise OutputExistsError("the baseline exists; name a new file", path=path) from error
+
+
+def _print(result: CheckResult, presenting: Presenting, reporting: Reporting) -> None:
+    kind = "json" if reporting.json else presenting.output_format
+    if kind == "json":
+        print_json(result.to_dict())
+    elif kind == "github":
+        from loratools.cli.findings.github import github_of
+
+        click.echo(github_of(result))
+    elif kind == "sarif":
+        from loratools.cli.findings.sarif import sarif_of
+
+        click.echo(sarif_of(result))
+    elif kind == "junit":
+        from loratools.cli.findings.junit import junit_of
+
+        click.echo(junit_of(result))
+    elif not reporting.quiet:
+        from loratools.cli.findings.text import text_of
+
+        click.echo(text_of(result))

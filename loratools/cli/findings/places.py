@@ -1,0 +1,28 @@
+"""Where a finding is: a file, relative to the current folder as it was named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loratools.operations.check.runner import CheckFinding
+
+_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
+
+
+def file_of(finding: CheckFinding) -> str:
+    """Return the file of a finding, with `/` between folders; of weights the weight file."""
+    path = Path(finding.adapter)
+    if path.is_dir():
+        name = finding.file
+        if name is None:
+            name = next((each for each in _WEIGHTS if (path / each).is_file()), "")
+        path = path / name
+    elif finding.file is not None and finding.file != path.name:
+        path = path.parent / finding.file
+    if path.is_absolute():
+        try:
+            path = path.relative_to(Path.cwd())
+        except ValueError:
+            path = Path(os.path.relpath(path))
+    return path.as_posix()

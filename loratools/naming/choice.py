@@ -1,0 +1,321 @@
+"""Which table of names an adapter's modules are of: never one that is only possible.
+
+A table must know every name, with the proportions of every weight and no more blocks than its
+architecture has. What the file's metadata calls the architecture decides before everything else,
+then a base that is given; where several tables are left and lead to other names, the one whose
+blocks are all there. Architectures without a table compete by their names: a file that may be of
+one of them is of no table for certain.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from loratools.naming.places import (
+    TEXT_PREFIXES,
+    Target,
+    TextPlace,
+    located,
+    module_key,
+    names_at,
+    schemes_of,
+    target_scheme,
+    text_name,
+)
+from loratools.naming.tables import Place, Shape, Table, bundled_tables
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import AdapterError, OptionError
+
+_STATED = ("modelspec.architecture", "ss_base_model_version")
+_SD2 = "sd_v2"
+TABLES_KEY = "loratools.names"
+"""Metadata of files of ours: the tables that their names were made by, all of which agree."""
+_UNKNOWN_SHAPE: Shape = (None, None)
+
+
+@dataclass(frozen=True)
+class NamedModules:
+    """The modules of one file, as a table must know them.
+
+    Attributes:
+        names: what each is called, with its component, by its name in the adapter.
+        shapes: of their weights, by the name in the adapter.
+        metadata: of the file.
+        source: the file, for messages.
+    """
+
+    names: Mapping[str, str]
+    shapes: Mapping[str, Shape]
+    metadata: Mapping[str, str]
+    source: object = None
+
+    @classmethod
+    def of(cls, adapter: Adapter, names: Mapping[str, str]) -> NamedModules:
+        """Return the modules of an adapter that are called so."""
+        return cls(names, shapes_of(adapter), adapter.metadata, adapter.source)
+
+    def place(self, name: str, table: Table) -> Place | TextPlace | None:
+        """Return where a module stands in a table, None if nowhere."""
+        return located(self.names[name], table, self.shapes.get(name, _UNKNOWN_SHAPE))
+
+    def is_in(self, table: Table) -> bool:
+        """Return whether a table has every module."""
+        return all(self.place(name, table) is not None for name in self.names)
+
+    def missing(self, table: Table) -> list[str]:
+        """Return the modules that a table does not have."""
+        return [name for name in self.names if self.place(name, table) is None]
+
+    def places(self, table: Table) -> list[Place | TextPlace]:
+        """Return where the modules stand that a table has."""
+        found = (self.place(name, table) for name in self.names)
+        return [place for place in found if place is not None]
+
+    def outcome(self, target: Target, table: Table) -> tuple[str, ...]:
+        """Return what the modules are called in a target by a table, sorted."""
+        found: list[str] = []
+        for place in self.places(table):
+            if isinstance(place, TextPlace):
+                found.append(text_name(place, target))
+            else:
+                found += names_at(place, target, table)
+        return tuple(sorted(found))
+
+
+def shapes_of(adapter: Adapter) -> dict[str, Shape]:
+    """Return the (out, in) of every weight that is no convolution of several places."""
+    return {
+        name: delta.shape
+        for name, delta in adapter.modules.items()
+        if all(n == 1 for n in delta.layer.kernel)
+    }
+
+
+def given_table(file: NamedModules, table: Table) -> Table:
+    """Return a table that the user named, if it has all modules of a file.
+
+    Raises:
+        AdapterError: it lacks some.
+    """
+    missing = file.missing(table)
+    if missing:
+        raise _lacking(file, table, missing, f"the table of {table.title}")
+    return table
+
+
+def chosen_tables(
+    files: Sequence[NamedModules], target: Target, base: Iterable[str] = ()
+) -> list[Table]:
+    """Return the bundled tables that have every module of some files, and agree on their names.
+
+    Args:
+        files: of one architecture, such as what is to be merged.
+        target: the naming that is wanted.
+        base: the names of the base's modules, with their component, if one is given.
+
+    Raises:
+        AdapterError: the metadata names an architecture whose table does not fit, or none has.
+        OptionError: several tables fit, and they disagree.
+    """
+    stated, text = _stated(files)
+    fitting = [table for table in stated if all(file.is_in(table) for file in files)]
+    if not fitting and text is not None:
+        raise _of_another_table(files, stated, text)
+    # To diffusers' names every table of diffusers' leads alike.
+    decided = text is not None or all(target_scheme(target, t) == "diffusers" for t in fitting)
+    others = [] if decided else [t for t in architectures_without_a_table() if _may_be(files, t)]
+    known = frozenset(base)
+    if known:
+        fitting, others = _of_base(fitting, others, known)
+    if not fitting:
+        return []
+    outcomes = {_outcomes(files, target, table) for table in fitting}
+    if len(outcomes) == 1 and not others:
+        return fitting
+    complete = [table for table in (*fitting, *others) if _is_complete(files, table)]
+    found = {_outcomes(files, target, table) for table in complete if table not in others}
+    if len(found) != 1 or any(table in others for table in complete):
+        raise OptionError(
+            "the names fit several architectures",
+            path=_source(files),
+            got=", ".join(table.name for table in (*fitting, *others)),
+            hint="Name one that has a table with `names`, or give the base with `base`",
+        )
+    return complete
+
+
+def _outcomes(
+    files: Sequence[NamedModules], target: Target, table: Table
+) -> tuple[tuple[str, ...], ...]:
+    return tuple(file.outcome(target, table) for file in files)
+
+
+def _may_be(files: Sequence[NamedModules], neighbour: Table) -> bool:
+    """Return whether all names but text encoders' are those of an architecture in diffusers."""
+    for file in files:
+        for name, full in file.names.items():
+            key = module_key(full)
+            if key is not None and key.prefix.startswith(TEXT_PREFIXES):
+                continue
+            if key is None or schemes_of(key) != ("diffusers",):
+                return False
+            if file.place(name, neighbour) is None:
+                return False
+    return True
+
+
+def may_have_no_table(names: Iterable[str]) -> bool:
+    """Return whether names without a component may be of an architecture that has no table."""
+    keys = [module_key(name) for name in names]
+    paths = [key.path for key in keys if key is not None and not key.prefix]
+    return len(paths) == len(keys) and any(
+        all(table.locate(path, flat=False, schemes=("diffusers",)) for path in paths)
+        for table in architectures_without_a_table()
+    )
+
+
+def kernel_of(name: str) -> tuple[int, ...] | None:
+    """Return the kernel that tables give a module; None if none does, or they differ."""
+    places = (located(name, table) for table in bundled_tables())
+    found = {place.row.kernel for place in places if isinstance(place, Place)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _of_base(
+    fitting: list[Table], others: list[Table], base: frozenset[str]
+) -> tuple[list[Table], list[Table]]:
+    """Return the tables that know whatever any of them knows of the base's modules."""
+    found = {
+        table.name: {name for name in base if located(name, table) is not None}
+        for table in (*fitting, *others)
+    }
+    known = set().union(*found.values())
+    return (
+        [table for table in fitting if found[table.name] == known],
+        [table for table in others if found[table.name] == known],
+    )
+
+
+def _is_complete(files: Sequence[NamedModules], table: Table) -> bool:
+    places = [place for file in files for place in file.places(table)]
+    return table.is_complete(place for place in places if isinstance(place, Place))
+
+
+def _stated(files: Sequence[NamedModules]) -> tuple[tuple[Table, ...], str | None]:
+    """Return the tables that metadata allows, and the text that it names them by.
+
+    Raises:
+        AdapterError: it names an architecture of which there is no table.
+    """
+    tables, said = bundled_tables(), None
+    for file in files:
+        made_by = file.metadata.get(TABLES_KEY, "").split(", ")
+        own = tuple(table for table in tables if table.name in made_by)
+        if own:
+            tables, said = own, ", ".join(table.name for table in own)
+        texts = [text for key in _STATED if (text := file.metadata.get(key, "").strip())]
+        if not texts and file.metadata.get("ss_v2", "").lower() == "true":
+            texts = [_SD2]
+        named = [
+            (text, {t.name for t in bundled_tables() if t.is_known_as(text)}) for text in texts
+        ]
+        known = [(text, names) for text, names in named if names]
+        if texts and not known:
+            raise _without_table(file, texts[0])
+        for text, names in known:
+            tables, said = tuple(table for table in tables if table.name in names), text
+        if said is not None and not tables:
+            raise _without_table(file, said)
+    return tables, said
+
+
+def _without_table(file: NamedModules, text: str) -> AdapterError:
+    return AdapterError(
+        "the file's metadata names an architecture of which there is no table of names",
+        path=str(file.source) if file.source else None,
+        got=text,
+        hint="If its names are those of one of the tables, give it with `names`",
+    )
+
+
+def _of_another_table(
+    files: Sequence[NamedModules], stated: Sequence[Table], text: str
+) -> AdapterError:
+    table = min(stated, key=lambda table: sum(len(file.missing(table)) for file in files))
+    file = next(file for file in files if file.missing(table))
+    where = f"the table of {table.title}, as which the metadata has it ({text})"
+    return _lacking(file, table, file.missing(table), where)
+
+
+def in_no_table(file: NamedModules, missing: Sequence[str]) -> AdapterError:
+    """Return the refusal of a file that no table has: what the nearest one lacks, if one is near.
+
+    Args:
+        file: its modules.
+        missing: what they are called that a table is needed for.
+    """
+    table = min(bundled_tables(), key=lambda table: len(file.missing(table)))
+    lacking = file.missing(table)
+    if len(lacking) < len(file.names):
+        where = f"the table of {table.title}, which has the others"
+        return _lacking(file, table, lacking, where)
+    for table in bundled_tables():
+        if all(located(name, table) is not None for name in file.names.values()):
+            return _lacking(file, table, lacking, f"the table of {table.title}")
+    return unresolved(missing, "any bundled table", file.source)
+
+
+def _lacking(file: NamedModules, table: Table, missing: list[str], where: str) -> AdapterError:
+    name = missing[0]
+    if located(file.names[name], table) is not None:
+        rows, columns = file.shapes[name]
+        count = f", nor have {len(missing) - 1} others" if len(missing) > 1 else ""
+        return AdapterError(
+            f"a weight has not the proportions that it has in {where}{count}",
+            path=str(file.source) if file.source else None,
+            tensor=file.names[name],
+            got=f"{rows} rows and {columns} columns",
+            hint="Is it of another architecture? Name its table with `names`",
+        )
+    return unresolved([file.names[name] for name in missing], where, file.source)
+
+
+def unresolved(missing: Sequence[str], where: str, source: object) -> AdapterError:
+    """Return the refusal of names that nothing resolves."""
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    count = "1 module name is" if len(missing) == 1 else f"{len(missing)} module names are"
+    return AdapterError(
+        f"{count} not in {where}",
+        path=str(source) if source else None,
+        got=shown,
+        hint="Give a list of names with `base` or `names_from`, or a table with `names`",
+    )
+
+
+def _source(files: Sequence[NamedModules]) -> str | None:
+    return next((str(file.source) for file in files if file.source), None)
+
+
+@functools.cache
+def architectures_without_a_table() -> tuple[Table, ...]:
+    """Return the architectures without a table, whose names in diffusers are known."""
+    text = resources.files("loratools.naming").joinpath("data/neighbours.toml")
+    classes = tomllib.loads(text.read_text(encoding="utf-8"))
+    return tuple(_as_table(name, entry) for name, entry in classes.items())
+
+
+def _as_table(name: str, entry: Mapping[str, list[str]]) -> Table:
+    return Table(
+        name,
+        {
+            "title": name,
+            "diffusers": "transformer",
+            "kohya": "diffusers",
+            "blocks": entry["blocks"],
+            "modules": [{"pairs": [[path, path] for path in entry["paths"]]}],
+        },
+    )

@@ -1,0 +1,204 @@
+"""Rules about the configuration: what contradicts the tensors, and what else it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from loratools.operations.check.rule import Found, Rule
+from loratools.operations.check.subject import CONFIG_FILE, Subject
+
+_LOCAL = re.compile(r"(?:[/~\\.]|[A-Za-z]:[\\/])")
+_HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_LEAST_SCALE, _LARGEST_SCALE = 1 / 4096, 64.0
+
+
+def _local_base(subject: Subject) -> Iterator[Found]:
+    name = subject.config.get("base_model_name_or_path")
+    if not subject.is_peft or not isinstance(name, str) or not name:
+        return
+    if _LOCAL.match(name) or name.count("/") > 1 or not _HUB_ID.fullmatch(name):
+        text = f"base_model_name_or_path is {name!r}, which is no id on the Hub"
+        yield Found(text, "base_model_name_or_path", CONFIG_FILE)
+
+
+def _no_base(subject: Subject) -> Iterator[Found]:
+    if subject.is_peft and subject.config and not subject.config.get("base_model_name_or_path"):
+        yield Found("no base model is recorded", "base_model_name_or_path", CONFIG_FILE)
+
+
+def _unsorted(subject: Subject) -> Iterator[Found]:
+    targets = subject.config.get("target_modules")
+    if not subject.is_peft or not isinstance(targets, list):
+        return
+    names = [name for name in targets if isinstance(name, str)]
+    if len(set(names)) < len(names):
+        yield Found("target_modules names a module twice", "target_modules", CONFIG_FILE)
+    elif names != sorted(names):
+        text = "target_modules is in no order: PEFT writes a set, and differently each time"
+        yield Found(text, "target_modules", CONFIG_FILE)
+
+
+def _extreme_scale(subject: Subject) -> Iterator[Found]:
+    if subject.adapter is None:
+        return
+    for name, change in subject.adapter.modules.items():
+        part = change.factors
+        if part is not None and not _LEAST_SCALE <= abs(part.scale) <= _LARGEST_SCALE:
+            if part.scale == 0.0:
+                continue
+            yield Found(f"{name} multiplies its factors by {part.scale:g}", name)
+            return
+
+
+RULES = (
+    Rule(
+        "LT201", "unknown-config-key", "warning",
+        "The configuration sets a key that is not known.",
+        "PEFT drops keys that its version does not know; if the key changes ΔW, the adapter does "
+        "another thing there.",
+        "Remove the key if it has no effect.",
+        "`PeftConfigMixin.from_pretrained` in peft 0.21.2",
+        of_readers=("unknown-config-key", "ignored-config-key"),
+    ),
+    Rule(
+        "LT202", "unsupported-config-key", "warning",
+        "The configuration sets a key whose effect few programs know.",
+        "Programs that serve adapters read r, lora_alpha and target_modules, and pass over others.",
+        "Serve it with PEFT.",
+        "vllm/lora/peft_helper.py",
+        of_readers=("unsupported-config-key",),
+    ),
+    Rule(
+        "LT203", "alpha-not-positive", "error",
+        "An alpha is zero or negative.",
+        "With zero the module does nothing; llama.cpp takes 0 for “no alpha” and multiplies by 1.",
+        "Correct it in adapter_config.json.",
+        "`get_scale` in src/llama-adapter.h",
+        of_readers=("alpha-not-positive",),
+    ),
+    Rule(
+        "LT204", "changed-base", "warning",
+        "The initialisation changed the base weights before training (PiSSA, OLoRA, CorDA, "
+        "LoRA-GA, LoftQ).",
+        "On the original base the adapter does another thing. Only PEFT changes the base again on "
+        "loading, and not exactly so.",
+        "Make it plain with the adapter saved before training: "
+        "`loratools squeeze ADAPTER --initial INITIAL --energy 1 -o PLAIN`.",
+        "peft 0.21.2, guide on LoRA initialisation",
+        of_readers=("mutated-base",),
+    ),
+    Rule(
+        "LT205", "config-missing", "warning",
+        "The configuration that states the scale is missing.",
+        "ΔW is known up to a number.",
+        "Put adapter_config.json beside the weights.",
+        "The reader of PEFT weights",
+        of_readers=("config-missing",),
+    ),
+    Rule(
+        "LT206", "activated-lora", "note",
+        "The adapter acts only after certain tokens of the prompt.",
+        "Programs that do not know aLoRA apply it to every token.",
+        "Serve it with vLLM, llama.cpp or PEFT.",
+        "alora_invocation_tokens in peft 0.21.2",
+        of_readers=("activated-lora",),
+    ),
+    Rule(
+        "LT207", "left-to-loader", "warning",
+        "PEFT computes tensors from the base model that the file does not hold.",
+        "No other program does.",
+        "Make it a plain LoRA: `loratools to-lora ADAPTER --base MODEL --rank R -o PLAIN`.",
+        "Uni-LoRA and FRoD in peft 0.21.2",
+        of_readers=("left-to-loader",),
+    ),
+    Rule(
+        "LT208", "latent-mapping-missing", "error",
+        "The trained matrices of LoRA-XS or LoRA-SB are not in the file.",
+        "The factors alone are a large part of the base weight.",
+        "Save the adapter again with its lora_latent_mapping tensors.",
+        "LoRA-XS, authors' code",
+        of_readers=("latent-mapping-missing",),
+    ),
+    Rule(
+        "LT209", "multihead-attention", "warning",
+        "PEFT applies the change of an output projection twice.",
+        "Programs that apply it once do another thing than PEFT.",
+        "Serve it with PEFT.",
+        "peft.tuners.lora.layer.MultiheadAttention, 0.21.2",
+        of_readers=("multihead-attention",),
+    ),
+    Rule(
+        "LT210", "no-weight-change", "note",
+        "This kind of adapter changes no weight.",
+        "Rules about ΔW have nothing to say about it.",
+        "Nothing.",
+        "Prompt tuning, prefix tuning and (IA)³ in peft 0.21.2",
+        of_readers=("no-weight-change",),
+    ),
+    Rule(
+        "LT211", "local-base", "warning",
+        "The base model is recorded as a path of somebody's machine.",
+        "Nobody else finds it. vLLM's resolvers compare the text with the name of the model they "
+        "serve, and pass the adapter over.",
+        "Write the id of the base on the Hub into adapter_config.json.",
+        "vllm/plugins/lora_resolvers/filesystem_resolver.py",
+        _local_base,
+    ),
+    Rule(
+        "LT212", "no-base-recorded", "warning",
+        "No base model is recorded.",
+        "PEFT cannot load the model by the adapter's name, and nobody knows what it is for.",
+        "Write the id of the base on the Hub into adapter_config.json.",
+        "`AutoPeftModel` in peft 0.21.2",
+        _no_base,
+    ),
+    Rule(
+        "LT213", "unsorted-targets", "note",
+        "target_modules is in no order, or names a module twice.",
+        "Two runs of one training then write different files.",
+        "Sort the list in adapter_config.json.",
+        "`LoraConfig` keeps a set, which older versions of PEFT wrote as it came",
+        _unsorted,
+    ),
+    Rule(
+        "LT214", "extreme-scale", "note",
+        "A scale is above 64 or below 1/4096.",
+        "Most often alpha or r was written by hand.",
+        "Compare r and lora_alpha with the training.",
+        "Bounds chosen here",
+        _extreme_scale, statistical=True,
+    ),
+    Rule(
+        "LT215", "target-without-tensors", "note",
+        "target_modules names modules that the file does not hold.",
+        "PEFT makes layers for them that do nothing.",
+        "Remove the names from target_modules.",
+        "`check_target_module_exists` in peft 0.21.2",
+        of_readers=("target-without-tensors",),
+    ),
+    Rule(
+        "LT216", "pattern-unmatched", "warning",
+        "A rank or alpha pattern matches no module.",
+        "The modules that it was meant for have another rank or scale than somebody thinks.",
+        "Correct the pattern, or remove it.",
+        "`get_pattern_key` in peft 0.21.2",
+        of_readers=("pattern-unmatched",),
+    ),
+    Rule(
+        "LT217", "targets-unclear", "note",
+        "Whether target_modules names every module cannot be told.",
+        "It is a regular expression that is broken, long or slow.",
+        "List the names of the modules.",
+        "`check_target_module_exists` in peft 0.21.2",
+        of_readers=("targets-unclear",),
+    ),
+    Rule(
+        "LT218", "scale-assumed", "warning",
+        "No scale is in the file, and 1 is taken.",
+        "Programs that take another default act more strongly or more weakly.",
+        "Write it down: `loratools convert ADAPTER -o NEW --to peft`.",
+        "The readers of files without a configuration",
+        of_readers=("scale-assumed",),
+    ),
+)  # fmt: skip

@@ -1,0 +1,276 @@
+"""Rules about silent no-ops: what loads without an error and does nothing, or another thing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from loratools.base.placement.experts import expert_placements
+from loratools.base.placement.names import Names
+from loratools.base.placement.place import place
+from loratools.base.placement.sites import sites
+from loratools.base.tied import find_tie
+from loratools.naming.for_base import named_for_base
+from loratools.operations.check.rule import Found, Rule
+from loratools.operations.check.subject import CONFIG_FILE, Subject
+from loratools_formats.contract.format import Context
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.peft_facts import PREFIX
+from loratools_formats.disk.errors import AdapterError, LoratoolsError
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_flat_param")
+_OWN_NAME = re.compile(
+    r".+\.lora_(?:[AB]\.(?P<linear>[^.]+)\.weight|embedding_[AB]\.(?P<embedding>[^.]+)"
+    r"|magnitude_vector\.(?!weight$)(?P<magnitude>[^.]+)(?:\.weight)?)"
+)
+_FACTOR = re.compile(r".+\.lora_(?:[AB]\.weight|embedding_[AB])")
+_EXPERT_AXES = (0, 19)
+_LISTED = 5
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return names[0] + more
+
+
+def _wrappers(subject: Subject) -> Iterator[Found]:
+    for wrapper in _WRAPPERS:
+        names = [name for name in subject.tensors if wrapper in name.split(".")]
+        if names:
+            yield Found(f"the names of {_some(names)} hold {wrapper}, a training wrapper", names[0])
+
+
+def _adapter_name(subject: Subject) -> Iterator[Found]:
+    if not subject.is_peft:
+        return
+    names = [name for name in subject.tensors if _OWN_NAME.fullmatch(name)]
+    if names:
+        match = _OWN_NAME.fullmatch(names[0])
+        own = next(filter(None, match.groups())) if match is not None else ""
+        yield Found(f"{_some(names)} hold the adapter's own name {own!r}", names[0])
+
+
+def _prefix(subject: Subject) -> Iterator[Found]:
+    if not subject.is_peft:
+        return
+    names = [n for n in subject.tensors if _FACTOR.fullmatch(n) and not n.startswith(PREFIX)]
+    if names:
+        yield Found(f"{_some(names)} do not begin with {PREFIX}", names[0])
+
+
+def _expert_axes(subject: Subject) -> Iterator[Found]:
+    adapter = subject.adapter
+    if adapter is None or not subject.is_peft:
+        return
+    stacks = [n for n, change in adapter.modules.items() if change.layer.kind == "experts"]
+    version = subject.config.get("peft_version")
+    if not stacks or not isinstance(version, str):
+        if stacks:
+            text = f"{_some(stacks)}: no PEFT version is recorded, and 0.19 exchanged the axes"
+            yield Found(text, stacks[0], CONFIG_FILE)
+        return
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers < _EXPERT_AXES:
+        text = f"{_some(stacks)}: made with PEFT {version}, and 0.19 exchanged the axes"
+        yield Found(text, stacks[0], CONFIG_FILE)
+
+
+def _in_base(subject: Subject) -> tuple[Adapter | None, list[Found]]:
+    """Return the adapter in the base's names, or what hinders that."""
+    adapter, base = subject.adapter, subject.base
+    if adapter is None or base is None:
+        return None, []
+    try:
+        context = Context(base=base.base.path)
+        adapter = get_format(adapter.format).to_model(adapter, context)
+        return named_for_base(adapter, base.base), []
+    except LoratoolsError as error:
+        return None, [Found(error.message, error.tensor)]
+
+
+def _not_in_base(subject: Subject) -> Iterator[Found]:
+    if subject.base is None:
+        return
+    adapter, hindered = _in_base(subject)
+    yield from hindered
+    if adapter is None:
+        return
+    names = subject.base
+    for name, change in adapter.modules.items():
+        if not _has_place(names, name, change):
+            near = ", ".join(names.nearest(f"{name}.weight")) or "none"
+            yield Found(f"{name} meets no module of the base; nearest: {near}", name)
+    for replacement in adapter.replacements.values():
+        module, _, leaf = replacement.target.rpartition(".")
+        if not _replaces(names, module, leaf) and replacement.kind != "module":
+            text = f"{replacement.target} meets no tensor of the base"
+            yield Found(text, replacement.target)
+
+
+def _has_place(names: Names, name: str, change: ModuleChange) -> bool:
+    try:
+        if change.layer.parameters and change.factors is not None:
+            return bool(expert_placements(names, name, change))
+        found = bool(sites(names, name, "weight"))
+    except LoratoolsError:  # several fit, or none of that shape: `wrong-shape` says so
+        return True
+    tie = None if found else _tie(names)
+    return found or (tie is not None and f"{name}.weight" in (tie[0], tie[1]))
+
+
+def _replaces(names: Names, module: str, leaf: str) -> bool:
+    try:
+        return bool(sites(names, module, leaf)) or _tie(names) is not None
+    except AdapterError:
+        return True
+
+
+def _tie(names: Names) -> tuple[str, str] | None:
+    tie = find_tie(names, guess_head=True)
+    return None if tie is None else (tie.embedding, tie.head)
+
+
+def _wrong_shape(subject: Subject) -> Iterator[Found]:
+    if subject.base is None:
+        return
+    adapter, _ = _in_base(subject)
+    if adapter is None:
+        return
+    names = subject.base
+    kept = {n: c for n, c in adapter.modules.items() if _has_place(names, n, c)}
+    with_factors = {n: c for n, c in kept.items() if c.factors is not None}
+    try:
+        place(replace(adapter, modules=with_factors, replacements={}), names.base)
+    except LoratoolsError as error:
+        yield from _one_by_one(replace(adapter, replacements={}), with_factors, names, error)
+    try:
+        place(replace(adapter, modules={}), names.base)
+    except LoratoolsError as error:
+        if "no base tensor fits" not in error.message:
+            yield Found(str(error), error.tensor)
+
+
+def _one_by_one(
+    adapter: Adapter, modules: dict[str, ModuleChange], names: Names, first: LoratoolsError
+) -> Iterator[Found]:
+    """Yield the modules that do not fit, at most a few of them."""
+    count = 0
+    for name, change in modules.items():
+        try:
+            place(replace(adapter, modules={name: change}), names.base)
+        except LoratoolsError as error:
+            count += 1
+            yield Found(f"{name}: {_brief(error)}", name)
+        if count == _LISTED:
+            return
+    if not count:
+        yield Found(_brief(first), first.tensor)
+
+
+def _brief(error: LoratoolsError) -> str:
+    parts = [error.message]
+    parts += [f"got {error.got}"] if error.got is not None else []
+    parts += [f"expected {error.expected}"] if error.expected is not None else []
+    return "; ".join(parts)
+
+
+def _tied(subject: Subject) -> Iterator[Found]:
+    if subject.base is None or subject.adapter is None:
+        return
+    names = subject.base
+    tie = _tie(names)
+    if tie is None:
+        return
+    ends = {names.spelling(key).removesuffix(".weight") for key in tie}
+    hit = [n for n in subject.adapter.modules if names.spelling(n) in ends]
+    hit += [
+        r.target
+        for r in subject.adapter.replacements.values()
+        if names.spelling(r.target).removesuffix(".weight") in ends
+    ]
+    if len(hit) == 1:
+        text = f"{hit[0]} is tied to another layer in the base, and the adapter changes one of them"
+        yield Found(text, hit[0])
+
+
+RULES = (
+    Rule(
+        "LT401", "not-targeted", "error",
+        "PEFT makes no layer for a module that the file holds.",
+        "Layers are made from target_modules before tensors are loaded; tensors without a layer "
+        "are dropped with a warning.",
+        "Name the module in target_modules of adapter_config.json.",
+        "`check_target_module_exists` and `set_peft_model_state_dict` in peft 0.21.2, run",
+        of_readers=("not-targeted",),
+    ),
+    Rule(
+        "LT402", "training-wrapper", "error",
+        "Names hold the wrapper of a training tool, such as torch.compile's _orig_mod.",
+        "No module of the plain model has that name. PEFT drops the tensors with a warning, and "
+        "the base answers.",
+        "Save from the unwrapped model, or remove the part from the names.",
+        "`torch.compile`, FSDP and activation checkpointing wrap modules under these names",
+        _wrappers, of_readers=("wrapped-names",),
+    ),
+    Rule(
+        "LT403", "adapter-name-in-keys", "error",
+        "Names hold the adapter's own name, such as lora_A.default.weight.",
+        "PEFT loads them only where the adapter has that very name, and drops them without an "
+        "error where it has another; vLLM refuses the file.",
+        "Save with `save_pretrained`, not with the model's state_dict.",
+        "`set_peft_model_state_dict` in peft 0.21.2, run; `parse_fine_tuned_lora_name` in vLLM",
+        _adapter_name,
+    ),
+    Rule(
+        "LT404", "prefix-missing", "error",
+        "Names in a PEFT folder do not begin with base_model.model.",
+        "PEFT drops the tensors with a warning.",
+        "Put the prefix back; some tools strip it for vLLM, which needs it as well.",
+        "`set_peft_model_state_dict` in peft 0.21.2, run",
+        _prefix,
+    ),
+    Rule(
+        "LT405", "expert-axes", "warning",
+        "Factors of stacked experts come from a PEFT that read their axes the other way.",
+        "PEFT 0.19 and later read in and out of such parameters exchanged; where both are of one "
+        "size, nothing fails.",
+        "Load it with the version that made it, and save it again. `loratools` reads both.",
+        "peft.tuners.lora.layer.ParamWrapper, 0.18 and 0.19",
+        _expert_axes,
+    ),
+    Rule(
+        "LT406", "not-in-base", "error",
+        "A module meets no module of the base model (with `base`).",
+        "Loaders drop it, most with a line in a log; the base answers.",
+        "Take the base that the adapter was trained on, or rename with "
+        "`loratools convert --names`.",
+        "vLLM issues 34186, 48019, 34591, 41754 and 55193",
+        _not_in_base,
+    ),
+    Rule(
+        "LT407", "wrong-shape", "error",
+        "A module's shape is not that of the base model's weight (with `base`).",
+        "It cannot be added.",
+        "Take the base that the adapter was trained on.",
+        "The placement that `loratools fuse` uses",
+        _wrong_shape,
+    ),
+    Rule(
+        "LT408", "tied-embedding", "warning",
+        "The adapter changes one end of a tied embedding (with `base`).",
+        "PEFT leaves the other end as it was; programs that keep one tensor for both change both.",
+        "Compare with PEFT, or fuse it: `loratools fuse BASE ADAPTER -o FUSED` unties the two.",
+        "tie_word_embeddings in transformers",
+        _tied,
+    ),
+    Rule(
+        "LT409", "experts-grouped", "error",
+        "Factors of stacked experts are packed expert by expert, which PEFT does not read.",
+        "PEFT takes the ranks of one expert for those of all, without an error.",
+        "Write it again as PEFT has it: `loratools convert ADAPTER -o NEW --to peft`.",
+        "peft.tuners.lora.layer.ParamWrapper, 0.21.2",
+        of_readers=("experts-grouped",),
+    ),
+)  # fmt: skip

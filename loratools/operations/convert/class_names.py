@@ -1,0 +1,155 @@
+"""Names on the way between PEFT and MLX, and from old names of modules to those of the base.
+
+PEFT names modules as the class of transformers does. mlx-lm keeps the language model of a model of
+several parts under `language_model`, and a stack of experts for each projection in a module of its
+own. Source: `models/` of mlx-lm 0.32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratools.operations.in_class_names import in_class_names
+from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from loratools_formats.checkpoints.facts import model_types
+from loratools_formats.containers.gguf.container import is_gguf
+from loratools_formats.contract.commands import command_on
+from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import UnsupportedError
+
+NAMED = frozenset({"peft", "mlx"})
+"""Formats whose modules have names of a class."""
+
+_BLOCKS = {
+    "mlp.switch_mlp": (
+        "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_5_moe",
+        "qwen3_5_moe_text", "qwen3_next", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe",
+        "glm4_moe_lite", "ernie4_5_moe",
+    ),
+    "block_sparse_moe.switch_mlp": (
+        "mixtral", "granitemoe", "granitemoehybrid", "phimoe", "minimax", "minimax_m2",
+    ),
+    "feed_forward.switch_mlp": ("lfm2_moe",),
+    "mlp.experts": ("gpt_oss",),
+}  # fmt: skip
+_SWITCH = {model: block for block, models in _BLOCKS.items() for model in models}
+_STACK = re.compile(r"(?P<layer>.+\.\d+)\.(?:[a-z_]+\.)?experts\.(?P<leaf>gate_up_proj|down_proj)")
+_EXPERTS = re.compile(r"(?:^|\.)(?:switch_mlp|experts)(?:\.|$)")
+_SEVERAL_PARTS = re.compile(r"^(?:model\.)?(?:language_model|vision_tower|visual|vision_model)\.")
+
+
+def uses_names(source: str, target: str) -> bool:
+    """Return whether names of a class are to be found in a conversion between two formats."""
+    return {source, target} <= NAMED
+
+
+def in_target_names(adapter: Adapter, target: str, base: Path | None) -> Adapter:
+    """Return an adapter under the names that the target's loader knows for a base.
+
+    Args:
+        adapter: of PEFT or MLX.
+        target: `peft` or `mlx`.
+        base: the base model.
+
+    Raises:
+        UnsupportedError: the names differ between the two, and there is no base to tell them.
+    """
+    checkpoint = None if base is None or is_gguf(base) else read_checkpoint(base)
+    if checkpoint is not None:
+        adapter = in_class_names([adapter], checkpoint)[0]
+    elif adapter.format != target:
+        _refuse_names(adapter, target)
+    return _for_mlx(adapter, checkpoint) if target == "mlx" and checkpoint is not None else adapter
+
+
+def _refuse_names(adapter: Adapter, target: str) -> None:
+    for module, change in adapter.modules.items():
+        experts = change.layer.kind == "experts" or _EXPERTS.search(module) is not None
+        if experts or _SEVERAL_PARTS.match(module):
+            what = "experts" if experts else "the parts of a model"
+            raise UnsupportedError(
+                f"PEFT and mlx-lm name {what} differently",
+                path=adapter.source,
+                tensor=module,
+                hint="Give the base, which tells the names: "
+                + command_on(adapter, "convert", f"--to {target} --base BASE", output="converted"),
+            )
+
+
+def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
+    modules: dict[str, ModuleChange] = {}
+    several = isinstance(base.config.get("text_config"), Mapping)
+    for name, change in adapter.modules.items():
+        for path, made in _apart(name, change, base, adapter):
+            modules[_prefixed(path) if several else path] = made
+    return replace(adapter, modules={name: modules[name] for name in sorted(modules)})
+
+
+def _prefixed(name: str) -> str:
+    """Return the name of a module of the language model of several parts.
+
+    >>> _prefixed("model.language_model.layers.0.mlp.up_proj")
+    'language_model.model.layers.0.mlp.up_proj'
+    """
+    if name.startswith("model.language_model."):
+        return "language_model.model." + name.removeprefix("model.language_model.")
+    return f"language_model.{name}" if name.startswith(("lm_head", "model.layers.")) else name
+
+
+def _apart(
+    name: str, change: ModuleChange, base: Checkpoint, adapter: Adapter
+) -> Iterator[tuple[str, ModuleChange]]:
+    """Yield the modules of mlx-lm that one of transformers became."""
+    if change.layer.kind != "experts":
+        if re.search(r"(?:^|\.)(?:vision_tower|visual|vision_model|audio_tower)\.", name):
+            raise UnsupportedError(
+                "mlx-lm has the language model only", path=adapter.source, tensor=name
+            )
+        yield name, change
+        return
+    parameter = change.layer.parameters[0]
+    match = _STACK.fullmatch(parameter)
+    types = sorted(model_types(base.config) & _SWITCH.keys())
+    if match is None or not types:
+        raise UnsupportedError(
+            "mlx-lm's name for these experts is not known",
+            path=adapter.source,
+            tensor=parameter,
+            got=f"model type {base.config.get('model_type')}",
+            expected=", ".join(sorted(_SWITCH)),
+        )
+    path = f"{match['layer']}.{_SWITCH[types[0]]}"
+    if match["leaf"] == "down_proj":
+        yield f"{path}.down_proj", _named(change, f"{path}.down_proj", change.require_factors().b)
+        return
+    b = change.require_factors().b
+    for index, leaf in enumerate(("gate_proj", "up_proj")):
+        yield f"{path}.{leaf}", _named(change, f"{path}.{leaf}", _half(b, index, types[0]))
+
+
+def _half(b: TensorRef, index: int, model_type: str) -> TensorRef:
+    experts, out, rank = b.shape
+
+    def read() -> Any:
+        values = b.load()
+        half = (
+            values[:, index::2]
+            if model_type == "gpt_oss"
+            else values[:, index * out // 2 : (index + 1) * out // 2]
+        )
+        return np.ascontiguousarray(half).tobytes()
+
+    return TensorRef(b.key, b.dtype, (experts, out // 2, rank), read)
+
+
+def _named(change: ModuleChange, path: str, b: TensorRef) -> ModuleChange:
+    part = change.require_factors()
+    layer = Layer("experts", parameters=(f"{path}.weight",))
+    return change.with_direction(replace(part, b=b, layer=layer))

@@ -1,0 +1,90 @@
+"""The configuration of a base that becomes a classifier: its class, and as many labels as it has.
+
+PEFT's adapters of classifiers bring a head of their own. A model loads it only as the class that
+has one, and only with as many labels; otherwise transformers makes a new head at random.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
+
+_HEADS = re.compile(r"(?:score|classifier|classification_head)(?:\.out_proj)?\.weight")
+_CLASSES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+_TASK = re.compile(r"(?:For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What a base's configuration says once an adapter has made a classifier of it.
+
+    Attributes:
+        config: the entries that change.
+        finding: what a user should know of it.
+    """
+
+    config: Mapping[str, Any]
+    finding: Finding
+
+
+def classifier_of(
+    adapters: Sequence[Adapter], base: Checkpoint, keys: Collection[str]
+) -> Classifier | None:
+    """Return what changes in a base's configuration; None if it becomes no classifier.
+
+    Args:
+        adapters: those that are fused; PEFT's say by `task_type` what they were trained for.
+        base: the base, whose configuration may be empty.
+        keys: names of the tensors of the fused model.
+    """
+    found = _head(adapters, keys)
+    if found is None or not base.config:
+        return None
+    suffix, key, labels = found
+    before = base.config.get("architectures")
+    names = before if isinstance(before, list) and before else [""]
+    family = _TASK.sub("", str(names[0]))
+    config: dict[str, Any] = {}
+    if family and names[0] != family + suffix:
+        config["architectures"] = [family + suffix]
+    known = base.config.get("id2label")
+    count = len(known) if isinstance(known, dict) else base.config.get("num_labels", 2)
+    if count != labels or config:
+        has_names = isinstance(known, dict) and len(known) == labels
+        config |= {} if has_names else _labels(labels)
+    if not config:
+        return None
+    name = config.get("architectures", names)[0] or "no class"
+    message = (
+        f"{key} has {labels} labels: config.json names {name} and as many labels, whose own names "
+        "no adapter holds"
+    )
+    return Classifier(config, Finding("classifier", "note", key, message))
+
+
+def _head(adapters: Sequence[Adapter], keys: Collection[str]) -> tuple[str, str, int] | None:
+    """Return the class' ending, the name of the head's weight, and its number of labels."""
+    for adapter in adapters:
+        suffix = _CLASSES.get(str(adapter.config.get("task_type")))
+        for replacement in adapter.replacements.values() if suffix is not None else ():
+            shape = replacement.tensor.shape
+            if _HEADS.fullmatch(replacement.target) and len(shape) == 2:
+                key = next((key for key in keys if key.endswith(replacement.target)), None)
+                if key is not None:
+                    return str(suffix), key, shape[0]
+    return None
+
+
+def _labels(count: int) -> dict[str, Any]:
+    names = {str(number): f"LABEL_{number}" for number in range(count)}
+    return {
+        "num_labels": count,
+        "id2label": names,
+        "label2id": {name: int(number) for number, name in names.items()},
+    }

@@ -1,0 +1,106 @@
+"""Adapters that name one module in two ways, which a merge must bring together or refuse.
+
+With the base, every adapter gets the names of the base's class, which is exact. Without it nobody
+can tell which of two names is the right one; adding them would give a loader two modules of which
+it finds one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from loratools.base.placement import rules
+from loratools.operations.in_class_names import in_class_names
+from loratools.operations.merge.align import MergeInput
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.wrapped_names import unwrapped
+from loratools_formats.disk.errors import AdapterError
+
+_CHOICES = (
+    (tuple(rules.QKV), rules.QKV_PARTS),
+    (tuple(rules.GLU), rules.GLU_PARTS),
+)
+_FUSED = {part: fused for fused, choices in _CHOICES for parts in choices for part in parts}
+"""By the name of a projection, the names of modules that may hold it beside others."""
+_TOGETHER = frozenset(name for names in _FUSED.values() for name in names)
+_EXPERTS = re.compile(
+    r"(?P<layer>(?:.*\.)?\d+)\.(?:.+\.)?(?P<kind>experts|switch_mlp)\b(?P<rest>.*)"
+)
+_NEUTRAL = rules.NEUTRAL | {"thinker"}
+
+
+def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list[MergeInput]:
+    """Return inputs whose modules have one name each.
+
+    Raises:
+        AdapterError: two names of one module meet, and no base tells which the class has; or a
+            module fits nothing in the base.
+    """
+    if any(get_format(item.adapter.format).naming is not None for item in inputs):
+        return list(inputs)
+    clash = _clash(inputs)
+    if clash is None:
+        return list(inputs)
+    if base is None:
+        one, other = clash
+        raise AdapterError(
+            "two adapters name one module differently",
+            path=other[0].adapter.source,
+            got=other[1],
+            expected=f"{one[1]}, as {one[0].name} has it",
+            hint="Pass `base`, whose class tells the names; they are brought together exactly",
+        )
+    renamed = in_class_names([item.adapter for item in inputs], base)
+    done = [replace(item, adapter=each) for item, each in zip(inputs, renamed, strict=True)]
+    left = _clash(done)
+    if left is not None:
+        raise AdapterError(
+            "two adapters name one module differently, and the base does not tell which is right",
+            path=base.path,
+            got=f"{left[0][1]} and {left[1][1]}",
+        )
+    return done
+
+
+_Found = tuple[MergeInput, str]
+
+
+def _clash(inputs: Sequence[MergeInput]) -> tuple[_Found, _Found] | None:
+    """Return two names of one module, None if there are none."""
+    seen: dict[str, dict[str, _Found]] = {}
+    for item in inputs:
+        for module, change in item.adapter.modules.items():
+            for place, spelling in _places(module, bool(change.layer.parameters)):
+                known = seen.setdefault(place, {})
+                if spelling not in known:
+                    known[spelling] = (item, module)
+    for spellings in seen.values():
+        if len(spellings) > 1:
+            one, other = list(spellings.values())[:2]
+            return one, other
+    return None
+
+
+def _places(module: str, of_parameters: bool) -> Iterator[tuple[str, str]]:
+    """Yield what a module is about, and how it is spelled there."""
+    name = unwrapped(module)
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in _NEUTRAL:
+        del parts[0]
+    loose = ".".join(parts)
+    experts = _EXPERTS.fullmatch(loose)
+    if experts is not None:
+        single = re.match(r"\.\d+\.", experts["rest"]) is not None
+        kind = "single" if single else experts["kind"] if not of_parameters else "stacked"
+        head = module.partition(experts["kind"])[0]
+        yield f"{experts['layer']} experts", f"{kind} {head}"
+        return
+    yield loose, module
+    parent, _, leaf = loose.rpartition(".")
+    for fused in _FUSED.get(leaf, ()):
+        yield f"{parent} {fused}", "apart"
+    if leaf in _TOGETHER:
+        yield f"{parent} {leaf}", "together"

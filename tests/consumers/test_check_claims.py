@@ -1,0 +1,170 @@
+"""What `check` says of PEFT, MLX-LM and diffusers is what they do."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import loratools as lt
+from loratools.operations.check.targets import known_targets
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "check"))
+from handmade_adapters import IN, MODULES, OUT, folder, tensors
+
+LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
+
+
+def codes(path, **options):
+    return {finding.code for finding in lt.check(path, **options).findings}
+
+
+def changes_in_peft(path, name="other"):
+    """Return the names of modules whose weight PEFT changes when it loads and merges a folder."""
+    import torch
+    from peft import PeftModel
+    from torch import nn
+
+    def module():
+        attention = nn.ModuleDict(
+            {name: nn.Linear(IN, OUT, bias=False) for name in ("q_proj", "v_proj")}
+        )
+        return nn.ModuleDict({"self_attn": attention})
+
+    class Base(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.ModuleDict({"layers": nn.ModuleList(module() for _ in range(2))})
+
+    base = Base()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = PeftModel.from_pretrained(base, path, adapter_name=name).merge_and_unload()
+    return {
+        name.removesuffix(".weight")
+        for name, tensor in merged.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+
+
+def renamed(old, new):
+    return {key.replace(old, new): array for key, array in tensors().items()}
+
+
+NO_OPS = {
+    "LT401": lambda p: folder(p, target_modules=["q_proj"], without=("task_type",)),
+    "LT402": lambda p: folder(
+        p, renamed("self_attn", "_orig_mod.self_attn"), without=("task_type",)
+    ),
+    "LT403": lambda p: folder(p, renamed(".weight", ".default.weight"), without=("task_type",)),
+    "LT404": lambda p: folder(p, renamed("base_model.model.", ""), without=("task_type",)),
+}
+
+
+def test_peft_changes_every_module_of_a_sound_adapter(tmp_path):
+    path = folder(tmp_path / "a", without=("task_type",))
+    assert changes_in_peft(path) == set(MODULES)
+    assert not {code for code in codes(path) if code.startswith("LT4")}
+
+
+@pytest.mark.parametrize("code", NO_OPS)
+def test_peft_loads_a_silent_no_op_without_an_error(code, tmp_path):
+    path = NO_OPS[code](tmp_path / "a")
+    assert code in codes(path)
+    assert changes_in_peft(path) != set(MODULES)
+
+
+def test_a_regular_expression_is_matched_as_peft_does(tmp_path):
+    for pattern in (r".*q_proj", r"q_proj", r"model\.layers\.0\..*", r".*\.(q|v)_proj"):
+        path = folder(
+            tmp_path / pattern.replace("\\", "_").replace("*", "+").replace("|", "_"),
+            target_modules=pattern, without=("task_type",),
+        )  # fmt: skip
+        try:
+            changed = changes_in_peft(path)
+        except ValueError:  # no module is targeted at all
+            changed = set()
+        assert ("LT401" in codes(path)) == (changed != set(MODULES)), pattern
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"layers_to_transform": [1]}, {"layers_to_transform": 0}, {"exclude_modules": ["q_proj"]}],
+    ids=str,
+)
+def test_what_narrows_the_targets_is_read_as_peft_does(config, tmp_path):
+    path = folder(tmp_path / "a", without=("task_type",), **config)
+    assert "LT401" in codes(path)
+    assert changes_in_peft(path) != set(MODULES)
+
+
+def test_mlx_refuses_what_the_table_says(tmp_path):
+    """A tensor that no layer has is an error there, and not passed over."""
+    from mlx import core as mx
+    from mlx import nn
+    from mlx_lm.tuner.utils import load_adapters
+
+    assert known_targets()["mlx"].other_kinds == "refused"
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(IN, OUT, bias=False)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [Layer()]
+
+    weights = {"layers.0.q_proj.lora_a": np.ones((IN, 4), np.float32),
+               "layers.0.q_proj.lora_b": np.ones((4, OUT), np.float32)}  # fmt: skip
+    config = {"fine_tune_type": "lora", "num_layers": 1,
+              "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0,
+                                  "keys": ["q_proj"]}}  # fmt: skip
+    for more in ({}, {"layers.0.elsewhere.lora_a": np.ones((IN, 4), np.float32)}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        arrays = {key: mx.array(array) for key, array in (weights | more).items()}
+        mx.save_safetensors(str(tmp_path / "adapters.safetensors"), arrays)
+        if more:
+            with pytest.raises(ValueError, match="not an adapter parameter"):
+                load_adapters(Model(), tmp_path)
+        else:
+            load_adapters(Model(), tmp_path)
+
+
+def test_the_fix_for_mlx_is_loaded_by_mlx(tmp_path):
+    import mlx_lm
+
+    made = lt.check(LLAMA / "rslora", target=["mlx"], fix=True, output=tmp_path / "mlx")
+    assert made.counts["error"] == 0
+    model, _ = mlx_lm.load(str(LLAMA / "model"), adapter_path=str(tmp_path / "mlx"))
+    names = [name for name, _ in model.named_modules() if name.endswith("q_proj")]
+    assert names
+
+
+def test_diffusers_gives_modules_of_different_ranks_their_own_scale():
+    from diffusers.utils.peft_utils import get_peft_kwargs
+
+    ranks = {"a.lora_B.weight": 4, "b.lora_B.weight": 8, "c.lora_B.weight": 8}
+    found = get_peft_kwargs(ranks, None, dict.fromkeys(ranks))
+    assert known_targets()["diffusers"].mixed_ranks == "yes"
+    assert found["lora_alpha"] / found["r"] == 1.0
+    assert found["alpha_pattern"] == found["rank_pattern"] == {"a": 4}
+
+
+def test_adapters_that_peft_makes_have_no_errors(tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(8, 12), nn.Conv2d(3, 4, 3), nn.Embedding(10, 6))
+    made = get_peft_model(model, LoraConfig(r=4, target_modules=["0", "1", "2"]))
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    made.save_pretrained(tmp_path / "peft")
+    found = lt.check(tmp_path / "peft", target=["peft"]).findings
+    assert [(f.code, f.message) for f in found if f.severity == "error"] == []

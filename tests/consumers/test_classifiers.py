@@ -1,0 +1,51 @@
+"""A fused classifier loads as one, and says what PEFT's model says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import loratools
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 40, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "of_base", "targets", "labels"),
+    [
+        ("Llama", "ForCausalLM", ["q_proj", "v_proj"], 5),
+        ("Bert", "ForPreTraining", ["query", "value"], 3),
+    ],
+)
+def test_a_fused_classifier_loads_with_its_labels(tmp_path, family, of_base, targets, labels):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES)
+    getattr(transformers, family + of_base)(config).save_pretrained(tmp_path / "base")
+    kind = getattr(transformers, f"{family}ForSequenceClassification")
+    model = kind.from_pretrained(tmp_path / "base", num_labels=labels)
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=targets, init_lora_weights=False),
+    ).eval()
+    model.save_pretrained(tmp_path / "lora")
+    loratools.fuse(tmp_path / "base", tmp_path / "lora", output=tmp_path / "fused")
+    written = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert written["architectures"] == [f"{family}ForSequenceClassification"]
+    assert len(written["id2label"]) == len(written["label2id"]) == labels
+    fused = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "fused")
+    assert fused.config.num_labels == labels
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        want, got = model(tokens).logits.numpy(), fused.eval()(tokens).logits.numpy()
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())

@@ -1,0 +1,62 @@
+"""The table of names of transformers' classes, compared with the installed transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loratools.base.placement import model_class
+from loratools.base.placement.class_view import class_view
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+
+TABLE = Path(model_class.__file__).parent / "data" / "class_names.json"
+SAMPLE = (
+    "Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration", "MixtralForCausalLM",
+    "ViTForImageClassification", "Qwen2_5_VLForConditionalGeneration", "GPT2LMHeadModel",
+    "BertForMaskedLM", "Ernie4_5_VLMoeModel",
+)  # fmt: skip
+
+
+def test_rules_are_those_of_the_installed_transformers():
+    import make_class_names
+    import transformers
+    from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+
+    assert model_class.release() == transformers.__version__, "run make_class_names.py again"
+    rules = json.loads(TABLE.read_text(encoding="utf-8"))["rules"]
+    wanted = _build_checkpoint_conversion_mapping()
+    assert rules.keys() == wanted.keys()
+    for name, transforms in wanted.items():
+        assert rules[name] == json.loads(json.dumps([make_class_names.rule(t) for t in transforms]))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_stored_names_and_names_in_memory_lead_to_the_class_s(name):
+    import make_class_names
+
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    model = make_class_names.model_of(name)
+    assert make_class_names.wrong(model, make_class_names.expected(model), table) == {}
+
+
+def test_experts_are_one_parameter_in_the_class(tmp_path):
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3,
+    }  # fmt: skip
+    model = MixtralForCausalLM(MixtralConfig(**sizes))
+    model.save_pretrained(tmp_path)
+    view = class_view(read_checkpoint(tmp_path))
+    own = model.state_dict()
+    assert view.checkpoint.tensors.keys() == own.keys()
+    for key, tensor in view.checkpoint.tensors.items():
+        assert torch.equal(torch.from_numpy(tensor.load().copy()), own[key])
+        start, stop = tensor.numel // 3, tensor.numel // 3 + 7
+        part = torch.from_numpy(tensor.elements(start, stop).copy())
+        assert torch.equal(part, own[key].reshape(-1)[start:stop])

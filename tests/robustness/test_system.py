@@ -1,0 +1,101 @@
+"""What the system does to a running command: signals that end it, calls that it does not have."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+RNG = np.random.default_rng(0)
+PREFIX = "base_model.model.model.layers.{}.mlp.up_proj"
+
+
+def run(*arguments, code="from loratools.cli import main; main()", **settings):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
+    )
+
+
+def adapter(path, layers, in_, out, rank):
+    path.mkdir()
+    tensors = {}
+    for layer in range(layers):
+        name = PREFIX.format(layer)
+        tensors[f"{name}.lora_A.weight"] = RNG.standard_normal((rank, in_)).astype("f4")
+        tensors[f"{name}.lora_B.weight"] = RNG.standard_normal((out, rank)).astype("f4")
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["up_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_leaves_nothing_behind(tmp_path, name):
+    source = adapter(tmp_path / "lora", 16, 1024, 2048, 32)
+    (tmp_path / "out").mkdir()
+    command = ["squeeze", source, "-o", tmp_path / "out" / "small", "--energy", "0.999", "-q"]
+    process = run(*command)
+    while process.poll() is None and not os.listdir(tmp_path / "out"):
+        time.sleep(0.002)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate()
+    left = os.listdir(tmp_path / "out")
+    number = getattr(signal, name)
+    if process.returncode != 0:  # else it was done before
+        assert process.returncode == (130 if name == "SIGINT" else 128 + number)
+        assert "Traceback" not in errors
+        assert left == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_signal_that_the_shell_ignores_stays_ignored(tmp_path):
+    """`nohup` sets SIGHUP to be ignored."""
+    code = (
+        "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from loratools.cli import errors\n"
+        "errors._stop_on_signals()\n"
+        "os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+    )
+    assert run(code=code).communicate()[0] == "alive\n"
+
+
+WITHOUT = (
+    "import os\n"
+    "for name in ('pread', 'preadv', 'pwrite', 'posix_fallocate', 'copy_file_range', 'statvfs'):\n"
+    "    delattr(os, name) if hasattr(os, name) else None\n"
+    "from loratools.cli import main\nmain()"
+)
+
+
+@pytest.mark.parametrize("verb", ["fuse", "quantize", "squeeze"])
+def test_a_system_without_positioned_writes_gives_the_same_bytes(tmp_path, verb):
+    """Windows has none of these calls."""
+    source = adapter(tmp_path / "lora", 2, 64, 96, 4)
+    weights = {
+        f"model.layers.{layer}.mlp.up_proj.weight": RNG.standard_normal((96, 64)).astype("f4")
+        for layer in range(2)
+    }
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(config))
+    given = {"fuse": [base, source], "quantize": [base], "squeeze": [source, "--rank", "2"]}[verb]
+    found = []
+    for name, code in (("with", "from loratools.cli import main; main()"), ("without", WITHOUT)):
+        process = run(verb, *given, "-o", tmp_path / name, "-q", code=code)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        found.append(load_file(file))
+    for key, value in found[0].items():
+        np.testing.assert_array_equal(value, found[1][key])
