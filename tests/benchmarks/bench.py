@@ -18,7 +18,7 @@ from pathlib import Path
 from machine import describe
 from report import markdown
 
-BENCHMARKS = ["squeeze", "merge", "fuse", "nf4", "fold", "gguf", "dialects", "kernels"]
+BENCHMARKS = ["squeeze", "merge", "fuse", "nf4", "fold", "gguf", "dialects", "kernels", "spectrum"]
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
 _MARK = "<!-- {} -->\n"

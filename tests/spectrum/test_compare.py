@@ -129,6 +129,20 @@ def test_a_lineage_is_seen_across_ranks(make_folder, tmp_path):
     json.dumps(pair.to_dict(), allow_nan=False)
 
 
+def test_a_large_shelf_is_compared_in_single_precision_as_it_says(make_folder):
+    modules = {"layers.0.q": (300, 200, 8), "layers.1.q": (200, 2000, 8)}
+    folders = [
+        make_folder(f"a{seed}", modules, dtype="bf16" if seed % 2 else "f32", seed=seed)
+        for seed in range(17)
+    ]
+    result = lt.compare(folders)
+    assert any("float32" in note for note in result.notes)
+    changes = [dense.peft_changes(folder) for folder in folders]
+    flat = np.array([np.concatenate([c.reshape(-1) for c in one.values()]) for one in changes])
+    flat /= np.linalg.norm(flat, axis=1)[:, None]
+    assert_allclose(result.cosines, flat @ flat.T, atol=1e-6)
+
+
 def test_modules_that_only_one_has_or_of_other_shapes_are_listed(make_folder):
     one = make_folder("one", {"a.q": (24, 20, 8), "b.q": (24, 20, 8), "c.q": (10, 20, 8)})
     other = make_folder("other", {"a.q": (24, 20, 8), "c.q": (12, 20, 8)}, seed=1)

@@ -60,12 +60,12 @@ def starts(grams: Sequence[Array], ranks: Sequence[int], width: int) -> Starts:
     inner, ours, theirs, overlaps = np.zeros((4, count, count))
     for gram in grams:
         diagonal = np.diag(gram)
-        for i, first in enumerate(blocks):
-            for j, second in enumerate(blocks):
-                rows = np.arange(min(ranks[i], ranks[j]))
-                inner[i, j] += gram[first.start + rows, second.start + rows].sum()
-                ours[i, j] += diagonal[first.start + rows].sum()
-                theirs[i, j] += diagonal[second.start + rows].sum()
+        for row in range(max(ranks)):
+            have = np.flatnonzero(np.array(ranks) > row)
+            rows, here = ends[have] + row, np.ix_(have, have)
+            inner[here] += gram[np.ix_(rows, rows)]
+            ours[here] += diagonal[rows][:, None]
+            theirs[here] += diagonal[rows]
         overlaps += _overlaps(gram, blocks, width) / len(grams)
     return Starts(inner, ours, theirs, overlaps)
 
