@@ -229,7 +229,10 @@ def test_every_failing_call(old, swap, tmp_path, monkeypatch):
     reset()
     for name, error in each_failure(monkeypatch, lambda: write_folder(out, overwrite=True)):
         if error is None:
-            assert (name, content(out)) == ("open", NEW), "only removing the old one may fail"
+            # Without an exchange in one step, two renames do; the old one may stay where it was put.
+            may_fail = {"open", "rename"} if old and swap == "exchange" else {"open"}
+            assert name in may_fail
+            assert content(out) == NEW
         else:
             assert isinstance(error, OutputError)
             assert content(out) == (NEW if "in place" in str(error) else old)
@@ -237,7 +240,7 @@ def test_every_failing_call(old, swap, tmp_path, monkeypatch):
         reset()
         failed.append(name)
     assert failed.count("fsync") == len(NEW) + 2
-    renames = 0 if old and swap == "exchange" else 2 if old else 1
+    renames = 1 if swap == "exchange" or not old else 2
     assert failed.count("rename") == renames
 
 

@@ -164,7 +164,7 @@ def test_what_the_file_does_not_hold_is_asked_for(tmp_path):
         ("num_key_value_heads", KV_HEADS),
         ("num_attention_heads", HEADS),
     ):
-        with pytest.raises(UnsupportedError, match=f"--set {setting}=VALUE.*or with --base"):
+        with pytest.raises(UnsupportedError, match=f"--set {setting}=VALUE.*or with `base`"):
             deltas_of(path, SHAPES, **given)
         given[setting] = value
     asked, _ = deltas_of(path, SHAPES, **given)

@@ -109,7 +109,7 @@ FILES = {
             "roberta.encoder.layer.0.attention.self.query.initial_A": random(24, 4),
             "roberta.encoder.layer.0.attention.self.query.initial_B": random(4, 24),
         },
-        "is a model's weights, not an adapter",
+        NONE,
     ),
     "hyper beside factors": (
         {
