@@ -229,7 +229,7 @@ def test_every_failing_call(old, swap, tmp_path, monkeypatch):
     reset()
     for name, error in each_failure(monkeypatch, lambda: write_folder(out, overwrite=True)):
         if error is None:
-            # Without an exchange in one step, two renames do; the old one may stay where it was put.
+            # Without an exchange in one step, two renames do; the old one may stay aside.
             may_fail = {"open", "rename"} if old and swap == "exchange" else {"open"}
             assert name in may_fail
             assert content(out) == NEW
