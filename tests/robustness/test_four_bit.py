@@ -133,7 +133,7 @@ DEFECTS = {
         lambda t: t.update(
             {STATE: text(re.sub(rb'(offset": )[^}]+', rb"\g<1>1e999", bytes(state(t))))}
         ),
-        "offset",
+        "too large for float64",
         STATE,
     ),
 }

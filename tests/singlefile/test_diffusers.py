@@ -256,7 +256,9 @@ def test_diffusers_applies_what_we_convert(pipelines, tmp_path, kind, maker, opt
     keys = tensors_of(target)
     assert not any(key.endswith(".alpha") for key in keys)
     in_metadata = "lora_adapter_metadata" in read_adapter(target).metadata
-    assert in_metadata == (options != ("--fold-alpha",))
+    # Several ranks are stated in any case, since diffusers before 0.40 scales by the largest.
+    ranks = {delta.rank for delta in read_adapter(target).modules.values()}
+    assert in_metadata == (options != ("--fold-alpha",) or len(ranks) > 1)
 
 
 @pytest.mark.parametrize("alpha", [2.0, 3.0], ids=["folded", "in metadata"])

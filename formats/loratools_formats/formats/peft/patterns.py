@@ -26,7 +26,7 @@ _WRITTEN_PLAIN = re.compile(r"[\w.-]+")
 _MAX_PATTERN_CHARACTERS = 512
 _MAX_PATTERNS = 100_000
 _MAX_LOOK_UPS = 8_000_000
-_CPU_SECONDS = 2
+_CPU_SECONDS = 1
 _TIMEOUT_SECONDS = 120.0  # of the clock, for systems that do not count CPU time
 
 _CHILD = f"""
