@@ -213,8 +213,12 @@ def _lacks(
     """Return the error that settings are missing: all of them, and a command that gives them."""
     names = list(lacking)
     listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
-    told = [f"--set {key}={shlex.quote(value)}" for key, value in given.items()]
-    command = command_on(adapter, "to-lora", *told, *(f"--set {key}=VALUE" for key in lacking))
+    command = command_on(
+        adapter,
+        "to-lora",
+        *(f"--set {key}={shlex.quote(value)}" for key, value in given.items()),
+        *(f"--set {key}=VALUE" for key in lacking),
+    )
     may_tell = all(value.is_in_base for value in lacking.values()) and not has_base
     expected = [f"{key}: {value.expected}" for key, value in lacking.items()]
     return UnsupportedError(
