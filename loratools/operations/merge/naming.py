@@ -52,7 +52,7 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
         except LoratoolsError as error:
             error.hint = (
                 f"It is a {adapter.format} file and the first a {target} file; bring it into that "
-                "naming first, with --names, --names-from or --base: "
+                "naming first, with `names`, `names_from` or `base`: "
                 + command_on(adapter, "convert", f"--to {target}", output="renamed")
             )
             raise
