@@ -202,7 +202,7 @@ def test_budget_sizes(text, nbytes):
     "text", ["", "x", "-5MB", "0%", "0", "0.0", "12 apples", "1e9", "١٢MB", "9" * 400, "5%%", "k"]
 )
 def test_bad_budgets(text):
-    with pytest.raises(OptionError, match=r"not a budget"):
+    with pytest.raises(OptionError, match=r"not a (budget|size|share)"):
         Budget.parse(text)
 
 
