@@ -56,7 +56,7 @@ def plot(title: str, figures: Sequence[Figure], path: Path, *, overwrite: bool) 
 
     heights = [_height(figure) for figure in figures]
     # Dates and random ids would make two runs differ; names with $ are no formulas.
-    fixed = {"svg.hashsalt": "loratools", "text.parse_math": False, "svg.fonttype": "none"}
+    fixed: Any = {"svg.hashsalt": "loratools", "text.parse_math": False, "svg.fonttype": "none"}
     with rc_context(fixed):
         drawing = Drawing(figsize=(10.0, sum(heights) + 0.5), layout="constrained")
         FigureCanvasAgg(drawing)
