@@ -123,7 +123,7 @@ def test_annotations_escape_what_would_end_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "a,b", lora_alpha=0)
     lines = run("a,b", "--output-format=github")[1].splitlines()
-    assert lines[0].startswith("::error file=a%2Cb/adapter_model.safetensors,line=1,title=LT203")
+    assert lines[0].startswith("::error file=a%2Cb/adapter_config.json,line=1,title=LT203")
     assert all(re.match(r"::(error|warning|notice) .*::.", line) for line in lines)
 
 

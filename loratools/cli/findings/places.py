@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from loratools.operations.check.runner import CheckFinding
+from loratools.operations.check.outcome import CheckFinding
 
 _WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
 

@@ -18,13 +18,15 @@ from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.peft_facts import PREFIX
+from loratools_formats.core.wrapped_names import WRAPPERS
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_flat_param")
+_WRAPPERS = (*sorted(WRAPPERS), "_flat_param")
 _OWN_NAME = re.compile(
     r".+\.lora_(?:[AB]\.(?P<linear>[^.]+)\.weight|embedding_[AB]\.(?P<embedding>[^.]+)"
     r"|magnitude_vector\.(?!weight$)(?P<magnitude>[^.]+)(?:\.weight)?)"
 )
+_AS_SAVED = (".lora_A.weight", ".lora_B.weight")
 _FACTOR = re.compile(r".+\.lora_(?:[AB]\.weight|embedding_[AB])")
 _EXPERT_AXES = (0, 19)
 _LISTED = 5
@@ -37,7 +39,8 @@ def _some(names: list[str]) -> str:
 
 def _wrappers(subject: Subject) -> Iterator[Found]:
     for wrapper in _WRAPPERS:
-        names = [name for name in subject.tensors if wrapper in name.split(".")]
+        holding = [name for name in subject.tensors if wrapper in name]
+        names = [name for name in holding if wrapper in name.split(".")]
         if names:
             yield Found(f"the names of {_some(names)} hold {wrapper}, a training wrapper", names[0])
 
@@ -45,7 +48,8 @@ def _wrappers(subject: Subject) -> Iterator[Found]:
 def _adapter_name(subject: Subject) -> Iterator[Found]:
     if not subject.is_peft:
         return
-    names = [name for name in subject.tensors if _OWN_NAME.fullmatch(name)]
+    unusual = [name for name in subject.tensors if not name.endswith(_AS_SAVED)]
+    names = [name for name in unusual if _OWN_NAME.fullmatch(name)]
     if names:
         match = _OWN_NAME.fullmatch(names[0])
         own = next(filter(None, match.groups())) if match is not None else ""
@@ -55,7 +59,7 @@ def _adapter_name(subject: Subject) -> Iterator[Found]:
 def _prefix(subject: Subject) -> Iterator[Found]:
     if not subject.is_peft:
         return
-    names = [n for n in subject.tensors if _FACTOR.fullmatch(n) and not n.startswith(PREFIX)]
+    names = [n for n in subject.tensors if not n.startswith(PREFIX) and _FACTOR.fullmatch(n)]
     if names:
         yield Found(f"{_some(names)} do not begin with {PREFIX}", names[0])
 
