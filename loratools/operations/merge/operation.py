@@ -49,11 +49,9 @@ from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
-from loratools_formats.core.dtypes import common_dtype
+from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.metadata import merged_from
 from loratools_formats.disk.errors import OptionError
-
-Array = np.ndarray[Any, Any]
 
 _OVERSAMPLE = 10
 
@@ -154,9 +152,7 @@ def _heard(
     return [module for module in modules if module.name not in left], silent
 
 
-def _weights_of(
-    name: str, inputs: Sequence[MergeInput], options: MergeOptions
-) -> np.ndarray[Any, Any]:
+def _weights_of(name: str, inputs: Sequence[MergeInput], options: MergeOptions) -> Array:
     for override in options.overrides:
         weights = override.weights
         if weights is not None and re.search(override.match, name):
@@ -276,7 +272,7 @@ class _Merge(Ranked[_Merged, Measured]):
             function(gram, self._weights(name), **self._parameters(name))
         )
 
-    def _weights(self, name: str) -> np.ndarray[Any, Any]:
+    def _weights(self, name: str) -> Array:
         return _weights_of(name, self.inputs, self.merge_options)
 
     def _parameters(self, name: str) -> dict[str, Any]:
