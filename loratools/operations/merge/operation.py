@@ -50,11 +50,9 @@ from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
-from loratools_formats.core.dtypes import common_dtype
+from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.metadata import merged_from
 from loratools_formats.disk.errors import OptionError
-
-Array = np.ndarray[Any, Any]
 
 _OVERSAMPLE = 10
 
@@ -231,7 +229,7 @@ class _Merge(Ranked[_Merged, Measured]):
             function(gram, self._weights(name), **self._parameters(name))
         )
 
-    def _weights(self, name: str) -> np.ndarray[Any, Any]:
+    def _weights(self, name: str) -> Array:
         return weights_of(name, self.inputs, self.merge_options)
 
     def _parameters(self, name: str) -> dict[str, Any]:

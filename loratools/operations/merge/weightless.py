@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from loratools.operations.merge.align import AlignedModule, MergeInput
 from loratools.operations.merge.options import MergeOptions
 from loratools_formats.core.adapter import Addition
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
 
 _SCALING = frozenset(
@@ -56,9 +56,7 @@ def heard(
     return [module for module in modules if module.name not in left], silent
 
 
-def weights_of(
-    name: str, inputs: Sequence[MergeInput], options: MergeOptions
-) -> np.ndarray[Any, Any]:
+def weights_of(name: str, inputs: Sequence[MergeInput], options: MergeOptions) -> Array:
     """Return the (T,) weights of the adapters in a module."""
     for override in options.overrides:
         weights = override.weights
