@@ -16,6 +16,7 @@ from loratools.face.fuse import FusePlan, FuseResult, PlannedTensor, fuse
 from loratools.operations.fuse.gguf import GgufFuseOptions
 from loratools.operations.fuse.operation import FuseOptions
 from loratools.work.requests import Reading, Reporting, Writing
+from loratools.work.selection import Dropping
 
 
 @named_command("fuse")
@@ -24,6 +25,7 @@ from loratools.work.requests import Reading, Reporting, Writing
 @shared.writes(positional=False)
 @shared.takes(FuseOptions, into="options")
 @shared.takes(GgufFuseOptions, "fallback", into="quantised")
+@shared.takes(Dropping, into="dropping")
 @shared.reads("from_", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
@@ -33,6 +35,7 @@ def command(
     writing: Writing,
     options: FuseOptions,
     quantised: GgufFuseOptions,
+    dropping: Dropping,
     reading: Reading,
     pages: Pages,
     reporting: Reporting,
@@ -58,6 +61,7 @@ def command(
             sources,
             options=options,
             quantised=quantised,
+            dropping=dropping,
             reading=reading,
             writing=target,
             progress=progress,

@@ -22,6 +22,7 @@ from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles
 from loratools.work.declared import declared
 from loratools.work.requests import Reading, Reporting, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.contract.files import check_apart
 from loratools_formats.disk.errors import OptionError
 
@@ -34,6 +35,7 @@ from loratools_formats.disk.errors import OptionError
 @shared.takes(RecipeFiles, into="files")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute", without=("--method",))
+@shared.takes(Dropping, into="dropping")
 @shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
@@ -45,6 +47,7 @@ def command(
     writing: Writing,
     files: RecipeFiles,
     compute: ComputeOptions,
+    dropping: Dropping,
     reading: Reading,
     pages: Pages,
     reporting: Reporting,
@@ -61,7 +64,7 @@ def command(
     sources: Path | list[tuple[Path, float]]
     if files.recipe is not None:
         _refuse_what_recipes_say(context)
-        sources, settings = files.recipe, {}
+        sources, settings, dropping = files.recipe, {}, Dropping()
         compute = ComputeOptions(workers=compute.workers, device=compute.device)
     elif adapters:
         sources = [weighted_path(text) for text in adapters]
@@ -83,6 +86,7 @@ def command(
             sources,
             base=reading.base,
             compute=compute,
+            dropping=dropping,
             reading=reading,
             writing=target,
             progress=progress,
@@ -101,7 +105,7 @@ def _refuse_what_recipes_say(context: click.Context) -> None:
     Raises:
         OptionError: one was given.
     """
-    declarations = (MergeOptions, Parameters, RankRule, ComputeOptions)
+    declarations = (MergeOptions, Parameters, RankRule, ComputeOptions, Dropping)
     names = {option.name for cls in declarations for option in declared(cls)}
     names = (names | {"adapters", "base"}) - {"workers", "device"}
     given = [

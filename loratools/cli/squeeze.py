@@ -15,7 +15,7 @@ from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.squeeze import SqueezeResult, squeeze, squeeze_choices
 from loratools.lowrank.resize import ComputeOptions
 from loratools.work.requests import Reading, Reporting, Writing
-from loratools.work.selection import Selection
+from loratools.work.selection import Dropping, Selection
 
 
 @named_command("squeeze")
@@ -24,6 +24,7 @@ from loratools.work.selection import Selection
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Selection, into="selection")
+@shared.takes(Dropping, into="dropping")
 @shared.reads("initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports()
@@ -33,6 +34,7 @@ def command(
     rule: RankRule,
     compute: ComputeOptions,
     selection: Selection,
+    dropping: Dropping,
     reading: Reading,
     pages: Pages,
     reporting: Reporting,
@@ -51,6 +53,7 @@ def command(
         "compute": compute,
         "selection": selection,
         "initial": reading.initial,
+        "dropping": dropping,
         "reading": reading,
     }
     if not rule.is_given:

@@ -16,11 +16,13 @@ from loratools.face.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.to_lora import ToLoraOptions
 from loratools.work.requests import Reading, Reporting, Writing
+from loratools.work.selection import Dropping
 
 
 @named_command("to-lora")
 @shared.adapter_argument
 @shared.writes("in_place", "max_error")
+@shared.takes(Dropping, into="dropping")
 @shared.reads("base", "initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(ToLoraOptions, into="folding")
 @shared.takes(RankRule, into="rule")
@@ -30,6 +32,7 @@ from loratools.work.requests import Reading, Reporting, Writing
 def command(
     adapter: Path,
     writing: Writing,
+    dropping: Dropping,
     reading: Reading,
     folding: ToLoraOptions,
     rule: RankRule,
@@ -54,6 +57,7 @@ def command(
         "initial": reading.initial,
         "folding": folding,
         "compute": compute,
+        "dropping": dropping,
         "reading": reading,
     }
     if not rule.is_given and not folding.exact:
