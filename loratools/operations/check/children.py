@@ -108,9 +108,13 @@ def main() -> None:
 
     gc.set_threshold(100_000)  # the objects of one adapter are many, and none is in a cycle
     values: dict[str, Any] = json.load(sys.stdin)
-    given = {key: tuple(values[key]) for key in ("select", "ignore", "target")}
     asked = Asked(
-        CheckOptions(**given, headers_only=values["headers_only"]),
+        CheckOptions(
+            select=tuple(values["select"]),
+            ignore=tuple(values["ignore"]),
+            target=tuple(values["target"]),
+            headers_only=values["headers_only"],
+        ),
         None if values["base"] is None else names_of(read_checkpoint(values["base"])),
         values["format_name"],
         values["carry_unknown"],
