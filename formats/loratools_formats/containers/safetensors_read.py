@@ -244,7 +244,7 @@ def _entry(
 def _is_counts(value: Any) -> bool:
     if not isinstance(value, list):
         return False
-    for each in value:  # a loop, since a generator takes most of the time for a large header
+    for each in value:  # noqa: SIM110 - a generator takes most of the time for a large header
         if type(each) is not int or each < 0:
             return False
     return True

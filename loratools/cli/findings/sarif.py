@@ -14,9 +14,9 @@ from urllib.parse import quote
 from loratools import __version__
 from loratools.cli.findings.places import file_of
 from loratools.face.check import CheckResult
+from loratools.operations.check.outcome import CheckFinding
 from loratools.operations.check.rule import Rule
 from loratools.operations.check.rules import RULES
-from loratools.operations.check.outcome import CheckFinding
 from loratools_formats.disk.errors import printable
 
 _SCHEMA = (
@@ -41,7 +41,10 @@ def sarif_of(result: CheckResult) -> str:
             {
                 "executionSuccessful": result.complete,
                 "toolExecutionNotifications": [
-                    {"level": "error", "message": {"text": f"{printable(u.adapter)}: {printable(u.reason)}"}}
+                    {
+                        "level": "error",
+                        "message": {"text": f"{printable(u.adapter)}: {printable(u.reason)}"},
+                    }
                     for u in result.unchecked
                 ],
             }

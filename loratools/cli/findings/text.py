@@ -23,7 +23,10 @@ def text_of(result: CheckResult) -> str:
         if found:
             lines.append(printable(adapter.adapter, 400))
             lines += [line for finding in found for line in _lines(finding)]
-    lines += [f"{printable(u.adapter, 400)}: not checked: {printable(u.reason, 1000)}" for u in result.unchecked]
+    lines += [
+        f"{printable(u.adapter, 400)}: not checked: {printable(u.reason, 1000)}"
+        for u in result.unchecked
+    ]
     lines.append(summary(result))
     return "\n".join(lines)
 

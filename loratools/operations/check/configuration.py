@@ -66,7 +66,7 @@ RULES = (
         "The configuration sets a key whose effect few programs know.",
         "Programs that serve adapters read r, lora_alpha and target_modules, and pass over others.",
         "Serve it with PEFT.",
-        "vllm/lora/peft_helper.py",
+        "vllm/lora/peft_helper.py, 0.33.0",
         of_readers=("unsupported-config-key",),
     ),
     Rule(
@@ -75,7 +75,7 @@ RULES = (
         "With zero the module does nothing; llama.cpp takes 0 for “no alpha” and multiplies by 1.",
         "Correct it in adapter_config.json.",
         "`get_scale` in src/llama-adapter.h",
-        of_readers=("alpha-not-positive",),
+        of_readers=("alpha-not-positive",), key="lora_alpha",
     ),
     Rule(
         "LT204", "changed-base", "warning",
@@ -86,7 +86,7 @@ RULES = (
         "Make it plain with the adapter saved before training: "
         "`loratools squeeze ADAPTER --initial INITIAL --energy 1 -o PLAIN`.",
         "peft 0.21.2, guide on LoRA initialisation",
-        of_readers=("mutated-base",),
+        of_readers=("mutated-base",), key="init_lora_weights",
     ),
     Rule(
         "LT205", "config-missing", "warning",
@@ -99,9 +99,10 @@ RULES = (
     Rule(
         "LT206", "activated-lora", "note",
         "The adapter acts only after certain tokens of the prompt.",
-        "Programs that do not know aLoRA apply it to every token.",
-        "Serve it with vLLM, llama.cpp or PEFT.",
-        "alora_invocation_tokens in peft 0.21.2",
+        "Programs that do not know aLoRA apply it to every token. vLLM 0.33 refuses it.",
+        "Serve it with PEFT or llama.cpp.",
+        "alora_invocation_tokens in peft 0.21.2 and in src/llama-adapter.cpp; "
+        "vllm/lora/peft_helper.py, 0.33.0",
         of_readers=("activated-lora",),
     ),
     Rule(
@@ -142,7 +143,7 @@ RULES = (
         "Nobody else finds it. vLLM's resolvers compare the text with the name of the model they "
         "serve, and pass the adapter over.",
         "Write the id of the base on the Hub into adapter_config.json.",
-        "vllm/plugins/lora_resolvers/filesystem_resolver.py",
+        "vllm/plugins/lora_resolvers/filesystem_resolver.py, 0.33.0",
         _local_base,
     ),
     Rule(

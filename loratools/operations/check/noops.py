@@ -207,7 +207,7 @@ RULES = (
         "are dropped with a warning.",
         "Name the module in target_modules of adapter_config.json.",
         "`check_target_module_exists` and `set_peft_model_state_dict` in peft 0.21.2, run",
-        of_readers=("not-targeted",),
+        of_readers=("not-targeted",), key="target_modules",
     ),
     Rule(
         "LT402", "training-wrapper", "error",
@@ -231,8 +231,9 @@ RULES = (
         "LT404", "prefix-missing", "error",
         "Names in a PEFT folder do not begin with base_model.model.",
         "PEFT drops the tensors with a warning.",
-        "Put the prefix back; some tools strip it for vLLM, which needs it as well.",
-        "`set_peft_model_state_dict` in peft 0.21.2, run",
+        "Write it again: `loratools convert ADAPTER -o NEW --to peft`. vLLM reads both.",
+        "`set_peft_model_state_dict` in peft 0.21.2 and `parse_fine_tuned_lora_name` in vLLM 0.33.0, "
+        "run",
         _prefix,
     ),
     Rule(
@@ -242,7 +243,7 @@ RULES = (
         "size, nothing fails.",
         "Load it with the version that made it, and save it again. `loratools` reads both.",
         "peft.tuners.lora.layer.ParamWrapper, 0.18 and 0.19",
-        _expert_axes,
+        _expert_axes, key="peft_version",
     ),
     Rule(
         "LT406", "not-in-base", "error",

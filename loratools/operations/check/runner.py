@@ -73,9 +73,7 @@ def check(
     return CheckRun(tuple(adapters), tuple(unchecked), tuple(findings), rules)
 
 
-def _outcomes(
-    sources: Sequence[Path | Adapter], asked: Asked, workers: int
-) -> Iterable[Outcome]:
+def _outcomes(sources: Sequence[Path | Adapter], asked: Asked, workers: int) -> Iterable[Outcome]:
     paths = [source for source in sources if isinstance(source, Path)]
     count = children_for(len(paths), workers)
     if count and len(paths) == len(sources):
