@@ -65,7 +65,8 @@ RULES = (
         "LT202", "unsupported-config-key", "warning",
         "The configuration sets a key whose effect few programs know.",
         "Programs that serve adapters read r, lora_alpha and target_modules, and pass over others.",
-        "Serve it with PEFT.",
+        "Serve it with PEFT, and accept the finding with `--baseline`; remove the key if it has no "
+        "effect.",
         "vllm/lora/peft_helper.py, 0.33.0",
         of_readers=("unsupported-config-key",),
     ),
@@ -100,7 +101,7 @@ RULES = (
         "LT206", "activated-lora", "note",
         "The adapter acts only after certain tokens of the prompt.",
         "Programs that do not know aLoRA apply it to every token. vLLM 0.33 refuses it.",
-        "Serve it with PEFT or llama.cpp.",
+        "Serve it with PEFT or llama.cpp, and accept the finding with `--baseline`.",
         "alora_invocation_tokens in peft 0.21.2 and in src/llama-adapter.cpp; "
         "vllm/lora/peft_helper.py, 0.33.0",
         of_readers=("activated-lora",),
@@ -125,7 +126,7 @@ RULES = (
         "LT209", "multihead-attention", "warning",
         "PEFT applies the change of an output projection twice.",
         "Programs that apply it once do another thing than PEFT.",
-        "Serve it with PEFT.",
+        "Serve it with PEFT, and accept the finding with `--baseline`.",
         "peft.tuners.lora.layer.MultiheadAttention, 0.21.2",
         of_readers=("multihead-attention",),
     ),
@@ -133,8 +134,8 @@ RULES = (
         "LT210", "no-weight-change", "note",
         "This kind of adapter changes no weight.",
         "Rules about ΔW have nothing to say about it.",
-        "Nothing.",
-        "Prompt tuning, prefix tuning and (IA)³ in peft 0.21.2",
+        "Nothing; accept the finding with `--baseline`.",
+        "Prompt tuning and prefix tuning in peft 0.21.2",
         of_readers=("no-weight-change",),
     ),
     Rule(
@@ -166,7 +167,8 @@ RULES = (
         "LT214", "extreme-scale", "note",
         "A scale is above 64 or below 1/4096.",
         "Most often alpha or r was written by hand.",
-        "Compare r and lora_alpha with the training.",
+        "Correct r and lora_alpha by those of the training; if they are as meant, accept the finding "
+        "with `--baseline`.",
         "Bounds chosen here",
         _extreme_scale, statistical=True,
     ),

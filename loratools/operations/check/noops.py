@@ -214,7 +214,8 @@ RULES = (
         "Names hold the wrapper of a training tool, such as torch.compile's _orig_mod.",
         "No module of the plain model has that name. PEFT drops the tensors with a warning, and "
         "the base answers.",
-        "Save from the unwrapped model, or remove the part from the names.",
+        "Write it under PEFT's names: `loratools convert ADAPTER -o NEW --to peft`. For the next "
+        "time: save from the unwrapped model.",
         "`torch.compile`, FSDP and activation checkpointing wrap modules under these names",
         _wrappers, of_readers=("wrapped-names",),
     ),
@@ -223,7 +224,8 @@ RULES = (
         "Names hold the adapter's own name, such as lora_A.default.weight.",
         "PEFT loads them only where the adapter has that very name, and drops them without an "
         "error where it has another; vLLM refuses the file.",
-        "Save with `save_pretrained`, not with the model's state_dict.",
+        "Write it under PEFT's names: `loratools convert ADAPTER -o NEW --to peft`. For the next "
+        "time: save with `save_pretrained`.",
         "`set_peft_model_state_dict` in peft 0.21.2, run; `parse_fine_tuned_lora_name` in vLLM",
         _adapter_name,
     ),
@@ -232,8 +234,8 @@ RULES = (
         "Names in a PEFT folder do not begin with base_model.model.",
         "PEFT drops the tensors with a warning.",
         "Write it again: `loratools convert ADAPTER -o NEW --to peft`. vLLM reads both.",
-        "`set_peft_model_state_dict` in peft 0.21.2 and `parse_fine_tuned_lora_name` in vLLM 0.33.0, "
-        "run",
+        "`set_peft_model_state_dict` in peft 0.21.2 and `parse_fine_tuned_lora_name` in "
+        "vLLM 0.33.0, run",
         _prefix,
     ),
     Rule(
@@ -241,7 +243,7 @@ RULES = (
         "Factors of stacked experts come from a PEFT that read their axes the other way.",
         "PEFT 0.19 and later read in and out of such parameters exchanged; where both are of one "
         "size, nothing fails.",
-        "Load it with the version that made it, and save it again. `loratools` reads both.",
+        "Write it again, as PEFT 0.19 and later read it: `loratools convert ADAPTER -o NEW --to peft`.",
         "peft.tuners.lora.layer.ParamWrapper, 0.18 and 0.19",
         _expert_axes, key="peft_version",
     ),
