@@ -56,13 +56,6 @@ def truncated(path):
     return path
 
 
-def described(path):
-    folder(path)
-    metadata = {"format": "pt", "notes": "x" * 70_000}
-    save_file(tensors(), path / "adapter_model.safetensors", metadata)
-    return path
-
-
 def experts(path, **config):
     name = "base_model.model.model.layers.0.mlp.experts"
     weights = {f"{name}.lora_A.weight": np.ones((8, IN), np.float32),
@@ -131,15 +124,12 @@ MONTECLORA = {"monteclora_config": {"num_samples": 2}}
 A_GGUF, B_GGUF = "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"
 
 
-def without_indices(path):
-    """PEFT leaves out the indices of a Uni-LoRA unless asked."""
-    shutil.copytree(GOLDEN / "unilora" / "adapter", path)
-    weights = {
-        k: v
-        for k, v in load_file(path / "adapter_model.safetensors").items()
-        if "unilora_" not in k or k.endswith("theta_d")
-    }
-    save_file(weights, path / "adapter_model.safetensors")
+def without_basis(path):
+    """PEFT leaves out the bases of FRoD unless asked."""
+    shutil.copytree(GOLDEN / "frod" / "adapter", path)
+    weights = load_file(path / "adapter_model.safetensors")
+    save_file({k: v for k, v in weights.items() if "frod_V" not in k},
+              path / "adapter_model.safetensors")  # fmt: skip
     return path
 
 
@@ -176,6 +166,12 @@ def unknown(path):
 
 def without_config(path):
     return single(path, tensors())
+
+
+def described(path):
+    path = single(path, kohya())
+    save_file(kohya(), path, {"ss_tag_frequency": "x" * 70_000})
+    return path
 
 
 def repeated(path):
@@ -355,7 +351,7 @@ CASES = {
     "LT111": lambda p: folder(p, tensors() | {f"{FIRST}.lora_A_rho": np.ones((4, IN), np.float32)}),
     "LT113": guessed,
     "LT205": without_config,
-    "LT207": without_indices,
+    "LT207": without_basis,
     "LT208": lambda p: with_file(p, "reconstr_config.json"),
     "LT209": attention,
     "LT210": lambda p: folder(

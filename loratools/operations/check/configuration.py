@@ -110,7 +110,9 @@ RULES = (
         "LT207", "left-to-loader", "warning",
         "PEFT computes tensors from the base model that the file does not hold.",
         "No other program does.",
-        "Make it a plain LoRA: `loratools to-lora ADAPTER --base MODEL --rank R -o PLAIN`.",
+        "Make it a plain LoRA: `loratools to-lora ADAPTER --base MODEL --rank R -o PLAIN`; "
+        "Uni-LoRA "
+        "also wants `--set order=NAME,NAME`.",
         "Uni-LoRA and FRoD in peft 0.21.2",
         of_readers=("left-to-loader",),
     ),
@@ -167,7 +169,8 @@ RULES = (
         "LT214", "extreme-scale", "note",
         "A scale is above 64 or below 1/4096.",
         "Most often alpha or r was written by hand.",
-        "Correct r and lora_alpha by those of the training; if they are as meant, accept the finding "
+        "Correct r and lora_alpha by those of the training; if they are as meant, accept the "
+        "finding "
         "with `--baseline`.",
         "Bounds chosen here",
         _extreme_scale, statistical=True,
@@ -200,7 +203,7 @@ RULES = (
         "LT218", "scale-assumed", "warning",
         "No scale is in the file, and 1 is taken.",
         "Programs that take another default act more strongly or more weakly.",
-        "Write it down: `loratools convert ADAPTER -o NEW --to peft`.",
+        "Write it down: `loratools convert ADAPTER -o NEW --from safetensors --to peft`.",
         "The readers of files without a configuration",
         of_readers=("scale-assumed",),
     ),

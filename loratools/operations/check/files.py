@@ -184,8 +184,8 @@ RULES = (
     Rule(
         "LT007", "code-in-config", "warning",
         "The configuration names code to import, or holds what looks like code.",
-        "PEFT imports the module that auto_mapping names, on loading; those of the libraries that it "
-        "adapts are left out here.",
+        "PEFT imports the module that auto_mapping names, on loading; the libraries that it adapts "
+        "are left out here.",
         "Remove the key if the adapter works without it.",
         "`_get_peft_type` and `auto_mapping` in peft 0.21.2",
         _code_in_config,
@@ -219,7 +219,7 @@ RULES = (
         "The header of the weights holds much text beside the tensors.",
         "Training tools put captions and paths there, which are published with the weights.",
         "Leave out what tells about the training: "
-        "`loratools convert ADAPTER -o NEW.safetensors --strip-training-metadata`.",
+        "`loratools convert ADAPTER -o NEW.safetensors --to kohya --strip-training-metadata`.",
         "kohya's ss_* entries",
         _metadata,
     ),

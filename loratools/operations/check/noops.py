@@ -243,7 +243,8 @@ RULES = (
         "Factors of stacked experts come from a PEFT that read their axes the other way.",
         "PEFT 0.19 and later read in and out of such parameters exchanged; where both are of one "
         "size, nothing fails.",
-        "Write it again, as PEFT 0.19 and later read it: `loratools convert ADAPTER -o NEW --to peft`.",
+        "Serve it with the PEFT that made it, or fuse it, since loratools reads both: "
+        "`loratools fuse BASE ADAPTER -o FUSED`.",
         "peft.tuners.lora.layer.ParamWrapper, 0.18 and 0.19",
         _expert_axes, key="peft_version",
     ),

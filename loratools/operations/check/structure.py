@@ -179,7 +179,7 @@ RULES = (
         "LT111", "posterior-spread", "warning",
         "It is a Bayesian LoRA, and its spread is used by the authors' code only.",
         "Every other loader uses the mean.",
-        "Leave the spread out: `loratools convert ADAPTER -o NEW --to peft`.",
+        "Leave the spread out: `loratools squeeze ADAPTER -o NEW --energy 1`.",
         "BLoB and TFB, authors' code",
         of_readers=("posterior-spread",),
     ),
@@ -187,8 +187,8 @@ RULES = (
         "LT113", "expert-order-guessed", "warning",
         "Nothing states in which order lora_B holds stacked experts.",
         "Read in the wrong order, every expert gets parts of the changes of others.",
-        "Write it again, with the order stated: `loratools convert ADAPTER -o NEW --to peft`. If the "
-        "guess is wrong, add lora_B_layout: rank_major to adapter_config.json first.",
+        "Write it again, with the order stated: `loratools convert ADAPTER -o NEW --to peft`. If "
+        "the guess is wrong, add lora_B_layout: rank_major to adapter_config.json first.",
         "unsloth_zoo 2026.9.6; Megatron-Bridge, `_pack_target_parameter_adapter_weights`",
         of_readers=("expert-order-guessed",),
     ),
