@@ -259,6 +259,7 @@ def merge(
     space: Literal["full", "core"] = "full",
     weight_pattern: Sequence[Override | str] = (),
     replacements: str | None = None,
+    linear_differences: bool = False,
     force_base: bool = False,
     allow_missing: bool = False,
     density: float | str | None = None,
@@ -419,8 +420,8 @@ def delta(
     *,
     dtype: type[Any] | np.dtype[Any] | str = ...,
     base: str | os.PathLike[str] | Checkpoint | None = None,
-) -> np.ndarray[Any, Any]: ...
-def factors(adapter: Adapter, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]: ...
+) -> Any: ...
+def factors(adapter: Adapter, name: str) -> tuple[Any, Any]: ...
 def from_factors(
     modules: Mapping[str, tuple[Any, Any]],
     *,

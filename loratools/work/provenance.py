@@ -11,6 +11,8 @@ from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.files import RegularFile
 
+MADE_HERE_KEY = "loratools.operation"
+"""Metadata of every weight file of ours: the command that made it."""
 DROPPED = "dropped-modules"
 """Code of the finding that modules were taken out; it stands by the patterns that told which."""
 
@@ -83,7 +85,7 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
 
     return {
         "loratools.version": record["tool"]["version"],
-        "loratools.operation": record["operation"],
+        MADE_HERE_KEY: record["operation"],
         "loratools.options": compact(record["options"]),
         "loratools.inputs": compact(
             {f"{i['role']}/{i['name']}": _hash(i["digest"]) for i in record["inputs"]}
