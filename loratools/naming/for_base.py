@@ -9,8 +9,10 @@ parameter that is no module's weight is added to that parameter.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+
+import numpy as np
 
 from loratools.naming.base_components import (
     DENOISER,
@@ -24,7 +26,9 @@ from loratools.naming.rename import NamingOptions, all_names, renamed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, Addition, ModuleChange
+from loratools_formats.core.dtypes import DTYPES, encode
 from loratools_formats.core.single_file_keys import Naming
+from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
 _WAYS: tuple[Naming, ...] = ("comfyui", "diffusers")
@@ -88,6 +92,44 @@ def _drop(missing: list[str], names: list[str]) -> str | None:
     return f"If the base is to go without them, leave them out with `drop`: {pattern}"
 
 
+def by_component(adapter: Adapter, roles: Collection[str]) -> dict[str, Adapter]:
+    """Return a single file's changes of each component.
+
+    Args:
+        adapter: a single file.
+        roles: the components that there are; `roles_of` names them.
+
+    Raises:
+        AdapterError: a module is of a component that there is not.
+    """
+    homes: dict[str, set[str]] = {}
+    missing = []
+    targets = [r.target.rpartition(".")[0] for r in adapter.replacements.values()]
+    for name in dict.fromkeys([*all_names(adapter), *targets]):
+        key = module_key(name)
+        own = (DENOISER,) if key is None else roles_of(key)
+        role = next((role for role in own if role in roles), None)
+        if role is None:
+            missing.append(name)
+        else:
+            homes.setdefault(role, set()).add(name)
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" * (len(missing) > 4))
+        raise AdapterError(
+            f"{len(missing)} of the adapter's modules are of a component that the base has not",
+            path=adapter.source,
+            got=shown,
+            expected=" or ".join(roles),
+            hint=_drop(missing, all_names(adapter)),
+        )
+    return {role: _only(adapter, names) for role, names in homes.items()}
+
+
+def has_all(adapter: Adapter, base: Checkpoint) -> bool:
+    """Return whether a base has every module of an adapter under the name that it has there."""
+    return all(f"{name}{_WEIGHT}" in base.tensors for name in adapter.modules)
+
+
 def names_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     """Return the base's name of each module of the adapter.
 
@@ -143,12 +185,12 @@ class _Modules:
 
 
 def _only(adapter: Adapter, names: set[str]) -> Adapter:
-    """Return an adapter's changes of some modules, without what it replaces and carries."""
+    """Return an adapter's changes of some modules, without what it carries."""
     return replace(
         adapter,
         modules={n: d for n, d in adapter.modules.items() if n in names},
-        additions={k: a for k, a in adapter.additions.items() if _module(a) in names},
-        replacements={},
+        additions={k: a for k, a in adapter.additions.items() if _module(a.target) in names},
+        replacements={k: r for k, r in adapter.replacements.items() if _module(r.target) in names},
         carried={},
     )
 
@@ -161,8 +203,8 @@ def _together(adapter: Adapter, one: Adapter, other: Adapter) -> Adapter:
     )
 
 
-def _module(addition: Addition) -> str:
-    return addition.target.rpartition(".")[0]
+def _module(target: str) -> str:
+    return target.rpartition(".")[0]
 
 
 def _with_names(adapter: Adapter, names: Mapping[str, str], base: Checkpoint) -> Adapter:
@@ -175,11 +217,29 @@ def _with_names(adapter: Adapter, names: Mapping[str, str], base: Checkpoint) ->
         additions[key] = replace(addition, target=own if is_bare else f"{own}.{leaf}")
     modules: dict[str, ModuleChange] = {}
     for name, change in adapter.modules.items():
-        own, diff = names[name], None
-        if own in base.tensors and change.kind_delta is not None and change.kind == "full":
-            diff = change.kind_delta.parts["diff"]
+        own = names[name]
+        diff = _of_parameter(own, change) if own in base.tensors else None
         if diff is None:
             modules[own] = change
         else:
             additions[diff.key] = Addition(own, diff)
     return replace(adapter, modules=modules, additions=additions)
+
+
+def _of_parameter(name: str, change: ModuleChange) -> TensorRef | None:
+    """Return what a change adds to a parameter that is no weight; None if it cannot be told."""
+    if change.kind == "full" and change.kind_delta is not None:
+        return change.kind_delta.parts["diff"]
+    part = change.factors
+    if part is None or change.is_dora or len(part.a.shape) != 2:
+        return None
+    # OpenCLIP multiplies by its projection from the right.
+    is_crossed = name.endswith(".text_projection")
+
+    def read() -> bytes:
+        a, b = part.a.load(np.float64), part.b.load(np.float64)
+        product = part.scale * (b @ a)
+        return encode(product.T if is_crossed else product, DTYPES["F64"]).tobytes()
+
+    shape = part.shape[::-1] if is_crossed else part.shape
+    return TensorRef(part.a.key, DTYPES["F64"], shape, read)
