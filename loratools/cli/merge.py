@@ -10,8 +10,9 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
+from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent, print_table
+from loratools.cli.output import human_bytes, note, number, percent
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
@@ -38,7 +39,7 @@ from loratools_formats.disk.errors import OptionError
 @shared.takes(Dropping, into="dropping")
 @shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
-@shared.reports()
+@shared.reports("json", "quiet", "verbose")
 @click.pass_context
 def command(
     context: click.Context,
@@ -96,7 +97,10 @@ def command(
             result.write_recipe(save_recipe, overwrite=writing.overwrite)
         return result
 
-    return perform("merge", work, _show, target, reporting, pages=pages)
+    def show(result: MergeResult) -> None:
+        _show(result, verbose=reporting.verbose)
+
+    return perform("merge", work, show, target, reporting, pages=pages)
 
 
 def _refuse_what_recipes_say(context: click.Context) -> None:
@@ -122,22 +126,24 @@ def _ranks(ranks: Sequence[int | None]) -> str:
     return " + ".join("–" if rank is None else str(rank) for rank in ranks)
 
 
-def _show(result: MergeResult) -> None:
-    print_table(
-        ["module", "rank", "energy kept", "relative error"],
-        "<>>>",
+def _show(result: MergeResult, *, verbose: bool) -> None:
+    modules = result.modules
+    rows = [
         [
-            [
-                module.name,
-                "whole"
-                if module.rank_out is None
-                else f"{_ranks(module.ranks_in)} → {module.rank_out}",
-                percent(module.energy),
-                number(module.relative_error),
-            ]
-            for module in result.modules
-        ],
-    )
+            module.name,
+            "whole"
+            if module.rank_out is None
+            else f"{_ranks(module.ranks_in)} → {module.rank_out}",
+            percent(module.energy),
+            number(module.relative_error),
+        ]
+        for module in modules
+    ]
+    errors = [module.relative_error for module in modules]
+    ranks = Measure([module.rank_out for module in modules], str)
+    measures = {"rank": ranks, "relative error": Measure(errors)}
+    header = ["module", "rank", "energy kept", "relative error"]
+    print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
     for item in result.adapters:
         count = sum(item.name in module.absent for module in result.modules)
         if count:

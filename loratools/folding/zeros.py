@@ -6,11 +6,11 @@ command that worked on one would report success and change nothing.
 
 from __future__ import annotations
 
-from loratools.work.provenance import MADE_HERE_KEY
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.nothing import NOT_GATHERED
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.provenance import OPERATION_KEY
 
 _BYTES_AT_ONCE = 1 << 22
 
@@ -29,7 +29,7 @@ def require_change(adapter: Adapter) -> Adapter:
     ]
     if not adapter.modules or not adapter.inputs or adapter.provenance is not None:
         return adapter
-    if MADE_HERE_KEY in adapter.metadata:  # of a file whose scale is 0, which says so
+    if OPERATION_KEY in adapter.metadata:  # of a file whose scale is 0, which says so
         return adapter
     if all(map(_is_zero_change, adapter.modules.values())) and all(map(_is_zero, others)):
         count = len(adapter.modules)

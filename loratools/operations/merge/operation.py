@@ -127,7 +127,8 @@ def merge(
     residuals = [outcome.squared_residual for outcome in done.outcomes]
     known = [residual for residual in residuals if residual is not None]
     squared_norm = done.squared_norm + sum(each.squared_norm for each in work.whole)
-    lost = sum(each.squared_error for each in (*done.outcomes, *work.whole))
+    lost = sum(each.squared_error for each in done.outcomes)
+    lost += sum(each.squared_error for each in work.whole)
     kept = squared_norm - done.squared_norm + sum(outcome.kept for outcome in done.outcomes)
     reports = [*(outcome.report for outcome in done.outcomes), *map(_of_whole, work.whole)]
     return MergeResult(
