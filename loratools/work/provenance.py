@@ -10,6 +10,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.provenance import OPERATION_KEY
 
 DROPPED = "dropped-modules"
 """Code of the finding that modules were taken out; it stands by the patterns that told which."""
@@ -83,7 +84,7 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
 
     return {
         "loratools.version": record["tool"]["version"],
-        "loratools.operation": record["operation"],
+        OPERATION_KEY: record["operation"],
         "loratools.options": compact(record["options"]),
         "loratools.inputs": compact(
             {f"{i['role']}/{i['name']}": _hash(i["digest"]) for i in record["inputs"]}
