@@ -83,7 +83,7 @@ def spectrum(
             _report(module, index, measured[index] if measured else None, entries=entries)
             for index in range(len(module.matrices))
         ]
-        return reports, replace(module, matrices=()), note
+        return reports, module.without_matrices(), note
 
     done: list[Opened] = []
     for outcome in in_order(one, names, workers):
