@@ -133,6 +133,11 @@ def compare_sections(result: CompareResult) -> list[Section]:
         ("near-duplicates", str(len(result.duplicates))),
         ("same start", str(len(result.lineages))),
     ]
+    if len(result.names) == 2:
+        overview += [
+            ("cosine of ΔW", _shown(result.cosines[0][1])),
+            ("cosine of A", _shown(result.a_cosines[0][1])),
+        ]
     found = [
         ("near-duplicates", one, f"and {other} have a cosine of at least 0.99")
         for one, other in result.duplicates
@@ -163,25 +168,26 @@ def compare_sections(result: CompareResult) -> list[Section]:
     return parts
 
 
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
 def _similarity(result: CompareResult) -> list[Part]:
     names = [result.names[i] for i in result.order]
     cosines = [[result.cosines[i][j] for j in result.order] for i in result.order]
     parts: list[Part] = [
-        Heatmap("Cosines of ΔW, in the order of the tree", names, names, cosines, 1.0),
-        Tree(
-            "Average linkage of 1 − cosine, from 0 at the names to the largest distance",
-            result.names,
-            result.order,
-            result.merges,
-        ),
+        Heatmap("Cosines of ΔW, in the order of the tree", names, names, cosines, 1.0, places=2),
     ]
+    if len(names) > 2:
+        caption = "Average linkage of 1 − cosine, from 0 at the names to the largest distance"
+        parts.append(Tree(caption, result.names, result.order, result.merges))
     for caption, values in (
         ("Cosines of the A factors as stored", result.a_cosines),
         ("Overlaps of the spaces of A, above those of random spaces", result.a_overlaps),
     ):
         if any(value is not None for row in values for value in row):
             cells = [[values[i][j] for j in result.order] for i in result.order]
-            parts.append(Heatmap(caption, names, names, cells, 1.0))
+            parts.append(Heatmap(caption, names, names, cells, 1.0, places=2))
     rows: list[list[Cell]] = [
         [result.names[i], result.norms[i], result.linear_losses[i]] for i in result.order
     ]
