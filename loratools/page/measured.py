@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from loratools.algebra.outliers import family_of, layer_of
 from loratools.operations.compare.result import BasesResult, CompareResult
 from loratools.operations.spectrum.result import MatrixReport, SpectrumResult
@@ -18,6 +20,7 @@ from loratools.page.parts import (
     Table,
     Tree,
 )
+from loratools_formats.core.findings import Finding
 
 _HEADER = ["module", "rank", "‖ΔW‖", "σ₁", "stable rank", "effective rank", "90 %", "95 %", "99 %"]
 _HEADER += ["knee", "Gavish–Donoho", "family z"]
@@ -40,7 +43,7 @@ def spectrum_sections(result: SpectrumResult) -> list[Section]:
     parts = [
         Section("Overview", [Numbers(overview)]),
         Section("What stands out", [Findings(found)]),
-        *_notes(result.notes),
+        *_notes(result.notices),
         Section("Strength", [_strength(result)]),
         Section("Spectra", [_spectra(result)]),
     ]
@@ -52,8 +55,8 @@ def spectrum_sections(result: SpectrumResult) -> list[Section]:
     return [*parts, Section("Modules", [Table("All modules", header, rows, filtered=True)])]
 
 
-def _notes(notes: tuple[str, ...]) -> list[Section]:
-    items = [("notes", "", text) for text in notes]
+def _notes(notices: Sequence[Finding]) -> list[Section]:
+    items = [(each.code, "", each.message) for each in notices]
     return [Section("Notes", [Findings(items)])] if items else []
 
 
@@ -147,7 +150,7 @@ def compare_sections(result: CompareResult) -> list[Section]:
     parts = [
         Section("Overview", [Numbers(overview)]),
         Section("What stands out", [Findings(found)]),
-        *_notes(result.notes),
+        *_notes(result.findings),
         Section("Similarity", _similarity(result)),
     ]
     if result.modules:
@@ -205,7 +208,7 @@ def bases_sections(result: BasesResult) -> list[Section]:
         key = family_of(module.name), layer_of(module.name)
         writes[key] = max(writes.get(key, 0.0), module.outputs or 0.0)
     return [
-        *_notes(result.notes),
+        *_notes(result.findings),
         Section("Where ΔW writes", [by_layers("Difference of the bases there", writes)]),
         Section("Modules", [Table("All modules", header, rows, filtered=True)]),
     ]

@@ -127,6 +127,7 @@ def tree_svg(part: Tree) -> str:
         for row, name in enumerate(names)
     )
     return (
-        f'<svg class="names" viewBox="0 0 640 {height}" role="img" aria-label="{escaped(part.caption)}">'
+        f'<svg class="names" viewBox="0 0 640 {height}" role="img" '
+        f'aria-label="{escaped(part.caption)}">'
         f"{lines}{labels}</svg>"
     )

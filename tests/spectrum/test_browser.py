@@ -77,8 +77,8 @@ def deep(folder):
         tensors[f"{prefix}.lora_B.weight"] = rng.standard_normal((140, rank)).astype(np.float32)
     tensors["base_model.model.layers.3.q.lora_B.weight"][0, 0] = np.nan
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"],
-              "rank_pattern": {rf"layers.{n}.q": r for n, r in enumerate(ranks.values())}}  # fmt: skip
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
+    config["rank_pattern"] = ranks
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

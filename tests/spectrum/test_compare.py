@@ -136,7 +136,8 @@ def test_a_large_shelf_is_compared_in_single_precision_as_it_says(make_folder):
         for seed in range(17)
     ]
     result = lt.compare(folders)
-    assert any("float32" in note for note in result.notes)
+    assert [finding.code for finding in result.findings] == ["single-precision"]
+    assert "float32" in result.notes[0]
     changes = [dense.peft_changes(folder) for folder in folders]
     flat = np.array([np.concatenate([c.reshape(-1) for c in one.values()]) for one in changes])
     flat /= np.linalg.norm(flat, axis=1)[:, None]
@@ -265,6 +266,8 @@ def test_the_command_prints_matrices_and_refuses_nonsense():
     assert "--base" in done.stderr
     found = json.loads(run("compare", *paths, "--json").stdout)
     assert (found["schema"], found["operation"]) == (1, "compare")
+    assert [each["code"] for each in found["findings"]] == ["direction-only"]
+    assert found["notes"] == [each["message"] for each in found["findings"]]
     assert np.shape(found["cosines"]) == (3, 3)
     for arguments in (
         [paths[0]],

@@ -27,6 +27,7 @@ from loratools.work.selection import Selection
 from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError
 
 Array = np.ndarray[Any, Any]
@@ -124,7 +125,7 @@ def compare(
     if len(adapters) < 2:
         raise OptionError("comparing takes at least two adapters", got=len(adapters))
     options, selection = options or CompareOptions(), selection or Selection()
-    named, notes = in_one_naming(list(adapters.values()), base)
+    named, found = in_one_naming(list(adapters.values()), base)
     many = len(named) >= MANY
     openers = [ThinModules(adapter, base, "compare", once=many) for adapter in named]
     wanted = sorted({n for opener in openers for n in opener.modules if n in selection})
@@ -138,18 +139,22 @@ def compare(
         raise AdapterError(
             "the adapters share no module",
             got=" and ".join(dict.fromkeys(examples)),
-            hint="; ".join(notes) or "Are they adapters of models with the same modules?",
+            hint="; ".join(each.message for each in found)
+            or "Are they adapters of models with the same modules?",
         )
     if any(opener.directional for opener in openers):
-        notes.append("DoRA modules are compared by their directions; `base` gives their changes")
+        message = "DoRA modules are compared by their directions; `base` gives their changes"
+        found.append(Finding("direction-only", "warning", None, message))
     if many:
-        notes.append("sums are in blocks of float32, for speed: cosines are good to 1e-6")
+        message = "sums are in blocks of float32, for speed: cosines are good to 1e-6"
+        found.append(Finding("single-precision", "note", None, message))
     partial = sum(module.partial for module in done)
     if partial:
-        notes.append(
+        message = (
             f"{partial} modules have full rank and are compared by their leading singular triplets"
         )
-    return _result(adapters, done, notes)
+        found.append(Finding("leading-part", "warning", None, message))
+    return _result(adapters, done, found)
 
 
 def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) -> _Module:
@@ -205,7 +210,7 @@ def _starts(
 
 
 def _result(
-    adapters: Mapping[str, Adapter], done: Sequence[_Module], notes: Sequence[str]
+    adapters: Mapping[str, Adapter], done: Sequence[_Module], found: Sequence[Finding]
 ) -> CompareResult:
     names = tuple(adapters)
     count = len(names)
@@ -273,7 +278,7 @@ def _result(
             else None
             for i in range(count)
         ),
-        notes=tuple(notes),
+        findings=tuple(found),
     )
 
 
