@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from loratools.algebra.linalg import gram, gram_in_single
 from loratools.algebra.thin import Thin
 from loratools.folding.thin_modules import ThinModule
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
-
-Array = np.ndarray[Any, Any]
 
 MANY = 16
 """From this many adapters on, products are float32 within blocks: cosines are good to 1e-6."""
