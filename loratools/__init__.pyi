@@ -56,6 +56,7 @@ def check(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     workers: int | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckResult: ...
 def rule(name: str) -> RuleResult: ...
@@ -73,6 +74,7 @@ def compare(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompareResult: ...
 def compare_bases(
@@ -86,6 +88,7 @@ def compare_bases(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> BasesResult: ...
 def convert(
     source: str | os.PathLike[str] | Adapter,
@@ -108,6 +111,7 @@ def convert(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertResult: ...
 def write(
@@ -118,6 +122,7 @@ def write(
     base: str | os.PathLike[str] | None = None,
     allow_lossy: bool = False,
     overwrite: bool = False,
+    revision: str | None = None,
 ) -> WriteResult: ...
 def dequantize(
     base: str | os.PathLike[str] | Checkpoint,
@@ -127,6 +132,7 @@ def dequantize(
     dtype: Literal["bf16", "f16", "f32"] = "bf16",
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DequantizeResult: ...
 def extract(
@@ -159,6 +165,7 @@ def extract(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractResult: ...
 def extract_choices(
@@ -175,6 +182,7 @@ def extract_choices(
     keep_alpha: bool = False,
     include: str | None = None,
     exclude: str | None = None,
+    revision: str | None = None,
 ) -> ExtractChoices: ...
 @overload
 def fuse(
@@ -198,6 +206,7 @@ def fuse(
     ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str],
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FuseResult: ...
 @overload
@@ -222,6 +231,7 @@ def fuse(
     ignore_key: Sequence[str] = (),
     output: None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FusePlan: ...
 def info(
@@ -230,6 +240,7 @@ def info(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> InfoResult: ...
 def read(
     path: str | os.PathLike[str],
@@ -237,6 +248,7 @@ def read(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> Adapter: ...
 def formats() -> FormatsResult: ...
 def methods() -> MethodsResult: ...
@@ -287,6 +299,7 @@ def merge(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
 def quantize(
@@ -301,6 +314,7 @@ def quantize(
     workers: int | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizeResult: ...
 def repair(
@@ -327,6 +341,7 @@ def repair(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RepairResult: ...
 def spectrum(
@@ -346,6 +361,7 @@ def spectrum(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SpectrumResult: ...
 def squeeze(
@@ -381,6 +397,7 @@ def squeeze(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SqueezeResult: ...
 def squeeze_choices(
@@ -400,6 +417,7 @@ def squeeze_choices(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> SqueezeChoices: ...
 def delta(
     adapter: Adapter,
@@ -407,6 +425,7 @@ def delta(
     *,
     dtype: type[Any] | np.dtype[Any] | str = ...,
     base: str | os.PathLike[str] | Checkpoint | None = None,
+    revision: str | None = None,
 ) -> np.ndarray[Any, Any]: ...
 def factors(adapter: Adapter, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]: ...
 def from_factors(
@@ -427,6 +446,7 @@ def to_dora(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ToDoraResult: ...
 def to_lora(
@@ -463,6 +483,7 @@ def to_lora(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ToLoraResult: ...
 def to_lora_choices(
@@ -482,6 +503,7 @@ def to_lora_choices(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> ToLoraChoices | None: ...
 def verify(
     fused: str | os.PathLike[str] | Checkpoint,
@@ -496,5 +518,6 @@ def verify(
     workers: int | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...

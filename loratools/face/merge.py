@@ -15,8 +15,8 @@ from loratools.face.result import AdapterResult, check_error, written_nbytes
 from loratools.face.source import (
     READING,
     WRITING,
+    Mergeable,
     Model,
-    Weighted,
     beside,
     destination,
     label,
@@ -128,7 +128,7 @@ class MergeResult(AdapterResult):
 
 @public(reading=READING, writing=(*WRITING, "max_error"))
 def merge(
-    adapters: Weighted,
+    adapters: Mergeable,
     *,
     base: Model | None = None,
     options: MergeOptions,

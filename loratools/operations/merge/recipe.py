@@ -10,8 +10,8 @@
     overrides:
     - {match: mlp, weights: [0.3, 0.7]}
 
-Paths are relative to the recipe's folder. A digest, if given, must be that of the
-adapter's weights. Whatever is not known is an error that names its place in the file.
+Paths are relative to the recipe's folder, or references to the Hub. A digest, if given, must be
+that of the adapter's weights. Whatever is not known is an error that names its place in the file.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from typing import Any
 import yaml
 
 from loratools.algebra.ranks import Budget, RankRule, as_options
+from loratools.hub.references import Want
+from loratools.hub.resolve import located
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.options import MergeOptions, Override
@@ -37,6 +39,7 @@ from loratools.work.selection import check_regex
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
+from loratools_formats.disk.hub_cache import cached_place
 from loratools_formats.disk.provenance import MADE_HERE
 
 RECIPE_FILE = "recipe.yaml"
@@ -54,7 +57,7 @@ class RecipeFiles:
         save_recipe: also write them there.
     """
 
-    recipe: Path | None = option(None, heading="Input")
+    recipe: Path | None = option(None, heading="Input", reference="file")
     save_recipe: Path | None = option(None, heading="Output")
 
 
@@ -214,8 +217,22 @@ def _recipe(content: Any, folder: Path) -> Recipe:
         **allowed,
     )
     return Recipe(
-        tuple(adapters), options, None if base is None else folder / _text(base, "$.base")
+        tuple(adapters),
+        options,
+        None if base is None else _place(folder, _text(base, "$.base"), "model"),
     )
+
+
+def _place(folder: Path, text: str, want: Want) -> Path:
+    """Return where a recipe's adapter or base is: beside the recipe, or what is on the Hub."""
+    here = folder / text
+    if os.path.lexists(here):
+        return here
+    found = located(text, want, beside="all" if want == "adapter" else "nothing")
+    place = None if found is not None else cached_place(os.path.normpath(here))
+    if place is not None:  # the recipe is on the Hub, and what it names is beside it
+        found = located(place.reference, want, beside="all" if want == "adapter" else "nothing")
+    return found or here
 
 
 def _switch(fields: Mapping[str, Any], name: str) -> bool:
@@ -229,7 +246,7 @@ def _adapter(value: Any, place: str, folder: Path) -> RecipeAdapter:
     fields = _fields(value, place, {"path": True, "weight": False, "sha256": False})
     digest = fields.get("sha256")
     return RecipeAdapter(
-        folder / _text(fields["path"], f"{place}.path"),
+        _place(folder, _text(fields["path"], f"{place}.path"), "adapter"),
         _number(fields.get("weight", 1.0), f"{place}.weight"),
         None if digest is None else _text(digest, f"{place}.sha256"),
     )
@@ -344,4 +361,5 @@ def _shown(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+    place = cached_place(path)
+    return Path(os.path.relpath(path, folder)).as_posix() if place is None else place.reference
