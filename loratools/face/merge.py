@@ -35,6 +35,7 @@ from loratools.operations.merge.recipe import (
     RecipeAdapter,
     load_recipe,
     recipe_text,
+    with_local_paths,
 )
 from loratools.operations.merge.result import MergeModuleReport
 from loratools.work.json_object import hidden
@@ -204,7 +205,7 @@ def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
     workers, device = given.compute.workers, given.compute.device
     if given != MergeOptions(compute=ComputeOptions(workers=workers, device=device)) or base:
         raise OptionError("a recipe says all settings", path=path, hint="Leave out the others")
-    plan = load_recipe(path)
+    plan = with_local_paths(load_recipe(path), path.parent)
     compute = replace(plan.options.compute, workers=workers, device=device)
     return replace(plan, options=replace(plan.options, compute=compute))
 

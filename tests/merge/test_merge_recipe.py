@@ -566,6 +566,7 @@ BESIDE = [
     ["--seed", "0"], ["--keep-alpha"], ["some/adapter"],
 ]  # fmt: skip
 FREE = {
+    "revision",
     "from_", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error", "json",
     "quiet", "workers", "device", "carry_unknown", "ignore_key", "allow_missing", "html", "plot",
 }  # fmt: skip

@@ -20,7 +20,7 @@ import math
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 from loratools.algebra.ranks import Budget, RankRule, as_options
-from loratools.hub.references import Want
+from loratools.hub.references import Want, parse
 from loratools.hub.resolve import located
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.methods import Method, get_method
@@ -219,20 +219,43 @@ def _recipe(content: Any, folder: Path) -> Recipe:
     return Recipe(
         tuple(adapters),
         options,
-        None if base is None else _place(folder, _text(base, "$.base"), "model"),
+        None if base is None else _place(folder, _text(base, "$.base")),
     )
 
 
-def _place(folder: Path, text: str, want: Want) -> Path:
-    """Return where a recipe's adapter or base is: beside the recipe, or what is on the Hub."""
+def _place(folder: Path, text: str) -> Path:
+    """Return where a recipe's adapter or base is: beside the recipe, or on the Hub."""
     here = folder / text
-    if os.path.lexists(here):
-        return here
-    found = located(text, want, beside="all" if want == "adapter" else "nothing")
-    place = None if found is not None else cached_place(os.path.normpath(here))
-    if place is not None:  # the recipe is on the Hub, and what it names is beside it
-        found = located(place.reference, want, beside="all" if want == "adapter" else "nothing")
-    return found or here
+    is_reference = not os.path.lexists(here) and parse(text, "adapter") is not None
+    return Path(text) if is_reference else here
+
+
+def with_local_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe with what it names on the Hub brought here.
+
+    Args:
+        recipe: as it was read.
+        folder: where it was read; that of a cached one may lack what lies beside it on the Hub.
+
+    Raises:
+        LoratoolsError: a reference cannot be resolved.
+    """
+    adapters = tuple(
+        replace(each, path=_local(each.path, "adapter", folder)) for each in recipe.adapters
+    )
+    base = None if recipe.base is None else _local(recipe.base, "model", folder)
+    return replace(recipe, adapters=adapters, base=base)
+
+
+def _local(path: Path, want: Want, folder: Path) -> Path:
+    if os.path.lexists(path):
+        return path
+    place = cached_place(os.path.normpath(path))
+    if place is not None:
+        text = place.reference
+    else:
+        text = path.name if path.parent == folder else os.fspath(path)
+    return located(text, want, beside="all" if want == "adapter" else "nothing") or path
 
 
 def _switch(fields: Mapping[str, Any], name: str) -> bool:
@@ -246,7 +269,7 @@ def _adapter(value: Any, place: str, folder: Path) -> RecipeAdapter:
     fields = _fields(value, place, {"path": True, "weight": False, "sha256": False})
     digest = fields.get("sha256")
     return RecipeAdapter(
-        _place(folder, _text(fields["path"], f"{place}.path"), "adapter"),
+        _place(folder, _text(fields["path"], f"{place}.path")),
         _number(fields.get("weight", 1.0), f"{place}.weight"),
         None if digest is None else _text(digest, f"{place}.sha256"),
     )
