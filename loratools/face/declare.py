@@ -110,8 +110,9 @@ def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: 
     """
     revision = values.pop("revision", None)
     if revision is not None:
-        first = next(iter(wanted))
-        values[first] = with_revision(values[first], revision, _want(wanted[first], values[first]))
+        first = next((name for name in wanted if name in values), next(iter(wanted)))
+        given = values.setdefault(first, None)
+        values[first] = with_revision(given, revision, _want(wanted[first], given))
     for name, mark in wanted.items():
         if name in values and not mark.late:
             want = _want(mark, values[name])

@@ -11,6 +11,9 @@ from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.files import RegularFile
 
+DROPPED = "dropped-modules"
+"""Code of the finding that modules were taken out; it stands by the patterns that told which."""
+
 
 def operation_record(
     operation: str,
@@ -33,6 +36,10 @@ def operation_record(
         role: [each.where for each in adapter.findings if each.code == "ignored-config-key"]
         for role, adapter in inputs.items()
     }
+    dropped = {
+        role: [each.where for each in adapter.findings if each.code == DROPPED]
+        for role, adapter in inputs.items()
+    }
     made = {role: adapter.provenance for role, adapter in inputs.items() if adapter.provenance}
     return {
         "tool": {"name": "loratools", "version": __version__},
@@ -53,6 +60,7 @@ def operation_record(
             if any(ignored.values())
             else {}
         ),
+        **({"dropped": {r: d for r, d in dropped.items() if d}} if any(dropped.values()) else {}),
         # Inputs that operations made in memory: how, since the files are those they began with.
         **({"steps": made} if made else {}),
     }
@@ -80,6 +88,7 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
         "loratools.inputs": compact(
             {f"{i['role']}/{i['name']}": _hash(i["digest"]) for i in record["inputs"]}
         ),
+        **({"loratools.dropped": compact(record["dropped"])} if "dropped" in record else {}),
     }
 
 

@@ -35,7 +35,7 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.options import MergeOptions, Override
 from loratools.work.declared import option
-from loratools.work.selection import check_regex
+from loratools.work.selection import Dropping, check_regex
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
@@ -182,6 +182,8 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             "compute": False,
             "overrides": False,
             "replacements": False,
+            "drop": False,
+            "keep": False,
             "base": False,
             "force_base": False,
             "allow_missing": False,
@@ -214,6 +216,9 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             for index, item in enumerate(_list(fields.get("overrides", []), "$.overrides"))
         ),
         replacements=None if policy is None else _text(policy, "$.replacements"),
+        dropping=Dropping(
+            **{key: _regex(fields[key], f"$.{key}") for key in ("drop", "keep") if key in fields}
+        ),
         **allowed,
     )
     return Recipe(
@@ -306,6 +311,12 @@ def _pattern(value: Any, place: str) -> tuple[str, int]:
     return pair[0], pair[1]
 
 
+def _regex(value: Any, place: str) -> str:
+    text = _text(value, place)
+    _placed(place, lambda: check_regex(text))
+    return text
+
+
 def _compute(value: Any, place: str) -> ComputeOptions:
     names = [n for n in ComputeOptions.__dataclass_fields__ if n not in _NOT_IN_RECIPES]
     fields = _values(value, place, ComputeOptions, names)
@@ -370,6 +381,7 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
         ]
     if options.replacements is not None:
         content["replacements"] = options.replacements
+    content |= options.dropping.record()
     if recipe.base is not None:
         content["base"] = _relative(recipe.base, folder)
     switches = {name: getattr(options, name) for name in ("force_base", "allow_missing")}
