@@ -56,6 +56,7 @@ def check(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     workers: int | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckResult: ...
 def rule(name: str) -> RuleResult: ...
@@ -73,6 +74,7 @@ def compare(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompareResult: ...
 def compare_bases(
@@ -86,6 +88,7 @@ def compare_bases(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> BasesResult: ...
 def convert(
     source: str | os.PathLike[str] | Adapter,
@@ -110,6 +113,7 @@ def convert(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertResult: ...
 def write(
@@ -120,6 +124,7 @@ def write(
     base: str | os.PathLike[str] | None = None,
     allow_lossy: bool = False,
     overwrite: bool = False,
+    revision: str | None = None,
 ) -> WriteResult: ...
 def dequantize(
     base: str | os.PathLike[str] | Checkpoint,
@@ -129,6 +134,7 @@ def dequantize(
     dtype: Literal["bf16", "f16", "f32"] = "bf16",
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DequantizeResult: ...
 def extract(
@@ -161,6 +167,7 @@ def extract(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractResult: ...
 def extract_choices(
@@ -177,6 +184,7 @@ def extract_choices(
     keep_alpha: bool = False,
     include: str | None = None,
     exclude: str | None = None,
+    revision: str | None = None,
 ) -> ExtractChoices: ...
 @overload
 def fuse(
@@ -202,6 +210,7 @@ def fuse(
     ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str],
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FuseResult: ...
 @overload
@@ -228,6 +237,7 @@ def fuse(
     ignore_key: Sequence[str] = (),
     output: None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FusePlan: ...
 def info(
@@ -236,6 +246,7 @@ def info(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> InfoResult: ...
 def read(
     path: str | os.PathLike[str],
@@ -243,6 +254,7 @@ def read(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> Adapter: ...
 def formats() -> FormatsResult: ...
 def methods() -> MethodsResult: ...
@@ -296,6 +308,7 @@ def merge(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
 def quantize(
@@ -310,6 +323,7 @@ def quantize(
     workers: int | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizeResult: ...
 def repair(
@@ -336,6 +350,7 @@ def repair(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RepairResult: ...
 def spectrum(
@@ -355,6 +370,7 @@ def spectrum(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SpectrumResult: ...
 def squeeze(
@@ -392,6 +408,7 @@ def squeeze(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SqueezeResult: ...
 def squeeze_choices(
@@ -413,6 +430,7 @@ def squeeze_choices(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> SqueezeChoices: ...
 def delta(
     adapter: Adapter,
@@ -420,6 +438,7 @@ def delta(
     *,
     dtype: type[Any] | np.dtype[Any] | str = ...,
     base: str | os.PathLike[str] | Checkpoint | None = None,
+    revision: str | None = None,
 ) -> Any: ...
 def factors(adapter: Adapter, name: str) -> tuple[Any, Any]: ...
 def from_factors(
@@ -440,6 +459,7 @@ def to_dora(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ToDoraResult: ...
 def to_lora(
@@ -478,6 +498,7 @@ def to_lora(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ToLoraResult: ...
 def to_lora_choices(
@@ -499,6 +520,7 @@ def to_lora_choices(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> ToLoraChoices | None: ...
 def verify(
     fused: str | os.PathLike[str] | Checkpoint,
@@ -513,5 +535,6 @@ def verify(
     workers: int | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...
