@@ -10,17 +10,44 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from inspect import Parameter, Signature
 from typing import Any, TypeVar
 
+from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
+from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
 
 R = TypeVar("R")
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all) while an operation runs."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a public function takes.
+
+    Attributes:
+        name: its name.
+        inputs: types of its parameters that are no options: what it reads.
+        required: those that have no default.
+        options: its options by keyword, each with the dataclass that declares it.
+        writes: whether it can write an output.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    required: frozenset[str]
+    options: Mapping[str, tuple[type, Option]]
+    writes: bool
+
+
+def declaration_of(function: Any) -> Declaration:
+    """Return what a public function takes."""
+    found: Declaration = function.declaration
+    return found
 
 
 def public(**only: tuple[str, ...]) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -71,8 +98,19 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
                 given[name] = build(types[name], chosen)
             elif chosen:
                 raise TypeError(f"{function.__name__}() has {name} and {next(iter(chosen))}")
-        return function(**given, **whole)
+        given |= whole
+        arguments = {n: v for n, v in given.items() if n not in groups and n != "progress"}
+        this = call_of(function.__name__, arguments, [given[name] for name in groups])
+        with running(this):
+            return function(**given)
 
+    call.declaration = Declaration(  # type: ignore[attr-defined]
+        function.__name__,
+        {n: types[n] for n in inner if n not in groups and n != "progress"},
+        frozenset(n for n, p in inner.items() if n not in groups and p.default is p.empty),
+        {word: (types[n], made) for n, group in groups.items() for word, made in group.items()},
+        any(types[name] is Writing and "output" in group for name, group in groups.items()),
+    )
     call.__signature__ = signature  # type: ignore[attr-defined]
     call.__doc__ = _documented(inspect.cleandoc(function.__doc__ or ""), groups)
     return call
