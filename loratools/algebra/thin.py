@@ -10,13 +10,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from loratools.algebra import cancelling, linalg
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 _BLOCK_ELEMENTS = 1 << 20
 

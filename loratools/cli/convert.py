@@ -13,6 +13,7 @@ from loratools.cli.perform import perform, target_of
 from loratools.face.convert import ConvertResult, convert
 from loratools.operations.convert.operation import ConvertOptions, SingleFileOptions
 from loratools.work.requests import Reading, Reporting, Writing
+from loratools.work.selection import Dropping
 
 _SINGLE_FILES = ("names", "names_from", "component", "strip_training_metadata")
 
@@ -22,6 +23,7 @@ _SINGLE_FILES = ("names", "names_from", "component", "strip_training_metadata")
 @shared.writes("in_place", "max_error")
 @shared.takes(ConvertOptions, into="options")
 @shared.takes(SingleFileOptions, *_SINGLE_FILES, into="single")
+@shared.takes(Dropping, into="dropping")
 @shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.reports("json", "quiet", "verbose")
 def command(
@@ -29,6 +31,7 @@ def command(
     writing: Writing,
     options: ConvertOptions,
     single: SingleFileOptions,
+    dropping: Dropping,
     reading: Reading,
     reporting: Reporting,
 ) -> int:
@@ -48,6 +51,7 @@ def command(
             base=reading.base,
             options=options,
             single=single,
+            dropping=dropping,
             reading=reading,
             writing=writing,
             progress=progress,

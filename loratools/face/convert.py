@@ -21,6 +21,7 @@ from loratools.operations.convert.operation import (
 from loratools.operations.convert.operation import write as write_converted
 from loratools.work.json_object import hidden, named
 from loratools.work.requests import Reading, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.format import Context, Loss
 from loratools_formats.contract.registry import format_for_output, get_format, registered_formats
@@ -113,6 +114,7 @@ def convert(
     base: str | os.PathLike[str] | None = None,
     options: ConvertOptions,
     single: SingleFileOptions,
+    dropping: Dropping,
     reading: Reading,
     writing: Writing,
     progress: Progress | None = None,
@@ -139,7 +141,7 @@ def convert(
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: the output could not be written, or lacks a part.
     """
-    adapter = opened(source, reading)
+    adapter = opened(source, reading, dropping)
     inputs = [adapter, None if base is None else Path(base), single.names_from]
     writing = writing if writing.dry_run else destination(writing, adapter, inputs)
     target, as_it_is = _target(adapter.format, options.to, writing.output)

@@ -16,6 +16,7 @@ from loratools.face.source import (
     Weighted,
     destination,
     label,
+    left,
     model,
     opened,
     weighted,
@@ -25,7 +26,9 @@ from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools.operations.fuse.operation import FuseOptions, FusePreview, Fusion
 from loratools.operations.fuse.operation import FuseResult as Fused
 from loratools.work.json_object import hidden
+from loratools.work.provenance import DROPPED
 from loratools.work.requests import Reading, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.core.findings import Finding
@@ -166,6 +169,7 @@ def fuse(
     *,
     options: FuseOptions,
     quantised: GgufFuseOptions,
+    dropping: Dropping,
     reading: Reading,
     writing: Writing,
     progress: Progress | None = None,
@@ -192,7 +196,7 @@ def fuse(
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: not enough space, or writing failed; nothing was changed.
     """
-    inputs = fuse_inputs(adapters, reading)
+    inputs = fuse_inputs(adapters, reading, dropping)
     read = [item.adapter for item in inputs]
     fusion: Fusion | GgufFusion
     if isinstance(base, str | os.PathLike) and is_gguf(Path(base)):
@@ -205,21 +209,26 @@ def fuse(
             raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
         fusion = Fusion(checkpoint, inputs, options)
     about = about_base(read, Path(base) if isinstance(base, str | os.PathLike) else base)
-    plan = _plan(fusion.preview, fusion, progress, about)
+    dropped = (each for item in read for each in item.findings if each.code == DROPPED)
+    plan = _plan(fusion.preview, fusion, progress, (*about, *dropped))
     if writing.output is None:
         return plan
     return plan.write(writing.output, overwrite=writing.overwrite)
 
 
-def fuse_inputs(adapters: Any, reading: Reading) -> list[FuseInput]:
-    """Return adapters with their weights and names.
+def fuse_inputs(
+    adapters: Any, reading: Reading, dropping: Dropping | None = None
+) -> list[FuseInput]:
+    """Return adapters with their weights and names, without the modules that are to leave.
 
     Raises:
         LoratoolsError: not an adapter, or not a weight.
     """
+    given = weighted(adapters)
+    read = left([opened(source, reading) for source, _ in given], dropping)
     return [
-        FuseInput(opened(source, reading), weight, label(source))
-        for source, weight in weighted(adapters)
+        FuseInput(adapter, weight, label(source))
+        for adapter, (source, weight) in zip(read, given, strict=True)
     ]
 
 

@@ -20,6 +20,7 @@ from loratools.face.source import (
     beside,
     destination,
     label,
+    left,
     model,
     opened,
     weighted,
@@ -40,6 +41,7 @@ from loratools.operations.merge.result import MergeModuleReport
 from loratools.work.call import call_of, running
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.files import check_apart, write_adapter
 from loratools_formats.contract.path_kinds import is_model
@@ -136,6 +138,7 @@ def merge(
     parameters: Parameters,
     rule: RankRule,
     compute: ComputeOptions,
+    dropping: Dropping,
     reading: Reading,
     writing: Writing,
     progress: Progress | None = None,
@@ -163,22 +166,28 @@ def merge(
         OutputExistsError: the output exists and `overwrite` is false.
     """
     if isinstance(adapters, str | os.PathLike):
-        given = replace(options, rule=rule, compute=compute, parameters=parameters.given())
+        given = replace(
+            options,
+            rule=rule,
+            compute=compute,
+            parameters=parameters.given(),
+            dropping=dropping,
+        )
         plan = _from_file(Path(adapters), given, base)
         sources = [(item.path, item.weight) for item in plan.adapters]
         chosen, base = plan.options, base if plan.base is None else plan.base
         digests = [item.sha256 for item in plan.adapters]
     else:
         checked = get_method(options.method).checked(parameters.given())
-        chosen = replace(options, rule=rule, compute=compute, parameters=checked)
+        chosen = replace(options, rule=rule, compute=compute, parameters=checked, dropping=dropping)
         sources = weighted(adapters)
         digests = [None] * len(sources)
-    inputs = _inputs(sources, digests, reading)
+    inputs = _inputs(sources, digests, reading, chosen.dropping)
     checkpoint = None if base is None else model(base)
     writing = destination(writing, None, [*(item.adapter for item in inputs), checkpoint])
     # A merge from a recipe is recorded as the call that the recipe stands for.
     settings = Parameters(set_=tuple(chosen.parameters.items()))
-    groups = [chosen, settings, chosen.rule, chosen.compute, reading]
+    groups = [chosen, settings, chosen.rule, chosen.compute, chosen.dropping, reading]
     with running(call_of("merge", {"adapters": sources, "base": base}, groups)):
         done = operation.merge(
             inputs, chosen, base=checkpoint, scratch_folder=beside(writing), progress=progress
@@ -215,7 +224,10 @@ def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
 
 
 def _inputs(
-    sources: Sequence[tuple[object, float]], digests: Sequence[str | None], reading: Reading
+    sources: Sequence[tuple[object, float]],
+    digests: Sequence[str | None],
+    reading: Reading,
+    dropping: Dropping,
 ) -> list[MergeInput]:
     inputs: list[MergeInput] = []
     names: list[str] = []
@@ -234,7 +246,8 @@ def _inputs(
         names.append(label(source))
         count = names.count(names[-1])
         inputs.append(MergeInput(adapter, weight, names[-1] + (f"#{count}" if count > 1 else "")))
-    return inputs
+    adapters = left([item.adapter for item in inputs], dropping)
+    return [replace(item, adapter=a) for item, a in zip(inputs, adapters, strict=True)]
 
 
 def _fuse_instead(source: object, sources: Sequence[tuple[object, float]]) -> str | None:

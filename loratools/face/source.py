@@ -11,6 +11,7 @@ from typing import Any
 
 from loratools.folding.zeros import require_change
 from loratools.work.requests import Reading, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.contract.files import check_target, read_adapter
 from loratools_formats.core.adapter import Adapter
@@ -34,23 +35,38 @@ WRITING = ("output", "overwrite")
 IN_PLACE = (*WRITING, "in_place")
 
 
-def opened(source: Any, reading: Reading) -> Adapter:
-    """Return the adapter that a source is.
+def opened(source: Any, reading: Reading, dropping: Dropping | None = None) -> Adapter:
+    """Return the adapter that a source is, without the modules that are to leave.
 
     Raises:
-        OptionError: it is no source, or a format was given for an adapter that is read already.
+        OptionError: it is no source, a format was given for an adapter that is read already, or no
+            module is of those that are to leave.
         LoratoolsError: nothing there, unknown format, or not a sound adapter.
         AdapterError: all that it holds is zero.
     """
     if isinstance(source, Adapter):
         if reading.from_ is not None:
             raise OptionError("the adapter is read already, and has a format", got=source.format)
-        return ignoring(require_change(source), reading.ignore_key)
+        return left([ignoring(source, reading.ignore_key)], dropping)[0]
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise OptionError(
             "not an adapter", got=repr(source), expected="the path of a file or folder, or one read"
         )
-    return require_change(_read(source, reading))
+    return left([_read(source, reading)], dropping)[0]
+
+
+def left(adapters: Sequence[Adapter], dropping: Dropping | None) -> list[Adapter]:
+    """Return adapters that an operation takes together, without the modules that are to leave.
+
+    Raises:
+        OptionError: no module is of those that are to leave.
+        AdapterError: nothing is left of one, or all that is left is zero.
+    """
+    if dropping is not None and dropping.is_given:
+        from loratools.operations.drop import without_modules  # numpy, which `info` does without
+
+        adapters = without_modules(adapters, dropping)
+    return [require_change(adapter) for adapter in adapters]
 
 
 def _read(path: str | os.PathLike[str], reading: Reading) -> Adapter:
@@ -104,20 +120,28 @@ class Trained:
         return self.inputs[0].notices
 
 
-def trained(source: Any, initial: Any, reading: Reading) -> Trained:
+def trained(
+    source: Any, initial: Any, reading: Reading, dropping: Dropping | None = None
+) -> Trained:
     """Return the adapter to work on; `initial` is the one saved before training, None if none.
+
+    Modules that are to leave are in neither.
 
     Raises:
         OptionError: the adapter was not trained against a changed base.
         LoratoolsError: as `opened`.
     """
-    adapter = opened(source, reading)
+    adapter = opened(source, reading, dropping)
     if initial is None:
         return Trained(adapter, (adapter,))
     from loratools.lowrank.initial import subtract_initial
 
     # Before training, the change itself may be zero.
     first = initial if isinstance(initial, Adapter) else _read(initial, reading)
+    if dropping is not None and dropping.is_given:
+        from loratools.operations.drop import without_modules
+
+        (first,) = without_modules([first], dropping)
     return Trained(subtract_initial(adapter, first), (adapter, first))
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
 from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
-
-Array = np.ndarray[Any, Any]
 
 _FLOAT64_ELEMENTS = 1 << 22
 

@@ -38,6 +38,9 @@ class InputFile:
         """Return it as JSON values, without the folders that it lies in."""
         return {"role": self.role, "name": self.path.name, "digest": dict(self.digest)}
 
+DROPPED = "dropped-modules"
+"""Code of the finding that modules were taken out; it stands by the patterns that told which."""
+
 
 def operation_record(
     operation: str,
@@ -61,6 +64,10 @@ def operation_record(
     """
     ignored = {
         role: [each.where for each in adapter.findings if each.code == "ignored-config-key"]
+        for role, adapter in inputs.items()
+    }
+    dropped = {
+        role: [each.where for each in adapter.findings if each.code == DROPPED]
         for role, adapter in inputs.items()
     }
     made = {role: adapter.provenance for role, adapter in inputs.items() if adapter.provenance}
@@ -102,6 +109,7 @@ def operation_record(
             if any(ignored.values())
             else {}
         ),
+        **({"dropped": {r: d for r, d in dropped.items() if d}} if any(dropped.values()) else {}),
         # Inputs that operations made in memory: how, since the files are those they began with.
         **({"steps": made} if made else {}),
         **({"history": history} if history else {}),
@@ -207,6 +215,7 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
     }
     return {
         **({"loratools.commits": compact(commits)} if commits else {}),
+        **({"loratools.dropped": compact(record["dropped"])} if "dropped" in record else {}),
         "loratools.inputs": compact(
             {f"{i['role']}/{i['name']}": _hash(i["digest"]) for i in record["inputs"]}
         ),

@@ -70,6 +70,7 @@ CODES: Mapping[str, str] = {
     "names-stay": "names of modules stay, since no table of names is certain",
     "names-by-table": "modules are renamed by a table of names",
     "weightless-modules": "modules in which every adapter's weight is 0 are left out",
+    "dropped-modules": "modules were taken out, as was asked for",
     "tied-skipped": "a tied tensor is not compared",
     "buffer-skipped": "a buffer that only one checkpoint stores is not compared",
     "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",

@@ -6,8 +6,6 @@ changes outside of both does not meet the adapter.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from loratools.algebra.thin import Thin
@@ -19,9 +17,8 @@ from loratools.work.parallel import in_order
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
-
-Array = np.ndarray[Any, Any]
 
 
 def compare_bases(

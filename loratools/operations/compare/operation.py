@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -27,9 +26,8 @@ from loratools.work.selection import Selection
 from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, OptionError
-
-Array = np.ndarray[Any, Any]
 
 _MANY = 16
 """From this many adapters on, products are float32 within blocks: cosines are good to 1e-6."""

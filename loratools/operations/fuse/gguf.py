@@ -30,7 +30,7 @@ from loratools.operations.fuse.operation import (
     refuse_rounded,
 )
 from loratools.operations.fuse.plan import TensorPlan
-from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor, not_finite
+from loratools.operations.fuse.tensor import TensorReport, fuse_tensor, not_finite
 from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
 from loratools.work.call import kept
 from loratools.work.declared import option
@@ -43,7 +43,7 @@ from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, deco
 from loratools_formats.containers.gguf.model import ModelLayout, decoded
 from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.files import check_target
-from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 from loratools_formats.disk.files import create, write_at

@@ -29,7 +29,7 @@ from loratools.base.dequantised import (
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
-from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor
+from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
 from loratools.work.call import kept
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record
@@ -40,6 +40,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 

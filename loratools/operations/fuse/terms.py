@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +18,8 @@ from loratools.base.placement import BiasPlacement, Placement, Span
 from loratools.kinds.declaration import Rows
 from loratools.operations.fuse.streamed import StreamedPlacement
 from loratools_formats.core.adapter import LowRank
-from loratools_formats.core.dtypes import converted
+from loratools_formats.core.dtypes import Array, converted
 from loratools_formats.disk.errors import AdapterError
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -43,17 +43,16 @@ from loratools.operations.merge.options import MergeOptions
 from loratools.operations.merge.result import MergeModuleReport, MergeResult
 from loratools.operations.merge.spellings import in_one_spelling
 from loratools.operations.merge.trim import SharedTrim
+from loratools.operations.merge.weightless import heard, weights_of, without_weight
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
-from loratools_formats.core.dtypes import common_dtype
+from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.metadata import merged_from
 from loratools_formats.disk.errors import OptionError
-
-Array = np.ndarray[Any, Any]
 
 _OVERSAMPLE = 10
 
@@ -90,11 +89,13 @@ def merge(
     """
     method = get_method(options.method)
     options = replace(options, parameters=method.checked(options.parameters))
+    inputs, dropped = without_weight(inputs, options)
     inputs = in_one_naming([_folded(item, scratch_folder) for item in inputs])
     inputs = in_one_spelling(inputs, base)
     _check(inputs, options, method)
     modules = align(inputs, force_base=options.force_base, allow_missing=options.allow_missing)
-    modules, silent = _heard(modules, inputs, options)
+    modules, silent = heard(modules, inputs, options)
+    silent = tuple(sorted({*dropped, *silent}))
     refuse_replaced_modules(inputs)
     work = _Merge(inputs, options, method, modules, base, scratch_folder)
 
@@ -114,54 +115,6 @@ def merge(
         ratio(sum(known), done.squared_norm) if len(known) == len(residuals) else None,
         silent,
     )
-
-
-_SCALING = frozenset(
-    {
-        "linear", "cat", "ties", "magnitude_prune", "dare_linear", "dare_ties", "della",
-        "breadcrumbs",
-    }
-)  # fmt: skip
-"""Methods whose result is zero where every weight is."""
-
-
-def _heard(
-    modules: list[AlignedModule], inputs: Sequence[MergeInput], options: MergeOptions
-) -> tuple[list[AlignedModule], tuple[str, ...]]:
-    """Return the modules to which an adapter contributes, and the paths of the others.
-
-    Raises:
-        OptionError: there are no modules of the first sort.
-    """
-    if options.method not in _SCALING or options.parameters.get("normalize"):
-        return modules, ()
-    silent = tuple(
-        module.name
-        for module in modules
-        if not any(
-            weight != 0
-            for weight, delta in zip(
-                _weights_of(module.name, inputs, options), module.deltas, strict=True
-            )
-            if delta is not None
-        )
-    )
-    if len(silent) == len(modules):
-        raise OptionError(
-            "nothing is left: the weight of every adapter is 0 in every module that it has"
-        )
-    left = set(silent)
-    return [module for module in modules if module.name not in left], silent
-
-
-def _weights_of(
-    name: str, inputs: Sequence[MergeInput], options: MergeOptions
-) -> np.ndarray[Any, Any]:
-    for override in options.overrides:
-        weights = override.weights
-        if weights is not None and re.search(override.match, name):
-            return np.array(weights * len(inputs) if len(weights) == 1 else weights)
-    return np.array([item.weight for item in inputs])
 
 
 def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
@@ -276,8 +229,8 @@ class _Merge(Ranked[_Merged, Measured]):
             function(gram, self._weights(name), **self._parameters(name))
         )
 
-    def _weights(self, name: str) -> np.ndarray[Any, Any]:
-        return _weights_of(name, self.inputs, self.merge_options)
+    def _weights(self, name: str) -> Array:
+        return weights_of(name, self.inputs, self.merge_options)
 
     def _parameters(self, name: str) -> dict[str, Any]:
         for override in self.merge_options.overrides:

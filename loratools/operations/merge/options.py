@@ -11,7 +11,7 @@ from loratools.algebra.ranks import RankRule, as_options
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.module import Space
 from loratools.work.declared import declared, option
-from loratools.work.selection import check_regex
+from loratools.work.selection import Dropping, check_regex
 from loratools.work.spellings import key_value, share
 from loratools_formats.disk.errors import OptionError
 
@@ -108,6 +108,7 @@ class MergeOptions:
         rule: how ranks are chosen; without one, span methods keep the sum's rank, core methods
             theirs, and elementwise methods get the largest rank of the inputs.
         compute: how to compute and store.
+        dropping: which modules leave the adapters.
         space: where elementwise methods work: on full weights, or in the space that the factors
             share (core): cheap, of low rank, and another method than on full weights.
         overrides: weights in modules whose path matches, one for all adapters or one each; the
@@ -121,6 +122,7 @@ class MergeOptions:
     parameters: dict[str, Any] = field(default_factory=dict)
     rule: RankRule = field(default_factory=RankRule)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
+    dropping: Dropping = field(default_factory=Dropping)
     space: Space = option("full", heading="Method")
     overrides: tuple[Override, ...] = option(
         (),

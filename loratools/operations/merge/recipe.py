@@ -33,7 +33,7 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.options import MergeOptions, Override
 from loratools.work.declared import option
-from loratools.work.selection import check_regex
+from loratools.work.selection import Dropping, check_regex
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
@@ -179,6 +179,8 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             "compute": False,
             "overrides": False,
             "replacements": False,
+            "drop": False,
+            "keep": False,
             "base": False,
             "force_base": False,
             "allow_missing": False,
@@ -211,6 +213,9 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             for index, item in enumerate(_list(fields.get("overrides", []), "$.overrides"))
         ),
         replacements=None if policy is None else _text(policy, "$.replacements"),
+        dropping=Dropping(
+            **{key: _regex(fields[key], f"$.{key}") for key in ("drop", "keep") if key in fields}
+        ),
         **allowed,
     )
     return Recipe(
@@ -264,6 +269,12 @@ def _pattern(value: Any, place: str) -> tuple[str, int]:
         raise _fail(place, "must be a regular expression and a rank", got=value)
     _placed(place, lambda: check_regex(pair[0]))
     return pair[0], pair[1]
+
+
+def _regex(value: Any, place: str) -> str:
+    text = _text(value, place)
+    _placed(place, lambda: check_regex(text))
+    return text
 
 
 def _compute(value: Any, place: str) -> ComputeOptions:
@@ -330,6 +341,7 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
         ]
     if options.replacements is not None:
         content["replacements"] = options.replacements
+    content |= options.dropping.record()
     if recipe.base is not None:
         content["base"] = _relative(recipe.base, folder)
     switches = {name: getattr(options, name) for name in ("force_base", "allow_missing")}
