@@ -38,6 +38,7 @@ class InputFile:
         """Return it as JSON values, without the folders that it lies in."""
         return {"role": self.role, "name": self.path.name, "digest": dict(self.digest)}
 
+
 DROPPED = "dropped-modules"
 """Code of the finding that modules were taken out; it stands by the patterns that told which."""
 
