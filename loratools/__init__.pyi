@@ -23,6 +23,7 @@ from loratools.face.info import InfoResult as InfoResult
 from loratools.face.lists import FormatsResult as FormatsResult
 from loratools.face.lists import MethodsResult as MethodsResult
 from loratools.face.merge import MergeResult as MergeResult
+from loratools.face.provenance import ProvenanceResult as ProvenanceResult
 from loratools.face.quantize import QuantizeResult as QuantizeResult
 from loratools.face.repair import RepairResult as RepairResult
 from loratools.face.spectrum import SpectrumResult as SpectrumResult
@@ -33,6 +34,7 @@ from loratools.face.to_lora import ToLoraChoices as ToLoraChoices
 from loratools.face.to_lora import ToLoraResult as ToLoraResult
 from loratools.face.verify import VerifyResult as VerifyResult
 from loratools.operations.merge.options import Override as Override
+from loratools.pipeline.replay import ReplayResult as ReplayResult
 from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
 from loratools_formats.core.adapter import Adapter as Adapter
 from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
@@ -311,6 +313,7 @@ def merge(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
+def provenance(path: str | os.PathLike[str]) -> ProvenanceResult: ...
 def quantize(
     base: str | os.PathLike[str] | Checkpoint,
     *,
@@ -538,3 +541,10 @@ def verify(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...
+def replay(
+    path: str | os.PathLike[str],
+    *,
+    input: Sequence[str | os.PathLike[str]] = (),
+    output: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ReplayResult: ...

@@ -13,18 +13,45 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from inspect import Parameter, Signature
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from loratools.hub.references import REVISION_HELP, Beside, Wanted, mapped, with_revision
+from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
+from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
 
 R = TypeVar("R")
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all) while an operation runs."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a public function takes.
+
+    Attributes:
+        name: its name.
+        inputs: types of its parameters that are no options: what it reads.
+        required: those that have no default.
+        options: its options by keyword, each with the dataclass that declares it.
+        writes: whether it can write an output.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    required: frozenset[str]
+    options: Mapping[str, tuple[type, Option]]
+    writes: bool
+
+
+def declaration_of(function: Any) -> Declaration:
+    """Return what a public function takes."""
+    found: Declaration = function.declaration
+    return found
 
 
 def public(**only: tuple[str, ...]) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -79,8 +106,18 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
                 raise TypeError(f"{function.__name__}() has {name} and {next(iter(chosen))}")
         given |= whole
         given |= {name: _fetched(given[name], options) for name, options in groups.items()}
-        return function(**given)
+        arguments = {n: v for n, v in given.items() if n not in groups and n != "progress"}
+        this = call_of(function.__name__, arguments, [given[name] for name in groups])
+        with running(this):
+            return function(**given)
 
+    call.declaration = Declaration(  # type: ignore[attr-defined]
+        function.__name__,
+        {n: types[n] for n in inner if n not in groups and n != "progress"},
+        frozenset(n for n, p in inner.items() if n not in groups and p.default is p.empty),
+        {word: (types[n], made) for n, group in groups.items() for word, made in group.items()},
+        any(types[name] is Writing and "output" in group for name, group in groups.items()),
+    )
     call.__signature__ = signature  # type: ignore[attr-defined]
     text = inspect.cleandoc(function.__doc__ or "")
     call.__doc__ = _documented(text, groups, takes_references=bool(wanted))
