@@ -261,6 +261,7 @@ def merge(
     space: Literal["full", "core"] = "full",
     weight_pattern: Sequence[Override | str] = (),
     replacements: str | None = None,
+    linear_differences: bool = False,
     force_base: bool = False,
     allow_missing: bool = False,
     density: float | str | None = None,

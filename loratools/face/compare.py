@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from loratools.face.declare import Progress, public
-from loratools.face.result import Result
+from loratools.face.result import Reported
 from loratools.face.source import READING, Model, Source, label, model, opened
 from loratools.operations.compare import bases, operation
 from loratools.operations.compare import result as measured
@@ -26,7 +26,7 @@ Shelf = Mapping[str, Source] | Sequence[Source]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class CompareResult(Result, measured.CompareResult):
+class CompareResult(Reported, measured.CompareResult):
     """How adapters relate."""
 
     operation: ClassVar[str] = "compare"
@@ -41,7 +41,7 @@ class CompareResult(Result, measured.CompareResult):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class BasesResult(Result, measured.BasesResult):
+class BasesResult(Reported, measured.BasesResult):
     """How far two bases differ where an adapter acts."""
 
     operation: ClassVar[str] = "compare-bases"
@@ -94,7 +94,8 @@ def compare(
         workers=threads.workers,
         progress=progress,
     )
-    return CompareResult.of(found)
+    notices = dict.fromkeys(each for one in named.values() for each in one.notices)
+    return CompareResult.of(found, findings=(*notices, *found.findings))
 
 
 @public(reading=READING)

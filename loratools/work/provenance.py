@@ -17,7 +17,7 @@ from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.files import RegularFile
-from loratools_formats.disk.provenance import sha256_of
+from loratools_formats.disk.provenance import OPERATION_KEY, sha256_of
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
         "loratools.inputs": compact(
             {f"{i['role']}/{i['name']}": _hash(i["digest"]) for i in record["inputs"]}
         ),
-        "loratools.operation": record["operation"],
+        OPERATION_KEY: record["operation"],
         "loratools.options": compact(record["options"]),
         **({"loratools.seed": str(record["seed"])} if "seed" in record else {}),
         "loratools.version": record["tool"]["version"],

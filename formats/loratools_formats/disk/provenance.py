@@ -23,6 +23,8 @@ from loratools_formats.disk.strict_json import read_object
 PROVENANCE_FILE = "provenance.json"
 PREDICATE_TYPE = "urn:loratools:operation:v1"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+OPERATION_KEY = "loratools.operation"
+"""Metadata of every weight file of ours: the command that made it."""
 MADE_HERE = b"# Made by loratools."
 """How a text file of ours begins that lies beside an output."""
 
