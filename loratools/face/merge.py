@@ -15,8 +15,8 @@ from loratools.face.result import AdapterResult, check_error, written_nbytes
 from loratools.face.source import (
     READING,
     WRITING,
+    Mergeable,
     Model,
-    Weighted,
     beside,
     destination,
     label,
@@ -36,6 +36,7 @@ from loratools.operations.merge.recipe import (
     RecipeAdapter,
     load_recipe,
     recipe_text,
+    with_local_paths,
 )
 from loratools.operations.merge.result import MergeModuleReport
 from loratools.work.call import call_of, running
@@ -131,7 +132,7 @@ class MergeResult(AdapterResult):
 
 @public(reading=READING, writing=(*WRITING, "max_error"))
 def merge(
-    adapters: Weighted,
+    adapters: Mergeable,
     *,
     base: Model | None = None,
     options: MergeOptions,
@@ -218,7 +219,7 @@ def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
     workers, device = given.compute.workers, given.compute.device
     if given != MergeOptions(compute=ComputeOptions(workers=workers, device=device)) or base:
         raise OptionError("a recipe says all settings", path=path, hint="Leave out the others")
-    plan = load_recipe(path)
+    plan = with_local_paths(load_recipe(path), path.parent)
     compute = replace(plan.options.compute, workers=workers, device=device)
     return replace(plan, options=replace(plan.options, compute=compute))
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.face.declare import Progress, public
 from loratools.face.result import Reported
-from loratools.face.source import WRITING, Model, destination, model
+from loratools.face.source import WRITING, CopiedModel, destination, model
 from loratools.operations import quantize as working
 from loratools.work.call import kept
 from loratools.work.json_object import hidden
@@ -40,7 +40,7 @@ class QuantizeResult(Reported, working.QuantizeResult):
 
 @public(writing=WRITING)
 def quantize(
-    base: Model,
+    base: CopiedModel,
     *,
     four_bit: FourBitOptions,
     options: working.QuantizeOptions,
