@@ -26,6 +26,8 @@ def test_every_result_is_that_of_a_command_of_its_own(shelf):
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["one", "two"]
     assert loratools("squeeze", "one", "alone", "--rank", "4", cwd=shelf).returncode == 0
     for file in (shelf / "alone").iterdir():
+        if file.name == "provenance.json":
+            continue  # which names the input by its place beside the output
         assert file.read_bytes() == (shelf / "out" / "one" / file.name).read_bytes()
         assert file.read_bytes() == (shelf / "out" / "two" / file.name).read_bytes()
 
