@@ -39,6 +39,7 @@ class Declaration:
         inputs: types of its parameters that are no options: what it reads.
         required: those that have no default.
         options: its options by keyword, each with the dataclass that declares it.
+        references: what its inputs want of references to the Hub.
         writes: whether it can write an output.
     """
 
@@ -46,6 +47,7 @@ class Declaration:
     inputs: Mapping[str, Any]
     required: frozenset[str]
     options: Mapping[str, tuple[type, Option]]
+    references: Mapping[str, Wanted]
     writes: bool
 
 
@@ -118,6 +120,7 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
         {n: types[n] for n in inner if n not in groups and n != "progress"},
         frozenset(n for n, p in inner.items() if n not in groups and p.default is p.empty),
         {word: (types[n], made) for n, group in groups.items() for word, made in group.items()},
+        wanted,
         any(types[name] is Writing and "output" in group for name, group in groups.items()),
     )
     call.__signature__ = signature  # type: ignore[attr-defined]
