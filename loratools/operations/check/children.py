@@ -68,6 +68,7 @@ def _started(share: Sequence[Path], asked: Asked) -> subprocess.Popen[bytes]:
         "format_name": asked.format_name,
         "carry_unknown": asked.carry_unknown,
         "accepted": sorted(asked.accepted),
+        "named": {str(path): asked.named[path] for path in share if path in asked.named},
     }
     command = [sys.executable, "-P", "-m", __name__]
     child = subprocess.Popen(
@@ -119,6 +120,7 @@ def main() -> None:
         values["format_name"],
         values["carry_unknown"],
         frozenset(values["accepted"]),
+        {Path(path): name for path, name in values["named"].items()},
     )
     for outcome in in_order(asked.outcome, map(Path, values["sources"]), 1):
         sys.stdout.write(_encoded(outcome) + "\n")

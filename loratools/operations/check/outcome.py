@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratools.base.placement.names import Names
@@ -107,6 +107,7 @@ class Asked:
         format_name: read paths as this format.
         carry_unknown: keep tensors that the format does not know.
         accepted: fingerprints of findings to leave out.
+        named: what to call paths that stand for references.
     """
 
     options: CheckOptions
@@ -114,6 +115,7 @@ class Asked:
     format_name: str | None = None
     carry_unknown: bool = False
     accepted: frozenset[str] = frozenset()
+    named: Mapping[Path, str] = field(default_factory=dict)
 
     def outcome(self, source: Path | Adapter) -> Outcome:
         """Check one adapter, by path or as it was read."""
@@ -131,6 +133,7 @@ class Asked:
                 base=self.base,
                 targets=targets,
             )
+            subject = replace(subject, name=self.named.get(source))
         found = checked(subject, self.options.codes())
         new = tuple(finding for finding in found if not self._is_accepted(finding))
         adapter = subject.adapter
@@ -147,11 +150,16 @@ class Asked:
 
 
 def _reference(subject: Subject) -> str:
+    if subject.name is not None:
+        return subject.name
     return "adapter" if subject.path is None else os.fspath(subject.path)
 
 
-def _stable(reference: str) -> str:
+def _stable(subject: Subject) -> str:
     """Return a path as every run from one folder has it, however it was spelled."""
+    reference = _reference(subject)
+    if subject.name is not None or subject.path is None:
+        return reference
     path, here = os.path.abspath(reference), os.getcwd()
     inner = os.path.commonpath([path, here]) == here
     return Path(os.path.relpath(path) if inner else path).as_posix()
@@ -229,7 +237,7 @@ def _finding(subject: Subject, rule: Rule, found: Found) -> CheckFinding:
         hint=found.hint or rule.fix,
         command=command,
         statistical=rule.statistical,
-        fingerprint=fingerprint(rule.code, _stable(reference), found.where, found.target),
+        fingerprint=fingerprint(rule.code, _stable(subject), found.where, found.target),
         remedy=found.remedy,
     )
 

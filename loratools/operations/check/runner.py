@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
@@ -41,6 +42,7 @@ def check(
     format_name: str | None = None,
     carry_unknown: bool = False,
     accepted: frozenset[str] = frozenset(),
+    named: Mapping[Path, str] = MappingProxyType({}),
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckRun:
@@ -53,11 +55,12 @@ def check(
         format_name: read paths as this format.
         carry_unknown: keep tensors that the format does not know.
         accepted: fingerprints of findings to leave out.
+        named: what to call paths that stand for references.
         workers: cores to use: as threads for a few adapters, as processes for many.
         progress: called with (adapters done, adapters in all).
     """
     names = None if base is None else names_of(base)
-    asked = Asked(options, names, format_name, carry_unknown, accepted)
+    asked = Asked(options, names, format_name, carry_unknown, accepted, named)
     adapters: list[CheckedAdapter] = []
     unchecked: list[Unchecked] = []
     findings: list[CheckFinding] = []
