@@ -136,7 +136,7 @@ def test_names_that_control_a_terminal_are_escaped(tmp_path):
 
 
 FIXED = {
-    "scale": ({"rank_pattern": {MODULES[0]: 2}}, "vllm", "LT506"),
+    "scale": ({"rank_pattern": {MODULES[0]: 2}}, "vllm@0.26", "LT506"),
     "format": ({}, "mlx", "LT502"),
     "both": ({"alpha_pattern": {MODULES[0]: 2}}, "mlx", "LT502"),
 }
