@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_FOUND, describe
 from loratools.cli.many import adapters_in
-from loratools.cli.output import human_bytes, print_table, quantity
+from loratools.cli.output import human_bytes, json_text, print_table, quantity
 from loratools.cli.perform import report
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
@@ -57,7 +56,7 @@ def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting)
             found, problem, failed = None, describe(error).removeprefix(f"{path}: "), True
         if reporting.json:
             values = {"error": problem} if found is None else found.to_dict()
-            click.echo(json.dumps({"input": str(path), **values}, ensure_ascii=False))
+            click.echo(json_text({"input": str(path), **values}))
         else:
             rows.append([printable(path), *_cells(found, problem)])
     if not (reporting.json or reporting.quiet):

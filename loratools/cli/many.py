@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_FOUND, describe
-from loratools.cli.output import note, number, progress_bar, quantity, sizes
+from loratools.cli.output import json_text, note, number, progress_bar, quantity, sizes
 from loratools.cli.perform import collected
 from loratools.face.result import Result
 from loratools.work.declared import option
@@ -112,7 +111,7 @@ def _each(
                 failed[path] = failure
             if reporting.json:
                 found = {"error": failure} if result is None else result.to_dict()
-                click.echo(json.dumps({"input": str(path), **found}, ensure_ascii=False))
+                click.echo(json_text({"input": str(path), **found}))
             elif not reporting.quiet:
                 _tell(str(path).ljust(width), result, failure)
             if progress is not None:

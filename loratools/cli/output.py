@@ -19,7 +19,19 @@ if TYPE_CHECKING:
 
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object."""
-    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2))
+    click.echo(json_text(result, indent=2))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    r"""Return JSON in which characters that do not show, or control a terminal, are escaped.
+
+    >>> json_text({"é": "\x9b\u202e"})
+    '{"é": "\\u009b\\u202e"}'
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    for character in {each for each in text if not each.isprintable() and each != "\n"}:
+        text = text.replace(character, json.dumps(character)[1:-1])
+    return text
 
 
 def quantity(count: int, unit: str) -> str:
