@@ -137,12 +137,12 @@ def main():
         "made": f"{ADAPTERS} LoRAs trained by PEFT on a Llama of {LAYERS} layers and width {WIDTH}",
         "LT214": {
             "clean adapters": [sum(map(bool, flagged["LT214"])), len(folders)],
-            "alpha multiplied by": typed,
+            "factor that alpha was multiplied by": typed,
         },
         "LT306": {
             "clean adapters": [sum(map(bool, flagged["LT306"])), len(folders)],
             "clean modules": [sum(map(len, flagged["LT306"])), modules],
-            "plant of that multiple of the module's norm": plants,
+            "multiple of the module's norm that was planted": plants,
         },
     }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
