@@ -13,7 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from loratools.algebra.intruders import BaseSvd, Leading, base_svd, certified, in_base
+from loratools.algebra.intruders import (
+    BaseSvd,
+    Leading,
+    base_svd,
+    certified,
+    in_base,
+    merged_certified,
+    merged_in_base,
+)
 from loratools.algebra.thin import Thin
 from loratools.work.declared import option
 from loratools.work.typed import check_options
@@ -53,16 +61,31 @@ class IntruderOptions:
             )
 
 
-def leading(weight: Array, delta: Thin, options: IntruderOptions) -> tuple[Leading, bool]:
-    """Return the leading triplets of W + ΔW, judged, and whether their cosines are exact."""
+def leading(
+    weight: Array, delta: Thin, merged: Array | None, options: IntruderOptions
+) -> tuple[Leading, bool]:
+    """Return the leading triplets of W + ΔW, judged, and whether their cosines are exact.
+
+    Args:
+        weight: W (out, in) float64.
+        delta: ΔW.
+        merged: W + ΔW, which is needed where ΔW is no product of thin factors.
+        options: how many, and how to look for them.
+    """
     kept = _Cache(options.cache, weight)
     found = kept.load()
     if found is None and (options.exact or min(weight.shape) <= _EXACT_SIDE):
         found = base_svd(weight)
         kept.store(found)
     if found is not None:
-        return in_base(found, delta, options.count, options.epsilon), True
-    return certified(weight, delta, options.count, options.epsilon), False
+        if delta.is_product:
+            return in_base(found, delta, options.count, options.epsilon), True
+        assert merged is not None
+        return merged_in_base(found, merged, options.count, options.epsilon), True
+    if delta.is_product:
+        return certified(weight, delta, options.count, options.epsilon), False
+    assert merged is not None
+    return merged_certified(weight, merged, options.count, options.epsilon), False
 
 
 class _Cache:

@@ -148,9 +148,7 @@ def test_single_experts_are_measured_and_repaired_beside_either_base(folders, ba
         assert_allclose(matrix.base.cosines, cosines, atol=1e-7)
         relative = np.linalg.norm(change) / np.linalg.norm(weight[matrix.name])
         assert_allclose(matrix.base.relative_change, relative, rtol=1e-6)
-    repaired = lt.repair(
-        folders / "single", base=folders / base, dtype="f32", keep_every_rank=True
-    )
+    repaired = lt.repair(folders / "single", base=folders / base, dtype="f32", keep_every_rank=True)
     assert sum(module.intruders for module in repaired.modules) > 0
     for name, change in changes.items():
         cosines, (u, s, vt) = intruders(weight[name], change)
