@@ -26,7 +26,7 @@ def beside_base(weight: Array, delta: Thin, options: IntruderOptions) -> BaseMea
     merged = weight + delta.dense()
     found, exact = None, False
     if squared > 0.0 and options.count > 0:
-        found, exact = leading(weight, delta, merged, options)
+        found, exact = leading(weight, delta, options)
     magnitude, direction = _parted(weight, merged)
     return BaseMeasures(
         relative_change=float(np.sqrt(delta.squared_norm / squared)) if squared else None,
