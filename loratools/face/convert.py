@@ -10,7 +10,7 @@ from typing import ClassVar
 from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
-from loratools.face.source import IN_PLACE, READING, Source, destination, opened
+from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.operation import (
     Conversion,
@@ -111,7 +111,7 @@ class WriteResult(Result):
 def convert(
     source: Source,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: ModelPlace | None = None,
     options: ConvertOptions,
     single: SingleFileOptions,
     dropping: Dropping,
@@ -228,7 +228,7 @@ def write(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,  # noqa: A002 - the word that all functions have
-    base: str | os.PathLike[str] | None = None,
+    base: ModelPlace | None = None,
     options: ConvertOptions,
     writing: Writing,
 ) -> WriteResult:

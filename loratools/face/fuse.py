@@ -12,7 +12,7 @@ from loratools.face.declare import Progress, public
 from loratools.face.result import Reported
 from loratools.face.source import (
     WRITING,
-    Model,
+    CopiedModel,
     Weighted,
     destination,
     label,
@@ -167,7 +167,7 @@ class FusePlan(Reported):
 
 @public(reading=("from_", "ignore_key"), quantised=("fallback",), writing=WRITING)
 def fuse(
-    base: Model,
+    base: CopiedModel,
     adapters: Weighted,
     *,
     options: FuseOptions,

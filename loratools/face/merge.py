@@ -15,8 +15,8 @@ from loratools.face.result import AdapterResult, check_error, written_nbytes
 from loratools.face.source import (
     READING,
     WRITING,
+    Mergeable,
     Model,
-    Weighted,
     beside,
     destination,
     label,
@@ -36,8 +36,10 @@ from loratools.operations.merge.recipe import (
     RecipeAdapter,
     load_recipe,
     recipe_text,
+    with_local_paths,
 )
 from loratools.operations.merge.result import MergeModuleReport
+from loratools.work.call import call_of, running
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
@@ -130,7 +132,7 @@ class MergeResult(AdapterResult):
 
 @public(reading=READING, writing=(*WRITING, "max_error"))
 def merge(
-    adapters: Weighted,
+    adapters: Mergeable,
     *,
     base: Model | None = None,
     options: MergeOptions,
@@ -184,9 +186,13 @@ def merge(
     inputs = _inputs(sources, digests, reading, chosen.dropping)
     checkpoint = None if base is None else model(base)
     writing = destination(writing, None, [*(item.adapter for item in inputs), checkpoint])
-    done = operation.merge(
-        inputs, chosen, base=checkpoint, scratch_folder=beside(writing), progress=progress
-    )
+    # A merge from a recipe is recorded as the call that the recipe stands for.
+    settings = Parameters(set_=tuple(chosen.parameters.items()))
+    groups = [chosen, settings, chosen.rule, chosen.compute, chosen.dropping, reading]
+    with running(call_of("merge", {"adapters": sources, "base": base}, groups)):
+        done = operation.merge(
+            inputs, chosen, base=checkpoint, scratch_folder=beside(writing), progress=progress
+        )
     result = MergeResult(
         adapter=done.adapter,
         findings=(*_findings(inputs), *_about_left_out(done.left_out)),
@@ -213,7 +219,7 @@ def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
     workers, device = given.compute.workers, given.compute.device
     if given != MergeOptions(compute=ComputeOptions(workers=workers, device=device)) or base:
         raise OptionError("a recipe says all settings", path=path, hint="Leave out the others")
-    plan = load_recipe(path)
+    plan = with_local_paths(load_recipe(path), path.parent)
     compute = replace(plan.options.compute, workers=workers, device=device)
     return replace(plan, options=replace(plan.options, compute=compute))
 

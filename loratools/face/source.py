@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from loratools.folding.zeros import require_change
+from loratools.hub.references import Wanted
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -17,17 +18,35 @@ from loratools_formats.contract.files import check_target, read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
+from loratools_formats.disk.hub_cache import cached_place, shown_name
 
-Source = str | os.PathLike[str] | Adapter
-"""An adapter: the path of a file or folder, or one that was read or made already."""
+Place = Annotated[str | os.PathLike[str], Wanted("adapter")]
+"""The path of an adapter, or a reference to one on the Hub."""
 
-Model = str | os.PathLike[str] | Checkpoint
-"""A base model: the path of a folder or a safetensors file, or one that was read already."""
+_Source = str | os.PathLike[str] | Adapter
+Source = Annotated[_Source, Wanted("adapter")]
+"""An adapter: the path of a file or folder, a reference, or one that was read or made already."""
 
-Weighted = (
-    Source | Mapping[str, float] | Mapping[Path, float] | Sequence[Source | tuple[Source, float]]
+ModelPlace = Annotated[str | os.PathLike[str], Wanted("model")]
+"""The path of a base model, or a reference to one on the Hub."""
+
+Model = Annotated[str | os.PathLike[str] | Checkpoint, Wanted("model")]
+"""A base model: the path of a folder or a safetensors file, a reference, or one read already."""
+
+CardedModel = Annotated[str | os.PathLike[str] | Checkpoint, Wanted("model", beside="card")]
+"""A base model whose card is read, too."""
+
+CopiedModel = Annotated[str | os.PathLike[str] | Checkpoint, Wanted("model", beside="all")]
+"""A base model whose other files the output gets."""
+
+_Weighted = (
+    _Source | Mapping[str, float] | Mapping[Path, float] | Sequence[_Source | tuple[_Source, float]]
 )
+Weighted = Annotated[_Weighted, Wanted("adapter")]
 """Adapters: one, several, or each with its weight; the weight is 1 where none is given."""
+
+Mergeable = Annotated[_Weighted, Wanted("adapter", text="file")]
+"""Adapters as in `Weighted`; but a text alone is the path of a recipe."""
 
 
 READING = ("from_", "carry_unknown", "ignore_key")
@@ -192,7 +211,7 @@ def weighted(adapters: Any) -> list[tuple[Any, float]]:
 def label(source: Any) -> str:
     """Return what reports call an adapter: the name of its file or folder."""
     path = source.source if isinstance(source, Adapter) else source
-    return "adapter" if path is None else os.path.basename(os.path.realpath(path))
+    return "adapter" if path is None else shown_name(path)
 
 
 def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any]) -> Writing:
@@ -212,6 +231,11 @@ def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any])
     if writing.in_place:
         if source is None or source.source is None or writing.output not in (None, source.source):
             raise OptionError("`in_place` writes over the input, which is no such path")
+        if cached_place(source.source) is not None:
+            raise OptionError(
+                "`in_place` writes over the input, which is on the Hub",
+                hint="Name an output; -o hf://USER/NAME publishes it",
+            )
         writing = replace(writing, output=source.source, overwrite=True)
     output = writing.output
     if output is None:

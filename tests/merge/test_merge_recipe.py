@@ -567,9 +567,10 @@ BESIDE = [
     ["some/adapter"],
 ]  # fmt: skip
 FREE = {
+    "revision",
     "from_", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error", "json",
-    "quiet", "verbose", "workers", "device", "carry_unknown", "ignore_key", "allow_missing", "html",
-    "plot",
+    "quiet", "verbose", "workers", "device", "carry_unknown", "ignore_key", "allow_missing",
+    "html", "plot",
 }  # fmt: skip
 
 

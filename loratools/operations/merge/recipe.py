@@ -10,8 +10,8 @@
     overrides:
     - {match: mlp, weights: [0.3, 0.7]}
 
-Paths are relative to the recipe's folder. A digest, if given, must be that of the
-adapter's weights. Whatever is not known is an error that names its place in the file.
+Paths are relative to the recipe's folder, or references to the Hub. A digest, if given, must be
+that of the adapter's weights. Whatever is not known is an error that names its place in the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import math
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -29,6 +29,8 @@ from typing import Any
 import yaml
 
 from loratools.algebra.ranks import Budget, RankRule, as_options
+from loratools.hub.references import Want, parse
+from loratools.hub.resolve import located
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.options import MergeOptions, Override
@@ -37,6 +39,7 @@ from loratools.work.selection import Dropping, check_regex
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
+from loratools_formats.disk.hub_cache import cached_place
 from loratools_formats.disk.provenance import MADE_HERE
 
 RECIPE_FILE = "recipe.yaml"
@@ -55,7 +58,7 @@ class RecipeFiles:
         save_recipe: also write them there.
     """
 
-    recipe: Path | None = option(None, heading="Input")
+    recipe: Path | None = option(None, heading="Input", reference="file")
     save_recipe: Path | None = option(None, heading="Output")
 
 
@@ -221,8 +224,45 @@ def _recipe(content: Any, folder: Path) -> Recipe:
         **switches,
     )
     return Recipe(
-        tuple(adapters), options, None if base is None else folder / _text(base, "$.base")
+        tuple(adapters),
+        options,
+        None if base is None else _place(folder, _text(base, "$.base")),
     )
+
+
+def _place(folder: Path, text: str) -> Path:
+    """Return where a recipe's adapter or base is: beside the recipe, or on the Hub."""
+    here = folder / text
+    is_reference = not os.path.lexists(here) and parse(text, "adapter") is not None
+    return Path(text) if is_reference else here
+
+
+def with_local_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe with what it names on the Hub brought here.
+
+    Args:
+        recipe: as it was read.
+        folder: where it was read; that of a cached one may lack what lies beside it on the Hub.
+
+    Raises:
+        LoratoolsError: a reference cannot be resolved.
+    """
+    adapters = tuple(
+        replace(each, path=_local(each.path, "adapter", folder)) for each in recipe.adapters
+    )
+    base = None if recipe.base is None else _local(recipe.base, "model", folder)
+    return replace(recipe, adapters=adapters, base=base)
+
+
+def _local(path: Path, want: Want, folder: Path) -> Path:
+    if os.path.lexists(path):
+        return path
+    place = cached_place(os.path.normpath(path))
+    if place is not None:
+        text = place.reference
+    else:
+        text = path.name if path.parent == folder else os.fspath(path)
+    return located(text, want, beside="all" if want == "adapter" else "nothing") or path
 
 
 def _switch(fields: Mapping[str, Any], name: str) -> bool:
@@ -236,7 +276,7 @@ def _adapter(value: Any, place: str, folder: Path) -> RecipeAdapter:
     fields = _fields(value, place, {"path": True, "weight": False, "sha256": False})
     digest = fields.get("sha256")
     return RecipeAdapter(
-        folder / _text(fields["path"], f"{place}.path"),
+        _place(folder, _text(fields["path"], f"{place}.path")),
         _number(fields.get("weight", 1.0), f"{place}.weight"),
         None if digest is None else _text(digest, f"{place}.sha256"),
     )
@@ -358,4 +398,5 @@ def _shown(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+    place = cached_place(path)
+    return Path(os.path.relpath(path, folder)).as_posix() if place is None else place.reference
