@@ -56,7 +56,8 @@ class RowStore:
 
     def __init__(self, shape: tuple[int, int], folder: Path | None) -> None:
         self.shape = shape
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        # Without a buffer, which would be written, and could fail, when the file is closed.
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         self.squared_norm = 0.0
         self._spans: list[tuple[int, int]] = []
 

@@ -8,7 +8,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent, print_table, quantity
+from loratools.cli.output import human_bytes, note, number, percent, print_table, quantity, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
@@ -79,8 +79,8 @@ def _show_plan(plan: FusePlan) -> None:
             for tensor in plan.tensors
         ],
     )
-    click.echo(f"tensors: {len(plan.tensors)} of {plan.total} change")
-    click.echo(f"size: {human_bytes(plan.bytes_out)} in {quantity(plan.files, 'file')}")
+    say(f"tensors: {len(plan.tensors)} of {plan.total} change")
+    say(f"size: {human_bytes(plan.bytes_out)} in {quantity(plan.files, 'file')}")
 
 
 def _changed_by(tensor: PlannedTensor) -> str:
@@ -104,12 +104,12 @@ def _show(result: FuseResult) -> None:
             row.append("–" if tensor.surviving is None else percent(tensor.surviving))
     print_table(header, "<<>>>"[: len(header)], rows)
     change = result.relative_change
-    click.echo(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
-    click.echo(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")
+    say(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
+    say(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")
     if result.surviving is not None:
-        click.echo(f"survives quantising: {percent(result.surviving)} of ΔW")
+        say(f"survives quantising: {percent(result.surviving)} of ΔW")
     converted = f", {result.converted} converted" if result.converted else ""
-    click.echo(
+    say(
         f"size: {human_bytes(result.bytes_out)} in {quantity(len(result.files), 'file')}; "
         f"{quantity(len(result.tensors), 'tensor')} changed, {result.copied} copied{converted}"
     )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, print_table, quantity
+from loratools.cli.output import human_bytes, print_table, quantity, say
 from loratools.cli.perform import report
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
@@ -33,7 +31,7 @@ def command(adapter: Path, reading: Reading, reporting: Reporting) -> None:
 def _show(found: InfoResult, reporting: Reporting) -> None:
     _print(found)
     if reporting.verbose:
-        click.echo()
+        say()
         _print_modules(found)
 
 
@@ -72,7 +70,7 @@ def _print(found: AdapterInfo) -> None:
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         if text:
-            click.echo(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
+            say(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
 
 
 def _targets(found: AdapterInfo) -> set[str]:

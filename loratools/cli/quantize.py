@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import click
-
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, number, print_table, sizes
+from loratools.cli.output import human_bytes, number, print_table, say, sizes
 from loratools.cli.perform import perform, target_of
 from loratools.face.quantize import QuantizeResult, quantize
 from loratools.operations.quantize import QuantizeOptions
@@ -76,6 +74,6 @@ def _show(result: QuantizeResult) -> None:
     )
     reasons = Counter(kept.reason for kept in result.kept)
     kept = ", ".join(f"{count} ({reason})" for reason, count in sorted(reasons.items()))
-    click.echo(f"weights kept: {kept or 'none'}")
-    click.echo(f"relative error: {number(result.relative_error)}")
-    click.echo(f"size: {sizes(result.bytes_in, result.bytes_out)}")
+    say(f"weights kept: {kept or 'none'}")
+    say(f"relative error: {number(result.relative_error)}")
+    say(f"size: {sizes(result.bytes_in, result.bytes_out)}")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent, print_table
+from loratools.cli.output import human_bytes, note, number, percent, print_table, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
@@ -91,8 +89,8 @@ def _show(result: ToLoraResult) -> None:
             for row, module in zip(rows, result.modules, strict=True)
         ]
     print_table(header, "<<" + ">" * (len(header) - 2), rows)
-    click.echo(f"relative error: {number(result.relative_error)}")
-    click.echo(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")
+    say(f"relative error: {number(result.relative_error)}")
+    say(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")
     for text in result.cautions:
         note(text)
 

@@ -9,6 +9,7 @@ from loratools import __version__
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.files import RegularFile
 
 
@@ -68,10 +69,9 @@ def _files_by_role(
 
 def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the record as string metadata for a safetensors header."""
-    import json
 
     def compact(value: Any) -> str:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+        return strict_json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     return {
         "loratools.version": record["tool"]["version"],

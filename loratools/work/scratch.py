@@ -32,7 +32,8 @@ class Scratch:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         try:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives with this object
+            # Without a buffer, which would be written, and could fail, when the file is closed.
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
             raise OutputError(
                 f"no scratch file can be made: {error.strerror}", path=folder
@@ -42,9 +43,13 @@ class Scratch:
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """Return `nbytes` bytes from `offset`."""
+        data = bytearray(nbytes)
+        done = 0
         with self._lock:
             self._file.seek(offset)
-            return self._file.read(nbytes)
+            while done < nbytes and (count := self._file.readinto(memoryview(data)[done:])):
+                done += count
+        return bytes(data[:done])
 
     def store(self, key: str, array: Array, dtype: DType) -> TensorRef:
         """Append an array already in the type `dtype`, and return a reference to it.
@@ -59,7 +64,9 @@ class Scratch:
             offset = self._end
             try:
                 self._file.seek(offset)
-                self._file.write(data)
+                done = 0
+                while done < data.nbytes:
+                    done += self._file.write(data[done:])
             except OSError as error:
                 raise OutputError(
                     f"scratch file: {os.strerror(error.errno or 0)}",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from loratools.work.declared import option
+from loratools.work.regexes import check_regex, is_found
 from loratools.work.typed import check_options
-from loratools_formats.disk.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -32,18 +31,10 @@ class Selection:
                 check_regex(pattern)
 
     def __contains__(self, name: str) -> bool:
-        wanted = self.include is None or re.search(self.include, name) is not None
-        return wanted and not (self.exclude and re.search(self.exclude, name))
+        wanted = self.include is None or is_found(self.include, name)
+        return wanted and not (self.exclude and is_found(self.exclude, name))
 
     def record(self) -> dict[str, str]:
         """Return the patterns that were given, for an output's provenance."""
         given = {"include": self.include, "exclude": self.exclude}
         return {name: pattern for name, pattern in given.items() if pattern is not None}
-
-
-def check_regex(pattern: str) -> None:
-    """Raise `OptionError` if a pattern is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise OptionError(f"not a regular expression: {error}", got=pattern) from error

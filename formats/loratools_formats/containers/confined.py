@@ -19,9 +19,9 @@ _SET_SECCOMP, _FILTER, _NO_NEW_PRIVILEGES = 22, 2, 38
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 1  # EPERM
 _NUMBER_AT, _PROCESSOR_AT = 0, 4
-# read, write, close, fstat, lseek, mmap, mprotect, munmap, brk, rt_sigaction, rt_sigprocmask,
-# rt_sigreturn, pread64, sched_yield, mremap, madvise, getpid, exit, futex, clock_gettime,
-# exit_group, getrandom
+# In this order: read write close fstat lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask
+# rt_sigreturn pread64 sched_yield mremap madvise getpid exit futex clock_gettime exit_group
+# getrandom.
 _CALLS = {
     "x86_64": (
         0xC000003E,

@@ -296,8 +296,9 @@ def _run(data: bytes, at: int = 0) -> tuple[object, int]:
 
 def _persistent(identifier: object) -> Storage:
     """Return a storage from ("storage", type, key, device, count) and, before 1.6, a view."""
-    is_storage = isinstance(identifier, tuple) and len(identifier) in (5, 6)
-    if not is_storage or identifier[0] != "storage" or identifier[5:] not in ((), (None,)):
+    if not isinstance(identifier, tuple) or len(identifier) not in (5, 6):
+        raise malformed("a persistent identifier that is no storage")
+    if identifier[0] != "storage" or identifier[5:] not in ((), (None,)):
         raise malformed("a persistent identifier that is no storage")
     _, kind, key, _, count = identifier[:5]
     if not isinstance(kind, Global) or not isinstance(key, str) or not _is_count(count):

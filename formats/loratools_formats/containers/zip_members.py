@@ -93,7 +93,7 @@ def data_offset(file: Bytes, member: Member) -> int:
     if member.header + _LOCAL_FORM.size > file.nbytes:
         raise _broken("a member lies beyond the end", member.name)
     fields = _LOCAL_FORM.unpack(file.read_at(member.header, _LOCAL_FORM.size))
-    begin = member.header + _LOCAL_FORM.size + fields[9] + fields[10]
+    begin = member.header + _LOCAL_FORM.size + int(fields[9] + fields[10])
     if fields[0] != _LOCAL or begin + member.nbytes > file.nbytes:
         raise _broken("a member lies beyond the end", member.name)
     if file.read_at(member.header + _LOCAL_FORM.size, fields[9]) != member.name:
@@ -116,7 +116,7 @@ def _directory(file: Bytes) -> tuple[int, int, int]:
     if end >= _LOCATOR_FORM.size:
         locator = _LOCATOR_FORM.unpack(file.read_at(end - _LOCATOR_FORM.size, _LOCATOR_FORM.size))
         if locator[0] == _LOCATOR64:
-            end = locator[2]
+            end = int(locator[2])
             if end + _END64_FORM.size > file.nbytes:
                 raise _broken("its directory lies beyond the end")
             fields = _END64_FORM.unpack(file.read_at(end, _END64_FORM.size))
@@ -133,7 +133,7 @@ def _directory(file: Bytes) -> tuple[int, int, int]:
         )
     if start + nbytes > end:
         raise _broken("its directory lies beyond the end")
-    return start, nbytes, counts[0]
+    return int(start), int(nbytes), int(counts[0])
 
 
 def _member(name: bytes, fields: tuple[int, ...], extra: bytes) -> Member:

@@ -7,12 +7,12 @@ by other tools. It holds no time and no local paths, so equal runs give equal by
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.files import RegularFile
 
 PROVENANCE_FILE = "provenance.json"
@@ -54,7 +54,7 @@ def statement(
         "predicateType": PREDICATE_TYPE,
         "predicate": predicate,
     }
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    text = strict_json.dumps(content, indent=2, sort_keys=True)
     # Bytes of file names and arguments that are no UTF-8, which JSON cannot hold.
     return (_SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n").encode()
 

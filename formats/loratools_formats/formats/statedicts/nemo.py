@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SUFFIX = ".nemo"
 _WEIGHTS = "model_weights.ckpt"
 _CONFIG = "model_config.yaml"
-_MAX_CONFIG_BYTES = 1 << 20
+_MAX_CONFIG_BYTES = 1 << 18
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _GZIP = b"\x1f\x8b"
 _AXES = 2
