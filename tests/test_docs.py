@@ -1,24 +1,17 @@
-"""The README tells the truth: its commands run and print what it shows."""
+"""The documents tell the truth: their commands run and print what they show."""
 
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import consoles
 import pytest
 
 from loratools.cli import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = [
-    re.findall(r"^\$ (.*?)\n(.*?)(?=^\$ |\Z)", block, re.DOTALL | re.MULTILINE)
-    for document in (README, (ROOT / "examples" / "README.md").read_text())
-    for block in re.findall(r"```console\n(.*?)```", document, re.DOTALL)
-]
+BLOCKS = [block for document in consoles.DOCUMENTS for block in consoles.blocks(document)]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -34,17 +27,7 @@ def clone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", BLOCKS, ids=[block[-1][0] for block in BLOCKS])
 def test_commands_print_what_is_shown(clone, block):
     for command, shown in block:
-        program, *arguments = shlex.split(command)
-        assert program == "loratools"
-        done = subprocess.run(
-            [sys.executable, "-c", "from loratools.cli import main; main()", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            env={**os.environ, "COLUMNS": "100"},
-        )
-        assert done.stdout == shown
+        assert consoles.printed(command, clone) == shown
 
 
 def test_every_command_has_an_example():

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from loratools.algebra.thin import Thin
+from loratools_formats.core.dtypes import Array
 
-Array = np.ndarray[Any, Any]
 Verdict = Literal["intruder", "not", "undetermined"]
 
 _TOLERANCE = 1e-10  # of the residual of a singular triplet, over σ₁

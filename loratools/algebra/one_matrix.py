@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from loratools.algebra import cancelling, linalg
 from loratools.algebra.device import Device, to_numpy
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,9 +17,8 @@ from loratools.algebra.intruders import BaseSvd, Leading, base_svd, certified, i
 from loratools.algebra.thin import Thin
 from loratools.work.declared import option
 from loratools.work.typed import check_options
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError, OutputError
-
-Array = np.ndarray[Any, Any]
 
 _EXACT_SIDE = 1024
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -12,8 +11,7 @@ from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix, RandomisedSvd, padded, signed
 from loratools.algebra.streamed_svd import RowSource, StreamedMatrix, row_spans, streamed_svd
 from loratools.kinds.declaration import Columns, DeltaForm, Kronecker, Product, Rows
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 _NEGLIGIBLE = 1e-14
 

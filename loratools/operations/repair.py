@@ -39,10 +39,8 @@ from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
-from loratools_formats.core.dtypes import encode
+from loratools_formats.core.dtypes import Array, encode
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from loratools.operations.merge.align import MergeInput
 from loratools_formats.core.adapter import Addition, Replacement
-from loratools_formats.core.dtypes import common_dtype, encode
+from loratools_formats.core.dtypes import Array, common_dtype, encode
 from loratools_formats.core.tensors import TensorRef, have_same_bits, in_memory
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 
 def refuse_replaced_modules(inputs: Sequence[MergeInput]) -> None:
@@ -143,7 +140,8 @@ def merged_additions(
             raise UnsupportedError(
                 "what adapters add to biases and norms can only be merged by a weighted sum",
                 tensor=key,
-                hint="Use `method=linear`",
+                hint="Use `method=linear`, or pass `linear_differences=True` to add up differences "
+                "by their weights",
             )
         shape = first.tensor.shape
         if any(entry is not None and entry[1].tensor.shape != shape for entry in found):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from loratools.algebra.intruders import amplification, leading_triplets
@@ -12,8 +10,7 @@ from loratools.base.decompositions import IntruderOptions, leading
 from loratools.lowrank.matrices import loaded
 from loratools.operations.spectrum.result import BaseMeasures
 from loratools_formats.core.adapter import ModuleChange
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 _NORM_TOLERANCE = 1e-6  # of a residual; the error of σ₁ is its square
 
