@@ -114,6 +114,6 @@ def _file(each: ChainInput, whole: bool) -> str:
     digest = "" if is_told else next(iter(each.digest.values()), "")
     shown = digest if whole else digest[:_SHOWN]
     kind = "header " if "headerSha256" in each.digest else ""
-    where = f" from {each.reference}@{each.commit}" if each.commit else ""
+    where = f" from {each.reference}" if each.reference else ""
     name = f"{each.given}/{each.name}" if each.given not in (None, each.name) else each.name
     return printable(f"{name}{f' {kind}{shown}' if shown else ''}{where}", 400)

@@ -22,6 +22,7 @@ from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
 from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
+from loratools_formats.disk.parents import parents_made
 
 R = TypeVar("R")
 
@@ -38,6 +39,7 @@ class Declaration:
         inputs: types of its parameters that are no options: what it reads.
         required: those that have no default.
         options: its options by keyword, each with the dataclass that declares it.
+        references: what its inputs want of references to the Hub.
         writes: whether it can write an output.
     """
 
@@ -45,6 +47,7 @@ class Declaration:
     inputs: Mapping[str, Any]
     required: frozenset[str]
     options: Mapping[str, tuple[type, Option]]
+    references: Mapping[str, Wanted]
     writes: bool
 
 
@@ -108,7 +111,8 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
         given |= {name: _fetched(given[name], options) for name, options in groups.items()}
         arguments = {n: v for n, v in given.items() if n not in groups and n != "progress"}
         this = call_of(function.__name__, arguments, [given[name] for name in groups])
-        with running(this):
+        outputs = [g.output for g in given.values() if isinstance(g, Writing)]
+        with running(this), parents_made(next(iter(outputs), None)):
             return function(**given)
 
     call.declaration = Declaration(  # type: ignore[attr-defined]
@@ -116,6 +120,7 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
         {n: types[n] for n in inner if n not in groups and n != "progress"},
         frozenset(n for n, p in inner.items() if n not in groups and p.default is p.empty),
         {word: (types[n], made) for n, group in groups.items() for word, made in group.items()},
+        wanted,
         any(types[name] is Writing and "output" in group for name, group in groups.items()),
     )
     call.__signature__ = signature  # type: ignore[attr-defined]

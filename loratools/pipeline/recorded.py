@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratools.face.declare import Declaration
+from loratools.hub.references import is_explicit
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
@@ -71,7 +72,7 @@ class RecordedInput:
             files=files,
             is_made="made" in given,
             made=None if made is None else _text(made, "a step"),
-            reference=_optional(given, "reference"),
+            reference=_reference(given),
             commit=_optional(given, "commit"),
         )
 
@@ -169,6 +170,12 @@ def _text(value: Any, what: str) -> str:
 def _optional(values: Mapping[str, Any], key: str) -> str | None:
     value = values.get(key)
     return None if value is None else _text(value, key)
+
+
+def _reference(given: Mapping[str, Any]) -> str | None:
+    """Return the name on the Hub, if it names a commit: a local path is nothing to follow."""
+    text = _optional(given, "reference")
+    return text if text is not None and is_explicit(text) and given.get("commit") else None
 
 
 def _digest(value: Mapping[str, Any]) -> dict[str, str]:

@@ -12,7 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratools_formats.disk.provenance import PREDICATE_TYPE, read_statement, statement_beside
+from loratools_formats.disk.provenance import (
+    OPERATION_KEY,
+    PREDICATE_TYPE,
+    read_statement,
+    statement_beside,
+)
 from loratools_formats.disk.strict_json import StrictJsonError, loads
 
 MOST_STATEMENTS = 500
@@ -93,7 +98,7 @@ def from_metadata(values: Mapping[str, str], name: str, digest: Digest) -> dict[
 
     It says less than a statement: what was asked for, and where the inputs lay, it does not hold.
     """
-    operation, version = values.get("loratools.operation"), values.get("loratools.version")
+    operation, version = values.get(OPERATION_KEY), values.get("loratools.version")
     if operation is None or version is None:
         return None
     try:

@@ -18,6 +18,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.hub_cache import cached_place
 from loratools_formats.disk.provenance import OPERATION_KEY, sha256_of
 
 
@@ -147,7 +148,10 @@ def _arguments(
         if not found:
             unread.extend(more := list(_files_at(label, path)))
             found = [label] if more else []
-        return {"path": str(path), "name": path.name, "roles": found}
+        place = cached_place(path)
+        named = {"reference": place.reference, "commit": place.commit} if place else {}
+        name = path.name if place is None else place.name
+        return {"path": str(path), "name": name, "roles": found, **named}
 
     arguments: dict[str, Any] = {}
     for name, value in call.arguments.items():
@@ -209,11 +213,7 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
     def compact(value: Any) -> str:
         return strict_json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
-    commits = {
-        f"{name}": f"{one['reference']}@{one['commit']}"
-        for name, one in _labelled(record)
-        if one.get("commit")
-    }
+    commits = {name: one["reference"] for name, one in _labelled(record) if one.get("commit")}
     return {
         **({"loratools.commits": compact(commits)} if commits else {}),
         **({"loratools.dropped": compact(record["dropped"])} if "dropped" in record else {}),
