@@ -23,6 +23,7 @@ _HOMES = {
     "loratools.face.info": ("info", "read"),
     "loratools.face.lists": ("formats", "methods"),
     "loratools.face.merge": ("merge",),
+    "loratools.face.push": ("push",),
     "loratools.face.quantize": ("quantize",),
     "loratools.face.repair": ("repair",),
     "loratools.face.spectrum": ("spectrum",),

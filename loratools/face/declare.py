@@ -17,7 +17,14 @@ from dataclasses import is_dataclass, replace
 from inspect import Parameter, Signature
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from loratools.hub.references import REVISION_HELP, Beside, Wanted, mapped, with_revision
+from loratools.hub.references import (
+    REVISION_HELP,
+    Beside,
+    Wanted,
+    is_explicit,
+    mapped,
+    with_revision,
+)
 from loratools.work.declared import Option, build, declared
 from loratools.work.typed import accepted, converted, hints, option_value
 
@@ -79,7 +86,7 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
                 raise TypeError(f"{function.__name__}() has {name} and {next(iter(chosen))}")
         given |= whole
         given |= {name: _fetched(given[name], options) for name, options in groups.items()}
-        return function(**given)
+        return _called(function, given)
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     text = inspect.cleandoc(function.__doc__ or "")
@@ -118,6 +125,23 @@ def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: 
             want = _want(mark, values[name])
             beside: Beside = "all" if companions and want == "adapter" else mark.beside
             values[name] = mapped(values[name], functools.partial(_local, want=want, beside=beside))
+
+
+def _called(function: Callable[..., R], given: dict[str, Any]) -> R:
+    """Call a function; an output that is a reference is published after it was written."""
+    place = getattr(given.get("writing"), "output", None)
+    if place is None or not is_explicit(place):
+        return function(**given)
+    from loratools.face.staging import published
+
+    writing = given["writing"]
+    made: R = published(
+        place,
+        given,
+        dry_run=writing.dry_run,
+        run=lambda local: function(**{**given, "writing": replace(writing, output=local)}),
+    )
+    return made
 
 
 def _want(mark: Wanted, value: Any) -> Any:

@@ -336,6 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
             "_id": "0", "id": name, "modelId": name, "sha": sha, "private": repo.private,
             "gated": "auto" if repo.gated else False, "disabled": False, "tags": [],
             "downloads": 0, "likes": 0, "siblings": siblings,
+            "cardData": _front_matter(repo.commits[sha].get("README.md", b"")),
             "lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z",
         })  # fmt: skip
 
@@ -366,7 +367,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": s}
                     for n, s in repo.refs.items() if not n.startswith("refs/")]  # fmt: skip
-        self.reply(200, {"branches": branches, "converts": [], "tags": []})
+        pulls = [{"name": n, "ref": n, "targetCommit": s}
+                 for n, s in repo.refs.items() if n.startswith("refs/pr/")]  # fmt: skip
+        answer = {"branches": branches, "converts": [], "tags": [], "pullRequests": pulls}
+        self.reply(200, answer)
 
     def history(self, name: str, revision: str, content: bytes) -> None:
         repo = self.repo(name)
@@ -568,6 +572,13 @@ class _Handler(BaseHTTPRequestHandler):
         made = repo.commit(files, target, message)
         answer |= {"commitUrl": f"{self.hub.endpoint}/{name}/commit/{made}", "commitOid": made}
         self.reply(200, answer)
+
+
+def _front_matter(card: bytes) -> object:
+    import yaml
+
+    found = re.match(rb"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    return yaml.safe_load(found[1]) if found else None
 
 
 def _entry(path: str, data: bytes) -> dict[str, object]:
