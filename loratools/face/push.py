@@ -235,7 +235,7 @@ def _prepared(
     diff = ""
     records = _records(path)
     if not options.no_card:
-        picture = None if adapter is None else _picture(adapter, folder)
+        picture = None if adapter is None else _picture(adapter, target.reference.repo, folder)
         if picture is not None:
             contents[files.PICTURE] = picture.read_bytes()
         before = _card(target, there, found, options)
@@ -383,10 +383,13 @@ def _unfolded(predicate: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*(each for each in earlier if isinstance(each, dict)), *in_memory, predicate]
 
 
-def _picture(adapter: Adapter, folder: Path) -> Path | None:
-    """Draw the spectrum of an adapter; None if it has none that shows, or nothing can draw."""
+def _picture(adapter: Adapter, name: str, folder: Path) -> Path | None:
+    """Draw the spectrum of an adapter; None if it has none that shows, or nothing can draw.
+
+    Its heading is the repository's name: the path of a folder here is nobody's business.
+    """
     from loratools.face.spectrum import spectrum
 
     with contextlib.suppress(LoratoolsError):
-        return spectrum(adapter).plot(folder / files.PICTURE)
+        return replace(spectrum(adapter), source=name).plot(folder / files.PICTURE)
     return None

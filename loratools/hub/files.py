@@ -22,7 +22,7 @@ from loratools_formats.disk.provenance import PROVENANCE_FILE
 CARD = "README.md"
 PICTURE = "spectrum.png"
 RECIPE = "recipe.yaml"
-_LOCAL_PATH = re.compile(rb"^\s*(?:- )?\{?(?:path|base): *(?![\"']?hf:/)", re.MULTILINE)
+_LOCAL_PATH = re.compile(rb"^\s*(?:- )?\{?(?:path|base): *+(?![\"']?hf:/)", re.MULTILINE)
 _LARGEST_RECIPE = 1 << 20
 
 

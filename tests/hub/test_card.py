@@ -30,7 +30,7 @@ AUTHORS = {
     "one tag": b"---\ntags: mine\n---\nText\n",
     "null": b"---\ntags:\nlicense: ~\n---\nText\n",
     "other base": b"---\nbase_model: other/base\n---\nText\n",
-    "nested": b"---\nmodel-index:\n- name: x\n  results:\n  - task: {type: t}\n---\nText\n",
+    "nested": b"---\nwidget:\n- text: x\n  output:\n  - task: {type: t}\n---\nText\n",
     "windows": b"---\r\nlicense: mit\r\ntags:\r\n- mine\r\n---\r\n# Mine\r\n\r\nText\r\n",
     "unicode": "---\nlicense: mit\n---\n# Größe — 中文\n".encode(),
     "rule in the text": b"---\nlicense: mit\n---\nText\n\n---\n\nmore\n---\n",
