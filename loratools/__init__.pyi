@@ -23,6 +23,8 @@ from loratools.face.info import InfoResult as InfoResult
 from loratools.face.lists import FormatsResult as FormatsResult
 from loratools.face.lists import MethodsResult as MethodsResult
 from loratools.face.merge import MergeResult as MergeResult
+from loratools.face.provenance import ProvenanceResult as ProvenanceResult
+from loratools.face.push import PushResult as PushResult
 from loratools.face.quantize import QuantizeResult as QuantizeResult
 from loratools.face.repair import RepairResult as RepairResult
 from loratools.face.spectrum import SpectrumResult as SpectrumResult
@@ -33,6 +35,7 @@ from loratools.face.to_lora import ToLoraChoices as ToLoraChoices
 from loratools.face.to_lora import ToLoraResult as ToLoraResult
 from loratools.face.verify import VerifyResult as VerifyResult
 from loratools.operations.merge.options import Override as Override
+from loratools.pipeline.replay import ReplayResult as ReplayResult
 from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
 from loratools_formats.core.adapter import Adapter as Adapter
 from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
@@ -271,6 +274,7 @@ def merge(
     space: Literal["full", "core"] = "full",
     weight_pattern: Sequence[Override | str] = (),
     replacements: str | None = None,
+    linear_differences: bool = False,
     force_base: bool = False,
     allow_missing: bool = False,
     density: float | str | None = None,
@@ -310,6 +314,27 @@ def merge(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
+def provenance(path: str | os.PathLike[str]) -> ProvenanceResult: ...
+def push(
+    source: str | os.PathLike[str] | Adapter,
+    repo: str,
+    *,
+    create: bool = False,
+    private: bool = False,
+    branch: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    base_model: str | None = None,
+    card: str | os.PathLike[str] | None = None,
+    no_card: bool = False,
+    no_check: bool = False,
+    target: Sequence[str] = (),
+    fail_on: Literal["error", "warning", "note", "never"] | None = None,
+    dry_run: bool = False,
+    workers: int | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PushResult: ...
 def quantize(
     base: str | os.PathLike[str] | Checkpoint,
     *,
@@ -537,3 +562,10 @@ def verify(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...
+def replay(
+    path: str | os.PathLike[str],
+    *,
+    input: Sequence[str | os.PathLike[str]] = (),
+    output: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ReplayResult: ...

@@ -43,8 +43,9 @@ def command(
 ) -> int:
     """Fuse adapters into base weights, streamed, without loading a model.
 
-    BASE is a checkpoint folder, a safetensors file or a GGUF model. A weight follows an adapter's
-    path after a colon and is 1 by default; -1 takes a fused adapter out again, up to rounding.
+    BASE is a checkpoint folder, a diffusers pipeline, a safetensors file or a GGUF model. A weight
+    follows an adapter's path after a colon and is 1 by default; -1 takes a fused adapter out again,
+    up to rounding.
 
     \b
     loratools fuse base-model my-adapter -o merged-model

@@ -131,7 +131,9 @@ def _show(result: MergeResult, *, verbose: bool) -> None:
     rows = [
         [
             module.name,
-            f"{_ranks(module.ranks_in)} → {module.rank_out}",
+            "whole"
+            if module.rank_out is None
+            else f"{_ranks(module.ranks_in)} → {module.rank_out}",
             percent(module.energy),
             number(module.relative_error),
         ]

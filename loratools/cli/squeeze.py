@@ -10,6 +10,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
+from loratools.cli.many import one_or_many
 from loratools.cli.output import note, number, percent, sizes
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
@@ -20,8 +21,6 @@ from loratools.work.selection import Dropping, Selection
 
 
 @named_command("squeeze")
-@shared.adapter_argument
-@shared.writes("in_place", "max_error")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Selection, into="selection")
@@ -29,6 +28,7 @@ from loratools.work.selection import Dropping, Selection
 @shared.reads("initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports("json", "quiet", "verbose")
+@one_or_many("in_place", "max_error")
 def command(
     adapter: Path,
     writing: Writing,

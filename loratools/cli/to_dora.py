@@ -7,6 +7,7 @@ from pathlib import Path
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
+from loratools.cli.many import one_or_many
 from loratools.cli.output import note, number
 from loratools.cli.perform import perform, target_of
 from loratools.face.to_dora import ToDoraResult, to_dora
@@ -16,11 +17,10 @@ from loratools_formats.disk.errors import OptionError
 
 
 @named_command("to-dora")
-@shared.adapter_argument
-@shared.writes("in_place")
 @shared.reads("base", "initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Workers, into="threads")
 @shared.reports("json", "quiet", "verbose")
+@one_or_many("in_place")
 def command(
     adapter: Path, writing: Writing, reading: Reading, threads: Workers, reporting: Reporting
 ) -> int:

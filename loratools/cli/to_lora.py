@@ -10,6 +10,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
+from loratools.cli.many import one_or_many
 from loratools.cli.output import human_bytes, note, number, percent
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
@@ -21,8 +22,6 @@ from loratools.work.selection import Dropping
 
 
 @named_command("to-lora")
-@shared.adapter_argument
-@shared.writes("in_place", "max_error")
 @shared.takes(Dropping, into="dropping")
 @shared.reads("base", "initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(ToLoraOptions, into="folding")
@@ -30,6 +29,7 @@ from loratools.work.selection import Dropping
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports("json", "quiet", "verbose")
+@one_or_many("in_place", "max_error")
 def command(
     adapter: Path,
     writing: Writing,

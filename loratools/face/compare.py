@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from loratools.face.declare import Progress, public
-from loratools.face.result import Result
+from loratools.face.result import Reported
 from loratools.face.source import READING, Model, Source, label, model, opened
 from loratools.hub.references import Wanted
 from loratools.operations.compare import bases, operation
@@ -31,7 +31,7 @@ Shelf = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class CompareResult(Result, measured.CompareResult):
+class CompareResult(Reported, measured.CompareResult):
     """How adapters relate."""
 
     operation: ClassVar[str] = "compare"
@@ -46,7 +46,7 @@ class CompareResult(Result, measured.CompareResult):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class BasesResult(Result, measured.BasesResult):
+class BasesResult(Reported, measured.BasesResult):
     """How far two bases differ where an adapter acts."""
 
     operation: ClassVar[str] = "compare-bases"
@@ -99,7 +99,8 @@ def compare(
         workers=threads.workers,
         progress=progress,
     )
-    return CompareResult.of(found)
+    notices = dict.fromkeys(each for one in named.values() for each in one.notices)
+    return CompareResult.of(found, findings=(*notices, *found.findings))
 
 
 @public(reading=READING)

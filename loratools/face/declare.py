@@ -13,7 +13,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from inspect import Parameter, Signature
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -25,13 +25,43 @@ from loratools.hub.references import (
     mapped,
     with_revision,
 )
+from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
+from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
+from loratools_formats.disk.parents import parents_made
 
 R = TypeVar("R")
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all) while an operation runs."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a public function takes.
+
+    Attributes:
+        name: its name.
+        inputs: types of its parameters that are no options: what it reads.
+        required: those that have no default.
+        options: its options by keyword, each with the dataclass that declares it.
+        references: what its inputs want of references to the Hub.
+        writes: whether it can write an output.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    required: frozenset[str]
+    options: Mapping[str, tuple[type, Option]]
+    references: Mapping[str, Wanted]
+    writes: bool
+
+
+def declaration_of(function: Any) -> Declaration:
+    """Return what a public function takes."""
+    found: Declaration = function.declaration
+    return found
 
 
 def public(**only: tuple[str, ...]) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -86,8 +116,16 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
                 raise TypeError(f"{function.__name__}() has {name} and {next(iter(chosen))}")
         given |= whole
         given |= {name: _fetched(given[name], options) for name, options in groups.items()}
-        return _called(function, given)
+        return _called(function, given, groups)
 
+    call.declaration = Declaration(  # type: ignore[attr-defined]
+        function.__name__,
+        {n: types[n] for n in inner if n not in groups and n != "progress"},
+        frozenset(n for n, p in inner.items() if n not in groups and p.default is p.empty),
+        {word: (types[n], made) for n, group in groups.items() for word, made in group.items()},
+        wanted,
+        any(types[name] is Writing and "output" in group for name, group in groups.items()),
+    )
     call.__signature__ = signature  # type: ignore[attr-defined]
     text = inspect.cleandoc(function.__doc__ or "")
     call.__doc__ = _documented(text, groups, takes_references=bool(wanted))
@@ -127,21 +165,29 @@ def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: 
             values[name] = mapped(values[name], functools.partial(_local, want=want, beside=beside))
 
 
-def _called(function: Callable[..., R], given: dict[str, Any]) -> R:
-    """Call a function; an output that is a reference is published after it was written."""
+def _called(
+    function: Callable[..., R], given: dict[str, Any], groups: Mapping[str, Mapping[str, Option]]
+) -> R:
+    """Call a function as one that its output records; publish an output that is a reference."""
     place = getattr(given.get("writing"), "output", None)
-    if place is None or not is_explicit(place):
-        return function(**given)
-    from loratools.face.staging import published
+    if place is not None and is_explicit(place):
+        from loratools.face.staging import published
 
-    writing = given["writing"]
-    made: R = published(
-        place,
-        given,
-        dry_run=writing.dry_run,
-        run=lambda local: function(**{**given, "writing": replace(writing, output=local)}),
-    )
-    return made
+        writing = given["writing"]
+        made: R = published(
+            place,
+            given,
+            dry_run=writing.dry_run,
+            run=lambda local: _called(
+                function, {**given, "writing": replace(writing, output=local)}, groups
+            ),
+        )
+        return made
+    arguments = {n: v for n, v in given.items() if n not in groups and n != "progress"}
+    this = call_of(function.__name__, arguments, [given[name] for name in groups])
+    outputs = [g.output for g in given.values() if isinstance(g, Writing)]
+    with running(this), parents_made(next(iter(outputs), None)):
+        return function(**given)
 
 
 def _want(mark: Wanted, value: Any) -> Any:

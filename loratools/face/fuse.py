@@ -25,6 +25,7 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools.operations.fuse.operation import FuseOptions, FusePreview, Fusion
 from loratools.operations.fuse.operation import FuseResult as Fused
+from loratools.operations.fuse.pipeline import PipelineFusion, is_pipeline
 from loratools.work.json_object import hidden
 from loratools.work.provenance import DROPPED
 from loratools.work.requests import Reading, Writing
@@ -33,6 +34,8 @@ from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
+
+_AnyFusion = Fusion | GgufFusion | PipelineFusion
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class FusePlan(Reported):
     tensors: tuple[PlannedTensor, ...]
     total: int = hidden()
     files: int = hidden()
-    fusion: Fusion | GgufFusion = hidden()
+    fusion: _AnyFusion = hidden()
     progress: Progress | None = hidden()
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> FuseResult:
@@ -185,7 +188,7 @@ def fuse(
     (28, 'BF16')
 
     Args:
-        base: a checkpoint folder, a safetensors file or a GGUF model.
+        base: a checkpoint folder, a diffusers pipeline, a safetensors file or a GGUF model.
         adapters: adapters, or a mapping to their weights; a negative weight takes one out again.
         progress: called with (bytes done, bytes in all).
 
@@ -198,16 +201,20 @@ def fuse(
     """
     inputs = fuse_inputs(adapters, reading, dropping)
     read = [item.adapter for item in inputs]
-    fusion: Fusion | GgufFusion
+    fusion: _AnyFusion
     if isinstance(base, str | os.PathLike) and is_gguf(Path(base)):
         writing = destination(writing, None, [Path(base), *read])
         fusion = GgufFusion(read_model(Path(base)), inputs, _of_gguf(options, quantised))
     else:
-        checkpoint = model(base)
-        writing = destination(writing, None, [checkpoint, *read])
         if quantised.fallback is not None:
             raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
-        fusion = Fusion(checkpoint, inputs, options)
+        if isinstance(base, str | os.PathLike) and is_pipeline(Path(base)):
+            writing = destination(writing, None, [Path(base), *read])
+            fusion = PipelineFusion(Path(base), inputs, options)
+        else:
+            checkpoint = model(base)
+            writing = destination(writing, None, [checkpoint, *read])
+            fusion = Fusion(checkpoint, inputs, options)
     about = about_base(read, Path(base) if isinstance(base, str | os.PathLike) else base)
     dropped = (each for item in read for each in item.findings if each.code == DROPPED)
     plan = _plan(fusion.preview, fusion, progress, (*about, *dropped))
@@ -251,7 +258,7 @@ def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOption
 
 def _plan(
     preview: FusePreview,
-    fusion: Fusion | GgufFusion,
+    fusion: _AnyFusion,
     progress: Progress | None,
     about: tuple[Finding, ...],
 ) -> FusePlan:

@@ -39,6 +39,7 @@ from loratools.operations.merge.recipe import (
     with_local_paths,
 )
 from loratools.operations.merge.result import MergeModuleReport
+from loratools.work.call import call_of, running
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
@@ -185,9 +186,13 @@ def merge(
     inputs = _inputs(sources, digests, reading, chosen.dropping)
     checkpoint = None if base is None else model(base)
     writing = destination(writing, None, [*(item.adapter for item in inputs), checkpoint])
-    done = operation.merge(
-        inputs, chosen, base=checkpoint, scratch_folder=beside(writing), progress=progress
-    )
+    # A merge from a recipe is recorded as the call that the recipe stands for.
+    settings = Parameters(set_=tuple(chosen.parameters.items()))
+    groups = [chosen, settings, chosen.rule, chosen.compute, chosen.dropping, reading]
+    with running(call_of("merge", {"adapters": sources, "base": base}, groups)):
+        done = operation.merge(
+            inputs, chosen, base=checkpoint, scratch_folder=beside(writing), progress=progress
+        )
     result = MergeResult(
         adapter=done.adapter,
         findings=(*_findings(inputs), *_about_left_out(done.left_out)),

@@ -13,6 +13,7 @@ from loratools.face.declare import Progress, public
 from loratools.face.result import Reported
 from loratools.face.source import WRITING, CopiedModel, destination, model
 from loratools.operations import quantize as working
+from loratools.work.call import kept
 from loratools.work.json_object import hidden
 from loratools.work.parallel import Workers
 from loratools.work.requests import Writing
@@ -81,4 +82,4 @@ def quantize(
             progress=progress,
         )
 
-    return QuantizeResult.of(run(writing.output, writing.overwrite), run=run)
+    return QuantizeResult.of(run(writing.output, writing.overwrite), run=kept(run))

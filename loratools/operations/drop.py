@@ -18,7 +18,6 @@ from loratools.folding.decomposed import rows_of
 from loratools.folding.module import checked_form, known_shape
 from loratools.folding.without_base import folds_alone
 from loratools.lowrank.matrices import matrices
-from loratools.work.provenance import DROPPED
 from loratools.work.selection import Dropping
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange
@@ -94,7 +93,7 @@ def _without(adapter: Adapter, dropping: Dropping) -> Adapter:
         carried={k: t for k, t in adapter.carried.items() if k not in left},
         findings=(
             *(each for each in adapter.findings if each.where not in left),
-            Finding(DROPPED, "note", _patterns(dropping), _told(adapter, gone)),
+            Finding("dropped-modules", "note", _patterns(dropping), _told(adapter, gone)),
         ),
     )
     return replace(kept, config=get_format(adapter.format).narrowed_config(kept))

@@ -20,6 +20,7 @@ from loratools.algebra.budget import Limit, RankChoice, choose_ranks, rank_table
 from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.lowrank.planned import PlannedFactors, for_size
 from loratools.lowrank.resize import Resizer
+from loratools.work.call import kept
 from loratools.work.parallel import in_order
 from loratools.work.provenance import record_metadata
 from loratools_formats.contract.registry import get_format
@@ -161,7 +162,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
         """
         with ThreadPoolExecutor(1) as beside:
             # Digesting the input takes as long as reading it, so it runs beside the arithmetic.
-            recorded = beside.submit(record)
+            recorded = beside.submit(kept(record))
             ranks = self._ranks(recorded.result)
 
             def one(name: str) -> AnyOutcome:

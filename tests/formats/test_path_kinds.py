@@ -120,7 +120,7 @@ def pasted(text):
     ],
 )
 def test_what_is_no_adapter_is_called_what_it_is(place, path, message, commands):
-    code, text = loratools("info", path)
+    code, text = loratools("squeeze", path, "--rank", "2", "--dry-run")
     assert code == 2
     assert re.search(message, text), text
     assert text.count("\n") == 1

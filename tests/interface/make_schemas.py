@@ -25,6 +25,7 @@ from loratools.face.fuse import FusePlan, FuseResult
 from loratools.face.info import InfoResult
 from loratools.face.lists import FormatsResult, MethodsResult
 from loratools.face.merge import MergeResult
+from loratools.face.provenance import ProvenanceResult
 from loratools.face.push import PushResult
 from loratools.face.quantize import QuantizeResult
 from loratools.face.repair import RepairResult
@@ -34,6 +35,7 @@ from loratools.face.squeeze import SqueezeChoices, SqueezeResult
 from loratools.face.to_dora import ToDoraResult
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult
 from loratools.face.verify import VerifyResult
+from loratools.pipeline.replay import ReplayResult
 from loratools.work.json_object import json_name, spread_types
 
 FOLDER = Path(loratools.__file__).parent / "schemas"
@@ -49,9 +51,11 @@ RESULTS = {
     "info": (InfoResult,),
     "merge": (MergeResult,),
     "methods": (MethodsResult,),
+    "provenance": (ProvenanceResult,),
     "push": (PushResult,),
     "quantize": (QuantizeResult,),
     "repair": (RepairResult,),
+    "replay": (ReplayResult,),
     "rule": (RuleResult,),
     "spectrum": (SpectrumResult,),
     "squeeze": (SqueezeResult, SqueezeChoices),

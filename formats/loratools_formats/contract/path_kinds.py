@@ -122,8 +122,7 @@ def _cached_or_pipeline(folder: Path, names: list[str]) -> Kind | None:
     if "model_index.json" in names:
         return Kind(
             "is a diffusion pipeline, not an adapter",
-            "To put an adapter into one of its models: "
-            f"loratools fuse {_quoted(folder / 'MODEL')} ADAPTER -o fused",
+            f"To put an adapter into it: loratools fuse {_quoted(folder)} ADAPTER -o fused",
         )
     return cached(folder)
 

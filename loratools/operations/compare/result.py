@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loratools_formats.core.findings import Finding
+
 
 @dataclass(frozen=True)
 class PairModule:
@@ -90,7 +92,7 @@ class CompareResult:
         modules: of two adapters, each module both have; empty for more.
         unmatched: what was not compared.
         linear_losses: ‖mean − ΔWᵢ‖/‖ΔWᵢ‖ of each adapter in an even linear merge of all.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     names: tuple[str, ...]
@@ -110,7 +112,7 @@ class CompareResult:
     modules: tuple[PairModule, ...]
     unmatched: tuple[Unmatched, ...]
     linear_losses: tuple[float | None, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,9 @@ class BasesResult:
     Attributes:
         source: where the adapter was read from.
         modules: each that both bases have.
-        notes: modules left out, and why.
+        findings: modules left out, and why.
     """
 
     source: str | None
     modules: tuple[BasesModule, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]

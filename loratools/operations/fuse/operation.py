@@ -30,6 +30,7 @@ from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
+from loratools.work.call import kept
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record
 from loratools.work.requests import Sharding
@@ -227,6 +228,7 @@ class Fusion:
 
     def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.options = options
+        self._recorded = kept(self._record)
         self.inputs = tuple(
             replace(
                 item,
@@ -249,7 +251,7 @@ class Fusion:
                 metadata=dequantised_metadata(self._dequantised),
             ),
             self._config(),
-            self._record,
+            self._recorded,
             tuple(item.adapter for item in self.inputs),
         )
 
@@ -444,7 +446,7 @@ class Fusion:
             AdapterError: an input is malformed, or values are not finite.
         """
         with threadpool_limits(1), ThreadPoolExecutor(1) as digesting:
-            record = digesting.submit(self._record)
+            record = digesting.submit(self._recorded)
             left_out = write_checkpoint(
                 replace(self.new, provenance=record.result),
                 output,

@@ -223,6 +223,12 @@ def _bias_terms(placement: BiasPlacement, weight: float, view: View) -> list[Ter
             "bias of factors holds NaN or infinite values", tensor=placement.bias.key
         )
     rows = placement.scale * _picked(values, placement.rows)
+    if view.columns > 1:  # a parameter of several dimensions
+        size = view.rows, view.columns
+        sides = np.eye(size[0]), rows.reshape(size)
+        if size[0] > size[1]:
+            sides = rows.reshape(size), np.eye(size[1])
+        return [Term(placement.module, 0, (0, size[0]), (0, size[1]), *sides, weight)]
     one = np.ones((1, 1))
     found = [
         Term(placement.module, 0, outputs, (0, 1), rows[span[0] : span[1], None], one, weight)

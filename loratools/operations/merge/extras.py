@@ -140,7 +140,8 @@ def merged_additions(
             raise UnsupportedError(
                 "what adapters add to biases and norms can only be merged by a weighted sum",
                 tensor=key,
-                hint="Use `method=linear`",
+                hint="Use `method=linear`, or pass `linear_differences=True` to add up differences "
+                "by their weights",
             )
         shape = first.tensor.shape
         if any(entry is not None and entry[1].tensor.shape != shape for entry in found):

@@ -114,6 +114,8 @@ class MergeOptions:
         overrides: weights in modules whose path matches, one for all adapters or one each; the
             first match decides.
         replacements: settle clashing saved modules: first, average or an adapter's name.
+        linear_differences: add up full differences, and what is added to biases and norms, by their
+            weights, though the method is no weighted sum.
         force_base: merge adapters that name different base models.
         allow_missing: merge adapters that share few modules or none; what one lacks counts as zero.
     """
@@ -132,6 +134,7 @@ class MergeOptions:
         parse=weight_override,
     )
     replacements: str | None = option(None, heading="Method", metavar="WHICH")
+    linear_differences: bool = option(False, heading="Method")
     force_base: bool = option(False, heading="Input")
     allow_missing: bool = option(False, heading="Input")
 
@@ -148,6 +151,8 @@ class MergeOptions:
         }
         if self.overrides:
             values["overrides"] = [override.record() for override in self.overrides]
+        if self.linear_differences:
+            values["linear_differences"] = True
         if self.replacements is not None:
             values["replacements"] = self.replacements
         return values

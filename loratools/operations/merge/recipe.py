@@ -45,6 +45,7 @@ from loratools_formats.disk.provenance import MADE_HERE
 RECIPE_FILE = "recipe.yaml"
 _VERSION = 1
 _MAX_BYTES = 1 << 20
+_SWITCHES = ("linear_differences", "force_base", "allow_missing")
 _NOT_IN_RECIPES = ("workers", "device")
 
 
@@ -185,6 +186,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             "drop": False,
             "keep": False,
             "base": False,
+            "linear_differences": False,
             "force_base": False,
             "allow_missing": False,
         },
@@ -200,7 +202,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
     space = fields.get("space", "full")
     if space not in ("full", "core"):
         raise _fail("$.space", "is wrong", got=space, expected="full or core")
-    allowed = {name: _switch(fields, name) for name in ("force_base", "allow_missing")}
+    switches = {name: _switch(fields, name) for name in _SWITCHES}
     name = _text(fields["method"], "$.method")
     method: Method = _placed("$.method", lambda: get_method(name))
     base = fields.get("base")
@@ -219,7 +221,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
         dropping=Dropping(
             **{key: _regex(fields[key], f"$.{key}") for key in ("drop", "keep") if key in fields}
         ),
-        **allowed,
+        **switches,
     )
     return Recipe(
         tuple(adapters),
@@ -384,7 +386,7 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
     content |= options.dropping.record()
     if recipe.base is not None:
         content["base"] = _relative(recipe.base, folder)
-    switches = {name: getattr(options, name) for name in ("force_base", "allow_missing")}
+    switches = {name: getattr(options, name) for name in _SWITCHES}
     content |= {name: True for name, on in switches.items() if on}
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return MADE_HERE + b"\n" + text.encode()

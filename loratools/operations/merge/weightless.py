@@ -28,11 +28,16 @@ _SCALING = frozenset(
 
 
 def heard(
-    modules: list[AlignedModule], inputs: Sequence[MergeInput], options: MergeOptions
+    modules: list[AlignedModule],
+    inputs: Sequence[MergeInput],
+    options: MergeOptions,
+    *,
+    has_others: bool = False,
 ) -> tuple[list[AlignedModule], tuple[str, ...]]:
     """Return the modules to which an adapter contributes, and the paths of the others.
 
-    Of methods that are no weighted sum, it is all of them.
+    Of methods whose result is not zero where every weight is, it is all of them. `has_others` says
+    that the adapters have modules besides.
 
     Raises:
         OptionError: there are no modules of the first sort.
@@ -50,8 +55,8 @@ def heard(
             if delta is not None
         )
     )
-    if len(silent) == len(modules):
-        raise _nothing_left()
+    if len(silent) == len(modules) and not has_others:
+        raise nothing_left()
     left = set(silent)
     return [module for module in modules if module.name not in left], silent
 
@@ -82,7 +87,7 @@ def without_weight(
         silent |= set(adapter.modules) - set(modules)
         left.append(replace(item, adapter=replace(adapter, modules=modules, additions=additions)))
     if silent and not any(item.adapter.modules or item.adapter.additions for item in left):
-        raise _nothing_left()
+        raise nothing_left()
     return left, tuple(sorted(silent))
 
 
@@ -98,7 +103,8 @@ def _is_silenced(name: str, options: MergeOptions) -> bool:
     return False
 
 
-def _nothing_left() -> OptionError:
+def nothing_left() -> OptionError:
+    """Return the refusal of a merge in which no adapter has a weight."""
     return OptionError(
         "nothing is left: the weight of every adapter is 0 in every module that it has"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loratools.algebra.budget import RankChoice
 from loratools.algebra.measures import SpectrumMeasures
 from loratools.work.json_object import named, spread
+from loratools_formats.core.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class SpectrumResult:
         frobenius: ‖ΔW‖_F over everything.
         bytes_in: size of the weight file.
         directional: whether DoRA modules are given by their directions, since there is no base.
-        notes: what a user should know.
+        notices: what a user should know besides.
     """
 
     source: str | None
@@ -158,4 +159,4 @@ class SpectrumResult:
     frobenius: float
     bytes_in: int
     directional: bool
-    notes: tuple[str, ...]
+    notices: tuple[Finding, ...]

@@ -244,6 +244,8 @@ _ADDED_LEAVES = {
     ("bias", False): ".b_norm",
     ("weight", False): ".w_norm",
     ("weight", True): ".w_norm",
+    ("modulation", False): ".diff_m",
+    ("modulation", True): ".diff_m",
 }
 
 
