@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -11,6 +12,7 @@ from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_FOUND
 from loratools.cli.output import human_bytes, note, print_table, progress_bar
 from loratools.cli.perform import report
+from loratools.face.check import CheckResult
 from loratools.face.push import PushResult, push
 from loratools.hub.options import PushOptions
 from loratools.operations.check.options import CheckOptions
@@ -62,7 +64,7 @@ def command(
         if not reporting.quiet:
             from loratools.cli.findings.text import text_of
 
-            click.echo(text_of(error.result), err=reporting.json)
+            click.echo(text_of(cast("CheckResult", error.result)), err=reporting.json)
         click.echo("nothing was published", err=True)
         return EXIT_FOUND
     report(result, _show, reporting)

@@ -138,7 +138,13 @@ def may_publish(target: Target) -> Remote:
             expected="hf://USER/NAME",
         )
     with client.talking(reference):
-        client.api().whoami()
+        token = client.library(reference).get_token()
+    if token is None:
+        raise HubError(
+            "publishing needs a login",
+            path=str(reference),
+            hint="Log in: hf auth login, or set HF_TOKEN",
+        )
     return remote(target)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 TOKEN = "hf_TestTokenThatMustNeverBePrinted0000"
 OWNER = "me"
+ID_TOKEN = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJqb2IifQ.c2lnbmF0dXJlLXRoYXQtaXMtbm9uZQ"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "tiny-llama"
 LORA, RSLORA, MODEL = (EXAMPLES / name for name in ("lora", "rslora", "model"))
 _LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".png")
@@ -100,6 +101,7 @@ class FakeHub:
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self.yaml_errors: list[str] = []
+        self.trusted: str | None = None
         self.ranges = True
         self.lock = threading.RLock()
         self.endpoint = ""
@@ -430,6 +432,21 @@ class _Handler(BaseHTTPRequestHandler):
             missing = {"X-Error-Code": "RepoNotFound"}
             self.reply(404 if self.user else 401, {"error": "Repository not found"}, missing)
 
+    # Trusted publishing: a job's id token for one of the Hub's.
+
+    def id_token(self, content: bytes) -> None:
+        if self.headers.get("Authorization") == "Bearer of-the-job":
+            self.reply(200, {"value": ID_TOKEN})
+        else:
+            self.reply(401, {"error": "no"})
+
+    def exchange(self, content: bytes) -> None:
+        asked = json.loads(content)
+        if asked["subject_token"] != ID_TOKEN or asked["resource"] != self.hub.trusted:
+            self.reply(403, {"error": "not a trusted publisher"})
+        else:
+            self.reply(200, {"access_token": TOKEN, "token_type": "bearer", "expires_in": 3600})
+
     # Buckets.
 
     def bucket_tree(self, name: str, place: str | None, content: bytes) -> None:
@@ -600,6 +617,8 @@ _ID = r"((?!api/|datasets/)[\w.-]+(?:/[\w.-]+)?)"
 _REV = r"(refs/(?:pr|convert)/[^/]+|[^/]+)"
 _ROUTES: list[tuple[str, tuple[str, ...], Callable[..., None]]] = [
     (r"/api/whoami-v2", ("GET",), _Handler.whoami),
+    (r"/id-token", ("GET",), _Handler.id_token),
+    (r"/oauth/token", ("POST",), _Handler.exchange),
     (r"/api/validate-yaml", ("POST",), _Handler.validate_yaml),
     (r"/api/repos/create", ("POST",), _Handler.create),
     (rf"/api/models/{_ID}/revision/{_REV}", ("GET",), _Handler.info),

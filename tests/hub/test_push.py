@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hub_server import LORA, MODEL, RSLORA, TOKEN
+from hub_server import ID_TOKEN, LORA, MODEL, RSLORA, TOKEN
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
@@ -501,3 +501,28 @@ def test_nothing_is_left_in_the_temporary_folder(hub, small, tmp_path, monkeypat
     lt.squeeze(LORA, rank=2, output="hf://me/z")
     assert os.listdir(folder) == []
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("minted", [True, False])
+def test_trusted_publishing_needs_no_secret(server, program, small, minted):
+    pytest.importorskip("huggingface_hub._oidc")
+    server.add("me/small", {})
+    server.trusted = "me/small"
+    program.token = None
+    program.more = {"HF_OIDC_RESOURCE": "me/small"}
+    if minted:
+        url = f"{server.endpoint}/id-token"
+        of_job = {
+            "ACTIONS_ID_TOKEN_REQUEST_URL": url,
+            "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "of-the-job",
+        }
+        program.more |= {"GITHUB_ACTIONS": "true", **of_job}
+    else:
+        program.more |= {"HF_OIDC_ID_TOKEN": ID_TOKEN}
+    done = program("push", small, "me/small")
+    assert done.returncode == 0, done.stderr
+    assert WEIGHTS in published(server)
+    program.more["HF_OIDC_RESOURCE"] = "me/other"
+    done = program("push", small, "me/other", "--create")
+    assert done.returncode == 2
+    assert ID_TOKEN not in done.stderr
