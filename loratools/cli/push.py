@@ -25,7 +25,7 @@ from loratools_formats.disk.errors import UnfitError
 @click.argument("adapter", type=shared.PATH, metavar="PATH")
 @click.argument("repo", metavar="USER/NAME")
 @shared.takes(PushOptions, into="options")
-@shared.takes(CheckOptions, "target", "fail_on", into="checking")
+@shared.takes(CheckOptions, "target", into="checking")
 @shared.takes(Writing, "dry_run", into="writing")
 @shared.takes(Workers, into="threads")
 @shared.reports()

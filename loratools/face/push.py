@@ -89,7 +89,7 @@ class PushResult(Reported):
     card_diff: str
 
 
-@public(checking=("target", "fail_on"), writing=("dry_run",))
+@public(checking=("target",), writing=("dry_run",))
 def push(
     source: _Published,
     repo: str,
@@ -105,6 +105,11 @@ def push(
     Files that loratools does not know stay here. The card's text and keys that its author wrote
     stay as they are; what is said of the adapter lies between two marks. A repository that holds
     all of it already gets no commit.
+
+    >>> import loratools as lt
+    >>> lt.push("examples/tiny-llama/lora", "hf://datasets/me/tiny")
+    Traceback (most recent call last):
+    loratools_formats.disk.errors.OptionError: results are published to a repository of models; ...
 
     Args:
         source: an adapter, or the path of a model.
@@ -122,7 +127,8 @@ def push(
     there = upload.may_publish(target)
     with _on_disk(source, target.reference) as path:
         found = _read(path)
-        checked = _check(path, found, checking, threads, progress, skip=options.no_check)
+        asked = replace(checking, fail_on=options.fail_on or "error")
+        checked = _check(path, found, asked, threads, progress, skip=options.no_check)
         with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
             made = _prepared(path, found, target, there, options, Path(folder))
             return _published(made, target, there, options, writing, checked)
@@ -188,8 +194,7 @@ def _check(
         return ()
     from loratools.face.check import check
 
-    chosen = replace(options, fail_on=options.fail_on or "error")
-    result = check(path, options=chosen, threads=threads, progress=progress)
+    result = check(path, options=options, threads=threads, progress=progress)
     if not result.passed:
         grave = [f"{each.code} {each.rule}: {each.message}" for each in result.findings]
         reasons = [*grave, *(each.reason for each in result.unchecked)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from loratools.work.declared import option
 from loratools.work.typed import check_options
@@ -24,6 +25,8 @@ class PushOptions:
         card: take the card's text from this file instead of the repository or the folder.
         no_card: publish no card, and leave the repository's as it is.
         no_check: publish without running `check` first.
+        fail_on: publish nothing, and exit with 1, for findings of this severity or worse; error by
+            default.
 
     Raises:
         OptionError: options that contradict each other.
@@ -38,6 +41,7 @@ class PushOptions:
     card: Path | None = option(None, heading="Input", metavar="FILE")
     no_card: bool = option(False, heading="Output")
     no_check: bool = option(False, heading="Method")
+    fail_on: Literal["error", "warning", "note", "never"] | None = option(None, heading="Report")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -1,17 +1,21 @@
 """Publishing: one commit or none, nobody's work overwritten, and a card that says what it is."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hub_server import ID_TOKEN, LORA, MODEL, RSLORA, TOKEN
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
+from loratools.cli import cli
 from loratools.hub import upload
 from loratools_formats.disk.errors import (
     HubError,
@@ -21,6 +25,7 @@ from loratools_formats.disk.errors import (
     UnfitError,
 )
 
+SCHEMAS = Path(lt.__file__).parent / "schemas"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "loratools/tiny-llama"
 NAMES = {"adapter_config.json", WEIGHTS, "README.md", "provenance.json", "spectrum.png"}
@@ -440,6 +445,24 @@ def test_the_command(server, program, small):
     missing = program("push", small, "me/other")
     assert missing.returncode == 2
     assert "--create" in missing.stderr
+
+
+def test_the_function_returns_what_the_command_prints(hub, small):
+    hub.add("me/small", {})
+    returned = lt.push(small, "me/small", branch="next").to_dict()
+    done = CliRunner().invoke(
+        cli, ["push", str(small), "me/small", "--branch", "next", "--json"], standalone_mode=False
+    )
+    assert done.exception is None
+    printed = json.loads(done.stdout)
+    expected = json.loads(json.dumps(returned))
+    assert printed["changed"] is False
+    for one in (printed, expected):
+        for key in ("changed", "files", "card_diff"):
+            del one[key]
+    assert printed == expected
+    schema = json.loads((SCHEMAS / "push.json").read_text())
+    assert set(schema["required"]) == set(returned)
 
 
 def test_the_command_exits_with_1_for_findings(server, program, small):
