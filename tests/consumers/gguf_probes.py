@@ -86,7 +86,9 @@ def written(model, folder):
     model.save_pretrained(folder)
     if type(model).__name__.startswith("GraniteMoeHybrid"):  # as published checkpoints call them
         text = (folder / "config.json").read_text()
-        text = text.replace('"linear_attention"', '"mamba"').replace('"full_attention"', '"attention"')
+        text = text.replace('"linear_attention"', '"mamba"').replace(
+            '"full_attention"', '"attention"'
+        )
         (folder / "config.json").write_text(text)
     count = getattr(getattr(model.config, "text_config", model.config), "vocab_size", 96)
     vocabulary = {"model": {"vocab": {str(i): i for i in range(count)}}, "added_tokens": []}
@@ -103,9 +105,19 @@ MORE = {
     "Llama4ForConditionalGeneration": {"moe_layers": [0]},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "FalconForCausalLM": {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "BambaForCausalLM": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2},
+    "BambaForCausalLM": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_expand": 2,
+    },
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2},
+    "GraniteMoeHybridForCausalLM": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_expand": 2,
+    },
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1},
     "LagunaForCausalLM": {"num_attention_heads_per_layer": [4, 4]},
 }
@@ -152,7 +164,10 @@ BUILT = {
     "Dots1ForCausalLM": _given(
         "Dots1Config",
         **{k: v for k, v in TEXT.items() if k != "layer_types"},
-        moe_intermediate_size=24, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
         first_k_dense_replace=1,
     ),
 }
@@ -211,9 +226,10 @@ def origins(made, indices):
         if tensor.ndim not in (2, 3) or not name.endswith(".weight"):
             continue
         planes = tensor if tensor.ndim == 3 else tensor[None]
-        for turned, index in ((False, rows), (True, columns)):
+        for index in (rows, columns):
             places = [[index.get(row.tobytes()) for row in np.ascontiguousarray(p)] for p in planes]
             if all(place is not None for plane in places for place in plane):
+                turned = index is columns
                 break
         else:
             continue
@@ -334,7 +350,7 @@ def judged(key, shape, tensors, sizes, ignored):
     return " ".join([*words, "stacked"] if len(shape) == 3 else words)
 
 
-def is_looked_up(key, kind, tensors):
+def is_looked_up(kind, tensors):
     """Return whether rows of a weight are looked up, or it is no matrix of a layer."""
     names = set(tensors)
     if names & {"token_embd"}:
@@ -342,6 +358,17 @@ def is_looked_up(key, kind, tensors):
     if kind is None:
         return False
     return any(word in kind for word in ("Embedding", "Norm", "Conv1d", "Conv2d"))
+
+
+def entry_of(key, tensor, found, made, failed, sizes, ignored):
+    """Return what becomes of a weight, or raise why that cannot be said."""
+    if not found and tensor.ndim == 2 and key not in failed:
+        entry = by_columns(tensor, made, sizes)
+        if entry is not None:
+            return entry
+    if not found:
+        raise CannotError(_reason(failed.get(key)))
+    return judged(key, tensor.shape, found, sizes, ignored)
 
 
 def row(architecture, weights, disk, made, failed, ignored, config):
@@ -355,21 +382,12 @@ def row(architecture, weights, disk, made, failed, ignored, config):
             path = key.removesuffix(".weight")
             name = numbered(path)
             found = where.get(key, {})
-            if tensor.ndim not in (2, 3) or is_looked_up(key, kinds.get(path), found):
-                continue
-            if tensor.ndim == 3 and path != key:
+            if tensor.ndim != (3 if path == key else 2) or is_looked_up(kinds.get(path), found):
                 continue
             if not in_memory and (not found or name in modules or name in refused):
                 continue
             try:
-                if not found and tensor.ndim == 2 and key not in failed:
-                    entry = by_columns(tensor, made, sizes)
-                    if entry is not None:
-                        modules[name] = entry
-                        continue
-                if not found:
-                    raise CannotError(_reason(failed.get(key)))
-                entry = judged(key, tensor.shape, found, sizes, ignored)
+                entry = entry_of(key, tensor, found, made, failed, sizes, ignored)
             except CannotError as error:
                 if in_memory and name not in modules:
                     refused[name] = str(error)
@@ -413,7 +431,12 @@ def canonical(modules, refused, held):
         return name
 
     kept = {renamed(name): entry for name, entry in modules.items()}
-    for old in ("", "model.", "backbone.", *OLD):  # names of earlier releases, which are looked up with these prefixes anyway
+    for old in (
+        "",
+        "model.",
+        "backbone.",
+        *OLD,
+    ):  # names of earlier releases, which are looked up with these prefixes anyway
         for name in list(kept):
             new = "model." + name[len(old) :]
             if name != new and name.startswith(old) and kept.get(new) == kept[name]:

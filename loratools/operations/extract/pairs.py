@@ -19,8 +19,8 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.tied import find_tie, shared_embeddings
 from loratools.work.selection import Selection
-from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints import expert_classes
+from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import (
     DEFAULT_HEAD,
     head_of,

@@ -35,7 +35,6 @@ from loratools_formats.formats.gguf.layouts import (
     whole,
 )
 
-
 Layout = Callable[[int, Sizes], list[Rows]]
 
 
@@ -274,7 +273,6 @@ _TABLE = (
         outputs=("output",),
     ),
 )
-
 
 
 @cache

@@ -95,7 +95,7 @@ def _of_config(path: Path) -> Base:
     tied = not architecture.outputs or _is_tied(path, values, architecture)
     values = text_values(values)
     heads = _size(values, path, "num_attention_heads", "n_head", "n_heads", default=0)
-    hidden = _size(values, path, "hidden_size", "n_embd", "d_model")
+    hidden = _size(values, path, "hidden_size", "n_embd", "d_model", "dim")
     experts = _size(
         values, path, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts",
         default=0,
@@ -175,7 +175,7 @@ def base_of_gguf(model: GgufModel) -> Base:
     name = model.get("general.architecture", "string")
     if name not in ARCHITECTURES:
         raise _unknown(path, str(name), sorted(ARCHITECTURES))
-    heads = _key(model, f"{name}.attention.head_count", 0)
+    heads = _key(model, f"{name}.attention.head_count", 1)
     hidden = _key(model, f"{name}.embedding_length")
     expert_width = _key(model, f"{name}.expert_feed_forward_length", 0)
     return Base(
@@ -184,7 +184,7 @@ def base_of_gguf(model: GgufModel) -> Base:
             heads=heads,
             kv_heads=_key(model, f"{name}.attention.head_count_kv", heads),
             hidden=hidden,
-            head_width=_key(model, f"{name}.attention.key_length", hidden // max(heads, 1)),
+            head_width=_key(model, f"{name}.attention.key_length", hidden // heads),
             experts=_key(model, f"{name}.expert_count", 0),
             expert_width=expert_width or _key(model, f"{name}.feed_forward_length", 0),
             linear_keys=_key(model, f"{name}.ssm.group_count", 0),

@@ -303,9 +303,7 @@ def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, Lo
         "up_proj": (sizes.expert_width, sizes.hidden),
         "down_proj": (sizes.hidden, sizes.expert_width),
     }
-    shapes = {
-        name: shape for name, shape in shapes.items() if _look_up(f"{owner}.{name}", base)
-    }
+    shapes = {name: shape for name, shape in shapes.items() if _look_up(f"{owner}.{name}", base)}
     named = {name.rpartition(".")[2] for name in delta.layer.parameters} or set(shapes)
     fitting = [
         name

@@ -64,18 +64,22 @@ def _rotary(rows: Rows, heads: int, width: int) -> Rows:
 
 
 def whole(rows: int, _: Sizes) -> list[Rows]:
+    """One tensor with the rows as they are."""
     return [list(range(rows))]
 
 
 def query(rows: int, sizes: Sizes) -> list[Rows]:
+    """Query heads, the two halves of each interleaved."""
     return [_rotary(list(range(rows)), sizes.heads, sizes.head_width)]
 
 
 def key(rows: int, sizes: Sizes) -> list[Rows]:
+    """Key heads, the two halves of each interleaved."""
     return [_rotary(list(range(rows)), sizes.kv_heads, sizes.head_width)]
 
 
 def halves(rows: int, _: Sizes) -> list[Rows]:
+    """The first half of the rows goes to the first tensor, the second to the other."""
     if rows % 2:
         raise AdapterError("odd number of rows has no halves", got=rows)
     half = rows // 2
@@ -101,15 +105,18 @@ def _per_group(rows: int, sizes: Sizes) -> tuple[Rows, Rows, Rows]:
 
 
 def sorted_per_head(rows: int, sizes: Sizes) -> list[Rows]:
+    """Query, key and value of each head: all queries, then all keys, then all values."""
     q, k, v = _grouped(rows, sizes.heads, 1, sizes.head_width)
     return [q + k + v]
 
 
 def sorted_per_group(rows: int, sizes: Sizes) -> list[Rows]:
+    """Groups of query heads, a key and a value head: all queries, all keys, all values."""
     return [[row for part in _per_group(rows, sizes) for row in part]]
 
 
 def split_per_group(rows: int, sizes: Sizes) -> list[Rows]:
+    """Such groups to three tensors, with the halves of queries and keys interleaved."""
     q, k, v = _per_group(rows, sizes)
     width = sizes.head_width
     return [_rotary(q, sizes.heads, width), _rotary(k, sizes.kv_heads, width), v]
