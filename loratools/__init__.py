@@ -23,6 +23,7 @@ _HOMES = {
     "loratools.face.info": ("info", "read"),
     "loratools.face.lists": ("formats", "methods"),
     "loratools.face.merge": ("merge",),
+    "loratools.face.provenance": ("provenance",),
     "loratools.face.quantize": ("quantize",),
     "loratools.face.repair": ("repair",),
     "loratools.face.spectrum": ("spectrum",),
@@ -31,6 +32,7 @@ _HOMES = {
     "loratools.face.to_dora": ("to_dora",),
     "loratools.face.to_lora": ("to_lora", "to_lora_choices"),
     "loratools.face.verify": ("verify",),
+    "loratools.pipeline.replay": ("replay",),
     "loratools_formats.core.adapter": ("Adapter",),
     "loratools_formats.disk.errors": ("LoratoolsError",),
 }

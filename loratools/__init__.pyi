@@ -23,6 +23,7 @@ from loratools.face.info import InfoResult as InfoResult
 from loratools.face.lists import FormatsResult as FormatsResult
 from loratools.face.lists import MethodsResult as MethodsResult
 from loratools.face.merge import MergeResult as MergeResult
+from loratools.face.provenance import ProvenanceResult as ProvenanceResult
 from loratools.face.quantize import QuantizeResult as QuantizeResult
 from loratools.face.repair import RepairResult as RepairResult
 from loratools.face.spectrum import SpectrumResult as SpectrumResult
@@ -33,6 +34,7 @@ from loratools.face.to_lora import ToLoraChoices as ToLoraChoices
 from loratools.face.to_lora import ToLoraResult as ToLoraResult
 from loratools.face.verify import VerifyResult as VerifyResult
 from loratools.operations.merge.options import Override as Override
+from loratools.pipeline.replay import ReplayResult as ReplayResult
 from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
 from loratools_formats.core.adapter import Adapter as Adapter
 from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
@@ -56,6 +58,7 @@ def check(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     workers: int | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckResult: ...
 def rule(name: str) -> RuleResult: ...
@@ -73,6 +76,7 @@ def compare(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompareResult: ...
 def compare_bases(
@@ -86,6 +90,7 @@ def compare_bases(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> BasesResult: ...
 def convert(
     source: str | os.PathLike[str] | Adapter,
@@ -101,6 +106,8 @@ def convert(
     names_from: str | os.PathLike[str] | None = None,
     component: str | None = None,
     strip_training_metadata: bool = False,
+    drop: str | None = None,
+    keep: str | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
@@ -108,6 +115,7 @@ def convert(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertResult: ...
 def write(
@@ -118,6 +126,7 @@ def write(
     base: str | os.PathLike[str] | None = None,
     allow_lossy: bool = False,
     overwrite: bool = False,
+    revision: str | None = None,
 ) -> WriteResult: ...
 def dequantize(
     base: str | os.PathLike[str] | Checkpoint,
@@ -127,6 +136,7 @@ def dequantize(
     dtype: Literal["bf16", "f16", "f32"] = "bf16",
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DequantizeResult: ...
 def extract(
@@ -159,6 +169,7 @@ def extract(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractResult: ...
 def extract_choices(
@@ -175,6 +186,7 @@ def extract_choices(
     keep_alpha: bool = False,
     include: str | None = None,
     exclude: str | None = None,
+    revision: str | None = None,
 ) -> ExtractChoices: ...
 @overload
 def fuse(
@@ -194,10 +206,13 @@ def fuse(
     requantize: bool = False,
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
+    drop: str | None = None,
+    keep: str | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str],
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FuseResult: ...
 @overload
@@ -218,10 +233,13 @@ def fuse(
     requantize: bool = False,
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
+    drop: str | None = None,
+    keep: str | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
     output: None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FusePlan: ...
 def info(
@@ -230,6 +248,7 @@ def info(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> InfoResult: ...
 def read(
     path: str | os.PathLike[str],
@@ -237,6 +256,7 @@ def read(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> Adapter: ...
 def formats() -> FormatsResult: ...
 def methods() -> MethodsResult: ...
@@ -253,6 +273,7 @@ def merge(
     space: Literal["full", "core"] = "full",
     weight_pattern: Sequence[Override | str] = (),
     replacements: str | None = None,
+    linear_differences: bool = False,
     force_base: bool = False,
     allow_missing: bool = False,
     density: float | str | None = None,
@@ -281,14 +302,18 @@ def merge(
     power_iterations: int = 2,
     seed: int = 0,
     keep_alpha: bool = False,
+    drop: str | None = None,
+    keep: str | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
+def provenance(path: str | os.PathLike[str]) -> ProvenanceResult: ...
 def quantize(
     base: str | os.PathLike[str] | Checkpoint,
     *,
@@ -301,6 +326,7 @@ def quantize(
     workers: int | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizeResult: ...
 def repair(
@@ -327,6 +353,7 @@ def repair(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RepairResult: ...
 def spectrum(
@@ -346,6 +373,7 @@ def spectrum(
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SpectrumResult: ...
 def squeeze(
@@ -373,6 +401,8 @@ def squeeze(
     keep_alpha: bool = False,
     include: str | None = None,
     exclude: str | None = None,
+    drop: str | None = None,
+    keep: str | None = None,
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
@@ -381,6 +411,7 @@ def squeeze(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SqueezeResult: ...
 def squeeze_choices(
@@ -396,10 +427,13 @@ def squeeze_choices(
     keep_alpha: bool = False,
     include: str | None = None,
     exclude: str | None = None,
+    drop: str | None = None,
+    keep: str | None = None,
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> SqueezeChoices: ...
 def delta(
     adapter: Adapter,
@@ -407,8 +441,9 @@ def delta(
     *,
     dtype: type[Any] | np.dtype[Any] | str = ...,
     base: str | os.PathLike[str] | Checkpoint | None = None,
-) -> np.ndarray[Any, Any]: ...
-def factors(adapter: Adapter, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]: ...
+    revision: str | None = None,
+) -> Any: ...
+def factors(adapter: Adapter, name: str) -> tuple[Any, Any]: ...
 def from_factors(
     modules: Mapping[str, tuple[Any, Any]],
     *,
@@ -427,6 +462,7 @@ def to_dora(
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     in_place: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ToDoraResult: ...
 def to_lora(
@@ -456,6 +492,8 @@ def to_lora(
     power_iterations: int = 2,
     seed: int = 0,
     keep_alpha: bool = False,
+    drop: str | None = None,
+    keep: str | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
@@ -463,6 +501,7 @@ def to_lora(
     overwrite: bool = False,
     in_place: bool = False,
     max_error: float | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ToLoraResult: ...
 def to_lora_choices(
@@ -479,9 +518,12 @@ def to_lora_choices(
     power_iterations: int = 2,
     seed: int = 0,
     keep_alpha: bool = False,
+    drop: str | None = None,
+    keep: str | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
 ) -> ToLoraChoices | None: ...
 def verify(
     fused: str | os.PathLike[str] | Checkpoint,
@@ -496,5 +538,13 @@ def verify(
     workers: int | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...
+def replay(
+    path: str | os.PathLike[str],
+    *,
+    input: Sequence[str | os.PathLike[str]] = (),
+    output: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ReplayResult: ...

@@ -6,6 +6,7 @@ every file that imports one of the libraries which judge our outputs: they take 
 
 import importlib.abc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+# A name that is no path may be one on the Hub; tests/hub has its own, and nothing else asks.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Tests with other libraries, and tests of whole programs that are stopped, starved or fed rubbish.
 NOT_FAST = {Path(__file__).parent / name for name in ("consumers", "robustness")}

@@ -13,9 +13,8 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from loratools.cli import cli
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import LoratoolsError
-
-Array = np.ndarray[Any, Any]
 
 U32, RANK, OUT, IN, EXPERTS = 2.0**-24, 4, 32, 64, 3
 LAYER = "model.layers.0"

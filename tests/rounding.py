@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 BITS = {"bfloat16": 8, "float16": 11, "float32": 24}
 LOWEST = {"bfloat16": -126, "float16": -14, "float32": -126}

@@ -278,3 +278,14 @@ def test_interrupt_exits_with_130(make_folder, tmp_path):
     assert child.returncode in (130, -signal.SIGINT, 0)
     assert "Traceback" not in errors or child.returncode == -signal.SIGINT
     assert not out.exists() or (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_many_modules_are_a_line_for_each_type_unless_all_are_asked_for(verbose):
+    lora = EXAMPLES / "tiny-llama" / "lora"
+    done = loratools("squeeze", lora, "--rank", "4", "--dry-run", *(["-v"] if verbose else []))
+    listed = [line for line in done.stdout.splitlines() if line.startswith("model.")]
+    assert len({line.split()[0] for line in listed}) == len(listed) == (28 if verbose else 5)
+    errors = [float(line.split()[-1]) for line in listed]
+    assert verbose or errors == sorted(errors, reverse=True)
+    assert verbose == ("q_proj           4           32" not in done.stdout)

@@ -1,25 +1,20 @@
-"""The README tells the truth: its commands run and print what it shows."""
+"""The documents tell the truth: their commands run and print what they show."""
 
-import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import consoles
 import pytest
 
 from loratools.cli import cli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = [
-    re.findall(r"^\$ (.*?)\n(.*?)(?=^\$ |\Z)", block, re.DOTALL | re.MULTILINE)
-    for document in (README, (ROOT / "examples" / "README.md").read_text())
-    for block in re.findall(r"```console\n(.*?)```", document, re.DOTALL)
-]
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TEXT = "".join(document.read_text() for document in consoles.DOCUMENTS)
+BLOCKS = [block for document in consoles.DOCUMENTS for block in consoles.blocks(document)]
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.fixture
@@ -34,17 +29,7 @@ def clone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", BLOCKS, ids=[block[-1][0] for block in BLOCKS])
 def test_commands_print_what_is_shown(clone, block):
     for command, shown in block:
-        program, *arguments = shlex.split(command)
-        assert program == "loratools"
-        done = subprocess.run(
-            [sys.executable, "-c", "from loratools.cli import main; main()", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            env={**os.environ, "COLUMNS": "100"},
-        )
-        assert done.stdout == shown
+        assert consoles.printed(command, clone) == shown
 
 
 def test_every_command_has_an_example():
@@ -54,14 +39,16 @@ def test_every_command_has_an_example():
 
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_examples_run(clone, code, capsys):
-    exec(compile(code, "README", "exec"), {})
+    exec(compile(code, "documents", "exec"), {})
     assert 0 < float(capsys.readouterr().out) < 0.3
 
 
-def test_options_named_in_the_readme_exist():
+def test_options_that_documents_name_exist():
     known = {option for name in cli.list_commands(None) for option in _options(name)}
-    named = set(re.findall(r"`(--[a-z-]+)[ `]", README))
-    assert named <= known
+    others = {"rules.md", "README.md"}  # of the examples, whose scripts have options of their own
+    ours = [path for path in consoles.DOCUMENTS if path.name not in others]
+    named = {n for path in ours for n in re.findall(r"`(--[a-z-]+)[ `]", path.read_text())}
+    assert named <= known | {"--help", "--max-lora-rank"}  # vLLM has the last
 
 
 def _options(name):
@@ -74,7 +61,21 @@ def _options(name):
 
 
 def test_files_named_in_the_documents_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text()
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / target).exists(), target
+    for document in [*consoles.DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    command = ["mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "site" / "commands" / "squeeze" / "index.html").is_file()
+
+
+def test_the_readme_is_short_and_the_index_has_every_command():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    linked = re.findall(r"\(commands/([a-z-]+)\.md\)", (ROOT / "docs" / "index.md").read_text())
+    assert sorted(linked) == sorted(cli.list_commands(None))

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from loratools.algebra.linalg import Grams, namespace
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 _LEAST_SHARE = 1e-4
 """Of Σ‖bᵢ‖²‖aᵢ‖², below which ‖ΔW‖² has cancelled; the Gram route then errs by 1e-6 of σ₁."""

@@ -6,11 +6,9 @@ the distance of two clusters is the mean over all pairs of their members.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 
 def linkage(distances: Array) -> Array:

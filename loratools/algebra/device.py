@@ -12,6 +12,7 @@ import numpy as np
 
 from loratools.work.declared import option
 from loratools.work.parallel import Workers
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import MissingDependencyError, OptionError
 
 DeviceName = Literal["cpu", "cuda", "mps"]
@@ -67,7 +68,7 @@ class Device:
         """Whether the device computes in float64."""
         return self.name != "mps"
 
-    def put(self, array: np.ndarray[Any, Any]) -> Any:
+    def put(self, array: Array) -> Any:
         """Return the array on the device."""
         if self.name == "cpu":
             return array
@@ -77,9 +78,9 @@ class Device:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.name)
 
 
-def to_numpy(array: Any) -> np.ndarray[Any, Any]:
+def to_numpy(array: Any) -> Array:
     """Return an array of any device as NumPy."""
     if isinstance(array, np.ndarray):
         return array
-    result: np.ndarray[Any, Any] = array.cpu().numpy()
+    result: Array = array.cpu().numpy()
     return result

@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from loratools.algebra.ranks import gavish_donoho
 from loratools.algebra.thin import Thin
 from loratools.work.json_object import named
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 
 @dataclass(frozen=True, kw_only=True)

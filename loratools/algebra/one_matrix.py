@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from loratools.algebra import cancelling, linalg
 from loratools.algebra.device import Device, to_numpy
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,12 @@ class Matrix:
     @functools.cached_property
     def _qr(self) -> linalg.Factors:
         return linalg.qr_factors(self._b, self._a, self._scale, self._a.shape[0])
+
+    def dense(self) -> Array:
+        """Return ΔW: (out, in) float64."""
+        b, a = (to_numpy(x).astype(np.float64, copy=False) for x in (self._b, self._a))
+        product: Array = self._scale * (b @ a)
+        return product
 
     @property
     def squared_norm(self) -> float:

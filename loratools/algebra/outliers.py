@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 OUTLIER = 3.5
 """Robust standard deviations beyond which a value stands out."""

@@ -15,14 +15,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from loratools.algebra.one_matrix import RandomisedSvd, padded, signed
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
-
-Array = np.ndarray[Any, Any]
 
 _DENSE_SIDE = 512
 _DENSE_ELEMENTS = 1 << 23  # 64 MiB in float64

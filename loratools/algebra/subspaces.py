@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from loratools.algebra.thin import Thin
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 _DENSITY = 0.2
 """Share of entries that TIES keeps, as in arXiv 2306.01708."""

@@ -38,14 +38,13 @@ from loratools_formats.checkpoints.quantization import (
     quantization_of,
     refuse_rotated,
 )
-from loratools_formats.core.dtypes import DTYPES, DType
+from loratools_formats.core.dtypes import DTYPES, Array, DType
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from loratools.base.fourbit.decode import Dequantizer
 
-Array = np.ndarray[Any, Any]
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("I8", "U8", "I32", "U32")

@@ -12,6 +12,7 @@ from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import printable
+from loratools_formats.disk.hub_cache import shown_name
 from loratools_formats.disk.strict_json import read_object
 
 _MAX_CONFIG_BYTES = 64 << 20
@@ -46,7 +47,7 @@ def about_base(adapters: Iterable[Adapter], base: Checkpoint | Path | None) -> t
 
 
 def _shown(path: Path) -> str:
-    return Path(os.path.realpath(path)).name
+    return shown_name(path)
 
 
 def _config(base: Path) -> Mapping[str, Any]:

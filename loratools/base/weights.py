@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -21,10 +20,9 @@ from loratools.base.placement.orient import cut_is_transposed, whole_is_transpos
 from loratools.base.placement.sites import Site, sites
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, KindDelta, Layer, LowRank
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,10 @@ _COMMANDS = {
     "info": "loratools.cli.info",
     "merge": "loratools.cli.merge",
     "methods": "loratools.cli.methods",
+    "provenance": "loratools.cli.provenance",
     "quantize": "loratools.cli.quantize",
     "repair": "loratools.cli.repair",
+    "replay": "loratools.cli.replay",
     "rule": "loratools.cli.rule",
     "spectrum": "loratools.cli.spectrum",
     "squeeze": "loratools.cli.squeeze",
@@ -45,8 +47,10 @@ _SUMMARIES = {
     "info": "Show what an adapter is, from its headers alone.",
     "merge": "Merge adapters of any rank, scale and type into one.",
     "methods": "List the merge methods with their parameters, broken plugins included.",
+    "provenance": "Show how an output was made, back to the originals.",
     "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
     "repair": "Shrink an adapter's intruder dimensions, drop dead modules, balance factors.",
+    "replay": "Do again what made an output, and compare the bytes.",
     "rule": "Explain a rule of `check`.",
     "spectrum": "Measure what is in an adapter: spectra, ranks, strength, what stands out.",
     "verify": "Check whether a checkpoint is a base with adapters fused in.",
@@ -90,7 +94,7 @@ class LazyGroup(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write where to read on."""
         formatter.write_paragraph()
-        formatter.write_text("Learn more: `loratools COMMAND --help`, or “Try it” in README.md")
+        formatter.write_text("Learn more: `loratools COMMAND --help`, or docs/index.md")
 
 
 @click.command(

@@ -12,6 +12,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
+from loratools.cli.many import adapters_in, is_adapter
 from loratools.cli.output import note, print_json, progress_bar
 from loratools.face.check import CheckResult, check
 from loratools.operations.check.baseline import baseline_text
@@ -20,10 +21,7 @@ from loratools.operations.check.settings import Settings, settings_in
 from loratools.work.declared import option
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting, Writing
-from loratools_formats.contract.registry import find_format
-from loratools_formats.disk.errors import LoratoolsError, OptionError, OutputExistsError
-
-_MOST_FOLDERS = 100_000
+from loratools_formats.disk.errors import OptionError, OutputExistsError
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def command(
     base = reading.base or settings.file("base")
     with progress_bar("check", quiet=reporting.quiet, unit="adapter") as progress:
         result = check(
-            _below(adapters),
+            adapters_in(adapters),
             options=_with_settings(options, settings),
             base=base,
             fixing=fixing,
@@ -101,7 +99,7 @@ def _settings(adapters: tuple[Path, ...], presenting: Presenting) -> Settings:
     """Return the settings of the current folder, unless that is an adapter under check."""
     here = os.path.realpath(".")
     own = {os.path.realpath(path if path.is_dir() else path.parent) for path in adapters}
-    if presenting.no_config or (here in own and _is_adapter(Path(here))):
+    if presenting.no_config or (here in own and is_adapter(Path(here))):
         return Settings(None, {})
     return settings_in(Path())
 
@@ -117,37 +115,6 @@ def _with_settings(options: CheckOptions, settings: Settings) -> CheckOptions:
         baseline=options.baseline or settings.file("baseline"),
         fail_on=options.fail_on or settings.text("fail-on"),  # type: ignore[arg-type]
     )
-
-
-def _below(paths: tuple[Path, ...]) -> list[Path]:
-    """Return the adapters that paths mean: themselves, or those below a folder that is none."""
-    found: dict[Path, None] = {}
-    for path in paths:
-        inner = [] if not path.is_dir() or _is_adapter(path) else _adapters_in(path)
-        found |= dict.fromkeys(inner or [path])
-    return list(found)
-
-
-def _adapters_in(folder: Path) -> list[Path]:
-    found, pending, looked_at = [], [folder], 0
-    while pending and looked_at < _MOST_FOLDERS:
-        here = pending.pop()
-        for child in sorted(here.iterdir()):
-            looked_at += 1
-            is_folder = child.is_dir() and not child.is_symlink()
-            if (is_folder or child.suffix in (".safetensors", ".gguf")) and _is_adapter(child):
-                found.append(child)
-            elif is_folder and not child.name.startswith("."):
-                pending.append(child)
-    return sorted(found)
-
-
-def _is_adapter(path: Path) -> bool:
-    try:
-        find_format(path)
-    except LoratoolsError:
-        return False
-    return True
 
 
 def _write_baseline(path: Path, result: CheckResult) -> None:

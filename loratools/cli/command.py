@@ -1,28 +1,86 @@
-"""How a command shows its help: options under headings, examples, and where to read on."""
+"""What commands share: help with options under headings, and references to the Hub."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from loratools.cli.options import DeclaredOption
-from loratools.cli.wording import worded
-from loratools.work.declared import HEADINGS
+from loratools.cli.references import weighted_path
+from loratools.cli.wording import FLAGS, worded
+from loratools.hub.client import SHOW_PROGRESS
+from loratools.hub.references import REVISION_HELP, Want, with_revision
+from loratools.work.declared import HEADINGS, Option
+
+_INPUTS: dict[str, Want] = {
+    "adapter": "adapter",
+    "adapters": "adapter",
+    "base": "model",
+    "tuned": "model",
+    "fused": "model",
+    "made_from": "adapter",
+}
+"""Arguments that take references to the Hub."""
+
+_REVISION = Option(
+    field="revision",
+    name="revision",
+    type=str,
+    default=None,
+    help=REVISION_HELP,
+    choices=(),
+    multiple=False,
+    heading="Input",
+    short=None,
+    aliases=(),
+    metavar=None,
+    parse=None,
+)
 
 
 class Command(click.Command):
-    """A command whose help groups its options.
+    """A command whose help groups its options, and whose inputs may be on the Hub."""
 
-    Args:
-        section: the part of the README that tells more.
-        settings: of click's command.
-    """
-
-    def __init__(self, *args: Any, section: str, **settings: Any) -> None:
+    def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.section = section
+        self._inputs = [one for one in self.params if one.name in _INPUTS]
+        self._inputs = [one for one in self._inputs if isinstance(one, click.Argument)]
+        if self._inputs:
+            FLAGS["revision"] = _REVISION.flag
+            help_text, flag = _REVISION.help, _REVISION.flag
+            self.params.append(DeclaredOption(_REVISION, ["revision", flag], help=help_text))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, with the revision put to its reference."""
+        revision = ctx.params.pop("revision", None) if self._inputs else None
+        if revision is not None:
+            self._revise(ctx.params, revision)
+        is_shown = sys.stderr is not None and sys.stderr.isatty() and not ctx.params.get("quiet")
+        before = SHOW_PROGRESS.set(is_shown)
+        try:
+            return super().invoke(ctx)
+        finally:
+            SHOW_PROGRESS.reset(before)
+
+    def _revise(self, given: dict[str, Any], revision: str) -> None:
+        """Put the revision to the one reference among the arguments that has none."""
+        names = [str(one.name) for one in self._inputs]
+        texts = [text for name in names for text in _several(given[name])]
+        want: Want = "model" if any(_INPUTS[name] == "model" for name in names) else "adapter"
+        pairs = [weighted_path(text) if isinstance(text, str) else (text, None) for text in texts]
+        revised = iter(with_revision([path for path, _ in pairs], revision, want))
+        changed = [
+            text if new == path else _again(new, weight)
+            for text, (path, weight), new in zip(texts, pairs, revised, strict=True)
+        ]
+        for name in names:
+            count = len(_several(given[name]))
+            made, changed = tuple(changed[:count]), changed[count:]
+            given[name] = made if isinstance(given[name], tuple) else made[0]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings; those that only click knows come last."""
@@ -40,14 +98,20 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write where to read on."""
         formatter.write_paragraph()
-        formatter.write_text(f"Learn more: “{self.section}” in README.md")
+        formatter.write_text(f"Learn more: docs/commands/{self.name}.md")
 
 
-def command(name: str, section: str | None = None) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function a command.
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
-    Args:
-        name: of the command.
-        section: the heading in the README, if it is not the command's name.
-    """
-    return click.command(name, cls=Command, section=section or name)
+
+def _again(path: str, weight: float | None) -> str | Path:
+    """Return an argument as it would be given for another path."""
+    if weight is None:
+        return Path(path)
+    return path if weight == 1.0 else f"{path}:{weight!r}"
+
+
+def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function the command `name`; its page is `docs/commands/{name}.md`."""
+    return click.command(name, cls=Command)

@@ -8,27 +8,30 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.many import one_or_many
 from loratools.cli.output import human_bytes, note, number, print_table
 from loratools.cli.perform import perform, target_of
 from loratools.face.convert import ConvertResult, convert
 from loratools.operations.convert.operation import ConvertOptions, SingleFileOptions
 from loratools.work.requests import Reading, Reporting, Writing
+from loratools.work.selection import Dropping
 
 _SINGLE_FILES = ("names", "names_from", "component", "strip_training_metadata")
 
 
 @named_command("convert")
-@shared.adapter_argument
-@shared.writes("in_place", "max_error")
 @shared.takes(ConvertOptions, into="options")
 @shared.takes(SingleFileOptions, *_SINGLE_FILES, into="single")
+@shared.takes(Dropping, into="dropping")
 @shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.reports("json", "quiet", "verbose")
+@one_or_many("in_place", "max_error")
 def command(
     adapter: Path,
     writing: Writing,
     options: ConvertOptions,
     single: SingleFileOptions,
+    dropping: Dropping,
     reading: Reading,
     reporting: Reporting,
 ) -> int:
@@ -48,6 +51,7 @@ def command(
             base=reading.base,
             options=options,
             single=single,
+            dropping=dropping,
             reading=reading,
             writing=writing,
             progress=progress,

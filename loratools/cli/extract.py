@@ -8,8 +8,9 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
+from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent, print_table, quantity
+from loratools.cli.output import human_bytes, note, number, percent, quantity
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.extract import ExtractResult, extract, extract_choices
@@ -28,7 +29,7 @@ from loratools.work.selection import Selection
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Selection, into="selection")
 @shared.takes(Pages, "html", "plot", into="pages")
-@shared.reports()
+@shared.reports("json", "quiet", "verbose")
 def command(
     base: Path,
     tuned: Path,
@@ -65,27 +66,29 @@ def command(
             writing=target,
             progress=progress,
         ),
-        _show,
+        lambda result: _show(result, verbose=reporting.verbose),
         target,
         reporting,
         pages=pages,
     )
 
 
-def _show(result: ExtractResult) -> None:
-    print_table(
-        ["module", "rank", "energy kept", "relative error"],
-        "<>>>",
+def _show(result: ExtractResult, *, verbose: bool) -> None:
+    modules = result.modules
+    rows = [
         [
-            [
-                module.name,
-                str(module.rank),
-                percent(module.energy),
-                number(module.relative_error),
-            ]
-            for module in result.modules
-        ],
-    )
+            module.name,
+            str(module.rank),
+            percent(module.energy),
+            number(module.relative_error),
+        ]
+        for module in modules
+    ]
+    errors = [module.relative_error for module in modules]
+    ranks = Measure([module.rank for module in modules], str)
+    measures = {"rank": ranks, "relative error": Measure(errors)}
+    header = ["module", "rank", "energy kept", "relative error"]
+    print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
     for name in result.replaced:
         click.echo(f"carried whole: {name}")
     click.echo(f"unchanged: {quantity(result.unchanged, 'tensor')}")

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from loratools.cli import options as shared
+from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent, print_table, quantity
+from loratools.cli.output import human_bytes, note, number, percent, quantity
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
@@ -16,6 +17,7 @@ from loratools.face.fuse import FusePlan, FuseResult, PlannedTensor, fuse
 from loratools.operations.fuse.gguf import GgufFuseOptions
 from loratools.operations.fuse.operation import FuseOptions
 from loratools.work.requests import Reading, Reporting, Writing
+from loratools.work.selection import Dropping
 
 
 @named_command("fuse")
@@ -24,23 +26,26 @@ from loratools.work.requests import Reading, Reporting, Writing
 @shared.writes(positional=False)
 @shared.takes(FuseOptions, into="options")
 @shared.takes(GgufFuseOptions, "fallback", into="quantised")
+@shared.takes(Dropping, into="dropping")
 @shared.reads("from_", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
-@shared.reports()
+@shared.reports("json", "quiet", "verbose")
 def command(
     base: Path,
     adapters: tuple[str, ...],
     writing: Writing,
     options: FuseOptions,
     quantised: GgufFuseOptions,
+    dropping: Dropping,
     reading: Reading,
     pages: Pages,
     reporting: Reporting,
 ) -> int:
     """Fuse adapters into base weights, streamed, without loading a model.
 
-    BASE is a checkpoint folder, a safetensors file or a GGUF model. A weight follows an adapter's
-    path after a colon and is 1 by default; -1 takes a fused adapter out again, up to rounding.
+    BASE is a checkpoint folder, a diffusers pipeline, a safetensors file or a GGUF model. A weight
+    follows an adapter's path after a colon and is 1 by default; -1 takes a fused adapter out again,
+    up to rounding.
 
     \b
     loratools fuse base-model my-adapter -o merged-model
@@ -58,11 +63,12 @@ def command(
             sources,
             options=options,
             quantised=quantised,
+            dropping=dropping,
             reading=reading,
             writing=target,
             progress=progress,
         ),
-        lambda result: _show_plan(result) if isinstance(result, FusePlan) else _show(result),
+        lambda result: _show(result, verbose=reporting.verbose),
         target,
         reporting,
         unit="B",
@@ -70,14 +76,20 @@ def command(
     )
 
 
-def _show_plan(plan: FusePlan) -> None:
-    print_table(
-        ["tensor", "shape", "dtype", "changed by"],
-        "<<<<",
-        [
-            [tensor.name, "×".join(map(str, tensor.shape)), tensor.dtype, _changed_by(tensor)]
-            for tensor in plan.tensors
-        ],
+def _show(result: FuseResult | FusePlan, *, verbose: bool) -> None:
+    if isinstance(result, FusePlan):
+        _show_plan(result, verbose=verbose)
+    else:
+        _show_fused(result, verbose=verbose)
+
+
+def _show_plan(plan: FusePlan, *, verbose: bool) -> None:
+    rows = [
+        [tensor.name, "×".join(map(str, tensor.shape)), tensor.dtype, _changed_by(tensor)]
+        for tensor in plan.tensors
+    ]
+    print_modules(
+        ModuleTable(["tensor", "shape", "dtype", "changed by"], "<<<<", rows), verbose=verbose
     )
     click.echo(f"tensors: {len(plan.tensors)} of {plan.total} change")
     click.echo(f"size: {human_bytes(plan.bytes_out)} in {quantity(plan.files, 'file')}")
@@ -87,7 +99,7 @@ def _changed_by(tensor: PlannedTensor) -> str:
     return ", ".join(tensor.modules) or f"replaced by {tensor.replaced_by or 'token rows'}"
 
 
-def _show(result: FuseResult) -> None:
+def _show_fused(result: FuseResult, *, verbose: bool) -> None:
     header = ["tensor", "dtype", "‖ΔW‖/‖W‖", "lost to rounding"]
     rows = [
         [
@@ -102,7 +114,11 @@ def _show(result: FuseResult) -> None:
         header.append("survives")
         for row, tensor in zip(rows, result.tensors, strict=True):
             row.append("–" if tensor.surviving is None else percent(tensor.surviving))
-    print_table(header, "<<>>>"[: len(header)], rows)
+    lost = [tensor.lost_to_rounding for tensor in result.tensors]
+    changes = Measure([tensor.relative_change for tensor in result.tensors])
+    measures = {"‖ΔW‖/‖W‖": changes, "lost to rounding": Measure(lost, percent)}
+    table = ModuleTable(header, "<<>>>"[: len(header)], rows, measures, lost)
+    print_modules(table, verbose=verbose)
     change = result.relative_change
     click.echo(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
     click.echo(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")

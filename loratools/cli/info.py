@@ -2,32 +2,93 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.errors import EXIT_FOUND, describe
+from loratools.cli.many import adapters_in
 from loratools.cli.output import human_bytes, print_table, quantity
 from loratools.cli.perform import report
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
 from loratools.work.requests import Reading, Reporting
-from loratools_formats.disk.errors import printable
+from loratools_formats.disk.errors import LoratoolsError, OptionError, printable
+
+_FEW = 4
 
 
 @named_command("info")
-@shared.adapter_argument
+@click.argument("adapters", nargs=-1, type=shared.PATH, metavar="ADAPTER...")
 @shared.reads("from_", "carry_unknown", "ignore_key")
 @shared.reports("json", "quiet", "verbose")
-def command(adapter: Path, reading: Reading, reporting: Reporting) -> None:
+def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) -> int:
     """Show what an adapter is, from its headers alone.
+
+    Of several, print a line each. A folder that is no adapter stands for all adapters below it.
 
     \b
     loratools info my-adapter
+    loratools info adapters/
     """  # noqa: D301 - click reads the backspace
-    report(info(adapter, reading=reading), lambda found: _show(found, reporting), reporting)
+    if not adapters:
+        raise OptionError("no adapter given", expected="ADAPTER...")
+    found = adapters_in(adapters)
+    if found == list(adapters) and len(found) == 1:
+        result = info(adapters[0], reading=reading)
+        report(result, lambda one: _show(one, reporting), reporting)
+        return 0
+    return _show_many(found, reading, reporting)
+
+
+def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting) -> int:
+    """Print a line for each adapter; returns 1 if one could not be read."""
+    rows, failed = [], False
+    for path in adapters:
+        try:
+            found: InfoResult | None = info(path, reading=reading)
+            problem = None
+        except LoratoolsError as error:
+            found, problem, failed = None, describe(error).removeprefix(f"{path}: "), True
+        if reporting.json:
+            values = {"error": problem} if found is None else found.to_dict()
+            click.echo(json.dumps({"input": str(path), **values}, ensure_ascii=False))
+        else:
+            rows.append([printable(path), *_cells(found, problem)])
+    if not (reporting.json or reporting.quiet):
+        header = ["adapter", "kind", "rank", "scale", "targets", "base model", "size", "problem"]
+        print_table(header, "<<<<<<><", rows)
+    return EXIT_FOUND if failed else 0
+
+
+def _cells(found: InfoResult | None, problem: str | None) -> list[str]:
+    if found is None:
+        return ["–"] * 6 + [printable(problem or "")]
+    modules = found.modules
+    targets = sorted(_targets(found))
+    return [
+        printable(text)
+        for text in (
+            " ".join(sorted({module.kind for module in modules})) or "–",
+            _listed(module.rank for module in modules),
+            _listed(f"{module.scale:.4g}" for module in modules if module.scale is not None),
+            ", ".join(targets if len(targets) < _FEW else [*targets[:2], f"{len(targets)} in all"]),
+            found.base_model or "–",
+            human_bytes(found.nbytes),
+            next((f.code for f in found.findings if f.severity == "error"), ""),
+        )
+    ]
+
+
+def _listed(values: Iterable[object]) -> str:
+    """Return up to three different values, or the first and the last of more."""
+    known = list(dict.fromkeys(str(value) for value in values if value is not None))
+    return ", ".join(known) if len(known) < _FEW else f"{known[0]} … {known[-1]}"
 
 
 def _show(found: InfoResult, reporting: Reporting) -> None:

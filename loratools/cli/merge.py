@@ -10,8 +10,9 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
+from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent, print_table
+from loratools.cli.output import human_bytes, note, number, percent
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
@@ -22,6 +23,7 @@ from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import RecipeFiles
 from loratools.work.declared import declared
 from loratools.work.requests import Reading, Reporting, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.contract.files import check_apart
 from loratools_formats.disk.errors import OptionError
 
@@ -34,9 +36,10 @@ from loratools_formats.disk.errors import OptionError
 @shared.takes(RecipeFiles, into="files")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute", without=("--method",))
+@shared.takes(Dropping, into="dropping")
 @shared.reads("base", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
-@shared.reports()
+@shared.reports("json", "quiet", "verbose")
 @click.pass_context
 def command(
     context: click.Context,
@@ -45,6 +48,7 @@ def command(
     writing: Writing,
     files: RecipeFiles,
     compute: ComputeOptions,
+    dropping: Dropping,
     reading: Reading,
     pages: Pages,
     reporting: Reporting,
@@ -61,7 +65,7 @@ def command(
     sources: Path | list[tuple[Path, float]]
     if files.recipe is not None:
         _refuse_what_recipes_say(context)
-        sources, settings = files.recipe, {}
+        sources, settings, dropping = files.recipe, {}, Dropping()
         compute = ComputeOptions(workers=compute.workers, device=compute.device)
     elif adapters:
         sources = [weighted_path(text) for text in adapters]
@@ -83,6 +87,7 @@ def command(
             sources,
             base=reading.base,
             compute=compute,
+            dropping=dropping,
             reading=reading,
             writing=target,
             progress=progress,
@@ -92,7 +97,10 @@ def command(
             result.write_recipe(save_recipe, overwrite=writing.overwrite)
         return result
 
-    return perform("merge", work, _show, target, reporting, pages=pages)
+    def show(result: MergeResult) -> None:
+        _show(result, verbose=reporting.verbose)
+
+    return perform("merge", work, show, target, reporting, pages=pages)
 
 
 def _refuse_what_recipes_say(context: click.Context) -> None:
@@ -101,7 +109,7 @@ def _refuse_what_recipes_say(context: click.Context) -> None:
     Raises:
         OptionError: one was given.
     """
-    declarations = (MergeOptions, Parameters, RankRule, ComputeOptions)
+    declarations = (MergeOptions, Parameters, RankRule, ComputeOptions, Dropping)
     names = {option.name for cls in declarations for option in declared(cls)}
     names = (names | {"adapters", "base"}) - {"workers", "device"}
     given = [
@@ -118,20 +126,24 @@ def _ranks(ranks: Sequence[int | None]) -> str:
     return " + ".join("–" if rank is None else str(rank) for rank in ranks)
 
 
-def _show(result: MergeResult) -> None:
-    print_table(
-        ["module", "rank", "energy kept", "relative error"],
-        "<>>>",
+def _show(result: MergeResult, *, verbose: bool) -> None:
+    modules = result.modules
+    rows = [
         [
-            [
-                module.name,
-                f"{_ranks(module.ranks_in)} → {module.rank_out}",
-                percent(module.energy),
-                number(module.relative_error),
-            ]
-            for module in result.modules
-        ],
-    )
+            module.name,
+            "whole"
+            if module.rank_out is None
+            else f"{_ranks(module.ranks_in)} → {module.rank_out}",
+            percent(module.energy),
+            number(module.relative_error),
+        ]
+        for module in modules
+    ]
+    errors = [module.relative_error for module in modules]
+    ranks = Measure([module.rank_out for module in modules], str)
+    measures = {"rank": ranks, "relative error": Measure(errors)}
+    header = ["module", "rank", "energy kept", "relative error"]
+    print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
     for item in result.adapters:
         count = sum(item.name in module.absent for module in result.modules)
         if count:

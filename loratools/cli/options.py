@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,21 @@ def reports(*names: str) -> Decorator:
     return takes(Reporting, *(names or ("json", "quiet")), into="reporting")
 
 
+def placed(writing: Writing, adapter: Path | None, places: Sequence[Path]) -> Writing:
+    """Return a request with the one output that is named, by flag, by place or as the input.
+
+    Raises:
+        OptionError: they name several.
+    """
+    outputs = [*places, *([] if writing.output is None else [writing.output])]
+    if writing.in_place and adapter is not None:
+        outputs.append(adapter)
+        writing = replace(writing, overwrite=True)
+    if len(set(outputs)) > 1:
+        raise OptionError("several outputs are given", got=", ".join(map(str, outputs)))
+    return replace(writing, output=outputs[0] if outputs else None)
+
+
 def writes(*names: str, positional: bool = True) -> Decorator:
     """Add options of writing; the command gets them as `writing`.
 
@@ -140,13 +155,8 @@ def writes(*names: str, positional: bool = True) -> Decorator:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def command(*args: Any, writing: Writing, place: Path | None = None, **kwargs: Any) -> Any:
-            outputs = [path for path in (place, writing.output) if path is not None]
-            if writing.in_place:
-                outputs.append(kwargs["adapter"])
-                writing = replace(writing, overwrite=True)
-            if len(set(outputs)) > 1:
-                raise OptionError("several outputs are given", got=", ".join(map(str, outputs)))
-            chosen = replace(writing, output=outputs[0] if outputs else None)
+            places = [] if place is None else [place]
+            chosen = placed(writing, kwargs.get("adapter"), places)
             return function(*args, writing=chosen, **kwargs)
 
         options = takes(Writing, "output", "overwrite", "dry_run", *names, into="writing")(command)

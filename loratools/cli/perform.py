@@ -5,7 +5,9 @@ Text and `--json` come from the same result; notes and errors go to stderr.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -37,8 +39,26 @@ def target_of(writing: Writing) -> Writing:
     return writing
 
 
+_COLLECTED: ContextVar[list[Result] | None] = ContextVar("collected", default=None)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[Result]]:
+    """Keep results in the list that this yields, instead of printing them."""
+    results: list[Result] = []
+    token = _COLLECTED.set(results)
+    try:
+        yield results
+    finally:
+        _COLLECTED.reset(token)
+
+
 def report(result: Found, show: Callable[[Found], None], reporting: Reporting) -> None:
     """Print a result: as one JSON object, or as text with its notes."""
+    results = _COLLECTED.get()
+    if results is not None:
+        results.append(result)
+        return
     if reporting.json:
         print_json(result.to_dict())
     elif not reporting.quiet:

@@ -9,8 +9,9 @@ import click
 
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.cli import options as shared
+from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, number, print_table, sizes
+from loratools.cli.output import human_bytes, number, percent, sizes
 from loratools.cli.perform import perform, target_of
 from loratools.face.quantize import QuantizeResult, quantize
 from loratools.operations.quantize import QuantizeOptions
@@ -24,7 +25,7 @@ from loratools.work.requests import Reporting, Writing
 @shared.takes(FourBitOptions, into="four_bit")
 @shared.takes(QuantizeOptions, into="options")
 @shared.takes(Workers, into="threads")
-@shared.reports()
+@shared.reports("json", "quiet", "verbose")
 def command(
     base: Path,
     writing: Writing,
@@ -53,27 +54,29 @@ def command(
             writing=target,
             progress=progress,
         ),
-        _show,
+        lambda result: _show(result, verbose=reporting.verbose),
         target,
         reporting,
         unit="B",
     )
 
 
-def _show(result: QuantizeResult) -> None:
-    print_table(
-        ["weight", "shape", "size", "relative error"],
-        "<>>>",
+def _show(result: QuantizeResult, *, verbose: bool) -> None:
+    tensors = result.tensors
+    rows = [
         [
-            [
-                tensor.name,
-                "×".join(map(str, tensor.shape)),
-                f"{human_bytes(tensor.bytes_in)} → {human_bytes(tensor.bytes_out)}",
-                number(tensor.relative_error),
-            ]
-            for tensor in result.tensors
-        ],
-    )
+            tensor.name,
+            "×".join(map(str, tensor.shape)),
+            f"{human_bytes(tensor.bytes_in)} → {human_bytes(tensor.bytes_out)}",
+            number(tensor.relative_error),
+        ]
+        for tensor in tensors
+    ]
+    errors = [tensor.relative_error for tensor in tensors]
+    shares = Measure([tensor.bytes_out / tensor.bytes_in for tensor in tensors], percent)
+    measures = {"of its size": shares, "relative error": Measure(errors)}
+    header = ["weight", "shape", "size", "relative error"]
+    print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
     reasons = Counter(kept.reason for kept in result.kept)
     kept = ", ".join(f"{count} ({reason})" for reason, count in sorted(reasons.items()))
     click.echo(f"weights kept: {kept or 'none'}")

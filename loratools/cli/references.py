@@ -1,4 +1,4 @@
-"""Adapters as a command line names them: PATH, or PATH:WEIGHT."""
+"""Adapters as a command line names them: PATH or PATH:WEIGHT; a path may be a reference."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 def weighted_path(text: str) -> tuple[Path, float]:
     """Read PATH or PATH:WEIGHT, the weight 1 by default; an existing path wins.
 
+    >>> weighted_path("hf://me/chat"), weighted_path("hf://me/chat@v1:0.3")
+    ((PosixPath('hf:/me/chat'), 1.0), (PosixPath('hf:/me/chat@v1'), 0.3))
+
     Raises:
         OptionError: the path is empty, or what follows the colon is not a finite number.
     """
     path, separator, weight = text.rpartition(":")
     if not text or (separator and not path):
         raise OptionError("path of the adapter is empty", got=repr(text), expected="ADAPTER:NUMBER")
-    if not separator or Path(text).exists():
+    # What follows the colon of hf:// or https:// is no weight.
+    if not separator or weight.startswith("/") or Path(text).exists():
         return Path(text), 1.0
     try:
         value = float(weight)

@@ -8,31 +8,34 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
+from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import note, number, percent, print_table, sizes
+from loratools.cli.many import one_or_many
+from loratools.cli.output import note, number, percent, sizes
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.squeeze import SqueezeResult, squeeze, squeeze_choices
 from loratools.lowrank.resize import ComputeOptions
 from loratools.work.requests import Reading, Reporting, Writing
-from loratools.work.selection import Selection
+from loratools.work.selection import Dropping, Selection
 
 
 @named_command("squeeze")
-@shared.adapter_argument
-@shared.writes("in_place", "max_error")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Selection, into="selection")
+@shared.takes(Dropping, into="dropping")
 @shared.reads("initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
-@shared.reports()
+@shared.reports("json", "quiet", "verbose")
+@one_or_many("in_place", "max_error")
 def command(
     adapter: Path,
     writing: Writing,
     rule: RankRule,
     compute: ComputeOptions,
     selection: Selection,
+    dropping: Dropping,
     reading: Reading,
     pages: Pages,
     reporting: Reporting,
@@ -51,6 +54,7 @@ def command(
         "compute": compute,
         "selection": selection,
         "initial": reading.initial,
+        "dropping": dropping,
         "reading": reading,
     }
     if not rule.is_given:
@@ -59,27 +63,32 @@ def command(
     return perform(
         "squeeze",
         lambda progress: squeeze(adapter, rule=rule, writing=target, progress=progress, **given),
-        _show,
+        lambda result: _show(result, verbose=reporting.verbose),
         target,
         reporting,
         pages=pages,
     )
 
 
-def _show(result: SqueezeResult) -> None:
-    print_table(
-        ["module", "rank", "energy kept", "relative error"],
-        "<>>>",
+def _show(result: SqueezeResult, *, verbose: bool) -> None:
+    modules = result.modules
+    rows = [
         [
-            [
-                module.name,
-                f"{module.rank_in} → {module.rank_out}",
-                percent(module.energy),
-                number(module.relative_error),
-            ]
-            for module in result.modules
-        ],
-    )
+            module.name,
+            f"{module.rank_in} → {module.rank_out}",
+            percent(module.energy),
+            number(module.relative_error),
+        ]
+        for module in modules
+    ]
+    errors = [module.relative_error for module in modules]
+    measures = {
+        "rank before": Measure([module.rank_in for module in modules], str),
+        "after": Measure([module.rank_out for module in modules], str),
+        "relative error": Measure(errors),
+    }
+    header = ["module", "rank", "energy kept", "relative error"]
+    print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
     if result.kept_whole:
         count, first = len(result.kept_whole), result.kept_whole[0]
         more = f" and {count - 1} more" if count > 1 else ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from loratools.cli import options as shared
+from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import note, number, print_table
+from loratools.cli.many import one_or_many
+from loratools.cli.output import note, number
 from loratools.cli.perform import perform, target_of
 from loratools.face.to_dora import ToDoraResult, to_dora
 from loratools.work.parallel import Workers
@@ -15,11 +17,10 @@ from loratools_formats.disk.errors import OptionError
 
 
 @named_command("to-dora")
-@shared.adapter_argument
-@shared.writes("in_place")
 @shared.reads("base", "initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Workers, into="threads")
-@shared.reports()
+@shared.reports("json", "quiet", "verbose")
+@one_or_many("in_place")
 def command(
     adapter: Path, writing: Writing, reading: Reading, threads: Workers, reporting: Reporting
 ) -> int:
@@ -45,25 +46,29 @@ def command(
             writing=target,
             progress=progress,
         ),
-        _show,
+        lambda result: _show(result, verbose=reporting.verbose),
         target,
         reporting,
     )
 
 
-def _show(result: ToDoraResult) -> None:
-    print_table(
-        ["module", "rank", "outputs", "least magnitude", "largest"],
-        "<>>>>",
+def _show(result: ToDoraResult, *, verbose: bool) -> None:
+    modules = result.modules
+    rows = [
         [
-            [
-                module.name,
-                str(module.rank),
-                str(module.outputs),
-                number(module.least),
-                number(module.largest),
-            ]
-            for module in result.modules
-        ],
-    )
+            module.name,
+            str(module.rank),
+            str(module.outputs),
+            number(module.least),
+            number(module.largest),
+        ]
+        for module in modules
+    ]
+    measures = {
+        "rank": Measure([module.rank for module in modules], str),
+        "least magnitude": Measure([module.least for module in modules]),
+        "largest": Measure([module.largest for module in modules]),
+    }
+    header = ["module", "rank", "outputs", "least magnitude", "largest"]
+    print_modules(ModuleTable(header, "<>>>>", rows, measures), verbose=verbose)
     note("magnitudes are rounded to float32; nothing else changes")

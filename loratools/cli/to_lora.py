@@ -8,28 +8,32 @@ import click
 
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
+from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent, print_table
+from loratools.cli.many import one_or_many
+from loratools.cli.output import human_bytes, note, number, percent
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.to_lora import ToLoraOptions
 from loratools.work.requests import Reading, Reporting, Writing
+from loratools.work.selection import Dropping
 
 
 @named_command("to-lora")
-@shared.adapter_argument
-@shared.writes("in_place", "max_error")
+@shared.takes(Dropping, into="dropping")
 @shared.reads("base", "initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(ToLoraOptions, into="folding")
 @shared.takes(RankRule, into="rule")
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Pages, "html", "plot", into="pages")
-@shared.reports()
+@shared.reports("json", "quiet", "verbose")
+@one_or_many("in_place", "max_error")
 def command(
     adapter: Path,
     writing: Writing,
+    dropping: Dropping,
     reading: Reading,
     folding: ToLoraOptions,
     rule: RankRule,
@@ -54,6 +58,7 @@ def command(
         "initial": reading.initial,
         "folding": folding,
         "compute": compute,
+        "dropping": dropping,
         "reading": reading,
     }
     if not rule.is_given and not folding.exact:
@@ -65,14 +70,14 @@ def command(
     return perform(
         "to-lora",
         lambda progress: to_lora(adapter, rule=rule, writing=target, progress=progress, **given),
-        _show,
+        lambda result: _show(result, verbose=reporting.verbose),
         target,
         reporting,
         pages=pages,
     )
 
 
-def _show(result: ToLoraResult) -> None:
+def _show(result: ToLoraResult, *, verbose: bool) -> None:
     header = ["module", "kind", "rank", "energy kept", "relative error"]
     rows = [
         [
@@ -90,7 +95,11 @@ def _show(result: ToLoraResult) -> None:
             [*row, _share(module.low_rank_energy), _share(module.rescaling_energy)]
             for row, module in zip(rows, result.modules, strict=True)
         ]
-    print_table(header, "<<" + ">" * (len(header) - 2), rows)
+    errors = [module.relative_error for module in result.modules]
+    ranks = Measure([module.rank for module in result.modules], str)
+    measures = {"rank": ranks, "relative error": Measure(errors)}
+    align = "<<" + ">" * (len(header) - 2)
+    print_modules(ModuleTable(header, align, rows, measures, errors), verbose=verbose)
     click.echo(f"relative error: {number(result.relative_error)}")
     click.echo(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")
     for text in result.cautions:

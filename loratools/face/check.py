@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
-from loratools.face.source import Model, Source, destination, model
+from loratools.face.source import CardedModel, Model, destination, model
+from loratools.hub.references import Wanted, parse
 from loratools.operations.check import runner
 from loratools.operations.check.baseline import read_baseline
 from loratools.operations.check.options import CheckOptions, FixOptions
@@ -31,7 +32,10 @@ from loratools_formats.disk.errors import (
     UnsupportedError,
 )
 
-Sources = Source | Sequence[Source]
+Sources = Annotated[
+    str | os.PathLike[str] | Adapter | Sequence[str | os.PathLike[str] | Adapter],
+    Wanted("adapter", late=True),
+]
 """One adapter, or several."""
 
 
@@ -117,7 +121,7 @@ def check(
     sources: Sources,
     *,
     options: CheckOptions,
-    base: Model | None = None,
+    base: CardedModel | None = None,
     fixing: FixOptions,
     reading: Reading,
     writing: Writing,
@@ -143,27 +147,29 @@ def check(
         AdapterError: the base or the baseline is malformed.
         OutputExistsError: the output of a fix exists and `overwrite` is false.
     """
-    given = _listed(sources)
+    given, named, unresolved = _resolved(_listed(sources))
     checkpoint = None if base is None else model(base)
     accepted = frozenset[str]() if options.baseline is None else read_baseline(options.baseline)
 
     def run(of: Sequence[Path | Adapter], reading: Reading) -> runner.CheckRun:
-        return runner.check(
+        done = runner.check(
             of,
             options,
             base=checkpoint,
             format_name=reading.from_,
             carry_unknown=reading.carry_unknown,
             accepted=accepted,
+            named=named,
             workers=threads.workers,
             progress=progress,
         )
+        return replace(done, unchecked=(*unresolved, *done.unchecked))
 
     if not fixing.fix:
         if writing.output is not None:
             raise OptionError("an output is given, and nothing is to be mended", hint="Add `fix`")
         return _result(run(given, reading), options, ())
-    if len(given) != 1 or writing.output is None:
+    if len(given) + len(unresolved) != 1 or writing.output is None:
         raise OptionError("a fix takes one adapter and an output", hint="Add `output=PATH`")
     first = run(given, reading)
     if first.unchecked or not any(finding.remedy for finding in first.findings):
@@ -190,6 +196,30 @@ def _listed(sources: Any) -> list[Path | Adapter]:
     if not several:
         raise OptionError("no adapters given")
     return [one if isinstance(one, Adapter) else Path(one) for one in several]
+
+
+def _resolved(
+    given: list[Path | Adapter],
+) -> tuple[list[Path | Adapter], dict[Path, str], tuple[Unchecked, ...]]:
+    """Return the adapters with local paths for references, their names, and those not found."""
+    found: list[Path | Adapter] = []
+    named: dict[Path, str] = {}
+    missing: list[Unchecked] = []
+    for one in given:
+        try:
+            reference = None if isinstance(one, Adapter) else parse(one, "adapter")
+            if reference is None:
+                found.append(one)
+                continue
+            from loratools.hub.resolve import resolve
+
+            place = resolve(reference, "adapter", beside="small").path
+        except LoratoolsError as error:
+            missing.append(Unchecked(os.fspath(str(one)), str(error)))
+            continue
+        named[place] = str(reference)
+        found.append(place)
+    return found, named, tuple(missing)
 
 
 def _result(run: runner.CheckRun, options: CheckOptions, steps: tuple[Mended, ...]) -> CheckResult:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from loratools.face.declare import Progress, public
-from loratools.face.result import Result
+from loratools.face.result import Reported
 from loratools.face.source import READING, Model, Source, label, model, opened
+from loratools.hub.references import Wanted
 from loratools.operations.compare import bases, operation
 from loratools.operations.compare import result as measured
 from loratools.operations.compare.operation import CompareOptions
@@ -20,13 +21,17 @@ from loratools.work.requests import Reading
 from loratools.work.selection import Selection
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.hub_cache import cached_place, shown_path
 
-Shelf = Mapping[str, Source] | Sequence[Source]
+Shelf = Annotated[
+    Mapping[str, str | os.PathLike[str] | Adapter] | Sequence[str | os.PathLike[str] | Adapter],
+    Wanted("adapter"),
+]
 """Adapters: several, or by the names they are to go by."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class CompareResult(Result, measured.CompareResult):
+class CompareResult(Reported, measured.CompareResult):
     """How adapters relate."""
 
     operation: ClassVar[str] = "compare"
@@ -41,7 +46,7 @@ class CompareResult(Result, measured.CompareResult):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class BasesResult(Result, measured.BasesResult):
+class BasesResult(Reported, measured.BasesResult):
     """How far two bases differ where an adapter acts."""
 
     operation: ClassVar[str] = "compare-bases"
@@ -94,7 +99,8 @@ def compare(
         workers=threads.workers,
         progress=progress,
     )
-    return CompareResult.of(found)
+    notices = dict.fromkeys(each for one in named.values() for each in one.notices)
+    return CompareResult.of(found, findings=(*notices, *found.findings))
 
 
 @public(reading=READING)
@@ -149,12 +155,17 @@ def _named(adapters: Any, reading: Reading) -> dict[str, Adapter]:
     known = [os.path.realpath(place) for place in places if place is not None]
     if len(set(known)) < len(known):
         raise OptionError("an adapter is given twice", got=", ".join(map(str, places)))
-    names = [label(one) if place is None else os.path.basename(os.path.abspath(place))
+    names = [label(one) if place is None else _last_part(place)
              for one, place in zip(sources, places, strict=True)]  # fmt: skip
     if len(set(names)) < len(names):
-        names = [f"{n} {i}" if p is None else p
+        names = [f"{n} {i}" if p is None else str(shown_path(p))
                  for i, (n, p) in enumerate(zip(names, places, strict=True), 1)]  # fmt: skip
     return {name: opened(one, reading) for name, one in zip(names, sources, strict=True)}
+
+
+def _last_part(path: str) -> str:
+    place = cached_place(path)
+    return os.path.basename(os.path.abspath(path)) if place is None else place.name
 
 
 def _place(source: Any) -> str | None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
-from loratools.face.source import IN_PLACE, READING, Source, destination, opened
+from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.operation import (
     Conversion,
@@ -21,6 +21,7 @@ from loratools.operations.convert.operation import (
 from loratools.operations.convert.operation import write as write_converted
 from loratools.work.json_object import hidden, named
 from loratools.work.requests import Reading, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.format import Context, Loss
 from loratools_formats.contract.registry import format_for_output, get_format, registered_formats
@@ -110,9 +111,10 @@ class WriteResult(Result):
 def convert(
     source: Source,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: ModelPlace | None = None,
     options: ConvertOptions,
     single: SingleFileOptions,
+    dropping: Dropping,
     reading: Reading,
     writing: Writing,
     progress: Progress | None = None,
@@ -139,7 +141,7 @@ def convert(
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: the output could not be written, or lacks a part.
     """
-    adapter = opened(source, reading)
+    adapter = opened(source, reading, dropping)
     inputs = [adapter, None if base is None else Path(base), single.names_from]
     writing = writing if writing.dry_run else destination(writing, adapter, inputs)
     target, as_it_is = _target(adapter.format, options.to, writing.output)
@@ -226,7 +228,7 @@ def write(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,  # noqa: A002 - the word that all functions have
-    base: str | os.PathLike[str] | None = None,
+    base: ModelPlace | None = None,
     options: ConvertOptions,
     writing: Writing,
 ) -> WriteResult:

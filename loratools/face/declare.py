@@ -2,6 +2,8 @@
 
 A keyword-only parameter that has no default, and whose type is a dataclass, stands for the options
 that the class declares: callers give them by name, the function gets the instance.
+
+References to the Hub end here, too: the function gets local paths, and its callers a `revision`.
 """
 
 from __future__ import annotations
@@ -9,18 +11,50 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from inspect import Parameter, Signature
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
+from loratools.hub.references import REVISION_HELP, Beside, Wanted, mapped, with_revision
+from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
+from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
+from loratools_formats.disk.parents import parents_made
 
 R = TypeVar("R")
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all) while an operation runs."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a public function takes.
+
+    Attributes:
+        name: its name.
+        inputs: types of its parameters that are no options: what it reads.
+        required: those that have no default.
+        options: its options by keyword, each with the dataclass that declares it.
+        references: what its inputs want of references to the Hub.
+        writes: whether it can write an output.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    required: frozenset[str]
+    options: Mapping[str, tuple[type, Option]]
+    references: Mapping[str, Wanted]
+    writes: bool
+
+
+def declaration_of(function: Any) -> Declaration:
+    """Return what a public function takes."""
+    found: Declaration = function.declaration
+    return found
 
 
 def public(**only: tuple[str, ...]) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -46,7 +80,8 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
         if parameter.default is Parameter.empty and is_dataclass(types[name])
         if parameter.kind is Parameter.KEYWORD_ONLY
     }
-    signature = _signature(inner, types, groups)
+    wanted = _wanted(function)
+    signature = _signature(inner, types, groups, takes_references=bool(wanted))
 
     def _is_whole(name: str, kwargs: Mapping[str, Any]) -> bool:
         return isinstance(kwargs.get(name), types[name])
@@ -56,6 +91,7 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
         whole = {name: kwargs.pop(name) for name in groups if _is_whole(name, kwargs)}
         _check_names(function.__name__, signature, args, kwargs)
         values = signature.bind(*args, **kwargs).arguments
+        _fetch(values, wanted, companions="output" in signature.parameters)
         given = {
             name: converted(name, values[name], types[name])
             for name in inner
@@ -71,17 +107,91 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
                 given[name] = build(types[name], chosen)
             elif chosen:
                 raise TypeError(f"{function.__name__}() has {name} and {next(iter(chosen))}")
-        return function(**given, **whole)
+        given |= whole
+        given |= {name: _fetched(given[name], options) for name, options in groups.items()}
+        arguments = {n: v for n, v in given.items() if n not in groups and n != "progress"}
+        this = call_of(function.__name__, arguments, [given[name] for name in groups])
+        outputs = [g.output for g in given.values() if isinstance(g, Writing)]
+        with running(this), parents_made(next(iter(outputs), None)):
+            return function(**given)
 
+    call.declaration = Declaration(  # type: ignore[attr-defined]
+        function.__name__,
+        {n: types[n] for n in inner if n not in groups and n != "progress"},
+        frozenset(n for n, p in inner.items() if n not in groups and p.default is p.empty),
+        {word: (types[n], made) for n, group in groups.items() for word, made in group.items()},
+        wanted,
+        any(types[name] is Writing and "output" in group for name, group in groups.items()),
+    )
     call.__signature__ = signature  # type: ignore[attr-defined]
-    call.__doc__ = _documented(inspect.cleandoc(function.__doc__ or ""), groups)
+    text = inspect.cleandoc(function.__doc__ or "")
+    call.__doc__ = _documented(text, groups, takes_references=bool(wanted))
     return call
+
+
+def _wanted(function: Callable[..., Any]) -> dict[str, Wanted]:
+    """Return what the parameters that take references want of them."""
+    found: dict[str, Wanted] = {}
+    for name, hint in get_type_hints(function, include_extras=True).items():
+        for part in (hint, *get_args(hint)):
+            marks = [mark for mark in getattr(part, "__metadata__", ()) if isinstance(mark, Wanted)]
+            found |= dict.fromkeys([name] if marks and name != "return" else [], *marks[:1])
+    return found
+
+
+def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: bool) -> None:
+    """Replace references among arguments by the local paths that stand for them.
+
+    Args:
+        values: the arguments; `revision` is taken out.
+        wanted: which of them take references.
+        companions: whether what is kept beside adapters is wanted.
+
+    Raises:
+        LoratoolsError: a reference cannot be resolved, or `revision` fits none or several.
+    """
+    revision = values.pop("revision", None)
+    if revision is not None:
+        first = next((name for name in wanted if name in values), next(iter(wanted)))
+        given = values.setdefault(first, None)
+        values[first] = with_revision(given, revision, _want(wanted[first], given))
+    for name, mark in wanted.items():
+        if name in values and not mark.late:
+            want = _want(mark, values[name])
+            beside: Beside = "all" if companions and want == "adapter" else mark.beside
+            values[name] = mapped(values[name], functools.partial(_local, want=want, beside=beside))
+
+
+def _want(mark: Wanted, value: Any) -> Any:
+    is_text = isinstance(value, str | os.PathLike)
+    return mark.text if mark.text is not None and is_text else mark.want
+
+
+def _fetched(group: Any, options: Mapping[str, Option]) -> Any:
+    """Return a dataclass of options with local paths in place of references."""
+    places = {
+        made.field: _local(path, want=made.reference, beside="nothing")
+        for made in options.values()
+        if made.reference is not None and (path := getattr(group, made.field)) is not None
+    }
+    return replace(group, **places) if places else group
+
+
+def _local(path: Any, *, want: Any, beside: Beside) -> Any:
+    if not os.fspath(path):
+        return path
+    from loratools.hub.resolve import located
+
+    found = located(path, want, beside=beside)
+    return path if found is None else found
 
 
 def _signature(
     inner: Mapping[str, Parameter],
     types: Mapping[str, Any],
     groups: Mapping[str, Mapping[str, Option]],
+    *,
+    takes_references: bool,
 ) -> Signature:
     outer: dict[str, Parameter] = {}
     for name, parameter in inner.items():
@@ -101,17 +211,24 @@ def _signature(
                     else accepted(of[made.field], made),
                 ),
             )
+    if takes_references:
+        kind = Parameter.KEYWORD_ONLY
+        outer["revision"] = Parameter("revision", kind, default=None, annotation=str | None)
     ordered = sorted(outer.values(), key=lambda p: (p.kind, p.name == "progress"))
     return Signature(ordered, return_annotation=types["return"])
 
 
-def _documented(text: str, groups: Mapping[str, Mapping[str, Option]]) -> str:
+def _documented(
+    docstring: str, groups: Mapping[str, Mapping[str, Option]], *, takes_references: bool
+) -> str:
     """Return a docstring that lists the options before its `Raises:`."""
-    options = {word: made for group in groups.values() for word, made in group.items()}
+    options = {word: made.help for group in groups.values() for word, made in group.items()}
+    if takes_references:
+        options["revision"] = REVISION_HELP
     if not options:
-        return text
-    lines = [f"    {word}: {made.help}" for word, made in options.items()]
-    head, raises, tail = text.partition("\nRaises:\n")
+        return docstring
+    lines = [f"    {word}: {text}" for word, text in options.items()]
+    head, raises, tail = docstring.partition("\nRaises:\n")
     return "\n".join([f"{head.rstrip()}\n", "Options:", *lines, raises + tail])
 
 

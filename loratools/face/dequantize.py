@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from loratools.face.declare import Progress, public
 from loratools.face.result import Reported
-from loratools.face.source import WRITING, Model, destination, model
+from loratools.face.source import WRITING, CopiedModel, destination, model
 from loratools.operations import dequantize as working
+from loratools.work.call import kept
 from loratools.work.json_object import hidden
 from loratools.work.requests import Writing
 
@@ -37,7 +38,7 @@ class DequantizeResult(Reported, working.DequantizeResult):
 
 @public(writing=WRITING)
 def dequantize(
-    base: Model,
+    base: CopiedModel,
     *,
     options: working.DequantizeOptions,
     writing: Writing,
@@ -78,4 +79,4 @@ def dequantize(
             progress=progress,
         )
 
-    return DequantizeResult.of(run(writing.output, writing.overwrite), run=run)
+    return DequantizeResult.of(run(writing.output, writing.overwrite), run=kept(run))

@@ -12,10 +12,11 @@ from loratools.face.declare import Progress, public
 from loratools.face.result import Reported
 from loratools.face.source import (
     WRITING,
-    Model,
+    CopiedModel,
     Weighted,
     destination,
     label,
+    left,
     model,
     opened,
     weighted,
@@ -24,12 +25,17 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools.operations.fuse.operation import FuseOptions, FusePreview, Fusion
 from loratools.operations.fuse.operation import FuseResult as Fused
+from loratools.operations.fuse.pipeline import PipelineFusion, is_pipeline
 from loratools.work.json_object import hidden
+from loratools.work.provenance import DROPPED
 from loratools.work.requests import Reading, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
+
+_AnyFusion = Fusion | GgufFusion | PipelineFusion
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class FusePlan(Reported):
     tensors: tuple[PlannedTensor, ...]
     total: int = hidden()
     files: int = hidden()
-    fusion: Fusion | GgufFusion = hidden()
+    fusion: _AnyFusion = hidden()
     progress: Progress | None = hidden()
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> FuseResult:
@@ -161,11 +167,12 @@ class FusePlan(Reported):
 
 @public(reading=("from_", "ignore_key"), quantised=("fallback",), writing=WRITING)
 def fuse(
-    base: Model,
+    base: CopiedModel,
     adapters: Weighted,
     *,
     options: FuseOptions,
     quantised: GgufFuseOptions,
+    dropping: Dropping,
     reading: Reading,
     writing: Writing,
     progress: Progress | None = None,
@@ -181,7 +188,7 @@ def fuse(
     (28, 'BF16')
 
     Args:
-        base: a checkpoint folder, a safetensors file or a GGUF model.
+        base: a checkpoint folder, a diffusers pipeline, a safetensors file or a GGUF model.
         adapters: adapters, or a mapping to their weights; a negative weight takes one out again.
         progress: called with (bytes done, bytes in all).
 
@@ -192,34 +199,43 @@ def fuse(
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: not enough space, or writing failed; nothing was changed.
     """
-    inputs = fuse_inputs(adapters, reading)
+    inputs = fuse_inputs(adapters, reading, dropping)
     read = [item.adapter for item in inputs]
-    fusion: Fusion | GgufFusion
+    fusion: _AnyFusion
     if isinstance(base, str | os.PathLike) and is_gguf(Path(base)):
         writing = destination(writing, None, [Path(base), *read])
         fusion = GgufFusion(read_model(Path(base)), inputs, _of_gguf(options, quantised))
     else:
-        checkpoint = model(base)
-        writing = destination(writing, None, [checkpoint, *read])
         if quantised.fallback is not None:
             raise OptionError("`fallback` has no meaning for a safetensors checkpoint")
-        fusion = Fusion(checkpoint, inputs, options)
+        if isinstance(base, str | os.PathLike) and is_pipeline(Path(base)):
+            writing = destination(writing, None, [Path(base), *read])
+            fusion = PipelineFusion(Path(base), inputs, options)
+        else:
+            checkpoint = model(base)
+            writing = destination(writing, None, [checkpoint, *read])
+            fusion = Fusion(checkpoint, inputs, options)
     about = about_base(read, Path(base) if isinstance(base, str | os.PathLike) else base)
-    plan = _plan(fusion.preview, fusion, progress, about)
+    dropped = (each for item in read for each in item.findings if each.code == DROPPED)
+    plan = _plan(fusion.preview, fusion, progress, (*about, *dropped))
     if writing.output is None:
         return plan
     return plan.write(writing.output, overwrite=writing.overwrite)
 
 
-def fuse_inputs(adapters: Any, reading: Reading) -> list[FuseInput]:
-    """Return adapters with their weights and names.
+def fuse_inputs(
+    adapters: Any, reading: Reading, dropping: Dropping | None = None
+) -> list[FuseInput]:
+    """Return adapters with their weights and names, without the modules that are to leave.
 
     Raises:
         LoratoolsError: not an adapter, or not a weight.
     """
+    given = weighted(adapters)
+    read = left([opened(source, reading) for source, _ in given], dropping)
     return [
-        FuseInput(opened(source, reading), weight, label(source))
-        for source, weight in weighted(adapters)
+        FuseInput(adapter, weight, label(source))
+        for adapter, (source, weight) in zip(read, given, strict=True)
     ]
 
 
@@ -242,7 +258,7 @@ def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOption
 
 def _plan(
     preview: FusePreview,
-    fusion: Fusion | GgufFusion,
+    fusion: _AnyFusion,
     progress: Progress | None,
     about: tuple[Finding, ...],
 ) -> FusePlan:

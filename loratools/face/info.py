@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.face.declare import public
 from loratools.face.result import Result
-from loratools.face.source import READING, Source, opened
+from loratools.face.source import READING, Place, Source, opened
 from loratools.operations.info import AdapterInfo, describe
 from loratools.work.requests import Reading
 from loratools_formats.core.adapter import Adapter
@@ -22,7 +21,7 @@ class InfoResult(Result, AdapterInfo):
 
 
 @public(reading=READING)
-def read(path: str | os.PathLike[str], *, reading: Reading) -> Adapter:
+def read(path: Place, *, reading: Reading) -> Adapter:
     """Read an adapter's headers; its tensors load on demand.
 
     `adapter.modules` maps each module's path to its change.

@@ -15,11 +15,12 @@ from loratools.face.result import AdapterResult, check_error, written_nbytes
 from loratools.face.source import (
     READING,
     WRITING,
+    Mergeable,
     Model,
-    Weighted,
     beside,
     destination,
     label,
+    left,
     model,
     opened,
     weighted,
@@ -35,10 +36,13 @@ from loratools.operations.merge.recipe import (
     RecipeAdapter,
     load_recipe,
     recipe_text,
+    with_local_paths,
 )
 from loratools.operations.merge.result import MergeModuleReport
+from loratools.work.call import call_of, running
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.files import check_apart, write_adapter
 from loratools_formats.contract.path_kinds import is_model
@@ -128,13 +132,14 @@ class MergeResult(AdapterResult):
 
 @public(reading=READING, writing=(*WRITING, "max_error"))
 def merge(
-    adapters: Weighted,
+    adapters: Mergeable,
     *,
     base: Model | None = None,
     options: MergeOptions,
     parameters: Parameters,
     rule: RankRule,
     compute: ComputeOptions,
+    dropping: Dropping,
     reading: Reading,
     writing: Writing,
     progress: Progress | None = None,
@@ -162,22 +167,32 @@ def merge(
         OutputExistsError: the output exists and `overwrite` is false.
     """
     if isinstance(adapters, str | os.PathLike):
-        given = replace(options, rule=rule, compute=compute, parameters=parameters.given())
+        given = replace(
+            options,
+            rule=rule,
+            compute=compute,
+            parameters=parameters.given(),
+            dropping=dropping,
+        )
         plan = _from_file(Path(adapters), given, base)
         sources = [(item.path, item.weight) for item in plan.adapters]
         chosen, base = plan.options, base if plan.base is None else plan.base
         digests = [item.sha256 for item in plan.adapters]
     else:
         checked = get_method(options.method).checked(parameters.given())
-        chosen = replace(options, rule=rule, compute=compute, parameters=checked)
+        chosen = replace(options, rule=rule, compute=compute, parameters=checked, dropping=dropping)
         sources = weighted(adapters)
         digests = [None] * len(sources)
-    inputs = _inputs(sources, digests, reading)
+    inputs = _inputs(sources, digests, reading, chosen.dropping)
     checkpoint = None if base is None else model(base)
     writing = destination(writing, None, [*(item.adapter for item in inputs), checkpoint])
-    done = operation.merge(
-        inputs, chosen, base=checkpoint, scratch_folder=beside(writing), progress=progress
-    )
+    # A merge from a recipe is recorded as the call that the recipe stands for.
+    settings = Parameters(set_=tuple(chosen.parameters.items()))
+    groups = [chosen, settings, chosen.rule, chosen.compute, chosen.dropping, reading]
+    with running(call_of("merge", {"adapters": sources, "base": base}, groups)):
+        done = operation.merge(
+            inputs, chosen, base=checkpoint, scratch_folder=beside(writing), progress=progress
+        )
     result = MergeResult(
         adapter=done.adapter,
         findings=(*_findings(inputs), *_about_left_out(done.left_out)),
@@ -204,13 +219,16 @@ def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
     workers, device = given.compute.workers, given.compute.device
     if given != MergeOptions(compute=ComputeOptions(workers=workers, device=device)) or base:
         raise OptionError("a recipe says all settings", path=path, hint="Leave out the others")
-    plan = load_recipe(path)
+    plan = with_local_paths(load_recipe(path), path.parent)
     compute = replace(plan.options.compute, workers=workers, device=device)
     return replace(plan, options=replace(plan.options, compute=compute))
 
 
 def _inputs(
-    sources: Sequence[tuple[object, float]], digests: Sequence[str | None], reading: Reading
+    sources: Sequence[tuple[object, float]],
+    digests: Sequence[str | None],
+    reading: Reading,
+    dropping: Dropping,
 ) -> list[MergeInput]:
     inputs: list[MergeInput] = []
     names: list[str] = []
@@ -229,7 +247,8 @@ def _inputs(
         names.append(label(source))
         count = names.count(names[-1])
         inputs.append(MergeInput(adapter, weight, names[-1] + (f"#{count}" if count > 1 else "")))
-    return inputs
+    adapters = left([item.adapter for item in inputs], dropping)
+    return [replace(item, adapter=a) for item, a in zip(inputs, adapters, strict=True)]
 
 
 def _fuse_instead(source: object, sources: Sequence[tuple[object, float]]) -> str | None:

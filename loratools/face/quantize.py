@@ -11,8 +11,9 @@ from typing import ClassVar
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.face.declare import Progress, public
 from loratools.face.result import Reported
-from loratools.face.source import WRITING, Model, destination, model
+from loratools.face.source import WRITING, CopiedModel, destination, model
 from loratools.operations import quantize as working
+from loratools.work.call import kept
 from loratools.work.json_object import hidden
 from loratools.work.parallel import Workers
 from loratools.work.requests import Writing
@@ -39,7 +40,7 @@ class QuantizeResult(Reported, working.QuantizeResult):
 
 @public(writing=WRITING)
 def quantize(
-    base: Model,
+    base: CopiedModel,
     *,
     four_bit: FourBitOptions,
     options: working.QuantizeOptions,
@@ -81,4 +82,4 @@ def quantize(
             progress=progress,
         )
 
-    return QuantizeResult.of(run(writing.output, writing.overwrite), run=run)
+    return QuantizeResult.of(run(writing.output, writing.overwrite), run=kept(run))

@@ -46,7 +46,7 @@ class Result:
         """Return the parts of its page: every number and every table of its JSON object."""
         from loratools.page.generic import result_sections
 
-        return result_sections(self.to_dict(), getattr(self, "notes", ()))
+        return result_sections(self.to_dict())
 
     def html(self) -> str:
         """Return a page that shows the result; it needs no network and no other file."""

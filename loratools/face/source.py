@@ -7,26 +7,46 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from loratools.folding.zeros import require_change
+from loratools.hub.references import Wanted
 from loratools.work.requests import Reading, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.contract.files import check_target, read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
+from loratools_formats.disk.hub_cache import cached_place, shown_name
 
-Source = str | os.PathLike[str] | Adapter
-"""An adapter: the path of a file or folder, or one that was read or made already."""
+Place = Annotated[str | os.PathLike[str], Wanted("adapter")]
+"""The path of an adapter, or a reference to one on the Hub."""
 
-Model = str | os.PathLike[str] | Checkpoint
-"""A base model: the path of a folder or a safetensors file, or one that was read already."""
+_Source = str | os.PathLike[str] | Adapter
+Source = Annotated[_Source, Wanted("adapter")]
+"""An adapter: the path of a file or folder, a reference, or one that was read or made already."""
 
-Weighted = (
-    Source | Mapping[str, float] | Mapping[Path, float] | Sequence[Source | tuple[Source, float]]
+ModelPlace = Annotated[str | os.PathLike[str], Wanted("model")]
+"""The path of a base model, or a reference to one on the Hub."""
+
+Model = Annotated[str | os.PathLike[str] | Checkpoint, Wanted("model")]
+"""A base model: the path of a folder or a safetensors file, a reference, or one read already."""
+
+CardedModel = Annotated[str | os.PathLike[str] | Checkpoint, Wanted("model", beside="card")]
+"""A base model whose card is read, too."""
+
+CopiedModel = Annotated[str | os.PathLike[str] | Checkpoint, Wanted("model", beside="all")]
+"""A base model whose other files the output gets."""
+
+_Weighted = (
+    _Source | Mapping[str, float] | Mapping[Path, float] | Sequence[_Source | tuple[_Source, float]]
 )
+Weighted = Annotated[_Weighted, Wanted("adapter")]
 """Adapters: one, several, or each with its weight; the weight is 1 where none is given."""
+
+Mergeable = Annotated[_Weighted, Wanted("adapter", text="file")]
+"""Adapters as in `Weighted`; but a text alone is the path of a recipe."""
 
 
 READING = ("from_", "carry_unknown", "ignore_key")
@@ -34,23 +54,38 @@ WRITING = ("output", "overwrite")
 IN_PLACE = (*WRITING, "in_place")
 
 
-def opened(source: Any, reading: Reading) -> Adapter:
-    """Return the adapter that a source is.
+def opened(source: Any, reading: Reading, dropping: Dropping | None = None) -> Adapter:
+    """Return the adapter that a source is, without the modules that are to leave.
 
     Raises:
-        OptionError: it is no source, or a format was given for an adapter that is read already.
+        OptionError: it is no source, a format was given for an adapter that is read already, or no
+            module is of those that are to leave.
         LoratoolsError: nothing there, unknown format, or not a sound adapter.
         AdapterError: all that it holds is zero.
     """
     if isinstance(source, Adapter):
         if reading.from_ is not None:
             raise OptionError("the adapter is read already, and has a format", got=source.format)
-        return ignoring(require_change(source), reading.ignore_key)
+        return left([ignoring(source, reading.ignore_key)], dropping)[0]
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise OptionError(
             "not an adapter", got=repr(source), expected="the path of a file or folder, or one read"
         )
-    return require_change(_read(source, reading))
+    return left([_read(source, reading)], dropping)[0]
+
+
+def left(adapters: Sequence[Adapter], dropping: Dropping | None) -> list[Adapter]:
+    """Return adapters that an operation takes together, without the modules that are to leave.
+
+    Raises:
+        OptionError: no module is of those that are to leave.
+        AdapterError: nothing is left of one, or all that is left is zero.
+    """
+    if dropping is not None and dropping.is_given:
+        from loratools.operations.drop import without_modules  # numpy, which `info` does without
+
+        adapters = without_modules(adapters, dropping)
+    return [require_change(adapter) for adapter in adapters]
 
 
 def _read(path: str | os.PathLike[str], reading: Reading) -> Adapter:
@@ -104,20 +139,28 @@ class Trained:
         return self.inputs[0].notices
 
 
-def trained(source: Any, initial: Any, reading: Reading) -> Trained:
+def trained(
+    source: Any, initial: Any, reading: Reading, dropping: Dropping | None = None
+) -> Trained:
     """Return the adapter to work on; `initial` is the one saved before training, None if none.
+
+    Modules that are to leave are in neither.
 
     Raises:
         OptionError: the adapter was not trained against a changed base.
         LoratoolsError: as `opened`.
     """
-    adapter = opened(source, reading)
+    adapter = opened(source, reading, dropping)
     if initial is None:
         return Trained(adapter, (adapter,))
     from loratools.lowrank.initial import subtract_initial
 
     # Before training, the change itself may be zero.
     first = initial if isinstance(initial, Adapter) else _read(initial, reading)
+    if dropping is not None and dropping.is_given:
+        from loratools.operations.drop import without_modules
+
+        (first,) = without_modules([first], dropping)
     return Trained(subtract_initial(adapter, first), (adapter, first))
 
 
@@ -168,7 +211,7 @@ def weighted(adapters: Any) -> list[tuple[Any, float]]:
 def label(source: Any) -> str:
     """Return what reports call an adapter: the name of its file or folder."""
     path = source.source if isinstance(source, Adapter) else source
-    return "adapter" if path is None else os.path.basename(os.path.realpath(path))
+    return "adapter" if path is None else shown_name(path)
 
 
 def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any]) -> Writing:
@@ -188,6 +231,11 @@ def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any])
     if writing.in_place:
         if source is None or source.source is None or writing.output not in (None, source.source):
             raise OptionError("`in_place` writes over the input, which is no such path")
+        if cached_place(source.source) is not None:
+            raise OptionError(
+                "`in_place` writes over the input, which is on the Hub",
+                hint="Name an output; -o hf://USER/NAME publishes it",
+            )
         writing = replace(writing, output=source.source, overwrite=True)
     output = writing.output
     if output is None:

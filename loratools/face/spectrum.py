@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from loratools.base.decompositions import IntruderOptions
@@ -19,13 +19,23 @@ from loratools.page.parts import Section
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading
 from loratools.work.selection import Selection
+from loratools_formats.core.findings import Finding
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SpectrumResult(Result, measured.SpectrumResult):
-    """What is in an adapter."""
+    """What is in an adapter.
+
+    Attributes:
+        notes: the messages of `notices`.
+    """
 
     operation: ClassVar[str] = "spectrum"
+
+    notes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", tuple(each.message for each in self.notices))
 
     def title(self) -> str:
         """Return the heading of its page."""
@@ -69,7 +79,7 @@ def spectrum(
         OptionError: a number out of range.
     """
     adapter = opened(source, reading)
-    references, notes = (
+    references, others = (
         ([], []) if options.against is None else read_references(options.against, adapter)
     )
     found = operation.spectrum(
@@ -84,5 +94,6 @@ def spectrum(
         progress=progress,
     )
     if found.directional:
-        notes.append("DoRA modules are given by their directions; `base` tells their true changes")
-    return SpectrumResult.of(replace(found, notes=(*adapter.remarks, *notes, *found.notes)))
+        message = "DoRA modules are given by their directions; `base` tells their true changes"
+        others.append(Finding("direction-only", "warning", None, message))
+    return SpectrumResult.of(replace(found, notices=(*adapter.notices, *others, *found.notices)))

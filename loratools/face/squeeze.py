@@ -14,7 +14,7 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import squeeze as operation
 from loratools.operations.squeeze import ModuleReport
 from loratools.work.requests import Reading, Writing
-from loratools.work.selection import Selection
+from loratools.work.selection import Dropping, Selection
 from loratools_formats.disk.errors import OptionError
 
 
@@ -63,6 +63,7 @@ def squeeze(
     rule: RankRule,
     compute: ComputeOptions,
     selection: Selection,
+    dropping: Dropping,
     initial: Source | None = None,
     reading: Reading,
     writing: Writing,
@@ -97,7 +98,7 @@ def squeeze(
             expected="rank, energy, budget or another rule",
             hint="squeeze_choices shows what each rank costs",
         )
-    given = trained(source, initial, reading)
+    given = trained(source, initial, reading, dropping)
     writing = destination(writing, given.inputs[0], given.inputs)
     done = operation.squeeze(
         given.adapter,
@@ -127,6 +128,7 @@ def squeeze_choices(
     *,
     compute: ComputeOptions,
     selection: Selection,
+    dropping: Dropping,
     initial: Source | None = None,
     reading: Reading,
 ) -> SqueezeChoices:
@@ -144,6 +146,6 @@ def squeeze_choices(
         UnsupportedError: the factors do not tell the true ΔW.
         AdapterError: nothing to squeeze, or NaN or infinite values.
     """
-    adapter = trained(source, initial, reading).adapter
+    adapter = trained(source, initial, reading, dropping).adapter
     found = operation.rank_choices(adapter, compute, selection)
     return SqueezeChoices(bytes_in=adapter.weights_nbytes, choices=choice_rows(found))

@@ -24,6 +24,7 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import to_lora as operation
 from loratools.operations.to_lora import ToLoraModuleReport, ToLoraOptions
 from loratools.work.requests import Reading, Writing
+from loratools.work.selection import Dropping
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError, UnsupportedError
@@ -78,6 +79,7 @@ def to_lora(
     folding: ToLoraOptions,
     rule: RankRule,
     compute: ComputeOptions,
+    dropping: Dropping,
     reading: Reading,
     writing: Writing,
     progress: Progress | None = None,
@@ -107,7 +109,7 @@ def to_lora(
     """
     if folding.exact and rule.is_given:
         raise OptionError("`exact=True` keeps changes whole, and leaves no rank to choose")
-    given = trained(source, initial, reading)
+    given = trained(source, initial, reading, dropping)
     checkpoint = None if base is None else model(base)
     writing = destination(writing, given.inputs[0], [*given.inputs, checkpoint])
     done = operation.to_lora(
@@ -142,6 +144,7 @@ def to_lora_choices(
     initial: Source | None = None,
     folding: ToLoraOptions,
     compute: ComputeOptions,
+    dropping: Dropping,
     reading: Reading,
 ) -> ToLoraChoices | None:
     """Return what each rank would cost and lose; None if every module folds exactly.
@@ -159,7 +162,7 @@ def to_lora_choices(
         UnsupportedError: the change cannot be told, or not without the base.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
-    adapter = trained(source, initial, reading).adapter
+    adapter = trained(source, initial, reading, dropping).adapter
     checkpoint = None if base is None else model(base)
     found = operation.to_lora_choices(adapter, compute, base=checkpoint, given=dict(folding.set_))
     if found is None:

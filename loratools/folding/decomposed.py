@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -12,8 +11,7 @@ from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix, RandomisedSvd, padded, signed
 from loratools.algebra.streamed_svd import RowSource, StreamedMatrix, row_spans, streamed_svd
 from loratools.kinds.declaration import Columns, DeltaForm, Kronecker, Product, Rows
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 _NEGLIGIBLE = 1e-14
 
@@ -73,6 +71,10 @@ class KroneckerMatrix:
         products = np.multiply.outer(self._left[1], self._right[1])
         self._order = np.argsort(-products, axis=None, kind="stable")
         self._values = abs(form.scale) * products.reshape(-1)[self._order]
+
+    def dense(self) -> Array:
+        """Return the product: (out, in) float64."""
+        return self._rows.rows(0, self._rows.shape[0])
 
     @property
     def squared_norm(self) -> float:
@@ -190,3 +192,13 @@ def exact_factors(form: DeltaForm, *, of_any_rank: bool) -> Product | None:
     if not alive.size:
         alive = np.zeros(1, np.int64)
     return Product(form.b[:, alive], form.a[alive])
+
+
+def dense(part: Decomposed) -> Array:
+    """Return ΔW of a matrix that was made here, in whole: (out, in) float64."""
+    if isinstance(part, TransposedMatrix):
+        return dense(part.inner).T
+    if isinstance(part, KroneckerMatrix | Matrix):
+        return part.dense()
+    assert isinstance(part, StreamedMatrix)
+    return np.concatenate([block.copy() for _, _, block in part.blocks()])

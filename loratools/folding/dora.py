@@ -8,17 +8,14 @@ per filter of a convolution, per column of an embedding. Source: arXiv 2402.0935
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools.kinds.declaration import Rows, Weight
 from loratools_formats.core.adapter import Axis
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-
-Array = np.ndarray[Any, Any]
 
 
 class Rescaling:

@@ -24,6 +24,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, KindDelta, Layer, ModuleChange
 from loratools_formats.core.config_values import Values
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.peft_facts import frod_category, square_orientation
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import (
@@ -32,8 +33,6 @@ from loratools_formats.disk.errors import (
     OptionError,
     UnsupportedError,
 )
-
-Array = np.ndarray[Any, Any]
 
 _WEIGHT = ".weight"
 

@@ -8,6 +8,7 @@ m/‖W + ΔW‖ ⊙ (W + ΔW) − W, which only the base tells: without it, a Do
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ import numpy as np
 from loratools.algebra.one_matrix import Decomposed
 from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.algebra.thin import Thin
+from loratools.folding.decomposed import dense
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opener
 from loratools.folding.without_base import with_settings
@@ -25,6 +27,9 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
+
+_SAFE_SCALE = 1e60
+"""Up to which squares of products of float32 numbers stay below float64's largest."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,10 @@ class ThinModule:
         alpha: as the file states it, None if it does not.
         scale: that multiplies the factors' product; None of a kind that has none.
         directional: whether the matrices are a DoRA's direction rather than its change.
-        spectrum: singular values and what a rank costs in a file, as `squeeze` and `to-lora` have
-            them.
         like: the factors whose rank would be replaced in a file.
+        bytes_per_rank: that one more rank costs in a file.
+        known: the spectrum, if it was needed to open the module; else it is computed when asked
+            for.
     """
 
     name: str
@@ -55,8 +61,24 @@ class ThinModule:
     alpha: float | None
     scale: float | None
     directional: bool
-    spectrum: Spectrum
     like: PlannedFactors
+    bytes_per_rank: int = 0
+    known: Spectrum | None = None
+
+    @functools.cached_property
+    def spectrum(self) -> Spectrum:
+        """Singular values and what a rank costs in a file, as `squeeze` and `to-lora` have them."""
+        if self.known is not None:
+            return self.known
+        rows = np.zeros((len(self.matrices), self.like.rank))
+        for row, matrix in zip(rows, self.matrices, strict=True):
+            values = matrix.singular_values
+            row[: len(values)] = values
+        return Spectrum(self.name, self.shape, rows, self.like.rank, self.bytes_per_rank)
+
+    def without_matrices(self) -> ThinModule:
+        """Return the module without what takes memory; its spectrum stays known."""
+        return replace(self, known=self.spectrum, matrices=())
 
 
 class ThinModules:
@@ -67,6 +89,7 @@ class ThinModules:
         base: the base model, for DoRA and kinds that need it.
         operation: what it is for, for messages.
         given: settings that neither the file nor the base's configuration holds, by name.
+        once: whether factors will be used once only, which spares widening them.
 
     Attributes:
         adapter: the adapter, with settings that the base tells filled in.
@@ -85,6 +108,8 @@ class ThinModules:
         base: Checkpoint | None,
         operation: str,
         given: Mapping[str, str] | None = None,
+        *,
+        once: bool = False,
     ) -> None:
         complete = regenerated(adapter, base, given or {})
         adapter = with_settings(complete.adapter, complete.unused, base)
@@ -100,6 +125,7 @@ class ThinModules:
             change.is_dora for change in adapter.modules.values()
         )
         self._options = ComputeOptions()
+        self._once = once
         self._opener = Opener(
             replace(adapter, modules=self.modules),
             RankRule(),
@@ -127,19 +153,15 @@ class ThinModules:
     def _of_factors(self, name: str, whole: ModuleChange, delta: LowRank) -> ThinModule:
         wide = "F64" in (delta.a.dtype.code, delta.b.dtype.code)
         thin = []
-        for b, a in loaded(delta):
+        for b, a in loaded(delta, once=self._once):
             if not (np.isfinite(b).all() and np.isfinite(a).all()):
                 raise NonFiniteError("factor holds NaN or infinite values", tensor=name)
             thin.append(Thin(b, a, delta.scale, use_gram=not wide))
-            if not np.isfinite(thin[-1].squared_norm):
+            overflows = wide or abs(delta.scale) > _SAFE_SCALE
+            if overflows and not np.isfinite(thin[-1].squared_norm):
                 raise AdapterError("squares of the factors overflow float64", tensor=name)
         out, in_ = delta.shape
         bits = in_ * delta.a.dtype.bits + out * delta.b.dtype.bits
-        rows = np.zeros((len(thin), delta.rank))
-        for row, matrix in zip(rows, thin, strict=True):
-            values = matrix.singular_values
-            row[: len(values)] = values
-        spectrum = Spectrum(name, delta.shape, rows, delta.rank, delta.experts * bits // 8)
         return ThinModule(
             name,
             whole.kind,
@@ -150,8 +172,8 @@ class ThinModules:
             delta.alpha,
             delta.scale,
             whole.is_dora,
-            spectrum,
             PlannedFactors.like(delta),
+            bytes_per_rank=delta.experts * bits // 8,
         )
 
     def _of_other(self, name: str, change: ModuleChange) -> ThinModule:
@@ -172,8 +194,8 @@ class ThinModules:
             None if direction is None else direction.alpha,
             None if direction is None else direction.scale,
             False,
-            spectrum,
             opened.planned,
+            known=spectrum,
         )
 
 
@@ -187,4 +209,5 @@ def _leading(part: Decomposed, rank: int) -> Thin:
     kept = float(np.sum(part.singular_values[:rank] ** 2))
     rest = max(part.squared_norm - kept, 0.0)
     negligible = part.squared_norm * 1e-14
-    return Thin(b, a, use_gram=False, tail=rest if rest > negligible else 0.0)
+    tail = rest if rest > negligible else 0.0
+    return Thin(b, a, use_gram=False, tail=tail, whole=lambda: dense(part))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +46,12 @@ def needs_base(delta: ModuleChange) -> bool:
 
 
 def folded_exactly(
-    adapter: Adapter, operation: str, scratch_folder: Path | None, base: Checkpoint | None = None
+    adapter: Adapter,
+    operation: str,
+    scratch_folder: Path | None,
+    base: Checkpoint | None = None,
+    *,
+    keeps: Callable[[ModuleChange], bool] = lambda _: False,
 ) -> Adapter:
     """Return an adapter whose other kinds are folded, exactly and without the base's weights.
 
@@ -57,6 +62,7 @@ def folded_exactly(
         operation: what it is for, for messages.
         scratch_folder: where new factors wait until they are written.
         base: the base model, whose configuration states settings that a file lacks.
+        keeps: whether the operation takes a change that has no factors.
 
     Raises:
         UnsupportedError: a module does not fold exactly, or only with the base.
@@ -64,7 +70,7 @@ def folded_exactly(
     """
     folded = folded_where_exact(adapter, operation, scratch_folder, base=base)
     for name, delta in folded.modules.items():
-        if delta.factors is None:
+        if delta.factors is None and not keeps(delta):
             raise UnsupportedError(
                 f"a weight change of kind {delta.kind} has no factors that {operation} could use",
                 path=adapter.source,

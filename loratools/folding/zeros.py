@@ -10,6 +10,7 @@ from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.nothing import NOT_GATHERED
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.provenance import OPERATION_KEY
 
 _BYTES_AT_ONCE = 1 << 22
 
@@ -27,6 +28,8 @@ def require_change(adapter: Adapter) -> Adapter:
         *(replacement.tensor for replacement in adapter.replacements.values()),
     ]
     if not adapter.modules or not adapter.inputs or adapter.provenance is not None:
+        return adapter
+    if OPERATION_KEY in adapter.metadata:  # of a file whose scale is 0, which says so
         return adapter
     if all(map(_is_zero_change, adapter.modules.values())) and all(map(_is_zero, others)):
         count = len(adapter.modules)

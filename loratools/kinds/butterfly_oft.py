@@ -13,9 +13,10 @@ import functools
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.diag_oft import gains, rotations
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.dtypes import Array
 
 
 def _order(out: int, apart: int) -> Array:

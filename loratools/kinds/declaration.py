@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from loratools_formats.core.adapter import KindDelta, ModuleChange
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
-Array = np.ndarray[Any, Any]
 Needs = Literal["nothing", "shape", "weight"]
 
 

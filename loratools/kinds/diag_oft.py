@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.oft import cayley
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.dtypes import Array
 
 
 def rotations(blocks: Array, constraint: float) -> Array:

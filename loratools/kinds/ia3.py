@@ -5,8 +5,9 @@ W' = l ∘ W per output, where the bias is scaled too, or per input. Source: pef
 
 from __future__ import annotations
 
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.dtypes import Array
 
 
 def scaled(tensors: Tensors, factors: Array, weight: Weight, *, on_input: bool) -> Rows:

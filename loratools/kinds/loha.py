@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.dtypes import Array
 
 
 def _pair(tensors: Tensors, number: int) -> tuple[Array, Array]:

@@ -11,8 +11,9 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.dtypes import Array
 
 
 def _form(delta: KindDelta, _: Weight) -> DeltaForm:

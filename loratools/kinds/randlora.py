@@ -13,10 +13,10 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools_formats.core.adapter import KindDelta
-from loratools_formats.core.dtypes import DTYPES, DType, encode
+from loratools_formats.core.dtypes import DTYPES, Array, DType, encode
 
 
 def _bases(tensors: Tensors, delta: KindDelta, rank: int) -> tuple[Array, Array]:

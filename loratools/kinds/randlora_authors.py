@@ -16,8 +16,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import UnsupportedError
 
 

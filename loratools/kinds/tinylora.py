@@ -10,9 +10,10 @@ import math
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Product, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Product, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import UnsupportedError
 
 _SAME = 1e-3  # stored in half precision perhaps

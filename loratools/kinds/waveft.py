@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.kinds.declaration import Array, DeltaForm, Kind, Rows, Tensors, Weight
+from loratools.kinds.declaration import DeltaForm, Kind, Rows, Tensors, Weight
 from loratools.kinds.numbers.random_stream import TorchStream
 from loratools.kinds.numbers.wavelets import scaling_filter
 from loratools_formats.core.adapter import KindDelta
+from loratools_formats.core.dtypes import Array
 
 
 def _synthesis(low: Array, side: int) -> tuple[Array, int]:

@@ -6,15 +6,12 @@ factor space should come here.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from loratools.lowrank.matrices import loaded
 from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.orientation import is_transposed
-
-Array = np.ndarray[Any, Any]
 
 
 def effective_delta(name: str, change: ModuleChange, weight_shape: tuple[int, ...]) -> Array:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
 from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
-
-Array = np.ndarray[Any, Any]
 
 _FLOAT64_ELEMENTS = 1 << 22
 
 
-def loaded(delta: LowRank) -> Iterator[tuple[Array, Array]]:
+def loaded(delta: LowRank, *, once: bool = False) -> Iterator[tuple[Array, Array]]:
     """Yield (b, a) of each matrix of a delta.
 
-    In float64, which spares converting them again at each use; large ones in float32, which spares
-    memory, unless they are stored as float64. Results do not depend on it.
+    In float64, which spares converting them again at each use; in float32, which spares memory, if
+    they are large or `once` says that they are used once, unless they are stored as float64.
+    Results do not depend on it.
     """
-    large = max(delta.a.numel, delta.b.numel) > _FLOAT64_ELEMENTS
-    wide = np.float32 if large and not _is_float64(delta) else np.float64
+    narrow = once or max(delta.a.numel, delta.b.numel) > _FLOAT64_ELEMENTS
+    wide = np.float32 if narrow and not _is_float64(delta) else np.float64
     a, b = delta.a.load(wide), delta.b.load(wide)
     yield from zip(b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:]), strict=True)
 

@@ -26,11 +26,10 @@ from loratools.work.declared import option
 from loratools.work.scratch import Scratch
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.core.adapter import LowRank
-from loratools_formats.core.dtypes import DTYPES, DType, encode
+from loratools_formats.core.dtypes import DTYPES, Array, DType, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError
 
-Array = np.ndarray[Any, Any]
 OutputDtype = Literal["f32", "f16", "bf16"]
 
 _ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit

@@ -1,31 +1,48 @@
 """A single file's modules under the names of a base checkpoint, whichever naming that has.
 
 The checkpoint's own list of modules undoes flattening; where it has the other naming of the
-architecture, a table leads there, fusing and splitting modules as the checkpoint has them. Its own
-names may lie below a prefix, as in the all-in-one files of Stable Diffusion.
+architecture, a table leads there, fusing and splitting modules as the checkpoint has them. Each
+module goes to its component: the denoiser, or a text encoder of the same file. A difference of a
+parameter that is no module's weight is added to that parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+import shlex
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
-from loratools.naming.lists import CHECKPOINT_PREFIX, embedded_map, looked_up
+import numpy as np
+
+from loratools.naming.base_components import (
+    DENOISER,
+    BaseComponent,
+    components_of,
+    roles_of,
+)
+from loratools.naming.lists import embedded_map
 from loratools.naming.places import module_key
-from loratools.naming.rename import NamingOptions, renamed
+from loratools.naming.rename import NamingOptions, all_names, renamed
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.adapter import Adapter, Addition, ModuleChange
+from loratools_formats.core.dtypes import DTYPES, encode
 from loratools_formats.core.single_file_keys import Naming
-from loratools_formats.disk.errors import AdapterError, LoratoolsError
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 _WAYS: tuple[Naming, ...] = ("comfyui", "diffusers")
-_ANY = "diffusion_model."
+_WEIGHT = ".weight"
 
 
-def named_for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
+def named_for_base(adapter: Adapter, base: Checkpoint, role: str | None = None) -> Adapter:
     """Return the adapter with its modules named as the base's are; others than single files stay.
+
+    Args:
+        adapter: of any format.
+        base: a checkpoint of one component, or of several.
+        role: the component that the checkpoint is, if it is one and that is known.
 
     Raises:
         AdapterError: no way leads to names that the base has for all of its modules.
@@ -33,30 +50,92 @@ def named_for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
     """
     if get_format(adapter.format).naming is None:
         return adapter
-    modules = _Modules(base)
-    direct = modules.found(_unflattened(adapter, modules))
-    if direct is not None:
-        return _with_names(adapter, direct)
-    for way in _WAYS:
+    modules = _Modules(base, role)
+    found = modules.found(adapter)
+    missing = [name for name in all_names(adapter) if name not in found]
+    if not missing:
+        return _with_names(adapter, found, base)
+    others = {name for name in missing if modules.may_be_denoisers(name)}
+    whole = others | {name for name in all_names(adapter) if modules.is_denoisers(name)}
+    rest = _only(adapter, whole)
+    kept_whole: UnsupportedError | None = None
+    for way in _WAYS if others else ():
         try:
-            other = renamed(adapter, way, NamingOptions()).adapter
+            other = renamed(rest, way, NamingOptions()).adapter
+        except UnsupportedError as error:
+            kept_whole = error
+            continue
         except LoratoolsError:
             continue
-        names = modules.found({name: _path(name) for name in _names(other)})
-        if names is not None:
-            return _with_names(other, names)
-    missing = [n for n, p in _unflattened(adapter, modules).items() if modules.full(p) is None]
+        names = modules.found(other)
+        if len(names) == len(all_names(other)):
+            named = _with_names(other, names, base)
+            left = _only(adapter, set(all_names(adapter)) - whole)
+            missing = [name for name in all_names(left) if name not in found]
+            if not missing:
+                return _together(adapter, named, _with_names(left, found, base))
+            break
+    if kept_whole is not None and len(missing) == len(others):
+        kept_whole.path = kept_whole.path or str(adapter.source)
+        raise kept_whole
     shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
     raise AdapterError(
         f"{len(missing)} of the adapter's modules are not in the base, in any of its namings",
         path=adapter.source,
         got=shown,
         expected=f"such as {modules.example}",
-        hint="If it has several components, take one: "
-        + command_on(
-            adapter, "convert", "--to peft --component NAME --allow-lossy", output="component"
-        ),
+        hint=_drop(missing, all_names(adapter)),
     )
+
+
+def _drop(missing: list[str], names: list[str]) -> str | None:
+    """Return the hint to leave out what the base has not; None if nothing would be left."""
+    if len(missing) == len(names):
+        return "Is this the model that the adapter was trained on?"
+    prefixes = {key.prefix for name in missing if (key := module_key(name)) is not None}
+    of_others = [name for name in names if name not in missing]
+    pattern = "|".join(f"^{re.escape(prefix)}" for prefix in sorted(prefixes))
+    if "" in prefixes or any(re.search(pattern, name) for name in of_others):
+        pattern = "|".join(f"^{re.escape(name)}$" for name in missing)
+    return f"To go without them, leave them out with `drop`: {shlex.quote(pattern)}"
+
+
+def by_component(adapter: Adapter, roles: Collection[str]) -> dict[str, Adapter]:
+    """Return a single file's changes of each component.
+
+    Args:
+        adapter: a single file.
+        roles: the components that there are; `roles_of` names them.
+
+    Raises:
+        AdapterError: a module is of a component that there is not.
+    """
+    homes: dict[str, set[str]] = {}
+    missing = []
+    targets = [r.target.rpartition(".")[0] for r in adapter.replacements.values()]
+    for name in dict.fromkeys([*all_names(adapter), *targets]):
+        key = module_key(name)
+        own = (DENOISER,) if key is None else roles_of(key)
+        role = next((role for role in own if role in roles), None)
+        if role is None:
+            missing.append(name)
+        else:
+            homes.setdefault(role, set()).add(name)
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" * (len(missing) > 4))
+        raise AdapterError(
+            f"{len(missing)} of the adapter's modules are of a component that the base has not",
+            path=adapter.source,
+            got=shown,
+            expected=" or ".join(roles),
+            hint=_drop(missing, all_names(adapter)),
+        )
+    return {role: _only(adapter, names) for role, names in homes.items()}
+
+
+def has_all(adapter: Adapter, base: Checkpoint) -> bool:
+    """Return whether a base has every module of an adapter under the name that it has there."""
+    return all(f"{name}{_WEIGHT}" in base.tensors for name in adapter.modules)
 
 
 def names_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
@@ -67,55 +146,108 @@ def names_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     names = {name: name for name in adapter.modules}
     if get_format(adapter.format).naming is None:
         return names
-    modules = _Modules(base)
-    found = {name: modules.full(path) for name, path in _unflattened(adapter, modules).items()}
-    return names | {n: full for n, full in found.items() if full is not None and n in names}
+    found = _Modules(base, None).found(adapter)
+    return {name: found.get(name, name) for name in names}
 
 
 class _Modules:
-    """The modules of a checkpoint, by their paths without its prefix."""
+    """The modules of a checkpoint, by component."""
 
-    def __init__(self, base: Checkpoint) -> None:
-        names = {key.rpartition(".")[0] for key in base.tensors if "." in key}
-        below = {name for name in names if name.startswith(CHECKPOINT_PREFIX)}
-        self._prefix = CHECKPOINT_PREFIX if below else ""
-        self._paths = {name.removeprefix(self._prefix) for name in (below or names)}
-        self.dotted = [f"{_ANY}{path}" for path in sorted(self._paths)]
-        self.example = next(iter(sorted(names)), "none")
+    def __init__(self, base: Checkpoint, role: str | None) -> None:
+        self._components = components_of(base, role)
+        self._tensors = base.tensors
+        names = sorted({key.rpartition(".")[0] or key for key in base.tensors})
+        self.example = names[0] if names else "none"
 
-    def full(self, path: str) -> str | None:
-        return self._prefix + path if path in self._paths else None
+    def found(self, adapter: Adapter) -> dict[str, str]:
+        """Return the base's name of every module that it has."""
+        dotted = embedded_map(adapter)
+        full = {n: self._full(n, dotted.get(n, n)) for n in all_names(adapter)}
+        return {name: own for name, own in full.items() if own is not None}
 
-    def found(self, paths: Mapping[str, str]) -> dict[str, str] | None:
-        """Return the base's name of every module, None if one has none."""
-        names = {name: self.full(path) for name, path in paths.items()}
-        known = {name: full for name, full in names.items() if full is not None}
-        return known if len(known) == len(names) else None
+    def _full(self, name: str, spelled: str) -> str | None:
+        key = module_key(spelled)
+        for component in self._of(spelled):
+            path, flat = (name, False) if key is None else (key.path, key.flat)
+            found = component.full(path, flat=flat)
+            if found is not None:
+                return found
+        is_whole = spelled in self._tensors or spelled + _WEIGHT in self._tensors
+        return spelled if is_whole else None
+
+    def _of(self, name: str) -> Iterable[BaseComponent]:
+        """Return the components that a module may be of, the likeliest first."""
+        key = module_key(name)
+        roles = (DENOISER,) if key is None else roles_of(key)
+        bare = [each for each in self._components if not each.role]
+        return [*(c for role in roles for c in self._components if c.role == role), *bare]
+
+    def is_denoisers(self, name: str) -> bool:
+        """Return whether a module is of no text encoder by its name."""
+        key = module_key(name)
+        return key is None or not roles_of(key)[0].startswith("text_encoder")
+
+    def may_be_denoisers(self, name: str) -> bool:
+        """Return whether a table may lead from a module to one of the base's."""
+        return self.is_denoisers(name) and bool(list(self._of(name)))
 
 
-def _names(adapter: Adapter) -> Iterable[str]:
-    added = [addition.target.rpartition(".")[0] for addition in adapter.additions.values()]
-    return dict.fromkeys([*adapter.modules, *added])
+def _only(adapter: Adapter, names: set[str]) -> Adapter:
+    """Return an adapter's changes of some modules, without what it carries."""
+    return replace(
+        adapter,
+        modules={n: d for n, d in adapter.modules.items() if n in names},
+        additions={k: a for k, a in adapter.additions.items() if _module(a.target) in names},
+        replacements={k: r for k, r in adapter.replacements.items() if _module(r.target) in names},
+        carried={},
+    )
 
 
-def _path(name: str) -> str:
-    key = module_key(name)
-    return name if key is None else key.path
+def _together(adapter: Adapter, one: Adapter, other: Adapter) -> Adapter:
+    return replace(
+        adapter,
+        modules={**one.modules, **other.modules},
+        additions={**one.additions, **other.additions},
+    )
 
 
-def _unflattened(adapter: Adapter, modules: _Modules) -> dict[str, str]:
-    names = list(_names(adapter))
-    dotted = looked_up(names, modules.dotted, embedded_map(adapter))
-    return {name: _path(dotted.get(name, name)) for name in names}
+def _module(target: str) -> str:
+    return target.rpartition(".")[0]
 
 
-def _with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+def _with_names(adapter: Adapter, names: Mapping[str, str], base: Checkpoint) -> Adapter:
+    """Return an adapter with the base's names; differences of bare parameters are additions."""
     additions = {}
     for key, addition in adapter.additions.items():
         module, _, leaf = addition.target.rpartition(".")
-        additions[key] = replace(addition, target=f"{names[module]}.{leaf}")
-    return replace(
-        adapter,
-        modules={names[name]: delta for name, delta in adapter.modules.items()},
-        additions=additions,
-    )
+        own = names[module]
+        is_bare = leaf == "weight" and own in base.tensors
+        additions[key] = replace(addition, target=own if is_bare else f"{own}.{leaf}")
+    modules: dict[str, ModuleChange] = {}
+    for name, change in adapter.modules.items():
+        own = names[name]
+        diff = _of_parameter(own, change) if own in base.tensors else None
+        if diff is None:
+            modules[own] = change
+        else:
+            additions[diff.key] = Addition(own, diff)
+    return replace(adapter, modules=modules, additions=additions)
+
+
+def _of_parameter(name: str, change: ModuleChange) -> TensorRef | None:
+    """Return what a change adds to a parameter that is no weight; None if it cannot be told."""
+    if change.kind == "full" and change.kind_delta is not None:
+        return change.kind_delta.parts["diff"]
+    part = change.factors
+    if part is None or change.is_dora or len(part.a.shape) != 2:
+        return None
+    # OpenCLIP multiplies by its projection from the right.
+    is_crossed = name.endswith(".text_projection")
+
+    def read() -> bytes:
+        a, b = part.a.load(np.float64), part.b.load(np.float64)
+        product = part.scale * (b @ a)
+        return encode(product.T if is_crossed else product, DTYPES["F64"]).tobytes()
+
+    shape = part.shape[::-1] if is_crossed else part.shape
+    return TensorRef(part.a.key, DTYPES["F64"], shape, read)

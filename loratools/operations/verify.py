@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -23,10 +23,9 @@ from loratools.operations.fuse.terms import View, load_terms, stacked
 from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.dtypes import DType, round_into
+from loratools_formats.core.dtypes import Array, DType, round_into
 from loratools_formats.core.tensors import TensorRef
 
-Array = np.ndarray[Any, Any]
 Verdict = Literal["exact", "within rounding", "not contained", "not checked"]
 
 _PRODUCT_ROUNDING = 2.0**-20

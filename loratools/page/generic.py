@@ -12,22 +12,22 @@ _SHADED = ("relative_error", "lost_to_rounding")
 """Measures of a module that a heatmap shows, if it has one of them."""
 
 
-def result_sections(result: Mapping[str, Any], notes: Sequence[str] = ()) -> list[Section]:
-    """Return the parts of a page.
+def result_sections(result: Mapping[str, Any]) -> list[Section]:
+    """Return the parts of a page, from the JSON object that a command prints.
 
-    Args:
-        result: the JSON object that a command prints.
-        notes: what a user should know.
+    Findings whose messages are its notes are listed by their codes.
     """
     plain = {name: value for name, value in result.items() if not isinstance(value, list | dict)}
     numbers = [
         (worded(n), _number(v)) for n, v in plain.items() if n not in ("schema", "operation")
     ]
     parts = [Section("Overview", [Numbers(numbers)])]
-    if notes:
-        parts.append(Section("Notes", [Findings([("notes", "", text) for text in notes])]))
+    noted = {"notes", "findings"} if "notes" in result else set()
+    if result.get("notes"):
+        items = [(each["code"], "", each["message"]) for each in result["findings"]]
+        parts.append(Section("Notes", [Findings(items)]))
     for name, value in result.items():
-        if isinstance(value, list) and value and name != "notes":
+        if isinstance(value, list) and value and name not in noted:
             parts.append(Section(worded(name).capitalize(), _of_list(name, value)))
     return parts
 

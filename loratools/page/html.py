@@ -126,7 +126,7 @@ def _cell(value: Cell, place: int) -> str:
         return '<td class="number">–</td>'
     if isinstance(value, str):
         if place == 0:
-            return f'<th scope="row">{escaped(value)}</th>'
+            return f'<th scope="row">{_breakable(value)}</th>'
         return f"<td>{escaped(value)}</td>"
     text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     return f'<td class="number" data-value="{value!r}">{text}</td>'
@@ -136,18 +136,26 @@ def _heatmap(part: Heatmap) -> str:
     names = "".join(f'<th scope="col">{escaped(name or "–")}</th>' for name in part.columns)
     body = ""
     for name, line in zip(part.rows, part.values, strict=True):
-        cells = "".join(_shaded(value, part.largest) for value in line)
-        body += f'<tr><th scope="row">{escaped(name)}</th>{cells}</tr>'
+        cells = "".join(_shaded(value, part) for value in line)
+        body += f'<tr><th scope="row">{_breakable(name)}</th>{cells}</tr>'
     head = f"<thead><tr><td>{escaped(part.across)}</td>{names}</tr></thead>"
     return _scrolled(part.caption, f"{head}<tbody>{body}</tbody>", "heat")
 
 
-def _shaded(value: float | None, largest: float) -> str:
+def _shaded(value: float | None, part: Heatmap) -> str:
     if value is None:
         return '<td class="number">–</td>'
-    share = min(abs(value) / largest, 1.0) if largest > 0.0 else 0.0
+    share = min(abs(value) / part.largest, 1.0) if part.largest > 0.0 else 0.0
     side = " minus" if value < 0.0 else ""
-    return f'<td class="number{side}" style="--share:{share:.3f}">{value:.3g}</td>'
+    text = f"{value:.3g}" if part.places is None else f"{value:.{part.places}f}"
+    if text.startswith("-"):  # zeros have no sign
+        text = f"−{text[1:]}" if float(text) else text[1:]
+    return f'<td class="number{side}" style="--share:{share:.3f}">{text}</td>'
+
+
+def _breakable(name: str) -> str:
+    """Return an escaped name that a narrow screen breaks after its dots."""
+    return escaped(name).replace(".", ".<wbr>")
 
 
 def _chart(part: Chart) -> str:
@@ -171,7 +179,9 @@ def _tree(part: Tree) -> str:
     header = ["merge", "of", "and", "distance", "members"]
     numbers = _folded(Table(f"{part.caption}: numbers", header, rows))
     caption = escaped(part.caption)
-    return f"<figure>{tree_svg(part)}<figcaption>{caption}</figcaption></figure>{numbers}"
+    drawn = f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+    drawn += f"{tree_svg(part)}</div>"
+    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>{numbers}"
 
 
 def _folded(part: Table) -> str:

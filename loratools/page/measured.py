@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from loratools.algebra.outliers import family_of, layer_of
 from loratools.operations.compare.result import BasesResult, CompareResult
 from loratools.operations.spectrum.result import MatrixReport, SpectrumResult
@@ -18,6 +20,7 @@ from loratools.page.parts import (
     Table,
     Tree,
 )
+from loratools_formats.core.findings import Finding
 
 _HEADER = ["module", "rank", "‖ΔW‖", "σ₁", "stable rank", "effective rank", "90 %", "95 %", "99 %"]
 _HEADER += ["knee", "Gavish–Donoho", "family z"]
@@ -40,7 +43,7 @@ def spectrum_sections(result: SpectrumResult) -> list[Section]:
     parts = [
         Section("Overview", [Numbers(overview)]),
         Section("What stands out", [Findings(found)]),
-        *_notes(result.notes),
+        *_notes(result.notices),
         Section("Strength", [_strength(result)]),
         Section("Spectra", [_spectra(result)]),
     ]
@@ -52,8 +55,8 @@ def spectrum_sections(result: SpectrumResult) -> list[Section]:
     return [*parts, Section("Modules", [Table("All modules", header, rows, filtered=True)])]
 
 
-def _notes(notes: tuple[str, ...]) -> list[Section]:
-    items = [("notes", "", text) for text in notes]
+def _notes(notices: Sequence[Finding]) -> list[Section]:
+    items = [(each.code, "", each.message) for each in notices]
     return [Section("Notes", [Findings(items)])] if items else []
 
 
@@ -133,6 +136,11 @@ def compare_sections(result: CompareResult) -> list[Section]:
         ("near-duplicates", str(len(result.duplicates))),
         ("same start", str(len(result.lineages))),
     ]
+    if len(result.names) == 2:
+        overview += [
+            ("cosine of ΔW", _shown(result.cosines[0][1])),
+            ("cosine of A", _shown(result.a_cosines[0][1])),
+        ]
     found = [
         ("near-duplicates", one, f"and {other} have a cosine of at least 0.99")
         for one, other in result.duplicates
@@ -142,7 +150,7 @@ def compare_sections(result: CompareResult) -> list[Section]:
     parts = [
         Section("Overview", [Numbers(overview)]),
         Section("What stands out", [Findings(found)]),
-        *_notes(result.notes),
+        *_notes(result.findings),
         Section("Similarity", _similarity(result)),
     ]
     if result.modules:
@@ -163,25 +171,26 @@ def compare_sections(result: CompareResult) -> list[Section]:
     return parts
 
 
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
 def _similarity(result: CompareResult) -> list[Part]:
     names = [result.names[i] for i in result.order]
     cosines = [[result.cosines[i][j] for j in result.order] for i in result.order]
     parts: list[Part] = [
-        Heatmap("Cosines of ΔW, in the order of the tree", names, names, cosines, 1.0),
-        Tree(
-            "Average linkage of 1 − cosine, from 0 at the names to the largest distance",
-            result.names,
-            result.order,
-            result.merges,
-        ),
+        Heatmap("Cosines of ΔW, in the order of the tree", names, names, cosines, 1.0, places=2),
     ]
+    if len(names) > 2:
+        caption = "Average linkage of 1 − cosine, from 0 at the names to the largest distance"
+        parts.append(Tree(caption, result.names, result.order, result.merges))
     for caption, values in (
         ("Cosines of the A factors as stored", result.a_cosines),
         ("Overlaps of the spaces of A, above those of random spaces", result.a_overlaps),
     ):
         if any(value is not None for row in values for value in row):
             cells = [[values[i][j] for j in result.order] for i in result.order]
-            parts.append(Heatmap(caption, names, names, cells, 1.0))
+            parts.append(Heatmap(caption, names, names, cells, 1.0, places=2))
     rows: list[list[Cell]] = [
         [result.names[i], result.norms[i], result.linear_losses[i]] for i in result.order
     ]
@@ -190,16 +199,18 @@ def _similarity(result: CompareResult) -> list[Part]:
 
 def bases_sections(result: BasesResult) -> list[Section]:
     """Return how far two bases differ where an adapter acts."""
-    header = ["module", "‖W₁−W₀‖/‖W₀‖", "where ΔW writes", "where ΔW reads", "both, over ‖ΔW‖"]
+    header = ["module", "‖W₁−W₀‖/‖W₀‖", "where ΔW writes", "where ΔW reads"]
+    header += ["‖P(W₁−W₀)‖ where ΔW writes", "both, over ‖ΔW‖"]
     rows: list[list[Cell]] = [
-        [m.name, m.relative, m.outputs, m.inputs, m.against_change] for m in result.modules
+        [m.name, m.relative, m.outputs, m.inputs, m.projected, m.against_change]
+        for m in result.modules
     ]
     writes: dict[tuple[str, str], float] = {}
     for module in result.modules:
         key = family_of(module.name), layer_of(module.name)
         writes[key] = max(writes.get(key, 0.0), module.outputs or 0.0)
     return [
-        *_notes(result.notes),
+        *_notes(result.findings),
         Section("Where ΔW writes", [by_layers("Difference of the bases there", writes)]),
         Section("Modules", [Table("All modules", header, rows, filtered=True)]),
     ]

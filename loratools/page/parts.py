@@ -87,6 +87,7 @@ class Heatmap:
         values: one for each row and column; None where there is none.
         largest: the value of the darkest shade.
         across: title of the columns.
+        places: decimal places of the numbers; None for three significant digits.
     """
 
     caption: str
@@ -95,6 +96,7 @@ class Heatmap:
     values: Matrix
     largest: float
     across: str = ""
+    places: int | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ COLOURS = 8
 DECADES = 4.0
 """What a logarithmic axis shows below the largest value."""
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 628, 24, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 624, 30, 262
 
 
 def escaped(text: object) -> str:
@@ -69,14 +69,14 @@ def chart_svg(part: Chart) -> str:
         for y in (_decades(low, high) if part.log_y else ticks(low, high))
     )
     marks += "".join(
-        f'<text x="{across(x):.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{x:g}</text>'
+        f'<text x="{across(x):.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{x:g}</text>'
         for x in ticks(left, right, whole=True)
     )
     return (
         f'<svg viewBox="0 0 640 312" role="img" aria-label="{escaped(part.caption)}">{marks}'
         f'<path class="axis" d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"/>{curves}'
         f'<text x="{(_LEFT + _RIGHT) // 2}" y="306" text-anchor="middle">{escaped(part.x)}</text>'
-        f'<text x="{_LEFT + 6}" y="14">{escaped(part.y)}</text></svg>{_legend(colours)}'
+        f'<text x="{_LEFT + 6}" y="18">{escaped(part.y)}</text></svg>{_legend(colours)}'
     )
 
 
@@ -115,17 +115,19 @@ def _decades(low: float, high: float) -> Sequence[float]:
 def tree_svg(part: Tree) -> str:
     """Return a tree as SVG, names at the left."""
     height = 24 * len(part.names) + 20
+    names = [part.names[leaf][-34:] for leaf in part.order]
+    left = 16.0 + 6.6 * max(map(len, names))
     lines = ""
     for x1, y1, x2, y2, x in part.places():
-        a, b, c = (240 + 380 * value for value in (x1, x2, x))
+        a, b, c = (left + (624.0 - left) * value for value in (x1, x2, x))
         top, bottom = 22.0 + 24 * y1, 22.0 + 24 * y2
         lines += f'<path class="tree" d="M{a:.1f} {top}H{c:.1f}V{bottom}H{b:.1f}"/>'
     labels = "".join(
-        f'<text x="232" y="{26 + 24 * row}" text-anchor="end">'
-        f"{escaped(part.names[leaf][-34:])}</text>"
-        for row, leaf in enumerate(part.order)
+        f'<text x="{left - 8.0:.1f}" y="{26 + 24 * row}" text-anchor="end">{escaped(name)}</text>'
+        for row, name in enumerate(names)
     )
     return (
-        f'<svg viewBox="0 0 640 {height}" role="img" aria-label="{escaped(part.caption)}">'
+        f'<svg class="names" viewBox="0 0 640 {height}" role="img" '
+        f'aria-label="{escaped(part.caption)}">'
         f"{lines}{labels}</svg>"
     )

@@ -44,6 +44,7 @@ class Option:
         aliases: older flags that mean the same; help does not show them.
         metavar: how help names the value.
         parse: reads the value from text; None if the type alone tells how.
+        reference: what on the Hub it may name instead of a path; None if nothing.
     """
 
     field: str
@@ -58,6 +59,7 @@ class Option:
     aliases: tuple[str, ...]
     metavar: str | None
     parse: Callable[[str], Any] | None
+    reference: str | None = None
 
     @property
     def keyword(self) -> str:
@@ -109,6 +111,7 @@ def option(
     aliases: tuple[str, ...] = (),
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    reference: str | None = None,
 ) -> Any:
     """Declare an option as a dataclass field; the arguments are those of `Option`.
 
@@ -121,10 +124,11 @@ def option(
         aliases: older flags.
         metavar: how help names the value.
         parse: reads the value from text.
+        reference: what on the Hub it may name instead of a path.
     """
     made = {
         "heading": heading, "name": name, "short": short, "aliases": aliases, "metavar": metavar,
-        "parse": parse,
+        "parse": parse, "reference": reference,
     }  # fmt: skip
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata={_KEY: made})

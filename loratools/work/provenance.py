@@ -1,15 +1,47 @@
-"""What an operation records about itself in its output: name, options, version, input digests."""
+"""What an operation records about itself in its output: how it was called, and with which files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loratools import __version__
-from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools.work.call import Call, running_call
+from loratools.work.environment import environment
+from loratools.work.history import history_of
+from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.hub_cache import cached_place
+from loratools_formats.disk.provenance import OPERATION_KEY, sha256_of
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that took part.
+
+    Attributes:
+        role: what it was for.
+        path: where it lies.
+        digest: its sha256, or that of its header with its size for weights of checkpoints.
+    """
+
+    role: str
+    path: Path
+    digest: Mapping[str, str]
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON values, without the folders that it lies in."""
+        return {"role": self.role, "name": self.path.name, "digest": dict(self.digest)}
+
+
+DROPPED = "dropped-modules"
+"""Code of the finding that modules were taken out; it stands by the patterns that told which."""
 
 
 def operation_record(
@@ -18,8 +50,11 @@ def operation_record(
     options: Mapping[str, Any],
     base: Checkpoint | None = None,
     tuned: Checkpoint | None = None,
+    others: Sequence[InputFile] = (),
 ) -> dict[str, Any]:
     """Return the record of an operation: everything that determines its output's bytes.
+
+    The call of the public function that runs is part of it, so that it can be done again.
 
     Args:
         operation: the command's name.
@@ -27,34 +62,59 @@ def operation_record(
         options: the options that differ from nothing, as JSON values.
         base: a checkpoint that was changed or read; its shards are known by their headers.
         tuned: another that it was compared with.
+        others: further files.
     """
-    checkpoints = {"base": base, "tuned": tuned}
     ignored = {
         role: [each.where for each in adapter.findings if each.code == "ignored-config-key"]
         for role, adapter in inputs.items()
     }
+    dropped = {
+        role: [each.where for each in adapter.findings if each.code == DROPPED]
+        for role, adapter in inputs.items()
+    }
     made = {role: adapter.provenance for role, adapter in inputs.items() if adapter.provenance}
+    files = [*others, *_of_checkpoint("base", base), *_of_checkpoint("tuned", tuned)]
+    files += [
+        InputFile(role, file.path, {"sha256": file.sha256()})
+        for role, several in _files_by_role(inputs)
+        for file in several
+    ]
+    call = running_call()  # not of another operation, which this one is a step of
+    called: dict[str, Any] = {}
+    if call is not None and call.function == operation.replace("-", "_"):
+        arguments, unread = _arguments(call, inputs, files)
+        files += unread
+        called["call"] = {
+            "function": call.function,
+            "arguments": arguments,
+            "options": dict(call.options),
+        }
+        if call.seed is not None:
+            called["seed"] = call.seed
+    history = history_of(
+        [(file.path, file.digest) for file in files],
+        {
+            adapter.inputs[0].path: adapter.metadata
+            for adapter in inputs.values()
+            if adapter.inputs and adapter.provenance is None
+        },
+    )
     return {
         "tool": {"name": "loratools", "version": __version__},
         "operation": operation,
         "options": dict(options),
-        "inputs": [
-            {"role": role, "name": shard.file.path.name, "digest": header_digest(shard)}
-            for role, checkpoint in checkpoints.items()
-            for shard in (() if checkpoint is None else checkpoint.files)
-        ]
-        + [
-            {"role": role, "name": file.path.name, "digest": {"sha256": file.sha256()}}
-            for role, files in _files_by_role(inputs)
-            for file in files
-        ],
+        "inputs": [file.record() for file in files],
+        "environment": environment(),
+        **called,
         **(
             {"ignoredKeys": {r: k for r, k in ignored.items() if k}}
             if any(ignored.values())
             else {}
         ),
+        **({"dropped": {r: d for r, d in dropped.items() if d}} if any(dropped.values()) else {}),
         # Inputs that operations made in memory: how, since the files are those they began with.
         **({"steps": made} if made else {}),
+        **({"history": history} if history else {}),
     }
 
 
@@ -66,21 +126,115 @@ def _files_by_role(
         yield from adapter.other_inputs.items()
 
 
+def _of_checkpoint(role: str, checkpoint: Checkpoint | None) -> Iterator[InputFile]:
+    if checkpoint is not None:
+        for shard in checkpoint.files:
+            yield InputFile(role, shard.file.path, header_digest(shard))
+
+
+def _arguments(
+    call: Call, inputs: Mapping[str, Adapter], files: Sequence[InputFile]
+) -> tuple[dict[str, Any], list[InputFile]]:
+    """Return what a function was given, as JSON values, and the files that no reader named."""
+    unread: list[InputFile] = []
+
+    def one(label: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, Adapter) and (value.provenance is not None or value.source is None):
+            roles = [r for r, a in inputs.items() if a.provenance is value.provenance is not None]
+            return {"made": roles[0]} if roles else {"made": None}
+        path = Path(os.path.abspath(_path_of(value)))
+        found = sorted({file.role for file in files if _lies_in(file.path, path)})
+        if not found:
+            unread.extend(more := list(_files_at(label, path)))
+            found = [label] if more else []
+        place = cached_place(path)
+        named = {"reference": place.reference, "commit": place.commit} if place else {}
+        name = path.name if place is None else place.name
+        return {"path": str(path), "name": name, "roles": found, **named}
+
+    arguments: dict[str, Any] = {}
+    for name, value in call.arguments.items():
+        several = _several(value)
+        if several is None:
+            arguments[name] = one(name, value)
+        else:
+            arguments[name] = [
+                {**one(f"{name} {index}", source), "weight": weight}
+                for index, (source, weight) in enumerate(several)
+            ]
+    return arguments, unread
+
+
+def _several(value: Any) -> list[tuple[Any, float]] | None:
+    """Return adapters with their weights; None for a single one."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, Adapter | Checkpoint | str | os.PathLike):
+        return None
+    return [item if isinstance(item, tuple) else (item, 1.0) for item in value]
+
+
+def _path_of(value: Any) -> Any:
+    if isinstance(value, Adapter):
+        return value.source
+    return value.path if isinstance(value, Checkpoint) else value
+
+
+def _lies_in(file: Path, path: Path) -> bool:
+    absolute = Path(os.path.abspath(file))
+    return path in (absolute, absolute.parent) or Path(os.path.realpath(path)) in (
+        Path(os.path.realpath(file)),
+        Path(os.path.realpath(absolute.parent)),
+    )
+
+
+def _files_at(role: str, path: Path) -> Iterator[InputFile]:
+    """Yield the files of a path that took part without being read as an adapter."""
+    if path.is_file() and path.suffix != ".safetensors":
+        yield InputFile(role, path, {"sha256": sha256_of(path)})
+        return
+    try:
+        yield from _of_checkpoint(role, read_checkpoint(path))
+    except LoratoolsError:
+        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+        for file in files:
+            if file.is_file() and not file.name.startswith("."):
+                yield InputFile(role, file, {"sha256": sha256_of(file)})
+
+
 def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the record as string metadata for a safetensors header."""
+    """Return the record as string metadata for a safetensors header, sorted by key.
+
+    Without the machine's facts, which the statement beside the output has: files whose tensors are
+    equal stay equal.
+    """
     import json
 
     def compact(value: Any) -> str:
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
+    commits = {name: one["reference"] for name, one in _labelled(record) if one.get("commit")}
     return {
-        "loratools.version": record["tool"]["version"],
-        "loratools.operation": record["operation"],
-        "loratools.options": compact(record["options"]),
+        **({"loratools.commits": compact(commits)} if commits else {}),
+        **({"loratools.dropped": compact(record["dropped"])} if "dropped" in record else {}),
         "loratools.inputs": compact(
             {f"{i['role']}/{i['name']}": _hash(i["digest"]) for i in record["inputs"]}
         ),
+        OPERATION_KEY: record["operation"],
+        "loratools.options": compact(record["options"]),
+        **({"loratools.seed": str(record["seed"])} if "seed" in record else {}),
+        "loratools.version": record["tool"]["version"],
     }
+
+
+def _labelled(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the arguments of a record's call with their labels."""
+    for name, value in record.get("call", {}).get("arguments", {}).items():
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                yield f"{name} {index}", item
+        else:
+            yield name, value
 
 
 def _hash(digest: Mapping[str, str]) -> str:

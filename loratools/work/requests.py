@@ -24,8 +24,8 @@ class Reading:
     from_: str | None = option(None, heading="Input", metavar="FORMAT")
     carry_unknown: bool = option(False, heading="Input")
     ignore_key: tuple[str, ...] = option((), heading="Input", metavar="KEY")
-    initial: Path | None = option(None, heading="Input")
-    base: Path | None = option(None, heading="Input")
+    initial: Path | None = option(None, heading="Input", reference="adapter")
+    base: Path | None = option(None, heading="Input", reference="model")
 
 
 @dataclass(frozen=True)

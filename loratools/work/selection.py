@@ -41,6 +41,43 @@ class Selection:
         return {name: pattern for name, pattern in given.items() if pattern is not None}
 
 
+@dataclass(frozen=True)
+class Dropping:
+    """Which modules leave an adapter, by regular expressions searched in their paths.
+
+    Attributes:
+        drop: take modules whose path matches out of the adapter.
+        keep: take modules whose path does not match out of the adapter.
+
+    Raises:
+        OptionError: not a regular expression.
+    """
+
+    drop: str | None = option(None, heading="Selection", metavar="REGEX")
+    keep: str | None = option(None, heading="Selection", metavar="REGEX")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for pattern in (self.drop, self.keep):
+            if pattern is not None:
+                check_regex(pattern)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything is to leave."""
+        return self.drop is not None or self.keep is not None
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether a module leaves."""
+        dropped = self.drop is not None and re.search(self.drop, name) is not None
+        return dropped or (self.keep is not None and re.search(self.keep, name) is None)
+
+    def record(self) -> dict[str, str]:
+        """Return the patterns that were given, for an output's provenance."""
+        given = {"drop": self.drop, "keep": self.keep}
+        return {name: pattern for name, pattern in given.items() if pattern is not None}
+
+
 def check_regex(pattern: str) -> None:
     """Raise `OptionError` if a pattern is no regular expression."""
     try:

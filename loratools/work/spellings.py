@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from loratools_formats.disk.errors import OptionError
 
@@ -43,6 +42,8 @@ def nbytes(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise OptionError("not a size", got=text, expected="such as 5GB, 500MB or 4GiB")
+    from fractions import Fraction  # with decimal; few runs read a size
+
     power = " kmgt".index((match[2] or " ").lower())
     size = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power)
     if size <= 0:

@@ -13,6 +13,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -92,7 +93,7 @@ def _as(name: str, value: Any, hint: Any) -> Any:
         return value if isinstance(value, str) and value in typing.get_args(hint) else _WRONG
     if origin is tuple:
         return _as_tuple(name, value, typing.get_args(hint))
-    if origin is not None or not isinstance(hint, type):
+    if origin is not None or not isinstance(hint, type) or hint is Any:
         return value
     if isinstance(value, bool) and hint in _NUMBERS:
         return _WRONG
@@ -100,7 +101,19 @@ def _as(name: str, value: Any, hint: Any) -> Any:
         return hint(value) if isinstance(value, _NUMBERS[hint]) else _WRONG
     if hint is Path and isinstance(value, str | os.PathLike):
         return _path(name, value)
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        return _as_instance(name, value, hint)
     return value if isinstance(value, hint) else _WRONG
+
+
+def _as_instance(name: str, value: Mapping[Any, Any], of: Any) -> Any:
+    """Return an instance of a dataclass for a mapping of its fields, as records keep it."""
+    known = hints(of)
+    for field in value:
+        if field not in known:
+            raise OptionError(f"{name} has no such field", got=field, expected=", ".join(known))
+    return of(**{field: converted(f"{name}.{field}", item, known[field])
+                 for field, item in value.items()})  # fmt: skip
 
 
 def _as_tuple(name: str, value: Any, items: tuple[Any, ...]) -> Any:
@@ -152,6 +165,7 @@ def _accepted(hint: Any, text: Any) -> Any:
     if typing.get_origin(hint) is not tuple or typing.get_args(hint)[-1] is not Ellipsis:
         return hint
     item = typing.get_args(hint)[0]
+    item = _accepted(item, None) if item is Path else item
     sequences: Any = Sequence
     mappings: Any = Mapping
     many = sequences[item if text is None else item | text]

@@ -18,7 +18,8 @@ from pathlib import Path
 from machine import describe
 from report import markdown
 
-BENCHMARKS = ["squeeze", "merge", "fuse", "nf4", "fold", "gguf", "dialects", "kernels", "spectrum"]
+ALWAYS = ["squeeze", "merge", "fuse", "nf4", "fold", "gguf", "dialects", "kernels", "spectrum"]
+BENCHMARKS = [*ALWAYS, "versions"]  # the last needs an earlier version beside this one
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
 _MARK = "<!-- {} -->\n"
@@ -71,7 +72,7 @@ def main() -> None:
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
-    names = arguments.names or BENCHMARKS
+    names = arguments.names or ALWAYS
     with tempfile.TemporaryDirectory(prefix="loratools-bench-") as temporary:
         workdir = (arguments.workdir or Path(temporary)).resolve()
         workdir.mkdir(parents=True, exist_ok=True)

@@ -21,11 +21,11 @@ from peft_cases import Case
 
 from loratools.lowrank.dense import effective_delta
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.orientation import is_transposed
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft.write import stored_tensors
 
-Array = np.ndarray[Any, Any]
 State = dict[str, Array]
 
 WARNINGS = (

@@ -114,13 +114,13 @@ def pasted(text):
         ("runs", "adapters in sub-folders; name one of: checkpoint-5", 0),
         ("good/adapter_config.json", "is an adapter's configuration", 1),
         ("loha.safetensors", r"PEFT's weights, and adapter_config\.json", 0),
-        ("acme/chat-lora", "hf download acme/chat-lora --local-dir chat-lora", 0),
-        ("hf://acme/chat-lora", "hf download acme/chat-lora --local-dir chat-lora", 0),
+        ("acme/chat-lora", "hf download acme/chat-lora", 0),
+        ("hf://acme/chat-lora", "hf download acme/chat-lora", 0),
         ("good/nothing", r"no such file or folder\n$", 0),
     ],
 )
 def test_what_is_no_adapter_is_called_what_it_is(place, path, message, commands):
-    code, text = loratools("info", path)
+    code, text = loratools("squeeze", path, "--rank", "2", "--dry-run")
     assert code == 2
     assert re.search(message, text), text
     assert text.count("\n") == 1
@@ -131,7 +131,7 @@ def test_what_is_no_adapter_is_called_what_it_is(place, path, message, commands)
     ("path", "message", "commands"),
     [
         ("good", "is an adapter, not a model", 1),
-        ("acme/model-7b", "hf download acme/model-7b --local-dir model-7b", 0),
+        ("acme/model-7b", "hf download acme/model-7b", 0),
         ("dangling", "is a link to nowhere", 0),
     ],
 )

@@ -14,8 +14,7 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.operation import FuseOptions, FuseResult, Fusion
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 UP = "model.layers.{}.mlp.up_proj"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

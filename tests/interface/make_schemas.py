@@ -25,6 +25,7 @@ from loratools.face.fuse import FusePlan, FuseResult
 from loratools.face.info import InfoResult
 from loratools.face.lists import FormatsResult, MethodsResult
 from loratools.face.merge import MergeResult
+from loratools.face.provenance import ProvenanceResult
 from loratools.face.quantize import QuantizeResult
 from loratools.face.repair import RepairResult
 from loratools.face.result import SCHEMA
@@ -33,6 +34,7 @@ from loratools.face.squeeze import SqueezeChoices, SqueezeResult
 from loratools.face.to_dora import ToDoraResult
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult
 from loratools.face.verify import VerifyResult
+from loratools.pipeline.replay import ReplayResult
 from loratools.work.json_object import json_name, spread_types
 
 FOLDER = Path(loratools.__file__).parent / "schemas"
@@ -48,8 +50,10 @@ RESULTS = {
     "info": (InfoResult,),
     "merge": (MergeResult,),
     "methods": (MethodsResult,),
+    "provenance": (ProvenanceResult,),
     "quantize": (QuantizeResult,),
     "repair": (RepairResult,),
+    "replay": (ReplayResult,),
     "rule": (RuleResult,),
     "spectrum": (SpectrumResult,),
     "squeeze": (SqueezeResult, SqueezeChoices),

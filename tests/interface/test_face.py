@@ -34,8 +34,8 @@ LORA, RSLORA, DORA, MODEL = (LLAMA / name for name in ("lora", "rslora", "dora",
 MODULE = "model.layers.0.self_attn.q_proj"
 FUNCTIONS = [name for name in lt.__all__ if inspect.isfunction(getattr(lt, name))]
 RESULTS = ("check", "compare", "compare_bases", "convert", "dequantize", "extract", "formats",
-           "fuse", "info", "merge", "methods", "quantize", "repair", "rule", "spectrum", "squeeze",
-           "to_dora", "to_lora", "verify", "write")  # fmt: skip
+           "fuse", "info", "merge", "methods", "provenance", "quantize", "repair", "replay",
+           "rule", "spectrum", "squeeze", "to_dora", "to_lora", "verify", "write")  # fmt: skip
 
 
 def command_line(*arguments):
@@ -142,6 +142,11 @@ CASES = {
     "quantize": (
         lambda m, o: lt.quantize(MODEL, quant_type="fp4"),
         lambda m: ["quantize", MODEL, "--quant-type=fp4", "--dry-run"],
+    ),
+    "provenance": (lambda m, o: lt.provenance(m / "fused"), lambda m: ["provenance", m / "fused"]),
+    "replay": (
+        lambda m, o: lt.replay(m / "fused", input=[LORA, MODEL]),
+        lambda m: ["replay", m / "fused", "--input", LLAMA],
     ),
     "dequantize": (
         lambda m, o: lt.dequantize(m / "nf4", dtype="f16"),

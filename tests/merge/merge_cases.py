@@ -25,8 +25,8 @@ from loratools.operations.merge.options import MergeOptions
 from loratools.operations.merge.result import MergeResult
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.core.dtypes import Array
 
-Array = np.ndarray[Any, Any]
 Deltas = dict[str, Array]
 
 PREFIX = "base_model.model."

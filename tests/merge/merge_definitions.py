@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 
 def trimmed(

@@ -6,10 +6,10 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.numpy import save_file
 
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
+
 Changes = dict[str, Array]
 
 DORA_KINDS = ["linear", "conv1d", "conv", "embedding"]

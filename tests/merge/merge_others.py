@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 
 @contextmanager

@@ -563,11 +563,14 @@ BESIDE = [
     ["--sv-cumulative", "0.5"], ["--threshold-rank"], ["--budget", "50%"], ["--max-rank", "4"],
     ["--min-rank", "1"], ["--rank-pattern", "q=1"], ["--uniform"], ["--serve-ranks"],
     ["--svd", "exact"], ["--dtype", "f32"], ["--oversample", "10"], ["--power-iterations", "2"],
-    ["--seed", "0"], ["--keep-alpha"], ["some/adapter"],
+    ["--seed", "0"], ["--keep-alpha"], ["--linear-differences"], ["--drop", "q"], ["--keep", "q"],
+    ["some/adapter"],
 ]  # fmt: skip
 FREE = {
+    "revision",
     "from_", "output", "overwrite", "dry_run", "recipe", "save_recipe", "max_error", "json",
-    "quiet", "workers", "device", "carry_unknown", "ignore_key", "allow_missing", "html", "plot",
+    "quiet", "verbose", "workers", "device", "carry_unknown", "ignore_key", "allow_missing",
+    "html", "plot",
 }  # fmt: skip
 
 

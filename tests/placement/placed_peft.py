@@ -14,6 +14,7 @@ from placed_reference import fused
 from safetensors.numpy import save_file
 
 from loratools.base.placement import Placements
+from loratools_formats.core.dtypes import Array
 
 WARNINGS = (
     "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning",
@@ -28,8 +29,6 @@ WARNINGS = (
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
 )
 """What PEFT says whenever the option in question is used at all."""
-
-Array = np.ndarray[Any, Any]
 
 
 class Answers(NamedTuple):

@@ -14,8 +14,7 @@ from loratools.base.placement import Placements, place
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import ModuleChange
-
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 
 def fused(base: Path, adapter: Path, out: Path) -> Placements:

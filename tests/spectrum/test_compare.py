@@ -136,11 +136,64 @@ def test_a_large_shelf_is_compared_in_single_precision_as_it_says(make_folder):
         for seed in range(17)
     ]
     result = lt.compare(folders)
-    assert any("float32" in note for note in result.notes)
+    assert [finding.code for finding in result.findings] == ["single-precision"]
+    assert "float32" in result.notes[0]
     changes = [dense.peft_changes(folder) for folder in folders]
     flat = np.array([np.concatenate([c.reshape(-1) for c in one.values()]) for one in changes])
     flat /= np.linalg.norm(flat, axis=1)[:, None]
     assert_allclose(result.cosines, flat @ flat.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 17])
+def test_changes_whose_terms_cancel_and_factors_of_any_size_are_compared_exactly(
+    make_folder, count
+):
+    """Half of a factor takes the other half away but for one part in 10⁵."""
+    rng = np.random.default_rng(0)
+    folders = []
+    for seed in range(count):
+        folder = make_folder(f"a{seed}", {"layers.0.q": (60, 50, 8)}, dtype="f32", seed=seed)
+        file = folder / "adapter_model.safetensors"
+        stored = load_file(file)
+        b_key, a_key = (next(key for key in stored if f"lora_{side}" in key) for side in "BA")
+        if seed < 2:
+            b, a = stored[b_key][:, :4], stored[a_key][:4]
+            noise = 1e-5 * rng.standard_normal(a.shape).astype(np.float32)
+            stored = {b_key: np.concatenate([b, -b], axis=1), a_key: np.concatenate([a, a + noise])}
+        elif seed == 2:
+            stored = {b_key: stored[b_key] * np.float32(1e-30), a_key: stored[a_key] * 1e-5}
+        save_file({k: np.ascontiguousarray(v, np.float32) for k, v in stored.items()}, file)
+        folders.append(folder)
+    result = lt.compare(folders)
+    flat = np.array([dense.peft_changes(folder)["layers.0.q"].reshape(-1) for folder in folders])
+    norms = np.linalg.norm(flat, axis=1)
+    flat /= norms[:, None]
+    assert_allclose(result.cosines, flat @ flat.T, atol=1e-6)
+    assert_allclose(result.norms, norms, rtol=1e-6)
+
+
+def test_a_shelf_of_mixed_ranks_has_the_same_overlaps_of_a_as_its_pairs(make_folder):
+    folders = [
+        make_folder(
+            f"a{seed}", {"layers.0.q": (60, 200, 3 + seed % 3)}, seed=seed % 9, r=3 + seed % 3
+        )
+        for seed in range(18)
+    ]
+    result = lt.compare(folders)
+    pair = lt.compare([folders[1], folders[10]])
+    assert_allclose(result.a_overlaps[1][10], pair.a_overlaps[0][1], rtol=1e-4)
+    spaces = [
+        np.linalg.qr(value.T)[0]
+        for folder in folders
+        for key, value in dense.tensors(folder / "adapter_model.safetensors").items()
+        if "lora_A" in key
+    ]
+    for i, one in enumerate(spaces):
+        for j, other in enumerate(spaces):
+            least, most = sorted((one.shape[1], other.shape[1]))
+            share = np.sum((one.T @ other) ** 2) / least
+            expected = (share - most / 200) / (1 - most / 200)
+            assert_allclose(result.a_overlaps[i][j], expected, atol=1e-4)
 
 
 def test_modules_that_only_one_has_or_of_other_shapes_are_listed(make_folder):
@@ -200,6 +253,7 @@ def test_bases_differ_where_the_adapter_acts_as_computed_densely(tmp_path):
         norm = np.linalg.norm
         assert_allclose(module.relative, norm(difference) / norm(before))
         assert_allclose(module.outputs, norm(p @ difference) / norm(p @ before), rtol=1e-9)
+        assert_allclose(module.projected, norm(p @ difference), rtol=1e-9, atol=1e-15)
         assert_allclose(module.inputs, norm(difference @ q) / norm(before @ q), rtol=1e-9)
         assert_allclose(module.against_change, norm(p @ difference @ q) / norm(change), rtol=1e-6)
         assert (module.relative > 0) == module.name.endswith("q_proj")
@@ -213,6 +267,8 @@ def test_the_command_prints_matrices_and_refuses_nonsense():
     assert "--base" in done.stderr
     found = json.loads(run("compare", *paths, "--json").stdout)
     assert (found["schema"], found["operation"]) == (1, "compare")
+    assert [each["code"] for each in found["findings"]] == ["direction-only"]
+    assert found["notes"] == [each["message"] for each in found["findings"]]
     assert np.shape(found["cosines"]) == (3, 3)
     for arguments in (
         [paths[0]],

@@ -22,6 +22,8 @@ from loratools.algebra.subspaces import (
 from loratools.algebra.thin import Thin, inner
 
 SHAPES = [(40, 30, 6), (30, 40, 6), (12, 50, 20)]
+SINGLE = 20 * float(np.finfo(np.float32).eps)
+"""Of sums of at most 20 terms in float32."""
 
 
 def factors(shape, seed=0):
@@ -44,8 +46,8 @@ def test_a_thin_matrix_is_its_dense_product(shape, use_gram):
     sigma = np.linalg.svd(dense, compute_uv=False)[: len(thin.singular_values)]
     assert_allclose(thin.singular_values, sigma, atol=1e-6 * sigma[0] if use_gram else 1e-12)
     assert_allclose(thin.squared_norm, np.sum(dense**2))
-    assert_allclose(thin.row_energies(), np.sum(dense**2, axis=1))
-    assert_allclose(thin.column_energies(), np.sum(dense**2, axis=0))
+    assert_allclose(thin.row_energies(), np.sum(dense**2, axis=1), rtol=SINGLE)
+    assert_allclose(thin.column_energies(), np.sum(dense**2, axis=0), rtol=SINGLE)
     assert_allclose(np.concatenate([block for _, _, block in thin.blocks()]), dense)
     rows, columns = np.array([3, 0]), np.array([1, 7])
     assert_allclose(thin.entries(rows, columns), dense[rows, columns])
@@ -53,6 +55,25 @@ def test_a_thin_matrix_is_its_dense_product(shape, use_gram):
     assert_allclose(u * s @ vt, dense, atol=1e-12 * sigma[0])
     other = Thin(*factors(shape, 1), -0.5)
     assert_allclose(inner(thin, other), np.sum(dense * (-0.5 * other.b @ other.a)))
+
+
+@pytest.mark.parametrize("case", ["skewed", "cancelling", "large", "zero component"])
+def test_energies_hold_where_components_differ_in_size(case):
+    b, a = factors((700, 40, 6))
+    if case == "skewed":  # each component has its size in one factor, in turns
+        sizes = 10.0 ** np.array([-30, 30, -20, 20, 0, 0])
+        b, a = b * sizes, a / sizes[:, None]
+    elif case == "cancelling":
+        b = np.concatenate([b, -b], axis=1)
+        a = np.concatenate([a, a + 1e-3 * np.random.default_rng(1).standard_normal(a.shape)])
+    elif case == "large":
+        b, a = b * 1e60, a * 1e40
+    else:
+        b[:, 2] = 0.0
+    dense = b @ a
+    thin = Thin(b, a)
+    assert_allclose(thin.row_energies(), np.sum(dense**2, axis=1), rtol=SINGLE)
+    assert_allclose(thin.column_energies(), np.sum(dense**2, axis=0), rtol=SINGLE)
 
 
 def test_spectrum_measures_are_their_definitions():

@@ -17,7 +17,7 @@ from loratools.page.html import page
 from loratools.page.measured import compare_sections, spectrum_sections
 from loratools_formats import read_adapter
 
-VOID = {"meta", "link", "input", "br"}
+VOID = {"meta", "link", "input", "br", "wbr"}
 
 
 def run(*arguments):
@@ -95,7 +95,9 @@ def test_a_page_is_well_formed_and_loads_nothing(pages, name):
 def test_the_table_has_every_module_and_its_numbers(pages):
     found = Reader(pages["spectrum"])
     changes = dense.peft_changes(dense.TINY / "lora")
-    names = {text for tag, text in found.texts if tag == "th"}
+    names = {
+        text.replace("<wbr>", "") for text in re.findall("<th[^>]*>(.*?)</th>", pages["spectrum"])
+    }
     assert set(changes) <= names
     values = {float(value) for _, name, value in found.attributes if name == "data-value"}
     for change in changes.values():

@@ -176,7 +176,12 @@ def test_scores_against_references_are_those_of_the_sample(make_folder, tmp_path
     done = run("spectrum", suspect, "--against", shelf, "--json")
     assert done.returncode == 0, done.stderr
     assert "notes.txt" in done.stderr
-    scores = json.loads(done.stdout)["modules"][0]["reference_scores"]
+    found = json.loads(done.stdout)
+    assert [(each["code"], each["where"]) for each in found["notices"]] == [
+        ("no-reference", "notes.txt")
+    ]
+    assert found["notes"] == [each["message"] for each in found["notices"]]
+    scores = found["modules"][0]["reference_scores"]
     norms = [
         np.log(np.linalg.norm(dense.peft_changes(shelf / f"a{seed}")["layers.0.q"]))
         for seed in range(5)

@@ -22,6 +22,7 @@ from loratools_formats.containers.safetensors_read import (
 )
 from loratools_formats.contract.path_kinds import architecture, cached, missing
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.distant import is_distant, is_there
 from loratools_formats.disk.errors import AdapterError, MissingFileError
 from loratools_formats.disk.files import inside
 from loratools_formats.disk.strict_json import read_object
@@ -107,7 +108,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         AdapterError: malformed, or index and shards disagree.
     """
     target = Path(path)
-    if target.is_file():
+    if target.is_file() or is_distant(target):
         file = read_safetensors(target)
         return Checkpoint(target, file.tensors, {}, (file,))
     config = _json(target / CONFIG_FILE) if (target / CONFIG_FILE).exists() else {}
@@ -117,7 +118,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             index = _json(index_file)
             files, tensors = _shards(index_file, index)
             return Checkpoint(target, tensors, config, files, stem, index)
-        if (target / f"{stem}.safetensors").exists():
+        if is_there(target / f"{stem}.safetensors"):
             file = read_safetensors(inside(target, f"{stem}.safetensors"))
             return Checkpoint(target, file.tensors, config, (file,), stem)
     raise _nothing_there(target)
@@ -137,7 +138,7 @@ def checkpoint_names(path: str | os.PathLike[str]) -> list[str]:
     if target.is_dir():
         for stem in _STEMS:
             names = (f"{stem}.safetensors.index.json", f"{stem}.safetensors")
-            found = next((target / name for name in names if (target / name).exists()), None)
+            found = next((target / name for name in names if is_there(target / name)), None)
             if found is not None:
                 return checkpoint_names(found)
         raise _nothing_there(target)

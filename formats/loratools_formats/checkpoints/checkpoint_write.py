@@ -207,7 +207,8 @@ def write_checkpoint(
             _write_json(folder / CONFIG_FILE, new.config)
         new.check_unchanged()
         files = sorted(folder / shard.name for shard in new.shards)
-        (folder / PROVENANCE_FILE).write_bytes(statement(new.provenance(), files, _digest))
+        record = statement(new.provenance(), files, _digest, output=Path(output))
+        (folder / PROVENANCE_FILE).write_bytes(record)
     return tuple(left_out)
 
 

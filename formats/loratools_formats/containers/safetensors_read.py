@@ -19,6 +19,7 @@ from typing import Any
 
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef, in_file
+from loratools_formats.disk.distant import open_file
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile, refuse_lfs_pointer
 from loratools_formats.disk.strict_json import parsed_object
@@ -68,7 +69,7 @@ def read_safetensors(
         MissingFileError: nothing is at `path`.
         AdapterError: not a regular file, not safetensors, malformed, or beyond `limits`.
     """
-    file = RegularFile(path)
+    file = open_file(path)
     try:
         return _read(file, limits)
     except AdapterError:
@@ -83,7 +84,7 @@ def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
         MissingFileError: nothing is at `path`.
         AdapterError: not a regular file, not safetensors, or a malformed header.
     """
-    file = RegularFile(path)
+    file = open_file(path)
     try:
         header, data_start = _header(file, DEFAULT_LIMITS)
         header.pop(METADATA, None)

@@ -143,7 +143,7 @@ def write_adapter(
             make(temporary)
             if adapter.provenance is not None:
                 files = sorted(p for p in temporary.rglob("*") if p.is_file() and p.suffix != ".md")
-                record = statement(adapter.provenance, files, folder=temporary)
+                record = statement(adapter.provenance, files, folder=temporary, output=Path(path))
                 (temporary / PROVENANCE_FILE).write_bytes(record)
         return
     made = {name: c for name, c in adapter.attachments.items() if isinstance(c, bytes)}

@@ -222,3 +222,10 @@ class Format:
             AdapterError: settings that cannot both hold.
         """
         return adapters[0].config
+
+    def narrowed_config(self, adapter: Adapter) -> Mapping[str, Any]:
+        """Return the configuration of an adapter of this format that lost some of its modules.
+
+        By default it is what the adapter has.
+        """
+        return adapter.config

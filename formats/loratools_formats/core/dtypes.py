@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
     Array = NDArray[Any]
+else:
+    Array = Any  # NumPy is imported by whoever has an array
 
 
 @dataclass(frozen=True)

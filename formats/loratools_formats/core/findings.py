@@ -70,10 +70,19 @@ CODES: Mapping[str, str] = {
     "names-stay": "names of modules stay, since no table of names is certain",
     "names-by-table": "modules are renamed by a table of names",
     "weightless-modules": "modules in which every adapter's weight is 0 are left out",
+    "dropped-modules": "modules were taken out, as was asked for",
     "tied-skipped": "a tied tensor is not compared",
     "buffer-skipped": "a buffer that only one checkpoint stores is not compared",
     "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",
     "different-bases": "the adapters name different base models",
+    # Measuring and comparing.
+    "direction-only": "DoRA modules are given by their directions, since there is no base",
+    "not-beside-base": "a module is not compared with its base weight",
+    "no-reference": "something in a folder of references is no adapter",
+    "names-kept": "an adapter keeps its own names, since no way leads to the base model's",
+    "single-precision": "sums are of float32 within blocks, for speed",
+    "leading-part": "changes of full rank are compared by their leading singular triplets",
+    "not-in-both-bases": "a module is left out of a comparison of bases",
 }
 """Code of every finding in this code base → its meaning."""
 

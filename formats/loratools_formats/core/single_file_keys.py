@@ -21,7 +21,7 @@ Role = Literal[
     "a", "b", "mid", "alpha", "bias", "magnitude", "embedding_a", "embedding_b",
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-    "diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight", "norm_scale",
+    "diff", "diff_b", "diff_m", "w_norm", "b_norm", "set_weight", "reshape_weight", "norm_scale",
     "a1", "a2", "b1", "b2", "oft_blocks", "rescale", "on_input", "ia3",
     "learned_embedding", "refused",
 ]  # fmt: skip
@@ -50,7 +50,7 @@ class Prefix:
 FLAT_COMPONENTS = ("unet", "te", "te1", "te2", "te3", "te4", "transformer", "prior", "decoder")
 COMPONENTS = (
     "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3",
-    "prior", "decoder", "controlnet",
+    "prior", "decoder", "controlnet", "connectors",
 )  # fmt: skip
 
 _PREFIXES = (
@@ -58,6 +58,7 @@ _PREFIXES = (
     Prefix("lora_unet__", "kohya", flat=True),
     Prefix(f"lora_(?:{'|'.join(FLAT_COMPONENTS)})_", "kohya", flat=True),
     Prefix(r"diffusion_model\.", "comfyui", flat=False),
+    Prefix(r"text_embedding_projection\.", "comfyui", flat=False),
     Prefix(r"text_encoders\.[A-Za-z0-9_]+\.(?:transformer\.)?", "comfyui", flat=False),
     Prefix(rf"(?:{'|'.join(COMPONENTS)})\.(?:base_model\.model\.)?", "diffusers", flat=False),
     Prefix(r"base_model\.model\.", "safetensors", flat=False),
@@ -129,6 +130,7 @@ _LEAVES = (
     *(Leaf(f".{role}", role, "lycoris") for role in _LYCORIS),
     Leaf(".diff", "diff", "comfyui"),
     Leaf(".diff_b", "diff_b", "comfyui"),
+    Leaf(".diff_m", "diff_m", "comfyui"),
     Leaf(".set_weight", "set_weight", "comfyui"),
     Leaf(".reshape_weight", "reshape_weight", "comfyui"),
     Leaf(".scale", "norm_scale", "comfyui", _NORM),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -43,24 +42,27 @@ def adapter_line(adapter: Adapter) -> str:
 
 def adapter_table(adapter: Adapter) -> str:
     """Return an adapter as HTML: its line, and the first modules in a table."""
+    from html import escape
+
     rows = []
     for name, change in list(adapter.modules.items())[:_MOST_ROWS]:
         kind, rank, scale, shape, dtypes = _facts(change)
         size = f"{_size(shape[0])} × {_size(shape[1])}"
         number = "" if scale is None else f"{scale:g}"
-        rows.append([name, kind, size, "" if rank is None else rank, number, dtypes])
+        cells = [name, kind, size, "" if rank is None else rank, number, dtypes]
+        rows.append([escape(str(cell)) for cell in cells])
     header = ["module", "kind", "out × in", "rank", "scale", "dtypes"]
     more = len(adapter.modules) - len(rows)
     return (
-        f"<p>{html.escape(adapter_line(adapter))}</p><table>{_row(header, 'th')}"
+        f"<p>{escape(adapter_line(adapter))}</p><table>{_row(header, 'th')}"
         + "".join(_row(row, "td") for row in rows)
         + "</table>"
         + (f"<p>and {more} more</p>" if more > 0 else "")
     )
 
 
-def _row(cells: Iterable[object], tag: str) -> str:
-    texts = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+def _row(cells: Iterable[str], tag: str) -> str:
+    texts = "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
     return f"<tr>{texts}</tr>"
 
 

@@ -101,6 +101,10 @@ class OptionError(LoratoolsError, ValueError):
     """Options that contradict each other or are out of range."""
 
 
+class HubError(LoratoolsError, OSError):
+    """The Hub did not give or take what was asked for."""
+
+
 class MissingDependencyError(LoratoolsError, ImportError):
     """An optional package is needed and not installed."""
 

@@ -2,24 +2,34 @@
 
 An in-toto Statement, version 1: plain JSON that says which files (by digest) came from which
 inputs (by digest) through which operation, so that it can be checked, repeated, or signed later
-by other tools. It holds no time and no local paths, so equal runs give equal bytes.
+by other tools. It holds no time, and of paths only those of inputs that lie near the output,
+relative to the folder that holds it: equal runs give equal bytes, and nobody's folders are told.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.disk.errors import AdapterError, LoratoolsError
 from loratools_formats.disk.files import RegularFile
+from loratools_formats.disk.strict_json import read_object
 
 PROVENANCE_FILE = "provenance.json"
 PREDICATE_TYPE = "urn:loratools:operation:v1"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+OPERATION_KEY = "loratools.operation"
+"""Metadata of every weight file of ours: the command that made it."""
 MADE_HERE = b"# Made by loratools."
 """How a text file of ours begins that lies beside an output."""
+
+_MOST_BYTES = 16 << 20
+_MOST_DEPTH = 32
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -29,6 +39,7 @@ def statement(
     files: Iterable[Path],
     digest: Callable[[Path], Mapping[str, str]] | None = None,
     folder: Path | None = None,
+    output: Path | None = None,
 ) -> bytes:
     """Return the statement that `files` were made as `predicate` says, as UTF-8 JSON.
 
@@ -39,6 +50,8 @@ def statement(
         files: the files.
         digest: what to say of each; its sha256 by default.
         folder: what they are named relative to; None for their names alone.
+        output: the path that the output will have, which paths of inputs are told relative to;
+            None to leave them out.
     """
     describe = digest or (lambda path: {"sha256": sha256_of(path)})
     subject = [
@@ -52,7 +65,7 @@ def statement(
         "_type": _STATEMENT_TYPE,
         "subject": subject,
         "predicateType": PREDICATE_TYPE,
-        "predicate": predicate,
+        "predicate": _placed(predicate, None if output is None else _home(output)),
     }
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     # Bytes of file names and arguments that are no UTF-8, which JSON cannot hold.
@@ -74,7 +87,88 @@ def statement_of_one(
         digest: what to say of it; its sha256 by default.
     """
     describe = digest or (lambda place: {"sha256": sha256_of(place)})
-    return statement(predicate, [path], lambda _: describe(file))
+    return statement(predicate, [path], lambda _: describe(file), output=path)
+
+
+def _home(output: Path) -> Path:
+    return Path(os.path.realpath(output)).parent
+
+
+def _placed(value: Any, home: Path | None) -> Any:
+    """Return a predicate with its absolute paths relative to a folder, those far away left out."""
+    if isinstance(value, Mapping):
+        found = {key: _placed(item, home) for key, item in value.items()}
+        path = found.get("path")
+        if isinstance(path, str) and os.path.isabs(path) and "roles" in found:
+            near = None if home is None else _near(path, home)
+            del found["path"]
+            found |= {} if near is None else {"path": near}
+        return found
+    if isinstance(value, list | tuple):
+        return [_placed(item, home) for item in value]
+    return value
+
+
+def _near(path: str, home: Path) -> str | None:
+    """Return a path relative to a folder, if it lies in it or in the one above."""
+    real = Path(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    if not real.is_relative_to(home.parent) or home.parent == home:
+        return None
+    return Path(os.path.relpath(real, home)).as_posix()
+
+
+def statement_beside(file: Path) -> tuple[Path, ...]:
+    """Return where the statement about a file may lie: beside it, or in its folder."""
+    return Path(f"{os.fspath(file)}.{PROVENANCE_FILE}"), file.parent / PROVENANCE_FILE
+
+
+def load_statement(path: Path) -> dict[str, Any]:
+    """Read a statement of ours; its paths of inputs become absolute.
+
+    Raises:
+        MissingFileError: nothing lies there.
+        AdapterError: it is no sound statement, or another tool's.
+    """
+    found = read_object(path, _MOST_BYTES, name="statement", max_depth=_MOST_DEPTH)
+    subject, predicate = found.get("subject"), found.get("predicate")
+    if found.get("predicateType") != PREDICATE_TYPE or not isinstance(predicate, dict):
+        raise AdapterError(
+            "not a statement of loratools",
+            path=path,
+            got=found.get("predicateType"),
+            expected=PREDICATE_TYPE,
+        )
+    if not isinstance(subject, list) or not all(isinstance(one, dict) for one in subject):
+        raise AdapterError("the statement has no list of subjects", path=path)
+    target = path.parent if path.name == PROVENANCE_FILE else path
+    return {**found, "predicate": _absolute(predicate, _home(target))}
+
+
+def read_statement(path: Path) -> dict[str, Any] | None:
+    """Return a statement of ours; None if none lies there, or one that is not sound."""
+    try:
+        return load_statement(path)
+    except LoratoolsError:
+        return None
+
+
+def _absolute(value: Any, home: Path) -> Any:
+    if isinstance(value, dict):
+        found = {key: _absolute(item, home) for key, item in value.items()}
+        if isinstance(found.get("path"), str) and "roles" in found:
+            found["path"] = os.path.normpath(home / found["path"])
+        return found
+    return [_absolute(item, home) for item in value] if isinstance(value, list) else value
+
+
+def start_digest(path: Path, nbytes: int) -> dict[str, str]:
+    """Return a digest of a file's first bytes, which are its header, and the file's size."""
+    file = RegularFile(path)
+    try:
+        digest = hashlib.sha256(file.read_at(0, nbytes)).hexdigest()
+        return {"headerSha256": digest, "bytes": str(file.nbytes)}
+    finally:
+        file.close()
 
 
 def sha256_of(path: Path) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 
 def _erf(x: Array) -> Array:

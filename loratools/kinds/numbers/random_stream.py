@@ -9,14 +9,11 @@ These streams have been the same since torch 1.0; the tests compare them with th
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from loratools_formats.core.dtypes import DType, encode
+from loratools_formats.core.dtypes import Array, DType, encode
 from loratools_formats.disk.errors import UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 _LARGEST_PERMUTATION = (2**32 - 1) // 20  # torch changes the algorithm there
 

@@ -10,13 +10,11 @@ the room that PEFT makes for it, so that PEFT itself cannot use it.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 _MOST_MOMENTS = 10  # all that PEFT has; beyond, the roots of the polynomial lose digits
 

@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,9 +17,8 @@ from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import Subject
 from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
-
-Array = np.ndarray[Any, Any]
 
 _LARGEST_F16 = 65504.0
 _BLOCK = 1 << 22  # elements that are looked at together

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
@@ -112,6 +113,7 @@ def check(
     format_name: str | None = None,
     carry_unknown: bool = False,
     accepted: frozenset[str] = frozenset(),
+    named: Mapping[Path, str] = MappingProxyType({}),
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckRun:
@@ -124,6 +126,7 @@ def check(
         format_name: read paths as this format.
         carry_unknown: keep tensors that the format does not know.
         accepted: fingerprints of findings to leave out.
+        named: what to call paths that stand for references.
         workers: threads over adapters.
         progress: called with (adapters done, adapters in all).
     """
@@ -140,6 +143,7 @@ def check(
             subject = subject_of(
                 source, format_name, carry_unknown=carry_unknown, base=names, targets=targets
             )
+            subject = replace(subject, name=named.get(source))
         found = checked(subject, codes)
         new = tuple(finding for finding in found if not _is_accepted(finding, accepted))
         adapter = subject.adapter
@@ -177,6 +181,8 @@ def _is_accepted(finding: CheckFinding, accepted: frozenset[str]) -> bool:
 
 
 def _reference(subject: Subject) -> str:
+    if subject.name is not None:
+        return subject.name
     return "adapter" if subject.path is None else os.fspath(subject.path)
 
 

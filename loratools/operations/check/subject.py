@@ -56,6 +56,7 @@ class Subject:
         base: the base model's tensors by name; None if none was given.
         targets: the serving programs that it is meant for.
         doubts: what its format's loader would leave out.
+        name: the reference that it was given as; None if that is the path.
     """
 
     path: Path | None
@@ -64,6 +65,7 @@ class Subject:
     base: Names | None = None
     targets: tuple[Target, ...] = ()
     doubts: tuple[Finding, ...] = field(default=())
+    name: str | None = None
 
     @functools.cached_property
     def folder(self) -> Path | None:

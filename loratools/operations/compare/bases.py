@@ -6,8 +6,6 @@ changes outside of both does not meet the adapter.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from loratools.algebra.thin import Thin
@@ -19,9 +17,9 @@ from loratools.work.parallel import in_order
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.dtypes import Array
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
-
-Array = np.ndarray[Any, Any]
 
 
 def compare_bases(
@@ -49,15 +47,15 @@ def compare_bases(
     before, after = WeightsBeside(opener.adapter, base), WeightsBeside(opener.adapter, other)
     names = [name for name in opener.modules if name in (selection or Selection())]
 
-    def one(name: str) -> list[BasesModule] | str:
+    def one(name: str) -> list[BasesModule] | Finding:
         delta = opener.adapter.modules[name]
         try:
             weights = before.load(name, delta), after.load(name, delta)
         except LoratoolsError as error:
-            return f"{name} is left out: {error.message}"
+            return _left_out(name, error.message)
         module = opener.open(name)
         if any(w.shape != module.shape for pair in weights for w in pair):
-            return f"{name} is left out: its shapes differ"
+            return _left_out(name, "its shapes differ")
         labels = [
             f"{name}[{i}]" if module.layer.kind == "experts" else name
             for i in range(len(module.matrices))
@@ -66,15 +64,19 @@ def compare_bases(
         return [_differ(label, w0, w1, thin) for label, w0, w1, thin in groups]
 
     done = list(in_order(one, names, workers))
-    modules = tuple(report for found in done if not isinstance(found, str) for report in found)
-    notes = tuple(found for found in done if isinstance(found, str))
+    modules = tuple(each for one in done if not isinstance(one, Finding) for each in one)
+    found = tuple(each for each in done if isinstance(each, Finding))
     if not modules:
         raise AdapterError(
             "no module of the adapter is in both bases",
             path=adapter.source,
-            got=notes[0] if notes else "no module is selected",
+            got=found[0].message if found else "no module is selected",
         )
-    return BasesResult(None if adapter.source is None else str(adapter.source), modules, notes)
+    return BasesResult(None if adapter.source is None else str(adapter.source), modules, found)
+
+
+def _left_out(name: str, reason: str) -> Finding:
+    return Finding("not-in-both-bases", "warning", name, f"{name} is left out: {reason}")
 
 
 def _differ(label: str, before: Array, after: Array, thin: Thin) -> BasesModule:
@@ -87,6 +89,7 @@ def _differ(label: str, before: Array, after: Array, thin: Thin) -> BasesModule:
         _ratio(difference, before),
         _ratio(outputs, u.T @ before),
         _ratio(inputs, before @ v),
+        float(np.linalg.norm(outputs)),
         float(np.linalg.norm(outputs @ v)) / size if size else None,
     )
 

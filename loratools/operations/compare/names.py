@@ -10,27 +10,30 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import LoratoolsError
 
 
 def in_one_naming(
     adapters: Sequence[Adapter], base: Checkpoint | None
-) -> tuple[list[Adapter], list[str]]:
-    """Return adapters whose modules are named alike, and notes on those that keep their names.
+) -> tuple[list[Adapter], list[Finding]]:
+    """Return adapters whose modules are named alike, and findings on those that keep their names.
 
     Adapters of one format keep their names; of several, each goes to the base model's names where
     a way leads there.
     """
     if len({adapter.format for adapter in adapters}) == 1:
         return [in_base_layout(adapter, base) for adapter in adapters], []
-    named, notes = [], []
+    named: list[Adapter] = []
+    found: list[Finding] = []
     for adapter in adapters:
         try:
             named.append(_in_model_names(adapter, base))
         except LoratoolsError as error:
             named.append(adapter)
-            notes.append(f"{adapter.source} keeps its own names: {error.message}")
-    return named, notes
+            message = f"{adapter.source} keeps its own names: {error.message}"
+            found.append(Finding("names-kept", "warning", None, message))
+    return named, found
 
 
 def _in_model_names(adapter: Adapter, base: Checkpoint | None) -> Adapter:

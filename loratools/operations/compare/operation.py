@@ -10,29 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from loratools.algebra.clusters import clusters, leaves, linkage
-from loratools.algebra.linalg import gram, gram_in_single
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.operations.compare.names import in_one_naming
 from loratools.operations.compare.pair import pair_module
+from loratools.operations.compare.products import MANY, inner_products
 from loratools.operations.compare.result import CompareResult, PairModule, Unmatched
-from loratools.operations.compare.starts import Starts, starts, unknown
+from loratools.operations.compare.starts import FLOOR, FLOOR_IN_SINGLE, Starts, starts, unknown
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
 from loratools.work.selection import Selection
 from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.dtypes import Array
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError
 
-Array = np.ndarray[Any, Any]
-
-_MANY = 16
-"""From this many adapters on, products are float32 within blocks: cosines are good to 1e-6."""
 _FAMILY = 0.5
 _DUPLICATE = 0.99
 _LINEAGE = 0.5
@@ -126,8 +123,9 @@ def compare(
     if len(adapters) < 2:
         raise OptionError("comparing takes at least two adapters", got=len(adapters))
     options, selection = options or CompareOptions(), selection or Selection()
-    named, notes = in_one_naming(list(adapters.values()), base)
-    openers = [ThinModules(adapter, base, "compare") for adapter in named]
+    named, found = in_one_naming(list(adapters.values()), base)
+    many = len(named) >= MANY
+    openers = [ThinModules(adapter, base, "compare", once=many) for adapter in named]
     wanted = sorted({n for opener in openers for n in opener.modules if n in selection})
     done: list[_Module] = []
     for module in in_order(lambda n: _module(n, openers, options), wanted, workers):
@@ -139,18 +137,22 @@ def compare(
         raise AdapterError(
             "the adapters share no module",
             got=" and ".join(dict.fromkeys(examples)),
-            hint="; ".join(notes) or "Are they adapters of models with the same modules?",
+            hint="; ".join(each.message for each in found)
+            or "Are they adapters of models with the same modules?",
         )
     if any(opener.directional for opener in openers):
-        notes.append("DoRA modules are compared by their directions; `base` gives their changes")
-    if len(adapters) >= _MANY:
-        notes.append("sums are in blocks of float32, for speed: cosines are good to 1e-6")
+        message = "DoRA modules are compared by their directions; `base` gives their changes"
+        found.append(Finding("direction-only", "warning", None, message))
+    if many:
+        message = "sums are in blocks of float32, for speed: cosines are good to 1e-6"
+        found.append(Finding("single-precision", "note", None, message))
     partial = sum(module.partial for module in done)
     if partial:
-        notes.append(
+        message = (
             f"{partial} modules have full rank and are compared by their leading singular triplets"
         )
-    return _result(adapters, done, notes)
+        found.append(Finding("leading-part", "warning", None, message))
+    return _result(adapters, done, found)
 
 
 def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) -> _Module:
@@ -166,7 +168,7 @@ def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) 
         return _Module(name, present, f"its shapes differ: {shapes}", changes, begun)
     modules = [module for _, module in found]
     here = np.ix_(present, present)
-    changes[here], grams = _inner_products(modules)
+    changes[here], grams = inner_products(modules)
     ranks = [None if openers[i].modules[name].is_dora else module.rank for i, module in found]
     begun = _starts(modules, present, ranks, grams, count)
     least = min((rank for rank in ranks if rank), default=0)
@@ -177,24 +179,6 @@ def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) 
         detail = pair_module(name, first, second, changes, begun, options.drawn, options.seed)
     partial = any(thin.tail > 0.0 for module in modules for thin in module.matrices)
     return _Module(name, present, "", changes, begun, numbers, detail, partial)
-
-
-def _inner_products(modules: Sequence[ThinModule]) -> tuple[Array, list[Array]]:
-    """Return ⟨ΔWᵢ, ΔWⱼ⟩ summed over experts, and the Gram matrix of all rows of A of each."""
-    count = len(modules)
-    changes, grams = np.zeros((count, count)), []
-    for stack in zip(*(module.matrices for module in modules), strict=True):
-        starts = np.cumsum([0, *(thin.rank for thin in stack[:-1])])
-        scales = [thin.scale for thin in stack]
-        product = gram if len(stack) < _MANY else gram_in_single
-        b = product(np.concatenate([thin.b for thin in stack], axis=1))
-        a = product(np.concatenate([thin.a for thin in stack], axis=0).T)
-        b *= a
-        sums = np.add.reduceat(np.add.reduceat(b, starts, axis=0), starts, axis=1)
-        changes += sums * np.multiply.outer(scales, scales)
-        changes += np.diag([thin.tail for thin in stack])
-        grams.append(a)
-    return (changes + changes.T) / 2.0, grams
 
 
 def _starts(
@@ -213,7 +197,10 @@ def _starts(
     ends = np.cumsum([0, *sizes])
     rows = np.concatenate([np.arange(ends[place], ends[place + 1]) for place in known])
     width = modules[0].shape[1]
-    some = starts([g[np.ix_(rows, rows)] for g in grams], [sizes[p] for p in known], width)
+    if len(known) < len(modules):
+        grams = [gram[np.ix_(rows, rows)] for gram in grams]
+    floor = FLOOR if len(modules) < MANY else FLOOR_IN_SINGLE
+    some = starts(grams, [sizes[place] for place in known], width, floor)
     here = np.ix_([present[place] for place in known], [present[place] for place in known])
     for whole, part in zip(vars(found).values(), vars(some).values(), strict=True):
         whole[here] = part
@@ -221,7 +208,7 @@ def _starts(
 
 
 def _result(
-    adapters: Mapping[str, Adapter], done: Sequence[_Module], notes: Sequence[str]
+    adapters: Mapping[str, Adapter], done: Sequence[_Module], found: Sequence[Finding]
 ) -> CompareResult:
     names = tuple(adapters)
     count = len(names)
@@ -289,7 +276,7 @@ def _result(
             else None
             for i in range(count)
         ),
-        notes=tuple(notes),
+        findings=tuple(found),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -12,8 +11,8 @@ from loratools.algebra.thin import Thin, cosine
 from loratools.folding.thin_modules import ThinModule
 from loratools.operations.compare.result import PairModule
 from loratools.operations.compare.starts import Starts
+from loratools_formats.core.dtypes import Array
 
-Array = np.ndarray[Any, Any]
 Angles = tuple[float, float, float]
 
 

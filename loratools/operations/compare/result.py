@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loratools_formats.core.findings import Finding
+
 
 @dataclass(frozen=True)
 class PairModule:
@@ -90,7 +92,7 @@ class CompareResult:
         modules: of two adapters, each module both have; empty for more.
         unmatched: what was not compared.
         linear_losses: ‖mean − ΔWᵢ‖/‖ΔWᵢ‖ of each adapter in an even linear merge of all.
-        notes: what a user should know.
+        findings: what a user should know.
     """
 
     names: tuple[str, ...]
@@ -110,7 +112,7 @@ class CompareResult:
     modules: tuple[PairModule, ...]
     unmatched: tuple[Unmatched, ...]
     linear_losses: tuple[float | None, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class BasesModule:
         relative: ‖W₁ − W₀‖/‖W₀‖.
         outputs: ‖UUᵀ(W₁ − W₀)‖/‖UUᵀW₀‖, U the space of outputs that ΔW writes to.
         inputs: ‖(W₁ − W₀)VVᵀ‖/‖W₀VVᵀ‖, V the space of inputs that ΔW reads from.
+        projected: ‖UUᵀ(W₁ − W₀)‖.
         against_change: ‖UUᵀ(W₁ − W₀)VVᵀ‖/‖ΔW‖, where ΔW acts, against its own size.
     """
 
@@ -129,6 +132,7 @@ class BasesModule:
     relative: float | None
     outputs: float | None
     inputs: float | None
+    projected: float
     against_change: float | None
 
 
@@ -139,9 +143,9 @@ class BasesResult:
     Attributes:
         source: where the adapter was read from.
         modules: each that both bases have.
-        notes: modules left out, and why.
+        findings: modules left out, and why.
     """
 
     source: str | None
     modules: tuple[BasesModule, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]

@@ -7,18 +7,16 @@ still lies in the space of the adapter that it was made from.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from loratools_formats.core.dtypes import Array
 
 _WIDE = 0.5
 """Spaces that share more than this at random tell nothing."""
-_FLOOR = 1e-10
+FLOOR, FLOOR_IN_SINGLE = 1e-10, 1e-5
 """Eigenvalues of a Gram matrix below this share of the largest are rounding."""
 
 
@@ -46,17 +44,19 @@ def unknown(count: int) -> Starts:
     return Starts(inner, ours, theirs, overlaps)
 
 
-def starts(grams: Sequence[Array], ranks: Sequence[int], width: int) -> Starts:
+def starts(
+    grams: Sequence[Array], ranks: Sequence[int], width: int, floor: float = FLOOR
+) -> Starts:
     """Compare A factors from their Gram matrices.
 
     Args:
         grams: for each expert, the (R, R) inner products of all rows of all A, R = Σ rᵢ.
         ranks: rᵢ of each adapter.
         width: columns of A.
+        floor: share of the largest eigenvalue of a Gram matrix below which one is rounding.
     """
     ends = np.cumsum([0, *ranks])
-    blocks = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
-    count = len(blocks)
+    count = len(ranks)
     inner, ours, theirs, overlaps = np.zeros((4, count, count))
     for gram in grams:
         diagonal = np.diag(gram)
@@ -66,24 +66,29 @@ def starts(grams: Sequence[Array], ranks: Sequence[int], width: int) -> Starts:
             inner[here] += gram[np.ix_(rows, rows)]
             ours[here] += diagonal[rows][:, None]
             theirs[here] += diagonal[rows]
-        overlaps += _overlaps(gram, blocks, width) / len(grams)
+        overlaps += _overlaps(gram, ranks, width, floor) / len(grams)
     return Starts(inner, ours, theirs, overlaps)
 
 
-def _overlaps(gram: Array, blocks: Sequence[slice], width: int) -> Array:
+def _overlaps(gram: Array, ranks: Sequence[int], width: int, floor: float) -> Array:
     """Return the (N, N) overlaps of row spaces, less those of random spaces."""
-    bases = [_basis(gram[block, block]) for block in blocks]
-    rows = [basis.T @ gram[block] for basis, block in zip(bases, blocks, strict=True)]
-    tall = np.concatenate(rows)
-    columns = [tall[:, block] @ basis for basis, block in zip(bases, blocks, strict=True)]
-    sizes = np.array([basis.shape[1] for basis in bases])
-    first = np.cumsum([0, *sizes[:-1]])
-    shared = np.zeros((len(blocks), len(blocks)))
-    for j, part in enumerate(columns):
-        if part.size:
-            padded = np.concatenate([np.sum(part**2, axis=1), [0.0]])
-            sums = np.add.reduceat(padded, first)
-            shared[:, j] = np.where(sizes > 0, sums, 0.0)
+    starts = np.cumsum([0, *ranks[:-1]])
+    count = len(ranks)
+    sizes, shared = np.zeros(count), np.zeros((count, count))
+    groups = []  # all adapters of one rank are computed at once
+    for rank in sorted(set(ranks)):
+        members = np.flatnonzero(np.array(ranks) == rank)
+        rows = starts[members][:, None] + np.arange(rank)
+        bases, sizes[members] = _bases(gram[rows[:, :, None], rows[:, None, :]], floor)
+        groups.append((members, rows, bases))
+    for ours, our_rows, our_bases in groups:
+        for theirs, their_rows, their_bases in groups:
+            part = gram[np.ix_(our_rows.reshape(-1), their_rows.reshape(-1))]
+            half = our_bases.transpose(0, 2, 1) @ part.reshape(*our_rows.shape, -1)
+            half = half.reshape(our_rows.size, *their_rows.shape).transpose(1, 0, 2)
+            whole = np.sum((half @ their_bases) ** 2, axis=2)  # (theirs, rows of ours)
+            sums = whole.reshape(len(theirs), *our_rows.shape).sum(axis=2)
+            shared[np.ix_(ours, theirs)] = sums.T
     smaller = np.minimum.outer(sizes, sizes)
     random = np.maximum.outer(sizes, sizes) / width
     shared = np.divide(shared, smaller, out=np.full_like(shared, np.nan), where=smaller > 0)
@@ -91,9 +96,16 @@ def _overlaps(gram: Array, blocks: Sequence[slice], width: int) -> Array:
     return found
 
 
-def _basis(gram: Array) -> Array:
-    """Return T: (r, k) so that TᵀA has orthonormal rows, of A with A Aᵀ = gram."""
-    values, vectors = np.linalg.eigh(gram)
-    kept = values > _FLOOR * max(float(values[-1]), np.finfo(np.float64).tiny)
-    basis: Array = vectors[:, kept] / np.sqrt(values[kept])
-    return basis
+def _bases(grams: Array, floor: float) -> tuple[Array, Array]:
+    """Return T (N, r, r) and k (N,): the last k columns of TᵀA are orthonormal, the others zero.
+
+    Args:
+        grams: (N, r, r), A Aᵀ of each.
+        floor: share of the largest eigenvalue below which one is rounding.
+    """
+    values, vectors = np.linalg.eigh(grams)
+    least = floor * np.maximum(values[:, -1:], np.finfo(np.float64).tiny)
+    kept = values > least
+    roots = np.sqrt(np.where(kept, values, 1.0))
+    bases: Array = np.where(kept, 1.0 / roots, 0.0)[:, None, :] * vectors
+    return bases, kept.sum(axis=1)

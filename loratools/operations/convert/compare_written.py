@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,10 +14,9 @@ from loratools.lowrank.matrices import loaded
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class SingleFileOptions:
     """
 
     names: str | None = option(None, heading="Input", metavar="TABLE")
-    names_from: Path | None = option(None, heading="Input")
+    names_from: Path | None = option(None, heading="Input", reference="adapter")
     component: str | None = option(None, heading="Input", metavar="NAME")
     alpha: Literal["exact", "fold", "keep"] = "exact"
     as_it_is: bool = False

@@ -22,10 +22,9 @@ import numpy as np
 from loratools.algebra.device import Device, to_numpy
 from loratools.operations.fuse.terms import DoraTerm, RowsTerm, Term, View
 from loratools.work.buffers import Buffers
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-
-Array = np.ndarray[Any, Any]
 
 _BLOCK_ELEMENTS = 1 << 19
 _MIN_SINGLE_ELEMENTS = 1 << 18

@@ -8,7 +8,6 @@ or Q8_0.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections import Counter
@@ -31,11 +30,12 @@ from loratools.operations.fuse.operation import (
     refuse_rounded,
 )
 from loratools.operations.fuse.plan import TensorPlan
-from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor, not_finite
+from loratools.operations.fuse.tensor import TensorReport, fuse_tensor, not_finite
 from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
+from loratools.work.call import kept
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
-from loratools.work.provenance import operation_record
+from loratools.work.provenance import InputFile, operation_record
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.containers.gguf.container import GgufTensor
@@ -43,11 +43,16 @@ from loratools_formats.containers.gguf.ggml_types import BY_NAME, GgmlType, deco
 from loratools_formats.containers.gguf.model import ModelLayout, decoded
 from loratools_formats.containers.gguf.splits import GgufModel
 from loratools_formats.contract.files import check_target
-from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 from loratools_formats.disk.files import create, write_at
-from loratools_formats.disk.provenance import PREDICATE_TYPE, PROVENANCE_FILE, statement_of_one
+from loratools_formats.disk.provenance import (
+    PREDICATE_TYPE,
+    PROVENANCE_FILE,
+    start_digest,
+    statement_of_one,
+)
 from loratools_formats.disk.publish import publish_with, resolved
 
 Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -97,6 +102,7 @@ class GgufFusion:
         self, base: GgufModel, inputs: Sequence[FuseInput], options: GgufFuseOptions
     ) -> None:
         self.base, self.options = base, options
+        self._recorded = kept(self._record)
         self.inputs = tuple(inputs)
         changes: dict[str, list[WeightedChange]] = {}
         for item in inputs:
@@ -164,10 +170,10 @@ class GgufFusion:
             self.layout.check_written(temporary)
             self._check_unchanged()
             beside[PROVENANCE_FILE] += statement_of_one(
-                self._record(),
+                self._recorded(),
                 Path(output),
                 temporary,
-                lambda place: _header_digest(place, self.layout.data_start),
+                lambda place: start_digest(place, self.layout.data_start),
             )
         return FuseResult(
             tensors=reports,
@@ -202,7 +208,11 @@ class GgufFusion:
     def _record(self) -> dict[str, Any]:
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
         weights = [item.weight for item in self.inputs]
-        record = operation_record(
+        parts = [
+            InputFile("base", part.file.path, start_digest(part.file.path, part.data_start))
+            for part in self.base.parts
+        ]
+        return operation_record(
             "fuse",
             names,
             {
@@ -210,16 +220,8 @@ class GgufFusion:
                 "outtype": self.options.outtype,
                 "fallback": self.options.fallback or "f16",
             },
+            others=parts,
         )
-        record["inputs"][:0] = [
-            {
-                "role": "base",
-                "name": part.file.path.name,
-                "digest": _header_digest(part.file.path, part.data_start),
-            }
-            for part in self.base.parts
-        ]
-        return record
 
     def _fill(
         self, path: Path, progress: Callable[[int, int], None] | None
@@ -336,10 +338,3 @@ def _fallbacks(
 def _joined(base: GgufModel) -> list[Finding]:
     message = f"the {len(base.parts)} parts of the model became one file"
     return [Finding("parts-joined", "note", None, message)] if len(base.parts) > 1 else []
-
-
-def _header_digest(path: Path, nbytes: int) -> Mapping[str, str]:
-    """Return a digest of a file's header alone, and its size."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(nbytes)).hexdigest()
-    return {"headerSha256": digest, "bytes": str(path.stat().st_size)}

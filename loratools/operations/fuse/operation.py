@@ -29,7 +29,8 @@ from loratools.base.dequantised import (
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
-from loratools.operations.fuse.tensor import Array, TensorReport, fuse_tensor
+from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
+from loratools.work.call import kept
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record
 from loratools.work.requests import Sharding
@@ -39,6 +40,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
@@ -226,6 +228,7 @@ class Fusion:
 
     def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.options = options
+        self._recorded = kept(self._record)
         self.inputs = tuple(
             replace(
                 item,
@@ -248,7 +251,7 @@ class Fusion:
                 metadata=dequantised_metadata(self._dequantised),
             ),
             self._config(),
-            self._record,
+            self._recorded,
             tuple(item.adapter for item in self.inputs),
         )
 
@@ -443,7 +446,7 @@ class Fusion:
             AdapterError: an input is malformed, or values are not finite.
         """
         with threadpool_limits(1), ThreadPoolExecutor(1) as digesting:
-            record = digesting.submit(self._record)
+            record = digesting.submit(self._recorded)
             left_out = write_checkpoint(
                 replace(self.new, provenance=record.result),
                 output,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loratools.base.placement import BiasPlacement, Placement, Placements, place
-from loratools.folding.without_base import folded_where_exact, needs_base
+from loratools.folding.without_base import folded_where_exact, needs_base, to_lora_command
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
 from loratools.operations.fuse.classifier import classifier_of
@@ -26,12 +26,10 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES
 from loratools_formats.checkpoints.facts import is_vocabulary, text_values, with_text_values
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.dtypes import DTYPES, DType
+from loratools_formats.core.dtypes import DTYPES, Array, DType
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 ADDABLE = (*FLOATING, *FP8_TYPES)
@@ -199,7 +197,14 @@ def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
 
 def _in_names_of(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter whose names lead to a checkpoint's tensors."""
-    named = named_for_base(ready(adapter, base), base)
+    given = ready(adapter, base)
+    try:
+        named = named_for_base(given, base)
+    except UnsupportedError as error:
+        change = given.modules.get(error.tensor or "")
+        if change is not None:
+            error.hint = f"Make it a plain LoRA first: {to_lora_command(adapter, change)}"
+        raise
     return in_class_names([named], base)[0] if adapter.format == "mlx" else named
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -23,10 +22,9 @@ from loratools.operations.fuse.tensor import TensorReport
 from loratools.operations.fuse.terms import View, load_terms, stacked
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight, quantized_weights
 from loratools_formats.checkpoints.shard_plan import Blank, Sink
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError
-
-Array = np.ndarray[Any, Any]
 
 
 class Requantized:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -25,9 +24,8 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product, Rows
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,10 +13,8 @@ from loratools.algebra.device import Device
 from loratools.operations.fuse.blocks import BUFFERS, fused_blocks, single_precision
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.terms import RowsTerm, Term, View, load_terms, stacked
-from loratools_formats.core.dtypes import round_into
+from loratools_formats.core.dtypes import Array, round_into
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
-
-Array = np.ndarray[Any, Any]
 
 _CHECKED_ELEMENTS = 1 << 20
 _LEAST_SQUARES = 1e-25

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +18,8 @@ from loratools.base.placement import BiasPlacement, Placement, Span
 from loratools.kinds.declaration import Rows
 from loratools.operations.fuse.streamed import StreamedPlacement
 from loratools_formats.core.adapter import LowRank
-from loratools_formats.core.dtypes import converted
+from loratools_formats.core.dtypes import Array, converted
 from loratools_formats.disk.errors import AdapterError
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -226,6 +223,12 @@ def _bias_terms(placement: BiasPlacement, weight: float, view: View) -> list[Ter
             "bias of factors holds NaN or infinite values", tensor=placement.bias.key
         )
     rows = placement.scale * _picked(values, placement.rows)
+    if view.columns > 1:  # a parameter of several dimensions
+        size = view.rows, view.columns
+        sides = np.eye(size[0]), rows.reshape(size)
+        if size[0] > size[1]:
+            sides = rows.reshape(size), np.eye(size[1])
+        return [Term(placement.module, 0, (0, size[0]), (0, size[1]), *sides, weight)]
     one = np.ones((1, 1))
     found = [
         Term(placement.module, 0, outputs, (0, 1), rows[span[0] : span[1], None], one, weight)

@@ -7,7 +7,7 @@ module is: its shape, layer kind and, for square weights, which way round it is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from loratools_formats.contract.commands import command_on
@@ -55,12 +55,17 @@ class AlignedModule:
 
 
 def align(
-    inputs: Sequence[MergeInput], *, force_base: bool = False, allow_missing: bool = False
+    inputs: Sequence[MergeInput],
+    *,
+    force_base: bool = False,
+    allow_missing: bool = False,
+    leave: Collection[str] = (),
 ) -> list[AlignedModule]:
     """Return every module that any adapter has, in path order.
 
     Args:
         inputs: the adapters.
+        leave: modules to leave out, which are merged otherwise.
         force_base: take adapters that name different base models.
         allow_missing: take adapters that share few modules with the others, or none.
 
@@ -77,7 +82,7 @@ def align(
         raise AdapterError("the adapters have no modules to merge", path=inputs[0].adapter.source)
     for item in inputs if len(inputs) > 1 and not allow_missing else ():
         _check_names_meet(item, inputs)
-    modules = [_aligned(name, inputs) for name in names]
+    modules = [_aligned(name, inputs) for name in names if name not in leave]
     _check_weights({module.name for module in modules if module.needs_base}, inputs)
     return modules
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from loratools.operations.merge.elementwise import ties
@@ -11,8 +9,8 @@ from loratools.operations.merge.methods import Method
 from loratools.operations.merge.sign_election import Flavor, MajoritySign
 from loratools.operations.merge.space import SharedSpace, lifted
 from loratools.operations.merge.tasks import DenseRows, Tasks
+from loratools_formats.core.dtypes import Array
 
-Array = np.ndarray[Any, Any]
 _RELATIVE_FLOOR = 1e-10
 
 

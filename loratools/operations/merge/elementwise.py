@@ -13,16 +13,15 @@ mergekit   per module    weighted entries weight that agrees    the L1 norm befo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from loratools.operations.merge.methods import Method
 from loratools.operations.merge.sign_election import Flavor, MajoritySign, elected
 from loratools.operations.merge.tasks import RowReader, Tasks
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
-
-Array = np.ndarray[Any, Any]
 
 
 def _checked_density(density: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -12,11 +11,9 @@ from loratools.lowrank.planned import PlannedFactors
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.module import MergedModule
 from loratools_formats.core.adapter import LowRank
-from loratools_formats.core.dtypes import DType, common_dtype, encode
+from loratools_formats.core.dtypes import Array, DType, common_dtype, encode
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 
 def merged_bias(module: AlignedModule, merged: MergedModule) -> TensorRef | None:

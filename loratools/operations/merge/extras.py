@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from loratools.operations.merge.align import MergeInput
 from loratools_formats.core.adapter import Addition, Replacement
-from loratools_formats.core.dtypes import common_dtype, encode
+from loratools_formats.core.dtypes import Array, common_dtype, encode
 from loratools_formats.core.tensors import TensorRef, have_same_bits, in_memory
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-
-Array = np.ndarray[Any, Any]
 
 
 def refuse_replaced_modules(inputs: Sequence[MergeInput]) -> None:
@@ -143,7 +140,8 @@ def merged_additions(
             raise UnsupportedError(
                 "what adapters add to biases and norms can only be merged by a weighted sum",
                 tensor=key,
-                hint="Use `method=linear`",
+                hint="Use `method=linear`, or pass `linear_differences=True` to add up differences "
+                "by their weights",
             )
         shape = first.tensor.shape
         if any(entry is not None and entry[1].tensor.shape != shape for entry in found):
@@ -166,18 +164,32 @@ def merged_additions(
     return result
 
 
-def agreed_carried(inputs: Sequence[MergeInput]) -> dict[str, TensorRef]:
-    """Return the carried tensors of all adapters.
+def agreed_carried(inputs: Sequence[MergeInput], policy: str | None) -> dict[str, TensorRef]:
+    """Return the carried tensors of all adapters, such as the embeddings that kohya's files bundle.
+
+    Args:
+        inputs: the adapters.
+        policy: as for `agreed_replacements`.
 
     Raises:
-        AdapterError: two adapters carry different tensors under one name.
+        AdapterError: two adapters carry different tensors under one name, and the policy does not
+            settle which it is to be.
     """
     result: dict[str, TensorRef] = {}
-    for item in inputs:
-        for key, tensor in item.adapter.carried.items():
-            if key in result and not have_same_bits(result[key], tensor):
-                raise AdapterError(
-                    "adapters carry different tensors under one name", tensor=key, got=item.name
-                )
-            result.setdefault(key, tensor)
+    for key in sorted({key for item in inputs for key in item.adapter.carried}):
+        holders = [item for item in inputs if key in item.adapter.carried]
+        found = [item.adapter.carried[key] for item in holders]
+        if all(have_same_bits(found[0], other) for other in found[1:]) or policy == "first":
+            result[key] = found[0]
+        elif policy == "average" and all(tensor.dtype.floating for tensor in found):
+            result[key] = _average(key, [Replacement("other", key, t) for t in found]).tensor
+        elif policy in [item.name for item in holders]:
+            result[key] = found[[item.name for item in holders].index(policy)]
+        else:
+            raise AdapterError(
+                "adapters carry different tensors under one name",
+                tensor=key,
+                got=", ".join(item.name for item in holders),
+                hint="Settle it with `replacements`: first, average or an adapter's name",
+            )
     return result

@@ -38,9 +38,9 @@ from loratools.operations.merge.tasks import (
     ZeroRows,
 )
 from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-Array = np.ndarray[Any, Any]
 Space = Literal["full", "core"]
 
 

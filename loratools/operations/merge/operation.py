@@ -43,17 +43,29 @@ from loratools.operations.merge.options import MergeOptions
 from loratools.operations.merge.result import MergeModuleReport, MergeResult
 from loratools.operations.merge.spellings import in_one_spelling
 from loratools.operations.merge.trim import SharedTrim
+from loratools.operations.merge.weightless import (
+    heard,
+    nothing_left,
+    weights_of,
+    without_weight,
+)
+from loratools.operations.merge.whole import (
+    MergedWhole,
+    WholeModule,
+    is_whole,
+    merged_whole,
+    refuse_unasked,
+    whole_modules,
+)
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
-from loratools_formats.core.dtypes import common_dtype
+from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.metadata import merged_from
 from loratools_formats.disk.errors import OptionError
-
-Array = np.ndarray[Any, Any]
 
 _OVERSAMPLE = 10
 
@@ -90,13 +102,21 @@ def merge(
     """
     method = get_method(options.method)
     options = replace(options, parameters=method.checked(options.parameters))
+    inputs, dropped = without_weight(inputs, options)
     inputs = in_one_naming([_folded(item, scratch_folder) for item in inputs])
     inputs = in_one_spelling(inputs, base)
     _check(inputs, options, method)
-    modules = align(inputs, force_base=options.force_base, allow_missing=options.allow_missing)
-    modules, silent = _heard(modules, inputs, options)
+    others, wholes = whole_modules(inputs)
+    modules = align(
+        inputs,
+        force_base=options.force_base,
+        allow_missing=options.allow_missing,
+        leave={module.name for module in wholes},
+    )
+    modules, silent = heard(modules, others, options, has_others=bool(wholes))
     refuse_replaced_modules(inputs)
-    work = _Merge(inputs, options, method, modules, base, scratch_folder)
+    work = _Merge(inputs, options, method, modules, wholes, base, scratch_folder)
+    silent = tuple(sorted({*dropped, *silent, *work.whole_silent}))
 
     def record() -> dict[str, Any]:
         adapters = {f"{index}": item.adapter for index, item in enumerate(inputs)}
@@ -106,67 +126,29 @@ def merge(
     done = work.run(record, progress)
     residuals = [outcome.squared_residual for outcome in done.outcomes]
     known = [residual for residual in residuals if residual is not None]
+    squared_norm = done.squared_norm + sum(each.squared_norm for each in work.whole)
+    lost = sum(each.squared_error for each in done.outcomes)
+    lost += sum(each.squared_error for each in work.whole)
+    kept = squared_norm - done.squared_norm + sum(outcome.kept for outcome in done.outcomes)
+    reports = [*(outcome.report for outcome in done.outcomes), *map(_of_whole, work.whole)]
     return MergeResult(
         work.finished(done.modules, done.record),
-        tuple(outcome.report for outcome in done.outcomes),
-        share(sum(outcome.kept for outcome in done.outcomes), done.squared_norm),
-        done.relative_error,
-        ratio(sum(known), done.squared_norm) if len(known) == len(residuals) else None,
+        tuple(sorted(reports, key=lambda report: report.name)),
+        share(kept, squared_norm),
+        ratio(lost, squared_norm),
+        ratio(sum(known), squared_norm) if len(known) == len(residuals) else None,
         silent,
     )
 
 
-_SCALING = frozenset(
-    {
-        "linear", "cat", "ties", "magnitude_prune", "dare_linear", "dare_ties", "della",
-        "breadcrumbs",
-    }
-)  # fmt: skip
-"""Methods whose result is zero where every weight is."""
-
-
-def _heard(
-    modules: list[AlignedModule], inputs: Sequence[MergeInput], options: MergeOptions
-) -> tuple[list[AlignedModule], tuple[str, ...]]:
-    """Return the modules to which an adapter contributes, and the paths of the others.
-
-    Raises:
-        OptionError: there are no modules of the first sort.
-    """
-    if options.method not in _SCALING or options.parameters.get("normalize"):
-        return modules, ()
-    silent = tuple(
-        module.name
-        for module in modules
-        if not any(
-            weight != 0
-            for weight, delta in zip(
-                _weights_of(module.name, inputs, options), module.deltas, strict=True
-            )
-            if delta is not None
-        )
-    )
-    if len(silent) == len(modules):
-        raise OptionError(
-            "nothing is left: the weight of every adapter is 0 in every module that it has"
-        )
-    left = set(silent)
-    return [module for module in modules if module.name not in left], silent
-
-
-def _weights_of(
-    name: str, inputs: Sequence[MergeInput], options: MergeOptions
-) -> np.ndarray[Any, Any]:
-    for override in options.overrides:
-        weights = override.weights
-        if weights is not None and re.search(override.match, name):
-            return np.array(weights * len(inputs) if len(weights) == 1 else weights)
-    return np.array([item.weight for item in inputs])
+def _of_whole(merged: MergedWhole) -> MergeModuleReport:
+    error = ratio(merged.squared_error, merged.squared_norm)
+    return MergeModuleReport(merged.name, merged.ranks_in, None, 1.0, error, merged.absent)
 
 
 def _folded(item: MergeInput, scratch_folder: Path | None) -> MergeInput:
     """Return an input whose kinds are folded into factors, exactly, with scales above 0."""
-    adapter = folded_exactly(item.adapter, "merge", scratch_folder)
+    adapter = folded_exactly(item.adapter, "merge", scratch_folder, keeps=is_whole)
     modules = {name: of_positive_scale(delta) for name, delta in adapter.modules.items()}
     return replace(item, adapter=replace(adapter, modules=modules))
 
@@ -219,6 +201,7 @@ class _Merge(Ranked[_Merged, Measured]):
         options: MergeOptions,
         method: Method,
         modules: list[AlignedModule],
+        wholes: Sequence[WholeModule],
         base: Checkpoint | None,
         scratch_folder: Path | None,
     ) -> None:
@@ -238,6 +221,9 @@ class _Merge(Ranked[_Merged, Measured]):
         is_paper = any(each.get("flavor") == "paper" for each in settings)
         if method.name == "ties" and is_paper and options.space == "full":
             self.trim = SharedTrim(modules)
+        self.whole, self.whole_silent = self._merged_whole(wholes, Scratch(scratch_folder))
+        if not modules and not self.whole:
+            raise nothing_left()
         self._around = self._without_modules()
         super().__init__(
             list(self.modules),
@@ -255,7 +241,7 @@ class _Merge(Ranked[_Merged, Measured]):
             modules={},
             additions=merged_additions(self.inputs, self.coefficients),
             replacements=agreed_replacements(self.inputs, self.merge_options.replacements),
-            carried=agreed_carried(self.inputs),
+            carried=agreed_carried(self.inputs, self.merge_options.replacements),
             config=_config(first, self.inputs),
             # The first adapter's card does not describe the result.
             attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
@@ -263,21 +249,35 @@ class _Merge(Ranked[_Merged, Measured]):
             inputs=tuple(file for item in self.inputs for file in item.adapter.inputs),
         )
 
+    def _merged_whole(
+        self, wholes: Sequence[WholeModule], scratch: Scratch
+    ) -> tuple[list[MergedWhole], list[str]]:
+        """Return the full differences of the result, and the modules without any weight."""
+        if not wholes:
+            return [], []
+        if self.coefficients is None:
+            refuse_unasked(wholes, self.method.name)
+            return [], []
+        done = [merged_whole(module, self.coefficients, scratch) for module in wholes]
+        return [m for m in done if m.change is not None], [m.name for m in done if not m.change]
+
     def adapter(self, modules: Mapping[str, ModuleChange]) -> Adapter:
-        return replace(self._around, modules=dict(modules))
+        whole = {each.name: each.change for each in self.whole if each.change is not None}
+        return replace(self._around, modules=dict(sorted({**modules, **whole}.items())))
 
     @property
     def coefficients(self) -> Callable[[str, Array], Array] | None:
         """Coefficients from a name and inner products; None if the method is no weighted sum."""
         if self.method.kind != "span":
-            return None
+            wanted = self.merge_options.linear_differences
+            return (lambda name, _: self._weights(name)) if wanted else None
         function = self.method.function
         return lambda name, gram: np.asarray(
             function(gram, self._weights(name), **self._parameters(name))
         )
 
-    def _weights(self, name: str) -> np.ndarray[Any, Any]:
-        return _weights_of(name, self.inputs, self.merge_options)
+    def _weights(self, name: str) -> Array:
+        return weights_of(name, self.inputs, self.merge_options)
 
     def _parameters(self, name: str) -> dict[str, Any]:
         for override in self.merge_options.overrides:

@@ -11,7 +11,7 @@ from loratools.algebra.ranks import RankRule, as_options
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.module import Space
 from loratools.work.declared import declared, option
-from loratools.work.selection import check_regex
+from loratools.work.selection import Dropping, check_regex
 from loratools.work.spellings import key_value, share
 from loratools_formats.disk.errors import OptionError
 
@@ -108,11 +108,14 @@ class MergeOptions:
         rule: how ranks are chosen; without one, span methods keep the sum's rank, core methods
             theirs, and elementwise methods get the largest rank of the inputs.
         compute: how to compute and store.
+        dropping: which modules leave the adapters.
         space: where elementwise methods work: on full weights, or in the space that the factors
             share (core): cheap, of low rank, and another method than on full weights.
         overrides: weights in modules whose path matches, one for all adapters or one each; the
             first match decides.
         replacements: settle clashing saved modules: first, average or an adapter's name.
+        linear_differences: add up full differences, and what is added to biases and norms, by their
+            weights, though the method is no weighted sum.
         force_base: merge adapters that name different base models.
         allow_missing: merge adapters that share few modules or none; what one lacks counts as zero.
     """
@@ -121,6 +124,7 @@ class MergeOptions:
     parameters: dict[str, Any] = field(default_factory=dict)
     rule: RankRule = field(default_factory=RankRule)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
+    dropping: Dropping = field(default_factory=Dropping)
     space: Space = option("full", heading="Method")
     overrides: tuple[Override, ...] = option(
         (),
@@ -130,6 +134,7 @@ class MergeOptions:
         parse=weight_override,
     )
     replacements: str | None = option(None, heading="Method", metavar="WHICH")
+    linear_differences: bool = option(False, heading="Method")
     force_base: bool = option(False, heading="Input")
     allow_missing: bool = option(False, heading="Input")
 
@@ -146,6 +151,8 @@ class MergeOptions:
         }
         if self.overrides:
             values["overrides"] = [override.record() for override in self.overrides]
+        if self.linear_differences:
+            values["linear_differences"] = True
         if self.replacements is not None:
             values["replacements"] = self.replacements
         return values

@@ -10,8 +10,8 @@
     overrides:
     - {match: mlp, weights: [0.3, 0.7]}
 
-Paths are relative to the recipe's folder. A digest, if given, must be that of the
-adapter's weights. Whatever is not known is an error that names its place in the file.
+Paths are relative to the recipe's folder, or references to the Hub. A digest, if given, must be
+that of the adapter's weights. Whatever is not known is an error that names its place in the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import math
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -29,19 +29,23 @@ from typing import Any
 import yaml
 
 from loratools.algebra.ranks import Budget, RankRule, as_options
+from loratools.hub.references import Want, parse
+from loratools.hub.resolve import located
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.options import MergeOptions, Override
 from loratools.work.declared import option
-from loratools.work.selection import check_regex
+from loratools.work.selection import Dropping, check_regex
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
+from loratools_formats.disk.hub_cache import cached_place
 from loratools_formats.disk.provenance import MADE_HERE
 
 RECIPE_FILE = "recipe.yaml"
 _VERSION = 1
 _MAX_BYTES = 1 << 20
+_SWITCHES = ("linear_differences", "force_base", "allow_missing")
 _NOT_IN_RECIPES = ("workers", "device")
 
 
@@ -54,7 +58,7 @@ class RecipeFiles:
         save_recipe: also write them there.
     """
 
-    recipe: Path | None = option(None, heading="Input")
+    recipe: Path | None = option(None, heading="Input", reference="file")
     save_recipe: Path | None = option(None, heading="Output")
 
 
@@ -179,7 +183,10 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             "compute": False,
             "overrides": False,
             "replacements": False,
+            "drop": False,
+            "keep": False,
             "base": False,
+            "linear_differences": False,
             "force_base": False,
             "allow_missing": False,
         },
@@ -195,7 +202,7 @@ def _recipe(content: Any, folder: Path) -> Recipe:
     space = fields.get("space", "full")
     if space not in ("full", "core"):
         raise _fail("$.space", "is wrong", got=space, expected="full or core")
-    allowed = {name: _switch(fields, name) for name in ("force_base", "allow_missing")}
+    switches = {name: _switch(fields, name) for name in _SWITCHES}
     name = _text(fields["method"], "$.method")
     method: Method = _placed("$.method", lambda: get_method(name))
     base = fields.get("base")
@@ -211,11 +218,51 @@ def _recipe(content: Any, folder: Path) -> Recipe:
             for index, item in enumerate(_list(fields.get("overrides", []), "$.overrides"))
         ),
         replacements=None if policy is None else _text(policy, "$.replacements"),
-        **allowed,
+        dropping=Dropping(
+            **{key: _regex(fields[key], f"$.{key}") for key in ("drop", "keep") if key in fields}
+        ),
+        **switches,
     )
     return Recipe(
-        tuple(adapters), options, None if base is None else folder / _text(base, "$.base")
+        tuple(adapters),
+        options,
+        None if base is None else _place(folder, _text(base, "$.base")),
     )
+
+
+def _place(folder: Path, text: str) -> Path:
+    """Return where a recipe's adapter or base is: beside the recipe, or on the Hub."""
+    here = folder / text
+    is_reference = not os.path.lexists(here) and parse(text, "adapter") is not None
+    return Path(text) if is_reference else here
+
+
+def with_local_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe with what it names on the Hub brought here.
+
+    Args:
+        recipe: as it was read.
+        folder: where it was read; that of a cached one may lack what lies beside it on the Hub.
+
+    Raises:
+        LoratoolsError: a reference cannot be resolved.
+    """
+    adapters = tuple(
+        replace(each, path=_local(each.path, "adapter", folder)) for each in recipe.adapters
+    )
+    base = None if recipe.base is None else _local(recipe.base, "model", folder)
+    return replace(recipe, adapters=adapters, base=base)
+
+
+def _local(path: Path, want: Want, folder: Path) -> Path:
+    if os.path.lexists(path):
+        return path
+    place = cached_place(os.path.normpath(path))
+    if place is not None:
+        text = place.reference
+    else:
+        text = path.name if path.parent == folder else os.fspath(path)
+    return located(text, want, beside="all" if want == "adapter" else "nothing") or path
 
 
 def _switch(fields: Mapping[str, Any], name: str) -> bool:
@@ -229,7 +276,7 @@ def _adapter(value: Any, place: str, folder: Path) -> RecipeAdapter:
     fields = _fields(value, place, {"path": True, "weight": False, "sha256": False})
     digest = fields.get("sha256")
     return RecipeAdapter(
-        folder / _text(fields["path"], f"{place}.path"),
+        _place(folder, _text(fields["path"], f"{place}.path")),
         _number(fields.get("weight", 1.0), f"{place}.weight"),
         None if digest is None else _text(digest, f"{place}.sha256"),
     )
@@ -264,6 +311,12 @@ def _pattern(value: Any, place: str) -> tuple[str, int]:
         raise _fail(place, "must be a regular expression and a rank", got=value)
     _placed(place, lambda: check_regex(pair[0]))
     return pair[0], pair[1]
+
+
+def _regex(value: Any, place: str) -> str:
+    text = _text(value, place)
+    _placed(place, lambda: check_regex(text))
+    return text
 
 
 def _compute(value: Any, place: str) -> ComputeOptions:
@@ -330,9 +383,10 @@ def recipe_text(recipe: Recipe, digests: Sequence[str], folder: Path) -> bytes:
         ]
     if options.replacements is not None:
         content["replacements"] = options.replacements
+    content |= options.dropping.record()
     if recipe.base is not None:
         content["base"] = _relative(recipe.base, folder)
-    switches = {name: getattr(options, name) for name in ("force_base", "allow_missing")}
+    switches = {name: getattr(options, name) for name in _SWITCHES}
     content |= {name: True for name, on in switches.items() if on}
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return MADE_HERE + b"\n" + text.encode()
@@ -344,4 +398,5 @@ def _shown(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+    place = cached_place(path)
+    return Path(os.path.relpath(path, folder)).as_posix() if place is None else place.reference

@@ -13,8 +13,9 @@ class MergeModuleReport:
 
     Attributes:
         name: module path.
-        ranks_in: rank of each adapter's factors, None where it does not have the module.
-        rank_out: rank of the result.
+        ranks_in: rank of each adapter's factors, None where it does not have the module, or has no
+            factors of it.
+        rank_out: rank of the result; None if that is a full difference.
         energy: share of the merged change's ‖·‖²_F in the singular values kept.
         relative_error: of the stored, rounded factors against the merged change.
         absent: names of adapters that do not have the module and count as zero.
@@ -22,7 +23,7 @@ class MergeModuleReport:
 
     name: str
     ranks_in: tuple[int | None, ...]
-    rank_out: int
+    rank_out: int | None
     energy: float
     relative_error: float
     absent: tuple[str, ...]

@@ -5,13 +5,13 @@ TIES, DARE-TIES, DELLA and breadcrumbs elect; what they trim or drop before is i
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from loratools.operations.merge.tasks import RowReader
+from loratools_formats.core.dtypes import Array
 
-Array = np.ndarray[Any, Any]
 MajoritySign = Literal["total", "frequency"]
 Flavor = Literal["peft", "paper", "mergekit"]
 

@@ -12,13 +12,12 @@ form U√S, √SVᵀ: so they depend on the deltas only, not on how each file sp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from loratools.algebra import linalg
+from loratools_formats.core.dtypes import Array
 
-Array = np.ndarray[Any, Any]
 _RELATIVE_FLOOR = 1e-10
 
 

@@ -8,14 +8,12 @@ not have has a row of zeros.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from loratools.operations.merge.methods import Method
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
-
-Array = np.ndarray[Any, Any]
 
 
 def linear(gram: Array, weights: Array, *, normalize: bool = False) -> Array:

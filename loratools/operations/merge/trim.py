@@ -13,8 +13,6 @@ from loratools.operations.merge.module import pairs_of
 from loratools.operations.merge.tasks import FactorRows, Histogram, Tasks, ZeroRows
 from loratools_formats.disk.errors import UnsupportedError
 
-Array = np.ndarray[Any, Any]
-
 
 class SharedTrim:
     """Thresholds of |ΔW| over all modules, found when first asked for.

@@ -20,13 +20,14 @@ from loratools.operations.spectrum.result import MatrixReport
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, MissingFileError, UnknownFormatError
 
 LEAST_REFERENCES = 3
 
 
-def read_references(folder: Path, adapter: Adapter) -> tuple[list[Adapter], list[str]]:
-    """Return the adapters in a folder, but not the one to score, and notes on what is none.
+def read_references(folder: Path, adapter: Adapter) -> tuple[list[Adapter], list[Finding]]:
+    """Return the adapters in a folder, but not the one to score, and findings on what is none.
 
     Raises:
         MissingFileError: there is no such folder.
@@ -35,14 +36,16 @@ def read_references(folder: Path, adapter: Adapter) -> tuple[list[Adapter], list
     if not folder.is_dir():
         raise MissingFileError("no folder of adapters", path=folder)
     own = None if adapter.source is None else os.path.realpath(adapter.source)
-    found, notes = [], []
+    found: list[Adapter] = []
+    others: list[Finding] = []
     for child in sorted(folder.iterdir()):
         if child.name.startswith(".") or os.path.realpath(child) == own:
             continue
         try:
             found.append(read_adapter(child))
         except UnknownFormatError:
-            notes.append(f"{child.name} in {folder} is no adapter and is not compared with")
+            message = f"{child.name} in {folder} is no adapter and is not compared with"
+            others.append(Finding("no-reference", "note", child.name, message))
     if len(found) < LEAST_REFERENCES:
         raise AdapterError(
             "too few adapters to compare with",
@@ -50,7 +53,7 @@ def read_references(folder: Path, adapter: Adapter) -> tuple[list[Adapter], list
             got=len(found),
             expected=f"at least {LEAST_REFERENCES}",
         )
-    return found, notes
+    return found, others
 
 
 def reference_scores(

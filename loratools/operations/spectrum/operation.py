@@ -30,9 +30,10 @@ from loratools.work.parallel import in_order
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-Opened = tuple[list[MatrixReport], ThinModule | None, str]
+Opened = tuple[list[MatrixReport], ThinModule | None, Finding | None]
 
 
 def spectrum(
@@ -77,13 +78,13 @@ def spectrum(
         try:
             module = opener.open(name)
         except NonFiniteError:
-            return [_not_finite(name, opener)], None, ""
+            return [_not_finite(name, opener)], None, None
         measured, note = _beside(module, opener, beside, options)
         reports = [
             _report(module, index, measured[index] if measured else None, entries=entries)
             for index in range(len(module.matrices))
         ]
-        return reports, replace(module, matrices=()), note
+        return reports, module.without_matrices(), note
 
     done: list[Opened] = []
     for outcome in in_order(one, names, workers):
@@ -106,7 +107,7 @@ def spectrum(
         frobenius=_norm(matrices),
         bytes_in=adapter.weights_nbytes,
         directional=opener.directional,
-        notes=tuple(dict.fromkeys(note for _, _, note in done if note)),
+        notices=tuple(notice for _, _, notice in done if notice is not None),
     )
 
 
@@ -115,15 +116,16 @@ def _beside(
     opener: ThinModules,
     beside: WeightsBeside | None,
     options: IntruderOptions,
-) -> tuple[list[BaseMeasures], str]:
+) -> tuple[list[BaseMeasures], Finding | None]:
     """Return a module's measures beside its base weights, or why there are none."""
     if beside is None:
-        return [], ""
+        return [], None
     whole = opener.adapter.modules[module.name]
     try:
         weights = beside.load(module.name, whole)
     except UnsupportedError as error:
-        return [], f"{module.name} is not compared with the base: {error.message}"
+        message = f"{module.name} is not compared with the base: {error.message}"
+        return [], Finding("not-beside-base", "warning", module.name, message)
     if len(weights) != len(module.matrices) or weights[0].shape != module.shape:
         raise AdapterError(
             "the weight change does not fit the weight",
@@ -132,7 +134,7 @@ def _beside(
             expected=weights[0].shape,
         )
     pairs = zip(weights, module.matrices, strict=True)
-    return [beside_base(weight, thin, whole, options) for weight, thin in pairs], ""
+    return [beside_base(weight, thin, options) for weight, thin in pairs], None
 
 
 def _report(

@@ -24,7 +24,7 @@ class SpectrumOptions:
         (), heading="Input", metavar="KEY=VALUE", parse=key_value
     )
     entries: bool = option(False, heading="Method")
-    against: Path | None = option(None, heading="Input", metavar="FOLDER")
+    against: Path | None = option(None, heading="Input", metavar="FOLDER", reference="shelf")
 
     def __post_init__(self) -> None:
         check_options(self)

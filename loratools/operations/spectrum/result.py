@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loratools.algebra.budget import RankChoice
 from loratools.algebra.measures import SpectrumMeasures
 from loratools.work.json_object import named, spread
+from loratools_formats.core.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,7 @@ class BaseMeasures:
         cosines: of each, the largest |cos| with a left singular vector of W (with a known one,
             where `exact` is false).
         exact: whether the cosines are exact, by W's whole SVD.
-        magnitude_change: Σ|‖W'ᵢ‖ − ‖Wᵢ‖|/k over the k outputs i (ΔM of arXiv 2402.09353); None
-            where ΔW is not known in whole.
+        magnitude_change: Σ|‖W'ᵢ‖ − ‖Wᵢ‖|/k over the k outputs i (ΔM of arXiv 2402.09353).
         direction_change: Σ(1 − cos(W'ᵢ, Wᵢ))/k over outputs (ΔD).
     """
 
@@ -36,8 +36,8 @@ class BaseMeasures:
     undetermined: int
     cosines: tuple[float, ...]
     exact: bool
-    magnitude_change: float | None
-    direction_change: float | None
+    magnitude_change: float
+    direction_change: float
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class SpectrumResult:
         frobenius: ‖ΔW‖_F over everything.
         bytes_in: size of the weight file.
         directional: whether DoRA modules are given by their directions, since there is no base.
-        notes: what a user should know.
+        notices: what a user should know besides.
     """
 
     source: str | None
@@ -158,4 +158,4 @@ class SpectrumResult:
     frobenius: float
     bytes_in: int
     directional: bool
-    notes: tuple[str, ...]
+    notices: tuple[Finding, ...]

@@ -102,5 +102,11 @@ class Peft(Format):
 
         return merged_config(adapters)
 
+    def narrowed_config(self, adapter: Adapter) -> Mapping[str, Any]:
+        """Return the configuration without what names only modules that are there no more."""
+        from loratools_formats.formats.peft.targets import narrowed_config
+
+        return narrowed_config(adapter)
+
 
 FORMAT = Peft()

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from loratools_formats.core.attachments import ATTACHMENTS
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import inside, read_small_file
 from loratools_formats.disk.strict_json import StrictJsonError, loads
-
-ATTACHMENTS = (
-    "added_tokens.json", "bpe.codes", "chat_template.jinja", "chat_template.json", "merges.txt",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model",
-    "target.spm", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
-    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md", "modules.json",
-    "config_sentence_transformers.json", "sentence_bert_config.json",
-)  # fmt: skip
 
 _MODULES = "modules.json"
 _MOST_BYTES = 1 << 20

@@ -24,6 +24,7 @@ from loratools_formats.core.adapter import (
     ModuleChange,
     Replacement,
 )
+from loratools_formats.core.attachments import ATTACHMENTS
 from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
@@ -37,7 +38,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.formats.peft import keys
-from loratools_formats.formats.peft.beside import ATTACHMENTS, attachments
+from loratools_formats.formats.peft.beside import attachments
 from loratools_formats.formats.peft.config import (
     CONFIG_FILE,
     NOT_A_PRODUCT,
@@ -268,6 +269,7 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
         LEGACY_WEIGHTS_FILE,
         PROVENANCE_FILE,
         "recipe.yaml",
+        ".gitattributes",  # every repository of the Hub has one
     }
     foreign = sorted(
         child.name

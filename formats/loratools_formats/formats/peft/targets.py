@@ -7,7 +7,7 @@ Source: `check_target_module_exists` in peft/tuners/tuners_utils.py, 0.21.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft.config import MIDDLE_INITS, VARIANT_KEYS, is_set
+from loratools_formats.formats.peft.keys import setting_name
+from loratools_formats.formats.peft.patterns import match_patterns
 
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -50,6 +52,50 @@ def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
             values[key] = found[0]
     values["fan_in_fan_out"] = any(config.get("fan_in_fan_out") for config in configs)
     return values
+
+
+def narrowed_config(adapter: Adapter) -> Mapping[str, Any]:
+    """Return an adapter's configuration without what names only modules that it lost.
+
+    PEFT would make layers for those all the same, and save them with the next training.
+
+    Args:
+        adapter: read from a PEFT folder, without the modules that were taken out.
+    """
+    values = dict(adapter.config)
+    paths = _module_paths([adapter])
+    parameters = {p for delta in adapter.modules.values() for p in delta.layer.parameters}
+    if values.get("target_modules") is not None:
+        values["target_modules"] = paths
+        values |= dict.fromkeys((key for key in _NARROWING if key in values), None)
+    if values.get("target_parameters"):
+        named = [each for each in values["target_parameters"] if _ends(each, parameters)]
+        values["target_parameters"] = named or None
+    saved = {path for r in adapter.replacements.values() for path in _paths_to(r.target)}
+    if values.get("modules_to_save"):
+        named = [e for e in values["modules_to_save"] if any(path.endswith(e) for path in saved)]
+        values["modules_to_save"] = named or None
+    if not any(r.kind == "token_rows" for r in adapter.replacements.values()):
+        values |= dict.fromkeys({"trainable_token_indices"} & set(values), None)
+    for key in ("rank_pattern", "alpha_pattern"):
+        if values.get(key):
+            names = [*map(setting_name, paths), *sorted(parameters)]
+            values[key] = {
+                pattern: value
+                for pattern, value in values[key].items()
+                if match_patterns({pattern: value}, names, None)
+            }
+    return values
+
+
+def _ends(name: str, paths: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+def _paths_to(target: str) -> list[str]:
+    """Return the modules that a tensor is in, the outermost first."""
+    parts = target.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 _KEPT = (
@@ -105,6 +151,6 @@ def _module_paths(adapters: Sequence[Adapter]) -> list[str]:
             path
             for adapter in adapters
             for path, delta in adapter.modules.items()
-            if not delta.require_factors().layer.parameters
+            if not delta.layer.parameters
         }
     )

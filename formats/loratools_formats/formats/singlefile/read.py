@@ -41,7 +41,10 @@ OF_DIFFUSION = re.compile(
 )
 """Start of the paths of modules in UNets and diffusion transformers."""
 
-_ADDED: dict[Role, str] = {"diff_b": "bias", "b_norm": "bias", "w_norm": "weight"}
+_ADDED: dict[Role, str] = {
+    "diff_b": "bias", "diff_m": "modulation", "b_norm": "bias", "w_norm": "weight",
+}  # fmt: skip
+"""Leaves that are added, and what they are added to; `diff_m` is LightX2V's."""
 _REPLACED: dict[Role, str] = {"set_weight": "weight", "norm_scale": "scale"}
 _CARRIED: frozenset[Role] = frozenset({"learned_embedding", "reshape_weight"})
 

@@ -1,0 +1,106 @@
+"""Files that are elsewhere: known by their first bytes and their size, fetched whole when read on.
+
+Whoever knows of one announces it under the path that it will have. What only looks at headers then
+costs kilobytes, and what reads tensors fetches the files that hold them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.files import RegularFile
+
+_ANNOUNCED: dict[str, Callable[[], RegularFile]] = {}
+
+
+class DistantFile(RegularFile):
+    """A regular file of which only the start is here until more is read.
+
+    Args:
+        path: where it will be.
+        start: its first bytes.
+        nbytes: its size.
+        fetch: brings it here, and returns its path.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], start: bytes, nbytes: int, fetch: Callable[[], Path]
+    ) -> None:
+        self._fd = -1
+        self.path = Path(path)
+        self._start, self._nbytes, self._fetch = start, nbytes, fetch
+        self._fetching = threading.Lock()
+        self._is_here = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, as it was announced."""
+        return self._nbytes
+
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        """Read exactly `nbytes` bytes from `offset`; fetch the file if its start does not do.
+
+        Raises:
+            AdapterError: the file ends earlier, or is not the one that was announced.
+            LoratoolsError: it could not be fetched.
+        """
+        if not self._is_here and offset + nbytes <= len(self._start):
+            return self._start[offset : offset + nbytes]
+        self._bring()
+        return super().read_at(offset, nbytes)
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill a buffer of bytes from `offset`; raises as `read_at`."""
+        self._bring()
+        super().read_into(offset, out)
+
+    def copy_at(self, offset: int, nbytes: int, out: int, out_offset: int) -> None:
+        """Copy bytes to an open file; raises as `read_at`."""
+        self._bring()
+        super().copy_at(offset, nbytes, out, out_offset)
+
+    def check_unchanged(self) -> None:
+        """Raise `AdapterError` if the file was written to since it was fetched."""
+        if self._is_here:
+            super().check_unchanged()
+
+    def _bring(self) -> None:
+        with self._fetching:
+            if self._is_here:
+                return
+            super().__init__(self._fetch())
+            found = super().read_at(0, min(len(self._start), self._identity.nbytes))
+            if self._identity.nbytes != self._nbytes or found != self._start:
+                raise AdapterError("the fetched file is not the one announced", path=self.path)
+            self._is_here = True
+
+
+def announce(path: str | os.PathLike[str], opener: Callable[[], RegularFile]) -> None:
+    """Say that a file which is not at `path` can be opened all the same."""
+    _ANNOUNCED[os.path.abspath(path)] = opener
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is at `path`, or was announced for it."""
+    return os.path.exists(path) or os.path.abspath(path) in _ANNOUNCED
+
+
+def is_distant(path: str | os.PathLike[str]) -> bool:
+    """Return whether nothing is at `path`, and a file was announced for it."""
+    return not os.path.exists(path) and os.path.abspath(path) in _ANNOUNCED
+
+
+def open_file(path: str | os.PathLike[str]) -> RegularFile:
+    """Open a file that is there, or was announced.
+
+    Raises:
+        MissingFileError: nothing is there.
+        AdapterError: it is not a regular file, or may not be read.
+        LoratoolsError: the start of a distant file could not be fetched.
+    """
+    opener = _ANNOUNCED.get(os.path.abspath(path)) if not os.path.lexists(path) else None
+    return RegularFile(path) if opener is None else opener()

@@ -1,0 +1,236 @@
+"""One command over several adapters, in one process: `--out-dir` and its companions.
+
+The command itself knows one adapter. A line here tells of each, and the last lines what failed.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratools.cli import options as shared
+from loratools.cli.errors import EXIT_FOUND, describe
+from loratools.cli.output import note, number, progress_bar, quantity, sizes
+from loratools.cli.perform import collected
+from loratools.face.result import Result
+from loratools.work.declared import option
+from loratools.work.requests import Reporting, Writing
+from loratools_formats.contract.registry import find_format, get_format
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, OptionError
+
+_MOST_FOLDERS = 100_000
+_HALVES = ("adapter_config.json", "adapter_model.safetensors")
+_WEIGHTS = (".safetensors", ".gguf")
+
+
+@dataclass(frozen=True)
+class Several:
+    """What to do with several adapters.
+
+    Attributes:
+        out_dir: write the result of each adapter into this folder, under the adapter's own name.
+        keep_going: go on after an adapter that fails, and list those that did at the end.
+        skip_existing: leave out adapters whose output exists.
+    """
+
+    out_dir: Path | None = option(None, heading="Output", metavar="DIR")
+    keep_going: bool = option(False, heading="Output")
+    skip_existing: bool = option(False, heading="Output")
+
+
+def one_or_many(*names: str) -> shared.Decorator:
+    """Let a command of one adapter take several; it stands below all other options.
+
+    Args:
+        names: options of writing, other than `--output`, `--overwrite` and `--dry-run`.
+    """
+
+    def decorate(function: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(function)
+        def command(
+            *,
+            adapters: tuple[Path, ...],
+            writing: Writing,
+            several: Several,
+            reporting: Reporting,
+            **others: Any,
+        ) -> int:
+            given = {"reporting": reporting, **others}
+            if several.out_dir is not None:
+                return _each(functools.partial(function, **given), adapters, writing, several)
+            if several.keep_going or several.skip_existing:
+                raise OptionError(
+                    "`keep_going` and `skip_existing` are for several adapters",
+                    hint="Add `out_dir=DIR`",
+                )
+            if not adapters:
+                raise OptionError("no adapter given", expected="ADAPTER [OUTPUT]")
+            adapter, *places = adapters
+            if len(places) > 1:
+                raise OptionError(
+                    f"{len(adapters)} paths are given",
+                    expected="ADAPTER [OUTPUT]",
+                    hint="Add `out_dir=DIR` to take each of them as an adapter",
+                )
+            found = shared.placed(writing, adapter, places)
+            return function(adapter=adapter, writing=found, **given)
+
+        taken = shared.takes(Several, into="several")(command)
+        written = shared.takes(Writing, "output", "overwrite", "dry_run", *names, into="writing")
+        argument = click.argument(
+            "adapters", nargs=-1, type=shared.PATH, metavar="ADAPTER [OUTPUT]"
+        )
+        return argument(written(taken))
+
+    return decorate
+
+
+def _each(
+    function: Callable[..., int], paths: Sequence[Path], writing: Writing, several: Several
+) -> int:
+    """Run the command on every adapter; returns 1 if one failed."""
+    given: dict[str, Any] = function.keywords  # type: ignore[attr-defined]
+    reporting: Reporting = given["reporting"]
+    outputs = _outputs_of(given, adapters_in(paths), writing, several)
+    width = max((len(str(path)) for path in outputs), default=0)
+    failed: dict[Path, str] = {}
+    wanted = outputs
+    if several.skip_existing:
+        wanted = {path: output for path, output in outputs.items() if not os.path.lexists(output)}
+    with progress_bar("adapters", quiet=reporting.quiet, unit="adapter") as progress:
+        for done, (path, output) in enumerate(wanted.items(), 1):
+            result, failure = _one(function, path, replace(writing, output=output), several)
+            if failure is not None:
+                failed[path] = failure
+            if reporting.json:
+                found = {"error": failure} if result is None else result.to_dict()
+                click.echo(json.dumps({"input": str(path), **found}, ensure_ascii=False))
+            elif not reporting.quiet:
+                _tell(str(path).ljust(width), result, failure)
+            if progress is not None:
+                progress(done, len(wanted))
+    if not reporting.quiet:
+        count = quantity(len(wanted) - len(failed), "adapter")
+        skipped = len(outputs) - len(wanted)
+        what = "would be written" if writing.dry_run else "written"
+        note(f"{count} {what}, {skipped} skipped, {len(failed)} failed")
+    for path, reason in failed.items():
+        click.echo(f"failed: {path}: {reason.removeprefix(f'{path}: ')}", err=True)
+    return EXIT_FOUND if failed else 0
+
+
+def _outputs_of(
+    given: dict[str, Any], adapters: Sequence[Path], writing: Writing, several: Several
+) -> dict[Path, Path]:
+    """Return where each result goes, after a check that options fit several adapters."""
+    if writing.output is not None or writing.in_place:
+        raise OptionError("several outputs are given", expected="`out_dir` alone")
+    if "pages" in given and given["pages"].files:
+        raise OptionError("`html` and `plot` are for one adapter")
+    assert several.out_dir is not None
+    made = os.path.realpath(several.out_dir) + os.sep
+    adapters = [path for path in adapters if not os.path.realpath(path).startswith(made)]
+    return _outputs(adapters, several.out_dir, getattr(given.get("options"), "to", None))
+
+
+def _one(
+    function: Callable[..., int], path: Path, writing: Writing, several: Several
+) -> tuple[Result | None, str | None]:
+    """Run the command on one adapter; returns its result, and why it failed if it did."""
+    quiet = replace(function.keywords["reporting"], quiet=True, json=False)  # type: ignore[attr-defined]
+    try:
+        with collected() as results:
+            code = function(adapter=path, writing=writing, reporting=quiet)
+    except LoratoolsError as error:
+        if not several.keep_going:
+            raise
+        return None, describe(error)
+    return results[-1], f"above --max-error {writing.max_error:g}" if code else None
+
+
+def _tell(name: str, result: Any, failure: str | None) -> None:
+    if failure is not None:
+        click.echo(f"{name}  failed")
+        return
+    error = getattr(result, "relative_error", None)
+    before, after = (getattr(result, name, None) for name in ("bytes_in", "bytes_out"))
+    parts = [] if error is None else [f"relative error {number(error)}"]
+    if before and after is not None:
+        parts.append(sizes(before, after))
+    click.echo(f"{name}  {'  '.join(parts) or 'done'}")
+
+
+def _outputs(adapters: Sequence[Path], folder: Path, target: str | None) -> dict[Path, Path]:
+    """Return where each result goes: under its name, or its path below what all share.
+
+    The format `target`, if results are converted to one, decides the suffix.
+    """
+    names = [Path(os.path.abspath(path)) for path in adapters]
+    leaves = [Path(path.name) for path in names]
+    if len(set(leaves)) < len(leaves):
+        common = os.path.commonpath([path.parent for path in names])
+        leaves = [path.relative_to(common) for path in names]
+    if target is not None:
+        to = get_format(target)
+        suffix = "" if to.is_folder else (*to.suffixes, _WEIGHTS[0])[0]
+        leaves = [leaf.with_name(_stem(leaf) + suffix) for leaf in leaves]
+    return {path: folder / leaf for path, leaf in zip(adapters, leaves, strict=True)}
+
+
+def _stem(leaf: Path) -> str:
+    return leaf.stem if leaf.suffix in _WEIGHTS else leaf.name
+
+
+def adapters_in(paths: Sequence[Path]) -> list[Path]:
+    """Return the adapters that paths mean, in order and each once.
+
+    A path with wildcards stands for what it matches, and a folder that is no adapter for all
+    adapters below it. Hidden folders and links to folders are not entered.
+
+    Raises:
+        AdapterError: wildcards match nothing.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        matches = [path]
+        if glob.has_magic(str(path)) and not path.exists():
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            if not matches:
+                raise AdapterError("nothing matches", path=path)
+        for match in matches:
+            inner = [] if not match.is_dir() or is_adapter(match) else _below(match)
+            found |= dict.fromkeys(inner or [match])
+    return list(found)
+
+
+def _below(folder: Path) -> list[Path]:
+    found, pending, looked_at = [], [folder], 0
+    while pending and looked_at < _MOST_FOLDERS:
+        here = pending.pop()
+        for child in sorted(here.iterdir()):
+            looked_at += 1
+            is_folder = child.is_dir() and not child.is_symlink()
+            if (is_folder or child.suffix in _WEIGHTS) and is_adapter(child):
+                found.append(child)
+            elif is_folder and not child.name.startswith("."):
+                pending.append(child)
+    return sorted(found)
+
+
+def is_adapter(path: Path) -> bool:
+    """Return whether a format claims the path, or would if half of a PEFT folder were not lost."""
+    if any((path / name).is_file() for name in _HALVES):
+        return True
+    try:
+        find_format(path)
+    except LoratoolsError:
+        return False
+    return True

@@ -1,0 +1,71 @@
+"""Buckets: folders on the Hub without commits; a copy is kept in the cache for each state.
+
+Source: https://huggingface.co/docs/huggingface_hub/guides/buckets
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from loratools.hub import client
+from loratools.hub.choice import Choice, choose
+from loratools.hub.listing import Listing
+from loratools.hub.references import Beside, Reference, Resolved, Want
+from loratools_formats.disk.errors import MissingDependencyError
+
+_CHUNK_BYTES = 8 << 20
+
+
+def fetch_bucket(reference: Reference, want: Want, beside: Beside) -> Resolved:
+    """Bring here what an operation needs of a bucket.
+
+    The copy lies in the Hub's cache, in a folder named by the digests of all that was chosen: a
+    bucket that changes gets another folder.
+
+    Raises:
+        MissingDependencyError: the installed `huggingface_hub` knows no buckets.
+        MissingFileError: no such bucket, folder or file.
+        HubError: it is something else than what is wanted, or the Hub cannot be reached.
+    """
+    hub = client.library(reference)
+    if not hasattr(hub.HfApi, "list_bucket_tree"):
+        raise MissingDependencyError(
+            "the installed huggingface_hub knows no buckets",
+            hint="pip install 'huggingface_hub>=2'",
+        )
+    with client.talking(reference):
+        tree = client.api().list_bucket_tree(reference.repo, recursive=True)
+        files = {each.path: each for each in tree if hasattr(each, "xet_hash")}
+    marks = {name: each.xet_hash for name, each in files.items()}
+    found = Listing(reference, "", {n: files[n].size for n in sorted(files)}, False, Path())
+    chosen = choose(found, want, beside)
+    names = sorted({*chosen.now, *chosen.later})
+    state = hashlib.sha256(repr([(name, marks[name]) for name in names]).encode()).hexdigest()
+    cache = Path(os.path.abspath(hub.constants.HF_HUB_CACHE))
+    folder = cache / f"buckets--{reference.repo.replace('/', '--')}" / "snapshots" / state
+    for name in names:
+        if not (folder / name).is_file():
+            _fetch(reference, name, folder / name)
+    return Resolved(_place(folder, chosen), reference, None)
+
+
+def _place(folder: Path, chosen: Choice) -> Path:
+    return folder / chosen.place if chosen.place else folder
+
+
+def _fetch(reference: Reference, name: str, target: Path) -> None:
+    hub = client.library(reference)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.incomplete")
+    source = f"buckets/{reference.repo}/{name}"
+    try:
+        with client.talking(reference):
+            system = hub.HfFileSystem()
+            with system.open(source, "rb") as reader, temporary.open("wb") as writer:
+                shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

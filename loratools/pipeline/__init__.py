@@ -1,0 +1,1 @@
+"""Public functions run by name: what a recipe says, and what a statement records."""

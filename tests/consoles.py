@@ -1,0 +1,58 @@
+"""The console examples of the documents: what is typed, and what is printed.
+
+Run as a script it runs each example and writes what it prints into its document; names of documents
+limit it to those.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "examples" / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
+_BLOCK = re.compile(r"(```console\n)(.*?)(```)", re.DOTALL)
+_COMMAND = re.compile(r"^\$ (.*?)\n(.*?)(?=^\$ |\Z)", re.DOTALL | re.MULTILINE)
+
+
+def blocks(document):
+    """Return the (command, output) pairs of each console block of a document."""
+    return [_COMMAND.findall(match[2]) for match in _BLOCK.finditer(document.read_text())]
+
+
+def printed(command, folder):
+    """Run one line of an example in `folder`, 100 columns wide; returns all that it prints."""
+    program, *arguments = shlex.split(command)
+    assert program == "loratools", command
+    done = subprocess.run(
+        [sys.executable, "-c", "from loratools.cli import main; main()", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    return done.stdout
+
+
+def _rewritten(match):
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "examples", Path(folder) / "examples")
+        lines = [
+            f"$ {command}\n{printed(command, folder)}" for command, _ in _COMMAND.findall(match[2])
+        ]
+    return match[1] + "".join(lines) + match[3]
+
+
+if __name__ == "__main__":
+    for path in [Path(name).resolve() for name in sys.argv[1:]] or DOCUMENTS:
+        path.write_text(_BLOCK.sub(_rewritten, path.read_text()))
