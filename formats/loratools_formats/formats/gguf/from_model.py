@@ -218,7 +218,9 @@ def without_place(adapter: Adapter, base: Base) -> list[Loss]:
         if any(_look_up(name, base) is not None for name in names):
             continue
         why = _reason(path, base) or f"llama.cpp's {base.architecture.name} has no such module"
-        lost.append(Loss(path, f"would be ignored by llama.cpp: {why}"))
+        lost.append(
+            Loss(path, f"would be ignored by llama.cpp: {why}", "Take such modules out with `drop`")
+        )
     return lost
 
 
