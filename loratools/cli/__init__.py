@@ -25,6 +25,7 @@ _COMMANDS = {
     "merge": "loratools.cli.merge",
     "methods": "loratools.cli.methods",
     "provenance": "loratools.cli.provenance",
+    "push": "loratools.cli.push",
     "quantize": "loratools.cli.quantize",
     "repair": "loratools.cli.repair",
     "replay": "loratools.cli.replay",
@@ -48,6 +49,7 @@ _SUMMARIES = {
     "merge": "Merge adapters of any rank, scale and type into one.",
     "methods": "List the merge methods with their parameters, broken plugins included.",
     "provenance": "Show how an output was made, back to the originals.",
+    "push": "Publish an adapter or a model on the Hub, checked, with a card, in one commit.",
     "quantize": "Quantise a checkpoint to four bits, byte for byte as bitsandbytes does.",
     "repair": "Shrink an adapter's intruder dimensions, drop dead modules, balance factors.",
     "replay": "Do again what made an output, and compare the bytes.",
@@ -94,7 +96,7 @@ class LazyGroup(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write where to read on."""
         formatter.write_paragraph()
-        formatter.write_text("Learn more: `loratools COMMAND --help`, or “Try it” in README.md")
+        formatter.write_text("Learn more: `loratools COMMAND --help`, or docs/index.md")
 
 
 @click.command(

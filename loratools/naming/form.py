@@ -50,7 +50,7 @@ def _is_expressions(value: Any) -> bool:
 def _compiles(text: str) -> bool:
     try:
         re.compile(text)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 
@@ -94,6 +94,7 @@ _MODULES = _PAIRS | {
         lambda value: _is_counts(value) and len(value) == 2,
     ),
     "kernel": _Value("a list of numbers above 0", _is_counts),
+    "component": _Value(f"one of {_COMPONENTS}", lambda value: value in COMPONENTS),
     "swapped_halves": _Value("true or false", lambda value: isinstance(value, bool)),
 }
 _ALIASES = _PAIRS | {"alias": _NAME}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.naming.form import check_form
+from loratools_formats.disk import strict_toml
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.files import read_small_file
 
@@ -26,6 +27,8 @@ Shape = tuple[int | None, int | None]
 """(out, in) of a weight as a matrix; None for a side that is not known."""
 
 _MAX_FILE_BYTES = 1 << 20
+_MOST_ROWS = 4096
+_UNCLEAR = re.compile(r"\{\}(?:\{\}|\d)")
 _TEXT_ENCODERS = "text_encoders"
 _NO_TABLES = (_TEXT_ENCODERS, "neighbours")
 
@@ -41,6 +44,8 @@ class Row:
         swapped_halves: whether the two halves of its outputs are in the other order.
         shape: its rows and columns, in proportion; None if that varies.
         kernel: the kernel that its weight has as a convolution; None if the table does not tell.
+        component: the component that it is of in diffusers' naming, where that is not the table's;
+            its original name begins with a prefix of its own, then. Empty otherwise.
     """
 
     original: str
@@ -49,6 +54,7 @@ class Row:
     swapped_halves: bool = False
     shape: tuple[int, int] | None = None
     kernel: tuple[int, ...] | None = None
+    component: str = ""
 
     def fits(self, covered: tuple[int, ...], shape: Shape) -> bool:
         """Return whether some of its parts may be of that shape."""
@@ -134,6 +140,7 @@ class Table:
             for role, entry in values.get("text_encoders", {}).items()
         }
         try:
+            _check_number(values)
             self._rows = [row for group in values["modules"] for row in _rows(group)]
             by_name = {row.original: row for row in reversed(self._rows)}
             aliases = [alias for group in values.get("aliases", ()) for alias in _rows(group)]
@@ -144,6 +151,11 @@ class Table:
                 path=path,
                 hint="The bundled tables show the form: loratools/naming/data",
             ) from error
+
+    @functools.cached_property
+    def other_components(self) -> tuple[str, ...]:
+        """Components of rows that are of another than the table's."""
+        return tuple(sorted({row.component for row in self._rows} - {""}))
 
     def is_known_as(self, text: str) -> bool:
         """Return whether a file's metadata means this architecture by a text."""
@@ -165,6 +177,7 @@ class Table:
         flat: bool,
         schemes: tuple[Scheme, ...],
         shape: Shape = (None, None),
+        component: str = "",
     ) -> Place | None:
         """Return where a module's path stands, None if it is in none of the schemes.
 
@@ -173,6 +186,7 @@ class Table:
             flat: whether `_` stands for `.` in it.
             schemes: namings it may be of.
             shape: of the module's weight; a place must have the proportion of its sides.
+            component: of the rows that may be meant; empty for the table's own.
 
         Raises:
             OptionError: several rows have that flattened name.
@@ -181,7 +195,9 @@ class Table:
             place
             for scheme in schemes
             for place in self._index(scheme, flat).look_up(path)
-            if place.row.fits(place.covered, shape) and self._has_block(place)
+            if place.row.component == component
+            and place.row.fits(place.covered, shape)
+            and self._has_block(place)
         ]
         if len({(place.row, place.numbers, place.covered) for place in found}) > 1:
             raise OptionError(f"several modules of {self.title} have that name", got=path)
@@ -203,6 +219,14 @@ class Table:
         if scheme == "original":
             entries += self._aliases
         return _Index(entries, scheme, flat)
+
+
+def _check_number(values: Mapping[str, Any]) -> None:
+    """Refuse more rows than any model has kinds of modules: each is compared with each name."""
+    groups = (*values["modules"], *values.get("aliases", ()))
+    rows = sum(len(group["pairs"]) * len(group.get("blocks") or [1]) for group in groups)
+    if rows > _MOST_ROWS:
+        raise ValueError(f"there are {rows} rows, and at most {_MOST_ROWS} are allowed")
 
 
 def _aliased(alias: Row, rows: Mapping[str, Row]) -> tuple[str, Row, tuple[int, ...]]:
@@ -267,7 +291,10 @@ def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
                 bool(group.get("swapped_halves")),
                 tuple(group["shape"]) if "shape" in group else None,
                 tuple(group["kernel"]) if "kernel" in group else None,
+                group.get("component", ""),
             )
+            if any(_UNCLEAR.search(text) for text in (row.original, *row.diffusers)):
+                raise ValueError(f"a digit, or another number, follows a number in {name}")
             if any(text.count("{}") != row.original.count("{}") for text in row.diffusers):
                 raise ValueError(f"{name} has other numbers than what it stands for")
             yield row
@@ -331,7 +358,7 @@ def find_table(name: str) -> Table:
             expected=", ".join(table.name for table in bundled_tables()) + " or FILE.toml",
         )
     try:
-        values = tomllib.loads(read_small_file(name, _MAX_FILE_BYTES).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = strict_toml.loads(read_small_file(name, _MAX_FILE_BYTES))
+    except strict_toml.StrictTomlError as error:
         raise OptionError(f"not a TOML file: {error}", path=name) from error
     return Table(Path(name).stem, values, name)

@@ -21,7 +21,7 @@ from handmade_adapters import folder, tensors
 from loratools.cli import hook
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs" / "ci.md").read_text()
+GUIDE = (ROOT / "docs" / "guides" / "ci.md").read_text()
 WORKFLOWS = [
     text for text in re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL) if "runs-on" in text
 ]

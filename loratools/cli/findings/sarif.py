@@ -7,12 +7,12 @@ file's first, and the tensor's name stands in a logical location.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 from urllib.parse import quote
 
 from loratools import __version__
 from loratools.cli.findings.places import file_of
-from loratools.cli.output import json_text
 from loratools.face.check import CheckResult
 from loratools.operations.check.outcome import CheckFinding
 from loratools.operations.check.rule import Rule
@@ -53,7 +53,7 @@ def sarif_of(result: CheckResult) -> str:
         "columnKind": "unicodeCodePoints",
     }
     log = {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
-    return json_text(log, indent=2)
+    return json.dumps(log, indent=2, ensure_ascii=False)
 
 
 def _rule(rule: Rule) -> dict[str, Any]:

@@ -6,7 +6,6 @@ truncation or rounding. Modules are independent, so memory is bounded by the lar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +58,7 @@ from loratools.operations.merge.whole import (
 )
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
+from loratools.work.regexes import is_found
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
@@ -241,7 +241,7 @@ class _Merge(Ranked[_Merged, Measured]):
             modules={},
             additions=merged_additions(self.inputs, self.coefficients),
             replacements=agreed_replacements(self.inputs, self.merge_options.replacements),
-            carried=agreed_carried(self.inputs),
+            carried=agreed_carried(self.inputs, self.merge_options.replacements),
             config=_config(first, self.inputs),
             # The first adapter's card does not describe the result.
             attachments={k: v for k, v in first.attachments.items() if k != "README.md"},
@@ -281,7 +281,7 @@ class _Merge(Ranked[_Merged, Measured]):
 
     def _parameters(self, name: str) -> dict[str, Any]:
         for override in self.merge_options.overrides:
-            if override.parameters and re.search(override.match, name):
+            if override.parameters and is_found(override.match, name):
                 return self.merge_options.parameters | self.method.checked(override.parameters)
         return self.merge_options.parameters
 
@@ -292,7 +292,7 @@ class _Merge(Ranked[_Merged, Measured]):
     def _highest(self, module: AlignedModule) -> int:
         rule = self.rule
         for pattern, rank in rule.patterns:
-            if re.search(pattern, module.name):
+            if is_found(pattern, module.name):
                 return rank
         ranks = [d.require_factors().rank for d in module.deltas if d is not None]
         if rule.rank is not None:
