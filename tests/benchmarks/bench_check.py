@@ -61,7 +61,7 @@ def run(workdir: Path, many: int = MANY, layers: int = 32) -> Report:
         [
             Target(
                 f"headers of {many:,} adapters in under {seconds(LIMIT)} on {CORES} cores",
-                f"{seconds(ours.best)} (CPU {seconds(ours.cpu)}, of one core "
+                f"{seconds(ours.best)} (CPU {seconds(ours.cpu)}, of each of {CORES} cores "
                 f"{seconds(ours.cpu / CORES)})",
                 counted <= LIMIT,
             ),

@@ -76,11 +76,13 @@ def _is_finite(tensor: TensorRef) -> bool:
 def _of_factors(part: LowRank, infinite: tuple[str, ...]) -> ModuleNumbers:
     dtype = np.float64 if "F64" in (part.a.dtype.code, part.b.dtype.code) else np.float32
     a, b = (np.atleast_3d(_stack(each.load(dtype))) for each in (part.a, part.b))
-    broken = [t.key for t, x in ((part.a, a), (part.b, b)) if not np.isfinite(x).all()]
+    # NaN and infinity go through a maximum: one pass tells values, ranks and what is finite.
+    rows, columns = np.abs(a).max(axis=2), np.abs(b).max(axis=1)
+    ends = ((part.a, rows.max()), (part.b, columns.max()))
+    broken = [tensor.key for tensor, end in ends if not np.isfinite(end)]
     if broken:
         return ModuleNumbers((*infinite, *broken), None, math.inf, None, 0)
-    largest = max(float(np.abs(a).max()), float(np.abs(b).max()))
-    rows, columns = np.abs(a).max(axis=2), np.abs(b).max(axis=1)
+    largest = max(float(end) for _, end in ends)
     dead = int(np.count_nonzero((rows == 0.0) | (columns == 0.0)))
     with np.errstate(over="ignore", invalid="ignore"):
         if largest > 1e9:
