@@ -45,6 +45,7 @@ _ROLES_OF = {
     "lora_prior_": ("prior", DENOISER),
     "lora_decoder_": ("decoder", DENOISER),
     "connectors.": ("connectors",),
+    "text_embedding_projection.": ("connectors", DENOISER),
     "text_encoder.": ("text_encoder",),
     "text_encoder_2.": ("text_encoder_2",),
     "text_encoder_3.": ("text_encoder_3",),
