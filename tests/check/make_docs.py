@@ -45,18 +45,23 @@ def measured(code):
     parts = []
     for what, counts in record[code].items():
         if isinstance(counts, list):
-            parts.append(f"it flags {share(counts)} of {what}")
+            parts.append(f"it flags {counts[0]} of {counts[1]} {what} ({share(counts)})")
         else:
-            each = "; ".join(f"{key}: {share(value)}" for key, value in counts.items())
-            parts.append(f"it finds, by {what}, {each}")
+            each = ", ".join(f"{share(value)} at {key}" for key, value in counts.items())
+            parts.append(f"by the {what}, it finds {each} (of {value_count(counts)} tries each)")
     return (
-        f"Measured on {record['made']} (`tests/check/measure_statistics.py`): {', '.join(parts)}."
+        f"Measured on {record['made']} (`tests/check/measure_statistics.py`): {'; '.join(parts)}."
     )
 
 
 def share(counts):
     hits, of = counts
-    return f"{hits} of {of} ({hits / of:.1%})"
+    return f"{hits / of:.1%}"
+
+
+def value_count(counts):
+    (tries,) = {of for _, of in counts.values()}
+    return tries
 
 
 def targets():

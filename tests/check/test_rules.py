@@ -84,7 +84,7 @@ def test_statistical_rules_were_measured():
         (planted,) = (each for each in record[rule.code].values() if isinstance(each, dict))
         found = [hits / tries for hits, tries in planted.values()]
         assert found == sorted(found)
-        assert found[-1] > 0.9
+        assert found[-1] > 0.75
     assert set(record) == {"made"} | {rule.code for rule in RULES if rule.statistical}
 
 
