@@ -32,6 +32,7 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
 from loratools.lowrank.matrices import loaded
 from loratools.lowrank.resize import ComputeOptions, Resizer
+from loratools.operations.one_rank import groups_of_one_rank
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record
@@ -249,12 +250,14 @@ class _ToLora(Ranked[_Converted, _Measured]):
         if base is not None:
             self.opener.refuse_tied(base)
         self._plain = plain_adapter(adapter, {})
+        layers = {name: change.layer for name, change in adapter.modules.items()}
         super().__init__(
             list(adapter.modules),
             rule,
             Resizer(options, Scratch(scratch_folder), rule.uniform),
             input_nbytes=adapter.weights_nbytes,
             source=adapter.source,
+            groups=groups_of_one_rank(layers, self._plain.format),
         )
 
     def adapter(self, modules: Mapping[str, ModuleChange]) -> Adapter:
