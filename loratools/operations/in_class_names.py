@@ -52,6 +52,29 @@ def in_class_names(adapters: Sequence[Adapter], base: Checkpoint) -> list[Adapte
     ]
 
 
+def renamed_to_class(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter of PEFT whose modules have the class's names where only names differ.
+
+    Modules that the class divides otherwise stay as they are, as do those that the base lacks, and
+    all of them where two would become one.
+    """
+    if adapter.format != "peft":
+        return adapter
+    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    if not names.has_class:
+        return adapter
+    modules = {_name_in_class(names, m, c): c for m, c in adapter.modules.items()}
+    return _renamed(names, adapter, modules) if len(modules) == len(adapter.modules) else adapter
+
+
+def _name_in_class(names: Names, module: str, change: ModuleChange) -> str:
+    if change.layer.parameters or names.is_bare(f"{module}{_WEIGHT}"):
+        return module
+    found = sites(names, module, "weight")
+    whole = len(found) == 1 and found[0].is_whole and found[0].key.endswith(_WEIGHT)
+    return found[0].key.removesuffix(_WEIGHT) if whole else module
+
+
 def _by_weight(names: Names, adapter: Adapter) -> dict[str, ModuleChange]:
     """Return an adapter's changes by the weight in the class that each is all of."""
     found: dict[str, list[tuple[Placement | None, ModuleChange]]] = {}

@@ -225,3 +225,16 @@ def test_mlx_and_peft_agree_on_logits_both_ways(make, tmp_path):
     load_adapters(again, str(tmp_path / "back"))
     got = np.array(again(mx.array(words))).astype("f8")
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("command", ["to_lora", "to_dora"])
+def test_commands_with_a_base_give_modules_its_names(command, tmp_path):
+    llava().save_pretrained(tmp_path / "base")
+    new = lora(llava, tmp_path / "new", 1, target_modules=r".*language_model.*(q|v)_proj")
+    before = respelled(new, tmp_path / "old", old)
+    result = getattr(lt, command)(before, base=tmp_path / "base", output=tmp_path / "out")
+    assert all(name.startswith("model.language_model.") for name in result.adapter.modules)
+    assert distance(changes(llava, tmp_path / "out"), changes(llava, new)) <= 2e-6
+    lt.fuse(tmp_path / "base", before, output=tmp_path / "fused")
+    found = lt.verify(tmp_path / "fused", base=tmp_path / "base", adapters=before)
+    assert found.contained
