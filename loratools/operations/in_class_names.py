@@ -33,17 +33,26 @@ _SWITCH = re.compile(
 _WEIGHT = ".weight"
 
 
-def in_class_names(adapters: Sequence[Adapter], base: Checkpoint) -> list[Adapter]:
+def in_class_names(
+    adapters: Sequence[Adapter], base: Checkpoint, *, as_stored: bool = False
+) -> list[Adapter]:
     """Return adapters with modules named and divided as the base's class has them.
 
     Adapters whose modules are so already are returned as they are. Changes of one module's stacked
     parameters get one nesting in all of them.
 
+    Args:
+        adapters: of PEFT or MLX.
+        base: the base model.
+        as_stored: name and divide them as the base's files do, which is how classes of transformers
+            4 did.
+
     Raises:
         AdapterError: a module fits nothing in the base, or several things.
         UnsupportedError: a change that cannot be cut or put together.
     """
-    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    stored = dequantised(base).checkpoint
+    names = Names(stored if as_stored else class_view(stored).checkpoint)
     changes = [_by_weight(names, adapter) for adapter in adapters]
     paths = _paths({key for each in changes for key in each})
     return [
