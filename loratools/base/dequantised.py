@@ -122,6 +122,15 @@ def _to_store(dtype: DType) -> DType:
     return dtype if dtype.bits == 16 else DTYPES["BF16"]
 
 
+def in_16_bits(base: DequantisedCheckpoint) -> Checkpoint:
+    """Return a checkpoint whose weights are in the types that they would be stored in."""
+    tensors = {
+        key: base.weights[key].tensor(base.stored[key]) if key in base.stored else tensor
+        for key, tensor in base.checkpoint.tensors.items()
+    }
+    return replace(base.checkpoint, tensors=tensors)
+
+
 def dequantised_metadata(base: DequantisedCheckpoint) -> dict[str, str] | None:
     """Return the metadata of files of dequantised weights; None if they keep their own."""
     files = base.checkpoint.files

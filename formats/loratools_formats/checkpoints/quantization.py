@@ -12,7 +12,6 @@ from typing import Any
 
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import TEXT_SECTIONS
-from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import UnsupportedError
 from loratools_formats.disk.strict_json import read_object
 
@@ -106,7 +105,7 @@ def stated_of(base: Checkpoint) -> Mapping[str, Any]:
     if found is not None:
         return {"quant_method": found}
     for name, method in _BESIDE_CONFIG.items():
-        if base.is_folder and is_there(base.path / name):
+        if base.is_folder and (base.path / name).exists():
             values = read_object(base.path / name, _MAX_JSON_BYTES, name="file", max_depth=None)
             inner = values.get("quantization")
             return {"quant_method": method, **(inner if isinstance(inner, Mapping) else values)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools_formats.core.dtypes import Array, DType, converted
+from loratools_formats.core.dtypes import Array, DType, converted, encode
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError
 
@@ -122,22 +122,28 @@ class CodedWeight(ABC):
         """
         return self.elements(start, stop).astype(np.float32)
 
-    def tensor(self) -> TensorRef:
-        """Return the weight as a plain tensor that is computed when it is read."""
-        return in_file(self.key, self.dtype, self.shape, _Source(self), 0)
+    def tensor(self, dtype: DType | None = None) -> TensorRef:
+        """Return the weight as a plain tensor that is computed when it is read.
+
+        Args:
+            dtype: type to round the values to; their own by default.
+        """
+        dtype = dtype or self.dtype
+        return in_file(self.key, dtype, self.shape, _Source(self, dtype), 0)
 
 
 class _Source:
     """Bytes of a plain tensor that are computed when they are read."""
 
-    def __init__(self, weight: CodedWeight) -> None:
+    def __init__(self, weight: CodedWeight, dtype: DType) -> None:
         self._weight = weight
+        self._dtype = dtype
 
     def read_at(self, offset: int, nbytes: int) -> Buffer:
         """Return exactly `nbytes` bytes from `offset`, both whole elements."""
-        width = self._weight.dtype.bits // 8
+        width = self._dtype.bits // 8
         values = self._weight.elements(offset // width, (offset + nbytes) // width)
-        return memoryview(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
+        return memoryview(encode(values, self._dtype).view(np.uint8).reshape(-1).data)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,9 @@ class _Integers(CodedWeight):
         """Return the numbers of rows of a grid: (rows, groups)."""
         across = self._grid[1]
         last = int(lines[-1]) + 1 if len(lines) else first
-        return tensor.elements(first * across, last * across).reshape(-1, across)[lines - first]
+        stored = tensor.elements(first * across, last * across)
+        numbers: Array = stored.reshape(-1, across)[lines - first]
+        return numbers
 
     def _zeros(self, zero: TensorRef, lines: Array, first: int) -> Array:
         """Return the zeros of rows: (rows, groups); they may be packed down the rows."""
@@ -130,7 +132,8 @@ class _Integers(CodedWeight):
         end = min(-(-last // codes) * words, zero.shape[0])
         stored = zero.elements(top * words * across, end * across).reshape(-1, across)
         packed, begin = _Words(bits, dense=dense), top * codes
-        return packed.read(np.ascontiguousarray(stored.T), last - begin).T[lines - begin]
+        zeros: Array = packed.read(np.ascontiguousarray(stored.T), last - begin).T
+        return zeros[lines - begin]
 
     def _spread(self, values: Array, numbers: Array, operation: np.ufunc) -> Array:
         """Combine rows in place with one number for each of their groups."""

@@ -54,8 +54,8 @@ class _Nvfp4(CodedWeight):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32, to be rounded to 16 bits."""
         values = fours(matrix_rows(self._codes, start, stop), E2M1)
-        scales = matrix_rows(self._scales, start, stop).astype(np.float32)
-        numbers = self._of_all.load(np.float32).reshape(-1)
+        scales: Array = matrix_rows(self._scales, start, stop).astype(np.float32)
+        numbers: Array = self._of_all.load(np.float32).reshape(-1)
         if len(numbers) > 1:
             height = self.shape[-2]
             numbers = numbers[np.arange(start, stop) // height][:, None]
