@@ -224,11 +224,12 @@ def _check_statement(base: Checkpoint, view: DequantisedCheckpoint) -> None:
         UnsupportedError: it does, and is not one of bitsandbytes in four bits.
     """
     stated = stated_of(base)
-    if stated and not view.is_quantized and not is_four_bit_config(stated):
+    method = stated.get("quant_method")
+    if method and not view.is_quantized and not is_four_bit_config(stated):
         raise UnsupportedError(
             "config.json says that the checkpoint is already quantised in another way",
             path=base.path,
-            got=f"quant_method {stated.get('quant_method')}, and no quantised weight",
+            got=f"quant_method {method}, and no quantised weight",
             hint="Remove quantization_config from config.json if its weights are plain",
         )
 

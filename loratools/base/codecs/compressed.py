@@ -132,8 +132,8 @@ class _Integers(CodedWeight):
         end = min(-(-last // codes) * words, zero.shape[0])
         stored = zero.elements(top * words * across, end * across).reshape(-1, across)
         packed, begin = _Words(bits, dense=dense), top * codes
-        zeros: Array = packed.read(np.ascontiguousarray(stored.T), last - begin).T
-        return zeros[lines - begin]
+        zeros: Array = packed.read(np.ascontiguousarray(stored.T), last - begin).T[lines - begin]
+        return zeros
 
     def _spread(self, values: Array, numbers: Array, operation: np.ufunc) -> Array:
         """Combine rows in place with one number for each of their groups."""
