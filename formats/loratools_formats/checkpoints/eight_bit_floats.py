@@ -17,13 +17,13 @@ DeepSeek-V4 (`scale`), Mistral Large (`qscale_weight`), fbgemm_fp8, compressed-t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loratools_formats.checkpoints.quantization import quantization_of
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.strict_json import parsed_object
 
@@ -37,7 +37,9 @@ _SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 PRE_SCALE = ".pre_quant_scale"
 _OF_ACTIVATIONS = (
     "input_scale", "activation_scale", "output_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
-    "k_proj.output_scale", "v_proj.output_scale", "scale_input",
+    "k_proj.output_scale", "v_proj.output_scale", "scale_input", "input_global_scale",
+    "q_global_scale", "k_global_scale", "v_global_scale", "input_zero_point", "output_zero_point",
+    "q_zero_point", "k_zero_point", "v_zero_point", "input_g_idx",
 )  # fmt: skip
 _DEFAULT_BLOCK = (128, 128)
 
@@ -112,7 +114,11 @@ def unmarked(metadata: Mapping[str, str], weights: Collection[str]) -> dict[str,
     modules = {key.rpartition(".")[0] for key in weights}
     kept = {name: layer for name, layer in layers.items() if name not in modules}
     rest = {key: value for key, value in metadata.items() if key != _METADATA_OF_COMFYUI}
-    return rest | ({_METADATA_OF_COMFYUI: json.dumps({**stated, "layers": kept})} if kept else {})
+    return rest | (
+        {_METADATA_OF_COMFYUI: strict_json.dumps({**stated, "layers": kept}, ensure_ascii=True)}
+        if kept
+        else {}
+    )
 
 
 def activation_scales(tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:

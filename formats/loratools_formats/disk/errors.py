@@ -18,13 +18,21 @@ def printable(text: object, limit: int = 200) -> str:
     >>> printable("a\nb\x1b[31m")
     'a\\nb\\x1b[31m'
     """
-    value = str(text)
+    value = _text(text)
     if len(value) > limit:
         value = f"{value[: limit - 1]}…"
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
         for c in value
     )
+
+
+def _text(value: object) -> str:
+    """Return any value as text; Python refuses to write integers of thousands of digits."""
+    try:
+        return str(value)
+    except ValueError:
+        return f"a {type(value).__name__} too long to show"
 
 
 class LoratoolsError(Exception):
