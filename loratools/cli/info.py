@@ -19,7 +19,7 @@ from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
 from loratools.work.requests import Reading, Reporting
-from loratools_formats.contract.path_kinds import is_model
+from loratools_formats.contract.path_kinds import is_base
 from loratools_formats.disk.errors import LoratoolsError, OptionError, printable
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) 
     """  # noqa: D301 - click reads the backspace
     if not adapters:
         raise OptionError("no adapter given", expected="ADAPTER...")
-    if len(adapters) == 1 and reading.from_ is None and is_model(adapters[0]):
+    if len(adapters) == 1 and reading.from_ is None and is_base(adapters[0]):
         return _show_base(adapters[0], reporting)
     found = adapters_in(adapters)
     if found == list(adapters) and len(found) == 1:

@@ -94,8 +94,8 @@ def cached(path: Path) -> Kind | None:
     )
 
 
-def is_model(path: Path) -> bool:
-    """Return whether a path is a model's weights, by the names of files or of tensors."""
+def is_base(path: Path) -> bool:
+    """Return whether a folder or file is a model's weights and no adapter, by its names."""
     if path.is_dir():
         names = sorted(os.listdir(path))
         others = _cached_or_pipeline(path, names) or _without_config(path, names)
