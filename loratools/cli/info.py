@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_FOUND, describe
 from loratools.cli.many import adapters_in
-from loratools.cli.output import human_bytes, print_table, quantity
+from loratools.cli.output import human_bytes, print_table, quantity, say
 from loratools.cli.perform import report
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
@@ -95,7 +95,7 @@ def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting)
             found, problem, failed = None, describe(error).removeprefix(f"{path}: "), True
         if reporting.json:
             values = {"error": problem} if found is None else found.to_dict()
-            click.echo(json.dumps({"input": str(path), **values}, ensure_ascii=False))
+            say(json.dumps({"input": str(path), **values}, ensure_ascii=False))
         else:
             rows.append([printable(path), *_cells(found, problem)])
     if not (reporting.json or reporting.quiet):
@@ -132,7 +132,7 @@ def _listed(values: Iterable[object]) -> str:
 def _show(found: InfoResult, reporting: Reporting) -> None:
     _print(found)
     if reporting.verbose:
-        click.echo()
+        say()
         _print_modules(found)
 
 
@@ -148,6 +148,7 @@ def _print(found: AdapterInfo) -> None:
         ("rank", counted(m.rank for m in plain)),
         ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in plain)),
         ("scale", counted(f"{m.scale:g}" for m in plain)),
+        ("components", ", ".join(f"{name} ({n})" for name, n in found.components.items())),
         ("targets", ", ".join(sorted(_targets(found)))),
         ("parameters", f"{found.parameters:,}"),
         ("size", human_bytes(found.nbytes)),
@@ -163,7 +164,8 @@ def _print(found: AdapterInfo) -> None:
         shape = "×".join(map(str, replacement.shape))
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
     lines += [("carries", key) for key in found.carried]
-    lines += [(key.removeprefix("loratools."), value) for key, value in found.provenance.items()]
+    lines += found.training.items()
+    lines += _made_by(found.provenance)
     lines += [
         (each.severity, f"{each.code}: " + ". ".join(filter(None, (each.message, each.hint))))
         for each in found.findings
@@ -171,7 +173,19 @@ def _print(found: AdapterInfo) -> None:
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         if text:
-            click.echo(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
+            say(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
+
+
+def _made_by(provenance: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return a line of what made it, and the rest as it stands if that says nothing."""
+    rest = {key.removeprefix("loratools."): value for key, value in provenance.items()}
+    operation, version = rest.pop("operation", None), rest.pop("version", None)
+    if operation is None:
+        return list(rest.items())
+    rest.pop("inputs", None)
+    options = rest.pop("options", "{}").translate(str.maketrans("", "", '{}"')).replace(",", ", ")
+    made = f"loratools {version or ''} {operation}: {options}".rstrip(": ")
+    return [("made by", f"{made}; see loratools provenance"), *rest.items()]
 
 
 def _targets(found: AdapterInfo) -> set[str]:

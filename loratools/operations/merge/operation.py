@@ -6,7 +6,6 @@ truncation or rounding. Modules are independent, so memory is bounded by the lar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,8 +56,10 @@ from loratools.operations.merge.whole import (
     refuse_unasked,
     whole_modules,
 )
+from loratools.operations.one_rank import groups_of_one_rank
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
+from loratools.work.regexes import is_found
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
@@ -230,6 +231,9 @@ class _Merge(Ranked[_Merged, Measured]):
             options.rule,
             Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform),
             input_nbytes=sum(item.adapter.weights_nbytes for item in inputs),
+            groups=groups_of_one_rank(
+                {module.name: module.first.layer for module in modules}, self._around.format
+            ),
         )
 
     def _without_modules(self) -> Adapter:
@@ -281,7 +285,7 @@ class _Merge(Ranked[_Merged, Measured]):
 
     def _parameters(self, name: str) -> dict[str, Any]:
         for override in self.merge_options.overrides:
-            if override.parameters and re.search(override.match, name):
+            if override.parameters and is_found(override.match, name):
                 return self.merge_options.parameters | self.method.checked(override.parameters)
         return self.merge_options.parameters
 
@@ -292,7 +296,7 @@ class _Merge(Ranked[_Merged, Measured]):
     def _highest(self, module: AlignedModule) -> int:
         rule = self.rule
         for pattern, rank in rule.patterns:
-            if re.search(pattern, module.name):
+            if is_found(pattern, module.name):
                 return rank
         ranks = [d.require_factors().rank for d in module.deltas if d is not None]
         if rule.rank is not None:
