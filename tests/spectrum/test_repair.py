@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 import loratools as lt
 from loratools.base.decompositions import IntruderOptions
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations.repair import RepairOptions, repair
+from loratools.operations.repair.operation import repair
+from loratools.operations.repair.result import RepairOptions
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import OptionError, UnsupportedError
