@@ -8,8 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import click
-
+from loratools.cli.output import say
 from loratools_formats.disk.errors import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -51,7 +50,7 @@ def print_csv_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Non
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([_cell(name) for name in header])
     writer.writerows([[_cell(value) for value in row] for row in rows])
-    click.echo(buffer.getvalue(), nl=False)
+    say(buffer.getvalue(), nl=False)
 
 
 def _flat(prefix: str, row: Mapping[str, Any]) -> dict[str, Any]:
