@@ -1,4 +1,4 @@
-"""Every table there and back: kohya, diffusers and ComfyUI lead to the same tensors, bit for bit."""
+"""Every table there and back: kohya, diffusers and ComfyUI lead to the same tensors."""
 
 from __future__ import annotations
 
