@@ -24,6 +24,7 @@ from loratools.face.lists import FormatsResult as FormatsResult
 from loratools.face.lists import MethodsResult as MethodsResult
 from loratools.face.merge import MergeResult as MergeResult
 from loratools.face.provenance import ProvenanceResult as ProvenanceResult
+from loratools.face.push import PushResult as PushResult
 from loratools.face.quantize import QuantizeResult as QuantizeResult
 from loratools.face.repair import RepairResult as RepairResult
 from loratools.face.spectrum import SpectrumResult as SpectrumResult
@@ -144,6 +145,8 @@ def extract(
     tuned: str | os.PathLike[str] | Checkpoint,
     *,
     base_name: str | None = None,
+    to: Literal["peft", "kohya", "comfyui", "diffusers"] | None = None,
+    component: str | None = None,
     rank: int | None = None,
     energy: float | str | None = None,
     sv_ratio: float | None = None,
@@ -176,6 +179,7 @@ def extract_choices(
     base: str | os.PathLike[str] | Checkpoint,
     tuned: str | os.PathLike[str] | Checkpoint,
     *,
+    to: Literal["peft", "kohya", "comfyui", "diffusers"] | None = None,
     workers: int | None = None,
     device: Literal["cpu", "cuda", "mps"] = "cpu",
     dtype: Literal["f32", "f16", "bf16"] | None = None,
@@ -314,6 +318,26 @@ def merge(
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
 def provenance(path: str | os.PathLike[str]) -> ProvenanceResult: ...
+def push(
+    source: str | os.PathLike[str] | Adapter,
+    repo: str,
+    *,
+    create: bool = False,
+    private: bool = False,
+    branch: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    base_model: str | None = None,
+    card: str | os.PathLike[str] | None = None,
+    no_card: bool = False,
+    no_check: bool = False,
+    fail_on: Literal["error", "warning", "note", "never"] | None = None,
+    target: Sequence[str] = (),
+    dry_run: bool = False,
+    workers: int | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PushResult: ...
 def quantize(
     base: str | os.PathLike[str] | Checkpoint,
     *,

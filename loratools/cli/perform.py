@@ -112,7 +112,9 @@ def perform(
     if not reporting.quiet:
         nothing = writing.dry_run or writing.output is None
         nothing_else = "nothing else" if pages.files else "nothing"
-        note(f"dry run, {nothing_else} was written" if nothing else f"wrote {writing.output}")
+        done = getattr(result, "published", None)
+        wrote = f"wrote {writing.output}" if done is None else f"published {done.url}"
+        note(f"dry run, {nothing_else} was written" if nothing else wrote)
     pages.say(reporting)
     return 0
 

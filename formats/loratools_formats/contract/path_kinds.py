@@ -205,10 +205,7 @@ def _of_inversion(path: Path, names: list[str]) -> Kind | None:
 _NAMED = (
     (
         re.compile(r"\.oft_R\.weight$"),
-        (
-            "holds OneTrainer's OFT, whose rotations depend on settings that are in no file: how many "
-            "terms of the Cayley series, and the limit of COFT"
-        ),
+        "holds OneTrainer's OFT, whose rotations depend on settings that are in no file",
         "Train or export it as LoRA or LoHa; PEFT's OFT with its configuration is read",
     ),
     (
@@ -218,10 +215,7 @@ _NAMED = (
     ),
     (
         re.compile(r"\.(?:q_layer|p_layer)\.weight$|\.lambda_layer$"),
-        (
-            "holds LyCORIS' T-LoRA, whose rank depends on the step of denoising, so that it is no one "
-            "weight change"
-        ),
+        "holds LyCORIS' T-LoRA, whose weight change differs from step to step of denoising",
         "No command of loratools has a use for it",
     ),
     (

@@ -113,6 +113,18 @@ class HubError(LoratoolsError, OSError):
     """The Hub did not give or take what was asked for."""
 
 
+class UnfitError(LoratoolsError, ValueError):
+    """A check found what keeps an adapter from being published.
+
+    Attributes:
+        result: what it found.
+    """
+
+    def __init__(self, message: str, *, result: object, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.result = result
+
+
 class MissingDependencyError(LoratoolsError, ImportError):
     """An optional package is needed and not installed."""
 
