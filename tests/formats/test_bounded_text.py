@@ -27,8 +27,8 @@ def quick():
         (b"a: 1.0e+999", "too large"),
         (b"a: {<<: {b: 1}, b: 2}", "merge keys"),
         (b"a: " + b"1_" * 30, "digits"),
-        (b"[" * 100_000, "recursion"),
-        (b"- " * 100_000, "recursion"),
+        (b"[" * 100_000, "levels"),
+        (b"- " * 100_000, "levels"),
     ],
 )
 def test_yaml(text, word):
