@@ -8,6 +8,7 @@ from typing import Literal
 
 from loratools.naming.tables import Place, Scheme, Shape, Table, TextEncoder, filled, flattened
 from loratools_formats.core.single_file_keys import COMPONENTS, Key, Naming, parse
+from loratools_formats.disk.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,17 @@ def located(name: str, table: Table, shape: Shape = (None, None)) -> Place | Tex
         if place is not None:
             return replace(place, component=other or component)
     return None
+
+
+def is_located(name: str, table: Table) -> bool:
+    """Return whether a module's name stands in a table, in one place or several.
+
+    What the shape of its weight would tell apart is not asked.
+    """
+    try:
+        return located(name, table) is not None
+    except OptionError:
+        return True
 
 
 def _text_path(key: Key, encoder: TextEncoder) -> str | None:
