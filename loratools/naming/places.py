@@ -93,13 +93,14 @@ def located(name: str, table: Table, shape: Shape = (None, None)) -> Place | Tex
         return None
     component = key.prefix.partition(".")[0] if key.naming == "diffusers" else ""
     path = key.prefix + key.path if key.prefix in OWN_PREFIXES else key.path
+    schemes = schemes_of(key)
+    if table.unmixed and "original" in schemes:
+        schemes = ("original",)
     for other in ("", *table.other_components):
         own = component in table.components if not other else component == other
         if component and not own:
             continue
-        place = table.locate(
-            path, flat=key.flat, schemes=schemes_of(key), shape=shape, component=other
-        )
+        place = table.locate(path, flat=key.flat, schemes=schemes, shape=shape, component=other)
         if place is not None:
             return replace(place, component=other or component)
     return None
