@@ -138,6 +138,12 @@ def may_publish(target: Target) -> Remote:
             got=str(reference),
             expected="hf://USER/NAME",
         )
+    if client.library(reference).constants.HF_HUB_OFFLINE:
+        raise HubError(
+            "offline mode is on, and publishing needs the Hub",
+            path=str(reference),
+            hint="Unset HF_HUB_OFFLINE",
+        )
     with client.talking(reference):
         token = client.library(reference).get_token()
     if token is None:
