@@ -66,7 +66,7 @@ def stacked_on_loading(modules: Iterable[str]) -> list[str]:
 
 
 def targets(names: Iterable[str], present: Iterable[str]) -> list[str] | str:
-    """Return `target_modules` by which PEFT makes layers for some modules and for no others.
+    r"""Return `target_modules` by which PEFT makes layers for some modules and for no others.
 
     PEFT takes a listed name for every module whose path ends so. Where that would be another one
     than is meant, a regular expression, which it matches whole, names the modules.
@@ -78,7 +78,7 @@ def targets(names: Iterable[str], present: Iterable[str]) -> list[str] | str:
     >>> targets(["layers.0.q"], ["layers.0.q", "layers.1.q"])
     ['layers.0.q']
     >>> targets(["layers.0.q"], ["layers.0.q", "vision.layers.0.q"])
-    'layers\\\\.0\\\\.q'
+    'layers\\.0\\.q'
     """
     wanted = sorted(names)
     others = set(present) - set(wanted)
