@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,7 +19,12 @@ from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
 from loratools.work.requests import Reading, Reporting
+from loratools_formats.contract.path_kinds import is_base
 from loratools_formats.disk.errors import LoratoolsError, OptionError, printable
+
+if TYPE_CHECKING:
+    from loratools.face.info_base import BaseInfoResult
+    from loratools.operations.info_base import QuantisedInfo
 
 _FEW = 4
 
@@ -28,22 +34,54 @@ _FEW = 4
 @shared.reads("from_", "carry_unknown", "ignore_key")
 @shared.reports("json", "quiet", "verbose")
 def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) -> int:
-    """Show what an adapter is, from its headers alone.
+    """Show what an adapter or a base model is, from its headers alone.
 
-    Of several, print a line each. A folder that is no adapter stands for all adapters below it.
+    Of several, print a line each. A folder that is no adapter stands for all adapters below it. Of
+    a base model it tells how its weights are quantised: the format, bits, groups, and what is not.
 
     \b
     loratools info my-adapter
     loratools info adapters/
+    loratools info my-quantised-model
     """  # noqa: D301 - click reads the backspace
     if not adapters:
         raise OptionError("no adapter given", expected="ADAPTER...")
+    if len(adapters) == 1 and reading.from_ is None and is_base(adapters[0]):
+        return _show_base(adapters[0], reporting)
     found = adapters_in(adapters)
     if found == list(adapters) and len(found) == 1:
         result = info(adapters[0], reading=reading)
         report(result, lambda one: _show(one, reporting), reporting)
         return 0
     return _show_many(found, reading, reporting)
+
+
+def _show_base(path: Path, reporting: Reporting) -> int:
+    from loratools.face.info_base import info_base  # numpy, which an adapter's info does without
+
+    report(info_base(path), _print_base, reporting)
+    return 0
+
+
+def _print_base(found: BaseInfoResult) -> None:
+    lines = [
+        ("model", found.model or "not recorded"),
+        ("quantised", found.problem or ("" if found.quantised else "no")),
+        *(("quantised", _quantised(each)) for each in found.quantised),
+        ("left out", ", ".join(found.left_out)),
+        ("parameters", "" if found.parameters is None else f"{found.parameters:,}"),
+        ("size", f"{human_bytes(found.nbytes)} in {quantity(found.files, 'file')}"),
+        ("others", ", ".join(f"{d} ({quantity(n, 'tensor')})" for d, n in found.dtypes.items())),
+    ]
+    for label, text in lines:
+        if text:
+            click.echo(f"{label:10}  {printable(text, 2000)}")
+
+
+def _quantised(found: QuantisedInfo) -> str:
+    group = "" if found.group is None else f", groups of {found.group}"
+    size = f"{found.parameters:,} parameters in {human_bytes(found.nbytes)}"
+    return f"{found.format}, {found.bits} bits{group}: {quantity(found.weights, 'weight')}, {size}"
 
 
 def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting) -> int:
@@ -110,6 +148,7 @@ def _print(found: AdapterInfo) -> None:
         ("rank", counted(m.rank for m in plain)),
         ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in plain)),
         ("scale", counted(f"{m.scale:g}" for m in plain)),
+        ("components", ", ".join(f"{name} ({n})" for name, n in found.components.items())),
         ("targets", ", ".join(sorted(_targets(found)))),
         ("parameters", f"{found.parameters:,}"),
         ("size", human_bytes(found.nbytes)),
@@ -125,7 +164,8 @@ def _print(found: AdapterInfo) -> None:
         shape = "×".join(map(str, replacement.shape))
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
     lines += [("carries", key) for key in found.carried]
-    lines += [(key.removeprefix("loratools."), value) for key, value in found.provenance.items()]
+    lines += found.training.items()
+    lines += _made_by(found.provenance)
     lines += [
         (each.severity, f"{each.code}: " + ". ".join(filter(None, (each.message, each.hint))))
         for each in found.findings
@@ -134,6 +174,18 @@ def _print(found: AdapterInfo) -> None:
     for label, text in lines:
         if text:
             say(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
+
+
+def _made_by(provenance: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return a line of what made it, and the rest as it stands if that says nothing."""
+    rest = {key.removeprefix("loratools."): value for key, value in provenance.items()}
+    operation, version = rest.pop("operation", None), rest.pop("version", None)
+    if operation is None:
+        return list(rest.items())
+    rest.pop("inputs", None)
+    options = rest.pop("options", "{}").translate(str.maketrans("", "", '{}"')).replace(",", ", ")
+    made = f"loratools {version or ''} {operation}: {options}".rstrip(": ")
+    return [("made by", f"{made}; see loratools provenance"), *rest.items()]
 
 
 def _targets(found: AdapterInfo) -> set[str]:

@@ -102,8 +102,9 @@ class SingleFileOptions:
     """How to write or read single-file adapters, whose names need resolving.
 
     Attributes:
-        names: names of an architecture in single files: auraflow, chroma, cosmos2, flux1, flux2,
-            hunyuan_video, krea2, ltx2, ltx_video, lumina2, qwen_image, sd1, sd3, sdxl, wan2,
+        names: names of an architecture in single files: ace_step15, auraflow, chroma, cosmos2,
+            flux1, flux2, hidream, hunyuan_video, hunyuan_video15, ideogram4, krea2, ltx2,
+            ltx_video, lumina2, qwen_image, qwen_image21, sd1, sd3, sdxl, wan2, wan_animate2,
             z_image, or a FILE.toml of yours.
         names_from: an adapter whose dotted names resolve flattened ones.
         component: part of a pipeline that names without one are of, or that is to be taken.
