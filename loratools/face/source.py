@@ -111,6 +111,12 @@ def ignoring(adapter: Adapter, keys: Sequence[str]) -> Adapter:
             "the key is known to matter, and cannot be ignored", path=adapter.source, got=known[0]
         )
     findings = tuple(_ignored(each) if each.where in keys else each for each in adapter.findings)
+    told = {each.where for each in adapter.findings}
+    findings += tuple(
+        Finding("ignored-config-key", "note", key, f"config key {key} to ignore is not there")
+        for key in keys
+        if key not in told and key not in adapter.config
+    )
     return replace(adapter, findings=findings)
 
 
