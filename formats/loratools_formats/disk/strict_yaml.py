@@ -18,18 +18,23 @@ class StrictYamlError(ValueError):
 
 class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError("aliases are not allowed")
-        if getattr(self.peek_event(), "tag", None) is not None:  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError("tags are not allowed")
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.events.AliasEvent):
+            raise _refused("aliases are not allowed", event)
+        if getattr(event, "tag", None) is not None:
+            raise _refused("tags are not allowed", event)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(str(key.value) for key, _ in node.value)
-        repeated = [key for key, count in counts.items() if count > 1]
-        if repeated:
-            raise yaml.YAMLError(f"duplicate key {repeated[0]!r}")
+        for key, _ in reversed(node.value):
+            if counts[str(key.value)] > 1:
+                raise _refused(f"duplicate key {str(key.value)!r}", key)
         return super().construct_mapping(node, deep)
+
+
+def _refused(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def loads(data: bytes) -> Any:
@@ -42,6 +47,45 @@ def loads(data: bytes) -> Any:
         return yaml.load(data, _StrictLoader)  # noqa: S506
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise StrictYamlError(_reason(error)) from error
+
+
+Place = tuple[str | int, ...]
+"""Where a value is: keys of maps and indices of lists, from the top."""
+
+
+def loads_with_lines(data: bytes) -> tuple[Any, dict[Place, int]]:
+    """Parse YAML, and say where its values are.
+
+    Returns:
+        the value, and the line of every key and item, counted from 1, by its place.
+
+    Raises:
+        StrictYamlError: as `loads`.
+    """
+    try:
+        loader = _StrictLoader(data)
+        node = loader.get_single_node()  # type: ignore[no-untyped-call]
+        lines: dict[Place, int] = {(): 1}
+        if node is None:
+            return None, lines
+        value = loader.construct_document(node)
+        _add_lines(node, (), lines)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        raise StrictYamlError(_reason(error)) from error
+    return value, lines
+
+
+def _add_lines(node: yaml.Node, place: Place, lines: dict[Place, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*place, str(key.value))
+            lines[inner] = key.start_mark.line + 1
+            _add_lines(value, inner, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            inner = (*place, index)
+            lines[inner] = value.start_mark.line + 1
+            _add_lines(value, inner, lines)
 
 
 def _reason(error: Exception) -> str:
