@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Tests start many child processes, which would compile every module anew each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-models test-kernels lint format bench clean
+.PHONY: help demo test test-fast test-models test-kernels lint format docs bench clean
 
 help:
 	@echo "make demo    squeeze the bundled adapter and print the report"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-models  test every class of transformers that a tiny configuration builds"
 	@echo "make test-kernels  run the numeric tests under each matrix kernel of OpenBLAS"
 	@echo "make lint    check style, types and import layers"
+	@echo "make docs    build the documentation into build/docs; a warning is an error"
 	@echo "make bench   measure speed and memory against peers and copying"
 
 $(VENV)/.base: pyproject.toml tests/constraints.txt
@@ -51,6 +52,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)

@@ -1,6 +1,7 @@
 """The console examples of the documents: what is typed, and what is printed.
 
-Run as a script it runs each example and writes what it prints into its document.
+Run as a script it runs each example and writes what it prints into its document; names of documents
+limit it to those.
 """
 
 import os
@@ -13,7 +14,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "examples" / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 _BLOCK = re.compile(r"(```console\n)(.*?)(```)", re.DOTALL)
 _COMMAND = re.compile(r"^\$ (.*?)\n(.*?)(?=^\$ |\Z)", re.DOTALL | re.MULTILINE)
 
@@ -49,5 +54,5 @@ def _rewritten(match):
 
 
 if __name__ == "__main__":
-    for path in DOCUMENTS:
+    for path in [Path(name).resolve() for name in sys.argv[1:]] or DOCUMENTS:
         path.write_text(_BLOCK.sub(_rewritten, path.read_text()))

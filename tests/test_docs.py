@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import consoles
@@ -10,9 +12,9 @@ import pytest
 from loratools.cli import cli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+TEXT = "".join(document.read_text() for document in consoles.DOCUMENTS)
 BLOCKS = [block for document in consoles.DOCUMENTS for block in consoles.blocks(document)]
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.fixture
@@ -37,14 +39,16 @@ def test_every_command_has_an_example():
 
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_examples_run(clone, code, capsys):
-    exec(compile(code, "README", "exec"), {})
+    exec(compile(code, "documents", "exec"), {})
     assert 0 < float(capsys.readouterr().out) < 0.3
 
 
-def test_options_named_in_the_readme_exist():
+def test_options_that_documents_name_exist():
     known = {option for name in cli.list_commands(None) for option in _options(name)}
-    named = set(re.findall(r"`(--[a-z-]+)[ `]", README))
-    assert named <= known
+    others = {"rules.md", "README.md"}  # of the examples, whose scripts have options of their own
+    ours = [path for path in consoles.DOCUMENTS if path.name not in others]
+    named = {n for path in ours for n in re.findall(r"`(--[a-z-]+)[ `]", path.read_text())}
+    assert named <= known | {"--help", "--max-lora-rank"}  # vLLM has the last
 
 
 def _options(name):
@@ -57,7 +61,21 @@ def _options(name):
 
 
 def test_files_named_in_the_documents_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text()
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / target).exists(), target
+    for document in [*consoles.DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    command = ["mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "site" / "commands" / "squeeze" / "index.html").is_file()
+
+
+def test_the_readme_is_short_and_the_index_has_every_command():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    linked = re.findall(r"\(commands/([a-z-]+)\.md\)", (ROOT / "docs" / "index.md").read_text())
+    assert sorted(linked) == sorted(cli.list_commands(None))

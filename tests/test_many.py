@@ -98,3 +98,19 @@ def test_info_of_a_folder_is_a_table(shelf):
     objects = [json.loads(line) for line in printed.splitlines()]
     assert [found["input"] for found in objects] == ["one", "two"]
     assert all(found["format"] == "peft" for found in objects)
+
+
+def test_folders_above_an_output_are_made_and_go_again_if_it_fails(shelf):
+    failed = loratools(
+        "squeeze", "one", "-o", "a/b/c", "--rank", "2", "--max-error", "0.1", cwd=shelf
+    )
+    assert failed.returncode == 1
+    assert not (shelf / "a").exists()
+    assert loratools("squeeze", "one", "-o", "a/b/c", "--rank", "2", cwd=shelf).returncode == 0
+    assert [path.name for path in (shelf / "a" / "b").iterdir()] == ["c"]
+    dry = loratools("squeeze", "one", "-o", "d/e", "--rank", "2", "--dry-run", cwd=shelf)
+    assert dry.returncode == 0
+    assert not (shelf / "d").exists()
+    through_a_file = loratools("squeeze", "one", "-o", "one/README.md/c", "--rank", "2", cwd=shelf)
+    assert through_a_file.returncode == 2
+    assert through_a_file.stderr.count("\n") == 1

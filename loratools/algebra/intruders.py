@@ -81,7 +81,7 @@ def in_base(base: BaseSvd, delta: Thin, count: int, epsilon: float) -> Leading:
 
     Args:
         base: W's SVD.
-        delta: ΔW, without a tail.
+        delta: ΔW, a product.
         count: how many triplets, k.
         epsilon: ε.
     """
@@ -113,24 +113,59 @@ def in_base(base: BaseSvd, delta: Thin, count: int, epsilon: float) -> Leading:
     return Leading(whole_u, s, whole_vt, cosines, verdicts)
 
 
+def merged_in_base(base: BaseSvd, merged: Array, count: int, epsilon: float) -> Leading:
+    """Return the leading triplets of W' of any form, with exact cosines by W's SVD.
+
+    Args:
+        base: W's SVD.
+        merged: W' (out, in), such as m/‖W + BA‖ ⊙ (W + BA).
+        count: how many triplets, k.
+        epsilon: ε.
+    """
+    u, s, vt = leading_triplets(lambda x: merged @ x, lambda y: merged.T @ y, merged.shape, count)
+    cosines = np.abs(base.u.T @ u).max(axis=0)
+    verdicts: tuple[Verdict, ...] = tuple("intruder" if c < epsilon else "not" for c in cosines)
+    return Leading(u, s, vt, cosines, verdicts)
+
+
 def certified(weight: Array, delta: Thin, count: int, epsilon: float) -> Leading:
     """Return the leading triplets of W + ΔW and judge them by bounds, without W's SVD.
 
     Args:
         weight: W (out, in).
-        delta: ΔW, without a tail.
+        delta: ΔW, a product.
         count: how many triplets, k.
         epsilon: ε.
     """
     b = (delta.scale * delta.b).astype(weight.dtype, copy=False)
     a = delta.a.astype(weight.dtype, copy=False)
-    u, s, vt = leading_triplets(
+    triplets = leading_triplets(
         lambda x: weight @ x + b @ (a @ x),
         lambda y: weight.T @ y + a.T @ (b.T @ y),
         weight.shape,
         count,
         _CERTIFIED_TOLERANCE,
     )
+    return _certified(weight, triplets, epsilon)
+
+
+def merged_certified(weight: Array, merged: Array, count: int, epsilon: float) -> Leading:
+    """Return the leading triplets of W' of any form and judge them by bounds.
+
+    Args:
+        weight: W (out, in).
+        merged: W' (out, in).
+        count: how many triplets, k.
+        epsilon: ε.
+    """
+    triplets = leading_triplets(
+        lambda x: merged @ x, lambda y: merged.T @ y, merged.shape, count, _CERTIFIED_TOLERANCE
+    )
+    return _certified(weight, triplets, epsilon)
+
+
+def _certified(weight: Array, triplets: tuple[Array, Array, Array], epsilon: float) -> Leading:
+    u, s, vt = triplets
     known, _, _ = leading_triplets(
         lambda x: weight @ x,
         lambda y: weight.T @ y,

@@ -82,6 +82,12 @@ class Matrix:
     def _qr(self) -> linalg.Factors:
         return linalg.qr_factors(self._b, self._a, self._scale, self._a.shape[0])
 
+    def dense(self) -> Array:
+        """Return ΔW: (out, in) float64."""
+        b, a = (to_numpy(x).astype(np.float64, copy=False) for x in (self._b, self._a))
+        product: Array = self._scale * (b @ a)
+        return product
+
     @property
     def squared_norm(self) -> float:
         """‖ΔW‖²_F."""

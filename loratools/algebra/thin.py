@@ -1,15 +1,15 @@
 """One matrix as a product of thin factors, with the questions that diagnostics ask of it.
 
-Nothing here forms ΔW: spectra come from Gram matrices or QR of the factors, row and column energies
-from the factors and one Gram matrix. Where a change is not of low rank, the factors are its leading
-part, and `tail` is the energy of the rest.
+Spectra come from Gram matrices or QR of the factors, row and column energies from the factors and
+one Gram matrix. Where a change is not of low rank, the factors are its leading part, `tail` is the
+energy of the rest, and only `dense` gives all of it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -31,13 +31,22 @@ class Thin:
         scale: multiplies b @ a.
         use_gram: whether the floor of the Gram route (1e-8 of σ₁) is below the factors' rounding.
         tail: ‖·‖²_F of the part of the change that the factors leave out; 0 if nothing.
+        whole: returns all of the change, where the factors are not exactly it.
     """
 
     def __init__(
-        self, b: Array, a: Array, scale: float = 1.0, *, use_gram: bool = True, tail: float = 0.0
+        self,
+        b: Array,
+        a: Array,
+        scale: float = 1.0,
+        *,
+        use_gram: bool = True,
+        tail: float = 0.0,
+        whole: Callable[[], Array] | None = None,
     ) -> None:
         self.b, self.a, self.scale, self.tail = b, a, scale, tail
         self._use_gram = use_gram
+        self._whole = whole
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,6 +136,18 @@ class Thin:
             energies[start : start + len(part)] = np.einsum("ij,ij->i", part @ small, part)
         found: Array = np.ldexp(np.maximum(energies, 0.0), 2 * power)
         return found
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the factors are all of the change."""
+        return self._whole is None
+
+    def dense(self) -> Array:
+        """Return all of the change: (out, in) float64."""
+        if self._whole is not None:
+            return self._whole()
+        product: Array = self.scale * (self.b.astype(np.float64, copy=False) @ self.a)
+        return product
 
     def blocks(self) -> Iterator[tuple[int, int, Array]]:
         """Yield (start, stop, rows of the product in float64) in order."""

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from loratools.algebra.intruders import BaseSvd, Leading, base_svd, certified, in_base
+from loratools.algebra.intruders import (
+    BaseSvd,
+    Leading,
+    base_svd,
+    certified,
+    in_base,
+    merged_certified,
+    merged_in_base,
+)
 from loratools.algebra.thin import Thin
 from loratools.work.declared import option
 from loratools.work.typed import check_options
@@ -54,15 +62,45 @@ class IntruderOptions:
 
 
 def leading(weight: Array, delta: Thin, options: IntruderOptions) -> tuple[Leading, bool]:
-    """Return the leading triplets of W + ΔW, judged, and whether their cosines are exact."""
+    """Return the leading triplets of W + ΔW, judged, and whether their cosines are exact.
+
+    Args:
+        weight: W (out, in) float64.
+        delta: ΔW.
+        options: how many, and how to look for them.
+    """
+    if not delta.is_product:
+        return leading_of_merged(weight, weight + delta.dense(), options)
+    found = _whole_svd(weight, options)
+    if found is not None:
+        return in_base(found, delta, options.count, options.epsilon), True
+    return certified(weight, delta, options.count, options.epsilon), False
+
+
+def leading_of_merged(
+    weight: Array, merged: Array, options: IntruderOptions
+) -> tuple[Leading, bool]:
+    """Return the leading triplets of a merged weight of any form, judged, and whether exactly.
+
+    Args:
+        weight: W (out, in) float64.
+        merged: W' (out, in) float64.
+        options: how many, and how to look for them.
+    """
+    found = _whole_svd(weight, options)
+    if found is not None:
+        return merged_in_base(found, merged, options.count, options.epsilon), True
+    return merged_certified(weight, merged, options.count, options.epsilon), False
+
+
+def _whole_svd(weight: Array, options: IntruderOptions) -> BaseSvd | None:
+    """Return W's SVD if it is kept, asked for, or small."""
     kept = _Cache(options.cache, weight)
     found = kept.load()
     if found is None and (options.exact or min(weight.shape) <= _EXACT_SIDE):
         found = base_svd(weight)
         kept.store(found)
-    if found is not None:
-        return in_base(found, delta, options.count, options.epsilon), True
-    return certified(weight, delta, options.count, options.epsilon), False
+    return found
 
 
 class _Cache:

@@ -96,7 +96,7 @@ class LazyGroup(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write where to read on."""
         formatter.write_paragraph()
-        formatter.write_text("Learn more: `loratools COMMAND --help`, or “Try it” in README.md")
+        formatter.write_text("Learn more: `loratools COMMAND --help`, or docs/index.md")
 
 
 @click.command(

@@ -43,16 +43,10 @@ _REVISION = Option(
 
 
 class Command(click.Command):
-    """A command whose help groups its options, and whose inputs may be on the Hub.
+    """A command whose help groups its options, and whose inputs may be on the Hub."""
 
-    Args:
-        section: the part of the README that tells more.
-        settings: of click's command.
-    """
-
-    def __init__(self, *args: Any, section: str, **settings: Any) -> None:
+    def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.section = section
         self._inputs = [one for one in self.params if one.name in _INPUTS]
         self._inputs = [one for one in self._inputs if isinstance(one, click.Argument)]
         if self._inputs:
@@ -104,7 +98,7 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write where to read on."""
         formatter.write_paragraph()
-        formatter.write_text(f"Learn more: “{self.section}” in README.md")
+        formatter.write_text(f"Learn more: docs/commands/{self.name}.md")
 
 
 def _several(value: Any) -> tuple[Any, ...]:
@@ -118,11 +112,6 @@ def _again(path: str, weight: float | None) -> str | Path:
     return path if weight == 1.0 else f"{path}:{weight!r}"
 
 
-def command(name: str, section: str | None = None) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function a command.
-
-    Args:
-        name: of the command.
-        section: the heading in the README, if it is not the command's name.
-    """
-    return click.command(name, cls=Command, section=section or name)
+def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function the command `name`; its page is `docs/commands/{name}.md`."""
+    return click.command(name, cls=Command)

@@ -48,10 +48,11 @@ def command(
 
     \b
     loratools extract base-model tuned-model -o my-lora --rank 32
+    loratools extract sdxl.safetensors tuned.safetensors -o x.safetensors --to kohya --rank 32
     """  # noqa: D301 - click reads the backspace
     pages.check(reporting, [base, tuned, writing.output], overwrite=writing.overwrite)
     if not rule.is_given:
-        choices = extract_choices(base, tuned, compute=compute, selection=selection)
+        choices = extract_choices(base, tuned, naming=naming, compute=compute, selection=selection)
         return show_choices(choices, writing, reporting, pages=pages)
     target = target_of(writing)
     return perform(

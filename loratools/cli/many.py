@@ -145,11 +145,8 @@ def _one(
     function: Callable[..., int], path: Path, writing: Writing, several: Several
 ) -> tuple[Result | None, str | None]:
     """Run the command on one adapter; returns its result, and why it failed if it did."""
-    assert writing.output is not None
     quiet = replace(function.keywords["reporting"], quiet=True, json=False)  # type: ignore[attr-defined]
     try:
-        if not writing.dry_run:
-            writing.output.parent.mkdir(parents=True, exist_ok=True)
         with collected() as results:
             code = function(adapter=path, writing=writing, reporting=quiet)
     except LoratoolsError as error:

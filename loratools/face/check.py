@@ -15,10 +15,15 @@ from loratools.hub.references import Wanted, parse
 from loratools.operations.check import runner
 from loratools.operations.check.baseline import read_baseline
 from loratools.operations.check.options import CheckOptions, FixOptions
+from loratools.operations.check.outcome import (
+    SEVERITIES,
+    CheckedAdapter,
+    CheckFinding,
+    Unchecked,
+)
 from loratools.operations.check.remedy import Remedy, in_order
 from loratools.operations.check.rule import GROUPS
 from loratools.operations.check.rules import rule_named
-from loratools.operations.check.runner import CheckedAdapter, CheckFinding, Unchecked
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Writing
 from loratools_formats.contract.files import read_adapter
@@ -225,12 +230,12 @@ def _resolved(
 def _result(run: runner.CheckRun, options: CheckOptions, steps: tuple[Mended, ...]) -> CheckResult:
     counts: dict[str, int] = {
         severity: sum(finding.severity == severity for finding in run.findings)
-        for severity in runner.SEVERITIES
+        for severity in SEVERITIES
     }
     limit = options.fail_on or "warning"
     bad: tuple[Severity, ...] = ()
     if limit != "never":
-        bad = runner.SEVERITIES[: runner.SEVERITIES.index(limit) + 1]
+        bad = SEVERITIES[: SEVERITIES.index(limit) + 1]
     return CheckResult(
         passed=not run.unchecked and not any(counts[severity] for severity in bad),
         complete=not run.unchecked,

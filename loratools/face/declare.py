@@ -22,6 +22,7 @@ from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
 from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
+from loratools_formats.disk.parents import parents_made
 
 R = TypeVar("R")
 
@@ -110,7 +111,8 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
         given |= {name: _fetched(given[name], options) for name, options in groups.items()}
         arguments = {n: v for n, v in given.items() if n not in groups and n != "progress"}
         this = call_of(function.__name__, arguments, [given[name] for name in groups])
-        with running(this):
+        outputs = [g.output for g in given.values() if isinstance(g, Writing)]
+        with running(this), parents_made(next(iter(outputs), None)):
             return function(**given)
 
     call.declaration = Declaration(  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,10 +12,19 @@ from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
 from loratools.face.source import WRITING, Model, beside, destination, model
 from loratools.lowrank.resize import ComputeOptions
+from loratools.operations.convert.operation import SingleFileOptions, prepare
 from loratools.operations.extract import operation
+from loratools.operations.extract.single_file import (
+    components_only,
+    named_in_single_files,
+    taken_apart,
+)
+from loratools.work.provenance import record_metadata
 from loratools.work.requests import Writing
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
 
 
@@ -84,7 +93,7 @@ def extract(
     writing: Writing,
     progress: Progress | None = None,
 ) -> ExtractResult:
-    """Extract the LoRA between two checkpoints, as a PEFT adapter.
+    """Extract the LoRA between two checkpoints, as a PEFT adapter or a single file.
 
     >>> import tempfile
     >>> import loratools as lt
@@ -115,24 +124,33 @@ def extract(
         )
     before, after = model(base), model(tuned)
     writing = destination(writing, None, [before, after])
-    found = _difference(before, after, selection, compute, naming.base_name)
+    single = naming.to not in (None, "peft")
+    old, new = components_only(before, after) if single else (before, after)
+    found = _difference(old, new, selection, compute, naming.base_name)
+    if single:
+        found = replace(found, adapter=taken_apart(found.adapter))
     done = operation.extract(
         before,
         after,
         found,
         rule,
         compute,
+        to=naming.to if single else None,
         scratch_folder=beside(writing),
         progress=progress,
     )
+    adapter, findings = done.adapter, found.findings
+    if single and naming.to is not None:
+        adapter, more = _single_file(adapter, before, after, naming.to, naming.component)
+        findings = (*findings, *more)
     result = ExtractResult(
-        adapter=done.adapter,
-        findings=found.findings,
+        adapter=adapter,
+        findings=findings,
         relative_error=done.relative_error,
-        bytes_out=written_nbytes(done.adapter),
+        bytes_out=written_nbytes(adapter),
         unchanged=found.unchanged,
         skipped=found.skipped,
-        replaced=tuple(r.target for r in done.adapter.replacements.values()),
+        replaced=tuple(r.target for r in adapter.replacements.values()),
         modules=tuple(
             ExtractedModule(module.name, module.rank, module.energy, module.relative_error)
             for module in done.modules
@@ -142,11 +160,12 @@ def extract(
     return result.written(writing)
 
 
-@public()
+@public(naming=("to",))
 def extract_choices(
     base: Model,
     tuned: Model,
     *,
+    naming: operation.Naming,
     compute: ComputeOptions,
     selection: Selection,
 ) -> ExtractChoices:
@@ -168,8 +187,26 @@ def extract_choices(
         AdapterError: as for `extract`.
         UnsupportedError: as for `extract`.
     """
-    found = _difference(model(base), model(tuned), selection, compute, None)
+    before, after = model(base), model(tuned)
+    single = naming.to not in (None, "peft")
+    if single:
+        before, after = components_only(before, after)
+    found = _difference(before, after, selection, compute, None)
+    if single:
+        found = replace(found, adapter=taken_apart(found.adapter))
     return ExtractChoices(choices=choice_rows(operation.extract_choices(found, compute).choices))
+
+
+def _single_file(
+    adapter: Adapter, before: Checkpoint, after: Checkpoint, to: str, component: str | None
+) -> tuple[Adapter, tuple[Finding, ...]]:
+    """Return what was extracted as a single file of a naming has it, and what is to be told."""
+    named, findings = named_in_single_files(adapter, before, after, component, to)
+    done = prepare(named, to, single=SingleFileOptions(component=component))
+    record = adapter.provenance or {}
+    metadata = {**done.adapter.metadata, **record_metadata(record)}
+    made = replace(done.adapter, metadata=metadata, provenance=record)
+    return made, (*findings, *done.findings)
 
 
 def _difference(

@@ -67,14 +67,14 @@ def repair(
     True
 
     Args:
-        source: a plain adapter, or one of a kind that folds exactly without the base.
+        source: a LoRA or DoRA, or of a kind that folds exactly without the base.
         base: the base model, for intruder dimensions.
         progress: called with (modules done, modules in all).
 
     Raises:
         OptionError: intruder dimensions are asked for without a base, or nothing is to be done.
         InexactError: the error is above `max_error`; the error carries the result.
-        UnsupportedError: a module is a DoRA, or has no factors.
+        UnsupportedError: a module has no factors, or is a DoRA with magnitudes of inputs.
         AdapterError: NaN or infinite values, nothing selected, or every module is dead.
         OutputExistsError: the output exists and `overwrite` is false.
     """

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from loratools.algebra.ranks import RankRule
-from loratools.algebra.streamed_svd import StreamedMatrix
 from loratools.face.declare import public
 from loratools.face.source import Model, model
-from loratools.folding.decomposed import TransposedMatrix
+from loratools.folding.decomposed import dense as whole_of
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opened, Opener
 from loratools.folding.without_base import needs_base, with_settings
@@ -64,7 +63,7 @@ def delta(
     elif opened.exact is not None:
         dense, is_stack = [opened.exact.b @ opened.exact.a], False
     else:
-        dense = [_dense(part) for part in opened.matrices]
+        dense = [whole_of(part) for part in opened.matrices]
         is_stack = opened.planned.layer.kind == "experts"
     whole: Array = np.stack(dense) if is_stack else dense[0]
     return whole.astype(dtype, copy=False)
@@ -162,14 +161,6 @@ def _opened(adapter: Adapter, name: str, base: Model | None) -> LowRank | Opened
         told = replace(told, modules={name: told.modules[name]})
     # A rank, so that no more than the leading triplets are looked for, which nobody asks for here.
     return Opener(told, RankRule(rank=1), ComputeOptions(), checkpoint).open(name)
-
-
-def _dense(part: Any) -> Array:
-    """Return ΔW of a matrix that is not a product: (out, in) float64."""
-    if isinstance(part, TransposedMatrix):
-        return _dense(part.inner).T
-    assert isinstance(part, StreamedMatrix)
-    return np.concatenate([block.copy() for _, _, block in part.blocks()])
 
 
 def _low_rank(name: str, pair: Any, alpha: float | None) -> LowRank:

@@ -72,6 +72,10 @@ class KroneckerMatrix:
         self._order = np.argsort(-products, axis=None, kind="stable")
         self._values = abs(form.scale) * products.reshape(-1)[self._order]
 
+    def dense(self) -> Array:
+        """Return the product: (out, in) float64."""
+        return self._rows.rows(0, self._rows.shape[0])
+
     @property
     def squared_norm(self) -> float:
         """‖ΔW‖²_F."""
@@ -188,3 +192,13 @@ def exact_factors(form: DeltaForm, *, of_any_rank: bool) -> Product | None:
     if not alive.size:
         alive = np.zeros(1, np.int64)
     return Product(form.b[:, alive], form.a[alive])
+
+
+def dense(part: Decomposed) -> Array:
+    """Return ΔW of a matrix that was made here, in whole: (out, in) float64."""
+    if isinstance(part, TransposedMatrix):
+        return dense(part.inner).T
+    if isinstance(part, KroneckerMatrix | Matrix):
+        return part.dense()
+    assert isinstance(part, StreamedMatrix)
+    return np.concatenate([block.copy() for _, _, block in part.blocks()])

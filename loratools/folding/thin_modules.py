@@ -17,6 +17,7 @@ import numpy as np
 from loratools.algebra.one_matrix import Decomposed
 from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.algebra.thin import Thin
+from loratools.folding.decomposed import dense
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opener
 from loratools.folding.without_base import with_settings
@@ -208,4 +209,5 @@ def _leading(part: Decomposed, rank: int) -> Thin:
     kept = float(np.sum(part.singular_values[:rank] ** 2))
     rest = max(part.squared_norm - kept, 0.0)
     negligible = part.squared_norm * 1e-14
-    return Thin(b, a, use_gram=False, tail=rest if rest > negligible else 0.0)
+    tail = rest if rest > negligible else 0.0
+    return Thin(b, a, use_gram=False, tail=tail, whole=lambda: dense(part))

@@ -45,6 +45,7 @@ _ROLES_OF = {
     "lora_prior_": ("prior", DENOISER),
     "lora_decoder_": ("decoder", DENOISER),
     "connectors.": ("connectors",),
+    "text_embedding_projection.": ("connectors", DENOISER),
     "text_encoder.": ("text_encoder",),
     "text_encoder_2.": ("text_encoder_2",),
     "text_encoder_3.": ("text_encoder_3",),
@@ -174,3 +175,22 @@ def roles_of(key: Key) -> tuple[str, ...]:
     if name in _CLIP:
         return (_CLIP[name],)
     return _ANY_T5 if name.startswith(_T5) else ("text_encoder", *_ANY_T5[:2], "text_encoder_4")
+
+
+def transformers_paths(path: str) -> tuple[str, ...]:
+    """Return what transformers calls a module of a text encoder; several divide its rows equally.
+
+    >>> transformers_paths("transformer.resblocks.0.mlp.c_fc")
+    ('text_model.encoder.layers.0.mlp.fc1',)
+    >>> transformers_paths("encoder.block.0.layer.0.SelfAttention.q")
+    ('encoder.block.0.layer.0.SelfAttention.q',)
+    """
+    found = _RESBLOCK.match(path)
+    if found is None:
+        around = {own: name for name, own in _AROUND.items()}
+        return (around.get(path, path),)
+    layer, own = f"text_model.encoder.layers.{found[1]}.", path[found.end() :]
+    if own == "attn.in_proj":
+        return tuple(f"{layer}self_attn.{part}_proj" for part in "qkv")
+    names = {theirs: ours for ours, theirs in _IN_LAYER.items()}
+    return (layer + names.get(own, own),)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from importlib import resources
 
 from loratools.naming.places import (
-    TEXT_PREFIXES,
     Target,
     TextPlace,
     located,
@@ -157,12 +156,13 @@ def _outcomes(
 
 
 def _may_be(files: Sequence[NamedModules], neighbour: Table) -> bool:
-    """Return whether all names but text encoders' are those of an architecture in diffusers."""
+    """Return whether all names are those of an architecture in diffusers.
+
+    Nobody trains text encoders of one that has no table.
+    """
     for file in files:
         for name, full in file.names.items():
             key = module_key(full)
-            if key is not None and key.prefix.startswith(TEXT_PREFIXES):
-                continue
             if key is None or schemes_of(key) != ("diffusers",):
                 return False
             if file.place(name, neighbour) is None:
@@ -298,7 +298,8 @@ def unresolved(missing: Sequence[str], where: str, source: object) -> AdapterErr
         f"{count} not in {where}",
         path=str(source) if source else None,
         got=shown,
-        hint="Give a list of names with `base` or `names_from`, or a table with `names`",
+        hint="Give a list of names with `base` or `names_from`, or a table with `names`; if only "
+        "the prefix differs, `component` puts another",
     )
 
 

@@ -9,6 +9,7 @@ parameter that is no module's weight is added to that parameter.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
@@ -29,7 +30,7 @@ from loratools_formats.core.adapter import Adapter, Addition, ModuleChange
 from loratools_formats.core.dtypes import DTYPES, encode
 from loratools_formats.core.single_file_keys import Naming
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, LoratoolsError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 _WAYS: tuple[Naming, ...] = ("comfyui", "diffusers")
 _WEIGHT = ".weight"
@@ -57,9 +58,13 @@ def named_for_base(adapter: Adapter, base: Checkpoint, role: str | None = None) 
     others = {name for name in missing if modules.may_be_denoisers(name)}
     whole = others | {name for name in all_names(adapter) if modules.is_denoisers(name)}
     rest = _only(adapter, whole)
+    kept_whole: UnsupportedError | None = None
     for way in _WAYS if others else ():
         try:
             other = renamed(rest, way, NamingOptions()).adapter
+        except UnsupportedError as error:
+            kept_whole = error
+            continue
         except LoratoolsError:
             continue
         names = modules.found(other)
@@ -70,6 +75,9 @@ def named_for_base(adapter: Adapter, base: Checkpoint, role: str | None = None) 
             if not missing:
                 return _together(adapter, named, _with_names(left, found, base))
             break
+    if kept_whole is not None and len(missing) == len(others):
+        kept_whole.path = kept_whole.path or str(adapter.source)
+        raise kept_whole
     shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
     raise AdapterError(
         f"{len(missing)} of the adapter's modules are not in the base, in any of its namings",
@@ -89,7 +97,7 @@ def _drop(missing: list[str], names: list[str]) -> str | None:
     pattern = "|".join(f"^{re.escape(prefix)}" for prefix in sorted(prefixes))
     if "" in prefixes or any(re.search(pattern, name) for name in of_others):
         pattern = "|".join(f"^{re.escape(name)}$" for name in missing)
-    return f"If the base is to go without them, leave them out with `drop`: {pattern}"
+    return f"To go without them, leave them out with `drop`: {shlex.quote(pattern)}"
 
 
 def by_component(adapter: Adapter, roles: Collection[str]) -> dict[str, Adapter]:
@@ -177,7 +185,7 @@ class _Modules:
     def is_denoisers(self, name: str) -> bool:
         """Return whether a module is of no text encoder by its name."""
         key = module_key(name)
-        return key is None or roles_of(key) == (DENOISER,)
+        return key is None or not roles_of(key)[0].startswith("text_encoder")
 
     def may_be_denoisers(self, name: str) -> bool:
         """Return whether a table may lead from a module to one of the base's."""

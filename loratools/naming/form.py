@@ -94,6 +94,7 @@ _MODULES = _PAIRS | {
         lambda value: _is_counts(value) and len(value) == 2,
     ),
     "kernel": _Value("a list of numbers above 0", _is_counts),
+    "component": _Value(f"one of {_COMPONENTS}", lambda value: value in COMPONENTS),
     "swapped_halves": _Value("true or false", lambda value: isinstance(value, bool)),
 }
 _ALIASES = _PAIRS | {"alias": _NAME}

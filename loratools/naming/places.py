@@ -34,6 +34,8 @@ Target = Naming | Literal["bare"] | FileSpelling
 the spelling of a file."""
 
 _PROBE = ".lora_A.weight"
+OWN_PREFIXES = ("text_embedding_projection.",)
+"""Prefixes of original names that are no denoiser's: LTX-2's projection of text."""
 TEXT_PREFIXES = ("lora_te", "text_encoder")
 _OUTER = "text_model."
 
@@ -88,13 +90,18 @@ def located(name: str, table: Table, shape: Shape = (None, None)) -> Place | Tex
             return None if path is None else TextPlace(role, encoder, path)
     if key.prefix.startswith(TEXT_PREFIXES):
         return None
-    component = ""
-    if key.naming == "diffusers":
-        component = key.prefix.partition(".")[0]
-        if component not in table.components:
-            return None
-    place = table.locate(key.path, flat=key.flat, schemes=schemes_of(key), shape=shape)
-    return None if place is None else replace(place, component=component)
+    component = key.prefix.partition(".")[0] if key.naming == "diffusers" else ""
+    path = key.prefix + key.path if key.prefix in OWN_PREFIXES else key.path
+    for other in ("", *table.other_components):
+        own = component in table.components if not other else component == other
+        if component and not own:
+            continue
+        place = table.locate(
+            path, flat=key.flat, schemes=schemes_of(key), shape=shape, component=other
+        )
+        if place is not None:
+            return replace(place, component=other or component)
+    return None
 
 
 def _text_path(key: Key, encoder: TextEncoder) -> str | None:
@@ -132,6 +139,8 @@ def target_scheme(target: Target, table: Table) -> Scheme:
 
 def prefixed(path: str, target: Target, component: str) -> str:
     """Return a module's name in the target, which has the component only if it is diffusers'."""
+    if path.startswith(OWN_PREFIXES) and target != "kohya":
+        return path
     if isinstance(target, FileSpelling):
         has_component = target.prefix.removesuffix(".") in COMPONENTS
         prefix = f"{component}." if has_component else target.prefix
@@ -143,6 +152,8 @@ def prefixed(path: str, target: Target, component: str) -> str:
 
 def dotted_name(path: str, component: str, scheme: Scheme) -> str:
     """Return a module's name with its component, dotted."""
+    if path.startswith(OWN_PREFIXES):
+        return path
     return f"diffusion_model.{path}" if scheme == "original" else f"{component}.{path}"
 
 

@@ -40,6 +40,7 @@ from loratools_formats.disk.errors import (
     UnsupportedError,
 )
 
+_DENOISERS = {"transformer.", "unet."}
 _FLAT_OF = {
     "unet.": "lora_unet_",
     "diffusion_model.": "lora_unet_",
@@ -112,6 +113,8 @@ def _bare(adapter: Adapter, options: NamingOptions) -> Renamed:
     adapter = by_diffusers.adapter
     prefixes = {name: key.prefix for name in adapter.modules if (key := module_key(name))}
     wanted = {options.component + "."} if options.component else set(prefixes.values())
+    if wanted <= _DENOISERS and set(prefixes.values()) == {"diffusion_model."}:
+        wanted = {"diffusion_model."}  # what no table knows, and has one component
     wanted &= {*prefixes.values(), *(() if options.component else ("",))}
     if len(wanted) > 1:
         raise UnsupportedError(
@@ -150,6 +153,9 @@ def _in_class(adapter: Adapter, target: Target, options: NamingOptions) -> Renam
     else:
         tables = chosen_tables([file], target, options.base)
     if not tables:
+        exchanged = _other_prefix(names, target, options.component)
+        if exchanged is not None:
+            return Renamed(_moved(adapter, exchanged, target))
         return Renamed(_moved(adapter, _without_table(adapter, names, target), target, names))
     return _crossed(adapter, file, target, tables, options)
 
@@ -229,7 +235,11 @@ def _one_expert(
     """
     places = {name: file.place(name, table) for name in file.names}
     own = next((c for c in table.components if c == options.component), table.component)
-    experts = {old: p.component or own for old, p in places.items() if isinstance(p, Place)}
+    experts = {
+        old: p.component or own
+        for old, p in places.items()
+        if isinstance(p, Place) and not p.row.component
+    }
     found = sorted(set(experts.values()))
     if target_scheme(target, table) != "original" or len(found) < 2:
         return adapter, ()
@@ -282,6 +292,26 @@ def all_names(adapter: Adapter) -> list[str]:
     """Return the names of all modules that are changed, by factors or otherwise."""
     added = [addition.target.rpartition(".")[0] for addition in adapter.additions.values()]
     return list(dict.fromkeys([*adapter.modules, *added]))
+
+
+def _other_prefix(
+    names: Mapping[str, str], target: Target, component: str | None
+) -> dict[str, str] | None:
+    """Return names with the component that was asked for, where no table knows them.
+
+    None if none was asked for, or a name is flattened.
+    """
+    is_wanted = component == "diffusion_model" if target == "comfyui" else component in COMPONENTS
+    if not is_wanted or target not in ("comfyui", "diffusers"):
+        return None
+    result = {}
+    for old, new in names.items():
+        key = module_key(new)
+        if key is None or key.flat:
+            return None
+        of_text = key.prefix.startswith("text_encoder")
+        result[old] = new if _is_of(new, target) or of_text else f"{component}.{key.path}"
+    return result
 
 
 def _is_of(name: str, target: Target) -> bool:

@@ -41,6 +41,8 @@ class Row:
         swapped_halves: whether the two halves of its outputs are in the other order.
         shape: its rows and columns, in proportion; None if that varies.
         kernel: the kernel that its weight has as a convolution; None if the table does not tell.
+        component: the component that it is of in diffusers' naming, where that is not the table's;
+            its original name begins with a prefix of its own, then. Empty otherwise.
     """
 
     original: str
@@ -49,6 +51,7 @@ class Row:
     swapped_halves: bool = False
     shape: tuple[int, int] | None = None
     kernel: tuple[int, ...] | None = None
+    component: str = ""
 
     def fits(self, covered: tuple[int, ...], shape: Shape) -> bool:
         """Return whether some of its parts may be of that shape."""
@@ -145,6 +148,11 @@ class Table:
                 hint="The bundled tables show the form: loratools/naming/data",
             ) from error
 
+    @functools.cached_property
+    def other_components(self) -> tuple[str, ...]:
+        """Components of rows that are of another than the table's."""
+        return tuple(sorted({row.component for row in self._rows} - {""}))
+
     def is_known_as(self, text: str) -> bool:
         """Return whether a file's metadata means this architecture by a text."""
         return any(pattern.search(text) for pattern in self._known_as)
@@ -165,6 +173,7 @@ class Table:
         flat: bool,
         schemes: tuple[Scheme, ...],
         shape: Shape = (None, None),
+        component: str = "",
     ) -> Place | None:
         """Return where a module's path stands, None if it is in none of the schemes.
 
@@ -173,6 +182,7 @@ class Table:
             flat: whether `_` stands for `.` in it.
             schemes: namings it may be of.
             shape: of the module's weight; a place must have the proportion of its sides.
+            component: of the rows that may be meant; empty for the table's own.
 
         Raises:
             OptionError: several rows have that flattened name.
@@ -181,7 +191,9 @@ class Table:
             place
             for scheme in schemes
             for place in self._index(scheme, flat).look_up(path)
-            if place.row.fits(place.covered, shape) and self._has_block(place)
+            if place.row.component == component
+            and place.row.fits(place.covered, shape)
+            and self._has_block(place)
         ]
         if len({(place.row, place.numbers, place.covered) for place in found}) > 1:
             raise OptionError(f"several modules of {self.title} have that name", got=path)
@@ -267,6 +279,7 @@ def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
                 bool(group.get("swapped_halves")),
                 tuple(group["shape"]) if "shape" in group else None,
                 tuple(group["kernel"]) if "kernel" in group else None,
+                group.get("component", ""),
             )
             if any(text.count("{}") != row.original.count("{}") for text in row.diffusers):
                 raise ValueError(f"{name} has other numbers than what it stands for")

@@ -8,6 +8,8 @@ record of how the result was made and the size of its file are decided here.
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -258,10 +260,16 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
         try:
             yield
         except LoratoolsError as error:
+            if NOT_FINITE in error.message and error.hint is None:
+                only = shlex.quote(f"^{re.escape(name)}$")
+                error.hint = f"To go on without the module, take it out with `drop`: {only}"
             error.tensor = error.tensor or name
             if error.path is None and self._source is not None:
                 error.path = str(self._source)
             raise
+
+
+NOT_FINITE = "factor holds NaN or infinite values"
 
 
 def planned_nbytes(adapter: Adapter) -> int:

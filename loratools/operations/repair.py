@@ -5,6 +5,9 @@ Intruder dimensions: singular values σⱼ of W + ΔW whose left vectors are far
 module's rank with the least error. Source: arXiv 2410.21228, §6; PEFT's `reduce_intruder_dimension`
 does it with two dense SVDs for each layer of a live model.
 
+A DoRA's direction takes the edits over its gains, and its magnitudes become the norms of what comes
+out (`folding.dora_edits`).
+
 Balancing moves a power of two from one factor to the other, which rounds nothing.
 """
 
@@ -23,11 +26,14 @@ from loratools.algebra.intruders import Leading
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.outliers import DEAD, ONE_SIDED
 from loratools.algebra.thin import Thin
-from loratools.base.decompositions import IntruderOptions, leading
+from loratools.base.decompositions import IntruderOptions, leading, leading_of_merged
 from loratools.folding.base_layout import has_own_layout
+from loratools.folding.dora import finite_vector
+from loratools.folding.dora_edits import DoraWeight, edited_dora
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.folding.weights_beside import WeightsBeside
 from loratools.folding.without_base import folded_exactly
+from loratools.lowrank.matrices import loaded
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer
 from loratools.work.declared import option
@@ -132,12 +138,19 @@ class RepairResult:
 
 @dataclass(frozen=True)
 class _Outcome:
-    delta: LowRank | None
+    """One module after its repair; the change is None if it was dropped.
+
+    Attributes:
+        is_measured: whether its norm is known: a DoRA's is not without the base.
+    """
+
+    change: ModuleChange | None
     report: RepairReport
     squared_norm: float
     squared_change: float
     squared_intended: float
     squared_error: float
+    is_measured: bool = True
 
 
 def repair(
@@ -154,7 +167,7 @@ def repair(
     """Repair an adapter.
 
     Args:
-        adapter: plain, or of a kind that folds exactly without the base.
+        adapter: LoRA or DoRA, or of a kind that folds exactly without the base.
         options: what to repair.
         base: the base model, for intruder dimensions.
         compute: how to compute and store.
@@ -165,7 +178,7 @@ def repair(
 
     Raises:
         OptionError: intruder dimensions are asked for without a base.
-        UnsupportedError: a module is a DoRA, or has no factors.
+        UnsupportedError: a module has no factors, or is a DoRA with magnitudes of inputs.
         AdapterError: NaN or infinite values, nothing selected, or every module is dead.
     """
     if not options.keep_intruders and base is None:
@@ -182,9 +195,12 @@ def repair(
     adapter.require_true_delta("repair")
     adapter = folded_exactly(adapter, "repair", scratch_folder, base)
     for name, delta in adapter.modules.items():
-        if delta.is_dora:
+        direction = delta.factors
+        if delta.is_dora and (
+            direction is None or direction.layer.kind == "experts" or delta.axis != "output"
+        ):
             raise UnsupportedError(
-                "a DoRA has no plain change to repair",
+                "a DoRA is repaired if it has factors, and a magnitude for each output",
                 path=adapter.source,
                 tensor=name,
                 hint="Make it a plain LoRA first: "
@@ -205,7 +221,7 @@ def repair(
     if work.compute.dtype is not None:
         record["dtype"] = work.compute.dtype
     provenance = operation_record("repair", {"adapter": adapter}, record, base)
-    kept = {o.report.name: ModuleChange(o.delta) for o in outcomes if o.delta is not None}
+    kept = {o.report.name: o.change for o in outcomes if o.change is not None}
     if not kept:
         raise AdapterError("every module is dead, and nothing would be left", path=adapter.source)
     total = sum(o.squared_norm for o in outcomes)
@@ -238,8 +254,9 @@ class _Repair:
         self.options = options
         self.compute = compute
         self._opener = ThinModules(adapter, base, "repair")
-        beside = None if base is None or options.keep_intruders else WeightsBeside(adapter, base)
-        self._beside = beside
+        has_dora = any(change.is_dora for change in adapter.modules.values())
+        needed = has_dora or not options.keep_intruders
+        self._beside = WeightsBeside(adapter, base) if base is not None and needed else None
         # Modules that are left alone keep their scales, and a format may want one for all.
         kept = replace(compute, keep_alpha=True)
         self._resizer = Resizer(kept, Scratch(scratch_folder), one_scale=False)
@@ -247,16 +264,64 @@ class _Repair:
 
     def one(self, name: str, *, touched: bool) -> _Outcome:
         """Return a module with its intruders shrunk and its factors balanced."""
-        module, change = self._opener.open(name), self._opener.modules[name]
+        change = self._opener.adapter.modules[name]
         delta = change.require_factors()
-        squared = sum(thin.squared_norm for thin in module.matrices)
         report = RepairReport(name, "kept", delta.rank, delta.rank, 0, 0, 0.0, 0.0)
-        kept = _Outcome(delta, report, squared, 0.0, squared, 0.0)
-        if not touched:
+        if change.is_dora and self._beside is not None:
+            kept = self._dora(report, change, self._beside.load(name, change)[0], touched=touched)
+        else:
+            module = self._opener.open(name)
+            squared = sum(thin.squared_norm for thin in module.matrices)
+            measured = not change.is_dora
+            kept = _Outcome(change, report, squared, 0.0, squared, 0.0, measured)
+            shrinks = touched and squared > 0.0 and not self.options.keep_intruders
+            if shrinks and self._beside is not None:
+                kept = self._shrunk(kept, module, delta, self._beside.load(name, change))
+        return self._balanced(kept) if touched and self.options.rebalance else kept
+
+    def _dora(
+        self, report: RepairReport, change: ModuleChange, weight: Array, *, touched: bool
+    ) -> _Outcome:
+        delta, magnitude = change.require_factors(), change.magnitude
+        assert magnitude is not None
+        ((b, a),) = loaded(delta)
+        values = finite_vector(magnitude, "magnitude")
+        direction = delta.scale * (b.astype(np.float64) @ a)
+        if not np.isfinite(direction).all():
+            raise AdapterError("factor holds NaN or infinite values", tensor=report.name)
+        dora = DoraWeight(weight, direction, values)
+        merged = dora.merged
+        squared = float(np.sum((merged - weight) ** 2))
+        kept = _Outcome(change, report, squared, 0.0, squared, 0.0)
+        if not touched or self.options.keep_intruders or not squared:
             return kept
-        if self._beside is not None and squared > 0.0:
-            kept = self._shrunk(kept, module, delta, self._beside.load(name, change))
-        return self._balanced(kept) if self.options.rebalance and squared > 0.0 else kept
+        found, _ = leading_of_merged(weight, merged, self.options.intruders)
+        report = replace(report, undetermined=found.verdicts.count("undetermined"))
+        if not found.intruders:
+            return replace(kept, report=report)
+        rank = self._rank_after(delta, [found])
+        left = (self.options.shrink - 1.0) * found.u[:, found.intruders] * found.s[found.intruders]
+        left[~merged.any(axis=1)] = 0.0
+        edits = left, found.vt[found.intruders]
+        done = edited_dora(report.name, change, dora, edits, rank, self._resizer)
+        moved = float(np.sum(left**2))
+        report = replace(
+            report,
+            action="shrunk",
+            rank_out=rank,
+            intruders=len(found.intruders),
+            change=_ratio(moved, squared),
+            relative_error=_ratio(done.squared_error, done.squared_intended),
+        )
+        return _Outcome(
+            done.change, report, squared, moved, done.squared_intended, done.squared_error
+        )
+
+    def _rank_after(self, delta: LowRank, found: list[Leading]) -> int:
+        """Return the rank that a module has after its edits."""
+        if not self.options.keep_every_rank:
+            return delta.rank
+        return min(delta.rank + max(len(one.intruders) for one in found), *delta.shape)
 
     def _shrunk(
         self, kept: _Outcome, module: ThinModule, delta: LowRank, weights: list[Array]
@@ -273,9 +338,7 @@ class _Repair:
         parts: list[Decomposed] = [
             self._edited(thin, one) for thin, one in zip(module.matrices, found, strict=True)
         ]
-        rank = delta.rank
-        if self.options.keep_every_rank:
-            rank = min(rank + max(len(one.intruders) for one in found), *delta.shape)
+        rank = self._rank_after(delta, found)
         like = PlannedFactors.like(delta)
         if like.alpha is None:
             like = replace(like, alpha=delta.scale * delta.rank)
@@ -292,7 +355,9 @@ class _Repair:
             change=_ratio(change, kept.squared_norm),
             relative_error=_ratio(done.squared_error, intended),
         )
-        return _Outcome(new, report, kept.squared_norm, change, intended, done.squared_error)
+        return _Outcome(
+            ModuleChange(new), report, kept.squared_norm, change, intended, done.squared_error
+        )
 
     def _edited(self, thin: Thin, found: Leading) -> Matrix:
         """Return ΔW − (1 − λ) Σ σⱼ uⱼ vⱼᵀ, of rank r + the number of intruders."""
@@ -304,8 +369,8 @@ class _Repair:
 
     def _balanced(self, done: _Outcome) -> _Outcome:
         """Move a power of two between the factors, if they are one-sided and no value is lost."""
-        delta = done.delta
-        assert delta is not None
+        assert done.change is not None
+        delta = done.change.require_factors()
         b, a = delta.b.load(np.float64), delta.a.load(np.float64)
         size_b, size_a = float(np.linalg.norm(b)), float(np.linalg.norm(a))
         if not size_b or not size_a or 1.0 / ONE_SIDED <= size_b / size_a <= ONE_SIDED:
@@ -324,16 +389,21 @@ class _Repair:
         )
         action = "rebalanced" if done.report.action == "kept" else "shrunk, rebalanced"
         report = replace(done.report, action=action, balance=size_b / size_a)
-        return replace(done, delta=balanced, report=report)
+        return replace(done, change=done.change.with_direction(balanced), report=report)
 
     def without_dead(self, outcomes: list[_Outcome], selection: Selection) -> list[_Outcome]:
         """Return the outcomes with dead modules dropped, which counts as error."""
         if not self.options.drop_dead:
             return outcomes
-        limit = DEAD * float(np.median([math.sqrt(o.squared_norm) for o in outcomes]))
+        sizes = [math.sqrt(o.squared_norm) for o in outcomes if o.is_measured]
+        limit = DEAD * float(np.median(sizes)) if sizes else 0.0
         return [
-            _dropped(o) if math.sqrt(o.squared_norm) <= limit and o.report.name in selection else o
-            for o in outcomes
+            _dropped(one)
+            if one.is_measured
+            and math.sqrt(one.squared_norm) <= limit
+            and one.report.name in selection
+            else one
+            for one in outcomes
         ]
 
 

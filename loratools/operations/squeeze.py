@@ -115,8 +115,12 @@ def squeeze(
         not rule.uniform or len(work.scales()) == 1
     ):
         modules = dict(work.whole)
+    finished = work.finished(modules, done.record)
+    if rule.uniform and finished.config.get("use_rslora"):
+        # One scale for every loader, and not all of them know α/√r; the writer finds α anew.
+        finished = replace(finished, config={**finished.config, "use_rslora": False})
     return SqueezeResult(
-        adapter=work.finished(modules, done.record),
+        adapter=finished,
         modules=tuple(outcome.report for outcome in done.outcomes),
         relative_error=done.relative_error,
         directional=any(change.is_dora for change in modules.values()),

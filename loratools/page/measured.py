@@ -199,9 +199,11 @@ def _similarity(result: CompareResult) -> list[Part]:
 
 def bases_sections(result: BasesResult) -> list[Section]:
     """Return how far two bases differ where an adapter acts."""
-    header = ["module", "‖W₁−W₀‖/‖W₀‖", "where ΔW writes", "where ΔW reads", "both, over ‖ΔW‖"]
+    header = ["module", "‖W₁−W₀‖/‖W₀‖", "where ΔW writes", "where ΔW reads"]
+    header += ["‖P(W₁−W₀)‖ where ΔW writes", "both, over ‖ΔW‖"]
     rows: list[list[Cell]] = [
-        [m.name, m.relative, m.outputs, m.inputs, m.against_change] for m in result.modules
+        [m.name, m.relative, m.outputs, m.inputs, m.projected, m.against_change]
+        for m in result.modules
     ]
     writes: dict[tuple[str, str], float] = {}
     for module in result.modules:

@@ -51,7 +51,7 @@ def base(path, *, shape=(OUT, IN), modules=MODULES, card=None):
     weights = {f"{name}.weight": np.ones(shape, np.float32) for name in modules}
     weights["model.embed_tokens.weight"] = np.ones((16, IN), np.float32)
     save_file(weights, path / "model.safetensors")
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 16,
               "tie_word_embeddings": True}  # fmt: skip
     (path / "config.json").write_text(json.dumps(config))
     if card is not None:

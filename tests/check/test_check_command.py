@@ -123,7 +123,7 @@ def test_annotations_escape_what_would_end_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "a,b", lora_alpha=0)
     lines = run("a,b", "--output-format=github")[1].splitlines()
-    assert lines[0].startswith("::error file=a%2Cb/adapter_model.safetensors,line=1,title=LT203")
+    assert lines[0].startswith("::error file=a%2Cb/adapter_config.json,line=1,title=LT203")
     assert all(re.match(r"::(error|warning|notice) .*::.", line) for line in lines)
 
 
@@ -136,7 +136,7 @@ def test_names_that_control_a_terminal_are_escaped(tmp_path):
 
 
 FIXED = {
-    "scale": ({"rank_pattern": {MODULES[0]: 2}}, "vllm", "LT506"),
+    "scale": ({"rank_pattern": {MODULES[0]: 2}}, "vllm@0.26", "LT506"),
     "format": ({}, "mlx", "LT502"),
     "both": ({"alpha_pattern": {MODULES[0]: 2}}, "mlx", "LT502"),
 }

@@ -1,4 +1,8 @@
-"""What `check` says of PEFT, MLX-LM and diffusers is what they do."""
+"""What `check` says of PEFT, vLLM, SGLang, MLX-LM, diffusers and llama.cpp is what they do.
+
+vLLM and SGLang do not install beside the other libraries: what their own code says is recorded by
+`record_serving.py` from their wheels.
+"""
 
 import json
 import sys
@@ -7,12 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import loratools as lt
-from loratools.operations.check.targets import known_targets
+from loratools.operations.check.targets import all_targets, known_targets
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "check"))
 from handmade_adapters import IN, MODULES, OUT, folder, tensors
+from record_serving import CONFIGS, FIRST, NAMES, RECORD
+
+RECORDED = json.loads(RECORD.read_text())
+VLLM = [name for name in RECORDED if name.startswith("vllm")]
 
 LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
@@ -168,3 +177,111 @@ def test_adapters_that_peft_makes_have_no_errors(tmp_path):
     made.save_pretrained(tmp_path / "peft")
     found = lt.check(tmp_path / "peft", target=["peft"]).findings
     assert [(f.code, f.message) for f in found if f.severity == "error"] == []
+
+
+def recorded_adapter(path, case):
+    """Write an adapter with the configuration of a recorded case, and tensors that fit it."""
+    config = CONFIGS[case]
+    weights = tensors(rank=config.get("r", 4))
+    prefix = f"base_model.model.{FIRST}"
+    if "rank_pattern" in config:
+        weights[f"{prefix}.lora_A.weight"] = np.ones((2, IN), np.float32)
+        weights[f"{prefix}.lora_B.weight"] = np.ones((OUT, 2), np.float32)
+    if "use_dora" in config:
+        weights |= {
+            f"base_model.model.{name}.lora_magnitude_vector": np.ones(OUT, np.float32)
+            for name in MODULES
+        }
+    if "modules_to_save" in config:
+        name = config["modules_to_save"][0]
+        weights[f"base_model.model.{name}.weight"] = np.ones((6, IN), np.float32)
+    if "bias" in config:
+        weights[f"{prefix}.base_layer.bias"] = np.ones(OUT, np.float32)
+    if "lora_bias" in config:
+        weights |= {
+            f"base_model.model.{name}.lora_B.bias": np.ones(OUT, np.float32) for name in MODULES
+        }
+    if "use_qalora" in config:
+        weights = {
+            key: array[:, : IN // 4] if "lora_A" in key else array for key, array in weights.items()
+        }
+        config = config | {"qalora_group_size": 4}
+    return folder(path, weights, **config)
+
+
+def about_targets(path, target):
+    return [f for f in lt.check(path, target=[target]).findings if f.target]
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("program", VLLM)
+def test_vllm_refuses_and_scales_as_the_table_says(program, case, tmp_path):
+    record = RECORDED[program]
+    version = program.split()[1].rpartition(".")[0]
+    path = recorded_adapter(tmp_path / "a", case)
+    found = about_targets(path, f"vllm@{version}")
+    says = record["configs"][case]
+    by_name = case == "lora_bias" and "refused" in record["names"]["lora_B's bias"]
+    refused = [f for f in found if "refuses" in f.message or "takes ranks up to" in f.message]
+    assert bool(refused) == ("refused" in says or by_name), (says, found)
+    if "scales" in says and not refused:
+        adapter = lt.read(path)
+        others = [name for name in adapter.modules if name != FIRST]
+        own = [adapter.modules[name].factors for name in (FIRST, others[0])]
+        if None not in own:
+            wrong = says["scales"] != pytest.approx([part.scale for part in own])
+            assert wrong == any(f.code == "LT506" for f in found)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_sglang_scales_as_the_table_says(case, tmp_path):
+    (record,) = (found for name, found in RECORDED.items() if name.startswith("sglang"))
+    path = recorded_adapter(tmp_path / "a", case)
+    found = {f.code for f in about_targets(path, "sglang")}
+    says = record["configs"][case]
+    assert ("LT503" in found) == says["use_dora"]
+    parts = [lt.read(path).modules[name].factors for name in (FIRST, MODULES[-1])]
+    if None not in parts:
+        wrong = says["scales"] != pytest.approx([part.scale for part in parts])
+        assert wrong == bool(found & {"LT506", "LT508"})
+
+
+@pytest.mark.parametrize("program", VLLM)
+def test_vllm_parses_names_as_the_rules_say(program):
+    names = RECORDED[program]["names"]
+    assert set(names) == set(NAMES)
+    assert names["as saved"] == names["no prefix"] == {"module": FIRST}
+    for case in ("adapter's name", "bias", "lora_B's bias", "token rows", "magnitude"):
+        assert "refused" in names[case]
+    version = program.split()[1].rpartition(".")[0]
+    target = next(t for t in all_targets()["vllm"] if t.version == version)
+    assert (target.token_rows, target.biases, target.dora) == ("refused",) * 3
+
+
+def test_old_diffusers_takes_the_first_rank_as_alpha_of_all(tmp_path):
+    record = RECORDED["diffusers 0.39.0"]
+    arrays = {}
+    for name, rank in record["ranks"].items():
+        key = f"transformer.{name}"
+        arrays[f"{key}.lora_A.weight"] = np.ones((rank, IN), np.float32)
+        arrays[f"{key}.lora_B.weight"] = np.ones((OUT, rank), np.float32)
+    path = tmp_path / "mixed.safetensors"
+    save_file(arrays, path)
+    wrong = [name for name, scale in record["scales"].items() if scale != 1.0]
+    (found,) = (f for f in about_targets(path, "diffusers@0.39") if f.code == "LT506")
+    assert found.where == f"transformer.{wrong[0]}"
+    assert f"multiplies {found.where} by 0.5 instead of 1" in found.message
+    assert f"for {len(wrong)} of {len(arrays) // 2}" in found.message
+    assert not about_targets(path, "diffusers")
+    fixed = lt.check(
+        path, target=["diffusers@0.39"], fix=True, output=tmp_path / "even.safetensors"
+    )
+    assert not any(f.target for f in fixed.findings)
+
+
+def test_every_version_of_a_program_that_was_run_is_recorded():
+    for name, versions in all_targets().items():
+        for target in versions:
+            if f"of the wheel {name} " in target.source:
+                known = [k for k in RECORDED if k.startswith(f"{name} {target.version}")]
+                assert known, target.label

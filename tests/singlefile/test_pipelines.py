@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_a_component_that_the_base_lacks_is_left_out_as_the_hint_says(pipelines,
     )
     assert done.exit_code != 0
     hint = done.exception.hint
-    pattern = hint.partition("`drop`: ")[2]
+    (pattern,) = shlex.split(hint.partition("`drop`: ")[2])
     assert pattern, hint
     run("fuse", tmp_path / "unet.safetensors", path, "-o", tmp_path / "f", "--drop", pattern)
 

@@ -253,6 +253,7 @@ def test_bases_differ_where_the_adapter_acts_as_computed_densely(tmp_path):
         norm = np.linalg.norm
         assert_allclose(module.relative, norm(difference) / norm(before))
         assert_allclose(module.outputs, norm(p @ difference) / norm(p @ before), rtol=1e-9)
+        assert_allclose(module.projected, norm(p @ difference), rtol=1e-9, atol=1e-15)
         assert_allclose(module.inputs, norm(difference @ q) / norm(before @ q), rtol=1e-9)
         assert_allclose(module.against_change, norm(p @ difference @ q) / norm(change), rtol=1e-6)
         assert (module.relative > 0) == module.name.endswith("q_proj")

@@ -1,8 +1,10 @@
 """`repair` equals the paper's edit done densely, and PEFT's own `reduce_intruder_dimension`."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import dense
 import numpy as np
@@ -97,6 +99,92 @@ def test_peft_makes_the_same_change_of_the_same_adapter(tmp_path):
         assert np.linalg.norm(change - theirs[name]) <= 1e-5 * np.linalg.norm(change), name
 
 
+def dora_weights(folder):
+    """Return m/‖W + BA‖ ⊙ (W + BA), and the gains, by module path."""
+    weights, directions = dense.base_weights(), dense.peft_changes(folder)
+    stored = dense.tensors(folder / "adapter_model.safetensors")
+    found = {}
+    for name, direction in directions.items():
+        magnitude = stored[f"base_model.model.{name}.lora_magnitude_vector"].reshape(-1)
+        whole = weights[name] + direction
+        gains = (magnitude / np.linalg.norm(whole, axis=1))[:, None]
+        found[name] = gains * whole, gains, direction
+    return found
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_dora_is_edited_in_its_weight_and_stays_one(tmp_path, keep):
+    result = lt.repair(
+        dense.TINY / "dora", base=BASE, keep_every_rank=keep, dtype="f32", output=tmp_path / "out"
+    )
+    weights, before = dense.base_weights(), dora_weights(dense.TINY / "dora")
+    after = dora_weights(tmp_path / "out")
+    assert sum(module.intruders for module in result.modules) > 20
+    moved = total = 0.0
+    for module in result.modules:
+        weight, (merged, gains, direction) = weights[module.name], before[module.name]
+        _, found, (u, s, vt) = dense.intruders(weight, merged - weight, 10, 0.5)
+        assert module.intruders == len(found)
+        edit = -0.25 * (u[:, found] * s[found]) @ vt[found]
+        moved, total = moved + np.sum(edit**2), total + np.sum((merged - weight) ** 2)
+        error = np.linalg.norm(after[module.name][0] - merged - edit)
+        left = np.linalg.svd(gains * direction + edit, compute_uv=False)[module.rank_out :]
+        assert module.rank_out == 16 + (len(found) if keep else 0)
+        size = np.linalg.norm(merged + edit - weight)
+        assert_allclose(error, np.linalg.norm(left), rtol=1e-3, atol=1e-5 * size)
+        assert_allclose(module.relative_error, error / size, rtol=1e-3, atol=1e-7)
+    assert_allclose(result.change, np.sqrt(moved / total), rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_makes_the_edited_weight_of_a_repaired_dora(tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lt.repair(dense.TINY / "dora", base=BASE, keep_every_rank=True, dtype="f32",
+              output=tmp_path / "out")  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, str(tmp_path / "out")).merge_and_unload()
+    theirs = {name: value.double().numpy() for name, value in merged.state_dict().items()}
+    for name, (weight, _, _) in dora_weights(tmp_path / "out").items():
+        assert_allclose(theirs[f"{name}.weight"], weight, atol=1e-5 * np.abs(weight).max())
+
+
+def test_other_steps_leave_the_weight_of_a_dora_as_it_is(tmp_path):
+    file = tmp_path / "skewed" / "adapter_model.safetensors"
+    shutil.copytree(dense.TINY / "dora", tmp_path / "skewed")
+    stored = load_file(file)
+    skewed = {
+        key: (value.astype(np.float64) * (2.0**-12 if "lora_B" in key else 2.0**12)).astype(
+            value.dtype
+        )
+        if "magnitude" not in key
+        else value
+        for key, value in stored.items()
+    }
+    save_file(skewed, file, metadata={"format": "pt"})
+    for base in (None, BASE):
+        result = lt.repair(tmp_path / "skewed", base=base, keep_intruders=True, rebalance=True,
+                           drop_dead=True, output=tmp_path / "out", overwrite=True)  # fmt: skip
+        assert {module.action for module in result.modules} == {"rebalanced"}
+        ours, theirs = dora_weights(tmp_path / "skewed"), dora_weights(tmp_path / "out")
+        for name, (weight, _, _) in ours.items():
+            assert np.array_equal(theirs[name][0], weight)
+
+
+def test_a_dora_of_a_zero_direction_is_no_dead_module(tmp_path):
+    """Without the base nobody knows what its magnitudes change."""
+    shutil.copytree(dense.TINY / "dora", tmp_path / "zero")
+    file = tmp_path / "zero" / "adapter_model.safetensors"
+    stored = load_file(file)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    save_file({**stored, key: np.zeros_like(stored[key])}, file, metadata={"format": "pt"})
+    for base in (None, BASE):
+        result = lt.repair(tmp_path / "zero", base=base, keep_intruders=True, drop_dead=True)
+        assert {module.action for module in result.modules} == {"kept"}
+
+
 def test_a_second_repair_finds_the_shrunk_dimensions_shorter(tmp_path):
     options = RepairOptions(IntruderOptions(), shrink=0.0, keep_every_rank=True)
     result = repair(
@@ -164,8 +252,9 @@ def test_modules_that_are_not_selected_keep_every_bit(tmp_path):
 
 def test_what_cannot_be_repaired_is_refused(tmp_path):
     adapter = read_adapter(dense.TINY / "dora")
-    with pytest.raises(UnsupportedError, match="DoRA"):
-        repair(adapter, RepairOptions(keep_intruders=True, drop_dead=True))
+    turned = {name: replace(c, axis="input") for name, c in adapter.modules.items()}
+    with pytest.raises(UnsupportedError, match="magnitude for each output"):
+        repair(replace(adapter, modules=turned), RepairOptions(keep_intruders=True, drop_dead=True))
     with pytest.raises(OptionError, match="no step"):
         RepairOptions(keep_intruders=True)
     with pytest.raises(OptionError, match="lambda"):

@@ -27,6 +27,7 @@ from loratools_formats.disk.strict_json import parsed_object
 LENGTH_BYTES = 8
 _MARKS_PER_TENSOR = 16
 METADATA = "__metadata__"
+_FIELDS = {"data_offsets", "dtype", "shape"}
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def check_name(name: str, path: Path | None, limits: Limits) -> None:
     """Raise `AdapterError` if a name is too long or holds what breaks terminals."""
     if not name.isprintable():
         raise AdapterError("name has control or invisible characters", path=path, tensor=name)
-    if len(name.encode()) > limits.name_bytes:
+    if len(name if name.isascii() else name.encode()) > limits.name_bytes:
         raise AdapterError(
             "name is too long",
             path=path,
@@ -204,14 +205,13 @@ def _entry(
     name: str, entry: Any, path: Path, limits: Limits
 ) -> tuple[int, int, DType, tuple[int, ...]]:
     check_name(name, path, limits)
-    fields = sorted(entry) if isinstance(entry, dict) else None
-    if fields != ["data_offsets", "dtype", "shape"]:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise AdapterError(
             "header entry has the wrong fields",
             path=path,
             tensor=name,
-            got=fields,
-            expected=["data_offsets", "dtype", "shape"],
+            got=sorted(entry) if isinstance(entry, dict) else None,
+            expected=sorted(_FIELDS),
         )
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
@@ -229,19 +229,26 @@ def _entry(
         raise AdapterError("bad data offsets", path=path, tensor=name, got=offsets)
     nbytes = dtype.nbytes(tuple(shape))
     # A 0 among the sizes does not excuse a product of the others that no library can count.
-    if math.prod(filter(None, shape)) > 1 << 62 or nbytes != offsets[1] - offsets[0]:
+    span = offsets[1] - offsets[0]
+    uncountable = 0 in shape and math.prod(filter(None, shape)) > 1 << 62
+    if uncountable or nbytes != span or span > 1 << 60:
         raise AdapterError(
             "shape and dtype do not fit the data",
             path=path,
             tensor=name,
-            got=f"{offsets[1] - offsets[0]} bytes",
+            got=f"{span} bytes",
             expected=f"{nbytes} for {code} {shape}",
         )
     return offsets[0], offsets[1], dtype, tuple(shape)
 
 
 def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    if not isinstance(value, list):
+        return False
+    for each in value:  # noqa: SIM110 - a generator takes most of the time for a large header
+        if type(each) is not int or each < 0:
+            return False
+    return True
 
 
 def _check_layout(

@@ -202,6 +202,39 @@ def _of_inversion(path: Path, names: list[str]) -> Kind | None:
     )
 
 
+_NAMED = (
+    (
+        re.compile(r"\.oft_R\.weight$"),
+        "holds OneTrainer's OFT, whose rotations depend on settings that are in no file",
+        "Train or export it as LoRA or LoHa; PEFT's OFT with its configuration is read",
+    ),
+    (
+        re.compile(r"^oft_(?:unet|te\d?)_.+\.oft_blocks(?:\.\d+)?$"),
+        "holds sd-scripts' OFT, which turns a layer's outputs with its bias, and is not supported",
+        "LyCORIS' diag-oft is read, and PEFT's OFT",
+    ),
+    (
+        re.compile(r"\.(?:q_layer|p_layer)\.weight$|\.lambda_layer$"),
+        "holds LyCORIS' T-LoRA, whose weight change differs from step to step of denoising",
+        "No command of loratools has a use for it",
+    ),
+    (
+        re.compile(r"\.lora_(?:down|up)$"),
+        "is made for Nunchaku's kernels, which pack rows and fuse projections",
+        "Take the LoRA that it was converted from",
+    ),
+)
+"""Adapters that are known and not read: names of their tensors, what they are, the next step."""
+
+
+def _of_known_system(path: Path, names: list[str]) -> Kind | None:
+    del path
+    for pattern, what, hint in _NAMED:
+        if any(pattern.search(name) for name in names):
+            return Kind(what, hint)
+    return None
+
+
 def _of_model(path: Path, names: list[str]) -> Kind | None:
     of_model = sum(_OF_MODELS.search(name) is not None for name in names)
     if 2 * of_model <= len(names) or any(_OF_ADAPTERS.search(name) for name in names):
@@ -215,5 +248,6 @@ def _of_model(path: Path, names: list[str]) -> Kind | None:
 _RULES: tuple[Callable[[Path, list[str]], Kind | None], ...] = (
     _of_peft,
     _of_inversion,
+    _of_known_system,
     _of_model,
 )

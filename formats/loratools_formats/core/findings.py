@@ -71,6 +71,8 @@ CODES: Mapping[str, str] = {
     "names-by-table": "modules are renamed by a table of names",
     "weightless-modules": "modules in which every adapter's weight is 0 are left out",
     "dropped-modules": "modules were taken out, as was asked for",
+    "norms-left-out": "norms and biases that changed have no place in the format",
+    "others-left-out": "tensors of no component that adapters change are left out",
     "tied-skipped": "a tied tensor is not compared",
     "buffer-skipped": "a buffer that only one checkpoint stores is not compared",
     "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",

@@ -18,8 +18,12 @@ _CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 def named_conv1d(key: str) -> bool:
-    """Return whether a weight or module is named as transformers' Conv1D layers are."""
-    return key.removesuffix(".weight").rpartition(".")[2] in _CONV1D_LEAVES
+    """Return whether a weight or module is named as transformers' Conv1D layers are.
+
+    OpenCLIP's linear layers have their names, too, and lie in its `resblocks`.
+    """
+    module = key.removesuffix(".weight")
+    return module.rpartition(".")[2] in _CONV1D_LEAVES and ".resblocks." not in module
 
 
 def is_transposed(name: str, delta: LowRank | KindDelta, weight_shape: tuple[int, ...]) -> bool:

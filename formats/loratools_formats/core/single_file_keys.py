@@ -50,7 +50,7 @@ class Prefix:
 FLAT_COMPONENTS = ("unet", "te", "te1", "te2", "te3", "te4", "transformer", "prior", "decoder")
 COMPONENTS = (
     "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3",
-    "prior", "decoder", "controlnet",
+    "prior", "decoder", "controlnet", "connectors",
 )  # fmt: skip
 
 _PREFIXES = (
@@ -58,6 +58,7 @@ _PREFIXES = (
     Prefix("lora_unet__", "kohya", flat=True),
     Prefix(f"lora_(?:{'|'.join(FLAT_COMPONENTS)})_", "kohya", flat=True),
     Prefix(r"diffusion_model\.", "comfyui", flat=False),
+    Prefix(r"text_embedding_projection\.", "comfyui", flat=False),
     Prefix(r"text_encoders\.[A-Za-z0-9_]+\.(?:transformer\.)?", "comfyui", flat=False),
     Prefix(rf"(?:{'|'.join(COMPONENTS)})\.(?:base_model\.model\.)?", "diffusers", flat=False),
     Prefix(r"base_model\.model\.", "safetensors", flat=False),

@@ -147,20 +147,28 @@ def _bias_placements(
             tensor=module,
             hint="Nothing of this adapter can be fused without it",
         )
+    placed, here = _vectors(names, found, module, bias, part.scale)
+    if here != out:
+        raise _does_not_fit(module, out, in_, f"a bias of {here}")
+    return placed
+
+
+def _vectors(
+    names: Names, found: list[Site], module: str, vector: TensorRef, scale: float = 1.0
+) -> tuple[list[BiasPlacement], int]:
+    """Return where the elements of a vector go, and how many of the base's those are."""
     sizes = [names.shape(site.key)[0] for site in found]
     shared = found[0].share is not None
     placed = []
     for site, size, span in zip(found, sizes, joined_spans(sizes), strict=True):
         outputs = () if site.part is None else part_spans(names, site.part, size)
         rows = (span,) if shared else ()
-        placed.append(BiasPlacement(site.key, module, bias, part.scale, outputs, rows))
+        placed.append(BiasPlacement(site.key, module, vector, scale, outputs, rows))
     here = sum(
         sum(stop - start for start, stop in p.outputs) or size
         for p, size in zip(placed, sizes, strict=True)
     )
-    if here != out:
-        raise _does_not_fit(module, out, in_, f"a bias of {here}")
-    return placed
+    return placed, here
 
 
 def _additions(names: Names, adapter: Adapter, missing: list[str]) -> list[BiasPlacement]:
@@ -169,7 +177,16 @@ def _additions(names: Names, adapter: Adapter, missing: list[str]) -> list[BiasP
     for addition in adapter.additions.values():
         stored = names.base.tensors.get(addition.target)
         if stored is None:
-            missing.append(addition.target)
+            module, _, leaf = addition.target.rpartition(".")
+            found = sites(names, module, leaf) if leaf == "bias" else []
+            if not found:
+                missing.append(addition.target)
+                continue
+            vectors, here = _vectors(names, found, module, addition.tensor)
+            if addition.tensor.shape != (here,):
+                size = addition.tensor.numel
+                raise _does_not_fit(module, size, 1, f"a bias of {here}")
+            placed += vectors
             continue
         if stored.shape != addition.tensor.shape:
             raise AdapterError(

@@ -18,19 +18,19 @@ def github_of(result: CheckResult) -> str:
     lines = [
         _command(
             _LEVELS[finding.severity],
-            file_of(finding),
+            (file_of(finding), finding.line or 1),
             f"{finding.code} {finding.rule}",
             f"{finding.message}. {finding.command or finding.hint}",
         )
         for finding in result.findings
     ]
-    lines += [_command("error", u.adapter, "not checked", u.reason) for u in result.unchecked]
+    lines += [_command("error", (u.adapter, 1), "not checked", u.reason) for u in result.unchecked]
     lines.append(_command("notice", None, "loratools check", summary(result)))
     return "\n".join(lines)
 
 
-def _command(level: str, file: str | None, title: str, message: str) -> str:
-    properties = {} if file is None else {"file": file, "line": "1"}
+def _command(level: str, place: tuple[str, int] | None, title: str, message: str) -> str:
+    properties = {} if place is None else {"file": place[0], "line": str(place[1])}
     properties["title"] = title
     given = ",".join(f"{key}={_property(value)}" for key, value in properties.items())
     return f"::{level} {given}::{_data(printable(message, 2000))}"

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
+from loratools.cli.findings.places import file_of
 from loratools.face.check import CheckResult
-from loratools.operations.check.runner import CheckFinding
+from loratools.operations.check.outcome import CheckFinding
 from loratools_formats.disk.errors import printable
 
 
@@ -44,7 +45,14 @@ def _suite(root: ET.Element, name: str, tests: int) -> ET.Element:
 def _case(suite: ET.Element, finding: CheckFinding) -> None:
     parts = [f"{finding.code} {finding.rule}", finding.target, finding.where]
     name = printable(" ".join(part for part in parts if part), 400)
-    case = ET.SubElement(suite, "testcase", classname=f"loratools.{finding.rule}", name=name)
+    case = ET.SubElement(
+        suite,
+        "testcase",
+        classname=f"loratools.{finding.rule}",
+        name=name,
+        file=printable(file_of(finding), 400),
+        line=str(finding.line or 1),
+    )
     message = printable(finding.message, 2000)
     if finding.severity == "note":
         ET.SubElement(case, "system-out").text = message

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from loratools.operations.check.runner import CheckFinding
+from loratools.operations.check.outcome import CheckFinding
 
 _WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
 
 
 def file_of(finding: CheckFinding) -> str:
     """Return the file of a finding, with `/` between folders; of weights the weight file."""
+    if "://" in finding.adapter:  # on the Hub: it has no path here
+        return "/".join(filter(None, [finding.adapter.rstrip("/"), finding.file]))
     path = Path(finding.adapter)
     if path.is_dir():
         name = finding.file

@@ -1,8 +1,8 @@
 """Findings as SARIF 2.1.0, as GitHub's code scanning reads it.
 
-Source: OASIS SARIF 2.1.0 errata 01, and GitHub docs, SARIF support for code scanning. Weights have
-no lines, so that their physical location is the file's first line and the tensor's name stands in
-a logical location.
+Source: OASIS SARIF 2.1.0 errata 01, and GitHub docs, SARIF support for code scanning. A finding in
+adapter_config.json or README.md has its line. Weights have no lines: their physical location is the
+file's first, and the tensor's name stands in a logical location.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from urllib.parse import quote
 from loratools import __version__
 from loratools.cli.findings.places import file_of
 from loratools.face.check import CheckResult
+from loratools.operations.check.outcome import CheckFinding
 from loratools.operations.check.rule import Rule
 from loratools.operations.check.rules import RULES
-from loratools.operations.check.runner import CheckFinding
 from loratools_formats.disk.errors import printable
 
 _SCHEMA = (
@@ -41,7 +41,10 @@ def sarif_of(result: CheckResult) -> str:
             {
                 "executionSuccessful": result.complete,
                 "toolExecutionNotifications": [
-                    {"level": "error", "message": {"text": f"{u.adapter}: {u.reason}"}}
+                    {
+                        "level": "error",
+                        "message": {"text": f"{printable(u.adapter)}: {printable(u.reason)}"},
+                    }
                     for u in result.unchecked
                 ],
             }
@@ -72,13 +75,13 @@ def _result(finding: CheckFinding, place: int) -> dict[str, Any]:
     location: dict[str, Any] = {
         "physicalLocation": {
             "artifactLocation": {"uri": quote(file_of(finding))},
-            "region": {"startLine": 1},
+            "region": {"startLine": finding.line or 1},
         }
     }
     if finding.where is not None:
         name = printable(finding.where)
         location["logicalLocations"] = [{"name": name, "fullyQualifiedName": name}]
-    text = f"{printable(finding.message, 2000)}. {finding.command or finding.hint}"
+    text = f"{printable(finding.message, 2000)}. {printable(finding.command or finding.hint, 2000)}"
     return {
         "ruleId": finding.code,
         "ruleIndex": place,

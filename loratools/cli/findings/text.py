@@ -5,7 +5,7 @@ from __future__ import annotations
 from loratools.cli.output import number, quantity
 from loratools.cli.wording import worded
 from loratools.face.check import CheckResult
-from loratools.operations.check.runner import CheckFinding
+from loratools.operations.check.outcome import CheckFinding
 from loratools_formats.disk.errors import printable
 
 
@@ -23,13 +23,18 @@ def text_of(result: CheckResult) -> str:
         if found:
             lines.append(printable(adapter.adapter, 400))
             lines += [line for finding in found for line in _lines(finding)]
-    lines += [f"{printable(u.adapter, 400)}: not checked: {u.reason}" for u in result.unchecked]
+    lines += [
+        f"{printable(u.adapter, 400)}: not checked: {printable(u.reason, 1000)}"
+        for u in result.unchecked
+    ]
     lines.append(summary(result))
     return "\n".join(lines)
 
 
 def _lines(finding: CheckFinding) -> list[str]:
-    head = f"  {finding.severity} {finding.code} {finding.rule}: {printable(finding.message, 1000)}"
+    place = "" if finding.line is None else f" ({printable(finding.file)}:{finding.line})"
+    message = printable(finding.message, 1000)
+    head = f"  {finding.severity} {finding.code} {finding.rule}{place}: {message}"
     fix = finding.command or finding.hint
     return [head, f"    fix: {worded(printable(fix, 1000))}"]
 

@@ -65,8 +65,9 @@ RULES = (
         "LT202", "unsupported-config-key", "warning",
         "The configuration sets a key whose effect few programs know.",
         "Programs that serve adapters read r, lora_alpha and target_modules, and pass over others.",
-        "Serve it with PEFT.",
-        "vllm/lora/peft_helper.py",
+        "Serve it with PEFT, and accept the finding with `--baseline`; remove the key if it has no "
+        "effect.",
+        "vllm/lora/peft_helper.py, 0.33.0",
         of_readers=("unsupported-config-key",),
     ),
     Rule(
@@ -75,7 +76,7 @@ RULES = (
         "With zero the module does nothing; llama.cpp takes 0 for “no alpha” and multiplies by 1.",
         "Correct it in adapter_config.json.",
         "`get_scale` in src/llama-adapter.h",
-        of_readers=("alpha-not-positive",),
+        of_readers=("alpha-not-positive",), key="lora_alpha",
     ),
     Rule(
         "LT204", "changed-base", "warning",
@@ -86,7 +87,7 @@ RULES = (
         "Make it plain with the adapter saved before training: "
         "`loratools squeeze ADAPTER --initial INITIAL --energy 1 -o PLAIN`.",
         "peft 0.21.2, guide on LoRA initialisation",
-        of_readers=("mutated-base",),
+        of_readers=("mutated-base",), key="init_lora_weights",
     ),
     Rule(
         "LT205", "config-missing", "warning",
@@ -99,16 +100,19 @@ RULES = (
     Rule(
         "LT206", "activated-lora", "note",
         "The adapter acts only after certain tokens of the prompt.",
-        "Programs that do not know aLoRA apply it to every token.",
-        "Serve it with vLLM, llama.cpp or PEFT.",
-        "alora_invocation_tokens in peft 0.21.2",
+        "Programs that do not know aLoRA apply it to every token. vLLM 0.33 refuses it.",
+        "Serve it with PEFT or llama.cpp, and accept the finding with `--baseline`.",
+        "alora_invocation_tokens in peft 0.21.2 and in src/llama-adapter.cpp; "
+        "vllm/lora/peft_helper.py, 0.33.0",
         of_readers=("activated-lora",),
     ),
     Rule(
         "LT207", "left-to-loader", "warning",
         "PEFT computes tensors from the base model that the file does not hold.",
         "No other program does.",
-        "Make it a plain LoRA: `loratools to-lora ADAPTER --base MODEL --rank R -o PLAIN`.",
+        "Make it a plain LoRA: `loratools to-lora ADAPTER --base MODEL --rank R -o PLAIN`; "
+        "Uni-LoRA "
+        "also wants `--set order=NAME,NAME`.",
         "Uni-LoRA and FRoD in peft 0.21.2",
         of_readers=("left-to-loader",),
     ),
@@ -124,7 +128,7 @@ RULES = (
         "LT209", "multihead-attention", "warning",
         "PEFT applies the change of an output projection twice.",
         "Programs that apply it once do another thing than PEFT.",
-        "Serve it with PEFT.",
+        "Serve it with PEFT, and accept the finding with `--baseline`.",
         "peft.tuners.lora.layer.MultiheadAttention, 0.21.2",
         of_readers=("multihead-attention",),
     ),
@@ -132,8 +136,8 @@ RULES = (
         "LT210", "no-weight-change", "note",
         "This kind of adapter changes no weight.",
         "Rules about ΔW have nothing to say about it.",
-        "Nothing.",
-        "Prompt tuning, prefix tuning and (IA)³ in peft 0.21.2",
+        "Nothing; accept the finding with `--baseline`.",
+        "Prompt tuning and prefix tuning in peft 0.21.2",
         of_readers=("no-weight-change",),
     ),
     Rule(
@@ -142,7 +146,7 @@ RULES = (
         "Nobody else finds it. vLLM's resolvers compare the text with the name of the model they "
         "serve, and pass the adapter over.",
         "Write the id of the base on the Hub into adapter_config.json.",
-        "vllm/plugins/lora_resolvers/filesystem_resolver.py",
+        "vllm/plugins/lora_resolvers/filesystem_resolver.py, 0.33.0",
         _local_base,
     ),
     Rule(
@@ -165,7 +169,9 @@ RULES = (
         "LT214", "extreme-scale", "note",
         "A scale is above 64 or below 1/4096.",
         "Most often alpha or r was written by hand.",
-        "Compare r and lora_alpha with the training.",
+        "Correct r and lora_alpha by those of the training; if they are as meant, accept the "
+        "finding "
+        "with `--baseline`.",
         "Bounds chosen here",
         _extreme_scale, statistical=True,
     ),
@@ -197,7 +203,7 @@ RULES = (
         "LT218", "scale-assumed", "warning",
         "No scale is in the file, and 1 is taken.",
         "Programs that take another default act more strongly or more weakly.",
-        "Write it down: `loratools convert ADAPTER -o NEW --to peft`.",
+        "Write it down: `loratools convert ADAPTER -o NEW --from safetensors --to peft`.",
         "The readers of files without a configuration",
         of_readers=("scale-assumed",),
     ),

@@ -19,6 +19,7 @@ _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 _WEIGHTS = ("adapter_model.bin",)
 _CODE_KEYS = ("auto_map", "auto_mapping", "custom_code", "parent_library", "trust_remote_code")
+_LIBRARIES = ("torch", "transformers", "diffusers", "sentence_transformers", "timm", "peft")
 _CODE_TEXT = re.compile(
     r"__import__|__builtins__|__subclasses__|\b(?:eval|exec|compile)\s*\(|os\.system|subprocess\."
     r"|\bimportlib\b"
@@ -60,7 +61,7 @@ def _links_outside(subject: Subject) -> Iterator[Found]:
 def _code_in_config(subject: Subject) -> Iterator[Found]:
     config = subject.config
     for key in _CODE_KEYS:
-        if config.get(key):
+        if config.get(key) and not _is_library(config[key]):
             shown = printable(config[key], 80)
             yield Found(f"{key} names code to import: {shown}", key, CONFIG_FILE)
     for key, value in config.items():
@@ -69,6 +70,12 @@ def _code_in_config(subject: Subject) -> Iterator[Found]:
             yield Found(
                 f"{key} holds what looks like code: {printable(text, 80)}", key, CONFIG_FILE
             )
+
+
+def _is_library(value: Any) -> bool:
+    """Return whether an `auto_mapping` is PEFT's own: it names the library of the base's class."""
+    parent = value.get("parent_library") if isinstance(value, dict) else None
+    return isinstance(parent, str) and parent.partition(".")[0] in _LIBRARIES
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -177,7 +184,8 @@ RULES = (
     Rule(
         "LT007", "code-in-config", "warning",
         "The configuration names code to import, or holds what looks like code.",
-        "PEFT imports the module that auto_mapping names, on loading.",
+        "PEFT imports the module that auto_mapping names, on loading; the libraries that it adapts "
+        "are left out here.",
         "Remove the key if the adapter works without it.",
         "`_get_peft_type` and `auto_mapping` in peft 0.21.2",
         _code_in_config,
@@ -210,8 +218,8 @@ RULES = (
         "LT011", "large-metadata", "note",
         "The header of the weights holds much text beside the tensors.",
         "Training tools put captions and paths there, which are published with the weights.",
-        "Look at it with `loratools info`; `loratools convert --strip-training-metadata` drops it "
-        "from single files.",
+        "Leave out what tells about the training: "
+        "`loratools convert ADAPTER -o NEW.safetensors --to kohya --strip-training-metadata`.",
         "kohya's ss_* entries",
         _metadata,
     ),

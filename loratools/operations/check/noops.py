@@ -18,13 +18,15 @@ from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.peft_facts import PREFIX
+from loratools_formats.core.wrapped_names import WRAPPERS
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_flat_param")
+_WRAPPERS = (*sorted(WRAPPERS), "_flat_param")
 _OWN_NAME = re.compile(
     r".+\.lora_(?:[AB]\.(?P<linear>[^.]+)\.weight|embedding_[AB]\.(?P<embedding>[^.]+)"
     r"|magnitude_vector\.(?!weight$)(?P<magnitude>[^.]+)(?:\.weight)?)"
 )
+_AS_SAVED = (".lora_A.weight", ".lora_B.weight")
 _FACTOR = re.compile(r".+\.lora_(?:[AB]\.weight|embedding_[AB])")
 _EXPERT_AXES = (0, 19)
 _LISTED = 5
@@ -37,7 +39,8 @@ def _some(names: list[str]) -> str:
 
 def _wrappers(subject: Subject) -> Iterator[Found]:
     for wrapper in _WRAPPERS:
-        names = [name for name in subject.tensors if wrapper in name.split(".")]
+        holding = [name for name in subject.tensors if wrapper in name]
+        names = [name for name in holding if wrapper in name.split(".")]
         if names:
             yield Found(f"the names of {_some(names)} hold {wrapper}, a training wrapper", names[0])
 
@@ -45,7 +48,8 @@ def _wrappers(subject: Subject) -> Iterator[Found]:
 def _adapter_name(subject: Subject) -> Iterator[Found]:
     if not subject.is_peft:
         return
-    names = [name for name in subject.tensors if _OWN_NAME.fullmatch(name)]
+    unusual = [name for name in subject.tensors if not name.endswith(_AS_SAVED)]
+    names = [name for name in unusual if _OWN_NAME.fullmatch(name)]
     if names:
         match = _OWN_NAME.fullmatch(names[0])
         own = next(filter(None, match.groups())) if match is not None else ""
@@ -55,7 +59,7 @@ def _adapter_name(subject: Subject) -> Iterator[Found]:
 def _prefix(subject: Subject) -> Iterator[Found]:
     if not subject.is_peft:
         return
-    names = [n for n in subject.tensors if _FACTOR.fullmatch(n) and not n.startswith(PREFIX)]
+    names = [n for n in subject.tensors if not n.startswith(PREFIX) and _FACTOR.fullmatch(n)]
     if names:
         yield Found(f"{_some(names)} do not begin with {PREFIX}", names[0])
 
@@ -203,14 +207,15 @@ RULES = (
         "are dropped with a warning.",
         "Name the module in target_modules of adapter_config.json.",
         "`check_target_module_exists` and `set_peft_model_state_dict` in peft 0.21.2, run",
-        of_readers=("not-targeted",),
+        of_readers=("not-targeted",), key="target_modules",
     ),
     Rule(
         "LT402", "training-wrapper", "error",
         "Names hold the wrapper of a training tool, such as torch.compile's _orig_mod.",
         "No module of the plain model has that name. PEFT drops the tensors with a warning, and "
         "the base answers.",
-        "Save from the unwrapped model, or remove the part from the names.",
+        "Write it under PEFT's names: `loratools convert ADAPTER -o NEW --to peft`. For the next "
+        "time: save from the unwrapped model.",
         "`torch.compile`, FSDP and activation checkpointing wrap modules under these names",
         _wrappers, of_readers=("wrapped-names",),
     ),
@@ -219,7 +224,8 @@ RULES = (
         "Names hold the adapter's own name, such as lora_A.default.weight.",
         "PEFT loads them only where the adapter has that very name, and drops them without an "
         "error where it has another; vLLM refuses the file.",
-        "Save with `save_pretrained`, not with the model's state_dict.",
+        "Write it under PEFT's names: `loratools convert ADAPTER -o NEW --to peft`. For the next "
+        "time: save with `save_pretrained`.",
         "`set_peft_model_state_dict` in peft 0.21.2, run; `parse_fine_tuned_lora_name` in vLLM",
         _adapter_name,
     ),
@@ -227,8 +233,9 @@ RULES = (
         "LT404", "prefix-missing", "error",
         "Names in a PEFT folder do not begin with base_model.model.",
         "PEFT drops the tensors with a warning.",
-        "Put the prefix back; some tools strip it for vLLM, which needs it as well.",
-        "`set_peft_model_state_dict` in peft 0.21.2, run",
+        "Write it again: `loratools convert ADAPTER -o NEW --to peft`. vLLM reads both.",
+        "`set_peft_model_state_dict` in peft 0.21.2 and `parse_fine_tuned_lora_name` in "
+        "vLLM 0.33.0, run",
         _prefix,
     ),
     Rule(
@@ -236,9 +243,10 @@ RULES = (
         "Factors of stacked experts come from a PEFT that read their axes the other way.",
         "PEFT 0.19 and later read in and out of such parameters exchanged; where both are of one "
         "size, nothing fails.",
-        "Load it with the version that made it, and save it again. `loratools` reads both.",
+        "Serve it with the PEFT that made it, or fuse it, since loratools reads both: "
+        "`loratools fuse BASE ADAPTER -o FUSED`.",
         "peft.tuners.lora.layer.ParamWrapper, 0.18 and 0.19",
-        _expert_axes,
+        _expert_axes, key="peft_version",
     ),
     Rule(
         "LT406", "not-in-base", "error",

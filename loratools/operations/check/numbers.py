@@ -241,7 +241,8 @@ RULES = (
         "A module's change is much larger or smaller than those of its kind.",
         "A statistic, and no verdict: a layer trained otherwise, a planted change and plain chance "
         "look alike.",
-        "Look at it with `loratools spectrum`.",
+        "Look at it with `loratools spectrum`, and accept it with `--baseline` if the training "
+        "explains it.",
         "Iglewicz and Hoaglin 1993: 3.5 robust standard deviations, after the trend over depth",
         _stands_out, statistical=True,
     ),

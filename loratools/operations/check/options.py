@@ -22,7 +22,7 @@ class CheckOptions:
         select: check only rules of this code, beginning of a code, or name.
         ignore: leave out rules of this code, beginning of a code, or name.
         target: check for this serving program: vllm, llamacpp, mlx, diffusers and others.
-        headers_only: read no tensor; leaves out the rules LT3.
+        headers_only: read no tensor; leaves out LT107 and the rules LT3.
         baseline: accept the findings that this file lists.
         fail_on: exit with 1 for findings of this severity or worse; warning by default.
 
@@ -46,7 +46,9 @@ class CheckOptions:
         """Return the codes of the rules that run."""
         chosen = rules_named(_split(self.select) or ["LT"]) - rules_named(_split(self.ignore))
         return frozenset(
-            rule.code for rule in chosen if not (self.headers_only and rule.group == "numbers")
+            rule.code
+            for rule in chosen
+            if not (self.headers_only and (rule.reads_values or rule.group == "numbers"))
         )
 
     def targets(self) -> tuple[Target, ...]:

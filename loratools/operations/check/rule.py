@@ -66,6 +66,8 @@ class Rule:
         check: the function; None if readers find it.
         of_readers: codes of readers' findings that are this rule's.
         statistical: whether it compares with what is usual, and may be wrong about one adapter.
+        reads_values: whether it reads tensors, and not only headers.
+        key: the key of the configuration that it is about, where findings name a module.
     """
 
     code: str
@@ -78,6 +80,8 @@ class Rule:
     check: Callable[[Subject], Iterator[Found]] | None = None
     of_readers: tuple[str, ...] = ()
     statistical: bool = False
+    reads_values: bool = False
+    key: str = ""
 
     @property
     def group(self) -> Group:

@@ -12,6 +12,7 @@ from loratools.operations.check import (
     numbers,
     publication,
     serving,
+    serving_settings,
     structure,
 )
 from loratools.operations.check.rule import Rule
@@ -24,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     *numbers.RULES,
     *noops.RULES,
     *serving.RULES,
+    *serving_settings.RULES,
     *publication.RULES,
 )
 UNREADABLE = RULES[0]

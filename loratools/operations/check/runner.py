@@ -2,97 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
-from loratools.operations.check.baseline import fingerprint
+from loratools.operations.check.children import children_for, in_children
 from loratools.operations.check.options import CheckOptions
-from loratools.operations.check.remedy import Remedy
-from loratools.operations.check.rule import Found, Group, Rule
-from loratools.operations.check.rules import OF_READERS, RULES, UNREADABLE
-from loratools.operations.check.subject import Subject, subject_of
-from loratools.work.json_object import hidden
+from loratools.operations.check.outcome import (
+    Asked,
+    CheckedAdapter,
+    CheckFinding,
+    Outcome,
+    Unchecked,
+)
 from loratools.work.parallel import in_order
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.findings import Finding, Severity
-from loratools_formats.disk.errors import LoratoolsError, UnsupportedError
-
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-_WORTH: tuple[Group, ...] = (
-    "no-ops", "files", "structure", "configuration", "numbers", "targets", "publication",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CheckFinding:
-    """What a rule found in an adapter.
-
-    Attributes:
-        code: of the rule.
-        rule: its name.
-        severity: `error`, `warning` or `note`.
-        adapter: the reference, as it was given.
-        file: the file of the adapter that it stands in; None for the weights.
-        where: the module, tensor, key or file concerned; None for the whole adapter.
-        target: the serving program that it is about; None if it is about none.
-        message: what was found.
-        hint: what to do.
-        command: the command that mends it; None if none does.
-        statistical: whether it compares with what is usual.
-        fingerprint: the same in every run for one finding.
-        remedy: the step of a fix that deals with it.
-    """
-
-    code: str
-    rule: str
-    severity: Severity
-    adapter: str
-    file: str | None
-    where: str | None
-    target: str | None
-    message: str
-    hint: str
-    command: str | None
-    statistical: bool
-    fingerprint: str
-    remedy: Remedy | None = hidden(default=None)
-
-
-@dataclass(frozen=True)
-class CheckedAdapter:
-    """One adapter that was checked.
-
-    Attributes:
-        adapter: the reference, as it was given.
-        format: as which it was read; None if it could not be.
-        modules: how many it has.
-        accepted: findings that the baseline lists.
-    """
-
-    adapter: str
-    format: str | None
-    modules: int
-    accepted: int
-
-
-@dataclass(frozen=True)
-class Unchecked:
-    """A reference that nothing could be said about.
-
-    Attributes:
-        adapter: the reference.
-        reason: why.
-    """
-
-    adapter: str
-    reason: str
+from loratools_formats.disk.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -127,38 +56,15 @@ def check(
         carry_unknown: keep tensors that the format does not know.
         accepted: fingerprints of findings to leave out.
         named: what to call paths that stand for references.
-        workers: threads over adapters.
+        workers: cores to use: as threads for a few adapters, as processes for many.
         progress: called with (adapters done, adapters in all).
     """
-    names = None if base is None else _names(base)
-    codes, targets = options.codes(), options.targets()
-
-    def one(source: Path | Adapter) -> tuple[CheckedAdapter, tuple[CheckFinding, ...]] | Unchecked:
-        if isinstance(source, Adapter):
-            doubts = tuple(get_format(source.format).loading_findings(source))
-            subject = Subject(source.source, source, None, names, targets, doubts)
-        elif not os.path.lexists(source):
-            return Unchecked(str(source), "no such file or folder")
-        else:
-            subject = subject_of(
-                source, format_name, carry_unknown=carry_unknown, base=names, targets=targets
-            )
-            subject = replace(subject, name=named.get(source))
-        found = checked(subject, codes)
-        new = tuple(finding for finding in found if not _is_accepted(finding, accepted))
-        adapter = subject.adapter
-        about = CheckedAdapter(
-            _reference(subject),
-            None if adapter is None else adapter.format,
-            0 if adapter is None else len(adapter.modules),
-            len(found) - len(new),
-        )
-        return about, new
-
+    names = None if base is None else names_of(base)
+    asked = Asked(options, names, format_name, carry_unknown, accepted, named)
     adapters: list[CheckedAdapter] = []
     unchecked: list[Unchecked] = []
     findings: list[CheckFinding] = []
-    for outcome in in_order(one, list(sources), workers):
+    for outcome in _outcomes(sources, asked, workers):
         if isinstance(outcome, Unchecked):
             unchecked.append(outcome)
         else:
@@ -166,96 +72,21 @@ def check(
             findings += outcome[1]
         if progress is not None:
             progress(len(adapters) + len(unchecked), len(sources))
-    return CheckRun(tuple(adapters), tuple(unchecked), tuple(findings), tuple(sorted(codes)))
+    rules = tuple(sorted(options.codes()))
+    return CheckRun(tuple(adapters), tuple(unchecked), tuple(findings), rules)
 
 
-def _names(base: Checkpoint) -> Names:
+def _outcomes(sources: Sequence[Path | Adapter], asked: Asked, workers: int) -> Iterable[Outcome]:
+    paths = [source for source in sources if isinstance(source, Path)]
+    count = children_for(len(paths), workers)
+    if count and len(paths) == len(sources):
+        return in_children(paths, asked, count)
+    return in_order(asked.outcome, list(sources), workers)
+
+
+def names_of(base: Checkpoint) -> Names:
+    """Return the names of a base model, those of dequantised weights where they can be read."""
     try:
         return Names(dequantised(base).checkpoint)
     except UnsupportedError:  # a quantisation that cannot be read: names are as they are
         return Names(base)
-
-
-def _is_accepted(finding: CheckFinding, accepted: frozenset[str]) -> bool:
-    return finding.code != UNREADABLE.code and finding.fingerprint in accepted
-
-
-def _reference(subject: Subject) -> str:
-    if subject.name is not None:
-        return subject.name
-    return "adapter" if subject.path is None else os.fspath(subject.path)
-
-
-def checked(subject: Subject, codes: frozenset[str]) -> tuple[CheckFinding, ...]:
-    """Return what rules find in one adapter, the gravest first.
-
-    That an adapter cannot be read is told whatever `codes` says, since it was then not checked.
-    """
-    found = [(rule, each) for rule in RULES if rule.code in codes for each in _run(subject, rule)]
-    found += [(UNREADABLE, each) for each in _unreadable(subject)]
-    findings = [_finding(subject, rule, each) for rule, each in found]
-    unique = {(f.fingerprint, f.message): f for f in findings}
-    return tuple(sorted(unique.values(), key=_order))
-
-
-def _order(finding: CheckFinding) -> tuple[int, int, str]:
-    rule = next(rule for rule in RULES if rule.code == finding.code)
-    return SEVERITIES.index(finding.severity), _WORTH.index(rule.group), finding.code
-
-
-def _unreadable(subject: Subject) -> Iterator[Found]:
-    error = subject.refusal
-    if error is not None:
-        file = None
-        if error.path is not None and subject.folder is not None:
-            name = os.path.basename(error.path)
-            file = name if (subject.folder / name).is_file() else None
-        yield Found(_text(error), error.tensor, file, error.hint or "")
-
-
-def _text(error: LoratoolsError) -> str:
-    parts = [error.message]
-    parts += [f"got {error.got}"] if error.got is not None else []
-    parts += [f"expected {error.expected}"] if error.expected is not None else []
-    return "; ".join(parts)
-
-
-def _run(subject: Subject, rule: Rule) -> Iterator[Found]:
-    known = () if subject.adapter is None else subject.adapter.findings
-    of_readers = [f for f in (*known, *subject.doubts) if OF_READERS.get(f.code) is rule]
-    own: list[Found] = []
-    if rule.check is not None:
-        try:
-            own = list(rule.check(subject))
-        except LoratoolsError as error:
-            text = f"{rule.code} could not look at it: {_text(error)}"
-            own = [replace(Found(text, error.tensor), hint=error.hint or "")]
-    yield from own
-    if not own:
-        yield from map(_of_reader, of_readers)
-
-
-def _of_reader(finding: Finding) -> Found:
-    file = finding.where if finding.where is not None and "." in finding.where else None
-    is_file = file is not None and file.endswith((".json", ".bin", ".safetensors"))
-    return Found(finding.message, finding.where, file if is_file else None, finding.hint)
-
-
-def _finding(subject: Subject, rule: Rule, found: Found) -> CheckFinding:
-    reference = _reference(subject)
-    command = None if found.remedy is None else found.remedy.command(subject.adapter)
-    return CheckFinding(
-        code=rule.code,
-        rule=rule.slug,
-        severity=found.severity or rule.severity,
-        adapter=reference,
-        file=found.file,
-        where=found.where,
-        target=found.target,
-        message=found.message,
-        hint=found.hint or rule.fix,
-        command=command,
-        statistical=rule.statistical,
-        fingerprint=fingerprint(rule.code, reference, found.where, found.target),
-        remedy=found.remedy,
-    )

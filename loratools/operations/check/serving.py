@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
@@ -13,12 +12,12 @@ from loratools.operations.check.targets import Support, Target
 from loratools_formats.core.adapter import Adapter, ModuleChange
 
 OfTarget = Callable[[Subject, Adapter, Target], Iterator[Found]]
-_WORDS: dict[Support, str] = {
+WORDS: dict[Support, str] = {
     "refused": "refuses", "ignored": "silently leaves out", "yes": "", "unknown": "",
 }  # fmt: skip
 
 
-def _each(rule: OfTarget) -> Callable[[Subject], Iterator[Found]]:
+def each_target(rule: OfTarget) -> Callable[[Subject], Iterator[Found]]:
     """Return a rule that asks about every target, of an adapter that could be read."""
 
     def check(subject: Subject) -> Iterator[Found]:
@@ -35,7 +34,7 @@ def _retired(subject: Subject) -> Iterator[Found]:
             yield Found(f"{target.label}: {target.retired}", target=target.name)
 
 
-def _unusable(
+def unusable(
     target: Target,
     support: Support,
     what: str,
@@ -44,9 +43,9 @@ def _unusable(
     hint: str = "",
 ) -> Iterator[Found]:
     """Yield that a target refuses or leaves out some parts, if it does and there are any."""
-    if names and _WORDS[support]:
+    if names and WORDS[support]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        text = f"{target.label} {_WORDS[support]} {what}: {names[0]}{more}"
+        text = f"{target.label} {WORDS[support]} {what}: {names[0]}{more}"
         yield Found(text, names[0], remedy=remedy, target=target.name, hint=hint)
 
 
@@ -61,13 +60,19 @@ def _format(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
         yield Found(text, remedy=Remedy("format", target.formats[0], base), target=target.name)
 
 
-def _kind(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
+def _kind(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     if "*" in target.kinds:
         return
     other = _modules(adapter, lambda change: change.kind not in target.kinds)
-    kinds = ", ".join(sorted({adapter.modules[name].kind for name in other}))
-    remedy = Remedy("plain", base=any(adapter.modules[name].is_dora for name in other))
-    yield from _unusable(target, target.other_kinds, f"changes of kind {kinds}", other, remedy)
+    doras = [name for name in other if adapter.modules[name].kind == "dora"]
+    others = [name for name in other if name not in set(doras)]
+    what = "the magnitudes of DoRA"
+    yield from unusable(target, target.dora, what, doras, Remedy("plain", base=True))
+    if subject.is_peft and subject.config.get("peft_type") == "LORA":
+        return  # a variant of LoRA, by a setting: `target-settings` tells
+    kinds = ", ".join(sorted({adapter.modules[name].kind for name in others}))
+    remedy = Remedy("plain", base=any(adapter.modules[name].is_dora for name in others))
+    yield from unusable(target, target.other_kinds, f"changes of kind {kinds}", others, remedy)
 
 
 def _ranks(adapter: Adapter) -> dict[str, int]:
@@ -104,34 +109,52 @@ def _rank_flag(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
 
 
 def _scale(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
-    """Compare each scale with the one that a program would take for all modules."""
-    scales = {n: c.factors.scale for n, c in adapter.modules.items() if c.factors is not None}
-    if target.scales != "one" or not scales:
+    """Compare each scale with the one that a program would take."""
+    parts = {n: c.factors for n, c in adapter.modules.items() if c.factors is not None}
+    scales = {name: part.scale for name, part in parts.items()}
+    if target.scales in ("own", "unknown") or not scales:
         return
-    if "peft" not in target.formats:
+    if target.scales == "one" and "peft" not in target.formats:
         if len(set(scales.values())) > 1:
             least = min(scales, key=lambda name: scales[name])
             what = f"scales that differ, here {scales[least]:g} to {max(scales.values()):g}"
-            yield from _unusable(target, "refused", what, [least], _uniform(adapter))
+            yield from unusable(target, "refused", what, [least], _uniform(adapter))
         return
-    one = _one_scale(subject.config, target) if adapter.format == "peft" else None
-    wrong = [name for name, scale in scales.items() if scale != one]
-    if one is not None and wrong:
+    taken = _taken_scales(subject, {name: part.rank for name, part in parts.items()}, target)
+    wrong = [name for name in taken if not math.isclose(scales[name], taken[name], rel_tol=1e-6)]
+    if wrong:
+        first = wrong[0]
         text = (
-            f"{target.label} multiplies every module by {one:g} and silently leaves out the "
-            f"patterns: {wrong[0]} has {scales[wrong[0]]:g}, as {len(wrong)} of {len(scales)} "
-            "modules have another"
+            f"{target.label} multiplies {first} by {taken[first]:g} instead of {scales[first]:g}, "
+            f"and takes another scale than PEFT for {len(wrong)} of {len(scales)} modules"
         )
-        yield Found(text, wrong[0], CONFIG_FILE, remedy=_uniform(adapter), target=target.name)
+        file = CONFIG_FILE if adapter.format == "peft" else None
+        yield Found(text, first, file, remedy=_uniform(adapter), target=target.name)
 
 
-def _one_scale(config: Mapping[str, Any], target: Target) -> float | None:
+def _taken_scales(subject: Subject, ranks: Mapping[str, int], target: Target) -> dict[str, float]:
+    """Return the scale that a program gives each module; empty if nobody can tell."""
+    config = subject.config
     r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or not isinstance(alpha, int | float) or r <= 0:
-        return None
-    return (
-        alpha / math.sqrt(r) if config.get("use_rslora") and target.rslora == "yes" else alpha / r
-    )
+    if target.scales == "first":
+        states = subject.adapter is None or subject.is_peft or _states_scales(subject.adapter)
+        first = next(iter(ranks.values()))
+        return {} if states else {name: first / ranks[name] for name in ranks}
+    if not subject.is_peft or not isinstance(r, int) or r <= 0:
+        return {}
+    dropped = bool(config.get("use_rslora")) and target.rslora == "ignored"
+    if not isinstance(alpha, int | float) or dropped:  # of the latter `rslora-dropped` tells
+        return {}
+    root = bool(config.get("use_rslora")) and target.rslora == "yes"
+    divisors = {name: ranks[name] if target.scales == "alpha" else r for name in ranks}
+    return {name: alpha / (math.sqrt(n) if root else n) for name, n in divisors.items()}
+
+
+def _states_scales(adapter: Adapter) -> bool:
+    """Return whether a single file has alphas, or the configuration that diffusers writes."""
+    parts = [change.factors for change in adapter.modules.values() if change.factors is not None]
+    alphas = any(part.alpha_tensor is not None for part in parts)
+    return alphas or any(key.endswith("lora_adapter_metadata") for key in adapter.metadata)
 
 
 def _uniform(adapter: Adapter) -> Remedy:
@@ -144,33 +167,34 @@ def _mixed_ranks(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found
         return
     least = min(ranks, key=lambda name: ranks[name])
     what = f"ranks that differ, here {min(ranks.values())} to {max(ranks.values())}"
-    yield from _unusable(target, target.mixed_ranks, what, [least], _uniform(adapter))
+    yield from unusable(target, target.mixed_ranks, what, [least], _uniform(adapter))
 
 
 def _rslora(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     if subject.config.get("use_rslora"):
         what = "rank-stabilised scales"
-        yield from _unusable(target, target.rslora, what, ["use_rslora"], _uniform(adapter))
+        yield from unusable(target, target.rslora, what, ["use_rslora"], _uniform(adapter))
 
 
-_FUSE = "Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED"
+FUSE = "Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED"
 
 
 def _replacements(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     whole = [
         r.target for r in adapter.replacements.values() if r.kind not in ("bias", "token_rows")
     ]
+    whole = [name for name in whole if not set(name.split(".")) & set(target.replaceable)]
     rows = [r.target for r in adapter.replacements.values() if r.kind == "token_rows"]
     what = "whole tensors in place of the base's"
-    yield from _unusable(target, target.replacements, what, whole, hint=_FUSE)
-    yield from _unusable(target, target.token_rows, "trained token rows", rows, hint=_FUSE)
+    yield from unusable(target, target.replacements, what, whole, hint=FUSE)
+    yield from unusable(target, target.token_rows, "trained token rows", rows, hint=FUSE)
 
 
 def _biases(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     names = [r.target for r in adapter.replacements.values() if r.kind == "bias"]
     names += [addition.target for addition in adapter.additions.values()]
     names += [n for n, c in adapter.modules.items() if c.factors and c.factors.bias is not None]
-    yield from _unusable(target, target.biases, "trained biases", names, hint=_FUSE)
+    yield from unusable(target, target.biases, "trained biases", names, hint=FUSE)
 
 
 def _layers(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
@@ -181,14 +205,14 @@ def _layers(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     )
     for kind, support, what in kinds:
         names = [n for n, change in adapter.modules.items() if change.layer.kind == kind]
-        yield from _unusable(target, support, what, names, hint=_FUSE)
+        yield from unusable(target, support, what, names, hint=FUSE)
 
 
 def _module_names(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     if not target.modules:
         return
     other = [name for name in adapter.modules if name.rpartition(".")[2] not in target.modules]
-    yield from _unusable(target, "refused", "modules of these names", other, hint=_FUSE)
+    yield from unusable(target, "refused", "modules of these names", other, hint=FUSE)
 
 
 def _pickles(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
@@ -197,7 +221,7 @@ def _pickles(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
     name = adapter.inputs[0].path.name
     if name.endswith(".bin"):
         remedy = Remedy("rewrite", "peft")
-        yield from _unusable(target, target.pickles, "pickled weights", [name], remedy)
+        yield from unusable(target, target.pickles, "pickled weights", [name], remedy)
 
 
 RULES = (
@@ -215,7 +239,7 @@ RULES = (
         "It fails, or looks for other files in the folder.",
         "Convert it: `loratools convert ADAPTER -o NEW --to FORMAT`.",
         "targets.toml",
-        _each(_format),
+        each_target(_format),
     ),
     Rule(
         "LT503", "target-kind", "error",
@@ -223,7 +247,7 @@ RULES = (
         "Most check the kind, and some apply the factors without the rest.",
         "Make it a plain LoRA: `loratools to-lora ADAPTER --base MODEL --rank R -o PLAIN`.",
         "targets.toml",
-        _each(_kind),
+        each_target(_kind),
     ),
     Rule(
         "LT504", "target-rank", "error",
@@ -231,7 +255,7 @@ RULES = (
         "It refuses the adapter.",
         "Cut it with the least error: `loratools squeeze ADAPTER -o NEW --rank R`.",
         "targets.toml",
-        _each(_rank),
+        each_target(_rank),
     ),
     Rule(
         "LT505", "target-flag", "note",
@@ -239,17 +263,18 @@ RULES = (
         "It refuses the adapter otherwise.",
         "Start it with the flag, or squeeze the adapter.",
         "targets.toml",
-        _each(_rank_flag),
+        each_target(_rank_flag),
     ),
     Rule(
         "LT506", "scale-dropped", "error",
-        "The program reads one scale for all modules, and some have another.",
-        "It passes over alpha_pattern and rank_pattern: the module loads and acts too strongly or "
-        "too weakly.",
+        "The program takes another scale for a module than PEFT.",
+        "It reads alpha and rank of the configuration and passes over alpha_pattern, rank_pattern "
+        "or use_rslora: the module loads and acts too strongly or too weakly.",
         "Give all modules one rank and scale without loss: "
         "`loratools squeeze ADAPTER -o NEW --uniform --rank R`.",
-        "`PEFTHelper.from_dict` in vLLM; `get_scaling_factor` in LoRAX",
-        _each(_scale),
+        "`PEFTHelper.from_dict` in vLLM 0.26; `LoRAAdapter` in SGLang; `get_scaling_factor` in "
+        "LoRAX; `get_peft_kwargs` in diffusers 0.39",
+        each_target(_scale), key="alpha_pattern",
     ),
     Rule(
         "LT507", "mixed-ranks", "error",
@@ -257,7 +282,7 @@ RULES = (
         "It fails, or reads the factors with the wrong rank.",
         "Pad them: `loratools squeeze ADAPTER -o NEW --uniform --rank R`.",
         "targets.toml",
-        _each(_mixed_ranks),
+        each_target(_mixed_ranks),
     ),
     Rule(
         "LT508", "rslora-dropped", "error",
@@ -265,7 +290,7 @@ RULES = (
         "Every module acts too weakly by √r.",
         "Write plain scales: `loratools squeeze ADAPTER -o NEW --uniform --rank R`.",
         "targets.toml",
-        _each(_rslora),
+        each_target(_rslora),
     ),
     Rule(
         "LT509", "target-replacements", "error",
@@ -273,7 +298,7 @@ RULES = (
         "It refuses them, or goes on with the base's.",
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "targets.toml",
-        _each(_replacements),
+        each_target(_replacements),
     ),
     Rule(
         "LT510", "target-biases", "error",
@@ -281,7 +306,7 @@ RULES = (
         "It refuses them, or goes on with the base's.",
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "targets.toml",
-        _each(_biases),
+        each_target(_biases),
     ),
     Rule(
         "LT511", "target-layers", "error",
@@ -289,7 +314,7 @@ RULES = (
         "It refuses them, or leaves them out.",
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "targets.toml",
-        _each(_layers),
+        each_target(_layers),
     ),
     Rule(
         "LT512", "target-modules", "error",
@@ -297,7 +322,7 @@ RULES = (
         "It refuses others.",
         "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
         "targets.toml",
-        _each(_module_names),
+        each_target(_module_names),
     ),
     Rule(
         "LT513", "target-pickles", "error",
@@ -305,6 +330,6 @@ RULES = (
         "It refuses the adapter.",
         "Store them as safetensors: `loratools convert ADAPTER -o NEW --to peft`.",
         "targets.toml",
-        _each(_pickles),
+        each_target(_pickles),
     ),
 )  # fmt: skip

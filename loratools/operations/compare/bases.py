@@ -89,6 +89,7 @@ def _differ(label: str, before: Array, after: Array, thin: Thin) -> BasesModule:
         _ratio(difference, before),
         _ratio(outputs, u.T @ before),
         _ratio(inputs, before @ v),
+        float(np.linalg.norm(outputs)),
         float(np.linalg.norm(outputs @ v)) / size if size else None,
     )
 

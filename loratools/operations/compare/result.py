@@ -124,6 +124,7 @@ class BasesModule:
         relative: ‖W₁ − W₀‖/‖W₀‖.
         outputs: ‖UUᵀ(W₁ − W₀)‖/‖UUᵀW₀‖, U the space of outputs that ΔW writes to.
         inputs: ‖(W₁ − W₀)VVᵀ‖/‖W₀VVᵀ‖, V the space of inputs that ΔW reads from.
+        projected: ‖UUᵀ(W₁ − W₀)‖.
         against_change: ‖UUᵀ(W₁ − W₀)VVᵀ‖/‖ΔW‖, where ΔW acts, against its own size.
     """
 
@@ -131,6 +132,7 @@ class BasesModule:
     relative: float | None
     outputs: float | None
     inputs: float | None
+    projected: float
     against_change: float | None
 
 

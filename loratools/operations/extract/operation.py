@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from loratools.algebra.ranks import RankRule, as_options
 from loratools.base.dequantised import dequantised
@@ -32,13 +33,18 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 @dataclass(frozen=True)
 class Naming:
-    """How the output names the base model.
+    """How the output names the base model and its modules.
 
     Attributes:
         base_name: name to record as the base model's.
+        to: write a single file of a diffusion model: kohya, comfyui or diffusers; by default a PEFT
+            folder.
+        component: part of a pipeline that a checkpoint is whose names do not tell.
     """
 
     base_name: str | None = option(None, heading="Output", metavar="NAME")
+    to: Literal["peft", "kohya", "comfyui", "diffusers"] | None = option(None, heading="Output")
+    component: str | None = option(None, heading="Input", metavar="NAME")
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,7 @@ def extract(
     rule: RankRule,
     options: ComputeOptions | None = None,
     *,
+    to: str | None = None,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ToLoraResult:
@@ -158,6 +165,7 @@ def extract(
         found: what `difference` says of them.
         rule: how ranks are chosen.
         options: how to compute and store; factors are float32 unless it says otherwise.
+        to: the naming that the modules will be given, for the record.
         scratch_folder: where results wait until they are written.
         progress: called with (modules done, modules in all).
 
@@ -167,6 +175,7 @@ def extract(
     """
     options = options or ComputeOptions()
     parameters = {"rule": as_options(rule), **options.record(), "seed": options.seed}
+    parameters |= {} if to is None else {"to": to}
     files = {"base": base.files, "tuned": tuned.files}
     other_inputs = {role: tuple(f.file for f in shards) for role, shards in files.items()}
     return to_lora(

@@ -41,6 +41,8 @@ _BUFFER = re.compile(
     r"|masked_bias|num_batches_tracked|relative_position_index)$"
 )
 """Buffers that older releases stored, which a class computes itself."""
+_PROJECTION = "text_projection"
+"""OpenCLIP's parameter, (in, out); elsewhere it is a module."""
 _PARALLEL = re.compile(r"(?:.*\.)?(?:input_linear|output_linear)")
 """Modules whose weight is a stack of experts, too, under names that PEFT does not know."""
 
@@ -71,7 +73,9 @@ class Pair:
     @property
     def module(self) -> str:
         """Path of the module it belongs to."""
-        return self.key.rpartition(".")[0]
+        parent, _, leaf = self.key.rpartition(".")
+        own = {"in_proj_weight": f"{parent}.in_proj", _PROJECTION: self.key}
+        return own.get(leaf, parent)
 
     def declared(self) -> int:
         """Return the place of a stack among its module's parameters."""
@@ -241,6 +245,10 @@ class Comparison:
             return Pair(key, old, new, "whole")
         if leaf in _STACKED and module.endswith("experts") and dims == 3:
             return self._stack(key, old, new)
+        if leaf == "in_proj_weight" and dims == 2 and "architectures" not in self.base.config:
+            return Pair(key, old, new, "layer", Layer("linear"))
+        if leaf == _PROJECTION and dims == 2 and "architectures" not in self.base.config:
+            return Pair(key, old, new, "layer", Layer("linear"), transposed=True)
         if leaf != "weight" or dims > 5 or (dims == 3 and _PARALLEL.fullmatch(module)):
             return Pair(key, old, new, "none")
         if dims > 2:

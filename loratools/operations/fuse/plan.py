@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loratools.base.placement import BiasPlacement, Placement, Placements, place
-from loratools.folding.without_base import folded_where_exact, needs_base
+from loratools.folding.without_base import folded_where_exact, needs_base, to_lora_command
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
 from loratools.operations.fuse.classifier import classifier_of
@@ -197,7 +197,14 @@ def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
 
 def _in_names_of(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter whose names lead to a checkpoint's tensors."""
-    named = named_for_base(ready(adapter, base), base)
+    given = ready(adapter, base)
+    try:
+        named = named_for_base(given, base)
+    except UnsupportedError as error:
+        change = given.modules.get(error.tensor or "")
+        if change is not None:
+            error.hint = f"Make it a plain LoRA first: {to_lora_command(adapter, change)}"
+        raise
     return in_class_names([named], base)[0] if adapter.format == "mlx" else named
 
 

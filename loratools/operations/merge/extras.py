@@ -164,18 +164,32 @@ def merged_additions(
     return result
 
 
-def agreed_carried(inputs: Sequence[MergeInput]) -> dict[str, TensorRef]:
-    """Return the carried tensors of all adapters.
+def agreed_carried(inputs: Sequence[MergeInput], policy: str | None) -> dict[str, TensorRef]:
+    """Return the carried tensors of all adapters, such as the embeddings that kohya's files bundle.
+
+    Args:
+        inputs: the adapters.
+        policy: as for `agreed_replacements`.
 
     Raises:
-        AdapterError: two adapters carry different tensors under one name.
+        AdapterError: two adapters carry different tensors under one name, and the policy does not
+            settle which it is to be.
     """
     result: dict[str, TensorRef] = {}
-    for item in inputs:
-        for key, tensor in item.adapter.carried.items():
-            if key in result and not have_same_bits(result[key], tensor):
-                raise AdapterError(
-                    "adapters carry different tensors under one name", tensor=key, got=item.name
-                )
-            result.setdefault(key, tensor)
+    for key in sorted({key for item in inputs for key in item.adapter.carried}):
+        holders = [item for item in inputs if key in item.adapter.carried]
+        found = [item.adapter.carried[key] for item in holders]
+        if all(have_same_bits(found[0], other) for other in found[1:]) or policy == "first":
+            result[key] = found[0]
+        elif policy == "average" and all(tensor.dtype.floating for tensor in found):
+            result[key] = _average(key, [Replacement("other", key, t) for t in found]).tensor
+        elif policy in [item.name for item in holders]:
+            result[key] = found[[item.name for item in holders].index(policy)]
+        else:
+            raise AdapterError(
+                "adapters carry different tensors under one name",
+                tensor=key,
+                got=", ".join(item.name for item in holders),
+                hint="Settle it with `replacements`: first, average or an adapter's name",
+            )
     return result

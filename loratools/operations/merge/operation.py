@@ -241,7 +241,7 @@ class _Merge(Ranked[_Merged, Measured]):
             modules={},
             additions=merged_additions(self.inputs, self.coefficients),
             replacements=agreed_replacements(self.inputs, self.merge_options.replacements),
-            carried=agreed_carried(self.inputs),
+            carried=agreed_carried(self.inputs, self.merge_options.replacements),
             config=_config(first, self.inputs),
             # The first adapter's card does not describe the result.
             attachments={k: v for k, v in first.attachments.items() if k != "README.md"},

@@ -7,30 +7,27 @@ import numpy as np
 from loratools.algebra.intruders import amplification, leading_triplets
 from loratools.algebra.thin import Thin
 from loratools.base.decompositions import IntruderOptions, leading
-from loratools.lowrank.matrices import loaded
 from loratools.operations.spectrum.result import BaseMeasures
-from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.dtypes import Array
 
 _NORM_TOLERANCE = 1e-6  # of a residual; the error of σ₁ is its square
 
 
-def beside_base(
-    weight: Array, delta: Thin, whole: ModuleChange, options: IntruderOptions
-) -> BaseMeasures:
+def beside_base(weight: Array, delta: Thin, options: IntruderOptions) -> BaseMeasures:
     """Return what a matrix is beside its base weight.
 
     Args:
         weight: W (out, in) float64.
-        delta: ΔW, whose tail counts in its norm only.
-        whole: the module's change as it was read.
-        options: how to look for intruder dimensions; where ΔW has a tail, there are none to tell.
+        delta: ΔW.
+        options: how to look for intruder dimensions.
     """
     squared = float(np.vdot(weight, weight))
     top = _spectral_norm(weight) if squared else 0.0
-    examined = squared > 0.0 and options.count > 0 and delta.tail == 0.0
-    found, exact = leading(weight, delta, options) if examined else (None, False)
-    magnitude, direction = _parted(weight, merged_weight(weight, delta, whole))
+    merged = weight + delta.dense()
+    found, exact = None, False
+    if squared > 0.0 and options.count > 0:
+        found, exact = leading(weight, delta, options)
+    magnitude, direction = _parted(weight, merged)
     return BaseMeasures(
         relative_change=float(np.sqrt(delta.squared_norm / squared)) if squared else None,
         relative_spectral=float(delta.singular_values[0]) / top if top else None,
@@ -52,27 +49,8 @@ def _spectral_norm(weight: Array) -> float:
     return float(s[0])
 
 
-def merged_weight(weight: Array, delta: Thin, whole: ModuleChange) -> Array | None:
-    """Return W + ΔW, None where ΔW is not known in whole.
-
-    A DoRA's is m/‖W + BA‖ ⊙ (W + BA), from its direction and magnitudes.
-    """
-    factors = whole.factors
-    if whole.magnitude is not None and factors is not None and whole.axis == "output":
-        ((b, a),) = loaded(factors)
-        merged: Array = weight + factors.scale * (b.astype(np.float64) @ a)
-        norms = np.linalg.norm(merged, axis=1)
-        gains = whole.magnitude.load(np.float64).reshape(-1) / np.where(norms > 0.0, norms, 1.0)
-        return merged * gains[:, None]
-    if delta.tail:
-        return None
-    return weight + delta.scale * (delta.b.astype(np.float64) @ delta.a)
-
-
-def _parted(weight: Array, merged: Array | None) -> tuple[float | None, float | None]:
+def _parted(weight: Array, merged: Array) -> tuple[float, float]:
     """Return ΔM and ΔD over outputs (arXiv 2402.09353, §3.2)."""
-    if merged is None:
-        return None, None
     before, after = np.linalg.norm(weight, axis=1), np.linalg.norm(merged, axis=1)
     products = before * after
     dots = np.einsum("ij,ij->i", weight, merged)

@@ -134,7 +134,7 @@ def _beside(
             expected=weights[0].shape,
         )
     pairs = zip(weights, module.matrices, strict=True)
-    return [beside_base(weight, thin, whole, options) for weight, thin in pairs], None
+    return [beside_base(weight, thin, options) for weight, thin in pairs], None
 
 
 def _report(

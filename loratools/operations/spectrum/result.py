@@ -24,8 +24,7 @@ class BaseMeasures:
         cosines: of each, the largest |cos| with a left singular vector of W (with a known one,
             where `exact` is false).
         exact: whether the cosines are exact, by W's whole SVD.
-        magnitude_change: Σ|‖W'ᵢ‖ − ‖Wᵢ‖|/k over the k outputs i (ΔM of arXiv 2402.09353); None
-            where ΔW is not known in whole.
+        magnitude_change: Σ|‖W'ᵢ‖ − ‖Wᵢ‖|/k over the k outputs i (ΔM of arXiv 2402.09353).
         direction_change: Σ(1 − cos(W'ᵢ, Wᵢ))/k over outputs (ΔD).
     """
 
@@ -37,8 +36,8 @@ class BaseMeasures:
     undetermined: int
     cosines: tuple[float, ...]
     exact: bool
-    magnitude_change: float | None
-    direction_change: float | None
+    magnitude_change: float
+    direction_change: float
 
 
 @dataclass(frozen=True)

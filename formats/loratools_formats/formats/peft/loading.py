@@ -72,13 +72,8 @@ def _named(what: Any, names: list[str]) -> set[str]:
     """Return the names that a regular expression matches whole, or that end in a listed name."""
     if isinstance(what, str):
         return set(match_patterns({f"^(?:{what})": 1}, names, None))
-    ends = frozenset(each for each in what if isinstance(each, str))
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        if any(".".join(parts[start:]) in ends for start in range(len(parts))):
-            found.add(name)
-    return found
+    ends = tuple(f".{each}" for each in what if isinstance(each, str))
+    return {name for name in names if f".{name}".endswith(ends)}
 
 
 def _number(name: str) -> int | None:
@@ -95,13 +90,12 @@ def _targets_without_tensors(values: Mapping[str, Any], names: list[str]) -> lis
     target = values.get("target_modules")
     if not isinstance(target, list) or values.get("target_parameters"):
         return []
-    ends = {
-        ".".join(parts[start:])
-        for name in names
-        for parts in [name.split(".")]
-        for start in range(len(parts))
-    }
-    idle = sorted(each for each in target if isinstance(each, str) and each not in ends)
+    last = {name.rpartition(".")[2] for name in names}
+    idle = sorted(
+        each
+        for each in target
+        if isinstance(each, str) and each not in last and not _named([each], names)
+    )
     if not idle:
         return []
     text = f"target_modules names {', '.join(idle[:4])}, and the file has no module of that name"

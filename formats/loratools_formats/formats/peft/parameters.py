@@ -64,7 +64,7 @@ def settings(
     """
     targets = config.values.get("target_parameters") or []
     listed = config.values.get("target_modules")
-    whole = frozenset(listed if isinstance(listed, list) else [])
+    whole = tuple(f".{each}" for each in (listed if isinstance(listed, list) else []))
     candidates = {path: _names(path, targets, whole) for path in rows}
     looked_up = {path: candidates[path] or (keys.setting_name(path),) for path in rows}
     found = config.alpha_and_rank(sorted({n for names in looked_up.values() for n in names}))
@@ -75,10 +75,11 @@ def settings(
     }
 
 
-def _names(path: str, targets: Iterable[str], whole: frozenset[str]) -> tuple[str, ...]:
+def _names(path: str, targets: Collection[str], whole: tuple[str, ...]) -> tuple[str, ...]:
+    if not targets:
+        return ()
     module = owner(path)
-    parts = module.split(".")
-    if any(".".join(parts[start:]) in whole for start in range(len(parts))):
+    if f".{module}".endswith(whole):
         return ()
     found = set()
     for target in targets:

@@ -86,10 +86,12 @@ def _without_head(names: dict[str, str], seen: list[str]) -> None:
 
 
 def _without_adapter(names: dict[str, str], seen: list[str], folder: Path) -> None:
+    # PEFT puts the adapter's name into every part's name, or into none.
+    if any(_ON_DISK.fullmatch(name) for name in names.values()):
+        return
     found = {name: _IN_MEMORY.fullmatch(name) for name in names.values()}
     adapters = sorted({match[2] for match in found.values() if match is not None})
-    # PEFT puts the adapter's name into every part's name, or into none.
-    if not adapters or any(_ON_DISK.fullmatch(name) for name in names.values()):
+    if not adapters:
         return
     if len(adapters) > 1:
         raise AdapterError(

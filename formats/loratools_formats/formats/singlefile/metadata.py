@@ -10,6 +10,7 @@ again wherever they are present. Sources: `precalculate_safetensors_hashes` of s
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -34,7 +35,58 @@ def updated(adapter: Adapter) -> dict[str, str]:
         metadata["ss_network_dim"] = _one({f"{part.rank}" for part in plain})
     if plain and "ss_network_alpha" in metadata:
         metadata["ss_network_alpha"] = _one({f"{part.scale * part.rank:g}" for part in plain})
+    if "ss_network_args" in metadata:
+        metadata |= _network_args(metadata["ss_network_args"], adapter)
     return metadata
+
+
+def _network_args(text: str, adapter: Adapter) -> dict[str, str]:
+    """Return what sd-scripts records of a network's arguments, true of what the file holds now.
+
+    Arguments that only another kind has are left out.
+    """
+    try:
+        args = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(args, dict):
+        return {}
+    changes = adapter.modules.values()
+    kinds = {"lora" if change.factors is not None else change.kind for change in changes}
+    if "algo" in args and len(kinds) == 1 and _ALGO_OF.get(args["algo"]) not in kinds:
+        kind = next(iter(kinds))
+        args = {key: value for key, value in args.items() if key not in _OF_OTHER_KINDS}
+        args["algo"] = next((algo for algo, own in _ALGO_OF.items() if own == kind), kind)
+    if not any(change.is_dora for change in changes):
+        args.pop("dora_wd", None)
+    convolutions = [
+        part
+        for change in changes
+        if (part := change.factors) is not None and math.prod(part.layer.kernel) > 1
+    ]
+    if kinds == {"lora"} and {"conv_dim", "conv_alpha"} & args.keys():
+        ranks = {f"{part.rank}" for part in convolutions}
+        alphas = {f"{part.scale * part.rank:g}" for part in convolutions}
+        for key, values in (("conv_dim", ranks), ("conv_alpha", alphas)):
+            if key in args and len(values) == 1:
+                args[key] = next(iter(values))
+            else:
+                args.pop(key, None)
+    return {"ss_network_args": json.dumps(args)}
+
+
+_ALGO_OF = {
+    "lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "full": "full",
+    "diag-oft": "diag_oft", "boft": "butterfly_oft", "glora": "lycoris_glora",
+    "ia3": "lycoris_ia3",
+}  # fmt: skip
+"""LyCORIS' names of kinds, and what each is called here."""
+_OF_OTHER_KINDS = frozenset(
+    {
+        "factor", "decompose_both", "full_matrix", "use_tucker", "use_cp", "use_scalar",
+        "unbalanced_factorization", "block_size", "constraint", "rescaled", "rank_dropout_scale",
+    }
+)  # fmt: skip
 
 
 def _one(values: set[str]) -> str:

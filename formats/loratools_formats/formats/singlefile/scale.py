@@ -150,8 +150,8 @@ def switches(modules: Mapping[str, ModuleChange]) -> dict[str, dict[str, bool]]:
 def has_mixed_ranks(modules: Mapping[str, ModuleChange]) -> bool:
     """Return whether a component has modules of several ranks, and no alpha tensors.
 
-    diffusers up to 0.39 takes the largest rank for all modules of a file that states none, and so
-    multiplies the others by their share of it.
+    diffusers up to 0.39 takes the rank of the first module as alpha of all, and so multiplies the
+    others by that rank over their own.
     """
     ranks: dict[str, set[int]] = {}
     for name, delta in modules.items():

@@ -61,10 +61,15 @@ _OTHER_LEAVES: dict[str, dict[str, str]] = {
     "lycoris_ia3": {"gain": "weight", "on_input": "on_input"},
 }  # fmt: skip
 _PROBE = ".lora_A.weight"
-_MADE_PLAIN = f"Make it a plain LoRA first: {command_on(None, 'to-lora')}"
-_MADE_PLAIN_ON_BASE = (
-    f"Make it a plain LoRA first: {command_on(None, 'to-lora', '--base MODEL --rank RANK')}"
-)
+_ON_BASE = frozenset({"diag_oft", "butterfly_oft", "lycoris_glora", "lycoris_ia3"})
+"""Kinds whose change depends on the base's weights."""
+
+
+def _made_plain(adapter: Adapter | None, change: ModuleChange) -> str:
+    """Return the hint to make a plain LoRA of a change."""
+    options = ["--base MODEL"] if change.is_dora or change.kind in _ON_BASE else []
+    options += ["--rank RANK"] if options or change.kind == "full" else []
+    return f"Make it a plain LoRA first: {command_on(adapter, 'to-lora', *options)}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def spelling_losses(adapter: Adapter, target: Naming) -> list[Loss]:
             Loss(
                 name,
                 f"is a {delta.kind} change, which few of diffusers' pipelines load",
-                _MADE_PLAIN,
+                _made_plain(adapter, delta),
             )
             for name, delta in adapter.modules.items()
             if delta.factors is None
@@ -133,7 +138,7 @@ def spelling_losses(adapter: Adapter, target: Naming) -> list[Loss]:
             Loss(
                 name,
                 "is a DoRA with a magnitude for each input, for which diffusers has no place",
-                _MADE_PLAIN_ON_BASE,
+                _made_plain(adapter, adapter.modules[name]),
             )
             for name in inputs
         ]
@@ -141,7 +146,7 @@ def spelling_losses(adapter: Adapter, target: Naming) -> list[Loss]:
             Loss(
                 name,
                 "is a DoRA beside plain modules, which diffusers cannot load",
-                _MADE_PLAIN_ON_BASE,
+                _made_plain(adapter, adapter.modules[name]),
             )
             for name in _beside_plain(adapter.modules)
             if name not in inputs
@@ -324,7 +329,7 @@ def _other(name: str, whole: ModuleChange) -> ModuleChange:
         raise UnsupportedError(
             f"a weight change of kind {whole.kind} has no place in a single file",
             tensor=name,
-            hint=_MADE_PLAIN,
+            hint=_made_plain(None, whole),
         )
     magnitude, alpha = whole.magnitude, delta.alpha_tensor
     direction = replace(

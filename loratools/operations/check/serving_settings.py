@@ -1,0 +1,99 @@
+"""Rules about serving programs: settings that they do not know, layers and tokens left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from loratools.operations.check.remedy import Remedy
+from loratools.operations.check.rule import Found, Rule
+from loratools.operations.check.serving import FUSE, WORDS, each_target, unusable
+from loratools.operations.check.subject import CONFIG_FILE, Subject
+from loratools.operations.check.targets import Target
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.errors import printable
+from loratools_formats.disk.files import inside
+from loratools_formats.disk.strict_json import read_object
+
+_MOST_TOKEN_BYTES = 4 << 20
+_FOLDED = ("use_bdlora", "use_qalora", "layer_replication")
+"""Settings whose effect a plain LoRA can have."""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _settings(subject: Subject, _: Adapter, target: Target) -> Iterator[Found]:
+    """Find settings of the configuration that a program refuses or passes over."""
+    if not subject.is_peft:
+        return
+    for key in target.refused_settings:
+        value = subject.config.get(key)
+        is_init = key == "init_lora_weights"
+        taken = is_init and (not isinstance(value, str) or value.lower() in target.inits)
+        if value and not taken:
+            text = f"{target.label} refuses {key} = {printable(value, 60)}"
+            remedy = Remedy("plain") if key in _FOLDED else None
+            yield Found(text, key, CONFIG_FILE, remedy=remedy, target=target.name)
+    for key in target.ignored_settings:
+        if subject.config.get(key):
+            text = f"{target.label} passes over {key}, and the adapter acts otherwise there"
+            remedy = Remedy("plain") if key in _FOLDED else None
+            yield Found(text, key, CONFIG_FILE, remedy=remedy, target=target.name)
+
+
+def _gaps(_: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
+    """Find modules that some layers have and others do not."""
+    layers: dict[str, set[str]] = {}
+    for name in adapter.modules:
+        number = _NUMBER.search(name)
+        if number is not None:
+            layers.setdefault(_NUMBER.sub("N", name), set()).add(number[0])
+    every = set().union(*layers.values()) if layers else set()
+    short = [name for name, own in layers.items() if own != every]
+    what = "modules that only some layers have"
+    yield from unusable(target, target.gaps, what, short, hint=FUSE)
+
+
+def _added_tokens(subject: Subject, _: Adapter, target: Target) -> Iterator[Found]:
+    """Find tokens beside the adapter whose numbers the base does not have."""
+    name = "added_tokens.json"
+    words = WORDS[target.added_tokens]
+    beside = any(entry.name == name for entry in subject.entries)
+    if not words or subject.base is None or subject.folder is None or not beside:
+        return
+    size = subject.base.base.config.get("vocab_size")
+    added = read_object(inside(subject.folder, name), _MOST_TOKEN_BYTES)
+    new = [n for n in added.values() if isinstance(n, int) and isinstance(size, int) and n >= size]
+    if new:
+        text = f"{target.label} {words} added tokens, and {name} has {len(new)} beyond the base's"
+        yield Found(text, name, name, target=target.name, hint=FUSE)
+
+
+RULES = (
+    Rule(
+        "LT514", "target-settings", "error",
+        "The program refuses, or passes over, a setting of the configuration.",
+        "Most programs that serve adapters know the keys of a plain LoRA and no others.",
+        "Make it a plain LoRA: `loratools to-lora ADAPTER --energy 1 -o PLAIN`; if the "
+        "initialisation changed the base: "
+        "`loratools squeeze ADAPTER --initial INITIAL --energy 1 -o PLAIN`.",
+        "targets.toml",
+        each_target(_settings),
+    ),
+    Rule(
+        "LT515", "target-gaps", "error",
+        "Only some layers have a module, and the program wants it in all or none.",
+        "LoRAX stacks the factors of all layers; where one lacks them it drops those of the "
+        "others, without an error.",
+        "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
+        "`LoraWeights.load` in LoRAX",
+        each_target(_gaps),
+    ),
+    Rule(
+        "LT516", "target-tokens", "error",
+        "added_tokens.json has tokens that the base does not have (with `base`).",
+        "The program refuses adapters that add tokens.",
+        "Fuse the adapter into its base: `loratools fuse BASE ADAPTER -o FUSED`.",
+        "`validate_new_adapter` in SGLang",
+        each_target(_added_tokens),
+    ),
+)  # fmt: skip
