@@ -11,7 +11,7 @@ from importlib import import_module
 import click
 
 from loratools import __version__
-from loratools.cli.errors import run
+from loratools.cli import errors
 
 _COMMANDS = {
     "check": "loratools.cli.check",
@@ -126,4 +126,4 @@ def main() -> None:
     # Threads go over modules and BLAS is held to one everywhere; its own, started with NumPy, would
     # only wait in a loop and take a core from ours.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    run(cli)
+    errors.run(cli)

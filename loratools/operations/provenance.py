@@ -246,8 +246,8 @@ class _Steps:
         for one in predicate.get("inputs", []):
             role, digest = str(one.get("role", "")), _digest(one)
             if tells_how(str(one.get("name", ""))) and role not in found:
-                makers = (each for each in self._statements if about(each, digest) is not None)
-                found |= dict.fromkeys([role], next(makers, None) or {"subject": []})
+                makers = [each for each in self._statements if about(each, digest) is not None]
+                found[role] = makers[0] if makers else {"subject": []}
         return found
 
 

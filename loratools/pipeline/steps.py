@@ -127,8 +127,9 @@ class StepReader:
             if mark is None and not is_path(hint):
                 plain[parameter] = value
                 continue
-            is_text = isinstance(value, str)
-            want = "file" if mark is None else (is_text and mark.text) or mark.want
+            want: str = "file"
+            if mark is not None:
+                want = (mark.text if isinstance(value, str) else None) or mark.want
             inputs += self._inputs(parameter, value, want, (*place, parameter))
         options, paths = self._options(declaration, values, place)
         for keyword, (text, want) in paths.items():
