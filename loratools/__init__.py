@@ -24,6 +24,7 @@ _HOMES = {
     "loratools.face.lists": ("formats", "methods"),
     "loratools.face.merge": ("merge",),
     "loratools.face.provenance": ("provenance",),
+    "loratools.face.push": ("push",),
     "loratools.face.quantize": ("quantize",),
     "loratools.face.repair": ("repair",),
     "loratools.face.spectrum": ("spectrum",),

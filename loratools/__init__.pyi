@@ -24,6 +24,7 @@ from loratools.face.lists import FormatsResult as FormatsResult
 from loratools.face.lists import MethodsResult as MethodsResult
 from loratools.face.merge import MergeResult as MergeResult
 from loratools.face.provenance import ProvenanceResult as ProvenanceResult
+from loratools.face.push import PushResult as PushResult
 from loratools.face.quantize import QuantizeResult as QuantizeResult
 from loratools.face.repair import RepairResult as RepairResult
 from loratools.face.spectrum import SpectrumResult as SpectrumResult
@@ -318,6 +319,26 @@ def merge(
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
 def provenance(path: str | os.PathLike[str]) -> ProvenanceResult: ...
+def push(
+    source: str | os.PathLike[str] | Adapter,
+    repo: str,
+    *,
+    create: bool = False,
+    private: bool = False,
+    branch: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    base_model: str | None = None,
+    card: str | os.PathLike[str] | None = None,
+    no_card: bool = False,
+    no_check: bool = False,
+    fail_on: Literal["error", "warning", "note", "never"] | None = None,
+    target: Sequence[str] = (),
+    dry_run: bool = False,
+    workers: int | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PushResult: ...
 def quantize(
     base: str | os.PathLike[str] | Checkpoint,
     *,

@@ -32,6 +32,29 @@ def printed(command, folder):
     """Run one line of an example in `folder`, 100 columns wide; returns all that it prints."""
     program, *arguments = shlex.split(command)
     assert program == "loratools", command
+    if arguments[0] == "push":
+        return _with_a_hub(arguments, folder)
+    return _printed(arguments, folder, {})
+
+
+def _with_a_hub(arguments, folder):
+    """Run a command that publishes, against a server of the tests."""
+    sys.path.insert(0, str(ROOT / "tests" / "hub"))
+    from hub_server import TOKEN, running
+
+    with running() as hub, tempfile.TemporaryDirectory() as home:
+        more = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": home,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+        }
+        shown = _printed(arguments, folder, more)
+    return shown.replace(hub.endpoint, "https://huggingface.co")
+
+
+def _printed(arguments, folder, more):
     done = subprocess.run(
         [sys.executable, "-c", "from loratools.cli import main; main()", *arguments],
         stdout=subprocess.PIPE,
@@ -39,7 +62,7 @@ def printed(command, folder):
         text=True,
         check=False,
         cwd=folder,
-        env={**os.environ, "COLUMNS": "100"},
+        env={**os.environ, "COLUMNS": "100", **more},
     )
     return done.stdout
 

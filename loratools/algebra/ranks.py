@@ -14,7 +14,6 @@ Stacked experts share one rank: the largest that any of them needs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loratools.work.declared import option
-from loratools.work.selection import check_regex
+from loratools.work.regexes import check_regex, is_found
 from loratools.work.spellings import share, share_or_nbytes
 from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
@@ -258,7 +257,7 @@ class RankRule:
 
     def override(self, name: str) -> int | None:
         """Return the rank that a pattern gives a module, None if none matches."""
-        return next((rank for pattern, rank in self.patterns if re.search(pattern, name)), None)
+        return next((rank for pattern, rank in self.patterns if is_found(pattern, name)), None)
 
     def served(self, wanted: int) -> int:
         """Return the rank that vLLM accepts for a wanted one, or that one if it does not matter.
@@ -280,7 +279,7 @@ class RankRule:
         """Raise `OptionError` if a pattern matches none of the modules."""
         paths = list(names)
         for pattern, _ in self.patterns:
-            if not any(re.search(pattern, path) for path in paths):
+            if not any(is_found(pattern, path) for path in paths):
                 raise OptionError(
                     "rank pattern matches no module", got=pattern, expected=f"such as {paths[0]}"
                 )

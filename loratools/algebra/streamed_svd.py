@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from loratools.algebra.one_matrix import RandomisedSvd, padded, signed
+from loratools.work.scratch import AnonymousFile
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 
@@ -55,7 +55,7 @@ class RowStore:
 
     def __init__(self, shape: tuple[int, int], folder: Path | None) -> None:
         self.shape = shape
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._file = AnonymousFile(folder)
         self.squared_norm = 0.0
         self._spans: list[tuple[int, int]] = []
 
@@ -63,7 +63,7 @@ class RowStore:
         """Add rows below those already there, rounded to float32."""
         start = self._spans[-1][1] if self._spans else 0
         stored = np.ascontiguousarray(rows, dtype=np.float32)
-        self._file.write(stored.view(np.uint8).reshape(-1).data)
+        self._file.write_at(4 * self.shape[1] * start, stored.view(np.uint8).reshape(-1).data)
         self.squared_norm += float(np.sum(stored.astype(np.float64) ** 2))
         self._spans.append((start, start + len(rows)))
 
@@ -71,14 +71,9 @@ class RowStore:
         """Yield (start, stop, rows in float64) in order."""
         width = 4 * self.shape[1]
         for start, stop in self._spans:
-            self._file.seek(start * width)
-            data = self._file.read((stop - start) * width)
+            data = self._file.read_at(start * width, (stop - start) * width)
             rows = np.frombuffer(data, np.float32).reshape(stop - start, self.shape[1])
             yield start, stop, rows.astype(np.float64)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
 
 
 class RowSource:

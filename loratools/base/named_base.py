@@ -15,7 +15,7 @@ from loratools_formats.disk.errors import printable
 from loratools_formats.disk.hub_cache import shown_name
 from loratools_formats.disk.strict_json import read_object
 
-_MAX_CONFIG_BYTES = 64 << 20
+_MAX_CONFIG_BYTES = 16 << 20
 _GENERIC = frozenset({"", "model", "diffusion-pytorch-model", "ggml-model"})
 
 

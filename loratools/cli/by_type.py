@@ -12,10 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import click
-
 from loratools.algebra.outliers import family_of
-from loratools.cli.output import number, print_table
+from loratools.cli.output import number, print_table, say
 
 FEW = 16
 """As many modules are listed each."""
@@ -73,14 +71,14 @@ def print_modules(table: ModuleTable, *, verbose: bool) -> None:
     ]
     header = ["type", f"{table.header[0]}s", *table.measures]
     print_table(header, "<" + ">" * (len(header) - 1), rows)
-    click.echo()
+    say()
     if table.worst:
         worst = sorted(range(len(table.rows)), key=lambda i: -table.worst[i])[:_WORST]
-        click.echo(f"The worst {len(worst)} of {len(table.rows)}; --verbose lists each:")
+        say(f"The worst {len(worst)} of {len(table.rows)}; --verbose lists each:")
         print_table(table.header, table.align, [table.rows[i] for i in worst])
     else:
-        click.echo("--verbose lists each")
-    click.echo()
+        say("--verbose lists each")
+    say()
 
 
 def type_of(name: str) -> str:

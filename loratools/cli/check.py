@@ -13,7 +13,7 @@ from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
 from loratools.cli.many import adapters_in, is_adapter
-from loratools.cli.output import note, print_json, progress_bar
+from loratools.cli.output import note, print_json, print_json_text, progress_bar, say
 from loratools.face.check import CheckResult, check
 from loratools.operations.check.baseline import baseline_text
 from loratools.operations.check.options import CheckOptions, FixOptions
@@ -135,16 +135,16 @@ def _print(result: CheckResult, presenting: Presenting, reporting: Reporting) ->
     elif kind == "github":
         from loratools.cli.findings.github import github_of
 
-        click.echo(github_of(result))
+        say(github_of(result))
     elif kind == "sarif":
         from loratools.cli.findings.sarif import sarif_of
 
-        click.echo(sarif_of(result))
+        print_json_text(sarif_of(result))
     elif kind == "junit":
         from loratools.cli.findings.junit import junit_of
 
-        click.echo(junit_of(result))
+        say(junit_of(result))
     elif not reporting.quiet:
         from loratools.cli.findings.text import text_of
 
-        click.echo(text_of(result))
+        say(text_of(result))

@@ -9,7 +9,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.measured import optional, print_csv
-from loratools.cli.output import number, print_table, progress_bar, quantity
+from loratools.cli.output import number, print_table, progress_bar, quantity, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import report
 from loratools.face.compare import BasesResult, CompareResult, compare, compare_bases
@@ -157,34 +157,34 @@ def _print_matrix(result: CompareResult) -> None:
 def _print_groups(result: CompareResult) -> None:
     cosine, a_cosine = result.cosines[0][1], result.a_cosines[0][1]
     if len(result.names) == 2:
-        click.echo(f"cosine of all modules in common: {optional(cosine)}")
+        say(f"cosine of all modules in common: {optional(cosine)}")
         if a_cosine is not None:
-            click.echo(
+            say(
                 f"cosine of the A factors: {number(a_cosine)} "
                 f"(independent starts: ±{optional(result.a_random)})"
             )
         overlap = result.a_overlaps[0][1]
         if overlap is not None:
-            click.echo(f"overlap of the spaces of A, above random: {number(overlap)}")
+            say(f"overlap of the spaces of A, above random: {number(overlap)}")
         losses = " ".join(optional(loss, ".2f") for loss in result.linear_losses)
-        click.echo(f"loss of each in an even linear merge: {losses}")
+        say(f"loss of each in an even linear merge: {losses}")
     for title, groups in (
         ("family (cosine above 0.5 on average)", result.families),
         ("near-duplicates (cosine at least 0.99)", result.duplicates),
         ("same start (cosine or overlap of A at least 0.5)", result.lineages),
     ):
         for group in groups:
-            click.echo(f"{title}: {', '.join(printable(name) for name in group)}")
+            say(f"{title}: {', '.join(printable(name) for name in group)}")
 
 
 def _print_unmatched(result: CompareResult) -> None:
     if result.unmatched:
-        click.echo(f"not compared: {quantity(len(result.unmatched), 'module')}")
+        say(f"not compared: {quantity(len(result.unmatched), 'module')}")
     for one in result.unmatched[:_SHOWN]:
         where = ", ".join(printable(name) for name in one.adapters)
-        click.echo(f"  {printable(one.name)} ({where}): {one.reason}")
+        say(f"  {printable(one.name)} ({where}): {one.reason}")
     if len(result.unmatched) > _SHOWN:
-        click.echo(f"  and {len(result.unmatched) - _SHOWN} more; --json lists all")
+        say(f"  and {len(result.unmatched) - _SHOWN} more; --json lists all")
 
 
 def _print_bases(result: BasesResult) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.many import one_or_many
-from loratools.cli.output import human_bytes, note, number, print_table
+from loratools.cli.output import human_bytes, note, number, print_table, say
 from loratools.cli.perform import perform, target_of
 from loratools.face.convert import ConvertResult, convert
 from loratools.operations.convert.operation import ConvertOptions, SingleFileOptions
@@ -76,13 +74,13 @@ def _show(result: ConvertResult, *, verbose: bool) -> None:
                 for module in result.modules
             ],
         )
-    click.echo(f"format: {result.from_} → {result.to}")
-    click.echo(f"modules: {len(result.modules)}")
-    click.echo(f"size: {human_bytes(result.bytes_out)}")
+    say(f"format: {result.from_} → {result.to}")
+    say(f"modules: {len(result.modules)}")
+    say(f"size: {human_bytes(result.bytes_out)}")
     if result.relative_error is not None:
-        click.echo(f"relative error of the written file: {number(result.relative_error)}")
+        say(f"relative error of the written file: {number(result.relative_error)}")
         if result.other_error:
-            click.echo(f"largest error of its other tensors: {number(result.other_error)}")
+            say(f"largest error of its other tensors: {number(result.other_error)}")
 
 
 def _or_dash(value: float | None) -> str:

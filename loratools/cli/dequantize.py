@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, number
+from loratools.cli.output import human_bytes, number, say
 from loratools.cli.perform import perform, target_of
 from loratools.face.dequantize import DequantizeResult, dequantize
 from loratools.operations.dequantize import DequantizeOptions
@@ -39,6 +37,6 @@ def command(base: Path, writing: Writing, options: DequantizeOptions, reporting:
 
 def _show(result: DequantizeResult) -> None:
     kinds = sorted({tensor.quant_type for tensor in result.tensors})
-    click.echo(f"weights: {len(result.tensors)} from {', '.join(kinds)}")
-    click.echo(f"relative error of rounding: {number(result.relative_error)}")
-    click.echo(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")
+    say(f"weights: {len(result.tensors)} from {', '.join(kinds)}")
+    say(f"relative error of rounding: {number(result.relative_error)}")
+    say(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")

@@ -11,6 +11,8 @@ from typing import TextIO
 
 import click
 
+from loratools.cli.output import say
+
 EXIT_FOUND = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -45,13 +47,13 @@ def run(cli: click.Command) -> None:
     except (KeyboardInterrupt, click.Abort) as error:
         number = getattr(error, "number", None)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            click.echo("interrupted" if number is None else "terminated", err=True)
+            say("interrupted" if number is None else "terminated", err=True)
         code = EXIT_INTERRUPTED if number is None else _EXIT_SIGNAL + number
     except click.ClickException as error:
-        click.echo(f"error: {_usage(error)}", err=True)
+        say(f"error: {_usage(error)}", err=True)
         code = EXIT_ERROR
     except Exception as error:  # noqa: BLE001 - users get one line, whatever happened
-        click.echo(f"error: {describe(error)}", err=True)
+        say(f"error: {describe(error)}", err=True)
         code = EXIT_ERROR
     sys.exit(code)
 
@@ -85,7 +87,7 @@ def _noted(
     line: str | None = None,
 ) -> None:
     """Show a warning as commands show every note; a library has no other way to speak."""
-    click.echo(f"note: {message}", err=True)
+    say(f"note: {message}", err=True)
 
 
 def _call(cli: click.Command) -> int:

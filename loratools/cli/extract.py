@@ -10,7 +10,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent, quantity
+from loratools.cli.output import human_bytes, note, number, percent, quantity, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.extract import ExtractResult, extract, extract_choices
@@ -91,9 +91,9 @@ def _show(result: ExtractResult, *, verbose: bool) -> None:
     header = ["module", "rank", "energy kept", "relative error"]
     print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
     for name in result.replaced:
-        click.echo(f"carried whole: {name}")
-    click.echo(f"unchanged: {quantity(result.unchanged, 'tensor')}")
-    click.echo(f"relative error: {number(result.relative_error)}")
-    click.echo(f"size: {human_bytes(result.bytes_out)}")
+        say(f"carried whole: {name}")
+    say(f"unchanged: {quantity(result.unchanged, 'tensor')}")
+    say(f"relative error: {number(result.relative_error)}")
+    say(f"size: {human_bytes(result.bytes_out)}")
     if result.skipped:
         note(f"changed but not selected: {', '.join(result.skipped)}")

@@ -9,7 +9,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent, quantity
+from loratools.cli.output import human_bytes, note, number, percent, quantity, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
@@ -91,8 +91,8 @@ def _show_plan(plan: FusePlan, *, verbose: bool) -> None:
     print_modules(
         ModuleTable(["tensor", "shape", "dtype", "changed by"], "<<<<", rows), verbose=verbose
     )
-    click.echo(f"tensors: {len(plan.tensors)} of {plan.total} change")
-    click.echo(f"size: {human_bytes(plan.bytes_out)} in {quantity(plan.files, 'file')}")
+    say(f"tensors: {len(plan.tensors)} of {plan.total} change")
+    say(f"size: {human_bytes(plan.bytes_out)} in {quantity(plan.files, 'file')}")
 
 
 def _changed_by(tensor: PlannedTensor) -> str:
@@ -120,12 +120,12 @@ def _show_fused(result: FuseResult, *, verbose: bool) -> None:
     table = ModuleTable(header, "<<>>>"[: len(header)], rows, measures, lost)
     print_modules(table, verbose=verbose)
     change = result.relative_change
-    click.echo(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
-    click.echo(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")
+    say(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
+    say(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")
     if result.surviving is not None:
-        click.echo(f"survives quantising: {percent(result.surviving)} of ΔW")
+        say(f"survives quantising: {percent(result.surviving)} of ΔW")
     converted = f", {result.converted} converted" if result.converted else ""
-    click.echo(
+    say(
         f"size: {human_bytes(result.bytes_out)} in {quantity(len(result.files), 'file')}; "
         f"{quantity(len(result.tensors), 'tensor')} changed, {result.copied} copied{converted}"
     )

@@ -12,7 +12,7 @@ from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_FOUND, describe
 from loratools.cli.many import adapters_in
-from loratools.cli.output import human_bytes, print_table, quantity
+from loratools.cli.output import human_bytes, print_table, quantity, say
 from loratools.cli.perform import report
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
@@ -57,7 +57,7 @@ def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting)
             found, problem, failed = None, describe(error).removeprefix(f"{path}: "), True
         if reporting.json:
             values = {"error": problem} if found is None else found.to_dict()
-            click.echo(json.dumps({"input": str(path), **values}, ensure_ascii=False))
+            say(json.dumps({"input": str(path), **values}, ensure_ascii=False))
         else:
             rows.append([printable(path), *_cells(found, problem)])
     if not (reporting.json or reporting.quiet):
@@ -94,7 +94,7 @@ def _listed(values: Iterable[object]) -> str:
 def _show(found: InfoResult, reporting: Reporting) -> None:
     _print(found)
     if reporting.verbose:
-        click.echo()
+        say()
         _print_modules(found)
 
 
@@ -133,7 +133,7 @@ def _print(found: AdapterInfo) -> None:
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         if text:
-            click.echo(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
+            say(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
 
 
 def _targets(found: AdapterInfo) -> set[str]:

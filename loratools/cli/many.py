@@ -18,7 +18,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.errors import EXIT_FOUND, describe
-from loratools.cli.output import note, number, progress_bar, quantity, sizes
+from loratools.cli.output import note, number, progress_bar, quantity, say, sizes
 from loratools.cli.perform import collected
 from loratools.face.result import Result
 from loratools.work.declared import option
@@ -112,7 +112,7 @@ def _each(
                 failed[path] = failure
             if reporting.json:
                 found = {"error": failure} if result is None else result.to_dict()
-                click.echo(json.dumps({"input": str(path), **found}, ensure_ascii=False))
+                say(json.dumps({"input": str(path), **found}, ensure_ascii=False))
             elif not reporting.quiet:
                 _tell(str(path).ljust(width), result, failure)
             if progress is not None:
@@ -123,7 +123,7 @@ def _each(
         what = "would be written" if writing.dry_run else "written"
         note(f"{count} {what}, {skipped} skipped, {len(failed)} failed")
     for path, reason in failed.items():
-        click.echo(f"failed: {path}: {reason.removeprefix(f'{path}: ')}", err=True)
+        say(f"failed: {path}: {reason.removeprefix(f'{path}: ')}", err=True)
     return EXIT_FOUND if failed else 0
 
 
@@ -158,14 +158,14 @@ def _one(
 
 def _tell(name: str, result: Any, failure: str | None) -> None:
     if failure is not None:
-        click.echo(f"{name}  failed")
+        say(f"{name}  failed")
         return
     error = getattr(result, "relative_error", None)
     before, after = (getattr(result, name, None) for name in ("bytes_in", "bytes_out"))
     parts = [] if error is None else [f"relative error {number(error)}"]
     if before and after is not None:
         parts.append(sizes(before, after))
-    click.echo(f"{name}  {'  '.join(parts) or 'done'}")
+    say(f"{name}  {'  '.join(parts) or 'done'}")
 
 
 def _outputs(adapters: Sequence[Path], folder: Path, target: str | None) -> dict[Path, Path]:

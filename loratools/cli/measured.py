@@ -8,8 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import click
-
+from loratools.cli.output import say
 from loratools_formats.disk.errors import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -45,7 +44,7 @@ def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(names)
     writer.writerows([[_cell(row.get(name)) for name in names] for row in flat])
-    click.echo(buffer.getvalue(), nl=False)
+    say(buffer.getvalue(), nl=False)
 
 
 def _flat(prefix: str, row: Mapping[str, Any]) -> dict[str, Any]:

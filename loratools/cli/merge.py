@@ -12,7 +12,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, note, number, percent
+from loratools.cli.output import human_bytes, note, number, percent, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
@@ -148,8 +148,8 @@ def _show(result: MergeResult, *, verbose: bool) -> None:
         count = sum(item.name in module.absent for module in result.modules)
         if count:
             note(f"{item.name} lacks {count} of {len(result.modules)} modules; they count as zero")
-    click.echo(f"energy kept: {percent(result.energy)}")
-    click.echo(f"relative error: {number(result.relative_error)}")
+    say(f"energy kept: {percent(result.energy)}")
+    say(f"relative error: {number(result.relative_error)}")
     if result.factor_residual is not None:
-        click.echo(f"error of averaging factors instead: {number(result.factor_residual)}")
-    click.echo(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")
+        say(f"error of averaging factors instead: {number(result.factor_residual)}")
+    say(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,44 @@ from loratools_formats.disk.errors import printable
 if TYPE_CHECKING:
     from loratools.face.choices import ChoiceRow
 
+_UNSAFE = re.compile(r"[^ -~\n]")
+_NOT_ASCII = re.compile(r"[^\x00-\x7e]")
+
+
+def say(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    r"""Print text, with everything escaped that a terminal would obey or show out of order.
+
+    Every word that commands print goes through here, or through `print_json_text`.
+    """
+    click.echo(_UNSAFE.sub(lambda found: _escaped(found[0]), text), err=err, nl=nl)
+
 
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object."""
-    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2))
+    print_json_text(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2))
+
+
+def print_json_text(text: str) -> None:
+    """Print JSON, with JSON's escapes for what a terminal would obey, or stdout cannot encode.
+
+    Names that are no UTF-8 keep their bytes as lone surrogates, as Python has them.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+
+    def written(found: re.Match[str]) -> str:
+        try:
+            found[0].encode(encoding)
+        except UnicodeEncodeError:
+            return json.dumps(found[0])[1:-1]
+        return found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1]
+
+    click.echo(_NOT_ASCII.sub(written, text))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
 def quantity(count: int, unit: str) -> str:
@@ -42,7 +77,7 @@ def print_table(header: Sequence[str], align: str, rows: Sequence[Sequence[str]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         cells = zip(row, align, widths, strict=True)
-        click.echo("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+        say("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
 
 
 def print_choices(bytes_in: int | None, choices: Sequence[ChoiceRow]) -> None:
@@ -74,7 +109,7 @@ def number(value: float) -> str:
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
-    click.echo(f"note: {worded(printable(text, 1000))}", err=True)
+    say(f"note: {worded(printable(text, 1000))}", err=True)
 
 
 def human_bytes(count: int) -> str:

@@ -11,10 +11,8 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import click
-
 from loratools.cli.errors import EXIT_FOUND
-from loratools.cli.output import note, number, print_choices, print_json, progress_bar
+from loratools.cli.output import note, number, print_choices, print_json, progress_bar, say
 from loratools.cli.pages import Pages
 from loratools.cli.wording import worded
 from loratools.face.result import Result
@@ -102,7 +100,7 @@ def perform(
         failed, result = error, error.result
     report(result, show, reporting)
     if isinstance(failed, InexactError) and writing.max_error is not None:
-        click.echo(
+        say(
             f"relative error {number(result.relative_error)} is above --max-error "
             f"{writing.max_error:g}; nothing was written",
             err=True,
@@ -114,7 +112,9 @@ def perform(
     if not reporting.quiet:
         nothing = writing.dry_run or writing.output is None
         nothing_else = "nothing else" if pages.files else "nothing"
-        note(f"dry run, {nothing_else} was written" if nothing else f"wrote {writing.output}")
+        done = getattr(result, "published", None)
+        wrote = f"wrote {writing.output}" if done is None else f"published {done.url}"
+        note(f"dry run, {nothing_else} was written" if nothing else wrote)
     pages.say(reporting)
     return 0
 
@@ -144,7 +144,7 @@ def show_choices(
     def show(found: Any) -> None:
         print_choices(getattr(found, "bytes_in", None), found.choices)
         if text is not None:
-            click.echo(text)
+            say(text)
 
     if writing.output is None:
         pages.write(choices, overwrite=writing.overwrite)
@@ -153,6 +153,6 @@ def show_choices(
     if writing.output is not None:
         raise OptionError("no rule for the ranks, so nothing was written", hint=rules)
     if not (reporting.quiet or reporting.json):
-        click.echo(worded(rules), err=True)
+        say(worded(rules), err=True)
     pages.say(reporting)
     return 0

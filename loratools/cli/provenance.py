@@ -10,7 +10,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.output import note
+from loratools.cli.output import note, say
 from loratools.cli.perform import report
 from loratools.face.provenance import ProvenanceResult, provenance
 from loratools.operations.provenance import ChainInput, ChainStep
@@ -48,7 +48,7 @@ def command(path: Path, presenting: Presenting, reporting: Reporting) -> None:
     """  # noqa: D301 - click reads the backspace
     found = provenance(path)
     if presenting.format == "cyclonedx" and not reporting.json:
-        click.echo(found.cyclonedx(), nl=False)
+        say(found.cyclonedx(), nl=False)
     else:
         report(found, lambda result: _show(result, whole=reporting.verbose), reporting)
     for name in found.changed:
@@ -57,7 +57,7 @@ def command(path: Path, presenting: Presenting, reporting: Reporting) -> None:
 
 def _show(found: ProvenanceResult, *, whole: bool) -> None:
     steps = {step.number: step for step in found.steps}
-    click.echo(printable(found.path.name))
+    say(printable(found.path.name))
     _show_step(found.steps[-1], steps, "", set(), whole)
 
 
@@ -66,14 +66,12 @@ def _show_step(
 ) -> None:
     again = step.number in seen
     seen.add(step.number)
-    click.echo(f"{indent}└─ {_told(step)}{', as above' if again else ''}")
+    say(f"{indent}└─ {_told(step)}{', as above' if again else ''}")
     if again:
         return
     roles = _by_role(step)
     for left, (role, several) in zip(reversed(range(len(roles))), roles.items(), strict=True):
-        click.echo(
-            f"{indent}   {'├' if left else '└'}─ {printable(role)}: {_files(several, whole)}"
-        )
+        say(f"{indent}   {'├' if left else '└'}─ {printable(role)}: {_files(several, whole)}")
         for number in dict.fromkeys(one.step for one in several if one.step is not None):
             below = f"{indent}   {'│' if left else ' '}  "
             _show_step(steps[number], steps, below, seen, whole)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import click
-
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
-from loratools.cli.output import human_bytes, number, percent, sizes
+from loratools.cli.output import human_bytes, number, percent, say, sizes
 from loratools.cli.perform import perform, target_of
 from loratools.face.quantize import QuantizeResult, quantize
 from loratools.operations.quantize import QuantizeOptions
@@ -79,6 +77,6 @@ def _show(result: QuantizeResult, *, verbose: bool) -> None:
     print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
     reasons = Counter(kept.reason for kept in result.kept)
     kept = ", ".join(f"{count} ({reason})" for reason, count in sorted(reasons.items()))
-    click.echo(f"weights kept: {kept or 'none'}")
-    click.echo(f"relative error: {number(result.relative_error)}")
-    click.echo(f"size: {sizes(result.bytes_in, result.bytes_out)}")
+    say(f"weights kept: {kept or 'none'}")
+    say(f"relative error: {number(result.relative_error)}")
+    say(f"size: {sizes(result.bytes_in, result.bytes_out)}")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from loratools.base.decompositions import IntruderOptions
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.output import number, print_table
+from loratools.cli.output import number, print_table, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.face.repair import RepairResult, repair
@@ -93,6 +91,6 @@ def _print_report(result: RepairResult) -> None:
             ],
         )
     kept = sum(module.action == "kept" for module in result.modules)
-    click.echo(f"modules: {len(result.modules) - kept} repaired, {kept} kept as they are")
-    click.echo(f"change: {number(result.change)} of ‖ΔW‖")
-    click.echo(f"relative error of what is stored: {number(result.relative_error)}")
+    say(f"modules: {len(result.modules) - kept} repaired, {kept} kept as they are")
+    say(f"change: {number(result.change)} of ‖ΔW‖")
+    say(f"relative error of what is stored: {number(result.relative_error)}")

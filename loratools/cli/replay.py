@@ -9,7 +9,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_FOUND
-from loratools.cli.output import note, number, print_table, progress_bar
+from loratools.cli.output import note, number, print_table, progress_bar, say
 from loratools.cli.perform import report
 from loratools.operations.replayed import ReplayedFile
 from loratools.pipeline.replay import Replaying, ReplayResult, replay
@@ -46,7 +46,7 @@ def _show(found: ReplayResult) -> None:
         [[printable(one.name), "equal" if one.identical else _apart(one)] for one in found.files],
     )
     verdict = "the bytes are equal" if found.identical else "the bytes differ"
-    click.echo(f"{' → '.join(map(printable, found.done))}: {verdict}")
+    say(f"{' → '.join(map(printable, found.done))}: {verdict}")
 
 
 def _apart(file: ReplayedFile) -> str:

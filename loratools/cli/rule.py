@@ -6,6 +6,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.output import say
 from loratools.cli.perform import report
 from loratools.face.check import RuleResult, rule
 from loratools.work.requests import Reporting
@@ -27,9 +28,9 @@ def command(name: str, reporting: Reporting) -> None:
 
 
 def _show(found: RuleResult) -> None:
-    click.echo(f"{found.code} {found.rule} ({found.severity})")
-    click.echo(f"\n{found.summary} {found.why}\n")
-    click.echo(f"fix     {found.fix}")
-    click.echo(f"source  {found.source}")
+    say(f"{found.code} {found.rule} ({found.severity})")
+    say(f"\n{found.summary} {found.why}\n")
+    say(f"fix     {found.fix}")
+    say(f"source  {found.source}")
     if found.statistical:
-        click.echo("kind    a statistic: it may be wrong about one adapter")
+        say("kind    a statistic: it may be wrong about one adapter")

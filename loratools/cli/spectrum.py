@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import click
-
 from loratools.base.decompositions import IntruderOptions
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.measured import optional, print_csv, sparkline
-from loratools.cli.output import human_bytes, number, print_table, progress_bar
+from loratools.cli.output import human_bytes, number, print_table, progress_bar, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import report
 from loratools.face.spectrum import SpectrumResult, spectrum
@@ -87,13 +85,13 @@ def _print_report(result: SpectrumResult) -> None:
         "<" + ">" * (len(header) - 1) + "<",
         [[*_row(matrix, with_base), _bars(matrix, largest)] for matrix in result.matrices],
     )
-    click.echo(f"‖ΔW‖ of all: {number(result.frobenius)}")
+    say(f"‖ΔW‖ of all: {number(result.frobenius)}")
     if len(result.layers) > 1:
         strongest = max(result.layers, key=lambda name: result.layers[name])
         values = " ".join(number(value) for value in result.layers.values())
-        click.echo(f"‖ΔW‖ by layer: {values} (most in layer {strongest or 'without number'})")
+        say(f"‖ΔW‖ by layer: {values} (most in layer {strongest or 'without number'})")
     if result.suggestions:
-        click.echo()
+        say()
         _print_suggestions(result)
     _print_findings(result)
 
@@ -142,9 +140,9 @@ def _print_suggestions(result: SpectrumResult) -> None:
 def _print_findings(result: SpectrumResult) -> None:
     counts = Counter(finding.kind for finding in result.findings)
     for kind, count in counts.items():
-        click.echo()
-        click.echo(f"{kind}: {count} of {len(result.matrices)}")
+        say()
+        say(f"{kind}: {count} of {len(result.matrices)}")
         for finding in [f for f in result.findings if f.kind == kind][:_SHOWN]:
-            click.echo(f"  {printable(finding.name)}: {finding.text}")
+            say(f"  {printable(finding.name)}: {finding.text}")
         if count > _SHOWN:
-            click.echo(f"  and {count - _SHOWN} more; --json lists all")
+            say(f"  and {count - _SHOWN} more; --json lists all")

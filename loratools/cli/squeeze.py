@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.many import one_or_many
-from loratools.cli.output import note, number, percent, sizes
+from loratools.cli.output import note, number, percent, say, sizes
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.squeeze import SqueezeResult, squeeze, squeeze_choices
@@ -94,5 +92,5 @@ def _show(result: SqueezeResult, *, verbose: bool) -> None:
         more = f" and {count - 1} more" if count > 1 else ""
         note(f"kept as they are, for they have no factors: {first}{more}")
     of_what = " of the DoRA direction" if result.directional else ""
-    click.echo(f"relative error{of_what}: {number(result.relative_error)}")
-    click.echo(f"size: {sizes(result.bytes_in, result.bytes_out)}")
+    say(f"relative error{of_what}: {number(result.relative_error)}")
+    say(f"size: {sizes(result.bytes_in, result.bytes_out)}")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.many import one_or_many
-from loratools.cli.output import human_bytes, note, number, percent
+from loratools.cli.output import human_bytes, note, number, percent, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult, to_lora, to_lora_choices
@@ -100,8 +98,8 @@ def _show(result: ToLoraResult, *, verbose: bool) -> None:
     measures = {"rank": ranks, "relative error": Measure(errors)}
     align = "<<" + ">" * (len(header) - 2)
     print_modules(ModuleTable(header, align, rows, measures, errors), verbose=verbose)
-    click.echo(f"relative error: {number(result.relative_error)}")
-    click.echo(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")
+    say(f"relative error: {number(result.relative_error)}")
+    say(f"size: {human_bytes(result.bytes_in)} → {human_bytes(result.bytes_out)}")
     for text in result.cautions:
         note(text)
 

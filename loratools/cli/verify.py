@@ -9,7 +9,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
-from loratools.cli.output import note, number, percent, print_table, progress_bar
+from loratools.cli.output import note, number, percent, print_table, progress_bar, say
 from loratools.cli.perform import report
 from loratools.cli.references import weighted_path
 from loratools.face.verify import VerifyResult, verify
@@ -79,10 +79,10 @@ def _show(result: VerifyResult, *, verbose: bool) -> None:
         header = ["tensor", "verdict", "share of ΔW found", "error/‖ΔW‖", "reason"]
         print_table(header, "<<>><", [_row(tensor) for tensor in shown])
     counts = ", ".join(f"{count} {verdict}" for verdict, count in result.counts.items())
-    click.echo(f"tensors: {counts}")
+    say(f"tensors: {counts}")
     answer = {True: "contained", False: "not contained", None: "cannot tell"}[result.contained]
     told = f", {percent(result.told)} of ΔW shows" if result.contained is None else ""
-    click.echo(f"adapter: {answer}{told}")
+    say(f"adapter: {answer}{told}")
 
 
 def _row(tensor: TensorVerdict) -> list[str]:

@@ -17,7 +17,14 @@ from dataclasses import dataclass, is_dataclass, replace
 from inspect import Parameter, Signature
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from loratools.hub.references import REVISION_HELP, Beside, Wanted, mapped, with_revision
+from loratools.hub.references import (
+    REVISION_HELP,
+    Beside,
+    Wanted,
+    is_explicit,
+    mapped,
+    with_revision,
+)
 from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
 from loratools.work.requests import Writing
@@ -109,11 +116,7 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
                 raise TypeError(f"{function.__name__}() has {name} and {next(iter(chosen))}")
         given |= whole
         given |= {name: _fetched(given[name], options) for name, options in groups.items()}
-        arguments = {n: v for n, v in given.items() if n not in groups and n != "progress"}
-        this = call_of(function.__name__, arguments, [given[name] for name in groups])
-        outputs = [g.output for g in given.values() if isinstance(g, Writing)]
-        with running(this), parents_made(next(iter(outputs), None)):
-            return function(**given)
+        return _called(function, given, groups)
 
     call.declaration = Declaration(  # type: ignore[attr-defined]
         function.__name__,
@@ -160,6 +163,31 @@ def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: 
             want = _want(mark, values[name])
             beside: Beside = "all" if companions and want == "adapter" else mark.beside
             values[name] = mapped(values[name], functools.partial(_local, want=want, beside=beside))
+
+
+def _called(
+    function: Callable[..., R], given: dict[str, Any], groups: Mapping[str, Mapping[str, Option]]
+) -> R:
+    """Call a function as one that its output records; publish an output that is a reference."""
+    place = getattr(given.get("writing"), "output", None)
+    if place is not None and is_explicit(place):
+        from loratools.face.staging import published
+
+        writing = given["writing"]
+        made: R = published(
+            place,
+            given,
+            dry_run=writing.dry_run,
+            run=lambda local: _called(
+                function, {**given, "writing": replace(writing, output=local)}, groups
+            ),
+        )
+        return made
+    arguments = {n: v for n, v in given.items() if n not in groups and n != "progress"}
+    this = call_of(function.__name__, arguments, [given[name] for name in groups])
+    outputs = [g.output for g in given.values() if isinstance(g, Writing)]
+    with running(this), parents_made(next(iter(outputs), None)):
+        return function(**given)
 
 
 def _want(mark: Wanted, value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -27,6 +27,8 @@ class Result:
     """What an operation found; `to_dict()` is the object that `--json` prints."""
 
     operation: ClassVar[str]
+    published: ClassVar[Result | None] = None
+    """What `push` says of it, if its output was a repository on the Hub."""
 
     @classmethod
     def of(cls, found: Any, **others: Any) -> Self:
@@ -36,7 +38,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the command line, `schema` and `operation` first."""
-        return {"schema": SCHEMA, "operation": self.operation, **as_json(self)}
+        made = {"schema": SCHEMA, "operation": self.operation, **as_json(self)}
+        return made if self.published is None else {**made, "published": as_json(self.published)}
 
     def title(self) -> str:
         """Return the heading of its page."""
@@ -110,6 +113,13 @@ class AdapterResult(Reported):
 
     adapter: Adapter = hidden()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        made, error = self.adapter.provenance, getattr(self, "relative_error", None)
+        if made is not None and "report" not in made and isinstance(error, float):
+            told = {**made, "report": _report(self.adapter, error)}
+            object.__setattr__(self, "adapter", replace(self.adapter, provenance=told))
+
     def title(self) -> str:
         """Return the heading of its page."""
         source = self.adapter.source
@@ -131,6 +141,17 @@ class AdapterResult(Reported):
             _check_name(writing.output, self.adapter.format)
             self.write(writing.output, overwrite=writing.overwrite)
         return self
+
+
+def _report(adapter: Adapter, error: float) -> dict[str, Any]:
+    """Return the numbers of a result that its provenance keeps: error, ranks and size."""
+    ranks = sorted({each.rank for each in adapter.modules.values() if each.rank is not None})
+    return {
+        # Last digits differ between machines, and say nothing.
+        "relativeError": float(f"{error:.3g}"),
+        "ranks": " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:])))),
+        "bytes": written_nbytes(adapter),
+    }
 
 
 def _check_name(output: Path, format_name: str) -> None:

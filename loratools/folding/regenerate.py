@@ -20,6 +20,7 @@ import numpy as np
 from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.base.weights import BaseModule, find_base_module
+from loratools.work.regexes import check_regex, is_found
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, KindDelta, Layer, ModuleChange
@@ -210,7 +211,8 @@ def _matcher(adapter: Adapter) -> Callable[[str], bool]:
 
 def _listed(entries: Any, path: str) -> bool:
     if isinstance(entries, str):
-        return re.fullmatch(entries, path) is not None
+        check_regex(entries)
+        return is_found(rf"\A(?:{entries})\Z", path)
     return any(path == entry or path.endswith(f".{entry}") for entry in entries or ())
 
 

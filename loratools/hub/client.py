@@ -27,7 +27,10 @@ from loratools_formats.disk.errors import (
 SHOW_PROGRESS: ContextVar[bool] = ContextVar("SHOW_PROGRESS", default=False)
 """Whether the library may draw progress bars; only a command line asks for that."""
 
-_TOKEN = re.compile(r"(?:hf|api)_[A-Za-z0-9]{8,}|(?<=Bearer )\S+")
+_TOKEN = re.compile(
+    r"(?:hf|api)_[A-Za-z0-9]{8,}|hf_(?:jwt|oauth)_[\w.-]+|eyJ[\w-]+\.[\w-]+(?:\.[\w-]*)?"
+    r"|(?<=Bearer )\S+"
+)
 _STATUS = {
     429: "the Hub asks for fewer requests",
     409: "something else is being done to the repository",

@@ -140,6 +140,24 @@ def parse(text: str | os.PathLike[str], want: Want) -> Reference | None:
     return None
 
 
+def parse_target(text: str | os.PathLike[str]) -> Reference:
+    """Return the repository to publish to, whatever is here under that name.
+
+    Raises:
+        OptionError: it is not the name of a repository.
+    """
+    given = os.fspath(text)
+    address = _address(given)
+    if address is not None:
+        return _of_address(address, given)
+    if given.lower().startswith("hf:/"):
+        return _of_parts(given[len("hf:/") :].strip("/"), given)
+    found = _of_parts(given, given)
+    if "/" not in found.repo:
+        raise OptionError("not the name of a repository", got=given, expected="USER/NAME")
+    return found
+
+
 def is_explicit(text: str | os.PathLike[str]) -> bool:
     """Return whether a text can only be a reference: it starts as one does, or is an address."""
     given = os.fspath(text)

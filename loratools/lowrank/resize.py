@@ -32,6 +32,7 @@ from loratools_formats.disk.errors import AdapterError, OptionError
 
 OutputDtype = Literal["f32", "f16", "bf16"]
 
+_MOST = {"oversample": 1 << 16, "power_iterations": 100, "seed": (1 << 64) - 1}
 _ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit
 
 
@@ -63,8 +64,12 @@ class ComputeOptions(Computing):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("oversample", "power_iterations", "seed"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name} is negative", got=getattr(self, name))
+            most = _MOST[name]
+            if not 0 <= getattr(self, name) <= most:
+                problem = "is negative" if getattr(self, name) < 0 else "is too large"
+                raise OptionError(
+                    f"{name} {problem}", got=getattr(self, name), expected=f"0 to {most}"
+                )
 
     def stored(self, tensor: TensorRef | PlannedTensor) -> DType:
         """Return the type in which a factor is stored."""

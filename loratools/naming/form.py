@@ -50,7 +50,7 @@ def _is_expressions(value: Any) -> bool:
 def _compiles(text: str) -> bool:
     try:
         re.compile(text)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 

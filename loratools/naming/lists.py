@@ -6,7 +6,6 @@ carry. Flattening the list and looking up is the only way back that guesses noth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from loratools_formats.checkpoints.checkpoint import checkpoint_names
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.single_file_keys import parse
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.strict_json import parsed_object
 
@@ -59,7 +59,11 @@ def _is_flattened(name: str, dotted: str) -> bool:
 
 def as_metadata(names: Mapping[str, str]) -> dict[str, str]:
     """Return a map from flattened to dotted names as metadata."""
-    return {MAP_KEY: json.dumps(dict(names), sort_keys=True, separators=(",", ":"))}
+    return {
+        MAP_KEY: strict_json.dumps(
+            dict(names), sort_keys=True, separators=(",", ":"), ensure_ascii=True
+        )
+    }
 
 
 def names_of_base(path: Path, component: str | None) -> list[str]:

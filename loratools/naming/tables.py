@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.naming.form import check_form
+from loratools_formats.disk import strict_toml
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.files import read_small_file
 
@@ -26,6 +27,8 @@ Shape = tuple[int | None, int | None]
 """(out, in) of a weight as a matrix; None for a side that is not known."""
 
 _MAX_FILE_BYTES = 1 << 20
+_MOST_ROWS = 4096
+_UNCLEAR = re.compile(r"\{\}(?:\{\}|\d)")
 _TEXT_ENCODERS = "text_encoders"
 _NO_TABLES = (_TEXT_ENCODERS, "neighbours")
 
@@ -137,6 +140,7 @@ class Table:
             for role, entry in values.get("text_encoders", {}).items()
         }
         try:
+            _check_number(values)
             self._rows = [row for group in values["modules"] for row in _rows(group)]
             by_name = {row.original: row for row in reversed(self._rows)}
             aliases = [alias for group in values.get("aliases", ()) for alias in _rows(group)]
@@ -217,6 +221,14 @@ class Table:
         return _Index(entries, scheme, flat)
 
 
+def _check_number(values: Mapping[str, Any]) -> None:
+    """Refuse more rows than any model has kinds of modules: each is compared with each name."""
+    groups = (*values["modules"], *values.get("aliases", ()))
+    rows = sum(len(group["pairs"]) * len(group.get("blocks") or [1]) for group in groups)
+    if rows > _MOST_ROWS:
+        raise ValueError(f"there are {rows} rows, and at most {_MOST_ROWS} are allowed")
+
+
 def _aliased(alias: Row, rows: Mapping[str, Row]) -> tuple[str, Row, tuple[int, ...]]:
     """Return an alias, its row, and the parts of the row that it covers, which are its first ones.
 
@@ -281,6 +293,8 @@ def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
                 tuple(group["kernel"]) if "kernel" in group else None,
                 group.get("component", ""),
             )
+            if any(_UNCLEAR.search(text) for text in (row.original, *row.diffusers)):
+                raise ValueError(f"a digit, or another number, follows a number in {name}")
             if any(text.count("{}") != row.original.count("{}") for text in row.diffusers):
                 raise ValueError(f"{name} has other numbers than what it stands for")
             yield row
@@ -344,7 +358,7 @@ def find_table(name: str) -> Table:
             expected=", ".join(table.name for table in bundled_tables()) + " or FILE.toml",
         )
     try:
-        values = tomllib.loads(read_small_file(name, _MAX_FILE_BYTES).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = strict_toml.loads(read_small_file(name, _MAX_FILE_BYTES))
+    except strict_toml.StrictTomlError as error:
         raise OptionError(f"not a TOML file: {error}", path=name) from error
     return Table(Path(name).stem, values, name)

@@ -26,8 +26,8 @@ from loratools.base.linears import Kept, Linears, linear_weights
 from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
 from loratools.work.provenance import operation_record
+from loratools.work.regexes import check_regex
 from loratools.work.requests import Sharding
-from loratools.work.selection import check_regex
 from loratools_formats.checkpoints.bitsandbytes import (
     is_four_bit_config,
     quantization_config,

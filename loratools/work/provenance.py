@@ -15,6 +15,7 @@ from loratools.work.history import history_of
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.hub_cache import cached_place
@@ -208,10 +209,9 @@ def record_metadata(record: Mapping[str, Any]) -> dict[str, str]:
     Without the machine's facts, which the statement beside the output has: files whose tensors are
     equal stay equal.
     """
-    import json
 
     def compact(value: Any) -> str:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+        return strict_json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     commits = {name: one["reference"] for name, one in _labelled(record) if one.get("commit")}
     return {

@@ -14,9 +14,69 @@ from typing import TYPE_CHECKING
 
 from loratools_formats.core.tensors import TensorRef, in_file
 from loratools_formats.disk.errors import OutputError
+from loratools_formats.disk.files import write_at
 
 if TYPE_CHECKING:
     from loratools_formats.core.dtypes import Array, DType
+
+
+class AnonymousFile:
+    """A file without a name, written and read at positions, from any thread.
+
+    It has no buffer, which would be written, and could fail, when the file is closed.
+
+    Args:
+        folder: where to make it; the system's temporary folder by default.
+
+    Raises:
+        OutputError: no file can be made there.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(
+                f"no scratch file can be made: {error.strerror}", path=folder
+            ) from error
+        self._lock = threading.Lock()
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all bytes of a contiguous buffer at a position.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        try:
+            write_at(self._file.fileno(), offset, data.cast("B"))
+        except OSError as error:
+            raise OutputError(
+                f"scratch file: {os.strerror(error.errno or 0)}",
+                path=tempfile.gettempdir() if self._folder is None else self._folder,
+                hint="Nothing was changed; check free space",
+            ) from error
+
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        """Return `nbytes` bytes from `offset`.
+
+        Raises:
+            OutputError: they cannot be read.
+        """
+        data = bytearray(nbytes)
+        view, done = memoryview(data), 0
+        try:
+            with self._lock:
+                self._file.seek(offset)
+                while done < nbytes and (count := self._file.readinto(view[done:])):
+                    done += count
+        except OSError as error:
+            raise OutputError(f"scratch file: {os.strerror(error.errno or 0)}") from error
+        return bytes(data[:done])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
 
 class Scratch:
@@ -30,21 +90,13 @@ class Scratch:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-        try:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives with this object
-        except OSError as error:
-            raise OutputError(
-                f"no scratch file can be made: {error.strerror}", path=folder
-            ) from error
+        self._file = AnonymousFile(folder)
         self._lock = threading.Lock()
         self._end = 0
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """Return `nbytes` bytes from `offset`."""
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.read(nbytes)
+        return self._file.read_at(offset, nbytes)
 
     def store(self, key: str, array: Array, dtype: DType) -> TensorRef:
         """Append an array already in the type `dtype`, and return a reference to it.
@@ -54,21 +106,9 @@ class Scratch:
         """
         import numpy as np
 
-        data = np.atleast_1d(array).view(np.uint8).data
+        data = np.ascontiguousarray(np.atleast_1d(array)).view(np.uint8).reshape(-1).data
         with self._lock:
             offset = self._end
-            try:
-                self._file.seek(offset)
-                self._file.write(data)
-            except OSError as error:
-                raise OutputError(
-                    f"scratch file: {os.strerror(error.errno or 0)}",
-                    path=tempfile.gettempdir() if self._folder is None else self._folder,
-                    hint="Nothing was changed; check free space",
-                ) from error
+            self._file.write_at(offset, data)
             self._end += data.nbytes
         return in_file(key, dtype, tuple(array.shape), self, offset)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from loratools.work.declared import option
+from loratools.work.regexes import check_regex, is_found
 from loratools.work.typed import check_options
-from loratools_formats.disk.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Selection:
                 check_regex(pattern)
 
     def __contains__(self, name: str) -> bool:
-        wanted = self.include is None or re.search(self.include, name) is not None
-        return wanted and not (self.exclude and re.search(self.exclude, name))
+        wanted = self.include is None or is_found(self.include, name)
+        return wanted and not (self.exclude and is_found(self.exclude, name))
 
     def record(self) -> dict[str, str]:
         """Return the patterns that were given, for an output's provenance."""
@@ -69,18 +68,10 @@ class Dropping:
 
     def __contains__(self, name: str) -> bool:
         """Return whether a module leaves."""
-        dropped = self.drop is not None and re.search(self.drop, name) is not None
-        return dropped or (self.keep is not None and re.search(self.keep, name) is None)
+        dropped = self.drop is not None and is_found(self.drop, name)
+        return dropped or (self.keep is not None and not is_found(self.keep, name))
 
     def record(self) -> dict[str, str]:
         """Return the patterns that were given, for an output's provenance."""
         given = {"drop": self.drop, "keep": self.keep}
         return {name: pattern for name, pattern in given.items() if pattern is not None}
-
-
-def check_regex(pattern: str) -> None:
-    """Raise `OptionError` if a pattern is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise OptionError(f"not a regular expression: {error}", got=pattern) from error

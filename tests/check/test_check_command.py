@@ -237,7 +237,8 @@ def test_the_hook_and_the_action_name_what_exists():
     action = yaml.safe_load((ROOT / "action.yml").read_text())
     scripts = [step["run"] for step in action["runs"]["steps"]]
     assert not any("${{" in script for script in scripts)
-    flags = {flag for p in cli.get_command(None, "check").params for flag in p.opts}
+    commands = [cli.get_command(None, name) for name in ("check", "push")]
+    flags = {flag for each in commands for p in each.params for flag in p.opts}
     assert {flag for s in scripts for flag in re.findall(r"--[a-z-]+", s)} - {"--quiet"} <= flags
 
 

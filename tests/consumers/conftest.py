@@ -12,7 +12,7 @@ import pytest
 from peft_cases import CASES
 
 # Run as scripts; importing them would put llama.cpp's own gguf in the place of the package.
-collect_ignore_glob = ["llama_cpp_*.py"]
+collect_ignore_glob = ["llama_cpp_*.py", "make_*.py"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 TOKEN = "hf_TestTokenThatMustNeverBePrinted0000"
 OWNER = "me"
+ID_TOKEN = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJqb2IifQ.c2lnbmF0dXJlLXRoYXQtaXMtbm9uZQ"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "tiny-llama"
 LORA, RSLORA, MODEL = (EXAMPLES / name for name in ("lora", "rslora", "model"))
 _LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".png")
@@ -100,6 +101,7 @@ class FakeHub:
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self.yaml_errors: list[str] = []
+        self.trusted: str | None = None
         self.ranges = True
         self.lock = threading.RLock()
         self.endpoint = ""
@@ -336,6 +338,7 @@ class _Handler(BaseHTTPRequestHandler):
             "_id": "0", "id": name, "modelId": name, "sha": sha, "private": repo.private,
             "gated": "auto" if repo.gated else False, "disabled": False, "tags": [],
             "downloads": 0, "likes": 0, "siblings": siblings,
+            "cardData": _front_matter(repo.commits[sha].get("README.md", b"")),
             "lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z",
         })  # fmt: skip
 
@@ -366,7 +369,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": s}
                     for n, s in repo.refs.items() if not n.startswith("refs/")]  # fmt: skip
-        self.reply(200, {"branches": branches, "converts": [], "tags": []})
+        pulls = [{"name": n, "ref": n, "targetCommit": s}
+                 for n, s in repo.refs.items() if n.startswith("refs/pr/")]  # fmt: skip
+        answer = {"branches": branches, "converts": [], "tags": [], "pullRequests": pulls}
+        self.reply(200, answer)
 
     def history(self, name: str, revision: str, content: bytes) -> None:
         repo = self.repo(name)
@@ -425,6 +431,21 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             missing = {"X-Error-Code": "RepoNotFound"}
             self.reply(404 if self.user else 401, {"error": "Repository not found"}, missing)
+
+    # Trusted publishing: a job's id token for one of the Hub's.
+
+    def id_token(self, content: bytes) -> None:
+        if self.headers.get("Authorization") == "Bearer of-the-job":
+            self.reply(200, {"value": ID_TOKEN})
+        else:
+            self.reply(401, {"error": "no"})
+
+    def exchange(self, content: bytes) -> None:
+        asked = json.loads(content)
+        if asked["subject_token"] != ID_TOKEN or asked["resource"] != self.hub.trusted:
+            self.reply(403, {"error": "not a trusted publisher"})
+        else:
+            self.reply(200, {"access_token": TOKEN, "token_type": "bearer", "expires_in": 3600})
 
     # Buckets.
 
@@ -570,6 +591,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(200, answer)
 
 
+def _front_matter(card: bytes) -> object:
+    import yaml
+
+    found = re.match(rb"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    return yaml.safe_load(found[1]) if found else None
+
+
 def _entry(path: str, data: bytes) -> dict[str, object]:
     """Return what listings say of a file."""
     large = path.endswith(_LFS_SUFFIXES)
@@ -589,6 +617,8 @@ _ID = r"((?!api/|datasets/)[\w.-]+(?:/[\w.-]+)?)"
 _REV = r"(refs/(?:pr|convert)/[^/]+|[^/]+)"
 _ROUTES: list[tuple[str, tuple[str, ...], Callable[..., None]]] = [
     (r"/api/whoami-v2", ("GET",), _Handler.whoami),
+    (r"/id-token", ("GET",), _Handler.id_token),
+    (r"/oauth/token", ("POST",), _Handler.exchange),
     (r"/api/validate-yaml", ("POST",), _Handler.validate_yaml),
     (r"/api/repos/create", ("POST",), _Handler.create),
     (rf"/api/models/{_ID}/revision/{_REV}", ("GET",), _Handler.info),

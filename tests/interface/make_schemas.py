@@ -28,6 +28,7 @@ from loratools.face.info import InfoResult
 from loratools.face.lists import FormatsResult, MethodsResult
 from loratools.face.merge import MergeResult
 from loratools.face.provenance import ProvenanceResult
+from loratools.face.push import PushResult
 from loratools.face.quantize import QuantizeResult
 from loratools.face.repair import RepairResult
 from loratools.face.result import SCHEMA
@@ -55,6 +56,7 @@ RESULTS = {
     "merge": (MergeResult,),
     "methods": (MethodsResult,),
     "provenance": (ProvenanceResult,),
+    "push": (PushResult,),
     "quantize": (QuantizeResult,),
     "repair": (RepairResult,),
     "replay": (ReplayResult,),
@@ -101,11 +103,15 @@ def _object(of: type, *, top: bool = False) -> dict[str, typing.Any]:
             text = texts.get(field.name)
             described = {} if text is None else {"description": text}
             properties[name] = described | _of(hints[field.name])
+    required = list(properties)
+    if top:
+        text = "What push says, if the output was a repository on the Hub."
+        properties["published"] = {"type": "object", "description": text}
     return {
         "type": "object",
         "description": inspect.cleandoc(of.__doc__ or "").splitlines()[0],
         "properties": properties,
-        "required": list(properties),
+        "required": required,
         "additionalProperties": False,
     }
 

@@ -121,7 +121,7 @@ def changed(**fields):
         ),
         (
             changed(adapters=[{"path": "a", "weight": 10**400}]),
-            r"\$.adapters\[0\].weight: must be a finite number",
+            "not a recipe: number of 401 characters",
         ),
         (
             changed(adapters=[{"path": "a", "sha256": 5}]),
@@ -293,7 +293,7 @@ computes = st.builds(
     ComputeOptions,
     dtype=st.sampled_from([None, "f32", "bf16"]),
     method=st.sampled_from(["exact", "rsvd"]),
-    seed=st.integers(0, 2**70),
+    seed=st.integers(0, 2**64 - 1),
     oversample=st.integers(0, 20),
     keep_alpha=st.booleans(),
 )

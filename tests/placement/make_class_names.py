@@ -22,6 +22,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 warnings.filterwarnings("ignore")
 
 from loratools.base.placement.model_class import numbered  # noqa: E402
+from loratools_formats.checkpoints.facts import CONV1D_TYPES, is_embedding  # noqa: E402
+from loratools_formats.core.orientation import named_conv1d  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "loratools/base/placement/data/class_names.json"
 _SECONDS = 20
@@ -103,7 +105,28 @@ def described(model, classes):
     bare = bare_weights(model, tuple(seen))
     if bare:
         entry["bare"] = bare
+    odd = odd_layers(model, tuple(seen))
+    if odd:
+        entry["odd"] = odd
     classes[type(model).__name__] = entry
+
+
+def odd_layers(model, inner):
+    """Return the layers whose names say another kind than they are, and their kinds."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = {torch.nn.Embedding: "embedding", Conv1D: "conv1d", torch.nn.Linear: "linear"}
+    conv1d = model.config.model_type in CONV1D_TYPES
+    found = {}
+    for path, module in model.named_modules():
+        kind = next((name for cls, name in kinds.items() if isinstance(module, cls)), None)
+        if kind is None or path.startswith(inner):
+            continue
+        named = "conv1d" if conv1d and named_conv1d(path) else "linear"
+        if kind != ("embedding" if is_embedding(path) else named):
+            found[numbered(path)[0]] = kind
+    return dict(sorted(found.items()))
 
 
 def bare_weights(model, inner):

@@ -9,7 +9,6 @@ Source: `QuantState.as_dict` in bitsandbytes 0.50, and the bitsandbytes quantise
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.strict_json import parsed_object
 
@@ -298,7 +298,7 @@ def state_json(
         values["nested_blocksize"] = NESTED_BLOCKSIZE
         values["nested_dtype"] = "float32"
         values["nested_offset"] = offset
-    return json.dumps(values).encode()
+    return strict_json.dumps(values, ensure_ascii=True).encode()
 
 
 def quantization_config(

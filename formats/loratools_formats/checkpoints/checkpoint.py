@@ -35,6 +35,7 @@ WEIGHT_SUFFIXES = (
     ".ot",
 )  # fmt: skip
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+_MAX_CONFIG_BYTES = 16 << 20  # lists of labels can be long
 _MAX_JSON_BYTES = 64 << 20
 
 
@@ -111,7 +112,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if target.is_file() or is_distant(target):
         file = read_safetensors(target)
         return Checkpoint(target, file.tensors, {}, (file,))
-    config = _json(target / CONFIG_FILE) if (target / CONFIG_FILE).exists() else {}
+    config = _config(target / CONFIG_FILE) if (target / CONFIG_FILE).exists() else {}
     for stem in _STEMS:
         index_file = target / f"{stem}.safetensors.index.json"
         if index_file.exists():
@@ -186,6 +187,10 @@ def _from_pickles(folder: Path) -> str:
         f".save_pretrained({target!r})"
     )
     return f"python -c {shlex.quote(code)}"
+
+
+def _config(path: Path) -> dict[str, Any]:
+    return read_object(path, _MAX_CONFIG_BYTES, name="config", max_depth=None)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ not at all.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from loratools_formats.containers.safetensors_read import (
 )
 from loratools_formats.contract.files import check_target
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.provenance import (
@@ -286,5 +286,5 @@ def _index(new: NewCheckpoint, folder: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any], *, sort_keys: bool = False) -> None:
-    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    text = strict_json.dumps(value, indent=2, sort_keys=sort_keys)
     path.write_text(text + "\n", encoding="utf-8")

@@ -17,13 +17,13 @@ DeepSeek-V4 (`scale`), Mistral Large (`qscale_weight`), fbgemm_fp8, compressed-t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loratools_formats.checkpoints.quantization import quantization_of
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.strict_json import parsed_object
 
@@ -112,7 +112,11 @@ def unmarked(metadata: Mapping[str, str], weights: Collection[str]) -> dict[str,
     modules = {key.rpartition(".")[0] for key in weights}
     kept = {name: layer for name, layer in layers.items() if name not in modules}
     rest = {key: value for key, value in metadata.items() if key != _METADATA_OF_COMFYUI}
-    return rest | ({_METADATA_OF_COMFYUI: json.dumps({**stated, "layers": kept})} if kept else {})
+    return rest | (
+        {_METADATA_OF_COMFYUI: strict_json.dumps({**stated, "layers": kept}, ensure_ascii=True)}
+        if kept
+        else {}
+    )
 
 
 def activation_scales(tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:

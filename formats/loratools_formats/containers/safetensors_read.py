@@ -136,7 +136,12 @@ def _header(file: RegularFile, limits: Limits) -> tuple[dict[str, Any], int]:
     if not text.startswith(b"{"):
         raise AdapterError("safetensors header is not a JSON object", path=file.path, got=text[:24])
     _check_amount(text, file.path, limits)
-    header = parsed_object(text.rstrip(b" "), "safetensors header", path=file.path)
+    header = parsed_object(
+        text.rstrip(b" "),
+        "safetensors header",
+        path=file.path,
+        most_values=_MARKS_PER_TENSOR * limits.tensors,
+    )
     return header, LENGTH_BYTES + length
 
 

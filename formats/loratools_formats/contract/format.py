@@ -129,6 +129,18 @@ class Format:
         others = [*adapter.additions, *adapter.replacements, *adapter.carried]
         return [Loss(key, f"has no place in an adapter of format {self.name}") for key in others]
 
+    def without_place(self, adapter: Adapter, context: Context) -> list[Loss]:
+        """Return the modules, in the base model's names, that the format has no place for.
+
+        By default it has one for every module.
+
+        Args:
+            adapter: of another format.
+            context: the base model, if it is known.
+        """
+        del adapter, context
+        return []
+
     def write(self, adapter: Adapter, path: Path) -> None:
         """Write to a path that does not exist yet, or into an empty folder if `is_folder`.
 

@@ -13,6 +13,7 @@ from loratools_formats.core.tensors import TensorRef, rounded
 from loratools_formats.disk.errors import AdapterError
 
 _MAX_FACTOR_ELEMENTS = 1 << 29
+_LARGEST_WHOLE = 1 << 53  # above, float64 has no other numbers, and JSON's readers differ
 
 
 def check_factor(tensor: TensorRef, path: Path) -> None:
@@ -71,8 +72,16 @@ def flattened_convolution(
 
 
 def alpha_of(rank: int, scale: float) -> int | float:
-    """Return the α with α/r = scale, a whole number if one gives that scale."""
+    """Return the α with α/r = scale, a whole number if a small one gives that scale.
+
+    Raises:
+        AdapterError: it is beyond float64.
+    """
     alpha = scale * rank
+    if not math.isfinite(alpha):
+        raise AdapterError("alpha overflows", got=f"{scale:g} · {rank}")
+    if abs(alpha) > _LARGEST_WHOLE:
+        return alpha
     whole = round(alpha)
     return whole if whole / rank == scale else alpha
 

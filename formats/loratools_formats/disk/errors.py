@@ -18,13 +18,21 @@ def printable(text: object, limit: int = 200) -> str:
     >>> printable("a\nb\x1b[31m")
     'a\\nb\\x1b[31m'
     """
-    value = str(text)
+    value = _text(text)
     if len(value) > limit:
         value = f"{value[: limit - 1]}…"
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
         for c in value
     )
+
+
+def _text(value: object) -> str:
+    """Return any value as text; Python refuses to write integers of thousands of digits."""
+    try:
+        return str(value)
+    except ValueError:
+        return f"a {type(value).__name__} too long to show"
 
 
 class LoratoolsError(Exception):
@@ -103,6 +111,18 @@ class OptionError(LoratoolsError, ValueError):
 
 class HubError(LoratoolsError, OSError):
     """The Hub did not give or take what was asked for."""
+
+
+class UnfitError(LoratoolsError, ValueError):
+    """A check found what keeps an adapter from being published.
+
+    Attributes:
+        result: what it found.
+    """
+
+    def __init__(self, message: str, *, result: object, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.result = result
 
 
 class MissingDependencyError(LoratoolsError, ImportError):

@@ -76,6 +76,10 @@ class RegularFile:
         """Size in bytes when the file was opened."""
         return self._identity.nbytes
 
+    def fileno(self) -> int:
+        """Return the descriptor, to hand on to a child process."""
+        return self._fd
+
     def read_at(self, offset: int, nbytes: int) -> bytes:
         """Read exactly `nbytes` bytes from `offset`.
 

@@ -9,13 +9,13 @@ relative to the folder that holds it: equal runs give equal bytes, and nobody's 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.strict_json import read_object
@@ -67,7 +67,7 @@ def statement(
         "predicateType": PREDICATE_TYPE,
         "predicate": _placed(predicate, None if output is None else _home(output)),
     }
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    text = strict_json.dumps(content, indent=2, sort_keys=True)
     # Bytes of file names and arguments that are no UTF-8, which JSON cannot hold.
     return (_SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):x}", text) + "\n").encode()
 

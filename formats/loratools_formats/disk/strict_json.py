@@ -16,6 +16,8 @@ from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import read_small_file, refuse_lfs_pointer
 
 MAX_INTEGER_DIGITS = 20
+MOST_VALUES = 1_000_000
+_MARKS = (b"{", b"[", b",")
 _LONG_INTEGER = re.compile(rf"[0-9]{{{MAX_INTEGER_DIGITS}}}")
 
 
@@ -51,18 +53,23 @@ def _constant(text: str) -> float:
     raise StrictJsonError(f"{text} is not JSON")
 
 
-def loads(data: bytes, *, max_depth: int | None = None) -> Any:
+def loads(data: bytes, *, max_depth: int | None = None, most_values: int = MOST_VALUES) -> Any:
     """Parse UTF-8 JSON.
 
     Args:
         data: the text.
         max_depth: most levels of lists and objects; by default what Python's parser can hold,
             for values that are neither written nor printed again.
+        most_values: about how many values there may be.
 
     Raises:
         StrictJsonError: not UTF-8, a byte order mark, duplicate keys at any level, NaN or
-            Infinity, integers over 20 digits, nesting too deep, lone surrogates, or no JSON.
+            Infinity, integers over 20 digits, too many values, nesting too deep, lone
+            surrogates, or no JSON.
     """
+    # A value takes a comma or a bracket, and up to a hundred times its bytes once it is parsed.
+    if len(data) > most_values and sum(map(data.count, _MARKS)) > most_values:
+        raise StrictJsonError(f"more than {most_values} values")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -97,6 +104,7 @@ def parsed_object(
     path: str | os.PathLike[str] | None = None,
     tensor: str | None = None,
     max_depth: int | None = None,
+    most_values: int = MOST_VALUES,
 ) -> dict[str, Any]:
     """Parse a JSON object, or refuse it with an error for users.
 
@@ -106,12 +114,13 @@ def parsed_object(
         path: the file that it stands in, for errors.
         tensor: the tensor that it stands in, for errors.
         max_depth: as in `loads`.
+        most_values: as in `loads`.
 
     Raises:
         AdapterError: it is not sound JSON, or not an object.
     """
     try:
-        values = loads(data, max_depth=max_depth)
+        values = loads(data, max_depth=max_depth, most_values=most_values)
     except StrictJsonError as error:
         text = f"{name} is not sound JSON: {error}"
         raise AdapterError(text, path=path, tensor=tensor) from error
@@ -144,6 +153,47 @@ def read_object(
     data = read_small_file(path, limit_bytes)
     refuse_lfs_pointer(data, path)
     return parsed_object(data, name, path=path, max_depth=max_depth)
+
+
+def dumps(
+    value: Any,
+    *,
+    indent: int | None = None,
+    sort_keys: bool = False,
+    separators: tuple[str, str] | None = None,
+    ensure_ascii: bool = False,
+) -> str:
+    """Return a value as JSON that every parser reads, `loads` included; what files hold is this.
+
+    Raises:
+        AdapterError: a number is not finite, or a whole one has more than 20 digits.
+    """
+    try:
+        text = json.dumps(
+            value,
+            indent=indent,
+            sort_keys=sort_keys,
+            separators=separators,
+            ensure_ascii=ensure_ascii,
+            allow_nan=False,
+        )
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"a value cannot be written as JSON: {error}") from error
+    if _LONG_INTEGER.search(text) is not None:
+        _refuse_long_integers(value)
+    return text
+
+
+def _refuse_long_integers(value: Any) -> None:
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, list | tuple):
+            pending.extend(item)
+        elif isinstance(item, int) and abs(item) >= 10**MAX_INTEGER_DIGITS:
+            raise AdapterError("a whole number is too large to be written as JSON", got=item)
 
 
 def _refuse_depth(value: Any, max_depth: int) -> None:

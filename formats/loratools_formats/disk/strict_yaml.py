@@ -1,12 +1,16 @@
 """YAML parsing for files from strangers: plain data only.
 
-Aliases can expand without bound, tags make objects, and of duplicate keys the last would win
-silently, so all three are errors here. libyaml does the parsing where PyYAML has it, ten times
-faster; its composer calls itself for each level, so levels are counted first.
+Aliases can expand without bound, tags make objects, merge keys (`<<`) override silently, and of
+duplicate keys the last would win, so all four are errors here. Numbers are those that readers of
+YAML 1.1 and 1.2 agree on: `1:30` is 90 to one and a text to the other, and is left a text; an
+integer that no 64 bits hold, or a number beyond float64, is an error.
+libyaml does the parsing where PyYAML has it, ten times faster; its composer calls itself for each
+level, so levels are counted first.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -19,6 +23,8 @@ class StrictYamlError(ValueError):
 
 _MOST_LEVELS = 100
 _Parsing: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MAX_NUMBER_CHARACTERS = 64
+_MAX_INTEGER_DIGITS = 20
 
 
 class _StrictLoader(_Parsing):  # type: ignore[misc]
@@ -27,8 +33,32 @@ class _StrictLoader(_Parsing):  # type: ignore[misc]
         for key, _ in reversed(node.value):
             if counts[str(key.value)] > 1:
                 raise _refused(f"duplicate key {str(key.value)!r}", key)
+            if key.value == "<<":
+                raise _refused("merge keys are not allowed", key)
         values: dict[Any, Any] = super().construct_mapping(node, deep)
         return values
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """Return a number of at most 20 digits; a text for base 60."""
+        text = str(node.value)
+        if ":" in text:
+            return text
+        digits = text.replace("_", "").lstrip("+-")
+        if len(text) > _MAX_NUMBER_CHARACTERS:
+            raise _refused(f"number of {len(text)} characters", node)
+        if node.tag == _INTEGER:
+            if len(digits) > _MAX_INTEGER_DIGITS:
+                raise _refused(f"integer of {len(digits)} digits", node)
+            return self.construct_yaml_int(node)
+        value = self.construct_yaml_float(node)
+        if math.isinf(value) and "inf" not in text.lower():
+            raise _refused("a number is too large for float64", node)
+        return value
+
+
+_INTEGER, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+for _tag in (_INTEGER, _FLOAT):
+    _StrictLoader.add_constructor(_tag, _StrictLoader.construct_number)
 
 
 def _refuse_more_than_data(data: bytes) -> None:
@@ -55,7 +85,8 @@ def loads(data: bytes) -> Any:
     """Parse YAML.
 
     Raises:
-        StrictYamlError: aliases, tags, duplicate keys, nesting too deep, or no YAML.
+        StrictYamlError: aliases, tags, merge or duplicate keys, numbers too large, nesting too
+            deep, or no YAML.
     """
     try:
         _refuse_more_than_data(data)

@@ -8,7 +8,6 @@ modules. Experts of a switch layer lie the usual way round, and an embedding is 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -236,8 +235,9 @@ class Mlx(Format):
     def write(self, adapter: Adapter, path: Path) -> None:
         """Write configuration and weights."""
         from loratools_formats.containers.safetensors_write import write_safetensors
+        from loratools_formats.disk import strict_json
 
-        config = json.dumps(_written_config(adapter), indent=4, ensure_ascii=False)
+        config = strict_json.dumps(_written_config(adapter), indent=4)
         (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
         write_safetensors(path / WEIGHTS_FILE, _stored(adapter), adapter.metadata)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from loratools.base.placement.model_class import Named, Rule, class_of, names_in
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.facts import text_values
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 
 
@@ -80,6 +81,8 @@ def _converted(
 ) -> dict[str, TensorRef]:
     """Return what a rule makes of tensors; empty if that is not undone here."""
     types = {base.tensors[key].dtype for key, _ in members}
+    if [operation for operation, _ in rule.operations] == ["Transpose"] and len(members) == 1:
+        return _exchanged(base, base.tensors[members[0][0]], name, rule.operations[0][1])
     if len(types) != 1 or next(iter(types)).bits < 8:
         return {}
     by_source = [
@@ -96,6 +99,32 @@ def _converted(
         return {}
     names = [_target_name(name, rule, index) for index in range(len(pieces))]
     return {n: parts[0].tensor(n) for n, parts in zip(names, pieces, strict=True)}
+
+
+_WIDTH_AXIS = {"gate_up_proj": 2, "down_proj": 1}
+"""Which axis of a stack in memory has the model's width."""
+
+
+def _exchanged(
+    base: Checkpoint, tensor: TensorRef, name: str, arguments: Mapping[str, Any]
+) -> dict[str, TensorRef]:
+    """Return a tensor with two axes exchanged, where transformers does so; empty if unclear.
+
+    Some rules exchange axes only of a tensor whose shape is not the parameter's.
+    """
+    one, other = arguments.get("dim0", 0), arguments.get("dim1", 1)
+    if max(one, other) >= len(tensor.shape) or tensor.dtype.bits < 8:
+        return {}
+    if arguments.get("check_dims"):
+        axis = _WIDTH_AXIS.get(name.rpartition(".")[2])
+        width = text_values(base.config).get("hidden_size")
+        if axis is None or axis not in (one, other) or width not in tensor.shape:
+            return {}
+        if tensor.shape[axis] == width:
+            return {name: tensor}
+    order = list(range(len(tensor.shape)))
+    order[one], order[other] = order[other], order[one]
+    return {name: tensor.transposed(tuple(order))}
 
 
 def _operated(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from loratools_formats.core.wrapped_names import unwrapped
 
@@ -113,6 +113,11 @@ class ModelClass:
             for path, part in _parts(table, name, config, "")
             for weight in table["classes"].get(part, {}).get("bare", ())
         )
+        self._odd: dict[str, Literal["embedding", "conv1d", "linear"]] = {
+            f"{path}.{layer}" if path else layer: kind
+            for path, part in _parts(table, name, config, "")
+            for layer, kind in table["classes"].get(part, {}).get("odd", {}).items()
+        }
         self._projections = frozenset(
             source.removesuffix(".weight").rpartition(".")[2]
             for rule in self._rules
@@ -139,6 +144,10 @@ class ModelClass:
         if name != key and self._is_own(key) and not self._is_own(name):
             return Named(self._placed(key))
         return Named(name, rule, source)
+
+    def odd_kind(self, module: str) -> Literal["embedding", "conv1d", "linear"] | None:
+        """Return what a layer is whose name says something else; None if its name says it."""
+        return self._odd.get(numbered(module)[0]) if self._odd else None
 
     def is_bare(self, name: str) -> bool:
         """Return whether PEFT adapts a weight as a parameter only.

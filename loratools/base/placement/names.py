@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from loratools.base.placement import rules
 from loratools.base.placement.model_class import Named, class_of, names_in
@@ -122,6 +122,15 @@ class Names:
     def is_bare(self, key: str) -> bool:
         """Return whether PEFT adapts a weight of the class as a parameter, not as a layer's."""
         return self._model is not None and self._model.is_bare(key)
+
+    def odd_kind(self, module: str) -> Literal["embedding", "conv1d", "linear"] | None:
+        """Return what the class has as a layer whose name says something else."""
+        return None if self._model is None else self._model.odd_kind(module)
+
+    @property
+    def has_class(self) -> bool:
+        """Whether the configuration names a class that is known."""
+        return self._model is not None
 
     @cached_property
     def _by_class(self) -> dict[str, str]:

@@ -5,12 +5,12 @@ The adapter's own folder is never asked: a stranger's file would decide what is 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.disk import strict_toml
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.files import read_small_file
 
@@ -64,8 +64,8 @@ def settings_in(folder: Path) -> Settings:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read_small_file(path, _MAX_BYTES).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return strict_toml.loads(read_small_file(path, _MAX_BYTES))
+    except strict_toml.StrictTomlError as error:
         raise OptionError(f"not TOML: {error}", path=path) from error
 
 

@@ -176,7 +176,8 @@ def prepare(
     named = _named(replace(model, modules=kept), target, context, single)
     model = named.adapter
     out_of_place = [Loss(name, "is of another component") for name in named.left_out]
-    losses = (*lost, *out_of_place, *target.losses(model))
+    unplaced = [] if adapter.format == target.name else target.without_place(model, context)
+    losses = (*lost, *out_of_place, *unplaced, *target.losses(model))
     if losses and not allow_lossy:
         count = len(losses) - 1
         others = f"; {count} other{'s' * (count > 1)} would be lost too" if count else ""
@@ -187,6 +188,9 @@ def prepare(
             if losses[0].remedy
             else "Pass `allow_lossy=True` to leave such things out",
         )
+    gone = {loss.name for loss in unplaced}
+    placed = {name: change for name, change in model.modules.items() if name not in gone}
+    model = replace(model, modules=placed)
     _refuse_nothing(model, adapter, target, losses)
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))

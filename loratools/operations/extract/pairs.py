@@ -19,6 +19,7 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.tied import find_tie, shared_embeddings
 from loratools.work.selection import Selection
+from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import (
     DEFAULT_HEAD,
@@ -257,11 +258,12 @@ class Comparison:
 
     def _matrix(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
         module = key.rpartition(".")[0]
-        if is_embedding(module):
+        odd = self._names.odd_kind(module)
+        if odd == "embedding" or (odd is None and is_embedding(module)):
             return Pair(key, old, new, "layer", Layer("embedding"), transposed=True)
         if self._names.is_bare(key):
             return Pair(key, old, new, "layer", Layer("linear", parameters=(key,)))
-        transposed = is_conv1d(key, self.base.config)
+        transposed = is_conv1d(key, self.base.config) if odd is None else odd == "conv1d"
         if not transposed and "model_type" not in self.base.config:
             self._refuse_unknown_layout(key, module)
         layer = Layer("linear", transposed_if_square=transposed)
@@ -282,7 +284,10 @@ class Comparison:
         """Return a pair of stacked experts; how their matrices lie depends on the model type."""
         types = set(self._names.types_of(key))
         transposed = bool(types & rules.TRANSPOSED_EXPERTS)
-        if not transposed and not types & rules.STRAIGHT_EXPERTS:
+        straight = rules.STRAIGHT_EXPERTS
+        if self._names.has_class:  # whatever way the checkpoint stored them
+            straight |= expert_classes.STRAIGHT
+        if not transposed and not types & straight:
             hint = "The model type does not tell how experts lie; leave them out with `exclude`"
             return Pair(key, old, new, "none", hint=hint)
         lies = stack_is_transposed(self._names, key)

@@ -6,7 +6,6 @@ truncation or rounding. Modules are independent, so memory is bounded by the lar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +58,7 @@ from loratools.operations.merge.whole import (
 )
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
+from loratools.work.regexes import is_found
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
@@ -281,7 +281,7 @@ class _Merge(Ranked[_Merged, Measured]):
 
     def _parameters(self, name: str) -> dict[str, Any]:
         for override in self.merge_options.overrides:
-            if override.parameters and re.search(override.match, name):
+            if override.parameters and is_found(override.match, name):
                 return self.merge_options.parameters | self.method.checked(override.parameters)
         return self.merge_options.parameters
 
@@ -292,7 +292,7 @@ class _Merge(Ranked[_Merged, Measured]):
     def _highest(self, module: AlignedModule) -> int:
         rule = self.rule
         for pattern, rank in rule.patterns:
-            if re.search(pattern, module.name):
+            if is_found(pattern, module.name):
                 return rank
         ranks = [d.require_factors().rank for d in module.deltas if d is not None]
         if rule.rank is not None:

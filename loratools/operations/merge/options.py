@@ -11,7 +11,8 @@ from loratools.algebra.ranks import RankRule, as_options
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.module import Space
 from loratools.work.declared import declared, option
-from loratools.work.selection import Dropping, check_regex
+from loratools.work.regexes import check_regex
+from loratools.work.selection import Dropping
 from loratools.work.spellings import key_value, share
 from loratools_formats.disk.errors import OptionError
 

@@ -35,7 +35,8 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.methods import Method, get_method
 from loratools.operations.merge.options import MergeOptions, Override
 from loratools.work.declared import option
-from loratools.work.selection import Dropping, check_regex
+from loratools.work.regexes import check_regex
+from loratools.work.selection import Dropping
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
@@ -44,7 +45,8 @@ from loratools_formats.disk.provenance import MADE_HERE
 
 RECIPE_FILE = "recipe.yaml"
 _VERSION = 1
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 18
+_MOST_ENTRIES = 10_000
 _SWITCHES = ("linear_differences", "force_base", "allow_missing")
 _NOT_IN_RECIPES = ("workers", "device")
 
@@ -118,6 +120,8 @@ def _fields(value: Any, place: str, known: Mapping[str, bool]) -> dict[str, Any]
 def _list(value: Any, place: str) -> list[Any]:
     if not isinstance(value, list):
         raise _fail(place, "must be a list", got=type(value).__name__)
+    if len(value) > _MOST_ENTRIES:
+        raise _fail(place, "is too long", got=len(value), expected=f"at most {_MOST_ENTRIES}")
     return value
 
 

@@ -15,6 +15,8 @@ from loratools.operations.merge.methods import Method
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
 
+_MOST_ITERATIONS = 1000  # it settles in ten
+
 
 def linear(gram: Array, weights: Array, *, normalize: bool = False) -> Array:
     """Σ wₜ·ΔWₜ; with `normalize` divided by Σ wₜ (task arithmetic).
@@ -69,8 +71,10 @@ def karcher(gram: Array, weights: Array, *, max_iter: int = 10, tol: float = 1e-
     Iterates on coefficients of the unit deltas, with K their matrix of cosines.
 
     Raises:
-        OptionError: weights add up to zero.
+        OptionError: weights add up to zero, or more iterations than could ever help.
     """
+    if not 0 <= max_iter <= _MOST_ITERATIONS:
+        raise OptionError("karcher: max_iter", got=max_iter, expected=f"0 to {_MOST_ITERATIONS}")
     norms = np.sqrt(np.diag(gram))
     present = norms > tol * max(float(norms.max()), 1e-300)
     if not present.any():

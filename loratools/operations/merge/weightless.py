@@ -6,7 +6,6 @@ NaN, or of a kind that cannot be merged, hinders nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from loratools.operations.merge.align import AlignedModule, MergeInput
 from loratools.operations.merge.options import MergeOptions
+from loratools.work.regexes import is_found
 from loratools_formats.core.adapter import Addition
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
@@ -65,7 +65,7 @@ def weights_of(name: str, inputs: Sequence[MergeInput], options: MergeOptions) -
     """Return the (T,) weights of the adapters in a module."""
     for override in options.overrides:
         weights = override.weights
-        if weights is not None and re.search(override.match, name):
+        if weights is not None and is_found(override.match, name):
             return np.array(weights * len(inputs) if len(weights) == 1 else weights)
     return np.array([item.weight for item in inputs])
 
@@ -98,7 +98,7 @@ def _with_weight(additions: Mapping[str, Addition], options: MergeOptions) -> di
 def _is_silenced(name: str, options: MergeOptions) -> bool:
     """Return whether the pattern that decides over a module gives every adapter the weight 0."""
     for override in options.overrides:
-        if override.weights is not None and re.search(override.match, name):
+        if override.weights is not None and is_found(override.match, name):
             return not any(override.weights)
     return False
 

@@ -45,6 +45,15 @@ class Gguf(Format):
 
         return losses(adapter)
 
+    def without_place(self, adapter: Adapter, context: Context) -> list[Loss]:
+        """Return the modules that llama.cpp would ignore for a base model."""
+        if context.base is None:
+            return []
+        from loratools_formats.formats.gguf.base import read_base
+        from loratools_formats.formats.gguf.from_model import without_place
+
+        return without_place(adapter, read_base(context.base))
+
     def write(self, adapter: Adapter, path: Path) -> None:
         """Write a file."""
         from loratools_formats.formats.gguf.write import write

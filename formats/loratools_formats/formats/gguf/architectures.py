@@ -6,136 +6,62 @@ it concerns rows of ΔW = B·A only, hence rows of B. A file made with the wrong
 complaint and does harm, so what is not in this table is refused. Names of tensors come from the
 maps of the `gguf` package, which know names only, and those of all models for each architecture.
 Source: the model classes of convert_hf_to_gguf.py, llama.cpp b10605; a test runs them on full
-weights and compares names and values with this table, row by row.
+weights and compares names and values with this table, row by row. `data/rows.json` has the rows of
+further classes, as `tests/consumers/make_gguf_rows.py` found them by running that converter, and
+the reasons for which modules and classes have none.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import NamedTuple
+from functools import cache, cached_property
+from importlib import resources
+from typing import Any, NamedTuple
 
 from loratools_formats.containers.gguf.ggml_types import package
-from loratools_formats.disk.errors import AdapterError
+from loratools_formats.formats.gguf.layouts import (
+    LAYOUTS,
+    Rows,
+    Sizes,
+    halves,
+    key,
+    query,
+    sorted_per_group,
+    sorted_per_head,
+    split_per_group,
+    whole,
+)
 
-Rows = list[int]
-"""For each row of a GGUF tensor, the row of the model's weight that goes there."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What layouts depend on.
-
-    Attributes:
-        heads: number of query heads.
-        kv_heads: number of key and value heads.
-        hidden: width of the model.
-        head_width: rows of one head.
-        experts: number of experts, 0 if it has none.
-        expert_width: width inside an expert.
-    """
-
-    heads: int
-    kv_heads: int
-    hidden: int
-    head_width: int
-    experts: int = 0
-    expert_width: int = 0
-
-
-def _check_heads(rows: int, heads: int, width: int) -> None:
-    """Refuse rows of another model, which would be put into a wrong order without complaint."""
-    if rows != heads * width:
-        raise AdapterError(
-            "module does not fit the base model",
-            got=f"{rows} rows",
-            expected=f"{heads} heads of {width}",
-        )
-
-
-def _rotary(rows: Rows, heads: int, width: int) -> Rows:
-    """Interleave the two halves of each head."""
-    _check_heads(len(rows), heads, width)
-    if width % 2:
-        raise AdapterError("heads of odd width have no halves", got=width)
-    half = width // 2
-    return [
-        rows[h * width + t * half + j] for h in range(heads) for j in range(half) for t in (0, 1)
-    ]
-
-
-def _whole(rows: int, _: Sizes) -> list[Rows]:
-    return [list(range(rows))]
-
-
-def _query(rows: int, sizes: Sizes) -> list[Rows]:
-    return [_rotary(list(range(rows)), sizes.heads, sizes.head_width)]
-
-
-def _key(rows: int, sizes: Sizes) -> list[Rows]:
-    return [_rotary(list(range(rows)), sizes.kv_heads, sizes.head_width)]
-
-
-def _halves(rows: int, _: Sizes) -> list[Rows]:
-    if rows % 2:
-        raise AdapterError("odd number of rows has no halves", got=rows)
-    half = rows // 2
-    return [list(range(half)), list(range(half, rows))]
-
-
-def _grouped(rows: int, groups: int, queries: int, width: int) -> tuple[Rows, Rows, Rows]:
-    """Sort rows that come as groups of `queries` query heads, a key and a value head."""
-    _check_heads(rows, groups * (queries + 2), width)
-    q: Rows = []
-    k: Rows = []
-    v: Rows = []
-    for group in range(groups):
-        start = group * (queries + 2) * width
-        q += range(start, start + queries * width)
-        k += range(start + queries * width, start + (queries + 1) * width)
-        v += range(start + (queries + 1) * width, start + (queries + 2) * width)
-    return q, k, v
-
-
-def _per_group(rows: int, sizes: Sizes) -> tuple[Rows, Rows, Rows]:
-    return _grouped(rows, sizes.kv_heads, sizes.heads // sizes.kv_heads, sizes.head_width)
-
-
-def _sorted_per_head(rows: int, sizes: Sizes) -> list[Rows]:
-    q, k, v = _grouped(rows, sizes.heads, 1, sizes.head_width)
-    return [q + k + v]
-
-
-def _sorted_per_group(rows: int, sizes: Sizes) -> list[Rows]:
-    return [[row for part in _per_group(rows, sizes) for row in part]]
-
-
-def _split_per_group(rows: int, sizes: Sizes) -> list[Rows]:
-    q, k, v = _per_group(rows, sizes)
-    width = sizes.head_width
-    return [_rotary(q, sizes.heads, width), _rotary(k, sizes.kv_heads, width), v]
+Layout = Callable[[int, Sizes], list[Rows]]
 
 
 class Module(NamedTuple):
     """What becomes of one module.
 
     Attributes:
-        tensors: GGUF names of the tensors it becomes, without the block they are in; empty in the
-            table where it is one, which gguf's map names.
+        tensors: GGUF names of the tensors it becomes, `#` for the number of its block; in the table
+            without `blk.#.`, and empty where it is one, which gguf's map names.
         rows: given its number of rows, which of them each tensor takes, in order.
         stacked: whether it is a parameter that holds all experts.
+        columns: given its number of inputs, their order in the tensor; None if they stay.
     """
 
     tensors: tuple[str, ...] = ()
-    rows: Callable[[int, Sizes], list[Rows]] = _whole
+    rows: Layout = whole
     stacked: bool = False
+    columns: Layout | None = None
 
     @property
     def keeps_order(self) -> bool:
-        """Whether it becomes one tensor with its rows as they are."""
-        return self.rows is _whole
+        """Whether it becomes one tensor with its rows and columns as they are."""
+        return self.rows is whole and self.columns is None
+
+    def numbered(self, layer: str) -> Module:
+        """Return it with the number of a layer in the names of its tensors."""
+        return self._replace(tensors=tuple(name.replace("#", layer) for name in self.tensors))
 
 
 @dataclass(frozen=True)
@@ -154,57 +80,61 @@ class Architecture:
         outputs: paths that the output layer has had, today's first; empty if llama.cpp always takes
             the embedding for it.
         conv1d: whether the model's linear layers are transformers' Conv1D, stored (in, out).
+        given: of a row that was generated, all modules by their paths, `#` for the layer's number.
+        reasons: why modules, by such paths, are not in the table.
     """
 
     name: str
     classes: Mapping[str, str]
-    plain: tuple[str, ...]
-    layouts: dict[str, Module] = field(default_factory=dict)
+    plain: tuple[str, ...] = ()
+    layouts: Mapping[str, Module] = field(default_factory=dict)
     stack: str = "model.layers"
     embedding: str = "model.embed_tokens"
     outputs: tuple[str, ...] = ("lm_head",)
     conv1d: bool = field(default=False, kw_only=True)
+    given: Mapping[str, Module] | None = field(default=None, kw_only=True)
+    reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     @cached_property
-    def blocks(self) -> Mapping[str, Module]:
-        """Modules of a block, named by gguf's map where they become one tensor.
+    def modules(self) -> Mapping[str, Module]:
+        """All modules by their paths, with `#` and `*` for the numbers of layer and expert.
 
         Raises:
             MissingDependencyError: the `gguf` package is not installed.
         """
+        if self.given is not None:
+            return self.given
         gguf = package()
         (code,) = (code for code, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
         names = gguf.get_tensor_name_map(code, 1)
-        found = {}
-        for path, module in (dict.fromkeys(self.plain, Module()) | self.layouts).items():
+        found = {self.embedding: Module(("token_embd",))}
+        found |= {path: Module(("output",)) for path in self.outputs}
+        for path, module in (dict.fromkeys(self.plain, Module()) | dict(self.layouts)).items():
             name = names.get_name(f"{self.stack}.0.{path.replace('.*.', '.')}")
-            found[path] = (
-                module
-                if module.tensors
-                else module._replace(tensors=(name.removeprefix("blk.0."),))
-            )
+            tensors = module.tensors or (name.removeprefix("blk.0."),)
+            tensors = tuple(f"blk.#.{tensor}" for tensor in tensors)
+            found[f"{self.stack}.#.{path}"] = module._replace(tensors=tensors)
         return found
 
-    def module(self, path: str) -> tuple[Module, str, int | None] | None:
+    @cached_property
+    def _by_tensor(self) -> Mapping[str, tuple[str, int]]:
+        found: dict[str, tuple[str, int]] = {}
+        for path, module in self.modules.items():
+            if "*" not in path:
+                for index, tensor in enumerate(module.tensors):
+                    found.setdefault(tensor, (path, index))
+        return found
+
+    def module(self, path: str) -> tuple[Module, int | None] | None:
         """Find what becomes of a module path.
 
         Returns:
-            The module; what comes before its tensor names; and which expert it is, if it is one of
+            The module, with names of whole tensors; and which expert it is, if it is one of
             several. None if the table has no such module.
         """
-        if path == self.embedding:
-            return Module(("token_embd",)), "", None
-        if path in self.outputs:
-            return Module(("output",)), "", None
-        found = re.fullmatch(rf"{re.escape(self.stack)}\.(\d{{1,6}})\.(.+)", path)
-        if found is None:
-            return None
-        block, rest = f"blk.{int(found[1])}.", found[2]
-        expert = re.search(r"\.(\d{1,6})\.", rest)
-        if expert is not None:
-            rest = f"{rest[: expert.start()]}.*.{rest[expert.end() :]}"
-        module = self.blocks.get(rest)
-        return None if module is None else (module, block, expert and int(expert[1]))
+        template, layer, expert = numbered(path)
+        module = self.modules.get(template)
+        return None if module is None else (module.numbered(layer), expert)
 
     def origin(self, tensor: str) -> tuple[str, Module, int] | None:
         """Find the module path that a GGUF tensor comes from.
@@ -212,18 +142,32 @@ class Architecture:
         Returns:
             The path, the module, and which of its tensors it is. None if the table has none.
         """
-        if tensor == "token_embd":
-            return self.embedding, Module((tensor,)), 0
-        if tensor == "output" and self.outputs:
-            return self.outputs[0], Module((tensor,)), 0
-        found = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)", tensor)
+        number = re.search(r"\bblk\.(\d{1,6})\.", tensor)
+        layer = "" if number is None else str(int(number[1]))
+        template = tensor if number is None else re.sub(r"\bblk\.\d+\.", "blk.#.", tensor, count=1)
+        found = self._by_tensor.get(template)
         if found is None:
             return None
-        for rest, module in self.blocks.items():
-            if found[2] in module.tensors and "*" not in rest:
-                path = f"{self.stack}.{int(found[1])}.{rest}"
-                return path, module, module.tensors.index(found[2])
-        return None
+        path, index = found
+        return path.replace("#", layer), self.modules[path].numbered(layer), index
+
+
+def numbered(path: str) -> tuple[str, str, int | None]:
+    """Return a path with `#` for its layer's number and `*` for an expert's, and these numbers.
+
+    >>> numbered("model.layers.12.mlp.experts.3.w1")
+    ('model.layers.#.mlp.experts.*.w1', '12', 3)
+    """
+    parts, layer, expert = path.split("."), "", None
+    for index in range(1, len(parts)):
+        part = parts[index]
+        if not (part.isdecimal() and part.isascii() and len(part) <= 6):
+            continue
+        if parts[index - 1] == "experts":
+            parts[index], expert = "*", int(part)
+        elif not layer:
+            parts[index], layer = "#", str(int(part))
+    return ".".join(parts), layer, expert
 
 
 def _causal(*names: str) -> dict[str, str]:
@@ -237,10 +181,10 @@ def _below(owner: str, *names: str) -> tuple[str, ...]:
 _ATTENTION = _below("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _LLAMA = (*_ATTENTION, *_below("mlp", *_GATED))
-_ROTARY = {"self_attn.q_proj": Module(rows=_query), "self_attn.k_proj": Module(rows=_key)}
+_ROTARY = {"self_attn.q_proj": Module(rows=query), "self_attn.k_proj": Module(rows=key)}
 _MOE = (*_ATTENTION, "mlp.gate", *_below("mlp.experts.*", *_GATED))
 _EXPERTS = {
-    "mlp.experts.gate_up_proj": Module(("ffn_gate_exps", "ffn_up_exps"), _halves, stacked=True),
+    "mlp.experts.gate_up_proj": Module(("ffn_gate_exps", "ffn_up_exps"), halves, stacked=True),
     "mlp.experts.down_proj": Module(stacked=True),
 }
 _OLD_MIXTRAL = _below("block_sparse_moe", "gate", "experts.*.w1", "experts.*.w2", "experts.*.w3")
@@ -299,7 +243,7 @@ _TABLE = (
         "gptneox",
         _causal("GPTNeoX"),
         ("attention.dense", *_WIDENED),
-        {"attention.query_key_value": Module(rows=_sorted_per_head)},
+        {"attention.query_key_value": Module(rows=sorted_per_head)},
         stack="gpt_neox.layers",
         embedding="gpt_neox.embed_in",
         outputs=("lm_head", "embed_out"),
@@ -308,7 +252,7 @@ _TABLE = (
         "bloom",
         _causal("Bloom"),
         ("self_attention.dense", *_WIDENED),
-        {"self_attention.query_key_value": Module(rows=_sorted_per_head)},
+        {"self_attention.query_key_value": Module(rows=sorted_per_head)},
         stack="transformer.h",
         embedding="transformer.word_embeddings",
     ),
@@ -316,7 +260,7 @@ _TABLE = (
         "falcon",
         _causal("Falcon"),
         ("self_attention.dense", *_WIDENED),
-        {"self_attention.query_key_value": Module(rows=_sorted_per_group)},
+        {"self_attention.query_key_value": Module(rows=sorted_per_group)},
         stack="transformer.h",
         embedding="transformer.word_embeddings",
     ),
@@ -324,11 +268,65 @@ _TABLE = (
         "internlm2",
         _causal("InternLM2"),
         ("attention.wo", *_below("feed_forward", "w1", "w2", "w3")),
-        {"attention.wqkv": Module(("attn_q", "attn_k", "attn_v"), _split_per_group)},
+        {"attention.wqkv": Module(("attn_q", "attn_k", "attn_v"), split_per_group)},
         embedding="model.tok_embeddings",
         outputs=("output",),
     ),
 )
 
-ARCHITECTURES: dict[str, Architecture] = {entry.name: entry for entry in _TABLE}
-BY_CLASS: dict[str, Architecture] = {name: entry for entry in _TABLE for name in entry.classes}
+
+@cache
+def _generated() -> Mapping[str, Any]:
+    file = resources.files("loratools_formats.formats.gguf") / "data" / "rows.json"
+    values: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
+
+
+def _entry(text: str) -> Module:
+    """Return the module that an entry of a generated row describes.
+
+    >>> _entry("blk.#.ffn_gate_exps,blk.#.ffn_up_exps halves stacked").stacked
+    True
+    """
+    names, *words = text.split(" ")
+    module = Module(tuple(names.split(",")))
+    for word in words:
+        if word == "stacked":
+            module = module._replace(stacked=True)
+        elif word.startswith("columns:"):
+            module = module._replace(columns=LAYOUTS[word.removeprefix("columns:")])
+        else:
+            module = module._replace(rows=LAYOUTS[word])
+    return module
+
+
+def _read_rows() -> list[Architecture]:
+    """Return the generated rows of classes that the table above does not have."""
+    by_hand = {name for entry in _TABLE for name in entry.classes}
+    found = []
+    for row in _generated()["rows"]:
+        classes = {name: prefix for name, prefix in row["classes"].items() if name not in by_hand}
+        if not classes:
+            continue
+        given = {path: _entry(text) for path, text in row["modules"].items()}
+        of = {module.tensors[0]: path for path, module in reversed(given.items())}
+        found.append(
+            Architecture(
+                row["architecture"],
+                classes,
+                embedding=of.get("token_embd", ""),
+                outputs=tuple(p for p, m in given.items() if m.tensors == ("output",)),
+                given=given,
+                reasons=row["refused"],
+            )
+        )
+    return found
+
+
+ALL = (*_TABLE, *_read_rows())
+ARCHITECTURES: dict[str, Architecture] = {entry.name: entry for entry in reversed(ALL)}
+BY_CLASS: dict[str, Architecture] = {name: entry for entry in ALL for name in entry.classes}
+REFUSED: Mapping[str, str] = {
+    name: reason for name, reason in _generated()["refused"].items() if name not in BY_CLASS
+}
+"""Why classes that llama.cpp's converter has are not in the table."""

@@ -5,6 +5,7 @@ From a folder's config.json or from the header of a GGUF file; no weights are re
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,10 @@ from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.gguf.architectures import (
     ARCHITECTURES,
     BY_CLASS,
+    REFUSED,
     Architecture,
-    Sizes,
 )
+from loratools_formats.formats.gguf.layouts import Sizes
 
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_SIZE = 1 << 24
@@ -81,28 +83,40 @@ def _of_config(path: Path) -> Base:
     names = values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise AdapterError("config names no architecture", path=path, got=names)
-    if names[0] not in BY_CLASS:
-        raise _unknown(path, names[0], sorted(BY_CLASS))
-    architecture = BY_CLASS[names[0]]
+    # Like the converter's: what the text's own section names comes first.
+    inner = text_values(values).get("architectures")
+    inner = inner[0] if isinstance(inner, list) and inner and inner != names else None
+    name = names[0]
+    if name not in BY_CLASS:
+        if inner not in BY_CLASS:
+            raise _unknown(path, name, sorted(BY_CLASS))
+        name = inner
+    architecture = BY_CLASS[name]
     tied = not architecture.outputs or _is_tied(path, values, architecture)
     values = text_values(values)
-    heads = _size(values, path, "num_attention_heads", "n_head")
-    hidden = _size(values, path, "hidden_size", "n_embd")
-    experts = _size(values, path, "num_local_experts", "num_experts", default=0)
+    heads = _size(values, path, "num_attention_heads", "n_head", "n_heads", default=0)
+    hidden = _size(values, path, "hidden_size", "n_embd", "d_model", "dim")
+    experts = _size(
+        values, path, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts",
+        default=0,
+    )  # fmt: skip
     return Base(
         architecture=architecture,
         sizes=Sizes(
             heads=heads,
             kv_heads=_kv_heads(values, path, heads),
             hidden=hidden,
-            head_width=_size(values, path, "head_dim", default=hidden // heads),
+            head_width=_size(values, path, "head_dim", default=hidden // max(heads, 1)),
             experts=experts,
             expert_width=_size(
                 values, path, "moe_intermediate_size", "intermediate_size", default=0
             ),
+            linear_keys=_size(values, path, "linear_num_key_heads", default=0),
+            linear_values=_size(values, path, "linear_num_value_heads", default=0),
+            linear_key_width=_size(values, path, "linear_key_head_dim", default=0),
         ),
         tied=tied,
-        prefix=architecture.classes[names[0]],
+        prefix=architecture.classes[name],
         files=(RegularFile(path),),
     )
 
@@ -161,7 +175,7 @@ def base_of_gguf(model: GgufModel) -> Base:
     name = model.get("general.architecture", "string")
     if name not in ARCHITECTURES:
         raise _unknown(path, str(name), sorted(ARCHITECTURES))
-    heads = _key(model, f"{name}.attention.head_count")
+    heads = _key(model, f"{name}.attention.head_count", 1)
     hidden = _key(model, f"{name}.embedding_length")
     expert_width = _key(model, f"{name}.expert_feed_forward_length", 0)
     return Base(
@@ -173,6 +187,9 @@ def base_of_gguf(model: GgufModel) -> Base:
             head_width=_key(model, f"{name}.attention.key_length", hidden // heads),
             experts=_key(model, f"{name}.expert_count", 0),
             expert_width=expert_width or _key(model, f"{name}.feed_forward_length", 0),
+            linear_keys=_key(model, f"{name}.ssm.group_count", 0),
+            linear_values=_key(model, f"{name}.ssm.time_step_rank", 0),
+            linear_key_width=_key(model, f"{name}.ssm.state_size", 0),
         ),
         tied="output.weight" not in model.tensors,
         shapes={key: tensor.shape for key, tensor in model.tensors.items()},
@@ -182,7 +199,7 @@ def base_of_gguf(model: GgufModel) -> Base:
 def _key(model: GgufModel, name: str, default: int | None = None) -> int:
     value = model.get(name, "u32", "i32", "u64", "i64")
     if value is None and default is not None:
-        return default
+        return default  # also of a list, one value for each layer, which no layout here needs
     least = 0 if default == 0 else 1
     if value is None or not least <= value < _MAX_SIZE:
         raise AdapterError(f"key {name} is missing or wrong", path=model.path, got=value)
@@ -190,9 +207,12 @@ def _key(model: GgufModel, name: str, default: int | None = None) -> int:
 
 
 def _unknown(path: Path, name: str, known: list[str]) -> UnsupportedError:
+    why = REFUSED.get(name, "llama.cpp's converter has no such class")
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return UnsupportedError(
-        "GGUF adapters of this architecture are not supported: its layout has not been checked",
+        f"GGUF adapters of this architecture are not supported: {why}",
         path=path,
         got=name,
-        expected=", ".join(known),
+        expected=", ".join(near) if near else f"one of {len(known)} architectures",
+        hint="Fuse the adapter into the checkpoint with `loratools fuse`, and convert that",
     )

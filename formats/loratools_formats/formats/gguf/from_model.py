@@ -7,21 +7,22 @@ would ignore, refuse or crash on is refused, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from loratools_formats.containers.gguf.container import KeyValue
 from loratools_formats.containers.gguf.cursor import ARRAY
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
 from loratools_formats.contract.commands import command_on
-from loratools_formats.contract.format import Context
+from loratools_formats.contract.format import Context, Loss
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import invocation_tokens
 from loratools_formats.core.orientation import exchanged, is_transposed
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.disk.files import RegularFile
-from loratools_formats.formats.gguf.architectures import Module
+from loratools_formats.formats.gguf.architectures import Module, numbered
 from loratools_formats.formats.gguf.base import Base, read_base
 from loratools_formats.formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
 from loratools_formats.formats.gguf.write import dtype_fallbacks
@@ -141,16 +142,19 @@ def plain_factors(delta: ModuleChange) -> LowRank:
 def _placed(path: str, delta: LowRank, base: Base) -> list[tuple[str, int | None, LowRank]]:
     """Return (GGUF name, expert, factors) of every tensor that a module becomes."""
     if delta.layer.kind == "experts":
-        module, block, delta = _expert_parameter(path, delta, base)
+        module, delta = _expert_parameter(path, delta, base)
         expert = None
     else:
-        module, block, expert = _found(path, base)
-    names = [f"{block}{tensor}" for tensor in module.tensors]
+        module, expert = _found(path, base)
+    names = list(module.tensors)
     _check_embedding(names[0], delta, base)
     if delta.layer.kind == "conv":
         raise UnsupportedError("llama.cpp applies no adapter to convolutions")
     orders = module.rows(delta.shape[0], base.sizes)
     kind = delta.layer.kind
+    if module.columns is not None:
+        (order,) = module.columns(delta.shape[1], base.sizes)
+        delta = replace(delta, a=in_order(delta.a.transposed((1, 0)), order).transposed((1, 0)))
     parts = [
         replace(delta, b=in_order(delta.b, order), layer=Layer(kind), alpha=None)
         for order in orders
@@ -169,12 +173,16 @@ def rows_in_gguf(base: Base, path: str) -> dict[str, list[int]]:
         UnsupportedError: llama.cpp has no such module, or keeps it in a stack of experts.
         AdapterError: the model lacks one of the tensors.
     """
-    module, block, expert = _found(path, base)
+    module, expert = _found(path, base)
+    if module.columns is not None:
+        raise UnsupportedError(
+            "llama.cpp keeps the inputs of this module in another order", tensor=path
+        )
     if expert is not None or module.stacked:
         raise UnsupportedError(
             "changes of single experts in a stack are not supported here", tensor=path
         )
-    names = [f"{block}{tensor}" for tensor in module.tensors]
+    names = list(module.tensors)
     shapes = {name: (base.shapes or {}).get(f"{name}.weight") for name in names}
     rows = 0
     for name, shape in shapes.items():
@@ -189,14 +197,48 @@ def rows_in_gguf(base: Base, path: str) -> dict[str, list[int]]:
     return dict(zip(names, module.rows(rows, base.sizes), strict=True))
 
 
-def _found(path: str, base: Base) -> tuple[Module, str, int | None]:
+def _found(path: str, base: Base) -> tuple[Module, int | None]:
     found = _look_up(path, base)
     if found is None:
         raise UnsupportedError(
-            f"llama.cpp applies no adapter to this module of {base.architecture.name}",
+            f"llama.cpp applies no adapter to this module of {base.architecture.name}"
+            + (f": {reason}" if (reason := _reason(path, base)) else ""),
             hint="Remove it from the adapter if it was trained by mistake",
         )
     return found
+
+
+def without_place(adapter: Adapter, base: Base) -> list[Loss]:
+    """Return the modules that llama.cpp applies no adapter to, and why."""
+    lost = []
+    for path, change in adapter.modules.items():
+        names = [path]
+        if change.layer.kind == "experts":
+            names = [f"{_owner(path)}.{leaf}" for leaf in ("gate_up_proj", "up_proj", "down_proj")]
+        if any(_look_up(name, base) is not None for name in names):
+            continue
+        why = _reason(path, base) or f"llama.cpp's {base.architecture.name} has no such module"
+        lost.append(
+            Loss(path, f"would be ignored by llama.cpp: {why}", "Take such modules out with `drop`")
+        )
+    return lost
+
+
+_OTHER_PARTS = re.compile(
+    r"(?:^|[._])(?:vision|visual|image|audio|speech|video|multi_modal_projector|aligner|connector)"
+)
+
+
+def _reason(path: str, base: Base) -> str | None:
+    if _OTHER_PARTS.search(path):
+        return "its adapters are for the language model only"
+    reasons = base.architecture.reasons
+    return next((reasons[t] for t in _templates(path, base) if t in reasons), None)
+
+
+def _templates(path: str, base: Base) -> Iterator[str]:
+    for tried in _spellings(path, base):
+        yield numbered(tried)[0]
 
 
 def in_order(b: TensorRef, order: list[int]) -> TensorRef:
@@ -204,15 +246,20 @@ def in_order(b: TensorRef, order: list[int]) -> TensorRef:
     return b if order == list(range(b.shape[-2])) else b.rows(order)
 
 
-def _look_up(path: str, base: Base) -> tuple[Module, str, int | None] | None:
+def _look_up(path: str, base: Base) -> tuple[Module, int | None] | None:
+    for tried in _spellings(path, base):
+        found = base.architecture.module(tried)
+        if found is not None:
+            return found
+    return None
+
+
+def _spellings(path: str, base: Base) -> Iterator[str]:
     for prefix in sorted({base.prefix, *_PREFIXES}, key=len, reverse=True):
         if path.startswith(prefix):
             rest = path[len(prefix) :]
-            for tried in (rest, f"model.{rest}"):
-                found = base.architecture.module(tried)
-                if found is not None:
-                    return found
-    return None
+            yield rest
+            yield f"model.{rest}"
 
 
 def _refuse_tied(name: str) -> None:
@@ -242,16 +289,23 @@ def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
         raise AdapterError("module is of another kind than in the base model", got=delta.layer.kind)
 
 
-def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, str, LowRank]:
+def _owner(path: str) -> str:
+    """Return the module whose parameter PEFT adapts under a path."""
+    while path.endswith(WRAPPER):
+        path = path.removesuffix(WRAPPER)
+    return path
+
+
+def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, LowRank]:
     """Find by its shape which parameter a stack of experts adapts, and put it the base's way."""
-    owner = path
-    while owner.endswith(WRAPPER):
-        owner = owner.removesuffix(WRAPPER)
+    owner = _owner(path)
     sizes = base.sizes
     shapes = {
         "gate_up_proj": (2 * sizes.expert_width, sizes.hidden),
+        "up_proj": (sizes.expert_width, sizes.hidden),
         "down_proj": (sizes.hidden, sizes.expert_width),
     }
+    shapes = {name: shape for name, shape in shapes.items() if _look_up(f"{owner}.{name}", base)}
     named = {name.rpartition(".")[2] for name in delta.layer.parameters} or set(shapes)
     fitting = [
         name
@@ -269,7 +323,7 @@ def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, st
     swapped = delta.layer.swapped
     if swapped if swapped is not None else is_transposed(path, delta, stored):
         delta = exchanged(delta)
-    return found[0], found[1], delta
+    return found[0], delta
 
 
 def _stacked(name: str, found: Mapping[int, LowRank], experts: int) -> LowRank:

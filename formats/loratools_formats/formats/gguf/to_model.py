@@ -14,9 +14,10 @@ from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import INVOCATION_TOKENS
 from loratools_formats.core.tensors import have_same_bits, in_memory, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module, Sizes
+from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module
 from loratools_formats.formats.gguf.base import read_base
 from loratools_formats.formats.gguf.from_model import WRAPPER, in_order, plain_factors, with_base
+from loratools_formats.formats.gguf.layouts import Sizes
 from loratools_formats.formats.gguf.read import INVOCATION_KEY
 
 
@@ -46,13 +47,14 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
             expected=", ".join(sorted(ARCHITECTURES)),
         )
     base = None if context.base is None else read_base(context.base)
-    if base is not None and base.architecture is not architecture:
+    if base is not None and base.architecture.name != architecture.name:
         raise AdapterError(
             "the adapter is for another architecture than the base model",
             path=adapter.source,
             got=name,
             expected=base.architecture.name,
         )
+    architecture = architecture if base is None else base.architecture
     parts: dict[str, dict[int, LowRank]] = {}
     origins: dict[str, _Origin] = {}
     for tensor, delta in adapter.modules.items():
@@ -103,10 +105,18 @@ def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -
     ordered = [parts[i] for i in range(len(module.tensors))]
     if len(ordered) > 1:
         first = _side_by_side(origin.path, ordered)
-    orders = module.rows(first.shape[0], sizes or Sizes(1, 1, 1, 1))
-    source = [row for order in orders for row in order]
-    inverse = sorted(range(len(source)), key=source.__getitem__)
-    return replace(first, b=in_order(first.b, inverse))
+    known = sizes or Sizes(1, 1, 1, 1)
+    orders = module.rows(first.shape[0], known)
+    first = replace(first, b=in_order(first.b, _inverse([r for order in orders for r in order])))
+    if module.columns is None:
+        return first
+    (columns,) = module.columns(first.shape[1], known)
+    turned = in_order(first.a.transposed((1, 0)), _inverse(columns))
+    return replace(first, a=turned.transposed((1, 0)))
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def _side_by_side(path: str, parts: list[LowRank]) -> LowRank:

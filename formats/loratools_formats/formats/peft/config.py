@@ -23,7 +23,6 @@ from loratools_formats.formats.peft.patterns import match_patterns
 CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 1 << 31
-_MAX_ALPHA = 1 << 31
 
 _LORA_GA = "LORAGA"
 """What the authors' fork calls LoRA-GA: a LoRA whose initialisation changes the base."""
@@ -97,7 +96,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < _MAX_ALPHA
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def _is_strings(value: Any) -> bool:
@@ -114,7 +113,7 @@ def _is_rows(value: Any) -> bool:
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a whole number above 0"),
-    "lora_alpha": (_is_alpha, "a number of size below 2^31"),
+    "lora_alpha": (_is_alpha, "a finite number"),
     "rank_pattern": (lambda v: v is None or _is_map(_is_rank)(v), "a map from names to ranks"),
     "alpha_pattern": (lambda v: v is None or _is_map(_is_alpha)(v), "a map from names to numbers"),
     "target_modules": (

@@ -208,10 +208,10 @@ def _open_weights(
         twice = Finding("weights-twice", "warning", LEGACY_WEIGHTS_FILE, text)
         return weights, weights.file, [twice] if legacy.exists() else []
     if legacy.exists() or legacy.is_symlink():
-        weights, original = read_bin(inside(folder, LEGACY_WEIGHTS_FILE))
+        weights = read_bin(inside(folder, LEGACY_WEIGHTS_FILE))
         text = f"weights are pickled ({LEGACY_WEIGHTS_FILE})"
         pickled = Finding("pickled-weights", "warning", LEGACY_WEIGHTS_FILE, text)
-        return weights, original, [pickled]
+        return weights, weights.file, [pickled]
     others = sorted(child.name for child in folder.iterdir() if is_beside_peft_config(child))
     if len(others) == 1:
         return _open_renamed(folder, others[0])
@@ -230,9 +230,9 @@ def _open_renamed(folder: Path, name: str) -> tuple[SafetensorsFile, RegularFile
     if name.endswith(".safetensors"):
         weights = read_safetensors(inside(folder, name))
         return weights, weights.file, found
-    weights, original = read_bin(inside(folder, name))
+    weights = read_bin(inside(folder, name))
     pickled = Finding("pickled-weights", "warning", name, f"weights are pickled ({name})")
-    return weights, original, [*found, pickled]
+    return weights, weights.file, [*found, pickled]
 
 
 def _about_loader(peft_type: str, modules: Mapping[str, ModuleChange]) -> list[Finding]:

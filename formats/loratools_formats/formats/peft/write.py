@@ -6,7 +6,6 @@ else r, lora_alpha and the two patterns are rewritten. Scales are always written
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
 from loratools_formats.core.peft_facts import stacked_on_loading
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
@@ -42,7 +42,7 @@ def write(adapter: Adapter, path: Path) -> None:
     Raises:
         UnsupportedError: a module's rank and scale cannot be expressed.
     """
-    config = json.dumps(config_for(adapter), indent=2, ensure_ascii=False)
+    config = strict_json.dumps(config_for(adapter), indent=2)
     (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     write_safetensors(path / WEIGHTS_FILE, stored_tensors(adapter), metadata_for(adapter))
     for name, source in adapter.attachments.items():

@@ -7,7 +7,6 @@ pipeline, its names packed as `transformer.lora_alpha`. Source: `loaders/lora_ba
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.core.tensors import TensorRef, in_memory
+from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.strict_json import parsed_object
 from loratools_formats.formats.peft.config import PeftConfig
@@ -191,7 +191,7 @@ def packed(modules: Mapping[str, ModuleChange], metadata: Mapping[str, str]) -> 
         config |= {k: on for k, on in switched[component].items() if on or k in config}
         config.setdefault("target_modules", sorted(paths))
         result |= {f"{component}.{key}": value for key, value in config.items()}
-    return json.dumps(result, indent=2, sort_keys=True)
+    return strict_json.dumps(result, indent=2, sort_keys=True, ensure_ascii=True)
 
 
 def _in_any_version(path: str) -> str:

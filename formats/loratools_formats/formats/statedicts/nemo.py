@@ -1,6 +1,6 @@
 """NeMo 1's `.nemo` archives of adapters: a tar with a state dict in Megatron's names; read only.
 
-The weights are copied out and opened as any pickled state dict is. Alpha is taken from
+The weights are opened where they lie, as any pickled state dict is. Alpha is taken from
 `peft.lora_tuning` of the `model_config.yaml` beside them, if it is a number there, and asked for
 otherwise; nothing else of that file is used. Archives that are compressed, or hold the shards of
 several ranks, are refused. What the names mean is in `megatron`.
@@ -9,7 +9,6 @@ several ranks, are refused. What the names mean is in `megatron`.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.contract.format import Format
@@ -17,18 +16,19 @@ from loratools_formats.formats.statedicts.megatron import adapter_of
 from loratools_formats.formats.statedicts.statedict import StateDict
 
 if TYPE_CHECKING:
-    import tarfile
+    from pathlib import Path
 
+    from loratools_formats.containers.tar_members import Member
     from loratools_formats.core.adapter import Adapter
+    from loratools_formats.disk.files import RegularFile
 
 _SUFFIX = ".nemo"
 _WEIGHTS = "model_weights.ckpt"
 _CONFIG = "model_config.yaml"
-_MAX_CONFIG_BYTES = 1 << 20
-_MAX_MEMBERS = 10_000
+_MAX_CONFIG_BYTES = 1 << 18
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _GZIP = b"\x1f\x8b"
-_PIECE = 1 << 24
+_AXES = 2
 _FACTOR = ".linear_in.weight"
 
 
@@ -49,71 +49,51 @@ class Nemo(Format):
 
     def read(self, path: Path) -> Adapter:
         """Read the one file of weights in an archive, and its alpha."""
-        import tarfile
-        import tempfile
+        from loratools_formats.disk.files import RegularFile
 
-        from loratools_formats.disk.errors import AdapterError
-
-        with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
-            content = Path(folder) / _WEIGHTS
-            try:
-                tuning = _tuning(_opened(path, content), path)
-            except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-                if isinstance(error, AdapterError):
-                    raise
-                raise AdapterError(
-                    f"cannot be read as an archive: {error}",
-                    path=path,
-                    hint="If it is compressed, unpack it and name its model_weights.ckpt",
-                ) from error
-            state = StateDict(path, content)
-            ranks = {ref.shape[-2] for key, ref in state.tensors.items() if key.endswith(_FACTOR)}
-            return adapter_of(state, self.name, _alpha(tuning, ranks, path))
+        file = RegularFile(path)
+        try:
+            weights, config = _found(file)
+            state = StateDict(path, (weights.offset, weights.nbytes))
+        finally:
+            file.close()
+        tuning = _tuning(config, path)
+        ranks = {
+            ref.shape[-2]
+            for key, ref in state.tensors.items()
+            if key.endswith(_FACTOR) and len(ref.shape) >= _AXES
+        }
+        return adapter_of(state, self.name, _alpha(tuning, ranks, path))
 
 
-def _opened(path: Path, target: Path) -> bytes:
-    """Copy the one file of weights out of an archive, and return its configuration, or nothing.
+def _found(file: RegularFile) -> tuple[Member, bytes]:
+    """Return where the one file of weights in an archive is, and its configuration, or nothing.
 
     Raises:
         AdapterError: there are no weights, or some for each of several ranks; several
             configurations, or one that is too large.
     """
-    import tarfile
-
+    from loratools_formats.containers.tar_members import tar_members
     from loratools_formats.disk.errors import AdapterError
 
-    with tarfile.open(path, "r:") as archive:
-        found: list[tarfile.TarInfo] = []
-        configs: list[tarfile.TarInfo] = []
-        for count, member in enumerate(archive):
-            if count >= _MAX_MEMBERS:
-                raise AdapterError("archive has too many members", path=path)
-            if member.isreg() and member.name.rpartition("/")[2] == _WEIGHTS:
-                found.append(member)
-            if member.isreg() and member.name.rpartition("/")[2] == _CONFIG:
-                configs.append(member)
-            if member.issparse():
-                raise AdapterError("archive has a sparse member", path=path, got=member.name)
-        if len(found) != 1:
-            raise AdapterError(
-                f"archive has not one {_WEIGHTS}",
-                path=path,
-                got=", ".join(member.name for member in found) or "none",
-                hint="Merge the ranks of tensor parallelism first",
-            )
-        if len(configs) > 1 or any(member.size > _MAX_CONFIG_BYTES for member in configs):
-            raise AdapterError(
-                f"archive has more than one {_CONFIG} of at most {_MAX_CONFIG_BYTES} bytes",
-                path=path,
-                got=", ".join(f"{member.size} bytes" for member in configs),
-            )
-        source = archive.extractfile(found[0])
-        assert source is not None
-        with source, target.open("wb") as copy:
-            while piece := source.read(_PIECE):
-                copy.write(piece)
-        file = archive.extractfile(configs[0]) if configs else None
-        return b"" if file is None else file.read(_MAX_CONFIG_BYTES)
+    members = tar_members(file)
+    found = [member for member in members if member.name.rpartition("/")[2] == _WEIGHTS]
+    configs = [member for member in members if member.name.rpartition("/")[2] == _CONFIG]
+    if len(found) != 1:
+        raise AdapterError(
+            f"archive has not one {_WEIGHTS}",
+            path=file.path,
+            got=", ".join(member.name for member in found) or "none",
+            hint="Merge the ranks of tensor parallelism first",
+        )
+    if len(configs) > 1 or any(member.nbytes > _MAX_CONFIG_BYTES for member in configs):
+        raise AdapterError(
+            f"archive has more than one {_CONFIG} of at most {_MAX_CONFIG_BYTES} bytes",
+            path=file.path,
+            got=", ".join(f"{member.nbytes} bytes" for member in configs),
+        )
+    config = file.read_at(configs[0].offset, configs[0].nbytes) if configs else b""
+    return found[0], config
 
 
 def _tuning(config: bytes, path: Path) -> dict[str, Any]:

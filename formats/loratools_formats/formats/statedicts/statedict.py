@@ -17,7 +17,6 @@ from loratools_formats.contract.format import Format
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from loratools_formats.containers.safetensors_read import SafetensorsFile
     from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange, Replacement
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.errors import AdapterError
@@ -114,7 +113,7 @@ class StateDict:
 
     Args:
         path: the file.
-        content: where its weights are, if they were taken out of it.
+        part: where its weights begin and how many bytes they have, if other things are in it.
 
     Attributes:
         path: the file.
@@ -122,24 +121,18 @@ class StateDict:
 
     Raises:
         AdapterError: not a map of names to tensors, or malformed.
-        MissingDependencyError: it is pickled, and torch is not installed.
     """
 
     tensors: dict[str, TensorRef]
 
-    def __init__(self, path: Path, content: Path | None = None) -> None:
+    def __init__(self, path: Path, part: tuple[int, int] | None = None) -> None:
         from loratools_formats.containers.pickles import read_bin
         from loratools_formats.containers.safetensors_read import read_safetensors
-        from loratools_formats.disk.files import RegularFile
 
         self.path = path
-        weights: SafetensorsFile
-        if path.suffix == _SAFETENSORS:
-            weights = read_safetensors(path)
-            self._original = weights.file
-        else:
-            weights, original = read_bin(content or path)
-            self._original = original if content is None else RegularFile(path)
+        is_pickled = path.suffix != _SAFETENSORS
+        weights = read_bin(path, part) if is_pickled else read_safetensors(path)
+        self._original = weights.file
         self.tensors = dict(weights.tensors)
         self._metadata = weights.metadata
 

@@ -1,0 +1,400 @@
+"""`push`: an adapter or a model, published on the Hub with its card."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from loratools.face.declare import Progress, public
+from loratools.face.result import Reported
+from loratools.hub import client, files, upload
+from loratools.hub.card import updated
+from loratools.hub.facts import Subject, card_facts, is_hub_name
+from loratools.hub.front_matter import values_of
+from loratools.hub.options import PushOptions
+from loratools.hub.references import Reference, Wanted, parse_target
+from loratools.operations.check.options import CheckOptions
+from loratools.work.parallel import Workers
+from loratools.work.requests import Writing
+from loratools_formats.contract.files import read_adapter, write_adapter
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
+from loratools_formats.disk.errors import (
+    LoratoolsError,
+    OptionError,
+    UnfitError,
+    UnknownFormatError,
+)
+from loratools_formats.disk.files import read_small_file
+from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.strict_json import read_object
+
+_MOST_CARD_BYTES = 1 << 20
+_MOST_STATEMENT_BYTES = 16 << 20
+_Published = Annotated[str | os.PathLike[str] | Adapter, Wanted("adapter", beside="all")]
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """A file that is published.
+
+    Attributes:
+        path: in the repository.
+        nbytes: its size.
+        change: what the repository has of it: `new`, `changed` or `same`.
+    """
+
+    path: str
+    nbytes: int
+    change: upload.Change
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PushResult(Reported):
+    """What was published, or would be.
+
+    Attributes:
+        repo: the repository.
+        branch: that was, or would be, committed to.
+        dry_run: whether nothing was done.
+        created: whether the repository was made.
+        commit: the commit that holds the files; None on a dry run of what is not there yet.
+        url: address of the commit; None if there is none.
+        pull_request: address of the pull request; None if none was made.
+        changed: whether there is something to commit.
+        files: what is published.
+        left_out: files of the folder that are not.
+        card_diff: what changes in the card, as a unified diff.
+    """
+
+    operation: ClassVar[str] = "push"
+
+    repo: str
+    branch: str
+    dry_run: bool
+    created: bool
+    commit: str | None
+    url: str | None
+    pull_request: str | None
+    changed: bool
+    files: tuple[PushedFile, ...]
+    left_out: tuple[str, ...]
+    card_diff: str
+
+
+@public(checking=("target",), writing=("dry_run",))
+def push(
+    source: _Published,
+    repo: str,
+    *,
+    options: PushOptions,
+    checking: CheckOptions,
+    writing: Writing,
+    threads: Workers,
+    progress: Progress | None = None,
+) -> PushResult:
+    """Publish an adapter or a model on the Hub, checked, with a card, in one commit.
+
+    Files that loratools does not know stay here. The card's text and keys that its author wrote
+    stay as they are; what is said of the adapter lies between two marks. A repository that holds
+    all of it already gets no commit.
+
+    >>> import loratools as lt
+    >>> lt.push("examples/tiny-llama/lora", "hf://datasets/me/tiny")
+    Traceback (most recent call last):
+    loratools_formats.disk.errors.OptionError: results are published to a repository of models; ...
+
+    Args:
+        source: an adapter, or the path of a model.
+        repo: `USER/NAME`, or `hf://USER/NAME/FOLDER`.
+        progress: called with (adapters checked, adapters in all).
+
+    Raises:
+        UnfitError: `check` found something as grave as `fail_on`, errors by default.
+        MissingFileError: no such repository, and it is not to be made.
+        HubError: somebody else has committed since, or the Hub refused or failed.
+        OptionError: not the name of a repository, or options that contradict each other.
+        MissingDependencyError: `huggingface_hub` is not installed.
+    """
+    target = target_of(parse_target(repo), options)
+    there = upload.may_publish(target)
+    with _on_disk(source, target.reference) as path:
+        found = _read(path)
+        asked = replace(checking, fail_on=options.fail_on or "error")
+        checked = _check(path, found, asked, threads, progress, skip=options.no_check)
+        with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
+            made = _prepared(path, found, target, there, options, Path(folder))
+            return _published(made, target, there, options, writing, checked)
+
+
+def target_of(reference: Reference, options: PushOptions) -> upload.Target:
+    """Return where to publish.
+
+    Raises:
+        OptionError: two branches are named.
+    """
+    if options.branch is not None and reference.revision not in (None, options.branch):
+        raise OptionError("two branches are named", got=f"{reference.revision}, {options.branch}")
+    create: Any = "private" if options.private else "public" if options.create else None
+    branch = options.branch or reference.revision
+    return upload.Target(replace(reference, revision=branch), create, options.create_pr)
+
+
+@contextlib.contextmanager
+def _on_disk(source: Any, reference: Reference) -> Any:
+    """Give the path of a source; an adapter in memory is written to a temporary folder."""
+    if not isinstance(source, Adapter):
+        yield Path(source)
+    elif source.source is not None and source.provenance is None:
+        yield source.source
+    else:
+        with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
+            place = Path(folder) / reference.repo.rpartition("/")[2]
+            write_adapter(source, place, source.format)
+            yield place
+
+
+def _read(path: Path) -> Adapter | None:
+    """Return the adapter at a path; None if a model is there.
+
+    Raises:
+        LoratoolsError: it is neither.
+    """
+    try:
+        return read_adapter(path)
+    except UnknownFormatError:
+        with contextlib.suppress(LoratoolsError):
+            files.contents_of_model(path)
+            return None
+        raise
+
+
+def _check(
+    path: Path,
+    adapter: Adapter | None,
+    options: CheckOptions,
+    threads: Workers,
+    progress: Progress | None,
+    *,
+    skip: bool,
+) -> tuple[Finding, ...]:
+    """Check an adapter, and return what was found as notes.
+
+    Raises:
+        UnfitError: something as grave as `fail_on`.
+    """
+    if skip or adapter is None:
+        return ()
+    from loratools.face.check import check
+
+    result = check(path, options=options, threads=threads, progress=progress)
+    if not result.passed:
+        grave = [f"{each.code} {each.rule}: {each.message}" for each in result.findings]
+        reasons = [*grave, *(each.reason for each in result.unchecked)]
+        raise UnfitError(
+            "nothing was published, since the check found something",
+            path=path,
+            got=reasons[0] + (f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""),
+            hint="See all of it with `loratools check`, or pass `no_check=True`",
+            result=result,
+        )
+    return tuple(
+        Finding(each.rule, each.severity, each.where, f"{each.code} {each.rule}: {each.message}")
+        for each in result.findings
+        if each.severity != "note"
+    )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is to be published: contents by path in the repository, and what is said of them."""
+
+    contents: Mapping[str, upload.Content]
+    left_out: tuple[str, ...]
+    card_diff: str
+    title: str
+
+
+def _prepared(
+    path: Path,
+    adapter: Adapter | None,
+    target: upload.Target,
+    there: upload.Remote,
+    options: PushOptions,
+    folder: Path,
+) -> _Prepared:
+    found = (
+        files.contents_of_model(path)
+        if adapter is None
+        else files.contents_of_adapter(path, adapter)
+    )
+    inside = target.reference.inside
+    contents: dict[str, upload.Content] = dict(found.files)
+    diff = ""
+    records = _records(path)
+    if not options.no_card:
+        picture = None if adapter is None else _picture(adapter, target.reference.repo, folder)
+        if picture is not None:
+            contents[files.PICTURE] = picture.read_bytes()
+        before = _card(target, there, found, options)
+        subject = Subject(
+            repo=target.reference.repo,
+            inside=inside,
+            files=list(found.files),
+            adapter=adapter,
+            nbytes=sum(place.stat().st_size for place in found.files.values()),
+            base_model=_base_model(adapter, before, records, options),
+            licence={},
+            records=records,
+            picture=None if picture is None else files.PICTURE,
+        )
+        subject = replace(subject, licence=_licence(subject.base_model, before))
+        after = updated(before, card_facts(subject))
+        contents[files.CARD] = after
+        shown = _card_there(target, there) or b""
+        diff = "".join(
+            difflib.unified_diff(
+                shown.decode("utf-8", "replace").splitlines(keepends=True),
+                after.decode("utf-8", "replace").splitlines(keepends=True),
+                "README.md",
+                "README.md",
+            )
+        )
+    placed = {f"{inside}/{name}" if inside else name: each for name, each in contents.items()}
+    operation = records[-1].get("operation") if records else None
+    title = options.message or (f"Publish the result of {operation}" if operation else "Publish")
+    return _Prepared(placed, found.left_out, diff, f"{title} with loratools")
+
+
+def _published(
+    made: _Prepared,
+    target: upload.Target,
+    there: upload.Remote,
+    options: PushOptions,
+    writing: Writing,
+    checked: tuple[Finding, ...],
+) -> PushResult:
+    changes = upload.changes(made.contents, there)
+    findings = list(checked)
+    if made.left_out:
+        text = f"not published, since loratools does not know them: {', '.join(made.left_out)}"
+        findings.append(Finding("foreign-files", "note", made.left_out[0], text))
+    done = upload.Published(there.head, None, None, False)
+    if not writing.dry_run:
+        done = upload.publish(target, made.contents, there, options.message or made.title)
+    return PushResult(
+        findings=tuple(findings),
+        repo=target.reference.repo,
+        branch=target.branch,
+        dry_run=writing.dry_run,
+        created=there.head is None and not writing.dry_run,
+        commit=done.commit,
+        url=done.url,
+        pull_request=done.pull_request,
+        changed=done.is_new or (writing.dry_run and set(changes.values()) != {"same"}),
+        files=tuple(
+            PushedFile(name, _nbytes(content), changes[name])
+            for name, content in sorted(made.contents.items())
+        ),
+        left_out=made.left_out,
+        card_diff=made.card_diff,
+    )
+
+
+def _nbytes(content: upload.Content) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _card_there(target: upload.Target, there: upload.Remote) -> bytes | None:
+    """Return the card that the repository has; None if it has none."""
+    reference = target.reference
+    name = f"{reference.inside}/{files.CARD}" if reference.inside else files.CARD
+    if name not in there.marks or there.head is None:
+        return None
+    hub = client.library(reference)
+    with client.talking(reference):
+        place = hub.hf_hub_download(reference.repo, name, revision=there.head)
+    return read_small_file(place, _MOST_CARD_BYTES)
+
+
+def _card(
+    target: upload.Target, there: upload.Remote, found: files.Contents, options: PushOptions
+) -> bytes | None:
+    """Return the card to bring up to date: the repository's before the folder's."""
+    if options.card is not None:
+        return read_small_file(options.card, _MOST_CARD_BYTES)
+    here = _card_there(target, there)
+    if here is not None or found.card is None:
+        return here
+    return read_small_file(found.card, _MOST_CARD_BYTES)
+
+
+def _base_model(
+    adapter: Adapter | None,
+    card: bytes | None,
+    records: list[Mapping[str, Any]],
+    options: PushOptions,
+) -> str | None:
+    """Return the base model's name: as it was given, as the card has it, as the adapter has it."""
+    said = options.base_model
+    if said is not None:
+        if not is_hub_name(said):
+            raise OptionError("not the name of a model", got=said, expected="USER/NAME")
+        return said
+    named = values_of(card).get("base_model") if card is not None else None
+    if isinstance(named, str) and named:
+        return named
+    if adapter is not None:
+        return adapter.base_model
+    inputs = records[-1].get("inputs", []) if records else []
+    names = [each.get("reference") for each in inputs if each.get("role") == "base"]
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def _licence(base: str | None, card: bytes | None) -> dict[str, str]:
+    """Return the base model's licence as its card on the Hub has it; empty if it is not known."""
+    if base is None or not is_hub_name(base):
+        return {}
+    if card is not None and "license" in values_of(card) and b"loratools:begin" not in card:
+        return {}
+    with contextlib.suppress(Exception):
+        with client.talking(Reference("model", base)):
+            data = client.api().model_info(base).card_data
+        values = {} if data is None else data.to_dict()
+        found = {key: values.get(key) for key in _LICENCE_KEYS}
+        return {key: value for key, value in found.items() if isinstance(value, str)}
+    return {}
+
+
+def _records(path: Path) -> list[Mapping[str, Any]]:
+    """Return the predicates that tell how an output was made, the oldest first."""
+    place = path / PROVENANCE_FILE if path.is_dir() else Path(f"{path}.{PROVENANCE_FILE}")
+    if not os.path.exists(place):
+        return []
+    predicate = read_object(place, _MOST_STATEMENT_BYTES, max_depth=None).get("predicate")
+    return [] if not isinstance(predicate, dict) else list(_unfolded(predicate))
+
+
+def _unfolded(predicate: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    earlier = [each.get("predicate") for each in predicate.get("history", [])]
+    in_memory = [one for made in predicate.get("steps", {}).values() for one in _unfolded(made)]
+    return [*(each for each in earlier if isinstance(each, dict)), *in_memory, predicate]
+
+
+def _picture(adapter: Adapter, name: str, folder: Path) -> Path | None:
+    """Draw the spectrum of an adapter; None if it has none that shows, or nothing can draw.
+
+    Its heading is the repository's name: the path of a folder here is nobody's business.
+    """
+    from loratools.face.spectrum import spectrum
+
+    with contextlib.suppress(LoratoolsError):
+        return replace(spectrum(adapter), source=name).plot(folder / files.PICTURE)
+    return None
