@@ -145,8 +145,11 @@ def option_shape(hint: Any, made: Option) -> Any:
         if typing.get_origin(kind) is tuple:
             item = typing.get_args(kind)[0]
             pair = typing.get_args(item) if typing.get_origin(item) is tuple else ()
-            shapes += [str, list[str if pair else _one(item, made)]]
-            shapes += [dict[str, _plain(pair[1])]] if len(pair) == 2 else []
+            each: Any = str if pair else _one(item, made)
+            shapes += [str, list[each]]
+            if len(pair) == 2:
+                value: Any = _plain(pair[1])
+                shapes.append(dict[str, value])
         else:
             shapes.append(_one(kind, made))
     return reduce(operator.or_, shapes)
