@@ -578,7 +578,7 @@ def run(
     *,
     output: str | os.PathLike[str] | None = None,
     only: str | None = None,
-    set: Sequence[tuple[str, str] | str] | Mapping[str, str] = (),
+    set: Sequence[tuple[str, Any] | str] | Mapping[str, Any] = (),
     dry_run: bool = False,
     overwrite: bool = False,
     workers: int | None = None,

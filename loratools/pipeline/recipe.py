@@ -47,12 +47,12 @@ class Recipe:
     steps: tuple[Step, ...]
 
 
-def load_recipe(path: Path, given: Mapping[str, str]) -> Recipe:
+def load_recipe(path: Path, given: Mapping[str, Any]) -> Recipe:
     """Read a recipe and check all that can be checked before anything runs.
 
     Args:
         path: of its file.
-        given: text of variables, by name, over those of the recipe.
+        given: values of variables, or their texts, by name, over those of the recipe.
 
     Raises:
         MissingFileError: it is not there.
@@ -75,7 +75,7 @@ def load_recipe(path: Path, given: Mapping[str, str]) -> Recipe:
     return Recipe(path, tuple(steps))
 
 
-def _converted(content: Mapping[Any, Any], given: Mapping[str, str], at: Places) -> Any:
+def _converted(content: Mapping[Any, Any], given: Mapping[str, Any], at: Places) -> Any:
     """Return a recipe in the types of its schema, with variables put in."""
     variables = variables_of(content, given, at)
     steps = content.get("steps")

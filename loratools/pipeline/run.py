@@ -46,7 +46,7 @@ class Running:
 
     output: Path | None = option(None, heading="Output", short="-o")
     only: str | None = option(None, heading="Selection", metavar="STEP")
-    set_: tuple[tuple[str, str], ...] = option(
+    set_: tuple[tuple[str, Any], ...] = option(
         (), heading="Input", metavar="NAME=VALUE", parse=key_value
     )
     dry_run: bool = option(False, heading="Output")

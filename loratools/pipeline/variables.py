@@ -17,13 +17,13 @@ REFERENCE = re.compile(rf"\$\{{({NAME})\}}")
 
 
 def variables_of(
-    content: Mapping[Any, Any], given: Mapping[str, str], at: Places
+    content: Mapping[Any, Any], given: Mapping[str, Any], at: Places
 ) -> dict[str, Any]:
     """Return the values of a recipe's variables.
 
     Args:
         content: the recipe.
-        given: text over those that it has, by name.
+        given: values over those that it has, by name; a text is read as YAML reads it.
         at: knows the lines.
 
     Raises:
@@ -38,13 +38,13 @@ def variables_of(
         if isinstance(value, dict | list):
             raise at.fail(("variables", name), "must be a text or a number")
     values = dict(declared)
-    for name, text in given.items():
+    for name, value in given.items():
         if name not in declared:
             expected = ", ".join(declared) or "none"
             raise OptionError(
                 "the recipe has no such variable", path=at.path, got=name, expected=expected
             )
-        values[name] = _scalar(name, text)
+        values[name] = _scalar(name, value) if isinstance(value, str) else value
     for name, value in values.items():
         if value is None:
             hint = f"Pass `set={name}=VALUE`"
