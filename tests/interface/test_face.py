@@ -157,12 +157,8 @@ CASES = {
         lambda m: ["replay", m / "fused", "--input", LLAMA],
     ),
     "run": (
-        lambda m, o: lt.run(recipe(m), output=o, set={"rank": 4}),
-        lambda m: ["run", recipe(m), "-o", OUT, "--set=rank=4"],
-    ),
-    "run, dry": (
-        lambda m, o: lt.run(recipe(m), dry_run=True),
-        lambda m: ["run", recipe(m), "--dry-run"],
+        lambda m, o: lt.run(recipe(m), dry_run=True, set={"rank": 4}),
+        lambda m: ["run", recipe(m), "--dry-run", "--set=rank=4"],
     ),
     "dequantize": (
         lambda m, o: lt.dequantize(m / "nf4", dtype="f16"),
