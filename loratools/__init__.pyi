@@ -104,6 +104,7 @@ def convert(
     keep_alpha: bool = False,
     fold_alpha: bool = False,
     allow_lossy: bool = False,
+    names_of: Literal["4", "5"] | None = None,
     names: str | None = None,
     names_from: str | os.PathLike[str] | None = None,
     component: str | None = None,

@@ -103,7 +103,7 @@ def test_what_folds_alone_is_taken_as_it_is(kind, operation):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_for_other_kinds_the_command_to_run_first_is_named(kind, operation):
     if (operation, kind.name) == ("merge", "full"):
-        pytest.skip("linear merges keep differences as they are: tests/merge/")
+        pytest.skip("linear merges keep differences as they are: test_differences.py")
     adapter, given = fixture(kind.name)
     with pytest.raises(UnsupportedError, match="loratools to-lora") as raised:
         OPERATIONS[operation](with_settings(adapter, given))

@@ -143,7 +143,7 @@ class Thin:
         return self._whole is None
 
     def dense(self) -> Array:
-        """Return all of the change: (out, in) float64."""
+        """Return all of the change in an array of its own: (out, in) float64."""
         if self._whole is not None:
             return self._whole()
         product: Array = self.scale * (self.b.astype(np.float64, copy=False) @ self.a)

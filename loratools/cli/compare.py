@@ -8,7 +8,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.measured import optional, print_csv
+from loratools.cli.measured import optional, print_csv, print_csv_table
 from loratools.cli.output import number, print_table, progress_bar, quantity, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import report
@@ -97,18 +97,28 @@ def command(
 
 
 def _csv(result: CompareResult) -> None:
-    print_csv(as_json(result.modules) or _matrix_rows(result))
+    if result.modules:
+        print_csv(as_json(result.modules))
+        return
+    header = ["adapter", "norm", "linear_loss", *result.names]
+    print_csv_table(
+        [*header, *(f"A of {name}" for name in result.names)],
+        [
+            [name, norm, loss, *cosines, *of_a]
+            for name, norm, loss, cosines, of_a in zip(
+                result.names,
+                result.norms,
+                result.linear_losses,
+                result.cosines,
+                result.a_cosines,
+                strict=True,
+            )
+        ],
+    )
 
 
 def _bases_csv(result: BasesResult) -> None:
     print_csv(as_json(result.modules))
-
-
-def _matrix_rows(result: CompareResult) -> list[dict[str, object]]:
-    return [
-        {"adapter": name, "norm": norm, **dict(zip(result.names, row, strict=True))}
-        for name, norm, row in zip(result.names, result.norms, result.cosines, strict=True)
-    ]
 
 
 def _print_report(result: CompareResult) -> None:

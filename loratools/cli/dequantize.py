@@ -19,7 +19,10 @@ from loratools.work.requests import Reporting, Writing
 @shared.takes(DequantizeOptions, into="options")
 @shared.reports()
 def command(base: Path, writing: Writing, options: DequantizeOptions, reporting: Reporting) -> int:
-    """Turn a checkpoint's four-bit weights back into 16 or 32 bits.
+    """Turn a checkpoint's quantised weights back into 16 or 32 bits.
+
+    Reads bitsandbytes in four bits, eight-bit floats, MLX, GPTQ, AWQ, compressed-tensors, MXFP4 and
+    NVFP4.
 
     \b
     loratools dequantize my-model-nf4 -o my-model-16bit

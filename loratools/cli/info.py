@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -110,6 +110,7 @@ def _print(found: AdapterInfo) -> None:
         ("rank", counted(m.rank for m in plain)),
         ("alpha", counted("none" if m.alpha is None else f"{m.alpha:g}" for m in plain)),
         ("scale", counted(f"{m.scale:g}" for m in plain)),
+        ("components", ", ".join(f"{name} ({n})" for name, n in found.components.items())),
         ("targets", ", ".join(sorted(_targets(found)))),
         ("parameters", f"{found.parameters:,}"),
         ("size", human_bytes(found.nbytes)),
@@ -125,7 +126,8 @@ def _print(found: AdapterInfo) -> None:
         shape = "×".join(map(str, replacement.shape))
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
     lines += [("carries", key) for key in found.carried]
-    lines += [(key.removeprefix("loratools."), value) for key, value in found.provenance.items()]
+    lines += found.training.items()
+    lines += _made_by(found.provenance)
     lines += [
         (each.severity, f"{each.code}: " + ". ".join(filter(None, (each.message, each.hint))))
         for each in found.findings
@@ -134,6 +136,18 @@ def _print(found: AdapterInfo) -> None:
     for label, text in lines:
         if text:
             say(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
+
+
+def _made_by(provenance: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return a line of what made it, and the rest as it stands if that says nothing."""
+    rest = {key.removeprefix("loratools."): value for key, value in provenance.items()}
+    operation, version = rest.pop("operation", None), rest.pop("version", None)
+    if operation is None:
+        return list(rest.items())
+    rest.pop("inputs", None)
+    options = rest.pop("options", "{}").translate(str.maketrans("", "", '{}"')).replace(",", ", ")
+    made = f"loratools {version or ''} {operation}: {options}".rstrip(": ")
+    return [("made by", f"{made}; see loratools provenance"), *rest.items()]
 
 
 def _targets(found: AdapterInfo) -> set[str]:

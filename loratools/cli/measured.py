@@ -12,6 +12,7 @@ from loratools.cli.output import say
 from loratools_formats.disk.errors import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 _DECADES = 3.0  # below the largest value of all
 
 
@@ -34,16 +35,21 @@ def _bar(value: float, largest: float) -> str:
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print dictionaries as comma-separated values, nested ones with their names joined.
-
-    Text that a spreadsheet would take for a formula gets an apostrophe in front.
-    """
+    """Print dictionaries as comma-separated values, nested ones with their names joined."""
     flat = [_flat("", row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
+    print_csv_table(names, [[row.get(name) for name in names] for row in flat])
+
+
+def print_csv_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows as comma-separated values.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe in front, in the header too.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([[_cell(row.get(name)) for name in names] for row in flat])
+    writer.writerow([_cell(name) for name in header])
+    writer.writerows([[_cell(value) for value in row] for row in rows])
     say(buffer.getvalue(), nl=False)
 
 
@@ -70,7 +76,7 @@ def _cell(value: Any) -> str:
     if not isinstance(value, str):
         return str(value)
     text = printable(value, 1000)
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def optional(value: float | None, form: str = ".3g") -> str:

@@ -10,7 +10,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_FOUND
-from loratools.cli.output import human_bytes, note, print_table, progress_bar
+from loratools.cli.output import human_bytes, note, print_table, progress_bar, say
 from loratools.cli.perform import report
 from loratools.face.check import CheckResult
 from loratools.face.push import PushResult, push
@@ -64,8 +64,8 @@ def command(
         if not reporting.quiet:
             from loratools.cli.findings.text import text_of
 
-            click.echo(text_of(cast("CheckResult", error.result)), err=reporting.json)
-        click.echo("nothing was published", err=True)
+            say(text_of(cast("CheckResult", error.result)), err=reporting.json)
+        say("nothing was published", err=True)
         return EXIT_FOUND
     report(result, _show, reporting)
     if not reporting.quiet:
@@ -80,9 +80,9 @@ def _show(result: PushResult) -> None:
         [[each.path, human_bytes(each.nbytes), each.change] for each in result.files],
     )
     if result.dry_run and result.card_diff:
-        click.echo(result.card_diff.rstrip("\n"))
+        say(result.card_diff.rstrip("\n"))
     if result.url is not None:
-        click.echo(result.pull_request or result.url)
+        say(result.pull_request or result.url)
 
 
 def _what_became(result: PushResult) -> str:

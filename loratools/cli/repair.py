@@ -7,12 +7,14 @@ from pathlib import Path
 from loratools.base.decompositions import IntruderOptions
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.measured import print_csv
 from loratools.cli.output import number, print_table, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.face.repair import RepairResult, repair
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.repair import RepairOptions
+from loratools.work.json_object import as_json
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Selection
 from loratools_formats.disk.errors import printable
@@ -26,7 +28,7 @@ from loratools_formats.disk.errors import printable
 @shared.takes(IntruderOptions, into="intruders")
 @shared.takes(ComputeOptions, "dtype", "workers", into="compute")
 @shared.takes(Selection, into="selection")
-@shared.takes(Pages, "html", "plot", into="pages")
+@shared.takes(Pages, "html", "plot", "csv", into="pages")
 @shared.reports()
 def command(
     adapter: Path,
@@ -63,11 +65,15 @@ def command(
             writing=target,
             progress=progress,
         ),
-        _print_report,
+        _csv if pages.csv else _print_report,
         target,
         reporting,
         pages=pages,
     )
+
+
+def _csv(result: RepairResult) -> None:
+    print_csv(as_json(result.modules))
 
 
 def _print_report(result: RepairResult) -> None:

@@ -153,6 +153,7 @@ def convert(
         allow_lossy=True,
         metadata=dict(options.set_),
         single=replace(single, alpha=options.alpha, as_it_is=as_it_is),
+        names_of=options.names_of,
     )
     about = about_base([adapter], None if base is None else Path(base))
     conversion = replace(conversion, findings=(*about, *conversion.findings))

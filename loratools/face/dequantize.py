@@ -1,4 +1,4 @@
-"""`dequantize`: a checkpoint's four-bit weights in 16 or 32 bits."""
+"""`dequantize`: a checkpoint's quantised weights in 16 or 32 bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loratools.work.requests import Writing
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DequantizeResult(Reported, working.DequantizeResult):
-    """A checkpoint without four-bit weights, written or measured."""
+    """A checkpoint without quantised weights, written or measured."""
 
     operation: ClassVar[str] = "dequantize"
 
@@ -44,7 +44,7 @@ def dequantize(
     writing: Writing,
     progress: Progress | None = None,
 ) -> DequantizeResult:
-    """Turn a checkpoint's four-bit weights of bitsandbytes back into 16 or 32 bits.
+    """Turn a checkpoint's quantised weights back into 16 or 32 bits.
 
     Without `output` everything is computed and measured, and nothing written.
 
@@ -61,7 +61,8 @@ def dequantize(
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        AdapterError: no four-bit weights, malformed ones, or values beyond the type.
+        AdapterError: no quantised weights, malformed ones, or values beyond the type.
+        UnsupportedError: a quantisation that is not known; the error names it.
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: it could not be written.
     """

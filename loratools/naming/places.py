@@ -139,7 +139,8 @@ def target_scheme(target: Target, table: Table) -> Scheme:
 
 def prefixed(path: str, target: Target, component: str) -> str:
     """Return a module's name in the target, which has the component only if it is diffusers'."""
-    if path.startswith(OWN_PREFIXES) and target != "kohya":
+    is_flat = target.flat if isinstance(target, FileSpelling) else target == "kohya"
+    if path.startswith(OWN_PREFIXES) and not is_flat:
         return path
     if isinstance(target, FileSpelling):
         has_component = target.prefix.removesuffix(".") in COMPONENTS

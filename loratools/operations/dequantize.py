@@ -1,14 +1,15 @@
-"""Turn a checkpoint's four-bit weights of bitsandbytes back into plain ones.
+"""Turn a checkpoint's quantised weights back into plain ones.
 
-Values are codebook · scale in float32, rounded once to the type asked for; how much that rounding
-changes is measured. Every other tensor is copied bit for bit, and `quantization_config` goes.
+Values are those that the format's loaders compute with, rounded to the type asked for; how much
+that rounding changes is measured. Weights of bitsandbytes are codebook · scale in float32, rounded
+once. Every other tensor is copied bit for bit, and what says how weights were quantised goes.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from loratools.base.dequantised import dequantised_config
-from loratools.base.fourbit.decode import CHUNK, Dequantizer
+from loratools.base.codecs import CodedWeight
+from loratools.base.codecs.codec import CHUNK
+from loratools.base.dequantised import (
+    DequantisedCheckpoint,
+    dequantised,
+    dequantised_config,
+    dequantised_metadata,
+)
 from loratools.base.fourbit.encode import QuantisationLoss
 from loratools.work.buffers import Buffers
 from loratools.work.declared import option
@@ -25,14 +32,10 @@ from loratools.work.parallel import Workers, in_order, usable_cores
 from loratools.work.provenance import operation_record
 from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
-from loratools_formats.checkpoints.bitsandbytes import (
-    QuantizedWeight,
-    quantized_weights,
-    torch_name,
-)
+from loratools_formats.checkpoints.bitsandbytes import torch_name
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
-from loratools_formats.checkpoints.facts import is_conv1d
+from loratools_formats.checkpoints.quantization import stated_of
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.findings import Finding
@@ -43,7 +46,7 @@ DTypeName = Literal["bf16", "f16", "f32"]
 
 @dataclass(frozen=True)
 class DequantizeOptions(Sharding, Workers):
-    """How to turn four-bit weights back.
+    """How to turn quantised weights back.
 
     Attributes:
         dtype: type of the new weights.
@@ -53,7 +56,6 @@ class DequantizeOptions(Sharding, Workers):
 
 
 _BUFFERS = Buffers()
-_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class DequantizedTensor:
     Attributes:
         name: its key.
         shape: as it is stored now.
-        quant_type: what it was.
+        quant_type: what it was: nf4 or fp4 of bitsandbytes, or the name of its format.
         bytes_in: size of all its tensors before.
         bytes_out: size after.
         relative_error: of rounding to the new type, against the values in float32.
@@ -106,7 +108,7 @@ def dequantize(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DequantizeResult:
-    """Turn all four-bit weights of a checkpoint into plain ones.
+    """Turn all quantised weights of a checkpoint into plain ones.
 
     Args:
         base: the checkpoint.
@@ -118,25 +120,21 @@ def dequantize(
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        AdapterError: no four-bit weights, or malformed ones.
+        AdapterError: no quantised weights, or malformed ones.
+        UnsupportedError: a quantisation that is not known; the error names it.
         OutputExistsError: the output exists.
         OutputError: it could not be written.
     """
     workers = workers or usable_cores()
-    weights = quantized_weights(base.tensors)
-    if not weights:
+    view = dequantised(base)
+    if not view.weights:
         raise AdapterError(
-            "no four-bit weights of bitsandbytes there",
-            path=base.path,
-            got=_method(base.config),
+            "no quantised weights there", path=base.path, got=_method(stated_of(base))
         )
     stored = DTYPES[dtype.upper()]
-    jobs = {k: _Job(w, stored, is_conv1d(k, base.config)) for k, w in weights.items()}
-    auxiliary = {t.key for w in weights.values() for t in w.tensors} - set(weights)
+    jobs = {key: _Job(weight, stored) for key, weight in view.weights.items()}
     parts: dict[str, NewTensor] = {
-        key: jobs[key].made if key in jobs else ref
-        for key, ref in base.tensors.items()
-        if key not in auxiliary
+        key: jobs[key].made if key in jobs else ref for key, ref in view.checkpoint.tensors.items()
     }
     findings: list[Finding] = []
     if output is None:
@@ -146,7 +144,13 @@ def dequantize(
         options = {"dtype": dtype}
         new = NewCheckpoint(
             base,
-            grouped(base, parts, max_shard_bytes=max_shard_bytes),
+            grouped(
+                base,
+                parts,
+                max_shard_bytes=max_shard_bytes,
+                metadata=dequantised_metadata(view),
+                places=view.places,
+            ),
             dequantised_config(base.config, torch_name(stored)) if base.config else None,
             lambda: operation_record("dequantize", {}, options, base),
         )
@@ -157,37 +161,36 @@ def dequantize(
         if left_out:
             message = f"not carried over: {', '.join(left_out)}"
             findings.append(Finding("files-left-out", "note", None, message))
-    return _result(base, list(jobs.values()), findings)
+    return _result(view, base, list(jobs.values()), findings)
 
 
-def _method(config: Mapping[str, Any]) -> str:
-    found = config.get("quantization_config", _NOTHING)
-    method = found.get("quant_method") if isinstance(found, Mapping) else None
+def _method(stated: Mapping[str, Any]) -> str:
+    method = stated.get("quant_method")
     return "no quantization_config" if method is None else f"quant_method {method}"
 
 
 def _result(
-    base: Checkpoint, jobs: Sequence[_Job], findings: Sequence[Finding]
+    view: DequantisedCheckpoint, base: Checkpoint, jobs: Sequence[_Job], findings: Sequence[Finding]
 ) -> DequantizeResult:
     reports = tuple(
         DequantizedTensor(
             job.weight.key,
             job.blank.shape,
-            job.weight.quant_type,
+            job.weight.scheme.name,
             job.weight.nbytes,
             job.blank.nbytes,
             QuantisationLoss(job.squared_error, job.squared_norm).relative,
         )
         for job in jobs
     )
-    bytes_in = sum(ref.nbytes for ref in base.tensors.values())
+    made = {job.weight.key: job.blank.nbytes for job in jobs}
     return DequantizeResult(
         reports,
         QuantisationLoss(
             sum(j.squared_error for j in jobs), sum(j.squared_norm for j in jobs)
         ).relative,
-        bytes_in,
-        bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
+        sum(ref.nbytes for ref in base.tensors.values()),
+        sum(made.get(key, ref.nbytes) for key, ref in view.checkpoint.tensors.items()),
         tuple(findings),
     )
 
@@ -195,12 +198,10 @@ def _result(
 class _Job:
     """One weight to be dequantised, and how far rounding moved it."""
 
-    def __init__(self, weight: QuantizedWeight, dtype: DType, conv1d: bool) -> None:
+    def __init__(self, weight: CodedWeight, dtype: DType) -> None:
         self.weight = weight
         self.squared_error = self.squared_norm = 0.0
-        self._transposed = conv1d and len(weight.shape) == 2
-        shape = weight.shape[::-1] if self._transposed else weight.shape
-        self.blank = Blank(weight.key, dtype, shape)
+        self.blank = Blank(weight.key, dtype, weight.shape)
 
     @property
     def made(self) -> Made:
@@ -209,33 +210,29 @@ class _Job:
 
     def measure(self) -> None:
         """Compute the error and write nothing."""
-        values = Dequantizer(self.weight)
-        for start in range(0, self.weight.numel, CHUNK):
-            self._rounded(values, start, min(start + CHUNK, self.weight.numel))
+        for start, stop in self._pieces():
+            self._rounded(start, stop)
 
     def _fill(self, sinks: Mapping[str, Sink]) -> None:
         sink = sinks[self.weight.key]
-        values = Dequantizer(self.weight)
         width = self.blank.dtype.bits // 8
-        whole = np.empty(self.weight.numel if self._transposed else 0, self._numpy)
-        for start in range(0, self.weight.numel, CHUNK):
-            stop = min(start + CHUNK, self.weight.numel)
-            piece = self._rounded(values, start, stop)
-            if self._transposed:
-                whole[start:stop] = piece
-            else:
-                sink.write_at(start * width, piece.view(np.uint8).data)
-        if self._transposed:
-            transposed = np.ascontiguousarray(whole.reshape(self.weight.shape).T)
-            sink.write_at(0, transposed.view(np.uint8).data)
+        for start, stop in self._pieces():
+            sink.write_at(start * width, self._rounded(start, stop).view(np.uint8).data)
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """Return ranges of elements, of whole rows where these are short."""
+        total, width = math.prod(self.weight.shape), self.weight.shape[-1]
+        step = CHUNK // width * width or CHUNK
+        for start in range(0, total, step):
+            yield start, min(start + step, total)
 
     @property
     def _numpy(self) -> np.dtype[Any]:
         return self.blank.dtype.numpy_dtype()
 
-    def _rounded(self, values: Dequantizer, start: int, stop: int) -> NDArray[Any]:
+    def _rounded(self, start: int, stop: int) -> NDArray[Any]:
         """Return elements in the new type, and add up what rounding changed."""
-        exact = values.elements(start, stop, _BUFFERS.array("exact", (stop - start,), np.float32))
+        exact = self.weight.exact(start, stop)
         self.squared_norm += _squares(exact)
         if self.blank.dtype.code == "F32":
             return exact

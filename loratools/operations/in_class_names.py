@@ -33,23 +33,55 @@ _SWITCH = re.compile(
 _WEIGHT = ".weight"
 
 
-def in_class_names(adapters: Sequence[Adapter], base: Checkpoint) -> list[Adapter]:
+def in_class_names(
+    adapters: Sequence[Adapter], base: Checkpoint, *, as_stored: bool = False
+) -> list[Adapter]:
     """Return adapters with modules named and divided as the base's class has them.
 
     Adapters whose modules are so already are returned as they are. Changes of one module's stacked
     parameters get one nesting in all of them.
 
+    Args:
+        adapters: of PEFT or MLX.
+        base: the base model.
+        as_stored: name and divide them as the base's files do, which is how classes of transformers
+            4 did.
+
     Raises:
         AdapterError: a module fits nothing in the base, or several things.
         UnsupportedError: a change that cannot be cut or put together.
     """
-    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    stored = dequantised(base).checkpoint
+    names = Names(stored if as_stored else class_view(stored).checkpoint)
     changes = [_by_weight(names, adapter) for adapter in adapters]
     paths = _paths({key for each in changes for key in each})
     return [
         _renamed(names, adapter, {paths[key]: change for key, change in each.items()})
         for adapter, each in zip(adapters, changes, strict=True)
     ]
+
+
+def renamed_to_class(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter of PEFT whose modules have the class's names where only names differ.
+
+    Modules that the class divides otherwise stay as they are, as do those that the base lacks, and
+    all of them where two would become one.
+    """
+    if adapter.format != "peft":
+        return adapter
+    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    if not names.has_class:
+        return adapter
+    modules = {_name_in_class(names, m, c): c for m, c in adapter.modules.items()}
+    return _renamed(names, adapter, modules) if len(modules) == len(adapter.modules) else adapter
+
+
+def _name_in_class(names: Names, module: str, change: ModuleChange) -> str:
+    if change.layer.parameters or names.is_bare(f"{module}{_WEIGHT}"):
+        return module
+    found = sites(names, module, "weight")
+    whole = len(found) == 1 and found[0].is_whole and found[0].key.endswith(_WEIGHT)
+    return found[0].key.removesuffix(_WEIGHT) if whole else module
 
 
 def _by_weight(names: Names, adapter: Adapter) -> dict[str, ModuleChange]:

@@ -7,11 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from loratools_formats.core.adapter import (
-    Adapter,
-    Dialect,
-    ModuleChange,
-)
+from loratools.operations.training_facts import components, training_facts
+from loratools_formats.core.adapter import Adapter, Dialect, ModuleChange
 from loratools_formats.core.findings import Finding
 
 
@@ -82,6 +79,8 @@ class AdapterInfo:
         findings: what a user should know; those of severity `error` make operations on ΔW refuse
             it.
         provenance: what the file says about how it was made, as metadata keys and values.
+        training: what its metadata says of its training, by a word for each.
+        components: of a file of a pipeline, how many modules each component has.
     """
 
     path: str
@@ -97,6 +96,8 @@ class AdapterInfo:
     dtypes: dict[str, int]
     findings: tuple[Finding, ...]
     provenance: dict[str, str]
+    training: dict[str, str]
+    components: dict[str, int]
 
 
 def describe(adapter: Adapter) -> AdapterInfo:
@@ -121,6 +122,8 @@ def describe(adapter: Adapter) -> AdapterInfo:
         dtypes=dict(sorted(Counter(t.dtype.code for t in adapter.tensors()).items())),
         findings=adapter.findings,
         provenance={k: v for k, v in adapter.metadata.items() if k.startswith("loratools.")},
+        training=training_facts(adapter.metadata),
+        components=components(adapter.modules) if adapter.dialects else {},
     )
 
 

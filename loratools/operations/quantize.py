@@ -3,7 +3,8 @@
 Every weight is read in pieces, quantised and written where it belongs; nothing is held but its
 scales. The bytes are those that bitsandbytes' CPU code makes, except for the mean of the scales
 that double quantisation subtracts, which its own depends on the number of threads. Everything else
-in the checkpoint, weights already in four bits included, is copied bit for bit.
+in the checkpoint, weights already in four bits included, is copied bit for bit. A checkpoint that
+is quantised in another way is read as the plain one that it stands for.
 
 What it does not: experts that are stacked in one tensor, for which there is no four-bit layout.
 """
@@ -20,6 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from loratools.base.dequantised import (
+    DequantisedCheckpoint,
+    dequantised,
+    dequantised_metadata,
+    in_16_bits,
+)
 from loratools.base.fourbit.encode import FourBitOptions, QuantisationLoss
 from loratools.base.fourbit.store import blanks, fill
 from loratools.base.linears import Kept, Linears, linear_weights
@@ -31,12 +38,12 @@ from loratools.work.requests import Sharding
 from loratools_formats.checkpoints.bitsandbytes import (
     is_four_bit_config,
     quantization_config,
-    quantized_weights,
     torch_name,
 )
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
+from loratools_formats.checkpoints.quantization import stated_of
 from loratools_formats.checkpoints.shard_plan import Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DType
 from loratools_formats.core.findings import Finding
@@ -141,13 +148,25 @@ def quantize(
 
     Raises:
         AdapterError: nothing to quantise, or a weight holds NaN or infinite values.
-        UnsupportedError: the checkpoint is quantised in another way.
+        UnsupportedError: the checkpoint is quantised in a way that cannot be read.
         OutputExistsError: the output exists.
         OutputError: it could not be written.
     """
     chosen, workers = options or QuantizeOptions(), workers or usable_cores()
     _check_base(base)
-    already = quantized_weights(base.tensors)
+    view = dequantised(base)
+    already, places = view.four_bit, view.places
+    metadata = dequantised_metadata(view) or base.files[0].metadata
+    _check_statement(base, view)
+    if view.is_quantized and not already:
+        base = in_16_bits(view)
+    elif len(already) < len(view.weights):
+        raise UnsupportedError(
+            "the checkpoint is quantised in four bits and in another way",
+            path=base.path,
+            tensor=next(key for key in view.weights if key not in already),
+            hint=f"Make it plain first: loratools dequantize {base.path} -o plain",
+        )
     taken = {tensor.key: weight for weight in already.values() for tensor in weight.tensors}
     linears = linear_weights(base, taken, chosen.skip, experts=chosen.experts)
     if not linears.weights:
@@ -165,10 +184,15 @@ def quantize(
         for _ in in_order(_Job.measure, jobs.values(), workers):
             pass
     else:
-        metadata = {**base.files[0].metadata, "format": "pt"}
         new = NewCheckpoint(
             base,
-            grouped(base, parts, max_shard_bytes=chosen.max_shard_bytes, metadata=metadata),
+            grouped(
+                base,
+                parts,
+                max_shard_bytes=chosen.max_shard_bytes,
+                metadata={**metadata, "format": "pt"},
+                places={} if already else places,
+            ),
             _config(base, linears, chosen.four_bit),
             lambda: operation_record("quantize", {}, chosen.record(), base),
         )
@@ -191,16 +215,23 @@ def _check_base(base: Checkpoint) -> None:
         )
     if not base.config:
         raise AdapterError("no config.json, which must say how it is quantised", path=base.path)
-    found = base.config.get("quantization_config")
-    if found is None or (isinstance(found, Mapping) and is_four_bit_config(found)):
-        return
-    method = found.get("quant_method") if isinstance(found, Mapping) else found
-    raise UnsupportedError(
-        "checkpoint is already quantised in another way",
-        path=base.path,
-        got=f"quant_method {method}",
-        hint="Start from the original checkpoint",
-    )
+
+
+def _check_statement(base: Checkpoint, view: DequantisedCheckpoint) -> None:
+    """Refuse a configuration that states a quantisation of which there is no tensor.
+
+    Raises:
+        UnsupportedError: it does, and is not one of bitsandbytes in four bits.
+    """
+    stated = stated_of(base)
+    method = stated.get("quant_method")
+    if method and not view.is_quantized and not is_four_bit_config(stated):
+        raise UnsupportedError(
+            "config.json says that the checkpoint is already quantised in another way",
+            path=base.path,
+            got=f"quant_method {method}, and no quantised weight",
+            hint="Remove quantization_config from config.json if its weights are plain",
+        )
 
 
 def _findings(linears: Linears, already: int) -> list[Finding]:
@@ -248,7 +279,8 @@ def _result(
         reports.append(
             QuantizedTensor(job.ref.key, job.ref.shape, job.ref.nbytes, job.nbytes, error)
         )
-    bytes_in = sum(ref.nbytes for ref in base.tensors.values())
+    bytes_in = sum(ref.nbytes for file in base.files for ref in file.tensors.values())
+    rest = sum(ref.nbytes for ref in base.tensors.values())
     found = [job.loss for job in jobs if job.loss is not None]
     overall = QuantisationLoss(
         sum(x.squared_error for x in found), sum(x.squared_norm for x in found)
@@ -258,7 +290,7 @@ def _result(
         overall.relative,
         linears.kept,
         bytes_in,
-        bytes_in + sum(report.bytes_out - report.bytes_in for report in reports),
+        rest + sum(report.bytes_out - report.bytes_in for report in reports),
         tuple(findings),
     )
 

@@ -176,7 +176,23 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
                 outcomes.append(outcome)
                 if progress is not None:
                     progress(len(outcomes), len(self.names))
-            return Finished(tuple(outcomes), recorded.result())
+            return Finished(tuple(self._alike(outcomes)), recorded.result())
+
+    def _alike(self, outcomes: Sequence[AnyOutcome]) -> list[AnyOutcome]:
+        """Return outcomes of which modules that need one rank have it: the lower ones get zeros."""
+        found = {outcome.name: outcome for outcome in outcomes}
+        for group in self._groups:
+            members = [found[name] for name in group if name in found]
+            parts = [each.change.factors for each in members]
+            ranks = [part.rank for part in parts if part is not None]
+            for each, part in zip(members, parts, strict=True):
+                if part is None or part.rank == max(ranks):
+                    continue
+                wider = self.resizer.without_loss(part, max(ranks))
+                if wider is not None:
+                    change = each.change.with_direction(wider)
+                    found[each.name] = replace(each, change=change)
+        return list(found.values())
 
     def finished(self, modules: Mapping[str, ModuleChange], record: Record) -> Adapter:
         """Return the adapter to write.
@@ -224,7 +240,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
 
     def _ranks(self, record: Callable[[], Record]) -> dict[str, int] | None:
         """Return the ranks that depend on several modules, None if none does."""
-        if not self.rule.needs_all_spectra and not self._groups:
+        if not self.rule.needs_all_spectra and not (self._groups and self.rule.is_given):
             return None
         measured = list(self.measurements())
         limit = None

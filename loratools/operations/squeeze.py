@@ -23,13 +23,13 @@ from loratools.folding.without_base import folded_where_exact, to_lora_command
 from loratools.lowrank.matrices import matrices
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, Resizer, spectrum_of
+from loratools.operations.one_rank import groups_of_one_rank
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
-from loratools_formats.core.peft_facts import stacked_on_loading
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 
@@ -202,22 +202,6 @@ def _selected(
     return selected
 
 
-def _sharing_settings(modules: Mapping[str, ModuleChange], format_name: str) -> list[list[str]]:
-    """Return groups of modules that must have one rank and scale.
-
-    PEFT names the settings of expert parameters by parameter; where a file does not say which of
-    two adapted parameters of one module is which, both need the same. What PEFT stacks when it
-    loads needs one rank, too.
-    """
-    stacked = stacked_on_loading(modules) if format_name == "peft" else []
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, delta in modules.items():
-        parameters = delta.layer.parameters
-        if len(parameters) > 1:
-            groups.setdefault(parameters, []).append(name)
-    return [names for names in (stacked, *groups.values()) if len(names) > 1]
-
-
 @dataclass(frozen=True)
 class _Squeezed(Outcome):
     report: ModuleReport
@@ -259,7 +243,8 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
             else PlannedFactors.like(change.require_factors())
             for name, change in self.whole.items()
         }
-        groups = _sharing_settings(self.whole, self.source.format)
+        layers = {name: change.layer for name, change in self.whole.items()}
+        groups = groups_of_one_rank(layers, self.source.format)
         self._group = {name: group for group in groups for name in group}
         self._device = Device(options.device)
         super().__init__(

@@ -20,6 +20,7 @@ from loratools.folding.without_base import folded_exactly
 from loratools.kinds.declaration import Product
 from loratools.lowrank.matrices import loaded
 from loratools.naming.for_base import names_in_base
+from loratools.operations.in_class_names import renamed_to_class
 from loratools.work.parallel import check_workers, in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -86,6 +87,7 @@ def to_dora(
     check_workers(workers)
     adapter.require_true_delta("to-dora")
     adapter = folded_exactly(adapter, "to-dora", scratch_folder, base)
+    adapter = renamed_to_class(adapter, base)
     if not adapter.modules:
         raise AdapterError("no module to turn into a DoRA", path=adapter.source)
 

@@ -32,6 +32,8 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
 from loratools.lowrank.matrices import loaded
 from loratools.lowrank.resize import ComputeOptions, Resizer
+from loratools.operations.in_class_names import renamed_to_class
+from loratools.operations.one_rank import groups_of_one_rank
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record
@@ -149,6 +151,7 @@ def to_lora(
     """
     complete = regenerated(adapter, base, given or {})
     adapter = with_settings(complete.adapter, complete.unused, base)
+    adapter = adapter if base is None else renamed_to_class(adapter, base)
     work = _ToLora(adapter, rule, options or ComputeOptions(), base, scratch_folder, whole=whole)
     rule.check_patterns(adapter.modules)
 
@@ -249,12 +252,14 @@ class _ToLora(Ranked[_Converted, _Measured]):
         if base is not None:
             self.opener.refuse_tied(base)
         self._plain = plain_adapter(adapter, {})
+        layers = {name: change.layer for name, change in adapter.modules.items()}
         super().__init__(
             list(adapter.modules),
             rule,
             Resizer(options, Scratch(scratch_folder), rule.uniform),
             input_nbytes=adapter.weights_nbytes,
             source=adapter.source,
+            groups=groups_of_one_rank(layers, self._plain.format),
         )
 
     def adapter(self, modules: Mapping[str, ModuleChange]) -> Adapter:

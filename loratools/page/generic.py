@@ -60,7 +60,7 @@ def _of_list(name: str, items: Sequence[Any]) -> list[Part]:
     header = list(dict.fromkeys(key for item in items for key in item))
     rows = [[_cell(item.get(key)) for key in header] for item in items]
     titles = [worded(key) for key in header]
-    table = Table(worded(name).capitalize(), titles, rows, filtered=len(rows) > 5)
+    table = Table(worded(name).capitalize(), titles, rows, filtered=len(rows) > 8)
     return [*_pictures(items, header), table]
 
 

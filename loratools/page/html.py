@@ -94,10 +94,7 @@ def _kind(kind: str, rows: Sequence[str]) -> str:
 
 
 def _table(part: Table) -> str:
-    titles = "".join(
-        f'<th scope="col" aria-sort="none"><button type="button">{escaped(t)}</button></th>'
-        for t in part.header
-    )
+    titles = "".join(_title(text, part.rows, place) for place, text in enumerate(part.header))
     body = "".join(
         f"<tr>{''.join(_cell(cell, place) for place, cell in enumerate(row))}</tr>"
         for row in part.rows
@@ -110,6 +107,16 @@ def _table(part: Table) -> str:
     )
     inner = f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="table">{field}{_scrolled(part.caption, inner)}</div>'
+
+
+def _title(text: str, rows: Sequence[Sequence[Cell]], place: int) -> str:
+    """Return the heading of a column, on the side where its values are."""
+    worded = any(isinstance(row[place], str) for row in rows)
+    kind = "" if worded or not place else ' class="number"'
+    return (
+        f'<th scope="col" aria-sort="none"{kind}>'
+        f'<button type="button">{escaped(text)}</button></th>'
+    )
 
 
 def _scrolled(caption: str, inner: str, kind: str = "") -> str:

@@ -15,13 +15,13 @@ SHELF, SHELF_LIMIT = 100, 60.0
 READS = 2.0
 HEADER = ["what", "best", "median", "CPU", "peak memory", "others"]
 READ = (
-    "import sys, numpy; from safetensors.numpy import load_file; "
+    "import sys, numpy, ml_dtypes; from safetensors.numpy import load_file; "
     "[value.astype(numpy.float32).sum() for value in load_file(sys.argv[1]).values()]"
 )
 TEXT = """\
 `spectrum` of one adapter of rank 64 on all seven linears of 32 layers; `compare` of 100 adapters of
 rank 16 on all of them, pairwise; intruder dimensions of an adapter of rank 64 on one weight of
-4096×4096, with no decomposition kept, with it kept (`--cache`), and by PEFT's way: full SVDs of W
+2048×2048, with no decomposition kept, with it kept (`--cache`), and by PEFT's way: full SVDs of W
 and W + ΔW. Whole commands are child processes, timed from outside; inputs are in the page cache."""
 
 
@@ -42,14 +42,12 @@ def run(workdir: Path, layers: int = 32, shelf: int = SHELF) -> Report:
     compare = interleaved(
         {"ours": Command([tool("loratools"), "compare", *many, "--json"])}, workdir, rounds=1
     )
-    base = workdir / "attention"
-    if not base.exists():
-        run_child(
-            Command([sys.executable, str(HERE / "intruder_peer.py"), "make", str(base)]), workdir
-        )
+    base, changed = workdir / "attention", workdir / "attention-lora"
+    if not changed.exists():
+        script = str(HERE / "intruder_peer.py")
+        run_child(Command([sys.executable, script, "make", str(base), str(changed)]), workdir)
     cache = workdir / "svds"
-    analysis = [tool("loratools"), "spectrum", str(one), "--base", str(base), "--json"]
-    analysis += ["--include", r"layers\.0\.self_attn\.q"]
+    analysis = [tool("loratools"), "spectrum", str(changed), "--base", str(base), "--json"]
     shutil.rmtree(cache, ignore_errors=True)
     run_child(Command([*analysis, "--exact-svd", "--cache", str(cache)]), workdir)
     intruders = interleaved(
@@ -58,7 +56,7 @@ def run(workdir: Path, layers: int = 32, shelf: int = SHELF) -> Report:
             "exact": Command([*analysis, "--exact-svd"]),
             "cached": Command([*analysis, "--cache", str(cache)]),
             "PEFT's way": Command(
-                [sys.executable, str(HERE / "intruder_peer.py"), "analyse", str(base), str(one)]
+                [sys.executable, str(HERE / "intruder_peer.py"), "analyse", str(base), str(changed)]
             ),
         },
         workdir,
@@ -91,7 +89,7 @@ def run(workdir: Path, layers: int = 32, shelf: int = SHELF) -> Report:
         [
             _table("Spectrum, rank 64", spectrum),
             _table(f"Comparison of {shelf} adapters, rank 16", compare),
-            _table("Intruder dimensions of one weight of 4096×4096", intruders),
+            _table("Intruder dimensions of one weight of 2048×2048", intruders),
         ],
     )
 

@@ -1,9 +1,9 @@
 """Make a base for the intruder analysis, or analyse it as PEFT does: two full SVDs a weight.
 
-    python intruder_peer.py make BASE
+    python intruder_peer.py make BASE ADAPTER
     python intruder_peer.py analyse BASE ADAPTER
 
-The base has one weight, 4096×4096 in bf16. The analysis is that of PEFT's
+The base has one weight of 2048×2048 in bf16, the adapter rank 64. The analysis is that of PEFT's
 `reduce_intruder_dimension` on a live model, without its edit: SVDs of W and of W + ΔW, then the
 cosines of the leading left singular vectors.
 """
@@ -15,25 +15,37 @@ import sys
 from pathlib import Path
 
 NAMES = ["model.layers.0.self_attn.q_proj"]
+SIDE, RANK = 2048, 64
 
 
-def make(folder: Path) -> None:
-    """Write the base."""
+def make(folder: Path, adapter: Path) -> None:
+    """Write the base and the adapter."""
     import ml_dtypes
     import numpy as np
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)
     weights = {
-        f"{name}.weight": (rng.standard_normal((4096, 4096), np.float32) * 0.02).astype(
+        f"{name}.weight": (rng.standard_normal((SIDE, SIDE), np.float32) * 0.02).astype(
             ml_dtypes.bfloat16
         )
         for name in NAMES
     }
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors")
-    config = {"model_type": "llama", "hidden_size": 4096, "tie_word_embeddings": False}
+    config = {"model_type": "llama", "hidden_size": SIDE, "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
+    factors = {}
+    for name in NAMES:
+        for side, shape in (("A", (RANK, SIDE)), ("B", (SIDE, RANK))):
+            values = rng.standard_normal(shape, np.float32) * 0.03
+            factors[f"base_model.model.{name}.lora_{side}.weight"] = values.astype(
+                ml_dtypes.bfloat16
+            )
+    adapter.mkdir(parents=True)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
 def analyse(base: Path, adapter: Path) -> None:

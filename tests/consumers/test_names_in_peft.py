@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import peft_oracle
@@ -10,7 +11,7 @@ import pytest
 
 import loratools as lt
 from loratools_formats import read_adapter
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in peft_oracle.WARNINGS]
 
@@ -225,3 +226,84 @@ def test_mlx_and_peft_agree_on_logits_both_ways(make, tmp_path):
     load_adapters(again, str(tmp_path / "back"))
     got = np.array(again(mx.array(words))).astype("f8")
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("command", ["to_lora", "to_dora"])
+def test_commands_with_a_base_give_modules_its_names(command, tmp_path):
+    llava().save_pretrained(tmp_path / "base")
+    new = lora(llava, tmp_path / "new", 1, target_modules=r".*language_model.*(q|v)_proj")
+    before = respelled(new, tmp_path / "old", old)
+    result = getattr(lt, command)(before, base=tmp_path / "base", output=tmp_path / "out")
+    assert all(name.startswith("model.language_model.") for name in result.adapter.modules)
+    assert distance(changes(llava, tmp_path / "out"), changes(llava, new)) <= 2e-6
+    lt.fuse(tmp_path / "base", before, output=tmp_path / "fused")
+    found = lt.verify(tmp_path / "fused", base=tmp_path / "base", adapters=before)
+    assert found.contained
+
+
+def single_experts(path):
+    """Save an adapter of experts and attention as transformers 4 names them."""
+    return lora(
+        moe,
+        path,
+        1,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+
+
+MAKERS = {
+    "moe": (moe, single_experts, r"layers\.0\.mlp\.experts\.3\.gate_proj"),
+    "llava": (
+        llava,
+        lambda path: lora(llava, path, 1, target_modules=r".*language_model.*(q|v)_proj"),
+        r"^language_model\.model\.layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_names_of_transformers_4_and_back(name, tmp_path):
+    make, write, pattern = MAKERS[name]
+    base = tmp_path / "base"
+    make().save_pretrained(base)
+    new = write(tmp_path / "new")
+    old = lt.convert(new, to="peft", base=base, names_of="4", output=tmp_path / "old")
+    assert old.relative_error == 0.0
+    assert any(re.search(pattern, module) for module in old.adapter.modules)
+    lt.convert(tmp_path / "old", to="peft", base=base, names_of="5", output=tmp_path / "back")
+    assert distance(changes(make, tmp_path / "back"), changes(make, new)) <= 1e-6
+    for source in ("old", "new"):
+        lt.fuse(base, tmp_path / source, output=tmp_path / f"{source}-fused")
+    found = lt.verify(tmp_path / "new-fused", base=base, adapters=tmp_path / "old")
+    assert found.contained
+
+
+def test_names_of_a_version_need_a_base(tmp_path):
+    new = lora(llava, tmp_path / "new", 1, target_modules=r".*language_model.*(q|v)_proj")
+    with pytest.raises(OptionError, match="names_of"):
+        lt.convert(new, to="peft", names_of="4", output=tmp_path / "old")
+
+
+def llama():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def test_adapters_of_a_text_model_fit_the_model_of_several_parts_and_back(tmp_path):
+    llama().save_pretrained(tmp_path / "text")
+    llava().save_pretrained(tmp_path / "parts")
+    text = lora(llama, tmp_path / "lora", 1, target_modules=["q_proj", "down_proj"])
+    lt.convert(text, to="peft", base=tmp_path / "parts", output=tmp_path / "there")
+    lt.convert(tmp_path / "there", to="peft", base=tmp_path / "text", output=tmp_path / "back")
+    want, there = changes(llama, text), changes(llava, tmp_path / "there")
+    assert distance(changes(llama, tmp_path / "back"), want) == 0.0
+    renamed = {
+        key.replace("model.language_model.", "model."): change
+        for key, change in there.items()
+        if "language_model" in key or key == "lm_head.weight"
+    }
+    assert distance(renamed, want) <= 1e-6

@@ -26,7 +26,7 @@ def decaying(*shape, seed):
     return values * 0.1 * (0.5 + seed % 3) ** torch.arange(RANK)[:, None]
 
 
-def each(folder):
+def each(folder, without=()):
     """Write an adapter of the attention, the routers and the experts one by one."""
     from safetensors.torch import save_file
 
@@ -40,6 +40,8 @@ def each(folder):
                 modules[f"{block}.mlp.experts.{expert}.{name}_proj"] = size
     tensors = {}
     for seed, (name, (out, in_)) in enumerate(modules.items()):
+        if name.endswith(tuple(without)):
+            continue
         tensors[f"base_model.model.{name}.lora_A.weight"] = decaying(RANK, in_, seed=seed)
         b = decaying(RANK, out, seed=seed + 1).T.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
@@ -70,8 +72,6 @@ def stacked(folder, base):
 @pytest.mark.parametrize("layout", ["each", "stacked"])
 def test_peft_loads_what_comes_out(layout, rule, tmp_path):
     import transformers
-    from peft import PeftModel
-    from safetensors.torch import load_file
 
     import loratools
 
@@ -88,6 +88,58 @@ def test_peft_loads_what_comes_out(layout, rule, tmp_path):
         for name in ("lora", "squeezed")
     )
     assert after < before
+    check(tmp_path)
+
+
+OTHERS = {
+    "to-lora": lambda lt, one, other, base, out: lt.to_lora(one, energy=0.7, output=out),
+    "to-lora, budget": lambda lt, one, other, base, out: lt.to_lora(one, budget="60%", output=out),
+    "merge": lambda lt, one, other, base, out: lt.merge([one, other], output=out),
+    "merge, energy": lambda lt, one, other, base, out: lt.merge(
+        [one, other], energy=0.7, output=out
+    ),
+    "extract": lambda lt, one, other, base, out: lt.extract(
+        base, fused(lt, base, one), energy=0.7, output=out
+    ),
+}
+
+
+def fused(lt, base, adapter):
+    lt.fuse(base, adapter, output=base.with_name("tuned"))
+    return base.with_name("tuned")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("command", OTHERS)
+@pytest.mark.parametrize("layout", ["each", "stacked"])
+def test_peft_loads_what_other_commands_make(layout, command, tmp_path):
+    import transformers
+
+    import loratools
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**SIZES)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    if layout == "each":
+        each(tmp_path / "lora")
+        each(tmp_path / "other", without=["experts.1.up_proj", "experts.2.down_proj"])
+    else:
+        stacked(tmp_path / "lora", tmp_path / "base")
+        stacked(tmp_path / "other", tmp_path / "base")
+    one, other = tmp_path / "lora", tmp_path / "other"
+    OTHERS[command](loratools, one, other, tmp_path / "base", tmp_path / "squeezed")
+    check(tmp_path)
+
+
+def check(tmp_path):
+    """Hold what PEFT makes of `squeezed` to what `fuse` does."""
+    import transformers
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    import loratools
+
     loratools.fuse(tmp_path / "base", tmp_path / "squeezed", output=tmp_path / "fused")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with warnings.catch_warnings(record=True) as caught:

@@ -208,17 +208,10 @@ def scaled_q():
     return {KEY: torch.ones(24, 20), "layers.0.q.pre_quant_scale": torch.ones(20)}
 
 
-def integer_q():
-    import torch
-
-    return {KEY: torch.ones(24, 20, dtype=torch.int8), f"{KEY}_scale": torch.ones(24, 1)}
-
-
 CHANGED = {
     "packed": (packed_q, {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
     "inputs scaled": (scaled_q, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "inputs scaled, nothing said": (scaled_q, None),
-    "integers": (integer_q, {"quant_method": "compressed-tensors", "format": "int-quantized"}),
 }
 
 

@@ -266,7 +266,7 @@ def test_what_cannot_be_quantised_is_refused(make_base, tmp_path):
     quantize(read_checkpoint(plain), tmp_path / "once")
     with pytest.raises(AdapterError, match=r"no weight to quantise; got \d in four bits already"):
         quantize(read_checkpoint(tmp_path / "once"), tmp_path / "out")
-    with pytest.raises(AdapterError, match=r"no four-bit weights.*no quantization_config"):
+    with pytest.raises(AdapterError, match=r"no quantised weights.*no quantization_config"):
         dequantize(read_checkpoint(plain), tmp_path / "out")
     with pytest.raises(UnsupportedError, match="single file"):
         quantize(read_checkpoint(plain / "model-00001-of-00002.safetensors"), tmp_path / "out")

@@ -130,11 +130,11 @@ def test_a_module_that_the_base_does_not_have(broken, refused):
 
 
 def test_a_base_quantised_in_an_unknown_way(broken, refused):
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}
     (broken[0] / "config.json").write_text(json.dumps(config))
     tensors, name = load_file(shard(broken[0])), linear(1)
     del tensors[f"{name}.weight"]
-    packed = {"qweight": ("i4", 8, 64), "qzeros": ("i4", 1, 8), "scales": ("f2", 1, 64)}
+    packed = {"W_q": ("u1", 32, 64), "scale": ("f2", 64, 1), "zero": ("f2", 64, 1)}
     parts = {f"{name}.{part}": np.ones(size, kind) for part, (kind, *size) in packed.items()}
     save_file(tensors | parts, shard(broken[0]))
     index = broken[0] / "model.safetensors.index.json"
@@ -142,7 +142,7 @@ def test_a_base_quantised_in_an_unknown_way(broken, refused):
     home = where["weight_map"].pop(f"{name}.weight")
     where["weight_map"] |= dict.fromkeys(parts, home)
     index.write_text(json.dumps(where))
-    refused(*broken, "gptq")
+    refused(*broken, "hqq", "HQQ")
 
 
 def test_integers_cannot_be_added_to(broken, refused):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from dialect_files import KOHYA, PEFT, DialectFile, save
 from neighbours import built_classes, weights
+from safetensors.numpy import save_file
 from test_dialects import tensors_of
 from test_resolution import deltas, refusal, run
 
@@ -59,7 +60,21 @@ MODELS = {
     "ltx_video": ("LTXVideoTransformer3DModel", {"num_layers": 2}),
     "lumina2": ("Lumina2Transformer2DModel", {"num_layers": 2}),
     "sd3": ("SD3Transformer2DModel", {"num_layers": 3, "dual_attention_layers": (0,)}),
-}
+    "ace_step15": ("AceStepTransformer1DModel", {"num_hidden_layers": 2}),
+    "hidream": (
+        "HiDreamImageTransformer2DModel",
+        {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2,
+         "attention_head_dim": 8, "patch_size": 2, "in_channels": 4, "caption_channels": [16, 16],
+         "text_emb_dim": 16, "num_routed_experts": 2, "axes_dims_rope": (4, 2, 2),
+         "llama_layers": [0, 1]},
+    ),
+    "hunyuan_video15": ("HunyuanVideo15Transformer3DModel", {"num_layers": 2}),
+    "ideogram4": ("Ideogram4Transformer2DModel", {}),
+    "qwen_image21": ("QwenImage21Transformer2DModel", {"num_layers": 2}),
+    "wan_animate2": ("WanAnimate2Transformer3DModel", {"num_layers": 2}),
+}  # fmt: skip
+WITHOUT_CONVERTER = ("qwen_image", "ace_step15", "hunyuan_video15", "ideogram4")
+"""Both namings of Qwen-Image are one; the wheel of diffusers has no converter of the others."""
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +96,8 @@ def model_modules():
                 path: tuple(module.weight.shape)
                 for path, module in model.named_modules()
                 if isinstance(module, kinds)
+                # Its table has the layers, which LoRAs change, and nothing around them.
+                and (name != "ideogram4" or path.startswith("layers."))
             }
         return made[name]
 
@@ -134,8 +151,7 @@ def test_the_second_expert_of_wan_goes_there_and_back(model_modules, tmp_path):
         assert tensors_of(back) == tensors_of(source)
 
 
-# Both namings of Qwen-Image are one.
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen_image"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in WITHOUT_CONVERTER])
 def test_original_names_are_those_that_diffusers_converts(name, model_modules):
     """Give diffusers a checkpoint of our original names; its converter must make all modules."""
     import torch
@@ -197,7 +213,10 @@ def _converted(converters, name, checkpoint):
         "ltx2": converters.convert_ltx2_transformer_to_diffusers,
         "ltx_video": converters.convert_ltx_transformer_checkpoint_to_diffusers,
         "lumina2": converters.convert_lumina2_to_diffusers,
+        "hidream": converters.convert_hidream_transformer_to_diffusers,
+        "qwen_image21": converters.convert_qwen_image21_transformer_checkpoint_to_diffusers,
         "wan2": converters.convert_wan_transformer_to_diffusers,
+        "wan_animate2": converters.convert_wan_animate_2_transformer_to_diffusers,
         "z_image": converters.convert_z_image_transformer_checkpoint_to_diffusers,
     }[name]
     if name in ("auraflow", "hunyuan_video", "flux2", "cosmos2", "lumina2"):
@@ -236,6 +255,70 @@ def _flux1(converters, full):
             for norm in ("query_norm", "key_norm"):
                 full[f"{block}.norm.{norm}.scale"] = torch.zeros(1)
     return converters.convert_flux_transformer_checkpoint_to_diffusers(full)
+
+
+@pytest.mark.parametrize("name", ["ideogram4", "ace_step15"])
+def test_loras_get_the_names_that_diffusers_gives_them(name, model_modules, tmp_path):
+    from diffusers.loaders import lora_conversion_utils as loras
+
+    convert = {
+        "ideogram4": loras._convert_non_diffusers_ideogram4_lora_to_diffusers,
+        "ace_step15": loras._convert_non_diffusers_ace_step_lora_to_diffusers,
+    }[name]
+    import torch
+
+    table, generator = find_table(name), np.random.default_rng(0)
+    originals = {
+        original_of(table, path, shape)[1]
+        for path, shape in model_modules(name).items()
+        if path.startswith("layers.")
+    }
+    tensors = {
+        f"diffusion_model.{original}.{leaf}.weight": generator.standard_normal(shape).astype("f4")
+        for original in sorted(originals)
+        for leaf, shape in (("lora_A", (1, 4)), ("lora_B", (6, 1)))
+    }
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    run("convert", source, output, "--to", "diffusers", "--names", name)
+    trained = {"ideogram4": "diffusion_model.", "ace_step15": "base_model.model."}[name]
+    prefix = {"ideogram4": "diffusion_model.", "ace_step15": "diffusion_model.decoder."}[name]
+    given = {key.replace(prefix, trained): torch.from_numpy(t) for key, t in tensors.items()}
+    wanted = convert(given)
+    found = tensors_of(output)
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert found[key][2] == tensor.numpy().tobytes(), key
+
+
+def test_wan_animate_is_in_the_table_of_wan():
+    import diffusers
+    import torch
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
+
+    with torch.device("meta"):
+        model = diffusers.WanAnimateTransformer3DModel(num_layers=5)
+    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    table, checkpoint = find_table("wan2"), {}
+    shapes = {p: m.weight.shape for p, m in model.named_modules() if isinstance(m, kinds)}
+    rows = {}
+    for path, shape in shapes.items():
+        linear = tuple(shape) if len(shape) == 2 else (None, None)
+        place = table.locate(path, flat=False, schemes=("diffusers",), shape=linear)
+        assert place is not None, path
+        rows.setdefault(filled(place.row.original, place.numbers), {})[place.covered[0]] = path
+    for number, (original, parts) in enumerate(rows.items()):
+        pieces = [
+            torch.full((shapes[path][0], 1), 100.0 * number + part)
+            for part, path in sorted(parts.items())
+        ]
+        checkpoint[f"{original}.weight"] = torch.cat(pieces)
+    converted = convert(dict(checkpoint))
+    for number, parts in enumerate(rows.values()):
+        for part, path in parts.items():
+            values = converted[f"{path}.weight"]
+            assert values.shape[0] == shapes[path][0], path
+            assert (values == 100.0 * number + part).all(), path
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp", "all"])
@@ -318,6 +401,15 @@ def models():
         ({"ss_base_model_version": "ponyv7"}, ["auraflow"]),
         ({"ss_base_model_version": "pony"}, ["sdxl"]),
         ({"ss_base_model_version": "krea2"}, ["krea2"]),
+        ({"ss_base_model_version": "sd_v2_768_v"}, ["sd1"]),
+        ({"ss_base_model_version": "hunyuan_video_1_5"}, ["hunyuan_video15"]),
+        ({"modelspec.architecture": "hidream-i1"}, ["hidream"]),
+        ({"ss_base_model_version": "qwen_image_2.1"}, ["qwen_image21"]),
+        ({"ss_base_model_version": "wan2.2_animate"}, ["wan2"]),
+        ({"ss_base_model_version": "wan-animate-2"}, ["wan_animate2"]),
+        ({"ss_base_model_version": "ideogram4"}, ["ideogram4"]),
+        ({"ss_base_model_version": "kolors"}, ["sdxl"]),
+        ({"ss_base_model_version": "acestep-v15-turbo"}, ["ace_step15"]),
     ],
 )
 def test_what_metadata_calls_an_architecture(said, names):

@@ -1,5 +1,7 @@
 """`compare` equals dense float64 computations, over formats and shelves."""
 
+import csv
+import io
 import json
 import math
 import subprocess
@@ -43,6 +45,7 @@ def test_two_trained_adapters_compare_as_their_dense_changes():
         cosine = np.sum(one * other) / norms[0] / norms[1]
         assert_allclose(module.cosine, cosine, atol=1e-12)
         assert_allclose(module.norms, norms)
+        assert_allclose(module.norm_ratio, norms[1] / norms[0])
         assert_allclose(module.moved, np.linalg.norm(other - one) / norms[0], rtol=1e-9)
         direction = 1.0 - (norms[1] - norms[0]) ** 2 / np.linalg.norm(other - one) ** 2
         assert_allclose(module.moved_direction, direction, rtol=1e-9)
@@ -194,6 +197,29 @@ def test_a_shelf_of_mixed_ranks_has_the_same_overlaps_of_a_as_its_pairs(make_fol
             share = np.sum((one.T @ other) ** 2) / least
             expected = (share - most / 200) / (1 - most / 200)
             assert_allclose(result.a_overlaps[i][j], expected, atol=1e-4)
+
+
+def test_adapters_of_hostile_names_are_harmless_everywhere(make_folder, tmp_path):
+    names = ["=cmd|'x'!A1", "\x1b[31mred", "<script>alert(1)", "norm", "＝1+1"]
+    folders = [make_folder("one", dtype="f32", seed=seed).rename(tmp_path / name)
+               for seed, name in enumerate(names)]  # fmt: skip
+    rows = list(csv.reader(io.StringIO(run("compare", *folders, "--csv").stdout)))
+    assert all(not cell.startswith(("=", "＝")) for row in rows for cell in row)
+    assert rows[0][:3] == ["adapter", "norm", "linear_loss"]
+    assert [len(row) for row in rows] == [13] * 6
+    result = lt.compare(folders)
+    for row, name, cosines, of_a in zip(
+        rows[1:], names, result.cosines, result.a_cosines, strict=True
+    ):
+        assert (name in row[0]) == ("\x1b" not in name)
+        assert [float(cell) for cell in row[3:]] == [*cosines, *of_a]
+    done = run("compare", *folders, "--html", tmp_path / "report.html")
+    assert done.returncode == 0
+    page = (tmp_path / "report.html").read_text()
+    for text in (done.stdout, done.stderr, page, *map("".join, rows)):
+        assert "\x1b" not in text
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
 
 
 def test_modules_that_only_one_has_or_of_other_shapes_are_listed(make_folder):

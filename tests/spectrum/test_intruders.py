@@ -109,6 +109,26 @@ def test_trained_adapters_have_the_intruders_of_the_definition(name):
         assert_allclose(matrix.base.direction_change, np.mean(1.0 - cosine), atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora"])
+def test_bounds_on_trained_adapters_never_contradict_the_definition(name, monkeypatch):
+    """As for weights that are too large to decompose: what bounds leave open is counted apart."""
+    import loratools as lt
+
+    exact = lt.spectrum(dense.TINY / name, base=dense.TINY / "model")
+    monkeypatch.setattr("loratools.base.decompositions._EXACT_SIDE", 0)
+    bounded = lt.spectrum(dense.TINY / name, base=dense.TINY / "model")
+    settled = 0
+    for one, other in zip(exact.matrices, bounded.matrices, strict=True):
+        assert not other.base.exact
+        assert other.base.leading == one.base.leading
+        least = other.base.intruders
+        assert least <= one.base.intruders <= least + other.base.undetermined
+        settled += other.base.undetermined == 0
+        for truth, known in zip(one.base.cosines, other.base.cosines, strict=True):
+            assert known <= truth + 1e-6
+    assert settled > len(exact.matrices) // 2
+
+
 def test_amplification_is_the_ratio_of_norms_in_the_changes_own_spaces():
     weight, delta = planted((120, 80))
     change = delta.b @ delta.a

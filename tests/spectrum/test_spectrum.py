@@ -231,6 +231,9 @@ def test_a_second_run_takes_the_svds_from_the_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr("loratools.base.decompositions.base_svd", fail)
     assert spectrum(adapter, base=base, intruders=options) == first
+    other = spectrum(read_adapter(dense.TINY / "rslora"), base=base, intruders=options)
+    assert len(other.matrices) == 28
+    assert all(matrix.base.exact for matrix in other.matrices)
     broken = next((tmp_path / "cache").iterdir())
     broken.write_bytes(broken.read_bytes()[:1000])
     monkeypatch.undo()

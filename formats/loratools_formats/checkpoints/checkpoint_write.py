@@ -1,8 +1,8 @@
 """Publishing a changed checkpoint: shards, index, configuration, and everything else beside them.
 
 Weights of the base that no index lists, and weights in other formats, are left out, since they
-would be stale, and so are hidden and linked folders, and ModelOpt's file that says how weights are
-quantised if they are not any more; every other file is carried over. The folder appears whole or
+would be stale, and so are hidden and linked folders, and files that say how weights are quantised
+if they are not any more; every other file is carried over. The folder appears whole or
 not at all.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, WEIGHT_SUFFIXES, Checkpoint
+from loratools_formats.checkpoints.quantization import QUANTISATION_FILES
 from loratools_formats.checkpoints.shard_plan import NewTensor, Shard, new_nbytes
 from loratools_formats.checkpoints.shards import check_space, write_shards
 from loratools_formats.containers.safetensors_read import (
@@ -37,7 +38,6 @@ from loratools_formats.disk.provenance import (
 from loratools_formats.disk.publish import publish_folder, publish_with, resolved
 
 _WEIGHT_INDEX_SUFFIX = ".index.json"
-_QUANTIZED_FILE = "hf_quant_config.json"  # ModelOpt's, which loaders read beside config.json
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def grouped(
     *,
     max_shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> list[Shard]:
     """Return shards for parts, grouped as the base's files are or by a largest size.
 
@@ -90,18 +91,20 @@ def grouped(
             name of its own and goes where the part before it goes.
         max_shard_bytes: fill shards up to this many bytes of tensors, in the base's order.
         metadata: of the headers that are not used again; the base's own by default.
+        places: for parts of new names, the base tensor that each takes the place of.
 
     Raises:
         OptionError: a single file cannot be split.
     """
     home = {key: file for file in base.files for key in file.tensors}
+    home |= {new: home[old] for new, old in (places or {}).items()}
     if max_shard_bytes is None:
         return _as_in_base(base, parts, home, metadata)
     if not base.is_folder:
         raise OptionError("a single file cannot be split", hint="Leave out `max_shard_size`")
     groups: list[list[NewTensor]] = []
     room = 0
-    for part in _in_base_order(base, parts):
+    for part in _in_base_order(base, parts, places or {}):
         nbytes = new_nbytes(part)
         if not groups or nbytes > room:
             groups.append([])
@@ -119,7 +122,9 @@ def _names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _in_base_order(base: Checkpoint, parts: Mapping[str, NewTensor]) -> list[NewTensor]:
+def _in_base_order(
+    base: Checkpoint, parts: Mapping[str, NewTensor], places: Mapping[str, str]
+) -> list[NewTensor]:
     """Return the parts in the order of the base's files and bytes, new ones after their anchor."""
     order = {
         key: (number, ref.offset)
@@ -129,7 +134,7 @@ def _in_base_order(base: Checkpoint, parts: Mapping[str, NewTensor]) -> list[New
     place = (0, 0)
     keyed = []
     for key, part in parts.items():
-        place = order.get(key, place)
+        place = order.get(places.get(key, key), place)
         keyed.append((place, part))
     return [part for _, part in sorted(keyed, key=lambda pair: pair[0])]
 
@@ -243,7 +248,7 @@ def _others(new: NewCheckpoint) -> tuple[list[tuple[str, Path]], list[str]]:
     base = new.base
     own = {file.file.path.name for file in base.files} | {base.index_file, PROVENANCE_FILE}
     is_plain = new.config is not None and "quantization_config" not in new.config
-    stale = {_QUANTIZED_FILE} if is_plain else set()
+    stale = set(QUANTISATION_FILES) if is_plain else set()
     carried, left_out = [], []
     for root, folders, names in os.walk(base.path, onerror=_refuse_unlisted):
         place = os.path.relpath(root, base.path)

@@ -37,7 +37,9 @@ _SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 PRE_SCALE = ".pre_quant_scale"
 _OF_ACTIVATIONS = (
     "input_scale", "activation_scale", "output_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
-    "k_proj.output_scale", "v_proj.output_scale", "scale_input",
+    "k_proj.output_scale", "v_proj.output_scale", "scale_input", "input_global_scale",
+    "q_global_scale", "k_global_scale", "v_global_scale", "input_zero_point", "output_zero_point",
+    "q_zero_point", "k_zero_point", "v_zero_point", "input_g_idx",
 )  # fmt: skip
 _DEFAULT_BLOCK = (128, 128)
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import TEXT_SECTIONS
 from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.strict_json import read_object
 
 _KEYS = ("quantization_config", "compression_config")
 
@@ -29,14 +31,49 @@ _BESIDE_MODULE = (
 
 _FORMATS = {
     "_blocks": "MXFP4 as in gpt-oss",
-    ".weight_packed": "packed integers or NVFP4 of compressed-tensors",
+    ".scale_packed": "marlin-24 of compressed-tensors",
+    ".bitmask": "sparse weights of compressed-tensors",
+    ".weight_packed": "packed numbers of compressed-tensors",
     ".weight_scale_2": "NVFP4 of ModelOpt",
+    ".svdquant_lora_a": "SVDQuant of ModelOpt",
+    ".svdquant_lora_b": "SVDQuant of ModelOpt",
+    ".pre_quant_scale": "ModelOpt, with scales of inputs",
     ".qweight": "GPTQ or AWQ",
     ".SCB": "LLM.int8 of bitsandbytes",
     ".W_q": "HQQ",
+    "_weight_qdata": "torchao",
+    ".trellis": "EXL3",
+    ".q_weight": "EXL2",
+    ".q_perm": "EXL2",
+    ".codebooks": "AQLM",
+    ".centroids": "VPTQ",
+    ".centroids.weight": "VPTQ",
+    ".weight._data": "quanto",
+    ".weight_bitmap": "a sparse format",
     ".biases": "MLX",
+    ".qbiases": "MLX as transformers' metal saves it",
 }
 """By the end of a tensor's name, the format that has tensors named so."""
+
+_SHARED_WITH_PLAIN = (
+    "_blocks", ".biases", ".bitmask", ".codebooks", ".centroids.weight", ".q_weight",
+)  # fmt: skip
+"""Ends of names that plain tensors have, too: they count only beside other parts of a weight."""
+
+_BESIDE_CONFIG = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
+"""Files that say how weights are quantised where config.json does not, and what they are of."""
+
+_ROTATIONS = ("rotation", "hadamard")
+"""What names of entries say that weights are rotated, as AutoRound and FP-Quant write them."""
+
+_MAX_JSON_BYTES = 16 << 20
+
+QUANTISATION_FILES = (*_BESIDE_CONFIG, "quantization_config.json")
+"""Files beside config.json that say how weights are quantised."""
 
 
 def quantization_of(config: Mapping[str, Any]) -> Any:
@@ -53,6 +90,28 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
     return next((each for each in found if each is not None), None)
 
 
+def stated_of(base: Checkpoint) -> Mapping[str, Any]:
+    """Return what a checkpoint's configuration, or a file beside it, says of its quantisation.
+
+    Returns:
+        A mapping with `quant_method` where one is said; empty if nothing is.
+
+    Raises:
+        AdapterError: a file beside the configuration is no JSON object.
+    """
+    found = quantization_of(base.config)
+    if isinstance(found, Mapping):
+        return found
+    if found is not None:
+        return {"quant_method": found}
+    for name, method in _BESIDE_CONFIG.items():
+        if base.is_folder and (base.path / name).exists():
+            values = read_object(base.path / name, _MAX_JSON_BYTES, name="file", max_depth=None)
+            inner = values.get("quantization")
+            return {"quant_method": method, **(inner if isinstance(inner, Mapping) else values)}
+    return {}
+
+
 def refuse_rotated(config: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose weights are rotated: what it stores is not what acts on inputs.
 
@@ -67,6 +126,13 @@ def refuse_rotated(config: Mapping[str, Any]) -> None:
             got=", ".join(_applied(found["transform_config"])),
             hint="Start from the original checkpoint",
         )
+    for name, value in found.items() if isinstance(found, Mapping) else ():
+        if value and any(word in str(name).lower() for word in _ROTATIONS):
+            raise UnsupportedError(
+                "the base's weights are rotated, so that a change cannot be added to them",
+                got=name,
+                hint="Start from the original checkpoint",
+            )
 
 
 def _applied(transform: Any) -> list[str]:
@@ -87,3 +153,8 @@ def parts_beside(key: str, tensors: Mapping[str, Any]) -> list[str]:
     if module != key:
         names += [f"{module}.{leaf}" for leaf in _BESIDE_MODULE]
     return [name for name in names if name in tensors]
+
+
+def is_part(key: str) -> bool:
+    """Return whether a tensor's name alone shows that it is a part of a quantised weight."""
+    return any(key.endswith(end) for end in _FORMATS if end not in _SHARED_WITH_PLAIN)

@@ -51,6 +51,7 @@ def pair_module(
         name=name,
         cosine=angle_cosine,
         norms=norms,
+        norm_ratio=norms[1] / norms[0] if norms[0] else None,
         moved=math.sqrt(moved) / norms[0] if norms[0] else None,
         moved_direction=min(direction / moved, 1.0) if moved and direction is not None else None,
         a_change=math.sqrt(a_moved / a_norm) if a_norm > 0.0 else None,

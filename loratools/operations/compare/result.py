@@ -15,6 +15,7 @@ class PairModule:
         name: module path.
         cosine: of the two changes; None if one is zero, as all that needs an angle.
         norms: ‖ΔW₁‖_F and ‖ΔW₂‖_F.
+        norm_ratio: ‖ΔW₂‖_F/‖ΔW₁‖_F; None if the first is zero.
         moved: ‖ΔW₂ − ΔW₁‖/‖ΔW₁‖.
         moved_direction: share of ‖ΔW₂ − ΔW₁‖² that is of direction, 2‖ΔW₁‖‖ΔW₂‖(1 − cos); the rest,
             (‖ΔW₂‖ − ‖ΔW₁‖)², is of magnitude. None if nothing moved.
@@ -36,6 +37,7 @@ class PairModule:
     name: str
     cosine: float | None
     norms: tuple[float, float]
+    norm_ratio: float | None
     moved: float | None
     moved_direction: float | None
     a_change: float | None

@@ -50,20 +50,23 @@ def uses_names(source: str, target: str) -> bool:
     return {source, target} <= NAMED
 
 
-def in_target_names(adapter: Adapter, target: str, base: Path | None) -> Adapter:
+def in_target_names(
+    adapter: Adapter, target: str, base: Path | None, *, as_stored: bool = False
+) -> Adapter:
     """Return an adapter under the names that the target's loader knows for a base.
 
     Args:
         adapter: of PEFT or MLX.
         target: `peft` or `mlx`.
         base: the base model.
+        as_stored: name and divide modules as the base's files do, not as its class.
 
     Raises:
         UnsupportedError: the names differ between the two, and there is no base to tell them.
     """
     checkpoint = None if base is None or is_gguf(base) else read_checkpoint(base)
     if checkpoint is not None:
-        adapter = in_class_names([adapter], checkpoint)[0]
+        adapter = in_class_names([adapter], checkpoint, as_stored=as_stored)[0]
     elif adapter.format != target:
         _refuse_names(adapter, target)
     return _for_mlx(adapter, checkpoint) if target == "mlx" and checkpoint is not None else adapter

@@ -68,6 +68,8 @@ class ConvertOptions:
         keep_alpha: leave scales beside factors, as they are.
         fold_alpha: move scales into factors even if that rounds.
         allow_lossy: leave out what the format cannot hold.
+        names_of: name modules as classes of transformers 5 do, or as those of version 4 and the
+            base's files; both need the base.
 
     Raises:
         OptionError: scales are to be kept and moved.
@@ -83,6 +85,7 @@ class ConvertOptions:
     keep_alpha: bool = option(False, heading="Computing")
     fold_alpha: bool = option(False, heading="Computing")
     allow_lossy: bool = option(False, heading="Output")
+    names_of: Literal["4", "5"] | None = option(None, heading="Output")
 
     def __post_init__(self) -> None:
         if self.keep_alpha and self.fold_alpha:
@@ -99,8 +102,9 @@ class SingleFileOptions:
     """How to write or read single-file adapters, whose names need resolving.
 
     Attributes:
-        names: names of an architecture in single files: auraflow, chroma, cosmos2, flux1, flux2,
-            hunyuan_video, krea2, ltx2, ltx_video, lumina2, qwen_image, sd1, sd3, sdxl, wan2,
+        names: names of an architecture in single files: ace_step15, auraflow, chroma, cosmos2,
+            flux1, flux2, hidream, hunyuan_video, hunyuan_video15, ideogram4, krea2, ltx2,
+            ltx_video, lumina2, qwen_image, qwen_image21, sd1, sd3, sdxl, wan2, wan_animate2,
             z_image, or a FILE.toml of yours.
         names_from: an adapter whose dotted names resolve flattened ones.
         component: part of a pipeline that names without one are of, or that is to be taken.
@@ -138,6 +142,7 @@ def prepare(
     allow_lossy: bool = False,
     metadata: Mapping[str, str] | None = None,
     single: SingleFileOptions | None = None,
+    names_of: Literal["4", "5"] | None = None,
 ) -> Conversion:
     """Translate an adapter into another format; loads no factor and writes nothing.
 
@@ -148,6 +153,7 @@ def prepare(
         allow_lossy: leave out what the target cannot hold.
         metadata: text to add to the output's metadata.
         single: what single-file formats are asked for.
+        names_of: the version of transformers whose names of modules to write; needs the base.
 
     Raises:
         UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
@@ -159,6 +165,7 @@ def prepare(
     if not target.is_writable:
         raise UnsupportedError(f"format {target.name} can be read but not written")
     _check_dtype(target, context.dtype)
+    _check_names_of(names_of, adapter, target, context)
     unused: tuple[Finding, ...] = ()
     if context.base is not None and not _uses_base(get_format(adapter.format), target):
         message = f"converting {adapter.format} to {target.name} needs no base model"
@@ -166,7 +173,7 @@ def prepare(
         context = replace(context, base=None)
     if adapter.format != target.name:
         adapter.require_true_delta("convert", target.caveats_kept)
-    model = _in_model_terms(adapter, target, context)
+    model = _in_model_terms(adapter, target, context, names_of)
     model = model if single.as_it_is else _with_positive_scales(model)
     if target.name == "gguf" and context.base is not None and model.replacements:
         model = without_repeated(model, stored_in(context.base))
@@ -196,6 +203,7 @@ def prepare(
         model = replace(model, metadata=without_training_data(model.metadata))
     exact, made = _translated(model, named, target, context, single)
     options: dict[str, Any] = {"to": target.name, **single.record()}
+    options |= {} if names_of is None else {"names_of": names_of}
     if context.dtype is not None:
         options["outtype"] = context.dtype
     if losses:
@@ -294,11 +302,28 @@ def _named(
     return renamed(adapter, naming or "bare", options)
 
 
-def _in_model_terms(adapter: Adapter, target: Format, context: Context) -> Adapter:
+def _check_names_of(
+    names_of: str | None, adapter: Adapter, target: Format, context: Context
+) -> None:
+    if names_of is None:
+        return
+    if target.name != "peft" or not uses_names(adapter.format, target.name):
+        raise OptionError(
+            "`names_of` is for names of PEFT",
+            got=f"{adapter.format} to {target.name}",
+            expected="peft or mlx to peft",
+        )
+    if context.base is None:
+        raise OptionError("`names_of` needs the base, whose class tells the names: pass `base`")
+
+
+def _in_model_terms(
+    adapter: Adapter, target: Format, context: Context, names_of: str | None = None
+) -> Adapter:
     source = get_format(adapter.format)
     model = adapter if source.name == target.name else source.to_model(adapter, context)
     if uses_names(source.name, target.name):
-        return in_target_names(model, target.name, context.base)
+        return in_target_names(model, target.name, context.base, as_stored=names_of == "4")
     return model
 
 

@@ -249,6 +249,7 @@ class Fusion:
                 self._parts(),
                 max_shard_bytes=options.max_shard_bytes,
                 metadata=dequantised_metadata(self._dequantised),
+                places=self._dequantised.places,
             ),
             self._config(),
             self._recorded,

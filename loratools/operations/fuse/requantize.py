@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from loratools.algebra.device import Device
-from loratools.base.dequantised import four_bit_tensor
+from loratools.base.codecs.bitsandbytes import FourBitWeight
 from loratools.base.fourbit.encode import FourBitOptions
 from loratools.base.fourbit.store import blanks, fill
 from loratools.operations.fuse.blocks import Block, fused_blocks
@@ -65,7 +65,7 @@ class Requantized:
         key, shape = self.weight.key, self.weight.shape
         fill(kept, key, shape, self.weight.dtype, self._options, self._pieces())
         written = quantized_weights({name: sink.tensor() for name, sink in kept.items()})[key]
-        return self._measured(four_bit_tensor(written, transposed=self._transposed))
+        return self._measured(FourBitWeight(written, transposed=self._transposed).tensor())
 
     def _pieces(self) -> Iterator[Array]:
         """Yield the new values in the order in which they are stored."""

@@ -56,6 +56,7 @@ from loratools.operations.merge.whole import (
     refuse_unasked,
     whole_modules,
 )
+from loratools.operations.one_rank import groups_of_one_rank
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
 from loratools.work.regexes import is_found
@@ -230,6 +231,9 @@ class _Merge(Ranked[_Merged, Measured]):
             options.rule,
             Resizer(options.compute, Scratch(scratch_folder), options.rule.uniform),
             input_nbytes=sum(item.adapter.weights_nbytes for item in inputs),
+            groups=groups_of_one_rank(
+                {module.name: module.first.layer for module in modules}, self._around.format
+            ),
         )
 
     def _without_modules(self) -> Adapter:

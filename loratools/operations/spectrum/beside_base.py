@@ -6,7 +6,7 @@ import numpy as np
 
 from loratools.algebra.intruders import amplification, leading_triplets
 from loratools.algebra.thin import Thin
-from loratools.base.decompositions import IntruderOptions, leading
+from loratools.base.decompositions import IntruderOptions, leading, leading_of_merged
 from loratools.operations.spectrum.result import BaseMeasures
 from loratools_formats.core.dtypes import Array
 
@@ -23,10 +23,13 @@ def beside_base(weight: Array, delta: Thin, options: IntruderOptions) -> BaseMea
     """
     squared = float(np.vdot(weight, weight))
     top = _spectral_norm(weight) if squared else 0.0
-    merged = weight + delta.dense()
+    merged = delta.dense()
+    merged += weight
     found, exact = None, False
-    if squared > 0.0 and options.count > 0:
+    if squared > 0.0 and options.count > 0 and delta.is_product:
         found, exact = leading(weight, delta, options)
+    elif squared > 0.0 and options.count > 0:
+        found, exact = leading_of_merged(weight, merged, options)
     magnitude, direction = _parted(weight, merged)
     return BaseMeasures(
         relative_change=float(np.sqrt(delta.squared_norm / squared)) if squared else None,

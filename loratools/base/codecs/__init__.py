@@ -1,0 +1,55 @@
+"""Formats of quantised weights: one file each, all with one interface.
+
+A codec says which stored tensors make up one weight (`declare`), and a `CodedWeight` computes any
+range of its values. Nothing outside this package knows a format by name: `coded_weights` asks every
+codec, in an order in which each sees only what those before it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loratools.base.codecs import (
+    awq,
+    bitsandbytes,
+    compressed,
+    eight_bit,
+    gptq,
+    mlx,
+    mxfp4,
+    nvfp4,
+)
+from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored
+
+__all__ = ["CODECS", "Codec", "CodedWeight", "Scheme", "Stored", "coded_weights", "methods"]
+
+CODECS: tuple[Codec, ...] = (
+    bitsandbytes.CODEC,
+    mlx.CODEC,
+    gptq.CODEC,
+    awq.CODEC,
+    compressed.CODEC,
+    nvfp4.CODEC,
+    mxfp4.CODEC,
+    eight_bit.CODEC,
+)
+
+
+def coded_weights(stored: Stored) -> dict[str, CodedWeight]:
+    """Return the quantised weights of a checkpoint by their plain names.
+
+    Raises:
+        AdapterError: tensors of a weight are missing or contradict each other.
+        UnsupportedError: a variant whose values are not known.
+    """
+    found: dict[str, CodedWeight] = {}
+    for codec in CODECS:
+        declared = codec.declare(stored)
+        found |= declared
+        stored = stored.without(part.key for weight in declared.values() for part in weight.parts)
+    return found
+
+
+def methods(codecs: Iterable[Codec] = CODECS) -> frozenset[str]:
+    """Return the names that configurations give the quantisations that can be read."""
+    return frozenset(name for codec in codecs for name in codec.methods)

@@ -1,0 +1,98 @@
+"""Codes of a few bits, packed: out of bytes, into numbers.
+
+Code i of a row has bits [i·b, i·b + b) of its bytes, the lowest bit of the first byte first. GPTQ,
+compressed-tensors and MLX store this stream in 32-bit words, and codes may straddle them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from loratools_formats.core.dtypes import Array
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""What four bits of OCP's E2M1 mean, by code."""
+
+
+def unpacked(data: Array, bits: int, count: int) -> Array:
+    """Return the codes of rows of bytes.
+
+    Args:
+        data: U8 (rows, bytes), at least ceil(count · bits / 8) bytes a row.
+        bits: of a code, 1 to 8.
+        count: codes of a row.
+
+    Returns:
+        U8 (rows, count).
+    """
+    if bits == 8:
+        return data[:, :count]
+    if 8 % bits == 0:
+        return _in_bytes(data, bits, count)
+    eights = -(-count // 8)
+    if data.shape[1] < eights * bits:
+        data = np.pad(data, ((0, 0), (0, eights * bits - data.shape[1])))
+    sets = np.ascontiguousarray(data[:, : eights * bits]).reshape(-1, bits)
+    out = np.empty((len(sets), 8), np.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        value = sets[:, byte] >> shift
+        if shift + bits > 8:
+            value = value | (sets[:, byte + 1] << (8 - shift))
+        out[:, i] = value & ((1 << bits) - 1)
+    return out.reshape(len(data), -1)[:, :count]
+
+
+def _in_bytes(data: Array, bits: int, count: int) -> Array:
+    """Return codes of which a byte holds a whole number."""
+    needed = -(-count * bits // 8)
+    pieces = np.take(_pieces(bits), np.ascontiguousarray(data[:, :needed]), axis=0)
+    return pieces.reshape(len(data), -1)[:, :count]
+
+
+@cache
+def _pieces(bits: int) -> Array:
+    """Return the codes of each byte: U8 (256, 8 / bits)."""
+    byte = np.arange(256)[:, None]
+    return (byte >> (np.arange(8 // bits) * bits) & ((1 << bits) - 1)).astype(np.uint8)
+
+
+def fours(data: Array, table: Array) -> Array:
+    """Return what four-bit codes mean, the low half of a byte first.
+
+    Args:
+        data: U8 (rows, bytes).
+        table: F32 (16,) what each code means.
+
+    Returns:
+        F32 (rows, 2 · bytes).
+    """
+    codes = np.arange(256)
+    pairs = np.stack([table[codes & 15], table[codes >> 4]], axis=1).view(np.uint64).reshape(-1)
+    values: Array = np.take(pairs, np.ascontiguousarray(data)).view(np.float32)
+    return values
+
+
+def powers(codes: Array) -> Array:
+    """Return E8M0: 2^(code − 127) in float32, NaN for 255, as OCP's standard has it."""
+    values: Array = np.take(_powers(), codes)
+    return values
+
+
+@cache
+def _powers() -> Array:
+    return np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
+
+
+def times_groups(values: Array, scales: Array) -> Array:
+    """Multiply rows in place with one scale for each of the groups along them, and return them.
+
+    Args:
+        values: F32 (rows, groups · size), contiguous.
+        scales: F32 (rows or 1, groups).
+    """
+    grouped = values.reshape(len(values), scales.shape[1], -1)
+    grouped *= scales[:, :, None]
+    return values

@@ -1,0 +1,242 @@
+"""What a format of quantised weights must declare, and how any range of a weight is computed."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from loratools_formats.core.dtypes import Array, DType, converted, encode
+from loratools_formats.core.tensors import Buffer, TensorRef, in_file
+from loratools_formats.disk.errors import AdapterError
+
+CHUNK = 1 << 19  # elements computed at a time
+_HELD = 16 << 20  # bytes of one matrix that are read whole where columns are asked for
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a codec looks at.
+
+    Attributes:
+        tensors: those that no other codec has claimed.
+        config: the model's configuration.
+        stated: what the configuration, or a file beside it, says of quantisation; empty if nothing.
+    """
+
+    tensors: Mapping[str, TensorRef]
+    config: Mapping[str, Any]
+    stated: Mapping[str, Any]
+
+    def without(self, keys: Iterable[str]) -> Stored:
+        """Return the same but for some tensors."""
+        taken = set(keys)
+        if not taken:
+            return self
+        return replace(self, tensors={k: t for k, t in self.tensors.items() if k not in taken})
+
+    def named(self, leaf: str) -> dict[str, TensorRef]:
+        """Return the tensors whose names end in `leaf`, by the rest of the name."""
+        return {k.removesuffix(leaf): t for k, t in self.tensors.items() if k.endswith(leaf)}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is quantised.
+
+    Attributes:
+        name: of the format and its variant.
+        bits: of a code.
+        group: values that share a scale, along the inputs; None if the scheme has no such number.
+    """
+
+    name: str
+    bits: int
+    group: int | None = None
+
+    def __str__(self) -> str:
+        group = "" if self.group is None else f", groups of {self.group}"
+        return f"{self.name}, {self.bits} bits{group}"
+
+
+class CodedWeight(ABC):
+    """One quantised weight: which tensors hold it, and its values.
+
+    Attributes:
+        key: name of the plain weight.
+        shape: of the plain weight, the last dimension being the one that rows run along.
+        dtype: type of the values, which loaders round to.
+        parts: all tensors that make it up, the codes first.
+        scheme: how it is quantised.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: DType,
+        parts: Iterable[TensorRef],
+        scheme: Scheme,
+    ) -> None:
+        self.key = key
+        self.shape = shape
+        self.dtype = dtype
+        self.parts = tuple(parts)
+        self.scheme = scheme
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors together."""
+        return sum(part.nbytes for part in self.parts)
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows [start, stop) of the weight as a matrix (rows, shape[-1]).
+
+        The values are those of `dtype`, in it or in float32.
+        """
+
+    def elements(self, start: int, stop: int) -> Array:
+        """Return elements [start, stop) of the flat weight in `dtype`, computed in pieces."""
+        width = max(self.shape[-1], 1)
+        height = max(CHUNK // width, 1)
+        out = np.empty(stop - start, self.dtype.numpy_dtype())
+        at = start
+        while at < stop:
+            first = at // width
+            last = min(first + height, -(-stop // width))
+            end = min(stop, last * width)
+            values = self.rows(first, last).reshape(-1)[at - first * width : end - first * width]
+            out[at - start : end - start] = converted(values, out.dtype)
+            at = end
+        return out
+
+    def exact(self, start: int, stop: int) -> Array:
+        """Return elements [start, stop) in float32, before they are rounded to a type of storage.
+
+        They are those of `dtype` where the format's loaders compute in that.
+        """
+        return self.elements(start, stop).astype(np.float32)
+
+    def tensor(self, dtype: DType | None = None) -> TensorRef:
+        """Return the weight as a plain tensor that is computed when it is read.
+
+        Args:
+            dtype: type to round the values to; their own by default.
+        """
+        dtype = dtype or self.dtype
+        return in_file(self.key, dtype, self.shape, _Source(self, dtype), 0)
+
+
+class _Source:
+    """Bytes of a plain tensor that are computed when they are read."""
+
+    def __init__(self, weight: CodedWeight, dtype: DType) -> None:
+        self._weight = weight
+        self._dtype = dtype
+
+    def read_at(self, offset: int, nbytes: int) -> Buffer:
+        """Return exactly `nbytes` bytes from `offset`, both whole elements."""
+        width = self._dtype.bits // 8
+        values = self._weight.elements(offset // width, (offset + nbytes) // width)
+        return memoryview(encode(values, self._dtype).view(np.uint8).reshape(-1).data)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A format of quantised weights.
+
+    Attributes:
+        name: for people.
+        methods: what configurations call it in `quant_method`.
+        declare: returns the weights of a checkpoint that are in this format, by plain name. Raises
+            AdapterError if tensors contradict each other, and UnsupportedError for a variant whose
+            values are not known; leaves alone what is not its own.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    declare: Callable[[Stored], dict[str, CodedWeight]]
+
+
+class Columns:
+    """Columns of stored matrices, read without the others where a matrix is large.
+
+    A matrix of a few megabytes is read whole and kept by each thread until it reads another one,
+    since its columns lie apart.
+
+    Args:
+        tensor: the matrices, one behind the other.
+        height: rows of each.
+        width: bytes of a row.
+    """
+
+    _kept = threading.local()
+
+    def __init__(self, tensor: TensorRef, height: int, width: int) -> None:
+        self._tensor = tensor
+        self._height = height
+        self._width = width
+
+    def read(self, start: int, stop: int, matrix: int = 0) -> Array:
+        """Return bytes [start, stop) of every row of a matrix: (height, stop - start) U8."""
+        size = self._height * self._width
+        begin = matrix * size
+        if size <= _HELD:
+            kept = getattr(self._kept, "whole", None)
+            if kept is None or kept[0] is not self or kept[1] != matrix:
+                data = self._tensor.raw_range(begin, begin + size)
+                whole = np.frombuffer(data, np.uint8).reshape(self._height, self._width)
+                kept = self._kept.whole = (self, matrix, whole)
+            return kept[2][:, start:stop]
+        out = np.empty((self._height, stop - start), np.uint8)
+        for row in range(self._height):
+            at = begin + row * self._width
+            out[row] = np.frombuffer(self._tensor.raw_range(at + start, at + stop), np.uint8)
+        return out
+
+
+def matrix_rows(tensor: TensorRef, start: int, stop: int) -> Array:
+    """Return rows [start, stop), along the last dimension, in the stored type."""
+    width = tensor.shape[-1]
+    return tensor.elements(start * width, stop * width).reshape(stop - start, width)
+
+
+def sibling(
+    tensors: Mapping[str, TensorRef],
+    key: str,
+    codes: tuple[str, ...],
+    shape: tuple[int, ...] | None = None,
+) -> TensorRef:
+    """Return a tensor that a weight needs.
+
+    Raises:
+        AdapterError: it is missing, or has another type or shape.
+    """
+    if key not in tensors:
+        raise AdapterError("a tensor of a quantised weight is missing", tensor=key)
+    found = tensors[key]
+    if found.dtype.code not in codes:
+        raise AdapterError(
+            "a tensor of a quantised weight has the wrong type",
+            tensor=key,
+            got=found.dtype.code,
+            expected=" or ".join(codes),
+        )
+    if shape is not None and found.shape != shape:
+        raise wrong_shape(found, list(shape))
+    return found
+
+
+def wrong_shape(tensor: TensorRef, expected: object) -> AdapterError:
+    """Return the error that a tensor of a weight does not fit the others."""
+    return AdapterError(
+        "a tensor of a quantised weight has the wrong shape",
+        tensor=tensor.key,
+        got=list(tensor.shape),
+        expected=expected,
+    )

@@ -1,0 +1,270 @@
+"""Integers of compressed-tensors: pack-quantized, int-quantized and naive-quantized.
+
+Packed, a module has `weight_packed` I32 (out, words) with codes of 2 to 8 bits along the inputs,
+`weight_shape`, `weight_scale`, and if it is asymmetric `weight_zero_point`, packed down the rows;
+codes and zeros are offset by 2^(bits − 1). `weight_g_idx` says which group a column is in. Else
+`weight` is I8. A value is (code − zero), rounded to the type of the scales, times the scale,
+rounded again. Up to 0.17 the library put as many whole codes into a word as fit, later a dense
+stream; the number of words tells which.
+
+Source: compressed-tensors 0.20, `compressors/pack_quantized` and `quantization/lifecycle/forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from loratools.base.codecs.bits import unpacked
+from loratools.base.codecs.codec import (
+    Codec,
+    CodedWeight,
+    Scheme,
+    Stored,
+    matrix_rows,
+    sibling,
+    wrong_shape,
+)
+from loratools_formats.core.dtypes import Array, converted
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+_FLOATING = ("BF16", "F16", "F32")
+_TOGETHER = 32  # rows whose zeros fill whole words
+_PACKED = ".weight_packed"
+
+
+class _Words:
+    """Codes along rows of 32-bit words.
+
+    Args:
+        bits: of a code.
+        dense: whether codes straddle words.
+    """
+
+    def __init__(self, bits: int, *, dense: bool) -> None:
+        self.bits = bits
+        self._dense = dense
+
+    def read(self, words: Array, count: int) -> Array:
+        """Return codes less 2^(bits − 1): I16 (rows, count), of I32 (rows, words)."""
+        if self._dense:
+            data = np.ascontiguousarray(words).view(np.uint8)
+            codes = unpacked(data, self.bits, count).astype(np.int16)
+        else:
+            shifts = np.arange(32 // self.bits, dtype=np.uint32) * np.uint32(self.bits)
+            spread = np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts
+            spread &= np.uint32((1 << self.bits) - 1)
+            codes = spread.reshape(len(words), -1)[:, :count].astype(np.int16)
+        return codes - np.int16(1 << (self.bits - 1))
+
+    @staticmethod
+    def number(count: int, bits: int, *, dense: bool) -> int:
+        """Return how many words hold a number of codes."""
+        return -(-count * bits // 32) if dense else -(-count // (32 // bits))
+
+
+class _Integers(CodedWeight):
+    """(code − zero) · scale, rounded after each.
+
+    Args:
+        key: of the plain weight.
+        shape: of it.
+        codes: I8, or I32 words.
+        words: how words are packed; None for I8.
+        parts: scale, and zero point and g_idx where there are any.
+        name: of the scheme.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        codes: TensorRef,
+        words: _Words | None,
+        parts: Mapping[str, TensorRef],
+        name: str,
+    ) -> None:
+        self._codes, self._words = codes, words
+        self._scale, self._zero = parts["scale"], parts.get("zero_point")
+        self._index = parts.get("g_idx")
+        grid = self._scale.shape
+        self._grid = (1, 1) if self._scale.numel == 1 else (grid[0], (*grid, 1)[1])
+        group = shape[-1] // self._grid[1] if self._grid[1] > 1 else None
+        bits = 8 if words is None else words.bits
+        super().__init__(
+            key, shape, self._scale.dtype, (codes, *parts.values()), Scheme(name, bits, group)
+        )
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows, rounded to the type of the scales after the subtraction."""
+        width = self.shape[-1]
+        stored = matrix_rows(self._codes, start, stop)
+        values: Array = stored if self._words is None else self._words.read(stored, width)
+        values = values.astype(np.float32)
+        lines = np.arange(start, stop) // (self.shape[0] // self._grid[0])
+        first = int(lines[0]) if len(lines) else 0
+        scales = self._read(self._scale, lines, first).astype(np.float32)
+        if self._zero is not None:
+            self._spread(values, -self._zeros(self._zero, lines, first).astype(np.float32), np.add)
+            if self.dtype.bits == 16:
+                values = converted(values, self.dtype.numpy_dtype()).astype(np.float32)
+        return self._spread(values, scales, np.multiply)
+
+    def _read(self, tensor: TensorRef, lines: Array, first: int) -> Array:
+        """Return the numbers of rows of a grid: (rows, groups)."""
+        across = self._grid[1]
+        last = int(lines[-1]) + 1 if len(lines) else first
+        stored = tensor.elements(first * across, last * across)
+        numbers: Array = stored.reshape(-1, across)[lines - first]
+        return numbers
+
+    def _zeros(self, zero: TensorRef, lines: Array, first: int) -> Array:
+        """Return the zeros of rows: (rows, groups); they may be packed down the rows."""
+        if self._words is None or self._grid[0] == 1 or zero.dtype.code != "I32":
+            return self._read(zero, lines, first)
+        bits, across = self._words.bits, self._grid[1]
+        dense = zero.shape[0] == _Words.number(self._grid[0], bits, dense=True)
+        codes, words = (_TOGETHER, bits) if dense else (32 // bits, 1)
+        top, last = first // codes, int(lines[-1]) + 1
+        end = min(-(-last // codes) * words, zero.shape[0])
+        stored = zero.elements(top * words * across, end * across).reshape(-1, across)
+        packed, begin = _Words(bits, dense=dense), top * codes
+        zeros: Array = packed.read(np.ascontiguousarray(stored.T), last - begin).T[lines - begin]
+        return zeros
+
+    def _spread(self, values: Array, numbers: Array, operation: np.ufunc) -> Array:
+        """Combine rows in place with one number for each of their groups."""
+        if self._index is not None and self._grid[1] > 1:
+            order = self._index.load().astype(np.int64)
+            operation(values, numbers[:, order], out=values)
+            return values
+        grouped = values.reshape(len(values), numbers.shape[1], -1)
+        operation(grouped, numbers[:, :, None], out=grouped)
+        return values
+
+
+def _declare(stored: Stored) -> dict[str, CodedWeight]:
+    found: dict[str, CodedWeight] = {}
+    bits_of = _bits_stated(stored.stated)
+    for module, codes in stored.named(_PACKED).items():
+        if codes.dtype.code == "I32" and len(codes.shape) == 2:
+            found[f"{module}.weight"] = _packed(stored, module, codes, bits_of)
+    for module, codes in stored.named(".weight").items():
+        scale = stored.tensors.get(f"{module}.weight_scale")
+        if codes.dtype.code != "I8" or len(codes.shape) != 2 or scale is None:
+            continue
+        if scale.dtype.code in _FLOATING:
+            parts = _parts(stored, module, codes.shape)
+            key = f"{module}.weight"
+            found[key] = _Integers(key, codes.shape, codes, None, parts, "INT8")
+    return found
+
+
+def _packed(stored: Stored, module: str, codes: TensorRef, bits_of: frozenset[int]) -> CodedWeight:
+    shape_of = stored.tensors.get(f"{module}.weight_shape")
+    width = None
+    if shape_of is not None:
+        sibling(stored.tensors, shape_of.key, ("I64", "I32"), (2,))
+        out, width = (int(size) for size in shape_of.load())
+        if out != codes.shape[0] or width <= 0:
+            raise AdapterError(
+                "weight_shape does not fit the codes",
+                tensor=shape_of.key,
+                got=[out, width],
+                expected=f"{codes.shape[0]} rows",
+            )
+    words, width = _layout(codes, width, bits_of)
+    shape = (codes.shape[0], width)
+    parts = _parts(stored, module, shape)
+    if shape_of is not None:
+        parts["shape"] = shape_of
+    key = f"{module}.weight"
+    return _Integers(key, shape, codes, words, parts, f"INT{words.bits}")
+
+
+def _layout(codes: TensorRef, width: int | None, stated: frozenset[int]) -> tuple[_Words, int]:
+    """Return how the words of a weight are packed, and its number of columns.
+
+    Raises:
+        AdapterError: no number of bits fits the words.
+        UnsupportedError: several fit, and none is stated.
+    """
+    words = codes.shape[1]
+    if width is None:
+        if len(stated) != 1:
+            raise UnsupportedError(
+                "a packed weight cannot be read without weight_shape or its bits",
+                tensor=codes.key,
+                hint="Keep config.json with its quantization_config beside the weights",
+            )
+        (bits,) = stated
+        return _Words(bits, dense=True), words * 32 // bits
+    fits = [
+        (bits, dense)
+        for bits in range(2, 9)
+        for dense in (True, False)
+        if _Words.number(width, bits, dense=dense) == words and (dense or 32 % bits)
+    ]
+    dense_ones = [fit for fit in fits if fit[1]]
+    chosen = [fit for fit in fits if fit[0] in stated] or dense_ones or fits
+    if not chosen:
+        raise wrong_shape(codes, f"words for {width} columns of 2 to 8 bits")
+    if len({bits for bits, _ in chosen}) > 1:
+        raise UnsupportedError(
+            "the bits of a packed weight are not known",
+            tensor=codes.key,
+            got=f"{' or '.join(str(bits) for bits, _ in chosen)} fit",
+            hint="Keep config.json with its quantization_config beside the weights",
+        )
+    bits, dense = chosen[0]
+    return _Words(bits, dense=dense), width
+
+
+def _parts(stored: Stored, module: str, shape: tuple[int, ...]) -> dict[str, TensorRef]:
+    """Return the scale of a weight, and its zero point and order of groups if it has them."""
+    scale = sibling(stored.tensors, f"{module}.weight_scale", _FLOATING)
+    grid = (1, 1) if scale.numel == 1 else (*scale.shape, 1)[:2]
+    index = stored.tensors.get(f"{module}.weight_g_idx")
+    if (
+        len(scale.shape) > 2
+        or not all(grid)
+        or shape[0] % grid[0]
+        or (shape[1] % grid[1] and index is None)
+    ):
+        raise wrong_shape(scale, f"groups that divide {list(shape)}")
+    parts = {"scale": scale}
+    zero = stored.tensors.get(f"{module}.weight_zero_point")
+    if zero is not None:
+        if zero.dtype.code not in ("I8", "I32", *_FLOATING):
+            sibling(stored.tensors, zero.key, ("I8", "I32"))
+        parts["zero_point"] = zero
+    if index is not None:
+        sibling(stored.tensors, index.key, ("I32", "I64"), (shape[1],))
+        if index.load().min(initial=0) < 0 or index.load().max(initial=0) >= grid[1]:
+            if (index.load() == -1).all():
+                parts["unused_g_idx"] = index
+                return parts
+            raise AdapterError(
+                "a column of a quantised weight is in a group that does not exist",
+                tensor=index.key,
+                expected=f"0 to {grid[1] - 1}",
+            )
+        parts["g_idx"] = index
+    return parts
+
+
+def _bits_stated(stated: Mapping[str, Any]) -> frozenset[int]:
+    """Return the bits that a configuration states for weights."""
+    groups = stated.get("config_groups")
+    found = set()
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and type(weights.get("num_bits")) is int:
+            found.add(weights["num_bits"])
+    return frozenset(found)
+
+
+CODEC = Codec("integers of compressed-tensors", ("compressed-tensors",), _declare)

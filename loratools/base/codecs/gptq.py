@@ -1,0 +1,178 @@
+"""GPTQ, as auto-gptq and gptqmodel store it, and AutoRound in that form.
+
+A module has `qweight` I32 (in · bits / 32, out), a stream of codes down each column; `qzeros` I32
+(groups, out · bits / 32), a stream along each row; `scales` (groups, out); and, where columns are
+not grouped in order, `g_idx` I32 (in,). A value is scale · (code − zero), rounded to the type of
+the scales. In the first version of the format zeros are stored less one, in `gptq_v2` as they are.
+
+Sources: gptqmodel 7.7 (`TorchLinear`, `convert_gptq_v1_to_v2_format`), auto-round 0.16 (`export`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from loratools.base.codecs.bits import times_groups, unpacked
+from loratools.base.codecs.codec import (
+    Codec,
+    CodedWeight,
+    Columns,
+    Scheme,
+    Stored,
+    sibling,
+    wrong_shape,
+)
+from loratools_formats.core.dtypes import Array
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+_BITS = (2, 3, 4, 8)
+_FLOATING = ("F16", "BF16", "F32")
+_PLAIN_ZEROS = ("gptq_v2", "auto_round", "auto_round:gptqmodel")
+_ZEROS_LESS_ONE = (None, "gptq", "auto_round:auto_gptq", "auto_round:gptq")
+_TOGETHER = 32  # columns whose codes fill whole words
+
+
+class _Gptq(CodedWeight):
+    """scale · (code − zero), stored as (in, out)."""
+
+    def __init__(
+        self, key: str, parts: Mapping[str, TensorRef], bits: int, *, first_version: bool
+    ) -> None:
+        codes, zeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
+        height = codes.shape[0] * 32 // bits
+        self._bits, self._offset = bits, int(first_version)
+        self._codes = Columns(codes, codes.shape[0], codes.shape[1] * 4)
+        self._zeros = Columns(zeros, zeros.shape[0], zeros.shape[1] * 4)
+        self._scales = Columns(scales, scales.shape[0], scales.shape[1] * scales.dtype.bits // 8)
+        self._groups = scales.shape[0]
+        self._index = parts.get("g_idx")
+        super().__init__(
+            key,
+            (codes.shape[1], height),
+            scales.dtype,
+            parts.values(),
+            Scheme("GPTQ", bits, height // self._groups),
+        )
+        self._order: Array | None = None
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows in float32, to be rounded to the type of the scales."""
+        count, width = stop - start, self.shape[1]
+        words = self._codes.read(start * 4, stop * 4).reshape(-1, count, 4)
+        data = np.ascontiguousarray(words.transpose(1, 0, 2)).reshape(count, -1)
+        values = unpacked(data, self._bits, width).astype(np.float32)
+        zeros = self._zeros_of(start, stop).astype(np.float32)
+        itemsize = self.dtype.bits // 8
+        stored = np.ascontiguousarray(self._scales.read(start * itemsize, stop * itemsize))
+        scales = stored.view(self.dtype.numpy_dtype()).astype(np.float32).T
+        order = self._columns()
+        if order is None:
+            grouped = values.reshape(count, self._groups, -1)
+            grouped -= zeros[:, :, None]
+            return times_groups(values, np.ascontiguousarray(scales))
+        values -= zeros[:, order]
+        values *= scales[:, order]
+        return values
+
+    def _zeros_of(self, start: int, stop: int) -> Array:
+        """Return the zeros of outputs: (outputs, groups)."""
+        first = start // _TOGETHER * _TOGETHER
+        last = min(-(-stop // _TOGETHER) * _TOGETHER, self.shape[0])
+        data = self._zeros.read(first * self._bits // 8, -(-last * self._bits // 8))
+        stored = unpacked(np.ascontiguousarray(data), self._bits, last - first)
+        zeros = stored[:, start - first : stop - first] + np.uint8(self._offset)
+        return (zeros & np.uint8((1 << self._bits) - 1)).T
+
+    def _columns(self) -> Array | None:
+        """Return the group of each column; None if they are in order.
+
+        Raises:
+            AdapterError: a column is in no group.
+        """
+        if self._index is None:
+            return None
+        if self._order is None:
+            order = self._index.load().astype(np.int64)
+            if order.min(initial=0) < 0 or order.max(initial=0) >= self._groups:
+                raise AdapterError(
+                    "a column of a quantised weight is in a group that does not exist",
+                    tensor=self._index.key,
+                    got=[int(order.min()), int(order.max())],
+                    expected=f"0 to {self._groups - 1}",
+                )
+            self._order = order
+        width = self.shape[1]
+        if width % self._groups == 0 and np.array_equal(
+            self._order, np.arange(width) // (width // self._groups)
+        ):
+            self._index = None
+            return None
+        return self._order
+
+
+def _declare(stored: Stored) -> dict[str, CodedWeight]:
+    found: dict[str, CodedWeight] = {}
+    for module, codes in stored.named(".qweight").items():
+        names = {leaf: f"{module}.{leaf}" for leaf in ("qweight", "qzeros", "scales", "g_idx")}
+        parts = {leaf: stored.tensors[n] for leaf, n in names.items() if n in stored.tensors}
+        scales = parts.get("scales")
+        if codes.dtype.code != "I32" or len(codes.shape) != 2 or scales is None:
+            continue
+        if scales.shape[-1:] != codes.shape[-1:] or len(scales.shape) != 2:
+            continue  # AWQ's, whose words run along the outputs
+        found[f"{module}.weight"] = _weight(stored, module, parts)
+    return found
+
+
+def _weight(stored: Stored, module: str, parts: Mapping[str, TensorRef]) -> CodedWeight:
+    codes, scales = parts["qweight"], parts["scales"]
+    sibling(stored.tensors, scales.key, _FLOATING)
+    zeros = sibling(stored.tensors, f"{module}.qzeros", ("I32",))
+    out, groups = codes.shape[1], scales.shape[0]
+    if len(zeros.shape) != 2 or zeros.shape[0] != groups or not out:
+        raise wrong_shape(zeros, f"{groups} rows")
+    bits = next((b for b in _BITS if -(-out * b // 32) == zeros.shape[1]), None)
+    if bits is None or codes.shape[0] % bits:
+        raise UnsupportedError(
+            "bits of a weight of GPTQ that are not known",
+            tensor=codes.key,
+            got=f"qzeros {list(zeros.shape)}, qweight {list(codes.shape)}",
+            expected=f"{', '.join(map(str, _BITS))} bits",
+        )
+    width = codes.shape[0] * 32 // bits
+    index = parts.get("g_idx")
+    if index is not None:
+        sibling(stored.tensors, index.key, ("I32", "I64"), (width,))
+    elif not groups or width % groups:
+        raise wrong_shape(scales, f"groups that divide {width} columns")
+    first = _is_first_version(stored.stated, codes.key)
+    return _Gptq(f"{module}.weight", parts, bits, first_version=first)
+
+
+def _is_first_version(stated: Mapping[str, Any], key: str) -> bool:
+    """Return whether zeros are stored less one.
+
+    Raises:
+        UnsupportedError: the configuration names a form that is not known.
+    """
+    form = stated.get("packing_format") or stated.get("checkpoint_format")
+    if form is None and stated.get("quant_method") == "auto-round":
+        form = "auto_round"
+    if form in _ZEROS_LESS_ONE:
+        return True
+    if form in _PLAIN_ZEROS:
+        return False
+    raise UnsupportedError(
+        "a form of GPTQ that is not known",
+        tensor=key,
+        got=form,
+        expected="checkpoint_format gptq or gptq_v2, or packing_format of AutoRound in GPTQ's form",
+        hint="Save the model in the format gptq, or start from the original checkpoint",
+    )
+
+
+CODEC = Codec("GPTQ", ("gptq", "auto-round"), _declare)

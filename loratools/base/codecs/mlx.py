@@ -1,0 +1,206 @@
+"""MLX's quantised weights: affine of 2 to 8 bits, and the modes mxfp4, mxfp8 and nvfp4.
+
+A module has `weight` U32 (…, out, in · bits / 32), a dense stream of codes, and `scales` (…, out,
+in / group). Affine values are scale · code, rounded to the type of the scales, plus `biases`,
+rounded again. The other modes have bytes as scales and no biases: E8M0 for groups of 32, E4M3 for
+nvfp4's groups of 16, whose product with the code is rounded to BF16. transformers' `metal` calls
+the biases `qbiases`.
+
+Sources: `mlx.core.quantize` of mlx 0.32, `mlx.nn.QuantizedLinear`, mlx-lm's per-module entries of
+`quantization` in config.json; the metal quantiser of transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loratools.base.codecs.bits import E2M1, fours, powers, times_groups, unpacked
+from loratools.base.codecs.codec import (
+    Codec,
+    CodedWeight,
+    Scheme,
+    Stored,
+    matrix_rows,
+    sibling,
+    wrong_shape,
+)
+from loratools_formats.core.dtypes import DTYPES, Array, converted
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+_BITS = (2, 3, 4, 5, 6, 8)
+_GROUPS = (32, 64, 128)
+_KEYS = ("quantization", "quantization_config")
+_BIASES = ("biases", "qbiases")
+_FLOATING = ("F32", "F16", "BF16")
+
+
+class _Mode(NamedTuple):
+    """A mode without biases: bits of a code, group, and whether scales are powers of two."""
+
+    bits: int
+    group: int
+    powers: bool
+
+
+_MODES = {
+    "mxfp4": _Mode(4, 32, powers=True),
+    "mxfp8": _Mode(8, 32, powers=True),
+    "nvfp4": _Mode(4, 16, powers=False),
+}
+
+
+class _Affine(CodedWeight):
+    """scale · code + bias, rounded after each."""
+
+    def __init__(
+        self, key: str, codes: TensorRef, scales: TensorRef, biases: TensorRef, bits: int
+    ) -> None:
+        *stack, words = codes.shape
+        self._width = words * 32 // bits
+        group = self._width // scales.shape[-1]
+        self._codes, self._scales, self._biases, self._bits = codes, scales, biases, bits
+        super().__init__(
+            key,
+            (*stack, self._width),
+            scales.dtype,
+            (codes, scales, biases),
+            Scheme("MLX affine", bits, group),
+        )
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows, rounded to the type of the scales after each operation."""
+        data = matrix_rows(self._codes, start, stop).view(np.uint8)
+        values = unpacked(data, self._bits, self._width).astype(np.float32)
+        times_groups(values, matrix_rows(self._scales, start, stop).astype(np.float32))
+        if self.dtype.bits == 16:
+            values = converted(values, self.dtype.numpy_dtype()).astype(np.float32)
+        biases = matrix_rows(self._biases, start, stop).astype(np.float32)
+        grouped = values.reshape(len(values), biases.shape[1], -1)
+        grouped += biases[:, :, None]
+        return values
+
+
+class _Floating(CodedWeight):
+    """A small float times the scale of its group, in one of the modes without biases."""
+
+    def __init__(
+        self,
+        key: str,
+        mode: str,
+        codes: TensorRef,
+        scales: TensorRef,
+        of_all: TensorRef | None,
+    ) -> None:
+        self._mode = _MODES[mode]
+        *stack, words = codes.shape
+        self._codes, self._scales = codes, scales
+        self._of_all = of_all
+        super().__init__(
+            key,
+            (*stack, words * 32 // self._mode.bits),
+            DTYPES["BF16"],
+            (codes, scales, *(() if of_all is None else (of_all,))),
+            Scheme(f"MLX {mode}", self._mode.bits, self._mode.group),
+        )
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows in float32, to be rounded to BF16."""
+        data = matrix_rows(self._codes, start, stop).view(np.uint8)
+        if self._mode.bits == 4:
+            values = fours(data, E2M1)
+        else:
+            values = data.view(DTYPES["F8_E4M3"].numpy_dtype()).astype(np.float32)
+        scales = matrix_rows(self._scales, start, stop)
+        if self._mode.powers:
+            scales = powers(scales)
+        else:
+            scales = scales.view(DTYPES["F8_E4M3"].numpy_dtype()).astype(np.float32)
+        return times_groups(values, scales)
+
+
+def _declare(stored: Stored) -> dict[str, CodedWeight]:
+    stated = _stated(stored)
+    found: dict[str, CodedWeight] = {}
+    for module, scales in stored.named(".scales").items():
+        codes = stored.tensors.get(f"{module}.weight")
+        if codes is None or codes.dtype.code != "U32" or len(codes.shape) < 2:
+            continue
+        if scales.shape[:-1] != codes.shape[:-1] or not scales.shape[-1]:
+            raise wrong_shape(scales, f"{list(codes.shape[:-1])} and the number of groups")
+        biases = next(
+            (stored.tensors[f"{module}.{b}"] for b in _BIASES if f"{module}.{b}" in stored.tensors),
+            None,
+        )
+        key = f"{module}.weight"
+        if scales.dtype.code == "U8":
+            found[key] = _floating(stored, module, codes, scales)
+        else:
+            if biases is None:
+                raise AdapterError(
+                    "a tensor of a quantised weight is missing", tensor=f"{module}.biases"
+                )
+            sibling(stored.tensors, scales.key, _FLOATING)
+            sibling(stored.tensors, biases.key, (scales.dtype.code,), scales.shape)
+            bits = _bits(codes, scales, _entry(stated, module))
+            found[key] = _Affine(key, codes, scales, biases, bits)
+    return found
+
+
+def _floating(stored: Stored, module: str, codes: TensorRef, scales: TensorRef) -> CodedWeight:
+    """Return a weight in the mode whose shapes are those of its tensors."""
+    groups = scales.shape[-1]
+    fits = [
+        name
+        for name, mode in _MODES.items()
+        if codes.shape[-1] * 32 == groups * mode.group * mode.bits
+    ]
+    if len(fits) != 1:
+        raise wrong_shape(scales, f"a mode of MLX: {', '.join(_MODES)}")
+    of_all = stored.tensors.get(f"{module}.global_scale")
+    if of_all is not None:
+        raise UnsupportedError("a scale over a whole weight of MLX is not known", tensor=of_all.key)
+    return _Floating(codes.key, fits[0], codes, scales, of_all)
+
+
+def _stated(stored: Stored) -> Mapping[str, Any]:
+    for key in _KEYS:
+        found = stored.config.get(key)
+        if isinstance(found, Mapping):
+            return found
+    return stored.stated
+
+
+def _entry(stated: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """Return what is stated of a module, else of all."""
+    own = stated.get(module)
+    return {**stated, **own} if isinstance(own, Mapping) else stated
+
+
+def _bits(codes: TensorRef, scales: TensorRef, stated: Mapping[str, Any]) -> int:
+    """Return the bits of a code; the shapes leave few choices, of which the statement is one.
+
+    Raises:
+        AdapterError: the shapes are those of no number of bits.
+        UnsupportedError: they are those of several, and none is stated.
+    """
+    total, groups = codes.shape[-1] * 32, scales.shape[-1]
+    fits = [bits for bits in _BITS for group in _GROUPS if groups * group * bits == total]
+    if stated.get("bits") in fits:
+        return int(stated["bits"])
+    if not fits:
+        raise wrong_shape(scales, f"groups of {', '.join(map(str, _GROUPS))} for {codes.key}")
+    if len(fits) > 1:
+        raise UnsupportedError(
+            "the bits of a quantised weight of MLX are not known",
+            tensor=codes.key,
+            got=f"config.json does not say; {' or '.join(map(str, fits))} fit",
+            hint='Put "quantization": {"group_size": …, "bits": …} into config.json',
+        )
+    return fits[0]
+
+
+CODEC = Codec("MLX", ("metal",), _declare)

@@ -1,0 +1,111 @@
+"""NVFP4 of compressed-tensors and of ModelOpt.
+
+Codes are E2M1, two in a byte along the inputs, the first in the low half. Groups of 16 share a
+scale of type F8_E4M3, and a weight, or each matrix of a stack, shares a number over all of them.
+compressed-tensors (`weight_packed`, `weight_global_scale`) divides by that number, ModelOpt
+(`weight`, `weight_scale_2`) multiplies with it. Scale and number make one float32; its product with
+the code is rounded to 16 bits. MLX's nvfp4 is another format.
+
+Sources: compressed-tensors 0.20 (`nvfp4-pack-quantized`), ModelOpt 0.47 (`NVFP4QTensor`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loratools.base.codecs.bits import E2M1, fours, times_groups
+from loratools.base.codecs.codec import (
+    Codec,
+    CodedWeight,
+    Scheme,
+    Stored,
+    matrix_rows,
+    sibling,
+    wrong_shape,
+)
+from loratools_formats.core.dtypes import DTYPES, Array
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
+
+_GROUP = 16
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+class _Nvfp4(CodedWeight):
+    """code · (scale ÷ or × number)."""
+
+    def __init__(
+        self,
+        key: str,
+        codes: TensorRef,
+        scales: TensorRef,
+        of_all: TensorRef,
+        dtype: str,
+        *,
+        divides: bool,
+    ) -> None:
+        *stack, half = codes.shape
+        self._codes, self._scales, self._of_all = codes, scales, of_all
+        self._divides = divides
+        scheme = Scheme("NVFP4", 4, _GROUP)
+        parts = (codes, scales, of_all)
+        super().__init__(key, (*stack, half * 2), DTYPES[dtype], parts, scheme)
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows in float32, to be rounded to 16 bits."""
+        values = fours(matrix_rows(self._codes, start, stop), E2M1)
+        scales: Array = matrix_rows(self._scales, start, stop).astype(np.float32)
+        numbers: Array = self._of_all.load(np.float32).reshape(-1)
+        if len(numbers) > 1:
+            height = self.shape[-2]
+            numbers = numbers[np.arange(start, stop) // height][:, None]
+        scales = scales / numbers if self._divides else scales * numbers
+        return times_groups(values, scales)
+
+
+def _declare(stored: Stored) -> dict[str, CodedWeight]:
+    found: dict[str, CodedWeight] = {}
+    for leaf, number, divides in (
+        (".weight_packed", "weight_global_scale", True),
+        (".weight", "weight_scale_2", False),
+    ):
+        for module, codes in stored.named(leaf).items():
+            of_all = stored.tensors.get(f"{module}.{number}")
+            if codes.dtype.code != "U8" or of_all is None:
+                continue
+            key = f"{module}.weight"
+            scales = _scales(stored, module, codes)
+            _check_number(of_all, codes)
+            dtype = "BF16" if divides else _stated_dtype(stored)
+            found[key] = _Nvfp4(key, codes, scales, of_all, dtype, divides=divides)
+    return found
+
+
+def _scales(stored: Stored, module: str, codes: TensorRef) -> TensorRef:
+    *stack, half = codes.shape
+    if len(codes.shape) < 2 or half * 2 % _GROUP:
+        raise wrong_shape(codes, f"(…, out, in / 2), in a multiple of {_GROUP}")
+    shape = (*stack, half * 2 // _GROUP)
+    return sibling(stored.tensors, f"{module}.weight_scale", ("F8_E4M3",), shape)
+
+
+def _check_number(of_all: TensorRef, codes: TensorRef) -> None:
+    matrices = 1
+    for size in codes.shape[:-2]:
+        matrices *= size
+    if of_all.dtype.code not in ("F32", "BF16", "F16") or of_all.numel not in (1, matrices):
+        raise wrong_shape(of_all, f"one number, or {matrices}")
+    values = of_all.load(np.float32)
+    if not np.isfinite(values).all() or not values.all():
+        raise AdapterError(
+            "a scale of a quantised weight is zero, NaN or infinite", tensor=of_all.key
+        )
+
+
+def _stated_dtype(stored: Stored) -> str:
+    """Return the type that a model computes in, BF16 unless its configuration says F16."""
+    stated = next((stored.config[k] for k in _DTYPE_KEYS if k in stored.config), None)
+    return "F16" if stated == "float16" else "BF16"
+
+
+CODEC = Codec("NVFP4", ("compressed-tensors", "modelopt"), _declare)

@@ -1,0 +1,147 @@
+"""Bases that mlx-lm quantised: its own values, and what it makes of our outputs."""
+
+import json
+
+import numpy as np
+import peft_oracle as oracle
+import pytest
+
+from loratools import dequantize, fuse, quantize, verify
+from loratools.base.dequantised import dequantised
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
+mx = pytest.importorskip("mlx.core")
+
+MODES = {
+    "affine-2": (2, 32, "affine"), "affine-3": (3, 64, "affine"), "affine-4": (4, 64, "affine"),
+    "affine-5": (5, 32, "affine"), "affine-6": (6, 64, "affine"), "affine-8": (8, 128, "affine"),
+    "mxfp4": (4, 32, "mxfp4"), "mxfp8": (8, 32, "mxfp8"), "nvfp4": (4, 16, "nvfp4"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small Llama of transformers, in BF16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("mlx") / "model"
+    config = LlamaConfig(
+        num_hidden_layers=2, hidden_size=128, intermediate_size=256, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=96, initializer_range=0.1, tie_word_embeddings=False,
+        dtype="bfloat16", pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def converted(model, folder, bits, group, mode):
+    """Quantise as `mlx_lm convert` does, without a tokenizer, which the model has not."""
+    from mlx_lm import utils
+
+    loaded, config = utils.load_model(model)
+    loaded, config = utils.quantize_model(loaded, config, group, bits, mode=mode)
+    folder.mkdir()
+    utils.save_model(folder, loaded, donate_model=False)
+    utils.save_config(config, folder / "config.json")
+    return folder
+
+
+def values_by_mlx(folder):
+    """Return every plain weight as MLX dequantises it, in float32."""
+    stored = mx.load(str(folder / "model.safetensors"))
+    stated = json.loads((folder / "config.json").read_text())["quantization"]
+    found = {}
+    for key, tensor in stored.items():
+        module = key.removesuffix(".weight")
+        if key.endswith((".scales", ".biases")):
+            continue
+        if f"{module}.scales" in stored:
+            tensor = mx.dequantize(  # noqa: PLW2901
+                tensor, stored[f"{module}.scales"], stored.get(f"{module}.biases"),
+                stated["group_size"], stated["bits"], stated.get("mode", "affine"),
+            )  # fmt: skip
+        found[key] = np.array(tensor.astype(mx.float32))
+    return found
+
+
+@pytest.fixture(params=MODES)
+def base(request, model, tmp_path):
+    return converted(model, tmp_path / "base", *MODES[request.param])
+
+
+@pytest.fixture
+def adapter(make_folder):
+    return make_folder(
+        modules={
+            "model.layers.0.self_attn.q_proj": (128, 128, 8),
+            "model.layers.1.mlp.down_proj": (128, 256, 8),
+        },
+        dtype="f32",
+    )
+
+
+def as_floats(folder):
+    tensors = read_checkpoint(folder).tensors
+    return {key: tensor.load(np.float32) for key, tensor in tensors.items()}
+
+
+def logits(folder):
+    from mlx_lm import utils
+
+    loaded, _ = utils.load_model(folder)
+    return np.array(loaded(mx.array([[1, 7, 9, 30, 2]])).astype(mx.float32))
+
+
+def test_values_are_those_of_mlx(base, tmp_path):
+    want = values_by_mlx(base)
+    result = dequantize(base, output=tmp_path / "plain")
+    got = as_floats(tmp_path / "plain")
+    assert set(got) == set(want)
+    for key, values in want.items():
+        assert got[key].tobytes() == values.tobytes(), key
+    assert len(result.tensors) == 16
+    assert result.relative_error == 0.0
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert not {"quantization", "quantization_config"} & set(config)
+
+
+def test_fused_is_what_mlx_dequantises_and_the_change(base, adapter, tmp_path):
+    """Each touched weight is dq(q(W)) + ΔW, rounded once; mlx-lm loads what is written."""
+    fuse(base, adapter, output=tmp_path / "fused")
+    values, view = values_by_mlx(base), dequantised(read_checkpoint(tmp_path / "fused")).checkpoint
+    changes = {f"{name}.weight": d for name, d in oracle_changes(adapter).items()}
+    for key, value in values.items():
+        wanted = value.astype(np.float64) + changes.get(key, 0.0)
+        got = view.tensors[key].load(np.float64)
+        tolerance = 2.0**-8 * np.abs(wanted) if key in changes else 0.0
+        assert (np.abs(got - wanted) <= tolerance).all(), key
+    assert verify(tmp_path / "fused", base=base, adapters=[adapter]).contained
+    assert np.isfinite(logits(tmp_path / "fused")).all()
+
+
+def oracle_changes(adapter):
+    from loratools_formats import read_adapter
+
+    found = {}
+    for name, change in read_adapter(adapter).modules.items():
+        delta = change.direction
+        found[name] = delta.scale * (delta.b.load(np.float64) @ delta.a.load(np.float64))
+    return found
+
+
+def test_quantised_again_to_nf4(model, tmp_path):
+    base = converted(model, tmp_path / "base", 4, 64, "affine")
+    result = quantize(base, output=tmp_path / "nf4")
+    dequantize(base, output=tmp_path / "plain")
+    quantize(tmp_path / "plain", output=tmp_path / "again")
+    assert len(result.tensors) == 14
+    one, other = (load_file_bytes(tmp_path / name) for name in ("nf4", "again"))
+    assert one == other
+
+
+def load_file_bytes(folder):
+    return {k: bytes(t.raw()) for k, t in read_checkpoint(folder).tensors.items()}

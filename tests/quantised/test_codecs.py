@@ -1,0 +1,338 @@
+"""Every format of quantised weights, bit for bit, against its element-wise definition.
+
+`golden` holds what the formats' own libraries made; the definitions here reach what they do not.
+"""
+
+import numpy as np
+import pytest
+from quantised_cases import (
+    check,
+    e2m1,
+    only,
+    pairs,
+    random_scales,
+    rounded,
+    stored,
+    to_words,
+)
+
+from loratools.base.codecs import coded_weights
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
+
+RNG = np.random.default_rng(0)
+F8 = DTYPES["F8_E4M3"].numpy_dtype()
+
+
+def of_groups(grid, width):
+    """Spread numbers of groups over the columns."""
+    return np.repeat(grid, width // grid.shape[-1], axis=-1)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_mlx_affine(bits, dtype, stack):
+    codes = RNG.integers(0, 1 << bits, (*stack, 5, 128))
+    scales = random_scales(RNG, (*stack, 5, 2), dtype)
+    biases = (-scales.astype(np.float32) * 3).astype(scales.dtype)
+    tensors = {
+        "x.weight": to_words(codes, bits).view(np.uint32), "x.scales": scales, "x.biases": biases,
+    }  # fmt: skip
+    s, b = (of_groups(g.astype(np.float32), 128) for g in (scales, biases))
+    want = rounded(rounded(codes * s, dtype) + b, dtype)
+    weight = only(tensors, quantization={"bits": bits, "group_size": 64})
+    check(weight, want, dtype)
+    assert (weight.scheme.bits, weight.scheme.group) == (bits, 64)
+
+
+def mlx(bits, group, width=128):
+    groups = width // group
+    return {
+        "m.x.weight": np.zeros((2, width * bits // 32), np.uint32),
+        "m.x.scales": np.ones((2, groups), np.float16),
+        "m.x.biases": np.ones((2, groups), np.float16),
+    }
+
+
+def test_mlx_entries_of_modules_and_wrong_statements():
+    """8 bits in groups of 32 look like 4 bits in groups of 64: the module's own entry tells."""
+    own = {"bits": 4, "group_size": 64, "m.x": {"bits": 8, "group_size": 32}}
+    assert only(mlx(8, 32), quantization=own).shape == (2, 128)
+    assert only(mlx(5, 64), quantization={"bits": 4, "group_size": 64}).scheme.bits == 5
+    with pytest.raises(UnsupportedError, match=r"m.x.weight.*2 or 4 or 8 fit"):
+        coded_weights(stored(mlx(4, 64)))
+
+
+def test_transformers_metal_has_another_name_for_biases():
+    tensors = mlx(4, 64)
+    tensors["m.x.qbiases"] = tensors.pop("m.x.biases")
+    weight = only(tensors, {"quant_method": "metal", "bits": 4})
+    check(weight, np.ones((2, 128)), "F16")
+
+
+@pytest.mark.parametrize("first_version", [True, False])
+@pytest.mark.parametrize("act_order", [None, "in order", "mixed"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq(bits, act_order, first_version):
+    out, width, groups = 96, 64, 2
+    codes = RNG.integers(0, 1 << bits, (out, width))
+    zeros = RNG.integers(1, 1 << bits, (groups, out))
+    scales = random_scales(RNG, (groups, out), "F16")
+    index = np.arange(width) // (width // groups)
+    if act_order == "mixed":
+        index = RNG.permutation(index)
+    tensors = {
+        "x.qweight": np.ascontiguousarray(to_words(codes, bits).T),
+        "x.qzeros": to_words(zeros - first_version, bits),
+        "x.scales": scales,
+    }
+    if act_order is not None:
+        tensors["x.g_idx"] = index.astype(np.int32)
+    form = "gptq" if first_version else "gptq_v2"
+    weight = only(tensors, {"quant_method": "gptq", "checkpoint_format": form})
+    want = scales.astype(np.float32)[index] * (codes.T - zeros[index])
+    check(weight, np.ascontiguousarray(want.T), "F16")
+    assert str(weight.scheme) == f"GPTQ, {bits} bits, groups of 32"
+
+
+@pytest.mark.parametrize(
+    ("stated", "offset"),
+    [
+        ({}, 1),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, 1),
+        ({"quant_method": "auto-round", "packing_format": "auto_round"}, 0),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}, 0),
+    ],
+)
+def test_zeros_of_gptq_by_who_wrote_them(stated, offset):
+    tensors = {
+        "x.qweight": np.zeros((8, 32), np.int32),
+        "x.qzeros": to_words(np.full((1, 32), 6), 4),
+        "x.scales": np.ones((1, 32), np.float16),
+    }
+    check(only(tensors, stated), np.full((32, 64), -6.0 - offset), "F16")
+
+
+def test_zeros_of_gptq_wrap():
+    """A stored zero of 15 means 0: the first version stores one less, in four bits."""
+    tensors = {
+        "x.qweight": to_words(np.full((32, 64), 3), 4).T.copy(),
+        "x.qzeros": to_words(np.full((1, 32), 15), 4),
+        "x.scales": np.ones((1, 32), np.float16),
+    }
+    check(only(tensors), np.full((32, 64), 3.0), "F16")
+
+
+def test_unknown_forms_of_gptq_are_named():
+    tensors = {
+        "x.qweight": np.zeros((8, 32), np.int32),
+        "x.qzeros": np.zeros((1, 4), np.int32),
+        "x.scales": np.ones((1, 32), np.float16),
+    }
+    with pytest.raises(UnsupportedError, match=r"x.qweight.*auto_round:fake"):
+        coded_weights(stored(tensors, {"packing_format": "auto_round:fake"}))
+    tensors["x.g_idx"] = np.full(64, 1, np.int32)
+    with pytest.raises(AdapterError, match=r"group that does not exist.*x.g_idx"):
+        only(tensors).tensor().load()
+
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def in_awq_order(codes):
+    """Pack eight columns to a word, nibble i being column ORDER[i]."""
+    words = codes.reshape(len(codes), -1, 8)[:, :, ORDER]
+    return to_words(words.reshape(len(codes), -1), 4)
+
+
+def test_awq_gemm():
+    out, width, groups = 40, 128, 2
+    codes, zeros = RNG.integers(0, 16, (width, out)), RNG.integers(0, 16, (groups, out))
+    scales = random_scales(RNG, (groups, out), "F16")
+    tensors = {
+        "x.qweight": in_awq_order(codes), "x.qzeros": in_awq_order(zeros), "x.scales": scales,
+    }  # fmt: skip
+    spread = (np.repeat(part, width // groups, axis=0) for part in (zeros, scales))
+    z, s = (part.astype(np.float32) for part in spread)
+    weight = only(tensors, {"quant_method": "awq", "version": "gemm"})
+    check(weight, np.ascontiguousarray(((codes - z) * s).T), "F16")
+
+
+@pytest.mark.parametrize(("group", "width", "padded"), [(128, 256, 8), (64, 256, 16), (32, 64, 32)])
+def test_awq_gemv(group, width, padded):
+    out, groups = 24, width // group
+    codes = RNG.integers(0, 16, (out, width))
+    zeros = np.zeros((out, padded), int)
+    zeros[:, :groups] = RNG.integers(0, 16, (out, groups))
+    scales = np.zeros((out, padded), np.float16)
+    scales[:, :groups] = random_scales(RNG, (out, groups), "F16")
+    tensors = {
+        "x.qweight": to_words(codes, 4), "x.qzeros": to_words(zeros, 4), "x.scales": scales,
+    }  # fmt: skip
+    z, s = (of_groups(p[:, :groups].astype(np.float32), width) for p in (zeros, scales))
+    stated = {"quant_method": "awq", "version": "gemv", "group_size": group}
+    check(only(tensors, stated), (codes - z) * s, "F16")
+
+
+def packed_integers(bits, *, grid, zero=None, shape=(96, 64), dtype="BF16", words=to_words):
+    half = 1 << (bits - 1)
+    codes = RNG.integers(-half, half, shape)
+    tensors = {
+        "x.weight_packed": words(codes + half, bits),
+        "x.weight_scale": random_scales(RNG, grid, dtype),
+        "x.weight_shape": np.array(shape, np.int64),
+    }
+    if zero is not None:
+        down = words((zero + half).T, bits)
+        tensors["x.weight_zero_point"] = np.ascontiguousarray(down.T)
+    return codes, tensors
+
+
+def stated_bits(bits):
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": bits}}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", [(96, 2), (96, 1), (1,)])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packed_integers_of_compressed_tensors(bits, grid):
+    codes, tensors = packed_integers(bits, grid=grid)
+    scale = tensors["x.weight_scale"].astype(np.float32).reshape(grid if len(grid) > 1 else (1, 1))
+    weight = only(tensors, stated_bits(bits))
+    check(weight, codes * of_groups(scale, 64), "BF16")
+    assert weight.scheme.bits == bits
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_zeros_of_compressed_tensors_are_packed_down_the_rows(bits, dtype):
+    half = 1 << (bits - 1)
+    zero = RNG.integers(-half, half, (96, 2))
+    codes, tensors = packed_integers(bits, grid=(96, 2), zero=zero, dtype=dtype)
+    scale = of_groups(tensors["x.weight_scale"].astype(np.float32), 64)
+    want = rounded(codes - of_groups(zero, 64), dtype) * scale
+    check(only(tensors, stated_bits(bits)), want, dtype)
+
+
+def whole_codes(codes, bits):
+    """Pack as compressed-tensors did up to 0.17: as many whole codes to a word as fit."""
+    each = 32 // bits
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each)))
+    words = codes.reshape(len(codes), -1, each).astype(np.uint32)
+    return (words << (np.arange(each, dtype=np.uint32) * bits)).sum(-1, dtype=np.uint32).view("i4")
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_words_of_whole_codes(bits):
+    half = 1 << (bits - 1)
+    zero = RNG.integers(-half, half, (96, 1))
+    codes, tensors = packed_integers(bits, grid=(96, 1), zero=zero, words=whole_codes)
+    want = rounded(codes - zero, "BF16") * tensors["x.weight_scale"].astype(np.float32)
+    check(only(tensors, stated_bits(bits)), want, "BF16")
+
+
+def test_columns_that_do_not_fill_a_word_and_mixed_groups():
+    codes, tensors = packed_integers(4, grid=(96, 1), shape=(96, 33))
+    check(only(tensors), codes * tensors["x.weight_scale"].astype(np.float32), "BF16")
+    codes, tensors = packed_integers(4, grid=(96, 2))
+    index = RNG.permutation(np.arange(64) // 32).astype(np.int32)
+    tensors["x.weight_g_idx"] = index
+    check(only(tensors), codes * tensors["x.weight_scale"].astype(np.float32)[:, index], "BF16")
+
+
+@pytest.mark.parametrize("grid", [(24, 1), (24,), (1,), (), (24, 2), (6, 2)])
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_integers_of_a_byte(grid, with_zero):
+    codes = RNG.integers(-128, 128, (24, 64)).astype(np.int8)
+    scale = np.asarray(random_scales(RNG, grid, "BF16"))
+    tensors = {"x.weight": codes, "x.weight_scale": scale}
+    matrix = (1, 1) if scale.size == 1 else (*grid, 1)[:2]
+    zero = np.zeros(matrix, np.int8)
+    if with_zero:
+        zero = RNG.integers(-9, 9, matrix).astype(np.int8)
+        tensors["x.weight_zero_point"] = zero.reshape(grid)
+
+    def spread(part):
+        return np.repeat(of_groups(part, 64), 24 // len(part), axis=0).astype(np.float32)
+
+    want = rounded(codes - spread(zero), "BF16") * spread(scale.reshape(matrix))
+    check(only(tensors), want, "BF16")
+
+
+def test_gpt_oss():
+    """Rows of the parameter are columns of what is stored, and may begin inside a group."""
+    codes = RNG.integers(0, 16, (3, 10, 2, 32))
+    scales = RNG.integers(110, 135, (3, 10, 2)).astype(np.uint8)
+    tensors = {"m.experts.down_proj_blocks": pairs(codes), "m.experts.down_proj_scales": scales}
+    values = (e2m1(codes) * np.exp2(scales[..., None] - 127.0)).reshape(3, 10, 64)
+    weight = only(tensors, {"quant_method": "mxfp4"})
+    assert weight.key == "m.experts.down_proj"
+    check(weight, np.ascontiguousarray(values.swapaxes(1, 2)), "BF16")
+
+
+def test_gpt_oss_as_transformers_saves_it_after_dequantising():
+    tensors = {"m.experts.down_proj_blocks": np.ones((3, 64, 10), DTYPES["BF16"].numpy_dtype())}
+    with pytest.raises(UnsupportedError, match=r"plain numbers.*BF16.*rename"):
+        coded_weights(stored(tensors))
+
+
+@pytest.mark.parametrize(
+    ("code", "scale", "kind", "scale_kind"),
+    [
+        ("x.weight_packed", "x.weight_scale", "U8", "U8"),
+        ("x.weight", "x.weight_scale", "U8", "U8"),
+        ("x.weight", "x.scale", "I8", "F8_E8M0"),
+    ],
+)
+def test_mxfp4_of_others(code, scale, kind, scale_kind):
+    codes = RNG.integers(0, 16, (2, 6, 64))
+    scales = RNG.integers(110, 135, (2, 6, 2)).astype(np.uint8)
+    tensors = {code: (pairs(codes), kind), scale: (scales, scale_kind)}
+    check(only(tensors), e2m1(codes) * of_groups(np.exp2(scales - 127.0), 64), "BF16")
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+@pytest.mark.parametrize("divides", [True, False])
+def test_nvfp4(divides, stack):
+    codes = RNG.integers(0, 16, (*stack, 6, 64))
+    scales = RNG.uniform(1, 400, (*stack, 6, 4)).astype(F8)
+    number = RNG.uniform(0.5, 2, stack or (1,)).astype(np.float32)
+    names = ("weight_packed", "weight_global_scale") if divides else ("weight", "weight_scale_2")
+    tensors = {
+        f"x.{names[0]}": pairs(codes), "x.weight_scale": (scales, "F8_E4M3"),
+        f"x.{names[1]}": number,
+    }  # fmt: skip
+    spread = number.reshape(*stack, 1, 1) if stack else number
+    s = scales.astype(np.float32)
+    s = s / spread if divides else s * spread
+    check(only(tensors), e2m1(codes) * of_groups(s, 64), "BF16")
+
+
+def test_nvfp4_of_a_model_in_f16():
+    tensors = {
+        "x.weight": pairs(np.full((2, 32), 3)),
+        "x.weight_scale": (np.ones((2, 2), F8), "F8_E4M3"),
+        "x.weight_scale_2": np.float32(0.1).reshape(()),
+    }
+    want = np.full((2, 32), np.float32(1.5) * np.float32(0.1))
+    check(only(tensors, torch_dtype="float16"), want, "F16")
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "scale_of"), [(4, 32, "powers"), (8, 32, "powers"), (4, 16, "e4m3")]
+)
+def test_mlx_modes(bits, group, scale_of):
+    width = 64
+    if scale_of == "powers":
+        scales = RNG.integers(110, 135, (5, width // group)).astype(np.uint8)
+        s = np.exp2(scales - 127.0).astype(np.float32)
+    else:
+        s = RNG.uniform(0.1, 300, (5, width // group)).astype(F8)
+        scales, s = s.view(np.uint8), s.astype(np.float32)
+    codes = RNG.integers(0, 100 if bits == 8 else 16, (5, width))
+    values = e2m1(codes) if bits == 4 else codes.astype(np.uint8).view(F8).astype(np.float32)
+    tensors = {"x.weight": to_words(codes, bits).view(np.uint32), "x.scales": scales}
+    check(only(tensors), values * of_groups(s, width), "BF16")
