@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,6 +121,21 @@ class CodedWeight(ABC):
         They are those of `dtype` where the format's loaders compute in that.
         """
         return self.elements(start, stop).astype(np.float32)
+
+    def config_beside(
+        self, config: Mapping[str, Any], modules: Collection[str]
+    ) -> Mapping[str, Any] | None:
+        """Return a configuration with which loaders take some modules as plain, others as coded.
+
+        Args:
+            config: of the quantised checkpoint.
+            modules: paths of the modules that are plain now.
+
+        Returns:
+            None if the format's loaders want all or nothing.
+        """
+        del config, modules
+        return None
 
     def tensor(self, dtype: DType | None = None) -> TensorRef:
         """Return the weight as a plain tensor that is computed when it is read.
