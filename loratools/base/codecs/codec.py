@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -72,7 +72,10 @@ class CodedWeight(ABC):
         dtype: type of the values, which loaders round to.
         parts: all tensors that make it up, the codes first.
         scheme: how it is quantised.
+        caveat: what to know when something is added to it; empty if nothing.
     """
+
+    caveat: ClassVar[str] = ""
 
     def __init__(
         self,

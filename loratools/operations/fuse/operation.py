@@ -462,7 +462,11 @@ class Fusion:
             else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
             "they were are left out"
         )
-        return [Finding("no-longer-quantised", "note", None, message)]
+        caveats = {weight.caveat for weight in self._dequantised.weights.values()} - {""}
+        return [
+            Finding("no-longer-quantised", "note", None, message),
+            *(Finding("rescaled-inputs", "warning", None, text) for text in sorted(caveats)),
+        ]
 
     def write(
         self,
