@@ -21,6 +21,7 @@ _HOMES = {
     "loratools.face.extract": ("extract", "extract_choices"),
     "loratools.face.fuse": ("fuse",),
     "loratools.face.info": ("info", "read"),
+    "loratools.face.info_base": ("info_base",),
     "loratools.face.lists": ("formats", "methods"),
     "loratools.face.merge": ("merge",),
     "loratools.face.provenance": ("provenance",),

@@ -20,6 +20,7 @@ from loratools.face.extract import ExtractResult as ExtractResult
 from loratools.face.fuse import FusePlan as FusePlan
 from loratools.face.fuse import FuseResult as FuseResult
 from loratools.face.info import InfoResult as InfoResult
+from loratools.face.info_base import BaseInfoResult as BaseInfoResult
 from loratools.face.lists import FormatsResult as FormatsResult
 from loratools.face.lists import MethodsResult as MethodsResult
 from loratools.face.merge import MergeResult as MergeResult
@@ -264,6 +265,9 @@ def read(
     ignore_key: Sequence[str] = (),
     revision: str | None = None,
 ) -> Adapter: ...
+def info_base(
+    base: str | os.PathLike[str] | Checkpoint, *, revision: str | None = None
+) -> BaseInfoResult: ...
 def formats() -> FormatsResult: ...
 def methods() -> MethodsResult: ...
 def merge(

@@ -17,7 +17,9 @@ from loratools.algebra import cancelling, linalg
 from loratools_formats.core.dtypes import Array
 
 _BLOCK_ELEMENTS = 1 << 20
-_ENERGY_ROWS = 512
+_ENERGY_BLOCK = 1024
+_HOLDS = 1e-14, 1e14
+"""Squared sizes of components whose products float32 holds."""
 _LEAST_SHARE = 0.1
 """Of Σ‖bᵢ‖²‖aᵢ‖², below which energies are summed in float64, since their terms cancel."""
 
@@ -107,35 +109,35 @@ class Thin:
 
     def row_energies(self) -> Array:
         """Return ‖row‖² of the factors' product: (out,) float64, to about 1e-6 of each."""
-        return self.scale**2 * self._energies(self.b, self.grams.a, self.grams.b)
+        b = self._for_energies(self.b)
+        gram = self.grams.a.astype(b.dtype)
+        energies = np.empty(len(b))
+        for start in range(0, len(b), _ENERGY_BLOCK):
+            part = b[start : start + _ENERGY_BLOCK]
+            energies[start : start + len(part)] = np.einsum("ij,ij->i", part @ gram, part)
+        return self.scale**2 * np.maximum(energies, 0.0)
 
     def column_energies(self) -> Array:
         """Return ‖column‖² of the factors' product: (in,) float64, to about 1e-6 of each."""
-        return self.scale**2 * self._energies(self.a.T, self.grams.b, self.grams.a)
+        a = self._for_energies(self.a)
+        gram = self.grams.b.astype(a.dtype)
+        energies = np.empty(a.shape[1])
+        for start in range(0, a.shape[1], _ENERGY_BLOCK):
+            part = a[:, start : start + _ENERGY_BLOCK]
+            product = gram @ part
+            product *= part
+            energies[start : start + part.shape[1]] = product.sum(axis=0)
+        return self.scale**2 * np.maximum(energies, 0.0)
 
-    def _energies(self, x: Array, gram: Array, own: Array) -> Array:
-        """Return xᵢ G xᵢᵀ of every row, in float32 where nothing cancels: twice as fast.
-
-        Powers of two move the sizes of the components from G to x, so that float32 holds both.
-        """
-        diagonal = np.diag(gram)
-        squares = diagonal * np.diag(own)
-        largest = float(squares.max(initial=0.0))
-        cancels = self.grams.squared_norm < _LEAST_SHARE * float(squares.sum())
-        if largest == 0.0 or cancels or not math.isfinite(largest):
-            wide = x.astype(np.float64, copy=False)
-            exact: Array = np.maximum(np.einsum("ij,ij->i", wide @ gram, wide), 0.0)
-            return exact
-        powers = np.frexp(np.sqrt(diagonal))[1]
-        power = math.frexp(math.sqrt(largest))[1]
-        into, back = np.ldexp(1.0, powers - power), np.ldexp(1.0, -powers)
-        small = (gram * back * back[:, None]).astype(np.float32)
-        energies = np.empty(len(x))
-        for start in range(0, len(x), _ENERGY_ROWS):
-            part = (x[start : start + _ENERGY_ROWS] * into).astype(np.float32, order="C")
-            energies[start : start + len(part)] = np.einsum("ij,ij->i", part @ small, part)
-        found: Array = np.ldexp(np.maximum(energies, 0.0), 2 * power)
-        return found
+    def _for_energies(self, factor: Array) -> Array:
+        """Return a factor in float32, which is twice as fast, if its products hold in it."""
+        of_b, of_a = np.diag(self.grams.b), np.diag(self.grams.a)
+        sizes = np.concatenate([of_b, of_a])
+        low, high = _HOLDS
+        terms = float((of_b * of_a).sum())
+        holds = (((sizes > low) & (sizes < high)) | (sizes == 0.0)).all()
+        narrow = holds and self.grams.squared_norm >= _LEAST_SHARE * terms
+        return factor.astype(np.float32 if narrow else np.float64, copy=False)
 
     @property
     def is_product(self) -> bool:

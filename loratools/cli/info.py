@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,7 +19,12 @@ from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
 from loratools.work.requests import Reading, Reporting
+from loratools_formats.contract.path_kinds import is_base
 from loratools_formats.disk.errors import LoratoolsError, OptionError, printable
+
+if TYPE_CHECKING:
+    from loratools.face.info_base import BaseInfoResult
+    from loratools.operations.info_base import QuantisedInfo
 
 _FEW = 4
 
@@ -28,22 +34,54 @@ _FEW = 4
 @shared.reads("from_", "carry_unknown", "ignore_key")
 @shared.reports("json", "quiet", "verbose")
 def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) -> int:
-    """Show what an adapter is, from its headers alone.
+    """Show what an adapter or a base model is, from its headers alone.
 
-    Of several, print a line each. A folder that is no adapter stands for all adapters below it.
+    Of several, print a line each. A folder that is no adapter stands for all adapters below it. Of
+    a base model it tells how its weights are quantised: the format, bits, groups, and what is not.
 
     \b
     loratools info my-adapter
     loratools info adapters/
+    loratools info my-quantised-model
     """  # noqa: D301 - click reads the backspace
     if not adapters:
         raise OptionError("no adapter given", expected="ADAPTER...")
+    if len(adapters) == 1 and reading.from_ is None and is_base(adapters[0]):
+        return _show_base(adapters[0], reporting)
     found = adapters_in(adapters)
     if found == list(adapters) and len(found) == 1:
         result = info(adapters[0], reading=reading)
         report(result, lambda one: _show(one, reporting), reporting)
         return 0
     return _show_many(found, reading, reporting)
+
+
+def _show_base(path: Path, reporting: Reporting) -> int:
+    from loratools.face.info_base import info_base  # numpy, which an adapter's info does without
+
+    report(info_base(path), _print_base, reporting)
+    return 0
+
+
+def _print_base(found: BaseInfoResult) -> None:
+    lines = [
+        ("model", found.model or "not recorded"),
+        ("quantised", found.problem or ("" if found.quantised else "no")),
+        *(("quantised", _quantised(each)) for each in found.quantised),
+        ("left out", ", ".join(found.left_out)),
+        ("parameters", "" if found.parameters is None else f"{found.parameters:,}"),
+        ("size", f"{human_bytes(found.nbytes)} in {quantity(found.files, 'file')}"),
+        ("others", ", ".join(f"{d} ({quantity(n, 'tensor')})" for d, n in found.dtypes.items())),
+    ]
+    for label, text in lines:
+        if text:
+            click.echo(f"{label:10}  {printable(text, 2000)}")
+
+
+def _quantised(found: QuantisedInfo) -> str:
+    group = "" if found.group is None else f", groups of {found.group}"
+    size = f"{found.parameters:,} parameters in {human_bytes(found.nbytes)}"
+    return f"{found.format}, {found.bits} bits{group}: {quantity(found.weights, 'weight')}, {size}"
 
 
 def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting) -> int:

@@ -13,7 +13,7 @@ from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.face.repair import RepairResult, repair
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations.repair import RepairOptions
+from loratools.operations.repair.result import RepairOptions
 from loratools.work.json_object import as_json
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Selection

@@ -353,9 +353,10 @@ def _base_model(
         return named
     if adapter is not None:
         return adapter.base_model
-    inputs = records[-1].get("inputs", []) if records else []
-    names = [each.get("reference") for each in inputs if each.get("role") == "base"]
-    return next((name for name in names if isinstance(name, str)), None)
+    call = records[-1].get("call", {}) if records else {}
+    base = call.get("arguments", {}).get("base", {})
+    reference = base.get("reference") if isinstance(base, dict) else None
+    return parse_target(reference).repo if isinstance(reference, str) else None
 
 
 def _licence(base: str | None, card: bytes | None) -> dict[str, str]:

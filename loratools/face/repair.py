@@ -19,8 +19,8 @@ from loratools.face.source import (
     opened,
 )
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations import repair as operation
-from loratools.operations.repair import RepairOptions, RepairReport
+from loratools.operations.repair import operation
+from loratools.operations.repair.result import RepairOptions, RepairReport
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Selection
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 from loratools.hub import client
 from loratools.hub.choice import Choice, choose
 from loratools.hub.listing import Listing
 from loratools.hub.references import Beside, Reference, Resolved, Want
-from loratools_formats.disk.errors import MissingDependencyError
+from loratools_formats.disk.errors import HubError, MissingDependencyError
 
 _CHUNK_BYTES = 8 << 20
 
@@ -48,7 +48,7 @@ def fetch_bucket(reference: Reference, want: Want, beside: Beside) -> Resolved:
     folder = cache / f"buckets--{reference.repo.replace('/', '--')}" / "snapshots" / state
     for name in names:
         if not (folder / name).is_file():
-            _fetch(reference, name, folder / name)
+            _fetch(reference, name, found.files[name], folder / name)
     return Resolved(_place(folder, chosen), reference, None)
 
 
@@ -56,16 +56,30 @@ def _place(folder: Path, chosen: Choice) -> Path:
     return folder / chosen.place if chosen.place else folder
 
 
-def _fetch(reference: Reference, name: str, target: Path) -> None:
+def _fetch(reference: Reference, name: str, nbytes: int, target: Path) -> None:
+    """Download a file whole or not at all, by its address, which needs no other storage client."""
     hub = client.library(reference)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.incomplete")
-    source = f"buckets/{reference.repo}/{name}"
+    address = f"{hub.constants.ENDPOINT}/buckets/{reference.repo}/resolve/{quote(name, safe='')}"
+    headers = hub.utils.build_hf_headers(library_name="loratools")
     try:
-        with client.talking(reference):
-            system = hub.HfFileSystem()
-            with system.open(source, "rb") as reader, temporary.open("wb") as writer:
-                shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
+        with client.talking(reference), temporary.open("wb") as writer:
+            session = hub.utils.get_session()
+            with session.stream("GET", address, headers=headers, follow_redirects=True) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                hub.utils.hf_raise_for_status(answer)
+                for chunk in answer.iter_bytes(_CHUNK_BYTES):
+                    writer.write(chunk)
+        if temporary.stat().st_size != nbytes:
+            raise HubError(
+                "the download ended early",
+                path=str(reference.at(name)),
+                got=f"{temporary.stat().st_size} bytes",
+                expected=nbytes,
+                hint="Try again",
+            )
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

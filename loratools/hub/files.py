@@ -14,6 +14,7 @@ from pathlib import Path
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, read_checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
+from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.attachments import ATTACHMENTS
 from loratools_formats.disk.files import inside
@@ -43,11 +44,12 @@ class Contents:
 
 def contents_of_adapter(path: Path, adapter: Adapter) -> Contents:
     """Return what is published of an adapter that was read from a path."""
-    if not path.is_dir():
+    if not path.is_dir() and not get_format(adapter.format).is_folder:
         return _of_file(path)
-    names = [os.path.relpath(file.path, path) for file in adapter.inputs]
+    folder = path if path.is_dir() else path.parent  # weights whose configuration is beside them
+    names = [os.path.relpath(file.path, folder) for file in adapter.inputs]
     names += [name for name, kept in adapter.attachments.items() if isinstance(kept, Path)]
-    return _of_folder(path, names)
+    return _of_folder(folder, names)
 
 
 def contents_of_model(path: Path) -> Contents:

@@ -8,6 +8,7 @@ hashes of all files are compared with those that the Hub holds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import time
 from collections.abc import Mapping
@@ -174,7 +175,7 @@ def publish(target: Target, files: Mapping[str, Content], there: Remote, title: 
     wanted = {n: files[n] for n, change in changes(files, there).items() if change != "same"}
     if not wanted and there.head is not None and there.is_branch:
         return Published(there.head, _url(target.reference, there.head), None, False)
-    head = _made_ready(target, there)
+    head = _made_ready(target, there, wanted)
     there = Remote(head, there.marks)
     made = _committed(target, wanted, there, title) if wanted else None
     if made is None:
@@ -183,13 +184,24 @@ def publish(target: Target, files: Mapping[str, Content], there: Remote, title: 
     return made
 
 
-def _made_ready(target: Target, there: Remote) -> str:
-    """Make the repository and the branch if they are missing, and return the branch's commit."""
+def _made_ready(target: Target, there: Remote, wanted: Mapping[str, Content]) -> str:
+    """Make the repository and the branch if they are missing, and return the branch's commit.
+
+    Raises:
+        HubError: somebody has made the repository meanwhile, and put such files into it.
+    """
     api, repo, reference = client.api(), target.reference.repo, target.reference
     with client.talking(reference):
         if there.head is None:
             api.create_repo(repo, private=target.create == "private", exist_ok=True)
-    head = there.head or _at(reference, "main").head or ""
+    now = Remote(there.head, {}) if there.head is not None else _at(reference, "main")
+    head = now.head or ""
+    if set(now.marks) & set(wanted):
+        raise HubError(
+            "somebody has made the repository meanwhile, and nothing was overwritten",
+            path=str(reference),
+            hint="Look at it, then run the command again",
+        )
     if target.branch == "main" or (there.is_branch and there.head is not None):
         return head
     with client.talking(reference):
@@ -330,8 +342,13 @@ def _marks(content: Content) -> _Marks:
     if isinstance(content, bytes):
         size, chunks = len(content), iter([content])
         return _digests(size, chunks)
-    with content.open("rb") as file:
-        size = content.stat().st_size
+    status = content.stat()
+    return _marks_of_file(content, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _marks_of_file(path: Path, size: int, mtime_ns: int) -> _Marks:  # noqa: ARG001 - part of the key
+    with path.open("rb") as file:
         return _digests(size, iter(lambda: file.read(_CHUNK_BYTES), b""))
 
 

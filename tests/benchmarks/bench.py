@@ -18,7 +18,18 @@ from pathlib import Path
 from machine import describe
 from report import markdown
 
-ALWAYS = ["squeeze", "merge", "fuse", "nf4", "fold", "gguf", "dialects", "kernels", "spectrum"]
+ALWAYS = [
+    "squeeze",
+    "merge",
+    "fuse",
+    "nf4",
+    "fold",
+    "gguf",
+    "dialects",
+    "kernels",
+    "spectrum",
+    "check",
+]
 BENCHMARKS = [*ALWAYS, "versions"]  # the last needs an earlier version beside this one
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 

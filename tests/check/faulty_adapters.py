@@ -80,6 +80,12 @@ def trained_embedding(path):
     return folder(path, weights, modules_to_save=["embed_tokens"])
 
 
+def wide_embedding(path):
+    key = "base_model.model.model.embed_tokens.weight"
+    weights = tensors() | {key: np.ones((16, IN + 1), np.float32)}
+    return folder(path, weights, modules_to_save=["embed_tokens"])
+
+
 def card(**values):
     lines = CARD.splitlines()
     for key, value in values.items():
@@ -315,6 +321,7 @@ CASES = {
     "LT406": (folder, {"base": lambda p: base(p, modules=MODULES[:2])}),
     "LT407": (folder, {"base": lambda p: base(p, shape=(OUT, IN + 1))}),
     "LT408": (embedding, {"base": base}),
+    "LT410": (trained_embedding, {"base": base}),
     "LT501": (folder, {"target": ["ollama"]}),
     "LT502": (folder, {"target": ["llamacpp"]}),
     "LT503": (dora, {"target": ["vllm"]}),

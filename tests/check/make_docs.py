@@ -6,12 +6,14 @@ A test compares the file with what this makes.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 from loratools.operations.check.rule import GROUPS
 from loratools.operations.check.rules import RULES
 from loratools.operations.check.targets import Target, known_targets
 
+STATISTICS = Path(__file__).with_name("statistics.json")
 PATH = Path(__file__).parents[2] / "docs" / "rules.md"
 
 
@@ -32,8 +34,34 @@ def rules():
             if rule.statistical:
                 lines[-1] += " This is a statistic."
             lines += ["", rule.why, "", f"Fix: {rule.fix}", "", f"Source: {rule.source}."]
+            lines += ["", measured(rule.code)] if rule.statistical else []
     lines += ["", "## Serving programs", "", *targets()]
     return "\n".join(lines) + "\n"
+
+
+def measured(code):
+    """Return how often a rule is wrong and how often right, as `measure_statistics.py` found."""
+    record = json.loads(STATISTICS.read_text())
+    parts = []
+    for what, counts in record[code].items():
+        if isinstance(counts, list):
+            parts.append(f"it flags {counts[0]} of {counts[1]} {what} ({share(counts)})")
+        else:
+            each = ", ".join(f"{share(value)} at {key}" for key, value in counts.items())
+            parts.append(f"by the {what}, it finds {each} (of {value_count(counts)} tries each)")
+    return (
+        f"Measured on {record['made']} (`tests/check/measure_statistics.py`): {'; '.join(parts)}."
+    )
+
+
+def share(counts):
+    hits, of = counts
+    return f"{hits / of:.1%}"
+
+
+def value_count(counts):
+    (tries,) = {of for _, of in counts.values()}
+    return tries
 
 
 def targets():

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from faulty_adapters import CASES, made, patterned
+from faulty_adapters import CASES, made, patterned, wide_embedding
 from handmade_adapters import MODULES, base, folder
 
 import loratools as lt
@@ -75,6 +75,19 @@ def test_what_a_refused_adapter_lacks_is_said_beside_the_refusal(tmp_path):
     assert {"LT001", "LT101"} <= found
 
 
+def test_statistical_rules_were_measured():
+    """Both ways: on clean adapters, and on some with a plant."""
+    record = json.loads(Path(__file__).with_name("statistics.json").read_text())
+    for rule in (rule for rule in RULES if rule.statistical):
+        clean, of = record[rule.code]["clean adapters"]
+        assert clean < of >= 50
+        (planted,) = (each for each in record[rule.code].values() if isinstance(each, dict))
+        found = [hits / tries for hits, tries in planted.values()]
+        assert found == sorted(found)
+        assert found[-1] > 0.75
+    assert set(record) == {"made"} | {rule.code for rule in RULES if rule.statistical}
+
+
 def test_no_word_calls_an_adapter_safe():
     for rule in RULES:
         text = f"{rule.summary} {rule.why} {rule.fix}".lower()
@@ -102,3 +115,9 @@ def test_scales_that_agree_need_no_pattern(tmp_path):
     values["alpha_pattern"] = {MODULES[0]: 4}
     (path / "adapter_config.json").write_text(json.dumps(values))
     assert "LT506" not in codes(lt.check(path, target=["vllm"]))
+
+
+def test_a_whole_matrix_of_another_width_does_not_fit(tmp_path):
+    path = wide_embedding(tmp_path / "a")
+    found = lt.check(path, base=base(tmp_path / "base"), select=["LT407"]).findings
+    assert [f.where for f in found] == ["model.embed_tokens.weight"]

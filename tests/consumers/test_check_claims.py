@@ -73,6 +73,30 @@ NO_OPS = {
 }
 
 
+def test_peft_refuses_an_embedding_of_another_vocabulary(tmp_path):
+    import torch
+    from peft import PeftModel
+    from torch import nn
+
+    class Base(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.embed_tokens = nn.Embedding(rows, IN)
+            self.q_proj = nn.Linear(IN, OUT, bias=False)
+
+    weights = {"base_model.model.embed_tokens.weight": np.ones((20, IN), np.float32),
+               "base_model.model.q_proj.lora_A.weight": np.ones((4, IN), np.float32),
+               "base_model.model.q_proj.lora_B.weight": np.ones((OUT, 4), np.float32)}  # fmt: skip
+    path = folder(tmp_path / "a", weights, modules_to_save=["embed_tokens"],
+                  target_modules=["q_proj"], without=("task_type",))  # fmt: skip
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(Base(16), path)
+    assert torch.equal(
+        PeftModel.from_pretrained(Base(20), path).base_model.model.embed_tokens.weight,
+        torch.ones(20, IN),
+    )
+
+
 def test_peft_changes_every_module_of_a_sound_adapter(tmp_path):
     path = folder(tmp_path / "a", without=("task_type",))
     assert changes_in_peft(path) == set(MODULES)

@@ -156,3 +156,25 @@ def test_single_experts_are_measured_and_repaired_beside_either_base(folders, ba
         want = change - 0.25 * (u[:, bad] * s[bad]) @ vt[bad]
         now = lt.delta(repaired.adapter, name)
         assert np.linalg.norm(now - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stacks_compare_as_peft_merges_them(folders, tmp_path):
+    import loratools as lt
+
+    lt.squeeze(folders / "all", rank=2, output=tmp_path / "small")
+    found = lt.compare([folders / "all", tmp_path / "small"], exact=True, include="experts")
+    one, other = (merged_changes(folders, f) for f in (folders / "all", tmp_path / "small"))
+    leaves = {f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"}
+    assert set(one) == leaves
+    wanted = {}
+    for leaf in leaves:
+        x, y = one[leaf].reshape(-1), other[leaf].reshape(-1)
+        norms = np.linalg.norm(x), np.linalg.norm(y)
+        wanted[round(norms[0], 6)] = (x @ y / norms[0] / norms[1], norms, np.mean(x * y < 0))
+    assert len(found.modules) == 2
+    for module in found.modules:
+        cosine, norms, conflict = wanted[round(module.norms[0], 6)]
+        assert_allclose(module.cosine, cosine, atol=1e-6)
+        assert_allclose(module.norms, norms, rtol=1e-5)
+        assert_allclose(module.sign_conflict, conflict, atol=2e-3)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import loratools as lt
 from loratools.cli import cli
+from loratools.face import push as pushing
 from loratools.hub import upload
 from loratools_formats.disk.errors import (
     HubError,
@@ -28,6 +29,7 @@ from loratools_formats.disk.errors import (
 SCHEMAS = Path(lt.__file__).parent / "schemas"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "loratools/tiny-llama"
+DRAW = pushing._picture
 NAMES = {"adapter_config.json", WEIGHTS, "README.md", "provenance.json", "spectrum.png"}
 
 
@@ -42,7 +44,13 @@ def hub(here, monkeypatch):
     card = b"---\nlicense: apache-2.0\n---\n# Tiny\n"
     here.add(BASE, {**{p.name: p.read_bytes() for p in MODEL.iterdir()}, "README.md": card})
     monkeypatch.setattr(upload, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(pushing, "_picture", _drawn)  # drawing takes longer than all the rest
     return here
+
+
+def _drawn(adapter, name, folder):
+    (folder / "spectrum.png").write_bytes(f"{name} {len(adapter.modules)}".encode())
+    return folder / "spectrum.png"
 
 
 def published(hub, repo="me/small", revision="main"):
@@ -114,7 +122,8 @@ def test_what_the_repository_has_besides_stays(hub, small):
     assert files["README.md"].count(b"# Mine\n") == 1
 
 
-def test_the_card_says_what_it_is(hub, small):
+def test_the_card_says_what_it_is(hub, small, monkeypatch):
+    monkeypatch.setattr(pushing, "_picture", DRAW)
     lt.push(small, "me/small", create=True)
     card = ModelCard(published(hub)["README.md"].decode())
     data = card.data.to_dict()
@@ -418,7 +427,10 @@ def test_files_on_the_hub_get_names(hub, tmp_path):
 
 def test_a_model_on_the_hub(hub):
     lt.fuse(f"hf://{BASE}", LORA, output="hf://me/fused")
-    assert "model.safetensors" in published(hub, "me/fused")
+    files = published(hub, "me/fused")
+    assert "model.safetensors" in files
+    data = ModelCard(files["README.md"].decode()).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == (BASE, "merge")
 
 
 def test_where_nothing_can_be_published_nothing_is_computed(hub, monkeypatch):
@@ -549,3 +561,21 @@ def test_trusted_publishing_needs_no_secret(server, program, small, minted):
     done = program("push", small, "me/other", "--create")
     assert done.returncode == 2
     assert ID_TOKEN not in done.stderr
+
+
+def test_weights_are_published_with_their_configuration(hub, small):
+    lt.push(small / WEIGHTS, "me/small", create=True)
+    assert set(published(hub)) == NAMES
+    assert lt.info("me/small").modules
+
+
+def test_a_repository_that_somebody_makes_meanwhile(hub, small):
+    def somebody(handler, method, path):
+        if path == "/api/repos/create" and "me/small" not in hub.repos:
+            hub.add("me/small", {"README.md": b"# Theirs\n"})
+        return False
+
+    hub.faults.append(somebody)
+    with pytest.raises(HubError, match="somebody has made the repository meanwhile"):
+        lt.push(small, "me/small", create=True)
+    assert published(hub) == {"README.md": b"# Theirs\n"}

@@ -313,3 +313,34 @@ def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path):
         lt.info("me/tiny")
     with pytest.raises(LoratoolsError, match=r"nowhere.*pip install 'loratools\[hub\]'"):
         lt.to_dora(LORA, base="nowhere")
+
+
+def test_buckets(repos):
+    from huggingface_hub import HfApi
+
+    if not hasattr(HfApi, "list_bucket_tree"):
+        pytest.skip("this huggingface_hub knows no buckets")
+    repos.buckets["me/store"] = {f"runs/{p.name}": p.read_bytes() for p in LORA.iterdir()}
+    first = lt.read("hf://buckets/me/store/runs")
+    assert lt.info("hf://buckets/me/store/runs").modules[0].rank == 32
+    assert cached_place(first.source).reference == "hf://buckets/me/store/runs"
+    repos.buckets["me/store"] |= {f"runs/{p.name}": p.read_bytes() for p in RSLORA.iterdir()}
+    second = lt.read("hf://buckets/me/store/runs")
+    assert second.source != first.source  # another state, and the first stays whole
+    assert first.inputs[0].sha256() != second.inputs[0].sha256()
+    with pytest.raises(MissingFileError, match="bucket"):
+        lt.info("hf://buckets/me/nothing")
+
+
+def test_models_in_ggufs_and_pipelines(repos):
+    content = b"GGUF" + bytes(60)
+    repos.add("me/quants", {"a-q4.gguf": content, "a-q8.gguf": content})
+    with pytest.raises(HubError, match=r"Name one, such as hf://me/quants/a-q4\.gguf"):
+        lt.to_dora(LORA, base="me/quants")
+    part = {f"transformer/{p.name}": p.read_bytes() for p in MODEL.iterdir()}
+    repos.add("me/pipeline", {"model_index.json": b"{}", **part})
+    with pytest.raises(HubError, match="Name one, such as hf://me/pipeline/transformer"):
+        lt.to_dora(LORA, base="me/pipeline")
+    assert lt.to_dora(LORA, base="hf://me/pipeline/transformer").modules
+    with pytest.raises(HubError, match="is a model, not an adapter"):
+        lt.info("me/pipeline")

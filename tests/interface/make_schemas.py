@@ -25,6 +25,7 @@ from loratools.face.dequantize import DequantizeResult
 from loratools.face.extract import ExtractChoices, ExtractResult
 from loratools.face.fuse import FusePlan, FuseResult
 from loratools.face.info import InfoResult
+from loratools.face.info_base import BaseInfoResult
 from loratools.face.lists import FormatsResult, MethodsResult
 from loratools.face.merge import MergeResult
 from loratools.face.provenance import ProvenanceResult
@@ -53,6 +54,7 @@ RESULTS = {
     "formats": (FormatsResult,),
     "fuse": (FuseResult, FusePlan),
     "info": (InfoResult,),
+    "info-base": (BaseInfoResult,),
     "merge": (MergeResult,),
     "methods": (MethodsResult,),
     "provenance": (ProvenanceResult,),

@@ -34,8 +34,9 @@ LORA, RSLORA, DORA, MODEL = (LLAMA / name for name in ("lora", "rslora", "dora",
 MODULE = "model.layers.0.self_attn.q_proj"
 FUNCTIONS = [name for name in lt.__all__ if inspect.isfunction(getattr(lt, name))]
 RESULTS = ("check", "compare", "compare_bases", "convert", "dequantize", "extract", "formats",
-           "fuse", "info", "merge", "methods", "provenance", "quantize", "repair", "replay", "rule",
-           "run", "spectrum", "squeeze", "to_dora", "to_lora", "verify", "write")  # fmt: skip
+           "fuse", "info", "info_base", "merge", "methods", "provenance", "quantize", "repair",
+           "replay", "rule", "run", "spectrum", "squeeze", "to_dora", "to_lora", "verify",
+           "write")  # fmt: skip
 
 
 def command_line(*arguments):
@@ -71,6 +72,7 @@ CASES = {
     ),
     "rule": (lambda m, o: lt.rule("LT506"), lambda m: ["rule", "scale-dropped"]),
     "info": (lambda m, o: lt.info(LORA), lambda m: ["info", LORA]),
+    "info, a base": (lambda m, o: lt.info_base(m / "nf4"), lambda m: ["info", m / "nf4"]),
     "formats": (lambda m, o: lt.formats(), lambda m: ["formats"]),
     "methods": (lambda m, o: lt.methods(), lambda m: ["methods"]),
     "squeeze": (

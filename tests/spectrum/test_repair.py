@@ -1,5 +1,7 @@
 """`repair` equals the paper's edit done densely, and PEFT's own `reduce_intruder_dimension`."""
 
+import csv
+import io
 import json
 import shutil
 import subprocess
@@ -15,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 import loratools as lt
 from loratools.base.decompositions import IntruderOptions
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations.repair import RepairOptions, repair
+from loratools.operations.repair.operation import repair
+from loratools.operations.repair.result import RepairOptions
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import OptionError, UnsupportedError
@@ -290,3 +293,13 @@ def test_a_gguf_adapter_is_measured_beside_the_base_as_it_was_before(tmp_path):
         assert one.base.intruders == other.base.intruders
     pair = lt.compare([dense.TINY / "lora", tmp_path / "a.gguf"], base=base)
     assert min(module.cosine for module in pair.modules) > 1 - 1e-6
+
+
+def test_the_rows_of_a_repair_are_its_modules(make_folder, tmp_path):
+    folder = make_folder("adapter", {f"layers.{i}.q": (24, 20, 8) for i in range(3)})
+    done = run("repair", folder, "-o", tmp_path / "out", "--keep-intruders", "--rebalance", "--csv")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [(row["name"], row["action"]) for row in rows] == [
+        (f"layers.{i}.q", "kept") for i in range(3)
+    ]

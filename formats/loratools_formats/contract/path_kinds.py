@@ -94,6 +94,19 @@ def cached(path: Path) -> Kind | None:
     )
 
 
+def is_base(path: Path) -> bool:
+    """Return whether a folder or file is a model's weights and no adapter, by its names."""
+    if path.is_dir():
+        names = sorted(os.listdir(path))
+        others = _cached_or_pipeline(path, names) or _without_config(path, names)
+        return others is None and _CONFIG not in names and _model(path, names) is not None
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        found = tensor_names(file.read(_MOST_HEADER_BYTES))
+    return _of_model(path, [name.decode("utf-8", "replace") for name in found]) is not None
+
+
 def architecture(folder: Path) -> str:
     """Return the class of a model in brackets, after a space; empty if its config has none."""
     try:

@@ -16,11 +16,9 @@ def file_of(finding: CheckFinding) -> str:
         return "/".join(filter(None, [finding.adapter.rstrip("/"), finding.file]))
     path = Path(finding.adapter)
     if path.is_dir():
-        name = finding.file
-        if name is None:
-            name = next((each for each in _WEIGHTS if (path / each).is_file()), "")
-        path = path / name
-    elif finding.file is not None and finding.file != path.name:
+        named = (finding.file, *_WEIGHTS)  # a card that is missing has no place of its own
+        path /= next((each for each in named if each and (path / each).is_file()), "")
+    elif finding.file is not None and (path.parent / finding.file).is_file():
         path = path.parent / finding.file
     if path.is_absolute():
         try:

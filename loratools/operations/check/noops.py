@@ -14,6 +14,7 @@ from loratools.base.tied import find_tie
 from loratools.naming.for_base import named_for_base
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import CONFIG_FILE, Subject
+from loratools_formats.checkpoints.facts import is_vocabulary
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, ModuleChange
@@ -154,6 +155,31 @@ def _wrong_shape(subject: Subject) -> Iterator[Found]:
     except LoratoolsError as error:
         if "no base tensor fits" not in error.message:
             yield Found(str(error), error.tensor)
+    for target, own, its in _whole_matrices(adapter, names):
+        if own[1:] != its[1:]:
+            yield Found(f"{target} has shape {list(own)}, and the base's {list(its)}", target)
+
+
+def _whole_matrices(
+    adapter: Adapter, names: Names
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Yield tensors that replace a matrix of the base whole: name, own shape, the base's."""
+    for replacement in adapter.replacements.values():
+        key = None if replacement.rows else names.find(replacement.target)
+        shape = replacement.tensor.shape
+        if key is not None and len(shape) == len(names.tensors[key].shape) == 2:
+            yield replacement.target, shape, names.tensors[key].shape
+
+
+def _vocabulary(subject: Subject) -> Iterator[Found]:
+    if subject.base is None:
+        return
+    adapter, _ = _in_base(subject)
+    if adapter is None:
+        return
+    for target, own, its in _whole_matrices(adapter, subject.base):
+        if own[0] != its[0] and is_vocabulary(target.removesuffix(".weight")):
+            yield Found(f"{target} has {own[0]} rows, and the base's {its[0]}", target)
 
 
 def _one_by_one(
@@ -280,5 +306,14 @@ RULES = (
         "Write it again as PEFT has it: `loratools convert ADAPTER -o NEW --to peft`.",
         "peft.tuners.lora.layer.ParamWrapper, 0.21.2",
         of_readers=("experts-grouped",),
+    ),
+    Rule(
+        "LT410", "other-vocabulary", "warning",
+        "A trained embedding or output layer has another number of rows than the base's "
+        "(with `base`).",
+        "PEFT stops with an error, unless the model was resized by resize_token_embeddings first.",
+        "Fuse it, which writes the larger vocabulary: `loratools fuse BASE ADAPTER -o FUSED`.",
+        "`set_peft_model_state_dict` in peft 0.21.2, run",
+        _vocabulary,
     ),
 )  # fmt: skip

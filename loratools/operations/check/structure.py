@@ -62,7 +62,8 @@ def _empty(subject: Subject) -> Iterator[Found]:
         return
     if adapter.modules or adapter.replacements or adapter.additions:
         return
-    if not any(finding.code == "no-weight-change" for finding in adapter.findings):
+    elsewhere = {"no-weight-change", "left-to-loader"}
+    if not elsewhere & {finding.code for finding in adapter.findings}:
         yield Found("no module is adapted, and no tensor replaces one of the base")
 
 

@@ -17,7 +17,7 @@ from loratools.algebra.clusters import clusters, leaves, linkage
 from loratools.folding.thin_modules import ThinModule, ThinModules
 from loratools.operations.compare.names import in_one_naming
 from loratools.operations.compare.pair import pair_module
-from loratools.operations.compare.products import MANY, inner_products
+from loratools.operations.compare.products import MANY, Workspace, inner_products
 from loratools.operations.compare.result import CompareResult, PairModule, Unmatched
 from loratools.operations.compare.starts import FLOOR, FLOOR_IN_SINGLE, Starts, starts, unknown
 from loratools.work.declared import option
@@ -127,8 +127,9 @@ def compare(
     many = len(named) >= MANY
     openers = [ThinModules(adapter, base, "compare", once=many) for adapter in named]
     wanted = sorted({n for opener in openers for n in opener.modules if n in selection})
+    workspace = Workspace()
     done: list[_Module] = []
-    for module in in_order(lambda n: _module(n, openers, options), wanted, workers):
+    for module in in_order(lambda n: _module(n, openers, options, workspace), wanted, workers):
         done.append(module)
         if progress is not None:
             progress(len(done), len(wanted))
@@ -155,7 +156,9 @@ def compare(
     return _result(adapters, done, found)
 
 
-def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) -> _Module:
+def _module(
+    name: str, openers: Sequence[ThinModules], options: CompareOptions, workspace: Workspace
+) -> _Module:
     opened = [o.open(name) if name in o.modules else None for o in openers]
     found = [(i, module) for i, module in enumerate(opened) if module is not None]
     present = tuple(i for i, _ in found)
@@ -168,7 +171,7 @@ def _module(name: str, openers: Sequence[ThinModules], options: CompareOptions) 
         return _Module(name, present, f"its shapes differ: {shapes}", changes, begun)
     modules = [module for _, module in found]
     here = np.ix_(present, present)
-    changes[here], grams = inner_products(modules)
+    changes[here], grams = inner_products(modules, workspace)
     ranks = [None if openers[i].modules[name].is_dora else module.rank for i, module in found]
     begun = _starts(modules, present, ranks, grams, count)
     least = min((rank for rank in ranks if rank), default=0)

@@ -9,6 +9,7 @@ the factors are orthogonalised first.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,8 +27,30 @@ _LEAST_SHARE, _LEAST_IN_SINGLE = 1e-4, 0.1
 """Of Σ‖bᵢ‖²‖aᵢ‖², below which ‖ΔW‖² is too small for sums of float64, and of float32."""
 
 
-def inner_products(modules: Sequence[ThinModule]) -> tuple[Array, list[Array]]:
+class Workspace(threading.local):
+    """Memory of each thread that takes one module's factors after the other's.
+
+    Fresh memory for every module costs more time than filling it.
+    """
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.float32)
+
+    def array(self, rows: int, columns: int) -> Array:
+        """Return an array (rows, columns) of float32 with any values, the same memory each time."""
+        if self._memory.size < rows * columns:
+            self._memory = np.empty(rows * columns, np.float32)
+        return self._memory[: rows * columns].reshape(rows, columns)
+
+
+def inner_products(
+    modules: Sequence[ThinModule], workspace: Workspace
+) -> tuple[Array, list[Array]]:
     """Return ⟨ΔWᵢ, ΔWⱼ⟩ summed over experts, (N, N), and the Gram matrix of all rows of A of each.
+
+    Args:
+        modules: of one path and one shape.
+        workspace: for factors side by side.
 
     Raises:
         AdapterError: squares of the factors overflow float64.
@@ -35,7 +58,7 @@ def inner_products(modules: Sequence[ThinModule]) -> tuple[Array, list[Array]]:
     count = len(modules)
     changes, grams = np.zeros((count, count)), []
     for stack in zip(*(module.matrices for module in modules), strict=True):
-        found, gram_a = _of_matrices(list(stack))
+        found, gram_a = _of_matrices(list(stack), workspace)
         if not np.isfinite(found).all():
             raise AdapterError("squares of the factors overflow float64", tensor=modules[0].name)
         changes += found
@@ -43,24 +66,25 @@ def inner_products(modules: Sequence[ThinModule]) -> tuple[Array, list[Array]]:
     return (changes + changes.T) / 2.0, grams
 
 
-def _of_matrices(stack: list[Thin]) -> tuple[Array, Array]:
+def _of_matrices(stack: list[Thin], workspace: Workspace) -> tuple[Array, Array]:
     if len(stack) >= MANY:
-        found, gram_a, shares = _by_grams(stack, single=True)
+        found, gram_a, shares = _by_grams(stack, workspace)
         if shares.min() >= _LEAST_IN_SINGLE:
             return found, gram_a
-    found, gram_a, shares = _by_grams(stack, single=False)
+    found, gram_a, shares = _by_grams(stack, None)
     _orthogonalise(found, stack, np.flatnonzero(shares < _LEAST_SHARE))
     return found, gram_a
 
 
-def _by_grams(stack: Sequence[Thin], *, single: bool) -> tuple[Array, Array, Array]:
-    """Return the products, the Gram matrix of A, and ‖ΔWᵢ‖²/Σ‖b‖²‖a‖² of each, 1 of nothing."""
+def _by_grams(stack: Sequence[Thin], workspace: Workspace | None) -> tuple[Array, Array, Array]:
+    """Return the products, the Gram matrix of A, and ‖ΔWᵢ‖²/Σ‖b‖²‖a‖² of each, 1 of nothing.
+
+    With a workspace, sums are of float32.
+    """
     ranks = [thin.rank for thin in stack]
     starts = np.cumsum([0, *ranks[:-1]])
-    of_b, powers_b = _stacked([thin.b.T for thin in stack], single)
-    of_a, powers_a = _stacked([thin.a for thin in stack], single)
-    product = gram_in_single if single else gram
-    both, gram_a = product(of_b.T), product(of_a.T)
+    both, powers_b = _gram_of([thin.b.T for thin in stack], workspace)
+    gram_a, powers_a = _gram_of([thin.a for thin in stack], workspace)
     terms = np.add.reduceat(np.diag(both) * np.diag(gram_a), starts)
     both *= gram_a
     sums = np.add.reduceat(np.add.reduceat(both, starts, axis=0), starts, axis=1)
@@ -74,17 +98,17 @@ def _by_grams(stack: Sequence[Thin], *, single: bool) -> tuple[Array, Array, Arr
     return found, gram_a, shares
 
 
-def _stacked(factors: Sequence[Array], single: bool) -> tuple[Array, Array]:
-    """Return the rows of all factors, (R, n), each over a power of two where they become float32.
+def _gram_of(factors: Sequence[Array], workspace: Workspace | None) -> tuple[Array, Array]:
+    """Return the Gram matrix of the rows of all factors, (R, R), each factor over a power of two.
 
     Args:
         factors: (rᵢ, n) each.
-        single: whether they become float32.
+        workspace: for their rows in float32; without it they stay as they are, over 1.
     """
     powers = np.zeros(len(factors), int)
-    if not single:
-        return np.concatenate(factors, dtype=np.float64), powers
-    stacked = np.empty((sum(map(len, factors)), factors[0].shape[1]), np.float32)
+    if workspace is None:
+        return gram(np.concatenate(factors, dtype=np.float64).T), powers
+    stacked = workspace.array(sum(map(len, factors)), factors[0].shape[1])
     start = 0
     for place, factor in enumerate(factors):
         largest = max(float(factor.max()), -float(factor.min())) if factor.size else 0.0
@@ -92,7 +116,7 @@ def _stacked(factors: Sequence[Array], single: bool) -> tuple[Array, Array]:
         part = stacked[start : start + len(factor)]
         np.multiply(factor, math.ldexp(1.0, -int(powers[place])), out=part, casting="same_kind")
         start += len(factor)
-    return stacked, powers
+    return gram_in_single(stacked.T), powers
 
 
 def _orthogonalise(found: Array, stack: Sequence[Thin], places: Array) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from loratools_formats.checkpoints.facts import is_vocabulary
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
@@ -65,7 +66,11 @@ def _not_targeted(values: Mapping[str, Any], names: list[str]) -> list[str]:
     if numbers not in (None, []) and not isinstance(target, str):
         wanted = numbers if isinstance(numbers, list) else [numbers]
         chosen = {name for name in chosen if name in target or _number(name) in wanted}
-    return [name for name in names if name not in chosen or name in excluded]
+    missed = [name for name in names if name not in chosen or name in excluded]
+    # PEFT then makes a layer for the other end of a tied embedding, too.
+    if values.get("ensure_weight_tying") and any(is_vocabulary(name) for name in chosen):
+        return [name for name in missed if not is_vocabulary(name)]
+    return missed
 
 
 def _named(what: Any, names: list[str]) -> set[str]:

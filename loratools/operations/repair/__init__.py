@@ -1,0 +1,1 @@
+"""Adapters without what their spectra find fault with: intruders, dead modules, imbalance."""
