@@ -7,13 +7,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Tests start many child processes, which would compile every module anew each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-models test-kernels lint format docs bench clean
+# How long `make fuzz` runs.
+MINUTES ?= 10
+
+.PHONY: help demo fuzz test test-fast test-models test-kernels lint format docs bench clean
 
 help:
 	@echo "make demo    squeeze the bundled adapter and print the report"
 	@echo "make test    run the whole test suite; make test-fast leaves out PEFT and other consumers"
 	@echo "make test-models  test every class of transformers that a tiny configuration builds"
 	@echo "make test-kernels  run the numeric tests under each matrix kernel of OpenBLAS"
+	@echo "make fuzz MINUTES=10  mutate files of every format, and keep what breaks loratools"
 	@echo "make lint    check style, types and import layers"
 	@echo "make docs    build the documentation into build/docs; a warning is an error"
 	@echo "make bench   measure speed and memory against peers and copying"
@@ -55,6 +59,9 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)

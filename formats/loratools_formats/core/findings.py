@@ -80,6 +80,7 @@ CODES: Mapping[str, str] = {
     # Measuring and comparing.
     "direction-only": "DoRA modules are given by their directions, since there is no base",
     "not-beside-base": "a module is not compared with its base weight",
+    "rule-broken": "a rule of `check` found something in what is published",
     "no-reference": "something in a folder of references is no adapter",
     "names-kept": "an adapter keeps its own names, since no way leads to the base model's",
     "single-precision": "sums are of float32 within blocks, for speed",
