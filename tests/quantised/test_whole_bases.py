@@ -164,3 +164,20 @@ def test_scales_of_running_are_dropped(base, tmp_path):
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     assert set(plain) == {f"{KEY}.weight"}
     np.testing.assert_array_equal(plain[f"{KEY}.weight"], np.full((8, 64), 0.5))
+
+
+def test_extract_takes_quantised_bases_as_either_side(base, make_folder, tmp_path):
+    """Between a quantised base and what was fused of it lies the adapter, and its negative."""
+    tensors, _ = gptq(KEY)
+    folder = base(tensors, {"quant_method": "gptq", "bits": 4})
+    adapter = make_folder(modules={KEY: (64, 64, 8)}, dtype="f32")
+    lt.fuse(folder, adapter, dtype="f32", output=tmp_path / "fused")
+    result = lt.extract(base=folder, tuned=tmp_path / "fused", rank=8)
+    change = lt.delta(lt.read(adapter), KEY)
+    np.testing.assert_allclose(
+        lt.delta(result.adapter, *result.adapter.modules), change, atol=1e-5 * np.abs(change).max()
+    )
+    back = lt.extract(base=tmp_path / "fused", tuned=folder, rank=8)
+    np.testing.assert_allclose(
+        lt.delta(back.adapter, *back.adapter.modules), -change, atol=1e-5 * np.abs(change).max()
+    )

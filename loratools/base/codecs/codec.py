@@ -14,7 +14,8 @@ from loratools_formats.core.dtypes import Array, DType, converted, encode
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError
 
-CHUNK = 1 << 19  # elements computed at a time
+CHUNK = 1 << 19  # elements asked for at a time
+_PIECE = 1 << 17  # elements computed at a time, which stay in a core's cache
 _HELD = 16 << 20  # bytes of one matrix that are read whole where columns are asked for
 
 
@@ -106,7 +107,7 @@ class CodedWeight(ABC):
     def elements(self, start: int, stop: int) -> Array:
         """Return elements [start, stop) of the flat weight in `dtype`, computed in pieces."""
         width = max(self.shape[-1], 1)
-        height = max(CHUNK // width, 1)
+        height = max(_PIECE // width, 1)
         out = np.empty(stop - start, self.dtype.numpy_dtype())
         at = start
         while at < stop:

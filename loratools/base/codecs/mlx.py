@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loratools.base.codecs.bits import E2M1, fours, powers, times_groups, unpacked
+from loratools.base.codecs.bits import E2M1, fours, numbers, powers, times_groups
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
@@ -91,7 +91,7 @@ class _Affine(_Mlx):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows, rounded to the type of the scales after each operation."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
-        values = unpacked(data, self._bits, self._width).astype(np.float32)
+        values = numbers(data, self._bits, self._width)
         times_groups(values, matrix_rows(self._scales, start, stop).astype(np.float32))
         if self.dtype.bits == 16:
             values = converted(values, self.dtype.numpy_dtype()).astype(np.float32)
