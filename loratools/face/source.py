@@ -111,6 +111,12 @@ def ignoring(adapter: Adapter, keys: Sequence[str]) -> Adapter:
             "the key is known to matter, and cannot be ignored", path=adapter.source, got=known[0]
         )
     findings = tuple(_ignored(each) if each.where in keys else each for each in adapter.findings)
+    told = {each.where for each in adapter.findings}
+    findings += tuple(
+        Finding("ignored-config-key", "note", key, f"config key {key} to ignore is not there")
+        for key in keys
+        if key not in told and key not in adapter.config
+    )
     return replace(adapter, findings=findings)
 
 
@@ -229,13 +235,14 @@ def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any])
         OutputError: the folder that it would be in does not exist.
     """
     if writing.in_place:
-        if source is None or source.source is None or writing.output not in (None, source.source):
-            raise OptionError("`in_place` writes over the input, which is no such path")
-        if cached_place(source.source) is not None:
+        place = None if source is None else source.source
+        if place is not None and cached_place(place) is not None:
             raise OptionError(
                 "`in_place` writes over the input, which is on the Hub",
-                hint="Name an output; -o hf://USER/NAME publishes it",
+                hint="Name an output: `output=hf://USER/NAME` publishes it",
             )
+        if source is None or place is None or writing.output not in (None, place):
+            raise OptionError("`in_place` writes over the input, which is no such path")
         writing = replace(writing, output=source.source, overwrite=True)
     output = writing.output
     if output is None:

@@ -22,7 +22,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, Layer, ModuleChange, Replacement
-from loratools_formats.core.peft_facts import replaced_name
+from loratools_formats.core.peft_facts import replaced_name, targets
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _DECLARED = ("gate_up_proj", "down_proj")
@@ -217,7 +217,7 @@ def _renamed(names: Names, adapter: Adapter, modules: Mapping[str, ModuleChange]
         modules=ordered,
         additions=additions,
         replacements=replacements,
-        config=_config(adapter, ordered, replacements),
+        config=_config(names, adapter, ordered, replacements),
     )
 
 
@@ -242,6 +242,7 @@ def _replacements(
 
 
 def _config(
+    names: Names,
     adapter: Adapter,
     modules: Mapping[str, ModuleChange],
     replacements: Mapping[str, Replacement],
@@ -251,7 +252,10 @@ def _config(
         return adapter.config
     config = dict(adapter.config)
     of_parameters = sorted({p for change in modules.values() for p in change.layer.parameters})
-    config["target_modules"] = sorted(n for n, c in modules.items() if not c.layer.parameters)
+    config["target_modules"] = targets(
+        (name for name, change in modules.items() if not change.layer.parameters),
+        (key.rpartition(".")[0] for key in names.tensors),
+    )
     if of_parameters or config.get("target_parameters"):
         config["target_parameters"] = of_parameters
     for key in ("layers_to_transform", "layers_pattern", "exclude_modules"):

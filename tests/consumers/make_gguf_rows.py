@@ -92,6 +92,18 @@ def converted(folder):
     return gguf.MODEL_ARCH_NAMES[model.model_arch], made, failed
 
 
+SAME_TEXT = {"Gemma3nForConditionalGeneration": ("Gemma3nForCausalLM", "model.language_model.")}
+"""Classes that cannot be built here, whose language model is that of another class."""
+
+
+def with_same_text(made, refused):
+    """Add classes to the rows of those that have the same language model."""
+    for name, (other, prefix) in SAME_TEXT.items():
+        for values in made:
+            if other in values["classes"] and refused.pop(name, None):
+                values["classes"][name] = prefix
+
+
 def main():
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
@@ -136,6 +148,8 @@ def main():
         prefix = values.pop("prefix")
         groups.setdefault(json.dumps(values, sort_keys=True), {})[name] = prefix
     made = [{**json.loads(text), "classes": classes} for text, classes in groups.items()]
+    with_same_text(made, refused)
+    refused = {name: " ".join(reason.split()) for name, reason in refused.items()}
     text = json.dumps(
         {
             "transformers": transformers.__version__,

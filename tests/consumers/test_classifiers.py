@@ -49,3 +49,31 @@ def test_a_fused_classifier_loads_with_its_labels(tmp_path, family, of_base, tar
     with torch.no_grad():
         want, got = model(tokens).logits.numpy(), fused.eval()(tokens).logits.numpy()
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "targets"),
+    [
+        ("Llama", "Sequence", ["q_proj"]),
+        ("Roberta", "Sequence", ["query"]),
+        ("Bert", "Token", ["query"]),
+    ],
+)
+def test_a_head_of_other_labels_takes_the_place_of_the_base_s(tmp_path, family, task, targets):
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{family}For{task}Classification")
+    names = {0: "a", 1: "b", 2: "c"}
+    config = getattr(transformers, f"{family}Config")(**SIZES, num_labels=3, id2label=names)
+    kind(config).save_pretrained(tmp_path / "base")
+    model = kind.from_pretrained(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True)
+    code = {"Sequence": "SEQ_CLS", "Token": "TOKEN_CLS"}[task]
+    settings = peft.LoraConfig(task_type=code, r=4, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(model, settings).eval()
+    model.save_pretrained(tmp_path / "lora")
+    loratools.fuse(tmp_path / "base", tmp_path / "lora", output=tmp_path / "fused")
+    fused = kind.from_pretrained(tmp_path / "fused").eval()
+    assert len(fused.config.id2label) == 5
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        want, got = model(tokens).logits.numpy(), fused(tokens).logits.numpy()
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())

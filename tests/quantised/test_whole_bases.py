@@ -71,6 +71,19 @@ def test_fused_and_dequantised_gptq(base, make_folder, tmp_path):
     assert lt.verify(tmp_path / "fused", base=folder, adapters=adapter).contained
 
 
+def test_awq_is_told_to_fit_no_adapter_of_the_original(base, make_folder, tmp_path):
+    tensors = {
+        f"{KEY}.qweight": np.zeros((64, 8), np.int32),
+        f"{KEY}.qzeros": np.zeros((2, 8), np.int32),
+        f"{KEY}.scales": np.ones((2, 64), F16),
+    }
+    folder = base(tensors, {"quant_method": "awq", "bits": 4, "version": "gemm"})
+    adapter = make_folder(modules={KEY: (64, 64, 8)}, dtype="f32")
+    result = lt.fuse(folder, adapter, output=tmp_path / "fused")
+    (warning,) = (each for each in result.findings if each.code == "rescaled-inputs")
+    assert "trained on the original model" in warning.message
+
+
 def test_a_version_in_another_file(base, tmp_path):
     """Where config.json says nothing, quantize_config.json does: zeros of gptq_v2 are as stored."""
     tensors, values = gptq(KEY)

@@ -77,7 +77,7 @@ _HEAD_CLASSES = (
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 
 _EMBEDDING = re.compile(
-    r"(?!.*_(?:in|out|proj|projection|linear)$)(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?"
+    r"(?!.*_(?:in|out|proj|project|projection|linear)$)(?:.*_)?(?:embed|embeddings?|emb|wte|wpe)(?:_.*)?"
     r"|embed_?tokens.*|shared|tok_embeddings|relative_attention_bias"
 )
 _VOCABULARY_LEAVES = frozenset(

@@ -63,3 +63,30 @@ def stacked_on_loading(modules: Iterable[str]) -> list[str]:
     owners = {found["owner"] for name in names if (found := _EXPERT.fullmatch(name))}
     routers = {f"{owner}{_ROUTER}" for owner in owners}
     return [name for name in names if name in routers or _EXPERT.fullmatch(name)]
+
+
+def targets(names: Iterable[str], present: Iterable[str]) -> list[str] | str:
+    r"""Return `target_modules` by which PEFT makes layers for some modules and for no others.
+
+    PEFT takes a listed name for every module whose path ends so. Where that would be another one
+    than is meant, a regular expression, which it matches whole, names the modules.
+
+    Args:
+        names: the modules that are meant.
+        present: all modules of the model.
+
+    >>> targets(["layers.0.q"], ["layers.0.q", "layers.1.q"])
+    ['layers.0.q']
+    >>> targets(["layers.0.q"], ["layers.0.q", "vision.layers.0.q"])
+    'layers\\.0\\.q'
+    """
+    wanted = sorted(names)
+    others = set(present) - set(wanted)
+    ends = {
+        ".".join(parts[start:])
+        for parts in (name.split(".") for name in others)
+        for start in range(1, len(parts))
+    }
+    if ends.isdisjoint(wanted):
+        return wanted
+    return "|".join(map(re.escape, wanted))

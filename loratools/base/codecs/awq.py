@@ -33,6 +33,10 @@ from loratools.base.codecs.codec import (
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 
+_CAVEAT = (
+    "AWQ scaled the inputs of layers; an adapter that was trained on the original model, not on "
+    "this one, does not fit it"
+)
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each column of a word
 _FLOATING = ("F16", "BF16", "F32")
 _GROUPS = (32, 64, 128)
@@ -41,6 +45,8 @@ _PAD = {128: 1, 64: 2, 32: 4}
 
 class _Gemm(CodedWeight):
     """Codes stored as (in, out), eight outputs in a word."""
+
+    caveat = _CAVEAT
 
     def __init__(self, key: str, parts: Mapping[str, TensorRef]) -> None:
         codes, zeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
@@ -74,6 +80,8 @@ class _Gemm(CodedWeight):
 
 class _Gemv(CodedWeight):
     """Codes stored as (out, in), eight inputs in a word."""
+
+    caveat = _CAVEAT
 
     def __init__(self, key: str, parts: Mapping[str, TensorRef], groups: int) -> None:
         codes, self._zeros, self._scales = parts["qweight"], parts["qzeros"], parts["scales"]

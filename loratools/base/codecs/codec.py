@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -72,7 +72,10 @@ class CodedWeight(ABC):
         dtype: type of the values, which loaders round to.
         parts: all tensors that make it up, the codes first.
         scheme: how it is quantised.
+        caveat: what to know when something is added to it; empty if nothing.
     """
+
+    caveat: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -121,6 +124,21 @@ class CodedWeight(ABC):
         They are those of `dtype` where the format's loaders compute in that.
         """
         return self.elements(start, stop).astype(np.float32)
+
+    def config_beside(
+        self, config: Mapping[str, Any], modules: Collection[str]
+    ) -> Mapping[str, Any] | None:
+        """Return a configuration with which loaders take some modules as plain, others as coded.
+
+        Args:
+            config: of the quantised checkpoint.
+            modules: paths of the modules that are plain now.
+
+        Returns:
+            None if the format's loaders want all or nothing.
+        """
+        del config, modules
+        return None
 
     def tensor(self, dtype: DType | None = None) -> TensorRef:
         """Return the weight as a plain tensor that is computed when it is read.

@@ -12,7 +12,7 @@ Sources: `mlx.core.quantize` of mlx 0.32, `mlx.nn.QuantizedLinear`, mlx-lm's per
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +53,24 @@ _MODES = {
 }
 
 
-class _Affine(CodedWeight):
+class _Mlx(CodedWeight):
+    """What MLX's weights have in common."""
+
+    def config_beside(
+        self, config: Mapping[str, Any], modules: Collection[str]
+    ) -> Mapping[str, Any] | None:
+        """Return the configuration with an entry `false` for each plain module, as mlx-lm has it.
+
+        transformers' metal has no such entries.
+        """
+        sections = {k: config[k] for k in _KEYS if isinstance(config.get(k), Mapping)}
+        if any(section.get("quant_method") for section in sections.values()):
+            return None
+        plain = dict.fromkeys(sorted(modules), False)
+        return {**config, **{name: {**section, **plain} for name, section in sections.items()}}
+
+
+class _Affine(_Mlx):
     """scale · code + bias, rounded after each."""
 
     def __init__(
@@ -84,7 +101,7 @@ class _Affine(CodedWeight):
         return values
 
 
-class _Floating(CodedWeight):
+class _Floating(_Mlx):
     """A small float times the scale of its group, in one of the modes without biases."""
 
     def __init__(

@@ -90,8 +90,29 @@ def _per_expert(names: Names, module: str, parameter: str, delta: ModuleChange) 
         if any(rows):
             break
     if not any(rows):
-        return []
+        return _of_class(names, module, parameter, delta)
     _check_complete(names, parameter, stack, leaves, rows)
+    return [
+        placement
+        for expert, keys in enumerate(rows)
+        for placement in _one_expert(names, module, parameter, delta, expert, keys)
+    ]
+
+
+def _of_class(names: Names, module: str, parameter: str, delta: ModuleChange) -> list[Placement]:
+    """Return where a change goes in tensors that the class calls otherwise than stacks do."""
+    rows = names.merged_into(parameter)
+    if not rows:
+        return []
+    experts, parts = delta.require_factors().experts, len(rows[0])
+    if len(rows) != experts or any(len(keys) != parts for keys in rows):
+        raise AdapterError(
+            "the adapter and the base have different numbers of experts",
+            path=names.base.path,
+            tensor=parameter,
+            got=f"{experts} experts",
+            expected=f"{len(rows)}",
+        )
     return [
         placement
         for expert, keys in enumerate(rows)

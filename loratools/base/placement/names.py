@@ -22,6 +22,7 @@ from loratools_formats.core.wrapped_names import unwrapped
 from loratools_formats.disk.errors import AdapterError
 
 _SECTIONS = (*TEXT_SECTIONS, "vision_config")
+_EXPERT_NUMBER = re.compile(r"\bexperts\.(\d{1,6})\.")
 _VISION = re.compile(r"^(vision|visual|image)")
 
 
@@ -144,6 +145,26 @@ class Names:
                 twice |= {named.name} & found.keys()
                 found[named.name] = key
         return {name: key for name, key in found.items() if name not in twice}
+
+    def merged_into(self, parameter: str) -> list[list[str]]:
+        """Return the stored tensors that the class stacks to a parameter, by expert and part."""
+        return self._merged.get(parameter, [])
+
+    @cached_property
+    def _merged(self) -> dict[str, list[list[str]]]:
+        if self._model is None:
+            return {}
+        found: dict[str, dict[int, dict[int, str]]] = {}
+        for key, named in names_in(self._model, list(self.tensors)).items():
+            expert = _EXPERT_NUMBER.search(key)
+            kinds = () if named.rule is None else named.rule.operations
+            if expert is not None and kinds and kinds[0][0] == "MergeModulelist":
+                parts = found.setdefault(named.name, {}).setdefault(int(expert[1]), {})
+                parts[named.source] = key
+        return {
+            name: [[parts[i] for i in sorted(parts)] for _, parts in sorted(experts.items())]
+            for name, experts in found.items()
+        }
 
     def nearest(self, name: str) -> list[str]:
         """Return the base tensors with the most similar names, for messages."""

@@ -31,13 +31,15 @@ _BLOCKS = {
     "mlp.switch_mlp": (
         "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_5_moe",
         "qwen3_5_moe_text", "qwen3_next", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe",
-        "glm4_moe_lite", "ernie4_5_moe",
+        "glm4_moe_lite", "ernie4_5_moe", "exaone_moe", "deepseek_v32", "glm_moe_dsa", "mellum",
+        "laguna", "mimo_v2_flash", "mistral4", "kimi_linear", "longcat_flash",
     ),
     "block_sparse_moe.switch_mlp": (
         "mixtral", "granitemoe", "granitemoehybrid", "phimoe", "minimax", "minimax_m2",
     ),
-    "feed_forward.switch_mlp": ("lfm2_moe",),
-    "mlp.experts": ("gpt_oss",),
+    "feed_forward.switch_mlp": ("lfm2_moe", "jamba"),
+    "feed_forward.experts": ("llama4", "llama4_text"),
+    "mlp.experts": ("gpt_oss", "afmoe", "dots1"),
 }  # fmt: skip
 _SWITCH = {model: block for block, models in _BLOCKS.items() for model in models}
 _STACK = re.compile(r"(?P<layer>.+\.\d+)\.(?:[a-z_]+\.)?experts\.(?P<leaf>gate_up_proj|down_proj)")

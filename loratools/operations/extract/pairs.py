@@ -31,6 +31,7 @@ from loratools_formats.core.adapter import KindDelta, Layer, ModuleChange, Repla
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import named_conv1d
+from loratools_formats.core.peft_facts import targets
 from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -323,6 +324,9 @@ class Comparison:
             "inference_mode": True,
             "r": 1,
             "lora_alpha": 1,
-            "target_modules": sorted(n for n, layer in layers.items() if not layer.parameters),
+            "target_modules": targets(
+                (name for name, layer in layers.items() if not layer.parameters),
+                (key.rpartition(".")[0] for key in self.base.tensors),
+            ),
             **({"target_parameters": parameters} if parameters else {}),
         }

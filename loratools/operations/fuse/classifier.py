@@ -16,6 +16,9 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 
 _HEADS = re.compile(r"(?:score|classifier|classification_head)(?:\.out_proj)?\.weight")
+_ANY_HEAD = re.compile(
+    r"(?:^|\.)(?:score|classifier|classification_head)(?:\.out_proj)?\.(?:weight|bias)$"
+)
 _CLASSES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _TASK = re.compile(r"(?:For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
@@ -66,6 +69,13 @@ def classifier_of(
         "no adapter holds"
     )
     return Classifier(config, Finding("classifier", "note", key, message))
+
+
+def is_own_head(key: str, adapters: Sequence[Adapter]) -> bool:
+    """Return whether a tensor is of a classifier's head that adapters bring, of any size."""
+    tasks = {str(adapter.config.get("task_type")) for adapter in adapters}
+    named = _ANY_HEAD.search(key) is not None
+    return named and not tasks.isdisjoint(_CLASSES)
 
 
 def _head(adapters: Sequence[Adapter], keys: Collection[str]) -> tuple[str, str, int] | None:

@@ -12,7 +12,7 @@ from loratools.base.placement import BiasPlacement, Placement, Placements, place
 from loratools.folding.without_base import folded_where_exact, needs_base, to_lora_command
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
-from loratools.operations.fuse.classifier import classifier_of
+from loratools.operations.fuse.classifier import classifier_of, is_own_head
 from loratools.operations.fuse.draft import Draft, FuseInput, replace_values, with_replaced_rows
 from loratools.operations.fuse.streamed import (
     StreamedPlacement,
@@ -173,9 +173,11 @@ def plan_fuse(
     if widened and dtype is None:
         message = f"weights in eight bits that change are stored as BF16: {widened}"
         findings.append(Finding("widened", "note", None, message))
-    resized = _resized(base, plans)
+    adapters = [item.adapter for item in inputs]
+    bodies = {key: plan for key, plan in plans.items() if not is_own_head(key, adapters)}
+    resized = _resized(base, bodies)
     config = _config(base, untied=bool(untied), resized=resized, dtype=dtype)
-    classifier = classifier_of([item.adapter for item in inputs], base, plans)
+    classifier = classifier_of(adapters, base, plans)
     if classifier is not None:
         config = {**(config or base.config), **classifier.config}
         findings.append(classifier.finding)

@@ -16,8 +16,9 @@ from loratools.operations.in_class_names import in_class_names
 from loratools.operations.merge.align import MergeInput
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import Layer
 from loratools_formats.core.wrapped_names import unwrapped
-from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
 _CHOICES = (
     (tuple(rules.QKV), rules.QKV_PARTS),
@@ -29,6 +30,7 @@ _TOGETHER = frozenset(name for names in _FUSED.values() for name in names)
 _EXPERTS = re.compile(
     r"(?P<layer>(?:.*\.)?\d+)\.(?:.+\.)?(?P<kind>experts|switch_mlp)\b(?P<rest>.*)"
 )
+_NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 _NEUTRAL = rules.NEUTRAL | {"thinker"}
 
 
@@ -43,7 +45,7 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
         return list(inputs)
     clash = _clash(inputs)
     if clash is None:
-        return list(inputs)
+        return _of_class(inputs, base)
     if base is None:
         one, other = clash
         raise AdapterError(
@@ -65,6 +67,22 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
     return done
 
 
+def _of_class(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list[MergeInput]:
+    """Return inputs under the names of the base's class where their modules are not the same.
+
+    Names that no pattern here knows may still be two of one module. What the base does not have
+    keeps its names.
+    """
+    modules = {frozenset(item.adapter.modules) for item in inputs}
+    if base is None or len(modules) < 2:
+        return list(inputs)
+    try:
+        renamed = in_class_names([item.adapter for item in inputs], base)
+    except LoratoolsError:
+        return list(inputs)
+    return [replace(item, adapter=each) for item, each in zip(inputs, renamed, strict=True)]
+
+
 _Found = tuple[MergeInput, str]
 
 
@@ -73,7 +91,7 @@ def _clash(inputs: Sequence[MergeInput]) -> tuple[_Found, _Found] | None:
     seen: dict[str, dict[str, _Found]] = {}
     for item in inputs:
         for module, change in item.adapter.modules.items():
-            for place, spelling in _places(module, bool(change.layer.parameters)):
+            for place, spelling in _places(module, change.layer):
                 known = seen.setdefault(place, {})
                 if spelling not in known:
                     known[spelling] = (item, module)
@@ -84,7 +102,7 @@ def _clash(inputs: Sequence[MergeInput]) -> tuple[_Found, _Found] | None:
     return None
 
 
-def _places(module: str, of_parameters: bool) -> Iterator[tuple[str, str]]:
+def _places(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
     """Yield what a module is about, and how it is spelled there."""
     name = unwrapped(module)
     parts = name.split(".")
@@ -94,9 +112,16 @@ def _places(module: str, of_parameters: bool) -> Iterator[tuple[str, str]]:
     experts = _EXPERTS.fullmatch(loose)
     if experts is not None:
         single = re.match(r"\.\d+\.", experts["rest"]) is not None
-        kind = "single" if single else experts["kind"] if not of_parameters else "stacked"
+        stacked = (
+            "stacked" if layer.parameters and experts["kind"] == "experts" else experts["kind"]
+        )
+        kind = "single" if single else stacked
         head = module.partition(experts["kind"])[0]
         yield f"{experts['layer']} experts", f"{kind} {head}"
+        return
+    owner = _NUMBERED.match(loose) if layer.kind == "experts" else None
+    if owner is not None:
+        yield f"{owner[0]} experts", f"stack of {loose.rpartition('.')[0]}"
         return
     yield loose, module
     parent, _, leaf = loose.rpartition(".")

@@ -208,6 +208,8 @@ def _key(model: GgufModel, name: str, default: int | None = None) -> int:
 
 def _unknown(path: Path, name: str, known: list[str]) -> UnsupportedError:
     why = REFUSED.get(name, "llama.cpp's converter has no such class")
+    if why.startswith(("no tiny model", "the converter does not take it")):
+        why = "its layout has not been compared with the converter's"
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return UnsupportedError(
         f"GGUF adapters of this architecture are not supported: {why}",
