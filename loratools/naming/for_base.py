@@ -127,7 +127,7 @@ def by_component(adapter: Adapter, roles: Collection[str]) -> dict[str, Adapter]
             f"{len(missing)} of the adapter's modules are of a component that the base has not",
             path=adapter.source,
             got=shown,
-            expected=" or ".join(roles),
+            expected=" or ".join("the denoiser" if r == DENOISER else r for r in roles),
             hint=_drop(missing, all_names(adapter)),
         )
     return {role: _only(adapter, names) for role, names in homes.items()}
