@@ -7,7 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Tests start many child processes, which would compile every module anew each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-matrix test-models test-kernels lint format docs bench clean
+# How long `make fuzz` runs.
+MINUTES ?= 10
+
+.PHONY: help demo fuzz test test-fast test-matrix test-models test-kernels lint format docs bench clean
 
 help:
 	@echo "make demo    squeeze the bundled adapter and print the report"
@@ -15,6 +18,7 @@ help:
 	@echo "make test-matrix  test every class under every naming with fuse, merge, convert, squeeze"
 	@echo "make test-models  test every class of transformers that a tiny configuration builds"
 	@echo "make test-kernels  run the numeric tests under each matrix kernel of OpenBLAS"
+	@echo "make fuzz MINUTES=10  mutate files of every format, and keep what breaks loratools"
 	@echo "make lint    check style, types and import layers"
 	@echo "make docs    build the documentation into build/docs; a warning is an error"
 	@echo "make bench   measure speed and memory against peers and copying"
@@ -59,6 +63,9 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)

@@ -35,6 +35,7 @@ _HOMES = {
     "loratools.face.to_lora": ("to_lora", "to_lora_choices"),
     "loratools.face.verify": ("verify",),
     "loratools.pipeline.replay": ("replay",),
+    "loratools.pipeline.run": ("run",),
     "loratools_formats.core.adapter": ("Adapter",),
     "loratools_formats.disk.errors": ("LoratoolsError",),
 }

@@ -37,6 +37,7 @@ from loratools.face.to_lora import ToLoraResult as ToLoraResult
 from loratools.face.verify import VerifyResult as VerifyResult
 from loratools.operations.merge.options import Override as Override
 from loratools.pipeline.replay import ReplayResult as ReplayResult
+from loratools.pipeline.run import RunResult as RunResult
 from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
 from loratools_formats.core.adapter import Adapter as Adapter
 from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
@@ -577,3 +578,14 @@ def replay(
     output: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ReplayResult: ...
+def run(
+    recipe: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    only: str | None = None,
+    set: Sequence[tuple[str, Any] | str] | Mapping[str, Any] = (),
+    dry_run: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RunResult: ...

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Tests with other libraries, and tests of whole programs that are stopped, starved or fed rubbish.
-NOT_FAST = {Path(__file__).parent / name for name in ("consumers", "robustness")}
+NOT_FAST = {Path(__file__).parent / name for name in ("consumers", "fuzz", "robustness")}
 HEAVY = {
     "accelerate", "bitsandbytes", "diffusers", "loralib", "lycoris", "mergekit", "mlx", "mlx_lm",
     "peft", "transformers", "xllamacpp",

@@ -49,7 +49,7 @@ def test_to_lora_writes_and_reports(tmp_path):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_dora"] is False
     statement = json.loads((tmp_path / "out" / "provenance.json").read_text())
     roles = [entry["role"] for entry in statement["predicate"]["inputs"]]
-    assert roles == ["base", "adapter", "adapter"]
+    assert roles == ["base", "base", "adapter", "adapter"]
     assert "wrote" in done.stderr
 
 

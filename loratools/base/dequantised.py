@@ -8,7 +8,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,6 +120,20 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
 
 def _to_store(dtype: DType) -> DType:
     return dtype if dtype.bits == 16 else DTYPES["BF16"]
+
+
+def config_beside(base: Checkpoint, plain: Iterable[CodedWeight]) -> Mapping[str, Any] | None:
+    """Return a configuration for a quantised checkpoint of which some weights become plain.
+
+    Returns:
+        None if the format's loaders want all of its weights plain, or none.
+    """
+    config: Mapping[str, Any] | None = base.config
+    found = list(plain)
+    modules = [weight.key.removesuffix(".weight") for weight in found]
+    for weight in {type(weight): weight for weight in found}.values():
+        config = None if config is None else weight.config_beside(config, modules)
+    return config
 
 
 def in_16_bits(base: DequantisedCheckpoint) -> Checkpoint:

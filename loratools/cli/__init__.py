@@ -11,7 +11,7 @@ from importlib import import_module
 import click
 
 from loratools import __version__
-from loratools.cli.errors import run
+from loratools.cli import errors
 
 _COMMANDS = {
     "check": "loratools.cli.check",
@@ -30,6 +30,7 @@ _COMMANDS = {
     "repair": "loratools.cli.repair",
     "replay": "loratools.cli.replay",
     "rule": "loratools.cli.rule",
+    "run": "loratools.cli.run",
     "spectrum": "loratools.cli.spectrum",
     "squeeze": "loratools.cli.squeeze",
     "to-dora": "loratools.cli.to_dora",
@@ -54,6 +55,7 @@ _SUMMARIES = {
     "repair": "Shrink an adapter's intruder dimensions, drop dead modules, balance factors.",
     "replay": "Do again what made an output, and compare the bytes.",
     "rule": "Explain a rule of `check`.",
+    "run": "Run a recipe: operations one after another, resumed where it was stopped.",
     "spectrum": "Measure what is in an adapter: spectra, ranks, strength, what stands out.",
     "verify": "Check whether a checkpoint is a base with adapters fused in.",
     "squeeze": "Compress an adapter's ranks with the smallest possible error.",
@@ -126,4 +128,4 @@ def main() -> None:
     # Threads go over modules and BLAS is held to one everywhere; its own, started with NumPy, would
     # only wait in a loop and take a core from ours.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    run(cli)
+    errors.run(cli)

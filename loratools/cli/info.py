@@ -75,7 +75,7 @@ def _print_base(found: BaseInfoResult) -> None:
     ]
     for label, text in lines:
         if text:
-            click.echo(f"{label:10}  {printable(text, 2000)}")
+            say(f"{label:10}  {printable(text, 2000)}")
 
 
 def _quantised(found: QuantisedInfo) -> str:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from loratools.hub.references import (
@@ -115,7 +116,7 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
             elif chosen:
                 raise TypeError(f"{function.__name__}() has {name} and {next(iter(chosen))}")
         given |= whole
-        given |= {name: _fetched(given[name], options) for name, options in groups.items()}
+        given |= {name: _fetched(given[name], own, given) for name, own in groups.items()}
         return _called(function, given, groups)
 
     call.declaration = Declaration(  # type: ignore[attr-defined]
@@ -195,13 +196,22 @@ def _want(mark: Wanted, value: Any) -> Any:
     return mark.text if mark.text is not None and is_text else mark.want
 
 
-def _fetched(group: Any, options: Mapping[str, Option]) -> Any:
-    """Return a dataclass of options with local paths in place of references."""
-    places = {
-        made.field: _local(path, want=made.reference, beside="nothing")
-        for made in options.values()
-        if made.reference is not None and (path := getattr(group, made.field)) is not None
-    }
+def _fetched(group: Any, options: Mapping[str, Option], given: Mapping[str, Any]) -> Any:
+    """Return a dataclass of options with local paths in place of references.
+
+    A field that is no option of this function, but an argument (the base model of a command line's
+    `Reading`), gets what became of the argument.
+    """
+    places: dict[str, Any] = {}
+    for made in declared(type(group)):
+        path = getattr(group, made.field) if made.reference is not None else None
+        if path is None:
+            continue
+        if made.keyword in options:
+            places[made.field] = _local(path, want=made.reference, beside="nothing")
+        else:
+            other = given.get(made.field)
+            places[made.field] = other if isinstance(other, Path) else None
     return replace(group, **places) if places else group
 
 

@@ -206,7 +206,9 @@ def _check(
             result=result,
         )
     return tuple(
-        Finding(each.rule, each.severity, each.where, f"{each.code} {each.rule}: {each.message}")
+        Finding(
+            "rule-broken", each.severity, each.where, f"{each.code} {each.rule}: {each.message}"
+        )
         for each in result.findings
         if each.severity != "note"
     )

@@ -235,13 +235,14 @@ def destination(writing: Writing, source: Adapter | None, inputs: Iterable[Any])
         OutputError: the folder that it would be in does not exist.
     """
     if writing.in_place:
-        if source is None or source.source is None or writing.output not in (None, source.source):
-            raise OptionError("`in_place` writes over the input, which is no such path")
-        if cached_place(source.source) is not None:
+        place = None if source is None else source.source
+        if place is not None and cached_place(place) is not None:
             raise OptionError(
                 "`in_place` writes over the input, which is on the Hub",
-                hint="Name an output; -o hf://USER/NAME publishes it",
+                hint="Name an output: `output=hf://USER/NAME` publishes it",
             )
+        if source is None or place is None or writing.output not in (None, place):
+            raise OptionError("`in_place` writes over the input, which is no such path")
         writing = replace(writing, output=source.source, overwrite=True)
     output = writing.output
     if output is None:

@@ -183,7 +183,7 @@ def _refused(error: BaseException, status: int, reference: Reference) -> HubErro
     return HubError(
         text,
         path=str(reference),
-        got=f"status {status}" + (f": {scrubbed(said, 200)}" if said else ""),
+        got=f"status {status}" + (f": {scrubbed(said, 200).rstrip('.')}" if said else ""),
         hint=hint,
     )
 

@@ -65,6 +65,9 @@ def listing(reference: Reference) -> Listing:
                 )
             return found
         sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
+        if info.siblings is None:  # a server that lists no files there
+            names = client.api().list_repo_files(reference.repo, revision=info.sha)
+            sizes = dict.fromkeys(names, 0)
         files = {name: sizes[name] for name in sorted(sizes)}
         _remember(reference, info.sha)
         return Listing(reference, info.sha, files, False, _storage(reference, info.sha))

@@ -118,10 +118,18 @@ def _at(reference: Reference, revision: str) -> Remote:
         Reference("model", reference.repo, None if revision == "main" else revision)
     ):
         info = client.api().model_info(reference.repo, revision=revision, files_metadata=True)
-    marks = {
-        each.rfilename: each.lfs["sha256"] if each.lfs else each.blob_id for each in info.siblings
-    }
-    return Remote(info.sha, marks)
+        marks = {each.rfilename: _mark(each) for each in info.siblings or ()}
+        if info.siblings is None or None in marks.values():  # a server that lists no hashes there
+            tree = client.api().list_repo_tree(reference.repo, recursive=True, revision=info.sha)
+            marks = {each.path: _mark(each) for each in tree if hasattr(each, "blob_id")}
+    return Remote(info.sha, {name: mark for name, mark in marks.items() if mark is not None})
+
+
+def _mark(file: Any) -> str | None:
+    """Return what a listing says of a file: sha256 of a large one, git's name of a small one."""
+    lfs = getattr(file, "lfs", None)
+    mark = file.blob_id if lfs is None else lfs.sha256
+    return None if mark is None else str(mark)
 
 
 def may_publish(target: Target) -> Remote:
@@ -137,6 +145,12 @@ def may_publish(target: Target) -> Remote:
             "results are published to a repository of models",
             got=str(reference),
             expected="hf://USER/NAME",
+        )
+    if client.library(reference).constants.HF_HUB_OFFLINE:
+        raise HubError(
+            "offline mode is on, and publishing needs the Hub",
+            path=str(reference),
+            hint="Unset HF_HUB_OFFLINE",
         )
     with client.talking(reference):
         token = client.library(reference).get_token()
@@ -243,10 +257,11 @@ def _commit_once(
             operations,
             commit_message=title,
             revision=None if target.create_pr else target.branch,
-            parent_commit=there.head,
+            parent_commit=there.head or None,
             create_pr=target.create_pr,
         )
-    return Published(info.oid, info.commit_url, info.pr_url, True)
+    # The library makes no commit where the Hub holds all of it.
+    return Published(info.oid, info.commit_url, info.pr_url, info.oid != there.head)
 
 
 def _after_failure(

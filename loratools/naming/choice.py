@@ -10,6 +10,8 @@ one of them is of no table for certain.
 from __future__ import annotations
 
 import functools
+import re
+import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from importlib import resources
 from loratools.naming.places import (
     Target,
     TextPlace,
+    is_located,
     located,
     module_key,
     names_at,
@@ -192,7 +195,7 @@ def _of_base(
 ) -> tuple[list[Table], list[Table]]:
     """Return the tables that know whatever any of them knows of the base's modules."""
     found = {
-        table.name: {name for name in base if located(name, table) is not None}
+        table.name: {name for name in base if is_located(name, table)}
         for table in (*fitting, *others)
     }
     known = set().union(*found.values())
@@ -287,20 +290,36 @@ def _lacking(file: NamedModules, table: Table, missing: list[str], where: str) -
             got=f"{rows} rows and {columns} columns",
             hint="Is it of another architecture? Name its table with `names`",
         )
-    return unresolved([file.names[name] for name in missing], where, file.source)
+    others = missing if len(missing) < len(file.names) else []
+    return unresolved([file.names[name] for name in missing], where, file.source, drop=others)
 
 
-def unresolved(missing: Sequence[str], where: str, source: object) -> AdapterError:
-    """Return the refusal of names that nothing resolves."""
+def unresolved(
+    missing: Sequence[str], where: str, source: object, *, drop: Sequence[str] = ()
+) -> AdapterError:
+    """Return the refusal of names that nothing resolves.
+
+    Args:
+        missing: the names, with their component.
+        where: what they are not in.
+        source: the file, for the message.
+        drop: the names as the adapter has them, if the file could go without.
+    """
     shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     count = "1 module name is" if len(missing) == 1 else f"{len(missing)} module names are"
+    only = f"; to go without, leave out with `drop`: {_pattern_of(drop)}" if drop else ""
     return AdapterError(
         f"{count} not in {where}",
         path=str(source) if source else None,
         got=shown,
         hint="Give a list of names with `base` or `names_from`, or a table with `names`; if only "
-        "the prefix differs, `component` puts another",
+        "the prefix differs, `component` puts another" + only,
     )
+
+
+def _pattern_of(names: Sequence[str]) -> str:
+    """Return the regular expression, quoted for a shell, that finds these modules and no other."""
+    return shlex.quote("|".join(f"^{re.escape(name)}$" for name in names))
 
 
 def _source(files: Sequence[NamedModules]) -> str | None:

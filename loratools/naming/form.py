@@ -67,6 +67,7 @@ _TABLE = {
     "experts": _Value(
         f"a list of {_COMPONENTS}", lambda value: _is_texts(value) and set(value) <= {*COMPONENTS}
     ),
+    "unmixed": _Value("true or false", lambda value: isinstance(value, bool)),
     "classes": _Value("a list of texts", _is_texts),
     "known_as": _Value("a list of regular expressions", _is_expressions),
     "blocks": _Value("a list of numbers above 0 for each name", _is_counts_by_name),

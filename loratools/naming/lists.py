@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from loratools.naming.bare_base import told_component
 from loratools.naming.tables import flattened
-from loratools_formats.checkpoints.checkpoint import checkpoint_names
+from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, checkpoint_names
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.single_file_keys import parse
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, OptionError
-from loratools_formats.disk.strict_json import parsed_object
+from loratools_formats.disk.strict_json import parsed_object, read_object
 
 MAP_KEY = "loratools.module_map"
 _PROBE = ".lora_A.weight"
+_MOST_JSON_BYTES = 64 << 20
 CHECKPOINT_PREFIX = "model.diffusion_model."
 _FLAT_PREFIXES = {
     "unet.": ("lora_unet_", "lycoris_"),
@@ -82,6 +84,9 @@ def names_of_base(path: Path, component: str | None) -> list[str]:
     if any(module.startswith(CHECKPOINT_PREFIX) for module in modules):
         start = len(CHECKPOINT_PREFIX)
         return [f"diffusion_model.{m[start:]}" for m in modules if m.startswith(CHECKPOINT_PREFIX)]
+    config = path / CONFIG_FILE
+    values = read_object(config, _MOST_JSON_BYTES, max_depth=None) if config.is_file() else {}
+    component = component or told_component(modules, values)
     if component is None:
         raise OptionError(
             "the base checkpoint does not say which component of a pipeline it is",

@@ -8,6 +8,7 @@ from typing import Literal
 
 from loratools.naming.tables import Place, Scheme, Shape, Table, TextEncoder, filled, flattened
 from loratools_formats.core.single_file_keys import COMPONENTS, Key, Naming, parse
+from loratools_formats.disk.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,28 @@ def located(name: str, table: Table, shape: Shape = (None, None)) -> Place | Tex
         return None
     component = key.prefix.partition(".")[0] if key.naming == "diffusers" else ""
     path = key.prefix + key.path if key.prefix in OWN_PREFIXES else key.path
+    schemes = schemes_of(key)
+    if table.unmixed and "original" in schemes:
+        schemes = ("original",)
     for other in ("", *table.other_components):
         own = component in table.components if not other else component == other
         if component and not own:
             continue
-        place = table.locate(
-            path, flat=key.flat, schemes=schemes_of(key), shape=shape, component=other
-        )
+        place = table.locate(path, flat=key.flat, schemes=schemes, shape=shape, component=other)
         if place is not None:
             return replace(place, component=other or component)
     return None
+
+
+def is_located(name: str, table: Table) -> bool:
+    """Return whether a module's name stands in a table, in one place or several.
+
+    What the shape of its weight would tell apart is not asked.
+    """
+    try:
+        return located(name, table) is not None
+    except OptionError:
+        return True
 
 
 def _text_path(key: Key, encoder: TextEncoder) -> str | None:

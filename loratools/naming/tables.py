@@ -125,6 +125,8 @@ class Table:
         self.component: str = values["diffusers"]
         self.components = (self.component, *values.get("experts", ()))
         self.kohya: Scheme = values["kohya"]
+        # Whether diffusers' names have diffusers' prefixes only.
+        self.unmixed: bool = bool(values.get("unmixed"))
         self.classes: tuple[str, ...] = tuple(values.get("classes", ()))
         self._known_as = [re.compile(text, re.IGNORECASE) for text in values.get("known_as", ())]
         self._blocks: dict[str, tuple[int, ...]] = {

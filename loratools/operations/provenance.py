@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.work.digests_of import digest_like
-from loratools.work.history import from_metadata, unfolded
+from loratools.work.history import about, from_metadata, tells_how, unfolded
 from loratools_formats.containers.safetensors_read import read_safetensors
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, MissingFileError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, load_statement, sha256_of
@@ -202,7 +202,7 @@ class _Steps:
         in_memory = {
             str(role): self._step(made, ()) for role, made in predicate.get("steps", {}).items()
         }
-        named = _named_by_role(predicate)
+        named, makers = _named_by_role(predicate), self._makers(predicate)
         inputs = [
             ChainInput(role, None, "in memory", {}, number, None, None)
             for role, number in in_memory.items()
@@ -211,7 +211,8 @@ class _Steps:
             role, digest = str(one.get("role", "")), _digest(one)
             if role in in_memory:
                 continue
-            maker = self._maker(digest)
+            maker = makers.get(role)
+            maker = None if maker is None or about(maker, digest) is None else maker
             reference = named.get(role, {})
             inputs.append(
                 ChainInput(
@@ -239,11 +240,15 @@ class _Steps:
         self.found.append(step)
         return step.number
 
-    def _maker(self, digest: Mapping[str, str]) -> Mapping[str, Any] | None:
-        for statement in self._statements:
-            if digest and any(_digest(one) == digest for one in statement["subject"]):
-                return statement
-        return None
+    def _makers(self, predicate: Predicate) -> dict[str, Mapping[str, Any]]:
+        """Return the statements about the weights of inputs, by their role."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for one in predicate.get("inputs", []):
+            role, digest = str(one.get("role", "")), _digest(one)
+            if tells_how(str(one.get("name", ""))) and role not in found:
+                makers = [each for each in self._statements if about(each, digest) is not None]
+                found[role] = makers[0] if makers else {"subject": []}
+        return found
 
 
 def _named_by_role(predicate: Predicate) -> dict[str, Mapping[str, Any]]:

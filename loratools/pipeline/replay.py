@@ -19,7 +19,7 @@ from loratools.pipeline.inputs import Finder
 from loratools.pipeline.recorded import RecordedCall, RecordedInput
 from loratools.work.declared import option
 from loratools.work.environment import differences, environment
-from loratools.work.history import unfolded
+from loratools.work.history import tells_how, unfolded
 from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import AdapterError, MissingFileError, UnsupportedError
 
@@ -184,15 +184,13 @@ class _Replay:
             return found
         if value.reference is not None:
             return value.reference  # names these bytes for ever
+        weights = [one.digest for one in value.files if tells_how(one.name)]
         for statement in self._earlier:
-            if value.files and value.files[0].digest in map(_digest, statement["subject"]):
+            subjects = [one.get("digest") for one in statement["subject"]]
+            if weights and all(digest in subjects for digest in weights):
                 return self.output(statement, value.name, None)
         raise MissingFileError(
             f"the input {name} is not where it was, and is not given",
             got=value.described(),
             hint="Pass the file or folder with `input=PATH`",
         )
-
-
-def _digest(subject: Mapping[str, Any]) -> Any:
-    return subject.get("digest")

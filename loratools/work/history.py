@@ -40,7 +40,7 @@ def history_of(
     near: dict[str, dict[str, Any]] = {}
     far: dict[str, dict[str, Any]] = {}
     for path, digest in files:
-        found = statement_about(path, digest)
+        found = statement_about(path, digest) if tells_how(path.name) else None
         if found is None and path in metadata:
             found = from_metadata(metadata[path], path.name, digest)
         if found is None:
@@ -65,6 +65,14 @@ def statement_about(path: Path, digest: Digest) -> dict[str, Any] | None:
         if found is not None and about(found, digest) is not None:
             return found
     return None
+
+
+def tells_how(name: str) -> bool:
+    """Whether a file is one that a statement is looked for: weights, not what lies beside them.
+
+    Two outputs may have the same configuration.
+    """
+    return not name.endswith((".json", ".yaml", ".toml", ".md", ".txt"))
 
 
 def about(statement: Mapping[str, Any], digest: Digest) -> Mapping[str, Any] | None:

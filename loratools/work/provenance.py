@@ -12,7 +12,7 @@ from loratools import __version__
 from loratools.work.call import Call, running_call
 from loratools.work.environment import environment
 from loratools.work.history import history_of
-from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk import strict_json
@@ -128,9 +128,13 @@ def _files_by_role(
 
 
 def _of_checkpoint(role: str, checkpoint: Checkpoint | None) -> Iterator[InputFile]:
-    if checkpoint is not None:
-        for shard in checkpoint.files:
-            yield InputFile(role, shard.file.path, header_digest(shard))
+    if checkpoint is None:
+        return
+    for shard in checkpoint.files:
+        yield InputFile(role, shard.file.path, header_digest(shard))
+    config = checkpoint.path / CONFIG_FILE
+    if checkpoint.is_folder and config.is_file():  # what is tied, and how weights are quantised
+        yield InputFile(role, config, {"sha256": sha256_of(config)})
 
 
 def _arguments(

@@ -24,7 +24,7 @@ from loratools_formats.disk.errors import OptionError
 
 _LONGEST_PATTERN = 4096
 _LONGEST_NAME = 1024
-_CPU_SECONDS = 2
+_CPU_SECONDS = 1
 _TIMEOUT_SECONDS = 120.0  # of the clock, for systems that do not count CPU time
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _REPEAT = re.compile(r"[*+?{]")

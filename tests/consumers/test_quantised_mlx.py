@@ -93,6 +93,7 @@ def logits(folder):
     from mlx_lm import utils
 
     loaded, _ = utils.load_model(folder)
+    loaded.set_dtype(mx.float32)
     return np.array(loaded(mx.array([[1, 7, 9, 30, 2]])).astype(mx.float32))
 
 
@@ -121,6 +122,31 @@ def test_fused_is_what_mlx_dequantises_and_the_change(base, adapter, tmp_path):
         assert (np.abs(got - wanted) <= tolerance).all(), key
     assert verify(tmp_path / "fused", base=base, adapters=[adapter]).contained
     assert np.isfinite(logits(tmp_path / "fused")).all()
+
+
+def test_what_no_adapter_changes_stays_quantised(base, adapter, tmp_path):
+    """Changed modules become plain, with an entry that says so; every other byte is the base's."""
+    result = fuse(base, adapter, output=tmp_path / "fused")
+    before, after = load_file_bytes(base), load_file_bytes(tmp_path / "fused")
+    changed = set(oracle_changes(adapter))
+    assert {key.rpartition(".")[0] for key in before if before[key] != after.get(key)} == changed
+    assert {key.rpartition(".")[0] for key in set(before) - set(after)} == changed
+    config = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert {k for k, v in config["quantization"].items() if v is False} == changed
+    assert config["quantization_config"] == config["quantization"]
+    assert any("14 others stay quantised" in note for note in result.notes)
+    fuse(base, adapter, dtype="bf16", output=tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "quantization" not in config
+    one, other = logits(tmp_path / "fused"), logits(tmp_path / "plain")
+    apart = float(np.abs(one - other).max() / np.abs(other).max())
+    # Run in float32, MLX does not round affine weights to BF16, as it does when dequantising.
+    assert apart < (0.2 if is_affine(base) else 1e-4)
+
+
+def is_affine(folder):
+    stated = json.loads((folder / "config.json").read_text())["quantization"]
+    return stated.get("mode", "affine") == "affine"
 
 
 def oracle_changes(adapter):

@@ -103,6 +103,7 @@ class FakeHub:
         self.yaml_errors: list[str] = []
         self.trusted: str | None = None
         self.ranges = True
+        self.hashes = True
         self.lock = threading.RLock()
         self.endpoint = ""
 
@@ -330,8 +331,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(name)
         if repo is None or (sha := self.commit_of(repo, revision or "main")) is None:
             return
+        with_hashes = "blobs" in self.query and self.hub.hashes
         siblings = [
-            {"rfilename": path, **(_entry(path, data) if "blobs" in self.query else {})}
+            {"rfilename": path, **(_entry(path, data) if with_hashes else {})}
             for path, data in repo.commits[sha].items()
         ]
         self.reply(200, {

@@ -579,3 +579,11 @@ def test_a_repository_that_somebody_makes_meanwhile(hub, small):
     with pytest.raises(HubError, match="somebody has made the repository meanwhile"):
         lt.push(small, "me/small", create=True)
     assert published(hub) == {"README.md": b"# Theirs\n"}
+
+
+def test_a_server_whose_listings_have_no_hashes(hub, small):
+    hub.hashes = False
+    lt.push(small, "me/small", create=True)
+    assert set(published(hub)) == NAMES
+    assert not lt.push(small, "me/small").changed
+    assert len(hub.repos["me/small"].commits) == 2

@@ -344,3 +344,20 @@ def test_models_in_ggufs_and_pipelines(repos):
     assert lt.to_dora(LORA, base="hf://me/pipeline/transformer").modules
     with pytest.raises(HubError, match="is a model, not an adapter"):
         lt.info("me/pipeline")
+
+
+def test_the_command_records_what_its_base_was(repos, program):
+    repos.aliases["tiny"] = "me/model"
+    done = program("convert", "me/tiny", "-o", "x.gguf", "--base", "tiny", "-q")
+    assert done.returncode == 0, done.stderr
+    statement = json.loads((program.folder / "x.gguf.provenance.json").read_text())
+    arguments = statement["predicate"]["call"]["arguments"]
+    commits = {name: one["commit"] for name, one in arguments.items()}
+    assert commits == {
+        "source": repos.repos["me/tiny"].sha("main"),
+        "base": repos.repos["me/model"].sha("main"),
+    }
+    assert arguments["base"]["reference"] == f"hf://tiny@{commits['base']}"
+    assert len(repos.asked("/api/models/tiny")) == 1
+    done = program("squeeze", "me/tiny", "--rank", "2", "--in-place")
+    assert "on the Hub" in done.stderr

@@ -1,5 +1,7 @@
 """Write `loratools/schemas/*.json`: JSON Schemas of what each command prints with `--json`.
 
+`recipe.json` is that of the recipes that `loratools run` takes.
+
     python tests/interface/make_schemas.py
 
 They are made from the results that the functions return. A test compares the files with what this
@@ -37,6 +39,8 @@ from loratools.face.to_dora import ToDoraResult
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult
 from loratools.face.verify import VerifyResult
 from loratools.pipeline.replay import ReplayResult
+from loratools.pipeline.run import RunResult
+from loratools.pipeline.schema import json_schema
 from loratools.work.json_object import json_name, spread_types
 
 FOLDER = Path(loratools.__file__).parent / "schemas"
@@ -59,6 +63,7 @@ RESULTS = {
     "repair": (RepairResult,),
     "replay": (ReplayResult,),
     "rule": (RuleResult,),
+    "run": (RunResult,),
     "spectrum": (SpectrumResult,),
     "squeeze": (SqueezeResult, SqueezeChoices),
     "to-dora": (ToDoraResult,),
@@ -70,8 +75,9 @@ _SIMPLE = {str: "string", bool: "boolean", int: "integer", float: "number", Path
 
 
 def schemas() -> dict[str, str]:
-    """Return the text of each schema by the command's name."""
-    return {name: _schema(name, results) for name, results in RESULTS.items()}
+    """Return the text of each schema by the command's name, and that of recipes."""
+    recipe = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    return {name: _schema(name, results) for name, results in RESULTS.items()} | {"recipe": recipe}
 
 
 def _schema(name: str, results: tuple[type, ...]) -> str:

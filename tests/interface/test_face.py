@@ -35,7 +35,7 @@ MODULE = "model.layers.0.self_attn.q_proj"
 FUNCTIONS = [name for name in lt.__all__ if inspect.isfunction(getattr(lt, name))]
 RESULTS = ("check", "compare", "compare_bases", "convert", "dequantize", "extract", "formats",
            "fuse", "info", "info_base", "merge", "methods", "provenance", "quantize", "repair",
-           "replay", "rule", "spectrum", "squeeze", "to_dora", "to_lora", "verify",
+           "replay", "rule", "run", "spectrum", "squeeze", "to_dora", "to_lora", "verify",
            "write")  # fmt: skip
 
 
@@ -53,6 +53,14 @@ def made(tmp_path_factory):
     lt.fuse(MODEL, LORA, output=folder / "fused")
     lt.quantize(MODEL, output=folder / "nf4")
     return folder
+
+
+def recipe(folder):
+    """Return a recipe of one step in a folder."""
+    text = f"version: 1\nvariables: {{rank: 8}}\nsteps: [{{name: small, do: squeeze, source: {LORA}"
+    path = folder / "recipe.yaml"
+    path.write_text(f"{text}, rank: '${{rank}}'}}]\n")
+    return path
 
 
 # Each case: what is called, and the command line that says it too. OUT stands for a new path.
@@ -149,6 +157,10 @@ CASES = {
     "replay": (
         lambda m, o: lt.replay(m / "fused", input=[LORA, MODEL]),
         lambda m: ["replay", m / "fused", "--input", LLAMA],
+    ),
+    "run": (
+        lambda m, o: lt.run(recipe(m), dry_run=True, set={"rank": 4}),
+        lambda m: ["run", recipe(m), "--dry-run", "--set=rank=4"],
     ),
     "dequantize": (
         lambda m, o: lt.dequantize(m / "nf4", dtype="f16"),

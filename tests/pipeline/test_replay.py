@@ -332,6 +332,7 @@ def test_a_file_that_was_made_from_itself_is_refused(chain):
     place = chain / "both" / PROVENANCE_FILE
     statement = json.loads(place.read_text())
     first = statement["predicate"]["history"][0]
+    assert first["subject"][1]["name"].endswith(".safetensors")
     first["predicate"]["inputs"][0]["digest"] = first["subject"][1]["digest"]
     place.write_text(json.dumps(statement))
     for folder in ("small", "plain"):

@@ -71,6 +71,19 @@ def test_fused_and_dequantised_gptq(base, make_folder, tmp_path):
     assert lt.verify(tmp_path / "fused", base=folder, adapters=adapter).contained
 
 
+def test_awq_is_told_to_fit_no_adapter_of_the_original(base, make_folder, tmp_path):
+    tensors = {
+        f"{KEY}.qweight": np.zeros((64, 8), np.int32),
+        f"{KEY}.qzeros": np.zeros((2, 8), np.int32),
+        f"{KEY}.scales": np.ones((2, 64), F16),
+    }
+    folder = base(tensors, {"quant_method": "awq", "bits": 4, "version": "gemm"})
+    adapter = make_folder(modules={KEY: (64, 64, 8)}, dtype="f32")
+    result = lt.fuse(folder, adapter, output=tmp_path / "fused")
+    (warning,) = (each for each in result.findings if each.code == "rescaled-inputs")
+    assert "trained on the original model" in warning.message
+
+
 def test_a_version_in_another_file(base, tmp_path):
     """Where config.json says nothing, quantize_config.json does: zeros of gptq_v2 are as stored."""
     tensors, values = gptq(KEY)
@@ -151,3 +164,20 @@ def test_scales_of_running_are_dropped(base, tmp_path):
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     assert set(plain) == {f"{KEY}.weight"}
     np.testing.assert_array_equal(plain[f"{KEY}.weight"], np.full((8, 64), 0.5))
+
+
+def test_extract_takes_quantised_bases_as_either_side(base, make_folder, tmp_path):
+    """Between a quantised base and what was fused of it lies the adapter, and its negative."""
+    tensors, _ = gptq(KEY)
+    folder = base(tensors, {"quant_method": "gptq", "bits": 4})
+    adapter = make_folder(modules={KEY: (64, 64, 8)}, dtype="f32")
+    lt.fuse(folder, adapter, dtype="f32", output=tmp_path / "fused")
+    result = lt.extract(base=folder, tuned=tmp_path / "fused", rank=8)
+    change = lt.delta(lt.read(adapter), KEY)
+    np.testing.assert_allclose(
+        lt.delta(result.adapter, *result.adapter.modules), change, atol=1e-5 * np.abs(change).max()
+    )
+    back = lt.extract(base=tmp_path / "fused", tuned=folder, rank=8)
+    np.testing.assert_allclose(
+        lt.delta(back.adapter, *back.adapter.modules), -change, atol=1e-5 * np.abs(change).max()
+    )

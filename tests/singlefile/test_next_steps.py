@@ -239,3 +239,59 @@ def test_a_module_of_nan_is_taken_out_as_the_hint_says(tmp_path):
         (pattern,) = shlex.split(done.exception.hint.partition("`drop`: ")[2])
         run(*words, "--drop", pattern)
         assert list(lt.read(words[-1]).modules) == [good]
+
+
+@pytest.mark.parametrize("to", ["comfyui", "diffusers", "peft"])
+def test_one_unknown_module_is_the_only_one_named(tmp_path, to):
+    tensors = kohya("lora_unet_my_module")
+    for index in range(3):
+        tensors |= kohya(f"lora_unet_double_blocks_{index}_img_attn_qkv", 24, 8)
+        tensors |= kohya(f"lora_unet_single_blocks_{index}_linear2", 8, 40)
+    source = saved(tmp_path / "a.safetensors", tensors)
+    output = tmp_path / ("o" if to == "peft" else "o.safetensors")
+    done = invoke("convert", source, "-o", output, "--to", to)
+    assert done.exception.got == "lora_unet_my_module"
+    assert "which has the others" in done.exception.message
+    (pattern,) = shlex.split(done.exception.hint.partition("`drop`: ")[2])
+    run("convert", source, "-o", output, "--to", to, "--drop", pattern, "--names", "flux1")
+
+
+def test_names_of_several_architectures_are_settled_by_a_base_or_a_table(tmp_path):
+    tensors = {}
+    for leaf in ("to_q", "to_k", "to_v", "to_out.0"):
+        tensors |= peft(f"transformer.transformer_blocks.0.attn.{leaf}")
+    source = saved(tmp_path / "a.safetensors", tensors)
+    base = {
+        "pos_embed.proj.weight": draw(8, 4, 2, 2), "context_embedder.weight": draw(8, 8),
+        "transformer_blocks.0.norm1.linear.weight": draw(48, 8),
+        "transformer_blocks.0.attn.add_q_proj.weight": draw(8, 8),
+    }  # fmt: skip
+    for leaf in ("to_q", "to_k", "to_v", "to_out.0"):
+        base[f"transformer_blocks.0.attn.{leaf}.weight"] = draw(8, 8)
+    saved(tmp_path / "base.safetensors", base)
+    output = tmp_path / "o.safetensors"
+    done = invoke("convert", source, "-o", output, "--to", "comfyui")
+    assert "`names`" in done.exception.hint
+    assert "`base`" in done.exception.hint
+    wanted = None
+    for option in (["--names", "sd3"], ["--base", tmp_path / "base.safetensors"]):
+        run("convert", source, "-o", output, "--to", "comfyui", "--overwrite", *option)
+        names = list(lt.read(output).modules)
+        assert names[0] == "diffusion_model.joint_blocks.0.x_block.attn.proj"
+        assert wanted in (None, names)
+        wanted = names
+
+
+def test_merging_what_cannot_be_named_says_how_to_name_it(tmp_path):
+    one = saved(tmp_path / "one.safetensors", kohya("lora_unet_joint_blocks_0_x_block_attn_proj"))
+    tensors = {}
+    for leaf in ("to_q", "to_k", "to_v", "to_out.0"):
+        tensors |= peft(f"transformer.transformer_blocks.0.attn.{leaf}")
+    other = saved(tmp_path / "other.safetensors", tensors)
+    done = invoke("merge", one, other, "-o", tmp_path / "m.safetensors")
+    if done.exit_code == 0:
+        return  # the first file's names tell
+    words = shlex.split("loratools " + done.exception.hint.partition("loratools ")[2])
+    named = tmp_path / "named.safetensors"
+    run(*({"TABLE": "sd3", "renamed.safetensors": named}.get(word, word) for word in words[1:]))
+    run("merge", one, named, "-o", tmp_path / "m.safetensors")

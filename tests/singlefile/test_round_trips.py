@@ -1,4 +1,4 @@
-"""Every table there and back: kohya, diffusers and ComfyUI lead to the same tensors, bit for bit."""
+"""Every table there and back: kohya, diffusers and ComfyUI lead to the same values, bit for bit."""
 
 from __future__ import annotations
 

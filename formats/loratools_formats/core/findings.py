@@ -57,6 +57,7 @@ CODES: Mapping[str, str] = {
     "widened": "weights in eight bits are stored in sixteen where they change",
     "vocabulary-resized": "the vocabulary has another size",
     "no-longer-quantised": "weights are stored in floating-point types now",
+    "rescaled-inputs": "the base's weights expect scaled inputs, unlike the original model's",
     "type-fallback": "tensors cannot be stored in the GGUF type asked for",
     "parts-joined": "the parts of a split model become one file",
     # Quantising and dequantising.
@@ -80,6 +81,7 @@ CODES: Mapping[str, str] = {
     # Measuring and comparing.
     "direction-only": "DoRA modules are given by their directions, since there is no base",
     "not-beside-base": "a module is not compared with its base weight",
+    "rule-broken": "a rule of `check` found something in what is published",
     "no-reference": "something in a folder of references is no adapter",
     "names-kept": "an adapter keeps its own names, since no way leads to the base model's",
     "single-precision": "sums are of float32 within blocks, for speed",

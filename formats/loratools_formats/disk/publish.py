@@ -221,7 +221,7 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
             else:
                 _rename_new(temporary, target, path)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             raise
     _make_durable(path, target)
 
@@ -260,7 +260,7 @@ def _swap_folder(temporary: Path, target: Path) -> None:
             hint="Move them away or choose another output",
         )
     if exchange(temporary, target):
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         return
     aside = target.parent / f"{temporary.name}{_OLD}"
     os.rename(target, aside)
@@ -269,7 +269,14 @@ def _swap_folder(temporary: Path, target: Path) -> None:
     except OSError:
         os.rename(aside, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours; once more if something failed, and else leave it to the next run."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.lexists(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _mode_of_new_file(path: Path) -> int:

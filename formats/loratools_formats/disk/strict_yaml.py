@@ -30,11 +30,11 @@ _MAX_INTEGER_DIGITS = 20
 class _StrictLoader(_Parsing):  # type: ignore[misc]
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(str(key.value) for key, _ in node.value)
-        repeated = [key for key, count in counts.items() if count > 1]
-        if repeated:
-            raise yaml.YAMLError(f"duplicate key {repeated[0]!r}")
-        if "<<" in counts:
-            raise yaml.YAMLError("merge keys are not allowed")
+        for key, _ in reversed(node.value):
+            if counts[str(key.value)] > 1:
+                raise _refused(f"duplicate key {str(key.value)!r}", key)
+            if key.value == "<<":
+                raise _refused("merge keys are not allowed", key)
         values: dict[Any, Any] = super().construct_mapping(node, deep)
         return values
 
@@ -45,14 +45,14 @@ class _StrictLoader(_Parsing):  # type: ignore[misc]
             return text
         digits = text.replace("_", "").lstrip("+-")
         if len(text) > _MAX_NUMBER_CHARACTERS:
-            raise yaml.YAMLError(f"number of {len(text)} characters")
+            raise _refused(f"number of {len(text)} characters", node)
         if node.tag == _INTEGER:
             if len(digits) > _MAX_INTEGER_DIGITS:
-                raise yaml.YAMLError(f"integer of {len(digits)} digits")
+                raise _refused(f"integer of {len(digits)} digits", node)
             return self.construct_yaml_int(node)
         value = self.construct_yaml_float(node)
         if math.isinf(value) and "inf" not in text.lower():
-            raise yaml.YAMLError("a number is too large for float64")
+            raise _refused("a number is too large for float64", node)
         return value
 
 
@@ -66,15 +66,19 @@ def _refuse_more_than_data(data: bytes) -> None:
     levels = 0
     for event in yaml.parse(data, _Parsing):
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed")
+            raise _refused("aliases are not allowed", event)
         if getattr(event, "tag", None) is not None:
-            raise yaml.YAMLError("tags are not allowed")
+            raise _refused("tags are not allowed", event)
         if isinstance(event, yaml.CollectionStartEvent):
             levels += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             levels -= 1
         if levels > _MOST_LEVELS:
-            raise yaml.YAMLError(f"more than {_MOST_LEVELS} levels")
+            raise _refused(f"more than {_MOST_LEVELS} levels", event)
+
+
+def _refused(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def loads(data: bytes) -> Any:
@@ -89,6 +93,46 @@ def loads(data: bytes) -> Any:
         return yaml.load(data, _StrictLoader)  # noqa: S506
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise StrictYamlError(_reason(error)) from error
+
+
+Place = tuple[str | int, ...]
+"""Where a value is: keys of maps and indices of lists, from the top."""
+
+
+def loads_with_lines(data: bytes) -> tuple[Any, dict[Place, int]]:
+    """Parse YAML, and say where its values are.
+
+    Returns:
+        the value, and the line of every key and item, counted from 1, by its place.
+
+    Raises:
+        StrictYamlError: as `loads`.
+    """
+    try:
+        _refuse_more_than_data(data)
+        loader = _StrictLoader(data)
+        node = loader.get_single_node()
+        lines: dict[Place, int] = {(): 1}
+        if node is None:
+            return None, lines
+        value = loader.construct_document(node)
+        _add_lines(node, (), lines)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        raise StrictYamlError(_reason(error)) from error
+    return value, lines
+
+
+def _add_lines(node: yaml.Node, place: Place, lines: dict[Place, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*place, str(key.value))
+            lines[inner] = key.start_mark.line + 1
+            _add_lines(value, inner, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            inner = (*place, index)
+            lines[inner] = value.start_mark.line + 1
+            _add_lines(value, inner, lines)
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import times_groups, unpacked
+from loratools.base.codecs.bits import numbers, times_groups, unpacked
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
@@ -33,6 +33,10 @@ from loratools.base.codecs.codec import (
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 
+_CAVEAT = (
+    "AWQ scaled the inputs of layers; an adapter that was trained on the original model, not on "
+    "this one, does not fit it"
+)
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each column of a word
 _FLOATING = ("F16", "BF16", "F32")
 _GROUPS = (32, 64, 128)
@@ -41,6 +45,8 @@ _PAD = {128: 1, 64: 2, 32: 4}
 
 class _Gemm(CodedWeight):
     """Codes stored as (in, out), eight outputs in a word."""
+
+    caveat = _CAVEAT
 
     def __init__(self, key: str, parts: Mapping[str, TensorRef]) -> None:
         codes, zeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
@@ -66,14 +72,19 @@ class _Gemm(CodedWeight):
     def _ordered(self, words: Columns, start: int, stop: int) -> Array:
         """Return the codes of outputs: (outputs, rows of words)."""
         first, last = start // 8, -(-stop // 8)
-        data = np.ascontiguousarray(words.read(first * 4, last * 4))
-        codes = unpacked(data, 4, (last - first) * 8).reshape(len(data), -1, 8)
-        ordered = codes[:, :, list(_ORDER)].reshape(len(data), -1)
-        return np.ascontiguousarray(ordered[:, start - first * 8 : stop - first * 8].T)
+        data = np.ascontiguousarray(words.read(first * 4, last * 4)).view(np.uint32)
+        turned = np.ascontiguousarray(data.T)
+        codes = np.empty((last - first, 8, turned.shape[1]), np.uint8)
+        for column, nibble in enumerate(_ORDER):
+            codes[:, column] = turned >> np.uint32(4 * nibble) & np.uint32(15)
+        ordered: Array = codes.reshape(-1, turned.shape[1])
+        return ordered[start - first * 8 : stop - first * 8]
 
 
 class _Gemv(CodedWeight):
     """Codes stored as (out, in), eight inputs in a word."""
+
+    caveat = _CAVEAT
 
     def __init__(self, key: str, parts: Mapping[str, TensorRef], groups: int) -> None:
         codes, self._zeros, self._scales = parts["qweight"], parts["qzeros"], parts["scales"]
@@ -85,7 +96,7 @@ class _Gemv(CodedWeight):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32, to be rounded to the type of the scales."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
-        values = unpacked(data, 4, self.shape[1]).astype(np.float32)
+        values = numbers(data, 4, self.shape[1])
         data = matrix_rows(self._zeros, start, stop).view(np.uint8)
         zeros = unpacked(data, 4, self._groups).astype(np.float32)
         scales = matrix_rows(self._scales, start, stop)[:, : self._groups].astype(np.float32)

@@ -75,6 +75,17 @@ def fours(data: Array, table: Array) -> Array:
     return values
 
 
+def numbers(data: Array, bits: int, count: int) -> Array:
+    """Return codes as `unpacked` does, in float32: F32 (rows, count)."""
+    if bits == 4:
+        return fours(data[:, : -(-count // 2)], _UNSIGNED)[:, :count]
+    values: Array = unpacked(data, bits, count).astype(np.float32)
+    return values
+
+
+_UNSIGNED = np.arange(16, dtype=np.float32)
+
+
 def powers(codes: Array) -> Array:
     """Return E8M0: 2^(code − 127) in float32, NaN for 255, as OCP's standard has it."""
     values: Array = np.take(_powers(), codes)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from loratools_formats.core.dtypes import Array, DType, converted, encode
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError
 
-CHUNK = 1 << 19  # elements computed at a time
+CHUNK = 1 << 19  # elements asked for at a time
+_PIECE = 1 << 17  # elements computed at a time, which stay in a core's cache
 _HELD = 16 << 20  # bytes of one matrix that are read whole where columns are asked for
 
 
@@ -72,7 +73,10 @@ class CodedWeight(ABC):
         dtype: type of the values, which loaders round to.
         parts: all tensors that make it up, the codes first.
         scheme: how it is quantised.
+        caveat: what to know when something is added to it; empty if nothing.
     """
+
+    caveat: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -103,7 +107,7 @@ class CodedWeight(ABC):
     def elements(self, start: int, stop: int) -> Array:
         """Return elements [start, stop) of the flat weight in `dtype`, computed in pieces."""
         width = max(self.shape[-1], 1)
-        height = max(CHUNK // width, 1)
+        height = max(_PIECE // width, 1)
         out = np.empty(stop - start, self.dtype.numpy_dtype())
         at = start
         while at < stop:
@@ -121,6 +125,21 @@ class CodedWeight(ABC):
         They are those of `dtype` where the format's loaders compute in that.
         """
         return self.elements(start, stop).astype(np.float32)
+
+    def config_beside(
+        self, config: Mapping[str, Any], modules: Collection[str]
+    ) -> Mapping[str, Any] | None:
+        """Return a configuration with which loaders take some modules as plain, others as coded.
+
+        Args:
+            config: of the quantised checkpoint.
+            modules: paths of the modules that are plain now.
+
+        Returns:
+            None if the format's loaders want all or nothing.
+        """
+        del config, modules
+        return None
 
     def tensor(self, dtype: DType | None = None) -> TensorRef:
         """Return the weight as a plain tensor that is computed when it is read.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import times_groups, unpacked
+from loratools.base.codecs.bits import numbers, times_groups, unpacked
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
@@ -62,9 +62,9 @@ class _Gptq(CodedWeight):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32, to be rounded to the type of the scales."""
         count, width = stop - start, self.shape[1]
-        words = self._codes.read(start * 4, stop * 4).reshape(-1, count, 4)
-        data = np.ascontiguousarray(words.transpose(1, 0, 2)).reshape(count, -1)
-        values = unpacked(data, self._bits, width).astype(np.float32)
+        words = np.ascontiguousarray(self._codes.read(start * 4, stop * 4)).view(np.uint32)
+        data = np.ascontiguousarray(words.T).view(np.uint8)
+        values = numbers(data, self._bits, width)
         zeros = self._zeros_of(start, stop).astype(np.float32)
         itemsize = self.dtype.bits // 8
         stored = np.ascontiguousarray(self._scales.read(start * itemsize, stop * itemsize))

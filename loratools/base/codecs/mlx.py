@@ -12,12 +12,12 @@ Sources: `mlx.core.quantize` of mlx 0.32, `mlx.nn.QuantizedLinear`, mlx-lm's per
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from loratools.base.codecs.bits import E2M1, fours, powers, times_groups, unpacked
+from loratools.base.codecs.bits import E2M1, fours, numbers, powers, times_groups
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
@@ -53,7 +53,24 @@ _MODES = {
 }
 
 
-class _Affine(CodedWeight):
+class _Mlx(CodedWeight):
+    """What MLX's weights have in common."""
+
+    def config_beside(
+        self, config: Mapping[str, Any], modules: Collection[str]
+    ) -> Mapping[str, Any] | None:
+        """Return the configuration with an entry `false` for each plain module, as mlx-lm has it.
+
+        transformers' metal has no such entries.
+        """
+        sections = {k: config[k] for k in _KEYS if isinstance(config.get(k), Mapping)}
+        if any(section.get("quant_method") for section in sections.values()):
+            return None
+        plain = dict.fromkeys(sorted(modules), False)
+        return {**config, **{name: {**section, **plain} for name, section in sections.items()}}
+
+
+class _Affine(_Mlx):
     """scale · code + bias, rounded after each."""
 
     def __init__(
@@ -74,7 +91,7 @@ class _Affine(CodedWeight):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows, rounded to the type of the scales after each operation."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
-        values = unpacked(data, self._bits, self._width).astype(np.float32)
+        values = numbers(data, self._bits, self._width)
         times_groups(values, matrix_rows(self._scales, start, stop).astype(np.float32))
         if self.dtype.bits == 16:
             values = converted(values, self.dtype.numpy_dtype()).astype(np.float32)
@@ -84,7 +101,7 @@ class _Affine(CodedWeight):
         return values
 
 
-class _Floating(CodedWeight):
+class _Floating(_Mlx):
     """A small float times the scale of its group, in one of the modes without biases."""
 
     def __init__(

@@ -10,15 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from loratools.naming.bare_base import told_component
 from loratools.naming.base_components import (
     DENOISER,
     BaseComponent,
     components_of,
     transformers_paths,
 )
-from loratools.naming.places import located
 from loratools.naming.restructure import rows_of, units
-from loratools.naming.tables import bundled_tables
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, Addition, ModuleChange, Replacement
 from loratools_formats.core.findings import Finding
@@ -27,11 +26,6 @@ from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 _JOINED = ".in_proj"
-_TRIED = ("diffusion_model", "unet", "transformer")
-_TEXT_CLASSES = {
-    "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder_2",
-}
 
 
 def components_only(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
@@ -170,28 +164,14 @@ def _component(base: Checkpoint) -> str:
     Raises:
         OptionError: it does not show.
     """
-    name = base.config.get("_class_name")
-    if isinstance(name, str):
-        return "unet" if "UNet" in name else "transformer"
-    classes = base.config.get("architectures")
-    if isinstance(classes, list) and classes and classes[0] in _TEXT_CLASSES:
-        return _TEXT_CLASSES[classes[0]]
-    modules = {key.rpartition(".")[0] for key in base.tensors}
-    counts = {
-        component: max(
-            sum(located(f"{component}.{module}", table) is not None for module in modules)
-            for table in bundled_tables()
-        )
-        for component in _TRIED
-    }
-    best = max(counts, key=lambda component: counts[component])
-    if not counts[best]:
+    found = told_component({key.rpartition(".")[0] for key in base.tensors}, base.config)
+    if found is None:
         raise OptionError(
             "the checkpoint does not say which component of a pipeline it is",
             path=base.path,
             hint=f"Pass `component`, one of {', '.join(COMPONENTS)} or diffusion_model",
         )
-    return best
+    return found
 
 
 def _outside(base: Checkpoint, tuned: Checkpoint, components: list[BaseComponent]) -> str:

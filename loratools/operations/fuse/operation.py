@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +19,11 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from loratools.algebra.device import Computing, Device
+from loratools.base.codecs import CodedWeight
 from loratools.base.dequantised import (
     DequantisedCheckpoint,
     as_stored,
+    config_beside,
     dequantised,
     dequantised_metadata,
     is_stored_plain,
@@ -237,6 +239,7 @@ class Fusion:
             for item in inputs
         )
         self._base = base
+        self._verbatim: Mapping[str, CodedWeight] = {}
         self._dequantised, self.plan = self._planned()
         refuse_nothing(self.plan.tensors.values(), self.inputs)
         self._device = Device(options.device)
@@ -281,7 +284,27 @@ class Fusion:
         if keeps and is_quantised and touched.isdisjoint(stored):
             kept = as_stored(base)
             return kept, plan_fuse(base, self.inputs)
+        if keeps and is_quantised:
+            plan = self._plan_mixed(touched) or plan
         return self._dequantised, plan
+
+    def _plan_mixed(self, touched: Collection[str]) -> FusePlan | None:
+        """Return a plan that leaves quantised weights as they are beside those that become plain.
+
+        Returns:
+            None if the format does not allow it.
+        """
+        view = self._dequantised
+        weights = view.weights
+        config = config_beside(self._base, [w for key, w in weights.items() if key in touched])
+        if config is None:
+            return None
+        self._verbatim = {key: w for key, w in weights.items() if key not in touched}
+        kept = {part.key for weight in self._verbatim.values() for part in weight.parts}
+        checkpoint = replace(view.checkpoint, config=config)
+        dropped = tuple(key for key in view.dropped if key not in kept)
+        self._dequantised = replace(view, checkpoint=checkpoint, dropped=dropped)
+        return plan_fuse(checkpoint, self.inputs, None, view.stored)
 
     def _plan_beside(self, kept: DequantisedCheckpoint, unreadable: UnsupportedError) -> FusePlan:
         """Return a plan that leaves quantised weights alone.
@@ -346,6 +369,9 @@ class Fusion:
     def _parts(self) -> dict[str, NewTensor]:
         parts: dict[str, NewTensor] = {}
         for key, plan in self.plan.tensors.items():
+            if key in self._verbatim:
+                parts |= {part.key: part for part in self._verbatim[key].parts}
+                continue
             weight = self._dequantised.four_bit.get(key) if self.options.requantize else None
             if weight is None:
                 parts[key] = plan.source if plan.is_copy else self._made(plan)
@@ -423,6 +449,12 @@ class Fusion:
         dropped = self._dequantised.dropped
         if not dropped or self.options.requantize:
             return []
+        if self._verbatim:
+            message = (
+                f"changed weights are stored in 16 bits now; {len(self._verbatim)} others stay "
+                "quantised as they were"
+            )
+            return [Finding("no-longer-quantised", "note", None, message)]
         message = (
             f"weights are stored in 16 bits now; {len(dropped)} tensors that only said how they "
             "were quantised are left out"
@@ -430,7 +462,11 @@ class Fusion:
             else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
             "they were are left out"
         )
-        return [Finding("no-longer-quantised", "note", None, message)]
+        caveats = {weight.caveat for weight in self._dequantised.weights.values()} - {""}
+        return [
+            Finding("no-longer-quantised", "note", None, message),
+            *(Finding("rescaled-inputs", "warning", None, text) for text in sorted(caveats)),
+        ]
 
     def write(
         self,
@@ -461,6 +497,7 @@ class Fusion:
             key
             for key, plan in plans.items()
             if not plan.is_touched
+            and key not in self._verbatim
             and (not plan.is_copy or key in self._dequantised.stored)
             and not self.options.requantize
         }

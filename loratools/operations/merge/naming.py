@@ -53,7 +53,7 @@ def in_one_naming(inputs: Sequence[MergeInput]) -> list[MergeInput]:
             error.hint = (
                 f"It is a {adapter.format} file and the first a {target} file; bring it into that "
                 "naming first, with `names`, `names_from` or `base`: "
-                + command_on(adapter, "convert", f"--to {target}", output="renamed")
+                + command_on(adapter, "convert", f"--to {target} --names TABLE", output="renamed")
             )
             raise
         result.append(replace(item, adapter=named))

@@ -103,6 +103,11 @@ def _is_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
+def _is_layers(value: Any) -> bool:
+    listed = value if isinstance(value, list) else [value]
+    return value is None or all(type(each) is int for each in listed)
+
+
 def _is_map(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(is_value(v) for v in value.values())
 
@@ -120,6 +125,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or isinstance(v, str) or _is_strings(v),
         "a string or a list of strings",
     ),
+    "exclude_modules": (
+        lambda v: v is None or isinstance(v, str) or _is_strings(v),
+        "a string or a list of strings",
+    ),
+    "layers_to_transform": (_is_layers, "a whole number or a list of them"),
     "target_parameters": (lambda v: v is None or _is_strings(v), "a list of strings"),
     "modules_to_save": (lambda v: v is None or _is_strings(v), "a list of strings"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),

@@ -1,0 +1,156 @@
+"""One mutated input, given to loratools in a child process with bounded memory and time.
+
+It must be done, or be refused by an error of ours. What the `safetensors` and `gguf` packages
+refuse must not be read: we may be stricter, never looser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from seeds import Seed
+
+import loratools
+from loratools_formats.disk.errors import LoratoolsError
+
+CPU_SECONDS, CLOCK_SECONDS = 20, 180
+MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a case ended.
+
+    Attributes:
+        kind: done, refused, or what must not happen: an error, hang, memory or looser.
+        text: the error's text.
+        place: for an error, the last line of ours that it passed.
+    """
+
+    kind: str
+    text: str = ""
+    place: str = ""
+
+    @property
+    def is_fault(self) -> bool:
+        return self.kind not in ("done", "refused")
+
+
+def tried(seed: Seed, room: Path) -> Outcome:
+    """Return what becomes of an input.
+
+    Args:
+        seed: whose file was changed.
+        room: an empty folder for outputs.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            outcome = _bounded(seed, room)
+            os.write(writer, json.dumps(outcome).encode("utf-8", "backslashreplace"))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(child, 0)
+    shutil.rmtree(room, ignore_errors=True)
+    if told:
+        return Outcome(*json.loads(told))
+    if os.WIFSIGNALED(status):
+        return Outcome("hang", signal.Signals(os.WTERMSIG(status)).name)
+    return Outcome("died", f"status {status}")
+
+
+def warmed(seed: Seed, room: Path) -> None:
+    """Use a sound input here, so that children find every module imported."""
+    room.mkdir()
+    with contextlib.suppress(LoratoolsError):
+        _use(seed, room)
+    shutil.rmtree(room)
+
+
+def _bounded(seed: Seed, room: Path) -> tuple[str, str, str]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + CPU_SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(CLOCK_SECONDS)
+    room.mkdir()
+    try:
+        _use(seed, room)
+    except LoratoolsError as error:
+        return "refused", str(error)[:300], ""
+    except BaseException as error:  # noqa: BLE001 - that is what is looked for
+        text = f"{type(error).__name__}: {error}"[:300]
+        return "error", text, _place(error)
+    looser = _others_refuse(seed.mutated)
+    return ("looser", looser, "") if looser else ("done", "", "")
+
+
+def _use(seed: Seed, room: Path) -> None:
+    role, path = seed.role, seed.path
+    if role == "names":
+        from loratools.naming.tables import find_table
+
+        find_table(os.fspath(path)).locate("input_blocks.1.1.q", flat=False, schemes=("original",))
+    elif role == "recipe":
+        _merged(path)
+    elif role == "base":
+        loratools.fuse(path, path.parent / "two", output=room / "fused")
+    else:
+        loratools.info(path, format=seed.given).to_dict()
+        how = {"format": seed.given, "workers": 1}
+        for command in (
+            lambda: loratools.check(path, format=seed.given, workers=1),
+            lambda: loratools.squeeze(path, rank=1, output=room / path.name, **how),
+            lambda: loratools.merge([path, path], output=room / "merged.safetensors", **how),
+        ):
+            with contextlib.suppress(LoratoolsError):
+                command()
+
+
+def _merged(path: Path) -> None:
+    from loratools.operations.merge.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"):
+        recipe.options.rule.override(name)
+
+
+def _others_refuse(path: Path) -> str:
+    """Return why the package of a container's authors cannot open a file, nothing if it can."""
+    if path.suffix == ".safetensors":
+        import safetensors
+
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                list(file.keys())
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            return f"safetensors: {error}"
+    if path.suffix == ".gguf":
+        import gguf
+
+        try:
+            gguf.GGUFReader(path)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            return f"gguf: {error!r}"
+    return ""
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "/loratools" in f.filename and "/tests/" not in f.filename]
+    last = (ours or frames)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
