@@ -76,7 +76,9 @@ def widen(config):
     """Give a configuration, where it has these sizes, six heads in place of four."""
     for part in (getattr(config, "text_config", None), config):
         old = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-        if part is not None and all(getattr(part, key, None) == old[key] for key in old):
+        if part is None or hasattr(part, "mamba_n_heads"):  # whose width must fit its heads
+            continue
+        if all(getattr(part, key, None) == old[key] for key in old):
             part.hidden_size, part.num_attention_heads, part.num_key_value_heads = 48, 6, 3
 
 

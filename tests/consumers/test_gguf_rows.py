@@ -95,8 +95,7 @@ def test_every_module_becomes_what_the_converter_makes_of_it(name, tmp_path):
             if not target.without_place(alone, context):
                 modules[path] = change
                 weight.copy_(torch.from_numpy(delta))
-    model.save_pretrained(tmp_path / "deltas")
-    (tmp_path / "deltas" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    gguf_probes.written(model, tmp_path / "deltas")
     script = Path(__file__).parent / "llama_cpp_weights.py"
     done = subprocess.run(
         [sys.executable, script, tmp_path / "deltas", tmp_path / "made.npz"],
