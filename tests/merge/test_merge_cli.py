@@ -173,7 +173,7 @@ def test_seeds_are_repeated_and_matter(tmp_path, loratools):
             loratools, tmp_path, first, second, "--method", "dare_linear", "--seed", seed,
             "--rank", "64",
         )
-        for seed in (0, 1, 0, 2**80)
+        for seed in (0, 1, 0, 2**63)
     ]  # fmt: skip
     assert total_distance(found[0], found[2]) == 0.0
     assert total_distance(found[0], found[1]) > 0.1

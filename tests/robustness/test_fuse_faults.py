@@ -193,7 +193,8 @@ def test_an_output_around_the_base(broken, refused, tmp_path):
     refused(*broken, "around it", output=tmp_path, options=["--overwrite"])
 
 
-def test_an_output_in_no_folder(broken, refused, tmp_path):
+def test_an_output_whose_folder_cannot_be_made(broken, refused, tmp_path):
+    (tmp_path / "none").write_text("")
     refused(*broken, "does not exist", output=tmp_path / "none" / "out")
 
 

@@ -146,6 +146,8 @@ def load_statement(path: Path) -> dict[str, Any]:
 
 def read_statement(path: Path) -> dict[str, Any] | None:
     """Return a statement of ours; None if none lies there, or one that is not sound."""
+    if not os.path.lexists(path):
+        return None
     try:
         return load_statement(path)
     except LoratoolsError:
