@@ -30,7 +30,10 @@ _KEYS = {
 _NONE = frozenset({"", "None", "null"})
 _MOST_TAGS = 5
 _MOST_TEXT = 1 << 24
-_COMPONENT = re.compile(r"lora_(unet|te\d?)_|([a-z]+(?:_[a-z]+)*(?:_\d)?)\.")
+_COMPONENT = re.compile(
+    r"lora_(unet|te\d?|prior_unet)_"
+    r"|(unet|transformer(?:_2)?|text_encoders?(?:_\d)?|diffusion_model|prior|decoder|controlnet)\."
+)
 
 
 def training_facts(metadata: Mapping[str, str]) -> dict[str, str]:

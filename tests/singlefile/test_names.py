@@ -276,7 +276,7 @@ def test_loras_get_the_names_that_diffusers_gives_them(name, model_modules, tmp_
     tensors = {
         f"diffusion_model.{original}.{leaf}.weight": generator.standard_normal(shape).astype("f4")
         for original in sorted(originals)
-        for leaf, shape in (("lora_A", (1, 4)), ("lora_B", (6, 1)))
+        for leaf, shape in (("lora_A", (1, 4)), ("lora_B", (12 if "qkv" in original else 6, 1)))
     }
     source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(tensors, source)

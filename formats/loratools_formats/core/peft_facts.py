@@ -10,6 +10,15 @@ from loratools_formats.core.orientation import named_conv1d
 PREFIX = "base_model.model."
 """What PEFT's files put before a module's path."""
 
+OF_LANGUAGE_MODEL = (
+    r"(?:base_model\.)?(?:model\.)+(?:language_model\.)?(?:decoder\.|encoder\.)?layers\.\d+\."
+    r"|language_model\.model\.layers\.\d+\."
+    r"|(?:bert\.|roberta\.|electra\.)?encoder\.layer\.\d+\."
+    r"|(?:transformer\.)?h\.\d+\.(?:attn|mlp|self_attention)\."
+    r"|gpt_neox\.layers\.\d+\."
+)
+"""Beginnings of paths in language models, which no model of the diffusion world has."""
+
 _EXPERT = re.compile(r"(?P<owner>.+)\.experts\.\d+\.(?:gate_proj|up_proj|down_proj|w1|w2|w3)")
 _ROUTER = ".gate"
 

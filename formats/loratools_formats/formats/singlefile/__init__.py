@@ -9,6 +9,7 @@ these or does otherwise; it is written as it was read, and has no names of its o
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from loratools_formats.contract.format import Context, Format, Loss
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter
-    from loratools_formats.core.single_file_keys import Naming
+    from loratools_formats.core.single_file_keys import Key, Naming
 
 _SNIFFED_BYTES = 60_000
 _METADATA_BYTES = 5_000
@@ -109,25 +110,30 @@ def sniffed_naming(path: Path) -> Naming | None:
 
 
 def _naming(start: bytes, names: list[bytes]) -> Naming | None:
+    from loratools_formats.core.peft_facts import OF_LANGUAGE_MODEL
     from loratools_formats.core.peft_facts import PREFIX as PEFT_PREFIX
-    from loratools_formats.core.single_file_keys import Key, parse
+    from loratools_formats.core.single_file_keys import parse
+    from loratools_formats.disk.provenance import OPERATION_KEY
     from loratools_formats.formats.singlefile.read import CONTROL_MARK, OF_DIFFUSION, naming_class
     from loratools_formats.formats.singlefile.scale import METADATA_KEY
 
+    of_language_model = re.compile(OF_LANGUAGE_MODEL)
     control = CONTROL_MARK.encode() in names
     keys = [parse(name.decode("utf-8", "replace"), control=control) for name in names]
     known = [key for key in keys if key is not None]
 
     def is_bare(key: Key) -> bool:
-        return (
-            key.prefix == PEFT_PREFIX
-            and key.role not in ("alpha", "learned_embedding")
-            and OF_DIFFUSION.match(key.module) is None
-        )
+        if key.role in ("alpha", "learned_embedding"):
+            return False
+        if key.prefix == PEFT_PREFIX:
+            return OF_DIFFUSION.match(key.module) is None
+        return key.style == "peft" and of_language_model.match(key.prefix + key.path) is not None
 
     # PEFT's weights without their configuration are another format: their scale is not 1.
-    # Those of diffusion models are loaded without one everywhere, with a scale of 1 (fal).
-    scaled = METADATA_KEY.encode() in start or any(key.role == "alpha" for key in known)
+    # Those of diffusion models are loaded without one everywhere, with a scale of 1 (fal), and what
+    # loratools writes without one has that scale.
+    scaled = METADATA_KEY.encode() in start or OPERATION_KEY.encode() in start
+    scaled = scaled or any(key.role == "alpha" for key in known)
     if not scaled and any(map(is_bare, known)):
         return None
     # Checkpoints may have an alpha of their own.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratools_formats.core.peft_facts import OF_LANGUAGE_MODEL, PREFIX
 from loratools_formats.formats.statedicts.statedict import StateDict, StateDictFormat
 
 if TYPE_CHECKING:
@@ -25,9 +26,8 @@ class PeftWeights(StateDictFormat):
 
     name = "peft-weights"
     description = "PEFT's weights without their adapter_config.json"
-    telling = rb"base_model\.model\..+\.lora_[AB]\.weight"
+    telling = rb"(?:base_model\.model\.|%s).+\.lora_[AB]\.weight" % OF_LANGUAGE_MODEL.encode()
     parts = _PARTS
-    prefix = "base_model.model."
     expected = "names that end in .lora_A.weight or .lora_B.weight"
 
     def sniff(self, path: Path) -> bool:
@@ -37,6 +37,10 @@ class PeftWeights(StateDictFormat):
         others = [entry.format for entry in registered_formats()]
         single = [other for other in others if other is not None and other.naming is not None]
         return super().sniff(path) and not any(other.sniff(path) for other in single)
+
+    def prefix_of(self, state: StateDict) -> str:
+        """Return PEFT's prefix, unless it is gone from all names alike."""
+        return PREFIX if any(name.startswith(PREFIX) for name in state.tensors) else ""
 
     def adapter(self, state: StateDict) -> Adapter:
         """Return the adapter, with a finding about the missing configuration."""

@@ -35,14 +35,12 @@ class StateDictFormat(Format):
         telling: regular expression; a file that has a name which matches it whole is of the format.
         parts: what the declaration of the kind calls each tensor of a module, by the end of its
             name after the module's path and a dot.
-        prefix: what names have before the module's path.
         expected: the names, for messages.
     """
 
     suffixes = _PICKLES
     telling: bytes
     parts: Mapping[str, str]
-    prefix: str = ""
     expected: str
 
     def sniff(self, path: Path) -> bool:
@@ -72,7 +70,7 @@ class StateDictFormat(Format):
             AdapterError: a name that is not the format's, or two tensors for one part.
         """
         ends = "|".join(map(re.escape, self.parts))
-        key = re.compile(rf"{re.escape(self.prefix)}(?P<module>.+)\.(?P<part>{ends})")
+        key = re.compile(rf"{re.escape(self.prefix_of(state))}(?P<module>.+)\.(?P<part>{ends})")
         own: dict[str, dict[str, TensorRef]] = {}
         for name, tensor in state.tensors.items():
             match = key.fullmatch(name)
@@ -80,6 +78,10 @@ class StateDictFormat(Format):
                 raise state.unknown(name, self.expected)
             own.setdefault(match["module"], {})[self.parts[match["part"]]] = tensor
         return own
+
+    def prefix_of(self, state: StateDict) -> str:  # noqa: ARG002 - for those that need it
+        """Return what names have before the module's path."""
+        return ""
 
     def delta(self, state: StateDict, module: str, parts: dict[str, TensorRef]) -> KindDelta:
         """Return the change of one module.
