@@ -285,6 +285,13 @@ def _reduce(machine: Machine) -> None:
     machine.push(machine.call(function.name, arguments))
 
 
+@_operation(b"\x81")
+def _object(machine: Machine) -> None:
+    """No object but data is made: whoever saved a whole model sees its class in the error."""
+    machine.pop()
+    raise malformed(f"an object of {machine.pop_of(Global).name}")
+
+
 @_operation(b"b")
 def _build(machine: Machine) -> None:
     """Attributes of a state dict, such as `_metadata`, say nothing of its tensors."""
