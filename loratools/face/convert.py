@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
-from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
+from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.operation import (
@@ -19,6 +19,7 @@ from loratools.operations.convert.operation import (
     prepare,
 )
 from loratools.operations.convert.operation import write as write_converted
+from loratools.operations.reported import written_nbytes
 from loratools.work.json_object import hidden, named
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping

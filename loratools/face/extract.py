@@ -9,7 +9,7 @@ from typing import ClassVar
 from loratools.algebra.ranks import RankRule
 from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
-from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
+from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import WRITING, Model, beside, destination, model
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.convert.operation import SingleFileOptions, prepare
@@ -19,6 +19,7 @@ from loratools.operations.extract.single_file import (
     named_in_single_files,
     taken_apart,
 )
+from loratools.operations.reported import written_nbytes
 from loratools.work.provenance import record_metadata
 from loratools.work.requests import Writing
 from loratools.work.selection import Selection
@@ -26,6 +27,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.provenance import with_record
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _single_file(
     named, findings = named_in_single_files(adapter, before, after, component, to)
     done = prepare(named, to, single=SingleFileOptions(component=component))
     record = adapter.provenance or {}
-    metadata = {**done.adapter.metadata, **record_metadata(record)}
+    metadata = with_record(done.adapter.metadata, record_metadata(record))
     made = replace(done.adapter, metadata=metadata, provenance=record)
     return made, (*findings, *done.findings)
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from loratools.algebra.ranks import RankRule
 from loratools.face.declare import Progress, public
-from loratools.face.result import AdapterResult, check_error, written_nbytes
+from loratools.face.result import AdapterResult, check_error
 from loratools.face.source import (
     READING,
     WRITING,
@@ -39,6 +39,7 @@ from loratools.operations.merge.recipe import (
     with_local_paths,
 )
 from loratools.operations.merge.result import MergeModuleReport
+from loratools.operations.reported import written_nbytes
 from loratools.work.call import call_of, running
 from loratools.work.json_object import hidden
 from loratools.work.requests import Reading, Writing

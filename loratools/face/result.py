@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from loratools.operations.reported import adapter_report
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
 from loratools_formats.contract.files import write_adapter
@@ -116,8 +117,8 @@ class AdapterResult(Reported):
     def __post_init__(self) -> None:
         super().__post_init__()
         made, error = self.adapter.provenance, getattr(self, "relative_error", None)
-        if made is not None and "report" not in made and isinstance(error, float):
-            told = {**made, "report": _report(self.adapter, error)}
+        if made is not None and "report" not in made:
+            told = {**made, "report": adapter_report(self.adapter, error)}
             object.__setattr__(self, "adapter", replace(self.adapter, provenance=told))
 
     def title(self) -> str:
@@ -143,17 +144,6 @@ class AdapterResult(Reported):
         return self
 
 
-def _report(adapter: Adapter, error: float) -> dict[str, Any]:
-    """Return the numbers of a result that its provenance keeps: error, ranks and size."""
-    ranks = sorted({each.rank for each in adapter.modules.values() if each.rank is not None})
-    return {
-        # Last digits differ between machines, and say nothing.
-        "relativeError": float(f"{error:.3g}"),
-        "ranks": " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:])))),
-        "bytes": written_nbytes(adapter),
-    }
-
-
 def _check_name(output: Path, format_name: str) -> None:
     """Refuse to make a folder that is named as a file of another format.
 
@@ -172,11 +162,6 @@ def _check_name(output: Path, format_name: str) -> None:
                 got=str(output),
                 hint="Name a folder, and make the file of it with `loratools convert`",
             )
-
-
-def written_nbytes(adapter: Adapter) -> int:
-    """Return the size of the weights in the adapter's format."""
-    return get_format(adapter.format).weights_nbytes(adapter)
 
 
 def check_error(result: Any, limit: float | None) -> None:

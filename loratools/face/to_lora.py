@@ -9,7 +9,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.base.named_base import about_base
 from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
-from loratools.face.result import AdapterResult, Result, check_error, written_nbytes
+from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import (
     IN_PLACE,
     READING,
@@ -22,6 +22,7 @@ from loratools.face.source import (
 )
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import to_lora as operation
+from loratools.operations.reported import written_nbytes
 from loratools.operations.to_lora import ToLoraModuleReport, ToLoraOptions
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping

@@ -139,13 +139,14 @@ def _made(subject: Subject) -> list[str]:
             _options(record.get("options", {})),
             _number(report.get("relativeError")),
             str(report.get("ranks") or "–"),
-            _size(report.get("bytes")),
+            _sizes(report),
         ])  # fmt: skip
     version = subject.records[-1].get("tool", {}).get("version", "")
     header = ["step", "operation", "options", "relative error", "ranks", "size"]
     text = (
         f"Made by loratools {version}. The error is "
         "‖ΔW − ΔW'‖/‖ΔW‖ of the stored, rounded weights against what the step asks for; "
+        "of `quantize` and `dequantize` it is ‖W − W'‖/‖W‖; "
         "`provenance.json` has the digests of what it was made from."
     )
     return ["## How it was made", table(header, rows), text]
@@ -168,6 +169,11 @@ def _flat(name: str, value: Any) -> Iterable[tuple[str, str]]:
 
 def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, int | float) else "–"
+
+
+def _sizes(report: Mapping[str, Any]) -> str:
+    before, after = report.get("bytesIn"), _size(report.get("bytes"))
+    return f"{_size(before)} → {after}" if isinstance(before, int) else after
 
 
 def _size(value: Any) -> str:

@@ -22,6 +22,8 @@ _BLOCK = re.compile(
 _KEY = re.compile(r"(?P<quote>[\"']?)(?P<key>[\w.-]+)(?P=quote)[ \t]*:(?=\s|$)")
 _ITEM = re.compile(r"(?P<start>[ \t]*-[ \t]+)\S")
 _PLAIN = re.compile(r"[A-Za-z][\w./-]*(?:[:+][\w./-]+)*")
+_FLOW = re.compile(r"(?P<start>[^\[]*\[)(?P<items>.*?)(?P<end>\s*\][ \t]*(?:#[^\n]*)?)", re.DOTALL)
+_ONE_VALUE = re.compile(r"(?P<key>[^:]+:)[ \t]+(?P<value>[^\s|>&*!{\[].*)")
 _WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "null", "y", "n"})
 
 
@@ -124,9 +126,9 @@ def _key_lines(
     new: Any = _plain(wanted)
     if here is None or here == _plain(ours):
         return None if here == new else (new, _lines(key, wanted))
-    if not isinstance(new, list) or not isinstance(here, list | str):
+    if not isinstance(new, list) or isinstance(here, Mapping):
         return None
-    new = _joined([here] if isinstance(here, str) else here, new, ours)
+    new = _joined(here if isinstance(here, list) else [here], new, ours)
     return None if new == here else (new, _extended(lines, key, here, new))
 
 
@@ -186,15 +188,18 @@ def _extended(lines: list[str], key: str, here: Any, new: list[Any]) -> list[str
     """Return the lines of a list with some items more or fewer, those that stay as they are."""
     span = _span(lines, key)
     own = [] if span is None else lines[span[0] : span[1]]
+    if not isinstance(here, list):
+        return _listed(own, key, here, new)
     added = [item for item in new if item not in here]
-    gone = [] if isinstance(here, str) else [item for item in here if item not in new]
+    gone = [item for item in here if item not in new]
     items = [at for at, line in enumerate(own) if _ITEM.match(line)]
-    if isinstance(here, str) or not items:
-        flow = re.fullmatch(r"(.*\[)(.*?)(\s*\][ \t]*(?:#.*)?)", own[0]) if len(own) == 1 else None
-        if flow is None or gone:
+    if not items:
+        flow = _FLOW.fullmatch("\n".join(own))
+        if flow is None or gone or "#" in flow["items"].rpartition("\n")[2]:
             return _lines(key, [str(item) for item in new])
-        texts = [flow[2]] if flow[2].strip() else []
-        return [flow[1] + ", ".join([*texts, *map(_scalar, added)]) + flow[3]]
+        texts = [flow["items"].removesuffix(",")] if flow["items"].strip() else []
+        made = ", ".join([*texts, *map(_scalar, added)])
+        return f"{flow['start']}{made}{flow['end']}".split("\n")
     dropped = {at for at in items if strict_yaml.loads(own[at].strip().encode())[0] in gone}
     last = items[-1]
     start = _ITEM.match(own[last])
@@ -202,3 +207,15 @@ def _extended(lines: list[str], key: str, here: Any, new: list[Any]) -> list[str
     end = next((at for at in range(last + 1, len(own)) if own[at].strip()), last + 1)
     kept = [line for at, line in enumerate(own) if at < end and at not in dropped]
     return [*kept, *(f"{indent}{_scalar(str(item))}" for item in added), *own[end:]]
+
+
+def _listed(own: list[str], key: str, here: Any, new: list[Any]) -> list[str]:
+    """Return the lines of a list that begins with the one value which its author wrote.
+
+    The value keeps its spelling and its comment.
+    """
+    found = _ONE_VALUE.fullmatch(own[0]) if len(own) == 1 else None
+    if found is None or here not in new:
+        return _lines(key, [str(item) for item in new])
+    added = [f"- {_scalar(str(item))}" for item in new if item != here]
+    return [found["key"], f"- {found['value']}", *added]

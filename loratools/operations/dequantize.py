@@ -26,10 +26,11 @@ from loratools.base.dequantised import (
     dequantised_metadata,
 )
 from loratools.base.fourbit.encode import QuantisationLoss
+from loratools.operations.reported import report
 from loratools.work.buffers import Buffers
 from loratools.work.declared import option
 from loratools.work.parallel import Workers, in_order, usable_cores
-from loratools.work.provenance import operation_record
+from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.bitsandbytes import torch_name
@@ -141,7 +142,13 @@ def dequantize(
         for _ in in_order(_Job.measure, jobs.values(), workers):
             pass
     else:
-        options = {"dtype": dtype}
+        record = operation_record("dequantize", {}, {"dtype": dtype}, base)
+
+        def provenance() -> Mapping[str, Any]:
+            done = _result(view, base, list(jobs.values()), ())
+            told = report(done.relative_error, done.bytes_out, done.bytes_in)
+            return {**record, "report": told}
+
         new = NewCheckpoint(
             base,
             grouped(
@@ -149,10 +156,11 @@ def dequantize(
                 parts,
                 max_shard_bytes=max_shard_bytes,
                 metadata=dequantised_metadata(view),
+                record=record_metadata(record),
                 places=view.places,
             ),
             dequantised_config(base.config, torch_name(stored)) if base.config else None,
-            lambda: operation_record("dequantize", {}, options, base),
+            provenance,
         )
         with threadpool_limits(1):  # the sums of errors; threads go over weights
             left_out = write_checkpoint(

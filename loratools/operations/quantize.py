@@ -30,9 +30,10 @@ from loratools.base.dequantised import (
 from loratools.base.fourbit.encode import FourBitOptions, QuantisationLoss
 from loratools.base.fourbit.store import blanks, fill
 from loratools.base.linears import Kept, Linears, linear_weights
+from loratools.operations.reported import report
 from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
-from loratools.work.provenance import operation_record
+from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.regexes import check_regex
 from loratools.work.requests import Sharding
 from loratools_formats.checkpoints.bitsandbytes import (
@@ -184,6 +185,13 @@ def quantize(
         for _ in in_order(_Job.measure, jobs.values(), workers):
             pass
     else:
+        record = operation_record("quantize", {}, chosen.record(), base)
+
+        def provenance() -> Mapping[str, Any]:
+            done = _result(base, list(jobs.values()), linears, ())
+            told = report(done.relative_error, done.bytes_out, done.bytes_in)
+            return {**record, "report": told}
+
         new = NewCheckpoint(
             base,
             grouped(
@@ -191,10 +199,11 @@ def quantize(
                 parts,
                 max_shard_bytes=chosen.max_shard_bytes,
                 metadata={**metadata, "format": "pt"},
+                record=record_metadata(record),
                 places={} if already else places,
             ),
             _config(base, linears, chosen.four_bit),
-            lambda: operation_record("quantize", {}, chosen.record(), base),
+            provenance,
         )
         with threadpool_limits(1):  # the sums of errors; threads go over weights
             left_out = write_checkpoint(

@@ -28,6 +28,7 @@ from loratools.work.provenance import record_metadata
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
+from loratools_formats.disk.provenance import with_record
 
 Record = Mapping[str, Any]
 
@@ -267,7 +268,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
 
     def _recorded(self, modules: Mapping[str, ModuleChange], record: Record) -> Adapter:
         adapter = self.adapter(modules)
-        metadata = {**adapter.metadata, **record_metadata(record)}
+        metadata = with_record(adapter.metadata, record_metadata(record))
         return replace(adapter, metadata=metadata, provenance=record)
 
     @contextmanager

@@ -31,6 +31,7 @@ from loratools_formats.disk.errors import (
     LoratoolsError,
     UnsupportedError,
 )
+from loratools_formats.disk.provenance import with_record
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def to_dora(
     result = replace(
         adapter,
         modules={report.name: delta for delta, report in done},
-        metadata={**adapter.metadata, **record_metadata(record)},
+        metadata=with_record(adapter.metadata, record_metadata(record)),
         provenance=record,
     )
     return ToDoraResult(result, tuple(report for _, report in done))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from loratools.face.declare import Progress, public
-from loratools.face.result import Result, written_nbytes
+from loratools.face.result import Result
+from loratools.operations.reported import written_nbytes
 from loratools.pipeline.functions import step_functions
 from loratools.pipeline.recipe import Recipe, load_recipe
 from loratools.pipeline.state import (

@@ -28,6 +28,10 @@ AUTHORS = {
     "flow list": b"---\ntags: [mine, \"two words\"]  # these\n---\nText\n",
     "empty list": b"---\ntags: []\n---\nText\n",
     "one tag": b"---\ntags: mine\n---\nText\n",
+    "one tag, quoted": b"---\ntags: 'two words'  # mine\nlicense: mit\n---\nText\n",
+    "one number": b"---\ntags: 2024\n---\nText\n",
+    "flow list of lines": b"---\ntags: [mine,\n  other]  # these\n---\nText\n",
+    "flow list, open": b"---\ntags: [mine, other,]\n---\nText\n",
     "null": b"---\ntags:\nlicense: ~\n---\nText\n",
     "other base": b"---\nbase_model: other/base\n---\nText\n",
     "nested": b"---\nwidget:\n- text: x\n  output:\n  - task: {type: t}\n---\nText\n",
@@ -63,6 +67,36 @@ def test_the_text_and_keys_of_an_author_stay(card):
         assert is_subsequence(front.splitlines(), split(made)[1].splitlines())
     body = body.removeprefix(b"\n").removeprefix(b"\r\n") if front else card
     assert body in made
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (b"tags: x", b"tags:\n- x\n"),
+        (b"tags: 'two words'  # mine", b"tags:\n- 'two words'  # mine\n"),
+        (b"'tags' : x", b"'tags' :\n- x\n"),
+        (b"tags: 2024", b"tags:\n- 2024\n"),
+        (b"tags: [a, b,]  # c", b"tags: [a, b, lora, base_model:adapter:me/base]  # c\n"),
+        (b"tags: [a,\n  b]", b"tags: [a,\n  b, lora, base_model:adapter:me/base]\n"),
+    ],
+)
+def test_a_tag_keeps_its_spelling_in_the_list_that_it_begins(theirs, ours):
+    front = b"---\n# of mine\nlicense: mit  # yes\n" + theirs + b"\nother: [1,  2]\n---\nText\n"
+    made = updated(front, FACTS)
+    assert b"# of mine\nlicense: mit  # yes\n" + ours in made
+    assert b"\nother: [1,  2]\n" in made
+    before = values_of(front)["tags"]
+    first = before if isinstance(before, list) else [before]
+    assert values_of(made)["tags"] == [*first, *KEYS["tags"]]
+    assert updated(made, FACTS) == made
+
+
+def test_a_flow_mapping_is_refused_with_a_step_that_works():
+    with pytest.raises(AdapterError, match="without a guess") as caught:
+        updated(b"---\n{tags: x}\n---\nText\n", FACTS)
+    assert "no_card" in (caught.value.hint or "")
+    told = "".join(f"{key}: {value}\n" for key, value in KEYS.items())
+    assert updated(f"---\n{told}---\nText\n".encode(), FACTS).endswith(b"loratools:end -->\n")
 
 
 @pytest.mark.parametrize("card", AUTHORS.values(), ids=AUTHORS)

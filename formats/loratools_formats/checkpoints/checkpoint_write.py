@@ -26,6 +26,7 @@ from loratools_formats.containers.safetensors_read import (
 )
 from loratools_formats.contract.files import check_target
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import RegularFile, inside
@@ -34,6 +35,7 @@ from loratools_formats.disk.provenance import (
     PROVENANCE_FILE,
     statement,
     statement_of_one,
+    with_record,
 )
 from loratools_formats.disk.publish import publish_folder, publish_with, resolved
 
@@ -82,6 +84,7 @@ def grouped(
     max_shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
     places: Mapping[str, str] | None = None,
+    record: Mapping[str, str] | None = None,
 ) -> list[Shard]:
     """Return shards for parts, grouped as the base's files are or by a largest size.
 
@@ -92,6 +95,7 @@ def grouped(
         max_shard_bytes: fill shards up to this many bytes of tensors, in the base's order.
         metadata: of the headers that are not used again; the base's own by default.
         places: for parts of new names, the base tensor that each takes the place of.
+        record: metadata that tells how it was made, for all shards but those that are copied whole.
 
     Raises:
         OptionError: a single file cannot be split.
@@ -99,7 +103,7 @@ def grouped(
     home = {key: file for file in base.files for key in file.tensors}
     home |= {new: home[old] for new, old in (places or {}).items()}
     if max_shard_bytes is None:
-        return _as_in_base(base, parts, home, metadata)
+        return _as_in_base(base, parts, home, metadata, record or {})
     if not base.is_folder:
         raise OptionError("a single file cannot be split", hint="Leave out `max_shard_size`")
     groups: list[list[NewTensor]] = []
@@ -111,7 +115,7 @@ def grouped(
             room = max_shard_bytes
         groups[-1].append(part)
         room -= nbytes
-    kept = base.files[0].metadata if metadata is None else metadata
+    kept = with_record(base.files[0].metadata if metadata is None else metadata, record or {})
     names = _names(base.stem, len(groups))
     return [Shard(name, group, None, kept) for name, group in zip(names, groups, strict=True)]
 
@@ -144,6 +148,7 @@ def _as_in_base(
     parts: Mapping[str, NewTensor],
     home: Mapping[str, SafetensorsFile],
     metadata: Mapping[str, str] | None,
+    record: Mapping[str, str],
 ) -> list[Shard]:
     groups: dict[Path, list[NewTensor]] = {file.file.path: [] for file in base.files}
     place = base.files[-1].file.path
@@ -151,15 +156,25 @@ def _as_in_base(
         place = home[key].file.path if key in home else place
         groups[place].append(part)
     return [
-        Shard(
-            file.file.path.name,
-            groups[file.file.path],
-            template=file,
-            metadata=file.metadata if metadata is None else metadata,
+        Shard(name, own, template=file)
+        if _is_whole(own, file)
+        else Shard(
+            name,
+            own,
+            metadata=with_record(file.metadata if metadata is None else metadata, record),
         )
         for file in base.files
-        if groups[file.file.path]
+        if (own := groups[file.file.path])
+        for name in (file.file.path.name,)
     ]
+
+
+def _is_whole(parts: Sequence[NewTensor], file: SafetensorsFile) -> bool:
+    """Return whether parts are all tensors of a file as it has them, so that it is copied."""
+    copied = {
+        part.key: part for part in parts if isinstance(part, TensorRef) and part.file is file.file
+    }
+    return len(copied) == len(parts) and copied == file.tensors
 
 
 def write_checkpoint(

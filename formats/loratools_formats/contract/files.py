@@ -7,8 +7,9 @@ happens here for all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.core.adapter import Adapter
@@ -105,7 +106,7 @@ def write_adapter(
     format_name: str,
     *,
     overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path], Mapping[str, Any] | None] | None = None,
 ) -> None:
     """Write an adapter so that it appears whole or not at all, with its provenance beside it.
 
@@ -114,7 +115,8 @@ def write_adapter(
         path: where.
         format_name: in which format.
         overwrite: whether an output that exists may be replaced.
-        check: looks at the output before it appears; by raising it keeps it from appearing.
+        check: looks at the output before it appears; by raising it keeps it from appearing. What
+            it returns is the report that the statement has.
 
     Raises:
         OutputExistsError: the output exists and `overwrite` is false, or holds foreign files.
@@ -132,27 +134,29 @@ def write_adapter(
         )
     check_output(adapter, path, overwrite=overwrite)
 
-    def make(temporary: Path) -> None:
+    def make(temporary: Path) -> Mapping[str, Any] | None:
         chosen.write(adapter, temporary)
-        if check is not None:
-            check(temporary)
+        found = None if check is None else check(temporary)
         adapter.check_unchanged()
+        if found is None or adapter.provenance is None:
+            return adapter.provenance
+        return {**adapter.provenance, "report": found}
 
     if chosen.is_folder:
         with publish_folder(path, overwrite=overwrite) as temporary:
-            make(temporary)
-            if adapter.provenance is not None:
+            made_how = make(temporary)
+            if made_how is not None:
                 files = sorted(p for p in temporary.rglob("*") if p.is_file() and p.suffix != ".md")
-                record = statement(adapter.provenance, files, folder=temporary, output=Path(path))
+                record = statement(made_how, files, folder=temporary, output=Path(path))
                 (temporary / PROVENANCE_FILE).write_bytes(record)
         return
     made = {name: c for name, c in adapter.attachments.items() if isinstance(c, bytes)}
     with publish_with(path, marks_beside(made), overwrite=overwrite) as (temporary, beside):
-        make(temporary)
+        made_how = make(temporary)
         for name, content in made.items():
             beside[name] += content
-        if adapter.provenance is not None:
-            beside[PROVENANCE_FILE] += statement_of_one(adapter.provenance, Path(path), temporary)
+        if made_how is not None:
+            beside[PROVENANCE_FILE] += statement_of_one(made_how, Path(path), temporary)
 
 
 def marks_beside(names: Iterable[str] = ()) -> dict[str, bytes]:

@@ -25,6 +25,16 @@ PREDICATE_TYPE = "urn:loratools:operation:v1"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 OPERATION_KEY = "loratools.operation"
 """Metadata of every weight file of ours: the command that made it."""
+RECORD_KEYS = (
+    "loratools.commits",
+    "loratools.dropped",
+    "loratools.inputs",
+    OPERATION_KEY,
+    "loratools.options",
+    "loratools.seed",
+    "loratools.version",
+)
+"""Metadata that tells of the operation which made a file, and of no earlier one."""
 MADE_HERE = b"# Made by loratools."
 """How a text file of ours begins that lies beside an output."""
 
@@ -32,6 +42,11 @@ _MOST_BYTES = 16 << 20
 _MOST_DEPTH = 32
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def with_record(metadata: Mapping[str, str], record: Mapping[str, str]) -> dict[str, str]:
+    """Return a file's metadata with what an operation records; what an earlier one did goes."""
+    return {**{k: v for k, v in metadata.items() if k not in RECORD_KEYS}, **record}
 
 
 def statement(

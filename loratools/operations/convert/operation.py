@@ -22,6 +22,7 @@ from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
 from loratools.operations.convert.class_names import in_target_names, uses_names
 from loratools.operations.convert.compare_written import ConversionCheck, compared
+from loratools.operations.reported import adapter_report
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.spellings import dtype as dtype_name
@@ -34,6 +35,7 @@ from loratools_formats.core.factors import stored_as
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.metadata import without_training_data
 from loratools_formats.disk.errors import OptionError, UnsupportedError
+from loratools_formats.disk.provenance import with_record
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def prepare(
     made = replace(
         made,
         provenance=record,
-        metadata={**made.metadata, **(metadata or {}), **record_metadata(record)},
+        metadata=with_record({**made.metadata, **(metadata or {})}, record_metadata(record)),
     )
     findings = (*unused, *_findings(adapter, made, target), *named.findings)
     return Conversion(adapter, made, exact, target, losses, findings)
@@ -374,7 +376,7 @@ def write(
     """
     done: list[ConversionCheck] = []
 
-    def check(temporary: Path) -> None:
+    def check(temporary: Path) -> Mapping[str, Any]:
         done.append(
             compared(
                 conversion.exact,
@@ -386,6 +388,9 @@ def write(
         )
         if max_error is not None and not done[0].relative_error <= max_error:
             raise _TooInexactError
+        return adapter_report(
+            conversion.adapter, done[0].relative_error, conversion.source.weights_nbytes
+        )
 
     with contextlib.suppress(_TooInexactError):
         write_adapter(

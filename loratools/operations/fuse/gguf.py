@@ -25,6 +25,7 @@ from loratools.operations.fuse.gguf_changes import gguf_changes
 from loratools.operations.fuse.operation import (
     FusePreview,
     FuseResult,
+    lost_to_rounding,
     refuse_erased,
     refuse_nothing,
     refuse_rounded,
@@ -32,6 +33,7 @@ from loratools.operations.fuse.operation import (
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor, not_finite
 from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
+from loratools.operations.reported import report
 from loratools.work.call import kept
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
@@ -169,8 +171,10 @@ class GgufFusion:
             refuse_rounded(reports, self.base.path, allow_lossy=self.options.allow_lossy)
             self.layout.check_written(temporary)
             self._check_unchanged()
+            nbytes_in = sum(part.file.nbytes for part in self.base.parts)
+            told = report(lost_to_rounding(reports), self.layout.nbytes, nbytes_in)
             beside[PROVENANCE_FILE] += statement_of_one(
-                self._recorded(),
+                {**self._recorded(), "report": told},
                 Path(output),
                 temporary,
                 lambda place: start_digest(place, self.layout.data_start),
@@ -239,9 +243,9 @@ class GgufFusion:
                 return None
 
             names = list(self.base.tensors)
-            for name, report in zip(names, in_order(one, names, self.options.workers), strict=True):
-                if report is not None:
-                    reports.append(report)
+            for name, found in zip(names, in_order(one, names, self.options.workers), strict=True):
+                if found is not None:
+                    reports.append(found)
                 done += self.layout.kinds[name].nbytes(self.base.tensors[name].shape)
                 if progress is not None:
                     progress(done, self.layout.nbytes)

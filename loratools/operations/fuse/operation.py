@@ -7,11 +7,11 @@ blocks and of one module's factors per worker, whatever the size of the checkpoi
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +32,10 @@ from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
+from loratools.operations.reported import report
 from loratools.work.call import kept
 from loratools.work.declared import option
-from loratools.work.provenance import operation_record
+from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
@@ -129,8 +130,13 @@ class FuseResult:
     @property
     def lost(self) -> float:
         """Share of ΔW lost to rounding over all touched tensors."""
-        delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
-        return math.sqrt(sum(t.rounding_norm**2 for t in self.tensors)) / delta if delta else 0.0
+        return lost_to_rounding(self.tensors)
+
+
+def lost_to_rounding(reports: Sequence[TensorReport]) -> float:
+    """Return the share of ΔW lost to rounding over some tensors."""
+    delta = math.sqrt(math.fsum(t.delta_norm**2 for t in reports))
+    return math.sqrt(math.fsum(t.rounding_norm**2 for t in reports)) / delta if delta else 0.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ class Fusion:
 
     def __init__(self, base: Checkpoint, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.options = options
-        self._recorded = kept(self._record)
+        self._record = kept(self._recorded)
         self.inputs = tuple(
             replace(
                 item,
@@ -245,19 +251,34 @@ class Fusion:
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()
-        self.new = NewCheckpoint(
-            base,
+
+    @functools.cached_property
+    def new(self) -> NewCheckpoint:
+        """What is written; the headers of its shards hold digests of the adapters."""
+        return NewCheckpoint(
+            self._base,
             grouped(
-                base,
+                self._base,
                 self._parts(),
-                max_shard_bytes=options.max_shard_bytes,
+                max_shard_bytes=self.options.max_shard_bytes,
                 metadata=dequantised_metadata(self._dequantised),
                 places=self._dequantised.places,
+                record=record_metadata(self.record),
             ),
             self._config(),
-            self._recorded,
+            self._provenance,
             tuple(item.adapter for item in self.inputs),
         )
+
+    @functools.cached_property
+    def record(self) -> Mapping[str, Any]:
+        """How it is made."""
+        return self._record()
+
+    def _provenance(self) -> Mapping[str, Any]:
+        lost = lost_to_rounding(list(self._reports.values()))
+        nbytes_in = sum(file.file.nbytes for file in self._base.files)
+        return {**self.record, "report": report(lost, self.new.nbytes, nbytes_in)}
 
     def _planned(self) -> tuple[DequantisedCheckpoint, FusePlan]:
         """Return the base as it is read, and what will be done with it.
@@ -355,7 +376,7 @@ class Fusion:
             return self.plan.config
         return (self.plan.config or self._dequantised.checkpoint.config) or None
 
-    def _record(self) -> Mapping[str, Any]:
+    def _recorded(self) -> Mapping[str, Any]:
         options = {
             "weights": [item.weight for item in self.inputs],
             "dtype": self.options.dtype,
@@ -392,9 +413,9 @@ class Fusion:
 
         return Made(work.blanks, fill)
 
-    def _report(self, report: TensorReport) -> None:
+    def _report(self, found: TensorReport) -> None:
         with self._lock:
-            self._reports[report.key] = report
+            self._reports[found.key] = found
 
     def _made(self, plan: TensorPlan) -> Made:
         width = plan.dtype.bits // 8
@@ -405,9 +426,9 @@ class Fusion:
             def store(start: int, values: Array) -> None:
                 sink.write_at(start * width, values.view("u1").data)
 
-            report = fuse_tensor(plan, self._device, store)
+            found = fuse_tensor(plan, self._device, store)
             if plan.is_touched:
-                self._report(report)
+                self._report(found)
 
         return Made((Blank(plan.key, plan.dtype, plan.source.shape),), fill)
 
@@ -482,10 +503,9 @@ class Fusion:
             OutputError: not enough space, or writing failed; nothing was changed.
             AdapterError: an input is malformed, or values are not finite.
         """
-        with threadpool_limits(1), ThreadPoolExecutor(1) as digesting:
-            record = digesting.submit(self._recorded)
+        with threadpool_limits(1):
             left_out = write_checkpoint(
-                replace(self.new, provenance=record.result),
+                self.new,
                 output,
                 overwrite=overwrite,
                 workers=self.options.workers,

@@ -45,6 +45,7 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, encode
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.disk.provenance import with_record
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def repair(
     repaired = replace(
         adapter,
         modules=kept,
-        metadata={**adapter.metadata, **record_metadata(provenance)},
+        metadata=with_record(adapter.metadata, record_metadata(provenance)),
         provenance=provenance,
     )
     return RepairResult(

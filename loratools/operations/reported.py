@@ -1,0 +1,43 @@
+"""The numbers that a statement keeps of what an operation found: error, ranks, and sizes.
+
+They are for whoever reads the statement, or a card made of it; `replay` does not compare them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loratools_formats.contract.registry import get_format
+from loratools_formats.core.adapter import Adapter
+
+
+def report(error: float | None, nbytes: int, nbytes_in: int | None = None) -> dict[str, Any]:
+    """Return the report of an output.
+
+    Args:
+        error: relative, of what is stored against what was asked for; None if there is no measure.
+        nbytes: size of its weights.
+        nbytes_in: size of the weights that it was made from; None if that is not known.
+    """
+    return {
+        # Last digits differ between machines, and say nothing.
+        **({} if error is None else {"relativeError": float(f"{error:.3g}")}),
+        **({} if nbytes_in is None else {"bytesIn": nbytes_in}),
+        "bytes": nbytes,
+    }
+
+
+def adapter_report(
+    adapter: Adapter, error: float | None, nbytes_in: int | None = None
+) -> dict[str, Any]:
+    """Return the report of an adapter, which tells its ranks as well; arguments as of `report`."""
+    ranks = sorted({each.rank for each in adapter.modules.values() if each.rank is not None})
+    return {
+        **report(error, written_nbytes(adapter), nbytes_in),
+        "ranks": " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:])))),
+    }
+
+
+def written_nbytes(adapter: Adapter) -> int:
+    """Return the size of the weights in the adapter's format."""
+    return get_format(adapter.format).weights_nbytes(adapter)
