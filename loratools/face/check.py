@@ -152,7 +152,7 @@ def check(
         AdapterError: the base or the baseline is malformed.
         OutputExistsError: the output of a fix exists and `overwrite` is false.
     """
-    given, named, unresolved = _resolved(_listed(sources))
+    given, named, unresolved = _resolved(_listed(sources), headers=options.headers_only)
     checkpoint = None if base is None else model(base)
     accepted = frozenset[str]() if options.baseline is None else read_baseline(options.baseline)
 
@@ -204,7 +204,7 @@ def _listed(sources: Any) -> list[Path | Adapter]:
 
 
 def _resolved(
-    given: list[Path | Adapter],
+    given: list[Path | Adapter], *, headers: bool
 ) -> tuple[list[Path | Adapter], dict[Path, str], tuple[Unchecked, ...]]:
     """Return the adapters with local paths for references, their names, and those not found."""
     found: list[Path | Adapter] = []
@@ -218,7 +218,7 @@ def _resolved(
                 continue
             from loratools.hub.resolve import resolve
 
-            place = resolve(reference, "adapter", beside="small").path
+            place = resolve(reference, "adapter", beside="small", headers=headers).path
         except LoratoolsError as error:
             missing.append(Unchecked(os.fspath(str(one)), str(error)))
             continue

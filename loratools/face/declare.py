@@ -163,7 +163,8 @@ def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: 
         if name in values and not mark.late:
             want = _want(mark, values[name])
             beside: Beside = "all" if companions and want == "adapter" else mark.beside
-            values[name] = mapped(values[name], functools.partial(_local, want=want, beside=beside))
+            local = functools.partial(_local, want=want, beside=beside, headers=mark.headers)
+            values[name] = mapped(values[name], local)
 
 
 def _called(
@@ -215,12 +216,12 @@ def _fetched(group: Any, options: Mapping[str, Option], given: Mapping[str, Any]
     return replace(group, **places) if places else group
 
 
-def _local(path: Any, *, want: Any, beside: Beside) -> Any:
+def _local(path: Any, *, want: Any, beside: Beside, headers: bool = False) -> Any:
     if not os.fspath(path):
         return path
     from loratools.hub.resolve import located
 
-    found = located(path, want, beside=beside)
+    found = located(path, want, beside=beside, headers=headers)
     return path if found is None else found
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from loratools.face.declare import public
 from loratools.face.result import Result
-from loratools.face.source import READING, Place, Source, opened
+from loratools.face.source import READING, Described, Place, opened
 from loratools.operations.info import AdapterInfo, describe
 from loratools.work.requests import Reading
 from loratools_formats.core.adapter import Adapter
@@ -43,7 +43,7 @@ def read(path: Place, *, reading: Reading) -> Adapter:
 
 
 @public(reading=READING)
-def info(source: Source, *, reading: Reading) -> InfoResult:
+def info(source: Described, *, reading: Reading) -> InfoResult:
     """Return what an adapter is; no tensor is loaded.
 
     >>> import loratools as lt

@@ -19,6 +19,7 @@ from loratools_formats.disk.errors import HubError, LoratoolsError, MissingFileE
 CONFIG = "adapter_config.json"
 CARD = "README.md"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+_WITH_CONFIG = ("adapter_model.safetensors", "adapters.safetensors")
 _SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".nemo")
 _OF_TRAINING = re.compile(r"(?:optimizer|scheduler|rng_state.*|training_args|scaler)\.(?:bin|pth?)")
 _OF_MODELS = re.compile(
@@ -73,6 +74,23 @@ def choose(found: Listing, want: Want, beside: Beside) -> Choice:
     if want == "shelf":
         return _shelf(found, inside, names)
     return _adapter(found, inside, names, beside)
+
+
+def with_weights_later(found: Listing, chosen: Choice) -> Choice:
+    """Return a choice that leaves an adapter's weights on the Hub until they are read.
+
+    Small files come all the same, since a header is asked for by its first 100 kB anyway, and so do
+    files without a configuration beside them: a part of what these say is in their tensors.
+    """
+    later = tuple(
+        name
+        for name in chosen.now
+        if name.rpartition("/")[2] in _WITH_CONFIG
+        and _in(name.rpartition("/")[0], [CONFIG])[0] in chosen.now
+        and not 0 < found.files[name] <= _SMALL_BYTES
+    )
+    now = tuple(name for name in chosen.now if name not in later)
+    return Choice(chosen.place, now, (*chosen.later, *later))
 
 
 def _file(found: Listing, inside: str, want: Want) -> Choice:

@@ -28,13 +28,18 @@ _TIMEOUT_SECONDS = 30
 _TOTAL = re.compile(r"bytes \d+-\d+/(\d+)")
 
 
-def announce_weights(found: Listing, names: Sequence[str]) -> None:
+def announce_weights(found: Listing, names: Sequence[str], *, by_parts: bool = False) -> None:
     """Let weights that are not in the cache be opened where the cache would have them.
 
     When the first is opened, the headers of all are fetched, some at a time.
+
+    Args:
+        found: the repository.
+        names: of the files.
+        by_parts: whether the first few short reads behind the header bring no whole file.
     """
     away = [name for name in names if not (found.folder / name).is_file()]
-    starts = _Starts(found, away)
+    starts = _Starts(found, away, by_parts=by_parts)
     for name in away:
         announce(found.folder / name, functools.partial(starts.open, name))
 
@@ -42,8 +47,8 @@ def announce_weights(found: Listing, names: Sequence[str]) -> None:
 class _Starts:
     """The headers of a model's weight files."""
 
-    def __init__(self, found: Listing, names: Sequence[str]) -> None:
-        self._found, self._names = found, names
+    def __init__(self, found: Listing, names: Sequence[str], *, by_parts: bool) -> None:
+        self._found, self._names, self._by_parts = found, names, by_parts
         self._known: dict[str, tuple[bytes, int]] = {}
         self._lock = threading.Lock()
 
@@ -61,7 +66,8 @@ class _Starts:
                     self._known |= dict(zip(wanted, starts, strict=True))
         start, nbytes = self._known[name]
         fetch = functools.partial(_fetch, self._found, name)
-        return DistantFile(self._found.folder / name, start, nbytes, fetch)
+        part = functools.partial(_part, self._found, name) if self._by_parts else None
+        return DistantFile(self._found.folder / name, start, nbytes, fetch, part)
 
 
 def _series(name: str) -> str:
@@ -74,6 +80,11 @@ def _fetch(found: Listing, name: str) -> Path:
     with client.talking(found.reference):
         revision = found.commit
         return Path(hub.hf_hub_download(found.reference.repo, name, revision=revision))
+
+
+def _part(found: Listing, name: str, offset: int, count: int) -> bytes:
+    with client.talking(found.reference):
+        return _range(found, name, offset, count)[0]
 
 
 def _start(found: Listing, name: str) -> tuple[bytes, int]:

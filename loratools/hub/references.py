@@ -38,12 +38,14 @@ class Wanted:
         text: what a text alone is to be, where several adapters are taken otherwise.
         beside: what is wanted beside it.
         late: whether the function itself turns references into paths.
+        headers: whether only headers of weights are read, so that large ones stay where they are.
     """
 
     want: Want
     text: Want | None = None
     beside: Beside = "nothing"
     late: bool = False
+    headers: bool = False
 
 
 _KINDS: dict[str, Kind] = {

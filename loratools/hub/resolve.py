@@ -1,6 +1,7 @@
 """From a reference to a local path: what the operation needs is downloaded into the user's cache.
 
-A base model's weights stay on the Hub until they are read: `headers.py` announces them.
+Weights of a base model stay on the Hub until they are read, and those of an adapter of which only
+headers are wanted: `headers.py` announces them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from loratools.hub import client
 from loratools.hub.buckets import fetch_bucket
-from loratools.hub.choice import Choice, choose
+from loratools.hub.choice import Choice, choose, with_weights_later
 from loratools.hub.headers import announce_weights
 from loratools.hub.listing import Listing, listing
 from loratools.hub.references import Beside, Reference, Resolved, Want, parse
@@ -20,28 +21,41 @@ from loratools_formats.disk.errors import HubError
 _WORKERS = 8
 
 
-def located(path: str | os.PathLike[str], want: Want, *, beside: Beside = "nothing") -> Path | None:
+def located(
+    path: str | os.PathLike[str],
+    want: Want,
+    *,
+    beside: Beside = "nothing",
+    headers: bool = False,
+) -> Path | None:
     """Return the local path that stands for a reference; None for a local path.
 
     Args:
         path: as it was given.
         want: what it is to be.
         beside: what is wanted beside it.
+        headers: whether headers of weights will do.
 
     Raises:
         LoratoolsError: as `resolve`.
     """
     reference = parse(path, want)
-    return None if reference is None else resolve(reference, want, beside=beside).path
+    if reference is None:
+        return None
+    return resolve(reference, want, beside=beside, headers=headers).path
 
 
-def resolve(reference: Reference, want: Want, *, beside: Beside = "nothing") -> Resolved:
+def resolve(
+    reference: Reference, want: Want, *, beside: Beside = "nothing", headers: bool = False
+) -> Resolved:
     """Bring here what an operation needs of a reference, and return where it is.
 
     Args:
         reference: to an adapter, a model, a file or a folder of adapters.
         want: which of them.
         beside: what is wanted beside it.
+        headers: whether headers of weights will do: those of an adapter then come when they are
+            read, as those of a model do.
 
     Raises:
         MissingDependencyError: `huggingface_hub` is not installed.
@@ -59,8 +73,10 @@ def resolve(reference: Reference, want: Want, *, beside: Beside = "nothing") -> 
         return fetch_bucket(reference, want, beside)
     found = listing(reference)
     chosen = choose(found, want, beside)
+    if headers:
+        chosen = with_weights_later(found, chosen)
     _download(found, chosen)
-    announce_weights(found, chosen.later)
+    announce_weights(found, chosen.later, by_parts=headers)
     place = found.folder / chosen.place if chosen.place else found.folder
     return Resolved(place, reference, found.commit)
 

@@ -35,7 +35,12 @@ from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.bitsandbytes import torch_name
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
+from loratools_formats.checkpoints.checkpoint_write import (
+    NewCheckpoint,
+    grouped,
+    recorded,
+    write_checkpoint,
+)
 from loratools_formats.checkpoints.quantization import stated_of
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.core.dtypes import DTYPES, DType
@@ -151,13 +156,15 @@ def dequantize(
 
         new = NewCheckpoint(
             base,
-            grouped(
-                base,
-                parts,
-                max_shard_bytes=max_shard_bytes,
-                metadata=dequantised_metadata(view),
-                record=record_metadata(record),
-                places=view.places,
+            recorded(
+                grouped(
+                    base,
+                    parts,
+                    max_shard_bytes=max_shard_bytes,
+                    metadata=dequantised_metadata(view),
+                    places=view.places,
+                ),
+                record_metadata(record),
             ),
             dequantised_config(base.config, torch_name(stored)) if base.config else None,
             provenance,

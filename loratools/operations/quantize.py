@@ -42,7 +42,12 @@ from loratools_formats.checkpoints.bitsandbytes import (
     torch_name,
 )
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
+from loratools_formats.checkpoints.checkpoint_write import (
+    NewCheckpoint,
+    grouped,
+    recorded,
+    write_checkpoint,
+)
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.quantization import stated_of
 from loratools_formats.checkpoints.shard_plan import Made, NewTensor, Sink
@@ -194,13 +199,15 @@ def quantize(
 
         new = NewCheckpoint(
             base,
-            grouped(
-                base,
-                parts,
-                max_shard_bytes=chosen.max_shard_bytes,
-                metadata={**metadata, "format": "pt"},
-                record=record_metadata(record),
-                places={} if already else places,
+            recorded(
+                grouped(
+                    base,
+                    parts,
+                    max_shard_bytes=chosen.max_shard_bytes,
+                    metadata={**metadata, "format": "pt"},
+                    places={} if already else places,
+                ),
+                record_metadata(record),
             ),
             _config(base, linears, chosen.four_bit),
             provenance,

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from hashlib import sha256
 
 import fuse_cases as cases
 import numpy as np
@@ -27,7 +28,12 @@ def test_shards_are_those_of_the_base_and_untouched_bytes_its_bytes(sharded, ups
     result, after = cases.fused(tmp_path / "out", sharded, ups)
     assert names_in(tmp_path / "out") == names_in(sharded)
     for file in sharded.glob("*.safetensors"):
-        assert header(tmp_path / "out" / file.name)[0] == header(file)[0]
+        ours, theirs = header(tmp_path / "out" / file.name)[1], header(file)[1]
+        metadata = ours.pop("__metadata__")
+        assert theirs.pop("__metadata__").items() <= metadata.items()
+        assert ours == theirs
+        is_rewritten = file.name != "model-00003-of-00003.safetensors"
+        assert ("loratools.operation" in metadata) == is_rewritten
     untouched = tmp_path / "out" / "model-00003-of-00003.safetensors"
     assert untouched.read_bytes() == (sharded / untouched.name).read_bytes()
     assert before[EMBED].tobytes() == after[EMBED].tobytes()
@@ -38,8 +44,8 @@ def test_shards_are_those_of_the_base_and_untouched_bytes_its_bytes(sharded, ups
     assert index["metadata"] == {"x": 1, "total_size": sum(a.nbytes for a in after.values())}
 
 
-def test_a_header_of_odd_order_and_padding_is_used_again(ups, tmp_path):
-    """Keys out of order, spaces at its end, metadata of its own: the bytes stay."""
+def test_a_header_of_odd_order_and_padding_is_read_and_its_metadata_stay(ups, tmp_path):
+    """Keys out of order, spaces at its end, metadata of its own, beside those of the operation."""
     base = cases.base(tmp_path / "base", {"x": matrix(1, 1)})
     one, other = matrix(2, 24, 16), matrix(3, 24, 16)
     entries = {
@@ -55,9 +61,16 @@ def test_a_header_of_odd_order_and_padding_is_used_again(ups, tmp_path):
     data = struct.pack("<Q", len(text)) + text + one.tobytes() + other.tobytes()
     (base / "model.safetensors").write_bytes(data)
     _, after = cases.fused(tmp_path / "out", base, ups)
-    assert (
-        header(tmp_path / "out" / "model.safetensors")[0] == header(base / "model.safetensors")[0]
-    )
+    metadata = header(tmp_path / "out" / "model.safetensors")[1]["__metadata__"]
+    assert entries["__metadata__"].items() <= metadata.items()
+    assert list(metadata) == sorted(metadata)
+    assert metadata["loratools.operation"] == "fuse"
+    assert json.loads(metadata["loratools.options"])["weights"] == [1.0]
+    recorded = json.loads(metadata["loratools.inputs"])
+    file = ups / "adapter_model.safetensors"
+    assert recorded["adapter 1/adapter_model.safetensors"] == sha256(file.read_bytes()).hexdigest()
+    theirs = sha256(header(base / "model.safetensors")[0]).hexdigest()
+    assert recorded["base/model.safetensors"] == theirs
     assert not np.array_equal(after[f"{UP.format(0)}.weight"], one)
 
 
@@ -159,7 +172,8 @@ def test_shards_are_filled_up_to_a_size_in_the_order_of_the_base(
     for name, keys in found.items():
         size = sum(after[key].nbytes for key in keys)
         assert size <= limit or len(keys) == 1
-        assert header(tmp_path / "out" / name)[1]["__metadata__"] == {"format": "pt"}
+        metadata = header(tmp_path / "out" / name)[1]["__metadata__"]
+        assert (metadata["format"], metadata["loratools.operation"]) == ("pt", "fuse")
     assert after.keys() == same.keys()
     assert all(after[key].tobytes() == same[key].tobytes() for key in after)
 
@@ -214,10 +228,11 @@ def test_a_dry_run_writes_nothing_and_says_what_would_change(sharded, ups, tmp_p
     assert "24×16" in done.output
     assert "tensors: 2 of 6 change" in done.output
     assert "dry run, nothing was written" in done.output
-    size = sum(file.stat().st_size for file in sharded.glob("*.safetensors"))
     planned = json.loads(invoke(sharded, ups, "--dry-run", "--json", "-q").stdout)
     assert planned["schema"] == 1
     assert planned["dry_run"] is True
+    assert invoke(sharded, ups, "-o", tmp_path / "out", "-q").exit_code == 0
+    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert planned["bytes_out"] == size
     assert [row["name"] for row in planned["tensors"]] == [f"{UP.format(i)}.weight" for i in (0, 1)]
 
@@ -230,7 +245,9 @@ def test_the_report_as_json(sharded, ups, tmp_path):
     assert report["operation"] == "fuse"
     assert report["adapters"] == [{"name": "ups", "weight": 0.5}]
     assert report["files"] == sorted(names_in(sharded))
-    assert report["bytes_out"] == sum(p.stat().st_size for p in sharded.glob("*.safetensors"))
+    assert report["bytes_out"] == sum(
+        p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")
+    )
     assert report["copied"] == 4
     assert report["left_out"] == []
     assert {row["name"]: row["modules"] for row in report["tensors"]} == {

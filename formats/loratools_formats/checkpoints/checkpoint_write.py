@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from loratools_formats.containers.safetensors_read import (
 )
 from loratools_formats.contract.files import check_target
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import RegularFile, inside
@@ -84,7 +83,6 @@ def grouped(
     max_shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
     places: Mapping[str, str] | None = None,
-    record: Mapping[str, str] | None = None,
 ) -> list[Shard]:
     """Return shards for parts, grouped as the base's files are or by a largest size.
 
@@ -95,7 +93,6 @@ def grouped(
         max_shard_bytes: fill shards up to this many bytes of tensors, in the base's order.
         metadata: of the headers that are not used again; the base's own by default.
         places: for parts of new names, the base tensor that each takes the place of.
-        record: metadata that tells how it was made, for all shards but those that are copied whole.
 
     Raises:
         OptionError: a single file cannot be split.
@@ -103,7 +100,7 @@ def grouped(
     home = {key: file for file in base.files for key in file.tensors}
     home |= {new: home[old] for new, old in (places or {}).items()}
     if max_shard_bytes is None:
-        return _as_in_base(base, parts, home, metadata, record or {})
+        return _as_in_base(base, parts, home, metadata)
     if not base.is_folder:
         raise OptionError("a single file cannot be split", hint="Leave out `max_shard_size`")
     groups: list[list[NewTensor]] = []
@@ -115,7 +112,7 @@ def grouped(
             room = max_shard_bytes
         groups[-1].append(part)
         room -= nbytes
-    kept = with_record(base.files[0].metadata if metadata is None else metadata, record or {})
+    kept = base.files[0].metadata if metadata is None else metadata
     names = _names(base.stem, len(groups))
     return [Shard(name, group, None, kept) for name, group in zip(names, groups, strict=True)]
 
@@ -148,7 +145,6 @@ def _as_in_base(
     parts: Mapping[str, NewTensor],
     home: Mapping[str, SafetensorsFile],
     metadata: Mapping[str, str] | None,
-    record: Mapping[str, str],
 ) -> list[Shard]:
     groups: dict[Path, list[NewTensor]] = {file.file.path: [] for file in base.files}
     place = base.files[-1].file.path
@@ -156,25 +152,36 @@ def _as_in_base(
         place = home[key].file.path if key in home else place
         groups[place].append(part)
     return [
-        Shard(name, own, template=file)
-        if _is_whole(own, file)
-        else Shard(
-            name,
-            own,
-            metadata=with_record(file.metadata if metadata is None else metadata, record),
+        Shard(
+            file.file.path.name,
+            groups[file.file.path],
+            template=file,
+            metadata=file.metadata if metadata is None else metadata,
         )
         for file in base.files
-        if (own := groups[file.file.path])
-        for name in (file.file.path.name,)
+        if groups[file.file.path]
     ]
 
 
-def _is_whole(parts: Sequence[NewTensor], file: SafetensorsFile) -> bool:
-    """Return whether parts are all tensors of a file as it has them, so that it is copied."""
-    copied = {
-        part.key: part for part in parts if isinstance(part, TensorRef) and part.file is file.file
-    }
-    return len(copied) == len(parts) and copied == file.tensors
+def recorded(shards: Iterable[Shard], record: Mapping[str, str]) -> list[Shard]:
+    """Return shards whose metadata tells how they were made.
+
+    A shard that is copied whole keeps its header, and so every byte.
+    """
+    return [
+        shard
+        if _is_copy(shard)
+        else replace(shard, template=None, metadata=with_record(shard.metadata, record))
+        for shard in shards
+    ]
+
+
+def _is_copy(shard: Shard) -> bool:
+    file = shard.template
+    if file is None:
+        return False
+    copied = {part.key: part for part in shard.copied if part.file is file.file}
+    return len(copied) == len(shard.parts) and copied == file.tensors
 
 
 def write_checkpoint(

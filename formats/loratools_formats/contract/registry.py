@@ -15,6 +15,7 @@ from pathlib import Path
 from loratools_formats.contract.format import Format
 from loratools_formats.contract.path_kinds import kind_of, missing
 from loratools_formats.contract.plugins import Plugin, load_group
+from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import (
     PluginWarning,
     UnknownFormatError,
@@ -90,7 +91,7 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     """
     target = Path(path)
     try:
-        exists = os.path.exists(target)
+        exists = is_there(target)
     except ValueError:
         exists = False
     if not exists:

@@ -14,6 +14,7 @@ from pathlib import Path
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile
 
+_MOST_PARTS, _LONGEST_PART = 4, 1 << 16
 _ANNOUNCED: dict[str, Callable[[], RegularFile]] = {}
 
 
@@ -25,16 +26,24 @@ class DistantFile(RegularFile):
         start: its first bytes.
         nbytes: its size.
         fetch: brings it here, and returns its path.
+        part: returns some bytes of it (offset, count), for the first few and short reads; None to
+            fetch it for them too.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], start: bytes, nbytes: int, fetch: Callable[[], Path]
+        self,
+        path: str | os.PathLike[str],
+        start: bytes,
+        nbytes: int,
+        fetch: Callable[[], Path],
+        part: Callable[[int, int], bytes] | None = None,
     ) -> None:
         self._fd = -1
         self.path = Path(path)
         self._start, self._nbytes, self._fetch = start, nbytes, fetch
         self._fetching = threading.Lock()
         self._is_here = False
+        self._part, self._parts_left = part, _MOST_PARTS
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +59,9 @@ class DistantFile(RegularFile):
         """
         if not self._is_here and offset + nbytes <= len(self._start):
             return self._start[offset : offset + nbytes]
+        if not self._is_here and self._part and self._parts_left and nbytes <= _LONGEST_PART:
+            self._parts_left -= 1
+            return self._part(offset, nbytes)
         self._bring()
         return super().read_at(offset, nbytes)
 
@@ -92,6 +104,16 @@ def is_there(path: str | os.PathLike[str]) -> bool:
 def is_distant(path: str | os.PathLike[str]) -> bool:
     """Return whether nothing is at `path`, and a file was announced for it."""
     return not os.path.exists(path) and os.path.abspath(path) in _ANNOUNCED
+
+
+def has_distant(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path, or a file in the folder that it is, is elsewhere and was announced."""
+    place = os.path.abspath(path)
+    below = os.path.join(place, "")
+    return any(
+        (name == place or name.startswith(below)) and not os.path.exists(name)
+        for name in tuple(_ANNOUNCED)
+    )
 
 
 def open_file(path: str | os.PathLike[str]) -> RegularFile:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Context, Format, Loss
+from loratools_formats.disk.distant import is_there
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
@@ -209,9 +210,9 @@ class Mlx(Format):
     def sniff(self, path: Path) -> bool:
         """Return whether a folder has MLX's configuration and weights, and none of PEFT's."""
         folder = _folder(path)
-        if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
+        if not is_there(folder / WEIGHTS_FILE) or not (folder / CONFIG_FILE).is_file():
             return False
-        return not any((folder / name).is_file() for name in _WEIGHTS_OF_PEFT)
+        return not any(is_there(folder / name) for name in _WEIGHTS_OF_PEFT)
 
     def read(self, path: Path) -> Adapter:
         """Read a folder, or one named by its weight file."""

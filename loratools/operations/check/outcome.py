@@ -19,6 +19,7 @@ from loratools.work.json_object import hidden
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding, Severity
+from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import LoratoolsError
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -123,7 +124,7 @@ class Asked:
         if isinstance(source, Adapter):
             doubts = tuple(get_format(source.format).loading_findings(source))
             subject = Subject(source.source, source, None, self.base, targets, doubts)
-        elif not os.path.lexists(source):
+        elif not os.path.lexists(source) and not is_there(source):
             return Unchecked(str(source), "no such file or folder")
         else:
             subject = subject_of(

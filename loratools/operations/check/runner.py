@@ -21,6 +21,7 @@ from loratools.operations.check.outcome import (
 from loratools.work.parallel import in_order
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.disk.distant import has_distant
 from loratools_formats.disk.errors import UnsupportedError
 
 
@@ -79,7 +80,7 @@ def check(
 def _outcomes(sources: Sequence[Path | Adapter], asked: Asked, workers: int) -> Iterable[Outcome]:
     paths = [source for source in sources if isinstance(source, Path)]
     count = children_for(len(paths), workers)
-    if count and len(paths) == len(sources):
+    if count and len(paths) == len(sources) and not any(map(has_distant, paths)):
         return in_children(paths, asked, count)
     return in_order(asked.outcome, list(sources), workers)
 

@@ -16,6 +16,7 @@ from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.files import inside, read_small_file
 from loratools_formats.disk.strict_json import read_object
@@ -113,7 +114,7 @@ class Subject:
         """
         if self.adapter is not None:
             return {tensor.key: tensor for tensor in self.adapter.tensors()}
-        if self.folder is None or not (self.folder / WEIGHTS_FILE).is_file():
+        if self.folder is None or not is_there(self.folder / WEIGHTS_FILE):
             return None
         try:
             return read_safetensors(inside(self.folder, WEIGHTS_FILE)).tensors

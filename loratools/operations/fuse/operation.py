@@ -40,7 +40,12 @@ from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.checkpoints.checkpoint_write import NewCheckpoint, grouped, write_checkpoint
+from loratools_formats.checkpoints.checkpoint_write import (
+    NewCheckpoint,
+    grouped,
+    recorded,
+    write_checkpoint,
+)
 from loratools_formats.checkpoints.facts import is_conv1d
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.core.dtypes import Array
@@ -251,20 +256,20 @@ class Fusion:
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()
+        self._shards = grouped(
+            base,
+            self._parts(),
+            max_shard_bytes=options.max_shard_bytes,
+            metadata=dequantised_metadata(self._dequantised),
+            places=self._dequantised.places,
+        )
 
     @functools.cached_property
     def new(self) -> NewCheckpoint:
         """What is written; the headers of its shards hold digests of the adapters."""
         return NewCheckpoint(
             self._base,
-            grouped(
-                self._base,
-                self._parts(),
-                max_shard_bytes=self.options.max_shard_bytes,
-                metadata=dequantised_metadata(self._dequantised),
-                places=self._dequantised.places,
-                record=record_metadata(self.record),
-            ),
+            recorded(self._shards, record_metadata(self.record)),
             self._config(),
             self._provenance,
             tuple(item.adapter for item in self.inputs),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.contract.format import Context, Format, Loss
+from loratools_formats.disk.distant import is_there
 
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter, ModuleChange
@@ -45,8 +46,8 @@ class Peft(Format):
         if not (folder / "adapter_config.json").is_file():
             return False
         # MLX adapters have a file of that name too, and weights of another.
-        is_mlx = (folder / "adapters.safetensors").is_file()
-        return not is_mlx or any((folder / name).is_file() for name in _WEIGHT_FILES)
+        is_mlx = is_there(folder / "adapters.safetensors")
+        return not is_mlx or any(is_there(folder / name) for name in _WEIGHT_FILES)
 
     def read(self, path: Path) -> Adapter:
         """Read a folder, or one named by its weight file."""

@@ -29,6 +29,7 @@ from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import (
     AdapterError,
     LoratoolsError,
@@ -202,7 +203,7 @@ def _open_weights(
     if renamed is not None:
         return _open_renamed(folder, renamed.name)
     safe, legacy = folder / WEIGHTS_FILE, folder / LEGACY_WEIGHTS_FILE
-    if safe.exists() or safe.is_symlink():
+    if is_there(safe) or safe.is_symlink():
         weights = read_safetensors(inside(folder, WEIGHTS_FILE))
         text = f"{LEGACY_WEIGHTS_FILE} lies beside {WEIGHTS_FILE} and is ignored, as PEFT does"
         twice = Finding("weights-twice", "warning", LEGACY_WEIGHTS_FILE, text)
