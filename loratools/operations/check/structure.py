@@ -147,7 +147,7 @@ RULES = (
         "LT107", "base-values", "note",
         "Tensors that replace the base's hold the base's own values (with `base`).",
         "They take space and have no effect.",
-        "Save with `save_embedding_layers=False`, or remove the tensors and their names in "
+        "Save with `save_pretrained(…, save_embedding_layers=False)`, or remove the tensors and their names in "
         "modules_to_save.",
         "`get_peft_model_state_dict` in peft 0.21.2",
         _base_values, of_readers=("base-values",), reads_values=True,
