@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # How long `make fuzz` runs.
 MINUTES ?= 10
 
-.PHONY: help demo fuzz test test-fast test-matrix test-models test-kernels lint format docs bench clean
+.PHONY: help demo fuzz test test-fast test-matrix test-models test-kernels lint format docs bench dist clean
 
 help:
 	@echo "make demo    squeeze the bundled adapter and print the report"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint    check style, types and import layers"
 	@echo "make docs    build the documentation into build/docs; a warning is an error"
 	@echo "make bench   measure speed and memory against peers and copying"
+	@echo "make dist    build sdist and wheel, check them, and write the wheel's bill of materials"
 
 $(VENV)/.base: pyproject.toml tests/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -69,6 +70,10 @@ fuzz: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python tests/release/make_dist.py dist
 
 clean:
 	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

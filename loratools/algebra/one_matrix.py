@@ -93,7 +93,7 @@ class Matrix:
         """‖ΔW‖²_F."""
         if self._cancels:
             return self._exact.norm**2
-        return self._scale**2 * self._grams.squared_norm
+        return self._scale * self._scale * self._grams.squared_norm
 
     @property
     def singular_values(self) -> Array:

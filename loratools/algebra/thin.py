@@ -74,7 +74,7 @@ class Thin:
         """‖ΔW‖²_F, the tail included."""
         if self._cancels:
             return self._exact.norm**2 + self.tail
-        return self.scale**2 * self.grams.squared_norm + self.tail
+        return self.scale * self.scale * self.grams.squared_norm + self.tail
 
     @functools.cached_property
     def _exact(self) -> cancelling.Core:
@@ -115,7 +115,7 @@ class Thin:
         for start in range(0, len(b), _ENERGY_BLOCK):
             part = b[start : start + _ENERGY_BLOCK]
             energies[start : start + len(part)] = np.einsum("ij,ij->i", part @ gram, part)
-        return self.scale**2 * np.maximum(energies, 0.0)
+        return self.scale * self.scale * np.maximum(energies, 0.0)
 
     def column_energies(self) -> Array:
         """Return ‖column‖² of the factors' product: (in,) float64, to about 1e-6 of each."""
@@ -127,7 +127,7 @@ class Thin:
             product = gram @ part
             product *= part
             energies[start : start + part.shape[1]] = product.sum(axis=0)
-        return self.scale**2 * np.maximum(energies, 0.0)
+        return self.scale * self.scale * np.maximum(energies, 0.0)
 
     def _for_energies(self, factor: Array) -> Array:
         """Return a factor in float32, which is twice as fast, if its products hold in it."""

@@ -182,7 +182,10 @@ def _is_bare(text: str) -> bool:
 def _address(text: str) -> str | None:
     """Return the path of a web address of the Hub; None if it is none."""
     found = _URL.match(text)
-    parts = urlsplit(f"//{text[found.end() :] if found else text}")
+    try:
+        parts = urlsplit(f"//{text[found.end() :] if found else text}")
+    except ValueError:  # brackets that hold no address of IPv6, as names of files have them
+        return None
     own = urlsplit(os.environ.get("HF_ENDPOINT", ""))
     hosts = (*_HOSTS, own.netloc) if found else _HOSTS
     if not parts.netloc or parts.netloc.lower() not in hosts:

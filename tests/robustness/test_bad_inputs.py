@@ -146,7 +146,7 @@ BAD_SETTINGS = {
     "alpha true": ({"lora_alpha": True}, "lora_alpha is wrong"),
     "alpha 0": ({"lora_alpha": 0}, "lora_alpha is 0"),
     "alpha negative": ({"lora_alpha": -16}, "lora_alpha is -16"),
-    "alpha huge": ({"lora_alpha": 1e308}, "lora_alpha is wrong"),
+    "alpha huge": ({"lora_alpha": 1e308}, "overflow float64"),
     "alpha_pattern 0": ({"alpha_pattern": {"q": 0}}, "alpha_pattern"),
     "alpha_pattern negative": ({"alpha_pattern": {"q": -4}}, "alpha_pattern"),
     "rank_pattern a list": ({"rank_pattern": [1]}, "rank_pattern is wrong"),

@@ -160,7 +160,7 @@ def _residual(
     error = norm = 0.0
     for (b, a), (new_b, new_a) in zip(loaded(first), loaded(second), strict=True):
         both = linalg.grams(b, a)
-        norm += first.scale**2 * both.squared_norm
+        norm += first.scale * first.scale * both.squared_norm
         if not math.isfinite(norm):
             raise _not_finite(source)
         if first.scale == second.scale * _multiple(new_b, b) * _multiple(new_a, a):

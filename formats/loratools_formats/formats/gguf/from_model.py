@@ -307,11 +307,12 @@ def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, Lo
     }
     shapes = {name: shape for name, shape in shapes.items() if _look_up(f"{owner}.{name}", base)}
     named = {name.rpartition(".")[2] for name in delta.layer.parameters} or set(shapes)
-    fitting = [
-        name
-        for name, shape in shapes.items()
-        if name in named and sorted(shape) == sorted(delta.shape)
+    swapped = delta.layer.swapped
+    held = delta.shape[::-1] if swapped else delta.shape
+    alike = [
+        name for name, shape in shapes.items() if name in named and sorted(shape) == sorted(held)
     ]
+    fitting = alike if swapped is None else [name for name in alike if shapes[name] == held]
     found = _look_up(f"{owner}.{fitting[0]}", base) if len(fitting) == 1 else None
     if found is None or not found[0].stacked:
         raise UnsupportedError(
@@ -320,7 +321,6 @@ def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, Lo
             expected=", ".join(f"{list(shape)} of {name}" for name, shape in shapes.items()),
         )
     stored = (sizes.experts, *shapes[fitting[0]])
-    swapped = delta.layer.swapped
     if swapped if swapped is not None else is_transposed(path, delta, stored):
         delta = exchanged(delta)
     return found[0], delta

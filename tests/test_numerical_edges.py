@@ -1,0 +1,261 @@
+"""Numbers at their edges through the commands, as properties against NumPy in float64.
+
+Whatever the numbers, an operation refuses in words or writes finite tensors whose distance to the
+true change is the error that it reports. Inputs are written here, not by loratools.
+`robustness/test_odd_numbers.py` has files that are odd in themselves, `test_cancelling.py` the
+arithmetic of factors that cancel.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+import loratools as lt
+
+TYPES = {"f16": np.dtype("f2"), "bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype("f4")}
+NAMES = [
+    "layers.0.q", "q", "layers.0.a.b.c.d", "layers.0.q+", "layers.0.(q|k)$", "layers.0.[qk]*",
+    r"layers.0.\d", "layers.0.q^", "слой.0.запрос", "層.0.q", "layers.0.q-proj_1", "layers.0.{q}",
+]  # fmt: skip
+EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+def factors(rng, out, in_, rank, shape):
+    """Return b and a of one module, by what is odd about it."""
+    b, a = rng.standard_normal((out, rank)), rng.standard_normal((rank, in_))
+    if shape == "zero":
+        return b * 0.0, a
+    if shape == "deficient":
+        b[:, -1], a[-1] = b[:, 0], a[0]
+    if shape == "repeated":
+        b, a = np.eye(out, rank), np.eye(rank, in_)
+    return b, a
+
+
+@st.composite
+def modules(draw, dtype):
+    """Return factors by name as they are stored, sizes from denormal to beyond float16."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    found = {}
+    rank = draw(st.integers(1, 4))
+    for name in draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True)):
+        out, in_ = draw(st.sampled_from([(1, 1), (1, 7), (5, 1), (6, 7), (3, 2)]))
+        shape = draw(st.sampled_from(["any", "zero", "deficient", "repeated"]))
+        sizes = [10.0 ** draw(st.integers(-8, 4)) for _ in "ba"]
+        pair = factors(rng, out, in_, rank, shape)
+        found[name] = [(f * s).astype(dtype) for f, s in zip(pair, sizes, strict=True)]
+    return found
+
+
+def write(folder, parts, alpha):
+    """Write a PEFT folder and return it with its true changes."""
+    rank = len(next(iter(parts.values()))[1])
+    prefix, tensors = "base_model.model.", {}
+    for name, (b, a) in parts.items():
+        tensors[f"{prefix}{name}.lora_B.weight"] = np.ascontiguousarray(b)
+        tensors[f"{prefix}{name}.lora_A.weight"] = np.ascontiguousarray(a)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(parts)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, {
+        name: alpha / rank * (b.astype(np.float64) @ a.astype(np.float64))
+        for name, (b, a) in parts.items()
+    }
+
+
+def stored(folder):
+    """Return the changes that a PEFT folder holds, in float64; no code of ours."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    found = {}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key, a in tensors.items():
+        assert np.isfinite(a.astype(np.float64)).all(), key
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        b = tensors[key.replace("lora_A", "lora_B")].astype(np.float64)
+        patterns = config.get("alpha_pattern") or {}
+        fits = (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name))  # as PEFT does
+        alpha = next(fits, config["lora_alpha"])
+        root = math.sqrt(len(a)) if config.get("use_rslora") else len(a)
+        found[name] = alpha / root * (b @ a.astype(np.float64))
+    return found
+
+
+def norm(changes):
+    """‖·‖_F of all modules together; nothing overflows."""
+    top = max((np.abs(m).max(initial=0.0) for m in changes.values()), default=0.0)
+    if top == 0.0:
+        return 0.0
+    return float(top * np.sqrt(sum(np.sum(np.square(m / top)) for m in changes.values())))
+
+
+def assert_as_reported(truth, folder, reported):
+    """The distance of what a folder stores to the truth is the reported share of its norm."""
+    assert_distance(truth, stored(folder), reported)
+
+
+def assert_distance(truth, found, reported):
+    assert set(found) <= set(truth)
+    lost = norm({name: found.get(name, 0.0) - truth[name] for name in truth})
+    size = norm(truth)
+    if size == 0.0:
+        assert lost == 0.0
+        return
+    assert lost / size == pytest.approx(reported, rel=1e-3, abs=1e-6)
+
+
+@contextmanager
+def folder():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def outcome(work):
+    """Return the result, or None if it is refused by an error of ours."""
+    try:
+        return work()
+    except lt.LoratoolsError:
+        return None
+
+
+TYPE = st.sampled_from(sorted(TYPES))
+ALPHA = st.sampled_from([16.0, 1.0, 3.0, 1e30, 1e-30])
+
+
+@EXAMPLES
+@given(st.data(), TYPE, st.sampled_from([None, *TYPES]), ALPHA, st.integers(1, 6))
+def test_squeeze_writes_what_it_reports_or_refuses(data, given_type, dtype, alpha, rank):
+    with folder() as here:
+        source, truth = write(here / "in", data.draw(modules(TYPES[given_type])), alpha)
+        made = outcome(lambda: lt.squeeze(source, rank=rank, dtype=dtype, output=here / "out"))
+        if made is not None:
+            assert_as_reported(truth, here / "out", made.relative_error)
+
+
+@EXAMPLES
+@given(
+    st.data(), TYPE, ALPHA, st.sampled_from([0.0, -1.0, 1e30, 1e-30]),
+    st.sampled_from([None, *TYPES]), st.sampled_from([None, 2]),
+)  # fmt: skip
+def test_merge_writes_what_it_reports_or_refuses(data, given_type, alpha, weight, dtype, rank):
+    with folder() as here:
+        dtype_in = TYPES[given_type]
+        first = data.draw(modules(dtype_in))
+        one, of_one = write(here / "one", first, alpha)
+        other, of_other = write(here / "other", {n: (b[::-1], a) for n, (b, a) in first.items()}, 4)
+        truth = {name: weight * of_one[name] + of_other[name] for name in of_one}
+        made = outcome(
+            lambda: lt.merge([(one, weight), other], rank=rank, dtype=dtype, output=here / "out")
+        )
+        if made is not None:
+            assert_as_reported(truth, here / "out", made.relative_error)
+
+
+@EXAMPLES
+@given(st.data(), TYPE, TYPE, st.integers(1, 3), st.booleans())
+def test_an_adapter_and_its_negative_cancel(data, one_type, other_type, rank, as_weight):
+    with folder() as here:
+        parts = data.draw(modules(TYPES[one_type]))
+        one, truth = write(here / "one", parts, 2.0)
+        for b, _ in parts.values():
+            np.negative(b, out=b, where=not as_weight)
+        other, _ = write(here / "other", parts, 2.0)
+        pair = [(one, 1.0), (other, -1.0 if as_weight else 1.0)]
+        made = outcome(lambda: lt.merge(pair, rank=rank, dtype=other_type, output=here / "out"))
+        if made is not None:
+            left = norm(stored(here / "out"))
+            assert left <= 1e-7 * norm(truth)
+
+
+@EXAMPLES
+@given(st.data(), TYPE, TYPE, st.sampled_from([1e-30, 1e-3, 1.0, 1e30]))
+def test_convert_writes_what_it_reads_or_refuses(data, given_type, dtype, alpha):
+    with folder() as here:
+        source, truth = write(here / "in", data.draw(modules(TYPES[given_type])), alpha)
+        made = outcome(lambda: lt.convert(source, to="mlx", dtype=dtype, output=here / "mlx"))
+        if made is None:
+            return
+        back = lt.convert(here / "mlx", to="peft", output=here / "out")
+        size = norm(truth)
+        lost = norm({n: m - truth[n] for n, m in stored(here / "out").items()})
+        told = (made.relative_error or 0.0) + (back.relative_error or 0.0)
+        assert lost <= (told * 1.001 + 1e-6) * size
+
+
+@pytest.mark.parametrize("alpha", [0.0, -8.0, 1e30, 1e-30, 65504.0])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_alpha_of_a_kohya_file(alpha, dtype, tmp_path):
+    rng, name = np.random.default_rng(0), "lora_unet_mid_block_attentions_0_proj_in"
+    down, up = (rng.standard_normal(s).astype(TYPES[dtype]) for s in ((2, 6), (5, 2)))
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path)
+    truth = alpha / 2 * (up.astype(np.float64) @ down.astype(np.float64))
+    made = outcome(lambda: lt.squeeze(path, rank=1, output=tmp_path / "y.safetensors"))
+    if made is None:
+        assert dtype == "f16"  # the scale goes into the factors, which do not fit then
+        assert alpha in (1e30, 1e-30)
+        return
+    found = load_file(tmp_path / "y.safetensors")
+    up, down = (found[f"{name}.lora_{n}.weight"].astype(np.float64) for n in ("up", "down"))
+    change = float(found.get(f"{name}.alpha", len(down))) / len(down) * (up @ down)
+    assert_distance({name: truth}, {name: change}, made.relative_error)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -8.0])
+def test_an_alpha_that_is_not_positive_is_refused_by_name(alpha, tmp_path):
+    rng = np.random.default_rng(0)
+    source, _ = write(tmp_path / "in", {"q": factors(rng, 5, 6, 2, "any")}, alpha)
+    with pytest.raises(lt.LoratoolsError, match=f"lora_alpha is {alpha}"):
+        lt.squeeze(source, rank=1)
+
+
+@EXAMPLES
+@given(
+    st.sampled_from(sorted(TYPES)), TYPE, st.integers(-9, 4), st.integers(-6, 4),
+    st.sampled_from([1.0, -3.0, 1e30, 1e-30]), st.integers(0, 2**32),
+)  # fmt: skip
+def test_what_was_fused_comes_out_again_within_rounding(
+    base_type, given_type, base_size, size, alpha, seed
+):
+    with folder() as here:
+        rng, name = np.random.default_rng(seed), "model.layers.0.self_attn.q_proj"
+        dtype, given = TYPES[base_type], TYPES[given_type]
+        weight = (rng.standard_normal((6, 7)) * 10.0**base_size).astype(dtype)
+        (here / "base").mkdir()
+        save_file({f"{name}.weight": weight}, here / "base" / "model.safetensors")
+        (here / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        parts = {name: [(f * 10.0**size).astype(given) for f in factors(rng, 6, 7, 2, "any")]}
+        source, truth = write(here / "in", parts, abs(alpha))
+        sign = math.copysign(1.0, alpha)
+        work = {"allow_lossy": True}
+        done = outcome(lambda: lt.fuse(here / "base", [(source, sign)], output=here / "up", **work))
+        exact = weight.astype(np.float64) + sign * truth[name]
+        top = float(ml_dtypes.finfo(dtype).max)
+        if done is None:
+            assert np.abs(exact).max() > top
+            return
+        fused = load_file(here / "up" / "model.safetensors")[f"{name}.weight"].astype(np.float64)
+        unit = float(ml_dtypes.finfo(dtype).eps) / 2
+        least = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+        assert (np.abs(fused - exact) <= 1.01 * unit * np.abs(exact) + least).all()
+        lt.fuse(here / "up", [(source, -sign)], output=here / "down", **work)
+        back = load_file(here / "down" / "model.safetensors")[f"{name}.weight"].astype(np.float64)
+        want = weight.astype(np.float64)
+        room = 1.01 * unit * (np.abs(exact) + np.abs(back)) + 2 * least
+        assert (np.abs(back - want) <= room).all()
