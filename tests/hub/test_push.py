@@ -587,3 +587,54 @@ def test_a_server_whose_listings_have_no_hashes(hub, small):
     assert set(published(hub)) == NAMES
     assert not lt.push(small, "me/small").changed
     assert len(hub.repos["me/small"].commits) == 2
+
+
+def steps_of(card):
+    """Return the rows of the card's table of steps, by operation."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines()
+            if line.startswith("| ") and "`" in line]  # fmt: skip
+    return {row[1].strip("`"): row for row in rows if len(row) == 6}
+
+
+def test_every_step_of_the_card_has_its_error_and_sizes(hub, tmp_path):
+    fused = lt.fuse(MODEL, LORA, output=tmp_path / "fused")
+    small = lt.quantize(tmp_path / "fused", output=tmp_path / "nf4")
+    plain = lt.dequantize(tmp_path / "nf4", output=tmp_path / "plain")
+    lt.push(tmp_path / "plain", "me/plain", create=True)
+    rows = steps_of(hub.repos["me/plain"].files()["README.md"].decode())
+    assert rows["fuse"][3] == f"{fused.lost_to_rounding:.3g}"
+    assert rows["quantize"][3] == f"{small.relative_error:.3g}"
+    assert rows["dequantize"][3] == f"{plain.relative_error:.3g}"
+    assert rows["quantize"][5] == f"{small.bytes_in / 1e6:.1f} MB → {small.bytes_out / 1e6:.1f} MB"
+    assert all("→" in row[5] for row in rows.values())
+
+    done = lt.convert(LORA, to="peft", dtype="bf16", output=tmp_path / "half")
+    lt.to_dora(tmp_path / "half", base=MODEL, output=tmp_path / "dora")
+    lt.push(tmp_path / "dora", "me/dora", create=True, no_check=True)
+    rows = steps_of(hub.repos["me/dora"].files()["README.md"].decode())
+    assert rows["convert"][3:5] == [f"{done.relative_error:.3g}", "32"]
+    assert rows["to-dora"][4] == "32"
+    assert all("B" in row[5] for row in rows.values())
+
+
+def test_rewritten_weights_tell_of_their_last_operation_alone(tmp_path):
+    from safetensors import safe_open
+
+    lt.fuse(MODEL, {LORA: 0.5}, output=tmp_path / "fused")
+    lt.quantize(tmp_path / "fused", output=tmp_path / "nf4", quant_type="fp4")
+    for name, operation in (("fused", "fuse"), ("nf4", "quantize")):
+        file = tmp_path / name / "model.safetensors"
+        with safe_open(file, "numpy") as opened:
+            found = opened.metadata()
+        assert found["loratools.operation"] == operation
+        assert found["loratools.version"] == lt.__version__
+        raw = file.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+        assert list(header) == sorted(header)
+        statement = json.loads((tmp_path / name / "provenance.json").read_text())
+        inputs = {f"{i['role']}/{i['name']}" for i in statement["predicate"]["inputs"]}
+        assert set(json.loads(header["loratools.inputs"])) == inputs
+        assert json.loads(header["loratools.options"]) == statement["predicate"]["options"]
+    merged = lt.merge([LORA], method="dare_linear", density=0.5, seed=7).adapter
+    assert merged.metadata["loratools.seed"] == "7"
+    assert "loratools.seed" not in lt.convert(merged, to="peft").adapter.metadata

@@ -201,7 +201,9 @@ def test_what_reads_headers_of_an_adapter_fetches_them_only(repos, tmp_path, ins
             assert found.modules == here.modules
         else:
             assert found.complete
-            assert {each.code for each in found.findings} == {each.code for each in here.findings}
+            if not inside:  # the card comes with a folder alone
+                codes = [{each.code for each in one.findings} for one in (found, here)]
+                assert codes[0] == codes[1]
 
 
 def test_many_references_are_checked_by_their_headers_too(repos, tmp_path, monkeypatch):
