@@ -107,7 +107,7 @@ def push(
     all of it already gets no commit.
 
     >>> import loratools as lt
-    >>> lt.push("examples/tiny-llama/lora", "hf://datasets/me/tiny")
+    >>> lt.push("examples/tiny-llama/lora", "hf://datasets/me/tiny")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     loratools_formats.disk.errors.OptionError: results are published to a repository of models; ...
 

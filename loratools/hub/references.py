@@ -84,7 +84,7 @@ class Reference:
     repo: str
     revision: str | None = None
     inside: str = ""
-    is_plain: bool = field(default=False, compare=False)
+    is_plain: bool = field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         place = {"model": "", "kernel": "kernels/"}.get(self.kind, f"{self.kind}s/")

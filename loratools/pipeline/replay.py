@@ -111,7 +111,9 @@ def replay(
         identical=all(one.identical for one in files),
         files=files,
         changed=stale,
-        differences=differences(recorded, {**environment(), "loratools": __version__}),
+        differences=differences(
+            recorded, {**environment(with_torch="torch" in recorded), "loratools": __version__}
+        ),
         left_out=left_out,
     )
 

@@ -22,8 +22,11 @@ _WORDS = {
 }
 
 
-def environment() -> dict[str, str]:
-    """Return the facts, by name: versions, operating system, processor family, BLAS and kernel."""
+def environment(*, with_torch: bool = False) -> dict[str, str]:
+    """Return the facts, by name: versions, operating system, processor family, BLAS and kernel.
+
+    Torch is one of them where it computed, not wherever a process happens to have loaded it.
+    """
     from threadpoolctl import threadpool_info
 
     facts = {
@@ -32,7 +35,7 @@ def environment() -> dict[str, str]:
         "machine": platform.machine(),
         **{name: metadata.version(name) for name in _PACKAGES},
     }
-    if "torch" in sys.modules:
+    if with_torch and "torch" in sys.modules:
         facts["torch"] = str(sys.modules["torch"].__version__)
     numeric = [info for info in threadpool_info() if info.get("user_api") == "blas"]
     ours = [info for info in numeric if "numpy" in str(info.get("filepath"))] or numeric

@@ -105,7 +105,7 @@ def operation_record(
         "operation": operation,
         "options": dict(options),
         "inputs": [file.record() for file in files],
-        "environment": environment(),
+        "environment": environment(with_torch=options.get("device", "cpu") != "cpu"),
         **called,
         **(
             {"ignoredKeys": {r: k for r, k in ignored.items() if k}}

@@ -64,7 +64,7 @@ def check_regex(pattern: str) -> None:
 def is_found(pattern: str, name: str) -> bool:
     r"""Return whether a sound regular expression is found in a name.
 
-    >>> is_found(r"layers\\.\\d+\\.", "model.layers.3.q_proj"), is_found("^(q|k)+$", "q_proj")
+    >>> is_found(r"layers\.\d+\.", "model.layers.3.q_proj"), is_found("^(q|k)+$", "q_proj")
     (True, False)
 
     Raises:

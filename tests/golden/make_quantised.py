@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 FILE = Path(__file__).parent / "quantised.npz"
 BITS = {
@@ -24,6 +22,9 @@ BITS = {
 
 def case(name, arguments, scale, *, zero=None, of_all=None, shape=(32, 64)):
     """Pack one weight by a compressor, unpack it again, and return all tensors."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).to(torch.bfloat16)
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments))

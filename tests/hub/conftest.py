@@ -1,25 +1,11 @@
 """A Hub on a real socket for the tests of this folder, and a program that talks to it."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from hub_server import TOKEN, running
-
-
-def environment(server, home, token=TOKEN):
-    """Return the variables that send the library to a server, with a cache of its own."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-    made = {
-        "HF_ENDPOINT": server.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "COLUMNS": "100",
-    }
-    return {**kept, **made, **({} if token is None else {"HF_TOKEN": token})}
+from hub_server import TOKEN, environment, running
 
 
 class Program:

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import threading
 import urllib.parse
@@ -659,3 +660,16 @@ def running() -> Iterator[FakeHub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def environment(server, home, token=TOKEN):
+    """Return the variables that send the library to a server, with a cache of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    made = {
+        "HF_ENDPOINT": server.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "COLUMNS": "100",
+    }
+    return {**kept, **made, **({} if token is None else {"HF_TOKEN": token})}

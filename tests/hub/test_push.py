@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hub_server import ID_TOKEN, LORA, MODEL, RSLORA, TOKEN
+from hub_server import ID_TOKEN, LORA, MODEL, RSLORA, TOKEN, environment
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
@@ -518,8 +518,6 @@ def test_the_snippet_runs(server, program, small, tmp_path):
     card = server.repos["me/small"].files()["README.md"].decode()
     code = card.partition("```python\n")[2].partition("```")[0]
     code += "\nprint(sorted(model.peft_config['default'].target_modules))\n"
-    from conftest import environment
-
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(server, tmp_path / "home"),
         capture_output=True, text=True,
