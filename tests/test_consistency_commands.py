@@ -103,7 +103,6 @@ KEEPING = {
 
 # What a base or an adapter rules out, and a word of the error that says so.
 REFUSED = {
-    ("conv1d", "gguf and back"): "num_attention_heads",
     ("experts", "to-dora"): "stacked experts",
     ("experts", "to-dora and back"): "stacked experts",
     ("experts", "mlx and back"): "name experts differently",

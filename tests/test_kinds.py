@@ -371,11 +371,11 @@ def test_sparse_deltas_of_spiel_are_flat_places(tmp_path):
     close(effective_delta("q_proj", result.adapter.modules["q_proj"], (36, 24)), want)
 
 
-def test_the_readme_has_a_row_for_every_kind():
+def test_the_page_of_to_lora_has_a_row_for_every_kind():
     from pathlib import Path
 
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    page = (Path(__file__).parents[1] / "docs/commands/to-lora.md").read_text()
     for kind in all_kinds():
         needs = {"nothing": "", "shape": "shapes of the base", "weight": "weights of the base"}
         fold = "exact" if kind.low_rank else "approximate"
-        assert f"| {kind.title} | `{kind.name}` | {fold} | {needs[kind.needs]} |" in readme
+        assert f"| {kind.title} | `{kind.name}` | {fold} | {needs[kind.needs]} |" in page

@@ -166,10 +166,6 @@ def existing_link(source, tmp_path):
     return tmp_path / "out"
 
 
-def folder_of_a_missing_folder(source, tmp_path):
-    return tmp_path / "missing" / "out"
-
-
 def below_a_file(source, tmp_path):
     (tmp_path / "file").write_text("mine")
     return tmp_path / "file" / "out"
@@ -186,7 +182,6 @@ PLACES = {
     "the input": (lambda source, tmp_path: source, "exists"),
     "inside the input": (lambda source, tmp_path: source / "out", "inside the input"),
     "around the input": (lambda source, tmp_path: tmp_path, "exists"),
-    "in a missing folder": (folder_of_a_missing_folder, "missing"),
     "below a file": (below_a_file, "file"),
     "a name too long": (name_too_long, "long"),
 }

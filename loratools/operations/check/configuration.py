@@ -65,7 +65,7 @@ RULES = (
         "LT202", "unsupported-config-key", "warning",
         "The configuration sets a key whose effect few programs know.",
         "Programs that serve adapters read r, lora_alpha and target_modules, and pass over others.",
-        "Serve it with PEFT, and accept the finding with `--baseline`; remove the key if it has no "
+        "Serve it with PEFT, and accept the finding in a baseline; remove the key if it has no "
         "effect.",
         "vllm/lora/peft_helper.py, 0.33.0",
         of_readers=("unsupported-config-key",),
@@ -101,7 +101,7 @@ RULES = (
         "LT206", "activated-lora", "note",
         "The adapter acts only after certain tokens of the prompt.",
         "Programs that do not know aLoRA apply it to every token. vLLM 0.33 refuses it.",
-        "Serve it with PEFT or llama.cpp, and accept the finding with `--baseline`.",
+        "Serve it with PEFT or llama.cpp, and accept the finding in a baseline.",
         "alora_invocation_tokens in peft 0.21.2 and in src/llama-adapter.cpp; "
         "vllm/lora/peft_helper.py, 0.33.0",
         of_readers=("activated-lora",),
@@ -128,7 +128,7 @@ RULES = (
         "LT209", "multihead-attention", "warning",
         "PEFT applies the change of an output projection twice.",
         "Programs that apply it once do another thing than PEFT.",
-        "Serve it with PEFT, and accept the finding with `--baseline`.",
+        "Serve it with PEFT, and accept the finding in a baseline.",
         "peft.tuners.lora.layer.MultiheadAttention, 0.21.2",
         of_readers=("multihead-attention",),
     ),
@@ -136,7 +136,7 @@ RULES = (
         "LT210", "no-weight-change", "note",
         "This kind of adapter changes no weight.",
         "Rules about ΔW have nothing to say about it.",
-        "Nothing; accept the finding with `--baseline`.",
+        "Nothing; accept the finding in a baseline.",
         "Prompt tuning and prefix tuning in peft 0.21.2",
         of_readers=("no-weight-change",),
     ),
@@ -171,7 +171,7 @@ RULES = (
         "Most often alpha or r was written by hand.",
         "Correct r and lora_alpha by those of the training; if they are as meant, accept the "
         "finding "
-        "with `--baseline`.",
+        "in a baseline.",
         "Bounds chosen here",
         _extreme_scale, statistical=True,
     ),

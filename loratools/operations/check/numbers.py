@@ -244,7 +244,7 @@ RULES = (
         "A module's change is much larger or smaller than those of its kind.",
         "A statistic, and no verdict: a layer trained otherwise, a planted change and plain chance "
         "look alike.",
-        "Look at it with `loratools spectrum`, and accept it with `--baseline` if the training "
+        "Look at it with `loratools spectrum`, and accept it in a baseline if the training "
         "explains it.",
         "Robust standard deviations from the trend over depth, after Iglewicz and Hoaglin 1993; "
         "above 8, by what is measured here",

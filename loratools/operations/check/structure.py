@@ -147,8 +147,8 @@ RULES = (
         "LT107", "base-values", "note",
         "Tensors that replace the base's hold the base's own values (with `base`).",
         "They take space and have no effect.",
-        "Save with `save_embedding_layers=False`, or remove the tensors and their names in "
-        "modules_to_save.",
+        "Save with `save_pretrained(…, save_embedding_layers=False)`, or remove the tensors and "
+        "their names in modules_to_save.",
         "`get_peft_model_state_dict` in peft 0.21.2",
         _base_values, of_readers=("base-values",), reads_values=True,
     ),
@@ -172,7 +172,7 @@ RULES = (
         "LT110", "training-only", "note",
         "Tensors act in training only.",
         "They take space.",
-        "Nothing; accept the finding with `--baseline`.",
+        "Nothing; accept the finding in a baseline.",
         "MonteCLoRA in peft 0.21.2",
         of_readers=("training-only",),
     ),
