@@ -343,3 +343,27 @@ def test_a_magnitude_that_float32_does_not_hold_is_refused(size, fits, tmp_path)
     else:
         with pytest.raises(lt.LoratoolsError, match="float32"):
             lt.to_dora(source, base=tmp_path / "base")
+
+
+def test_a_bias_that_float32_does_not_hold_is_refused(tmp_path):
+    """The bias of B, of a DoRA that is folded: its scale goes into the bias."""
+    rng, name = np.random.default_rng(0), "model.layers.0.self_attn.q_proj"
+    (tmp_path / "base").mkdir()
+    base = {f"{name}.weight": rng.standard_normal((4, 5)).astype("f4")}
+    base[f"{name}.bias"] = np.ones(4, "f4")
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "in").mkdir()
+    prefix = f"base_model.model.{name}"
+    tensors = {
+        f"{prefix}.lora_A.weight": rng.standard_normal((2, 5)).astype("f4") * 1e-20,
+        f"{prefix}.lora_B.weight": rng.standard_normal((4, 2)).astype("f4") * 1e-20,
+        f"{prefix}.lora_B.bias": np.full(4, 1e10, "f4"),
+        f"{prefix}.lora_magnitude_vector": np.ones(4, "f4"),
+    }
+    save_file(tensors, tmp_path / "in" / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1e30, "target_modules": ["q_proj"]}
+    config |= {"lora_bias": True, "use_dora": True}
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(lt.LoratoolsError, match=r"4 values do not fit dtype F32.*lora_B\.bias"):
+        lt.to_lora(tmp_path / "in", base=tmp_path / "base", rank=2)
