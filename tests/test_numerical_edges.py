@@ -259,3 +259,111 @@ def test_what_was_fused_comes_out_again_within_rounding(
         want = weight.astype(np.float64)
         room = 1.01 * unit * (np.abs(exact) + np.abs(back)) + 2 * least
         assert (np.abs(back - want) <= room).all()
+
+
+@EXAMPLES
+@given(
+    TYPE, st.sampled_from([None, *TYPES]), st.integers(-30, 30), st.integers(-30, 30),
+    st.sampled_from(["any", "deficient", "repeated"]), st.integers(1, 9), st.integers(0, 2**32),
+)  # fmt: skip
+def test_extract_writes_what_it_reports_or_refuses(
+    given_type, dtype, size, change, shape, rank, seed
+):
+    with folder() as here:
+        rng, name = np.random.default_rng(seed), "model.layers.0.self_attn.q_proj"
+        stored_as = TYPES[given_type]
+        least, top = (-6, 3) if given_type == "f16" else (-30, 30)
+        size, change = (min(max(each, least), top) for each in (size, change))
+        weight = rng.standard_normal((6, 7)) * 10.0**size
+        b, a = factors(rng, 6, 7, 3, shape)
+        weights = [weight.astype(stored_as), (weight + b @ a * 10.0**change).astype(stored_as)]
+        for place, values in zip(("base", "tuned"), weights, strict=True):
+            (here / place).mkdir()
+            save_file({f"{name}.weight": values}, here / place / "model.safetensors")
+            (here / place / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        made = outcome(
+            lambda: lt.extract(
+                here / "base", here / "tuned", rank=rank, dtype=dtype, output=here / "out"
+            )
+        )
+        if made is not None:
+            before, after = (values.astype(np.float64) for values in weights)
+            assert_as_reported({name: after - before}, here / "out", made.relative_error)
+
+
+@EXAMPLES
+@given(
+    TYPE, TYPE, st.sampled_from([None, *TYPES]), st.integers(-20, 20), st.integers(-20, 20),
+    st.sampled_from(["any", "zero", "deficient", "repeated"]), st.integers(0, 2**32),
+)  # fmt: skip
+def test_dora_and_back_is_the_change_or_refused(
+    given_type, base_type, dtype, size, change, shape, seed
+):
+    with folder() as here:
+        rng, name = np.random.default_rng(seed), "model.layers.0.self_attn.q_proj"
+        least, top = (-6, 3) if "f16" in (given_type, base_type) else (-20, 20)
+        size, change = (min(max(each, least), top) for each in (size, change))
+        weight = (rng.standard_normal((6, 7)) * 10.0**size).astype(TYPES[base_type])
+        (here / "base").mkdir()
+        save_file({f"{name}.weight": weight}, here / "base" / "model.safetensors")
+        (here / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        b, a = factors(rng, 6, 7, 2, shape)
+        parts = {name: [(b * 10.0**change).astype(TYPES[given_type]), a.astype(TYPES[given_type])]}
+        source, truth = write(here / "in", parts, 2.0)
+        made = outcome(lambda: lt.to_dora(source, base=here / "base", output=here / "dora"))
+        if made is None:
+            return
+        back = outcome(
+            lambda: lt.to_lora(
+                here / "dora", base=here / "base", rank=7, dtype=dtype, output=here / "out"
+            )
+        )
+        if back is not None:
+            lost = norm({n: m - truth[n] for n, m in stored(here / "out").items()})
+            whole = {name: weight.astype(np.float64) + truth[name]}
+            rounding = 1.01 * 2.0**-24 * norm(whole)  # of magnitudes, to float32
+            assert lost <= (back.relative_error + 1e-6) * (norm(truth) + rounding) + rounding
+
+
+@pytest.mark.parametrize(("size", "fits"), [(3e38, False), (1e38, True), (1e-44, True)])
+def test_a_magnitude_that_float32_does_not_hold_is_refused(size, fits, tmp_path):
+    name = "model.layers.0.self_attn.q_proj"
+    (tmp_path / "base").mkdir()
+    weight = np.full((3, 4), size, np.float32)
+    save_file({f"{name}.weight": weight}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    parts = {name: (np.ones((3, 1), np.float32), np.full((1, 4), 1e-6, np.float32))}
+    source, _ = write(tmp_path / "in", parts, 1.0)
+    if fits:
+        lt.to_dora(source, base=tmp_path / "base", output=tmp_path / "out")
+        tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        (magnitude,) = (t for key, t in tensors.items() if "magnitude" in key)
+        assert np.isfinite(magnitude).all()
+        assert (magnitude > 0.0).all()
+    else:
+        with pytest.raises(lt.LoratoolsError, match="float32"):
+            lt.to_dora(source, base=tmp_path / "base")
+
+
+def test_a_bias_that_float32_does_not_hold_is_refused(tmp_path):
+    """The bias of B, of a DoRA that is folded: its scale goes into the bias."""
+    rng, name = np.random.default_rng(0), "model.layers.0.self_attn.q_proj"
+    (tmp_path / "base").mkdir()
+    base = {f"{name}.weight": rng.standard_normal((4, 5)).astype("f4")}
+    base[f"{name}.bias"] = np.ones(4, "f4")
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "in").mkdir()
+    prefix = f"base_model.model.{name}"
+    tensors = {
+        f"{prefix}.lora_A.weight": rng.standard_normal((2, 5)).astype("f4") * 1e-20,
+        f"{prefix}.lora_B.weight": rng.standard_normal((4, 2)).astype("f4") * 1e-20,
+        f"{prefix}.lora_B.bias": np.full(4, 1e10, "f4"),
+        f"{prefix}.lora_magnitude_vector": np.ones(4, "f4"),
+    }
+    save_file(tensors, tmp_path / "in" / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1e30, "target_modules": ["q_proj"]}
+    config |= {"lora_bias": True, "use_dora": True}
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(lt.LoratoolsError, match=r"4 values do not fit dtype F32.*lora_B\.bias"):
+        lt.to_lora(tmp_path / "in", base=tmp_path / "base", rank=2)

@@ -26,10 +26,11 @@ from loratools.kinds import get_kind
 from loratools.kinds.declaration import DeltaForm, Kronecker, Product, Weight
 from loratools.lowrank.matrices import loaded, matrices
 from loratools.lowrank.planned import PlannedFactors
-from loratools.lowrank.resize import ComputeOptions, spectrum_of
+from loratools.lowrank.resize import ComputeOptions, rounded, spectrum_of
 from loratools.naming.for_base import names_in_base
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
+from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -245,7 +246,7 @@ def added_bias(delta: KindDelta, weight: Weight, place: BaseModule | None) -> Te
     if function is None or place is None or place.bias is None:
         return delta.bias
     added = function(delta, weight, finite_vector(place.bias, "bias"))
-    return in_memory(place.bias.key, added.astype(np.float32))
+    return _in_float32(place.bias.key, added)
 
 
 def _scaled_bias(delta: LowRank) -> TensorRef | None:
@@ -253,4 +254,15 @@ def _scaled_bias(delta: LowRank) -> TensorRef | None:
     if delta.bias is None:
         return None
     added = delta.scale * finite_vector(delta.bias, "bias")
-    return in_memory(delta.bias.key, added.astype(np.float32))
+    return _in_float32(delta.bias.key, added)
+
+
+def _in_float32(key: str, values: Array) -> TensorRef:
+    """Round values once.
+
+    Raises:
+        AdapterError: float32 does not hold them.
+    """
+    with np.errstate(over="ignore"):
+        stored, _ = rounded(values, DTYPES["F32"], key)
+    return in_memory(key, stored)

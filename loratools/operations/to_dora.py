@@ -25,6 +25,7 @@ from loratools.work.parallel import check_workers, in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import (
     AdapterError,
@@ -143,8 +144,27 @@ def _one(
     shape: tuple[int, ...] = norms.shape
     if delta.layer.kind == "conv":
         shape = (1, len(norms), *(1 for _ in delta.layer.kernel))
-    magnitude = in_memory(f"{name}.magnitude", norms.astype(np.float32).reshape(shape))
+    magnitude = in_memory(f"{name}.magnitude", _stored(norms, name).reshape(shape))
     report = ToDoraModuleReport(
         name, delta.rank, len(norms), float(norms.min()), float(norms.max())
     )
     return ModuleChange(delta, magnitude), report
+
+
+def _stored(norms: Array, name: str) -> Array:
+    """Round norms of outputs to float32, (out,).
+
+    Raises:
+        AdapterError: one would become infinite or zero.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        found: Array = norms.astype(np.float32)
+    lost = ~np.isfinite(found) | (found == 0.0)
+    if lost.any():
+        raise AdapterError(
+            "magnitudes do not fit float32",
+            tensor=name,
+            got=f"{int(np.count_nonzero(lost))} of {len(norms)}, such as {norms[lost][0]:.3g}",
+            hint="Is this the right base?",
+        )
+    return found
