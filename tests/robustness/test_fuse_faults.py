@@ -290,7 +290,7 @@ def test_too_little_space_is_refused_before_the_first_write(broken, tmp_path, mo
         values[4] = free  # f_bavail
         return lambda _: os.statvfs_result(values)
 
-    index = (broken[0] / INDEX).stat().st_size
+    index = (tmp_path / "first" / INDEX).stat().st_size
     monkeypatch.setattr(os, "mkdir", None)
     monkeypatch.setattr(os, "statvfs", statvfs(wanted - index - 1))
     with pytest.raises(OutputError, match="not enough space"):
