@@ -41,9 +41,9 @@ def gguf_tensor(key: str, values: np.ndarray, sizes: Sizes) -> tuple[str, np.nda
     if found is None:
         _, _, block, norm = path.split(".")
         return f"blk.{block}.{NORMS[norm]}.weight", values
-    module, block, _ = found
+    module, _ = found
     (order,) = module.rows(len(values), sizes)
-    return f"{block}{module.tensors[0]}.weight", np.ascontiguousarray(values[order])
+    return f"{module.tensors[0]}.weight", np.ascontiguousarray(values[order])
 
 
 def write_base(folder: Path, out: Path) -> None:
