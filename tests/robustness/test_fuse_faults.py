@@ -279,7 +279,9 @@ def test_a_full_disk_while_shards_are_written(broken, tmp_path, monkeypatch, cal
 def test_too_little_space_is_refused_before_the_first_write(broken, tmp_path, monkeypatch):
     """Space is needed for the weights and for the files beside them."""
     (broken[0] / "large").write_bytes(b"x" * 100_000)
-    wanted = sum(path.stat().st_size for path in broken[0].iterdir())
+    fused(broken, tmp_path / "first")
+    made = [path for path in (tmp_path / "first").iterdir() if path.name != "provenance.json"]
+    wanted = sum(path.stat().st_size for path in made)
     real = os.statvfs(tmp_path)
 
     def statvfs(free):
@@ -288,7 +290,7 @@ def test_too_little_space_is_refused_before_the_first_write(broken, tmp_path, mo
         values[4] = free  # f_bavail
         return lambda _: os.statvfs_result(values)
 
-    index = (broken[0] / INDEX).stat().st_size
+    index = (tmp_path / "first" / INDEX).stat().st_size
     monkeypatch.setattr(os, "mkdir", None)
     monkeypatch.setattr(os, "statvfs", statvfs(wanted - index - 1))
     with pytest.raises(OutputError, match="not enough space"):
