@@ -4,7 +4,9 @@
 """
 
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,22 +38,32 @@ def seeds(root):
     return {seed.name: seed for seed in make(root)}
 
 
+@pytest.fixture(scope="module")
+def apart():
+    """Return a function that runs a case from a process without threads, which can be forked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENBLAS_NUM_THREADS", "1")
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as executor:
+            yield lambda *case: executor.submit(one, *case).result()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("facts", FOUND, ids=lambda path: path.stem)
-def test_what_was_found_is_mended(facts, seeds, root):
+def test_what_was_found_is_mended(facts, seeds, root, apart):
     told = json.loads(facts.read_text())
-    outcome = one(seeds[told["seed"]], facts.with_suffix(".bin").read_bytes(), root)
+    outcome = apart(seeds[told["seed"]], facts.with_suffix(".bin").read_bytes(), root)
     assert not outcome.is_fault, f"{outcome}; it was {told}"
 
 
 @pytest.mark.slow
-def test_a_sample_of_mutations(seeds, root):
+def test_a_sample_of_mutations(seeds, root, apart):
     by_format = {seed.format: seed for seed in seeds.values()}
     assert len(by_format) == 12
     for seed in by_format.values():
         sound = seed.mutated.read_bytes()
         for number in SAMPLE:
-            outcome = one(seed, mutated(sound, seed.name, number), root)
+            outcome = apart(seed, mutated(sound, seed.name, number), root)
             assert not outcome.is_fault, f"{seed.name} {number}: {outcome}"
         assert seed.mutated.read_bytes() == sound
 
