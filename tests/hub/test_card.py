@@ -175,7 +175,9 @@ VALUES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), 
 @given(
     st.dictionaries(
         st.from_regex(r"[a-z_]{1,8}", fullmatch=True),
-        st.one_of(VALUES, st.integers(), st.lists(VALUES, max_size=3), st.booleans()),
+        st.one_of(
+            VALUES, st.integers(-(10**18), 10**18), st.lists(VALUES, max_size=3), st.booleans()
+        ),
         max_size=4,
     ),
     st.sampled_from(["safe", "flow"]),
