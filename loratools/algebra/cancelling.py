@@ -19,8 +19,8 @@ import numpy as np
 from loratools.algebra.linalg import Grams, namespace
 from loratools_formats.core.dtypes import Array
 
-_LEAST_SHARE = 1e-4
-"""Of Σ‖bᵢ‖²‖aᵢ‖², below which ‖ΔW‖² has cancelled; the Gram route then errs by 1e-6 of σ₁."""
+_LEAST_SHARE = 1e-3
+"""Of Σ‖bᵢ‖²‖aᵢ‖², below which ‖ΔW‖² has cancelled; the Gram route then errs by 5e-7 of ‖ΔW‖."""
 
 _ERROR = 2.0**-94
 """Of a double-double sum over the rows, relative to its terms; more than any sum here makes."""
