@@ -196,7 +196,7 @@ def merge(
         )
     result = MergeResult(
         adapter=done.adapter,
-        findings=(*_findings(inputs), *_about_left_out(done.left_out)),
+        findings=(*_findings(inputs), *done.findings, *_about_left_out(done.left_out)),
         method=chosen.method,
         adapters=tuple(MergedAdapter(item.name, item.weight) for item in inputs),
         relative_error=done.relative_error,

@@ -131,11 +131,14 @@ def test_a_rotated_base_is_refused(make, make_folder, dtype, nested):
         Fusion(base, inputs, FuseOptions())
 
 
-def test_an_empty_transform_is_none(make):
+def test_an_empty_transform_is_none(make, make_folder, tmp_path):
     import torch
 
     tensors = {KEY: codes(24, 20), f"{KEY}_scale": torch.tensor(0.5)}
-    dequantised(make(tensors, {"quant_method": "compressed-tensors", "transform_config": {}}))
+    base = make(tensors, {"quant_method": "compressed-tensors", "transform_config": {}})
+    written, change = fused(base, make_folder(dtype="f32"), tmp_path / "out", dtype="f32")
+    effective = tensors[KEY].float().numpy() * 0.5
+    np.testing.assert_allclose(written[KEY].numpy(), effective + change, rtol=1e-6, atol=1e-6)
 
 
 def mxfp4():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -942,3 +943,17 @@ def test_inputs_are_never_changed(tmp_path):
 def test_no_adapters_are_an_error(tmp_path):
     with pytest.raises(OptionError, match="wrong number of adapters"):
         run(tmp_path / "out", [])
+
+
+def test_names_that_the_base_cannot_tell_are_kept_with_a_note():
+    import loratools as lt
+
+    rng = np.random.default_rng(0)
+    model = Path(__file__).parents[2] / "examples" / "tiny-llama" / "model"
+    names = [f"model.layers.0.self_attn.{leaf}_proj" for leaf in ("q", "zz")]
+    pairs = [(rng.standard_normal((128, 4)), rng.standard_normal((4, 128))) for _ in names]
+    given = [lt.from_factors({n: p}, base_model="x") for n, p in zip(names, pairs, strict=True)]
+    result = lt.merge(given, base=model, allow_missing=True)
+    assert sorted(result.adapter.modules) == sorted(names)
+    (told,) = [each for each in result.findings if each.code == "names-kept"]
+    assert names[1] in told.message

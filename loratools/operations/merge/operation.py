@@ -105,7 +105,9 @@ def merge(
     options = replace(options, parameters=method.checked(options.parameters))
     inputs, dropped = without_weight(inputs, options)
     inputs = in_one_naming([_folded(item, scratch_folder) for item in inputs])
-    inputs = in_one_spelling(inputs, base)
+    named, inputs = inputs, in_one_spelling(inputs, base)
+    pairs = [(x.adapter.findings, y.adapter.findings) for x, y in zip(named, inputs, strict=True)]
+    told = tuple(each for before, after in pairs for each in after[len(before) :])
     _check(inputs, options, method)
     others, wholes = whole_modules(inputs)
     modules = align(
@@ -139,6 +141,7 @@ def merge(
         ratio(lost, squared_norm),
         ratio(sum(known), squared_norm) if len(known) == len(residuals) else None,
         silent,
+        told,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class MergeResult:
         factor_residual: for `fedex`, how far the product of averaged factors would be from the
             averaged product; None for other methods or where factors cannot be averaged.
         left_out: paths of modules in which every adapter that has them has weight 0.
+        findings: what bringing names together has to tell.
     """
 
     adapter: Adapter
@@ -49,3 +51,4 @@ class MergeResult:
     relative_error: float
     factor_residual: float | None
     left_out: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()

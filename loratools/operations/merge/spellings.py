@@ -17,6 +17,7 @@ from loratools.operations.merge.align import MergeInput
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Layer
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.wrapped_names import unwrapped
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
@@ -71,15 +72,19 @@ def _of_class(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list[Mer
     """Return inputs under the names of the base's class where their modules are not the same.
 
     Names that no pattern here knows may still be two of one module. What the base does not have
-    keeps its names.
+    keeps its names, and the adapter whose names are kept has a finding that says so.
     """
     modules = {frozenset(item.adapter.modules) for item in inputs}
     if base is None or len(modules) < 2:
         return list(inputs)
     try:
         renamed = in_class_names([item.adapter for item in inputs], base)
-    except LoratoolsError:
-        return list(inputs)
+    except LoratoolsError as error:
+        text = f"the adapters' modules differ, and their names are kept: {error}"
+        told = Finding("names-kept", "warning", None, text)
+        first, *rest = inputs
+        adapter = replace(first.adapter, findings=(*first.adapter.findings, told))
+        return [replace(first, adapter=adapter), *rest]
     return [replace(item, adapter=each) for item, each in zip(inputs, renamed, strict=True)]
 
 
