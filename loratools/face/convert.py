@@ -11,6 +11,7 @@ from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
+from loratools.folding.expert_order import overruled
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.operation import (
     Conversion,
@@ -142,7 +143,7 @@ def convert(
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: the output could not be written, or lacks a part.
     """
-    adapter = opened(source, reading, dropping)
+    adapter, metadata = overruled(opened(source, reading, dropping), dict(options.set_))
     inputs = [adapter, None if base is None else Path(base), single.names_from]
     writing = writing if writing.dry_run else destination(writing, adapter, inputs)
     target, as_it_is = _target(adapter.format, options.to, writing.output)
@@ -152,7 +153,7 @@ def convert(
         target,
         Context(None if base is None else Path(base), options.dtype),
         allow_lossy=True,
-        metadata=dict(options.set_),
+        metadata=metadata,
         single=replace(single, alpha=options.alpha, as_it_is=as_it_is),
         names_of=options.names_of,
     )

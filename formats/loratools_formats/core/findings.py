@@ -39,6 +39,7 @@ CODES: Mapping[str, str] = {
     "other-base": "the adapter names another base model than the one given",
     "wrapped-names": "names have in them what training code left there",
     "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
+    "expert-order-doubtful": "a marker states an order of experts that the values speak against",
     "expert-order-guessed": "factors of stacked experts are read in an order that nothing states",
     "base-values": "tensors that replace the base's hold the base's own values",
     # What a format's own loader would leave out.

@@ -66,7 +66,8 @@ class ConvertOptions:
     Attributes:
         to: format to write; by default found from the output's name.
         dtype: type of the factors in the output: f32, f16 or bf16, or q8_0 in a GGUF file.
-        set_: text to add to the output's metadata.
+        set_: text to add to the output's metadata; `lora_B_layout=rank_major` or
+            `=grouped_by_expert` says instead how stacked experts are packed in the input.
         keep_alpha: leave scales beside factors, as they are.
         fold_alpha: move scales into factors even if that rounds.
         allow_lossy: leave out what the format cannot hold.
