@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter, ExpertLayout, ModuleChange
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import OptionError
 
@@ -41,14 +41,14 @@ def overruled(adapter: Adapter, given: Mapping[str, Any]) -> tuple[Adapter, dict
         raise OptionError(
             f"{SETTING} is about stacked experts, and the adapter has none",
             path=adapter.source,
-            got=adapter.expert_layout or None,
+            got=None if adapter.expert_layout is None else adapter.expert_layout.described,
         )
     columns = "expert by expert" if _GROUPED[order] else "rank by rank"
     return replace(
         adapter,
         modules=modules,
         findings=tuple(each for each in adapter.findings if each.code not in _ABOUT_ORDER),
-        expert_layout=f"stacked parameters, lora_B {columns} (as was said)",
+        expert_layout=ExpertLayout("stacked", f"lora_B {columns} (as was said)"),
     ), rest
 
 

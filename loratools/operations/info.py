@@ -128,7 +128,7 @@ def describe(adapter: Adapter) -> AdapterInfo:
         provenance={k: v for k, v in adapter.metadata.items() if k.startswith("loratools.")},
         training=training_facts(adapter.metadata),
         components=components(adapter.modules) if adapter.dialects else {},
-        expert_layout=adapter.expert_layout,
+        expert_layout="" if adapter.expert_layout is None else adapter.expert_layout.described,
     )
 
 

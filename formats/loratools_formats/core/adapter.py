@@ -338,6 +338,19 @@ class Dialect:
     keys: int
 
 
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a file stores the factors of experts.
+
+    Attributes:
+        name: `stacked`, `each`, `3d`, `flat-3d`, `shared-outer` or `tinker`.
+        described: how they lie and what tells that, for people.
+    """
+
+    name: str
+    described: str
+
+
 @dataclass(frozen=True, repr=False)
 class Adapter:
     """An adapter read from somewhere, or made by an operation.
@@ -364,8 +377,7 @@ class Adapter:
             they did not change.
         other_inputs: files that took part in making it, by their role.
         provenance: how it was made, if an operation made it.
-        expert_layout: how its file stores the factors of experts, and what tells that, for people;
-            empty if it has none.
+        expert_layout: how its file stores the factors of experts; None if it has none.
         write_as: the layout of experts to write, where a format has several; empty for its usual.
     """
 
@@ -385,7 +397,7 @@ class Adapter:
     inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
     other_inputs: Mapping[str, tuple[RegularFile, ...]] = field(default_factory=dict, compare=False)
     provenance: Mapping[str, Any] | None = None
-    expert_layout: str = ""
+    expert_layout: ExpertLayout | None = None
     write_as: str = ""
 
     def __repr__(self) -> str:

@@ -67,6 +67,8 @@ CODES: Mapping[str, str] = {
     "stacks-kept": "stacks of experts' weights stay as they are",
     "files-left-out": "files beside the base are not carried over",
     # Converting, extracting and merging.
+    "experts-laid-out": "factors of experts were padded, doubled, folded or turned for a layout",
+    "expert-halves-assumed": "sizes alone tell that gate and up are joined in halves",
     "base-unused": "the base model is not needed",
     "attachments-left-out": "the format has no place for the files beside the adapter",
     "names-stay": "names of modules stay, since no table of names is certain",

@@ -18,6 +18,7 @@ from loratools_formats.containers.safetensors_read import SafetensorsFile, read_
 from loratools_formats.containers.sniffing import is_beside_peft_config
 from loratools_formats.core.adapter import (
     Adapter,
+    ExpertLayout,
     Layer,
     LowRank,
     ModuleChange,
@@ -123,7 +124,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *_about_loader(values["peft_type"], found.modules),
         ),
         attachments=attachments(folder),
-        expert_layout=" of ".join(filter(None, (found.experts, stored.described))),
+        expert_layout=stored.layout or found.experts,
         inputs=(original, RegularFile(folder / CONFIG_FILE)),
     )
 
@@ -147,7 +148,7 @@ class _Contents:
     shared: Mapping[str, TensorRef]
     rest: dict[str, TensorRef]
     findings: tuple[Finding, ...]
-    experts: str = ""
+    experts: ExpertLayout | None = None
 
 
 def _contents(
@@ -295,7 +296,7 @@ def _modules(
     tensors: Mapping[str, TensorRef],
     straight: frozenset[str],
     folder: Path,
-) -> tuple[dict[str, ModuleChange], dict[str, TensorRef], list[Finding], str]:
+) -> tuple[dict[str, ModuleChange], dict[str, TensorRef], list[Finding], ExpertLayout | None]:
     parts: dict[str, dict[keys.Part, TensorRef]] = {}
     rest: dict[str, TensorRef] = {}
     for name, tensor in tensors.items():

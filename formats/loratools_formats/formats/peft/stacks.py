@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import ExpertLayout, Layer, LowRank, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -132,12 +132,15 @@ def stacks(
     return result, findings
 
 
-def layout_of(modules: Mapping[str, ModuleChange], lying: Mapping[str, Stack]) -> str:
-    """Return how a file stores experts, for people; empty if it has none."""
+def layout_of(
+    modules: Mapping[str, ModuleChange], lying: Mapping[str, Stack]
+) -> ExpertLayout | None:
+    """Return how a file stores experts; None if it has none."""
     if lying:
-        return "; ".join(dict.fromkeys(stack.described for stack in lying.values()))
+        told = "; ".join(dict.fromkeys(stack.described for stack in lying.values()))
+        return ExpertLayout("stacked", told)
     single = next((path for path in modules if _ONE.search(path)), None)
-    return "" if single is None else "experts one by one (names tell)"
+    return None if single is None else ExpertLayout("each", "experts one by one (names tell)")
 
 
 _ONE = re.compile(r"\bexperts\.(?:\d+\.|(?:gate_up|down)_projs\.\d)")

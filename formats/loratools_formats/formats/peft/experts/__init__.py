@@ -36,5 +36,5 @@ def plain(values: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: P
         if layout.claims(found.tensors):
             check_value(values, "target_parameters", folder / CONFIG_FILE)
             read = layout.read(found, folder)
-            found = read if not found.described else read.told(found.described)
+            found = read if found.layout is None else read.told(found.layout)
     return found

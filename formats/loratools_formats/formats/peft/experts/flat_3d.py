@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from loratools_formats.core.adapter import ExpertLayout
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.experts.layout import (
@@ -75,8 +76,7 @@ def _read(found: Plain, folder: Path) -> Plain:
         with_targets(found.values, made, stacks),
         made,
         found.straight | stacks.keys(),
-        "stacked parameters with an axis for the experts, as vLLM and Megatron-Bridge have them "
-        "(shapes tell)",
+        ExpertLayout(LAYOUT.name, "stacked parameters with an axis for the experts (shapes tell)"),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratools_formats.core.adapter import ExpertLayout
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.tensors import TensorRef
 
@@ -27,17 +28,17 @@ class Plain:
         values: the configuration.
         tensors: by the names that PEFT saves.
         straight: modules of stacked parameters whose A is known to be on the inputs.
-        described: what the layout is called and what tells it; empty for PEFT's own.
+        layout: how it was stored; None if as PEFT has it.
     """
 
     values: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
     straight: frozenset[str] = frozenset()
-    described: str = ""
+    layout: ExpertLayout | None = None
 
-    def told(self, by: str) -> Plain:
+    def told(self, by: ExpertLayout) -> Plain:
         """Return it under the description that another layout gave it first."""
-        return replace(self, described=by)
+        return replace(self, layout=by)
 
 
 @dataclass(frozen=True)

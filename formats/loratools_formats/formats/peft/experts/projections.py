@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loratools_formats.core.adapter import ExpertLayout
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft.experts.layout import (
@@ -97,11 +98,14 @@ def _read(found: Plain, folder: Path) -> Plain:
     told = "a stack for each projection" + (
         ", with factors that all experts share" if shared else ""
     )
+    layout = ExpertLayout(
+        "shared-outer" if shared else LAYOUT.name, f"{told} (names and shapes tell)"
+    )
     return Plain(
         with_targets(found.values, made, parameters),
         made,
         found.straight | parameters.keys(),
-        f"{told} (names and shapes tell)",
+        layout,
     )
 
 

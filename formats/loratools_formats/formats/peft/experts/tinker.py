@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from loratools_formats.core.adapter import ExpertLayout
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.formats.peft.experts.layout import Layout, Plain, factor, named, with_targets
 
@@ -52,9 +53,8 @@ def _read(found: Plain, folder: Path) -> Plain:
             made[named(f"{attention['before']}.self_attn.{attention['leaf']}", part)] = tensor
         else:
             made[name] = tensor
-    return Plain(
-        with_targets(found.values, made, {}), made, found.straight, "Tinker's own (names tell)"
-    )
+    layout = ExpertLayout(LAYOUT.name, "as Tinker saves them (names tell)")
+    return Plain(with_targets(found.values, made, {}), made, found.straight, layout)
 
 
 LAYOUT = Layout("tinker", _claims, _read)

@@ -1,0 +1,104 @@
+"""The names of the target and the layout of experts, in the order that keeps factors as they are.
+
+Names of a class stack experts and a layout may take them apart again, which would pad what differs;
+single experts are therefore laid out first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from loratools.operations.convert.experts.apart import of_one_rank
+from loratools.operations.convert.experts.choice import wanted_by
+from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release
+from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from loratools_formats.containers.gguf.container import is_gguf
+from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
+from loratools_formats.core.findings import Finding
+from loratools_formats.disk.errors import OptionError
+
+_APART = ("each", "3d", "shared-outer", "tinker")
+_SWITCH = re.compile(
+    r"(?P<block>.*)\.(?:switch_mlp|experts)\.(?P<leaf>gate_proj|up_proj|down_proj|fc1|fc2)"
+)
+_OF_FC = {"fc1": "up_proj", "fc2": "down_proj"}
+
+
+def in_layout(
+    adapter: Adapter,
+    target: str,
+    base: Path | None,
+    experts: Wanted | str | None,
+    in_names: Callable[[Adapter], Adapter],
+) -> tuple[Adapter, Wanted, tuple[Finding, ...]]:
+    """Return an adapter in the target's names and layout, what was wanted, and what to tell.
+
+    Args:
+        adapter: as read.
+        target: the format to write.
+        base: the base model.
+        experts: what is wanted, or the program that says it.
+        in_names: gives an adapter the target's names.
+
+    Raises:
+        OptionError: a layout is asked for in a format that has none to choose.
+        UnsupportedError: the layout cannot hold the experts exactly, or the base must tell more.
+    """
+    checkpoint = None if base is None or is_gguf(base) else read_checkpoint(base)
+    wanted = experts
+    if isinstance(experts, str):
+        wanted = wanted_by(experts, adapter, checkpoint)
+    if not isinstance(wanted, Wanted):
+        wanted = Wanted()
+    if target != "peft":
+        if wanted.layout is not None or wanted.peft is not None:
+            raise OptionError(
+                "layouts of experts are those of PEFT folders", got=target, expected="`to=peft`"
+            )
+        model = in_names(adapter)
+        return (_uniform(model), wanted, ()) if target == "mlx" else (model, wanted, ())
+    if wanted.layout in _APART:
+        single = _from_switch(adapter) if adapter.format == "mlx" else adapter
+        model, told = _laid(single, wanted, checkpoint)
+        return model, wanted, told
+    model, told = _laid(in_names(adapter), wanted, checkpoint)
+    return model, wanted, told
+
+
+def _laid(
+    adapter: Adapter, wanted: Wanted, base: Checkpoint | None
+) -> tuple[Adapter, tuple[Finding, ...]]:
+    model, told = laid_out(adapter, wanted, base)
+    if adapter.format == "peft" and (told or wanted.is_given):
+        model = replace(model, config=of_release(model.config, wanted))
+    return model, told
+
+
+def _uniform(adapter: Adapter) -> Adapter:
+    """Return an adapter of one rank and scale, which is all that mlx-lm loads."""
+    plain = {n: c for n, c in adapter.modules.items() if c.factors is not None and not c.is_dora}
+    settings = {(c.require_factors().rank, c.require_factors().scale) for c in plain.values()}
+    if len(plain) < len(adapter.modules) or len(settings) < 2:
+        return adapter
+    return replace(adapter, modules={**adapter.modules, **of_one_rank(plain)})
+
+
+def _from_switch(adapter: Adapter) -> Adapter:
+    """Return an adapter of MLX with its stacks as single experts, under PEFT's names for them."""
+    modules: dict[str, ModuleChange] = {}
+    for name, change in adapter.modules.items():
+        match = _SWITCH.fullmatch(name)
+        if match is None or change.layer.kind != "experts":
+            modules[name] = change
+            continue
+        part = change.require_factors()
+        leaf = _OF_FC.get(match["leaf"], match["leaf"])
+        for expert in range(part.experts):
+            single = replace(
+                part, a=part.a.matrix(expert), b=part.b.matrix(expert), layer=Layer("linear")
+            )
+            modules[f"{match['block']}.experts.{expert}.{leaf}"] = ModuleChange(single)
+    return replace(adapter, modules=modules)
