@@ -46,7 +46,7 @@ class Target:
         token_rows: what it does with trained token rows.
         embeddings: what it does with factors of embeddings.
         experts: what it does with factors of stacked experts.
-        expert_layouts: layouts of experts that it reads, the best first; empty if nobody has looked.
+        expert_layouts: layouts of experts that it reads, the best first; empty if nobody looked.
         stacked_experts: model types whose experts it reads in stacked parameters only.
         experts_complete: whether it needs all projections of an expert.
         experts_marked: whether it looks for a marker of the order of lora_B.

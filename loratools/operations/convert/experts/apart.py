@@ -91,10 +91,10 @@ def shared_outer(group: Group) -> None:
         sides.setdefault(_OUTER[leaf], []).extend(
             part.a if _OUTER[leaf] == "a" else part.b for part in parts
         )
-    for side, tensors in sides.items():
+    for outer, tensors in sides.items():
         for tensor in tensors[1:]:
             if not have_same_bits(tensors[0], tensor):
-                what = "A of gate and up" if side == "a" else "B of down"
+                what = "A of gate and up" if outer == "a" else "B of down"
                 raise UnsupportedError(
                     f"experts do not share {what}, so that a shared-outer file cannot hold them",
                     tensor=group.owner,
@@ -118,4 +118,3 @@ def whole(group: Group, experts: int) -> None:
                 tensor=f"{group.owner}.{min(missing)}.{leaf}",
                 hint="Write them one by one: `experts=each` is exact",
             )
-

@@ -65,7 +65,30 @@ def in_layout(
         model, told = _laid(single, wanted, checkpoint)
         return model, wanted, told
     model, told = _laid(in_names(adapter), wanted, checkpoint)
-    return model, wanted, told
+    return model, wanted, (*told, *_of_larger_rank(adapter, model))
+
+
+def _of_larger_rank(before: Adapter, after: Adapter) -> list[Finding]:
+    """Return what to tell of stacks that hold gate's and up's own factors, one beside the other."""
+    ranks = [c.rank or 0 for name, c in before.modules.items() if _OF_EXPERTS.search(name)]
+    largest = max(ranks, default=0)
+    larger = [
+        (name, change.rank)
+        for name, change in after.modules.items()
+        if change.layer.kind == "experts" and (change.rank or 0) > largest > 0
+    ]
+    if not larger:
+        return []
+    name, rank = larger[0]
+    text = (
+        f"gate and up have factors A of their own: {name} has rank {rank} instead of {largest}, "
+        f"half of its B zeros, and {len(larger)} stacks in all have"
+    )
+    hint = f"`squeeze` with `rank={largest}` shortens it, which is not exact"
+    return [Finding("experts-laid-out", "note", name, text, hint)]
+
+
+_OF_EXPERTS = re.compile(r"\b(?:experts|switch_mlp)\b")
 
 
 def _laid(

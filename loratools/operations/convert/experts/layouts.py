@@ -122,9 +122,7 @@ def _rest(
     return replace(adapter, modules=ordered, config=config), told
 
 
-def _as_stacked(
-    adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None
-) -> _Made:
+def _as_stacked(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
     made = dict(found.others)
     told: list[Finding] = []
     order: Order | None = None
@@ -132,23 +130,12 @@ def _as_stacked(
         order, why = order_of(adapter, found.groups, base)
         told += why
     experts = _count(adapter, found.groups, base)
-    doubled: list[tuple[str, tuple[int, int]]] = []
     turned = 0
     for owner, group in found.groups.items():
-        one = stacked(group, order, experts.get(owner, 0))
-        modules, count = _on_side(adapter, one.modules, wanted, base, owner)
+        stacks = stacked(group, order, experts.get(owner, 0))
+        modules, count = _on_side(adapter, stacks, wanted, base, owner)
         made |= modules
         turned += count
-        if one.doubled is not None:
-            doubled.append((owner, one.doubled))
-    if doubled:
-        owner, (before, after) = doubled[0]
-        text = (
-            f"gate and up have factors A of their own: the stack of {owner} has rank {after} "
-            f"instead of {before}, half of its B zeros, and so have {len(doubled)} layers"
-        )
-        hint = f"`squeeze` with `rank={before}` shortens it, which is not exact"
-        told.append(Finding("experts-laid-out", "note", owner, text, hint))
     if turned:
         told.append(_told_turn(wanted, turned))
     return made, tuple(told)
@@ -188,9 +175,7 @@ def _on_side(
     return made, turned
 
 
-def _swaps(
-    adapter: Adapter, wanted: Wanted, base: Checkpoint | None, owner: str
-) -> bool | None:
+def _swaps(adapter: Adapter, wanted: Wanted, base: Checkpoint | None, owner: str) -> bool | None:
     """Return whether a release of PEFT has A on the outputs; None to leave it where it is."""
     types = types_of(adapter, base)
     if wanted.peft == "0.18":
@@ -234,18 +219,20 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
     experts = _count(adapter, found.groups, base)
     told: list[Finding] = []
     rounded: list[str] = []
-    for owner, group in found.groups.items():
-        if group.single and group.stacks:
+    for owner, one in found.groups.items():
+        if one.single and one.stacks:
             raise UnsupportedError(
                 "experts are adapted one by one and as a stack", path=adapter.source, tensor=owner
             )
-        whole(group, experts.get(owner, 0))
-        if "gate_up_proj" in group.single:
+        whole(one, experts.get(owner, 0))
+        group = one
+        if "gate_up_proj" in one.single:
             order, why = order_of(adapter, found.groups, base)
-            told += [] if why[:1] == tuple(told[:1]) else why
-            made_stacks = stacked(group, order, experts[owner]).modules
-            inner = {c.layer.parameters[0].rpartition(".")[2]: c for c in made_stacks.values()}
-            group = Group(owner, inner)
+            told += [finding for finding in why if finding not in told]
+            stacks = stacked(one, order, experts[owner])
+            group = Group(
+                owner, {c.layer.parameters[0].rpartition(".")[2]: c for c in stacks.values()}
+            )
         if wanted.layout == "shared-outer":
             shared_outer(group)
         made |= nested(owner, group.stacks)

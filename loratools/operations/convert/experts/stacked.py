@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from loratools.base.placement.changes import Span
 from loratools.base.placement.pieces import Piece, put_together
@@ -14,21 +14,8 @@ _JOINED = ("gate_up_proj", "down_proj")
 _INNER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1")
 
 
-@dataclass(frozen=True)
-class Made:
-    """A layer's stacks.
-
-    Attributes:
-        modules: by PEFT's path.
-        doubled: rank before and after, where gate and up have factors of their own.
-    """
-
-    modules: dict[str, ModuleChange]
-    doubled: tuple[int, int] | None
-
-
-def stacked(group: Group, order: Order | None, experts: int) -> Made:
-    """Return a layer's experts as stacked parameters.
+def stacked(group: Group, order: Order | None, experts: int) -> dict[str, ModuleChange]:
+    """Return a layer's experts as stacked parameters, by PEFT's paths.
 
     Where A of gate and up is one, bit for bit, nothing is added; else A is stacked and B has a
     block for each. Experts of smaller rank and missing ones get zeros.
@@ -44,7 +31,6 @@ def stacked(group: Group, order: Order | None, experts: int) -> Made:
     if group.single and group.stacks:
         raise UnsupportedError("experts are adapted one by one and as a stack", tensor=group.owner)
     found = dict(group.stacks)
-    doubled: tuple[int, int] | None = None
     if group.single:
         leaves = set(group.single)
         parts: dict[str, list[Piece]] = {}
@@ -61,11 +47,8 @@ def stacked(group: Group, order: Order | None, experts: int) -> Made:
             joins = target == "gate_up_proj" and "gate_proj" in leaves
             layer = Layer("experts", parameters=(f"{group.owner}.{target}",), swapped=False)
             made = put_together(pieces, experts, ((2 if joins else 1) * out, in_), layer)
-            rank = max(piece.rank for piece in pieces)
-            if joins and made.rank > rank:
-                doubled = rank, made.rank
             found[target] = ModuleChange(made)
-    return Made(nested(group.owner, found), doubled)
+    return nested(group.owner, found)
 
 
 def _outputs(leaf: str, target: str, out: int, order: Order | None) -> tuple[Span, ...]:
@@ -94,4 +77,3 @@ def nested(owner: str, stacks: dict[str, ModuleChange]) -> dict[str, ModuleChang
         layer = replace(part.layer, parameters=(f"{owner}.{leaf}",))
         made[owner + ".base_layer" * depth] = change.with_direction(replace(part, layer=layer))
     return made
-

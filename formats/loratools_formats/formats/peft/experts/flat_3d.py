@@ -67,7 +67,7 @@ def _read(found: Plain, folder: Path) -> Plain:
                 path=folder,
                 tensor=path,
                 expected="target_parameters with its name",
-                hint=f"Add target_parameters: [\"{owner}.down_proj\"], or gate_up_proj, to "
+                hint=f'Add target_parameters: ["{owner}.down_proj"], or gate_up_proj, to '
                 "adapter_config.json",
             )
         leaf = JOINED[0] if path != owner else JOINED[1]

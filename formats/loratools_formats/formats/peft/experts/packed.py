@@ -134,4 +134,3 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
             raise UnsupportedError("Tinker's configuration has one rank and one alpha for all")
         made["target_modules"] = "all-linear"
     return made
-
