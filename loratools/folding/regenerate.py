@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from loratools_formats.disk.errors import (
     OptionError,
     UnsupportedError,
 )
+from loratools_formats.disk.records import dataclass
 
 _WEIGHT = ".weight"
 

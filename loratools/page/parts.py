@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from loratools_formats.disk.records import dataclass
 
 Cell = str | float | int | None
 Matrix = Sequence[Sequence[float | None]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.records import dataclass
 
 if TYPE_CHECKING:
     from loratools_formats.core.single_file_keys import Naming

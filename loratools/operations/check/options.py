@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +9,7 @@ from loratools.operations.check.rules import rules_named
 from loratools.operations.check.targets import Target, target_named
 from loratools.work.declared import option
 from loratools.work.typed import check_options
+from loratools_formats.disk.records import dataclass
 
 FailOn = Literal["error", "warning", "note", "never"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,6 +22,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.distant import has_distant
 from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sin
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
+from loratools_formats.disk.records import dataclass
 
 BaseMode = Literal["dequant", "original"]
 _SURVIVING = 0.5
