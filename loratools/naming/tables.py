@@ -12,6 +12,7 @@ import functools
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,6 @@ from loratools.naming.form import check_form
 from loratools_formats.disk import strict_toml
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.files import read_small_file
-from loratools_formats.disk.records import dataclass
 
 Scheme = Literal["original", "diffusers"]
 Shape = tuple[int | None, int | None]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
-
-from loratools_formats.disk.records import dataclass
 
 T = TypeVar("T")
 
