@@ -66,7 +66,8 @@ def delta(folder):
     """Return ΔW of the two fused projections, in float64, by the configuration's numbers."""
     tensors = load_file(folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert not config.get("alpha_pattern") and not config.get("use_rslora")
+    assert not config.get("alpha_pattern")
+    assert not config.get("use_rslora")
     ranks = config.get("rank_pattern") or {}
     assert set(ranks.values()) <= {config["r"]}
     found = {}
