@@ -249,7 +249,8 @@ def base(folder, change, *, stacks, model_type="qwen3_moe", more=None, **config)
     values = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": model_type, "hidden_size": h,
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "head_dim": h // 2, "vocab_size": 16, "intermediate_size": 4 * h, "moe_intermediate_size": i, "num_experts": e,
+        "head_dim": h // 2, "vocab_size": 16, "intermediate_size": 4 * h,
+        "moe_intermediate_size": i, "num_experts": e,
         "num_experts_per_tok": 1, "tie_word_embeddings": False, "max_position_embeddings": 64,
         "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, **config,
     }  # fmt: skip
