@@ -15,6 +15,7 @@ Nothing here rounds, and nothing knows of files.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ class Joint:
     def __init__(self, triplets: Sequence[Triplets], weights: Sequence[float]) -> None:
         roots = np.sqrt(np.asarray(weights, np.float64))
         ends = np.cumsum([0, *(len(one.s) for one in triplets)])
-        self._blocks = [slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
+        self._blocks = [slice(*pair) for pair in itertools.pairwise(ends)]
         scale = np.concatenate([w * one.s for w, one in zip(roots, triplets, strict=True)])
         self._span_u, left = _turned(*_span([one.u for one in triplets]), scale)
         self._span_v, right = _turned(*_span([one.v for one in triplets]), scale)

@@ -203,7 +203,8 @@ def findings_of(shared: SharedSet, adapter: Adapter) -> tuple[Finding, ...]:
     hint = "Take one out: " + command_on(adapter, "fleet unshare", names[0], output=names[0])
     ranks = sorted({p.rank for m in shared.modules.values() for p in m.parts.values()})
     spread = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
-    message = f"bases of rank {spread} in {shared.groups} groups hold {listed}"
+    groups = f"{shared.groups} groups" if shared.groups > 1 else "one group"
+    message = f"bases of rank {spread} in {groups} hold {listed}"
     return (
         Finding("shared-set", "error", None, what, hint),
         Finding("shared-members", "note", None, message),

@@ -81,6 +81,7 @@ CODES: Mapping[str, str] = {
     "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",
     "different-bases": "the adapters name different base models",
     # Sharing bases.
+    "alone-is-better": "squeezing each adapter alone to the size of a shared set may lose less",
     "shared-alone": "an adapter shares its basis with no other",
     # Measuring and comparing.
     "direction-only": "DoRA modules are given by their directions, since there is no base",

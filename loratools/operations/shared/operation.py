@@ -11,30 +11,29 @@ Sources: arXiv 2407.00066 (JD-Full, JD-Diag, groups), 2602.06043 (principal subs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loratools.algebra.budget import Limit, choose_ranks
-from loratools.algebra.joint import Joint, Triplets
+from loratools.algebra.joint import Triplets
 from loratools.algebra.ranks import RankRule, Spectrum, as_options
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations.merge.align import AlignedModule, MergeInput, align
+from loratools.operations.merge.align import MergeInput, align
 from loratools.operations.shared.alone import Alone, total
-from loratools.operations.shared.bases import Made, joints_of, made
+from loratools.operations.shared.bases import Made, made
 from loratools.operations.shared.members import (
-    Entrant,
     entrant,
     left_beside,
     member_of,
-    triplets_of,
 )
 from loratools.operations.shared.options import ShareOptions
-from loratools.operations.shared.result import SharedAdapter, SharedModuleReport, Shared
+from loratools.operations.shared.result import Shared, SharedAdapter, SharedModuleReport
 from loratools.operations.shared.survey import Survey, survey
+from loratools.operations.shared.units import Fleet, Unit
 from loratools.work.parallel import in_order
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.scratch import Scratch
@@ -49,32 +48,14 @@ from loratools_formats.contract.shared_set import (
     tensors_of,
 )
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.dtypes import DTYPES, Array, DType, common_dtype
+from loratools_formats.core.dtypes import Array
 from loratools_formats.core.findings import Finding
-from loratools_formats.core.tensors import unmade
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.provenance import with_record
 
 Progress = Callable[[int, int], None]
 _SAMPLED = 8  # modules on which numbers of groups are tried
 _KEPT = 0.9  # of the energy, if the rule for ranks does not say
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One module of one group.
-
-    Attributes:
-        name: unique among units.
-        module: of all adapters.
-        group: its number.
-        members: those of the group that have the module.
-    """
-
-    name: str
-    module: AlignedModule
-    group: int
-    members: tuple[int, ...]
 
 
 def share(
@@ -106,8 +87,8 @@ def share(
     entrants = [entrant(name, one, scratch_folder) for name, one in adapters.items()]
     inputs = [MergeInput(one.adapter, 1.0, one.name) for one in entrants]
     modules = align(inputs, force_base=options.force_base, allow_missing=options.allow_missing)
-    work = _Share(entrants, modules, rule, compute, options, scratch_folder, progress)
-    return work.run()
+    fleet = Fleet(entrants, modules, rule, compute, options)
+    return _Share(fleet, rule, compute, scratch_folder, progress).run()
 
 
 class _Share:
@@ -115,22 +96,17 @@ class _Share:
 
     def __init__(
         self,
-        entrants: Sequence[Entrant],
-        modules: Sequence[AlignedModule],
+        fleet: Fleet,
         rule: RankRule,
         compute: ComputeOptions,
-        options: ShareOptions,
         scratch_folder: Path | None,
         progress: Progress | None,
     ) -> None:
-        self.entrants = entrants
-        self.modules = {module.name: module for module in modules}
-        self.rule, self.compute, self.options = rule, compute, options
+        self.fleet, self.rule, self.compute = fleet, rule, compute
         self.scratch = Scratch(scratch_folder)
         self._progress = progress
-        self.dtype = _dtype(modules, compute)
-        rule.check_patterns(self.modules)
-        if options.cores == "diagonal" and (rule.energy or rule.sv_fro):
+        rule.check_patterns(fleet.modules)
+        if fleet.options.cores == "diagonal" and (rule.energy or rule.sv_fro):
             raise OptionError(
                 "energy tells what full cores keep, and diagonal ones keep less",
                 hint="Use `rank` or `budget`",
@@ -139,130 +115,57 @@ class _Share:
     def run(self) -> Shared:
         found = self._survey()
         norms = found.squared_norms.sum(axis=1)
-        for one, norm in zip(self.entrants, norms, strict=True):
+        for one, norm in zip(self.fleet.entrants, norms, strict=True):
             if not norm > 0.0:
                 raise AdapterError(
                     "the adapter changes nothing: all its weight changes are zero",
                     path=one.source.source,
                     hint="Leave it out",
                 )
-        weights = self._weights(found.squared_norms, norms)
+        weights = self.fleet.weights(found.squared_norms, norms)
         groups = self._groups(found, weights)
-        units = self._units(groups)
+        units = self.fleet.units(groups)
         record = self._record()
         ranks = self._chosen(units, weights, groups, record)
         return self._shared(units, ranks, weights, groups, found.squared_norms, record)
 
     def _survey(self) -> Survey:
-        several = self.options.clusters != 1 and len(self.entrants) > 1
-        count = len(self.modules)
+        several = self.fleet.options.clusters != 1 and len(self.fleet.entrants) > 1
+        count = len(self.fleet.modules)
 
         def tell(done: int) -> None:
             if self._progress is not None:
                 self._progress(done, 2 * count)
 
-        names = list(self.modules)
+        names = list(self.fleet.modules)
         threads = self.compute.threads
-        return survey(names, self._loaded, threads, with_overlaps=several, progress=tell)
-
-    def _loaded(self, name: str) -> list[list[Triplets] | None]:
-        pairs = zip(self.modules[name].deltas, self.entrants, strict=True)
-        return [
-            None
-            if change is None
-            else triplets_of(name, change.require_factors(), one.source.source)
-            for change, one in pairs
-        ]
-
-    def _weights(self, squares: Array, norms: Array) -> Array:
-        """Return what the squared error of each adapter in each module counts: (N, M)."""
-        if self.options.weigh == "norm":
-            return np.full_like(squares, 1.0 / norms.sum())
-        whole = squares if self.options.weigh == "module" else norms[:, None]
-        whole = np.broadcast_to(whole, squares.shape)
-        return np.divide(1.0, whole, out=np.zeros(squares.shape), where=whole > 0.0)
+        return survey(names, self.fleet.loaded, threads, with_overlaps=several, progress=tell)
 
     def _groups(self, found: Survey, weights: Array) -> list[list[int]]:
         """Return the groups asked for, or those that take the fewest bytes on some modules."""
-        total = len(self.entrants)
-        if self.options.clusters is not None:
-            return found.groups(min(self.options.clusters, total))
+        total = len(self.fleet.entrants)
+        if self.fleet.options.clusters is not None:
+            return found.groups(min(self.fleet.options.clusters, total))
         counts = [1 << power for power in range(total.bit_length()) if 1 << power < total]
-        spread = np.linspace(0, len(self.modules) - 1, min(_SAMPLED, len(self.modules)))
-        names = [list(self.modules)[int(place)] for place in dict.fromkeys(np.rint(spread))]
+        spread = np.linspace(0, len(self.fleet.modules) - 1, min(_SAMPLED, len(self.fleet.modules)))
+        names = [list(self.fleet.modules)[int(place)] for place in dict.fromkeys(np.rint(spread))]
         rule = RankRule(energy=self.rule.energy or (self.rule.sv_fro or 0.0) ** 2 or _KEPT)
 
         def cost(groups: Sequence[Sequence[int]]) -> int:
-            def one(unit: _Unit) -> int:
-                spectrum = self._spectrum(unit, self._joints(unit, weights)[1], energies=True)
+            def one(unit: Unit) -> int:
+                spectrum = self.fleet.spectrum(
+                    unit, self.fleet.joints(unit, weights)[1], energies=True
+                )
                 return spectrum.nbytes(rule.of_module(spectrum))
 
-            return sum(in_order(one, self._units(groups, names), self.compute.threads))
+            return sum(in_order(one, self.fleet.units(groups, names), self.compute.threads))
 
         tried = [found.groups(count) for count in [*counts, total]]
         return min(tried, key=cost) if total > 1 else tried[0]
 
-    def _units(
-        self, groups: Sequence[Sequence[int]], names: Sequence[str] | None = None
-    ) -> list[_Unit]:
-        units = []
-        for module in (self.modules[name] for name in names or self.modules):
-            for group, members in enumerate(groups):
-                having = tuple(i for i in sorted(members) if module.deltas[i] is not None)
-                if having:
-                    name = f"{module.name} of group {group}"
-                    units.append(_Unit(name, module, group, having))
-        return units
-
-    def _joints(
-        self, unit: _Unit, weights: Array
-    ) -> tuple[list[list[Triplets]], list[Joint], Array]:
-        """Return the matrices of a unit's members, their joint cores, and their weights."""
-        column = list(self.modules).index(unit.module.name)
-        changes = [unit.module.deltas[i] for i in unit.members]
-        loaded = [
-            triplets_of(unit.module.name, c.require_factors(), self.entrants[i].source.source)
-            for i, c in zip(unit.members, changes, strict=True)
-            if c is not None
-        ]
-        own: Array = weights[list(unit.members), column]
-        return loaded, joints_of(loaded, [float(w) for w in own]), own
-
-    def _spectrum(
-        self, unit: _Unit, joints: Sequence[Joint], *, energies: bool = False
-    ) -> Spectrum:
-        """Return what each rank of a unit's bases keeps, as far as it is asked, and its cost."""
-        most = max(1, *(joint.rank for joint in joints))
-        if self.options.cores == "diagonal":
-            most = max(1, *(min(joint.sizes) for joint in joints))
-        rows = np.zeros((len(joints), most))
-        if energies or self._needs_energies:
-            for row, joint in zip(rows, joints, strict=True):
-                kept = joint.energies()[:most]
-                row[: len(kept)] = np.sqrt(kept)
-        out, in_ = unit.module.first.shape
-        itemsize = self.dtype.bits // 8 * len(joints)
-        line, square = (out + in_) * itemsize, len(unit.members) * itemsize
-        if self.options.cores == "diagonal":
-            line, square = line + square, 0
-        return Spectrum(
-            unit.name,
-            (out, in_),
-            rows,
-            most,
-            line,
-            bytes_per_square=square,
-            module=unit.module.name,
-        )
-
-    @property
-    def _needs_energies(self) -> bool:
-        rule = self.rule
-        return bool(rule.energy or rule.sv_fro or rule.budget)
-
     def _chosen(
         self,
-        units: Sequence[_Unit],
+        units: Sequence[Unit],
         weights: Array,
         groups: Sequence[Sequence[int]],
         record: Mapping[str, Any],
@@ -271,48 +174,33 @@ class _Share:
         if not self.rule.needs_all_spectra:
             return None
 
-        def one(unit: _Unit) -> Spectrum:
-            return self._spectrum(unit, self._joints(unit, weights)[1])
+        def one(unit: Unit) -> Spectrum:
+            return self.fleet.spectrum(unit, self.fleet.joints(unit, weights)[1])
 
         spectra = list(in_order(one, units, self.compute.threads))
         limit = None
         if self.rule.budget is not None:
-            nbytes = self.rule.budget.resolve(self._bytes_in)
+            nbytes = self.rule.budget.resolve(self.fleet.bytes_in)
             planned = self._planned_size(units, groups, record)
             limit = Limit(nbytes, planned)
         return choose_ranks(spectra, self.rule, limit=limit)
 
     def _planned_size(
-        self, units: Sequence[_Unit], groups: Sequence[Sequence[int]], record: Mapping[str, Any]
+        self, units: Sequence[Unit], groups: Sequence[Sequence[int]], record: Mapping[str, Any]
     ) -> Callable[[Mapping[str, int]], int]:
         """Return a function from ranks to the size of the file that they give."""
 
         def size(ranks: Mapping[str, int]) -> int:
-            parts = {unit.name: self._planned(unit, ranks[unit.name]) for unit in units}
-            whole = self._set(units, parts, groups, np.ones(len(self.entrants)))
+            parts = {unit.name: self.fleet.planned(unit, ranks[unit.name]) for unit in units}
+            whole = self._set(units, parts, groups, np.ones(len(self.fleet.entrants)))
             made_of = with_record(metadata_of(whole), record_metadata(record))
             return safetensors_nbytes(tensors_of(whole), made_of)
 
         return size
 
-    def _planned(self, unit: _Unit, rank: int) -> Part:
-        out, in_ = unit.module.first.shape
-        stack = (unit.module.first.experts,) if self._is_stack(unit) else ()
-        core = (rank,) if self.options.cores == "diagonal" else (rank, rank)
-        shapes = ((*stack, out, rank), (*stack, rank, in_), (len(unit.members), *stack, *core))
-        u, v, cores = (unmade(unit.name, self.dtype, shape) for shape in shapes)
-        return Part(u, v, cores, unit.members)
-
-    def _is_stack(self, unit: _Unit) -> bool:
-        return unit.module.first.layer.kind == "experts"
-
-    @property
-    def _bytes_in(self) -> int:
-        return sum(one.source.weights_nbytes for one in self.entrants)
-
     def _set(
         self,
-        units: Sequence[_Unit],
+        units: Sequence[Unit],
         parts: Mapping[str, Part],
         groups: Sequence[Sequence[int]],
         errors: Array,
@@ -325,16 +213,16 @@ class _Share:
         group_of = {i: number for number, members in enumerate(groups) for i in members}
         members = tuple(
             member_of(one, group_of[i], float(errors[i]), self.scratch)
-            for i, one in enumerate(self.entrants)
+            for i, one in enumerate(self.fleet.entrants)
         )
-        bases = [one.adapter.base_model for one in self.entrants]
+        bases = [one.adapter.base_model for one in self.fleet.entrants]
         base = next((name for name in bases if name is not None), None)
-        return SharedSet(self.options.cores == "diagonal", base, members, modules)
+        return SharedSet(self.fleet.options.cores == "diagonal", base, members, modules)
 
     def _record(self) -> dict[str, Any]:
-        inputs = {f"{place}": one.source for place, one in enumerate(self.entrants)}
+        inputs = {f"{place}": one.source for place, one in enumerate(self.fleet.entrants)}
         values = {
-            **self.options.record(),
+            **self.fleet.options.record(),
             "rule": as_options(self.rule),
             **({} if self.compute.dtype is None else {"dtype": self.compute.dtype}),
         }
@@ -342,18 +230,18 @@ class _Share:
 
     def _shared(
         self,
-        units: Sequence[_Unit],
+        units: Sequence[Unit],
         ranks: Mapping[str, int] | None,
         weights: Array,
         groups: Sequence[Sequence[int]],
         squares: Array,
         record: Mapping[str, Any],
     ) -> Shared:
-        alone, done = Alone(), 0
+        alone, entrants = Alone(), self.fleet.entrants
 
-        def one(unit: _Unit) -> tuple[_Unit, Made, int, list[list[Triplets]], Array]:
-            loaded, joints, own = self._joints(unit, weights)
-            spectrum = self._spectrum(unit, joints)
+        def one(unit: Unit) -> tuple[Unit, Made, int, list[list[Triplets]], Array]:
+            loaded, joints, own = self.fleet.joints(unit, weights)
+            spectrum = self.fleet.spectrum(unit, joints)
             rank = self.rule.of_module(spectrum) if ranks is None else ranks[unit.name]
             found = made(
                 unit.module.name,
@@ -361,9 +249,9 @@ class _Share:
                 joints,
                 rank,
                 unit.members,
-                cores=self.options.cores,
-                dtype=self.dtype,
-                is_stack=self._is_stack(unit),
+                cores=self.fleet.options.cores,
+                dtype=self.fleet.dtype,
+                is_stack=unit.is_stack,
                 scratch=self.scratch,
             )
             return unit, found, spectrum.rank, [*map(_values_only, loaded)], own
@@ -371,30 +259,30 @@ class _Share:
         parts: dict[str, Part] = {}
         reports = []
         errors = np.zeros(squares.shape)
-        columns = {name: column for column, name in enumerate(self.modules)}
-        for unit, found, most, loaded, own in in_order(one, units, self.compute.threads):
-            column = columns[unit.module.name]
+        results = in_order(one, units, self.compute.threads)
+        for done, (unit, found, most, loaded, own) in enumerate(results, 1):
+            column = self.fleet.columns[unit.module.name]
             parts[unit.name] = found.part
             errors[list(unit.members), column] = found.squared_errors
-            price = sum(unit.module.first.shape) * self.dtype.bits // 8
+            price = sum(unit.module.first.shape) * self.fleet.dtype.bits // 8
             for i, matrices, weight in zip(unit.members, loaded, own, strict=True):
                 for values in matrices:
                     alone.add(i, values.s, float(weight), price)
             reports.append(self._report(unit, found, most, squares[:, column]))
-            done += 1
             if self._progress is not None:
-                count = len(self.modules)
+                count = len(self.fleet.modules)
                 self._progress(count + done * count // len(units), 2 * count)
         norms = squares.sum(axis=1)
         whole = self._set(units, parts, groups, np.sqrt(errors.sum(axis=1) / norms))
         nbytes = sum(t.nbytes for p in parts.values() for t in (p.u, p.v, p.cores))
-        lost_alone = alone.squared_errors(len(self.entrants), nbytes)
-        adapter = self._adapter(whole, record)
+        lost_alone = alone.squared_errors(len(self.fleet.entrants), nbytes)
+        inputs = tuple(file for one in entrants for file in one.source.inputs)
+        adapter = as_shelf(whole, record, inputs)
         return Shared(
             adapter=adapter,
             relative_error=total(errors, norms),
             alone_error=total(lost_alone, norms),
-            bytes_in=self._bytes_in,
+            bytes_in=self.fleet.bytes_in,
             bytes_out=safetensors_nbytes(adapter.carried.values(), adapter.metadata),
             groups=len(groups),
             adapters=tuple(
@@ -405,14 +293,16 @@ class _Share:
                     total(errors[i], norms[i]),
                     total(lost_alone[i], norms[i]),
                 )
-                for i, (member, one) in enumerate(zip(whole.members, self.entrants, strict=True))
+                for i, (member, one) in enumerate(
+                    zip(whole.members, self.fleet.entrants, strict=True)
+                )
             ),
             modules=tuple(reports),
-            findings=self._findings(groups),
+            findings=self._findings(groups, errors, lost_alone),
         )
 
-    def _report(self, unit: _Unit, found: Made, most: int, squares: Array) -> SharedModuleReport:
-        names = [self.entrants[i].name for i in unit.members]
+    def _report(self, unit: Unit, found: Made, most: int, squares: Array) -> SharedModuleReport:
+        names = [self.fleet.entrants[i].name for i in unit.members]
         own = [float(squares[i]) for i in unit.members]
         pairs = zip(names, found.squared_errors, own, strict=True)
         return SharedModuleReport(
@@ -424,23 +314,22 @@ class _Share:
             errors={name: total([error], [norm]) for name, error, norm in pairs},
         )
 
-    def _findings(self, groups: Sequence[Sequence[int]]) -> tuple[Finding, ...]:
-        notices = dict.fromkeys(each for one in self.entrants for each in one.source.notices)
-        found = [*notices, *left_beside(self.entrants)]
+    def _findings(
+        self, groups: Sequence[Sequence[int]], errors: Array, lost_alone: Array
+    ) -> tuple[Finding, ...]:
+        notices = dict.fromkeys(each for one in self.fleet.entrants for each in one.source.notices)
+        found = [*notices, *left_beside(self.fleet.entrants)]
         apart = sum(len(members) == 1 for members in groups)
-        if apart and len(self.entrants) > 1:
+        if apart and len(self.fleet.entrants) > 1:
             message = (
-                f"{apart} of {len(self.entrants)} adapters share no basis, which would take more "
-                "bytes than it spares; `clusters=1` shares all the same"
+                f"{apart} of {len(self.fleet.entrants)} adapters share no basis, which would take "
+                "more bytes than it spares; `clusters=1` shares all the same"
             )
             found.append(Finding("shared-alone", "warning", None, message))
+        if lost_alone.sum() < errors.sum() and len(self.fleet.entrants) > 1:
+            message = "squeezing each adapter alone to the same size may lose less"
+            found.append(Finding("alone-is-better", "warning", None, message))
         return tuple(found)
-
-    def _adapter(self, whole: SharedSet, record: Mapping[str, Any]) -> Adapter:
-        """Return the set as the shelf that its file will be read as."""
-        return as_shelf(
-            whole, record, tuple(f for one in self.entrants for f in one.source.inputs)
-        )
 
 
 def as_shelf(whole: SharedSet, record: Mapping[str, Any], inputs: tuple[Any, ...]) -> Adapter:
@@ -468,17 +357,3 @@ def _values_only(matrices: Sequence[Triplets]) -> list[Triplets]:
     """Return triplets without their vectors, which nobody needs any more."""
     nothing = np.zeros((0, 0))
     return [Triplets(nothing, one.s, nothing) for one in matrices]
-
-
-def _dtype(modules: Sequence[AlignedModule], compute: ComputeOptions) -> DType:
-    if compute.dtype is not None:
-        return DTYPES[compute.dtype.upper()]
-    return common_dtype(list(_dtypes(modules)))
-
-
-def _dtypes(modules: Sequence[AlignedModule]) -> Iterator[DType]:
-    for module in modules:
-        for change in module.deltas:
-            if change is not None:
-                factors = change.require_factors()
-                yield from (factors.a.dtype, factors.b.dtype)

@@ -58,9 +58,7 @@ class ShareOptions:
     """
 
     cores: Cores = option("full", heading="Method")
-    clusters: int | None = option(
-        None, heading="Method", metavar="auto|K", parse=cluster_count
-    )
+    clusters: int | None = option(None, heading="Method", metavar="auto|K", parse=cluster_count)
     weigh: Weigh = option("adapter", heading="Method")
     force_base: bool = option(False, heading="Input")
     allow_missing: bool = option(False, heading="Input")

@@ -2,8 +2,8 @@
 
 What makes adapters fit one pair of bases is not their angle: two with ΔWᵢ = U Σᵢ Vᵀ can have any
 cosine. It is how far their columns, and their rows, lie in the same directions, weighted by how
-much of ΔW lies there: the cosine of ΔWᵢΔWᵢᵀ with ΔWⱼΔWⱼᵀ, and of ΔWᵢᵀΔWᵢ with ΔWⱼᵀΔWⱼ. Both come from
-the singular triplets. Their mean makes a tree by average linkage, as `compare` makes families.
+much of ΔW lies there: the cosine of ΔWᵢΔWᵢᵀ with ΔWⱼΔWⱼᵀ, and of ΔWᵢᵀΔWᵢ with ΔWⱼᵀΔWⱼ. Both come
+from the singular triplets. Their mean makes a tree by average linkage, as in `compare`.
 """
 
 from __future__ import annotations
