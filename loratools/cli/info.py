@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loratools.operations.info_base import QuantisedInfo
 
 _FEW = 4
-_CARRIED = 32
+_CARRIED = 4
 
 
 @named_command("info")

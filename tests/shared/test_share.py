@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from shared_fleets import MODULES, PREFIX, fleet, matrices, write
 
 import loratools as lt
 from loratools.algebra.ranks import RankRule, Spectrum
@@ -18,7 +19,6 @@ from loratools_formats.disk.errors import (
     OptionError,
     UnsupportedError,
 )
-from tests.shared.fleets import MODULES, PREFIX, fleet, matrices, write
 
 TYPES = {"f32": (np.float32, 2.0**-24), "bf16": (ml_dtypes.bfloat16, 2.0**-8)}
 
@@ -246,7 +246,7 @@ def test_the_type_may_be_another(tmp_path):
 
 def test_other_tensors_come_out_bit_for_bit(tmp_path):
     """Saved modules, biases of factors, convolutions, embeddings, experts, and what is carried."""
-    from tests.test_conformance import TestPeft
+    from test_conformance import TestPeft
 
     folder = tmp_path / "adapter"
     folder.mkdir()
