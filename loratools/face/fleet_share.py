@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -20,6 +20,7 @@ from loratools.operations.shared.members import short_names
 from loratools.operations.shared.options import RANK_OPTIONS, ShareOptions
 from loratools.operations.shared.result import SharedAdapter, SharedModuleReport
 from loratools.operations.shared.taking import TakeOptions
+from loratools.work.call import running, running_call
 from loratools.work.json_object import hidden
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Writing
@@ -275,7 +276,12 @@ def _taken(
     writing: Writing,
     progress: Progress | None,
 ) -> taking.Taken:
-    return taking.take(shelf, name, compute, scratch_folder=beside(writing), progress=progress)
+    call = running_call()
+    if call is not None:  # of this member alone, so that it can be taken again alone
+        others = {word: value for word, value in call.options.items() if word != "all"}
+        call = replace(call, options={**others, "name": [name]})
+    with running(call):
+        return taking.take(shelf, name, compute, scratch_folder=beside(writing), progress=progress)
 
 
 def _unshared(done: Sequence[taking.Taken]) -> FleetUnshareResult:

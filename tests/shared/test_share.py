@@ -547,6 +547,7 @@ def test_what_was_done_can_be_done_again_from_the_record(named, tmp_path):
     lt.fleet_share(given, rank=4, cores="diagonal", output=shared)
     lt.fleet_add(shared, paths[2], name="new", output=more)
     lt.fleet_unshare(more, name="new", dtype="bf16", output=taken)
-    for made in (shared, more, taken):
+    lt.fleet_unshare(more, all=True, output=tmp_path / "all")
+    for made in (shared, more, taken, tmp_path / "all" / "new"):
         result = lt.replay(made, input=[tmp_path])
         assert result.identical, result
