@@ -7,13 +7,13 @@ import functools
 import heapq
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from loratools.algebra.ranks import SERVE_RANKS, RankRule, Spectrum
 from loratools.work.json_object import named
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

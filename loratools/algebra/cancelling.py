@@ -11,13 +11,13 @@ Sources: Dekker 1971 (products), Knuth (sums), Giraud et al. 2005 (Gram–Schmid
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from loratools.algebra.linalg import Grams, namespace
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 _LEAST_SHARE = 1e-3
 """Of Σ‖bᵢ‖²‖aᵢ‖², below which ‖ΔW‖² has cancelled; the Gram route then errs by 5e-7 of ‖ΔW‖."""

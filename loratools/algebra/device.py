@@ -5,6 +5,7 @@ The CPU engine never imports torch: importing it takes longer than squeezing a 7
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,6 @@ from loratools.work.declared import option
 from loratools.work.parallel import Workers
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import MissingDependencyError, OptionError
-from loratools_formats.disk.records import dataclass
 
 DeviceName = Literal["cpu", "cuda", "mps"]
 

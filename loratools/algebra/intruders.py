@@ -15,13 +15,13 @@ polynomials, which a few steps of Lanczos from u give. What neither settles is u
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from loratools.algebra.thin import Thin
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 Verdict = Literal["intruder", "not", "undetermined"]
 

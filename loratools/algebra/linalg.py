@@ -17,11 +17,10 @@ factors is textbook.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from loratools_formats.disk.records import dataclass
 
 Array = Any
 

@@ -18,6 +18,7 @@ Both random means follow from E x⁴ = 3/(m(m+2)) and E x²y² = 1/(m(m+2)) on t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,7 +26,6 @@ from loratools.algebra.ranks import gavish_donoho
 from loratools.algebra.thin import Thin
 from loratools.work.json_object import named
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)

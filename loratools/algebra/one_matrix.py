@@ -8,6 +8,7 @@ cancel are taken apart in more bits than float64 has.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -15,7 +16,6 @@ import numpy as np
 from loratools.algebra import cancelling, linalg
 from loratools.algebra.device import Device, to_numpy
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

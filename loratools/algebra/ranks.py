@@ -15,7 +15,7 @@ Stacked experts share one rank: the largest that any of them needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from loratools.work.regexes import check_regex, is_found
 from loratools.work.spellings import share, share_or_nbytes
 from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

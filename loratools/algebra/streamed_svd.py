@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,6 @@ from loratools.algebra.one_matrix import RandomisedSvd, padded, signed
 from loratools.work.scratch import AnonymousFile
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 _DENSE_SIDE = 512
 _DENSE_ELEMENTS = 1 << 23  # 64 MiB in float64

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from loratools.algebra.thin import Thin
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 _DENSITY = 0.2
 """Share of entries that TIES keeps, as in arXiv 2306.01708."""

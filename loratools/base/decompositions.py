@@ -8,6 +8,7 @@ import os
 import tempfile
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,6 @@ from loratools.work.declared import option
 from loratools.work.typed import check_options
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError, OutputError
-from loratools_formats.disk.records import dataclass
 
 _EXACT_SIDE = 1024
 

@@ -9,7 +9,7 @@ are.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.base.codecs import CODECS, CodedWeight, Stored, coded_weights, methods
@@ -32,7 +32,6 @@ from loratools_formats.checkpoints.quantization import (
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("I8", "U8", "I32", "U32")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any
 
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -24,7 +25,6 @@ from loratools_formats.checkpoints.facts import (
 )
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 _WEIGHT = ".weight"
 _QUANTIZABLE = ("F32", "F16", "BF16")

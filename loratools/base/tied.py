@@ -6,6 +6,7 @@ decide where it leaves a question open. Commands ask `find_tie` and nothing else
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools_formats.checkpoints.facts import (
@@ -18,7 +19,6 @@ from loratools_formats.checkpoints.facts import (
 )
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 if TYPE_CHECKING:
     from loratools.base.placement.names import Names

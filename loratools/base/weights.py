@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from loratools_formats.core.adapter import Adapter, KindDelta, Layer, LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

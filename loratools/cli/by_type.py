@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from loratools.algebra.outliers import family_of
 from loratools.cli.output import number, print_table, say
-from loratools_formats.disk.records import dataclass
 
 FEW = 16
 """As many modules are listed each."""

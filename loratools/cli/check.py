@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,6 @@ from loratools.work.declared import option
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools_formats.disk.errors import OptionError, OutputExistsError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

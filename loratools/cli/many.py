@@ -10,7 +10,7 @@ import glob
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from loratools.work.declared import option
 from loratools.work.requests import Reporting, Writing
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, OptionError
-from loratools_formats.disk.records import dataclass
 
 _MOST_FOLDERS = 100_000
 _HALVES = ("adapter_config.json", "adapter_model.safetensors")

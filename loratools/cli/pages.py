@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.cli.output import note
@@ -13,7 +14,6 @@ from loratools.work.requests import Reporting
 from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.publish import publish_file
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

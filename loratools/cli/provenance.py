@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,6 @@ from loratools.operations.provenance import ChainInput, ChainStep
 from loratools.work.declared import option
 from loratools.work.requests import Reporting
 from loratools_formats.disk.errors import printable
-from loratools_formats.disk.records import dataclass
 
 _SHOWN = 12
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -36,7 +36,6 @@ from loratools_formats.disk.errors import (
     ResultError,
     UnsupportedError,
 )
-from loratools_formats.disk.records import dataclass
 
 Sources = Annotated[
     str | os.PathLike[str] | Adapter | Sequence[str | os.PathLike[str] | Adapter],

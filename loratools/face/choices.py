@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from loratools.algebra.budget import RankChoice
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from loratools.face.declare import Progress, public
@@ -21,7 +22,6 @@ from loratools.work.selection import Selection
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.hub_cache import cached_place, shown_path
-from loratools_formats.disk.records import dataclass
 
 Shelf = Annotated[
     Mapping[str, str | os.PathLike[str] | Adapter] | Sequence[str | os.PathLike[str] | Adapter],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +28,6 @@ from loratools_formats.contract.format import Context, Loss
 from loratools_formats.contract.registry import format_for_output, get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LossyError, OptionError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -31,7 +31,6 @@ from loratools.work.declared import Option, build, declared
 from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
 from loratools_formats.disk.parents import parents_made
-from loratools_formats.disk.records import dataclass
 
 R = TypeVar("R")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +15,6 @@ from loratools.operations import dequantize as working
 from loratools.work.call import kept
 from loratools.work.json_object import hidden
 from loratools.work.requests import Writing
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

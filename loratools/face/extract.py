@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +28,6 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.provenance import with_record
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

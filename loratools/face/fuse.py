@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +36,6 @@ from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 _AnyFusion = Fusion | GgufFusion | PipelineFusion
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.face.declare import public
@@ -10,7 +11,6 @@ from loratools.face.source import READING, Described, Place, opened
 from loratools.operations.info import AdapterInfo, describe
 from loratools.work.requests import Reading
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.face.source import CopiedModel, model
 from loratools.operations.info_base import BaseInfo, describe_base
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

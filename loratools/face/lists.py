@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from loratools.face.result import Result
 from loratools.work.json_object import named
 from loratools_formats.contract.registry import registered_formats
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

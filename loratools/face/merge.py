@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -51,7 +51,6 @@ from loratools_formats.contract.registry import get_format
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnknownFormatError
 from loratools_formats.disk.publish import publish_file
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

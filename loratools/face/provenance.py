@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,7 +11,6 @@ from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.operations import provenance as operation
 from loratools.operations.provenance import ChainStep
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -7,7 +7,7 @@ import difflib
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -33,7 +33,6 @@ from loratools_formats.disk.errors import (
 )
 from loratools_formats.disk.files import read_small_file
 from loratools_formats.disk.provenance import PROVENANCE_FILE
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_json import read_object
 
 _MOST_CARD_BYTES = 1 << 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from loratools.base.decompositions import IntruderOptions
@@ -23,7 +23,6 @@ from loratools.operations.repair import operation
 from loratools.operations.repair.result import RepairOptions, RepairReport
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Selection
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,7 +16,6 @@ from loratools_formats.contract.registry import get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import InexactError, OptionError
-from loratools_formats.disk.records import dataclass
 
 if TYPE_CHECKING:
     from loratools.page.parts import Section

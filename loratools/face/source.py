@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,6 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 from loratools_formats.disk.hub_cache import cached_place, shown_name
-from loratools_formats.disk.records import dataclass
 
 Place = Annotated[str | os.PathLike[str], Wanted("adapter")]
 """The path of an adapter, or a reference to one on the Hub."""

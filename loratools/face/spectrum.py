@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from loratools.base.decompositions import IntruderOptions
@@ -20,7 +20,6 @@ from loratools.work.parallel import Workers
 from loratools.work.requests import Reading
 from loratools.work.selection import Selection
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

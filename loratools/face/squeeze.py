@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.algebra.ranks import RankRule
@@ -16,7 +17,6 @@ from loratools.operations.squeeze import ModuleReport
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping, Selection
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.base.named_base import about_base
@@ -21,7 +22,6 @@ from loratools.operations import to_dora as operation
 from loratools.operations.to_dora import ToDoraModuleReport
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Writing
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

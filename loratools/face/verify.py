@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.face.declare import Progress, public
@@ -13,7 +14,6 @@ from loratools.operations import verify as operation
 from loratools.operations.verify import TensorVerdict, Verdict
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

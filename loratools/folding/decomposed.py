@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,7 +12,6 @@ from loratools.algebra.one_matrix import Decomposed, Matrix, RandomisedSvd, padd
 from loratools.algebra.streamed_svd import RowSource, StreamedMatrix, row_spans, streamed_svd
 from loratools.kinds.declaration import Columns, DeltaForm, Kronecker, Product, Rows
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 _NEGLIGIBLE = 1e-14
 

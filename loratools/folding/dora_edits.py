@@ -8,7 +8,7 @@ the norm of the weight itself. Source of the decomposition: arXiv 2402.09353.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import Resizer, rounded
 from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

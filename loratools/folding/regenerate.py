@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,6 @@ from loratools_formats.disk.errors import (
     OptionError,
     UnsupportedError,
 )
-from loratools_formats.disk.records import dataclass
 
 _WEIGHT = ".weight"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from loratools.lowrank.resize import ComputeOptions
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
-from loratools_formats.disk.records import dataclass
 
 _SAFE_SCALE = 1e60
 """Up to which squares of products of float32 numbers stay below float64's largest."""

@@ -7,6 +7,7 @@ rank take no time, while all of its factors are as large as the weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed
@@ -18,7 +19,6 @@ from loratools.kinds.declaration import DeltaForm, Kronecker
 from loratools.lowrank.matrices import matrices
 from loratools.lowrank.planned import PlannedFactors
 from loratools_formats.core.adapter import KindDelta, ModuleChange
-from loratools_formats.disk.records import dataclass
 
 
 def is_apart(delta: ModuleChange) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,7 +33,6 @@ from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleCh
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 _OVERSAMPLE = 16
 _MOST_TRIPLETS = 256

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from loratools.hub.front_matter import Value, changed, values_of
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 BEGIN, END = b"<!-- loratools:begin", b"<!-- loratools:end -->"
 _SECTION = re.compile(rb"<!-- loratools:begin (\{.*?\}) -->(.*?)<!-- loratools:end -->", re.DOTALL)

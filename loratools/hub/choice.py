@@ -8,13 +8,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from loratools.hub.listing import Listing
 from loratools.hub.references import Beside, Reference, Want
 from loratools_formats.checkpoints.checkpoint import WEIGHT_SUFFIXES
 from loratools_formats.core.attachments import ATTACHMENTS
 from loratools_formats.disk.errors import HubError, LoratoolsError, MissingFileError
-from loratools_formats.disk.records import dataclass
 
 CONFIG = "adapter_config.json"
 CARD = "README.md"

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.hub.card import CardFacts, table
 from loratools.hub.front_matter import Value
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.disk.records import dataclass
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
 _LIBRARIES = {

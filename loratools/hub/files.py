@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, read_checkpoint
@@ -18,7 +19,6 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.attachments import ATTACHMENTS
 from loratools_formats.disk.files import inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE
-from loratools_formats.disk.records import dataclass
 
 CARD = "README.md"
 PICTURE = "spectrum.png"

@@ -7,11 +7,11 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.hub import client
 from loratools.hub.references import Reference
-from loratools_formats.disk.records import dataclass
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 Kind = Literal["model", "dataset", "space", "kernel", "bucket"]
 REVISION_HELP = "Branch, tag or commit of the input, if it is a reference to the Hub without one."

@@ -12,13 +12,13 @@ import functools
 import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from loratools.hub import client
 from loratools.hub.references import Reference
 from loratools_formats.disk.errors import HubError, LoratoolsError, MissingFileError, OptionError
-from loratools_formats.disk.records import dataclass
 
 Content = bytes | Path
 Change = Literal["new", "changed", "same"]

@@ -11,6 +11,7 @@ flattened to (out, in·kernel), embeddings have the vocabulary as `in`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -19,7 +20,6 @@ from loratools_formats.core.adapter import KindDelta, ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 Needs = Literal["nothing", "shape", "weight"]
 

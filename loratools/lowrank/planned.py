@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratools_formats.core.adapter import Layer, LowRank
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef, unmade
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

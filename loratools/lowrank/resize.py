@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,6 @@ from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import DTYPES, Array, DType, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError
-from loratools_formats.disk.records import dataclass
 
 OutputDtype = Literal["f32", "f16", "bf16"]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from loratools.naming.tables import flattened
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.single_file_keys import Key
-from loratools_formats.disk.records import dataclass
 
 DENOISER = "denoiser"
 

@@ -13,6 +13,7 @@ import functools
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 
 from loratools.naming.places import (
@@ -29,7 +30,6 @@ from loratools.naming.places import (
 from loratools.naming.tables import Place, Shape, Table, bundled_tables
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, OptionError
-from loratools_formats.disk.records import dataclass
 
 _STATED = ("modelspec.architecture", "ss_base_model_version")
 _SD2 = "sd_v2"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

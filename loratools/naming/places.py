@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from loratools.naming.tables import Place, Scheme, Shape, Table, TextEncoder, filled, flattened
 from loratools_formats.core.single_file_keys import COMPONENTS, Key, Naming, parse
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ name that no step resolves is an error: none is ever guessed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from loratools.naming.choice import (
@@ -39,7 +39,6 @@ from loratools_formats.disk.errors import (
     OptionError,
     UnsupportedError,
 )
-from loratools_formats.disk.records import dataclass
 
 _DENOISERS = {"transformer.", "unet."}
 _FLAT_OF = {

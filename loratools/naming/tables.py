@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,6 @@ from typing import Any, Literal
 from loratools.naming.form import check_form
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.files import read_small_file
-from loratools_formats.disk.records import dataclass
 
 Scheme = Literal["original", "diffusers"]
 Shape = tuple[int | None, int | None]

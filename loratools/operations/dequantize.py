@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -45,7 +46,6 @@ from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sin
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 DTypeName = Literal["bf16", "f16", "f32"]
 

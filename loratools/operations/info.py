@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.operations.training_facts import components, training_facts
 from loratools_formats.core.adapter import Adapter, Dialect, ModuleChange
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

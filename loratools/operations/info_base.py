@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.base.codecs import CodedWeight
@@ -17,7 +18,6 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.quantization import format_found, stated_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

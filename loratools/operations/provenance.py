@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ from loratools.work.history import about, from_metadata, tells_how, unfolded
 from loratools_formats.containers.safetensors_read import read_safetensors
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, MissingFileError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, load_statement, sha256_of
-from loratools_formats.disk.records import dataclass
 
 Predicate = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,6 @@ from loratools_formats.core.dtypes import DType
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 _PIECE = 1 << 20  # elements read at a time
 

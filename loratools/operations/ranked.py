@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -29,7 +29,6 @@ from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.disk.errors import LoratoolsError, OptionError, UnsupportedError
 from loratools_formats.disk.provenance import with_record
-from loratools_formats.disk.records import dataclass
 
 Record = Mapping[str, Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 from loratools_formats.containers.safetensors_read import read_safetensors
 from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, sha256_of
-from loratools_formats.disk.records import dataclass
 
 NAMES_PATHS = frozenset({"recipe.yaml"})
 """Files whose content depends on where they lie."""

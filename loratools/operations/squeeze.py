@@ -11,7 +11,7 @@ its magnitudes are kept, and the norm is taken again when the adapter is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

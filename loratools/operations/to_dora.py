@@ -7,7 +7,7 @@ float32. The factors keep every bit. The base weight is read a block of rows at 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,6 @@ from loratools_formats.disk.errors import (
     UnsupportedError,
 )
 from loratools_formats.disk.provenance import with_record
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

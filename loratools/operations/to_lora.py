@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,6 @@ from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.dtypes import Array, DType, round_into
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.records import dataclass
 
 Verdict = Literal["exact", "within rounding", "not contained", "not checked"]
 

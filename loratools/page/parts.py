@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from loratools_formats.disk.records import dataclass
+from dataclasses import dataclass
 
 Cell = str | float | int | None
 Matrix = Sequence[Sequence[float | None]]

@@ -17,6 +17,7 @@ relative to the recipe's folder. Every error names its line and key.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from loratools.pipeline.variables import filled, variables_of
 from loratools_formats.disk import strict_yaml
 from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
-from loratools_formats.disk.records import dataclass
 
 MOST_BYTES = 256 << 10
 

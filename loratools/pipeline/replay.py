@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,6 @@ from loratools.work.environment import differences, environment
 from loratools.work.history import tells_how, unfolded
 from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import AdapterError, MissingFileError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +29,6 @@ from loratools.work.parallel import Workers
 from loratools.work.spellings import key_value
 from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import LoratoolsError, OptionError, OutputExistsError
-from loratools_formats.disk.records import dataclass
 
 State = Literal["made", "up to date", "passed", "failed", "planned", "not chosen", "not reached"]
 

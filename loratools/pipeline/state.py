@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from loratools_formats.disk.errors import AdapterError, LoratoolsError, MissingF
 from loratools_formats.disk.hub_cache import cached_place
 from loratools_formats.disk.provenance import PROVENANCE_FILE, sha256_of
 from loratools_formats.disk.publish import publish_file
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_json import read_object
 
 STATE_FOLDER = ".loratools-recipe"

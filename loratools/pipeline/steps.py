@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from loratools.work.declared import build
 from loratools.work.typed import option_value
 from loratools_formats.contract.registry import get_format
 from loratools_formats.disk.errors import LoratoolsError, OptionError
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_yaml import Place
 
 _FILES = (".safetensors", ".gguf")

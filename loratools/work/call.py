@@ -12,12 +12,12 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loratools.work.declared import declared
 from loratools.work.requests import Reporting, Writing
-from loratools_formats.disk.records import dataclass
 
 Result = TypeVar("Result")
 

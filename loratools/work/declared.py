@@ -14,10 +14,10 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 HEADINGS = ("Input", "Method", "Selection", "Rank", "Computing", "Output", "Report")
 """Groups of options, in the order in which help shows them."""

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,6 @@ from threadpoolctl import threadpool_limits
 from loratools.work.declared import option
 from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 MOST_WORKERS = 64
 

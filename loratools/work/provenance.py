@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.hub_cache import cached_place
 from loratools_formats.disk.provenance import OPERATION_KEY, sha256_of
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.work.declared import option
 from loratools.work.spellings import nbytes
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratools.work.declared import option
 from loratools.work.regexes import check_regex, is_found
 from loratools.work.typed import check_options
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

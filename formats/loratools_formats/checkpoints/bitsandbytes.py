@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_json import parsed_object
 
 QuantType = Literal["nf4", "fp4"]

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_distant, is_there
 from loratools_formats.disk.errors import AdapterError, MissingFileError
 from loratools_formats.disk.files import inside
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_json import read_object
 
 _STEMS = ("model", "diffusion_pytorch_model")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from loratools_formats.disk.provenance import (
     with_record,
 )
 from loratools_formats.disk.publish import publish_folder, publish_with, resolved
-from loratools_formats.disk.records import dataclass
 
 _WEIGHT_INDEX_SUFFIX = ".index.json"
 

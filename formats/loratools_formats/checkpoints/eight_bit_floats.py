@@ -18,13 +18,13 @@ DeepSeek-V4 (`scale`), Mistral Large (`qscale_weight`), fbgemm_fp8, compressed-t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools_formats.checkpoints.quantization import quantization_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_json import parsed_object
 
 FP8_TYPES = ("F8_E4M3", "F8_E5M2")

@@ -7,7 +7,7 @@ the tensors have the names, types and shapes of the source's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from loratools_formats.containers.safetensors_read import SafetensorsFile, header_of
@@ -15,7 +15,6 @@ from loratools_formats.containers.safetensors_write import check_names, header_b
 from loratools_formats.core.dtypes import DType
 from loratools_formats.core.tensors import Buffer, TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 
 class Sink(Protocol):

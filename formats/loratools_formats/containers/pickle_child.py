@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 
 from loratools_formats.containers.confined import confine
 from loratools_formats.containers.torch_states import tensors_in
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

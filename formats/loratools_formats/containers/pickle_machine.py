@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 MOST_STEPS = 16_000_000
 _LONGEST_STRING = 1 << 16

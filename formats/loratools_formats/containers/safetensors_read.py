@@ -13,6 +13,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from loratools_formats.core.tensors import TensorRef, in_file
 from loratools_formats.disk.distant import open_file
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile, refuse_lfs_pointer
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_json import parsed_object
 
 LENGTH_BYTES = 8

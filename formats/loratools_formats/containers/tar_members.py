@@ -11,9 +11,10 @@ Format”.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile
-from loratools_formats.disk.records import dataclass
 
 _BLOCK = 512
 _MOST_HEADERS = 30_000

@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from loratools_formats.containers.pickle_machine import Global, Machine, malformed
 from loratools_formats.containers.zip_members import Bytes, Member, data_offset, zip_members
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 ARCHIVE_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 _LARGEST_PICKLE = 64 << 20

@@ -11,10 +11,10 @@ Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (dire
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Protocol
 
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 MOST_MEMBERS = 500_000
 LARGEST_DIRECTORY = 64 << 20

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 if TYPE_CHECKING:
     from loratools_formats.core.single_file_keys import Naming

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from loratools_formats.contract.entry_points import EntryPoint, entry_points
-from loratools_formats.disk.records import dataclass
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ number in front of both: `a: (E, r, in)`, `b: (E, out, r)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from loratools_formats.core.summary import adapter_line, adapter_table, change_l
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import RegularFile
-from loratools_formats.disk.records import dataclass
 
 Axis = Literal["output", "input"]
 """What each magnitude of a DoRA belongs to."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.disk.errors import MissingDependencyError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

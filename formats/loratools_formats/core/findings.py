@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
-
-from loratools_formats.disk.records import dataclass
 
 Severity = Literal["error", "warning", "note"]
 """`error`: the adapter's tensors do not determine its ΔW, so operations on ΔW refuse it. `warning`:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, get_args
-
-from loratools_formats.disk.records import dataclass
 
 Role = Literal[
     "a", "b", "mid", "alpha", "bias", "magnitude", "embedding_a", "embedding_b",

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loratools_formats.core import dtypes
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.disk.files import RegularFile
-from loratools_formats.disk.records import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike

@@ -13,10 +13,10 @@ import hashlib
 import os
 import stat
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools_formats.disk.errors import AdapterError, MissingFileError
-from loratools_formats.disk.records import dataclass
 
 _HASH_CHUNK_BYTES = 1 << 20
 _COPY_CHUNK_BYTES = 1 << 20

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-
-from loratools_formats.disk.records import dataclass
 
 _PLACE = re.compile(
     r"(?:^|.*/)(model|bucket)s--([^/]+)/snapshots/([0-9a-f]{40}|[0-9a-f]{64})(?:/(.*))?"

@@ -15,10 +15,10 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools_formats.disk.errors import LoratoolsError, OutputError, OutputExistsError
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.renames import exchange, rename_new
 from loratools_formats.disk.temporaries import temporary_beside
 

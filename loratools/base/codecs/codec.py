@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,6 @@ import numpy as np
 from loratools_formats.core.dtypes import Array, DType, converted, encode
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 CHUNK = 1 << 19  # elements asked for at a time
 _PIECE = 1 << 17  # elements computed at a time, which stay in a core's cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,6 @@ from loratools.base.fourbit.tables import (
 from loratools.work.declared import option
 from loratools_formats.checkpoints.bitsandbytes import BLOCKSIZES, QuantType
 from loratools_formats.disk.errors import AdapterError, OptionError
-from loratools_formats.disk.records import dataclass
 
 # Elements at a time: the buffers fit the processor's cache, and two threads seldom wait for each
 # other; half as many and twice as many were both measured slower.

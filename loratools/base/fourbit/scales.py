@@ -8,12 +8,13 @@ first: torch's depends on its number of threads, so here it is taken in float64.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import DTypeLike
 
 from loratools.base.fourbit.tables import BINS, F32, U8, dynamic_bins, dynamic_map
 from loratools_formats.checkpoints.bitsandbytes import NESTED_BLOCKSIZE
-from loratools_formats.disk.records import dataclass
 
 SMALLEST = np.float32(1e-38)
 

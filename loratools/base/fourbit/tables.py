@@ -10,13 +10,13 @@ value that rounding puts into the neighbouring cell gets the same level.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loratools_formats.checkpoints.bitsandbytes import QuantType
-from loratools_formats.disk.records import dataclass
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools_formats.core.adapter import ModuleChange, Replacement
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.records import dataclass
 
 Span = tuple[int, int]
 

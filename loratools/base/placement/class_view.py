@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -18,7 +18,6 @@ from loratools.base.placement.model_class import Named, Rule, class_of, names_in
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import text_values
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

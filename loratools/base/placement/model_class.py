@@ -13,13 +13,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
 from loratools_formats.core.wrapped_names import unwrapped
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Bytes move; values change only where scales differ by no power of two, and are f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from loratools_formats.core.adapter import Layer, LowRank
 from loratools_formats.core.dtypes import DTYPES, Array, DType, common_dtype, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
 from loratools.base.placement import rules
 from loratools.base.placement.changes import Span
@@ -16,7 +16,6 @@ from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 _RESIZABLE = INPUT_EMBEDDINGS | rules.TASK_HEADS | frozenset(HEADS.values())
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from loratools.base.placement import rules
 from loratools.base.placement.fused import HALVES, STACKED_GLU, FusedPart, fusions
 from loratools.base.placement.names import Names
-from loratools_formats.disk.records import dataclass
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>[a-z0-9_]+)")
 _NUMBERED = re.compile(r"\bexperts\.(\d{1,6})\.")

@@ -9,7 +9,7 @@ whose copies belong to their own layer; a resized vocabulary takes its partner a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
@@ -20,7 +20,6 @@ from loratools_formats.core.adapter import Adapter, LowRank, Replacement
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import have_same_bits
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

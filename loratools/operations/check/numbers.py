@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from loratools.operations.check.subject import Subject
 from loratools_formats.core.adapter import Adapter, LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.records import dataclass
 
 _LARGEST_F16 = 65504.0
 _STANDS_OUT = 8.0  # robust standard deviations; 3.5 flags two of three clean adapters

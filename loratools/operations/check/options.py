@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,6 @@ from loratools.operations.check.rules import rules_named
 from loratools.operations.check.targets import Target, target_named
 from loratools.work.declared import option
 from loratools.work.typed import check_options
-from loratools_formats.disk.records import dataclass
 
 FailOn = Literal["error", "warning", "note", "never"]
 

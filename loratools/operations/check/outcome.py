@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratools.base.placement.names import Names
@@ -21,7 +21,6 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding, Severity
 from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import LoratoolsError
-from loratools_formats.disk.records import dataclass
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _WORTH: tuple[Group, ...] = (

@@ -5,11 +5,11 @@ A remedy is declared here and run by the face, which has the functions of the co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.disk.records import dataclass
 
 Kind = Literal["plain", "rank", "uniform", "tidy", "drop-dead", "rebalance", "format", "rewrite"]
 

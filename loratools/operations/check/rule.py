@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from loratools_formats.core.findings import Severity
-from loratools_formats.disk.records import dataclass
 
 if TYPE_CHECKING:
     from loratools.operations.check.remedy import Remedy

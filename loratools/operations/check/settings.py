@@ -6,13 +6,13 @@ The adapter's own folder is never asked: a stranger's file would decide what is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratools_formats.disk import strict_toml
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.files import read_small_file
-from loratools_formats.disk.records import dataclass
 
 _MAX_BYTES = 1 << 20
 _LISTS = ("select", "ignore", "target")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.files import inside, read_small_file
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_json import read_object
 from loratools_formats.disk.strict_yaml import StrictYamlError
 from loratools_formats.disk.strict_yaml import loads as load_yaml

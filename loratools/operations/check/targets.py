@@ -6,12 +6,12 @@ import difflib
 import functools
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
 from loratools.work.typed import converted, hints
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 Support = Literal["yes", "refused", "ignored", "unknown"]
 """What a program does with a part of an adapter: uses it, stops with an error, drops it without

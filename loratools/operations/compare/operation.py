@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,7 +29,6 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError
-from loratools_formats.disk.records import dataclass
 
 _FAMILY = 0.5
 _DUPLICATE = 0.99

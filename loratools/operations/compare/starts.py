@@ -8,11 +8,11 @@ still lies in the space of the adapter that it was made from.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 _WIDE = 0.5
 """Spaces that share more than this at random tell nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,6 @@ from loratools_formats.core.findings import Finding
 from loratools_formats.core.metadata import without_training_data
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 from loratools_formats.disk.provenance import with_record
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

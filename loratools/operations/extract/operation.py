@@ -11,7 +11,7 @@ Modules are named as the base's class names them in memory, which is where PEFT 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,6 @@ from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import replaced_name
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

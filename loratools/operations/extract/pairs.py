@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +34,6 @@ from loratools_formats.core.orientation import named_conv1d
 from loratools_formats.core.peft_facts import targets
 from loratools_formats.core.tensors import Buffer, TensorRef, equal_values, in_file
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 _LINEAR = Layer("linear")
 _STACKED = ("gate_up_proj", "down_proj")

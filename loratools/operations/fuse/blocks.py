@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from loratools.work.buffers import Buffers
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 _BLOCK_ELEMENTS = 1 << 19
 _MIN_SINGLE_ELEMENTS = 1 << 18

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.records import dataclass
 
 _HEADS = re.compile(r"(?:score|classifier|classification_head)(?:\.out_proj)?\.weight")
 _ANY_HEAD = re.compile(

@@ -5,14 +5,13 @@ Two adapters may replace the same values only by equal ones; nothing depends on 
 
 from __future__ import annotations
 
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
 from loratools.operations.fuse.blocks import Patch
 from loratools.operations.fuse.terms import WeightedChange
 from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.tensors import TensorRef, have_same_bits
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 _MERGE_FIRST = "Merge them first: loratools merge ADAPTER ADAPTER --replacements first -o merged"
 

@@ -12,6 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -50,7 +51,6 @@ from loratools_formats.disk.provenance import (
     statement_of_one,
 )
 from loratools_formats.disk.publish import publish_with, resolved
-from loratools_formats.disk.records import dataclass
 
 Outtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Fallback = Literal["f16", "q8_0"]

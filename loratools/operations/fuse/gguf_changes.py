@@ -9,7 +9,7 @@ takes its rows of the result.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,7 +29,6 @@ from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 
 def gguf_changes(item: FuseInput, base: GgufModel) -> list[tuple[str, WeightedChange]]:

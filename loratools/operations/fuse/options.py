@@ -5,6 +5,7 @@ What they do to a checkpoint is in `operation`, to a GGUF model in `gguf`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from loratools.algebra.device import Computing
@@ -12,7 +13,6 @@ from loratools.work.declared import option
 from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 BaseMode = Literal["dequant", "original"]
 _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}

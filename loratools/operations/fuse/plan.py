@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,6 @@ from loratools_formats.core.dtypes import DTYPES, Array, DType
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 ADDABLE = (*FLOATING, *FP8_TYPES)

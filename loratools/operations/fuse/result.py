@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools.operations.fuse.loss import lost_to_rounding, surviving
 from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.tensor import TensorReport
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

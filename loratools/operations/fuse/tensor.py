@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.terms import RowsTerm, Term, View, load_terms, stacked
 from loratools_formats.core.dtypes import Array, round_into
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
-from loratools_formats.disk.records import dataclass
 
 _CHECKED_ELEMENTS = 1 << 20
 _LEAST_SQUARES = 1e-25

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from loratools.operations.fuse.streamed import StreamedPlacement
 from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import Array, converted
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

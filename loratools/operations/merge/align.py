@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import (
@@ -18,7 +18,6 @@ from loratools_formats.core.adapter import (
 )
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from loratools_formats.contract.plugins import Plugin, load_group
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 GROUP = "loratools.methods"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,6 @@ from loratools.operations.merge.tasks import (
 from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 Space = Literal["full", "core"]
 

@@ -7,7 +7,7 @@ truncation or rounding. Modules are independent, so memory is bounded by the lar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,6 @@ from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.metadata import merged_from
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 _OVERSAMPLE = 10
 

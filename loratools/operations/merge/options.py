@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loratools.algebra.ranks import RankRule, as_options
@@ -15,7 +15,6 @@ from loratools.work.regexes import check_regex
 from loratools.work.selection import Dropping
 from loratools.work.spellings import key_value, share
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import math
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -42,7 +42,6 @@ from loratools_formats.disk.errors import AdapterError, OptionError
 from loratools_formats.disk.files import read_small_file
 from loratools_formats.disk.hub_cache import cached_place
 from loratools_formats.disk.provenance import MADE_HERE
-from loratools_formats.disk.records import dataclass
 
 RECIPE_FILE = "recipe.yaml"
 _VERSION = 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ form U√S, √SVᵀ: so they depend on the deltas only, not on how each file sp
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from loratools.algebra import linalg
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 _RELATIVE_FLOOR = 1e-10
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.records import dataclass
 
 Score = Callable[[int, int], Array]
 RowReader = Callable[[int, int], Array]

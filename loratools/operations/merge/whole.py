@@ -8,7 +8,7 @@ low-rank changes, so that a method which is no weighted sum takes them only on r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange
 from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 Coefficients = Callable[[str, Array], Array]
 

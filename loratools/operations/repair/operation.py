@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,6 @@ from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, encode
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 from loratools_formats.disk.provenance import with_record
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.base.decompositions import IntruderOptions
@@ -9,7 +10,6 @@ from loratools.work.declared import option
 from loratools.work.typed import check_options
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.work.declared import option
 from loratools.work.spellings import key_value
 from loratools.work.typed import check_options
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratools.algebra.budget import RankChoice
 from loratools.algebra.measures import SpectrumMeasures
 from loratools.work.json_object import named, spread
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

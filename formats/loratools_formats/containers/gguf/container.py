@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from loratools_formats.containers.gguf.ggml_types import TYPES, GgmlType
 from loratools_formats.core.tensors import Buffer
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile, refuse_lfs_pointer
-from loratools_formats.disk.records import dataclass
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32

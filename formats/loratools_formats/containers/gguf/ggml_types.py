@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools_formats.core import dtypes
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer
 from loratools_formats.disk.errors import MissingDependencyError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 
 if TYPE_CHECKING:
     from loratools_formats.core.dtypes import Array

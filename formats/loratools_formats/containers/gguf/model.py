@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools_formats.containers.gguf.container import MAGIC, GgufTensor, read_gguf
 from loratools_formats.containers.gguf.ggml_types import GgmlType, decode
@@ -19,7 +20,6 @@ from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import OutputError
 from loratools_formats.disk.files import write_at
-from loratools_formats.disk.records import dataclass
 
 _START_BYTES = 24
 

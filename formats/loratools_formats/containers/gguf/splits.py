@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratools_formats.containers.gguf.container import GgufFile, GgufTensor, read_gguf
 from loratools_formats.disk.errors import AdapterError, MissingFileError
-from loratools_formats.disk.records import dataclass
 
 NUMBER, COUNT, TENSORS = SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
 from typing import Any, NamedTuple
 
 from loratools_formats.containers.gguf.ggml_types import package
-from loratools_formats.disk.records import dataclass
 from loratools_formats.formats.gguf.layouts import (
     LAYOUTS,
     Rows,

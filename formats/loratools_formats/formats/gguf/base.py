@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
 from loratools_formats.disk.errors import AdapterError, MissingFileError, UnsupportedError
 from loratools_formats.disk.files import RegularFile, inside
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.gguf.architectures import (
     ARCHITECTURES,

@@ -7,9 +7,9 @@ Source: the model classes of convert_hf_to_gguf.py, llama.cpp b10605.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 Rows = list[int]
 """For each row of a GGUF tensor, the row of the model's weight that goes there."""

@@ -7,14 +7,13 @@ its class begins the paths of its modules.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import INVOCATION_TOKENS
 from loratools_formats.core.tensors import have_same_bits, in_memory, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module
 from loratools_formats.formats.gguf.base import read_base
 from loratools_formats.formats.gguf.from_model import WRAPPER, in_order, plain_factors, with_base

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 from loratools_formats.formats.gguf.read import ALPHA, ARCHITECTURE, QUANTISATION, STRUCTURAL_KEYS
 
 _MAX_ALPHA = 2.0**127

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from loratools_formats.disk.errors import (
 )
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE
-from loratools_formats.disk.records import dataclass
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.beside import attachments
 from loratools_formats.formats.peft.config import (

@@ -7,10 +7,10 @@ it, so that a user knows what a file is and what it was recognised by.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from loratools_formats.core.adapter import Dialect
 from loratools_formats.core.single_file_keys import Key
-from loratools_formats.disk.records import dataclass
 
 
 @dataclass(frozen=True)

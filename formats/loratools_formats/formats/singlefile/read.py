@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratools_formats.containers.safetensors_read import read_safetensors
@@ -24,7 +24,6 @@ from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.single_file_keys import IA3_MARK, Key, Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
-from loratools_formats.disk.records import dataclass
 from loratools_formats.formats.singlefile.deltas import Parts, delta_of
 from loratools_formats.formats.singlefile.dialects import dialects
 from loratools_formats.formats.singlefile.scale import (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 from loratools_formats.disk.strict_json import parsed_object
 from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.patterns import PatternsOf

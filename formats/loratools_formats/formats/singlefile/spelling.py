@@ -7,7 +7,7 @@ them so may need a list of names or a table, which is the business of `loratools
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from loratools_formats.core.adapter import (
 from loratools_formats.core.single_file_keys import Naming, Role, parse
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk.errors import UnsupportedError
-from loratools_formats.disk.records import dataclass
 from loratools_formats.formats.singlefile.dialects import BFL_CONTROL
 from loratools_formats.formats.singlefile.scale import (
     METADATA_KEY,

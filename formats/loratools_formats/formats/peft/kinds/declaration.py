@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.config_values import Values
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.records import dataclass
 
 Parts = Mapping[str, TensorRef]
 Shape = tuple[int | None, int | None]
