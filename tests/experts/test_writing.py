@@ -236,3 +236,66 @@ def test_a_mispacked_file_is_written_right_and_told(tmp_path):
         assert new.keys() == wanted.keys()
         assert all(np.array_equal(new[key], wanted[key]) for key in wanted), layout
         assert result.findings
+
+
+def stacks_of(adapter, names):
+    """Return ΔW by (projection, expert) of an adapter of MLX or GGUF, and check its modules."""
+    found = {}
+    for path, change in adapter.modules.items():
+        name = next(name for name, part in names.items() if part in path)
+        part = change.require_factors()
+        delta = part.scale * part.b.load(np.float64) @ part.a.load(np.float64)
+        found |= {(name, e): one for e, one in enumerate(delta)}
+    return found
+
+
+@pytest.mark.parametrize("layout", [*sorted(LAYOUTS.keys() - {"one by one, w1 w3 w2"}), "mixed"])
+@pytest.mark.parametrize("stacks", [False, True])
+def test_to_mlx_and_to_gguf(layout, stacks, tmp_path):
+    """Square, so that a wrong side shows in values only."""
+    change = Change(width=8, inner=8, shared_outer=layout == "mixed")
+    make = SHARED["mixed"] if layout == "mixed" else LAYOUTS[layout]
+    folder = save(tmp_path / "a", make(change))
+    model = base(tmp_path / "base", change, stacks=stacks)
+    lt.convert(folder, base=model, for_="mlx", output=tmp_path / "b-mlx")
+    names = {name: f"switch_mlp.{name}_proj" for name in ("gate", "up", "down")}
+    found = stacks_of(read_adapter(tmp_path / "b-mlx"), names)
+    assert largest_error(found, change.deltas()) == 0.0
+    lt.convert(folder, base=model, for_="llamacpp", output=tmp_path / "b.gguf")
+    names = {name: f"ffn_{name}_exps" for name in ("gate", "up", "down")}
+    found = stacks_of(read_adapter(tmp_path / "b.gguf"), names)
+    assert largest_error(found, change.deltas()) == 0.0
+
+
+@pytest.mark.parametrize("target", ["stacked", "each", "3d", "tinker", "gguf"])
+def test_from_mlx(target, tmp_path):
+    change = Change(same_a=False)
+    model = base(tmp_path / "base", change, stacks=True)
+    folder = save(tmp_path / "a", each(change))
+    lt.convert(folder, base=model, to="mlx", output=tmp_path / "b-mlx")
+    asked = {"to": target} if target in ("tinker", "gguf") else {"experts": target}
+    output = tmp_path / ("c.gguf" if target == "gguf" else "c")
+    lt.convert(tmp_path / "b-mlx", base=model, output=output, **asked)
+    adapter = read_adapter(output)
+    if target == "gguf":
+        names = {name: f"ffn_{name}_exps" for name in ("gate", "up", "down")}
+        found = stacks_of(adapter, names)
+    else:
+        found = read_deltas(adapter)
+    assert largest_error(found, change.deltas()) <= 2.0**-51
+
+
+def test_mlx_gets_one_rank_and_one_scale(tmp_path):
+    change = Change()
+    tensors, config = stacked(change)
+    tensors |= pair("base_model.model.model.layers.0.self_attn.q_proj",
+                    np.ones((1, 8), np.float32), np.ones((8, 1), np.float32))  # fmt: skip
+    config |= {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 1},
+               "target_modules": ["q_proj"]}  # fmt: skip
+    model = base(tmp_path / "base", change, stacks=True)
+    lt.convert(save(tmp_path / "a", (tensors, config)), base=model, to="mlx",
+               output=tmp_path / "b-mlx")  # fmt: skip
+    adapter = read_adapter(tmp_path / "b-mlx")
+    assert {c.rank for c in adapter.modules.values()} == {2}
+    part = adapter.modules["model.layers.0.self_attn.q_proj"].require_factors()
+    np.testing.assert_array_equal(part.scale * part.b.load() @ part.a.load(), np.ones((8, 8)))

@@ -72,7 +72,11 @@ def sorted_experts(adapter: Adapter, base: Checkpoint | None) -> Sorted:
     found = Sorted({}, {})
     for path, change in adapter.modules.items():
         single = _SINGLE.fullmatch(path)
-        if change.factors is not None and change.layer.parameters:
+        if (
+            change.factors is not None
+            and change.layer.kind == "experts"
+            and change.layer.parameters
+        ):
             owner = _owner(path)
             leaf = _parameter(adapter, path, change).rpartition(".")[2]
             group = found.groups.setdefault(owner, Group(owner))
@@ -84,6 +88,22 @@ def sorted_experts(adapter: Adapter, base: Checkpoint | None) -> Sorted:
         else:
             found.others[path] = change
     return found
+
+
+def straightened(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """Return an adapter whose stacks all have A on the inputs.
+
+    Raises:
+        UnsupportedError: which side it is on is not told.
+    """
+    if adapter.format != "peft":
+        return adapter
+    stacks = {n: c for n, c in adapter.modules.items() if c.layer.kind == "experts" and c.factors}
+    if base is None or all(change.layer.swapped is False for change in stacks.values()):
+        return adapter
+    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    turned = {path: _straight(adapter, path, change, names) for path, change in stacks.items()}
+    return replace(adapter, modules={**adapter.modules, **turned})
 
 
 def _owner(path: str) -> str:

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from loratools.operations.convert.experts.apart import of_one_rank
 from loratools.operations.convert.experts.choice import wanted_by
+from loratools.operations.convert.experts.each import each
+from loratools.operations.convert.experts.groups import sorted_experts, straightened
 from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release
+from loratools.operations.convert.experts.recent import Recent
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
@@ -24,6 +27,7 @@ _APART = ("each", "3d", "shared-outer", "tinker")
 _SWITCH = re.compile(
     r"(?P<block>.*)\.(?:switch_mlp|experts)\.(?P<leaf>gate_proj|up_proj|down_proj|fc1|fc2)"
 )
+_OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _OF_FC = {"fc1": "up_proj", "fc2": "down_proj"}
 
 
@@ -47,19 +51,21 @@ def in_layout(
         OptionError: a layout is asked for in a format that has none to choose.
         UnsupportedError: the layout cannot hold the experts exactly, or the base must tell more.
     """
-    checkpoint = None if base is None or is_gguf(base) else read_checkpoint(base)
+    is_named = target in ("peft", "mlx") and base is not None and not is_gguf(base)
+    checkpoint = read_checkpoint(base) if is_named and base is not None else None
     wanted = experts
     if isinstance(experts, str):
         wanted = wanted_by(experts, adapter, checkpoint)
     if not isinstance(wanted, Wanted):
         wanted = Wanted()
+    if target != "peft" and (wanted.layout is not None or wanted.peft is not None):
+        raise OptionError(
+            "layouts of experts are those of PEFT folders", got=target, expected="`to=peft`"
+        )
+    if target == "mlx":
+        return _uniform(in_names(straightened(adapter, checkpoint))), wanted, ()
     if target != "peft":
-        if wanted.layout is not None or wanted.peft is not None:
-            raise OptionError(
-                "layouts of experts are those of PEFT folders", got=target, expected="`to=peft`"
-            )
-        model = in_names(adapter)
-        return (_uniform(model), wanted, ()) if target == "mlx" else (model, wanted, ())
+        return in_names(_one_by_one(adapter) if target == "gguf" else adapter), wanted, ()
     if wanted.layout in _APART:
         single = _from_switch(adapter) if adapter.format == "mlx" else adapter
         model, told = _laid(single, wanted, checkpoint)
@@ -91,6 +97,26 @@ def _of_larger_rank(before: Adapter, after: Adapter) -> list[Finding]:
 _OF_EXPERTS = re.compile(r"\b(?:experts|switch_mlp)\b")
 
 
+def _one_by_one(adapter: Adapter) -> Adapter:
+    """Return an adapter whose stacks of MLX, and joined gate and up, are single projections."""
+    if adapter.format == "mlx":
+        return _from_switch(adapter)
+    found = sorted_experts(replace(adapter, modules=_joined_singles(adapter)), None)
+    if not found.groups:
+        return adapter
+    modules = {n: c for n, c in adapter.modules.items() if n not in _joined_singles(adapter)}
+    for group in found.groups.values():
+        modules |= each(group, "halves", Recent())
+    return replace(adapter, modules=modules)
+
+
+def _joined_singles(adapter: Adapter) -> dict[str, ModuleChange]:
+    return {n: c for n, c in adapter.modules.items() if _JOINED.fullmatch(n)}
+
+
+_JOINED = re.compile(r"(?:.*\.)?experts\.\d+\.gate_up_proj")
+
+
 def _laid(
     adapter: Adapter, wanted: Wanted, base: Checkpoint | None
 ) -> tuple[Adapter, tuple[Finding, ...]]:
@@ -119,6 +145,8 @@ def _from_switch(adapter: Adapter) -> Adapter:
             continue
         part = change.require_factors()
         leaf = _OF_FC.get(match["leaf"], match["leaf"])
+        if match["block"].endswith(".block_sparse_moe"):
+            leaf = _OF_MIXTRAL[leaf]
         for expert in range(part.experts):
             single = replace(
                 part, a=part.a.matrix(expert), b=part.b.matrix(expert), layer=Layer("linear")
