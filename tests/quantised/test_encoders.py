@@ -7,7 +7,6 @@ from quantised_cases import only
 
 from loratools.base.codecs.levels import float_codes
 from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.core.tensors import TensorRef
 
 SEED = 3
 

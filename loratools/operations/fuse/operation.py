@@ -145,8 +145,14 @@ class FuseResult:
 
     @property
     def surviving(self) -> float | None:
-        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
+        """Share of ΔW that survives, over all weights quantised again; None if there are none."""
         return surviving(self.tensors)
+
+    @property
+    def quantising_error(self) -> float | None:
+        """‖W' − (W + ΔW)‖/‖ΔW‖ over the weights that are quantised again; None of none."""
+        found = [t for t in self.tensors if t.surviving is not None]
+        return lost_to_rounding(found) if found else None
 
     @property
     def lost(self) -> float:
@@ -554,7 +560,7 @@ class Fusion:
         dropped = self._dequantised.dropped
         if self.options.keeps_format:
             changed = [self._dequantised.weights[key] for key in self._encoders]
-            return _caveats(changed)
+            return [*_caveats(changed), *_noise(list(self._reports.values()))]
         if not dropped:
             return []
         if self._verbatim:
@@ -616,6 +622,19 @@ class Fusion:
             findings=(*self.plan.findings, *self._findings()),
             left_out=left_out,
         )
+
+
+def _noise(reports: Sequence[TensorReport]) -> list[Finding]:
+    """Return a warning if quantised weights are further from W + ΔW than W is."""
+    found = [r for r in reports if r.surviving is not None]
+    error = lost_to_rounding(found)
+    if error <= 1:
+        return []
+    message = (
+        f"quantising adds an error of {100 * error:.0f} % of ΔW, so that the weights are no nearer "
+        "to the fused ones than the base's are; leave out `requantize` to store 16 bits"
+    )
+    return [Finding("noisier-than-base", "warning", None, message)]
 
 
 def _caveats(weights: Iterable[CodedWeight]) -> list[Finding]:
