@@ -60,7 +60,8 @@ class Mode(NamedTuple):
         _, exponent = np.frexp(ratio)
         exact = np.ldexp(np.float32(0.5), exponent) == ratio
         codes = np.where(ratio > 0, exponent - exact, 0) + 127
-        return np.clip(codes, 0, 254).astype(np.uint8)
+        stored: Array = np.clip(codes, 0, 254).astype(np.uint8)
+        return stored
 
 
 MODES = {

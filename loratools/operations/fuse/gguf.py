@@ -22,15 +22,14 @@ from loratools.algebra.device import Computing, Device
 from loratools.operations.fuse.blocks import fused_blocks
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf_changes import gguf_changes
-from loratools.operations.fuse.operation import (
-    FusePreview,
-    FuseResult,
+from loratools.operations.fuse.operation import FusePreview, FuseResult
+from loratools.operations.fuse.plan import TensorPlan
+from loratools.operations.fuse.survival import (
     lost_to_rounding,
     refuse_erased,
     refuse_nothing,
     refuse_rounded,
 )
-from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor, not_finite
 from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
 from loratools.operations.reported import report

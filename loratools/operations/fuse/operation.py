@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
@@ -32,6 +31,14 @@ from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
 from loratools.operations.fuse.reencode import Reencoded
+from loratools.operations.fuse.survival import (
+    lost_to_rounding,
+    noise,
+    refuse_erased,
+    refuse_nothing,
+    refuse_rounded,
+    surviving,
+)
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
 from loratools.operations.reported import report
 from loratools.work.call import kept
@@ -54,7 +61,6 @@ from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
 BaseMode = Literal["dequant", "original"]
-_SURVIVING = 0.5
 _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 
@@ -160,12 +166,6 @@ class FuseResult:
         return lost_to_rounding(self.tensors)
 
 
-def lost_to_rounding(reports: Sequence[TensorReport]) -> float:
-    """Return the share of ΔW lost to rounding over some tensors."""
-    delta = math.sqrt(math.fsum(t.delta_norm**2 for t in reports))
-    return math.sqrt(math.fsum(t.rounding_norm**2 for t in reports)) / delta if delta else 0.0
-
-
 @dataclass(frozen=True)
 class FusePreview:
     """What fusing would write.
@@ -185,68 +185,6 @@ class FusePreview:
     nbytes: int
     files: int
     findings: tuple[Finding, ...]
-
-
-def refuse_erased(
-    reports: Sequence[TensorReport], path: Path, *, what: str, hint: str, allow_lossy: bool
-) -> None:
-    """Refuse a result in which quantising erases most of the change.
-
-    Args:
-        reports: what was measured.
-        path: the base.
-        what: what erases it, in the plural.
-        hint: the next step.
-        allow_lossy: do not refuse.
-
-    Raises:
-        UnsupportedError: less than half of it survives, and that was not allowed.
-    """
-    share = surviving(reports)
-    if share is not None and share < _SURVIVING and not allow_lossy:
-        raise UnsupportedError(
-            f"{what} erase most of the change",
-            path=path,
-            got=f"{100 * share:.1f} % of ΔW survives",
-            expected=f"at least {100 * _SURVIVING:.0f} %",
-            hint=hint,
-        )
-
-
-def refuse_rounded(reports: Sequence[TensorReport], path: Path, *, allow_lossy: bool) -> None:
-    """Refuse a result in which rounding to floating types erases most of the change.
-
-    Raises:
-        UnsupportedError: less than half of it survives, and that was not allowed.
-    """
-    rounded = [replace(r, surviving=r.rounded) for r in reports if r.rounded is not None]
-    refuse_erased(
-        rounded,
-        path,
-        what=f"the steps of {' and '.join(sorted({r.dtype.lower() for r in rounded}))}",
-        hint="Choose a wider `dtype` such as f32, or pass `allow_lossy=True`",
-        allow_lossy=allow_lossy,
-    )
-
-
-def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> None:
-    """Refuse to fuse what changes nothing.
-
-    Raises:
-        AdapterError: no adapter has a module or a tensor that replaces one of the base.
-    """
-    if not any(plan.is_touched for plan in plans):
-        path = inputs[0].adapter.source if inputs else None
-        raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
-
-
-def surviving(reports: Sequence[TensorReport]) -> float | None:
-    """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over the tensors where it was measured; None if there are none."""
-    measured = [(r.surviving, r.delta_norm**2) for r in reports if r.surviving is not None]
-    total = sum(weight for _, weight in measured)
-    if not total:
-        return None
-    return sum(share * weight for share, weight in measured) / total
 
 
 class Fusion:
@@ -560,7 +498,7 @@ class Fusion:
         dropped = self._dequantised.dropped
         if self.options.keeps_format:
             changed = [self._dequantised.weights[key] for key in self._encoders]
-            return [*_caveats(changed), *_noise(list(self._reports.values()))]
+            return [*_caveats(changed), *noise(list(self._reports.values()))]
         if not dropped:
             return []
         if self._verbatim:
@@ -622,19 +560,6 @@ class Fusion:
             findings=(*self.plan.findings, *self._findings()),
             left_out=left_out,
         )
-
-
-def _noise(reports: Sequence[TensorReport]) -> list[Finding]:
-    """Return a warning if quantised weights are further from W + ΔW than W is."""
-    found = [r for r in reports if r.surviving is not None]
-    error = lost_to_rounding(found)
-    if error <= 1:
-        return []
-    message = (
-        f"quantising adds an error of {100 * error:.0f} % of ΔW, so that the weights are no nearer "
-        "to the fused ones than the base's are; leave out `requantize` to store 16 bits"
-    )
-    return [Finding("noisier-than-base", "warning", None, message)]
 
 
 def _caveats(weights: Iterable[CodedWeight]) -> list[Finding]:
