@@ -8,16 +8,15 @@ blocks and of one module's factors per worker, whatever the size of the checkpoi
 from __future__ import annotations
 
 import functools
-import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from loratools.algebra.device import Computing, Device
+from loratools.algebra.device import Device
 from loratools.base.codecs import CodedWeight, Encoder
 from loratools.base.dequantised import (
     DequantisedCheckpoint,
@@ -29,23 +28,15 @@ from loratools.base.dequantised import (
 )
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.loss import lost_to_rounding, noise, refuse_erased, refuse_rounded
+from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
 from loratools.operations.fuse.reencode import Reencoded
-from loratools.operations.fuse.survival import (
-    lost_to_rounding,
-    noise,
-    refuse_erased,
-    refuse_nothing,
-    refuse_rounded,
-    surviving,
-)
+from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
 from loratools.operations.reported import report
 from loratools.work.call import kept
-from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
-from loratools.work.requests import Sharding
-from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import (
@@ -60,131 +51,16 @@ from loratools_formats.core.dtypes import Array
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
-BaseMode = Literal["dequant", "original"]
-_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
+def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> None:
+    """Refuse to fuse what changes nothing.
 
-@dataclass(frozen=True)
-class FuseOptions(Sharding, Computing):
-    """How to fuse.
-
-    Attributes:
-        dtype: type of all weights: f32, f16 or bf16; in a GGUF model the type of the changed
-            tensors, q8_0, q5_1, q5_0, q4_1 and q4_0 too. By default each keeps its own.
-        base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
-            on the 16-bit original.
-        requantize: store changed weights in the base's own format again, with the scales that
-            they have, or with new ones where the format allows and that is nearer.
-        changed_bits: store changed weights of a quantised base in this many bits of its format,
-            and leave the others as they are.
-        allow_lossy: write even if less than half of the change survives rounding.
+    Raises:
+        AdapterError: no adapter has a module or a tensor that replaces one of the base.
     """
-
-    dtype: str | None = option(
-        None, heading="Computing", aliases=("--outtype",), metavar="DTYPE", parse=dtype_name
-    )
-    base_mode: BaseMode | None = option(None, heading="Computing")
-    requantize: bool = option(False, heading="Computing")
-    changed_bits: int | None = option(None, heading="Computing", metavar="BITS")
-    allow_lossy: bool = option(False, heading="Output")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        given = {
-            "requantize": self.requantize,
-            "changed_bits": self.changed_bits is not None,
-            "dtype": self.dtype is not None,
-        }
-        asked = [f"`{name}`" for name, is_given in given.items() if is_given]
-        if len(asked) > 1:
-            raise OptionError(f"{' and '.join(asked)} exclude each other")
-
-    @property
-    def keeps_format(self) -> bool:
-        """Whether changed weights stay in the base's format."""
-        return self.requantize or self.changed_bits is not None
-
-    @property
-    def code(self) -> str | None:
-        """The type's name in a safetensors header; None if each tensor keeps its own.
-
-        Raises:
-            OptionError: checkpoints have no such type.
-        """
-        if self.dtype in (None, "keep"):
-            return None
-        if self.dtype not in _DTYPES:
-            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
-        return _DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class FuseResult:
-    """What fusing did.
-
-    Attributes:
-        tensors: every touched tensor, in the base's order.
-        copied: number of tensors copied byte for byte.
-        converted: number of tensors that no adapter changes, stored in another type than before.
-        nbytes: size of the weight files.
-        shards: their names.
-        findings: what a user should know.
-        left_out: files of the base that were not carried over.
-    """
-
-    tensors: tuple[TensorReport, ...]
-    copied: int
-    converted: int
-    nbytes: int
-    shards: tuple[str, ...]
-    findings: tuple[Finding, ...]
-    left_out: tuple[str, ...]
-
-    @property
-    def relative_change(self) -> float | None:
-        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if no tensor is touched."""
-        base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
-        delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
-        if not base:
-            return None if delta else 0.0
-        return delta / base
-
-    @property
-    def surviving(self) -> float | None:
-        """Share of ΔW that survives, over all weights quantised again; None if there are none."""
-        return surviving(self.tensors)
-
-    @property
-    def quantising_error(self) -> float | None:
-        """‖W' − (W + ΔW)‖/‖ΔW‖ over the weights that are quantised again; None of none."""
-        found = [t for t in self.tensors if t.surviving is not None]
-        return lost_to_rounding(found) if found else None
-
-    @property
-    def lost(self) -> float:
-        """Share of ΔW lost to rounding over all touched tensors."""
-        return lost_to_rounding(self.tensors)
-
-
-@dataclass(frozen=True)
-class FusePreview:
-    """What fusing would write.
-
-    Attributes:
-        touched: tensors that adapters change.
-        dtypes: the type each would be stored in.
-        total: number of tensors in all.
-        nbytes: size of the weight files.
-        files: their number.
-        findings: what a user should know.
-    """
-
-    touched: tuple[TensorPlan, ...]
-    dtypes: Mapping[str, str]
-    total: int
-    nbytes: int
-    files: int
-    findings: tuple[Finding, ...]
+    if not any(plan.is_touched for plan in plans):
+        path = inputs[0].adapter.source if inputs else None
+        raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
 
 
 class Fusion:

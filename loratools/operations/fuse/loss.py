@@ -1,17 +1,18 @@
-"""How much of a change is left in what is stored, and results that are refused for it."""
+"""What rounding and quantising take from a fused change, and the refusal of a result without it.
+
+The measures are summed over tensors here; `tensor` and `requantize` take them one by one.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.plan import TensorPlan
 from loratools.operations.fuse.tensor import TensorReport
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import UnsupportedError
 
 _SURVIVING = 0.5
 
@@ -20,6 +21,15 @@ def lost_to_rounding(reports: Sequence[TensorReport]) -> float:
     """Return the share of ΔW lost to rounding over some tensors."""
     delta = math.sqrt(math.fsum(t.delta_norm**2 for t in reports))
     return math.sqrt(math.fsum(t.rounding_norm**2 for t in reports)) / delta if delta else 0.0
+
+
+def surviving(reports: Sequence[TensorReport]) -> float | None:
+    """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over the tensors where it was measured; None if there are none."""
+    measured = [(r.surviving, r.delta_norm**2) for r in reports if r.surviving is not None]
+    total = sum(weight for _, weight in measured)
+    if not total:
+        return None
+    return sum(share * weight for share, weight in measured) / total
 
 
 def refuse_erased(
@@ -64,30 +74,9 @@ def refuse_rounded(reports: Sequence[TensorReport], path: Path, *, allow_lossy: 
     )
 
 
-def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> None:
-    """Refuse to fuse what changes nothing.
-
-    Raises:
-        AdapterError: no adapter has a module or a tensor that replaces one of the base.
-    """
-    if not any(plan.is_touched for plan in plans):
-        path = inputs[0].adapter.source if inputs else None
-        raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
-
-
-def surviving(reports: Sequence[TensorReport]) -> float | None:
-    """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over the tensors where it was measured; None if there are none."""
-    measured = [(r.surviving, r.delta_norm**2) for r in reports if r.surviving is not None]
-    total = sum(weight for _, weight in measured)
-    if not total:
-        return None
-    return sum(share * weight for share, weight in measured) / total
-
-
 def noise(reports: Sequence[TensorReport]) -> list[Finding]:
     """Return a warning if quantised weights are further from W + ΔW than W is."""
-    found = [r for r in reports if r.surviving is not None]
-    error = lost_to_rounding(found)
+    error = lost_to_rounding([r for r in reports if r.surviving is not None])
     if error <= 1:
         return []
     message = (
