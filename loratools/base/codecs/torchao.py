@@ -156,9 +156,7 @@ def _weight(
     parts = {"qdata": codes, "scale": sibling(stored.tensors, f"{prefix}scale", _FLOATING)}
     if f"{prefix}zero_point" in stored.tensors:
         parts["zero_point"] = stored.tensors[f"{prefix}zero_point"]
-    block = data.get("block_size")
-    if len(codes.shape) != 2 or not _is_block(block, codes.shape):
-        raise wrong_shape(codes, f"(out, in) in blocks of {block}")
+    block = _block(data.get("block_size"), codes)
     grid = (codes.shape[0] // block[0], codes.shape[1] // block[1])
     for part in list(parts.values())[1:]:
         if part.numel != grid[0] * grid[1]:
@@ -177,15 +175,25 @@ def _weight(
             "a type of torchao's values that is not known", tensor=key, got=data.get("dtype")
         )
     name = "torchao FP8" if codes.dtype.floating else f"torchao INT{bits}"
-    return _TorchAo(key, parts, dtype, Scheme(name, bits, block[1]), (block[0], block[1]))
+    return _TorchAo(key, parts, dtype, Scheme(name, bits, block[1]), block)
 
 
-def _is_block(block: Any, shape: tuple[int, ...]) -> bool:
-    return (
-        isinstance(block, list)
-        and len(block) == len(shape)
-        and all(type(b) is int and b > 0 and s % b == 0 for b, s in zip(block, shape, strict=True))
-    )
+def _block(said: Any, codes: TensorRef) -> tuple[int, int]:
+    """Return the rows and columns that share a scale.
+
+    Raises:
+        AdapterError: they are no whole parts of the weight.
+    """
+    if (
+        not isinstance(said, list)
+        or len(said) != 2
+        or len(codes.shape) != 2
+        or not all(
+            type(b) is int and b > 0 and s % b == 0 for b, s in zip(said, codes.shape, strict=True)
+        )
+    ):
+        raise wrong_shape(codes, f"(out, in) in blocks of {said}")
+    return said[0], said[1]
 
 
 def _inner(value: Any) -> Any:
