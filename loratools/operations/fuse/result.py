@@ -45,8 +45,14 @@ class FuseResult:
 
     @property
     def surviving(self) -> float | None:
-        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
+        """Share of ΔW that survives, over all weights quantised again; None if there are none."""
         return surviving(self.tensors)
+
+    @property
+    def quantising_error(self) -> float | None:
+        """‖W' − (W + ΔW)‖/‖ΔW‖ over the weights that are quantised again; None of none."""
+        found = [t for t in self.tensors if t.surviving is not None]
+        return lost_to_rounding(found) if found else None
 
     @property
     def lost(self) -> float:
