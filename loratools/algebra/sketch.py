@@ -57,7 +57,7 @@ def blocks(left: Array, right: Array) -> Array:
         right: (r, 256) A P.
     """
     shape = (-1, BLOCKS, SIDE)
-    found = np.einsum(
+    found: Array = np.einsum(
         "rbi,rbj->bij", left.reshape(shape).astype(np.float64), right.reshape(shape), optimize=True
     )
     return found.reshape(-1)
