@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from loratools.operations.convert.class_names import NAMED
 from loratools.operations.convert.experts.apart import of_one_rank
 from loratools.operations.convert.experts.choice import wanted_by
 from loratools.operations.convert.experts.each import each
@@ -21,7 +22,7 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.errors import MissingFileError, OptionError
 
 _APART = ("each", "3d", "shared-outer", "tinker")
 _SWITCH = re.compile(
@@ -51,8 +52,7 @@ def in_layout(
         OptionError: a layout is asked for in a format that has none to choose.
         UnsupportedError: the layout cannot hold the experts exactly, or the base must tell more.
     """
-    is_named = target in ("peft", "mlx") and base is not None and not is_gguf(base)
-    checkpoint = read_checkpoint(base) if is_named and base is not None else None
+    checkpoint = _checkpoint(adapter, base) if target in ("peft", "mlx") else None
     wanted = experts
     if isinstance(experts, str):
         wanted = wanted_by(experts, adapter, checkpoint)
@@ -95,6 +95,18 @@ def _of_larger_rank(before: Adapter, after: Adapter) -> list[Finding]:
 
 
 _OF_EXPERTS = re.compile(r"\b(?:experts|switch_mlp)\b")
+
+
+def _checkpoint(adapter: Adapter, base: Path | None) -> Checkpoint | None:
+    """Return a base's checkpoint; None if it is none, for formats that do with a configuration."""
+    if base is None or is_gguf(base):
+        return None
+    try:
+        return read_checkpoint(base)
+    except MissingFileError:
+        if adapter.format in NAMED:
+            raise
+        return None
 
 
 def _one_by_one(adapter: Adapter) -> Adapter:
