@@ -36,6 +36,8 @@ from loratools.face.to_lora import ToLoraChoices as ToLoraChoices
 from loratools.face.to_lora import ToLoraResult as ToLoraResult
 from loratools.face.verify import VerifyResult as VerifyResult
 from loratools.operations.merge.options import Override as Override
+from loratools.pipeline.fleet.run import FleetResult as FleetResult
+from loratools.pipeline.fleet.shard import Shard as Shard
 from loratools.pipeline.replay import ReplayResult as ReplayResult
 from loratools.pipeline.run import RunResult as RunResult
 from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
@@ -571,6 +573,21 @@ def verify(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...
+def fleet(
+    verb: str,
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    shard: Shard | str | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    memory_limit: int | str | None = None,
+    fail_fast: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetResult: ...
 def replay(
     path: str | os.PathLike[str],
     *,

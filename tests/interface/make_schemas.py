@@ -38,6 +38,7 @@ from loratools.face.squeeze import SqueezeChoices, SqueezeResult
 from loratools.face.to_dora import ToDoraResult
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult
 from loratools.face.verify import VerifyResult
+from loratools.pipeline.fleet.run import FleetResult
 from loratools.pipeline.replay import ReplayResult
 from loratools.pipeline.run import RunResult
 from loratools.pipeline.schema import json_schema
@@ -51,6 +52,7 @@ RESULTS = {
     "convert": (ConvertResult,),
     "dequantize": (DequantizeResult,),
     "extract": (ExtractResult, ExtractChoices),
+    "fleet": (FleetResult,),
     "formats": (FormatsResult,),
     "fuse": (FuseResult, FusePlan),
     "info": (InfoResult,),

@@ -37,7 +37,7 @@ def telling(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[Outcom
 
 
 class _Lines:
-    """Lines of progress for a log."""
+    """Lines of progress for a log; a short run has none."""
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total = label, total
@@ -45,11 +45,11 @@ class _Lines:
         self._begun = self._last = time.monotonic()
 
     def tell(self, outcome: Outcome) -> None:
-        """Count an outcome, and print a line if the last one is some time ago."""
+        """Count an outcome, and print a line if the last one was some time ago."""
         self._done += 1
         self._failed += outcome.state == "failed"
         now = time.monotonic()
-        if now - self._last < _LINE_SECONDS and self._done < self._total:
+        if now - self._last < _LINE_SECONDS:
             return
         self._last = now
         rate = self._done / max(now - self._begun, 1e-9)
@@ -74,7 +74,7 @@ def duration(seconds: float) -> str:
 def show(found: FleetResult, *, verbose: bool) -> None:
     """Print what became of a fleet, one line for each adapter or for those that need a look."""
     shown = found.adapters
-    if not verbose and len(shown) > _MOST_ROWS:
+    if not verbose and not found.dry_run and len(shown) > _MOST_ROWS:
         shown = tuple(one for one in shown if one.state in ("failed", "found"))
     if shown:
         rows = [[one.name, one.state, *(_cell(one, key) for key in _NUMBERS)] for one in shown]
@@ -87,7 +87,7 @@ def show(found: FleetResult, *, verbose: bool) -> None:
     counts = f"{found.made} made, {found.done} done before, {found.failed} failed"
     counts += f", {found.found} with findings" if found.found else ""
     left = f", {found.left} {'to do' if found.dry_run else 'left'}" if found.left else ""
-    say(f"{found.verb}: {counts}{left} in {number(found.seconds)} s{part}")
+    say(f"{found.verb}: {counts}{left}{part}")
 
 
 def _cell(outcome: Outcome, key: str) -> str:

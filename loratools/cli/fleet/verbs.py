@@ -95,7 +95,8 @@ def _command(verb: Verb) -> click.Command:
             result = planned.run(tell)
         report(result, lambda found: show(found, verbose=reporting.verbose), reporting)
         if not reporting.quiet and result.output is not None and not result.dry_run:
-            note(f"results are in {result.output}")
+            is_here = how.output is not None and how.output.exists()
+            note(f"results are in {how.output if is_here else result.output}")
         return 0 if result.passed else EXIT_FOUND
 
     behind = _EXAMPLES.get(verb.name, "")

@@ -18,10 +18,10 @@ from loratools.pipeline.fleet.manifest import Manifest
 from loratools.pipeline.fleet.shard import Shard, shard, shard_of_environment
 from loratools.pipeline.fleet.sources import Member, members
 from loratools.pipeline.fleet.store import Folder, Store, store_of
-from loratools.pipeline.fleet.task import Outcome, Task
+from loratools.pipeline.fleet.task import Outcome, Task, planned
 from loratools.pipeline.fleet.verbs import Verb, get_verb
 from loratools.work.declared import option
-from loratools.work.parallel import MOST_WORKERS, usable_cores
+from loratools.work.parallel import check_workers, usable_cores
 from loratools.work.spellings import nbytes
 from loratools_formats.disk.errors import OptionError
 
@@ -38,7 +38,8 @@ class Fleeting:
     """How a fleet is run.
 
     Attributes:
-        output: folder of results, or an address such as s3://bucket/folder.
+        output: folder of results, or an address such as s3://bucket/folder or
+            hf://buckets/user/name.
         shard: take only part I of N, as every process of a batch takes its own; by default what
             SLURM's arrays and indexed Jobs of Kubernetes say in the environment.
         workers: processes here, 1 to 64; by default the cores that may be used, or 1 without Dask.
@@ -62,10 +63,7 @@ class Fleeting:
     dry_run: bool = option(False, heading="Output")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.workers <= MOST_WORKERS:
-            raise OptionError(
-                "workers is out of range", got=self.workers, expected=f"from 1 to {MOST_WORKERS}"
-            )
+        check_workers(self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -115,7 +113,7 @@ Told = Callable[[Outcome], None]
 @public()
 def fleet(
     verb: str,
-    sources: str | Sequence[str],
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     settings: Mapping[str, Any] | None = None,
     *,
     options: Fleeting,
@@ -152,11 +150,11 @@ def fleet(
     def tell(_: Outcome) -> None:
         count[0] += 1
         if progress is not None:
-            progress(count[0], len(planned.tasks))
+            progress(count[0], len(todo.tasks))
 
     given = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    planned = plan(verb, [os.fspath(one) for one in given], settings or {}, options)
-    return planned.run(tell)
+    todo = plan(verb, [os.fspath(one) for one in given], settings or {}, options)
+    return todo.run(tell)
 
 
 def plan(verb: str, sources: Sequence[str], settings: Mapping[str, Any], options: Fleeting) -> Plan:
@@ -215,7 +213,9 @@ class Plan:
         """
         begun = time.monotonic()
         ended: list[Outcome] = []
-        if not self._options.dry_run:
+        if self._options.dry_run:
+            ended += map(planned, self.tasks)
+        else:
             self._run(ended, tell)
         counts = Counter(outcome.state for outcome in ended)
         return FleetResult(
@@ -228,8 +228,8 @@ class Plan:
             done=counts["done"],
             found=counts["found"],
             failed=counts["failed"],
-            left=len(self.tasks) - len(ended),
-            seconds=round(time.monotonic() - begun, 6),
+            left=len(self.tasks) - len(ended) + counts["planned"],
+            seconds=0.0 if self._options.dry_run else round(time.monotonic() - begun, 6),
             adapters=tuple(sorted(ended, key=lambda outcome: outcome.name)),
         )
 

@@ -27,7 +27,7 @@ from loratools_formats.disk.errors import (
 )
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 
-State = Literal["made", "done", "found", "failed"]
+State = Literal["made", "done", "found", "failed", "planned"]
 _ATTEMPTS = ".loratools-fleet/attempts"
 _MOST_ATTEMPTS = 2
 
@@ -65,7 +65,8 @@ class Outcome:
         name: its name among the fleet.
         source: what was read.
         output: where its output is; None if it has none.
-        state: made now, done before, found (a check or a verification found something), or failed.
+        state: made now, done before, found (a check or a verification found something), failed, or
+            planned on a dry run.
         key: sha256 of the operation, its options, the version and all inputs; None if unknown.
         digest: of the output's first weight file, or of the report; None if there is none.
         result: the numbers and words of the result, without its lists; None if it was done before.
@@ -125,6 +126,11 @@ def run_task(task: Task) -> Outcome:
             _finished(task)
 
 
+def planned(task: Task) -> Outcome:
+    """Return the outcome of a task on a dry run."""
+    return Outcome(task.name, task.source, None, "planned", None, None, None, None, 0.0)
+
+
 def failed(task: Task, why: str, seconds: float = 0.0) -> Outcome:
     """Return the outcome of a task that failed."""
     return Outcome(task.name, task.source, None, "failed", None, None, None, why, seconds)
@@ -169,18 +175,26 @@ class _Work:
         """Make the output unless it is there already."""
         found = None if self._store is None else self._done(self._store)
         if found is not None:
-            return self._outcome("done", found, None, begun)
+            return self._found(found, begun)
         try:
             result = self._made()
         except OutputExistsError:
             found = None if self._store is None else self._done(self._store)
             if found is None:
                 raise
-            return self._outcome("done", found, None, begun)  # another launcher was first
+            return self._found(found, begun)  # another launcher was first
         told = result.to_dict()
         state: State = "found" if told.get("passed") is False else "made"
         said = None if self._store is None else self._store.statement(self._name)
         return self._outcome(state, None if said is None else said[0], told, begun)
+
+    def _found(self, said: Mapping[str, Any], begun: float) -> Outcome:
+        """Return the outcome of what was done before, with what its report tells if it is one."""
+        told: dict[str, Any] | None = None
+        if not self._is_file and self._store is not None:
+            told = json.loads(self._store.read(self._name) or b"{}")
+        state: State = "found" if told and told.get("passed") is False else "done"
+        return self._outcome(state, said, told, begun)
 
     def _done(self, store: Store) -> dict[str, Any] | None:
         """Return the statement of the output, if it is what would be made now."""
