@@ -236,7 +236,7 @@ class Remote(Store):
     def make(self, name: str, work: Callable[[Path], Made], *, overwrite: bool) -> Made:
         """Let `work` write an output to the path it is called with, and keep it."""
         with tempfile.TemporaryDirectory(prefix="loratools-fleet-") as folder:
-            output = Path(folder) / Path(name).name
+            output = Path(folder) / "outputs" / Path(name).name  # no input lies near it
             result = work(output)
             last = f"{name}/{PROVENANCE_FILE}" if output.is_dir() else _beside_name(name)
             self.write(_begun(name), b"")  # what a killed process left is known as ours
@@ -296,7 +296,7 @@ class Remote(Store):
         """Let what a store's client raises say which address it is about."""
         try:
             yield
-        except (LoratoolsError, FileNotFoundError):
+        except LoratoolsError:
             raise
         except Exception as error:
             message = f"the store refused: {type(error).__name__}: {error}"
