@@ -43,9 +43,9 @@ from loratools.face.to_lora import ToLoraResult as ToLoraResult
 from loratools.face.verify import VerifyResult as VerifyResult
 from loratools.operations.merge.options import Override as Override
 from loratools.pipeline.fleet.run import FleetResult as FleetResult
-from loratools.pipeline.fleet.shard import Shard as Shard
 from loratools.pipeline.replay import ReplayResult as ReplayResult
 from loratools.pipeline.run import RunResult as RunResult
+from loratools.work.shard import Shard as Shard
 from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
 from loratools_formats.core.adapter import Adapter as Adapter
 from loratools_formats.disk.errors import LoratoolsError as LoratoolsError

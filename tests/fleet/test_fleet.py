@@ -8,7 +8,7 @@ import pytest
 from conftest import contents, start, write_adapters, write_slow
 
 import loratools as lt
-from loratools.pipeline.fleet.shard import Shard, shard_of_environment
+from loratools.work.shard import Shard, shard_of_environment
 from loratools.pipeline.fleet.verbs import VERBS
 from loratools_formats.disk.errors import LoratoolsError, OptionError
 
