@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loratools.operations.fuse.operation import FuseResult, Fusion
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.result import FuseResult
 from loratools.operations.fuse.tensor import TensorReport
 from loratools.work.declared import option
 from loratools.work.shard import Shard, shard
