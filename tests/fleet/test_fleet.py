@@ -8,8 +8,8 @@ import pytest
 from conftest import contents, start, write_adapters, write_slow
 
 import loratools as lt
-from loratools.pipeline.fleet.shard import Shard, shard_of_environment
 from loratools.pipeline.fleet.verbs import VERBS
+from loratools.work.shard import Shard, shard_of_environment
 from loratools_formats.disk.errors import LoratoolsError, OptionError
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"

@@ -26,6 +26,7 @@ from loratools.face.extract import ExtractChoices, ExtractResult
 from loratools.face.fleet_index import FleetDedupResult, FleetIndexResult, FleetSimilarResult
 from loratools.face.fleet_share import FleetAddResult, FleetShareResult, FleetUnshareResult
 from loratools.face.fuse import FusePlan, FuseResult
+from loratools.face.fuse_parts import FusePart
 from loratools.face.info import InfoResult
 from loratools.face.info_base import BaseInfoResult
 from loratools.face.lists import FormatsResult, MethodsResult
@@ -62,7 +63,7 @@ RESULTS = {
     "fleet-share": (FleetShareResult,),
     "fleet-unshare": (FleetUnshareResult,),
     "formats": (FormatsResult,),
-    "fuse": (FuseResult, FusePlan),
+    "fuse": (FuseResult, FusePlan, FusePart),
     "info": (InfoResult,),
     "info-base": (BaseInfoResult,),
     "merge": (MergeResult,),

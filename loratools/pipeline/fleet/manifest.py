@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from loratools.pipeline.fleet.shard import Shard
 from loratools.pipeline.fleet.store import Store
 from loratools.pipeline.fleet.task import Outcome
+from loratools.work.shard import Shard
 
 SCHEMA = 1
 

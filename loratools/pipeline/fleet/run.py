@@ -13,15 +13,16 @@ from typing import Any, ClassVar
 
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
-from loratools.pipeline.fleet.engine import Engine, has_dask, outcomes
+from loratools.pipeline.fleet.engine import outcomes
 from loratools.pipeline.fleet.manifest import Manifest
-from loratools.pipeline.fleet.shard import Shard, shard, shard_of_environment
 from loratools.pipeline.fleet.sources import Member, members
 from loratools.pipeline.fleet.store import Folder, Store, store_of
 from loratools.pipeline.fleet.task import Outcome, Task, planned
 from loratools.pipeline.fleet.verbs import Verb, get_verb
+from loratools.work.cluster import Engine, has_dask
 from loratools.work.declared import option
 from loratools.work.parallel import check_workers, usable_cores
+from loratools.work.shard import Shard, shard, shard_of_environment
 from loratools.work.spellings import nbytes
 from loratools_formats.disk.errors import OptionError
 
