@@ -98,7 +98,8 @@ class VerifyResult:
         """Whether the adapters are contained; None if the checkpoint cannot tell."""
         if "not contained" in self.counts:
             return False
-        nothing = not any(tensor.touched for tensor in self.tensors)
+        # A scale or a weight of zero touches tensors and changes none.
+        nothing = not any(tensor.touched and tensor.change != 0.0 for tensor in self.tensors)
         return None if nothing or "not checked" in self.counts else True
 
     @property

@@ -58,7 +58,6 @@ def main() -> int:
     options.add_argument("--only", default="")
     options.add_argument("--truncations", action="store_true", help="every prefix, nothing else")
     given = options.parse_args()
-    end = time.monotonic() + 60 * given.minutes
     # In memory, where nothing waits for a disk.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory))
@@ -69,6 +68,7 @@ def main() -> int:
         seeds = [seed for seed in make(root) if given.only in seed.format]
         for seed in seeds:
             warmed(seed, root / "room")
+        end = time.monotonic() + 60 * given.minutes
         for seed, data in _cases(seeds, given.seed, truncations=given.truncations):
             if time.monotonic() > end:
                 break

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,9 +231,20 @@ class PeftConfig:
             if layout not in (None, "rank_major")
         )
 
+    def _odd_alphas(self) -> Iterator[Finding]:
+        """Yield what is odd about alphas that PEFT takes as they stand: α/r may be 0 or below."""
+        alphas = {f"alpha_pattern of {name}": alpha for name, alpha in self._alpha_pattern.items()}
+        for name, alpha in {"lora_alpha": self.values["lora_alpha"], **alphas}.items():
+            if alpha == 0:
+                text, hint = "its modules do nothing", "Correct it if that is not meant"
+                yield Finding("alpha-not-positive", "warning", name, f"{name} is 0: {text}", hint)
+            elif alpha < 0:
+                text = f"{name} is {alpha}: the factors' product is subtracted"
+                yield Finding("alpha-not-positive", "note", name, text)
+
     def caveats(self) -> tuple[Finding, ...]:
-        """List why the factors do not tell the true ΔW, if they do not."""
-        found = []
+        """List why the factors do not tell the true ΔW, if they do not, and what is odd."""
+        found: list[Finding] = []
         init = self.values.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
             found.append(
@@ -263,18 +274,7 @@ class PeftConfig:
                         "This kind is not supported yet",
                     )
                 )
-        alphas = {f"alpha_pattern of {name}": alpha for name, alpha in self._alpha_pattern.items()}
-        for name, alpha in {"lora_alpha": self.values["lora_alpha"], **alphas}.items():
-            if alpha <= 0:
-                found.append(
-                    Finding(
-                        "alpha-not-positive",
-                        "error",
-                        name,
-                        f"{name} is {alpha}",
-                        "Correct it in adapter_config.json",
-                    )
-                )
+        found += self._odd_alphas()
         known = (
             _NEUTRAL_KEYS
             | _HANDLED_KEYS

@@ -145,7 +145,8 @@ def _with_kinds(adapter: Adapter) -> dict[str, Any]:
 def _keeps_config(adapter: Adapter) -> bool:
     """Return whether the adapter's own configuration still gives each module its scale."""
     values = _with_kinds(adapter)
-    resolved = set(PeftConfig(values).caveats()) - set(adapter.caveats)
+    caveats = {found for found in PeftConfig(values).caveats() if found.severity == "error"}
+    resolved = caveats - set(adapter.caveats)
     return not resolved and _gives_same(values, adapter.modules)
 
 
