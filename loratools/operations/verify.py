@@ -255,7 +255,8 @@ def _verdict(plan: TensorPlan, c: _Comparison, *, four_bit: bool) -> TensorVerdi
     is_measured = c.delta > 0 and math.isfinite(c.off)
     found = c.along / c.delta if is_measured else None
     error = math.sqrt(c.off / c.delta) if is_measured else None
-    change = math.sqrt(c.delta) if is_measured else None
+    is_still = plan.is_touched and c.delta == 0.0
+    change = math.sqrt(c.delta) if is_measured or is_still else None
 
     def result(verdict: Verdict, reason: str | None = None) -> TensorVerdict:
         return TensorVerdict(plan.key, verdict, plan.is_touched, found, error, change, reason)
