@@ -108,7 +108,18 @@ def _use(seed: Seed, room: Path) -> None:
     elif role == "recipe":
         _merged(path)
     elif role == "base":
-        loratools.fuse(path, path.parent / "two", output=room / "fused")
+        two = next(p / "two" for p in path.parents if (p / "two").is_dir())
+        with contextlib.suppress(LoratoolsError):
+            loratools.info_base(path).to_dict()
+        fused = room / (path.name if path.suffix else "fused")
+        loratools.fuse(path, two, output=fused, allow_lossy=True)
+    elif role == "steps":
+        loratools.run(path, dry_run=True, output=room / "steps")
+    elif role == "statement":
+        loratools.provenance(path)
+        loratools.replay(path, output=room / "again")
+    elif role == "baseline":
+        loratools.check(path.parent / "one", baseline=path)
     else:
         loratools.info(path, format=seed.given).to_dict()
         how = {"format": seed.given, "workers": 1}

@@ -65,7 +65,9 @@ def main() -> int:
     counts: dict[str, collections.Counter[str]] = {}
     faults: dict[tuple[str, str], Path] = {}
     try:
-        seeds = [seed for seed in make(root) if given.only in seed.format]
+        made = make(root)
+        exact = any(seed.format == given.only for seed in made)
+        seeds = [s for s in made if (s.format == given.only if exact else given.only in s.format)]
         for seed in seeds:
             warmed(seed, root / "room")
         end = time.monotonic() + 60 * given.minutes

@@ -183,7 +183,7 @@ def forked(words: list[str], fault: tuple[Path, int, int] | None = None) -> Ende
     return Ended(code, text, int(calls), name)
 
 
-def started(words: list[str], fault: tuple[Path, int, int] | None = None):  # noqa: ANN201
+def started(words: list[str], fault: tuple[Path, int, int] | None = None):
     """Start a command in a fork; returns its process and the file that it prints to."""
     printed = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     pid = os.fork()
