@@ -80,6 +80,7 @@ class Seed:
 def make(folder: Path) -> list[Seed]:
     """Write all seeds into an empty folder, in an order that never changes."""
     seeds: list[Seed] = []
+    folder.mkdir(exist_ok=True)
     small = folder / "one"
     shutil.copytree(LLAMA / "lora", folder / "lora")
     loratools.squeeze(folder / "lora", rank=1, output=small)

@@ -2,10 +2,15 @@
 
     python tests/robustness/campaign.py faults [--only squeeze] [--every 1]
     python tests/robustness/campaign.py signals [--only squeeze] [--count 200]
+    python tests/robustness/campaign.py changes [--only squeeze] [--count 60]
+    python tests/robustness/campaign.py writers [--only squeeze] [--count 40]
 
 `faults` makes each system call on a file of the command fail in turn, with ENOSPC, EIO, EINTR, or
 short, onto a new output and over an old one; `faults.c` is preloaded for it, which needs Linux and
-a C compiler. `signals` sends SIGKILL, SIGTERM, SIGINT and SIGHUP at random moments.
+a C compiler. `signals` sends SIGKILL, SIGTERM, SIGINT and SIGHUP at random moments. `changes`
+truncates, extends or replaces an input at a random moment: a command that ends well has made what
+it makes of the inputs as they were, or as they are. `writers` runs a command twice at once, onto
+one output.
 
 After each case: the output is absent, the old or the new one, whole; inputs are bit for bit as they
 were; nothing else is left, and after SIGKILL the next run removes what is; an error is one line of
@@ -29,6 +34,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 HERE = Path(__file__).parent
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EINTR": errno.EINTR, "short": 0}
@@ -81,9 +87,7 @@ class Command:
             self._old = root.parent / f"{root.name}-old"
             shutil.copytree(self.out, self._old, symlinks=True)
         self.before = tree(self._old) if self._old else {}
-        self.restore()
-        self._checked(2)
-        self.after = tree(self.out)
+        self.after = self.made(2)
         assert self.after != self.before, name
 
     def words(self, n: int) -> list[str]:
@@ -103,6 +107,12 @@ class Command:
         if self._old is not None:
             shutil.rmtree(self.out)
             shutil.copytree(self._old, self.out, symlinks=True)
+
+    def made(self, n: int) -> Tree:
+        """Return the output of one or the other run; what is there goes."""
+        self.restore()
+        self._checked(n)
+        return tree(self.out)
 
     def _checked(self, n: int) -> None:
         ended = forked(self.words(n))
@@ -172,18 +182,15 @@ def forked(words: list[str], fault: tuple[Path, int, int] | None = None) -> Ende
         words: the command line.
         fault: the folder whose files count, the number of the call that fails, and the error.
     """
-    pid, printed = started(words, fault)
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    printed.seek(0)
-    text = printed.read().decode("utf-8", "replace")
-    printed.close()
-    text, _, told = text.rpartition("\0") if "\0" in text else (text, "", "0 ")
+    ended = _ended(*started(words, fault))
+    if "\0" not in ended.text:
+        return ended
+    text, _, told = ended.text.rpartition("\0")
     calls, _, name = told.partition(" ")
-    return Ended(code, text, int(calls), name)
+    return Ended(ended.code, text, int(calls), name)
 
 
-def started(words: list[str], fault: tuple[Path, int, int] | None = None):
+def started(words: list[str], fault: tuple[Path, int, int] | None = None) -> tuple[int, IO[bytes]]:
     """Start a command in a fork; returns its process and the file that it prints to."""
     printed = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     pid = os.fork()
@@ -224,8 +231,8 @@ def _run(words: list[str], fault: tuple[Path, int, int] | None) -> int:
 
 def faults(command: Command, every: int) -> Iterator[tuple[str, str]]:
     """Yield (kind of fault, problem or nothing) for each call and error."""
-    for kind, error in ERRORS.items():
-        place = 0
+    for index, (kind, error) in enumerate(ERRORS.items()):
+        place = index * every // len(ERRORS)
         while True:
             command.restore()
             ended = forked(command.words(2), (command.root, place, error))
@@ -238,20 +245,14 @@ def faults(command: Command, every: int) -> Iterator[tuple[str, str]]:
 
 def signals(command: Command, count: int, draw: random.Random) -> Iterator[tuple[str, str]]:
     """Yield (signal, problem or nothing) for signals at random moments of the command."""
-    command.restore()
-    begun = time.monotonic()
-    forked(command.words(2))
-    duration = time.monotonic() - begun
+    duration = _duration(command)
     for index in range(count):
         command.restore()
         number = SIGNALS[index % len(SIGNALS)]
         pid, printed = started(command.words(2))
         time.sleep(draw.uniform(0, duration))
         os.kill(pid, number)
-        _, status = os.waitpid(pid, 0)
-        printed.seek(0)
-        ended = Ended(os.waitstatus_to_exitcode(status), printed.read().decode())
-        printed.close()
+        ended = _ended(pid, printed)
         killed = ended.code == -signal.SIGKILL
         found = list(command.problems(ended, left=killed))
         if killed and not found:
@@ -262,13 +263,95 @@ def signals(command: Command, count: int, draw: random.Random) -> Iterator[tuple
         yield number.name, f"{ended.code}: {told}\n  {ended.text}" if told else ""
 
 
+def changes(command: Command, count: int, draw: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield (change, problem or nothing) for inputs that change at random moments."""
+    duration = _duration(command)
+    given = command.root / "in"
+    # Those that the command is given, and not what others are.
+    words = [given.parent / word.partition(":")[0] for word in command.words(2) if "in/" in word]
+    files = sorted(
+        path for word in words for path in ([word] if word.is_file() else word.iterdir())
+    )
+    for index in range(count):
+        command.restore()
+        kind = ("truncated", "extended", "replaced")[index % 3]
+        path = draw.choice(files)
+        sound, times = path.read_bytes(), path.stat()
+        pid, printed = started(command.words(2))
+        time.sleep(draw.uniform(0, duration))
+        if kind == "truncated":
+            os.truncate(path, draw.randrange(len(sound)))
+        elif kind == "extended":
+            with path.open("ab") as file:
+                file.write(b" " * 64)
+        else:
+            other = path.with_name("other")
+            other.write_bytes(bytes(reversed(sound)))
+            other.replace(path)
+        ended = _ended(pid, printed)
+        now, as_changed = tree(command.out), None
+        if ended.code in (0, 1) and now != command.after:
+            # It began after the change: the output is that of the input as it is now.
+            command.restore()
+            forked(command.words(2))
+            as_changed = tree(command.out)
+        path.write_bytes(sound)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        found = "; ".join(command.problems(ended)) if now != as_changed else ""
+        yield kind, f"{path.name}, {ended.code}: {found}\n  {ended.text}" if found else ""
+
+
+def writers(command: Command, count: int, draw: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield (who won, problem or nothing) for the old and the new output written at once."""
+    duration = _duration(command)
+    for _ in range(count):
+        command.restore()
+        running = []
+        for n in (1, 2):
+            running.append(started(command.words(n)))
+            time.sleep(draw.uniform(0, duration / 2))
+        ended = [_ended(*one) for one in running]
+        now = tree(command.out)
+        first = command.before or command.made(1)
+        found = [
+            problem
+            for one in ended
+            for problem in command.problems(Ended(2 if one.code else 0, one.text))
+            if "partial" not in problem
+        ]
+        allowed = [of for of, one in ((first, ended[0]), (command.after, ended[1])) if not one.code]
+        if now not in allowed and not (command.in_parts and all(not one.code for one in ended)):
+            found.append(f"neither: {describe(now, first, command.after)}")
+        told = "; ".join(found)
+        text = " | ".join(one.text for one in ended)
+        yield f"{sum(not one.code for one in ended)} done", f"{told}\n  {text}" if told else ""
+
+
+def _duration(command: Command) -> float:
+    command.restore()
+    begun = time.monotonic()
+    forked(command.words(2))
+    return time.monotonic() - begun
+
+
+def _ended(pid: int, printed: IO[bytes]) -> Ended:
+    _, status = os.waitpid(pid, 0)
+    printed.seek(0)
+    text = printed.read().decode("utf-8", "replace")
+    printed.close()
+    return Ended(os.waitstatus_to_exitcode(status), text)
+
+
+CAMPAIGNS = {"signals": signals, "changes": changes, "writers": writers}
+
+
 def main() -> int:
     """Run a campaign and print its figures."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("what", choices=["faults", "signals"])
+    options.add_argument("what", choices=["faults", *CAMPAIGNS])
     options.add_argument("--only", default="")
     options.add_argument("--every", type=int, default=1, help="only each n-th call fails")
-    options.add_argument("--count", type=int, default=200, help="signals for each command")
+    options.add_argument("--count", type=int, default=200, help="cases for each command")
     given = options.parse_args()
     if given.what == "faults" and "LD_PRELOAD" not in os.environ:
         environment = os.environ | {"LD_PRELOAD": str(library())}
@@ -301,7 +384,7 @@ def _campaign(name: str, words: str, root: Path, given: argparse.Namespace, *, o
     work = (
         faults(command, given.every)
         if given.what == "faults"
-        else signals(command, given.count, random.Random(f"{name} {overwrite}"))
+        else CAMPAIGNS[given.what](command, given.count, random.Random(f"{name} {overwrite}"))
     )
     done: Counter[str] = Counter()
     bad = 0

@@ -17,6 +17,7 @@ from typing import Any
 from loratools_formats.core.alora import ACTIVATED, INVOCATION_TOKENS
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.peft.patterns import match_patterns
 
@@ -321,17 +322,16 @@ def unknown_key(key: str, value: Any) -> Finding:
     )
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_values(file: RegularFile) -> dict[str, Any]:
     """Read a configuration file, of any kind of adapter; that of LoRA-GA's fork as upstream's.
 
     Raises:
-        MissingFileError: it is not there.
         AdapterError: not strict JSON, not an object, over 1 MiB, or without a kind.
     """
-    values = read_object(path, _MAX_CONFIG_BYTES)
+    values = read_object(file, _MAX_CONFIG_BYTES)
     kind = values.get("peft_type")
     if not isinstance(kind, str):
-        raise AdapterError("config has no peft_type", path=path, got=kind, expected="LORA")
+        raise AdapterError("config has no peft_type", path=file.path, got=kind, expected="LORA")
     if kind == _LORA_GA:
         kept = {key: value for key, value in values.items() if key not in _OF_LORA_GA}
         return {**kept, "peft_type": "LORA"}

@@ -84,7 +84,8 @@ def read(path: Path) -> Adapter:
 
 
 def _read(folder: Path, renamed: Path | None) -> Adapter:
-    values = read_values(inside(folder, CONFIG_FILE))
+    config = RegularFile(inside(folder, CONFIG_FILE))
+    values = read_values(config)
     weights, original, about_weights = _open_weights(folder, renamed)
     tensors, about_names = as_saved(weights.tensors, folder)
     found = _contents(values, tensors, folder)
@@ -111,7 +112,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *_about_loader(values["peft_type"], found.modules),
         ),
         attachments=attachments(folder),
-        inputs=(original, RegularFile(folder / CONFIG_FILE)),
+        inputs=(original, config),
     )
 
 
