@@ -551,3 +551,20 @@ def test_what_was_done_can_be_done_again_from_the_record(named, tmp_path):
     for made in (shared, more, taken, tmp_path / "all" / "new"):
         result = lt.replay(made, input=[tmp_path])
         assert result.identical, result
+
+
+def test_more_adapters_than_files_may_be_open_at_first(tmp_path):
+    import resource
+
+    (path,) = fleet(tmp_path / "one", 1, modules={"layers.0.q_proj": (8, 6)}, rank=1, common=2)
+    paths = [tmp_path / f"adapter-{i}" for i in range(150)]
+    for each in paths:
+        shutil.copytree(path, each)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (140, before[1]))
+    try:
+        result = lt.fleet_share(paths, rank=1, clusters=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(result.adapters) == 150
+    assert result.relative_error < 1e-6
