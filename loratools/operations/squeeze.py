@@ -22,7 +22,7 @@ from loratools.folding.undecomposed import Apart, is_apart, matrices_of
 from loratools.folding.without_base import folded_where_exact, to_lora_command
 from loratools.lowrank.matrices import matrices
 from loratools.lowrank.planned import PlannedFactors
-from loratools.lowrank.resize import ComputeOptions, Resizer, spectrum_of
+from loratools.lowrank.resize import ComputeOptions, Resizer, Scaling, spectrum_of
 from loratools.operations.one_rank import groups_of_one_rank
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
 from loratools.work.provenance import operation_record
@@ -78,6 +78,7 @@ def squeeze(
     options: ComputeOptions | None = None,
     selection: Selection | None = None,
     *,
+    scaling: Scaling | None = None,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SqueezeResult:
@@ -88,6 +89,7 @@ def squeeze(
         rule: how ranks are chosen.
         options: how to compute and store.
         selection: modules to touch; the others keep every bit.
+        scaling: the scale of each module's new factors; by default the options decide.
         scratch_folder: where results wait until they are written.
         progress: called with (modules done, modules in all).
 
@@ -97,7 +99,7 @@ def squeeze(
         OptionError: options contradict each other, or the budget is too small.
     """
     options, selection = options or ComputeOptions(), selection or Selection()
-    work = _Squeeze(adapter, rule, options, selection, scratch_folder)
+    work = _Squeeze(adapter, rule, options, selection, scratch_folder, scaling)
     rule.check_patterns(work.chosen)
     if rule.uniform and len(work.chosen) < len(work.names):
         raise OptionError("uniform concerns all modules, and some are not selected")
@@ -224,6 +226,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         options: ComputeOptions,
         selection: Selection,
         scratch_folder: Path | None,
+        scaling: Scaling | None = None,
     ) -> None:
         self.source = _folded(adapter, selection, scratch_folder)
         self.kept_whole = _kept_whole(self.source, selection)
@@ -250,7 +253,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         super().__init__(
             list(self.whole),
             rule,
-            Resizer(options, Scratch(scratch_folder), rule.uniform),
+            Resizer(options, Scratch(scratch_folder), rule.uniform, scaling),
             input_nbytes=self.source.weights_nbytes,
             source=self.source.source,
             chosen=_selected(self.source, self.whole, selection),

@@ -23,7 +23,7 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
 from loratools_formats.formats.peft.parameters import Setting, settings
-from loratools_formats.formats.peft.patterns import PatternsOf
+from loratools_formats.core.peft_patterns import PatternsOf
 from loratools_formats.formats.peft.read import WEIGHTS_FILE
 
 

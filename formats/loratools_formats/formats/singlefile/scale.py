@@ -24,7 +24,7 @@ from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.strict_json import parsed_object
 from loratools_formats.formats.peft.config import PeftConfig
-from loratools_formats.formats.peft.patterns import PatternsOf
+from loratools_formats.core.peft_patterns import PatternsOf
 
 METADATA_KEY = "lora_adapter_metadata"
 _SWITCHES = ("use_dora", "lora_bias")
