@@ -99,31 +99,31 @@ class SqueezeSchedule:
 
     @classmethod
     def by_rank(
-        cls, ranks: Sequence[int], steps: int, *, least: int = LEAST_STEPS
+        cls, ranks: Sequence[int], steps: int, *, least_steps: int = LEAST_STEPS
     ) -> SqueezeSchedule:
         """Return a schedule whose stages have steps in proportion to their rank.
 
         Args:
             ranks: of each stage.
             steps: of all stages together.
-            least: steps that each stage gets at least.
+            least_steps: that each stage gets at least.
 
         Raises:
             OptionError: too few steps for that.
         """
-        if steps < least * len(ranks):
+        if steps < least_steps * len(ranks):
             raise OptionError(
-                f"too few steps for {len(ranks)} stages of at least {least}",
+                f"too few steps for {len(ranks)} stages of at least {least_steps}",
                 got=steps,
-                expected=f"at least {least * len(ranks)}",
-                hint="Give a lower `least`, or fewer stages",
+                expected=f"at least {least_steps * len(ranks)}",
+                hint="Give a lower `least_steps`, or fewer `stages`",
             )
         given: dict[int, int] = {}
         while True:  # stages whose share is too small get the least, and the others share the rest
             others = [place for place in range(len(ranks)) if place not in given]
             left, weight = steps - sum(given.values()), sum(ranks[place] for place in others)
-            small = [place for place in others if left * ranks[place] < least * weight]
-            given |= dict.fromkeys(small, least)
+            small = [place for place in others if left * ranks[place] < least_steps * weight]
+            given |= dict.fromkeys(small, least_steps)
             if not small:
                 break
         shares = {place: left * ranks[place] // weight for place in others}
