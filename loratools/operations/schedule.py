@@ -217,4 +217,5 @@ def _rule(values: Mapping[str, Any]) -> RankRule:
     given = {renamed.get(name, name): value for name, value in values.items()}
     if "rank_pattern" in given:
         given["rank_pattern"] = [f"{pattern}={rank}" for pattern, rank in given["rank_pattern"]]
-    return build(RankRule, given)
+    rule: RankRule = build(RankRule, given)
+    return rule

@@ -26,7 +26,7 @@ from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-class SqueezeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class SqueezeCallback(TrainerCallback, ExportableState):
     """Squeezes the adapter that a Trainer trains, at the boundaries of a schedule.
 
     What each squeeze did goes into the Trainer's history and, beside every checkpoint, into the

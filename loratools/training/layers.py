@@ -50,14 +50,12 @@ class LiveLayer:
     @property
     def a(self) -> torch.nn.Parameter:
         """(r, in), or (r, in, *kernel)."""
-        found = self._holder("A")
-        return found[self.adapter] if self.is_embedding else found[self.adapter].weight
+        return self._parameter("A")
 
     @property
     def b(self) -> torch.nn.Parameter:
         """(out, r), or (out, r, 1, …)."""
-        found = self._holder("B")
-        return found[self.adapter] if self.is_embedding else found[self.adapter].weight
+        return self._parameter("B")
 
     @property
     def rank(self) -> int:
@@ -78,6 +76,11 @@ class LiveLayer:
         return getattr(
             self.module, f"lora_embedding_{side}" if self.is_embedding else f"lora_{side}"
         )
+
+    def _parameter(self, side: str) -> torch.nn.Parameter:
+        held = self._holder(side)[self.adapter]
+        found: torch.nn.Parameter = held if self.is_embedding else held.weight
+        return found
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return the scale that PEFT makes of an alpha and a rank."""
@@ -177,6 +180,7 @@ def live_layers(model: PeftModel, adapter: str) -> list[LiveLayer]:
     if adapter not in model.peft_config:
         raise OptionError("no such adapter", got=adapter, expected=", ".join(model.peft_config))
     config: Any = model.peft_config[adapter]
+    base: Any = model.base_model.model
     start = getattr(config, "init_lora_weights", True)
     if config.peft_type != "LORA" or (isinstance(start, str) and start not in _STARTS):
         raise UnsupportedError(
@@ -187,7 +191,7 @@ def live_layers(model: PeftModel, adapter: str) -> list[LiveLayer]:
         )
     found = [
         LiveLayer(name, module, adapter)
-        for name, module in model.base_model.model.named_modules()
+        for name, module in base.named_modules()
         if isinstance(module, LoraLayer)
         and (adapter in module.lora_A or adapter in module.lora_embedding_A)
     ]

@@ -105,8 +105,6 @@ def squeeze_model(
     """
     if not rule.is_given:
         raise OptionError("no rule for the ranks", expected="rank, energy, budget or another rule")
-    if alpha not in ("keep-scale", "sqrt"):
-        raise OptionError("no such policy for alpha", got=alpha, expected="keep-scale or sqrt")
     found = unwrapped(model)
     layers = live_layers(found, adapter or found.active_adapters[0])
     trainer = inner(optimizer)

@@ -125,16 +125,17 @@ def _moment(
     layer: nn.Module, inputs: torch.Tensor, mask: torch.Tensor | None, *, whole: bool
 ) -> tuple[torch.Tensor, int]:
     """Return Σ x·xᵀ in float64 or its diagonal, and how many x there were."""
-    is_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d)
-    if mask is not None and not is_convolution and inputs.shape[:2] == mask.shape:
+    convolution = layer if isinstance(layer, nn.Conv1d | nn.Conv2d) else None
+    if mask is not None and convolution is None and inputs.shape[:2] == mask.shape:
         inputs = inputs[mask.bool()]
     if isinstance(layer, nn.Embedding):
         tokens = inputs.reshape(-1)
         return torch.bincount(tokens, minlength=layer.num_embeddings).double(), len(tokens)
-    if is_convolution:
-        rows = _patches(layer, inputs)
-    else:
-        rows = inputs.reshape(-1, inputs.shape[-1])
+    rows = (
+        inputs.reshape(-1, inputs.shape[-1])
+        if convolution is None
+        else _patches(convolution, inputs)
+    )
     rows = rows.float()
     found = rows.T @ rows if whole else (rows * rows).sum(0)
     return found.to("cpu" if found.device.type == "mps" else found.device, torch.float64), len(rows)

@@ -78,7 +78,8 @@ def wide(factor: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse(gram: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.pinv(gram, hermitian=True, rtol=_NEGLIGIBLE)
+    found: torch.Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=_NEGLIGIBLE)
+    return found
 
 
 def inner(optimizer: Any) -> torch.optim.Optimizer | None:
