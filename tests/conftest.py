@@ -8,6 +8,7 @@ import importlib.abc
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -17,6 +18,8 @@ from safetensors.numpy import save_file
 
 # A name that is no path may be one on the Hub; tests/hub has its own, and nothing else asks.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Digests of weights are kept for the next run, but not in the home of whoever runs the tests.
+os.environ.setdefault("LORATOOLS_CACHE", tempfile.mkdtemp(prefix="loratools-cache-"))
 
 # Tests with other libraries, and tests of whole programs that are stopped, starved or fed rubbish.
 NOT_FAST = {Path(__file__).parent / name for name in ("consumers", "fuzz", "robustness")}

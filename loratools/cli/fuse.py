@@ -15,7 +15,7 @@ from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
 from loratools.face.fuse import FusePlan, FuseResult, PlannedTensor, fuse
 from loratools.operations.fuse.gguf import GgufFuseOptions
-from loratools.operations.fuse.operation import FuseOptions
+from loratools.operations.fuse.options import FuseOptions
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping
 
@@ -123,7 +123,8 @@ def _show_fused(result: FuseResult, *, verbose: bool) -> None:
     say(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
     say(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")
     if result.surviving is not None:
-        say(f"survives quantising: {percent(result.surviving)} of ΔW")
+        share, error = percent(result.surviving), percent(result.quantising_error or 0.0)
+        say(f"survives quantising: {share} of ΔW, with an error of {error}")
     converted = f", {result.converted} converted" if result.converted else ""
     say(
         f"size: {human_bytes(result.bytes_out)} in {quantity(len(result.files), 'file')}; "

@@ -23,9 +23,11 @@ from loratools.face.source import (
 )
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
-from loratools.operations.fuse.operation import FuseOptions, FusePreview, Fusion
-from loratools.operations.fuse.operation import FuseResult as Fused
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.fuse.pipeline import PipelineFusion, is_pipeline
+from loratools.operations.fuse.result import FusePreview
+from loratools.operations.fuse.result import FuseResult as Fused
 from loratools.work.json_object import hidden
 from loratools.work.provenance import DROPPED
 from loratools.work.requests import Reading, Writing
@@ -89,6 +91,8 @@ class FuseResult(Reported):
         bytes_out: size of the weight files.
         files: their names.
         surviving: share of ΔW that survives quantising again; None if nothing is quantised.
+        quantising_error: ‖W' − (W + ΔW)‖/‖ΔW‖ of what is quantised again; above 1 it is noise,
+            whatever share survives; None if nothing is quantised.
         copied: number of tensors copied byte for byte.
         converted: number of tensors that no adapter changes, stored in another type than before.
         left_out: files of the base that were not carried over.
@@ -103,6 +107,7 @@ class FuseResult(Reported):
     bytes_out: int
     files: tuple[str, ...]
     surviving: float | None
+    quantising_error: float | None
     copied: int
     converted: int
     left_out: tuple[str, ...]
@@ -243,7 +248,7 @@ _WORDS = {"max_shard_bytes": "max_shard_size"}
 
 
 def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOptions:
-    for name in ("max_shard_bytes", "base_mode", "requantize"):
+    for name in ("max_shard_bytes", "base_mode", "requantize", "changed_bits"):
         if getattr(options, name):
             raise OptionError(f"`{_WORDS.get(name, name)}` has no meaning for a GGUF model")
     given: Any = options.dtype or "keep"
@@ -291,6 +296,7 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused, planned: tuple[Finding, 
         bytes_out=done.nbytes,
         files=done.shards,
         surviving=done.surviving,
+        quantising_error=done.quantising_error,
         copied=done.copied,
         converted=done.converted,
         left_out=done.left_out,

@@ -1,8 +1,9 @@
 """Formats of quantised weights: one file each, all with one interface.
 
-A codec says which stored tensors make up one weight (`declare`), and a `CodedWeight` computes any
-range of its values. Nothing outside this package knows a format by name: `coded_weights` asks every
-codec, in an order in which each sees only what those before it left.
+A codec says which stored tensors make up one weight (`declare`), a `CodedWeight` computes any range
+of its values, and its `encoder` stores a range of new ones with the scales that are there. Nothing
+outside this package knows a format by name: `coded_weights` asks every codec, in an order in which
+each sees only what those before it left.
 """
 
 from __future__ import annotations
@@ -19,9 +20,18 @@ from loratools.base.codecs import (
     mxfp4,
     nvfp4,
 )
-from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored
+from loratools.base.codecs.codec import Codec, CodedWeight, Encoder, Scheme, Stored
 
-__all__ = ["CODECS", "Codec", "CodedWeight", "Scheme", "Stored", "coded_weights", "methods"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "CodedWeight",
+    "Encoder",
+    "Scheme",
+    "Stored",
+    "coded_weights",
+    "methods",
+]
 
 CODECS: tuple[Codec, ...] = (
     bitsandbytes.CODEC,

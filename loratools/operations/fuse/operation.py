@@ -8,18 +8,16 @@ blocks and of one module's factors per worker, whatever the size of the checkpoi
 from __future__ import annotations
 
 import functools
-import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from loratools.algebra.device import Computing, Device
-from loratools.base.codecs import CodedWeight
+from loratools.algebra.device import Device
+from loratools.base.codecs import CodedWeight, Encoder
 from loratools.base.dequantised import (
     DequantisedCheckpoint,
     as_stored,
@@ -30,14 +28,15 @@ from loratools.base.dequantised import (
 )
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.loss import lost_to_rounding, noise, refuse_erased, refuse_rounded
+from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
+from loratools.operations.fuse.reencode import Reencoded
+from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
 from loratools.operations.reported import report
 from loratools.work.call import kept
-from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
-from loratools.work.requests import Sharding
-from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import (
@@ -52,160 +51,6 @@ from loratools_formats.core.dtypes import Array
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
-BaseMode = Literal["dequant", "original"]
-_SURVIVING = 0.5
-_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-
-
-@dataclass(frozen=True)
-class FuseOptions(Sharding, Computing):
-    """How to fuse.
-
-    Attributes:
-        dtype: type of all weights: f32, f16 or bf16; in a GGUF model the type of the changed
-            tensors, q8_0, q5_1, q5_0, q4_1 and q4_0 too. By default each keeps its own.
-        base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
-            on the 16-bit original.
-        requantize: store changed four-bit weights in four bits again.
-        allow_lossy: write even if less than half of the change survives rounding.
-    """
-
-    dtype: str | None = option(
-        None, heading="Computing", aliases=("--outtype",), metavar="DTYPE", parse=dtype_name
-    )
-    base_mode: BaseMode | None = option(None, heading="Computing")
-    requantize: bool = option(False, heading="Computing")
-    allow_lossy: bool = option(False, heading="Output")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.requantize and self.dtype is not None:
-            raise OptionError("`requantize` and `dtype` exclude each other")
-
-    @property
-    def code(self) -> str | None:
-        """The type's name in a safetensors header; None if each tensor keeps its own.
-
-        Raises:
-            OptionError: checkpoints have no such type.
-        """
-        if self.dtype in (None, "keep"):
-            return None
-        if self.dtype not in _DTYPES:
-            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
-        return _DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class FuseResult:
-    """What fusing did.
-
-    Attributes:
-        tensors: every touched tensor, in the base's order.
-        copied: number of tensors copied byte for byte.
-        converted: number of tensors that no adapter changes, stored in another type than before.
-        nbytes: size of the weight files.
-        shards: their names.
-        findings: what a user should know.
-        left_out: files of the base that were not carried over.
-    """
-
-    tensors: tuple[TensorReport, ...]
-    copied: int
-    converted: int
-    nbytes: int
-    shards: tuple[str, ...]
-    findings: tuple[Finding, ...]
-    left_out: tuple[str, ...]
-
-    @property
-    def relative_change(self) -> float | None:
-        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if no tensor is touched."""
-        base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
-        delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
-        if not base:
-            return None if delta else 0.0
-        return delta / base
-
-    @property
-    def surviving(self) -> float | None:
-        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
-        return surviving(self.tensors)
-
-    @property
-    def lost(self) -> float:
-        """Share of ΔW lost to rounding over all touched tensors."""
-        return lost_to_rounding(self.tensors)
-
-
-def lost_to_rounding(reports: Sequence[TensorReport]) -> float:
-    """Return the share of ΔW lost to rounding over some tensors."""
-    delta = math.sqrt(math.fsum(t.delta_norm**2 for t in reports))
-    return math.sqrt(math.fsum(t.rounding_norm**2 for t in reports)) / delta if delta else 0.0
-
-
-@dataclass(frozen=True)
-class FusePreview:
-    """What fusing would write.
-
-    Attributes:
-        touched: tensors that adapters change.
-        dtypes: the type each would be stored in.
-        total: number of tensors in all.
-        nbytes: size of the weight files.
-        files: their number.
-        findings: what a user should know.
-    """
-
-    touched: tuple[TensorPlan, ...]
-    dtypes: Mapping[str, str]
-    total: int
-    nbytes: int
-    files: int
-    findings: tuple[Finding, ...]
-
-
-def refuse_erased(
-    reports: Sequence[TensorReport], path: Path, *, what: str, hint: str, allow_lossy: bool
-) -> None:
-    """Refuse a result in which quantising erases most of the change.
-
-    Args:
-        reports: what was measured.
-        path: the base.
-        what: what erases it, in the plural.
-        hint: the next step.
-        allow_lossy: do not refuse.
-
-    Raises:
-        UnsupportedError: less than half of it survives, and that was not allowed.
-    """
-    share = surviving(reports)
-    if share is not None and share < _SURVIVING and not allow_lossy:
-        raise UnsupportedError(
-            f"{what} erase most of the change",
-            path=path,
-            got=f"{100 * share:.1f} % of ΔW survives",
-            expected=f"at least {100 * _SURVIVING:.0f} %",
-            hint=hint,
-        )
-
-
-def refuse_rounded(reports: Sequence[TensorReport], path: Path, *, allow_lossy: bool) -> None:
-    """Refuse a result in which rounding to floating types erases most of the change.
-
-    Raises:
-        UnsupportedError: less than half of it survives, and that was not allowed.
-    """
-    rounded = [replace(r, surviving=r.rounded) for r in reports if r.rounded is not None]
-    refuse_erased(
-        rounded,
-        path,
-        what=f"the steps of {' and '.join(sorted({r.dtype.lower() for r in rounded}))}",
-        hint="Choose a wider `dtype` such as f32, or pass `allow_lossy=True`",
-        allow_lossy=allow_lossy,
-    )
-
 
 def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> None:
     """Refuse to fuse what changes nothing.
@@ -216,15 +61,6 @@ def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> 
     if not any(plan.is_touched for plan in plans):
         path = inputs[0].adapter.source if inputs else None
         raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
-
-
-def surviving(reports: Sequence[TensorReport]) -> float | None:
-    """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over the tensors where it was measured; None if there are none."""
-    measured = [(r.surviving, r.delta_norm**2) for r in reports if r.surviving is not None]
-    total = sum(weight for _, weight in measured)
-    if not total:
-        return None
-    return sum(share * weight for share, weight in measured) / total
 
 
 class Fusion:
@@ -251,6 +87,7 @@ class Fusion:
         )
         self._base = base
         self._verbatim: Mapping[str, CodedWeight] = {}
+        self._encoders: Mapping[str, Encoder] = {}
         self._dequantised, self.plan = self._planned()
         refuse_nothing(self.plan.tensors.values(), self.inputs)
         self._device = Device(options.device)
@@ -260,7 +97,7 @@ class Fusion:
             base,
             self._parts(),
             max_shard_bytes=options.max_shard_bytes,
-            metadata=dequantised_metadata(self._dequantised),
+            metadata=None if options.keeps_format else dequantised_metadata(self._dequantised),
             places=self._dequantised.places,
         )
 
@@ -301,10 +138,10 @@ class Fusion:
             return kept, self._plan_beside(kept, unreadable)
         self._check_mode()
         checkpoint = self._dequantised.checkpoint
-        if options.requantize:
+        if options.keeps_format:
             checkpoint = replace(checkpoint, config=base.config)
         plan = plan_fuse(checkpoint, self.inputs, options.code, self._dequantised.stored)
-        keeps = not options.requantize and options.dtype is None and options.base_mode is None
+        keeps = not options.keeps_format and options.dtype is None and options.base_mode is None
         touched = {tensor.key for tensor in plan.touched}
         is_quantised, stored = self._dequantised.is_quantized, self._dequantised.stored
         if keeps and is_quantised and touched.isdisjoint(stored):
@@ -312,7 +149,48 @@ class Fusion:
             return kept, plan_fuse(base, self.inputs)
         if keeps and is_quantised:
             plan = self._plan_mixed(touched) or plan
+        if options.keeps_format:
+            self._encode(touched)
         return self._dequantised, plan
+
+    def _encode(self, touched: Collection[str]) -> None:
+        """Choose how each changed weight is stored; the others stay as they are.
+
+        Raises:
+            UnsupportedError: a weight's format is not written.
+        """
+        view, bits = self._dequantised, self.options.changed_bits
+        changed = {key: w for key, w in view.weights.items() if key in touched}
+        self._verbatim = {key: w for key, w in view.weights.items() if key not in touched}
+        encoders = {}
+        for key, weight in changed.items():
+            if bits is None and key in view.four_bit:
+                continue
+            encoder = weight.encoder() if bits is None else weight.encoder_in(bits)
+            if encoder is None:
+                raise self._not_written(weight)
+            encoders[key] = encoder
+        self._encoders = encoders
+        config = self._base.config
+        if bits is not None:
+            for weight in {type(w): w for w in changed.values()}.values():
+                modules = [
+                    k.removesuffix(".weight") for k, w in changed.items() if type(w) is type(weight)
+                ]
+                config = weight.config_in(config, modules, bits)
+        self._dequantised = replace(view, checkpoint=replace(view.checkpoint, config=config))
+
+    def _not_written(self, weight: CodedWeight) -> UnsupportedError:
+        bits = self.options.changed_bits
+        what = "again" if bits is None else f"in {bits} bits"
+        option = "requantize" if bits is None else "changed_bits"
+        return UnsupportedError(
+            f"a weight of this format cannot be written {what}",
+            path=self._base.path,
+            tensor=weight.key,
+            got=str(weight.scheme),
+            hint=f"Leave out `{option}`: changed weights are then stored in 16 bits",
+        )
 
     def _plan_mixed(self, touched: Collection[str]) -> FusePlan | None:
         """Return a plan that leaves quantised weights as they are beside those that become plain.
@@ -339,7 +217,7 @@ class Fusion:
             UnsupportedError: `unreadable`, if an adapter changes one or finds no place.
         """
         base, options = kept.checkpoint, self.options
-        if options.requantize or options.dtype is not None or options.base_mode is not None:
+        if options.keeps_format or options.dtype is not None or options.base_mode is not None:
             raise unreadable
         try:
             plan = plan_fuse(base, self.inputs)
@@ -368,9 +246,9 @@ class Fusion:
                 path=path,
                 hint="Run loratools quantize on it first, or leave out `base_mode`",
             )
-        if self.options.requantize and not four_bit:
+        if self.options.keeps_format and not self._dequantised.is_quantized:
             raise OptionError(
-                "only a four-bit base can be quantised again",
+                "only a quantised base can be quantised again",
                 path=path,
                 hint="Fuse, then run loratools quantize",
             )
@@ -379,6 +257,9 @@ class Fusion:
         """Return the configuration to write, None to keep the base's file."""
         if self.options.requantize or not self._dequantised.is_quantized:
             return self.plan.config
+        if self.plan.config is not None and self.options.changed_bits is not None:
+            sections = self._dequantised.checkpoint.config
+            return {**self.plan.config, **{k: sections[k] for k in sections if "quantiz" in k}}
         return (self.plan.config or self._dequantised.checkpoint.config) or None
 
     def _recorded(self) -> Mapping[str, Any]:
@@ -388,6 +269,7 @@ class Fusion:
             "max_shard_bytes": self.options.max_shard_bytes,
             "base_mode": "dequant" if self._dequantised.four_bit else None,
             "requantize": self.options.requantize,
+            "changed_bits": self.options.changed_bits,
         }
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
         return operation_record("fuse", names, options, self._base)
@@ -397,15 +279,29 @@ class Fusion:
         for key, plan in self.plan.tensors.items():
             if key in self._verbatim:
                 parts |= {part.key: part for part in self._verbatim[key].parts}
-                continue
-            weight = self._dequantised.four_bit.get(key) if self.options.requantize else None
-            if weight is None:
-                parts[key] = plan.source if plan.is_copy else self._made(plan)
-            elif plan.is_touched:
-                parts[key] = self._requantized(plan, weight)
+            elif key in self._encoders:
+                parts |= self._reencoded(plan, self._encoders[key])
+            elif self.options.requantize and key in self._dequantised.four_bit:
+                parts[key] = self._requantized(plan, self._dequantised.four_bit[key])
             else:
-                parts |= {tensor.key: tensor for tensor in weight.tensors}
+                parts[key] = plan.source if plan.is_copy else self._made(plan)
+        if self.options.keeps_format:
+            of_weights = {p.key for w in self._dequantised.weights.values() for p in w.parts}
+            of_running = (k for k in self._dequantised.dropped if k not in of_weights)
+            parts |= {key: self._base.tensors[key] for key in of_running}
         return parts
+
+    def _reencoded(self, plan: TensorPlan, encoder: Encoder) -> dict[str, NewTensor]:
+        """Return the tensors of a changed weight: those computed, and those that stay."""
+        weight = self._dequantised.weights[plan.key]
+        work = Reencoded(plan, encoder, weight.shape, self._device)
+
+        def fill(sinks: Mapping[str, Sink]) -> None:
+            self._report(work.fill(sinks))
+
+        computed = {blank.key for blank in work.blanks}
+        made = {work.blanks[0].key: Made(work.blanks, fill)}
+        return made | {part.key: part for part in weight.parts if part.key not in computed}
 
     def _requantized(self, plan: TensorPlan, weight: QuantizedWeight) -> Made:
         from loratools.operations.fuse.requantize import Requantized
@@ -443,10 +339,11 @@ class Fusion:
         Raises:
             UnsupportedError: less than half of it survives, and that was not allowed.
         """
+        quantised = [r for r in self._reports.values() if r.surviving is not None]
         refuse_erased(
-            list(self._reports.values()),
+            quantised,
             self._base.path,
-            what="four bits",
+            what=f"the steps of {' and '.join(sorted({r.dtype for r in quantised}))}",
             hint="Leave out `requantize` to store 16 bits, or pass `allow_lossy=True`",
             allow_lossy=self.options.allow_lossy,
         )
@@ -468,12 +365,17 @@ class Fusion:
         )
 
     def _type_name(self, plan: TensorPlan) -> str:
+        if plan.key in self._encoders:
+            return self._encoders[plan.key].scheme.short
         weight = self._dequantised.four_bit.get(plan.key) if self.options.requantize else None
         return plan.dtype.code if weight is None else weight.quant_type.upper()
 
     def _findings(self) -> list[Finding]:
         dropped = self._dequantised.dropped
-        if not dropped or self.options.requantize:
+        if self.options.keeps_format:
+            changed = [self._dequantised.weights[key] for key in self._encoders]
+            return [*_caveats(changed), *noise(list(self._reports.values()))]
+        if not dropped:
             return []
         if self._verbatim:
             message = (
@@ -488,10 +390,9 @@ class Fusion:
             else f"weights are not quantised any more; {len(dropped)} tensors that only said how "
             "they were are left out"
         )
-        caveats = {weight.caveat for weight in self._dequantised.weights.values()} - {""}
         return [
             Finding("no-longer-quantised", "note", None, message),
-            *(Finding("rescaled-inputs", "warning", None, text) for text in sorted(caveats)),
+            *_caveats(self._dequantised.weights.values()),
         ]
 
     def write(
@@ -524,7 +425,7 @@ class Fusion:
             if not plan.is_touched
             and key not in self._verbatim
             and (not plan.is_copy or key in self._dequantised.stored)
-            and not self.options.requantize
+            and not self.options.keeps_format
         }
         return FuseResult(
             tensors=tuple(self._reports[key] for key in plans if key in self._reports),
@@ -535,3 +436,9 @@ class Fusion:
             findings=(*self.plan.findings, *self._findings()),
             left_out=left_out,
         )
+
+
+def _caveats(weights: Iterable[CodedWeight]) -> list[Finding]:
+    """Return what to know when something is added to weights of their formats."""
+    caveats = {weight.caveat for weight in weights} - {""}
+    return [Finding("rescaled-inputs", "warning", None, text) for text in sorted(caveats)]

@@ -17,13 +17,13 @@ from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
 from loratools_formats.core.peft_facts import stacked_on_loading
+from loratools_formats.core.peft_patterns import PatternsOf
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
 from loratools_formats.formats.peft.parameters import Setting, settings
-from loratools_formats.core.peft_patterns import PatternsOf
 from loratools_formats.formats.peft.read import WEIGHTS_FILE
 
 
