@@ -34,9 +34,9 @@ LORA, RSLORA, DORA, MODEL = (LLAMA / name for name in ("lora", "rslora", "dora",
 MODULE = "model.layers.0.self_attn.q_proj"
 FUNCTIONS = [name for name in lt.__all__ if inspect.isfunction(getattr(lt, name))]
 RESULTS = ("check", "compare", "compare_bases", "convert", "dequantize", "extract", "formats",
-           "fuse", "info", "info_base", "merge", "methods", "plan_squeeze", "provenance", "quantize",
-           "repair", "replay", "rule", "run", "spectrum", "squeeze", "to_dora", "to_lora", "verify",
-           "write")  # fmt: skip
+           "fuse", "info", "info_base", "merge", "methods", "plan_squeeze", "provenance",
+           "quantize", "repair", "replay", "rule", "run", "spectrum", "squeeze", "to_dora",
+           "to_lora", "verify", "write")  # fmt: skip
 
 
 def command_line(*arguments):
