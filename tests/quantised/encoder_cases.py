@@ -1,5 +1,7 @@
 """Quantised weights of every format that is written, small and random, and what makes them anew."""
 
+import json
+
 import numpy as np
 from quantised_cases import only, pairs, random_scales, to_words
 
@@ -128,6 +130,22 @@ def fp8(rng, scale, *, kind="F8_E4M3", shape=(OUT, IN), inputs=None, stated=None
     return tensors, {"quantization_config": {"quant_method": "fp8", **(stated or {})}}
 
 
+def torchao(rng, kind, block, *, bits=8, zero=False):
+    grid = (OUT // block[0], IN // block[1])
+    half = 1 << (bits - 1)
+    codes = rng.integers(-half, half, (OUT, IN)).astype(np.int8)
+    if kind == "Float8Tensor":
+        codes = ((rng.standard_normal((OUT, IN)) * 20).astype(np.float32).astype(F8), "F8_E4M3")
+    data = {"block_size": list(block), "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
+    if bits != 8:
+        data["target_dtype"] = {"_type": "torch.dtype", "_data": f"int{bits}"}
+    tensors = {"x._weight_qdata": codes, "x._weight_scale": numbers(rng, grid)}
+    if zero:
+        tensors["x._weight_zero_point"] = rng.integers(-3, 3, grid).astype(np.int8)
+    said = {"_type": kind, "_data": data, "_tensor_data_names": ["qdata", "scale"]}
+    return tensors, {"metadata": {"x.weight": json.dumps(said)}}
+
+
 def numbers(rng, shape):
     return rng.uniform(0.01, 0.1, shape).astype(np.float32)
 
@@ -166,6 +184,10 @@ CASES = {
     "FP8 ragged": lambda r: fp8(r, numbers(r, (3, 6)), stated={"weight_block_size": [24, 24]}),
     "FP8 experts": lambda r: fp8(r, numbers(r, (3, 4, 2)), shape=(3, 32, 64)),
     "FP8 inputs": lambda r: fp8(r, numbers(r, ()), inputs=numbers(r, (IN,)) + 1),
+    "torchao INT8": lambda r: torchao(r, "Int8Tensor", (1, IN), zero=True),
+    "torchao FP8": lambda r: torchao(r, "Float8Tensor", (1, IN)),
+    "torchao FP8 blocks": lambda r: torchao(r, "Float8Tensor", (32, 32)),
+    "torchao INT4": lambda r: torchao(r, "IntxUnpackedToInt8Tensor", (1, 32), bits=4, zero=True),
     "MXFP8": lambda r: fp8(r, r.integers(115, 125, (OUT, IN // 32)).astype(np.uint8)),
 }  # fmt: skip
 

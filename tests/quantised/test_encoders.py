@@ -113,7 +113,9 @@ def filled(stored, code, weight):
     values, kind = stored if isinstance(stored, tuple) else (stored, None)
     bits = weight.scheme.bits
     shape = values.shape
-    if bits in (2, 4, 8):
+    if "torchao INT" in weight.scheme.name:
+        new = np.full(shape, code - (1 << (bits - 1)), np.int8)
+    elif bits in (2, 4, 8):
         byte = sum(code << (bits * i) for i in range(8 // bits))
         new = np.full(values.nbytes, byte, np.uint8).view(values.dtype).reshape(shape)
     else:

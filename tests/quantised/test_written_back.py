@@ -21,10 +21,10 @@ FORMATS = [
 _CODES = {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
-def save(folder, tensors, config):
+def save(folder, tensors, config, metadata=None):
     """Write a folder; NumPy's own types, those of ml_dtypes, or bytes with the name of a type."""
     folder.mkdir()
-    header, blobs, at = {"__metadata__": {"format": "pt"}}, [], 0
+    header, blobs, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, [], 0
     for key, value in tensors.items():
         values, code = value if isinstance(value, tuple) else (value, None)
         values = np.ascontiguousarray(values)
@@ -56,10 +56,15 @@ def base_of(name, folder):
     tensors["norm.weight"] = np.ones(128, np.float16)
     tensors[f"{KEPT}.input_scale"] = np.array([3.0], np.float32)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    config |= {k: v for k, v in told.items() if k != "stated"}
+    config |= {k: v for k, v in told.items() if k not in ("stated", "metadata")}
     if "stated" in told:
         config["quantization_config"] = told["stated"]
-    return save(folder, tensors, config), tensors, told
+    about = {
+        key.replace("x.", f"{module}."): text
+        for key, text in told.get("metadata", {}).items()
+        for module in (CHANGED, KEPT)
+    }
+    return save(folder, tensors, config, about), tensors, told
 
 
 def values_of(folder, told, module=CHANGED):
@@ -103,10 +108,17 @@ def test_a_fused_base_keeps_its_format(name, tmp_path, adapter):
         k: (t.dtype, t.shape) for k, t in old.tensors.items()
     }
     different = {k for k, data in raw(base).items() if raw(tmp_path / "fused")[k] != data}
-    leaves = {"weight", "scales", "biases", "qweight", "weight_packed", "weight_scale"}
-    assert f"{CHANGED}.weight" in {k.replace("q.qweight", "q.weight") for k in different} or (
-        f"{CHANGED}.weight_packed" in different
-    )
+    leaves = {
+        "weight",
+        "_weight_qdata",
+        "scales",
+        "biases",
+        "qweight",
+        "weight_packed",
+        "weight_scale",
+    }
+    codes = {"weight", "qweight", "weight_packed", "_weight_qdata"}
+    assert {key.rpartition(".")[2] for key in different} & codes
     assert different <= {f"{CHANGED}.{leaf}" for leaf in leaves}
     assert (tmp_path / "fused" / "config.json").read_bytes() == (base / "config.json").read_bytes()
     after = values_of(tmp_path / "fused", told)

@@ -8,7 +8,7 @@ each sees only what those before it left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from loratools.base.codecs import (
     awq,
@@ -16,9 +16,11 @@ from loratools.base.codecs import (
     compressed,
     eight_bit,
     gptq,
+    hqq,
     mlx,
     mxfp4,
     nvfp4,
+    torchao,
 )
 from loratools.base.codecs.codec import Codec, CodedWeight, Encoder, Scheme, Stored
 
@@ -31,10 +33,13 @@ __all__ = [
     "Stored",
     "coded_weights",
     "methods",
+    "without_marks",
 ]
 
 CODECS: tuple[Codec, ...] = (
     bitsandbytes.CODEC,
+    hqq.CODEC,
+    torchao.CODEC,
     mlx.CODEC,
     gptq.CODEC,
     awq.CODEC,
@@ -58,6 +63,14 @@ def coded_weights(stored: Stored) -> dict[str, CodedWeight]:
         found |= declared
         stored = stored.without(part.key for weight in declared.values() for part in weight.parts)
     return found
+
+
+def without_marks(metadata: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:
+    """Return a file's metadata without what it says of weights that are plain now."""
+    for codec in CODECS:
+        if codec.without_marks is not None:
+            metadata = codec.without_marks(metadata, weights)
+    return dict(metadata)
 
 
 def methods(codecs: Iterable[Codec] = CODECS) -> frozenset[str]:

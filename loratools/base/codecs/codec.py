@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,11 +28,13 @@ class Stored:
         tensors: those that no other codec has claimed.
         config: the model's configuration.
         stated: what the configuration, or a file beside it, says of quantisation; empty if nothing.
+        metadata: that of the files, together.
     """
 
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any]
     stated: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def without(self, keys: Iterable[str]) -> Stored:
         """Return the same but for some tensors."""
@@ -299,11 +301,14 @@ class Codec:
         declare: returns the weights of a checkpoint that are in this format, by plain name. Raises
             AdapterError if tensors contradict each other, and UnsupportedError for a variant whose
             values are not known; leaves alone what is not its own.
+        without_marks: returns a file's metadata without what it says of weights that are plain now;
+            None if the format says nothing there.
     """
 
     name: str
     methods: tuple[str, ...]
     declare: Callable[[Stored], dict[str, CodedWeight]]
+    without_marks: Callable[[Mapping[str, str], Collection[str]], dict[str, str]] | None = None
 
 
 class Columns:

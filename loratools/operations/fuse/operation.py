@@ -8,12 +8,14 @@ blocks and of one module's factors per worker, whatever the size of the checkpoi
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from loratools.algebra.device import Device
@@ -26,6 +28,7 @@ from loratools.base.dequantised import (
     dequantised_metadata,
     is_stored_plain,
 )
+from loratools.base.fourbit.round_trip import round_tripped
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.loss import lost_to_rounding, noise, refuse_erased, refuse_rounded
@@ -34,6 +37,7 @@ from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
 from loratools.operations.fuse.reencode import Reencoded
 from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
+from loratools.operations.fuse.trained_on import four_bits, trained_on_notes
 from loratools.operations.reported import report
 from loratools.work.call import kept
 from loratools.work.provenance import operation_record, record_metadata
@@ -46,6 +50,7 @@ from loratools_formats.checkpoints.checkpoint_write import (
     write_checkpoint,
 )
 from loratools_formats.checkpoints.facts import is_conv1d
+from loratools_formats.checkpoints.quantization import quantization_of
 from loratools_formats.checkpoints.shard_plan import Blank, Made, NewTensor, Sink
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.findings import Finding
@@ -61,6 +66,9 @@ def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> 
     if not any(plan.is_touched for plan in plans):
         path = inputs[0].adapter.source if inputs else None
         raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
+
+
+_COMPARED = 1 << 20  # elements compared at a time
 
 
 class Fusion:
@@ -86,9 +94,13 @@ class Fusion:
             for item in inputs
         )
         self._base = base
+        self._rounded: frozenset[str] = frozenset()
         self._verbatim: Mapping[str, CodedWeight] = {}
         self._encoders: Mapping[str, Encoder] = {}
         self._dequantised, self.plan = self._planned()
+        is_plain = options.trained_on is None and quantization_of(base.config) is None
+        adapters = [item.adapter for item in self.inputs] if is_plain else []
+        self._about = (*self.plan.findings, *trained_on_notes(adapters))
         refuse_nothing(self.plan.tensors.values(), self.inputs)
         self._device = Device(options.device)
         self._reports: dict[str, TensorReport] = {}
@@ -137,6 +149,8 @@ class Fusion:
             kept = as_stored(base)
             return kept, self._plan_beside(kept, unreadable)
         self._check_mode()
+        if options.trained_on is not None:
+            self._dequantised, self._rounded = self._round_trip(options.trained_on)
         checkpoint = self._dequantised.checkpoint
         if options.keeps_format:
             checkpoint = replace(checkpoint, config=base.config)
@@ -152,6 +166,21 @@ class Fusion:
         if options.keeps_format:
             self._encode(touched)
         return self._dequantised, plan
+
+    def _round_trip(self, spelling: str) -> tuple[DequantisedCheckpoint, frozenset[str]]:
+        """Return the base with its linear weights rounded to four bits and back, and their names.
+
+        Raises:
+            OptionError: the base is quantised already.
+        """
+        if self._dequantised.is_quantized:
+            raise OptionError(
+                "`trained_on` has no meaning for a quantised base",
+                path=self._base.path,
+                hint="Leave it out: what is added to are the values of the quantised weights",
+            )
+        rounded, keys = round_tripped(self._base, four_bits(spelling))
+        return replace(self._dequantised, checkpoint=rounded), keys
 
     def _encode(self, touched: Collection[str]) -> None:
         """Choose how each changed weight is stored; the others stay as they are.
@@ -217,7 +246,12 @@ class Fusion:
             UnsupportedError: `unreadable`, if an adapter changes one or finds no place.
         """
         base, options = kept.checkpoint, self.options
-        if options.keeps_format or options.dtype is not None or options.base_mode is not None:
+        if (
+            options.keeps_format
+            or options.trained_on is not None
+            or options.dtype is not None
+            or options.base_mode is not None
+        ):
             raise unreadable
         try:
             plan = plan_fuse(base, self.inputs)
@@ -270,6 +304,7 @@ class Fusion:
             "base_mode": "dequant" if self._dequantised.four_bit else None,
             "requantize": self.options.requantize,
             "changed_bits": self.options.changed_bits,
+            "trained_on": self.options.trained_on,
         }
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
         return operation_record("fuse", names, options, self._base)
@@ -329,9 +364,21 @@ class Fusion:
 
             found = fuse_tensor(plan, self._device, store)
             if plan.is_touched:
-                self._report(found)
+                self._report(self._with_base_rounding(found))
 
         return Made((Blank(plan.key, plan.dtype, plan.source.shape),), fill)
+
+    def _with_base_rounding(self, found: TensorReport) -> TensorReport:
+        """Return a report that says how far the base was moved before anything was added."""
+        if found.key not in self._rounded:
+            return found
+        before, after = (c.tensors[found.key] for c in (self._base, self._dequantised.checkpoint))
+        moved = 0.0
+        for start in range(0, before.numel, _COMPARED):
+            stop = min(start + _COMPARED, before.numel)
+            old, new = (t.elements(start, stop).astype(np.float64) for t in (before, after))
+            moved += float(np.dot(new - old, new - old))
+        return replace(found, base_rounding=math.sqrt(moved))
 
     def _accept(self) -> None:
         """Refuse a result in which most of the change is erased.
@@ -361,7 +408,7 @@ class Fusion:
             len(self.plan.tensors),
             self.new.nbytes,
             len(self.new.shards),
-            self.plan.findings,
+            self._about,
         )
 
     def _type_name(self, plan: TensorPlan) -> str:
@@ -424,7 +471,7 @@ class Fusion:
             for key, plan in plans.items()
             if not plan.is_touched
             and key not in self._verbatim
-            and (not plan.is_copy or key in self._dequantised.stored)
+            and (not plan.is_copy or key in self._dequantised.stored or key in self._rounded)
             and not self.options.keeps_format
         }
         return FuseResult(
@@ -433,7 +480,7 @@ class Fusion:
             converted=len(converted),
             nbytes=self.new.nbytes,
             shards=tuple(shard.name for shard in self.new.shards),
-            findings=(*self.plan.findings, *self._findings()),
+            findings=(*self._about, *self._findings()),
             left_out=left_out,
         )
 

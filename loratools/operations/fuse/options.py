@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loratools.algebra.device import Computing
+from loratools.operations.fuse.trained_on import four_bits
 from loratools.work.declared import option
 from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
@@ -31,6 +32,9 @@ class FuseOptions(Sharding, Computing):
             they have, or with new ones where the format allows and that is nearer.
         changed_bits: store changed weights of a quantised base in this many bits of its format,
             and leave the others as they are.
+        trained_on: for adapters trained on a base in four bits, as QLoRA does: nf4, fp4, nf4:double
+            or fp4:double. Linear weights of the plain base are rounded to these four bits and back
+            before anything is added.
         allow_lossy: write even if less than half of the change survives rounding.
     """
 
@@ -40,6 +44,7 @@ class FuseOptions(Sharding, Computing):
     base_mode: BaseMode | None = option(None, heading="Computing")
     requantize: bool = option(False, heading="Computing")
     changed_bits: int | None = option(None, heading="Computing", metavar="BITS")
+    trained_on: str | None = option(None, heading="Computing", metavar="FOUR-BITS")
     allow_lossy: bool = option(False, heading="Output")
 
     def __post_init__(self) -> None:
@@ -52,6 +57,8 @@ class FuseOptions(Sharding, Computing):
         asked = [f"`{name}`" for name, is_given in given.items() if is_given]
         if len(asked) > 1:
             raise OptionError(f"{' and '.join(asked)} exclude each other")
+        if self.trained_on is not None:
+            four_bits(self.trained_on)
 
     @property
     def keeps_format(self) -> bool:

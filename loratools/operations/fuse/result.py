@@ -55,6 +55,14 @@ class FuseResult:
         return lost_to_rounding(found) if found else None
 
     @property
+    def base_rounding(self) -> float | None:
+        """‖W − dq(q(W))‖/‖ΔW‖ over the weights that were rounded to four bits first."""
+        found = [t for t in self.tensors if t.base_rounding is not None]
+        delta = math.sqrt(sum(t.delta_norm**2 for t in found))
+        moved = math.sqrt(sum((t.base_rounding or 0.0) ** 2 for t in found))
+        return moved / delta if delta else None
+
+    @property
     def lost(self) -> float:
         """Share of ΔW lost to rounding over all touched tensors."""
         return lost_to_rounding(self.tensors)
