@@ -16,6 +16,7 @@ from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
 from loratools_formats.core.peft_facts import stacked_on_loading
+from loratools_formats.core.peft_patterns import PatternsOf
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -28,7 +29,6 @@ from loratools_formats.formats.peft.experts.packed import (
     packed_tensors,
 )
 from loratools_formats.formats.peft.parameters import Setting, settings
-from loratools_formats.formats.peft.patterns import PatternsOf
 from loratools_formats.formats.peft.read import WEIGHTS_FILE
 
 
