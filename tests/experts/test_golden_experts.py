@@ -1,4 +1,4 @@
-"""Files that PEFT 0.17.1 to 0.21 wrote, against the change that the same release merged."""
+"""Files that PEFT 0.18.1 to 0.21 wrote, against the change that the same release merged."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 import loratools as lt
 from loratools_formats import read_adapter
 
+RANGE = 8.0
+"""Largest sum of products of two normal numbers, about."""
 FOLDERS = sorted((Path(__file__).parents[1] / "golden" / "experts").iterdir())
 
 
@@ -34,10 +36,6 @@ def test_a_releases_file_is_read_as_that_release_merges_it(folder):
         np.testing.assert_allclose(found[name], delta, rtol=0, atol=1e-14 * RANGE)
 
 
-RANGE = 8.0
-"""Largest sum of products of two normal numbers, about."""
-
-
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_and_written_for_every_release_it_is_the_same(folder, tmp_path):
     wanted = load_file(folder / "delta.safetensors")
@@ -50,7 +48,7 @@ def test_and_written_for_every_release_it_is_the_same(folder, tmp_path):
 
 def test_there_is_a_folder_of_each_release():
     releases = {folder.name.partition("-")[0] for folder in FOLDERS}
-    assert {"0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.2"} <= releases
+    assert {"0.18.1", "0.19.0", "0.19.1", "0.21.2"} <= releases
     for folder in FOLDERS:
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config.get("peft_version") in (None, folder.name.partition("-")[0])

@@ -9,13 +9,7 @@ with the release in FOLDER (`pip install --no-deps --target FOLDER peft==0.18.1`
 """
 
 import json
-import sys
 from pathlib import Path
-
-import transformers
-
-# The name that peft 0.17 imports; the module may stand for itself under its name.
-vars(sys.modules[transformers.__name__]).setdefault("HybridCache", object)
 
 import peft
 import torch

@@ -63,14 +63,8 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
     """
     if part.count:
         return _joined((1,) * part.count, total, part)
-    if part.leaf == STACKED_GLU and is_alternating(names, part.module):
-        return tuple((index, index + 1) for index in range(part.place, total, 2))
-    if part.leaf in (HALVES, STACKED_GLU):
-        return _joined((1, 1), total, part)
-    if part.leaf in rules.GLU:
-        if not rules.GLU[part.leaf].intersection(names.types_of(part.module)):
-            raise _unknown_layout(names, part.module)
-        return _joined((1, 1), total, part)
+    if part.leaf in (HALVES, STACKED_GLU) or part.leaf in rules.GLU:
+        return _gate_or_up(names, part, total)
     if part.leaf == "in_proj_weight":
         return _joined((1, 1, 1), total, part)
     layouts = rules.QKV[part.leaf]
@@ -95,6 +89,15 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
     return tuple(
         ((group * step + start) * size, (group * step + stop) * size) for group in range(key_values)
     )
+
+
+def _gate_or_up(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
+    if part.leaf == STACKED_GLU and is_alternating(names, part.module):
+        return tuple((index, index + 1) for index in range(part.place, total, 2))
+    known = rules.GLU.get(part.leaf)
+    if known is not None and not known.intersection(names.types_of(part.module)):
+        raise _unknown_layout(names, part.module)
+    return _joined((1, 1), total, part)
 
 
 def is_alternating(names: Names, stack: str) -> bool:
