@@ -130,9 +130,9 @@ def _weight(name: str) -> Any:
     for key, value in tensors.items():
         values, code = value if isinstance(value, tuple) else (value, None)
         if code is None:
-            refs[key] = in_memory(key, values)
-        else:
-            refs[key] = TensorRef(key, DTYPES[code], values.shape, values.tobytes)
+            code = in_memory(key, values).dtype.code
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        refs[key] = TensorRef(key, DTYPES[code], values.shape, lambda data=data: data)
     stored = Stored(refs, told.get("config", {}), told.get("stated", {}))
     (weight,) = coded_weights(stored).values()
     return weight
