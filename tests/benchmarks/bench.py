@@ -23,6 +23,7 @@ ALWAYS = [
     "merge",
     "fuse",
     "nf4",
+    "codecs",
     "fold",
     "gguf",
     "dialects",

@@ -1,0 +1,122 @@
+"""Decoding quantised weights beside the formats' own libraries, and fusing into four bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from codec_peers import FORMATS, IN, OUT
+from measure import Command, Timing, interleaved, tool
+from measure import run as run_child
+from report import Report, Row, Table, Target, cores, megabytes, ratio, seconds
+
+HERE = Path(__file__).resolve().parent
+LAYERS = 41
+ROUNDS = 2
+TARGETS = {"FP8 blocks": 1.2, "INT4": 1.2, "INT8": 1.5, "MXFP4": 1.0, "NVFP4": 1.0}
+TEXT = f"""\
+One weight of {OUT} × {IN} in memory, one core, processor time, the best of several runs in each of
+{ROUNDS} processes: decoded to 16 bits as `fuse` reads it, encoded with the old scales (MLX and
+compressed-tensors: or new ones where nearer), decoded by the format's own library where it is
+installed and runs on a CPU, and copied. GB/s are of the 16-bit values (tests/benchmarks/
+codec_peers.py). Then a checkpoint of {LAYERS} layers with the shapes of a 1.1B Llama in MLX's four
+bits, 1 GB, with an adapter of rank 16 on all of its linears, as whole commands beside `cp -r`."""
+
+
+def _speeds(workdir: Path) -> dict[str, dict[str, float | None]]:
+    """Return GB/s by format and by what was timed."""
+    script = str(HERE / "codec_peers.py")
+    found: dict[str, dict[str, float | None]] = {}
+    for name in ["copy", *FORMATS]:
+        whats = ["copy"] if name == "copy" else ["ours", "encode", "library"]
+        commands = {what: Command([sys.executable, script, what, name]) for what in whats}
+        timings = interleaved(commands, workdir, ROUNDS)
+        found[name] = {what: _speed(timing) for what, timing in timings.items()}
+    return found
+
+
+def _speed(timing: Timing) -> float | None:
+    times = [json.loads(sample.stdout) for sample in timing.samples]
+    return None if None in times else 2 * OUT * IN / min(times) / 1e9
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _table(found: dict[str, dict[str, float | None]]) -> Table:
+    copy = found["copy"]["copy"]
+    rows = [
+        Row(
+            name,
+            [
+                _figure(speeds["ours"]),
+                _figure(speeds["library"]),
+                _figure(copy),
+                _figure(speeds["encode"]),
+            ],
+        )
+        for name, speeds in found.items()
+        if name != "copy"
+    ]
+    header = ["format", "decoded, GB/s", "its library", "a copy", "encoded"]
+    return Table("One weight, one core", header, rows)
+
+
+def _fused(workdir: Path) -> tuple[Table, dict[str, Timing]]:
+    base, adapter, out = (workdir / name for name in ("c-base", "c-adapter", "c-out"))
+    if not (adapter / "adapter_config.json").exists():
+        script = str(HERE / "synthetic_four_bits.py")
+        arguments = [sys.executable, script, base.name, adapter.name, "--layers", str(LAYERS)]
+        run_child(Command(arguments), workdir)
+
+    def clear() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+
+    fuse = [tool("loratools"), "fuse", base.name, adapter.name, "-o", out.name, "-q"]
+    one = [*fuse, "--workers", "1"]
+    commands = {
+        "cp -r": Command(["cp", "-r", base.name, out.name], clear),
+        "fuse, changed weights in 16 bits": Command(one, clear),
+        "fuse --requantize": Command([*one, "--requantize", "--allow-lossy"], clear),
+        "fuse --changed-bits 8": Command([*one, "--changed-bits", "8"], clear),
+    }
+    timings = interleaved(commands, workdir, 1)
+    clear()
+    copy = timings["cp -r"].cpu
+    rows = [
+        Row(
+            name,
+            [
+                seconds(timing.cpu),
+                megabytes(timing.peak_bytes),
+                cores(timing.other_cores),
+                ratio(timing.cpu / copy),
+            ],
+        )
+        for name, timing in timings.items()
+    ]
+    nbytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    header = ["what", "CPU", "peak memory", "others", "CPU ÷ cp"]
+    return Table(f"Into {megabytes(nbytes)} of four bits", header, rows), timings
+
+
+def run(workdir: Path) -> Report:
+    """Measure everything; leaves its checkpoint in `workdir`."""
+    found = _speeds(workdir)
+    table, _ = _fused(workdir)
+    targets = []
+    for name, wanted in TARGETS.items():
+        speed = found[name]["ours"] or 0.0
+        met = speed >= wanted
+        targets.append(
+            Target(
+                f"{name}: decoded at ≥ {wanted} GB/s",
+                f"{speed:.2f} GB/s",
+                met,
+                "" if met else f"{ratio(wanted / speed)} too slow",
+            )
+        )
+    return Report("Quantised bases", TEXT, targets, [_table(found), table])
