@@ -14,11 +14,11 @@ from report import Report, Row, Table, Target, cores, megabytes, ratio, seconds
 
 HERE = Path(__file__).resolve().parent
 LAYERS = 41
-ROUNDS = 2
+ROUNDS = 1
 TARGETS = {"FP8 blocks": 1.2, "INT4": 1.2, "INT8": 1.5, "MXFP4": 1.0, "NVFP4": 1.0}
 TEXT = f"""\
-One weight of {OUT} × {IN} in memory, one core, processor time, the best of several runs in each of
-{ROUNDS} processes: decoded to 16 bits as `fuse` reads it, encoded with the old scales (MLX and
+One weight of {OUT} × {IN} in memory, one core, processor time, the best of several runs in
+a process: decoded to 16 bits as `fuse` reads it, encoded with the old scales (MLX and
 compressed-tensors: or new ones where nearer), decoded by the format's own library where it is
 installed and runs on a CPU, and copied. GB/s are of the 16-bit values (tests/benchmarks/
 codec_peers.py). Then a checkpoint of {LAYERS} layers with the shapes of a 1.1B Llama in MLX's four
