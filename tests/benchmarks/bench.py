@@ -24,6 +24,7 @@ ALWAYS = [
     "fuse",
     "nf4",
     "codecs",
+    "fourbits",
     "fold",
     "gguf",
     "dialects",

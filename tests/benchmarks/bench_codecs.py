@@ -1,19 +1,16 @@
-"""Decoding quantised weights beside the formats' own libraries, and fusing into four bits."""
+"""Decoding quantised weights beside the formats' own libraries, and beside a copy."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 from codec_peers import FORMATS, IN, OUT
-from measure import Command, Timing, interleaved, tool
-from measure import run as run_child
-from report import Report, Row, Table, Target, cores, megabytes, ratio, seconds
+from measure import Command, Timing, interleaved
+from report import Report, Row, Table, Target, ratio
 
 HERE = Path(__file__).resolve().parent
-LAYERS = 41
 ROUNDS = 1
 TARGETS = {"FP8 blocks": 1.2, "INT4": 1.2, "INT8": 1.5, "MXFP4": 1.0, "NVFP4": 1.0}
 TEXT = f"""\
@@ -21,8 +18,7 @@ One weight of {OUT} × {IN} in memory, one core, processor time, the best of sev
 a process: decoded to 16 bits as `fuse` reads it, encoded with the old scales (MLX and
 compressed-tensors: or new ones where nearer), decoded by the format's own library where it is
 installed and runs on a CPU, and copied. GB/s are of the 16-bit values (tests/benchmarks/
-codec_peers.py). Then a checkpoint of {LAYERS} layers with the shapes of a 1.1B Llama in MLX's four
-bits, 1 GB, with an adapter of rank 16 on all of its linears, as whole commands beside `cp -r`."""
+codec_peers.py)."""
 
 
 def _speeds(workdir: Path) -> dict[str, dict[str, float | None]]:
@@ -65,48 +61,9 @@ def _table(found: dict[str, dict[str, float | None]]) -> Table:
     return Table("One weight, one core", header, rows)
 
 
-def _fused(workdir: Path) -> tuple[Table, dict[str, Timing]]:
-    base, adapter, out = (workdir / name for name in ("c-base", "c-adapter", "c-out"))
-    if not (adapter / "adapter_config.json").exists():
-        script = str(HERE / "synthetic_four_bits.py")
-        arguments = [sys.executable, script, base.name, adapter.name, "--layers", str(LAYERS)]
-        run_child(Command(arguments), workdir)
-
-    def clear() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-
-    fuse = [tool("loratools"), "fuse", base.name, adapter.name, "-o", out.name, "-q"]
-    one = [*fuse, "--workers", "1"]
-    commands = {
-        "cp -r": Command(["cp", "-r", base.name, out.name], clear),
-        "fuse, changed weights in 16 bits": Command(one, clear),
-        "fuse --requantize": Command([*one, "--requantize", "--allow-lossy"], clear),
-        "fuse --changed-bits 8": Command([*one, "--changed-bits", "8"], clear),
-    }
-    timings = interleaved(commands, workdir, 1)
-    clear()
-    copy = timings["cp -r"].cpu
-    rows = [
-        Row(
-            name,
-            [
-                seconds(timing.cpu),
-                megabytes(timing.peak_bytes),
-                cores(timing.other_cores),
-                ratio(timing.cpu / copy),
-            ],
-        )
-        for name, timing in timings.items()
-    ]
-    nbytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    header = ["what", "CPU", "peak memory", "others", "CPU ÷ cp"]
-    return Table(f"Into {megabytes(nbytes)} of four bits", header, rows), timings
-
-
 def run(workdir: Path) -> Report:
-    """Measure everything; leaves its checkpoint in `workdir`."""
+    """Measure everything; writes nothing into `workdir`."""
     found = _speeds(workdir)
-    table, _ = _fused(workdir)
     targets = []
     for name, wanted in TARGETS.items():
         speed = found[name]["ours"] or 0.0
@@ -119,4 +76,4 @@ def run(workdir: Path) -> Report:
                 "" if met else f"{ratio(wanted / speed)} too slow",
             )
         )
-    return Report("Quantised bases", TEXT, targets, [_table(found), table])
+    return Report("Quantised bases", TEXT, targets, [_table(found)])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 OUT, IN = 2048, 4096
-RUNS = 7
+RUNS = 3
 CHUNK = 1 << 19
 Tensors = dict[str, Any]
 
