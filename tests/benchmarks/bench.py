@@ -31,6 +31,7 @@ ALWAYS = [
     "kernels",
     "spectrum",
     "check",
+    "share",
 ]
 BENCHMARKS = [*ALWAYS, "versions"]  # the last needs an earlier version beside this one
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
