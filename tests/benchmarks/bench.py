@@ -23,6 +23,8 @@ ALWAYS = [
     "merge",
     "fuse",
     "nf4",
+    "codecs",
+    "fourbits",
     "fold",
     "gguf",
     "dialects",
