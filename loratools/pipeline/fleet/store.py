@@ -30,7 +30,7 @@ from loratools_formats.disk.temporaries import temporary_beside
 Made = TypeVar("Made")
 
 _MOST_DEPTH = 64
-_OWN = ".loratools-fleet"
+OWN = ".loratools-fleet"
 """Folder of marks among the outputs; it is gone when nothing runs."""
 
 
@@ -174,7 +174,7 @@ class Folder(Store):
         with contextlib.suppress(OSError):
             place.unlink()
             for folder in place.parents:
-                if _OWN not in folder.relative_to(self.path).parts:
+                if OWN not in folder.relative_to(self.path).parts:
                     break
                 folder.rmdir()
 
@@ -294,7 +294,7 @@ def _beside_name(name: str) -> str:
 
 
 def _begun(name: str) -> str:
-    return f"{_OWN}/begun/{name}"
+    return f"{OWN}/begun/{name}"
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:

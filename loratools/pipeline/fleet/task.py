@@ -16,8 +16,8 @@ from loratools import __version__
 from loratools.hub.references import is_explicit
 from loratools.pipeline.fleet.addresses import address, fetched
 from loratools.pipeline.fleet.key import is_current, key_of, report_statement
-from loratools.pipeline.fleet.shared import shared_inputs
-from loratools.pipeline.fleet.store import Store, store_of
+from loratools.pipeline.fleet.shared import decompositions, shared_inputs
+from loratools.pipeline.fleet.store import OWN, Folder, Store, store_of
 from loratools.pipeline.fleet.verbs import get_verb
 from loratools.work.call import Call
 from loratools_formats.disk.errors import (
@@ -31,7 +31,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 
 State = Literal["made", "done", "found", "failed", "planned"]
-_ATTEMPTS = ".loratools-fleet/attempts"
+_ATTEMPTS = f"{OWN}/attempts"
 _MOST_ATTEMPTS = 2
 
 
@@ -253,6 +253,8 @@ class _Work:
     def _called(self, where: Mapping[str, Any]) -> Any:
         """Call the public function."""
         given = {**self._task.settings, **shared_inputs(self._verb, self._task.settings)}
+        if "cache" in self._verb.options and given.get("base") and isinstance(self._store, Folder):
+            given.setdefault("cache", decompositions(self._store))
         if "workers" in self._verb.options and self._task.run:
             given.setdefault("workers", 1)  # processes go over adapters; no threads in each
         return self._verb.call(**{self._verb.item: str(self._source())}, **given, **where)
