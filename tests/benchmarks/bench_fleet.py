@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from measure import Command, Sample, tool
@@ -12,8 +13,6 @@ from measure import run as run_child
 from report import Report, Row, Table, Target, cores, megabytes, ratio, seconds
 
 HERE = Path(__file__).resolve().parent
-MANY, LARGE, LOOPED, LOOPED_LARGE = 200, 20, 20, 4
-FEW, LOTS = 100, 2000
 FASTER, SCALES, FLAT = 5.0, 1.5, 1.1
 RULE = ("--rank", "4")
 HEADER = ["how", "adapters", "wall", "CPU", "CPU for each", "largest process", "others"]
@@ -23,20 +22,32 @@ IN_PYTHON = (
     "for p in sorted(pathlib.Path(sys.argv[1]).iterdir())]"
 )
 LOOP = 'for a in "$1"/*; do "$0" squeeze "$a" -o "$2/${a##*/}" --rank 4 -q; done'
-TEXT = f"""\
-`fleet squeeze` of {MANY} small adapters (32 modules of width 128, rank 8 → 4) and of {LARGE} larger
+TEXT = """\
+`fleet squeeze` of {many} small adapters (32 modules of width 128, rank 8 → 4) and of {large} larger
 ones (64 modules of width 1024, rank 32 → 4), by one process and by two workers of Dask, against a
-shell loop of `loratools squeeze`, which is timed on {LOOPED} and {LOOPED_LARGE} of them and
+shell loop of `loratools squeeze`, which is timed on {looped} and {looped_large} of them and
 extrapolated. Processor time counts all processes, with their start. Tiny adapters (2 modules of
-width 16) show what each of {FEW} and of {LOTS:,} costs beyond the start of the program. A single
+width 16) show what each of {few} and of {lots} costs beyond the start of the program. A single
 run: where other processes keep the cores busy, processor time tells more than wall time."""
 
 
-def run(workdir: Path) -> Report:
-    """Run the benchmark."""
-    small = _made(workdir, "small", MANY, 32, 128, 8)
-    large = _made(workdir, "large", LARGE, 64, 1024, 32)
-    tiny = _made(workdir, "tiny", LOTS, 2, 16, 4)
+@dataclass(frozen=True)
+class Counts:
+    """How many adapters there are of each size, and how many the shell loops take."""
+
+    many: int = 200
+    large: int = 20
+    looped: int = 20
+    looped_large: int = 4
+    few: int = 100
+    lots: int = 2000
+
+
+def run(workdir: Path, counts: Counts = Counts()) -> Report:
+    """Run the benchmark; fewer adapters are for a machine that is busy."""
+    small = _made(workdir, "small", counts.many, 32, 128, 8)
+    large = _made(workdir, "large", counts.large, 64, 1024, 32)
+    tiny = _made(workdir, "tiny", counts.lots, 2, 16, 4)
     rows: list[Row] = []
     found: dict[str, tuple[Sample, int]] = {}
 
@@ -57,7 +68,10 @@ def run(workdir: Path) -> Report:
         given = [tool("loratools"), "fleet", "squeeze", str(folder), "-o", str(workdir / "out")]
         return [*given, f"--workers={workers}", "-q", "--", *RULE]
 
-    for name, folder, looped in (("small", small, LOOPED), ("large", large, LOOPED_LARGE)):
+    for name, folder, looped in (
+        ("small", small, counts.looped),
+        ("large", large, counts.looped_large),
+    ):
         part = _part(workdir, folder, looped)
         count = len(list(folder.iterdir()))
         loop = ["bash", "-c", LOOP, tool("loratools"), str(part), str(workdir / "out")]
@@ -66,13 +80,14 @@ def run(workdir: Path) -> Report:
         measured(f"{name}: lt.squeeze in one process", count, python)
         measured(f"{name}: fleet, one process", count, fleet(folder, 1))
         measured(f"{name}: fleet, two workers", count, fleet(folder, 2))
-    for count in (1, FEW, LOTS):
+    for count in (1, counts.few, counts.lots):
         measured(f"tiny: fleet of {count}", count, fleet(_part(workdir, tiny, count), 1))
     measured("tiny: fleet of two, two workers", 2, fleet(_part(workdir, tiny, 2), 2))
-    return Report("Fleets", TEXT, _targets(found), [Table("All runs", HEADER, rows)])
+    text = TEXT.format(**vars(counts))
+    return Report("Fleets", text, _targets(found, counts), [Table("All runs", HEADER, rows)])
 
 
-def _targets(found: dict[str, tuple[Sample, int]]) -> list[Target]:
+def _targets(found: dict[str, tuple[Sample, int]], counts: Counts) -> list[Target]:
     def each(name: str) -> float:
         sample, count = found[name]
         return sample.cpu_seconds / count
@@ -84,18 +99,18 @@ def _targets(found: dict[str, tuple[Sample, int]]) -> list[Target]:
     start = found["tiny: fleet of 1"][0].cpu_seconds
     few, lots = (
         (found[f"tiny: fleet of {count}"][0].cpu_seconds - start) / (count - 1)
-        for count in (FEW, LOTS)
+        for count in (counts.few, counts.lots)
     )
     dask = found["tiny: fleet of two, two workers"][0].cpu_seconds - start
     gain = each("small: loop of the command") / each("small: fleet, one process")
     in_python, alone = each("small: lt.squeeze in one process"), each("small: fleet, one process")
     spread = found["small: fleet, two workers"][0].cpu_seconds - dask
-    task = spread / MANY - alone
+    task = spread / counts.many - alone
     scaled = rate("large: fleet, two workers") / rate("large: fleet, one process")
     peaks = [found[f"{name}: fleet, two workers"][0].peak_bytes for name in ("small", "large")]
     return [
         Target(
-            f"{MANY} small adapters: {FASTER:g}× less processor time than the loop",
+            f"{counts.many} small adapters: {FASTER:g}× less processor time than the loop",
             f"{ratio(gain)} less: {1000 * alone:.3g} ms each",
             gain >= FASTER,
         ),
@@ -120,7 +135,7 @@ def _targets(found: dict[str, tuple[Sample, int]]) -> list[Target]:
             max(peaks) < 250e6,
         ),
         Target(
-            f"each of {LOTS:,} costs what each of {FEW} does (within {FLAT:g}×)",
+            f"each of {counts.lots:,} costs what each of {counts.few} does (within {FLAT:g}×)",
             f"{1000 * few:.3g} ms and {1000 * lots:.3g} ms",
             lots <= FLAT * few,
         ),
