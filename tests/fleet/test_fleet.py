@@ -230,6 +230,7 @@ def test_names_that_clash_are_refused_before_any_work(adapters, tmp_path):
         ("squeeze", {"rnk": 2}, "no such option"),
         ("squeeze", {"rank": "x"}, "rank"),
         ("squeeze", {"output": "x"}, "no such option"),
+        ("squeeze", {}, "no rule for the ranks"),
         ("fuse", {}, "needs `base`"),
         ("convert", {"to": "nothing"}, "nothing"),
     ],

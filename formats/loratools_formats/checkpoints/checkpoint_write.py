@@ -304,7 +304,7 @@ def _link(source: Path, target: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:
-        shutil.copyfile(source, target)
+        copy_whole(source, target)
 
 
 def _copy(source: Path, target: Path) -> None:
