@@ -31,6 +31,7 @@ ALWAYS = [
     "kernels",
     "spectrum",
     "check",
+    "fleet",
     "share",
 ]
 BENCHMARKS = [*ALWAYS, "versions"]  # the last needs an earlier version beside this one
