@@ -241,11 +241,12 @@ def strings_of_libraries():
 
 def test_the_library_names_parameters_and_not_flags():
     """Only whole commands have flags; a parameter is named as Python writes it, in backquotes."""
+    known = {
+        word for name in COMMANDS for o in options(name) for word in (o.name, o.name.strip("_"))
+    }
     fleet = COMMANDS["fleet"]
-    of_fleets = [fleet.get_command(None, name) for name in fleet.list_commands(None)]
-    made = [p for c in [*COMMANDS.values(), *of_fleets] for p in c.params]
-    declared = [p for p in made if isinstance(p, DeclaredOption)]
-    known = {word for option in declared for word in (option.name, option.name.strip("_"))}
+    commands = (fleet.get_command(None, name) for name in fleet.list_commands(None))
+    known |= {option.name for command in commands for option in command.params}
     for path, text in strings_of_libraries():
         if path.name in ("suggested.py", "path_kinds.py", "facts.py", "spelling.py"):
             continue  # rules and commands to paste, put together from pieces
