@@ -11,7 +11,6 @@ from __future__ import annotations
 from loratools_formats.disk.errors import MissingDependencyError
 
 try:
-    import accelerate  # noqa: F401 - the Trainer's
     import peft  # noqa: F401
     import torch  # noqa: F401
     import transformers  # noqa: F401
