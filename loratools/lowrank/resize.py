@@ -9,7 +9,6 @@ the factors are computed anew in canonical form, and the error of the stored one
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from loratools.lowrank.matrices import loaded
 from loratools.lowrank.planned import PlannedFactors, PlannedTensor
 from loratools.work.declared import option
 from loratools.work.scratch import Scratch
+from loratools.work.seeds import seed_of_64_bits, seed_of_matrix
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import DTYPES, Array, DType, encode
@@ -33,7 +33,7 @@ from loratools_formats.disk.errors import AdapterError, OptionError
 OutputDtype = Literal["f32", "f16", "bf16"]
 Scaling = Callable[[LowRank | PlannedFactors, int], float]
 
-_MOST = {"oversample": 1 << 16, "power_iterations": 100, "seed": (1 << 64) - 1}
+_MOST = {"oversample": 1 << 16, "power_iterations": 100}
 _ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit
 
 
@@ -64,8 +64,8 @@ class ComputeOptions(Computing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("oversample", "power_iterations", "seed"):
-            most = _MOST[name]
+        object.__setattr__(self, "seed", seed_of_64_bits(self.seed))
+        for name, most in _MOST.items():
             if not 0 <= getattr(self, name) <= most:
                 problem = "is negative" if getattr(self, name) < 0 else "is too large"
                 raise OptionError(
@@ -246,7 +246,7 @@ class Resizer:
         options = self.options
         if options.method == "exact":
             return None
-        seed = zlib.crc32(label.encode(), options.seed & 0xFFFFFFFF)
+        seed = seed_of_matrix(options.seed, label)
         return RandomisedSvd(options.oversample, options.power_iterations, seed)
 
 

@@ -30,6 +30,7 @@ ALWAYS = [
     "spectrum",
     "check",
     "training",
+    "share",
 ]
 BENCHMARKS = [*ALWAYS, "versions"]  # the last needs an earlier version beside this one
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
