@@ -32,6 +32,7 @@ ALWAYS = [
     "spectrum",
     "check",
     "fleet",
+    "training",
     "share",
 ]
 BENCHMARKS = [*ALWAYS, "versions"]  # the last needs an earlier version beside this one
