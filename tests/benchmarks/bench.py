@@ -23,6 +23,8 @@ ALWAYS = [
     "merge",
     "fuse",
     "nf4",
+    "codecs",
+    "fourbits",
     "fold",
     "gguf",
     "dialects",
@@ -30,6 +32,7 @@ ALWAYS = [
     "spectrum",
     "check",
     "fleet",
+    "training",
     "share",
 ]
 BENCHMARKS = [*ALWAYS, "versions"]  # the last needs an earlier version beside this one
