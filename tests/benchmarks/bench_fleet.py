@@ -123,11 +123,13 @@ def _targets(found: dict[str, tuple[Sample, int]], counts: Counts) -> list[Targe
             "what Dask adds to each task, its start apart; under 10 ms",
             f"{1000 * task:.3g} ms; the start of two workers {seconds(dask)}",
             task < 0.010,
+            "" if task < 0.010 else _busy(found["small: fleet, two workers"][0]),
         ),
         Target(
             f"large ones from one process to two workers: {SCALES:g}× the adapters per second",
             f"{ratio(scaled)}",
             scaled >= SCALES,
+            "" if scaled >= SCALES else _busy(found["large: fleet, two workers"][0]),
         ),
         Target(
             "memory of each worker: under 250 MB",
@@ -140,6 +142,10 @@ def _targets(found: dict[str, tuple[Sample, int]], counts: Counts) -> list[Targe
             lots <= FLAT * few,
         ),
     ]
+
+
+def _busy(sample: Sample) -> str:
+    return f"other processes kept {cores(sample.other_cores)} of the cores busy"
 
 
 def _made(workdir: Path, name: str, *numbers: int) -> Path:

@@ -110,7 +110,11 @@ class Cluster:
         file = folder / "scheduler.json"
         self._start("scheduler", "--host", "127.0.0.1", "--port", "0",
                     "--scheduler-file", file, "--no-dashboard")  # fmt: skip
-        wait_until(file.exists)
+        try:
+            wait_until(file.exists)
+        except BaseException:
+            self.close()
+            raise
         self.address = json.loads(file.read_text())["address"]
         for _ in range(workers):
             self._start("worker", self.address, "--nthreads", "1", "--no-dashboard",
