@@ -81,7 +81,8 @@ def read(path: Path) -> Adapter:
 
 
 def _read(folder: Path, renamed: Path | None) -> Adapter:
-    values = read_values(inside(folder, CONFIG_FILE))
+    config = RegularFile(inside(folder, CONFIG_FILE))
+    values = read_values(config)
     weights, original, about_weights = _open_weights(folder, renamed)
     tensors, about_names = as_saved(weights.tensors, folder)
     stored = Plain(values, tensors)
@@ -113,7 +114,7 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
         ),
         attachments=attachments(folder),
         expert_layout=stored.layout or found.experts,
-        inputs=(original, RegularFile(folder / CONFIG_FILE)),
+        inputs=(original, config),
     )
 
 
