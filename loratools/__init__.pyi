@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from loratools import training as training
 from loratools.algebra.ranks import Budget as Budget
 from loratools.face.check import CheckResult as CheckResult
 from loratools.face.check import RuleResult as RuleResult
@@ -25,11 +26,13 @@ from loratools.face.fleet_share import FleetShareResult as FleetShareResult
 from loratools.face.fleet_share import FleetUnshareResult as FleetUnshareResult
 from loratools.face.fuse import FusePlan as FusePlan
 from loratools.face.fuse import FuseResult as FuseResult
+from loratools.face.fuse_parts import FusePart as FusePart
 from loratools.face.info import InfoResult as InfoResult
 from loratools.face.info_base import BaseInfoResult as BaseInfoResult
 from loratools.face.lists import FormatsResult as FormatsResult
 from loratools.face.lists import MethodsResult as MethodsResult
 from loratools.face.merge import MergeResult as MergeResult
+from loratools.face.plan_squeeze import PlanSqueezeResult as PlanSqueezeResult
 from loratools.face.provenance import ProvenanceResult as ProvenanceResult
 from loratools.face.push import PushResult as PushResult
 from loratools.face.quantize import QuantizeResult as QuantizeResult
@@ -42,8 +45,10 @@ from loratools.face.to_lora import ToLoraChoices as ToLoraChoices
 from loratools.face.to_lora import ToLoraResult as ToLoraResult
 from loratools.face.verify import VerifyResult as VerifyResult
 from loratools.operations.merge.options import Override as Override
+from loratools.pipeline.fleet.run import FleetResult as FleetResult
 from loratools.pipeline.replay import ReplayResult as ReplayResult
 from loratools.pipeline.run import RunResult as RunResult
+from loratools.work.shard import Shard as Shard
 from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
 from loratools_formats.core.adapter import Adapter as Adapter
 from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
@@ -112,6 +117,9 @@ def convert(
     fold_alpha: bool = False,
     allow_lossy: bool = False,
     names_of: Literal["4", "5"] | None = None,
+    experts: Literal["stacked", "each", "3d", "shared-outer"] | None = None,
+    peft_layout: Literal["0.18", "0.19.1"] | None = None,
+    for_: str | None = None,
     names: str | None = None,
     names_from: str | os.PathLike[str] | None = None,
     component: str | None = None,
@@ -317,6 +325,8 @@ def fuse(
     keep: str | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
+    shard: None = None,
+    scheduler: str | None = None,
     output: str | os.PathLike[str],
     overwrite: bool = False,
     revision: str | None = None,
@@ -346,6 +356,39 @@ def fuse(
     keep: str | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
+    shard: Shard | str,
+    scheduler: str | None = None,
+    output: str | os.PathLike[str],
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FuseResult | FusePart: ...
+@overload
+def fuse(
+    base: str | os.PathLike[str] | Checkpoint,
+    adapters: str
+    | os.PathLike[str]
+    | Adapter
+    | Mapping[str, float]
+    | Mapping[Path, float]
+    | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
+    *,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    max_shard_size: int | str | None = None,
+    dtype: str | None = None,
+    base_mode: Literal["dequant", "original"] | None = None,
+    requantize: bool = False,
+    changed_bits: int | None = None,
+    trained_on: str | None = None,
+    allow_lossy: bool = False,
+    fallback: Literal["f16", "q8_0"] | None = None,
+    drop: str | None = None,
+    keep: str | None = None,
+    format: str | None = None,
+    ignore_key: Sequence[str] = (),
+    shard: Shard | str | None = None,
+    scheduler: str | None = None,
     output: None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -425,6 +468,16 @@ def merge(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
+def plan_squeeze(
+    *,
+    start: int | None = None,
+    target: int | None = None,
+    stages: int | None = None,
+    steps: int | None = None,
+    allot: Literal["equal", "rank"] = "equal",
+    least_steps: int = 200,
+    trainer: Literal["transformers", "axolotl", "llama-factory"] = "transformers",
+) -> PlanSqueezeResult: ...
 def provenance(path: str | os.PathLike[str]) -> ProvenanceResult: ...
 def push(
     source: str | os.PathLike[str] | Adapter,
@@ -535,6 +588,7 @@ def squeeze(
     exclude: str | None = None,
     drop: str | None = None,
     keep: str | None = None,
+    stats: str | os.PathLike[str] | None = None,
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,
@@ -673,6 +727,21 @@ def verify(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...
+def fleet(
+    verb: str,
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    shard: Shard | str | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    memory_limit: int | str | None = None,
+    fail_fast: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetResult: ...
 def replay(
     path: str | os.PathLike[str],
     *,

@@ -12,12 +12,12 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_FOUND, describe
-from loratools.cli.many import adapters_in
 from loratools.cli.output import human_bytes, print_table, quantity, say
 from loratools.cli.perform import report
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
+from loratools.work.collection import adapters_in
 from loratools.work.requests import Reading, Reporting
 from loratools_formats.contract.path_kinds import is_base
 from loratools_formats.disk.errors import LoratoolsError, OptionError, printable
@@ -158,6 +158,8 @@ def _print(found: AdapterInfo) -> None:
     experts = sorted({m.experts for m in modules if m.experts > 1})
     if experts:
         lines.append(("experts", ", ".join(map(str, experts))))
+    if found.expert_layout:
+        lines.append(("layout", found.expert_layout))
     for addition in found.additions:
         shape = "×".join(map(str, addition.shape))
         lines.append(("adds to", f"{addition.target} ({shape})"))

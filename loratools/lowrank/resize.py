@@ -9,7 +9,7 @@ the factors are computed anew in canonical form, and the error of the stored one
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError
 
 OutputDtype = Literal["f32", "f16", "bf16"]
+Scaling = Callable[[LowRank | PlannedFactors, int], float]
 
 _MOST = {"oversample": 1 << 16, "power_iterations": 100}
 _ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit
@@ -117,11 +118,14 @@ class Resizer:
         options: how to compute and store.
         scratch: where new factors wait until they are written.
         one_scale: whether every module must come out with the same scale.
+        scaling: the scale that a module will have at a rank, where it is decided elsewhere, as in
+            training; by default the options decide.
     """
 
     options: ComputeOptions
     scratch: Scratch
     one_scale: bool
+    scaling: Scaling | None = None
 
     def without_loss(self, delta: LowRank, rank: int, *, keep_scale: bool = True) -> LowRank | None:
         """Return factors of the same ΔW at `rank` without rounding a value; None if there are none.
@@ -211,6 +215,8 @@ class Resizer:
 
     def _scale(self, like: LowRank | PlannedFactors, rank: int) -> float:
         """Return the scale to write: 1, or alpha/rank where a positive alpha is to be kept."""
+        if self.scaling is not None:
+            return self.scaling(like, rank)
         if self.options.keep_alpha and like.alpha is not None and like.alpha > 0:
             return like.alpha / rank
         return 1.0

@@ -34,9 +34,9 @@ LORA, RSLORA, DORA, MODEL = (LLAMA / name for name in ("lora", "rslora", "dora",
 MODULE = "model.layers.0.self_attn.q_proj"
 FUNCTIONS = [name for name in lt.__all__ if inspect.isfunction(getattr(lt, name))]
 RESULTS = ("check", "compare", "compare_bases", "convert", "dequantize", "extract", "formats",
-           "fuse", "info", "info_base", "merge", "methods", "provenance", "quantize", "repair",
-           "replay", "rule", "run", "spectrum", "squeeze", "to_dora", "to_lora", "verify",
-           "write")  # fmt: skip
+           "fuse", "info", "info_base", "merge", "methods", "plan_squeeze", "provenance",
+           "quantize", "repair", "replay", "rule", "run", "spectrum", "squeeze", "to_dora",
+           "to_lora", "verify", "write")  # fmt: skip
 
 
 def command_line(*arguments):
@@ -75,6 +75,10 @@ CASES = {
     "info, a base": (lambda m, o: lt.info_base(m / "nf4"), lambda m: ["info", m / "nf4"]),
     "formats": (lambda m, o: lt.formats(), lambda m: ["formats"]),
     "methods": (lambda m, o: lt.methods(), lambda m: ["methods"]),
+    "plan-squeeze": (
+        lambda m, o: lt.plan_squeeze(start=64, target=8, steps=3000, allot="rank"),
+        lambda m: ["plan-squeeze", "--from=64", "--to=8", "--steps=3000", "--allot=rank"],
+    ),
     "squeeze": (
         lambda m, o: lt.squeeze(LORA, energy=0.9, dtype="f32", include="mlp", output=o),
         lambda m: ["squeeze", LORA, "--energy=0.9", "--dtype=f32", "--include=mlp", "-o", OUT],
@@ -162,6 +166,10 @@ CASES = {
         lambda m, o: lt.run(recipe(m), dry_run=True, set={"rank": 4}),
         lambda m: ["run", recipe(m), "--dry-run", "--set=rank=4"],
     ),
+    "fleet": (
+        lambda m, o: lt.fleet("info", str(LLAMA / "*lora"), dry_run=True),
+        lambda m: ["fleet", "info", LLAMA / "*lora", "--dry-run"],
+    ),
     "dequantize": (
         lambda m, o: lt.dequantize(m / "nf4", dtype="f16"),
         lambda m: ["dequantize", m / "nf4", "--dtype=f16", "--dry-run"],
@@ -186,7 +194,7 @@ def test_a_function_gives_what_the_command_prints(case, made, tmp_path):
 
 def test_every_command_has_a_case():
     cases = {name.partition(",")[0] for name in CASES}
-    assert cases == set(cli.list_commands(None)) - {"fleet", "push"}  # have their own
+    assert cases == set(cli.list_commands(None)) - {"push"}  # tests/hub has its own
 
 
 def test_the_files_made_from_the_code_are_up_to_date():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from loratools.base.placement import rules
 from loratools.base.placement.changes import Span
 from loratools.base.placement.names import Names
+from loratools_formats.checkpoints import expert_classes
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
@@ -18,6 +19,9 @@ STACKED_GLU = "experts.gate_up_proj"
 HALVES = "experts, halved"
 """Stacked experts that a class makes of single ones: all outputs of the first, then the second."""
 
+_EQUAL = {HALVES: 2, STACKED_GLU: 2, "in_proj_weight": 3}
+"""Into how many equal parts fused weights of some names fall in every model."""
+
 
 class FusedPart(NamedTuple):
     """One of the projections in a fused one.
@@ -26,11 +30,14 @@ class FusedPart(NamedTuple):
         module: path of the fused module or parameter.
         leaf: its name.
         place: which part, in the order of the fused one.
+        equal: how many equal parts there are, if the base's class tells; 0 if the model's type
+            does.
     """
 
     module: str
     leaf: str
     place: int
+    equal: int = 0
 
 
 def fusions(module: str) -> list[FusedPart]:
@@ -57,13 +64,15 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
         UnsupportedError: the order of outputs is not known for this model.
         AdapterError: the configuration does not fit the weight.
     """
-    if part.leaf == HALVES or part.leaf == STACKED_GLU or part.leaf in rules.GLU:
-        known = rules.HALVED_EXPERTS if part.leaf == STACKED_GLU else rules.GLU.get(part.leaf)
-        if known is not None and not known.intersection(names.types_of(part.module)):
+    if part.leaf == STACKED_GLU and is_alternating(names, part.module):
+        return tuple((index, index + 1) for index in range(part.place, total, 2))
+    equal = part.equal or _EQUAL.get(part.leaf)
+    if equal:
+        return _joined((1,) * equal, total, part)
+    if part.leaf in rules.GLU:
+        if not rules.GLU[part.leaf].intersection(names.types_of(part.module)):
             raise _unknown_layout(names, part.module)
         return _joined((1, 1), total, part)
-    if part.leaf == "in_proj_weight":
-        return _joined((1, 1, 1), total, part)
     layouts = rules.QKV[part.leaf]
     layout = next((layouts[t] for t in names.types_of(part.module) if t in layouts), None)
     if layout is None:
@@ -86,6 +95,20 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
     return tuple(
         ((group * step + start) * size, (group * step + stop) * size) for group in range(key_values)
     )
+
+
+def is_alternating(names: Names, stack: str) -> bool:
+    """Return whether a stacked `gate_up_proj` alternates the outputs of gate and up.
+
+    Raises:
+        UnsupportedError: the order is not known for this model.
+    """
+    types = set(names.types_of(stack))
+    if types & expert_classes.ALTERNATING:
+        return True
+    if not types & rules.HALVED_EXPERTS:
+        raise _unknown_layout(names, stack)
+    return False
 
 
 def joined_spans(sizes: list[int]) -> list[Span]:

@@ -6,7 +6,13 @@ import re
 from dataclasses import dataclass
 
 from loratools.base.placement import rules
-from loratools.base.placement.fused import HALVES, STACKED_GLU, FusedPart, fusions
+from loratools.base.placement.fused import (
+    HALVES,
+    STACKED_GLU,
+    FusedPart,
+    fusions,
+    is_alternating,
+)
 from loratools.base.placement.names import Names
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>[a-z0-9_]+)")
@@ -15,6 +21,7 @@ _STACKED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
     "down_proj": ("down_proj", None),
+    "gate_up_proj": ("gate_up_proj", None),
     "w1": ("gate_up_proj", 0),
     "w3": ("gate_up_proj", 1),
     "w2": ("down_proj", None),
@@ -32,12 +39,15 @@ class Site:
         part: which part of a fused weight the module is, if it is one.
         share: (index, count) if the tensor is one of the parts that the module fuses.
         plane: which of the stacked matrices it is, if the module is one expert.
+        alternates: whether the tensor alternates the outputs of gate and up, of which the module
+            has all of gate's first.
     """
 
     key: str
     part: FusedPart | None = None
     share: tuple[int, int] | None = None
     plane: int | None = None
+    alternates: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -57,25 +67,34 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
     whole = names.find(f"{module}.in_proj_{leaf}")
     if whole is not None:
         return [Site(whole)]
-    for part in fusions(module):
+    cut = names.cut_from(f"{module}.{leaf}")
+    if cut is not None:
+        stored, place, equal = cut
+        fused = stored.removesuffix(f".{leaf}")
+        return [Site(stored, FusedPart(fused, fused.rpartition(".")[2], place, equal))]
+    for fusion in fusions(module):
         # The parameters of `nn.MultiheadAttention` are called in_proj_weight and in_proj_bias.
         name = (
-            part.module.removesuffix("weight") + leaf
-            if part.leaf == "in_proj_weight"
-            else f"{part.module}.{leaf}"
+            fusion.module.removesuffix("weight") + leaf
+            if fusion.leaf == "in_proj_weight"
+            else f"{fusion.module}.{leaf}"
         )
         key = names.find(name)
         if key is not None:
-            return [Site(key, part=part)]
-    parent, dot, own = module.rpartition(".")
-    parts = rules.JOINED_BY_NAME.get(own, ())
-    found = [names.find(f"{parent}{dot}{part}.{leaf}") for part in parts]
-    keys = [key for key in found if key is not None]
+            return [Site(key, part=fusion)]
+    parts = names.cut_to(f"{module}.{leaf}") or _joined_by_name(module, leaf)
+    found = [names.find(part) for part in parts]
+    keys = [each for each in found if each is not None]
     if parts and len(keys) == len(parts):
-        return [Site(key, share=(i, len(keys))) for i, key in enumerate(keys)]
+        return [Site(each, share=(i, len(keys))) for i, each in enumerate(keys)]
     if leaf != "weight":
         return []
     return _in_class(names, module) or _in_stack(names, module)
+
+
+def _joined_by_name(module: str, leaf: str) -> list[str]:
+    parent, dot, own = module.rpartition(".")
+    return [f"{parent}{dot}{part}.{leaf}" for part in rules.JOINED_BY_NAME.get(own, ())]
 
 
 def _in_stack(names: Names, module: str) -> list[Site]:
@@ -93,7 +112,8 @@ def _in_stack(names: Names, module: str) -> list[Site]:
     if key is None or len(names.tensors[key].shape) != 3:
         return []
     part = None if half is None else FusedPart(stack, STACKED_GLU, half)
-    return [Site(key, part=part, plane=int(match["index"]))]
+    alternates = match["leaf"] == "gate_up_proj" and is_alternating(names, stack)
+    return [Site(key, part=part, plane=int(match["index"]), alternates=alternates)]
 
 
 def _in_class(names: Names, module: str) -> list[Site]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from loratools.operations.in_class_names import in_class_names
+from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.checkpoints.facts import model_types
 from loratools_formats.containers.gguf.container import is_gguf
@@ -31,8 +32,9 @@ _BLOCKS = {
     "mlp.switch_mlp": (
         "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_5_moe",
         "qwen3_5_moe_text", "qwen3_next", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe",
-        "glm4_moe_lite", "ernie4_5_moe", "exaone_moe", "deepseek_v32", "glm_moe_dsa", "mellum",
-        "laguna", "mimo_v2_flash", "mistral4", "kimi_linear", "longcat_flash",
+        "glm4_moe_lite", "solar_open", "ernie4_5_moe", "exaone_moe", "deepseek_v32",
+        "glm_moe_dsa", "mellum", "laguna", "mimo_v2_flash", "mistral4", "kimi_linear",
+        "longcat_flash",
     ),
     "block_sparse_moe.switch_mlp": (
         "mixtral", "granitemoe", "granitemoehybrid", "phimoe", "minimax", "minimax_m2",
@@ -146,7 +148,7 @@ def _half(b: TensorRef, index: int, model_type: str) -> TensorRef:
         values = b.load()
         half = (
             values[:, index::2]
-            if model_type == "gpt_oss"
+            if model_type in expert_classes.ALTERNATING
             else values[:, index * out // 2 : (index + 1) * out // 2]
         )
         return np.ascontiguousarray(half).tobytes()

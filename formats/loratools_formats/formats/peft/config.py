@@ -210,28 +210,6 @@ class PeftConfig:
         """Return the factor of b @ a: α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732)."""
         return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank
 
-    def packing(self) -> tuple[Finding, ...]:
-        """List why B of stacked experts is not packed as PEFT packs it, if Unsloth says so.
-
-        Source: unsloth-zoo, pull 1232; the detailed marker precedes the flat one.
-        """
-        auto = self.values.get("auto_mapping")
-        nested = self.values.get(FUSED_EXPERTS) or (
-            auto.get(FUSED_EXPERTS) if isinstance(auto, dict) else None
-        )
-        layouts = _layouts(nested) or {B_LAYOUT: self.values.get(B_LAYOUT)}
-        return tuple(
-            Finding(
-                "experts-grouped",
-                "error",
-                key,
-                f"B of stacked experts ({key}) is packed {layout!r}, not rank_major as PEFT has it",
-                "Repack it with Unsloth: load the adapter and save it again",
-            )
-            for key, layout in layouts.items()
-            if layout not in (None, "rank_major")
-        )
-
     def _odd_alphas(self) -> Iterator[Finding]:
         """Yield what is odd about alphas that PEFT takes as they stand: α/r may be 0 or below."""
         alphas = {f"alpha_pattern of {name}": alpha for name, alpha in self._alpha_pattern.items()}
@@ -291,19 +269,6 @@ class PeftConfig:
             if key not in known and is_set(value)
         ]
         return tuple(found)
-
-
-def _layouts(marker: Any) -> dict[str, Any]:
-    """Return how each parameter's B is packed, as Unsloth's detailed marker says."""
-    if not isinstance(marker, dict):
-        return {}
-    parameters = marker.get("parameters")
-    found = {
-        name: entry.get(B_LAYOUT)
-        for name, entry in (parameters if isinstance(parameters, dict) else {}).items()
-        if isinstance(entry, dict)
-    }
-    return found or ({B_LAYOUT: marker[B_LAYOUT]} if B_LAYOUT in marker else {})
 
 
 def is_set(value: Any) -> bool:
