@@ -65,8 +65,11 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
+# MINUTES of mutations by number, and as many of those that coverage guides, where atheris installs.
 fuzz: $(VENV)/.dev
+	-$(PIP) --only-binary atheris atheris 2>/dev/null
 	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(ARGS)
+	$(BIN)/python tests/fuzz/guided.py --minutes $(MINUTES) $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from loratools.work.environment import differences, environment
 from loratools.work.history import tells_how, unfolded
 from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import AdapterError, MissingFileError, UnsupportedError
+from loratools_formats.disk.temporaries import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def replay(
     statement = statement_of(Path(path))
     if options.output is not None:
         check_target(options.output, [made])
-    with tempfile.TemporaryDirectory(prefix="loratools-replay-") as folder:
-        run = _Replay(statement, options.inputs, Path(folder), progress)
+    with temporary_folder("loratools-replay") as folder:
+        run = _Replay(statement, options.inputs, folder, progress)
         again = run.output(statement, made.name, options.output)
         files, left_out = compared(made, again, statement)
     stale = tuple(changed(statement, made))

@@ -143,14 +143,13 @@ def run(
     work = _Run(read, folder, options, threads.workers)
     work.check_outputs()
     work.fetch_inputs()
-    if not options.dry_run:
-        folder.mkdir(exist_ok=True)
     steps: list[RanStep] = []
-    for step in read.steps:
-        failed = any(one.state == "failed" for one in steps)
-        steps.append(work.unreached(step) if failed else work.step(step))
-        if progress is not None:
-            progress(len(steps), len(read.steps))
+    with contextlib.nullcontext() if options.dry_run else _folder_of_results(folder):
+        for step in read.steps:
+            failed = any(one.state == "failed" for one in steps)
+            steps.append(work.unreached(step) if failed else work.step(step))
+            if progress is not None:
+                progress(len(steps), len(read.steps))
     return RunResult(
         recipe=path,
         folder=folder,
@@ -158,6 +157,22 @@ def run(
         passed=all(one.state != "failed" for one in steps),
         steps=tuple(steps),
     )
+
+
+@contextlib.contextmanager
+def _folder_of_results(folder: Path) -> Iterator[None]:
+    """Make the folder, unless it is there; remove it again if it stays empty."""
+    is_new = not os.path.lexists(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                (folder / STATE_FOLDER).rmdir()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 class _Run:

@@ -100,16 +100,16 @@ DEFECTS = {
 
 
 def too_many_tensors():
-    """Return a file of 200,001 empty tensors."""
+    """Return a file of 300,001 empty tensors."""
     value = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    entries = (b'"%x":%s' % (number, value) for number in range(200_001))
+    entries = (b'"%x":%s' % (number, value) for number in range(300_001))
     return container(b"{" + b",".join(entries) + b"}")
 
 
 # The same, made when needed because of their size.
 BOMBS = {
     "length over the limit": (
-        lambda: container(SOUND, bytes(18 << 20), length=17 << 20),
+        lambda: container(SOUND, bytes(42 << 20), length=41 << 20),
         "too long",
     ),
     "9 MB of metadata": (
@@ -121,5 +121,5 @@ BOMBS = {
         "too many",
     ),
     "16 MB of dimensions": (lambda: one_more(value=b"[" + b"0," * 8_300_000 + b"0]"), "too many"),
-    "200,001 tensors": (too_many_tensors, "too many"),
+    "300,001 tensors": (too_many_tensors, "too many"),
 }

@@ -12,9 +12,11 @@ import os
 import resource
 import shutil
 import signal
+import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from seeds import Seed
 
@@ -70,6 +72,58 @@ def tried(seed: Seed, room: Path) -> Outcome:
     if os.WIFSIGNALED(status):
         return Outcome("hang", signal.Signals(os.WTERMSIG(status)).name)
     return Outcome("died", f"status {status}")
+
+
+def truncated(seed: Seed, lengths: list[int]) -> list[tuple[Outcome, int]]:
+    """Return what becomes of prefixes of a seed's file that are only read, all in one child.
+
+    A prefix may be read only if it lacks nothing that counts, as JSON without its last newline.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+            with os.fdopen(writer, "w") as pipe:
+                _read_prefixes(seed, lengths, pipe)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        found = [json.loads(line) for line in pipe]
+    _, status = os.waitpid(child, 0)
+    told = [(Outcome(*words), length) for length, words in found]
+    if len(told) < len(lengths):
+        told.append((Outcome("died", f"status {status}"), lengths[len(told)]))
+    return told
+
+
+def _read_prefixes(seed: Seed, lengths: list[int], pipe: IO[str]) -> None:
+    data = seed.mutated.read_bytes()
+    room = Path(tempfile.mkdtemp())
+    try:
+        for length in lengths:
+            seed.mutated.write_bytes(data[:length])
+            words = ("done", "", "")
+            signal.alarm(CLOCK_SECONDS)
+            try:
+                if seed.role == "adapter":
+                    loratools.read(seed.path, format=seed.given)
+                elif seed.role == "base":
+                    loratools.info_base(seed.path)
+                else:
+                    use(seed, room)
+                looser = others_refuse(seed.mutated)
+                words = ("looser", looser, "") if looser else words
+            except LoratoolsError as error:
+                words = ("refused", str(error)[:300], "")
+            except Exception as error:  # noqa: BLE001 - that is what is looked for
+                words = ("error", f"{type(error).__name__}: {error}"[:300], place_of(error))
+            print(json.dumps([length, words]), file=pipe)
+    finally:
+        seed.mutated.write_bytes(data)
+        shutil.rmtree(room)
 
 
 def warmed(seed: Seed, room: Path) -> None:

@@ -22,10 +22,11 @@ from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).parent))
 
-from case import Outcome, tried, warmed
+from case import Outcome, tried, truncated, warmed
 from mutate import mutated
 from seeds import Seed, make
 
+MOST_PREFIXES = 3000
 FOUND = Path(__file__).parent / "found"
 
 
@@ -56,7 +57,7 @@ def main() -> int:
     options.add_argument("--minutes", type=float, default=10)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--only", default="")
-    options.add_argument("--truncations", action="store_true", help="every prefix, nothing else")
+    options.add_argument("--truncations", action="store_true", help="every prefix alone, once")
     given = options.parse_args()
     # In memory, where nothing waits for a disk.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -70,8 +71,10 @@ def main() -> int:
         seeds = [s for s in made if (s.format == given.only if exact else given.only in s.format)]
         for seed in seeds:
             warmed(seed, root / "room")
+        if given.truncations:
+            return _truncated(seeds)
         end = time.monotonic() + 60 * given.minutes
-        for seed, data in _cases(seeds, given.seed, truncations=given.truncations):
+        for seed, data in _cases(seeds, given.seed):
             if time.monotonic() > end:
                 break
             outcome = one(seed, data, root)
@@ -89,13 +92,30 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def _cases(seeds, number, *, truncations):
+def _truncated(seeds: list[Seed]) -> int:
+    """Read every prefix of a file of each format, and print what became of them; 1 of a fault.
+
+    Of a long file, prefixes of its first part and of its end: between are numbers.
+    """
+    bad = 0
+    by_format: dict[str, collections.Counter[str]] = {}
+    for seed in {seed.format: seed for seed in reversed(seeds)}.values():
+        size = seed.mutated.stat().st_size
+        lengths = [n for n in range(size) if n < MOST_PREFIXES or n >= size - MOST_PREFIXES // 8]
+        for outcome, length in truncated(seed, lengths):
+            by_format.setdefault(seed.format, collections.Counter())[outcome.kind] += 1
+            if outcome.is_fault:
+                bad += 1
+                data = seed.mutated.read_bytes()[:length]
+                print(f"{seed.name}: {length} bytes: {outcome} {keep(seed, data, outcome)}")
+    for name, counter in sorted(by_format.items()):
+        done = ", ".join(f"{count} {kind}" for kind, count in sorted(counter.items()))
+        print(f"{name}: {sum(counter.values())} prefixes: {done}", flush=True)
+    return 1 if bad else 0
+
+
+def _cases(seeds, number):
     """Yield seeds and bytes: the sound files first, then mutations, each format as often."""
-    if truncations:
-        for seed in seeds:
-            data = seed.mutated.read_bytes()
-            yield from ((seed, data[:length]) for length in range(len(data)))
-        return
     by_format: dict[str, list[Seed]] = {}
     for seed in seeds:
         by_format.setdefault(seed.format, []).append(seed)

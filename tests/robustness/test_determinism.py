@@ -34,6 +34,9 @@ COMMANDS = {
     "mlx": "convert {llama}/lora -o {out}/mlx --to mlx",
     "four": "quantize {llama}/model -o {out}/four {workers}",
     "sixteen": "dequantize {out}/four -o {out}/sixteen {workers}",
+    "repaired": "repair {llama}/lora -o {out}/repaired --base {llama}/model --rebalance {workers}",
+    "again": "replay {out}/ties -o {out}/again --input {llama}",
+    "ran": "run {recipe} -o {out}/ran {workers}",
 }
 
 # In the process: all commands, one after another; their reports do not matter here.
@@ -44,6 +47,13 @@ os.umask(job["umask"])
 from loratools.cli import cli
 for command in job["commands"]:
     cli.main(command, standalone_mode=False)
+"""
+
+RECIPE = """version: 1
+variables: {llama: LLAMA}
+steps:
+- {name: small, do: squeeze, source: "${llama}/lora", energy: 0.9}
+- {name: both, do: merge, adapters: ["${small}", "${llama}/rslora"], method: ties, rank: 4}
 """
 
 SURROUNDINGS = {
@@ -63,7 +73,10 @@ SURROUNDINGS = {
 
 def outputs(out, *, workers=1, umask=0o022, cwd=None, **environment):
     """Run all commands in one process and return the bytes of all files by command."""
+    recipe = out.with_name(f"{out.name}.yaml")
+    recipe.write_text(RECIPE.replace("LLAMA", str(EXAMPLES / "tiny-llama")))
     places = {"llama": EXAMPLES / "tiny-llama", "flux": EXAMPLES / "tiny-flux", "out": out}
+    places["recipe"] = recipe
     threads = f"--workers={workers}" if workers else ""
     texts = {name: Path(os.path.relpath(path, cwd)) for name, path in places.items()}
     commands = [

@@ -242,6 +242,8 @@ def _shards(
                     expected=listed.get(key, "an entry in the index"),
                 )
             tensors[key] = tensor
+    if not files:
+        raise AdapterError("index lists no tensors", path=path)
     missing = sorted(set(listed) - set(tensors))
     if missing:
         raise AdapterError("a tensor of the index is in no shard", path=path, tensor=missing[0])

@@ -42,8 +42,8 @@ class Limits:
         metadata_bytes: most metadata, keys and values together.
     """
 
-    header_bytes: int = 16 << 20
-    tensors: int = 200_000
+    header_bytes: int = 40 << 20
+    tensors: int = 300_000
     dimensions: int = 8
     name_bytes: int = 512
     metadata_bytes: int = 8 << 20

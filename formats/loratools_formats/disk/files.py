@@ -293,11 +293,15 @@ def inside(folder: Path, name: str) -> Path:
     that is allowed, since both lie below the same `models--*` folder.
 
     Raises:
-        AdapterError: the link leads elsewhere.
+        AdapterError: the link leads elsewhere, or no file can have the name.
     """
     path = folder / name
-    if not path.is_symlink():
-        return path
+    try:
+        if not path.is_symlink():
+            return path
+    except (OSError, ValueError) as error:  # too long, or with a NUL byte
+        text = getattr(error, "strerror", None) or str(error)
+        raise AdapterError(f"not a possible file name: {text}", path=path) from error
     target = Path(os.path.realpath(path))
     roots = [Path(os.path.realpath(folder))]
     roots += [p for p in roots[0].parents if p.name.startswith(("models--", "datasets--"))]

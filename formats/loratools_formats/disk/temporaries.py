@@ -16,6 +16,8 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from loratools_formats.disk.errors import OutputError
@@ -37,6 +39,31 @@ def temporary_beside(target: Path) -> Path:
     _remove_stale(target.parent, stem)
     name = target.parent / f"{stem}{suffix}"
     return temporary_beside(target) if os.path.lexists(name) else name
+
+
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Yield an empty folder among the system's temporary files, which goes at the end.
+
+    If this process is killed, the next one that wants a folder of the name removes it.
+
+    Args:
+        name: what it is for.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    place = temporary_beside(Path(tempfile.gettempdir()) / name)
+    try:
+        place.mkdir(mode=0o700)
+    except OSError as error:
+        raise OutputError(f"a temporary folder: {error.strerror}", path=place) from error
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        if place.exists():  # once more, if a call was interrupted
+            shutil.rmtree(place, ignore_errors=True)
 
 
 @functools.cache
