@@ -17,8 +17,15 @@ from loratools.face.convert import WriteResult as WriteResult
 from loratools.face.dequantize import DequantizeResult as DequantizeResult
 from loratools.face.extract import ExtractChoices as ExtractChoices
 from loratools.face.extract import ExtractResult as ExtractResult
+from loratools.face.fleet_index import FleetDedupResult as FleetDedupResult
+from loratools.face.fleet_index import FleetIndexResult as FleetIndexResult
+from loratools.face.fleet_index import FleetSimilarResult as FleetSimilarResult
+from loratools.face.fleet_share import FleetAddResult as FleetAddResult
+from loratools.face.fleet_share import FleetShareResult as FleetShareResult
+from loratools.face.fleet_share import FleetUnshareResult as FleetUnshareResult
 from loratools.face.fuse import FusePlan as FusePlan
 from loratools.face.fuse import FuseResult as FuseResult
+from loratools.face.fuse_parts import FusePart as FusePart
 from loratools.face.info import InfoResult as InfoResult
 from loratools.face.info_base import BaseInfoResult as BaseInfoResult
 from loratools.face.lists import FormatsResult as FormatsResult
@@ -36,8 +43,10 @@ from loratools.face.to_lora import ToLoraChoices as ToLoraChoices
 from loratools.face.to_lora import ToLoraResult as ToLoraResult
 from loratools.face.verify import VerifyResult as VerifyResult
 from loratools.operations.merge.options import Override as Override
+from loratools.pipeline.fleet.run import FleetResult as FleetResult
 from loratools.pipeline.replay import ReplayResult as ReplayResult
 from loratools.pipeline.run import RunResult as RunResult
+from loratools.work.shard import Shard as Shard
 from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
 from loratools_formats.core.adapter import Adapter as Adapter
 from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
@@ -195,6 +204,98 @@ def extract_choices(
     exclude: str | None = None,
     revision: str | None = None,
 ) -> ExtractChoices: ...
+def fleet_dedup(
+    index: str | os.PathLike[str],
+    *,
+    threshold: float = 0.99,
+    same_start: float = 0.5,
+    exact: bool = True,
+) -> FleetDedupResult: ...
+def fleet_index(
+    adapters: Sequence[str | os.PathLike[str]],
+    *,
+    update: bool = False,
+    workers: int | None = None,
+    format: str | None = None,
+    ignore_key: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetIndexResult: ...
+def fleet_similar(
+    source: str | os.PathLike[str] | Adapter,
+    index: str | os.PathLike[str],
+    *,
+    top: int = 10,
+    exact: bool = True,
+    workers: int | None = None,
+    format: str | None = None,
+    ignore_key: Sequence[str] = (),
+    revision: str | None = None,
+) -> FleetSimilarResult: ...
+def fleet_add(
+    shared: str | os.PathLike[str] | Adapter,
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    name: str | None = None,
+    group: int | None = None,
+    force_base: bool = False,
+    drop: str | None = None,
+    keep: str | None = None,
+    workers: int | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    max_error: float | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetAddResult: ...
+def fleet_share(
+    adapters: Mapping[str, str | os.PathLike[str] | Adapter]
+    | Sequence[str | os.PathLike[str] | Adapter],
+    *,
+    cores: Literal["full", "diagonal", "principal"] = "full",
+    clusters: int | str | None = None,
+    weigh: Literal["adapter", "module", "norm"] = "adapter",
+    force_base: bool = False,
+    allow_missing: bool = False,
+    rank: int | None = None,
+    energy: float | str | None = None,
+    sv_fro: float | str | None = None,
+    budget: Budget | str | None = None,
+    max_rank: int | None = None,
+    min_rank: int | None = None,
+    rank_pattern: Sequence[tuple[str, int] | str] | Mapping[str, int] = (),
+    uniform: bool = False,
+    serve_ranks: bool = False,
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    workers: int | None = None,
+    drop: str | None = None,
+    keep: str | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    max_error: float | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetShareResult: ...
+def fleet_unshare(
+    shared: str | os.PathLike[str] | Adapter,
+    *,
+    name: Sequence[str] = (),
+    all: bool = False,
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    workers: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetUnshareResult: ...
 @overload
 def fuse(
     base: str | os.PathLike[str] | Checkpoint,
@@ -211,12 +312,16 @@ def fuse(
     dtype: str | None = None,
     base_mode: Literal["dequant", "original"] | None = None,
     requantize: bool = False,
+    changed_bits: int | None = None,
+    trained_on: str | None = None,
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     drop: str | None = None,
     keep: str | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
+    shard: None = None,
+    scheduler: str | None = None,
     output: str | os.PathLike[str],
     overwrite: bool = False,
     revision: str | None = None,
@@ -238,12 +343,47 @@ def fuse(
     dtype: str | None = None,
     base_mode: Literal["dequant", "original"] | None = None,
     requantize: bool = False,
+    changed_bits: int | None = None,
+    trained_on: str | None = None,
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     drop: str | None = None,
     keep: str | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
+    shard: Shard | str,
+    scheduler: str | None = None,
+    output: str | os.PathLike[str],
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FuseResult | FusePart: ...
+@overload
+def fuse(
+    base: str | os.PathLike[str] | Checkpoint,
+    adapters: str
+    | os.PathLike[str]
+    | Adapter
+    | Mapping[str, float]
+    | Mapping[Path, float]
+    | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
+    *,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    max_shard_size: int | str | None = None,
+    dtype: str | None = None,
+    base_mode: Literal["dequant", "original"] | None = None,
+    requantize: bool = False,
+    changed_bits: int | None = None,
+    trained_on: str | None = None,
+    allow_lossy: bool = False,
+    fallback: Literal["f16", "q8_0"] | None = None,
+    drop: str | None = None,
+    keep: str | None = None,
+    format: str | None = None,
+    ignore_key: Sequence[str] = (),
+    shard: Shard | str | None = None,
+    scheduler: str | None = None,
     output: None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -571,6 +711,21 @@ def verify(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...
+def fleet(
+    verb: str,
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    shard: Shard | str | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    memory_limit: int | str | None = None,
+    fail_fast: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetResult: ...
 def replay(
     path: str | os.PathLike[str],
     *,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import consoles
 import pytest
 
@@ -51,13 +52,14 @@ def test_options_that_documents_name_exist():
     assert named <= known | {"--help", "--max-lora-rank"}  # vLLM has the last
 
 
-def _options(name):
-    command = cli.get_command(None, name)
+def _options(name, group=cli):
+    command = group.get_command(None, name)
+    inner = command.list_commands(None) if isinstance(command, click.Group) else ()
     return {
         option
         for parameter in command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
-    }
+    } | {option for each in inner for option in _options(each, command)}
 
 
 def test_files_named_in_the_documents_exist():
@@ -78,4 +80,5 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
 def test_the_readme_is_short_and_the_index_has_every_command():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
     linked = re.findall(r"\(commands/([a-z-]+)\.md\)", (ROOT / "docs" / "index.md").read_text())
-    assert sorted(linked) == sorted(cli.list_commands(None))
+    of_fleets = [page.stem for page in ROOT.glob("docs/commands/fleet-*.md")]
+    assert sorted(linked) == sorted([*cli.list_commands(None), *of_fleets])

@@ -14,10 +14,14 @@ from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
 from loratools.face.fuse import FusePlan, FuseResult, PlannedTensor, fuse
+from loratools.face.fuse_parts import FusePart
 from loratools.operations.fuse.gguf import GgufFuseOptions
 from loratools.operations.fuse.options import FuseOptions
+from loratools.operations.fuse.parts import Spreading
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping
+
+_MATTERS = 0.01  # of ‖ΔW‖, from which on the rounding of the base shows
 
 
 @named_command("fuse")
@@ -28,6 +32,7 @@ from loratools.work.selection import Dropping
 @shared.takes(GgufFuseOptions, "fallback", into="quantised")
 @shared.takes(Dropping, into="dropping")
 @shared.reads("from_", "ignore_key")
+@shared.takes(Spreading, into="spreading")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports("json", "quiet", "verbose")
 def command(
@@ -38,6 +43,7 @@ def command(
     quantised: GgufFuseOptions,
     dropping: Dropping,
     reading: Reading,
+    spreading: Spreading,
     pages: Pages,
     reporting: Reporting,
 ) -> int:
@@ -65,6 +71,7 @@ def command(
             quantised=quantised,
             dropping=dropping,
             reading=reading,
+            spreading=spreading,
             writing=target,
             progress=progress,
         ),
@@ -76,8 +83,11 @@ def command(
     )
 
 
-def _show(result: FuseResult | FusePlan, *, verbose: bool) -> None:
-    if isinstance(result, FusePlan):
+def _show(result: FuseResult | FusePlan | FusePart, *, verbose: bool) -> None:
+    if isinstance(result, FusePart):
+        written, awaited = len(result.written), len(result.awaited)
+        say(f"part {result.shard}: {quantity(written, 'file')} written, {awaited} awaited")
+    elif isinstance(result, FusePlan):
         _show_plan(result, verbose=verbose)
     else:
         _show_fused(result, verbose=verbose)
@@ -122,8 +132,11 @@ def _show_fused(result: FuseResult, *, verbose: bool) -> None:
     change = result.relative_change
     say(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
     say(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")
+    if result.base_rounding is not None and result.base_rounding >= _MATTERS:
+        say(f"the base's own rounding: ‖W − dq(q(W))‖ = {number(result.base_rounding)} ‖ΔW‖")
     if result.surviving is not None:
-        say(f"survives quantising: {percent(result.surviving)} of ΔW")
+        share, error = percent(result.surviving), percent(result.quantising_error or 0.0)
+        say(f"survives quantising: {share} of ΔW, with an error of {error}")
     converted = f", {result.converted} converted" if result.converted else ""
     say(
         f"size: {human_bytes(result.bytes_out)} in {quantity(len(result.files), 'file')}; "

@@ -12,12 +12,12 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import EXIT_FOUND, describe
-from loratools.cli.many import adapters_in
 from loratools.cli.output import human_bytes, print_table, quantity, say
 from loratools.cli.perform import report
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
+from loratools.work.collection import adapters_in
 from loratools.work.requests import Reading, Reporting
 from loratools_formats.contract.path_kinds import is_base
 from loratools_formats.disk.errors import LoratoolsError, OptionError, printable
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loratools.operations.info_base import QuantisedInfo
 
 _FEW = 4
+_CARRIED = 4
 
 
 @named_command("info")
@@ -163,7 +164,9 @@ def _print(found: AdapterInfo) -> None:
     for replacement in found.replacements:
         shape = "×".join(map(str, replacement.shape))
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
-    lines += [("carries", key) for key in found.carried]
+    lines += [("carries", key) for key in found.carried[:_CARRIED]]
+    if len(found.carried) > _CARRIED:
+        lines.append(("carries", f"and {len(found.carried) - _CARRIED} more; --json lists all"))
     lines += found.training.items()
     lines += _made_by(found.provenance)
     lines += [

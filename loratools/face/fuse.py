@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
+from loratools.face.fuse_parts import FusePart, spread
 from loratools.face.result import Reported
 from loratools.face.source import (
     WRITING,
@@ -25,6 +26,7 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools.operations.fuse.operation import Fusion
 from loratools.operations.fuse.options import FuseOptions
+from loratools.operations.fuse.parts import Parts, Spreading
 from loratools.operations.fuse.pipeline import PipelineFusion, is_pipeline
 from loratools.operations.fuse.result import FusePreview
 from loratools.operations.fuse.result import FuseResult as Fused
@@ -32,6 +34,7 @@ from loratools.work.json_object import hidden
 from loratools.work.provenance import DROPPED
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
+from loratools.work.shard import Shard
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.core.findings import Finding
@@ -91,6 +94,9 @@ class FuseResult(Reported):
         bytes_out: size of the weight files.
         files: their names.
         surviving: share of ΔW that survives quantising again; None if nothing is quantised.
+        quantising_error: ‖W' − (W + ΔW)‖/‖ΔW‖ of what is quantised again; above 1 it is noise,
+            whatever share survives; None if nothing is quantised.
+        base_rounding: ‖W − dq(q(W))‖/‖ΔW‖, how far `trained_on` moved the base first; None without.
         copied: number of tensors copied byte for byte.
         converted: number of tensors that no adapter changes, stored in another type than before.
         left_out: files of the base that were not carried over.
@@ -105,6 +111,8 @@ class FuseResult(Reported):
     bytes_out: int
     files: tuple[str, ...]
     surviving: float | None
+    quantising_error: float | None
+    base_rounding: float | None
     copied: int
     converted: int
     left_out: tuple[str, ...]
@@ -176,13 +184,15 @@ def fuse(
     quantised: GgufFuseOptions,
     dropping: Dropping,
     reading: Reading,
+    spreading: Spreading,
     writing: Writing,
     progress: Progress | None = None,
-) -> FuseResult | FusePlan:
+) -> FuseResult | FusePlan | FusePart:
     """Fuse adapters into base weights, streamed: W' = W + Σ weight · ΔW, rounded once.
 
     With `output` the checkpoint is written and the result says what was done; without, the result
-    is a plan, which has a `write` of its own.
+    is a plan, which has a `write` of its own. With `shard` it tells which weight files were written
+    and which are awaited, unless they are complete.
 
     >>> import loratools as lt
     >>> plan = lt.fuse("examples/tiny-llama/model", {"examples/tiny-llama/lora": 0.5})
@@ -222,7 +232,28 @@ def fuse(
     plan = _plan(fusion.preview, fusion, progress, (*about, *dropped))
     if writing.output is None:
         return plan
-    return plan.write(writing.output, overwrite=writing.overwrite)
+    if not spreading.is_given:
+        return plan.write(writing.output, overwrite=writing.overwrite)
+    if not isinstance(fusion, Fusion) or not checkpoint.is_folder:
+        raise OptionError(
+            "the base has no weight files to spread", expected="a folder of a checkpoint"
+        )
+    parts = Parts(fusion, writing.output)
+    if spreading.scheduler is not None:
+        given = {
+            "base": base, "adapters": adapters, "options": options, "quantised": quantised,
+            "dropping": dropping, "reading": reading, "writing": writing,
+        }  # fmt: skip
+        found = spread(spreading.scheduler, given, len(fusion.new.shards), progress)
+        whole = [one for one in found if isinstance(one, FuseResult)]
+        if whole:
+            return whole[0]
+    part = spreading.shard or Shard()
+    written = parts.write(part, options.workers, progress)
+    done = None if parts.missing() else parts.finish(overwrite=writing.overwrite)
+    if done is not None:
+        return _result(fusion.inputs, done, plan.findings)
+    return FusePart(shard=str(part), written=tuple(written), awaited=tuple(parts.missing()))
 
 
 def fuse_inputs(
@@ -245,7 +276,7 @@ _WORDS = {"max_shard_bytes": "max_shard_size"}
 
 
 def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOptions:
-    for name in ("max_shard_bytes", "base_mode", "requantize"):
+    for name in ("max_shard_bytes", "base_mode", "requantize", "changed_bits", "trained_on"):
         if getattr(options, name):
             raise OptionError(f"`{_WORDS.get(name, name)}` has no meaning for a GGUF model")
     given: Any = options.dtype or "keep"
@@ -293,6 +324,8 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused, planned: tuple[Finding, 
         bytes_out=done.nbytes,
         files=done.shards,
         surviving=done.surviving,
+        quantising_error=done.quantising_error,
+        base_rounding=done.base_rounding,
         copied=done.copied,
         converted=done.converted,
         left_out=done.left_out,
@@ -305,7 +338,7 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused, planned: tuple[Finding, 
                 **{
                     one.name: getattr(report, one.name)
                     for one in fields(report)[1:]
-                    if one.name != "rounded"
+                    if one.name not in ("rounded", "base_rounding")
                 },
             )
             for report in done.tensors
