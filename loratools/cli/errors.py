@@ -33,7 +33,7 @@ def run(cli: click.Command) -> None:
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings.showwarning = _noted
-    _stop_on_signals()
+    arrived = _stop_on_signals()
     if "--traceback" in sys.argv[1:2]:
         sys.exit(_call(cli))
     try:
@@ -44,38 +44,49 @@ def run(cli: click.Command) -> None:
         # The reader has gone; keep Python from complaining about it while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (KeyboardInterrupt, click.Abort) as error:
-        number = getattr(error, "number", None)
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            say("interrupted" if number is None else "terminated", err=True)
-        code = EXIT_INTERRUPTED if number is None else _EXIT_SIGNAL + number
+    except (KeyboardInterrupt, click.Abort):
+        code = _interrupted(arrived)
     except click.ClickException as error:
         say(f"error: {_usage(error)}", err=True)
         code = EXIT_ERROR
     except Exception as error:  # noqa: BLE001 - users get one line, whatever happened
-        say(f"error: {describe(error)}", err=True)
-        code = EXIT_ERROR
+        if arrived:
+            code = _interrupted(arrived)
+        else:
+            say(f"error: {describe(error)}", err=True)
+            code = EXIT_ERROR
     sys.exit(code)
 
 
-class _Terminated(KeyboardInterrupt):
-    """A signal that ends the process was sent: outputs are cleared away as on Ctrl-C."""
+def _interrupted(arrived: list[int]) -> int:
+    """Say that a signal ended the run, and return the exit code.
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
+    An exception that is raised anywhere may be replaced on its way by one that it caused, such as
+    that of a lock which it found half released.
+    """
+    number = arrived[0] if arrived else signal.SIGINT
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        say("interrupted" if number == signal.SIGINT else "terminated", err=True)
+    return EXIT_INTERRUPTED if number == signal.SIGINT else _EXIT_SIGNAL + number
 
 
-def _stop_on_signals() -> None:
-    """Let SIGTERM and SIGHUP unwind the stack, unless whoever started this process ignores them."""
+def _stop_on_signals() -> list[int]:
+    """Let signals unwind the stack, so that outputs are cleared away; return those that arrived.
+
+    SIGTERM and SIGHUP do as Ctrl-C, unless whoever started this process ignores them.
+    """
+    arrived: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        raise _Terminated(number)
+        arrived.append(number)
+        raise KeyboardInterrupt
 
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        if number is not None and signal.getsignal(number) in usual:
             signal.signal(number, stop)
+    return arrived
 
 
 def _noted(
