@@ -182,3 +182,30 @@ def test_torch_tensors_take_the_same_path():
     error, _ = linalg.residual_norm(tb, ta, 1.5, linalg.grams(tb, ta), new.b, new.a)
     s = np.linalg.svd(dense(b, a, 1.5), compute_uv=False)
     assert error == pytest.approx(np.sqrt(np.sum(s[3:] ** 2)), rel=1e-9)
+
+
+def test_narrow_factors_are_widened_without_loss():
+    rng = np.random.default_rng(11)
+    b = rng.standard_normal((5000, 40)).astype(np.float32)
+    a = rng.standard_normal((40, 3000)).astype(np.float32)
+    narrow, wide = linalg.grams(b, a), linalg.grams(b.astype(np.float64), a.astype(np.float64))
+    assert np.array_equal(narrow.b, wide.b)
+    assert np.array_equal(narrow.a, wide.a)
+    core = linalg.gram_core(wide, 0.5)
+    found = linalg.gram_factors(b, a, core, 40)
+    rest = 0.5 * (b.astype(np.float64) @ a) - found.b @ found.a
+    assert np.linalg.norm(rest) <= 1e-9 * core.singular_values[0]
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 3])
+def test_gram_route_of_factors_without_full_rank(zeros):
+    rng = np.random.default_rng(12)
+    b, a = rng.standard_normal((300, 8)), rng.standard_normal((8, 200))
+    b[:, 4:] = b[:, :4] @ rng.standard_normal((4, 4))
+    b[:, :zeros] = 0.0
+    dense = b @ a
+    core = linalg.gram_core(linalg.grams(b, a), 1.0)
+    true = np.linalg.svd(dense, compute_uv=False)[:8]
+    assert np.allclose(core.singular_values, true, rtol=0.0, atol=1e-6 * true[0])
+    found = linalg.gram_factors(b, a, core, 8)
+    assert np.linalg.norm(dense - found.b @ found.a) <= 1e-6 * true[0]

@@ -16,6 +16,7 @@ factors is textbook.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ import numpy as np
 
 Array = Any
 
-_BLOCK_ROWS = 8192
+_BLOCK_ROWS = 1024  # what is widened stays in the cache, and its memory is used again
+_BLOCK_ELEMENTS = 1 << 17
 _SINGLE_ROWS = 4096
 _ROWS_AT_ONCE = 16
 _GRAM_ERROR_FLOOR = 700.0  # times √ε: 1e-5 in float64
@@ -69,9 +71,10 @@ def gram(x: Array, y: Array | None = None) -> Array:
         (p, q).
     """
     total = None
-    for start in range(0, x.shape[0], _BLOCK_ROWS):
-        left = _widened(x[start : start + _BLOCK_ROWS, :])
-        right = left if y is None else _widened(y[start : start + _BLOCK_ROWS, :])
+    height = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(x.shape[1], 1))
+    for start in range(0, x.shape[0], height):
+        left = _widened(x[start : start + height, :])
+        right = left if y is None else _widened(y[start : start + height, :])
         part = left.T @ right
         total = part if total is None else total + part
     return total
@@ -142,8 +145,7 @@ def gram_core(both: Grams, scale: float) -> GramCore:
     values. Directions below the floor of the method come out as zeros.
     """
     xp = namespace(both.b)
-    values, vectors = xp.linalg.eigh(both.b)
-    root = vectors * xp.sqrt(xp.clip(values, 0.0, None))
+    root = _root(both.b)
     squares, u = xp.linalg.eigh(scale * scale * (root.T @ both.a @ root))
     squares = xp.clip(xp.flip(squares, axis=0), 0.0, None)
     u = xp.flip(u, axis=1)
@@ -157,6 +159,16 @@ def gram_core(both: Grams, scale: float) -> GramCore:
     to_a = scale * (lifted * inverse_root).T
     to_b = scale * scale * (both.a @ lifted) * inverse_root / kept
     return GramCore(s, to_b, to_a)
+
+
+def _root(gram: Array) -> Array:
+    """Return L with LLᵀ = gram, which has no negative eigenvalues but for rounding."""
+    xp = namespace(gram)
+    if isinstance(gram, np.ndarray):
+        with contextlib.suppress(np.linalg.LinAlgError):
+            return np.linalg.cholesky(gram)  # a tenth of the time of its eigenvectors
+    values, vectors = xp.linalg.eigh(gram)
+    return vectors * xp.sqrt(xp.clip(values, 0.0, None))
 
 
 @dataclass(frozen=True)
@@ -210,9 +222,20 @@ def _extremes(b: Array) -> tuple[Array, Array]:
 
 def gram_factors(b: Array, a: Array, core: GramCore, rank: int) -> Factors:
     """Return the best factors of a rank, from a core already computed for the same b and a."""
-    new_b = _widened(b) @ core.to_b[:, :rank]
-    new_a = core.to_a[:rank, :] @ _widened(a)
+    xp = namespace(b)
+    to_b, to_a = core.to_b[:, :rank], core.to_a[:rank, :]
+    new_b = xp.concat([_widened(b[span, :]) @ to_b for span in _spans(b)], axis=0)
+    new_a = xp.concat([to_a @ _widened(a[:, span]) for span in _spans(a.T)], axis=1)
     return _sign_fixed(new_b, new_a, core.singular_values[:rank])
+
+
+def _spans(x: Array) -> list[slice]:
+    """Return blocks of rows that fit into the cache when they are widened; all of what is wide."""
+    rows, columns = x.shape
+    height = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(columns, 1))
+    if x.dtype == _wide(x):
+        height = max(rows, 1)
+    return [slice(start, start + height) for start in range(0, max(rows, 1), height)]
 
 
 def qr_factors(b: Array, a: Array, scale: float, rank: int) -> Factors:

@@ -54,14 +54,24 @@ class Matrix:
         scale: multiplies b @ a.
         device: where to compute.
         use_gram: whether the floor of the Gram route is below the rounding of the factors.
+        known: Gram matrices of b and a, where the caller has computed them.
     """
 
-    def __init__(self, b: Array, a: Array, scale: float, device: Device, use_gram: bool) -> None:
+    def __init__(
+        self,
+        b: Array,
+        a: Array,
+        scale: float,
+        device: Device,
+        use_gram: bool,
+        known: linalg.Grams | None = None,
+    ) -> None:
         self._b, self._a = device.put(b), device.put(a)
         self._scale = scale
         self._use_gram = use_gram and device.has_float64
         self._device = device
-        self._grams = linalg.grams(self._b, self._a)
+        on_cpu = isinstance(self._b, np.ndarray)
+        self._grams = known if known and on_cpu else linalg.grams(self._b, self._a)
         self._cancels = cancelling.cancels(self._grams)
 
     @functools.cached_property

@@ -15,6 +15,7 @@ from loratools.cli.wording import FLAGS, worded
 from loratools.hub.client import SHOW_PROGRESS
 from loratools.hub.references import REVISION_HELP, Want, with_revision
 from loratools.work.declared import HEADINGS, Option
+from loratools.work.memory import keep_memory
 
 _INPUTS: dict[str, Want] = {
     "adapter": "adapter",
@@ -56,6 +57,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, with the revision put to its reference."""
+        keep_memory()
         revision = ctx.params.pop("revision", None) if self._inputs else None
         if revision is not None:
             self._revise(ctx.params, revision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import sys
@@ -31,7 +32,42 @@ def say(text: str = "", *, err: bool = False, nl: bool = True) -> None:
 
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object."""
-    print_json_text(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2))
+    print_json_text(indented(result))
+
+
+def indented(value: Any, margin: str = "\n") -> str:
+    r"""Return the text of `json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)`.
+
+    With an indent the standard library encodes in Python; its encoder in C takes a fifth of the
+    time, and writes whatever holds nothing nested, with the margin as part of the separator.
+
+    >>> indented({"a": [1, 2], "b": {}})
+    '{\n  "a": [\n    1,\n    2\n  ],\n  "b": {}\n}'
+
+    Args:
+        value: of the types of JSON, with keys that are strings.
+        margin: what each line of it begins with, the line break included.
+    """
+    if not isinstance(value, dict | list) or not value:
+        return _encoder("").encode(value)
+    inner = margin + "  "
+    items = value.values() if isinstance(value, dict) else value
+    if not any(isinstance(item, dict | list) for item in items):
+        body = _encoder(inner).encode(value)[1:-1]
+    elif isinstance(value, list):
+        body = ("," + inner).join(indented(item, inner) for item in value)
+    else:
+        named = (_encoder("").encode(name) + ": " for name in value)
+        body = ("," + inner).join(
+            name + indented(item, inner) for name, item in zip(named, items, strict=True)
+        )
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    return f"{start}{inner}{body}{margin}{end}"
+
+
+@functools.cache
+def _encoder(margin: str) -> json.JSONEncoder:
+    return json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=("," + margin, ": "))
 
 
 def print_json_text(text: str) -> None:

@@ -89,7 +89,6 @@ class ThinModules:
         base: the base model, for DoRA and kinds that need it.
         operation: what it is for, for messages.
         given: settings that neither the file nor the base's configuration holds, by name.
-        once: whether factors will be used once only, which spares widening them.
 
     Attributes:
         adapter: the adapter, with settings that the base tells filled in.
@@ -108,8 +107,6 @@ class ThinModules:
         base: Checkpoint | None,
         operation: str,
         given: Mapping[str, str] | None = None,
-        *,
-        once: bool = False,
     ) -> None:
         complete = regenerated(adapter, base, given or {})
         adapter = with_settings(complete.adapter, complete.unused, base)
@@ -125,7 +122,6 @@ class ThinModules:
             change.is_dora for change in adapter.modules.values()
         )
         self._options = ComputeOptions()
-        self._once = once
         self._opener = Opener(
             replace(adapter, modules=self.modules),
             RankRule(),
@@ -153,7 +149,7 @@ class ThinModules:
     def _of_factors(self, name: str, whole: ModuleChange, delta: LowRank) -> ThinModule:
         wide = "F64" in (delta.a.dtype.code, delta.b.dtype.code)
         thin = []
-        for b, a in loaded(delta, once=self._once):
+        for b, a in loaded(delta):
             if not (np.isfinite(b).all() and np.isfinite(a).all()):
                 raise NonFiniteError("factor holds NaN or infinite values", tensor=name)
             thin.append(Thin(b, a, delta.scale, use_gram=not wide))

@@ -14,18 +14,14 @@ from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 
-_FLOAT64_ELEMENTS = 1 << 22
 
+def loaded(delta: LowRank, dtype: type | None = None) -> Iterator[tuple[Array, Array]]:
+    """Yield (b, a) of each matrix of a delta: float32 unless they are stored as float64, or asked.
 
-def loaded(delta: LowRank, *, once: bool = False) -> Iterator[tuple[Array, Array]]:
-    """Yield (b, a) of each matrix of a delta.
-
-    In float64, which spares converting them again at each use; in float32, which spares memory, if
-    they are large or `once` says that they are used once, unless they are stored as float64.
-    Results do not depend on it.
+    What computes in float64 widens blocks that stay in the cache, at each use: that takes less time
+    than the system takes to hand out memory for all of them once.
     """
-    narrow = once or max(delta.a.numel, delta.b.numel) > _FLOAT64_ELEMENTS
-    wide = np.float32 if narrow and not _is_float64(delta) else np.float64
+    wide = dtype or (np.float64 if _is_float64(delta) else np.float32)
     a, b = delta.a.load(wide), delta.b.load(wide)
     yield from zip(b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:]), strict=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loratools_formats.core.adapter import Layer, LowRank
 from loratools_formats.core.dtypes import DTYPES, DType
@@ -101,7 +101,8 @@ class PlannedFactors:
         b_shape = (*self.b.shape[:-1], rank)
         planned_a = PlannedTensor(self.a.key, a, a_shape)
         planned_b = PlannedTensor(self.b.key, b, b_shape)
-        return replace(self, a=planned_a, b=planned_b, scale=scale)
+        others = self.layer, self.bias, self.alpha, self.alpha_tensor
+        return PlannedFactors(planned_a, planned_b, scale, *others)
 
     def made(self, a: TensorRef, b: TensorRef, scale: float, bias: TensorRef | None) -> LowRank:
         """Return the factors, now that their tensors exist."""

@@ -11,6 +11,7 @@ from typing import Any
 
 _NAME = "json"
 _SPREAD = "json_spread"
+_PLAIN = frozenset({bool, float, int, str, type(None)})
 
 
 def hidden(**options: Any) -> Any:
@@ -48,12 +49,14 @@ def spread_types(of: type) -> dict[str, type]:
 
 def as_json(value: Any) -> Any:
     """Return a value in the types of JSON: dataclasses as objects, tuples as arrays."""
+    if type(value) in _PLAIN:
+        return value
     if is_dataclass(value) and not isinstance(value, type):
         return _object(value)
     if isinstance(value, Mapping):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [as_json(item) for item in value]
+        return [item if type(item) in _PLAIN else as_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

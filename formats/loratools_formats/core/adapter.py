@@ -278,7 +278,7 @@ class ModuleChange:
 
     def with_direction(self, direction: LowRank | KindDelta) -> ModuleChange:
         """Return the change with another ΔW and the same magnitude."""
-        return replace(self, direction=direction)
+        return ModuleChange(direction, self.magnitude, self.axis)
 
     def tensors(self) -> Iterator[TensorRef]:
         """Yield every tensor that is its own."""

@@ -135,7 +135,7 @@ class TensorRef:
 
     def renamed(self, key: str) -> TensorRef:
         """Return the tensor under another name."""
-        return replace(self, key=key)
+        return TensorRef(key, self.dtype, self.shape, self.read, self.file, self.offset)
 
     def reshaped(self, shape: tuple[int, ...]) -> TensorRef:
         """Return the bytes with another shape.

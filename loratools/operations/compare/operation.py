@@ -125,7 +125,7 @@ def compare(
     options, selection = options or CompareOptions(), selection or Selection()
     named, found = in_one_naming(list(adapters.values()), base)
     many = len(named) >= MANY
-    openers = [ThinModules(adapter, base, "compare", once=many) for adapter in named]
+    openers = [ThinModules(adapter, base, "compare") for adapter in named]
     wanted = sorted({n for opener in openers for n in opener.modules if n in selection})
     workspace = Workspace()
     done: list[_Module] = []

@@ -138,8 +138,8 @@ def _from_factors(
         pairs = [None if stack is None else stack[expert] for stack in stacks]
         label = f"{module.name}#{expert}"
         if run.method.kind == "span":
-            shares = _coefficients(run, _factor_gram(pairs))
-            matrices.append(_sum(pairs, shares, device))
+            matrix, shares = _weighted_sum(pairs, run, device)
+            matrices.append(matrix)
             coefficients.append(shares)
             all_pairs.append(pairs)
         elif run.method.kind == "core":
@@ -169,21 +169,13 @@ def pairs_of(delta: ModuleChange) -> list[FactorPair]:
     """
     part = delta.require_factors()
     pairs = []
-    for b, a in loaded(part):
+    for b, a in loaded(part, np.float64):
         for values, tensor in ((a, part.a), (b, part.b)):
             if not (math.isfinite(values.sum()) or np.isfinite(values).all()):
                 raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
-        pairs.append((part.scale * b.astype(np.float64), a.astype(np.float64, copy=False)))
+        scaled: Array = np.multiply(b, part.scale, out=b if b.flags.writeable else None)
+        pairs.append((scaled, a))
     return pairs
-
-
-def _factor_gram(pairs: list[FactorPair | None]) -> Array:
-    gram = np.zeros((len(pairs), len(pairs)))
-    for i, first in enumerate(pairs):
-        for j, second in enumerate(pairs[: i + 1]):
-            if first is not None and second is not None:
-                gram[i, j] = gram[j, i] = linalg.inner(*first, *second)
-    return gram
 
 
 def _coefficients(run: ModuleMethod, gram: Array) -> Array:
@@ -191,12 +183,25 @@ def _coefficients(run: ModuleMethod, gram: Array) -> Array:
     return result
 
 
-def _sum(pairs: list[FactorPair | None], shares: Array, device: Device) -> Matrix:
-    present = [
-        (float(share), *pair) for share, pair in zip(shares, pairs, strict=True) if pair is not None
-    ]
-    b, a = linalg.concatenate(present)
-    return Matrix(b, a, 1.0, device, use_gram=True)
+def _weighted_sum(
+    pairs: list[FactorPair | None], run: ModuleMethod, device: Device
+) -> tuple[Matrix, Array]:
+    """Return Σ cₜ·ΔWₜ and the coefficients, both from the Gram matrices of all factors at once."""
+    present = [pair for pair in pairs if pair is not None]
+    ranks = [0 if pair is None else len(pair[1]) for pair in pairs]
+    ends = np.cumsum(ranks)
+    b, a = linalg.concatenate([(1.0, *pair) for pair in present])
+    both = linalg.grams(b, a)
+    products = both.b * both.a
+    gram = np.zeros((len(pairs), len(pairs)))
+    for i, rows in enumerate(zip(ends - ranks, ends, strict=True)):
+        for j, columns in enumerate(zip(ends - ranks, ends, strict=True)):
+            gram[i, j] = products[slice(*rows), slice(*columns)].sum()
+    shares = _coefficients(run, (gram + gram.T) / 2.0)
+    factors = np.repeat(np.asarray(shares, np.float64), ranks)
+    b *= factors
+    known = linalg.Grams(both.b * np.multiply.outer(factors, factors), both.a)
+    return Matrix(b, a, 1.0, device, use_gram=True, known=known), shares
 
 
 def _elementwise_in_core(
