@@ -11,7 +11,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
+from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
 from loratools.cli.many import adapters_in, is_adapter
 from loratools.cli.output import note, print_json, print_json_text, progress_bar, say
 from loratools.face.check import CheckResult, check
@@ -63,7 +63,7 @@ def command(
     """Check adapters: what does nothing, what programs refuse, what is missing.
 
     A folder that is no adapter stands for all adapters below it. Exits with 0 if nothing was found,
-    with 1 if something was, and with 2 if an adapter could not be looked at.
+    with 1 if something was, and with 3 if an adapter could not be looked at.
 
     \b
     loratools check my-adapter --target vllm --base model
@@ -91,7 +91,7 @@ def command(
     if any(step.taken for step in result.steps) and not reporting.quiet:
         note(f"wrote {writing.output}")
     if not result.complete:
-        return EXIT_ERROR
+        return EXIT_UNCHECKED
     return 0 if result.passed else EXIT_FOUND
 
 

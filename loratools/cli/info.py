@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +10,9 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_FOUND, describe
-from loratools.cli.many import adapters_in
-from loratools.cli.output import human_bytes, print_table, quantity, say
+from loratools.cli.exits import EXIT_FOUND
+from loratools.cli.many import adapters_in, failed_with
+from loratools.cli.output import human_bytes, print_json_line, print_table, quantity, say
 from loratools.cli.perform import report
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
@@ -90,12 +89,13 @@ def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting)
     for path in adapters:
         try:
             found: InfoResult | None = info(path, reading=reading)
-            problem = None
+            line, problem = {} if found is None else found.to_dict(), None
         except LoratoolsError as error:
-            found, problem, failed = None, describe(error).removeprefix(f"{path}: "), True
+            how = failed_with(error, path)
+            line, problem = how.found, how.text.removeprefix(f"{path}: ")
+            found, failed = None, True
         if reporting.json:
-            values = {"error": problem} if found is None else found.to_dict()
-            say(json.dumps({"input": str(path), **values}, ensure_ascii=False))
+            print_json_line(line)
         else:
             rows.append([printable(path), *_cells(found, problem)])
     if not (reporting.json or reporting.quiet):

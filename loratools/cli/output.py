@@ -34,6 +34,11 @@ def print_json(result: dict[str, Any]) -> None:
     print_json_text(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2))
 
 
+def print_json_line(result: dict[str, Any]) -> None:
+    """Print one JSON object on one line, as one of several."""
+    print_json_text(json.dumps(result, ensure_ascii=False, allow_nan=False))
+
+
 def print_json_text(text: str) -> None:
     """Print JSON, with JSON's escapes for what a terminal would obey, or stdout cannot encode.
 

@@ -8,7 +8,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
+from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
 from loratools.cli.output import note, number, percent, print_table, progress_bar, say
 from loratools.cli.perform import report
 from loratools.cli.references import weighted_path
@@ -36,7 +36,7 @@ def command(
 ) -> int:
     """Check whether a checkpoint is a base with adapters fused in.
 
-    Exits with 0 if it is, with 1 if not, and with 2 if the checkpoint cannot tell: a tensor could
+    Exits with 0 if it is, with 1 if not, and with 3 if the checkpoint cannot tell: a tensor could
     not be checked, rounding erases a change, or the adapter changes nothing.
 
     \b
@@ -56,7 +56,7 @@ def command(
     report(result, lambda found: _show(found, verbose=reporting.verbose), reporting)
     if result.contained is None and not reporting.quiet:
         note("that cannot be told; see the reasons above" if result.told else "nothing can be told")
-    return {True: 0, False: EXIT_FOUND, None: EXIT_ERROR}[result.contained]
+    return {True: 0, False: EXIT_FOUND, None: EXIT_UNCHECKED}[result.contained]
 
 
 def _made_from(

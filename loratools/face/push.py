@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from loratools.face.declare import Progress, public
+from loratools.face.ran import Asked
 from loratools.face.result import Reported
 from loratools.hub import client, files, upload
 from loratools.hub.card import updated
@@ -20,6 +21,7 @@ from loratools.hub.front_matter import values_of
 from loratools.hub.options import PushOptions
 from loratools.hub.references import Reference, Wanted, parse_target
 from loratools.operations.check.options import CheckOptions
+from loratools.work.json_object import named
 from loratools.work.parallel import Workers
 from loratools.work.requests import Writing
 from loratools_formats.contract.files import read_adapter, write_adapter
@@ -52,7 +54,7 @@ class PushedFile:
     """
 
     path: str
-    nbytes: int
+    nbytes: int = named("bytes")
     change: upload.Change
 
 
@@ -87,6 +89,10 @@ class PushResult(Reported):
     files: tuple[PushedFile, ...]
     left_out: tuple[str, ...]
     card_diff: str
+
+    def destination(self, asked: Asked) -> tuple[str | None, bool]:
+        """Return the repository, and whether it got a commit."""
+        return self.repo, self.changed and not asked.dry_run
 
 
 @public(checking=("target",), writing=("dry_run",))

@@ -14,6 +14,7 @@ from typing import Any
 
 from loratools.base.codecs import CodedWeight
 from loratools.base.dequantised import DequantisedCheckpoint, as_stored, dequantised
+from loratools.work.json_object import named
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.quantization import format_found, stated_of
 from loratools_formats.core.tensors import TensorRef
@@ -38,7 +39,7 @@ class QuantisedInfo:
     group: int | None
     weights: int
     parameters: int
-    nbytes: int
+    nbytes: int = named("bytes")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class BaseInfo:
     dtypes: Mapping[str, int]
     tensors: int
     parameters: int | None
-    nbytes: int
+    nbytes: int = named("bytes")
     files: int
 
 
