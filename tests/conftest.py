@@ -17,6 +17,8 @@ from safetensors.numpy import save_file
 
 # A name that is no path may be one on the Hub; tests/hub has its own, and nothing else asks.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Lines of progress come after a second, which a busy machine may or may not take.
+os.environ.setdefault("LORATOOLS_PROGRESS", "never")
 
 # Tests with other libraries, and tests of whole programs that are stopped, starved or fed rubbish.
 NOT_FAST = {Path(__file__).parent / name for name in ("consumers", "fuzz", "robustness")}

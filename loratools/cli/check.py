@@ -13,7 +13,8 @@ from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
 from loratools.cli.many import adapters_in, is_adapter
-from loratools.cli.output import note, print_json, print_json_text, progress_bar, say
+from loratools.cli.output import note, print_json, print_json_text, say
+from loratools.cli.progress import progress_bar
 from loratools.face.check import CheckResult, check
 from loratools.operations.check.baseline import baseline_text
 from loratools.operations.check.options import CheckOptions, FixOptions
@@ -135,7 +136,7 @@ def _print(result: CheckResult, presenting: Presenting, reporting: Reporting) ->
     elif kind == "github":
         from loratools.cli.findings.github import github_of
 
-        say(github_of(result))
+        say(github_of(result), whole=True)
     elif kind == "sarif":
         from loratools.cli.findings.sarif import sarif_of
 
@@ -143,7 +144,7 @@ def _print(result: CheckResult, presenting: Presenting, reporting: Reporting) ->
     elif kind == "junit":
         from loratools.cli.findings.junit import junit_of
 
-        say(junit_of(result))
+        say(junit_of(result), whole=True)
     elif not reporting.quiet:
         from loratools.cli.findings.text import text_of
 

@@ -39,7 +39,7 @@ def run(cli: click.Command) -> None:
         _flush()
     except BrokenPipeError:
         code = _abandon_stdout()
-    except (KeyboardInterrupt, Exception) as error:
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - users get one line, whatever
         text, code = _told(error)
         try:
             with contextlib.suppress(OSError):  # the terminal may be gone

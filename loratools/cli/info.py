@@ -14,6 +14,7 @@ from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.many import adapters_in, failed_with
 from loratools.cli.output import human_bytes, print_json_line, print_table, quantity, say
 from loratools.cli.perform import report
+from loratools.cli.table import wrapped
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
@@ -74,7 +75,7 @@ def _print_base(found: BaseInfoResult) -> None:
     ]
     for label, text in lines:
         if text:
-            say(f"{label:10}  {printable(text, 2000)}")
+            say(wrapped(f"{label:10}  {printable(text, 2000)}", 12))
 
 
 def _quantised(found: QuantisedInfo) -> str:
@@ -173,7 +174,7 @@ def _print(found: AdapterInfo) -> None:
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         if text:
-            say(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
+            say(wrapped(f"{label.ljust(width)}  {worded(printable(text, 2000))}", width + 2))
 
 
 def _made_by(provenance: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -19,8 +19,9 @@ from loratools.cli import options as shared
 from loratools.cli.errors import describe, exit_code
 from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.failure import failure
-from loratools.cli.output import note, number, print_json_line, progress_bar, quantity, say, sizes
+from loratools.cli.output import note, number, print_json_line, quantity, say, sizes
 from loratools.cli.perform import collected
+from loratools.cli.progress import progress_bar
 from loratools.work.declared import option
 from loratools.work.requests import Reporting, Writing
 from loratools_formats.contract.registry import find_format, get_format

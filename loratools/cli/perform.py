@@ -14,12 +14,19 @@ from typing import Any, TypeVar
 from loratools.cli.errors import describe
 from loratools.cli.exits import EXIT_ERROR, EXIT_FOUND
 from loratools.cli.failure import error_fields, mark_reported
-from loratools.cli.output import note, number, print_choices, print_json, progress_bar, say
+from loratools.cli.output import note, number, print_choices, print_json, say
 from loratools.cli.pages import Pages
+from loratools.cli.progress import progress_bar
 from loratools.cli.wording import worded
 from loratools.face.result import Result
 from loratools.work.requests import Reporting, Writing
-from loratools_formats.disk.errors import InexactError, LoratoolsError, LossyError, OptionError, ResultError
+from loratools_formats.disk.errors import (
+    InexactError,
+    LoratoolsError,
+    LossyError,
+    OptionError,
+    ResultError,
+)
 
 Found = TypeVar("Found", bound=Result)
 Progress = Callable[[int, int], None]

@@ -12,8 +12,9 @@ from loratools.cli.command import command as named_command
 from loratools.cli.errors import describe
 from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.failure import failure
-from loratools.cli.output import human_bytes, note, print_json, print_table, progress_bar, say
+from loratools.cli.output import human_bytes, note, print_json, print_table, say
 from loratools.cli.perform import report
+from loratools.cli.progress import progress_bar
 from loratools.face.check import CheckResult
 from loratools.face.push import PushResult, push
 from loratools.hub.options import PushOptions

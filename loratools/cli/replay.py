@@ -9,8 +9,9 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.exits import EXIT_FOUND
-from loratools.cli.output import note, number, print_table, progress_bar, say
+from loratools.cli.output import note, number, print_table, say
 from loratools.cli.perform import report
+from loratools.cli.progress import progress_bar
 from loratools.operations.replayed import ReplayedFile
 from loratools.pipeline.replay import Replaying, ReplayResult, replay
 from loratools.work.requests import Reporting

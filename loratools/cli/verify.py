@@ -9,8 +9,9 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
-from loratools.cli.output import note, number, percent, print_table, progress_bar, say
+from loratools.cli.output import note, number, percent, print_table, say
 from loratools.cli.perform import report
+from loratools.cli.progress import progress_bar
 from loratools.cli.references import weighted_path
 from loratools.face.verify import VerifyResult, verify
 from loratools.operations.verify import Claim, TensorVerdict

@@ -60,9 +60,7 @@ class Asked:
     dry_run: bool
 
 
-def asked_of(
-    arguments: Mapping[str, Any], groups: Iterable[Any], places: frozenset[str]
-) -> Asked:
+def asked_of(arguments: Mapping[str, Any], groups: Iterable[Any], places: frozenset[str]) -> Asked:
     """Return what a function was asked for.
 
     Args:
@@ -114,7 +112,7 @@ def _read(value: Any) -> Iterator[tuple[str | None, float]]:
             yield from _weighted(one, weight)
     elif isinstance(value, tuple | list):
         for one in value:
-            if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], int | float):  # noqa: PLR2004
+            if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], int | float):
                 yield from _weighted(*one)
             else:
                 yield from _read(one)

@@ -31,8 +31,8 @@ from loratools.face.merge import MergeResult
 from loratools.face.provenance import ProvenanceResult
 from loratools.face.push import PushResult
 from loratools.face.quantize import QuantizeResult
-from loratools.face.repair import RepairResult
 from loratools.face.ran import Ran
+from loratools.face.repair import RepairResult
 from loratools.face.result import SCHEMA
 from loratools.face.spectrum import SpectrumResult
 from loratools.face.squeeze import SqueezeChoices, SqueezeResult
