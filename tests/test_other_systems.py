@@ -71,7 +71,7 @@ def test_commands_run_without_posix_calls(tmp_path):
         ["convert", "small", "mlx", "--to", "mlx"],
         ["squeeze", f"{LLAMA}/lora", "-o", "small", "--rank", "2", "--overwrite"],
         ["check", "small", "--no-config", "--fail-on", "never"],
-        ["replay", "both"],
+        ["replay", "both", "--input", f"{LLAMA}"],
     ]
     calls = "".join(f"run(*{arguments})\n" for arguments in runs)
     child(WITHOUT + REMOVE + calls, tmp_path)
