@@ -8,6 +8,7 @@ import importlib.abc
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -19,6 +20,8 @@ from safetensors.numpy import save_file
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Lines of progress come after a second, which a busy machine may or may not take.
 os.environ.setdefault("LORATOOLS_PROGRESS", "never")
+# Digests of weights are kept for the next run, but not in the home of whoever runs the tests.
+os.environ.setdefault("LORATOOLS_CACHE", tempfile.mkdtemp(prefix="loratools-cache-"))
 
 # Tests with other libraries, and tests of whole programs that are stopped, starved or fed rubbish.
 NOT_FAST = {Path(__file__).parent / name for name in ("consumers", "fuzz", "robustness")}

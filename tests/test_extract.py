@@ -15,7 +15,8 @@ from loratools.lowrank.dense import effective_delta
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.operation import difference, extract, extract_choices
 from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
 from loratools.work.selection import Selection
 from loratools_formats import read_adapter, write_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint

@@ -12,7 +12,8 @@ from loratools.algebra.ranks import RankRule
 from loratools.operations.convert.operation import prepare
 from loratools.operations.extract.operation import difference, extract
 from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.to_lora import to_lora
 from loratools.operations.verify import verify
 from loratools_formats import Context, read_adapter

@@ -6,12 +6,12 @@ Commands are loaded when used, so that `loratools --help` imports nothing but cl
 from __future__ import annotations
 
 import os
-from importlib import import_module
 
 import click
 
 from loratools import __version__
 from loratools.cli import errors
+from loratools.cli.lazy_group import LazyGroup
 
 _COMMANDS = {
     "check": "loratools.cli.check",
@@ -19,6 +19,7 @@ _COMMANDS = {
     "convert": "loratools.cli.convert",
     "dequantize": "loratools.cli.dequantize",
     "extract": "loratools.cli.extract",
+    "fleet": "loratools.cli.fleet",
     "formats": "loratools.cli.formats",
     "fuse": "loratools.cli.fuse",
     "info": "loratools.cli.info",
@@ -44,6 +45,7 @@ _SUMMARIES = {
     "convert": "Convert an adapter to another format, and check what was written.",
     "dequantize": "Turn a checkpoint's quantised weights back into 16 or 32 bits.",
     "extract": "Extract the LoRA between two checkpoints.",
+    "fleet": "Run one operation over thousands of adapters, here, in shards or on a cluster.",
     "formats": "List the adapter formats, broken plugins included.",
     "fuse": "Fuse adapters into base weights, streamed, without loading a model.",
     "info": "Show what an adapter or a base model is, from its headers alone.",
@@ -64,45 +66,10 @@ _SUMMARIES = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called, not when they are listed."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all commands, sorted."""
-        return sorted(_COMMANDS)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the first argument names; suggest a close one if none fits."""
-        if args[0] not in _COMMANDS and not args[0].startswith("-"):
-            import difflib
-
-            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            ctx.fail(f"No such command {args[0]!r}.{hint}")
-        return super().resolve_command(ctx, args)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command; None if no command has the name."""
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = import_module(_COMMANDS[cmd_name]).command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands from their summaries, importing none."""
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(_SUMMARIES.items()))
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write where to read on."""
-        formatter.write_paragraph()
-        formatter.write_text("Learn more: `loratools COMMAND --help`, or docs/index.md")
-
-
 @click.command(
     cls=LazyGroup,
+    places=_COMMANDS,
+    summaries=_SUMMARIES,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

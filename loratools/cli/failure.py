@@ -73,7 +73,7 @@ def is_reported(error: BaseException) -> bool:
 
 def failure(error: BaseException, text: str, code: int, seconds: float = 0.0) -> dict[str, Any]:
     """Return the whole object for an error: with the result that it carries, if it carries one."""
-    result = getattr(error, "result", None)
+    result: Any = getattr(error, "result", None)
     found = {"error": error_fields(error, text, code)}
     if hasattr(result, "to_dict"):
         return {**result.to_dict(), **found}

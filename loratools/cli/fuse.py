@@ -15,7 +15,7 @@ from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
 from loratools.face.fuse import FusePlan, FuseResult, PlannedTensor, fuse
 from loratools.operations.fuse.gguf import GgufFuseOptions
-from loratools.operations.fuse.operation import FuseOptions
+from loratools.operations.fuse.options import FuseOptions
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping
 

@@ -164,8 +164,8 @@ def _one(
     if code == 0:
         return results[-1], None
     text = f"above --max-error {writing.max_error:g}"
-    error = InexactError("the relative error is above the limit", result=results[-1])
-    return results[-1], _Failure(text, failure(error, text, code))
+    limit = InexactError("the relative error is above the limit", result=results[-1])
+    return results[-1], _Failure(text, failure(limit, text, code))
 
 
 def failed_with(error: LoratoolsError, path: Path, output: Path | None = None) -> _Failure:

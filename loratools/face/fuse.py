@@ -23,9 +23,11 @@ from loratools.face.source import (
 )
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
-from loratools.operations.fuse.operation import FuseOptions, FusePreview, Fusion
-from loratools.operations.fuse.operation import FuseResult as Fused
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.fuse.pipeline import PipelineFusion, is_pipeline
+from loratools.operations.fuse.result import FusePreview
+from loratools.operations.fuse.result import FuseResult as Fused
 from loratools.work.json_object import hidden
 from loratools.work.provenance import DROPPED
 from loratools.work.requests import Reading, Writing

@@ -43,7 +43,7 @@ _Published = Annotated[str | os.PathLike[str] | Adapter, Wanted("adapter", besid
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PushedFile:
     """A file that is published.
 
@@ -308,7 +308,7 @@ def _published(
         pull_request=done.pull_request,
         changed=done.is_new or (writing.dry_run and set(changes.values()) != {"same"}),
         files=tuple(
-            PushedFile(name, _nbytes(content), changes[name])
+            PushedFile(path=name, nbytes=_nbytes(content), change=changes[name])
             for name, content in sorted(made.contents.items())
         ),
         left_out=made.left_out,

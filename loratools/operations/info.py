@@ -61,7 +61,7 @@ class ReplacementInfo:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
     """Everything `loratools info` shows.
 

@@ -21,7 +21,7 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantisedInfo:
     """Weights that are quantised in one way.
 
@@ -42,7 +42,7 @@ class QuantisedInfo:
     nbytes: int = named("bytes")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseInfo:
     """What a base checkpoint is.
 
@@ -121,12 +121,12 @@ def _quantised(weights: Iterable[CodedWeight]) -> tuple[QuantisedInfo, ...]:
         by_scheme.setdefault((scheme.name, scheme.bits, scheme.group), []).append(weight)
     return tuple(
         QuantisedInfo(
-            name,
-            bits,
-            group,
-            len(found),
-            sum(math.prod(weight.shape) for weight in found),
-            sum(weight.nbytes for weight in found),
+            format=name,
+            bits=bits,
+            group=group,
+            weights=len(found),
+            parameters=sum(math.prod(weight.shape) for weight in found),
+            nbytes=sum(weight.nbytes for weight in found),
         )
         for (name, bits, group), found in by_scheme.items()
     )

@@ -12,8 +12,8 @@ from loratools import __version__
 from loratools.work.call import Call, running_call
 from loratools.work.environment import environment
 from loratools.work.history import history_of
+from loratools.work.weight_digests import weight_digests
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
-from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import LoratoolsError
@@ -29,7 +29,7 @@ class InputFile:
     Attributes:
         role: what it was for.
         path: where it lies.
-        digest: its sha256, or that of its header with its size for weights of checkpoints.
+        digest: its sha256.
     """
 
     role: str
@@ -61,7 +61,7 @@ def operation_record(
         operation: the command's name.
         inputs: adapters by their role. Their files are named without folders.
         options: the options that differ from nothing, as JSON values.
-        base: a checkpoint that was changed or read; its shards are known by their headers.
+        base: a checkpoint that was changed or read.
         tuned: another that it was compared with.
         others: further files.
     """
@@ -127,11 +127,16 @@ def _files_by_role(
         yield from adapter.other_inputs.items()
 
 
+def weight_files(role: str, files: Sequence[RegularFile]) -> Iterator[InputFile]:
+    """Yield the weight files of a model with digests of all their bytes."""
+    for file, digest in zip(files, weight_digests(files), strict=True):
+        yield InputFile(role, file.path, {"sha256": digest})
+
+
 def _of_checkpoint(role: str, checkpoint: Checkpoint | None) -> Iterator[InputFile]:
     if checkpoint is None:
         return
-    for shard in checkpoint.files:
-        yield InputFile(role, shard.file.path, header_digest(shard))
+    yield from weight_files(role, [shard.file for shard in checkpoint.files])
     config = checkpoint.path / CONFIG_FILE
     if checkpoint.is_folder and config.is_file():  # what is tied, and how weights are quantised
         yield InputFile(role, config, {"sha256": sha256_of(config)})

@@ -12,7 +12,8 @@ from peft_cases import CASES
 from loratools.algebra.ranks import RankRule
 from loratools.lowrank.dense import effective_delta
 from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.to_dora import to_dora
 from loratools.operations.to_lora import to_lora, to_lora_choices
 from loratools_formats import read_adapter, write_adapter

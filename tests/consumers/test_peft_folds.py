@@ -565,7 +565,8 @@ NOT_FUSED = ["frod-seeded", "unilora-seeded"]
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_what_fuse_cannot_put_in_names_to_lora(made, name):
     from loratools.operations.fuse.draft import FuseInput
-    from loratools.operations.fuse.operation import FuseOptions, Fusion
+    from loratools.operations.fuse.operation import Fusion
+    from loratools.operations.fuse.options import FuseOptions
 
     folder, _ = made(name)
     item = FuseInput(read_adapter(folder / "adapter"), 1.0, name)
@@ -577,7 +578,8 @@ def test_what_fuse_cannot_put_in_names_to_lora(made, name):
 def test_fuse_puts_every_kind_into_the_base_without_loss(made, tmp_path, name):
     from loratools.folding.without_base import with_settings
     from loratools.operations.fuse.draft import FuseInput
-    from loratools.operations.fuse.operation import FuseOptions, Fusion
+    from loratools.operations.fuse.operation import Fusion
+    from loratools.operations.fuse.options import FuseOptions
 
     folder, want = made(name)
     base = read_checkpoint(folder / "base")

@@ -385,7 +385,8 @@ def test_experts_are_fused_into_the_stacks_of_transformers(tmp_path):
     from safetensors.numpy import load_file, save_file
 
     from loratools.operations.fuse.draft import FuseInput
-    from loratools.operations.fuse.operation import FuseOptions, Fusion
+    from loratools.operations.fuse.operation import Fusion
+    from loratools.operations.fuse.options import FuseOptions
     from loratools.operations.to_lora import to_lora
     from loratools_formats.checkpoints.checkpoint import read_checkpoint
 

@@ -11,7 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.operation import FuseOptions, FuseResult, Fusion
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
+from loratools.operations.fuse.result import FuseResult
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.core.dtypes import Array

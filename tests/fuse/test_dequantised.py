@@ -196,7 +196,8 @@ def test_fused_into_eight_bits(make, make_folder, tmp_path):
     import torch
 
     from loratools.operations.fuse.draft import FuseInput
-    from loratools.operations.fuse.operation import FuseOptions, Fusion
+    from loratools.operations.fuse.operation import Fusion
+    from loratools.operations.fuse.options import FuseOptions
     from loratools_formats import read_adapter
 
     w, other = codes(24, 20), codes(8, 20, seed=1)
@@ -229,7 +230,8 @@ def test_eight_bit_floats_without_scales_are_numbers(make, make_folder, tmp_path
     import torch
 
     from loratools.operations.fuse.draft import FuseInput
-    from loratools.operations.fuse.operation import FuseOptions, Fusion
+    from loratools.operations.fuse.operation import Fusion
+    from loratools.operations.fuse.options import FuseOptions
     from loratools_formats import read_adapter
 
     w, other = codes(24, 20), codes(8, 20, seed=1)

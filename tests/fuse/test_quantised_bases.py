@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from loratools.base.dequantised import dequantised
 from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import UnsupportedError

@@ -18,7 +18,8 @@ from fuse_bases import INDEX, adapter, content, hollow, linear, sharded, state, 
 from safetensors.numpy import load_file, save_file
 
 from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints import shards
 from loratools_formats.checkpoints.checkpoint import read_checkpoint

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from loratools.cli import cli
 from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.operation import FuseOptions, Fusion
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.verify import verify
 from loratools_formats import read_adapter
 from loratools_formats.checkpoints.checkpoint import read_checkpoint

@@ -26,7 +26,9 @@ _NO_KERNEL_COPY = (
 
 
 @dataclass(frozen=True)
-class _Identity:
+class Identity:
+    """What tells a file from another, and from itself after a change."""
+
     device: int
     inode: int
     nbytes: int
@@ -68,8 +70,13 @@ class RegularFile:
         self._identity = self._identify(status)
 
     @staticmethod
-    def _identify(status: os.stat_result) -> _Identity:
-        return _Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    def _identify(status: os.stat_result) -> Identity:
+        return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    @property
+    def identity(self) -> Identity:
+        """Which file it was, and in which state, when it was opened."""
+        return self._identity
 
     @property
     def nbytes(self) -> int:

@@ -22,22 +22,17 @@ from loratools.algebra.device import Computing, Device
 from loratools.operations.fuse.blocks import fused_blocks
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf_changes import gguf_changes
-from loratools.operations.fuse.operation import (
-    FusePreview,
-    FuseResult,
-    lost_to_rounding,
-    refuse_erased,
-    refuse_nothing,
-    refuse_rounded,
-)
+from loratools.operations.fuse.loss import lost_to_rounding, refuse_erased, refuse_rounded
+from loratools.operations.fuse.operation import refuse_nothing
 from loratools.operations.fuse.plan import TensorPlan
+from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor, not_finite
 from loratools.operations.fuse.terms import View, WeightedChange, load_terms, stacked
 from loratools.operations.reported import report
 from loratools.work.call import kept
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
-from loratools.work.provenance import InputFile, operation_record
+from loratools.work.provenance import operation_record, weight_files
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.containers.gguf.container import GgufTensor
@@ -212,10 +207,7 @@ class GgufFusion:
     def _record(self) -> dict[str, Any]:
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
         weights = [item.weight for item in self.inputs]
-        parts = [
-            InputFile("base", part.file.path, start_digest(part.file.path, part.data_start))
-            for part in self.base.parts
-        ]
+        parts = list(weight_files("base", [part.file for part in self.base.parts]))
         return operation_record(
             "fuse",
             names,

@@ -8,17 +8,15 @@ blocks and of one module's factors per worker, whatever the size of the checkpoi
 from __future__ import annotations
 
 import functools
-import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from loratools.algebra.device import Computing, Device
+from loratools.algebra.device import Device
 from loratools.base.codecs import CodedWeight
 from loratools.base.dequantised import (
     DequantisedCheckpoint,
@@ -30,14 +28,14 @@ from loratools.base.dequantised import (
 )
 from loratools.folding.without_base import folded_where_exact
 from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.loss import lost_to_rounding, refuse_erased, refuse_rounded
+from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.fuse.plan import FusePlan, TensorPlan, plan_fuse
+from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
 from loratools.operations.reported import report
 from loratools.work.call import kept
-from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
-from loratools.work.requests import Sharding
-from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import (
@@ -52,160 +50,6 @@ from loratools_formats.core.dtypes import Array
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 
-BaseMode = Literal["dequant", "original"]
-_SURVIVING = 0.5
-_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-
-
-@dataclass(frozen=True)
-class FuseOptions(Sharding, Computing):
-    """How to fuse.
-
-    Attributes:
-        dtype: type of all weights: f32, f16 or bf16; in a GGUF model the type of the changed
-            tensors, q8_0, q5_1, q5_0, q4_1 and q4_0 too. By default each keeps its own.
-        base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
-            on the 16-bit original.
-        requantize: store changed four-bit weights in four bits again.
-        allow_lossy: write even if less than half of the change survives rounding.
-    """
-
-    dtype: str | None = option(
-        None, heading="Computing", aliases=("--outtype",), metavar="DTYPE", parse=dtype_name
-    )
-    base_mode: BaseMode | None = option(None, heading="Computing")
-    requantize: bool = option(False, heading="Computing")
-    allow_lossy: bool = option(False, heading="Output")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.requantize and self.dtype is not None:
-            raise OptionError("`requantize` and `dtype` exclude each other")
-
-    @property
-    def code(self) -> str | None:
-        """The type's name in a safetensors header; None if each tensor keeps its own.
-
-        Raises:
-            OptionError: checkpoints have no such type.
-        """
-        if self.dtype in (None, "keep"):
-            return None
-        if self.dtype not in _DTYPES:
-            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
-        return _DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class FuseResult:
-    """What fusing did.
-
-    Attributes:
-        tensors: every touched tensor, in the base's order.
-        copied: number of tensors copied byte for byte.
-        converted: number of tensors that no adapter changes, stored in another type than before.
-        nbytes: size of the weight files.
-        shards: their names.
-        findings: what a user should know.
-        left_out: files of the base that were not carried over.
-    """
-
-    tensors: tuple[TensorReport, ...]
-    copied: int
-    converted: int
-    nbytes: int
-    shards: tuple[str, ...]
-    findings: tuple[Finding, ...]
-    left_out: tuple[str, ...]
-
-    @property
-    def relative_change(self) -> float | None:
-        """‖ΔW‖/‖W‖ over all touched tensors; None if W is zero there, 0 if no tensor is touched."""
-        base = math.sqrt(sum(t.base_norm**2 for t in self.tensors))
-        delta = math.sqrt(sum(t.delta_norm**2 for t in self.tensors))
-        if not base:
-            return None if delta else 0.0
-        return delta / base
-
-    @property
-    def surviving(self) -> float | None:
-        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
-        return surviving(self.tensors)
-
-    @property
-    def lost(self) -> float:
-        """Share of ΔW lost to rounding over all touched tensors."""
-        return lost_to_rounding(self.tensors)
-
-
-def lost_to_rounding(reports: Sequence[TensorReport]) -> float:
-    """Return the share of ΔW lost to rounding over some tensors."""
-    delta = math.sqrt(math.fsum(t.delta_norm**2 for t in reports))
-    return math.sqrt(math.fsum(t.rounding_norm**2 for t in reports)) / delta if delta else 0.0
-
-
-@dataclass(frozen=True)
-class FusePreview:
-    """What fusing would write.
-
-    Attributes:
-        touched: tensors that adapters change.
-        dtypes: the type each would be stored in.
-        total: number of tensors in all.
-        nbytes: size of the weight files.
-        files: their number.
-        findings: what a user should know.
-    """
-
-    touched: tuple[TensorPlan, ...]
-    dtypes: Mapping[str, str]
-    total: int
-    nbytes: int
-    files: int
-    findings: tuple[Finding, ...]
-
-
-def refuse_erased(
-    reports: Sequence[TensorReport], path: Path, *, what: str, hint: str, allow_lossy: bool
-) -> None:
-    """Refuse a result in which quantising erases most of the change.
-
-    Args:
-        reports: what was measured.
-        path: the base.
-        what: what erases it, in the plural.
-        hint: the next step.
-        allow_lossy: do not refuse.
-
-    Raises:
-        UnsupportedError: less than half of it survives, and that was not allowed.
-    """
-    share = surviving(reports)
-    if share is not None and share < _SURVIVING and not allow_lossy:
-        raise UnsupportedError(
-            f"{what} erase most of the change",
-            path=path,
-            got=f"{100 * share:.1f} % of ΔW survives",
-            expected=f"at least {100 * _SURVIVING:.0f} %",
-            hint=hint,
-        )
-
-
-def refuse_rounded(reports: Sequence[TensorReport], path: Path, *, allow_lossy: bool) -> None:
-    """Refuse a result in which rounding to floating types erases most of the change.
-
-    Raises:
-        UnsupportedError: less than half of it survives, and that was not allowed.
-    """
-    rounded = [replace(r, surviving=r.rounded) for r in reports if r.rounded is not None]
-    refuse_erased(
-        rounded,
-        path,
-        what=f"the steps of {' and '.join(sorted({r.dtype.lower() for r in rounded}))}",
-        hint="Choose a wider `dtype` such as f32, or pass `allow_lossy=True`",
-        allow_lossy=allow_lossy,
-    )
-
 
 def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> None:
     """Refuse to fuse what changes nothing.
@@ -216,15 +60,6 @@ def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> 
     if not any(plan.is_touched for plan in plans):
         path = inputs[0].adapter.source if inputs else None
         raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
-
-
-def surviving(reports: Sequence[TensorReport]) -> float | None:
-    """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over the tensors where it was measured; None if there are none."""
-    measured = [(r.surviving, r.delta_norm**2) for r in reports if r.surviving is not None]
-    total = sum(weight for _, weight in measured)
-    if not total:
-        return None
-    return sum(share * weight for share, weight in measured) / total
 
 
 class Fusion:

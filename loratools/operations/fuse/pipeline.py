@@ -16,7 +16,9 @@ from pathlib import Path
 from loratools.naming.base_components import DENOISER
 from loratools.naming.for_base import by_component, has_all
 from loratools.operations.fuse.draft import FuseInput
-from loratools.operations.fuse.operation import FuseOptions, FusePreview, FuseResult, Fusion
+from loratools.operations.fuse.operation import Fusion
+from loratools.operations.fuse.options import FuseOptions
+from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.contract.files import check_target

@@ -10,28 +10,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from loratools_formats.containers.pickles import read_bin
 from loratools_formats.containers.safetensors_read import SafetensorsFile, read_safetensors
 from loratools_formats.containers.sniffing import is_beside_peft_config
 from loratools_formats.core.adapter import (
     Adapter,
-    Layer,
-    LowRank,
     ModuleChange,
     Replacement,
 )
 from loratools_formats.core.attachments import ATTACHMENTS
-from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.findings import Finding
-from loratools_formats.core.peft_facts import square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import (
-    AdapterError,
     LoratoolsError,
     MissingFileError,
     UnsupportedError,
@@ -54,12 +49,12 @@ from loratools_formats.formats.peft.kinds.read import (
     reason_against,
 )
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
+from loratools_formats.formats.peft.lora import caveats_of_lora, read_lora
 from loratools_formats.formats.peft.packing import MARKERS
-from loratools_formats.formats.peft.parameters import Setting, settings
 from loratools_formats.formats.peft.replacements import classify
-from loratools_formats.formats.peft.stacks import Pair, Stack, stacks, unstacked, without_marks
+from loratools_formats.formats.peft.stacks import without_marks
 from loratools_formats.formats.peft.trainer_names import as_saved
-from loratools_formats.formats.peft.variants import lost_middle, variant_delta, variant_kind
+from loratools_formats.formats.peft.variants import lost_middle
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEGACY_WEIGHTS_FILE = "adapter_model.bin"
@@ -145,11 +140,11 @@ def _contents(
         if _is_no_product(values):
             return _Contents({}, {}, dict(tensors), config.caveats())
         _refuse_tinker(tensors)
-        modules, rest, about_stacks = _modules(config, tensors, folder)
+        modules, rest, about_stacks = read_lora(config, tensors, folder)
         has_middle = any(delta.kind == "middle" for delta in modules.values())
         caveats = (
             *config.caveats(),
-            *_module_caveats(modules),
+            *caveats_of_lora(modules),
             *(config.packing() if any(_is_stack(each) for each in modules.values()) else ()),
             *lost_middle(folder, has_middle),
             *about_stacks,
@@ -301,176 +296,3 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
         text = f"sub-folders hold further adapters: {', '.join(others)}"
         found.append(Finding("nested-adapters", "note", others[0], text))
     return found
-
-
-def _modules(
-    config: PeftConfig, tensors: Mapping[str, TensorRef], folder: Path
-) -> tuple[dict[str, ModuleChange], dict[str, TensorRef], list[Finding]]:
-    parts: dict[str, dict[keys.Part, TensorRef]] = {}
-    rest: dict[str, TensorRef] = {}
-    for name, tensor in tensors.items():
-        key = keys.parse(name)
-        if key is None or key.part == "token_rows":
-            rest[name] = tensor
-        else:
-            parts.setdefault(key.path, {})[key.part] = tensor
-    pairs = {path: _factor_pair(path, parts[path], folder) for path in sorted(parts)}
-    rows = {path: pair.a.shape[0] if pair.a.shape else 0 for path, pair in pairs.items()}
-    resolved = settings(config, rows, folder)
-    flat = {path: Pair(pair.a, pair.b) for path, pair in pairs.items()}
-    lying, findings = stacks(config, flat, resolved, folder)
-    modules: dict[str, ModuleChange] = {
-        path: _delta(config, path, parts[path], pair, resolved[path], lying.get(path), folder)
-        for path, pair in pairs.items()
-    }
-    return modules, rest, findings
-
-
-def _module_caveats(modules: Mapping[str, ModuleChange]) -> list[Finding]:
-    """Return why the factors of some modules do not tell the true ΔW.
-
-    For `nn.MultiheadAttention`, peft 0.21.2 merges the output projection's change twice, in its
-    forward pass too, so that is what such adapters were trained with.
-    """
-    doubled = [path for path in modules if keys.setting_name(path) != path]
-    return [
-        Finding(
-            "multihead-attention",
-            "error",
-            path,
-            f"PEFT applies the change of {path} twice, since it belongs to an "
-            "nn.MultiheadAttention",
-            "This kind is not supported yet",
-        )
-        for path in doubled[:1]
-    ]
-
-
-def _delta(
-    config: PeftConfig,
-    path: str,
-    parts: dict[keys.Part, TensorRef],
-    pair: _Pair,
-    setting: Setting,
-    stack: Stack | None,
-    folder: Path,
-) -> ModuleChange:
-    a, b, is_embedding = pair
-    kind = variant_kind(config.values, path, parts)
-    if setting.names:
-        direction = unstacked(config, Pair(a, b), setting, stack, folder)
-    else:
-        if kind is not None:
-            scale = config.scale(setting.alpha, setting.rank)
-            resolved = (setting.alpha, setting.rank)
-            other = variant_delta(kind, config.values, path, parts, pair, resolved, scale)
-            return ModuleChange(other, parts.get("magnitude"))
-        direction = _ordinary(config, path, a, b, setting, is_embedding, folder)
-    bias = parts.get("b_bias")
-    if bias is not None:
-        if not config.values.get("lora_bias"):
-            raise _contradiction(bias, "a bias of lora_B, but config lora_bias is not true", folder)
-        direction = replace(direction, bias=bias)
-    return _with_magnitude(config, path, direction, parts.get("magnitude"), folder)
-
-
-class _Pair(NamedTuple):
-    """The two factors of a module, and whether they are an embedding's."""
-
-    a: TensorRef
-    b: TensorRef
-    is_embedding: bool
-
-
-_BESIDE = ("b_bias", "diagonal", "embedding_middle", "magnitude", "middle")
-"""Parts that may stand beside a module's factors."""
-
-
-def _factor_pair(path: str, parts: dict[keys.Part, TensorRef], folder: Path) -> _Pair:
-    embedding = "embedding_a" in parts or "embedding_b" in parts
-    wanted: tuple[keys.Part, keys.Part] = (
-        ("embedding_a", "embedding_b") if embedding else ("a", "b")
-    )
-    for part in wanted:
-        if part not in parts:
-            raise AdapterError(
-                "module lacks one of its two factors",
-                path=folder,
-                tensor=path,
-                got=", ".join(tensor.key for tensor in parts.values()),
-                expected=keys.compose(path, part),
-            )
-    for part, tensor in parts.items():
-        if part not in (*wanted, *_BESIDE):
-            raise AdapterError(
-                "module has both linear and embedding factors", path=folder, tensor=tensor.key
-            )
-        check_factor(tensor, folder)
-    return _Pair(parts[wanted[0]], parts[wanted[1]], embedding)
-
-
-def _with_magnitude(
-    config: PeftConfig, path: str, direction: LowRank, magnitude: TensorRef | None, folder: Path
-) -> ModuleChange:
-    if magnitude is None:
-        if config.use_dora:
-            raise AdapterError(
-                "config use_dora is true, but the module has no magnitude", path=folder, tensor=path
-            )
-        return ModuleChange(direction)
-    if not config.use_dora:
-        raise _contradiction(magnitude, "a magnitude, but config use_dora is not true", folder)
-    if magnitude.numel != direction.shape[0]:
-        raise AdapterError(
-            "magnitude does not fit the module",
-            path=folder,
-            tensor=magnitude.key,
-            got=list(magnitude.shape),
-            expected=f"{direction.shape[0]} elements",
-        )
-    return ModuleChange(direction, magnitude)
-
-
-def _contradiction(tensor: TensorRef, message: str, folder: Path) -> AdapterError:
-    return AdapterError(f"file has {message}", path=folder, tensor=tensor.key)
-
-
-def _ordinary(
-    config: PeftConfig,
-    path: str,
-    a: TensorRef,
-    b: TensorRef,
-    setting: Setting,
-    embedding: bool,
-    folder: Path,
-) -> LowRank:
-    _, alpha, rank = setting
-    if a.shape[:1] != (rank,):
-        raise AdapterError(
-            "rank in the file and rank in the config differ",
-            path=folder,
-            tensor=a.key,
-            got=f"shape {list(a.shape)}",
-            expected=f"r = {rank} for {path}",
-        )
-    dims = len(a.shape)
-    if embedding and dims != 2:
-        raise AdapterError(
-            "embedding factor is not a matrix", path=folder, tensor=a.key, got=list(a.shape)
-        )
-    layer = Layer("embedding" if embedding else "linear")
-    if not embedding and dims > 2:
-        stored = list(b.shape)
-        a, b, layer = flattened_convolution(a, b, folder)
-        if b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0:
-            raise UnsupportedError(
-                "grouped convolution: its weight change is not defined, PEFT cannot merge it "
-                "either",
-                path=folder,
-                tensor=b.key,
-                got=stored,
-            )
-    elif not embedding:
-        turn = square_orientation(bool(config.values.get("fan_in_fan_out")), path)
-        layer = Layer("linear", transposed_if_square=turn)
-    return LowRank(a, b, config.scale(alpha, rank), layer, alpha=alpha)

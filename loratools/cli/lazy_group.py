@@ -1,0 +1,66 @@
+"""A group of commands that are imported when they are called, not when they are listed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import click
+
+
+class LazyGroup(click.Group):
+    """A group whose help imports none of its commands.
+
+    Args:
+        places: by the name of each command, the module whose `command` it is; `MODULE:NAME` for
+            another attribute of the module.
+        summaries: by the same names, one sentence for help.
+        learn_more: where help says to read on.
+        settings: as for `click.Group`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        places: Mapping[str, str],
+        summaries: Mapping[str, str],
+        learn_more: str = "`loratools COMMAND --help`, or docs/index.md",
+        **settings: Any,
+    ) -> None:
+        super().__init__(*args, **settings)
+        self._places, self._summaries, self._learn_more = places, summaries, learn_more
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands, sorted."""
+        return sorted(self._places)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first argument names; suggest a close one if none fits."""
+        if args[0] not in self._places and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], self._places, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command; None if no command has the name."""
+        if cmd_name not in self._places:
+            return None
+        module, _, attribute = self._places[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(module), attribute or "command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from their summaries, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(self._summaries.items()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write where to read on."""
+        formatter.write_paragraph()
+        formatter.write_text(f"Learn more: {self._learn_more}")

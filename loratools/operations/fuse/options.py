@@ -1,0 +1,57 @@
+"""How to fuse: the options of `fuse`, for checkpoints and for GGUF models.
+
+What they do to a checkpoint is in `operation`, to a GGUF model in `gguf`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from loratools.algebra.device import Computing
+from loratools.work.declared import option
+from loratools.work.requests import Sharding
+from loratools.work.spellings import dtype as dtype_name
+from loratools_formats.disk.errors import OptionError
+
+BaseMode = Literal["dequant", "original"]
+_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class FuseOptions(Sharding, Computing):
+    """How to fuse.
+
+    Attributes:
+        dtype: type of all weights: f32, f16 or bf16; in a GGUF model the type of the changed
+            tensors, q8_0, q5_1, q5_0, q4_1 and q4_0 too. By default each keeps its own.
+        base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
+            on the 16-bit original.
+        requantize: store changed four-bit weights in four bits again.
+        allow_lossy: write even if less than half of the change survives rounding.
+    """
+
+    dtype: str | None = option(
+        None, heading="Computing", aliases=("--outtype",), metavar="DTYPE", parse=dtype_name
+    )
+    base_mode: BaseMode | None = option(None, heading="Computing")
+    requantize: bool = option(False, heading="Computing")
+    allow_lossy: bool = option(False, heading="Output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.requantize and self.dtype is not None:
+            raise OptionError("`requantize` and `dtype` exclude each other")
+
+    @property
+    def code(self) -> str | None:
+        """The type's name in a safetensors header; None if each tensor keeps its own.
+
+        Raises:
+            OptionError: checkpoints have no such type.
+        """
+        if self.dtype in (None, "keep"):
+            return None
+        if self.dtype not in _DTYPES:
+            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
+        return _DTYPES[self.dtype]
