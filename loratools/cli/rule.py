@@ -6,6 +6,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import rule_completions
 from loratools.cli.output import say
 from loratools.cli.perform import report
 from loratools.cli.table import wrapped
@@ -14,7 +15,7 @@ from loratools.work.requests import Reporting
 
 
 @named_command("rule")
-@click.argument("name", metavar="RULE")
+@click.argument("name", metavar="RULE", shell_complete=rule_completions)
 @shared.reports()
 def command(name: str, reporting: Reporting) -> None:
     """Explain a rule of `check`.
