@@ -75,7 +75,7 @@ def _print_base(found: BaseInfoResult) -> None:
     ]
     for label, text in lines:
         if text:
-            say(wrapped(f"{label:10}  {printable(text, 2000)}", 12))
+            say(wrapped(f"{label:10}  {printable(text, 2000)}", " " * 12))
 
 
 def _quantised(found: QuantisedInfo) -> str:
@@ -101,7 +101,8 @@ def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting)
             rows.append([printable(path), *_cells(found, problem)])
     if not (reporting.json or reporting.quiet):
         header = ["adapter", "kind", "rank", "scale", "targets", "base model", "size", "problem"]
-        print_table(header, "<<<<<<><", rows)
+        count = len(header) if any(row[-1] for row in rows) else len(header) - 1
+        print_table(header[:count], "<<<<<<><"[:count], [row[:count] for row in rows])
     return EXIT_FOUND if failed else 0
 
 
@@ -174,7 +175,8 @@ def _print(found: AdapterInfo) -> None:
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         if text:
-            say(wrapped(f"{label.ljust(width)}  {worded(printable(text, 2000))}", width + 2))
+            line = f"{label.ljust(width)}  {worded(printable(text, 2000))}"
+            say(wrapped(line, " " * (width + 2)))
 
 
 def _made_by(provenance: Mapping[str, str]) -> list[tuple[str, str]]:

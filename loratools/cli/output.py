@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _UNSAFE = re.compile(r"[^ -~\n]")
 _MARGIN = re.compile(r"[ │├└─|`-]*")
+_BRANCHES = str.maketrans("├└─`-", "│    ")
+"""How the margin of a tree goes on below a line."""
 _NOT_ASCII = re.compile(r"[^\x00-\x7e]")
 
 
@@ -38,7 +40,8 @@ def say(text: str = "", *, err: bool = False, nl: bool = True, whole: bool = Fal
     """
     shown = spelled(_UNSAFE.sub(lambda found: _escaped(found[0]), text))
     if not (err or whole) and nl and "\n" not in shown:
-        shown = wrapped(shown, len(_MARGIN.match(shown)[0]) + 2)  # type: ignore[index]
+        margin = _MARGIN.match(shown)[0]  # type: ignore[index]
+        shown = wrapped(shown, f"{margin.translate(_BRANCHES)}  ")
     click.echo(shown, err=err, nl=nl)
 
 

@@ -34,7 +34,7 @@ def _show(found: RuleResult) -> None:
     say()
     say(wrapped(f"{found.summary} {found.why}"))
     say()
-    say(wrapped(f"fix     {found.fix}", 8))
-    say(wrapped(f"source  {found.source}", 8))
+    say(wrapped(f"fix     {found.fix}", " " * 8))
+    say(wrapped(f"source  {found.source}", " " * 8))
     if found.statistical:
         say("kind    a statistic: it may be wrong about one adapter")

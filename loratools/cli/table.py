@@ -18,6 +18,7 @@ _GAP = 2
 _SENTENCE = 3
 """A cell with as many spaces is a sentence, and is wrapped; others are shortened."""
 _LEAST_NAME = 24
+_LEAST_OTHER = 14
 _ENDS = 3
 _LEAST_SENTENCE = 24
 
@@ -58,16 +59,16 @@ def shortened(text: str, width: int) -> str:
     return f"{text[:i]}…{text[i + drop :]}"
 
 
-def wrapped(text: str, indent: int = 0) -> str:
-    """Return a line broken at words where the terminal ends; later lines are indented."""
+def wrapped(text: str, indent: str = "") -> str:
+    """Return a line broken at words where the terminal ends; later lines begin with `indent`."""
     width = terminal_width()
     if width is None or len(text) <= width:
         return text
     return "\n".join(
         textwrap.wrap(
             text,
-            max(width, indent + _LEAST_SENTENCE),
-            subsequent_indent=" " * indent,
+            max(width, len(indent) + _LEAST_SENTENCE),
+            subsequent_indent=indent,
             break_long_words=False,
             break_on_hyphens=False,
         )
@@ -89,7 +90,8 @@ def table_lines(
     needed = [max(map(len, column)) for column in columns]
     if width is None or _total(needed) <= width:
         return _lines(columns, align, needed)
-    least = [_least(column, side) for column, side in zip(columns, align, strict=True)]
+    names = [_LEAST_NAME] + [_LEAST_OTHER] * (len(columns) - 1)
+    least = [*map(_least, columns, align, names)]
     lines: list[str] = []
     for block in _blocks(least, width):
         chosen = [columns[i] for i in block]
@@ -103,7 +105,7 @@ def _total(widths: Sequence[int]) -> int:
     return sum(widths) + _GAP * (len(widths) - 1)
 
 
-def _least(column: Sequence[str], side: str) -> int:
+def _least(column: Sequence[str], side: str, name: int) -> int:
     """Return how narrow a column may become: numbers and words of titles stay whole."""
     title, *cells = column
     words = max((len(word) for word in title.split()), default=0)
@@ -111,11 +113,11 @@ def _least(column: Sequence[str], side: str) -> int:
     if side == ">":
         return max(words, len(longest))
     whole = len(longest)
-    return max(words, min(whole, _LEAST_SENTENCE if _is_sentence(longest) else _LEAST_NAME))
+    return max(words, min(whole, _LEAST_SENTENCE if _is_sentence(longest) else name))
 
 
 def _is_sentence(cell: str) -> bool:
-    return cell.count(" ") >= _SENTENCE
+    return cell.count(" ") >= _SENTENCE and len(cell) > _LEAST_SENTENCE + _LEAST_NAME // 2
 
 
 def _blocks(least: Sequence[int], width: int) -> list[list[int]]:

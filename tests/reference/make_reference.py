@@ -116,8 +116,11 @@ def python():
         parts += [f"## lt.{name}", f"```text\nlt.{name}({words})\n```", markdown(value.__doc__)]
         for result in returned(value):
             results[result.__name__] = result
-    parts += ["## Results", ("Every result has `ran`, `to_dict()`, `html()` and `plot(path)`; those "
-              "that are adapters have `adapter` and `write(path)`. The fields:")]  # fmt: skip
+    about = (
+        "Every result has `ran`, `to_dict()`, `html()` and `plot(path)`; those that are adapters "
+        "have `adapter` and `write(path)`. The fields:"
+    )
+    parts += ["## Results", about]
     for name, result in sorted(results.items()):
         texts = attributes(result)
         rows = [[f"`{f.name}`", texts.get(f.name, "")] for f in dataclasses.fields(result)]
@@ -176,16 +179,16 @@ def json_objects():
     parts = [
         (
             "Every command prints one object with `--json`; several adapters in one call print an "
-            "object on a line each. `to_dict()` of a result in Python is the same object. Equal runs "
-            "print equal objects but for `seconds`. The schemas are in `loratools/schemas/`."
+            "object on a line each. `to_dict()` of a result in Python is the same object. Equal "
+            "runs print equal objects but for `seconds`. The schemas are in `loratools/schemas/`."
         ),
         "## In every object",
         table(["key", "value"], shared),
         "## Errors",
         (
             "A command that fails prints an object, too, on stdout, and the line for people on "
-            "stderr. It has `error`; where something was found before (an error above `--max-error`, "
-            "a loss that was not allowed), it has the result's keys beside it."
+            "stderr. It has `error`; where something was found before (an error above "
+            "`--max-error`, a loss that was not allowed), it has the result's keys beside it."
         ),
         table(["key of `error`", "value"], _rows(_schema("error")["properties"]["error"])),
         (
@@ -270,8 +273,8 @@ def recipe():
     parts = [
         (
             "A recipe for [`loratools run`](../commands/run.md) is a YAML file with `version: 1`, "
-            "`steps` and, if wanted, `variables`. A step has `name`, `do` and the keys below. The JSON "
-            "Schema is `loratools/schemas/recipe.json`."
+            "`steps` and, if wanted, `variables`. A step has `name`, `do` and the keys below. "
+            "The JSON Schema is `loratools/schemas/recipe.json`."
         ),
     ]
     for name in sorted(steps):

@@ -37,7 +37,7 @@ def _lines(finding: CheckFinding) -> list[str]:
     message = printable(finding.message, 1000)
     head = f"  {finding.severity} {finding.code} {finding.rule}{place}: {message}"
     fix = finding.command or finding.hint
-    return [wrapped(head, 4), wrapped(f"    fix: {worded(printable(fix, 1000))}", 9)]
+    return [wrapped(head, " " * 4), wrapped(f"    fix: {worded(printable(fix, 1000))}", " " * 9)]
 
 
 def summary(result: CheckResult) -> str:
