@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -167,7 +168,7 @@ def _print(found: AdapterInfo) -> None:
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
     lines += [("carries", key) for key in found.carried]
     lines += found.training.items()
-    lines += _made_by(found.provenance)
+    lines += _made_by(found.provenance, found.path)
     lines += [
         (each.severity, f"{each.code}: " + ". ".join(filter(None, (each.message, each.hint))))
         for each in found.findings
@@ -179,7 +180,7 @@ def _print(found: AdapterInfo) -> None:
             say(wrapped(line, " " * (width + 2)))
 
 
-def _made_by(provenance: Mapping[str, str]) -> list[tuple[str, str]]:
+def _made_by(provenance: Mapping[str, str], path: str) -> list[tuple[str, str]]:
     """Return a line of what made it, and the rest as it stands if that says nothing."""
     rest = {key.removeprefix("loratools."): value for key, value in provenance.items()}
     operation, version = rest.pop("operation", None), rest.pop("version", None)
@@ -188,7 +189,8 @@ def _made_by(provenance: Mapping[str, str]) -> list[tuple[str, str]]:
     rest.pop("inputs", None)
     options = rest.pop("options", "{}").translate(str.maketrans("", "", '{}"')).replace(",", ", ")
     made = f"loratools {version or ''} {operation}: {options}".rstrip(": ")
-    return [("made by", f"{made}; see loratools provenance"), *rest.items()]
+    shown = f"{made}; see: loratools provenance {shlex.quote(path)}"
+    return [("made by", shown), *rest.items()]
 
 
 def _targets(found: AdapterInfo) -> set[str]:

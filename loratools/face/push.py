@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -208,7 +209,8 @@ def _check(
             "nothing was published, since the check found something",
             path=path,
             got=reasons[0] + (f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""),
-            hint="See all of it with `loratools check`, or pass `no_check=True`",
+            hint="Pass `no_check=True`, or see all of it: "
+            f"loratools check {shlex.quote(str(path))}",
             result=result,
         )
     return tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -183,11 +184,20 @@ def _check_name(output: Path, format_name: str) -> None:
         if other is None or other.is_folder or other.write is None:
             continue
         if any(output.name.lower().endswith(suffix) for suffix in other.suffixes):
+            folder = shlex.quote(str(output.with_suffix("")))
+            file = f"loratools convert {folder} -o {shlex.quote(str(output))}"
             raise OptionError(
                 f"format {format_name} is a folder, and the output is named as a file",
                 got=str(output),
-                hint="Name a folder, and make the file of it with `loratools convert`",
+                hint=f"Pass `output={folder}`, and make the file of it: {file} {_target(output)}",
             )
+
+
+def _target(output: Path) -> str:
+    """Return the options of `convert` for an output that is named as a file."""
+    if output.suffix.lower() == ".gguf":
+        return "--to gguf --base MODEL"
+    return "--to safetensors"
 
 
 def check_error(result: Any, limit: float | None) -> None:

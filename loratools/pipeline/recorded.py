@@ -116,7 +116,7 @@ class RecordedCall:
             raise UncheckedError(
                 f"the record of {predicate.get('operation')} does not say how it was called",
                 got=f"a record of loratools {version}{by}",
-                hint="Show its options with `loratools provenance`, and run it with them",
+                hint="Show its options, and run it with them: loratools provenance OUTPUT",
             )
         call = _map(predicate["call"], "the call")
         steps = _map(predicate.get("steps", {}), "the steps")
