@@ -17,6 +17,9 @@ from loratools.face.convert import WriteResult as WriteResult
 from loratools.face.dequantize import DequantizeResult as DequantizeResult
 from loratools.face.extract import ExtractChoices as ExtractChoices
 from loratools.face.extract import ExtractResult as ExtractResult
+from loratools.face.fleet_share import FleetAddResult as FleetAddResult
+from loratools.face.fleet_share import FleetShareResult as FleetShareResult
+from loratools.face.fleet_share import FleetUnshareResult as FleetUnshareResult
 from loratools.face.fuse import FusePlan as FusePlan
 from loratools.face.fuse import FuseResult as FuseResult
 from loratools.face.info import InfoResult as InfoResult
@@ -195,6 +198,68 @@ def extract_choices(
     exclude: str | None = None,
     revision: str | None = None,
 ) -> ExtractChoices: ...
+def fleet_add(
+    shared: str | os.PathLike[str] | Adapter,
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    name: str | None = None,
+    group: int | None = None,
+    force_base: bool = False,
+    drop: str | None = None,
+    keep: str | None = None,
+    workers: int | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    max_error: float | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetAddResult: ...
+def fleet_share(
+    adapters: Mapping[str, str | os.PathLike[str] | Adapter]
+    | Sequence[str | os.PathLike[str] | Adapter],
+    *,
+    cores: Literal["full", "diagonal", "principal"] = "full",
+    clusters: int | str | None = None,
+    weigh: Literal["adapter", "module", "norm"] = "adapter",
+    force_base: bool = False,
+    allow_missing: bool = False,
+    rank: int | None = None,
+    energy: float | str | None = None,
+    sv_fro: float | str | None = None,
+    budget: Budget | str | None = None,
+    max_rank: int | None = None,
+    min_rank: int | None = None,
+    rank_pattern: Sequence[tuple[str, int] | str] | Mapping[str, int] = (),
+    uniform: bool = False,
+    serve_ranks: bool = False,
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    workers: int | None = None,
+    drop: str | None = None,
+    keep: str | None = None,
+    format: str | None = None,
+    carry_unknown: bool = False,
+    ignore_key: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    max_error: float | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetShareResult: ...
+def fleet_unshare(
+    shared: str | os.PathLike[str] | Adapter,
+    *,
+    name: Sequence[str] = (),
+    all: bool = False,
+    dtype: Literal["f32", "f16", "bf16"] | None = None,
+    workers: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetUnshareResult: ...
 @overload
 def fuse(
     base: str | os.PathLike[str] | Checkpoint,

@@ -1,6 +1,7 @@
 """A budget is the size of the written weight file: never exceeded, and used up."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_cli import loratools
 
+import loratools as lt
 from loratools.algebra.ranks import Budget, RankRule
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.extract.operation import difference, extract
@@ -22,6 +24,8 @@ from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import OptionError
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 
 RANK = 12
 SHAPES = [(96, 64), (64, 96), (200, 32)]
@@ -193,3 +197,17 @@ def test_too_small_a_budget_says_what_would_do(tmp_path):
     done = loratools("squeeze", adapter.source, "--budget", f"{least + 8}", "-o", out)
     assert done.returncode == 0, done.stderr
     assert least - 8 <= out.stat().st_size <= least + 8
+
+
+@pytest.mark.parametrize("rule", [{"budget": "60%"}, {"energy": 0.9}])
+def test_mlx_files_get_one_rank_and_keep_to_the_rule(rule, tmp_path):
+    lt.convert(TINY / "lora", to="mlx", base=TINY / "model", output=tmp_path / "mlx")
+    found = lt.squeeze(tmp_path / "mlx", output=tmp_path / "out", **rule)
+    ranks = {module.rank_out for module in found.modules}
+    assert len(ranks) == 1
+    assert 1 < ranks.pop() < 32
+    old, new = (tmp_path / name / "adapters.safetensors" for name in ("mlx", "out"))
+    if "budget" in rule:
+        assert new.stat().st_size <= 0.6 * old.stat().st_size
+    else:
+        assert min(module.energy for module in found.modules) >= rule["energy"]

@@ -46,18 +46,14 @@ class _Unit:
         """Path of its first module."""
         return self.spectra[0].name
 
-    @property
-    def bytes_per_rank(self) -> int:
-        """Bytes that one more rank costs."""
-        return sum(spectrum.bytes_per_rank for spectrum in self.spectra)
-
     def ranks(self, rank: int) -> dict[str, int]:
         """Return a rank by module."""
         return {spectrum.name: rank for spectrum in self.spectra}
 
     def price(self, place: int) -> int:
         """Return the bytes of the factors that the step above a place adds."""
-        return (self.levels[place + 1] - self.levels[place]) * self.bytes_per_rank
+        low, high = self.levels[place : place + 2]
+        return sum(each.nbytes(high) - each.nbytes(low) for each in self.spectra)
 
     @functools.cached_property
     def gains(self) -> list[float]:
@@ -106,7 +102,7 @@ def _levels(spectra: Sequence[Spectrum], rule: RankRule) -> list[int]:
 
 
 def _levels_of(spectrum: Spectrum, rule: RankRule) -> list[int]:
-    fixed = rule.override(spectrum.name)
+    fixed = rule.override(spectrum.path)
     if fixed is not None:
         return [rule.served(min(fixed, spectrum.rank))]
     least = min(rule.min_rank or 1, spectrum.rank)

@@ -47,6 +47,8 @@ class Spectrum:
         bytes_per_rank: bytes that one more rank costs in the output.
         tail: (E,): energy of singular values that were not computed, beyond those given; None if
             all were.
+        bytes_per_square: bytes that the rank's square costs in the output, where cores take them.
+        module: module path, where several spectra of one module are told apart by their names.
     """
 
     name: str
@@ -55,6 +57,17 @@ class Spectrum:
     rank: int
     bytes_per_rank: int
     tail: Values | None = None
+    bytes_per_square: int = 0
+    module: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Module path, which rank patterns match."""
+        return self.name if self.module is None else self.module
+
+    def nbytes(self, rank: int) -> int:
+        """Return the bytes that a rank costs in the output."""
+        return rank * self.bytes_per_rank + rank * rank * self.bytes_per_square
 
     @property
     def energies(self) -> Values:
@@ -194,7 +207,7 @@ class RankRule:
 
     def of_module(self, spectrum: Spectrum) -> int:
         """Return the rank of one module, ignoring the other modules."""
-        fixed = self.override(spectrum.name)
+        fixed = self.override(spectrum.path)
         if fixed is not None:
             return self.served(min(fixed, spectrum.rank))
         sigma = spectrum.singular_values

@@ -7,7 +7,6 @@ computed here but their least, median and largest.
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,5 +96,6 @@ def _range(values: Sequence[float | None], text: Callable[[float], str]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    low, middle, high = (text(f(known)) for f in (min, statistics.median_high, max))
+    ordered = sorted(known)
+    low, middle, high = (text(ordered[place]) for place in (0, len(ordered) // 2, -1))
     return low if low == high else f"{low}–{middle}–{high}"

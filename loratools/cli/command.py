@@ -100,7 +100,8 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write where to read on."""
         formatter.write_paragraph()
-        formatter.write_text(f"Learn more: docs/commands/{self.name}.md")
+        page = (self.name or "").replace(" ", "-")
+        formatter.write_text(f"Learn more: docs/commands/{page}.md")
 
 
 def _several(value: Any) -> tuple[Any, ...]:
@@ -115,5 +116,5 @@ def _again(path: str, weight: float | None) -> str | Path:
 
 
 def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function the command `name`; its page is `docs/commands/{name}.md`."""
+    """Make a function the command `name`; its page is `docs/commands/{name}.md`, with hyphens."""
     return click.command(name, cls=Command)

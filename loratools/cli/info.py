@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loratools.operations.info_base import QuantisedInfo
 
 _FEW = 4
+_CARRIED = 4
 
 
 @named_command("info")
@@ -166,7 +167,9 @@ def _print(found: AdapterInfo) -> None:
     for replacement in found.replacements:
         shape = "×".join(map(str, replacement.shape))
         lines.append(("replaces", f"{replacement.target} ({replacement.kind}, {shape})"))
-    lines += [("carries", key) for key in found.carried]
+    lines += [("carries", key) for key in found.carried[:_CARRIED]]
+    if len(found.carried) > _CARRIED:
+        lines.append(("carries", f"and {len(found.carried) - _CARRIED} more; --json lists all"))
     lines += found.training.items()
     lines += _made_by(found.provenance, found.path)
     lines += [

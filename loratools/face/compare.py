@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import ClassVar
 
 from loratools.face.declare import Progress, public
 from loratools.face.result import Reported
-from loratools.face.source import READING, Model, Source, label, model, opened
-from loratools.hub.references import Wanted
+from loratools.face.shelf import Shelf, named_adapters
+from loratools.face.source import READING, Model, Source, model, opened
 from loratools.operations.compare import bases, operation
 from loratools.operations.compare import result as measured
 from loratools.operations.compare.operation import CompareOptions
@@ -19,15 +18,6 @@ from loratools.page.parts import Section
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading
 from loratools.work.selection import Selection
-from loratools_formats.core.adapter import Adapter
-from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.hub_cache import cached_place, shown_path
-
-Shelf = Annotated[
-    Mapping[str, str | os.PathLike[str] | Adapter] | Sequence[str | os.PathLike[str] | Adapter],
-    Wanted("adapter"),
-]
-"""Adapters: several, or by the names they are to go by."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -90,7 +80,7 @@ def compare(
         AdapterError: they share no module, or values are not finite.
         UnsupportedError: a change depends on the base, or cannot be told.
     """
-    named = _named(adapters, reading)
+    named = named_adapters(adapters, reading)
     found = operation.compare(
         named,
         base=None if base is None else model(base),
@@ -138,37 +128,3 @@ def compare_bases(
         workers=threads.workers,
     )
     return BasesResult.of(found)
-
-
-def _named(adapters: Any, reading: Reading) -> dict[str, Adapter]:
-    """Return adapters by their names: the shortest ends of their paths that tell them apart.
-
-    Raises:
-        OptionError: it is no shelf, or an adapter is given twice.
-    """
-    if isinstance(adapters, Mapping):
-        return {str(name): opened(one, reading) for name, one in adapters.items()}
-    if isinstance(adapters, str | os.PathLike | Adapter) or not isinstance(adapters, Iterable):
-        raise OptionError("comparing takes at least two adapters", got=repr(adapters))
-    sources = list(adapters)
-    places = [_place(one) for one in sources]
-    known = [os.path.realpath(place) for place in places if place is not None]
-    if len(set(known)) < len(known):
-        raise OptionError("an adapter is given twice", got=", ".join(map(str, places)))
-    names = [label(one) if place is None else _last_part(place)
-             for one, place in zip(sources, places, strict=True)]  # fmt: skip
-    if len(set(names)) < len(names):
-        names = [f"{n} {i}" if p is None else str(shown_path(p))
-                 for i, (n, p) in enumerate(zip(names, places, strict=True), 1)]  # fmt: skip
-    return {name: opened(one, reading) for name, one in zip(names, sources, strict=True)}
-
-
-def _last_part(path: str) -> str:
-    place = cached_place(path)
-    return os.path.basename(os.path.abspath(path)) if place is None else place.name
-
-
-def _place(source: Any) -> str | None:
-    if isinstance(source, Adapter):
-        return None if source.source is None else str(source.source)
-    return os.fspath(source) if isinstance(source, str | os.PathLike) else None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -329,6 +328,8 @@ def _source(files: Sequence[NamedModules]) -> str | None:
 @functools.cache
 def architectures_without_a_table() -> tuple[Table, ...]:
     """Return the architectures without a table, whose names in diffusers are known."""
+    import tomllib
+
     text = resources.files("loratools.naming").joinpath("data/neighbours.toml")
     classes = tomllib.loads(text.read_text(encoding="utf-8"))
     return tuple(_as_table(name, entry) for name, entry in classes.items())

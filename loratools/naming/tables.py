@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.naming.form import check_form
-from loratools_formats.disk import strict_toml
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.files import read_small_file
 
@@ -323,6 +321,8 @@ def filled(pattern: str, numbers: tuple[str, ...]) -> str:
 
 @functools.cache
 def _paths() -> dict[str, tuple[str, ...]]:
+    import tomllib
+
     text = _data().joinpath(f"{_TEXT_ENCODERS}.toml").read_text(encoding="utf-8")
     return {name: tuple(entry["paths"]) for name, entry in tomllib.loads(text).items()}
 
@@ -334,6 +334,8 @@ def _data() -> Any:
 @functools.cache
 def bundled_tables() -> tuple[Table, ...]:
     """Return the tables that come with loratools, by name."""
+    import tomllib
+
     files = sorted(f.name for f in _data().iterdir() if f.name.endswith(".toml"))
     names = [file.removesuffix(".toml") for file in files]
     return tuple(
@@ -359,6 +361,8 @@ def find_table(name: str) -> Table:
             got=name,
             expected=", ".join(table.name for table in bundled_tables()) + " or FILE.toml",
         )
+    from loratools_formats.disk import strict_toml
+
     try:
         values = strict_toml.loads(read_small_file(name, _MAX_FILE_BYTES))
     except strict_toml.StrictTomlError as error:

@@ -2,7 +2,8 @@
 
 PEFT names the settings of expert parameters by parameter; where a file does not say which of two
 adapted parameters of one module is which, both need the same. What PEFT stacks when it loads, such
-as experts that are adapted one by one, needs one rank, too. Other formats have no such groups.
+as experts that are adapted one by one, needs one rank, too. MLX's configuration states one rank and
+one scale for all modules. Other formats have no such groups.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def groups_of_one_rank(layers: Mapping[str, Layer], format_name: str) -> list[li
         layers: by module path.
         format_name: of the file to write.
     """
+    if format_name == "mlx":
+        return [list(layers)] if len(layers) > 1 else []
     stacked = stacked_on_loading(layers) if format_name == "peft" else []
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, layer in layers.items():

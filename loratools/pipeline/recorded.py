@@ -28,6 +28,7 @@ class RecordedInput:
         name: what it was called.
         path: where it lay, if that was near the output.
         weight: its factor, where inputs have one.
+        known_as: the name that it went by, where inputs have one.
         files: what was read from it.
         is_made: whether it was made in memory.
         made: role of the operation that made it, None if nothing says which.
@@ -43,6 +44,7 @@ class RecordedInput:
     made: str | None
     reference: str | None
     commit: str | None
+    known_as: str | None = None
 
     @classmethod
     def of(cls, value: Any, predicate: Mapping[str, Any]) -> RecordedInput:
@@ -74,6 +76,7 @@ class RecordedInput:
             made=None if made is None else _text(made, "a step"),
             reference=_reference(given),
             commit=_optional(given, "commit"),
+            known_as=_optional(given, "as"),
         )
 
     def described(self) -> str:

@@ -163,7 +163,9 @@ class _Replay:
             if isinstance(value, RecordedInput):
                 arguments[name] = self._source(name, value, call)
             else:
-                arguments[name] = [(self._source(name, one, call), one.weight) for one in value]
+                found = [(self._source(name, one, call), one) for one in value]
+                named = {one.known_as: source for source, one in found if one.known_as is not None}
+                arguments[name] = named or [(source, one.weight) for source, one in found]
         options = dict(call.options)
         call.check(declaration)
         if output is not None:

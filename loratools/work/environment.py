@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
-from importlib import metadata
+from importlib import import_module
 
 _PACKAGES = ("numpy", "ml_dtypes")
 _WORDS = {
@@ -33,7 +33,7 @@ def environment(*, with_torch: bool = False) -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
-        **{name: metadata.version(name) for name in _PACKAGES},
+        **{name: str(import_module(name).__version__) for name in _PACKAGES},
     }
     if with_torch and "torch" in sys.modules:
         facts["torch"] = str(sys.modules["torch"].__version__)

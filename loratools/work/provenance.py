@@ -169,19 +169,25 @@ def _arguments(
             arguments[name] = one(name, value)
         else:
             arguments[name] = [
-                {**one(f"{name} {index}", source), "weight": weight}
-                for index, (source, weight) in enumerate(several)
+                {**one(f"{name} {index}", source), **beside}
+                for index, (source, beside) in enumerate(several)
             ]
     return arguments, unread
 
 
-def _several(value: Any) -> list[tuple[Any, float]] | None:
-    """Return adapters with their weights; None for a single one."""
+def _several(value: Any) -> list[tuple[Any, dict[str, Any]]] | None:
+    """Return adapters with their weights, or the names they go by; None for a single one."""
     if isinstance(value, Mapping):
-        return list(value.items())
+        return [
+            (key, {"weight": item})
+            if isinstance(item, int | float)
+            else (item, {"weight": 1.0, "as": str(key)})
+            for key, item in value.items()
+        ]
     if isinstance(value, Adapter | Checkpoint | str | os.PathLike):
         return None
-    return [item if isinstance(item, tuple) else (item, 1.0) for item in value]
+    pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in value]
+    return [(item, {"weight": weight}) for item, weight in pairs]
 
 
 def _path_of(value: Any) -> Any:

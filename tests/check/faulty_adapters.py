@@ -11,6 +11,8 @@ import pytest
 from handmade_adapters import CARD, IN, MODULES, OUT, base, folder, tensors
 from safetensors.numpy import load_file, save_file
 
+import loratools as lt
+
 FIRST = f"base_model.model.{MODULES[0]}"
 A, B = f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"
 
@@ -270,6 +272,13 @@ def with_tokens(path):
     return with_file(path, "added_tokens.json", b'{"<new>": 16}')
 
 
+def shared(path):
+    """Write a set of one adapter in bases of its own."""
+    path = path.with_name(f"{path.name}.safetensors")
+    lt.fleet_share({"one": folder(path.with_suffix(".one"))}, rank=2, output=path)
+    return path
+
+
 CASES = {
     "LT001": truncated,
     "LT002": pickled,
@@ -283,6 +292,7 @@ CASES = {
     "LT010": nested,
     "LT011": described,
     "LT012": lambda p: with_file(p, "odd\u202ename.txt"),
+    "LT015": shared,
     "LT101": lambda p: folder(p, {k: v for k, v in tensors().items() if k != B}),
     "LT102": lambda p: folder(p, changed(b=np.ones((OUT, 3), np.float32))),
     "LT104": lambda p: folder(

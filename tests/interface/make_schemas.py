@@ -23,6 +23,7 @@ from loratools.face.compare import BasesResult, CompareResult
 from loratools.face.convert import ConvertResult, WriteResult
 from loratools.face.dequantize import DequantizeResult
 from loratools.face.extract import ExtractChoices, ExtractResult
+from loratools.face.fleet_share import FleetAddResult, FleetShareResult, FleetUnshareResult
 from loratools.face.fuse import FusePlan, FuseResult
 from loratools.face.info import InfoResult
 from loratools.face.info_base import BaseInfoResult
@@ -52,6 +53,9 @@ RESULTS = {
     "convert": (ConvertResult,),
     "dequantize": (DequantizeResult,),
     "extract": (ExtractResult, ExtractChoices),
+    "fleet-add": (FleetAddResult,),
+    "fleet-share": (FleetShareResult,),
+    "fleet-unshare": (FleetUnshareResult,),
     "formats": (FormatsResult,),
     "fuse": (FuseResult, FusePlan),
     "info": (InfoResult,),

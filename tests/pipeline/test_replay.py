@@ -28,12 +28,13 @@ GOLDEN = ROOT / "tests" / "golden" / "outputs"
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """Return a folder with the inputs of all cases, two of them made here."""
+    """Return a folder with the inputs of all cases, some of them made here."""
     folder = tmp_path_factory.mktemp("shelf")
     shutil.copytree(ROOT / "examples" / "tiny-llama", folder / "in")
     lt.fuse(folder / "in/model", folder / "in/lora", output=folder / "tuned")
     lt.quantize(folder / "in/model", output=folder / "nf4")
     lt.convert(folder / "in/lora", base=folder / "in/model", output=folder / "adapter.gguf")
+    lt.fleet_share([folder / "in/lora"], rank=8, output=folder / "set.safetensors")
     (folder / "out").mkdir()
     return folder
 
@@ -60,6 +61,9 @@ CASES = {
     "convert": ("convert in/lora --to mlx", "mlx"),
     "convert, to a file": ("convert in/lora --to gguf --base in/model", "adapter.gguf"),
     "convert, from a file": ("convert adapter.gguf --to peft --base in/model", "peft"),
+    "fleet-share": ("fleet share in/lora in/rslora --rank 8 --cores diagonal", "set.safetensors"),
+    "fleet-add": ("fleet add set.safetensors in/rslora --name more", "more.safetensors"),
+    "fleet-unshare": ("fleet unshare set.safetensors lora --dtype f32", "member"),
     "fuse": ("fuse in/model in/lora:0.5 --dtype f32", "fused"),
     "fuse, several": ("fuse in/model in/lora:0.5 in/rslora:-1 --max-shard-size 300kB", "fused"),
     "quantize": ("quantize in/model --quant-type fp4 --blocksize 128", "four-bit"),
@@ -127,7 +131,7 @@ def test_metadata_of_adapters_tells_the_operation(case, from_shelf):
         return_if_gguf(output)
     if output.suffix == ".gguf":
         return
-    (file,) = output.glob("*.safetensors")
+    (file, *_) = [output] if output.is_file() else sorted(output.rglob("*.safetensors"))
     with safe_open(file, "np") as opened:
         told = opened.metadata()
     assert told["loratools.operation"] == case.partition(",")[0]

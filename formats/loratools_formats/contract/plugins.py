@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
+
+from loratools_formats.contract.entry_points import EntryPoint, entry_points
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ class Plugin(Generic[T]):
     @property
     def package(self) -> str:
         """The distribution that registered it; read from its metadata when asked for."""
-        return self.point.dist.name if self.point.dist is not None else "unknown"
+        return self.point.package()
 
 
 def load_group(group: str, kind: type[T]) -> list[Plugin[T]]:
@@ -41,7 +42,7 @@ def load_group(group: str, kind: type[T]) -> list[Plugin[T]]:
         group: name of the group.
         kind: what each must be; anything else is broken.
     """
-    points = sorted(entry_points(group=group), key=lambda point: (point.name, point.value))
+    points = sorted(entry_points(group), key=lambda point: (point.name, point.value))
     return [_load(point, kind) for point in points]
 
 

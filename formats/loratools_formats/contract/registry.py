@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 
 from loratools_formats.contract.format import Format
-from loratools_formats.contract.path_kinds import kind_of, missing
 from loratools_formats.contract.plugins import Plugin, load_group
 from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import (
@@ -95,6 +94,8 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     except ValueError:
         exists = False
     if not exists:
+        from loratools_formats.contract.path_kinds import missing
+
         raise missing(path)
     found = [one for one in _working() if _recognises(one, target)]
     if len(found) == 1:
@@ -108,6 +109,8 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     below = _adapters_below(target) if target.is_dir() else []
     if below:
         hint = f"It holds adapters in sub-folders; name one of: {', '.join(below)}"
+    from loratools_formats.contract.path_kinds import kind_of
+
     kind = None if below else kind_of(target)
     if kind is not None:
         raise UnknownFormatError(kind.what, path=path, hint=kind.hint or None)

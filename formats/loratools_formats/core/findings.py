@@ -19,6 +19,8 @@ CODES: Mapping[str, str] = {
     "config-missing": "the configuration that states the scale is missing",
     "scale-assumed": "no scale is in the file, and 1 is taken",
     "activated-lora": "the adapter acts only after certain tokens of the prompt",
+    "shared-set": "the file is a shelf of adapters in shared bases",
+    "shared-members": "which adapters a shared set holds",
     # PEFT folders.
     "mutated-base": "the initialisation changed the base weights before training",
     "unknown-config-key": "a configuration key is set that is not known",
@@ -78,6 +80,9 @@ CODES: Mapping[str, str] = {
     "buffer-skipped": "a buffer that only one checkpoint stores is not compared",
     "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",
     "different-bases": "the adapters name different base models",
+    # Sharing bases.
+    "alone-is-better": "squeezing each adapter alone to the size of a shared set may lose less",
+    "shared-alone": "an adapter shares its basis with no other",
     # Measuring and comparing.
     "direction-only": "DoRA modules are given by their directions, since there is no base",
     "not-beside-base": "a module is not compared with its base weight",

@@ -118,10 +118,13 @@ def stack_is_transposed(names: Names, parameter: str) -> bool | None:
 
 
 def _linear_if_square(names: Names, module: str) -> bool | None:
+    odd = names.odd_kind(module)
+    if odd is not None:
+        return odd == "conv1d"
     types = set(names.types_of(module))
     if types & CONV1D_TYPES:
         return named_conv1d(module)
-    return False if types & rules.LINEAR_TYPES else None
+    return False if names.has_class or types & rules.LINEAR_TYPES else None
 
 
 def _experts_if_square(names: Names, module: str) -> bool | None:

@@ -12,6 +12,7 @@ from loratools.cli.lazy_group import LazyGroup
 
 _VERBS = "loratools.cli.fleet.verbs"
 _TABLE: dict[str, tuple[str, str]] = {
+    "add": ("loratools.cli.fleet.add", "Add an adapter to a shared set."),
     "check": (f"{_VERBS}:check", "Check every adapter."),
     "convert": (f"{_VERBS}:convert", "Convert every adapter to another format."),
     "dequantize": (f"{_VERBS}:dequantize", "Turn quantised weights of every checkpoint back."),
@@ -20,10 +21,12 @@ _TABLE: dict[str, tuple[str, str]] = {
     "info": (f"{_VERBS}:info", "Show what every adapter is."),
     "quantize": (f"{_VERBS}:quantize", "Quantise every checkpoint to four bits."),
     "repair": (f"{_VERBS}:repair", "Repair every adapter."),
+    "share": ("loratools.cli.fleet.share", "Bring adapters of one base into shared bases."),
     "spectrum": (f"{_VERBS}:spectrum", "Measure what is in every adapter."),
     "squeeze": (f"{_VERBS}:squeeze", "Compress the ranks of every adapter."),
     "to-dora": (f"{_VERBS}:to_dora", "Turn every LoRA into a DoRA."),
     "to-lora": (f"{_VERBS}:to_lora", "Turn every adapter into a plain LoRA."),
+    "unshare": ("loratools.cli.fleet.unshare", "Take adapters out of a shared set."),
     "verify": (f"{_VERBS}:verify", "Check whether every checkpoint is a base with an adapter."),
 }
 

@@ -247,4 +247,12 @@ RULES = (
         "The reader of PEFT folders",
         of_readers=("unreadable-attachment",),
     ),
+    Rule(
+        "LT015", "shared-set", "note",
+        "The file is a shelf of adapters in shared bases.",
+        "No program loads it; each of its adapters has to be taken out first.",
+        "Take one out: `loratools fleet unshare SHARED NAME -o NEW`, and check that.",
+        "The format of `loratools fleet share`",
+        of_readers=("shared-set", "shared-members"),
+    ),
 )  # fmt: skip

@@ -62,14 +62,20 @@ def _empty(subject: Subject) -> Iterator[Found]:
         return
     if adapter.modules or adapter.replacements or adapter.additions:
         return
-    elsewhere = {"no-weight-change", "left-to-loader"}
+    elsewhere = {"no-weight-change", "left-to-loader", "shared-set"}
     if not elsewhere & {finding.code for finding in adapter.findings}:
         yield Found("no module is adapted, and no tensor replaces one of the base")
 
 
 def _belongs_nowhere(subject: Subject) -> Iterator[Found]:
     adapter = subject.adapter
-    known = {"training-only", "posterior-spread", "unknown-tensors", "no-weight-change"}
+    known = {
+        "training-only",
+        "posterior-spread",
+        "unknown-tensors",
+        "no-weight-change",
+        "shared-set",
+    }
     if adapter is None or known & {finding.code for finding in adapter.findings}:
         return
     if adapter.carried:

@@ -1,0 +1,202 @@
+"""`unshare`: adapters of a set as plain LoRAs again.
+
+A member's ΔW is U Σ Vᵀ. Its factors are the singular triplets of that product, in canonical form,
+of the rank of the bases and rounded once to the type asked for. What the rounding adds is stated;
+what sharing had lost stays lost, and the set says how much that was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratools.algebra.device import Device
+from loratools.algebra.one_matrix import Matrix
+from loratools.lowrank.planned import PlannedFactors
+from loratools.lowrank.resize import ComputeOptions, Resizer
+from loratools.operations.shared.bases import cores_of
+from loratools.work.declared import option
+from loratools.work.parallel import in_order
+from loratools.work.provenance import operation_record, record_metadata
+from loratools.work.scratch import Scratch
+from loratools.work.typed import check_options
+from loratools_formats.contract.shared_set import Member, Part, SharedModule, SharedSet, parsed
+from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.dtypes import Array
+from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.provenance import with_record
+
+
+@dataclass(frozen=True)
+class TakeOptions:
+    """Which adapters of a set to take.
+
+    Attributes:
+        names: the adapter of this name.
+        everyone: every adapter, each into a folder of its name.
+    """
+
+    names: tuple[str, ...] = option((), heading="Input", name="name")
+    everyone: bool = option(False, heading="Input", name="all")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One adapter of a set, not yet written.
+
+    Attributes:
+        name: that it went by in the set.
+        adapter: plain, in PEFT's terms.
+        rank: the largest of its modules.
+        relative_error: of the written factors against the set's ΔW.
+        shared_error: of the set's ΔW against the adapter that was shared.
+    """
+
+    name: str
+    adapter: Adapter
+    rank: int
+    relative_error: float
+    shared_error: float
+
+
+def chosen(shelf: Adapter, options: TakeOptions) -> list[str]:
+    """Return the members that are asked for, in the order of the set.
+
+    Raises:
+        OptionError: none or both are asked for, or the set has no such member.
+        UnsupportedError: it is no set.
+    """
+    members = [member.name for member in parsed(shelf).members]
+    names, everyone = options.names, options.everyone
+    if everyone == bool(names):
+        raise OptionError(
+            "which adapters to take is said twice"
+            if everyone
+            else "no adapter of the set is named",
+            expected="names, or `all=True`",
+            hint=f"It holds {_listed(members)}",
+        )
+    for name in names:
+        if name not in members:
+            raise OptionError(
+                "the set has no such adapter", got=name, hint=f"It holds {_listed(members)}"
+            )
+    return [name for name in members if everyone or name in names]
+
+
+def take(
+    shelf: Adapter,
+    name: str,
+    compute: ComputeOptions,
+    *,
+    scratch_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Taken:
+    """Return one adapter of a set as a plain LoRA.
+
+    Args:
+        shelf: the set's file, as read.
+        name: of the member.
+        compute: threads, and the type to store; by default the set's own.
+        scratch_folder: where factors wait until they are written.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        OptionError: the set has no such member.
+        UnsupportedError: it is no set.
+        AdapterError: it is not sound, or values do not fit the type.
+    """
+    shared = parsed(shelf)
+    place = [member.name for member in shared.members].index(name)
+    member = shared.members[place]
+    resizer = Resizer(compute, Scratch(scratch_folder), one_scale=False)
+    owned = [
+        (module, module.parts[member.group])
+        for module in shared.modules.values()
+        if member.group in module.parts and place in module.parts[member.group].members
+    ]
+    changes: dict[str, ModuleChange] = {}
+    lost = whole = 0.0
+
+    def one(entry: tuple[SharedModule, Part]) -> tuple[ModuleChange, float, float]:
+        return _change(*entry, place, member, shared, resizer)
+
+    for (module, _), (change, error, norm) in zip(
+        owned, in_order(one, owned, compute.threads), strict=True
+    ):
+        changes[module.name] = change
+        lost, whole = lost + error, whole + norm
+        if progress is not None:
+            progress(len(changes), len(owned))
+    record = _record(shelf, name, compute)
+    adapter = Adapter(
+        format="peft",
+        source=None,
+        modules=changes,
+        replacements=member.replacements,
+        carried=member.carried,
+        config=member.config,
+        metadata=with_record({}, record_metadata(record)),
+        base_model=_base_model(member.config, shared),
+        inputs=shelf.inputs,
+        provenance=record,
+    )
+    ranks = [change.rank or 0 for change in changes.values()]
+    error = float(np.sqrt(lost / whole)) if whole else 0.0
+    return Taken(name, adapter, max(ranks, default=0), error, member.relative_error)
+
+
+def _record(shelf: Adapter, name: str, compute: ComputeOptions) -> dict[str, Any]:
+    values: dict[str, Any] = {"name": name}
+    if compute.dtype is not None:
+        values["dtype"] = compute.dtype
+    return operation_record("fleet-unshare", {"shared": shelf}, values)
+
+
+def _change(
+    module: SharedModule,
+    part: Part,
+    place: int,
+    member: Member,
+    shared: SharedSet,
+    resizer: Resizer,
+) -> tuple[ModuleChange, float, float]:
+    """Return a module's change, the squared error of its rounding, and its squared norm."""
+    u, v = part.u.load(np.float64), part.v.load(np.float64)
+    cores = cores_of(part.core(place), part.experts, diagonal=shared.diagonal)
+    triples = zip(u.reshape(-1, *u.shape[-2:]), cores, v.reshape(-1, *v.shape[-2:]), strict=True)
+    matrices = [_matrix(*each) for each in triples]
+    planned = PlannedFactors.new(
+        module.name,
+        module.layer,
+        part.shape,
+        experts=part.experts,
+        bias=member.biases.get(module.name),
+    )
+    planned = planned.resized(1, part.v.dtype, part.u.dtype, 1.0)
+    rank = min(u.shape[-1], v.shape[-2], *part.shape)
+    done = resizer.compressed(module.name, planned, matrices, rank)
+    norm = sum(matrix.squared_norm for matrix in matrices)
+    return ModuleChange(done.delta), done.squared_error, norm
+
+
+def _matrix(u: Array, core: Array, v: Array) -> Matrix:
+    """Return U Σ Vᵀ with the narrower basis as the inner side."""
+    pair = (u @ core, v) if len(v) <= u.shape[1] else (u, core @ v)
+    return Matrix(*pair, 1.0, Device("cpu"), use_gram=False)
+
+
+def _base_model(config: Mapping[str, Any], shared: SharedSet) -> str | None:
+    named = config.get("base_model_name_or_path")
+    return named if isinstance(named, str) else shared.base_model
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
