@@ -9,13 +9,22 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 from loratools.cli import cli
 
 ROOT = Path(__file__).parents[1]
 # What stands for something of the user's, and what it might be.
-VALUES = {"R": "8", "N": "8", "VALUE": "8", "FORMAT": "peft", "alpha=VALUE": "alpha=8", "…": "8"}
+VALUES = {
+    "RANK": "8",
+    "R": "8",
+    "N": "8",
+    "VALUE": "8",
+    "FORMAT": "peft",
+    "alpha=VALUE": "alpha=8",
+    "…": "8",
+}
 WITHOUT_INPUT = {"formats", "methods"}
 # Titles and names of programs, and pieces that are put together with a path.
 NO_COMMANDS = {"github.py", "junit.py", "sarif.py", "schema.py", "remedy.py"}
@@ -59,7 +68,7 @@ def commands(text):
     found = []
     for match in _COMMAND.finditer(text):
         verb, *rest = match[1].split()
-        if verb in cli.list_commands(None):
+        if verb in cli.list_commands(None) and (verb != "fleet" or len(rest) > 1):
             found.append([verb, *rest])
     return found
 
@@ -81,6 +90,9 @@ def parsed(words):
     words = [VALUES.get(word, word) for word in words]
     name, *arguments = words
     command = cli.get_command(None, name)
+    while isinstance(command, click.Group):
+        name, *arguments = arguments
+        command = command.get_command(None, name)
     with command.make_context(name, arguments) as context:
         return context.params
 
@@ -98,12 +110,21 @@ def test_a_command_in_a_message_is_one_that_is_taken(place, line):
     params = parsed(words)
     inputs = [
         params.get(key)
-        for key in ("adapter", "adapters", "base", "fused", "name", "path", "recipe")
+        for key in (
+            "shared",
+            "adapter",
+            "adapters",
+            "base",
+            "fused",
+            "name",
+            "path",
+            "recipe",
+        )
     ]
     given = [one for one in inputs if one]
     assert given or words[0] in WITHOUT_INPUT, f"{place}: nothing to work on: {line}"
     writes = {"convert", "squeeze", "merge", "fuse", "to-lora", "to-dora", "repair", "dequantize"}
-    if words[0] in writes:
+    if words[0] in writes or words[0] == "fleet":
         place_given = params.get("output") or params.get("place") or params.get("in_place")
         several = len(params.get("adapters") or ()) == 2 and words[0] in ("convert", "squeeze")
         assert place_given or several, f"{place}: no output: {line}"

@@ -109,7 +109,10 @@ def _read(value: Any) -> Iterator[tuple[str | None, float]]:
         yield os.fspath(value), 1.0
     elif isinstance(value, Mapping):
         for one, weight in value.items():
-            yield from _weighted(one, weight)
+            if isinstance(weight, int | float):
+                yield from _weighted(one, weight)
+            else:
+                yield from _read(weight)  # adapters by the names that they get
     elif isinstance(value, tuple | list):
         for one in value:
             if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], int | float):
