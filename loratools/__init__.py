@@ -19,6 +19,7 @@ _HOMES = {
     "loratools.face.convert": ("convert", "write"),
     "loratools.face.dequantize": ("dequantize",),
     "loratools.face.extract": ("extract", "extract_choices"),
+    "loratools.face.fleet_index": ("fleet_dedup", "fleet_index", "fleet_similar"),
     "loratools.face.fleet_share": ("fleet_add", "fleet_share", "fleet_unshare"),
     "loratools.face.fuse": ("fuse",),
     "loratools.face.info": ("info", "read"),

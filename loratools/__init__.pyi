@@ -17,6 +17,9 @@ from loratools.face.convert import WriteResult as WriteResult
 from loratools.face.dequantize import DequantizeResult as DequantizeResult
 from loratools.face.extract import ExtractChoices as ExtractChoices
 from loratools.face.extract import ExtractResult as ExtractResult
+from loratools.face.fleet_index import FleetDedupResult as FleetDedupResult
+from loratools.face.fleet_index import FleetIndexResult as FleetIndexResult
+from loratools.face.fleet_index import FleetSimilarResult as FleetSimilarResult
 from loratools.face.fleet_share import FleetAddResult as FleetAddResult
 from loratools.face.fleet_share import FleetShareResult as FleetShareResult
 from loratools.face.fleet_share import FleetUnshareResult as FleetUnshareResult
@@ -198,6 +201,36 @@ def extract_choices(
     exclude: str | None = None,
     revision: str | None = None,
 ) -> ExtractChoices: ...
+def fleet_dedup(
+    index: str | os.PathLike[str],
+    *,
+    threshold: float = 0.99,
+    same_start: float = 0.5,
+    exact: bool = True,
+) -> FleetDedupResult: ...
+def fleet_index(
+    adapters: Sequence[str | os.PathLike[str]],
+    *,
+    update: bool = False,
+    workers: int | None = None,
+    format: str | None = None,
+    ignore_key: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetIndexResult: ...
+def fleet_similar(
+    source: str | os.PathLike[str] | Adapter,
+    index: str | os.PathLike[str],
+    *,
+    top: int = 10,
+    exact: bool = True,
+    workers: int | None = None,
+    format: str | None = None,
+    ignore_key: Sequence[str] = (),
+    revision: str | None = None,
+) -> FleetSimilarResult: ...
 def fleet_add(
     shared: str | os.PathLike[str] | Adapter,
     source: str | os.PathLike[str] | Adapter,
@@ -276,6 +309,8 @@ def fuse(
     dtype: str | None = None,
     base_mode: Literal["dequant", "original"] | None = None,
     requantize: bool = False,
+    changed_bits: int | None = None,
+    trained_on: str | None = None,
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     drop: str | None = None,
@@ -303,6 +338,8 @@ def fuse(
     dtype: str | None = None,
     base_mode: Literal["dequant", "original"] | None = None,
     requantize: bool = False,
+    changed_bits: int | None = None,
+    trained_on: str | None = None,
     allow_lossy: bool = False,
     fallback: Literal["f16", "q8_0"] | None = None,
     drop: str | None = None,

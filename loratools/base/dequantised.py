@@ -12,7 +12,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratools.base.codecs import CODECS, CodedWeight, Stored, coded_weights, methods
+from loratools.base.codecs import (
+    CODECS,
+    CodedWeight,
+    Stored,
+    coded_weights,
+    methods,
+    without_marks,
+)
 from loratools.base.codecs.bitsandbytes import FourBitWeight
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -20,7 +27,6 @@ from loratools_formats.checkpoints.eight_bit_floats import (
     FP8_TYPES,
     activation_scales,
     marks_of_comfyui,
-    unmarked,
 )
 from loratools_formats.checkpoints.quantization import (
     format_found,
@@ -91,7 +97,7 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
     refuse_rotated(base.config)
     stated = stated_of(base)
     _check_method(base, stated)
-    weights = coded_weights(Stored(base.tensors, base.config, stated))
+    weights = coded_weights(Stored(base.tensors, base.config, stated, _metadata(base)))
     parts = {part.key for weight in weights.values() for part in weight.parts}
     of_running: set[str] = set()
     if weights:
@@ -116,6 +122,11 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
     dtype = next(iter(stored.values())).torch
     checkpoint = replace(base, tensors=tensors, config=dequantised_config(base.config, str(dtype)))
     return DequantisedCheckpoint(checkpoint, stored, weights, tuple(sorted(auxiliary)))
+
+
+def _metadata(base: Checkpoint) -> dict[str, str]:
+    """Return the metadata of all files together."""
+    return {key: text for file in base.files for key, text in file.metadata.items()}
 
 
 def _to_store(dtype: DType) -> DType:
@@ -148,9 +159,10 @@ def in_16_bits(base: DequantisedCheckpoint) -> Checkpoint:
 def dequantised_metadata(base: DequantisedCheckpoint) -> dict[str, str] | None:
     """Return the metadata of files of dequantised weights; None if they keep their own."""
     files = base.checkpoint.files
-    if not base.weights or all(unmarked(f.metadata, base.weights) == f.metadata for f in files):
+    weights = base.weights
+    if not weights or all(without_marks(f.metadata, weights) == f.metadata for f in files):
         return None
-    return unmarked(files[0].metadata, base.weights)
+    return without_marks(files[0].metadata, weights)
 
 
 def dequantised_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

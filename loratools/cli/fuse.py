@@ -19,6 +19,8 @@ from loratools.operations.fuse.options import FuseOptions
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping
 
+_MATTERS = 0.01  # of ‖ΔW‖, from which on the rounding of the base shows
+
 
 @named_command("fuse")
 @shared.base_argument
@@ -122,8 +124,11 @@ def _show_fused(result: FuseResult, *, verbose: bool) -> None:
     change = result.relative_change
     say(f"‖ΔW‖/‖W‖: {'W is zero' if change is None else number(change)}")
     say(f"lost to rounding: {percent(result.lost_to_rounding)} of ΔW")
+    if result.base_rounding is not None and result.base_rounding >= _MATTERS:
+        say(f"the base's own rounding: ‖W − dq(q(W))‖ = {number(result.base_rounding)} ‖ΔW‖")
     if result.surviving is not None:
-        say(f"survives quantising: {percent(result.surviving)} of ΔW")
+        share, error = percent(result.surviving), percent(result.quantising_error or 0.0)
+        say(f"survives quantising: {share} of ΔW, with an error of {error}")
     converted = f", {result.converted} converted" if result.converted else ""
     say(
         f"size: {human_bytes(result.bytes_out)} in {quantity(len(result.files), 'file')}; "

@@ -91,6 +91,9 @@ class FuseResult(Reported):
         bytes_out: size of the weight files.
         files: their names.
         surviving: share of ΔW that survives quantising again; None if nothing is quantised.
+        quantising_error: ‖W' − (W + ΔW)‖/‖ΔW‖ of what is quantised again; above 1 it is noise,
+            whatever share survives; None if nothing is quantised.
+        base_rounding: ‖W − dq(q(W))‖/‖ΔW‖, how far `trained_on` moved the base first; None without.
         copied: number of tensors copied byte for byte.
         converted: number of tensors that no adapter changes, stored in another type than before.
         left_out: files of the base that were not carried over.
@@ -105,6 +108,8 @@ class FuseResult(Reported):
     bytes_out: int
     files: tuple[str, ...]
     surviving: float | None
+    quantising_error: float | None
+    base_rounding: float | None
     copied: int
     converted: int
     left_out: tuple[str, ...]
@@ -245,7 +250,7 @@ _WORDS = {"max_shard_bytes": "max_shard_size"}
 
 
 def _of_gguf(options: FuseOptions, quantised: GgufFuseOptions) -> GgufFuseOptions:
-    for name in ("max_shard_bytes", "base_mode", "requantize"):
+    for name in ("max_shard_bytes", "base_mode", "requantize", "changed_bits", "trained_on"):
         if getattr(options, name):
             raise OptionError(f"`{_WORDS.get(name, name)}` has no meaning for a GGUF model")
     given: Any = options.dtype or "keep"
@@ -293,6 +298,8 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused, planned: tuple[Finding, 
         bytes_out=done.nbytes,
         files=done.shards,
         surviving=done.surviving,
+        quantising_error=done.quantising_error,
+        base_rounding=done.base_rounding,
         copied=done.copied,
         converted=done.converted,
         left_out=done.left_out,
@@ -305,7 +312,7 @@ def _result(inputs: tuple[FuseInput, ...], done: Fused, planned: tuple[Finding, 
                 **{
                     one.name: getattr(report, one.name)
                     for one in fields(report)[1:]
-                    if one.name != "rounded"
+                    if one.name not in ("rounded", "base_rounding")
                 },
             )
             for report in done.tensors

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from loratools.algebra.device import Device
+from loratools.base.codecs import CodedWeight
 from loratools.base.dequantised import DequantisedCheckpoint, dequantised
 from loratools.operations.fuse.blocks import fused_blocks, single_precision
 from loratools.operations.fuse.draft import FuseInput
@@ -167,7 +168,7 @@ def _judged(plan: TensorPlan, new: DequantisedCheckpoint) -> TensorVerdict:
         reason = "differs from the base" if not plan.is_touched else "differs from the adapter's"
         return TensorVerdict(plan.key, "not contained", plan.is_touched, reason=reason)
     comparison = _compared(plan, there, exactly=exactly)
-    return _verdict(plan, comparison, four_bit=plan.key in new.four_bit)
+    return _verdict(plan, comparison, new.weights.get(plan.key))
 
 
 def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
@@ -250,7 +251,7 @@ def _tolerance(dtype: DType, wanted: Array, change: Array) -> Array:
     return tolerance
 
 
-def _verdict(plan: TensorPlan, c: _Comparison, *, four_bit: bool) -> TensorVerdict:
+def _verdict(plan: TensorPlan, c: _Comparison, coded: CodedWeight | None) -> TensorVerdict:
     is_measured = c.delta > 0 and math.isfinite(c.off)
     found = c.along / c.delta if is_measured else None
     error = math.sqrt(c.off / c.delta) if is_measured else None
@@ -272,8 +273,9 @@ def _verdict(plan: TensorPlan, c: _Comparison, *, four_bit: bool) -> TensorVerdi
         return result("exact")
     if not math.isfinite(c.off):
         return result("not contained", "holds NaN or infinite values")
-    if four_bit and plan.is_touched:
-        return result("not checked", "stored in four bits, whose steps are larger than rounding")
+    if coded is not None and plan.is_touched:
+        bits = "four" if coded.scheme.bits == 4 else coded.scheme.bits
+        return result("not checked", f"stored in {bits} bits, whose steps are larger than rounding")
     if c.is_near and c.base_is_near and c.delta:
         return result("not checked", "the change is below the rounding of its type")
     if c.is_near:

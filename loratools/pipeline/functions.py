@@ -12,6 +12,8 @@ from loratools_formats.disk.errors import AdapterError
 
 Function = Callable[..., Any]
 
+_NOT_AGAIN = ("fleet_index",)
+"""Functions whose outputs name paths, so that another folder gives other bytes."""
 _OTHERS = ("check", "push")
 """Functions of a recipe that make no file on this machine, or make one on another."""
 
@@ -22,7 +24,7 @@ def writing_functions() -> dict[str, tuple[Function, Declaration]]:
     return {
         name: (function, declaration)
         for name, (function, declaration) in _declared().items()
-        if declaration.writes and declaration.inputs and name not in _OTHERS
+        if declaration.writes and declaration.inputs and name not in (*_OTHERS, *_NOT_AGAIN)
     }
 
 

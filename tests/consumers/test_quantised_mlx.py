@@ -13,6 +13,8 @@ from loratools_formats.checkpoints.checkpoint import read_checkpoint
 pytestmark = [pytest.mark.filterwarnings(line) for line in oracle.WARNINGS]
 mx = pytest.importorskip("mlx.core")
 
+WEIGHT = 0.04  # with which ΔW is as large as W
+
 MODES = {
     "affine-2": (2, 32, "affine"), "affine-3": (3, 64, "affine"), "affine-4": (4, 64, "affine"),
     "affine-5": (5, 32, "affine"), "affine-6": (6, 64, "affine"), "affine-8": (8, 128, "affine"),
@@ -142,6 +144,61 @@ def test_what_no_adapter_changes_stays_quantised(base, adapter, tmp_path):
     apart = float(np.abs(one - other).max() / np.abs(other).max())
     # Run in float32, MLX does not round affine weights to BF16, as it does when dequantising.
     assert apart < (0.2 if is_affine(base) else 1e-4)
+
+
+def test_written_back_as_mlx_quantises(base, adapter, tmp_path):
+    """The format stays, mlx-lm loads it, and what MLX dequantises is what the report says."""
+    result = fuse(base, {adapter: WEIGHT}, requantize=True, allow_lossy=True, output=tmp_path / "f")
+    before, after = load_file_bytes(base), load_file_bytes(tmp_path / "f")
+    changes = oracle_changes(adapter)
+    assert set(before) == set(after)
+    assert {key.rpartition(".")[0] for key in before if before[key] != after[key]} == set(changes)
+    assert (tmp_path / "f" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    old, new = values_by_mlx(base), values_by_mlx(tmp_path / "f")
+    along = squared = off = 0.0
+    for module, delta in changes.items():
+        change = WEIGHT * delta
+        moved = new[f"{module}.weight"].astype(np.float64) - old[f"{module}.weight"]
+        along += np.vdot(moved, change)
+        squared += np.vdot(change, change)
+        off += np.square(moved - change).sum()
+    assert result.surviving == pytest.approx(along / squared, rel=1e-4)
+    assert result.quantising_error == pytest.approx(np.sqrt(off / squared), rel=1e-4)
+    assert result.quantising_error < 1.2
+    assert np.isfinite(logits(tmp_path / "f")).all()
+
+
+def test_fresh_scales_are_those_of_mlx(model, base, tmp_path):
+    """Where no old scale is nearer, bytes are those of `mx.quantize` in float32."""
+    from loratools.base.codecs.mlx_encode import AffineEncoder
+    from loratools_formats.core.dtypes import DTYPES
+
+    stated = json.loads((base / "config.json").read_text())["quantization"]
+    if stated.get("mode", "affine") != "affine":
+        pytest.skip("has no encoder without old scales")
+    bits, group = stated["bits"], stated["group_size"]
+    weight = as_floats(model)["model.layers.0.self_attn.q_proj.weight"]
+    encoder = AffineEncoder("x.weight", weight.shape, DTYPES["F32"], bits, group)
+    want = mx.quantize(mx.array(weight), group, bits)
+    for (_, _, data), tensor in zip(encoder.encode(0, weight).pieces, want, strict=True):
+        assert data.tobytes() == np.array(tensor).tobytes()
+
+
+def test_changed_modules_in_eight_bits(base, adapter, tmp_path):
+    """mlx-lm loads the entries; the fused model is the plain one to eight bits' rounding."""
+    stated = json.loads((base / "config.json").read_text())["quantization"]
+    if stated["bits"] == 8:
+        pytest.skip("all is in eight bits")
+    result = fuse(base, {adapter: WEIGHT}, changed_bits=8, output=tmp_path / "eight")
+    fuse(base, {adapter: WEIGHT}, output=tmp_path / "mixed")
+    assert result.quantising_error < 0.1
+    section = json.loads((tmp_path / "eight" / "config.json").read_text())["quantization"]
+    entries = {k for k, v in section.items() if isinstance(v, dict)}
+    assert entries == set(oracle_changes(adapter))
+    one, other, base_ones = (logits(f) for f in (tmp_path / "eight", tmp_path / "mixed", base))
+    apart = np.abs(one - other).max() / np.abs(other).max()
+    moved = np.abs(base_ones - other).max() / np.abs(other).max()
+    assert apart < 0.1 < moved
 
 
 def is_affine(folder):

@@ -23,6 +23,7 @@ from loratools.face.compare import BasesResult, CompareResult
 from loratools.face.convert import ConvertResult, WriteResult
 from loratools.face.dequantize import DequantizeResult
 from loratools.face.extract import ExtractChoices, ExtractResult
+from loratools.face.fleet_index import FleetDedupResult, FleetIndexResult, FleetSimilarResult
 from loratools.face.fleet_share import FleetAddResult, FleetShareResult, FleetUnshareResult
 from loratools.face.fuse import FusePlan, FuseResult
 from loratools.face.info import InfoResult
@@ -54,6 +55,9 @@ RESULTS = {
     "dequantize": (DequantizeResult,),
     "extract": (ExtractResult, ExtractChoices),
     "fleet-add": (FleetAddResult,),
+    "fleet-dedup": (FleetDedupResult,),
+    "fleet-index": (FleetIndexResult,),
+    "fleet-similar": (FleetSimilarResult,),
     "fleet-share": (FleetShareResult,),
     "fleet-unshare": (FleetUnshareResult,),
     "formats": (FormatsResult,),

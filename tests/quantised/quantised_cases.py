@@ -9,7 +9,7 @@ from loratools_formats.core.tensors import TensorRef, in_memory
 E2M1 = (0.0, 0.5, 1, 1.5, 2, 3, 4, 6)
 
 
-def stored(tensors, stated=None, **config):
+def stored(tensors, stated=None, metadata=None, **config):
     """Return tensors as codecs see them; a tuple names the type of bytes that NumPy has not."""
     refs = {}
     for key, value in tensors.items():
@@ -19,12 +19,12 @@ def stored(tensors, stated=None, **config):
         else:
             data = np.ascontiguousarray(values).tobytes()
             refs[key] = TensorRef(key, DTYPES[code], values.shape, lambda data=data: data)
-    return Stored(refs, config, stated or {})
+    return Stored(refs, config, stated or {}, metadata or {})
 
 
-def only(tensors, stated=None, **config):
+def only(tensors, stated=None, metadata=None, **config):
     """Return the one quantised weight among tensors; every tensor belongs to it."""
-    found = coded_weights(stored(tensors, stated, **config))
+    found = coded_weights(stored(tensors, stated, metadata, **config))
     ((key, weight),) = found.items()
     assert {part.key for part in weight.parts} == set(tensors)
     assert key == weight.key

@@ -3,6 +3,8 @@
 `golden` holds what the formats' own libraries made; the definitions here reach what they do not.
 """
 
+import json
+
 import numpy as np
 import pytest
 from quantised_cases import (
@@ -336,3 +338,89 @@ def test_mlx_modes(bits, group, scale_of):
     values = e2m1(codes) if bits == 4 else codes.astype(np.uint8).view(F8).astype(np.float32)
     tensors = {"x.weight": to_words(codes, bits).view(np.uint32), "x.scales": scales}
     check(only(tensors), values * of_groups(s, width), "BF16")
+
+
+def planes(codes, bits):
+    """Pack rows in planes, the first of them in the highest bits, as HQQ does."""
+    each = 10 if bits == 3 else 8 // bits
+    step = -(-len(codes) // each)
+    padded = np.pad(codes, ((0, step * each - len(codes)), (0, 0)))
+    parts = padded.reshape(each, step, -1).astype(np.int32)
+    shifts = bits * (each - 1 - np.arange(each))[:, None, None]
+    packed = (parts << shifts).sum(0)
+    return packed.astype(np.int32 if bits == 3 else np.uint8)
+
+
+def text(letters):
+    return np.frombuffer(letters.encode(), np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+def test_hqq(bits, axis, dtype):
+    out, width, group = 48, 64, 32
+    groups = out * width // group
+    shape = (groups, group) if axis == 1 else (group, groups)
+    codes = RNG.integers(0, 1 << bits, shape)
+    grid = (groups, 1) if axis == 1 else (1, groups)
+    scale = random_scales(RNG, grid, dtype)
+    zero = RNG.uniform(0, 1 << bits, grid).astype(DTYPES[dtype].numpy_dtype())
+    packing = {3: "3bit_32", 5: "8bit_u8"}.get(bits, f"{bits}bit_u8")
+    tensors = {
+        "x.W_q": planes(codes, 8 if bits == 5 else bits), "x.scale": scale, "x.zero": zero,
+        "x.nbits": np.int32(bits).reshape(()), "x.group_size": np.int32(group).reshape(()),
+        "x.axis": np.int32(axis).reshape(()), "x.shape": np.array([out, width], np.int64),
+        "x.packing": text(packing), "x.quant_scale": np.uint8(0).reshape(()),
+        "x.compute_dtype": text("torch.bfloat" if dtype == "BF16" else "torch.float16"),
+    }  # fmt: skip
+    z, s = zero.astype(np.float32), scale.astype(np.float32)
+    want = (rounded(codes - z, dtype) * s).reshape(out, width)
+    weight = only(tensors, {"quant_method": "hqq"})
+    check(weight, want, dtype)
+    assert weight.encoder() is None
+    assert (weight.scheme.bits, weight.scheme.group) == (bits, group)
+
+
+def test_hqq_with_quantised_scales_is_refused():
+    tensors = {
+        "x.W_q": np.zeros((24, 32), np.uint8), "x.scale": np.ones((48, 1), np.float16),
+        "x.zero": np.ones((48, 1), np.float16), "x.nbits": np.int32(4).reshape(()),
+        "x.group_size": np.int32(32).reshape(()), "x.axis": np.int32(1).reshape(()),
+        "x.shape": np.array([24, 64], np.int64), "x.quant_scale": np.uint8(1).reshape(()),
+    }  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"HQQ.*quant_scale.*x.W_q"):
+        coded_weights(stored(tensors))
+    tensors["x.quant_scale"] = np.uint8(0).reshape(())
+    tensors["x.shape"] = np.array([24, 63], np.int64)
+    with pytest.raises(AdapterError, match=r"wrong shape.*x.shape"):
+        coded_weights(stored(tensors))
+
+
+def torchao_said(kind, **data):
+    said = {"_type": kind, "_data": {"dtype": {"_data": "float16"}, **data}}
+    return {"x.weight": json.dumps(said)}
+
+
+def test_torchao_integers_and_their_zeros():
+    codes = RNG.integers(-8, 8, (6, 64)).astype(np.int8)
+    scale = RNG.uniform(0.1, 1, (6, 2)).astype(np.float32)
+    zero = RNG.integers(-3, 3, (6, 2)).astype(np.int8)
+    tensors = {
+        "x._weight_qdata": codes, "x._weight_scale": scale, "x._weight_zero_point": zero,
+    }  # fmt: skip
+    said = torchao_said(
+        "IntxUnpackedToInt8Tensor", block_size=[1, 32], target_dtype={"_data": "int4"}
+    )
+    weight = only(tensors, metadata=said)
+    want = (codes.astype(np.float32) - of_groups(zero, 64)) * of_groups(scale, 64)
+    check(weight, want, "F16")
+    assert weight.scheme.bits == 4
+
+
+def test_other_tensors_of_torchao_are_refused_by_their_name():
+    tensors = {"x._weight_qdata": np.zeros((4, 8), np.int8)}
+    said = torchao_said("Int4Tensor", block_size=[1, 8])
+    with pytest.raises(UnsupportedError, match=r"torchao.*x.weight.*Int4Tensor"):
+        coded_weights(stored(tensors, metadata=said))
+    assert not coded_weights(stored(tensors))

@@ -59,6 +59,8 @@ CODES: Mapping[str, str] = {
     "widened": "weights in eight bits are stored in sixteen where they change",
     "vocabulary-resized": "the vocabulary has another size",
     "no-longer-quantised": "weights are stored in floating-point types now",
+    "trained-on-four-bits": "an adapter's files say that its base was in four bits",
+    "noisier-than-base": "quantising changed weights by more than the adapter does",
     "rescaled-inputs": "the base's weights expect scaled inputs, unlike the original model's",
     "type-fallback": "tensors cannot be stored in the GGUF type asked for",
     "parts-joined": "the parts of a split model become one file",

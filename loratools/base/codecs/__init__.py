@@ -1,13 +1,14 @@
 """Formats of quantised weights: one file each, all with one interface.
 
-A codec says which stored tensors make up one weight (`declare`), and a `CodedWeight` computes any
-range of its values. Nothing outside this package knows a format by name: `coded_weights` asks every
-codec, in an order in which each sees only what those before it left.
+A codec says which stored tensors make up one weight (`declare`), a `CodedWeight` computes any range
+of its values, and its `encoder` stores a range of new ones with the scales that are there. Nothing
+outside this package knows a format by name: `coded_weights` asks every codec, in an order in which
+each sees only what those before it left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from loratools.base.codecs import (
     awq,
@@ -15,16 +16,30 @@ from loratools.base.codecs import (
     compressed,
     eight_bit,
     gptq,
+    hqq,
     mlx,
     mxfp4,
     nvfp4,
+    torchao,
 )
-from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored
+from loratools.base.codecs.codec import Codec, CodedWeight, Encoder, Scheme, Stored
 
-__all__ = ["CODECS", "Codec", "CodedWeight", "Scheme", "Stored", "coded_weights", "methods"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "CodedWeight",
+    "Encoder",
+    "Scheme",
+    "Stored",
+    "coded_weights",
+    "methods",
+    "without_marks",
+]
 
 CODECS: tuple[Codec, ...] = (
     bitsandbytes.CODEC,
+    hqq.CODEC,
+    torchao.CODEC,
     mlx.CODEC,
     gptq.CODEC,
     awq.CODEC,
@@ -48,6 +63,14 @@ def coded_weights(stored: Stored) -> dict[str, CodedWeight]:
         found |= declared
         stored = stored.without(part.key for weight in declared.values() for part in weight.parts)
     return found
+
+
+def without_marks(metadata: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:
+    """Return a file's metadata without what it says of weights that are plain now."""
+    for codec in CODECS:
+        if codec.without_marks is not None:
+            metadata = codec.without_marks(metadata, weights)
+    return dict(metadata)
 
 
 def methods(codecs: Iterable[Codec] = CODECS) -> frozenset[str]:

@@ -19,17 +19,23 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import numbers, times_groups, unpacked
+from loratools.base.codecs.bits import numbers, packed, times_groups, unpacked
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
+    CodesOnly,
     Columns,
+    Encoded,
+    Encoder,
     Scheme,
     Stored,
     matrix_rows,
+    row_piece,
     sibling,
+    stripes,
     wrong_shape,
 )
+from loratools.base.codecs.levels import integer_codes, rounded
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 
@@ -41,6 +47,8 @@ _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each column of a word
 _FLOATING = ("F16", "BF16", "F32")
 _GROUPS = (32, 64, 128)
 _PAD = {128: 1, 64: 2, 32: 4}
+_TOP = 15
+_TOGETHER = 256  # outputs encoded together: half of them, in bytes, lie side by side
 
 
 class _Gemm(CodedWeight):
@@ -61,13 +69,29 @@ class _Gemm(CodedWeight):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32, to be rounded to the type of the scales."""
         values = self._ordered(self._codes, start, stop).astype(np.float32)
+        return _meant(values, *self._grid(start, stop))
+
+    def encoder(self) -> Encoder:
+        """Return what stores new codes with the old scales and zeros."""
+        return CodesOnly(self.parts[0], self.scheme, self._encoded, _TOGETHER)
+
+    def _encoded(self, start: int, values: Array) -> Encoded:
+        codes, meant = _nearest(values, *self._grid(start, start + len(values)))
+        words = np.zeros((len(codes) // 8, codes.shape[1]), np.uint32)
+        eights = codes.reshape(-1, 8, codes.shape[1])
+        for column, nibble in enumerate(_ORDER):
+            words |= eights[:, column].astype(np.uint32) << np.uint32(4 * nibble)
+        data = np.ascontiguousarray(words.T).view(np.uint8)
+        pieces = stripes(self.parts[0], self.shape[0] // 2, start // 2, data)
+        return Encoded(rounded(meant, self.dtype), pieces)
+
+    def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Return the scales and zeros of outputs: F32 (outputs, groups)."""
         zeros = self._ordered(self._zeros, start, stop).astype(np.float32)
         size = self.dtype.bits // 8
         stored = np.ascontiguousarray(self._scales.read(start * size, stop * size))
         scales = stored.view(self.dtype.numpy_dtype()).astype(np.float32).T
-        grouped = values.reshape(len(values), self._groups, -1)
-        grouped -= zeros[:, :, None]
-        return times_groups(values, np.ascontiguousarray(scales))
+        return np.ascontiguousarray(scales), zeros
 
     def _ordered(self, words: Columns, start: int, stop: int) -> Array:
         """Return the codes of outputs: (outputs, rows of words)."""
@@ -96,13 +120,37 @@ class _Gemv(CodedWeight):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32, to be rounded to the type of the scales."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
-        values = numbers(data, 4, self.shape[1])
+        return _meant(numbers(data, 4, self.shape[1]), *self._grid(start, stop))
+
+    def encoder(self) -> Encoder:
+        """Return what stores new codes with the old scales and zeros."""
+        return CodesOnly(self.parts[0], self.scheme, self._encoded)
+
+    def _encoded(self, start: int, values: Array) -> Encoded:
+        codes, meant = _nearest(values, *self._grid(start, start + len(values)))
+        pieces = [row_piece(self.parts[0], start, packed(codes, 4))]
+        return Encoded(rounded(meant, self.dtype), pieces)
+
+    def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Return the scales and zeros of outputs: F32 (outputs, groups)."""
         data = matrix_rows(self._zeros, start, stop).view(np.uint8)
         zeros = unpacked(data, 4, self._groups).astype(np.float32)
         scales = matrix_rows(self._scales, start, stop)[:, : self._groups].astype(np.float32)
-        grouped = values.reshape(len(values), self._groups, -1)
-        grouped -= zeros[:, :, None]
-        return times_groups(values, scales)
+        return scales, zeros
+
+
+def _meant(codes: Array, scales: Array, zeros: Array) -> Array:
+    """Return scale · (code − zero), in place of the codes."""
+    grouped = codes.reshape(len(codes), scales.shape[1], -1)
+    grouped -= zeros[:, :, None]
+    return times_groups(codes, scales)
+
+
+def _nearest(values: Array, scales: Array, zeros: Array) -> tuple[Array, Array]:
+    """Return the codes of rows, and what they mean: U8 and F32 (rows, width)."""
+    grouped = values.reshape(*scales.shape, -1)
+    codes = integer_codes(grouped, scales, zeros, _TOP).reshape(values.shape)
+    return codes, _meant(codes.astype(np.float32), scales, zeros)
 
 
 def _declare(stored: Stored) -> dict[str, CodedWeight]:

@@ -1,4 +1,4 @@
-"""Codes of a few bits, packed: out of bytes, into numbers.
+"""Codes of a few bits, packed: out of bytes into numbers, and back into bytes.
 
 Code i of a row has bits [i·b, i·b + b) of its bytes, the lowest bit of the first byte first. GPTQ,
 compressed-tensors and MLX store this stream in 32-bit words, and codes may straddle them.
@@ -45,18 +45,66 @@ def unpacked(data: Array, bits: int, count: int) -> Array:
     return out.reshape(len(data), -1)[:, :count]
 
 
+def packed(codes: Array, bits: int) -> Array:
+    """Return rows of codes as bytes, the inverse of `unpacked`.
+
+    Args:
+        codes: U8 (rows, count), each below 2^bits.
+        bits: of a code, 1 to 8.
+
+    Returns:
+        U8 (rows, ceil(count · bits / 8)); bits beyond the last code are zero.
+    """
+    if bits == 8:
+        return np.ascontiguousarray(codes)
+    rows, count = codes.shape
+    needed = -(-count * bits // 8)
+    whole = -(-count // 8) * 8
+    if whole > count:
+        codes = np.pad(codes, ((0, 0), (0, whole - count)))
+    if 8 % bits == 0:
+        each = 8 // bits
+        sets = codes.reshape(rows, -1, each)
+        out = sets[:, :, 0].copy()
+        for i in range(1, each):
+            out |= sets[:, :, i] << np.uint8(bits * i)
+        return np.ascontiguousarray(out[:, :needed])
+    eights = codes.reshape(rows, -1, 8)
+    data = np.zeros((rows, eights.shape[1], bits), np.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        data[:, :, byte] |= eights[:, :, i] << np.uint8(shift)
+        if shift + bits > 8:
+            data[:, :, byte + 1] |= eights[:, :, i] >> np.uint8(8 - shift)
+    return np.ascontiguousarray(data.reshape(rows, -1)[:, :needed])
+
+
 def _in_bytes(data: Array, bits: int, count: int) -> Array:
     """Return codes of which a byte holds a whole number."""
     needed = -(-count * bits // 8)
-    pieces = np.take(_pieces(bits), np.ascontiguousarray(data[:, :needed]), axis=0)
+    pieces = looked_up(_pieces(bits), data[:, :needed]).view(np.uint8)
     return pieces.reshape(len(data), -1)[:, :count]
 
 
 @cache
 def _pieces(bits: int) -> Array:
-    """Return the codes of each byte: U8 (256, 8 / bits)."""
+    """Return the codes of each byte, side by side in one number: (256,) of 8 / bits bytes."""
     byte = np.arange(256)[:, None]
-    return (byte >> (np.arange(8 // bits) * bits) & ((1 << bits) - 1)).astype(np.uint8)
+    codes = (byte >> (np.arange(8 // bits) * bits) & ((1 << bits) - 1)).astype(np.uint8)
+    return codes.view(f"u{8 // bits}").reshape(-1)
+
+
+def looked_up(table: Array, codes: Array) -> Array:
+    """Return what codes mean, of the shape of the codes.
+
+    Args:
+        table: as many numbers as there may be codes.
+        codes: unsigned integers.
+    """
+    out = np.empty(codes.shape, table.dtype)
+    # No code is beyond the table; that mode spares a copy, which takes longer than the rest.
+    np.take(table, codes, out=out, mode="clip")
+    return out
 
 
 def fours(data: Array, table: Array) -> Array:
@@ -71,8 +119,7 @@ def fours(data: Array, table: Array) -> Array:
     """
     codes = np.arange(256)
     pairs = np.stack([table[codes & 15], table[codes >> 4]], axis=1).view(np.uint64).reshape(-1)
-    values: Array = np.take(pairs, np.ascontiguousarray(data)).view(np.float32)
-    return values
+    return looked_up(pairs, data).view(np.float32)
 
 
 def numbers(data: Array, bits: int, count: int) -> Array:
@@ -88,8 +135,7 @@ _UNSIGNED = np.arange(16, dtype=np.float32)
 
 def powers(codes: Array) -> Array:
     """Return E8M0: 2^(code − 127) in float32, NaN for 255, as OCP's standard has it."""
-    values: Array = np.take(_powers(), codes)
-    return values
+    return looked_up(_powers(), codes)
 
 
 @cache

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
+from loratools_formats.checkpoints.shard_plan import Blank
 from loratools_formats.core.dtypes import Array, DType, converted, encode
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError
@@ -27,11 +28,13 @@ class Stored:
         tensors: those that no other codec has claimed.
         config: the model's configuration.
         stated: what the configuration, or a file beside it, says of quantisation; empty if nothing.
+        metadata: that of the files, together.
     """
 
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any]
     stated: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def without(self, keys: Iterable[str]) -> Stored:
         """Return the same but for some tensors."""
@@ -58,6 +61,12 @@ class Scheme:
     name: str
     bits: int
     group: int | None = None
+
+    @property
+    def short(self) -> str:
+        """Name and bits in a few letters, for tables."""
+        told = any(letter.isdigit() for letter in self.name)
+        return self.name if told else f"{self.name} {self.bits}"
 
     def __str__(self) -> str:
         group = "" if self.group is None else f", groups of {self.group}"
@@ -126,6 +135,25 @@ class CodedWeight(ABC):
         """
         return self.elements(start, stop).astype(np.float32)
 
+    def encoder(self) -> Encoder | None:
+        """Return what stores new values as this weight is stored; None if it is only read."""
+        return None
+
+    def encoder_in(self, bits: int) -> Encoder | None:
+        """Return what stores new values in so many bits; None if the format has no such entry."""
+        del bits
+        return None
+
+    def config_in(
+        self, config: Mapping[str, Any], modules: Collection[str], bits: int
+    ) -> Mapping[str, Any]:
+        """Return a configuration with which loaders take some modules as of so many bits.
+
+        Only called where `encoder_in` gives an encoder.
+        """
+        del modules, bits
+        return config
+
     def config_beside(
         self, config: Mapping[str, Any], modules: Collection[str]
     ) -> Mapping[str, Any] | None:
@@ -149,6 +177,104 @@ class CodedWeight(ABC):
         """
         dtype = dtype or self.dtype
         return in_file(self.key, dtype, self.shape, _Source(self, dtype), 0)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of a weight as they are to be stored.
+
+    Attributes:
+        values: F32 (rows, width), what loaders make of them.
+        pieces: stored bytes, each with its tensor's key and the place of its first byte there.
+    """
+
+    values: Array
+    pieces: Iterable[tuple[str, int, Array]]
+
+
+class Encoder(ABC):
+    """How new values of one weight are stored.
+
+    Attributes:
+        blanks: the tensors that are computed anew, the codes first; other parts stay as they are.
+        scheme: of what is stored.
+        step: rows that are encoded together.
+    """
+
+    step: int = 1
+
+    def __init__(self, blanks: Iterable[Blank], scheme: Scheme) -> None:
+        self.blanks = tuple(blanks)
+        self.scheme = scheme
+
+    @abstractmethod
+    def encode(self, start: int, values: Array) -> Encoded:
+        """Return rows from `start` on in the format.
+
+        Args:
+            start: number of the first row, a multiple of `step`.
+            values: F32 (rows, width), whole steps unless they are the last of a matrix.
+        """
+
+
+class CodesOnly(Encoder):
+    """New codes with the scales that are there: all other parts of the weight stay.
+
+    Args:
+        codes: the stored codes.
+        scheme: of the weight.
+        encode: does what `Encoder.encode` says.
+        step: rows that are encoded together.
+    """
+
+    def __init__(
+        self,
+        codes: TensorRef,
+        scheme: Scheme,
+        encode: Callable[[int, Array], Encoded],
+        step: int = 1,
+    ) -> None:
+        super().__init__((blank_like(codes),), scheme)
+        self._encode = encode
+        self.step = step
+
+    def encode(self, start: int, values: Array) -> Encoded:
+        """Return rows from `start` on in the format."""
+        return self._encode(start, values)
+
+
+def blank_like(tensor: TensorRef) -> Blank:
+    """Return a tensor to be filled, of the name, type and shape of a stored one."""
+    return Blank(tensor.key, tensor.dtype, tensor.shape)
+
+
+def row_piece(tensor: TensorRef | Blank, start: int, data: Array) -> tuple[str, int, Array]:
+    """Return bytes of rows from `start` on, which lie one behind the other.
+
+    Args:
+        tensor: the tensor.
+        start: number of the first row.
+        data: (rows, …) of any type; its bytes are those to be stored.
+    """
+    stored = np.ascontiguousarray(data).reshape(len(data), -1).view(np.uint8)
+    return tensor.key, start * stored.shape[1], stored
+
+
+def stripes(
+    tensor: TensorRef | Blank, width: int, at: int, data: Array, first: int = 0
+) -> Iterable[tuple[str, int, Array]]:
+    """Yield bytes of columns, which lie apart: one piece for each stored row.
+
+    Args:
+        tensor: the tensor.
+        width: bytes of a stored row.
+        at: byte of each row that the data begins at.
+        data: U8 (rows, bytes).
+        first: number of the first stored row.
+    """
+    data = np.ascontiguousarray(data)
+    for row, values in enumerate(data, first):
+        yield tensor.key, row * width + at, values
 
 
 class _Source:
@@ -175,11 +301,14 @@ class Codec:
         declare: returns the weights of a checkpoint that are in this format, by plain name. Raises
             AdapterError if tensors contradict each other, and UnsupportedError for a variant whose
             values are not known; leaves alone what is not its own.
+        without_marks: returns a file's metadata without what it says of weights that are plain now;
+            None if the format says nothing there.
     """
 
     name: str
     methods: tuple[str, ...]
     declare: Callable[[Stored], dict[str, CodedWeight]]
+    without_marks: Callable[[Mapping[str, str], Collection[str]], dict[str, str]] | None = None
 
 
 class Columns:

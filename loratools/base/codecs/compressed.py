@@ -17,17 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import unpacked
+from loratools.base.codecs.bits import packed, unpacked
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
+    Encoded,
+    Encoder,
     Scheme,
     Stored,
+    blank_like,
     matrix_rows,
+    row_piece,
     sibling,
     wrong_shape,
 )
-from loratools_formats.core.dtypes import Array, converted
+from loratools.base.codecs.levels import Attempt, as_they_were, integer_codes, nearer, rounded
+from loratools_formats.core.dtypes import Array, converted, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -59,6 +64,18 @@ class _Words:
             spread &= np.uint32((1 << self.bits) - 1)
             codes = spread.reshape(len(words), -1)[:, :count].astype(np.int16)
         return codes - np.int16(1 << (self.bits - 1))
+
+    def put(self, codes: Array, words: int) -> Array:
+        """Return codes from 0 on as bytes of words: U8 (rows, 4 · words), of U8 (rows, count)."""
+        if self._dense:
+            data = packed(codes, self.bits)
+            return np.pad(data, ((0, 0), (0, 4 * words - data.shape[1])))
+        each = 32 // self.bits
+        spread = np.pad(codes, ((0, 0), (0, words * each - codes.shape[1])))
+        shifts = np.arange(each, dtype=np.uint32) * np.uint32(self.bits)
+        parts = spread.reshape(len(codes), words, each).astype(np.uint32) << shifts
+        joined: Array = np.bitwise_or.reduce(parts, axis=2)
+        return joined.view(np.uint8)
 
     @staticmethod
     def number(count: int, bits: int, *, dense: bool) -> int:
@@ -100,18 +117,78 @@ class _Integers(CodedWeight):
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows, rounded to the type of the scales after the subtraction."""
-        width = self.shape[-1]
+        return self._meant(self._read_codes(start, stop), *self.numbers(start, stop))
+
+    def _read_codes(self, start: int, stop: int) -> Array:
+        """Return codes of rows, less 2^(bits − 1): F32 (rows, width)."""
         stored = matrix_rows(self._codes, start, stop)
-        values: Array = stored if self._words is None else self._words.read(stored, width)
-        values = values.astype(np.float32)
+        if self._words is not None:
+            stored = self._words.read(stored, self.shape[-1])
+        return stored.astype(np.float32)
+
+    def numbers(self, start: int, stop: int) -> tuple[Array, Array | None]:
+        """Return the stored scales of rows, and their zeros in float32 if any: (rows, groups)."""
         lines = np.arange(start, stop) // (self.shape[0] // self._grid[0])
         first = int(lines[0]) if len(lines) else 0
-        scales = self._read(self._scale, lines, first).astype(np.float32)
-        if self._zero is not None:
-            self._spread(values, -self._zeros(self._zero, lines, first).astype(np.float32), np.add)
+        scales = self._read(self._scale, lines, first)
+        if self._zero is None:
+            return scales, None
+        return scales, self._zeros(self._zero, lines, first).astype(np.float32)
+
+    def _meant(self, values: Array, scales: Array, zeros: Array | None) -> Array:
+        """Return (code − zero) · scale, the difference rounded, in place of the codes."""
+        if zeros is not None:
+            self._spread(values, -zeros, np.add)
             if self.dtype.bits == 16:
                 values = converted(values, self.dtype.numpy_dtype()).astype(np.float32)
-        return self._spread(values, scales, np.multiply)
+        return self._spread(values, scales.astype(np.float32), np.multiply)
+
+    def encoder(self) -> Encoder:
+        """Return what stores new codes, with the old scales or with new ones where that is nearer.
+
+        Zeros stay. New scales are only for groups of one row's neighbours.
+        """
+        return _IntegersEncoder(self)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether each scale is for neighbours in one row."""
+        return self._grid[0] == self.shape[0] and self._index is None
+
+    @property
+    def scale(self) -> TensorRef:
+        """The stored scales."""
+        return self._scale
+
+    def attempt(self, wanted: Array, scales: Array, zeros: Array | None) -> Attempt:
+        """Return the nearest codes, from 0 on, for scales as they are to be stored."""
+        rows, width = wanted.shape
+        half = 1 << (self.scheme.bits - 1)
+        groups = scales.shape[1]
+        each, by_column = wanted.reshape(rows, groups, -1), scales.astype(np.float32)
+        middle = np.zeros_like(by_column) if zeros is None else zeros
+        if self._index is not None and groups > 1:
+            order = self._index.load().astype(np.int64)
+            each, by_column, middle = wanted[:, :, None], by_column[:, order], middle[:, order]
+        codes = integer_codes(each, by_column, middle + np.float32(half), 2 * half - 1)
+        values = codes.reshape(rows, width).astype(np.float32) - np.float32(half)
+        values = rounded(self._meant(values, scales, zeros), self.dtype)
+        return Attempt(codes, values.reshape(codes.shape), (scales,))
+
+    def stored(self, start: int, stop: int, like: Attempt) -> Attempt:
+        """Return rows as they are stored, in the shape of an attempt."""
+        scales, zeros = self.numbers(start, stop)
+        codes = self._read_codes(start, stop)
+        half = np.float32(1 << (self.scheme.bits - 1))
+        from_zero = (codes + half).astype(np.uint8).reshape(like.codes.shape)
+        values = rounded(self._meant(codes, scales, zeros), self.dtype)
+        return Attempt(from_zero, values.reshape(like.values.shape), (scales,))
+
+    def bytes_of(self, codes: Array) -> Array:
+        """Return codes from 0 on, U8 (rows, width), as they are stored: U8 (rows, bytes)."""
+        if self._words is None:
+            return codes ^ np.uint8(1 << 7)
+        return self._words.put(codes, self._codes.shape[-1])
 
     def _read(self, tensor: TensorRef, lines: Array, first: int) -> Array:
         """Return the numbers of rows of a grid: (rows, groups)."""
@@ -144,6 +221,47 @@ class _Integers(CodedWeight):
         grouped = values.reshape(len(values), numbers.shape[1], -1)
         operation(grouped, numbers[:, :, None], out=grouped)
         return values
+
+
+class _IntegersEncoder(Encoder):
+    """New codes, and new scales where they are nearer.
+
+    Args:
+        weight: whose zeros and, where no others are nearer, scales are used.
+    """
+
+    def __init__(self, weight: _Integers) -> None:
+        scales = (blank_like(weight.scale),) if weight.has_groups else ()
+        super().__init__((blank_like(weight.parts[0]), *scales), weight.scheme)
+        self._weight = weight
+        self._half = 1 << (weight.scheme.bits - 1)
+
+    def encode(self, start: int, values: Array) -> Encoded:
+        """Return rows in the format."""
+        weight = self._weight
+        scales, zeros = weight.numbers(start, start + len(values))
+        chosen = weight.attempt(values, scales, zeros)
+        wanted = values.reshape(chosen.codes.shape)
+        kept = weight.stored(start, start + len(values), chosen)
+        chosen = as_they_were(wanted, kept, chosen)
+        if weight.has_groups:
+            fresh = weight.attempt(values, self._fresh(wanted, zeros), zeros)
+            chosen = nearer(wanted, chosen, fresh)
+        data = weight.bytes_of(chosen.codes.reshape(values.shape))
+        parts = (data, *chosen.numbers)[: len(self.blanks)]
+        pieces = [row_piece(b, start, part) for b, part in zip(self.blanks, parts, strict=True)]
+        return Encoded(chosen.values.reshape(values.shape), pieces)
+
+    def _fresh(self, wanted: Array, zeros: Array | None) -> Array:
+        """Return the smallest scales with which no value is beyond the last code."""
+        zero = np.float32(0) if zeros is None else zeros
+        above, below = self._half - 1 - zero, self._half + zero
+        high, low = wanted.max(2), -wanted.min(2)
+        scales = np.maximum(
+            np.where(above > 0, high / np.maximum(above, 1), 0),
+            np.where(below > 0, low / np.maximum(below, 1), 0),
+        )
+        return encode(np.maximum(scales, np.float32(0)), self._weight.dtype)
 
 
 def _declare(stored: Stored) -> dict[str, CodedWeight]:

@@ -8,9 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import powers
-from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored
-from loratools_formats.checkpoints.eight_bit_floats import METHODS, Fp8Weight, fp8_weights
+from loratools.base.codecs.bits import looked_up, powers
+from loratools.base.codecs.codec import (
+    Codec,
+    CodedWeight,
+    CodesOnly,
+    Encoded,
+    Encoder,
+    Scheme,
+    Stored,
+    matrix_rows,
+    row_piece,
+)
+from loratools.base.codecs.levels import float_codes
+from loratools_formats.checkpoints.eight_bit_floats import METHODS, Fp8Weight, fp8_weights, unmarked
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
@@ -40,38 +51,69 @@ class EightBitWeight(CodedWeight):
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32."""
-        width = self.shape[-1]
-        return self.elements(start * width, stop * width).reshape(stop - start, width)
+        codes = matrix_rows(self.weight.values, start, stop).view(np.uint8)
+        return self._meant(codes, *self._grid(start, stop))
 
-    def elements(self, start: int, stop: int) -> Array:
-        """Return elements [start, stop) of the flat weight in float32."""
-        weight = self.weight
-        codes: Array = np.take(
-            _table(weight.values.dtype.code),
-            np.frombuffer(weight.values.raw_range(start, stop), np.uint8),
+    def encoder(self) -> Encoder:
+        """Return what stores new codes with the old scales."""
+        return CodesOnly(self.weight.values, self.scheme, self._encoded)
+
+    def _encoded(self, start: int, values: Array) -> Encoded:
+        grid, columns = self._grid(start, start + len(values))
+        inputs = self._of_inputs()
+        wanted = values.copy() if inputs is None else values / inputs
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            _combine(np.divide, wanted, grid, columns)
+        codes = float_codes(wanted, self.weight.values.dtype.code)
+        stored = [row_piece(self.weight.values, start, codes)]
+        return Encoded(self._meant(codes, grid, columns), stored)
+
+    def _meant(self, codes: Array, grid: Array, columns: int) -> Array:
+        """Return code · scale, and times the scale of inputs if there is one."""
+        values = looked_up(_table(self.weight.values.dtype.code), codes)
+        _combine(np.multiply, values, grid, columns)
+        inputs = self._of_inputs()
+        return values if inputs is None else np.multiply(values, inputs, out=values)
+
+    def _grid(self, start: int, stop: int) -> tuple[Array, int]:
+        """Return the scales of rows, (rows or 1, groups), and how many columns share one."""
+        weight, width = self.weight, self.shape[-1]
+        out = self.shape[-2] if len(self.shape) > 1 else 1
+        if weight.scale.numel == 1:
+            return _numbers(weight.scale, 0, 1), width
+        rows, columns = weight.block or (out, width)
+        across = -(-width // columns)
+        lines = np.arange(start, stop)
+        lines = lines // out * -(-out // rows) + lines % out // rows
+        first, last = int(lines[0]), int(lines[-1]) + 1
+        numbers = _numbers(weight.scale, first * across, last * across)
+        spread: Array = numbers.reshape(-1, across)[lines - first]
+        return spread, columns
+
+    def _of_inputs(self) -> Array | None:
+        """Return the scale of inputs: F32 (in,) or (1,)."""
+        found = self.weight.of_inputs
+        return None if found is None else found.load(np.float32).reshape(-1)
+
+
+def _combine(operation: np.ufunc, values: Array, grid: Array, columns: int) -> None:
+    """Multiply or divide rows in place with scales, of which each is for some columns."""
+    grid = grid.reshape(-1, grid.shape[-1])
+    width = values.shape[1]
+    if grid.shape[1] == 1:
+        operation(values, grid, out=values)
+        return
+    whole = width // columns
+    grouped = values[:, : whole * columns].reshape(len(values), whole, columns)
+    if np.shares_memory(grouped, values):
+        operation(grouped, grid[:, :whole, None], out=grouped)
+    else:
+        values[:, : whole * columns] = operation(grouped, grid[:, :whole, None]).reshape(
+            len(values), -1
         )
-        *_, out, in_ = weight.values.shape if len(weight.values.shape) > 1 else (1, stop)
-        scale = _numbers(weight.scale).reshape(-1)
-        if weight.block is None:
-            one = scale[0] if len(scale) == 1 else scale[np.arange(start, stop) // (out * in_)]
-            codes *= one
-            return self._of_inputs(codes, start, in_)
-        rows, columns = weight.block
-        across = -(-in_ // columns)
-        first, last = start // in_, -(-stop // in_)
-        lines = np.arange(first, last)
-        grid = scale.reshape(-1, across)
-        of_line = lines // out * -(-out // rows) + lines % out // rows
-        spread = np.repeat(grid[of_line], columns, axis=1)[:, :in_].reshape(-1)
-        codes *= spread[start - first * in_ : stop - first * in_]
-        return self._of_inputs(codes, start, in_)
-
-    def _of_inputs(self, values: Array, start: int, width: int) -> Array:
-        """Multiply elements from `start`, of rows of `width`, with the scale of inputs."""
-        if self.weight.of_inputs is not None:
-            scale = np.broadcast_to(self.weight.of_inputs.load(np.float32).reshape(-1), width)
-            values *= scale[np.arange(start, start + len(values)) % width]
-        return values
+    if whole < grid.shape[1]:
+        rest = values[:, whole * columns :]
+        operation(rest, grid[:, whole:], out=rest)
 
 
 @cache
@@ -81,12 +123,10 @@ def _table(code: str) -> Array:
     return table.astype(np.float32)
 
 
-def _numbers(scale: TensorRef) -> Array:
-    """Return scales in float32; bytes are exponents of two, where 127 stands for one."""
-    if scale.dtype.code == "U8":
-        return powers(scale.load())
-    values: Array = scale.load(np.float32)
-    return values
+def _numbers(scale: TensorRef, start: int, stop: int) -> Array:
+    """Return some scales in float32; bytes are exponents of two, where 127 stands for one."""
+    stored = scale.elements(start, stop)
+    return powers(stored) if scale.dtype.code == "U8" else stored.astype(np.float32)
 
 
 def _declare(stored: Stored) -> dict[str, CodedWeight]:
@@ -107,4 +147,4 @@ def _is_of_others(stated: Mapping[str, Any]) -> bool:
     )
 
 
-CODEC = Codec("eight-bit floats", METHODS, _declare)
+CODEC = Codec("eight-bit floats", METHODS, _declare, unmarked)

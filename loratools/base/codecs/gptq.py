@@ -15,16 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import numbers, times_groups, unpacked
+from loratools.base.codecs.bits import numbers, packed, times_groups, unpacked
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
+    CodesOnly,
     Columns,
+    Encoded,
+    Encoder,
     Scheme,
     Stored,
     sibling,
+    stripes,
     wrong_shape,
 )
+from loratools.base.codecs.levels import integer_codes, rounded
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -61,22 +66,50 @@ class _Gptq(CodedWeight):
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32, to be rounded to the type of the scales."""
-        count, width = stop - start, self.shape[1]
         words = np.ascontiguousarray(self._codes.read(start * 4, stop * 4)).view(np.uint32)
         data = np.ascontiguousarray(words.T).view(np.uint8)
-        values = numbers(data, self._bits, width)
-        zeros = self._zeros_of(start, stop).astype(np.float32)
+        return self._meant(numbers(data, self._bits, self.shape[1]), *self._grid(start, stop))
+
+    def encoder(self) -> Encoder:
+        """Return what stores new codes with the old scales, zeros and order.
+
+        GPTQ's own codes make up for the errors of those before them, which needs data.
+        """
+        return CodesOnly(self.parts[0], self.scheme, self._encoded, _TOGETHER)
+
+    def _encoded(self, start: int, values: Array) -> Encoded:
+        scales, zeros = self._grid(start, start + len(values))
+        order, top = self._columns(), (1 << self._bits) - 1
+        if order is None:
+            grouped = values.reshape(len(values), self._groups, -1)
+            codes = integer_codes(grouped, scales, zeros, top)
+        else:
+            each = values[:, :, None]
+            codes = integer_codes(each, scales[:, order], zeros[:, order], top)
+        codes = codes.reshape(values.shape)
+        words = packed(codes, self._bits).view(np.uint32)
+        data = np.ascontiguousarray(words.T).view(np.uint8)
+        meant = rounded(self._meant(codes.astype(np.float32), scales, zeros), self.dtype)
+        return Encoded(meant, stripes(self.parts[0], self.shape[0] * 4, start * 4, data))
+
+    def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Return the scales and zeros of outputs: F32 (outputs, groups)."""
         itemsize = self.dtype.bits // 8
         stored = np.ascontiguousarray(self._scales.read(start * itemsize, stop * itemsize))
         scales = stored.view(self.dtype.numpy_dtype()).astype(np.float32).T
+        zeros = self._zeros_of(start, stop).astype(np.float32)
+        return np.ascontiguousarray(scales), zeros
+
+    def _meant(self, codes: Array, scales: Array, zeros: Array) -> Array:
+        """Return scale · (code − zero), in place of the codes."""
         order = self._columns()
         if order is None:
-            grouped = values.reshape(count, self._groups, -1)
+            grouped = codes.reshape(len(codes), self._groups, -1)
             grouped -= zeros[:, :, None]
-            return times_groups(values, np.ascontiguousarray(scales))
-        values -= zeros[:, order]
-        values *= scales[:, order]
-        return values
+            return times_groups(codes, scales)
+        codes -= zeros[:, order]
+        codes *= scales[:, order]
+        return codes
 
     def _zeros_of(self, start: int, stop: int) -> Array:
         """Return the zeros of outputs: (outputs, groups)."""
@@ -123,7 +156,9 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
         if codes.dtype.code != "I32" or len(codes.shape) != 2 or scales is None:
             continue
         if scales.shape[-1:] != codes.shape[-1:] or len(scales.shape) != 2:
-            continue  # AWQ's, whose words run along the outputs
+            continue  # AWQ's gemm, whose words run along the outputs
+        if scales.shape[0] == codes.shape[0]:
+            continue  # AWQ's gemv, both of which have a row for each output
         found[f"{module}.weight"] = _weight(stored, module, parts)
     return found
 

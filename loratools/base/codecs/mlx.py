@@ -13,21 +13,31 @@ Sources: `mlx.core.quantize` of mlx 0.32, `mlx.nn.QuantizedLinear`, mlx-lm's per
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import E2M1, fours, numbers, powers, times_groups
+from loratools.base.codecs.bits import E2M1, fours, numbers, times_groups, unpacked
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
+    Encoder,
     Scheme,
     Stored,
     matrix_rows,
     sibling,
     wrong_shape,
 )
-from loratools_formats.core.dtypes import DTYPES, Array, converted
+from loratools.base.codecs.levels import Attempt, rounded
+from loratools.base.codecs.mlx_encode import (
+    EIGHT,
+    MODES,
+    AffineEncoder,
+    FloatingEncoder,
+    affine,
+    floats,
+)
+from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -36,21 +46,6 @@ _GROUPS = (32, 64, 128)
 _KEYS = ("quantization", "quantization_config")
 _BIASES = ("biases", "qbiases")
 _FLOATING = ("F32", "F16", "BF16")
-
-
-class _Mode(NamedTuple):
-    """A mode without biases: bits of a code, group, and whether scales are powers of two."""
-
-    bits: int
-    group: int
-    powers: bool
-
-
-_MODES = {
-    "mxfp4": _Mode(4, 32, powers=True),
-    "mxfp8": _Mode(8, 32, powers=True),
-    "nvfp4": _Mode(4, 16, powers=False),
-}
 
 
 class _Mlx(CodedWeight):
@@ -66,8 +61,37 @@ class _Mlx(CodedWeight):
         sections = {k: config[k] for k in _KEYS if isinstance(config.get(k), Mapping)}
         if any(section.get("quant_method") for section in sections.values()):
             return None
-        plain = dict.fromkeys(sorted(modules), False)
-        return {**config, **{name: {**section, **plain} for name, section in sections.items()}}
+        return _with_entries(config, sections, dict.fromkeys(sorted(modules), False))
+
+    def encoder_in(self, bits: int) -> Encoder | None:
+        """Return an encoder of affine codes of eight bits, with scales of their own."""
+        group = self._group_in_eight()
+        if bits != EIGHT or group is None:
+            return None
+        return AffineEncoder(self.parts[0].key, self.shape, self.dtype, EIGHT, group)
+
+    def config_in(
+        self, config: Mapping[str, Any], modules: Collection[str], bits: int
+    ) -> Mapping[str, Any]:
+        """Return the configuration with an entry for each module, as mlx-lm has it."""
+        sections = {k: config[k] for k in _KEYS if isinstance(config.get(k), Mapping)}
+        entry: dict[str, Any] = {"group_size": self._group_in_eight(), "bits": bits}
+        if any(section.get("mode", "affine") != "affine" for section in sections.values()):
+            entry["mode"] = "affine"
+        return _with_entries(config, sections, dict.fromkeys(sorted(modules), entry))
+
+    def _group_in_eight(self) -> int | None:
+        """Return values that share a scale in eight bits: as many as now, if affine can."""
+        own = self.scheme.group
+        if own in _GROUPS:
+            return own
+        return _GROUPS[0] if self.shape[-1] % _GROUPS[0] == 0 else None
+
+
+def _with_entries(
+    config: Mapping[str, Any], sections: Mapping[str, Any], entries: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {**config, **{name: {**section, **entries} for name, section in sections.items()}}
 
 
 class _Affine(_Mlx):
@@ -92,13 +116,35 @@ class _Affine(_Mlx):
         """Return rows, rounded to the type of the scales after each operation."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
         values = numbers(data, self._bits, self._width)
-        times_groups(values, matrix_rows(self._scales, start, stop).astype(np.float32))
-        if self.dtype.bits == 16:
-            values = converted(values, self.dtype.numpy_dtype()).astype(np.float32)
-        biases = matrix_rows(self._biases, start, stop).astype(np.float32)
-        grouped = values.reshape(len(values), biases.shape[1], -1)
-        grouped += biases[:, :, None]
-        return values
+        scales, biases = self._grid(start, stop)
+        return affine(values, scales, biases, self.dtype)
+
+    def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Return the scales and biases of rows, each (rows, groups) as stored."""
+        return matrix_rows(self._scales, start, stop), matrix_rows(self._biases, start, stop)
+
+    def _attempt(self, start: int, stop: int) -> Attempt:
+        """Return rows as they are stored."""
+        data = matrix_rows(self._codes, start, stop).view(np.uint8)
+        codes = unpacked(data, self._bits, self._width)
+        grid = self._grid(start, stop)
+        shape = (*grid[0].shape, -1)
+        values = rounded(affine(codes.astype(np.float32), *grid, self.dtype), self.dtype)
+        return Attempt(codes.reshape(shape), values.reshape(shape), grid)
+
+    def encoder(self) -> Encoder:
+        """Return what stores new values with the old scales, or new ones where that is nearer."""
+        names = (self._scales.key, self._biases.key)
+        group = self.shape[-1] // self._scales.shape[-1]
+        return AffineEncoder(
+            self._codes.key,
+            self.shape,
+            self.dtype,
+            self._bits,
+            group,
+            names=names,
+            old=self._attempt,
+        )
 
 
 class _Floating(_Mlx):
@@ -112,7 +158,7 @@ class _Floating(_Mlx):
         scales: TensorRef,
         of_all: TensorRef | None,
     ) -> None:
-        self._mode = _MODES[mode]
+        self._mode = MODES[mode]
         *stack, words = codes.shape
         self._codes, self._scales = codes, scales
         self._of_all = of_all
@@ -127,16 +173,13 @@ class _Floating(_Mlx):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32, to be rounded to BF16."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
-        if self._mode.bits == 4:
-            values = fours(data, E2M1)
-        else:
-            values = data.view(DTYPES["F8_E4M3"].numpy_dtype()).astype(np.float32)
-        scales = matrix_rows(self._scales, start, stop)
-        if self._mode.powers:
-            scales = powers(scales)
-        else:
-            scales = scales.view(DTYPES["F8_E4M3"].numpy_dtype()).astype(np.float32)
-        return times_groups(values, scales)
+        codes = data if self._mode.bits == EIGHT else None
+        values = fours(data, E2M1) if codes is None else floats(codes)
+        return times_groups(values, self._mode.scales(matrix_rows(self._scales, start, stop)))
+
+    def encoder(self) -> Encoder:
+        """Return what stores new values with the old scales, or new ones where that is nearer."""
+        return FloatingEncoder(self._codes, self._scales, self._mode, self.scheme)
 
 
 def _declare(stored: Stored) -> dict[str, CodedWeight]:
@@ -172,11 +215,11 @@ def _floating(stored: Stored, module: str, codes: TensorRef, scales: TensorRef) 
     groups = scales.shape[-1]
     fits = [
         name
-        for name, mode in _MODES.items()
+        for name, mode in MODES.items()
         if codes.shape[-1] * 32 == groups * mode.group * mode.bits
     ]
     if len(fits) != 1:
-        raise wrong_shape(scales, f"a mode of MLX: {', '.join(_MODES)}")
+        raise wrong_shape(scales, f"a mode of MLX: {', '.join(MODES)}")
     of_all = stored.tensors.get(f"{module}.global_scale")
     if of_all is not None:
         raise UnsupportedError("a scale over a whole weight of MLX is not known", tensor=of_all.key)

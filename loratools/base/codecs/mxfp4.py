@@ -14,17 +14,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.base.codecs.bits import E2M1, fours, powers, times_groups
+from loratools.base.codecs.bits import E2M1, fours, packed, powers, times_groups
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
+    CodesOnly,
     Columns,
+    Encoded,
+    Encoder,
     Scheme,
     Stored,
     matrix_rows,
+    row_piece,
     sibling,
+    stripes,
     wrong_shape,
 )
+from loratools.base.codecs.levels import float_codes, rounded
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
@@ -33,6 +39,7 @@ _GROUP = 32
 _BYTES = _GROUP // 2
 _EXPONENTS = ("U8", "F8_E8M0")
 _BLOCKS, _SCALES = "_blocks", "_scales"
+_TOGETHER = 8 * _GROUP  # inputs of experts that are encoded together
 
 
 class _Experts(CodedWeight):
@@ -60,6 +67,22 @@ class _Experts(CodedWeight):
             at += last - first
         return np.concatenate(blocks) if blocks else np.empty((0, out), np.float32)
 
+    def encoder(self) -> Encoder:
+        """Return what stores new codes with the old scales."""
+        return CodesOnly(self.parts[0], self.scheme, self._encoded, _TOGETHER)
+
+    def _encoded(self, start: int, values: Array) -> Encoded:
+        """Encode inputs of one expert, which are columns of what is stored."""
+        _, height, out = self.shape
+        expert, first = divmod(start, height)
+        low, high = first // _GROUP, (first + len(values)) // _GROUP
+        scales = powers(self._scales.read(low, high, expert))
+        codes, meant = _nearest(np.ascontiguousarray(values.T), scales)
+        width = height // 2
+        at = low * _BYTES
+        pieces = stripes(self.parts[0], width, at, packed(codes, 4), expert * out)
+        return Encoded(rounded(meant.T, self.dtype), pieces)
+
 
 class _Pairs(CodedWeight):
     """Codes along the inputs, as every other maker stores them."""
@@ -75,6 +98,24 @@ class _Pairs(CodedWeight):
         """Return rows in float32."""
         values = fours(matrix_rows(self._codes, start, stop).view(np.uint8), E2M1)
         return times_groups(values, powers(matrix_rows(self._scales, start, stop).view(np.uint8)))
+
+    def encoder(self) -> Encoder:
+        """Return what stores new codes with the old scales."""
+        return CodesOnly(self._codes, self.scheme, self._encoded)
+
+    def _encoded(self, start: int, values: Array) -> Encoded:
+        stored = matrix_rows(self._scales, start, start + len(values)).view(np.uint8)
+        codes, meant = _nearest(values, powers(stored))
+        pieces = [row_piece(self._codes, start, packed(codes, 4))]
+        return Encoded(rounded(meant, self.dtype), pieces)
+
+
+def _nearest(values: Array, scales: Array) -> tuple[Array, Array]:
+    """Return the codes of rows, and what they mean: U8 and F32 (rows, width)."""
+    grouped = values.reshape(*scales.shape, _GROUP)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        codes = float_codes(grouped / scales[:, :, None], "F4_E2M1").reshape(values.shape)
+    return codes, times_groups(E2M1[codes], scales)
 
 
 def _declare(stored: Stored) -> dict[str, CodedWeight]:

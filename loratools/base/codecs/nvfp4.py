@@ -13,16 +13,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.base.codecs.bits import E2M1, fours, times_groups
+from loratools.base.codecs.bits import E2M1, fours, packed, times_groups
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
+    CodesOnly,
+    Encoded,
+    Encoder,
     Scheme,
     Stored,
     matrix_rows,
+    row_piece,
     sibling,
     wrong_shape,
 )
+from loratools.base.codecs.levels import float_codes, rounded
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -54,13 +59,28 @@ class _Nvfp4(CodedWeight):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows in float32, to be rounded to 16 bits."""
         values = fours(matrix_rows(self._codes, start, stop), E2M1)
+        return times_groups(values, self._grid(start, stop))
+
+    def encoder(self) -> Encoder:
+        """Return what stores new codes with both old scales."""
+        return CodesOnly(self._codes, self.scheme, self._encoded)
+
+    def _encoded(self, start: int, values: Array) -> Encoded:
+        scales = self._grid(start, start + len(values))
+        grouped = values.reshape(*scales.shape, _GROUP)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            codes = float_codes(grouped / scales[:, :, None], "F4_E2M1").reshape(values.shape)
+        meant = rounded(times_groups(E2M1[codes], scales), self.dtype)
+        return Encoded(meant, [row_piece(self._codes, start, packed(codes, 4))])
+
+    def _grid(self, start: int, stop: int) -> Array:
+        """Return the scales of rows with the number over all in them: F32 (rows, groups)."""
         scales: Array = matrix_rows(self._scales, start, stop).astype(np.float32)
         numbers: Array = self._of_all.load(np.float32).reshape(-1)
         if len(numbers) > 1:
             height = self.shape[-2]
             numbers = numbers[np.arange(start, stop) // height][:, None]
-        scales = scales / numbers if self._divides else scales * numbers
-        return times_groups(values, scales)
+        return scales / numbers if self._divides else scales * numbers
 
 
 def _declare(stored: Stored) -> dict[str, CodedWeight]:

@@ -28,7 +28,7 @@ def in_one_naming(
     found: list[Finding] = []
     for adapter in adapters:
         try:
-            named.append(_in_model_names(adapter, base))
+            named.append(in_model_names(adapter, base))
         except LoratoolsError as error:
             named.append(adapter)
             message = f"{adapter.source} keeps its own names: {error.message}"
@@ -36,7 +36,12 @@ def in_one_naming(
     return named, found
 
 
-def _in_model_names(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+def in_model_names(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """Return an adapter whose modules are named as the base model names them.
+
+    Raises:
+        LoratoolsError: no way leads there.
+    """
     found = get_format(adapter.format)
     adapter = found.to_model(adapter, Context(base=None if base is None else base.path))
     if found.naming is not None:

@@ -90,6 +90,7 @@ def fused_blocks(
     *,
     single: bool,
     device: Device,
+    step: int = 1,
 ) -> Iterator[Block]:
     """Yield all of a tensor with its changes added, in order.
 
@@ -100,12 +101,14 @@ def fused_blocks(
         patches: rows to replace first.
         single: compute in float32.
         device: where products are computed.
+        step: number of which the rows of each block are a multiple, but for a matrix' last block.
 
     Raises:
         AdapterError: a DoRA's direction has a zero row.
     """
     dtype = np.float32 if single else np.float64
-    height = max(1, min(view.rows, _BLOCK_ELEMENTS // max(view.columns, 1)))
+    height = max(step, _BLOCK_ELEMENTS // max(view.columns, 1) // step * step)
+    height = max(1, min(view.rows, height))
     shape = (height, view.columns)
     base, total, product = (BUFFERS.array(n, shape, dtype) for n in ("base", "total", "product"))
     masks = BUFFERS.array("masks", (2, *shape), np.bool_)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratools.operations.fuse.tensor import TensorReport
+from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import UnsupportedError
 
 _SURVIVING = 0.5
@@ -71,3 +72,15 @@ def refuse_rounded(reports: Sequence[TensorReport], path: Path, *, allow_lossy: 
         hint="Choose a wider `dtype` such as f32, or pass `allow_lossy=True`",
         allow_lossy=allow_lossy,
     )
+
+
+def noise(reports: Sequence[TensorReport]) -> list[Finding]:
+    """Return a warning if quantised weights are further from W + ΔW than W is."""
+    error = lost_to_rounding([r for r in reports if r.surviving is not None])
+    if error <= 1:
+        return []
+    message = (
+        f"quantising adds an error of {100 * error:.0f} % of ΔW, so that the weights are no nearer "
+        "to the fused ones than the base's are; leave out `requantize` to store 16 bits"
+    )
+    return [Finding("noisier-than-base", "warning", None, message)]

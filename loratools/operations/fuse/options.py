@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loratools.algebra.device import Computing
+from loratools.operations.fuse.trained_on import four_bits
 from loratools.work.declared import option
 from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
@@ -27,7 +28,13 @@ class FuseOptions(Sharding, Computing):
             tensors, q8_0, q5_1, q5_0, q4_1 and q4_0 too. By default each keeps its own.
         base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
             on the 16-bit original.
-        requantize: store changed four-bit weights in four bits again.
+        requantize: store changed weights in the base's own format again, with the scales that
+            they have, or with new ones where the format allows and that is nearer.
+        changed_bits: store changed weights of a quantised base in this many bits of its format,
+            and leave the others as they are.
+        trained_on: for adapters trained on a base in four bits, as QLoRA does: nf4, fp4, nf4:double
+            or fp4:double. Linear weights of the plain base are rounded to these four bits and back
+            before anything is added.
         allow_lossy: write even if less than half of the change survives rounding.
     """
 
@@ -36,12 +43,27 @@ class FuseOptions(Sharding, Computing):
     )
     base_mode: BaseMode | None = option(None, heading="Computing")
     requantize: bool = option(False, heading="Computing")
+    changed_bits: int | None = option(None, heading="Computing", metavar="BITS")
+    trained_on: str | None = option(None, heading="Computing", metavar="FOUR-BITS")
     allow_lossy: bool = option(False, heading="Output")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.requantize and self.dtype is not None:
-            raise OptionError("`requantize` and `dtype` exclude each other")
+        given = {
+            "requantize": self.requantize,
+            "changed_bits": self.changed_bits is not None,
+            "dtype": self.dtype is not None,
+        }
+        asked = [f"`{name}`" for name, is_given in given.items() if is_given]
+        if len(asked) > 1:
+            raise OptionError(f"{' and '.join(asked)} exclude each other")
+        if self.trained_on is not None:
+            four_bits(self.trained_on)
+
+    @property
+    def keeps_format(self) -> bool:
+        """Whether changed weights stay in the base's format."""
+        return self.requantize or self.changed_bits is not None
 
     @property
     def code(self) -> str | None:

@@ -45,8 +45,22 @@ class FuseResult:
 
     @property
     def surviving(self) -> float | None:
-        """Share of ΔW that survives, over all weights in four bits; None if there are none."""
+        """Share of ΔW that survives, over all weights quantised again; None if there are none."""
         return surviving(self.tensors)
+
+    @property
+    def quantising_error(self) -> float | None:
+        """‖W' − (W + ΔW)‖/‖ΔW‖ over the weights that are quantised again; None of none."""
+        found = [t for t in self.tensors if t.surviving is not None]
+        return lost_to_rounding(found) if found else None
+
+    @property
+    def base_rounding(self) -> float | None:
+        """‖W − dq(q(W))‖/‖ΔW‖ over the weights that were rounded to four bits first."""
+        found = [t for t in self.tensors if t.base_rounding is not None]
+        delta = math.sqrt(sum(t.delta_norm**2 for t in found))
+        moved = math.sqrt(sum((t.base_rounding or 0.0) ** 2 for t in found))
+        return moved / delta if delta else None
 
     @property
     def lost(self) -> float:

@@ -36,6 +36,8 @@ class TensorReport:
             quantised again; None otherwise.
         rounded: that share where the result is rounded to a floating type; None for others, and for
             replacements.
+        base_rounding: ‖W − dq(q(W))‖ where ΔW is added to a base that was rounded to four bits
+            first; None otherwise.
     """
 
     key: str
@@ -46,6 +48,7 @@ class TensorReport:
     rounding_norm: float
     surviving: float | None = None
     rounded: float | None = None
+    base_rounding: float | None = None
 
     @property
     def relative_change(self) -> float | None:

@@ -1,0 +1,262 @@
+"""`fleet_index`, `fleet_similar`, `fleet_dedup`: many adapters by what they do to the base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+
+from loratools.algebra.sketch import standard_errors
+from loratools.face.declare import Progress, public
+from loratools.face.result import Result
+from loratools.face.source import WRITING, Source, destination, opened
+from loratools.hub.references import Wanted
+from loratools.operations.index.file import Index, read_index
+from loratools.operations.index.making import Failure, make_index
+from loratools.operations.index.searching import (
+    DedupOptions,
+    Duplicate,
+    Neighbour,
+    Originals,
+    SearchOptions,
+    duplicates,
+    neighbours,
+)
+from loratools.operations.index.sketching import Subject, rows
+from loratools.work.declared import option
+from loratools.work.parallel import Workers
+from loratools.work.requests import Reading, Writing
+from loratools_formats.disk.errors import LoratoolsError, OptionError
+
+Paths = Annotated[Sequence[str | os.PathLike[str]], Wanted("adapter")]
+"""Adapters by their paths."""
+
+_READING = ("from_", "ignore_key")
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """How to make an index.
+
+    Attributes:
+        update: take over what the output that exists knows of adapters whose content is the same.
+    """
+
+    update: bool = option(False, heading="Output")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FleetIndexResult(Result):
+    """An index of adapters.
+
+    Attributes:
+        adapters: number of rows.
+        added: how many of them were read for it.
+        kept: how many an earlier index had.
+        failed: adapters that could not be read, and why.
+        standard_error: of estimated cosines near 0, the median over the adapters.
+        bytes_out: size of the file.
+    """
+
+    operation: ClassVar[str] = "fleet-index"
+
+    adapters: int
+    added: int
+    kept: int
+    failed: tuple[Failure, ...]
+    standard_error: float
+    bytes_out: int
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FleetSimilarResult(Result):
+    """The nearest neighbours of an adapter.
+
+    Attributes:
+        source: the adapter.
+        index: where was looked.
+        adapters: number of adapters in the index.
+        neighbours: the nearest, the nearest first.
+        unverified: paths of neighbours that are gone, or not as the index knows them.
+    """
+
+    operation: ClassVar[str] = "fleet-similar"
+
+    source: str | None
+    index: str
+    adapters: int
+    neighbours: tuple[Neighbour, ...]
+    unverified: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FleetDedupResult(Result):
+    """Near-duplicates and kin among adapters.
+
+    Attributes:
+        index: where was looked.
+        adapters: number of adapters in the index.
+        pairs: near-duplicates.
+        groups: the same, joined.
+        same_a: groups whose A factors are the same bits, such as of training with A frozen.
+        same_start: groups joined by cosines of A, such as of training from one initialisation.
+        unverified: paths of adapters that are gone, or not as the index knows them.
+    """
+
+    operation: ClassVar[str] = "fleet-dedup"
+
+    index: str
+    adapters: int
+    pairs: tuple[Duplicate, ...]
+    groups: tuple[tuple[str, ...], ...]
+    same_a: tuple[tuple[str, ...], ...]
+    same_start: tuple[tuple[str, ...], ...]
+    unverified: tuple[str, ...]
+
+
+@public(reading=_READING, writing=WRITING)
+def fleet_index(
+    adapters: Paths,
+    *,
+    options: IndexOptions,
+    threads: Workers,
+    reading: Reading,
+    writing: Writing,
+    progress: Progress | None = None,
+) -> FleetIndexResult:
+    """Index adapters by sketches of their ΔW, from which cosines of any two are estimated.
+
+    >>> import loratools as lt
+    >>> found = lt.fleet_index(["examples/tiny-llama/lora", "examples/tiny-llama/rslora"])
+    >>> found.adapters, round(found.standard_error, 2)
+    (2, 0.03)
+
+    Args:
+        adapters: paths.
+        progress: called with (adapters done, adapters in all).
+
+    Raises:
+        OptionError: no adapters, or one given twice.
+        LoratoolsError: none of them can be read.
+        OutputExistsError: the output exists, and neither `overwrite` nor `update` is true.
+    """
+    if isinstance(adapters, str | os.PathLike):
+        raise OptionError("not a list of adapters", got=repr(adapters))
+    paths = [Path(path) for path in adapters]
+    earlier = None
+    output = writing.output
+    if options.update:
+        if output is None:
+            raise OptionError("`update` takes over an output, and none is given")
+        earlier = read_index(output) if output.exists() else None
+        writing = Writing(output=output, overwrite=True)
+    writing = destination(writing, None, paths)
+    made = make_index(
+        paths,
+        Path.cwd() if output is None else output.parent,
+        partial(opened, reading=reading),
+        earlier=earlier,
+        workers=threads.workers,
+        progress=progress,
+    )
+    if output is not None:
+        made.index.write(output, overwrite=writing.overwrite)
+    return FleetIndexResult(
+        adapters=len(made.index.entries),
+        added=made.added,
+        kept=made.kept,
+        failed=made.failed,
+        standard_error=_standard_error(made.index),
+        bytes_out=made.index.nbytes,
+    )
+
+
+@public(reading=_READING)
+def fleet_similar(
+    source: Source,
+    index: str | os.PathLike[str],
+    *,
+    options: SearchOptions,
+    threads: Workers,
+    reading: Reading,
+) -> FleetSimilarResult:
+    """Find the adapters of an index that are nearest to one.
+
+    >>> import tempfile
+    >>> import loratools as lt
+    >>> lora = "examples/tiny-llama/lora"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     index = f"{folder}/index.safetensors"
+    ...     made = lt.fleet_index([lora, "examples/tiny-llama/rslora"], output=index)
+    ...     nearest = lt.fleet_similar(lora, index).neighbours[0]
+    >>> nearest.path.endswith("lora"), round(nearest.cosine, 6)
+    (True, 1.0)
+
+    Args:
+        source: the adapter; it need not be in the index.
+        index: a file that `fleet_index` made.
+
+    Raises:
+        AdapterError: no sound index, or an adapter that changes nothing.
+        UnsupportedError: the adapter's change cannot be told.
+    """
+    found, adapter = read_index(index), opened(source, reading)
+    path = "" if adapter.source is None else str(adapter.source)
+    (row,) = rows([Subject.of(path, adapter)], threads.workers)
+    if isinstance(row, LoratoolsError):
+        raise row
+    originals = Originals(Path(index).parent, _read)
+    return FleetSimilarResult(
+        source=path or None,
+        index=os.fspath(index),
+        adapters=len(found.entries),
+        neighbours=neighbours(found, row, adapter, options, originals),
+        unverified=tuple(originals.missing),
+    )
+
+
+@public()
+def fleet_dedup(index: str | os.PathLike[str], *, options: DedupOptions) -> FleetDedupResult:
+    """Find near-duplicates among the adapters of an index, and groups of one start.
+
+    >>> import tempfile
+    >>> import loratools as lt
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     index = f"{folder}/index.safetensors"
+    ...     small = lt.squeeze("examples/tiny-llama/lora", rank=31, output=f"{folder}/small")
+    ...     made = lt.fleet_index(["examples/tiny-llama/lora", f"{folder}/small"], output=index)
+    ...     (pair,) = lt.fleet_dedup(index).pairs
+    >>> pair.cosine > 0.999
+    True
+
+    Args:
+        index: a file that `fleet_index` made.
+
+    Raises:
+        AdapterError: no sound index.
+    """
+    found = read_index(index)
+    originals = Originals(Path(index).parent, _read)
+    return FleetDedupResult.of(
+        duplicates(found, options, originals),
+        index=os.fspath(index),
+        adapters=len(found.entries),
+    )
+
+
+_read = partial(opened, reading=Reading())
+
+
+def _standard_error(index: Index) -> float:
+    """Return the median of the standard errors of neighbouring rows, which stand for all pairs."""
+    errors = [
+        standard_errors(index.shares[i : i + 1], index.shares[j : j + 1])[0, 0]
+        for i in range(len(index.entries))
+        for j in [(i + 1) % len(index.entries)]
+    ]
+    return float(np.median(errors))

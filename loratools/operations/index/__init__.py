@@ -1,0 +1,1 @@
+"""An index of many adapters: sketches of their changes, nearest neighbours, duplicates."""
