@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import consoles
 import pytest
 
@@ -44,15 +45,18 @@ def test_python_examples_run(clone, code, capsys):
 
 
 def test_options_that_documents_name_exist():
-    known = {option for name in cli.list_commands(None) for option in _options(name)}
+    known = _options(cli)
     others = {"rules.md", "README.md"}  # of the examples, whose scripts have options of their own
     ours = [path for path in consoles.DOCUMENTS if path.name not in others]
     named = {n for path in ours for n in re.findall(r"`(--[a-z-]+)[ `]", path.read_text())}
     assert named <= known | {"--help", "--max-lora-rank"}  # vLLM has the last
 
 
-def _options(name):
-    command = cli.get_command(None, name)
+def _options(command):
+    """Return the flags of a command, or of all that a group has."""
+    if isinstance(command, click.Group):
+        inner = (command.get_command(None, name) for name in command.list_commands(None))
+        return set().union(*map(_options, inner))
     return {
         option
         for parameter in command.params

@@ -9,6 +9,7 @@ is shortened.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -20,6 +21,7 @@ _SENTENCE = 3
 _LEAST_NAME = 24
 _LEAST_OTHER = 14
 _ENDS = 3
+_COMMAND = re.compile(r"(?<=[ :])`?loratools [a-z]+(-[a-z]+)? .*$")
 _LEAST_SENTENCE = 24
 
 
@@ -60,19 +62,23 @@ def shortened(text: str, width: int) -> str:
 
 
 def wrapped(text: str, indent: str = "") -> str:
-    """Return a line broken at words where the terminal ends; later lines begin with `indent`."""
+    """Return a line broken at words where the terminal ends; later lines begin with `indent`.
+
+    A command at its end stays whole on a line of its own, so that it can be pasted.
+    """
     width = terminal_width()
     if width is None or len(text) <= width:
         return text
-    return "\n".join(
-        textwrap.wrap(
-            text,
-            max(width, len(indent) + _LEAST_SENTENCE),
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+    command = _COMMAND.search(text)
+    prose = text if command is None else text[: command.start()].rstrip()
+    lines = textwrap.wrap(
+        prose,
+        max(width, len(indent) + _LEAST_SENTENCE),
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    return "\n".join(lines if command is None else [*lines, f"{indent}{command[0]}"])
 
 
 def table_lines(
