@@ -114,7 +114,7 @@ def test_a_reader_that_leaves_is_no_error(place, line):
 
 def test_pipes_get_whole_names(place):
     name = "model.layers.3.self_attn.q_proj.weight"
-    variables = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    variables = {**os.environ, "COLUMNS": "80", "LINES": "24"}  # as readline sets both
     done = subprocess.run(
         [sys.executable, "-m", "loratools", "fuse", "model", "lora", "--dry-run", "-v"],
         cwd=place, capture_output=True, text=True, env=variables,

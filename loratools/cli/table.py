@@ -26,13 +26,16 @@ _LEAST_SENTENCE = 24
 
 
 def terminal_width() -> int | None:
-    """Return the width to fit: COLUMNS if it is set, the terminal's, or None if there is none."""
-    given = os.environ.get("COLUMNS", "")
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
+    """Return the width to fit: COLUMNS if it is set, the terminal's, or None if there is none.
+
+    The readline library sets COLUMNS and LINES in every process that loads it, such as Python's
+    prompt, and children inherit them. Beside LINES, COLUMNS says nothing of a pipe.
+    """
     if sys.stdout is not None and sys.stdout.isatty():
         return shutil.get_terminal_size().columns
-    return None
+    given = os.environ.get("COLUMNS", "")
+    is_meant = given.isdecimal() and int(given) > 0 and "LINES" not in os.environ
+    return int(given) if is_meant else None
 
 
 def shortened(text: str, width: int) -> str:
