@@ -36,6 +36,7 @@ _HOMES = {
     "loratools.face.to_dora": ("to_dora",),
     "loratools.face.to_lora": ("to_lora", "to_lora_choices"),
     "loratools.face.verify": ("verify",),
+    "loratools.pipeline.fleet.run": ("fleet",),
     "loratools.pipeline.replay": ("replay",),
     "loratools.pipeline.run": ("run",),
     "loratools_formats.core.adapter": ("Adapter",),

@@ -25,6 +25,7 @@ from loratools.face.fleet_share import FleetShareResult as FleetShareResult
 from loratools.face.fleet_share import FleetUnshareResult as FleetUnshareResult
 from loratools.face.fuse import FusePlan as FusePlan
 from loratools.face.fuse import FuseResult as FuseResult
+from loratools.face.fuse_parts import FusePart as FusePart
 from loratools.face.info import InfoResult as InfoResult
 from loratools.face.info_base import BaseInfoResult as BaseInfoResult
 from loratools.face.lists import FormatsResult as FormatsResult
@@ -42,8 +43,10 @@ from loratools.face.to_lora import ToLoraChoices as ToLoraChoices
 from loratools.face.to_lora import ToLoraResult as ToLoraResult
 from loratools.face.verify import VerifyResult as VerifyResult
 from loratools.operations.merge.options import Override as Override
+from loratools.pipeline.fleet.run import FleetResult as FleetResult
 from loratools.pipeline.replay import ReplayResult as ReplayResult
 from loratools.pipeline.run import RunResult as RunResult
+from loratools.work.shard import Shard as Shard
 from loratools_formats.checkpoints.checkpoint import Checkpoint as Checkpoint
 from loratools_formats.core.adapter import Adapter as Adapter
 from loratools_formats.disk.errors import LoratoolsError as LoratoolsError
@@ -317,6 +320,8 @@ def fuse(
     keep: str | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
+    shard: None = None,
+    scheduler: str | None = None,
     output: str | os.PathLike[str],
     overwrite: bool = False,
     revision: str | None = None,
@@ -346,6 +351,39 @@ def fuse(
     keep: str | None = None,
     format: str | None = None,
     ignore_key: Sequence[str] = (),
+    shard: Shard | str,
+    scheduler: str | None = None,
+    output: str | os.PathLike[str],
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FuseResult | FusePart: ...
+@overload
+def fuse(
+    base: str | os.PathLike[str] | Checkpoint,
+    adapters: str
+    | os.PathLike[str]
+    | Adapter
+    | Mapping[str, float]
+    | Mapping[Path, float]
+    | Sequence[str | os.PathLike[str] | Adapter | tuple[str | os.PathLike[str] | Adapter, float]],
+    *,
+    workers: int | None = None,
+    device: Literal["cpu", "cuda", "mps"] = "cpu",
+    max_shard_size: int | str | None = None,
+    dtype: str | None = None,
+    base_mode: Literal["dequant", "original"] | None = None,
+    requantize: bool = False,
+    changed_bits: int | None = None,
+    trained_on: str | None = None,
+    allow_lossy: bool = False,
+    fallback: Literal["f16", "q8_0"] | None = None,
+    drop: str | None = None,
+    keep: str | None = None,
+    format: str | None = None,
+    ignore_key: Sequence[str] = (),
+    shard: Shard | str | None = None,
+    scheduler: str | None = None,
     output: None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -673,6 +711,21 @@ def verify(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult: ...
+def fleet(
+    verb: str,
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    shard: Shard | str | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    memory_limit: int | str | None = None,
+    fail_fast: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FleetResult: ...
 def replay(
     path: str | os.PathLike[str],
     *,

@@ -246,6 +246,9 @@ def test_the_library_names_parameters_and_not_flags():
     known = {
         word for name in COMMANDS for o in options(name) for word in (o.name, o.name.strip("_"))
     }
+    fleet = COMMANDS["fleet"]
+    commands = (fleet.get_command(None, name) for name in fleet.list_commands(None))
+    known |= {option.name for command in commands for option in command.params}
     for path, text in strings_of_libraries():
         if path.name in ("suggested.py", "path_kinds.py", "facts.py", "spelling.py"):
             continue  # rules and commands to paste, put together from pieces

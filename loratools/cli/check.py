@@ -12,13 +12,13 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
-from loratools.cli.many import adapters_in, is_adapter
 from loratools.cli.output import note, print_json, print_json_text, say
 from loratools.cli.progress import progress_bar
 from loratools.face.check import CheckResult, check
 from loratools.operations.check.baseline import baseline_text
 from loratools.operations.check.options import CheckOptions, FixOptions
 from loratools.operations.check.settings import Settings, settings_in
+from loratools.work.collection import adapters_in, is_adapter
 from loratools.work.declared import option
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting, Writing

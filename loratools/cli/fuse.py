@@ -14,8 +14,10 @@ from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
 from loratools.face.fuse import FusePlan, FuseResult, PlannedTensor, fuse
+from loratools.face.fuse_parts import FusePart
 from loratools.operations.fuse.gguf import GgufFuseOptions
 from loratools.operations.fuse.options import FuseOptions
+from loratools.operations.fuse.parts import Spreading
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping
 
@@ -30,6 +32,7 @@ _MATTERS = 0.01  # of ‖ΔW‖, from which on the rounding of the base shows
 @shared.takes(GgufFuseOptions, "fallback", into="quantised")
 @shared.takes(Dropping, into="dropping")
 @shared.reads("from_", "ignore_key")
+@shared.takes(Spreading, into="spreading")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports("json", "quiet", "verbose")
 def command(
@@ -40,6 +43,7 @@ def command(
     quantised: GgufFuseOptions,
     dropping: Dropping,
     reading: Reading,
+    spreading: Spreading,
     pages: Pages,
     reporting: Reporting,
 ) -> int:
@@ -67,6 +71,7 @@ def command(
             quantised=quantised,
             dropping=dropping,
             reading=reading,
+            spreading=spreading,
             writing=target,
             progress=progress,
         ),
@@ -78,8 +83,11 @@ def command(
     )
 
 
-def _show(result: FuseResult | FusePlan, *, verbose: bool) -> None:
-    if isinstance(result, FusePlan):
+def _show(result: FuseResult | FusePlan | FusePart, *, verbose: bool) -> None:
+    if isinstance(result, FusePart):
+        written, awaited = len(result.written), len(result.awaited)
+        say(f"part {result.shard}: {quantity(written, 'file')} written, {awaited} awaited")
+    elif isinstance(result, FusePlan):
         _show_plan(result, verbose=verbose)
     else:
         _show_fused(result, verbose=verbose)

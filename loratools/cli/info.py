@@ -12,13 +12,14 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.exits import EXIT_FOUND
-from loratools.cli.many import adapters_in, failed_with
+from loratools.cli.many import failed_with
 from loratools.cli.output import human_bytes, print_json_line, print_table, quantity, say
 from loratools.cli.perform import report
 from loratools.cli.table import wrapped
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
+from loratools.work.collection import adapters_in
 from loratools.work.requests import Reading, Reporting
 from loratools_formats.contract.path_kinds import is_base
 from loratools_formats.disk.errors import LoratoolsError, OptionError, printable

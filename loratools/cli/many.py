@@ -6,7 +6,6 @@ The command itself knows one adapter. A line here tells of each, and the last li
 from __future__ import annotations
 
 import functools
-import glob
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +21,10 @@ from loratools.cli.failure import failure
 from loratools.cli.output import note, number, print_json_line, quantity, say, sizes
 from loratools.cli.perform import collected
 from loratools.cli.progress import progress_bar
+from loratools.work.collection import adapters_in, outputs_below
 from loratools.work.declared import option
 from loratools.work.requests import Reporting, Writing
-from loratools_formats.contract.registry import find_format, get_format
-from loratools_formats.disk.errors import AdapterError, InexactError, LoratoolsError, OptionError
-
-_MOST_FOLDERS = 100_000
-_HALVES = ("adapter_config.json", "adapter_model.safetensors")
-_WEIGHTS = (".safetensors", ".gguf")
+from loratools_formats.disk.errors import InexactError, LoratoolsError, OptionError
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ def _outputs_of(
     assert several.out_dir is not None
     made = os.path.realpath(several.out_dir) + os.sep
     adapters = [path for path in adapters if not os.path.realpath(path).startswith(made)]
-    return _outputs(adapters, several.out_dir, getattr(given.get("options"), "to", None))
+    return outputs_below(several.out_dir, adapters, getattr(given.get("options"), "to", None))
 
 
 def _one(
@@ -187,71 +182,3 @@ def _tell(name: str, result: Any, failed_as: _Failure | None) -> None:
     if before and after is not None:
         parts.append(sizes(before, after))
     say(f"{name}  {'  '.join(parts) or 'done'}")
-
-
-def _outputs(adapters: Sequence[Path], folder: Path, target: str | None) -> dict[Path, Path]:
-    """Return where each result goes: under its name, or its path below what all share.
-
-    The format `target`, if results are converted to one, decides the suffix.
-    """
-    names = [Path(os.path.abspath(path)) for path in adapters]
-    leaves = [Path(path.name) for path in names]
-    if len(set(leaves)) < len(leaves):
-        common = os.path.commonpath([path.parent for path in names])
-        leaves = [path.relative_to(common) for path in names]
-    if target is not None:
-        to = get_format(target)
-        suffix = "" if to.is_folder else (*to.suffixes, _WEIGHTS[0])[0]
-        leaves = [leaf.with_name(_stem(leaf) + suffix) for leaf in leaves]
-    return {path: folder / leaf for path, leaf in zip(adapters, leaves, strict=True)}
-
-
-def _stem(leaf: Path) -> str:
-    return leaf.stem if leaf.suffix in _WEIGHTS else leaf.name
-
-
-def adapters_in(paths: Sequence[Path]) -> list[Path]:
-    """Return the adapters that paths mean, in order and each once.
-
-    A path with wildcards stands for what it matches, and a folder that is no adapter for all
-    adapters below it. Hidden folders and links to folders are not entered.
-
-    Raises:
-        AdapterError: wildcards match nothing.
-    """
-    found: dict[Path, None] = {}
-    for path in paths:
-        matches = [path]
-        if glob.has_magic(str(path)) and not path.exists():
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-            if not matches:
-                raise AdapterError("nothing matches", path=path)
-        for match in matches:
-            inner = [] if not match.is_dir() or is_adapter(match) else _below(match)
-            found |= dict.fromkeys(inner or [match])
-    return list(found)
-
-
-def _below(folder: Path) -> list[Path]:
-    found, pending, looked_at = [], [folder], 0
-    while pending and looked_at < _MOST_FOLDERS:
-        here = pending.pop()
-        for child in sorted(here.iterdir()):
-            looked_at += 1
-            is_folder = child.is_dir() and not child.is_symlink()
-            if (is_folder or child.suffix in _WEIGHTS) and is_adapter(child):
-                found.append(child)
-            elif is_folder and not child.name.startswith("."):
-                pending.append(child)
-    return sorted(found)
-
-
-def is_adapter(path: Path) -> bool:
-    """Return whether a format claims the path, or would if half of a PEFT folder were not lost."""
-    if any((path / name).is_file() for name in _HALVES):
-        return True
-    try:
-        find_format(path)
-    except LoratoolsError:
-        return False
-    return True

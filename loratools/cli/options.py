@@ -93,7 +93,8 @@ def takes(cls: type, *names: str, into: str, without: tuple[str, ...] = ()) -> D
     return decorate
 
 
-def _added(option: Option, without: tuple[str, ...]) -> Decorator:
+def option_of(option: Option, without: tuple[str, ...] = ()) -> DeclaredOption:
+    """Return the click option of a declared one, without some of its old flags."""
     flags = [option.name, option.flag, *(flag for flag in option.aliases if flag not in without)]
     flags += [] if option.short is None else [option.short]
     text = f"{option.help} Repeatable." if option.multiple else option.help
@@ -111,7 +112,11 @@ def _added(option: Option, without: tuple[str, ...]) -> Decorator:
         settings |= {"default": option.default, "show_default": True}
     FLAGS[option.keyword] = option.flag
     settings["shell_complete"] = _completer(option)
-    made = DeclaredOption(option, flags, **settings)
+    return DeclaredOption(option, flags, **settings)
+
+
+def _added(option: Option, without: tuple[str, ...]) -> Decorator:
+    made = option_of(option, without)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__dict__.setdefault("__click_params__", []).append(made)

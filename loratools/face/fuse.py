@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
+from loratools.face.fuse_parts import FusePart, spread
 from loratools.face.result import Reported
 from loratools.face.source import (
     WRITING,
@@ -25,6 +26,7 @@ from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools.operations.fuse.operation import Fusion
 from loratools.operations.fuse.options import FuseOptions
+from loratools.operations.fuse.parts import Parts, Spreading
 from loratools.operations.fuse.pipeline import PipelineFusion, is_pipeline
 from loratools.operations.fuse.result import FusePreview
 from loratools.operations.fuse.result import FuseResult as Fused
@@ -32,6 +34,7 @@ from loratools.work.json_object import hidden
 from loratools.work.provenance import DROPPED
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
+from loratools.work.shard import Shard
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.core.findings import Finding
@@ -181,13 +184,15 @@ def fuse(
     quantised: GgufFuseOptions,
     dropping: Dropping,
     reading: Reading,
+    spreading: Spreading,
     writing: Writing,
     progress: Progress | None = None,
-) -> FuseResult | FusePlan:
+) -> FuseResult | FusePlan | FusePart:
     """Fuse adapters into base weights, streamed: W' = W + Σ weight · ΔW, rounded once.
 
     With `output` the checkpoint is written and the result says what was done; without, the result
-    is a plan, which has a `write` of its own.
+    is a plan, which has a `write` of its own. With `shard` it tells which weight files were written
+    and which are awaited, unless they are complete.
 
     >>> import loratools as lt
     >>> plan = lt.fuse("examples/tiny-llama/model", {"examples/tiny-llama/lora": 0.5})
@@ -227,7 +232,28 @@ def fuse(
     plan = _plan(fusion.preview, fusion, progress, (*about, *dropped))
     if writing.output is None:
         return plan
-    return plan.write(writing.output, overwrite=writing.overwrite)
+    if not spreading.is_given:
+        return plan.write(writing.output, overwrite=writing.overwrite)
+    if not isinstance(fusion, Fusion) or not checkpoint.is_folder:
+        raise OptionError(
+            "the base has no weight files to spread", expected="a folder of a checkpoint"
+        )
+    parts = Parts(fusion, writing.output)
+    if spreading.scheduler is not None:
+        given = {
+            "base": base, "adapters": adapters, "options": options, "quantised": quantised,
+            "dropping": dropping, "reading": reading, "writing": writing,
+        }  # fmt: skip
+        found = spread(spreading.scheduler, given, len(fusion.new.shards), progress)
+        whole = [one for one in found if isinstance(one, FuseResult)]
+        if whole:
+            return whole[0]
+    part = spreading.shard or Shard()
+    written = parts.write(part, options.workers, progress)
+    done = None if parts.missing() else parts.finish(overwrite=writing.overwrite)
+    if done is not None:
+        return _result(fusion.inputs, done, plan.findings)
+    return FusePart(shard=str(part), written=tuple(written), awaited=tuple(parts.missing()))
 
 
 def fuse_inputs(

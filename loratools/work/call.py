@@ -21,7 +21,7 @@ from loratools.work.requests import Reporting, Writing
 
 Result = TypeVar("Result")
 
-_WITHOUT_EFFECT = frozenset({"workers"})
+_WITHOUT_EFFECT = frozenset({"workers", "cache", "shard", "scheduler"})
 _TABLE = ("names", ".toml")
 """The option that is a name or a file, and how a file is told from a name."""
 

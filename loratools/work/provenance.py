@@ -155,7 +155,7 @@ def _arguments(
         path = Path(os.path.abspath(_path_of(value)))
         found = sorted({file.role for file in files if _lies_in(file.path, path)})
         if not found:
-            unread.extend(more := list(_files_at(label, path)))
+            unread.extend(more := list(input_files(label, path)))
             found = [label] if more else []
         place = cached_place(path)
         named = {"reference": place.reference, "commit": place.commit} if place else {}
@@ -204,8 +204,12 @@ def _lies_in(file: Path, path: Path) -> bool:
     )
 
 
-def _files_at(role: str, path: Path) -> Iterator[InputFile]:
-    """Yield the files of a path that took part without being read as an adapter."""
+def input_files(role: str, path: Path) -> Iterator[InputFile]:
+    """Yield the files of a path that took part without being read as an adapter.
+
+    Raises:
+        LoratoolsError: one cannot be read.
+    """
     if path.is_file() and path.suffix != ".safetensors":
         yield InputFile(role, path, {"sha256": sha256_of(path)})
         return

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in peft_oracle.WARNINGS]
 
 SAMPLE = (
     "Qwen3MoeForCausalLM", "Gemma3ForConditionalGeneration", "RobertaForSequenceClassification",
-    "Qwen3VLMoeModel", "IdeficsModel", "ClvpDecoder",
+    "Qwen3VLMoeModel", "IdeficsModel", "ClvpDecoder", "GteModel",
 )  # fmt: skip
 LISTED = Path(__file__).parents[2] / "docs" / "classes.md"
 TOLERANCE = 1e-6

@@ -26,6 +26,7 @@ from loratools.face.extract import ExtractChoices, ExtractResult
 from loratools.face.fleet_index import FleetDedupResult, FleetIndexResult, FleetSimilarResult
 from loratools.face.fleet_share import FleetAddResult, FleetShareResult, FleetUnshareResult
 from loratools.face.fuse import FusePlan, FuseResult
+from loratools.face.fuse_parts import FusePart
 from loratools.face.info import InfoResult
 from loratools.face.info_base import BaseInfoResult
 from loratools.face.lists import FormatsResult, MethodsResult
@@ -41,6 +42,7 @@ from loratools.face.squeeze import SqueezeChoices, SqueezeResult
 from loratools.face.to_dora import ToDoraResult
 from loratools.face.to_lora import ToLoraChoices, ToLoraResult
 from loratools.face.verify import VerifyResult
+from loratools.pipeline.fleet.run import FleetResult
 from loratools.pipeline.replay import ReplayResult
 from loratools.pipeline.run import RunResult
 from loratools.pipeline.schema import json_schema
@@ -54,6 +56,7 @@ RESULTS = {
     "convert": (ConvertResult,),
     "dequantize": (DequantizeResult,),
     "extract": (ExtractResult, ExtractChoices),
+    "fleet": (FleetResult,),
     "fleet-add": (FleetAddResult,),
     "fleet-dedup": (FleetDedupResult,),
     "fleet-index": (FleetIndexResult,),
@@ -61,7 +64,7 @@ RESULTS = {
     "fleet-share": (FleetShareResult,),
     "fleet-unshare": (FleetUnshareResult,),
     "formats": (FormatsResult,),
-    "fuse": (FuseResult, FusePlan),
+    "fuse": (FuseResult, FusePlan, FusePart),
     "info": (InfoResult,),
     "info-base": (BaseInfoResult,),
     "merge": (MergeResult,),

@@ -58,12 +58,20 @@ def _function(name: str, function: typing.Any, imports: dict[str, set[str]]) -> 
     results = typing.get_args(result) if name == "fuse" else ()
     if not results:
         return _definition(name, signature, {}, _text(result, imports), imports)
-    written, planned = results
-    place = signature.parameters["output"].annotation
-    some = typing.Union[tuple(a for a in typing.get_args(place) if a is not type(None))]  # noqa: UP007
+    written, planned, part = results
+
+    def given(option: str) -> typing.Any:
+        hint = signature.parameters[option].annotation
+        return typing.Union[tuple(a for a in typing.get_args(hint) if a is not type(None))]  # noqa: UP007
+
+    cases = (
+        ({"output": given("output"), "shard": None}, written),
+        ({"output": given("output"), "shard": given("shard")}, written | part),
+        ({"output": None}, planned),
+    )
     return "\n".join(
-        "@overload\n" + _definition(name, signature, {"output": of}, _text(to, imports), imports)
-        for of, to in ((some, written), (None, planned))
+        "@overload\n" + _definition(name, signature, narrowed, _text(to, imports), imports)
+        for narrowed, to in cases
     )
 
 

@@ -192,6 +192,7 @@ def write_checkpoint(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
     accept: Callable[[], None] | None = None,
+    ready: Path | None = None,
 ) -> tuple[str, ...]:
     """Write a checkpoint so that it appears whole or not at all, with its provenance beside it.
 
@@ -204,6 +205,7 @@ def write_checkpoint(
         workers: threads.
         progress: called with (bytes done, bytes in all).
         accept: called when all weights are written; what it raises keeps the output from appearing.
+        ready: folder that holds the weight files already, on the same file system as the output.
 
     Returns:
         Names of the base's files that were left out.
@@ -223,7 +225,11 @@ def write_checkpoint(
         )
         return ()
     with publish_folder(output, overwrite=overwrite) as folder:
-        write_shards(folder, new.shards, workers=workers, progress=progress)
+        if ready is None:
+            write_shards(folder, new.shards, workers=workers, progress=progress)
+        else:
+            for shard in new.shards:
+                _link(ready / shard.name, folder / shard.name)
         if accept is not None:
             accept()
         for name, path in carried:
@@ -290,6 +296,16 @@ def _others(new: NewCheckpoint) -> tuple[list[tuple[str, Path]], list[str]]:
 
 def _refuse_unlisted(error: OSError) -> None:
     raise AdapterError(f"folder cannot be listed: {error.strerror}", path=error.filename) from error
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it where the file system has only one for each."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _copy(source: Path, target: Path) -> None:

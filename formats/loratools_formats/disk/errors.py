@@ -122,6 +122,10 @@ class HubError(LoratoolsError, OSError):
     """The Hub did not give or take what was asked for."""
 
 
+class ClusterError(LoratoolsError, OSError):
+    """Processes that should share the work cannot be reached or started."""
+
+
 class UnfitError(LoratoolsError, ValueError):
     """A check found what keeps an adapter from being published.
 

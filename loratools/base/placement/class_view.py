@@ -97,7 +97,7 @@ def _converted(
             pieces = _operated(operation, arguments.get("dim", 0), pieces, len(rule.targets))
     if pieces is None or len(pieces) != len(rule.targets) or any(len(p) > 1 for p in pieces):
         return {}
-    names = [_target_name(name, rule, index) for index in range(len(pieces))]
+    names = [rule.made(name, index) for index in range(len(pieces))]
     return {n: parts[0].tensor(n) for n, parts in zip(names, pieces, strict=True)}
 
 
@@ -145,11 +145,6 @@ def _operated(
         rows = only[0].shape[0] // targets
         return [[only[0].rows(i * rows, (i + 1) * rows)] for i in range(targets)]
     return None
-
-
-def _target_name(name: str, rule: Rule, index: int) -> str:
-    first, own = (t.replace("\\", "").lstrip("^") for t in (rule.targets[0], rule.targets[index]))
-    return name if index == 0 else name.replace(first, own, 1)
 
 
 @dataclass(frozen=True)

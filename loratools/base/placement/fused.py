@@ -26,11 +26,14 @@ class FusedPart(NamedTuple):
         module: path of the fused module or parameter.
         leaf: its name.
         place: which part, in the order of the fused one.
+        count: how many equal parts there are, if the base's class tells; 0 if the model's type
+            does.
     """
 
     module: str
     leaf: str
     place: int
+    count: int = 0
 
 
 def fusions(module: str) -> list[FusedPart]:
@@ -57,6 +60,8 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
         UnsupportedError: the order of outputs is not known for this model.
         AdapterError: the configuration does not fit the weight.
     """
+    if part.count:
+        return _joined((1,) * part.count, total, part)
     if part.leaf == HALVES or part.leaf == STACKED_GLU or part.leaf in rules.GLU:
         known = rules.HALVED_EXPERTS if part.leaf == STACKED_GLU else rules.GLU.get(part.leaf)
         if known is not None and not known.intersection(names.types_of(part.module)):

@@ -73,6 +73,20 @@ class Rule:
         target = re.sub(r"\\(\d)", captured, target)
         return before + rest.replace(match.group(0), target, 1), which
 
+    def made(self, name: str, index: int) -> str:
+        """Return the name of one of the tensors that the rule makes, by that of the first."""
+        first, own = (
+            target.replace("\\", "").lstrip("^")
+            for target in (self.targets[0], self.targets[index])
+        )
+        return name if index == 0 else name.replace(first, own, 1)
+
+    @property
+    def cuts(self) -> int:
+        """Into how many equal parts, one after the other, it cuts the outputs of one tensor."""
+        chunks = [name == "Chunk" and not given.get("dim", 0) for name, given in self.operations]
+        return len(self.targets) if chunks == [True] and len(self.sources) == 1 else 0
+
 
 @dataclass(frozen=True)
 class Named:

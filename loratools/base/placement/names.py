@@ -150,6 +150,34 @@ class Names:
         """Return the stored tensors that the class stacks to a parameter, by expert and part."""
         return self._merged.get(parameter, [])
 
+    def cut_from(self, name: str) -> tuple[str, int, int] | None:
+        """Return the stored tensor that the class cuts a tensor from; None if it does not.
+
+        Returns:
+            Its key, which of the parts the tensor is, and how many equal parts there are.
+        """
+        named = self.in_class(name)
+        return None if named is None else self._cuts.get(named.name)
+
+    def cut_to(self, name: str) -> list[str]:
+        """Return the tensors of the class that a name stood for before it was cut into them."""
+        named = self.in_class(name)
+        rule = None if named is None else named.rule
+        if named is None or rule is None:
+            return []
+        return [rule.made(named.name, index) for index in range(rule.cuts)]
+
+    @cached_property
+    def _cuts(self) -> dict[str, tuple[str, int, int]]:
+        if self._model is None:
+            return {}
+        return {
+            named.rule.made(named.name, index): (key, index, named.rule.cuts)
+            for key, named in names_in(self._model, list(self.tensors)).items()
+            if named.rule is not None
+            for index in range(named.rule.cuts)
+        }
+
     @cached_property
     def _merged(self) -> dict[str, list[list[str]]]:
         if self._model is None:

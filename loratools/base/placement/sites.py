@@ -57,6 +57,11 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
     whole = names.find(f"{module}.in_proj_{leaf}")
     if whole is not None:
         return [Site(whole)]
+    cut = names.cut_from(f"{module}.{leaf}")
+    if cut is not None:
+        key, place, count = cut
+        fused = key.removesuffix(f".{leaf}")
+        return [Site(key, FusedPart(fused, fused.rpartition(".")[2], place, count))]
     for part in fusions(module):
         # The parameters of `nn.MultiheadAttention` are called in_proj_weight and in_proj_bias.
         name = (
@@ -67,15 +72,18 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
         key = names.find(name)
         if key is not None:
             return [Site(key, part=part)]
-    parent, dot, own = module.rpartition(".")
-    parts = rules.JOINED_BY_NAME.get(own, ())
-    found = [names.find(f"{parent}{dot}{part}.{leaf}") for part in parts]
-    keys = [key for key in found if key is not None]
+    parts = names.cut_to(f"{module}.{leaf}") or _joined_by_name(module, leaf)
+    keys = [key for part in parts if (key := names.find(part)) is not None]
     if parts and len(keys) == len(parts):
         return [Site(key, share=(i, len(keys))) for i, key in enumerate(keys)]
     if leaf != "weight":
         return []
     return _in_class(names, module) or _in_stack(names, module)
+
+
+def _joined_by_name(module: str, leaf: str) -> list[str]:
+    parent, dot, own = module.rpartition(".")
+    return [f"{parent}{dot}{part}.{leaf}" for part in rules.JOINED_BY_NAME.get(own, ())]
 
 
 def _in_stack(names: Names, module: str) -> list[Site]:

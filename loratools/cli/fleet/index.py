@@ -9,10 +9,10 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.exits import EXIT_FOUND
-from loratools.cli.many import adapters_in
 from loratools.cli.output import human_bytes, number, quantity, say
 from loratools.cli.perform import perform, target_of
 from loratools.face.fleet_index import FleetIndexResult, IndexOptions, fleet_index
+from loratools.work.collection import adapters_in
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting, Writing
 

@@ -9,12 +9,12 @@ import click
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.many import adapters_in
 from loratools.cli.output import human_bytes, number, print_table, quantity, say, sizes
 from loratools.cli.perform import perform, target_of
 from loratools.face.fleet_share import FleetShareResult, fleet_share
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.shared.options import RANK_OPTIONS, ShareOptions
+from loratools.work.collection import adapters_in
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.disk.errors import printable

@@ -31,8 +31,9 @@ _BLOCKS = {
     "mlp.switch_mlp": (
         "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_5_moe",
         "qwen3_5_moe_text", "qwen3_next", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe",
-        "glm4_moe_lite", "ernie4_5_moe", "exaone_moe", "deepseek_v32", "glm_moe_dsa", "mellum",
-        "laguna", "mimo_v2_flash", "mistral4", "kimi_linear", "longcat_flash",
+        "glm4_moe_lite", "solar_open", "ernie4_5_moe", "exaone_moe", "deepseek_v32",
+        "glm_moe_dsa", "mellum", "laguna", "mimo_v2_flash", "mistral4", "kimi_linear",
+        "longcat_flash",
     ),
     "block_sparse_moe.switch_mlp": (
         "mixtral", "granitemoe", "granitemoehybrid", "phimoe", "minimax", "minimax_m2",

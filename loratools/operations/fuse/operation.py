@@ -14,6 +14,7 @@ import shlex
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,9 @@ class Fusion:
         inputs: adapters with their weights.
         options: how.
 
+    Attributes:
+        reports: what was measured in the tensors that are written.
+
     Raises:
         LoratoolsError: as `plan_fuse` does.
     """
@@ -104,7 +108,7 @@ class Fusion:
         self._about = (*self.plan.findings, *trained_on_notes(adapters))
         refuse_nothing(self.plan.tensors.values(), self.inputs)
         self._device = Device(options.device)
-        self._reports: dict[str, TensorReport] = {}
+        self.reports: dict[str, TensorReport] = {}
         self._lock = threading.Lock()
         self._shards = grouped(
             base,
@@ -131,7 +135,7 @@ class Fusion:
         return self._record()
 
     def _provenance(self) -> Mapping[str, Any]:
-        lost = lost_to_rounding(list(self._reports.values()))
+        lost = lost_to_rounding(list(self.reports.values()))
         nbytes_in = sum(file.file.nbytes for file in self._base.files)
         return {**self.record, "report": report(lost, self.new.nbytes, nbytes_in)}
 
@@ -354,7 +358,7 @@ class Fusion:
 
     def _report(self, found: TensorReport) -> None:
         with self._lock:
-            self._reports[found.key] = found
+            self.reports[found.key] = found
 
     def _made(self, plan: TensorPlan) -> Made:
         width = plan.dtype.bits // 8
@@ -389,7 +393,7 @@ class Fusion:
         Raises:
             UnsupportedError: less than half of it survives, and that was not allowed.
         """
-        quantised = [r for r in self._reports.values() if r.surviving is not None]
+        quantised = [r for r in self.reports.values() if r.surviving is not None]
         refuse_erased(
             quantised,
             self._base.path,
@@ -398,7 +402,7 @@ class Fusion:
             allow_lossy=self.options.allow_lossy,
         )
         refuse_rounded(
-            list(self._reports.values()), self._base.path, allow_lossy=self.options.allow_lossy
+            list(self.reports.values()), self._base.path, allow_lossy=self.options.allow_lossy
         )
 
     @property
@@ -424,7 +428,7 @@ class Fusion:
         dropped = self._dequantised.dropped
         if self.options.keeps_format:
             changed = [self._dequantised.weights[key] for key in self._encoders]
-            return [*_caveats(changed), *noise(list(self._reports.values()))]
+            return [*_caveats(changed), *noise(list(self.reports.values()))]
         if not dropped:
             return []
         if self._verbatim:
@@ -451,8 +455,15 @@ class Fusion:
         *,
         overwrite: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        ready: Path | None = None,
     ) -> FuseResult:
         """Write the fused checkpoint, whole or not at all, and say what it did.
+
+        Args:
+            output: where.
+            overwrite: replace an output that exists.
+            progress: called with (bytes done, bytes in all).
+            ready: folder that holds all weight files already; `reports` tells of them.
 
         Raises:
             OutputExistsError: the output exists and `overwrite` is false.
@@ -467,6 +478,7 @@ class Fusion:
                 workers=self.options.workers,
                 progress=progress,
                 accept=self._accept,
+                ready=ready,
             )
         plans = self.plan.tensors
         converted = {
@@ -478,8 +490,8 @@ class Fusion:
             and not self.options.keeps_format
         }
         return FuseResult(
-            tensors=tuple(self._reports[key] for key in plans if key in self._reports),
-            copied=sum(key not in converted and key not in self._reports for key in plans),
+            tensors=tuple(self.reports[key] for key in plans if key in self.reports),
+            copied=sum(key not in converted and key not in self.reports for key in plans),
             converted=len(converted),
             nbytes=self.new.nbytes,
             shards=tuple(shard.name for shard in self.new.shards),

@@ -1,0 +1,74 @@
+"""The manifest: one line of JSON per adapter and one file per shard. It is a view, not a database.
+
+Nothing is decided by it: what is done, outputs tell. A line stays while its key does, with the
+result and the seconds of the run that made the output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from loratools.pipeline.fleet.store import Store
+from loratools.pipeline.fleet.task import Outcome
+from loratools.work.shard import Shard
+
+SCHEMA = 1
+
+
+def manifest_name(verb: str, shard: Shard) -> str:
+    """Return the name of a shard's manifest among the outputs.
+
+    >>> manifest_name("squeeze", Shard(3, 8)), manifest_name("squeeze", Shard())
+    ('fleet-squeeze.3-of-8.jsonl', 'fleet-squeeze.jsonl')
+    """
+    part = "" if shard.count == 1 else f".{shard.index}-of-{shard.count}"
+    return f"fleet-{verb}{part}.jsonl"
+
+
+class Manifest:
+    """The manifest of one shard.
+
+    Args:
+        store: where outputs are.
+        verb: the operation.
+        shard: which part.
+        options: settings that are not at their default, in the types of JSON.
+    """
+
+    def __init__(self, store: Store, verb: str, shard: Shard, options: object) -> None:
+        self._store, self._verb, self._options = store, verb, options
+        self._name = manifest_name(verb, shard)
+        self._before = {outcome.name: outcome for outcome in self._read()}
+
+    def remembered(self, outcome: Outcome) -> Outcome:
+        """Return an outcome with what an earlier line tells of the same output."""
+        before = self._before.get(outcome.name)
+        is_same = before is not None and before.key == outcome.key is not None
+        if before is None or not is_same or outcome.result is not None:
+            return outcome
+        return replace(outcome, result=before.result)
+
+    def write(self, outcomes: Iterable[Outcome]) -> None:
+        """Write the manifest whole, by names.
+
+        Raises:
+            OutputError: it could not be written.
+        """
+        lines = [
+            {"schema": SCHEMA, "verb": self._verb, "options": self._options, **outcome.line()}
+            for outcome in sorted(outcomes, key=lambda outcome: outcome.name)
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self._store.write(self._name, text.encode("utf-8", "surrogatepass"))
+
+    def _read(self) -> Sequence[Outcome]:
+        data = self._store.read(self._name)
+        found: list[Outcome] = []
+        for line in (data or b"").splitlines():
+            try:
+                found.append(Outcome.of_line(json.loads(line)))
+            except (ValueError, KeyError, TypeError):
+                continue  # of another version, or cut short: it decides nothing
+        return found

@@ -1,0 +1,167 @@
+"""Which adapters a fleet is of: paths, wildcards, lists, and the Hub's organisations and shelves.
+
+The order is that of names, and each name is one output: every process that is told the same finds
+the same list.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratools.hub.references import Reference, Want, is_explicit, parse
+from loratools.work.collection import WEIGHTS, adapters_in, outputs_below
+from loratools_formats.disk.errors import AdapterError, MissingFileError, OptionError
+
+_LISTS = (".txt", ".list", ".lst")
+_MOST_LINES = 10_000_000
+_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of a fleet.
+
+    Attributes:
+        name: its own among them, which its output gets; it may have slashes.
+        source: an absolute path, or a reference to the Hub.
+    """
+
+    name: str
+    source: str
+
+
+def members(texts: Sequence[str], want: Want) -> list[Member]:
+    """Return the members of a fleet, in the order of their names.
+
+    Args:
+        texts: a path, a path with wildcards, a folder that holds some, a file with one of these on
+            each line (its name ends in .txt, .list or .lst; `-` is the standard input),
+            `hf://organisation/*` or `hf://user/repo/*`.
+        want: whether they are adapters or models.
+
+    Raises:
+        AdapterError: wildcards match nothing.
+        MissingFileError: nothing is there.
+        OptionError: nothing is given, or two members have the same name.
+        HubError: the Hub cannot be asked.
+    """
+    paths: dict[Path, None] = {}
+    references: dict[str, str] = {}
+    for text in _lines(texts):
+        reference = None if os.path.lexists(text) else _reference(text, want)
+        if reference is None:
+            paths |= dict.fromkeys(_local(text, want))
+        elif glob.has_magic(str(reference)):
+            references |= _on_the_hub(reference, want)
+        else:
+            references[str(reference)] = _named(reference)
+    here = [Path(os.path.abspath(path)) for path in paths]
+    names = {path: str(leaf) for path, leaf in outputs_below(Path(), here, None).items()}
+    found = [Member(Path(names[path]).as_posix(), str(path)) for path in here]
+    found += [Member(name, source) for source, name in references.items()]
+    if not found:
+        raise OptionError("no adapters are given")
+    most, count = Counter(member.name for member in found).most_common(1)[0]
+    if count > 1:
+        alike = ", ".join(member.source for member in found if member.name == most)
+        raise OptionError(f"{count} of the fleet have the same name", got=alike)
+    return sorted(found, key=lambda member: member.name)
+
+
+def _lines(texts: Iterable[str]) -> Iterable[str]:
+    for text in texts:
+        if text == "-":
+            yield from _of_list(sys.stdin.read().splitlines())
+        elif text.endswith(_LISTS) and os.path.isfile(text):
+            yield from _of_list(Path(text).read_text(encoding="utf-8").splitlines())
+        else:
+            yield text
+
+
+def _of_list(lines: Sequence[str]) -> Iterable[str]:
+    if len(lines) > _MOST_LINES:
+        raise OptionError("the list is too long", got=f"{len(lines)} lines", expected=_MOST_LINES)
+    stripped = (line.strip() for line in lines)
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
+def _local(text: str, want: Want) -> list[Path]:
+    if want == "adapter":
+        found = adapters_in([Path(text)])
+    elif glob.has_magic(text) and not os.path.lexists(text):
+        found = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+        if not found:
+            raise AdapterError("nothing matches", path=text)
+    else:
+        found = [Path(text)]
+    for path in found:
+        if not os.path.lexists(path):
+            raise MissingFileError("no such file or folder", path=path)
+    return found
+
+
+def _reference(text: str, want: Want) -> Reference | None:
+    if not (glob.has_magic(text) and is_explicit(text)):
+        return parse(text, want)
+    head, star, tail = text.partition("*")
+    if not star or glob.has_magic(head):
+        raise OptionError("only `*` and what follows it may be a wildcard on the Hub", got=text)
+    parts = head.removeprefix("hf:").strip("/").split("/")
+    if len(parts) == 1 or (len(parts) == 2 and not head.endswith("/")):
+        organisation, start = parts[0], "".join(parts[1:])
+        return Reference("model", f"{organisation}/{start}*{tail}")
+    found = parse("hf://" + "/".join(parts[: 2 + (parts[0] == "buckets")]), want)
+    if found is None:
+        raise OptionError("not a reference to the Hub", got=text)
+    taken = str(found).removeprefix("hf://")
+    return found.at(
+        f"{head.removeprefix('hf:').strip('/')[len(taken) :].strip('/')}/*{tail}".lstrip("/")
+    )
+
+
+def _on_the_hub(reference: Reference, want: Want) -> dict[str, str]:
+    """Return what a reference with wildcards matches, with the members' names."""
+    from loratools.hub import client
+    from loratools.hub.listing import listing
+
+    organisation, _, pattern = reference.repo.partition("/")
+    if not glob.has_magic(pattern):
+        inside = reference.inside
+        files = listing(reference.at("")).files
+        folders = {name.rpartition("/")[0] for name in files if name.endswith(f"/{_CONFIG}")}
+        places = folders | {name for name in files if name.endswith(WEIGHTS)}
+        places -= {n for n in places if n.rpartition("/")[0] in folders}
+        found = {
+            str(reference.at(place)): place for place in places if fnmatch.fnmatch(place, inside)
+        }
+    else:
+        with client.talking(reference):
+            infos = list(client.api().list_models(author=organisation, full=True))
+        found = {
+            f"hf://{info.id}": info.id.partition("/")[2]
+            for info in infos
+            if fnmatch.fnmatch(info.id, reference.repo)
+            and (want == "model" or _holds_adapter(info))
+        }
+    if not found:
+        raise AdapterError("nothing on the Hub matches", path=str(reference))
+    return found
+
+
+def _holds_adapter(info: object) -> bool:
+    """Return whether a repository of the Hub says that it holds an adapter."""
+    names = {each.rfilename for each in getattr(info, "siblings", None) or ()}
+    tags = {str(tag).lower() for tag in getattr(info, "tags", None) or ()}
+    return _CONFIG in names or "lora" in tags or "peft" in tags
+
+
+def _named(reference: Reference) -> str:
+    leaf = reference.inside.rpartition("/")[2] or reference.repo.rpartition("/")[2]
+    return leaf if reference.revision is None else f"{leaf}@{reference.revision.replace('/', '-')}"

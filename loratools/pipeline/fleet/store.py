@@ -1,0 +1,333 @@
+"""Where a fleet's outputs go: a folder, or anything that fsspec writes to (s3://, hf://buckets/).
+
+Outputs are whole or not there. In a folder the operations see to that. An object store shows each
+file whole, and the statement comes last and only if none is there: an output without its statement
+is not done, and of two launchers one is told that the other was first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from loratools.work.digests_of import digest_like
+from loratools_formats.disk.errors import (
+    LoratoolsError,
+    MissingDependencyError,
+    OutputError,
+    OutputExistsError,
+)
+from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.renames import rename_new
+from loratools_formats.disk.strict_json import StrictJsonError, loads
+from loratools_formats.disk.temporaries import temporary_beside
+
+Made = TypeVar("Made")
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.+)", re.IGNORECASE)
+_MOST_DEPTH = 64
+_OWN = ".loratools-fleet"
+"""Folder of marks among the outputs; it is gone when nothing runs."""
+
+
+class Store(ABC):
+    """A place of outputs by name."""
+
+    @abstractmethod
+    def shown(self, name: str = "") -> str:
+        """Return what reports call an output, or the place itself."""
+
+    @abstractmethod
+    def statement(self, name: str) -> tuple[dict[str, Any], int | None] | None:
+        """Return what is said of an output that is there, and when it was, in ns if known.
+
+        Returns:
+            None if the output or its statement is not there, or not sound.
+        """
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Return whether something has an output's name."""
+
+    @abstractmethod
+    def holds(self, name: str, subjects: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether the files of an output are there, by what its statement says of them."""
+
+    @abstractmethod
+    def make(self, name: str, work: Callable[[Path], Made], *, overwrite: bool) -> Made:
+        """Let `work` write an output to the path it is called with, and keep it.
+
+        Raises:
+            OutputExistsError: the output came in the meantime, and may not be replaced.
+            OutputError: it could not be written.
+        """
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """Return a small file; None if it is not there."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes, *, new: bool = False) -> bool:
+        """Write a small file whole; return False if it should be new and one is there.
+
+        Raises:
+            OutputError: it could not be written.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a small file, if it is there."""
+
+
+def store_of(place: str | os.PathLike[str]) -> Store:
+    """Return the store at a path or an address.
+
+    Raises:
+        MissingDependencyError: the address needs a package that is not installed.
+    """
+    text = os.fspath(place)
+    found = _URL.fullmatch(text)
+    if found is None or os.path.lexists(text):
+        return Folder(Path(os.path.abspath(text)))
+    return Remote(f"{found[1].lower()}://{found[2].rstrip('/')}")
+
+
+class Folder(Store):
+    """A folder here, or on a file system that all processes share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def shown(self, name: str = "") -> str:
+        """Return the path of an output, or of the place itself."""
+        return str(self.path / name) if name else str(self.path)
+
+    def statement(self, name: str) -> tuple[dict[str, Any], int | None] | None:
+        """Return what is said of an output that is there, and when it was, if known."""
+        output = self.path / name
+        place = output / PROVENANCE_FILE if output.is_dir() else _beside(output)
+        if not output.exists():
+            return None
+        try:
+            made_ns = place.stat().st_mtime_ns
+            found = _parsed(place.read_bytes())
+        except OSError:
+            return None
+        return None if found is None else (found, made_ns)
+
+    def exists(self, name: str) -> bool:
+        """Return whether something has an output's name."""
+        return os.path.lexists(self.path / name)
+
+    def holds(self, name: str, subjects: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether the files of an output are there, by their digests."""
+        output = self.path / name
+        for subject in subjects:
+            place = output / str(subject.get("name")) if output.is_dir() else output
+            digest = subject.get("digest")
+            try:
+                if not isinstance(digest, Mapping) or digest_like(place, digest) != dict(digest):
+                    return False
+            except (LoratoolsError, OSError):
+                return False
+        return bool(subjects)
+
+    def make(self, name: str, work: Callable[[Path], Made], *, overwrite: bool) -> Made:  # noqa: ARG002 - `work` knows
+        """Let `work` write an output to the path it is called with, and keep it."""
+        output = self.path / name
+        with _named(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+        return work(output)
+
+    def read(self, name: str) -> bytes | None:
+        """Return a small file; None if it is not there."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError:
+            return None
+
+    def write(self, name: str, data: bytes, *, new: bool = False) -> bool:
+        """Write a small file whole; return False if it should be new and one is there."""
+        place = self.path / name
+        with _named(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_beside(place)
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                if not new:
+                    os.replace(temporary, place)
+                    return True
+                try:
+                    rename_new(temporary, place)
+                except FileExistsError:
+                    return False
+                return True
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    temporary.unlink()
+
+    def remove(self, name: str) -> None:
+        """Remove a small file, if it is there."""
+        place = self.path / name
+        with contextlib.suppress(OSError):
+            place.unlink()
+            for folder in place.parents:
+                if _OWN not in folder.relative_to(self.path).parts:
+                    break
+                folder.rmdir()
+
+
+class Remote(Store):
+    """A folder of an object store, through fsspec."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            import fsspec
+
+            self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        except ImportError as error:
+            raise MissingDependencyError(
+                "the address of the output needs another package",
+                got=url,
+                hint=f"pip install 'loratools[fleet]'; fsspec says: {error}",
+            ) from error
+        except ValueError as error:
+            raise OutputError(
+                f"not an address that can be written to: {error}", path=url
+            ) from error
+        self._url = url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Remote, (self._url,)
+
+    def shown(self, name: str = "") -> str:
+        """Return the path of an output, or of the place itself."""
+        return f"{self._url}/{name}" if name else self._url
+
+    def statement(self, name: str) -> tuple[dict[str, Any], int | None] | None:
+        """Return what is said of an output that is there, and when it was, if known."""
+        for place in (f"{name}/{PROVENANCE_FILE}", f"{name}.{PROVENANCE_FILE}"):
+            data = self.read(place)
+            found = None if data is None else _parsed(data)
+            if found is not None:
+                return found, None
+        return None
+
+    def exists(self, name: str) -> bool:
+        """Return whether something has an output's name."""
+        with self._named(name):
+            there = self._fs.exists(self._at(name))
+            return bool(there) and self.read(_begun(name)) is None
+
+    def holds(self, name: str, subjects: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether the files of an output are there; their bytes are not fetched."""
+        with self._named(name):
+            is_file = self._fs.isfile(self._at(name))
+            names = [name if is_file else f"{name}/{one.get('name')}" for one in subjects]
+            return bool(names) and all(self._fs.exists(self._at(place)) for place in names)
+
+    def make(self, name: str, work: Callable[[Path], Made], *, overwrite: bool) -> Made:
+        """Let `work` write an output to the path it is called with, and keep it."""
+        with tempfile.TemporaryDirectory(prefix="loratools-fleet-") as folder:
+            output = Path(folder) / "outputs" / Path(name).name  # no input lies near it
+            result = work(output)
+            last = f"{name}/{PROVENANCE_FILE}" if output.is_dir() else _beside_name(name)
+            self.write(_begun(name), b"")  # what a killed process left is known as ours
+            if overwrite:
+                self.remove(last)  # until all is there again, the output is not done
+            files = {name: output}
+            if output.is_dir():
+                here = sorted(path for path in output.rglob("*") if path.is_file())
+                files = {f"{name}/{path.relative_to(output).as_posix()}": path for path in here}
+            elif (said := _beside(output)).is_file():
+                files[last] = said
+            for place, file in files.items():
+                if place != last:
+                    with self._named(place):
+                        self._fs.put_file(str(file), self._at(place))
+            if last in files and not self.write(last, files[last].read_bytes(), new=True):
+                raise OutputExistsError("the output appeared meanwhile", path=self.shown(name))
+            self.remove(_begun(name))
+            return result
+
+    def read(self, name: str) -> bytes | None:
+        """Return a small file; None if it is not there."""
+        with self._named(name):
+            try:
+                data: bytes = self._fs.cat_file(self._at(name))
+            except (FileNotFoundError, IsADirectoryError):
+                return None
+            return data
+
+    def write(self, name: str, data: bytes, *, new: bool = False) -> bool:
+        """Write a small file whole; return False if it should be new and one is there."""
+        place = self._at(name)
+        with self._named(name):
+            if not new:
+                self._fs.pipe_file(place, data)
+                return True
+            try:
+                self._fs.pipe_file(place, data, mode="create")
+            except FileExistsError:
+                return False
+            except (NotImplementedError, TypeError, ValueError):
+                if self._fs.exists(place):  # no condition here: looked at before, not at once
+                    return False
+                self._fs.pipe_file(place, data)
+            return True
+
+    def remove(self, name: str) -> None:
+        """Remove a small file, if it is there."""
+        with self._named(name), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(name))
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Any:
+        """Let what a store's client raises say which address it is about."""
+        try:
+            yield
+        except LoratoolsError:
+            raise
+        except Exception as error:
+            message = f"the store refused: {type(error).__name__}: {error}"
+            raise OutputError(message, path=self.shown(name)) from error
+
+
+def _beside(output: Path) -> Path:
+    return Path(_beside_name(str(output)))
+
+
+def _beside_name(name: str) -> str:
+    return f"{name}.{PROVENANCE_FILE}"
+
+
+def _begun(name: str) -> str:
+    return f"{_OWN}/begun/{name}"
+
+
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    """Return a statement's predicate; None if it is not sound."""
+    try:
+        found = loads(data, max_depth=_MOST_DEPTH)
+    except StrictJsonError:
+        return None
+    predicate = found.get("predicate") if isinstance(found, dict) else None
+    return {**predicate, "subject": found.get("subject")} if isinstance(predicate, dict) else None
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", path=path) from error

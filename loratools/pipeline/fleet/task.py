@@ -1,0 +1,319 @@
+"""One adapter of a fleet: passed over if it is done, made else, and told of in one record."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from loratools import __version__
+from loratools.pipeline.fleet.key import is_current, key_of, report_statement
+from loratools.pipeline.fleet.shared import shared_inputs
+from loratools.pipeline.fleet.store import Store, store_of
+from loratools.pipeline.fleet.verbs import get_verb
+from loratools.work.call import Call
+from loratools_formats.disk.errors import (
+    HubError,
+    LoratoolsError,
+    OutputError,
+    OutputExistsError,
+    UnsupportedError,
+    printable,
+)
+from loratools_formats.disk.provenance import PROVENANCE_FILE
+
+State = Literal["made", "done", "found", "failed", "planned"]
+_ATTEMPTS = ".loratools-fleet/attempts"
+_MOST_ATTEMPTS = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """One adapter and all that a process needs to know to do it.
+
+    Attributes:
+        verb: name of the operation.
+        name: of the adapter among the fleet.
+        source: its path or reference.
+        output: where all outputs go; None if only results are wanted.
+        settings: inputs and options that all share, with absolute paths.
+        overwrite: whether an output of another run may be replaced.
+        run: the run's own name, where a process that dies must be noticed; empty if not.
+        version: of the launcher.
+    """
+
+    verb: str
+    name: str
+    source: str
+    output: str | None
+    settings: Mapping[str, Any]
+    overwrite: bool
+    run: str = ""
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one adapter.
+
+    Attributes:
+        name: its name among the fleet.
+        source: what was read.
+        output: where its output is; None if it has none.
+        state: made now, done before, found (a check or a verification found something), failed, or
+            planned on a dry run.
+        key: sha256 of the operation, its options, the version and all inputs; None if unknown.
+        digest: of the output's first weight file, or of the report; None if there is none.
+        result: the numbers and words of the result, without its lists; None if it was done before.
+        error: why it failed; None if it did not.
+        seconds: that it took.
+    """
+
+    name: str
+    source: str
+    output: str | None
+    state: State
+    key: str | None
+    digest: str | None
+    result: Mapping[str, Any] | None
+    error: str | None
+    seconds: float
+
+    def line(self) -> dict[str, Any]:
+        """Return it as the line of a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def of_line(cls, line: Mapping[str, Any]) -> Outcome:
+        """Return what a line of a manifest tells.
+
+        Raises:
+            KeyError: it lacks something.
+        """
+        return cls(**{one.name: line[one.name] for one in fields(cls)})
+
+
+def run_task(task: Task) -> Outcome:
+    """Do one adapter, and return what became of it; whatever fails is told, not raised.
+
+    An error that is no fault of the input is met with a second try.
+    """
+    begun = time.monotonic()
+    try:
+        work = _Work(task)
+        if task.run and not work.begin():
+            raise OutputError(
+                f"the process that worked on it died {_MOST_ATTEMPTS} times; it is left alone",
+                hint="Run the operation on it alone to see why",
+            )
+        try:
+            return work.outcome(begun)
+        except LoratoolsError as error:
+            if not isinstance(error, HubError | OutputError):
+                raise
+        except Exception:  # noqa: BLE001, S110 - tried again, and then told
+            pass
+        return work.outcome(begun)
+    except Exception as error:  # noqa: BLE001 - one adapter must not end the run
+        return failed(task, _told(error), time.monotonic() - begun)
+    finally:
+        if task.run and task.output is not None:
+            _finished(task)
+
+
+def planned(task: Task) -> Outcome:
+    """Return the outcome of a task on a dry run."""
+    return Outcome(task.name, task.source, None, "planned", None, None, None, None, 0.0)
+
+
+def failed(task: Task, why: str, seconds: float = 0.0) -> Outcome:
+    """Return the outcome of a task that failed."""
+    return Outcome(task.name, task.source, None, "failed", None, None, None, why, seconds)
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, LoratoolsError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {printable(error, 500)}"
+
+
+class _Work:
+    """One task in the process that does it."""
+
+    def __init__(self, task: Task) -> None:
+        if task.version != __version__:
+            raise UnsupportedError(
+                "this process has another version of loratools than the launcher",
+                got=__version__,
+                expected=task.version,
+                hint="Install the same version everywhere",
+            )
+        self._task = task
+        self._verb = get_verb(task.verb)
+        self._call: Call = self._verb.recorded(task.settings)
+        self._is_file = self._verb.makes_file(task.settings)
+        self._store = None if task.output is None else _store(task.output)
+        self._name = self._verb.output_name(task.name, task.settings)
+
+    def begin(self) -> bool:
+        """Note that a process begins with the task; return False if too many have died at it."""
+        if self._store is None:
+            return True
+        for number in range(1, _MOST_ATTEMPTS + 1):
+            if self._store.write(_mark(self._task, number), b"", new=True):
+                return True
+        return False
+
+    def outcome(self, begun: float) -> Outcome:
+        """Make the output unless it is there already."""
+        found = None if self._store is None else self._done(self._store)
+        if found is not None:
+            return self._found(found, begun)
+        try:
+            result = self._made()
+        except OutputExistsError:
+            found = None if self._store is None else self._done(self._store)
+            if found is None:
+                raise
+            return self._found(found, begun)  # another launcher was first
+        told = result.to_dict()
+        state: State = "found" if told.get("passed") is False else "made"
+        said = None if self._store is None else self._store.statement(self._name)
+        return self._outcome(state, None if said is None else said[0], told, begun)
+
+    def _found(self, said: Mapping[str, Any], begun: float) -> Outcome:
+        """Return the outcome of what was done before, with what its report tells if it is one."""
+        told: dict[str, Any] | None = None
+        if not self._is_file and self._store is not None:
+            told = json.loads(self._store.read(self._name) or b"{}")
+        state: State = "found" if told and told.get("passed") is False else "done"
+        return self._outcome(state, said, told, begun)
+
+    def _done(self, store: Store) -> dict[str, Any] | None:
+        """Return the statement of the output, if it is what would be made now."""
+        said = store.statement(self._name)
+        if said is None:
+            return None
+        predicate, made_ns = said
+        arguments = {**self._arguments(), self._verb.item: self._source()}
+        is_same = is_current(predicate, self._verb, self._call, arguments, made_ns)
+        if is_same and store.holds(self._name, predicate.get("subject") or []):
+            return predicate
+        if self._is_file or self._task.overwrite:
+            return None
+        raise OutputExistsError(
+            "the report is of other inputs, options or another version",
+            path=store.shown(self._name),
+            hint="Pass `overwrite=True` to make it anew",
+        )
+
+    def _made(self) -> Any:
+        overwrite = self._task.overwrite
+        if self._store is None:
+            return self._called({})
+        if not self._is_file:
+            return self._store.make(self._name, self._reported, overwrite=overwrite)
+        if not overwrite and self._store.exists(self._name):
+            raise OutputExistsError(
+                "the output is of other inputs, options or another version",
+                path=self._store.shown(self._name),
+                hint="Pass `overwrite=True` to make it anew",
+            )
+
+        def work(path: Path) -> Any:
+            return self._called({"output": path, "overwrite": overwrite})
+
+        return self._store.make(self._name, work, overwrite=overwrite)
+
+    def _reported(self, path: Path) -> Any:
+        """Write the result as JSON, with the statement beside it."""
+        result = self._called({})
+        text = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+        local = store_of(path.parent)
+        local.write(path.name, text.encode("utf-8", "surrogatepass"))
+        arguments = {**self._arguments(), self._verb.item: self._source()}
+        said = report_statement(self._verb, self._call, arguments, path, path)
+        local.write(f"{path.name}.{PROVENANCE_FILE}", said)
+        return result
+
+    def _called(self, where: Mapping[str, Any]) -> Any:
+        """Call the public function."""
+        given = {**self._task.settings, **shared_inputs(self._verb, self._task.settings)}
+        if "workers" in self._verb.options and self._task.run:
+            given.setdefault("workers", 1)  # processes go over adapters; no threads in each
+        return self._verb.call(**{self._verb.item: str(self._source())}, **given, **where)
+
+    @functools.cache  # noqa: B019 - lives as long as the task
+    def _source(self) -> Path:
+        """Return where the adapter is; what is on the Hub is brought here."""
+        return _local(self._task.source, self._verb.want)
+
+    def _arguments(self) -> dict[str, Path]:
+        """Return where the inputs are that all share, and the options that are files."""
+        settings = self._task.settings
+        found = {name: Path(value) for name, value in self._call.arguments.items()}
+        for name, want in self._verb.inputs.items():
+            value = settings.get(name)
+            if isinstance(value, list | tuple):
+                value = value[0] if len(value) == 1 else None
+            if value is not None:
+                found[name] = _local(value, want)
+        return found
+
+    def _outcome(
+        self,
+        state: State,
+        said: Mapping[str, Any] | None,
+        told: Mapping[str, Any] | None,
+        begun: float,
+    ) -> Outcome:
+        subjects = [] if said is None else said.get("subject") or []
+        weights = [s for s in subjects if str(s.get("name")).endswith((".safetensors", ".gguf"))]
+        digest: Mapping[str, str] = next((s.get("digest", {}) for s in (*weights, *subjects)), {})
+        return Outcome(
+            name=self._task.name,
+            source=self._task.source,
+            output=None if self._store is None else self._store.shown(self._name),
+            state=state,
+            key=None if said is None else key_of(said),
+            digest=digest.get("sha256", digest.get("headerSha256")),
+            result=None if told is None else _scalars(told),
+            error=None,
+            seconds=round(time.monotonic() - begun, 6),
+        )
+
+
+def _scalars(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a result is a number or a word."""
+    return {k: v for k, v in told.items() if v is None or isinstance(v, str | int | float | bool)}
+
+
+@functools.lru_cache(maxsize=4)
+def _store(place: str) -> Store:
+    return store_of(place)
+
+
+def _local(path: str, want: Any) -> Path:
+    if os.path.lexists(path):
+        return Path(path)
+    from loratools.hub.resolve import located
+
+    return located(path, want, beside="all" if want == "adapter" else "nothing") or Path(path)
+
+
+def _mark(task: Task, number: int) -> str:
+    return f"{_ATTEMPTS}/{task.run}/{task.name}.{number}"
+
+
+def _finished(task: Task) -> None:
+    """Take back the marks of a task that came to an end."""
+    assert task.output is not None
+    for number in range(1, _MOST_ATTEMPTS + 1):
+        _store(task.output).remove(_mark(task, number))

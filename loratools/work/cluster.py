@@ -1,0 +1,103 @@
+"""Processes that share work: started here, or a cluster of Dask's that its scheduler tells of.
+
+Workers are processes. Their BLAS is held to one thread before NumPy is loaded, and a watcher of
+Dask's (its nanny) starts a new one when one dies or grows beyond its memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from loratools_formats.disk.errors import ClusterError, MissingDependencyError
+
+_ONE_THREAD = {
+    f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
+} | {"VECLIB_MAXIMUM_THREADS": "1"}
+_MOST_DEATHS = 1
+_START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Who does the work.
+
+    Attributes:
+        workers: processes here; 1 for this one alone.
+        scheduler: address of a scheduler of Dask, in place of processes here.
+        memory_limit: bytes that each process here may take; None for a share of the machine's.
+    """
+
+    workers: int
+    scheduler: str | None
+    memory_limit: int | None
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether other processes do the work."""
+        return self.scheduler is not None or self.workers > 1
+
+
+def has_dask() -> bool:
+    """Return whether `distributed` is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("distributed") is not None
+
+
+@contextlib.contextmanager
+def connected(engine: Engine) -> Iterator[Any]:
+    """Yield a client of the scheduler, or of processes that are started here.
+
+    Raises:
+        MissingDependencyError: Dask is not installed.
+        ClusterError: the scheduler cannot be reached, or processes cannot be started.
+    """
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise MissingDependencyError(
+            "several processes need Dask", hint="pip install 'loratools[fleet]', or `workers=1`"
+        ) from error
+    if engine.scheduler is not None:
+        try:
+            client = Client(engine.scheduler, timeout=_START_SECONDS)
+        except (OSError, ValueError, TimeoutError) as error:
+            raise ClusterError(
+                f"the scheduler cannot be reached: {error}",
+                got=engine.scheduler,
+                expected="tcp://HOST:PORT or tls://HOST:PORT",
+            ) from error
+        with client:
+            try:
+                client.wait_for_workers(1, timeout=_START_SECONDS)
+            except TimeoutError as error:
+                raise ClusterError("the scheduler has no workers", got=engine.scheduler) from error
+            yield client
+        return
+    settings = {
+        "distributed.nanny.pre-spawn-environ": {**_ONE_THREAD, "MALLOC_TRIM_THRESHOLD_": "65536"},
+        "distributed.scheduler.allowed-failures": _MOST_DEATHS,
+        "distributed.worker.daemon": False,
+    }
+    with dask.config.set(settings):
+        try:
+            cluster = LocalCluster(
+                n_workers=engine.workers,
+                threads_per_worker=1,
+                processes=True,
+                memory_limit="auto" if engine.memory_limit is None else engine.memory_limit,
+                dashboard_address=None,
+                silence_logs=logging.CRITICAL,
+            )
+        except (RuntimeError, OSError) as error:
+            raise ClusterError(
+                f"processes cannot be started: {error}",
+                hint="A script needs `if __name__ == '__main__':` around it; `workers=1` does not",
+            ) from error
+        with cluster, Client(cluster) as client:
+            yield client
