@@ -68,7 +68,9 @@ def commands(text):
     found = []
     for match in _COMMAND.finditer(text):
         verb, *rest = match[1].split()
-        if verb in cli.list_commands(None) and (verb != "fleet" or len(rest) > 1):
+        if verb in cli.list_commands(None) and (
+            verb != "fleet" or (len(rest) > 1 and rest[0].islower())
+        ):
             found.append([verb, *rest])
     return found
 

@@ -44,9 +44,9 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the command line: how it came about, and what was found."""
         head = {"schema": SCHEMA, "operation": self.operation, **as_json(self.ran)}
-        return {**head, **self.found()}
+        return {**head, **self.content()}
 
-    def found(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """Return the part of the JSON object that is equal in equal runs: what was found."""
         made: dict[str, Any] = as_json(self)
         return made if self.published is None else {**made, "published": as_json(self.published)}
@@ -77,7 +77,7 @@ class Result:
         """Return the parts of its page: every number and every table of its JSON object."""
         from loratools.page.generic import result_sections
 
-        return result_sections(self.found())
+        return result_sections(self.content())
 
     def html(self) -> str:
         """Return a page that shows the result; it needs no network and no other file."""

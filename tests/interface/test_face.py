@@ -282,7 +282,7 @@ def test_values_that_mean_the_right_thing_are_taken():
     rank = lt.squeeze(str(LORA), rank=np.int64(8), rank_pattern={"q_proj$": 2}).modules
     assert {m.rank_out for m in rank} == {8, 2}
     whole, read = lt.squeeze(LORA, rule=RankRule(rank=8)), lt.squeeze(lt.read(LORA), rank=8)
-    assert whole.found() == read.found()
+    assert whole.content() == read.content()
     assert whole.ran.inputs == read.ran.inputs == (str(LORA),)
     assert whole.ran.options == read.ran.options == {"rank": 8}
 
