@@ -6,7 +6,6 @@ A test compares the files with what this makes.
 """
 
 import dataclasses
-import importlib.util
 import inspect
 import json
 import re
@@ -22,6 +21,7 @@ from loratools_formats.contract.registry import registered_formats
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "reference"
+HELP = ROOT / "tests" / "help"
 SCHEMAS = Path(loratools.__file__).parent / "schemas"
 MADE = "Made by `tests/reference/make_reference.py` from the code; do not edit."
 STATEMENT = {
@@ -86,16 +86,11 @@ def cell(text):
 
 
 def commands():
-    """Return what `--help` prints, of every command."""
-    spec = importlib.util.spec_from_file_location("write_help", ROOT / "tests/help/write_help.py")
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
-    texts = maker.help_texts()
+    """Return what `--help` prints, of every command, as `tests/help/write_help.py` wrote it."""
     parts = []
-    for file, text in texts.items():
-        name = file.removesuffix(".txt")
-        shown = "loratools" if name == "loratools" else f"loratools {name}"
-        parts += [f"## {shown}", f"```text\n{text.rstrip()}\n```"]
+    for path in sorted(HELP.glob("*.txt"), key=lambda path: (path.stem != "loratools", path.stem)):
+        shown = "loratools" if path.stem == "loratools" else f"loratools {path.stem}"
+        parts += [f"## {shown}", f"```text\n{path.read_text().rstrip()}\n```"]
     about = (
         "What `loratools COMMAND --help` prints. "
         "[The pages of the commands](../index.md) explain it."
