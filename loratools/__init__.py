@@ -26,6 +26,7 @@ _HOMES = {
     "loratools.face.info_base": ("info_base",),
     "loratools.face.lists": ("formats", "methods"),
     "loratools.face.merge": ("merge",),
+    "loratools.face.plan_squeeze": ("plan_squeeze",),
     "loratools.face.provenance": ("provenance",),
     "loratools.face.push": ("push",),
     "loratools.face.quantize": ("quantize",),
@@ -48,6 +49,8 @@ __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604 - names of the table
 
 
 def __getattr__(name: str) -> object:
+    if name == "training":  # needs torch, peft and transformers
+        return import_module("loratools.training")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(_HOME[name]), name)

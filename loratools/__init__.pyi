@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from loratools import training as training
 from loratools.algebra.ranks import Budget as Budget
 from loratools.face.check import CheckResult as CheckResult
 from loratools.face.check import RuleResult as RuleResult
@@ -31,6 +32,7 @@ from loratools.face.info_base import BaseInfoResult as BaseInfoResult
 from loratools.face.lists import FormatsResult as FormatsResult
 from loratools.face.lists import MethodsResult as MethodsResult
 from loratools.face.merge import MergeResult as MergeResult
+from loratools.face.plan_squeeze import PlanSqueezeResult as PlanSqueezeResult
 from loratools.face.provenance import ProvenanceResult as ProvenanceResult
 from loratools.face.push import PushResult as PushResult
 from loratools.face.quantize import QuantizeResult as QuantizeResult
@@ -115,6 +117,9 @@ def convert(
     fold_alpha: bool = False,
     allow_lossy: bool = False,
     names_of: Literal["4", "5"] | None = None,
+    experts: Literal["stacked", "each", "3d", "shared-outer"] | None = None,
+    peft_layout: Literal["0.18", "0.19.1"] | None = None,
+    for_: str | None = None,
     names: str | None = None,
     names_from: str | os.PathLike[str] | None = None,
     component: str | None = None,
@@ -463,6 +468,16 @@ def merge(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult: ...
+def plan_squeeze(
+    *,
+    start: int | None = None,
+    target: int | None = None,
+    stages: int | None = None,
+    steps: int | None = None,
+    allot: Literal["equal", "rank"] = "equal",
+    least_steps: int = 200,
+    trainer: Literal["transformers", "axolotl", "llama-factory"] = "transformers",
+) -> PlanSqueezeResult: ...
 def provenance(path: str | os.PathLike[str]) -> ProvenanceResult: ...
 def push(
     source: str | os.PathLike[str] | Adapter,
@@ -573,6 +588,7 @@ def squeeze(
     exclude: str | None = None,
     drop: str | None = None,
     keep: str | None = None,
+    stats: str | os.PathLike[str] | None = None,
     initial: str | os.PathLike[str] | Adapter | None = None,
     format: str | None = None,
     carry_unknown: bool = False,

@@ -128,7 +128,9 @@ def test_to_dora_and_extract_report_in_json(tmp_path):
     done = loratools("to-dora", LORA, "--base", BASE, "-o", tmp_path / "dora", "--json")
     report = json.loads(done.stdout)
     assert report["operation"] == "to-dora"
-    assert set(report["modules"][0]) == {"name", "rank", "outputs", "least", "largest"}
+    told = {"name", "rank", "outputs", "least", "largest", "relative_error"}
+    assert set(report["modules"][0]) == told
+    assert 1e-8 < report["relative_error"] < 1e-6
     fused = loratools("fuse", BASE, tmp_path / "dora", "-o", tmp_path / "tuned", "-q")
     assert fused.returncode == 0, fused.stderr
     done = loratools(

@@ -72,7 +72,7 @@ def test_a_flag_means_one_thing_in_all_commands():
     assert set(varied) <= {"--set", "--exclude", "--exact"}
 
 
-SHOWING = {"info", "formats", "methods", "rule", "provenance", "fleet"}
+SHOWING = {"info", "formats", "fleet", "methods", "plan-squeeze", "provenance", "rule"}
 
 
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n not in SHOWING])

@@ -112,7 +112,7 @@ class Joint:
         return self._lifted(*self._full(rank, steps, tolerance))
 
     def diagonal(
-        self, rank: int, *, steps: int = 4 * _STEPS, tolerance: float = _TOLERANCE
+        self, rank: int, *, steps: int = 2 * _STEPS, tolerance: float = 1e-4
     ) -> tuple[Array, Array]:
         """Return U (out, rank) and V (in, rank) for diagonal cores, with columns of length 1.
 

@@ -22,7 +22,8 @@ from loratools.work.collection import adapters_in, is_adapter
 from loratools.work.declared import option
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting, Writing
-from loratools_formats.disk.errors import OptionError, OutputExistsError
+from loratools_formats.disk.errors import OptionError
+from loratools_formats.disk.publish import publish_file
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,8 @@ def _write_baseline(path: Path, result: CheckResult) -> None:
     lines = {
         f.fingerprint: f"{f.code} {f.adapter} {f.where or ''}".strip() for f in result.findings
     }
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(baseline_text(lines))
-    except FileExistsError as error:
-        raise OutputExistsError("the baseline exists; name a new file", path=path) from error
+    with publish_file(path) as temporary:
+        temporary.write_text(baseline_text(lines), encoding="utf-8")
 
 
 def _print(result: CheckResult, presenting: Presenting, reporting: Reporting) -> None:

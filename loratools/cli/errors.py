@@ -18,6 +18,7 @@ from loratools.cli.output import print_json, say
 
 _PROGRAM = "loratools"
 _COMPLETION = "_LORATOOLS_COMPLETE"
+_STOPPED = ("interrupted", "terminated")
 
 
 def run(cli: click.Command) -> None:
@@ -30,7 +31,7 @@ def run(cli: click.Command) -> None:
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings.showwarning = _noted
-    _stop_on_signals()
+    arrived = _stop_on_signals()
     if "--traceback" in sys.argv[1:2]:
         sys.exit(_call(cli))
     began = time.perf_counter()
@@ -40,10 +41,11 @@ def run(cli: click.Command) -> None:
     except BrokenPipeError:
         code = _abandon_stdout()
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - users get one line, whatever
-        text, code = _told(error)
+        text, code = _told(error, arrived)
+        is_stopped = text in _STOPPED
         try:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                say(f"error: {text}" if isinstance(error, Exception) else text, err=True)
+                say(text if is_stopped else f"error: {text}", err=True)
             if is_json(sys.argv[1:]) and not is_reported(error):
                 print_json(failure(error, text, code, time.perf_counter() - began))
             _flush()
@@ -63,13 +65,17 @@ def _abandon_stdout() -> int:
     return 0
 
 
-def _told(error: BaseException) -> tuple[str, int]:
-    """Return the line that an error is told in, and the exit code."""
-    if isinstance(error, KeyboardInterrupt | click.Abort):
-        number = getattr(error, "number", None)
-        if number is None:
-            return "interrupted", EXIT_INTERRUPTED
-        return "terminated", EXIT_SIGNAL + number
+def _told(error: BaseException, arrived: list[int]) -> tuple[str, int]:
+    """Return the line that an error is told in, and the exit code.
+
+    After a signal, that is what ended the run: an exception that is raised anywhere may be
+    replaced on its way by one that it caused, such as that of a lock which it found half released.
+    """
+    if arrived or isinstance(error, KeyboardInterrupt | click.Abort):
+        number = arrived[0] if arrived else signal.SIGINT
+        if number == signal.SIGINT:
+            return _STOPPED[0], EXIT_INTERRUPTED
+        return _STOPPED[1], EXIT_SIGNAL + number
     if isinstance(error, click.ClickException):
         return _usage(error), EXIT_ERROR
     return describe(error), exit_code(error)
@@ -82,24 +88,23 @@ def exit_code(error: BaseException) -> int:
     return EXIT_UNCHECKED if isinstance(error, UncheckedError) else EXIT_ERROR
 
 
-class _Terminated(KeyboardInterrupt):
-    """A signal that ends the process was sent: outputs are cleared away as on Ctrl-C."""
+def _stop_on_signals() -> list[int]:
+    """Let signals unwind the stack, so that outputs are cleared away; return those that arrived.
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-def _stop_on_signals() -> None:
-    """Let SIGTERM and SIGHUP unwind the stack, unless whoever started this process ignores them."""
+    SIGTERM and SIGHUP do as Ctrl-C, unless whoever started this process ignores them.
+    """
+    arrived: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        raise _Terminated(number)
+        arrived.append(number)
+        raise KeyboardInterrupt
 
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        if number is not None and signal.getsignal(number) in usual:
             signal.signal(number, stop)
+    return arrived
 
 
 def _noted(

@@ -162,6 +162,8 @@ def _print(found: AdapterInfo) -> None:
     experts = sorted({m.experts for m in modules if m.experts > 1})
     if experts:
         lines.append(("experts", ", ".join(map(str, experts))))
+    if found.expert_layout:
+        lines.append(("layout", found.expert_layout))
     for addition in found.additions:
         shape = "×".join(map(str, addition.shape))
         lines.append(("adds to", f"{addition.target} ({shape})"))

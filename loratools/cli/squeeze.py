@@ -13,9 +13,11 @@ from loratools.cli.output import note, number, percent, say, sizes
 from loratools.cli.pages import Pages
 from loratools.cli.perform import perform, show_choices, target_of
 from loratools.face.squeeze import SqueezeResult, squeeze, squeeze_choices
+from loratools.lowrank.moments import Calibration
 from loratools.lowrank.resize import ComputeOptions
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping, Selection
+from loratools_formats.disk.errors import OptionError
 
 
 @named_command("squeeze")
@@ -23,6 +25,7 @@ from loratools.work.selection import Dropping, Selection
 @shared.takes(ComputeOptions, into="compute")
 @shared.takes(Selection, into="selection")
 @shared.takes(Dropping, into="dropping")
+@shared.takes(Calibration, into="calibration")
 @shared.reads("initial", "from_", "carry_unknown", "ignore_key")
 @shared.takes(Pages, "html", "plot", into="pages")
 @shared.reports("json", "quiet", "verbose")
@@ -34,6 +37,7 @@ def command(
     compute: ComputeOptions,
     selection: Selection,
     dropping: Dropping,
+    calibration: Calibration,
     reading: Reading,
     pages: Pages,
     reporting: Reporting,
@@ -56,11 +60,15 @@ def command(
         "reading": reading,
     }
     if not rule.is_given:
+        if calibration.stats is not None:
+            raise OptionError("the table of ranks is not calibrated", hint="Give a `rank`, too")
         return show_choices(squeeze_choices(adapter, **given), writing, reporting, pages=pages)
     target = target_of(writing)
     return perform(
         "squeeze",
-        lambda progress: squeeze(adapter, rule=rule, writing=target, progress=progress, **given),
+        lambda progress: squeeze(
+            adapter, rule=rule, calibration=calibration, writing=target, progress=progress, **given
+        ),
         lambda result: _show(result, verbose=reporting.verbose),
         target,
         reporting,
@@ -85,12 +93,19 @@ def _show(result: SqueezeResult, *, verbose: bool) -> None:
         "after": Measure([module.rank_out for module in modules], str),
         "relative error": Measure(errors),
     }
-    header = ["module", "rank", "energy kept", "relative error"]
-    print_modules(ModuleTable(header, "<>>>", rows, measures, errors), verbose=verbose)
+    header, align = ["module", "rank", "energy kept", "relative error"], "<>>>"
+    if result.calibrated_error is not None:
+        for_inputs = [module.calibrated_error or 0.0 for module in modules]
+        header, align = [*header, "for the inputs"], f"{align}>"
+        rows = [[*row, number(error)] for row, error in zip(rows, for_inputs, strict=True)]
+        measures["for the inputs"] = Measure(for_inputs)
+    print_modules(ModuleTable(header, align, rows, measures, errors), verbose=verbose)
     if result.kept_whole:
         count, first = len(result.kept_whole), result.kept_whole[0]
         more = f" and {count - 1} more" if count > 1 else ""
         note(f"kept as they are, for they have no factors: {first}{more}")
     of_what = " of the DoRA direction" if result.directional else ""
     say(f"relative error{of_what}: {number(result.relative_error)}")
+    if result.calibrated_error is not None:
+        say(f"relative error for the inputs: {number(result.calibrated_error)}")
     say(f"size: {sizes(result.bytes_in, result.bytes_out)}")

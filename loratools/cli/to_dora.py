@@ -8,7 +8,7 @@ from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.many import one_or_many
-from loratools.cli.output import note, number
+from loratools.cli.output import note, number, say
 from loratools.cli.perform import perform, target_of
 from loratools.face.to_dora import ToDoraResult, to_dora
 from loratools.work.parallel import Workers
@@ -61,6 +61,7 @@ def _show(result: ToDoraResult, *, verbose: bool) -> None:
             str(module.outputs),
             number(module.least),
             number(module.largest),
+            "–" if module.relative_error is None else number(module.relative_error),
         ]
         for module in modules
     ]
@@ -68,7 +69,10 @@ def _show(result: ToDoraResult, *, verbose: bool) -> None:
         "rank": Measure([module.rank for module in modules], str),
         "least magnitude": Measure([module.least for module in modules]),
         "largest": Measure([module.largest for module in modules]),
+        "relative error": Measure([module.relative_error for module in modules]),
     }
-    header = ["module", "rank", "outputs", "least magnitude", "largest"]
-    print_modules(ModuleTable(header, "<>>>>", rows, measures), verbose=verbose)
+    header = ["module", "rank", "outputs", "least magnitude", "largest", "relative error"]
+    print_modules(ModuleTable(header, "<>>>>>", rows, measures), verbose=verbose)
+    if result.relative_error is not None:
+        say(f"relative error: {number(result.relative_error)}")
     note("magnitudes are rounded to float32; nothing else changes")

@@ -11,7 +11,10 @@ from loratools.base.named_base import about_base
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import IN_PLACE, READING, ModelPlace, Source, destination, opened
+from loratools.folding.expert_order import overruled
 from loratools.operations.convert.compare_written import ConversionCheck, compared
+from loratools.operations.convert.experts.choice import format_of
+from loratools.operations.convert.experts.layouts import Wanted
 from loratools.operations.convert.operation import (
     Conversion,
     ConvertOptions,
@@ -142,19 +145,21 @@ def convert(
         OutputExistsError: the output exists and `overwrite` is false.
         OutputError: the output could not be written, or lacks a part.
     """
-    adapter = opened(source, reading, dropping)
+    adapter, metadata = overruled(opened(source, reading, dropping), dict(options.set_))
     inputs = [adapter, None if base is None else Path(base), single.names_from]
     writing = writing if writing.dry_run else destination(writing, adapter, inputs)
-    target, as_it_is = _target(adapter.format, options.to, writing.output)
+    to, experts = _request(options)
+    target, as_it_is = _target(adapter.format, to, writing.output)
     output = None if writing.dry_run else writing.output
     conversion = prepare(
         adapter,
         target,
         Context(None if base is None else Path(base), options.dtype),
         allow_lossy=True,
-        metadata=dict(options.set_),
+        metadata=metadata,
         single=replace(single, alpha=options.alpha, as_it_is=as_it_is),
         names_of=options.names_of,
+        experts=experts,
     )
     about = about_base([adapter], None if base is None else Path(base))
     conversion = replace(conversion, findings=(*about, *conversion.findings))
@@ -173,6 +178,25 @@ def convert(
     if check is not None:
         check_error(result, writing.max_error)
     return result
+
+
+def _request(options: ConvertOptions) -> tuple[str | None, Wanted | str]:
+    """Return the format to write, if it is said, and the layout of experts or who reads it.
+
+    Raises:
+        OptionError: there is no such program, or it loads another format than is asked for.
+    """
+    if options.for_ is not None:
+        own = format_of(options.for_)
+        if options.to not in (None, own):
+            raise OptionError(f"{options.for_} loads {own}", got=f"`to={options.to}`")
+        return own, options.for_
+    if options.to is not None and options.to.lower() == "tinker":
+        if options.experts is not None:
+            raise OptionError("Tinker has a layout of its own: leave out `experts`")
+        return "peft", Wanted(layout="tinker", uniform=True)
+    wanted = Wanted(layout=options.experts, peft=options.peft_layout)
+    return options.to or ("peft" if wanted.is_given else None), wanted
 
 
 def _target(source: str, to: str | None, output: Path | None) -> tuple[str, bool]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from loratools.face.source import label, opened
 from loratools.hub.references import Wanted
+from loratools.work.open_files import allow_open_files
 from loratools.work.requests import Reading
 from loratools.work.selection import Dropping
 from loratools_formats.core.adapter import Adapter
@@ -29,6 +30,8 @@ def named_adapters(
     Raises:
         OptionError: it is no shelf, or an adapter is given twice.
     """
+    if isinstance(adapters, Sequence | Mapping) and not isinstance(adapters, str):
+        allow_open_files(len(adapters))
     if isinstance(adapters, Mapping):
         return {str(name): opened(one, reading, dropping) for name, one in adapters.items()}
     if isinstance(adapters, str | os.PathLike | Adapter) or not isinstance(adapters, Iterable):

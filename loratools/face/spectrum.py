@@ -10,6 +10,7 @@ from loratools.base.decompositions import IntruderOptions
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.face.source import READING, Model, Source, model, opened
+from loratools.folding.expert_order import overruled
 from loratools.operations.spectrum import operation
 from loratools.operations.spectrum import result as measured
 from loratools.operations.spectrum.against import read_references
@@ -78,7 +79,7 @@ def spectrum(
         AdapterError: no module is selected, or tensors that do not fit.
         OptionError: a number out of range.
     """
-    adapter = opened(source, reading)
+    adapter, settings = overruled(opened(source, reading), dict(options.set_))
     references, others = (
         ([], []) if options.against is None else read_references(options.against, adapter)
     )
@@ -88,7 +89,7 @@ def spectrum(
         intruders=judging,
         entries=options.entries,
         selection=selection,
-        given=dict(options.set_),
+        given=settings,
         references=references,
         workers=threads.workers,
         progress=progress,

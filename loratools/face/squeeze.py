@@ -10,6 +10,7 @@ from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error
 from loratools.face.source import IN_PLACE, READING, Source, beside, destination, trained
+from loratools.lowrank.moments import Calibration, read_moments
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import squeeze as operation
 from loratools.operations.reported import written_nbytes
@@ -30,6 +31,8 @@ class SqueezeResult(AdapterResult):
         bytes_out: size of the output's.
         modules: one report each, in path order.
         kept_whole: modules without factors and modules not selected, which keep every bit.
+        calibrated_error: ‖(ΔW − ΔW')·X‖/‖ΔW·X‖ over the selected modules together, for the inputs
+            whose moments were given; None without.
     """
 
     operation: ClassVar[str] = "squeeze"
@@ -40,6 +43,7 @@ class SqueezeResult(AdapterResult):
     bytes_out: int
     modules: tuple[ModuleReport, ...]
     kept_whole: tuple[str, ...]
+    calibrated_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -65,6 +69,7 @@ def squeeze(
     compute: ComputeOptions,
     selection: Selection,
     dropping: Dropping,
+    calibration: Calibration,
     initial: Source | None = None,
     reading: Reading,
     writing: Writing,
@@ -106,6 +111,7 @@ def squeeze(
         rule,
         compute,
         selection,
+        moments=None if calibration.stats is None else read_moments(calibration.stats),
         scratch_folder=beside(writing),
         progress=progress,
     )
@@ -118,6 +124,7 @@ def squeeze(
         bytes_out=written_nbytes(done.adapter),
         modules=done.modules,
         kept_whole=done.kept_whole,
+        calibrated_error=done.calibrated_error,
     )
     check_error(result, writing.max_error)
     return result.written(writing)

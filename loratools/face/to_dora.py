@@ -29,11 +29,14 @@ class ToDoraResult(AdapterResult):
     """A DoRA.
 
     Attributes:
+        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ over all modules together, by the rounding of magnitudes;
+            None if every ΔW is zero.
         modules: one report each, in path order.
     """
 
     operation: ClassVar[str] = "to-dora"
 
+    relative_error: float | None
     modules: tuple[ToDoraModuleReport, ...]
 
 
@@ -80,5 +83,10 @@ def to_dora(
         progress=progress,
     )
     findings = (*given.findings, *about_base(given.inputs[:1], checkpoint))
-    result = ToDoraResult(adapter=done.adapter, findings=findings, modules=done.modules)
+    result = ToDoraResult(
+        adapter=done.adapter,
+        findings=findings,
+        relative_error=done.relative_error,
+        modules=done.modules,
+    )
     return result.written(writing)

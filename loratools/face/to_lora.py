@@ -20,6 +20,7 @@ from loratools.face.source import (
     model,
     trained,
 )
+from loratools.folding.expert_order import overruled
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations import to_lora as operation
 from loratools.operations.reported import written_nbytes
@@ -111,14 +112,15 @@ def to_lora(
     if folding.exact and rule.is_given:
         raise OptionError("`exact=True` keeps changes whole, and leaves no rank to choose")
     given = trained(source, initial, reading, dropping)
+    adapter, settings = overruled(given.adapter, dict(folding.set_))
     checkpoint = None if base is None else model(base)
     writing = destination(writing, given.inputs[0], [*given.inputs, checkpoint])
     done = operation.to_lora(
-        given.adapter,
+        adapter,
         rule,
         compute,
         base=checkpoint,
-        given=dict(folding.set_),
+        given=settings,
         whole=folding.exact,
         scratch_folder=beside(writing),
         progress=progress,
@@ -164,8 +166,9 @@ def to_lora_choices(
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
     adapter = trained(source, initial, reading, dropping).adapter
+    adapter, settings = overruled(adapter, dict(folding.set_))
     checkpoint = None if base is None else model(base)
-    found = operation.to_lora_choices(adapter, compute, base=checkpoint, given=dict(folding.set_))
+    found = operation.to_lora_choices(adapter, compute, base=checkpoint, given=settings)
     if found is None:
         return None
     return ToLoraChoices(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix, RandomisedSvd, padded, signed
 from loratools.algebra.streamed_svd import RowSource, StreamedMatrix, row_spans, streamed_svd
 from loratools.kinds.declaration import Columns, DeltaForm, Kronecker, Product, Rows
+from loratools.work.seeds import seed_of_matrix
 from loratools_formats.core.dtypes import Array
 
 _NEGLIGIBLE = 1e-14
@@ -154,7 +154,7 @@ def decomposed(form: DeltaForm, device: Device, streaming: Streaming, label: str
         return Matrix(form.b, form.a, 1.0, device, use_gram=True)
     if isinstance(form, Kronecker):
         return KroneckerMatrix(form)
-    seed = zlib.crc32(label.encode(), streaming.seed & 0xFFFFFFFF)
+    seed = seed_of_matrix(streaming.seed, label)
     if isinstance(form, Columns):
         transposed = RowSource(form.shape[::-1], form.columns)
         return TransposedMatrix(_streamed(transposed, streaming.width, seed))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from loratools.algebra.calibrated import Calibrated
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Matrix
 from loratools_formats.core.adapter import LowRank
@@ -38,13 +39,32 @@ def matrices(delta: LowRank, device: Device) -> list[Matrix]:
     use_gram = not _is_float64(delta)
     with np.errstate(invalid="ignore", over="ignore"):
         found = [Matrix(b, a, delta.scale, device, use_gram) for b, a in loaded(delta)]
+    _check_finite(delta, found)
+    return found
+
+
+def calibrated(delta: LowRank, moments: Sequence[Array], device: Device) -> list[Calibrated]:
+    """Return every matrix of a delta with the second moments of its inputs.
+
+    Raises:
+        AdapterError: a factor or a moment holds NaN or infinite values.
+    """
+    use_gram = not _is_float64(delta)
+    matrices(delta, device)  # refuses what is not finite
+    return [
+        Calibrated(b, a, delta.scale, of_inputs, device, use_gram)
+        for (b, a), of_inputs in zip(loaded(delta), moments, strict=True)
+    ]
+
+
+def _check_finite(delta: LowRank, found: Sequence[Matrix]) -> None:
+    with np.errstate(invalid="ignore", over="ignore"):
         finite = all(math.isfinite(matrix.squared_norm) for matrix in found)
     if not finite:
         for tensor in (delta.a, delta.b):
             if not np.isfinite(tensor.load(np.float64)).all():
                 raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)
         raise AdapterError("squares of the factors overflow float64", tensor=delta.b.key)
-    return found
 
 
 def _is_float64(delta: LowRank) -> bool:

@@ -9,8 +9,7 @@ the factors are computed anew in canonical form, and the error of the stored one
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from loratools.lowrank.matrices import loaded
 from loratools.lowrank.planned import PlannedFactors, PlannedTensor
 from loratools.work.declared import option
 from loratools.work.scratch import Scratch
+from loratools.work.seeds import seed_of_64_bits, seed_of_matrix
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.core.adapter import LowRank
 from loratools_formats.core.dtypes import DTYPES, Array, DType, encode
@@ -31,8 +31,9 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError
 
 OutputDtype = Literal["f32", "f16", "bf16"]
+Scaling = Callable[[LowRank | PlannedFactors, int], float]
 
-_MOST = {"oversample": 1 << 16, "power_iterations": 100, "seed": (1 << 64) - 1}
+_MOST = {"oversample": 1 << 16, "power_iterations": 100}
 _ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit
 
 
@@ -63,8 +64,8 @@ class ComputeOptions(Computing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("oversample", "power_iterations", "seed"):
-            most = _MOST[name]
+        object.__setattr__(self, "seed", seed_of_64_bits(self.seed))
+        for name, most in _MOST.items():
             if not 0 <= getattr(self, name) <= most:
                 problem = "is negative" if getattr(self, name) < 0 else "is too large"
                 raise OptionError(
@@ -117,11 +118,14 @@ class Resizer:
         options: how to compute and store.
         scratch: where new factors wait until they are written.
         one_scale: whether every module must come out with the same scale.
+        scaling: the scale that a module will have at a rank, where it is decided elsewhere, as in
+            training; by default the options decide.
     """
 
     options: ComputeOptions
     scratch: Scratch
     one_scale: bool
+    scaling: Scaling | None = None
 
     def without_loss(self, delta: LowRank, rank: int, *, keep_scale: bool = True) -> LowRank | None:
         """Return factors of the same ΔW at `rank` without rounding a value; None if there are none.
@@ -211,6 +215,8 @@ class Resizer:
 
     def _scale(self, like: LowRank | PlannedFactors, rank: int) -> float:
         """Return the scale to write: 1, or alpha/rank where a positive alpha is to be kept."""
+        if self.scaling is not None:
+            return self.scaling(like, rank)
         if self.options.keep_alpha and like.alpha is not None and like.alpha > 0:
             return like.alpha / rank
         return 1.0
@@ -240,7 +246,7 @@ class Resizer:
         options = self.options
         if options.method == "exact":
             return None
-        seed = zlib.crc32(label.encode(), options.seed & 0xFFFFFFFF)
+        seed = seed_of_matrix(options.seed, label)
         return RandomisedSvd(options.oversample, options.power_iterations, seed)
 
 

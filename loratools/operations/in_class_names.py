@@ -18,6 +18,7 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.pieces import is_whole, pieces, put_together
 from loratools.base.placement.place import module_placements, unmatched
 from loratools.base.placement.sites import sites
+from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
 from loratools_formats.contract.commands import command_on
@@ -140,7 +141,7 @@ def _switched(names: Names, module: str, change: ModuleChange) -> list[Placement
         )
     which = 0 if leaf == "gate_proj" else 1
     outputs: tuple[Span, ...] = ((which * total // 2, (which + 1) * total // 2),)
-    if "gpt_oss" in types:
+    if types & expert_classes.ALTERNATING:
         outputs = tuple((i, i + 1) for i in range(which, total, 2))
     return [Placement(key, module, change, transposed=crossed, outputs=outputs)]
 

@@ -21,7 +21,8 @@ class ModuleInfo:
         name: module path.
         kind: `lora`, `dora`, or another kind's name.
         layer: `linear`, `conv`, `embedding` or `experts`.
-        shape: (out, in) of one matrix; None for what the file does not tell.
+        shape: (out, in) of one matrix, the true one where factors of experts are the other way
+            round; None for what the file does not tell.
         experts: number of stacked matrices, 1 if ordinary.
         rank: of the factors; None for another kind.
         alpha: as the file states it, None if it does not.
@@ -82,6 +83,8 @@ class AdapterInfo:
         provenance: what the file says about how it was made, as metadata keys and values.
         training: what its metadata says of its training, by a word for each.
         components: of a file of a pipeline, how many modules each component has.
+        expert_layout: how the file stores factors of experts, and what tells that; empty if it has
+            none.
     """
 
     path: str
@@ -99,6 +102,7 @@ class AdapterInfo:
     provenance: dict[str, str]
     training: dict[str, str]
     components: dict[str, int]
+    expert_layout: str
 
 
 def describe(adapter: Adapter) -> AdapterInfo:
@@ -125,6 +129,7 @@ def describe(adapter: Adapter) -> AdapterInfo:
         provenance={k: v for k, v in adapter.metadata.items() if k.startswith("loratools.")},
         training=training_facts(adapter.metadata),
         components=components(adapter.modules) if adapter.dialects else {},
+        expert_layout="" if adapter.expert_layout is None else adapter.expert_layout.described,
     )
 
 
@@ -135,7 +140,7 @@ def _module(name: str, delta: ModuleChange) -> ModuleInfo:
         name=name,
         kind=delta.kind,
         layer=delta.layer.kind,
-        shape=delta.shape,
+        shape=delta.shape[::-1] if delta.layer.swapped else delta.shape,
         experts=1 if part is None else part.experts,
         rank=delta.rank,
         alpha=None if part is None else part.alpha,

@@ -4,29 +4,35 @@ What it does: decompose every ΔW exactly from its factors, choose ranks, write 
 (σ split √σ·√σ, sorted, signs fixed, scale 1), and state the error that the written, rounded
 factors have. Source of the idea: LoRA-Squeeze, arXiv 2602.10993; optimality: Eckart–Young.
 
-What it does not: look at the base model or at data. The error of a DoRA is that of its direction;
+With second moments of the inputs, it makes ‖(ΔW − ΔW')·X‖ least in place of ‖ΔW − ΔW'‖
+(`algebra.calibrated`), and ranks are chosen by the singular values of ΔW·X.
+
+What it does not: look at the base model. The error of a DoRA is that of its direction;
 its magnitudes are kept, and the norm is taken again when the adapter is loaded.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from loratools.algebra.budget import RankChoice
+from loratools.algebra.calibrated import Calibrated
 from loratools.algebra.device import Device
+from loratools.algebra.one_matrix import Decomposed
 from loratools.algebra.ranks import RankRule, as_options
 from loratools.folding.undecomposed import Apart, is_apart, matrices_of
 from loratools.folding.without_base import folded_where_exact, to_lora_command
-from loratools.lowrank.matrices import matrices
+from loratools.lowrank.matrices import calibrated, loaded, matrices
+from loratools.lowrank.moments import Moments
 from loratools.lowrank.planned import PlannedFactors
-from loratools.lowrank.resize import ComputeOptions, Resizer, spectrum_of
+from loratools.lowrank.resize import ComputeOptions, Resizer, Scaling, spectrum_of
 from loratools.operations.one_rank import groups_of_one_rank
 from loratools.operations.ranked import Measured, Outcome, Ranked, ratio, share
-from loratools.work.provenance import operation_record
+from loratools.work.provenance import InputFile, operation_record
 from loratools.work.scratch import Scratch
 from loratools.work.selection import Selection
 from loratools_formats.contract.registry import get_format
@@ -44,6 +50,8 @@ class ModuleReport:
         rank_out: rank after.
         energy: share of ‖ΔW‖²_F in the singular values kept.
         relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ of the stored, rounded factors.
+        calibrated_error: ‖(ΔW − ΔW')·X‖/‖ΔW·X‖ for the inputs whose moments were given; None
+            without.
     """
 
     name: str
@@ -51,6 +59,7 @@ class ModuleReport:
     rank_out: int
     energy: float
     relative_error: float
+    calibrated_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ class SqueezeResult:
         directional: True if modules are DoRA, whose error is that of the direction.
         kept_whole: modules without factors, which keep every bit: full differences, and modules
             that are not selected.
+        calibrated_error: over the selected modules together, for the inputs whose moments were
+            given; None without.
     """
 
     adapter: Adapter
@@ -71,6 +82,7 @@ class SqueezeResult:
     relative_error: float
     directional: bool
     kept_whole: tuple[str, ...] = ()
+    calibrated_error: float | None = None
 
 
 def squeeze(
@@ -79,6 +91,8 @@ def squeeze(
     options: ComputeOptions | None = None,
     selection: Selection | None = None,
     *,
+    moments: Moments | None = None,
+    scaling: Scaling | None = None,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SqueezeResult:
@@ -89,6 +103,8 @@ def squeeze(
         rule: how ranks are chosen.
         options: how to compute and store.
         selection: modules to touch; the others keep every bit.
+        moments: second moments of the modules' inputs, for which the error is to be least.
+        scaling: the scale of each module's new factors; by default the options decide.
         scratch_folder: where results wait until they are written.
         progress: called with (modules done, modules in all).
 
@@ -98,7 +114,7 @@ def squeeze(
         OptionError: options contradict each other, or the budget is too small.
     """
     options, selection = options or ComputeOptions(), selection or Selection()
-    work = _Squeeze(adapter, rule, options, selection, scratch_folder)
+    work = _Squeeze(adapter, rule, options, selection, scratch_folder, moments, scaling)
     rule.check_patterns(work.chosen)
     if rule.uniform and len(work.chosen) < len(work.names):
         raise OptionError("uniform concerns all modules, and some are not selected")
@@ -110,7 +126,9 @@ def squeeze(
         )
     record = {"rule": as_options(rule), **options.record(), **selection.record()}
     inputs = {"adapter": work.source}
-    done = work.run(partial(operation_record, "squeeze", inputs, record), progress)
+    others = [] if moments is None else [_as_input(moments)]
+    made = partial(operation_record, "squeeze", inputs, record, others=others)
+    done = work.run(made, progress)
     modules = done.modules
     if all(outcome.unchanged for outcome in done.outcomes) and (
         not rule.uniform or len(work.scales()) == 1
@@ -126,7 +144,18 @@ def squeeze(
         relative_error=done.relative_error,
         directional=any(change.is_dora for change in modules.values()),
         kept_whole=tuple(work.kept_whole),
+        calibrated_error=None if moments is None else _calibrated_error(done.outcomes),
     )
+
+
+def _as_input(moments: Moments) -> InputFile:
+    file = moments.file.file
+    return InputFile("stats", file.path, {"sha256": file.sha256()})
+
+
+def _calibrated_error(outcomes: Sequence[_Squeezed]) -> float:
+    squared_error = sum(outcome.squared_output_error for outcome in outcomes)
+    return ratio(squared_error, sum(outcome.squared_output for outcome in outcomes))
 
 
 def rank_choices(
@@ -208,6 +237,8 @@ def _selected(
 class _Squeezed(Outcome):
     report: ModuleReport
     unchanged: bool
+    squared_output_error: float = 0.0
+    squared_output: float = 0.0
 
 
 class _Squeeze(Ranked[_Squeezed, Measured]):
@@ -226,7 +257,10 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         options: ComputeOptions,
         selection: Selection,
         scratch_folder: Path | None,
+        moments: Moments | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
+        self._moments = moments
         self.source = _folded(adapter, selection, scratch_folder)
         self.kept_whole = _kept_whole(self.source, selection)
         self._apart = {
@@ -252,13 +286,15 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         super().__init__(
             list(self.whole),
             rule,
-            Resizer(options, Scratch(scratch_folder), rule.uniform),
+            Resizer(options, Scratch(scratch_folder), rule.uniform, scaling),
             input_nbytes=self.source.weights_nbytes,
             source=self.source.source,
             chosen=_selected(self.source, self.whole, selection),
             groups=groups,
         )
         self._selected = frozenset(self.chosen)
+        if moments is not None:
+            self._check_moments(moments)
 
     def alphas(self) -> set[float]:
         """Return the numbers that files state as alpha."""
@@ -268,10 +304,29 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         """Return the numbers that multiply the factors."""
         return {like.scale for like in self._like.values()}
 
+    def _check_moments(self, moments: Moments) -> None:
+        for name in self.chosen:
+            if name in self._apart:
+                raise UnsupportedError(
+                    "a change without factors cannot be calibrated",
+                    path=self.source.source,
+                    tensor=name,
+                    hint="Make it a plain LoRA first: "
+                    f"{to_lora_command(self.source, self.whole[name])}",
+                )
+            moments.check(name, self.whole[name].require_factors())
+
+    def _parts(self, name: str) -> Sequence[Decomposed]:
+        """Return every matrix of a module, calibrated if moments are given."""
+        whole = self.whole[name]
+        if self._moments is None:
+            return matrices_of(whole, self._apart.get(name), self._device)
+        factors = whole.require_factors()
+        return calibrated(factors, self._moments.of(name, factors.experts), self._device)
+
     def measured(self, name: str) -> Measured:
         like = self._like[name]
-        found = matrices_of(self.whole[name], self._apart.get(name), self._device)
-        return Measured(spectrum_of(name, like, found, self.options), like)
+        return Measured(spectrum_of(name, like, self._parts(name), self.options), like)
 
     def changed(self, name: str, factors: LowRank) -> ModuleChange:
         return self.whole[name].with_direction(factors)
@@ -294,7 +349,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
             squared_norm = sum(matrix.squared_norm for matrix in found)
             report = ModuleReport(name, like.rank, like.rank, 1.0, 0.0)
             return _Squeezed(name, whole, 0.0, squared_norm, report, unchanged=True)
-        parts = matrices_of(whole, self._apart.get(name), self._device)
+        parts = self._parts(name)
         spectrum = spectrum_of(name, like, parts, self.options)
         rank = self.rule.of_module(spectrum) if ranks is None else ranks[name]
         squared_error, kept = 0.0, sum(part.squared_norm for part in parts)
@@ -313,6 +368,26 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
             compressed = self.resizer.compressed(name, like, parts, rank)
             new, squared_error, kept = compressed.delta, compressed.squared_error, compressed.energy
         error = ratio(squared_error, squared_norm)
-        report = ModuleReport(name, like.rank, new.rank, share(kept, squared_norm), error)
+        on_inputs, output = _output_error(parts, new)
+        report = ModuleReport(
+            name,
+            like.rank,
+            new.rank,
+            share(kept, squared_norm),
+            error,
+            None if self._moments is None else ratio(on_inputs, output),
+        )
         change = self.changed(name, new)
-        return _Squeezed(name, change, squared_error, squared_norm, report, unchanged)
+        return _Squeezed(
+            name, change, squared_error, squared_norm, report, unchanged, on_inputs, output
+        )
+
+
+def _output_error(parts: Sequence[Decomposed], new: LowRank) -> tuple[float, float]:
+    """Return ‖(ΔW − ΔW')·X‖² and ‖ΔW·X‖² of a calibrated module; zeros of another."""
+    squared_error = squared = 0.0
+    for part, (b, a) in zip(parts, loaded(new), strict=True):
+        if isinstance(part, Calibrated):
+            squared_error += part.squared_output_error(new.scale * b, a)
+            squared += part.squared_output
+    return squared_error, squared

@@ -1,24 +1,28 @@
 """A LoRA as a DoRA that makes the same change: magnitudes are the norms of the merged weights.
 
 With m = ‖W + ΔW‖ per output, m/‖W + ΔW‖ ⊙ (W + ΔW) = W + ΔW: exact except for the rounding of m to
-float32. The factors keep every bit. The base weight is read a block of rows at a time.
+float32. It scales an output of norm n by m/n, whose distance from 1 times n is |m − n|: so the
+error is ‖m − n‖₂. The factors keep every bit. The base weight is read a block of rows at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from loratools.algebra.device import Device
 from loratools.base.placement.names import Names
 from loratools.base.weights import find_base_module, names_under
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import output_norms
 from loratools.folding.without_base import folded_exactly
 from loratools.kinds.declaration import Product
-from loratools.lowrank.matrices import loaded
+from loratools.lowrank.matrices import loaded, matrices
 from loratools.naming.for_base import names_in_base
 from loratools.operations.in_class_names import renamed_to_class
 from loratools.work.parallel import check_workers, in_order, usable_cores
@@ -45,6 +49,7 @@ class ToDoraModuleReport:
         outputs: number of magnitudes.
         least: the smallest.
         largest: the largest.
+        relative_error: ‖ΔW − ΔW'‖/‖ΔW‖ by their rounding to float32; None if ΔW is zero.
     """
 
     name: str
@@ -52,14 +57,33 @@ class ToDoraModuleReport:
     outputs: int
     least: float
     largest: float
+    relative_error: float | None
 
 
 @dataclass(frozen=True)
 class ToDoraResult:
-    """The DoRA, not yet written, and a report per module in path order."""
+    """The DoRA, not yet written, and a report per module in path order.
+
+    Attributes:
+        adapter: the DoRA.
+        modules: the reports.
+        relative_error: of all modules together; None if every ΔW is zero.
+    """
 
     adapter: Adapter
     modules: tuple[ToDoraModuleReport, ...]
+    relative_error: float | None
+
+
+class _Lost(NamedTuple):
+    """‖ΔW − ΔW'‖ and ‖ΔW‖ of a module or of all."""
+
+    error: float
+    size: float
+
+    @property
+    def relative(self) -> float | None:
+        return self.error / self.size if self.size else None
 
 
 def to_dora(
@@ -96,7 +120,7 @@ def to_dora(
     names = names_under(adapter, base, adapter.modules)
     in_base = names_in_base(adapter, base)
 
-    def one(name: str) -> tuple[ModuleChange, ToDoraModuleReport]:
+    def one(name: str) -> tuple[ModuleChange, ToDoraModuleReport, _Lost]:
         try:
             return _one(name, adapter.modules[name], names, in_base[name])
         except LoratoolsError as error:
@@ -112,16 +136,19 @@ def to_dora(
     record = operation_record("to-dora", {"adapter": adapter}, {}, base)
     result = replace(
         adapter,
-        modules={report.name: delta for delta, report in done},
+        modules={report.name: delta for delta, report, _ in done},
         metadata=with_record(adapter.metadata, record_metadata(record)),
         provenance=record,
     )
-    return ToDoraResult(result, tuple(report for _, report in done))
+    lost = _Lost(
+        *(math.hypot(*sizes) for sizes in zip(*(each for _, _, each in done), strict=True))
+    )
+    return ToDoraResult(result, tuple(report for _, report, _ in done), lost.relative)
 
 
 def _one(
     name: str, whole: ModuleChange, names: Names, in_base: str
-) -> tuple[ModuleChange, ToDoraModuleReport]:
+) -> tuple[ModuleChange, ToDoraModuleReport, _Lost]:
     if whole.is_dora:
         raise UnsupportedError("it is a DoRA already", tensor=name)
     delta = whole.require_factors()
@@ -144,11 +171,14 @@ def _one(
     shape: tuple[int, ...] = norms.shape
     if delta.layer.kind == "conv":
         shape = (1, len(norms), *(1 for _ in delta.layer.kernel))
-    magnitude = in_memory(f"{name}.magnitude", _stored(norms, name).reshape(shape))
+    stored = _stored(norms, name)
+    (matrix,) = matrices(delta, Device("cpu"))
+    lost = _Lost(math.hypot(*(stored - norms)), math.sqrt(matrix.squared_norm))
     report = ToDoraModuleReport(
-        name, delta.rank, len(norms), float(norms.min()), float(norms.max())
+        name, delta.rank, len(norms), float(norms.min()), float(norms.max()), lost.relative
     )
-    return ModuleChange(delta, magnitude), report
+    magnitude = in_memory(f"{name}.magnitude", stored.reshape(shape))
+    return ModuleChange(delta, magnitude), report, lost
 
 
 def _stored(norms: Array, name: str) -> Array:

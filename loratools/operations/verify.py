@@ -99,7 +99,8 @@ class VerifyResult:
         """Whether the adapters are contained; None if the checkpoint cannot tell."""
         if "not contained" in self.counts:
             return False
-        nothing = not any(tensor.touched for tensor in self.tensors)
+        # A scale or a weight of zero touches tensors and changes none.
+        nothing = not any(tensor.touched and tensor.change != 0.0 for tensor in self.tensors)
         return None if nothing or "not checked" in self.counts else True
 
     @property
@@ -255,7 +256,8 @@ def _verdict(plan: TensorPlan, c: _Comparison, coded: CodedWeight | None) -> Ten
     is_measured = c.delta > 0 and math.isfinite(c.off)
     found = c.along / c.delta if is_measured else None
     error = math.sqrt(c.off / c.delta) if is_measured else None
-    change = math.sqrt(c.delta) if is_measured else None
+    is_still = plan.is_touched and c.delta == 0.0
+    change = math.sqrt(c.delta) if is_measured or is_still else None
 
     def result(verdict: Verdict, reason: str | None = None) -> TensorVerdict:
         return TensorVerdict(plan.key, verdict, plan.is_touched, found, error, change, reason)

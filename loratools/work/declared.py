@@ -45,6 +45,7 @@ class Option:
         metavar: how help names the value.
         parse: reads the value from text; None if the type alone tells how.
         reference: what on the Hub it may name instead of a path; None if nothing.
+        word: the keyword argument, where it does not follow from the name.
     """
 
     field: str
@@ -60,10 +61,13 @@ class Option:
     metavar: str | None
     parse: Callable[[str], Any] | None
     reference: str | None = None
+    word: str | None = None
 
     @property
     def keyword(self) -> str:
         """The keyword argument: `set` for `set_`, `lambda_` for itself, `format` for `from_`."""
+        if self.word is not None:
+            return self.word
         word = self.name.rstrip("_")
         return _WORDS.get(word, self.name if keyword.iskeyword(word) else word)
 
@@ -112,6 +116,7 @@ def option(
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
     reference: str | None = None,
+    word: str | None = None,
 ) -> Any:
     """Declare an option as a dataclass field; the arguments are those of `Option`.
 
@@ -125,10 +130,11 @@ def option(
         metavar: how help names the value.
         parse: reads the value from text.
         reference: what on the Hub it may name instead of a path.
+        word: the keyword argument, where it does not follow from the name.
     """
     made = {
         "heading": heading, "name": name, "short": short, "aliases": aliases, "metavar": metavar,
-        "parse": parse, "reference": reference,
+        "parse": parse, "reference": reference, "word": word,
     }  # fmt: skip
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata={_KEY: made})

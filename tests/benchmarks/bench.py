@@ -29,6 +29,7 @@ ALWAYS = [
     "kernels",
     "spectrum",
     "check",
+    "share",
 ]
 BENCHMARKS = [*ALWAYS, "versions"]  # the last needs an earlier version beside this one
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"

@@ -66,6 +66,33 @@ def experts(path, **config):
     return folder(path, weights, **(values | config))
 
 
+def single_experts(path, shared=True):
+    """Return an adapter of experts one by one, with a shared expert beside them."""
+    names = [f"experts.{e}.{leaf}" for e in range(2) for leaf in ("gate_proj", "up_proj")]
+    names += ["shared_expert.gate_proj"] if shared else []
+    weights = tensors()
+    for name in names:
+        key = f"base_model.model.model.layers.0.mlp.{name}"
+        weights[f"{key}.lora_A.weight"] = np.ones((4, IN), np.float32)
+        weights[f"{key}.lora_B.weight"] = np.ones((OUT, 4), np.float32)
+    return folder(path, weights, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"])
+
+
+def doubtful(path):
+    """Return an adapter whose columns are alike expert by expert, and whose marker says else."""
+    rng = np.random.default_rng(0)
+    name = "base_model.model.model.layers.0.mlp.experts"
+    b = rng.normal(size=(8, OUT, 1)) + 0.1 * rng.normal(size=(8, OUT, 4))
+    weights = {
+        f"{name}.lora_A.weight": rng.normal(size=(32, IN)).astype(np.float32),
+        f"{name}.lora_B.weight": np.ascontiguousarray(
+            b.transpose(1, 0, 2).reshape(OUT, 32), np.float32
+        ),
+    }
+    return folder(path, weights, target_parameters=["mlp.experts.down_proj"], target_modules=[],
+                  r=4, lora_B_layout="rank_major")  # fmt: skip
+
+
 def embedding(path, name="model.embed_tokens"):
     key = f"base_model.model.{name}"
     weights = tensors() | {
@@ -367,6 +394,7 @@ CASES = {
     "LT110": lambda p: folder(p, tensors() | {SAMPLER: np.ones(3, np.float32)}, **MONTECLORA),
     "LT111": lambda p: folder(p, tensors() | {f"{FIRST}.lora_A_rho": np.ones((4, IN), np.float32)}),
     "LT113": guessed,
+    "LT114": doubtful,
     "LT205": without_config,
     "LT207": without_basis,
     "LT208": lambda p: with_file(p, "reconstr_config.json"),
@@ -376,6 +404,8 @@ CASES = {
     ),
     "LT218": (without_config, {"format": "safetensors"}),
     "LT409": lambda p: experts(p, lora_B_layout="grouped_by_expert"),
+    "LT411": single_experts,
+    "LT517": (lambda p: single_experts(p, shared=False), {"target": ["unsloth"]}),
     "LT508": (lambda p: folder(p, use_rslora=True), {"target": ["sglang"]}),
     "LT514": (lambda p: folder(p, init_lora_weights="pissa"), {"target": ["vllm"]}),
     "LT515": (gappy, {"target": ["lorax"]}),

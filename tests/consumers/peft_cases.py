@@ -73,6 +73,20 @@ CASES = {
             "alpha_pattern": {"square": 2.25},
         },
     ),
+    "alpha-negative": Case(
+        "linear",
+        _LINEAR | {"lora_alpha": -7.5, "alpha_pattern": {"square": 2.25, "down": -4}},
+    ),
+    "alpha-negative-dora": Case("linear", _LINEAR | {"lora_alpha": -6, "use_dora": True}),
+    "alpha-negative-lora-bias": Case(
+        "linear",
+        {
+            "target_modules": ["up", "square"], "lora_bias": True, "use_rslora": True,
+            "lora_alpha": -3, "rank_pattern": {"up": 3},
+        },
+    ),
+    "alpha-negative-experts": Case("experts", _EXPERTS | {"lora_alpha": -12}),
+    "alpha-negative-conv": Case("conv", _CONV | {"lora_alpha": -2}),
     "patterns": Case("named_oddly", _ODD),
     "lora-bias": Case("linear", {"target_modules": ["up", "square"], "lora_bias": True}),
     "lora-bias-rslora": Case(

@@ -7,9 +7,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
+from loratools_formats.core.peft_patterns import PatternsOf
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.formats.peft import patterns
-from loratools_formats.formats.peft.patterns import PatternsOf, match_patterns
+from loratools_formats.formats.peft.patterns import match_patterns
 
 NAMES = st.text("ab.1_", min_size=1, max_size=8)
 PLAIN_KEYS = st.from_regex(re.compile(r"\^?([ab1_.-]|\\[.-]){1,6}", re.ASCII), fullmatch=True)

@@ -78,7 +78,8 @@ def write(folder, into, out, layout, *, leaf="gate_up_proj", width=None):
         stored = flat(a, b, swapped=swapped, grouped=grouped)
         for part, values_ in zip("AB", stored, strict=True):
             tensors[f"{name}.lora_{part}.weight"] = np.ascontiguousarray(values_, np.float32)
-    rank = into[0].shape[1]
+    experts, rank = into[0].shape[:2]
+    values = json.loads(json.dumps(values).replace('"num_experts": 3', f'"num_experts": {experts}'))
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [],
         "target_parameters": [f"mlp.experts.{leaf}", "mlp.experts.down_proj"], **values,

@@ -76,7 +76,7 @@ def warmed(seed: Seed, room: Path) -> None:
     """Use a sound input here, so that children find every module imported."""
     room.mkdir()
     with contextlib.suppress(LoratoolsError):
-        _use(seed, room)
+        use(seed, room)
     shutil.rmtree(room)
 
 
@@ -89,17 +89,18 @@ def _bounded(seed: Seed, room: Path) -> tuple[str, str, str]:
     signal.alarm(CLOCK_SECONDS)
     room.mkdir()
     try:
-        _use(seed, room)
+        use(seed, room)
     except LoratoolsError as error:
         return "refused", str(error)[:300], ""
     except BaseException as error:  # noqa: BLE001 - that is what is looked for
         text = f"{type(error).__name__}: {error}"[:300]
-        return "error", text, _place(error)
-    looser = _others_refuse(seed.mutated)
+        return "error", text, place_of(error)
+    looser = others_refuse(seed.mutated)
     return ("looser", looser, "") if looser else ("done", "", "")
 
 
-def _use(seed: Seed, room: Path) -> None:
+def use(seed: Seed, room: Path) -> None:
+    """Give an input to the commands that take it, as its role says; outputs go to a folder."""
     role, path = seed.role, seed.path
     if role == "names":
         from loratools.naming.tables import find_table
@@ -108,7 +109,18 @@ def _use(seed: Seed, room: Path) -> None:
     elif role == "recipe":
         _merged(path)
     elif role == "base":
-        loratools.fuse(path, path.parent / "two", output=room / "fused")
+        two = next(p / "two" for p in path.parents if (p / "two").is_dir())
+        with contextlib.suppress(LoratoolsError):
+            loratools.info_base(path).to_dict()
+        fused = room / (path.name if path.suffix else "fused")
+        loratools.fuse(path, two, output=fused, allow_lossy=True)
+    elif role == "steps":
+        loratools.run(path, dry_run=True, output=room / "steps")
+    elif role == "statement":
+        loratools.provenance(path)
+        loratools.replay(path, output=room / "again")
+    elif role == "baseline":
+        loratools.check(path.parent / "one", baseline=path)
     else:
         loratools.info(path, format=seed.given).to_dict()
         how = {"format": seed.given, "workers": 1}
@@ -129,7 +141,7 @@ def _merged(path: Path) -> None:
         recipe.options.rule.override(name)
 
 
-def _others_refuse(path: Path) -> str:
+def others_refuse(path: Path) -> str:
     """Return why the package of a container's authors cannot open a file, nothing if it can."""
     if path.suffix == ".safetensors":
         import safetensors
@@ -149,7 +161,8 @@ def _others_refuse(path: Path) -> str:
     return ""
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
+    """Return the last line of ours that an exception passed."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "/loratools" in f.filename and "/tests/" not in f.filename]
     last = (ours or frames)[-1]

@@ -6,6 +6,7 @@ text; the other half change bytes of anything. Truncations are tried at every le
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import struct
@@ -93,6 +94,9 @@ def _changed(value: Any, draw: random.Random) -> Any:
 
 def _odd(value: Any, draw: random.Random) -> Any:
     kind = draw.random()
+    if isinstance(value, str) and value[:1] in ("{", "[") and kind < 0.7:
+        with contextlib.suppress(ValueError, RecursionError):  # metadata hold JSON as text
+            return json.dumps(_changed(json.loads(value), draw))
     if kind < 0.4 and isinstance(value, int | float):
         return value + draw.choice((-1, 1, 8, -8)) if draw.random() < 0.5 else -value
     if kind < 0.6 and isinstance(value, str) and value:

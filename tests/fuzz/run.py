@@ -58,7 +58,6 @@ def main() -> int:
     options.add_argument("--only", default="")
     options.add_argument("--truncations", action="store_true", help="every prefix, nothing else")
     given = options.parse_args()
-    end = time.monotonic() + 60 * given.minutes
     # In memory, where nothing waits for a disk.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory))
@@ -66,9 +65,12 @@ def main() -> int:
     counts: dict[str, collections.Counter[str]] = {}
     faults: dict[tuple[str, str], Path] = {}
     try:
-        seeds = [seed for seed in make(root) if given.only in seed.format]
+        made = make(root)
+        exact = any(seed.format == given.only for seed in made)
+        seeds = [s for s in made if (s.format == given.only if exact else given.only in s.format)]
         for seed in seeds:
             warmed(seed, root / "room")
+        end = time.monotonic() + 60 * given.minutes
         for seed, data in _cases(seeds, given.seed, truncations=given.truncations):
             if time.monotonic() > end:
                 break

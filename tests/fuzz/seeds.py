@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import loratools
+from loratools.cli import cli
 
+_OF_TRAINERS = {"kohya_sd15", "kohya_flux", "lycoris", "musubi_wan"}
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden"
 LLAMA = TESTS.parent / "examples" / "tiny-llama"
@@ -28,6 +30,21 @@ compute: {seed: 3}
 overrides:
 - {match: 'layers\\.[01]\\.', weights: [0.3, 0.7]}
 """
+STEPS = """version: 1
+variables: {rank: 1, base: base}
+steps:
+- {name: small, do: squeeze, source: one, rank: "${rank}"}
+- {name: both, do: merge, adapters: [{path: "${small}", weight: 0.5}, two], method: ties, rank: 2}
+- {name: sums, do: fuse, base: "${base}", adapters: {two: 0.5}}
+"""
+TAGS = {"10_set": {f"made up {number}": number % 7 for number in range(40)}}
+TRAINER = {
+    "ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_network_module": "networks.lora",
+    "ss_base_model_version": "sd_v1", "ss_network_args": '{"conv_dim": "4", "algo": "loha"}',
+    "ss_tag_frequency": json.dumps(TAGS), "ss_learning_rate": "0.0001", "ss_v2": "False",
+    "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.title": "x",
+    "sshs_model_hash": "0" * 64,
+}  # fmt: skip
 NAMES = """title = "made up"
 diffusers = "unet"
 kohya = "original"
@@ -48,7 +65,7 @@ class Seed:
         format: what is counted together.
         path: file or folder that commands are given.
         mutated: the file of it that is changed.
-        role: adapter, base, recipe or names.
+        role: what a command takes it for: adapter, base, recipe, steps, names, statement, baseline.
         given: the format that is told to commands, where a file does not tell its own.
     """
 
@@ -63,8 +80,10 @@ class Seed:
 def make(folder: Path) -> list[Seed]:
     """Write all seeds into an empty folder, in an order that never changes."""
     seeds: list[Seed] = []
+    folder.mkdir(exist_ok=True)
     small = folder / "one"
-    loratools.squeeze(LLAMA / "lora", rank=1, output=small)
+    shutil.copytree(LLAMA / "lora", folder / "lora")
+    loratools.squeeze(folder / "lora", rank=1, output=small)
     weights, config = "adapter_model.safetensors", "adapter_config.json"
     seeds += [
         Seed(f"peft/{name}", f"peft {name.rpartition('.')[2]}", small, small / name)
@@ -87,6 +106,10 @@ def make(folder: Path) -> list[Seed]:
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, place)
         seeds.append(Seed(f"single/{file.name}", "single files", place, place))
+        if file.stem in _OF_TRAINERS:
+            told = place.with_stem(f"{file.stem}-told")
+            _with_metadata(file, told)
+            seeds.append(Seed(f"single/{told.name}", "single files", told, told))
     nemo = _nemo(folder / "lora.nemo")
     seeds.append(Seed("lora.nemo", "nemo", nemo, nemo))
     for name, to in (("lora.gguf", "gguf"), ("mlx", "mlx")):
@@ -96,9 +119,66 @@ def make(folder: Path) -> list[Seed]:
         seeds += [Seed(f"{to}/{file.name}", to, place, file) for file in files]
     _partly(small, folder / "two")
     seeds += _bases(folder / "base")
-    for name, text, role in (("recipe.yaml", RECIPE, "recipe"), ("names.toml", NAMES, "names")):
+    seeds += _gguf_models(folder / "models")
+    for name, text, role in (
+        ("recipe.yaml", RECIPE, "recipe"), ("steps.yaml", STEPS, "steps"),
+        ("names.toml", NAMES, "names"),
+    ):  # fmt: skip
         (folder / name).write_text(text)
         seeds.append(Seed(name, role, folder / name, folder / name, role))
+    baseline = folder / "baseline.json"
+    command = ["check", str(small), "--write-baseline", str(baseline), "-q"]
+    cli.main(command, standalone_mode=False)
+    seeds.append(Seed(baseline.name, "baseline", baseline, baseline, "baseline"))
+    made = small / "provenance.json"
+    seeds.append(Seed(f"one/{made.name}", "statement", small, made, "statement"))
+    return seeds
+
+
+def _with_metadata(source: Path, target: Path) -> None:
+    """Copy a single file with the metadata that trainers write."""
+    from safetensors.numpy import load_file, save_file
+
+    save_file(load_file(source), target, metadata=TRAINER)
+
+
+def _gguf_models(folder: Path) -> list[Seed]:
+    """Return two GGUF models of the base's weights, one of them in blocks of eight bits."""
+    import gguf
+    import numpy as np
+
+    folder.mkdir()
+    seeds = []
+    for kind in ("f16", "q8_0"):
+        path = folder / f"model-{kind}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_name("tiny")
+        writer.add_block_count(1)
+        writer.add_context_length(64)
+        writer.add_embedding_length(128)
+        writer.add_feed_forward_length(256)
+        writer.add_head_count(4)
+        writer.add_head_count_kv(2)
+        writer.add_rope_dimension_count(32)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([f"t{number}" for number in range(8)])
+        writer.add_token_scores([0.0] * 8)
+        values = np.linspace(-1.0, 1.0, 128 * 128, dtype=np.float32).reshape(128, 128)
+        for name, rows in (("attn_q", 128), ("attn_k", 64)):
+            stored = values[:rows].astype(np.float16)
+            if kind == "q8_0":
+                blocks = gguf.quantize(values[:rows], gguf.GGMLQuantizationType.Q8_0)
+                writer.add_tensor(
+                    f"blk.0.{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0
+                )
+            else:
+                writer.add_tensor(f"blk.0.{name}.weight", stored)
+        writer.add_tensor("output_norm.weight", np.ones(128, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        seeds.append(Seed(f"models/{path.name}", "gguf models", path, path, "base"))
     return seeds
 
 
@@ -153,4 +233,10 @@ def _bases(folder: Path) -> list[Seed]:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copyfile(LLAMA / "model" / "config.json", folder / "config.json")
     files = ["model.safetensors.index.json", "config.json", "model-00001-of-00003.safetensors"]
-    return [Seed(f"base/{name}", "bases", folder, folder / name, "base") for name in files]
+    return [
+        Seed(
+            f"base/{name}", "index files" if "index" in name else "bases", folder, folder / name,
+            "base",
+        )
+        for name in files
+    ]  # fmt: skip

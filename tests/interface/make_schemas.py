@@ -31,6 +31,7 @@ from loratools.face.info import InfoResult
 from loratools.face.info_base import BaseInfoResult
 from loratools.face.lists import FormatsResult, MethodsResult
 from loratools.face.merge import MergeResult
+from loratools.face.plan_squeeze import PlanSqueezeResult
 from loratools.face.provenance import ProvenanceResult
 from loratools.face.push import PushResult
 from loratools.face.quantize import QuantizeResult
@@ -69,6 +70,7 @@ RESULTS = {
     "info-base": (BaseInfoResult,),
     "merge": (MergeResult,),
     "methods": (MethodsResult,),
+    "plan-squeeze": (PlanSqueezeResult,),
     "provenance": (ProvenanceResult,),
     "push": (PushResult,),
     "quantize": (QuantizeResult,),

@@ -40,6 +40,7 @@ def stub() -> str:
         "",
         "import numpy as np",
         "",
+        "from loratools import training as training",
         *(f"from {module} import {', '.join(sorted(imports[module]))}" for module in imports),
         "",
         "__version__: str",

@@ -34,9 +34,9 @@ LORA, RSLORA, DORA, MODEL = (LLAMA / name for name in ("lora", "rslora", "dora",
 MODULE = "model.layers.0.self_attn.q_proj"
 FUNCTIONS = [name for name in lt.__all__ if inspect.isfunction(getattr(lt, name))]
 RESULTS = ("check", "compare", "compare_bases", "convert", "dequantize", "extract", "formats",
-           "fuse", "info", "info_base", "merge", "methods", "provenance", "quantize", "repair",
-           "replay", "rule", "run", "spectrum", "squeeze", "to_dora", "to_lora", "verify",
-           "write")  # fmt: skip
+           "fuse", "info", "info_base", "merge", "methods", "plan_squeeze", "provenance",
+           "quantize", "repair", "replay", "rule", "run", "spectrum", "squeeze", "to_dora",
+           "to_lora", "verify", "write")  # fmt: skip
 
 
 def command_line(*arguments):
@@ -75,6 +75,10 @@ CASES = {
     "info, a base": (lambda m, o: lt.info_base(m / "nf4"), lambda m: ["info", m / "nf4"]),
     "formats": (lambda m, o: lt.formats(), lambda m: ["formats"]),
     "methods": (lambda m, o: lt.methods(), lambda m: ["methods"]),
+    "plan-squeeze": (
+        lambda m, o: lt.plan_squeeze(start=64, target=8, steps=3000, allot="rank"),
+        lambda m: ["plan-squeeze", "--from=64", "--to=8", "--steps=3000", "--allot=rank"],
+    ),
     "squeeze": (
         lambda m, o: lt.squeeze(LORA, energy=0.9, dtype="f32", include="mlp", output=o),
         lambda m: ["squeeze", LORA, "--energy=0.9", "--dtype=f32", "--include=mlp", "-o", OUT],

@@ -204,10 +204,27 @@ def test_an_expert_of_its_own_on_a_stack(transposed):
         placed({f"{MOE}.3.down_proj": linear(8, 5)}, checkpoint(shapes, model_type="mixtral"))
 
 
-def test_gate_and_up_that_alternate_are_refused():
+def test_gate_and_up_alternate_in_gpt_oss():
+    def deltas(modules, base):
+        return placed(modules, base).deltas
+
     base = checkpoint({f"{MOE}.gate_up_proj": (3, 8, 10)}, model_type="gpt_oss")
-    with pytest.raises(UnsupportedError, match="order of outputs"):
-        placed({f"{MOE}.0.gate_proj": linear(5, 8)}, base)
+    (gate,) = deltas({f"{MOE}.1.gate_proj": linear(5, 8)}, base)
+    (up,) = deltas({f"{MOE}.1.up_proj": linear(5, 8)}, base)
+    assert gate.outputs == ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
+    assert up.outputs == ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10))
+    assert gate.plane == up.plane == 1
+    # mcore_bridge stores both as one, all of gate's outputs first.
+    (both,) = deltas({f"{MOE}.1.gate_up_proj": linear(10, 8)}, base)
+    assert both.outputs == ()
+    assert [row for row, _ in both.rows] == [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]
+
+
+def test_the_order_of_gate_and_up_in_an_unknown_model_is_refused():
+    base = checkpoint({f"{MOE}.gate_up_proj": (3, 10, 8)}, model_type="novel")
+    for module, delta in (("gate_proj", linear(5, 8)), ("gate_up_proj", linear(10, 8))):
+        with pytest.raises(UnsupportedError, match="order of outputs"):
+            placed({f"{MOE}.0.{module}": delta}, base)
 
 
 @pytest.mark.parametrize(

@@ -532,11 +532,31 @@ def test_inputs_stay_and_outputs_need_leave(tmp_path):
     assert before == [(path / "adapter_model.safetensors").read_bytes() for path in paths]
 
 
-def test_single_files_are_shared_under_pefts_names(tmp_path):
+def test_other_formats_are_shared_under_pefts_names(tmp_path):
     llama = "examples/tiny-llama/lora"
-    lt.convert(llama, to="safetensors", output=tmp_path / "one.safetensors")
-    result = lt.fleet_share({"folder": llama, "again": llama}, rank=32, clusters=1)
+    lt.convert(llama, to="mlx", output=tmp_path / "mlx")
+    lt.convert(llama, to="safetensors", output=tmp_path / "file.safetensors")
+    shared = tmp_path / "set.safetensors"
+    paths = [llama, tmp_path / "mlx", tmp_path / "file.safetensors"]
+    result = lt.fleet_share(paths, rank=32, output=shared)
+    assert [each.name for each in result.adapters] == ["lora", "mlx", "file"]
+    assert (result.groups, len(result.modules)) == (1, 28)
     assert result.relative_error < 0.01
+    taken = lt.fleet_unshare(shared, name="file").made["file"]
+    true = lt.read(llama)
+    for name in true.modules:
+        assert relative(lt.delta(taken, name), lt.delta(true, name)) < 0.01
+
+
+def test_a_kohya_file_comes_out_as_peft_has_it(tmp_path):
+    file = "examples/tiny-flux/kohya.safetensors"
+    shared = lt.fleet_share([file], rank=64, dtype="f32")
+    lt.convert(file, to="peft", output=tmp_path / "peft")
+    expected = lt.read(tmp_path / "peft")
+    taken = lt.fleet_unshare(shared.adapter, name="kohya").made["kohya"]
+    assert set(taken.modules) == set(expected.modules)
+    for name in expected.modules:
+        assert relative(lt.delta(taken, name), lt.delta(expected, name)) < 1e-5
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -551,3 +571,20 @@ def test_what_was_done_can_be_done_again_from_the_record(named, tmp_path):
     for made in (shared, more, taken, tmp_path / "all" / "new"):
         result = lt.replay(made, input=[tmp_path])
         assert result.identical, result
+
+
+def test_more_adapters_than_files_may_be_open_at_first(tmp_path):
+    import resource
+
+    (path,) = fleet(tmp_path / "one", 1, modules={"layers.0.q_proj": (8, 6)}, rank=1, common=2)
+    paths = [tmp_path / f"adapter-{i}" for i in range(150)]
+    for each in paths:
+        shutil.copytree(path, each)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (140, before[1]))
+    try:
+        result = lt.fleet_share(paths, rank=1, clusters=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(result.adapters) == 150
+    assert result.relative_error < 1e-6

@@ -208,3 +208,13 @@ def test_values_that_are_not_finite(make_base, make_folder):
     (tensor,) = [t for t in json.loads(run.stdout)["tensors"] if t["verdict"] == "not contained"]
     assert (tensor["name"], tensor["error"]) == ("layers.0.q.weight", None)
     assert "NaN" in tensor["reason"]
+
+
+def test_an_adapter_that_changes_nothing_cannot_be_told(make_base, make_folder):
+    """By its weight, or by an alpha of 0, which PEFT takes."""
+    base = make_base()
+    still = make_folder("still", lora_alpha=0)
+    for path, weight in ((make_folder(), 0.0), (still, 1.0)):
+        inputs = [FuseInput(read_adapter(path), weight, path.name)]
+        found = verify(read_checkpoint(base), read_checkpoint(base), inputs)
+        assert (found.contained, found.told) == (None, 0.0)

@@ -24,7 +24,7 @@ from loratools_formats.contract.path_kinds import architecture, cached, missing
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_distant, is_there
 from loratools_formats.disk.errors import AdapterError, MissingFileError
-from loratools_formats.disk.files import inside
+from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.strict_json import read_object
 
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -50,6 +50,7 @@ class Checkpoint:
         files: the shards.
         stem: what the names of the weight files begin with.
         index: the parsed index; None if there is a single file.
+        read: the files that configuration and index were read from.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Checkpoint:
     files: tuple[SafetensorsFile, ...]
     stem: str = "model"
     index: Mapping[str, Any] | None = None
+    read: tuple[RegularFile, ...] = ()
 
     @property
     def is_folder(self) -> bool:
@@ -70,9 +72,15 @@ class Checkpoint:
         return f"{self.stem}.safetensors.index.json"
 
     def check_unchanged(self) -> None:
-        """Raise `AdapterError` if a shard was written to since it was opened."""
+        """Raise `AdapterError` if a file was written to since it was opened.
+
+        What was read of the configuration and the index must be what lies there, since outputs
+        carry copies of the files.
+        """
         for file in self.files:
             file.file.check_unchanged()
+        for other in self.read:
+            other.check_in_place()
 
     def weight(self, module: str) -> TensorRef:
         """Return the weight of a module, whatever prefix either side puts before its path.
@@ -112,16 +120,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if target.is_file() or is_distant(target):
         file = read_safetensors(target)
         return Checkpoint(target, file.tensors, {}, (file,))
-    config = _config(target / CONFIG_FILE) if (target / CONFIG_FILE).exists() else {}
+    place = target / CONFIG_FILE
+    read = (RegularFile(place),) if place.exists() else ()
+    config = _config(read[0]) if read else {}
     for stem in _STEMS:
         index_file = target / f"{stem}.safetensors.index.json"
         if index_file.exists():
-            index = _json(index_file)
+            listing = RegularFile(index_file)
+            index = _json(listing)
             files, tensors = _shards(index_file, index)
-            return Checkpoint(target, tensors, config, files, stem, index)
+            return Checkpoint(target, tensors, config, files, stem, index, (*read, listing))
         if is_there(target / f"{stem}.safetensors"):
             file = read_safetensors(inside(target, f"{stem}.safetensors"))
-            return Checkpoint(target, file.tensors, config, (file,), stem)
+            return Checkpoint(target, file.tensors, config, (file,), stem, read=read)
     raise _nothing_there(target)
 
 
@@ -189,12 +200,12 @@ def _from_pickles(folder: Path) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def _config(path: Path) -> dict[str, Any]:
-    return read_object(path, _MAX_CONFIG_BYTES, name="config", max_depth=None)
+def _config(file: RegularFile) -> dict[str, Any]:
+    return read_object(file, _MAX_CONFIG_BYTES, name="config", max_depth=None)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return read_object(path, _MAX_JSON_BYTES, name="file", max_depth=None)
+def _json(file: Path | RegularFile) -> dict[str, Any]:
+    return read_object(file, _MAX_JSON_BYTES, name="file", max_depth=None)
 
 
 def _listed(path: Path, index: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,6 @@ not at all.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from loratools_formats.contract.files import check_target
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, OptionError
-from loratools_formats.disk.files import RegularFile, inside
+from loratools_formats.disk.files import RegularFile, copy_whole, inside
 from loratools_formats.disk.provenance import (
     PREDICATE_TYPE,
     PROVENANCE_FILE,
@@ -310,7 +309,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    copy_whole(source, target)
 
 
 def _index(new: NewCheckpoint, folder: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Layer:
         swapped: for experts, whether the factors are those of the transposed change, a being on
             the outputs: PEFT's layers may take a parameter's axes so. None if the file does not
             tell.
+        grouped: for experts, whether the file has b's columns expert by expert, not rank by rank.
     """
 
     kind: Literal["linear", "conv", "embedding", "experts"]
@@ -48,6 +49,7 @@ class Layer:
     parameters: tuple[str, ...] = ()
     transposed_if_square: bool | None = False
     swapped: bool | None = None
+    grouped: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -337,6 +339,19 @@ class Dialect:
     keys: int
 
 
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a file stores the factors of experts.
+
+    Attributes:
+        name: `stacked`, `each`, `3d`, `flat-3d`, `shared-outer` or `tinker`.
+        described: how they lie and what tells that, for people.
+    """
+
+    name: str
+    described: str
+
+
 @dataclass(frozen=True, repr=False)
 class Adapter:
     """An adapter read from somewhere, or made by an operation.
@@ -363,6 +378,8 @@ class Adapter:
             they did not change.
         other_inputs: files that took part in making it, by their role.
         provenance: how it was made, if an operation made it.
+        expert_layout: how its file stores the factors of experts; None if it has none.
+        write_as: the layout of experts to write, where a format has several; empty for its usual.
     """
 
     format: str
@@ -381,6 +398,8 @@ class Adapter:
     inputs: tuple[RegularFile, ...] = field(default=(), compare=False)
     other_inputs: Mapping[str, tuple[RegularFile, ...]] = field(default_factory=dict, compare=False)
     provenance: Mapping[str, Any] | None = None
+    expert_layout: ExpertLayout | None = None
+    write_as: str = ""
 
     def __repr__(self) -> str:
         return adapter_line(self)

@@ -41,6 +41,7 @@ CODES: Mapping[str, str] = {
     "other-base": "the adapter names another base model than the one given",
     "wrapped-names": "names have in them what training code left there",
     "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
+    "expert-order-doubtful": "a marker states an order of experts that the values speak against",
     "expert-order-guessed": "factors of stacked experts are read in an order that nothing states",
     "base-values": "tensors that replace the base's hold the base's own values",
     # What a format's own loader would leave out.
@@ -70,6 +71,8 @@ CODES: Mapping[str, str] = {
     "stacks-kept": "stacks of experts' weights stay as they are",
     "files-left-out": "files beside the base are not carried over",
     # Converting, extracting and merging.
+    "experts-laid-out": "factors of experts were padded, doubled, folded or turned for a layout",
+    "expert-halves-assumed": "sizes alone tell that gate and up are joined in halves",
     "base-unused": "the base model is not needed",
     "attachments-left-out": "the format has no place for the files beside the adapter",
     "names-stay": "names of modules stay, since no table of names is certain",

@@ -159,6 +159,18 @@ class RegularFile:
         if self._identify(os.fstat(self._fd)) != self._identity:
             raise AdapterError("file changed while it was being read", path=self.path)
 
+    def check_in_place(self) -> None:
+        """Raise `AdapterError` also if its name leads to another file by now, or to none."""
+        self.check_unchanged()
+        try:
+            now = self._identify(os.stat(self.path))
+        except OSError as error:
+            raise AdapterError(
+                f"file went away while it was in use: {error.strerror}", path=self.path
+            ) from error
+        if now != self._identity:
+            raise AdapterError("file was replaced while it was in use", path=self.path)
+
     def sha256(self) -> str:
         """Digest of the whole file, as lower-case hex."""
         digest = hashlib.sha256()
@@ -188,6 +200,25 @@ def create(path: Path) -> int:
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     return os.open(path, flags, 0o666)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a regular file to a new one, as it is at one moment.
+
+    Raises:
+        AdapterError: the source is no regular file, or changed meanwhile.
+        OSError: the target exists, or cannot be written.
+    """
+    given = RegularFile(source)
+    try:
+        descriptor = create(target)
+        try:
+            given.copy_at(0, given.nbytes, descriptor, 0)
+        finally:
+            os.close(descriptor)
+        given.check_unchanged()
+    finally:
+        given.close()
 
 
 def write_at(fd: int, offset: int, data: memoryview) -> None:
@@ -222,24 +253,29 @@ def _copied_in_kernel(fd: int, offset: int, nbytes: int, out: int, out_offset: i
     return done
 
 
-def read_small_file(path: str | os.PathLike[str], limit_bytes: int) -> bytes:
+def read_small_file(given: str | os.PathLike[str] | RegularFile, limit_bytes: int) -> bytes:
     """Read a whole regular file of at most `limit_bytes`.
+
+    Args:
+        given: where it is; or the file itself, if what was read must be what is digested later.
+        limit_bytes: the largest that it may be.
 
     Raises:
         AdapterError: it is larger, or not a regular file.
     """
-    file = RegularFile(path)
+    file = given if isinstance(given, RegularFile) else RegularFile(given)
     try:
         if file.nbytes > limit_bytes:
             raise AdapterError(
                 "file is too large",
-                path=path,
+                path=file.path,
                 got=f"{file.nbytes} bytes",
                 expected=f"at most {limit_bytes}",
             )
         return bytes(file.read_at(0, file.nbytes))
     finally:
-        file.close()
+        if file is not given:
+            file.close()
 
 
 def refuse_lfs_pointer(start: bytes, path: str | os.PathLike[str]) -> None:

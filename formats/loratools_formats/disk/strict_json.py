@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.files import read_small_file, refuse_lfs_pointer
+from loratools_formats.disk.files import RegularFile, read_small_file, refuse_lfs_pointer
 
 MAX_INTEGER_DIGITS = 20
 MOST_VALUES = 1_000_000
@@ -132,7 +132,7 @@ def parsed_object(
 
 
 def read_object(
-    path: str | os.PathLike[str],
+    given: str | os.PathLike[str] | RegularFile,
     limit_bytes: int,
     *,
     name: str = "config",
@@ -141,7 +141,7 @@ def read_object(
     """Read a JSON object from a small file.
 
     Args:
-        path: a regular file.
+        given: a regular file, by its path or itself.
         limit_bytes: the largest that it may be.
         name: what it is called in errors.
         max_depth: as in `loads`.
@@ -150,7 +150,8 @@ def read_object(
         MissingFileError: it is not there.
         AdapterError: it is too large, a pointer of Git LFS, not sound JSON, or not an object.
     """
-    data = read_small_file(path, limit_bytes)
+    path = given.path if isinstance(given, RegularFile) else given
+    data = read_small_file(given, limit_bytes)
     refuse_lfs_pointer(data, path)
     return parsed_object(data, name, path=path, max_depth=max_depth)
 

@@ -22,6 +22,7 @@ from loratools_formats.disk.distant import is_there
 if TYPE_CHECKING:
     from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
     from loratools_formats.core.tensors import TensorRef
+    from loratools_formats.disk.files import RegularFile
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
@@ -41,7 +42,8 @@ def _adapter(folder: Path) -> Adapter:
     from loratools_formats.disk.errors import AdapterError
     from loratools_formats.disk.files import RegularFile, inside
 
-    config = _config(inside(folder, CONFIG_FILE))
+    config_file = RegularFile(inside(folder, CONFIG_FILE))
+    config = _config(config_file)
     file = read_safetensors(inside(folder, WEIGHTS_FILE))
     parts: dict[str, dict[str, TensorRef]] = {}
     for name, tensor in file.tensors.items():
@@ -62,15 +64,16 @@ def _adapter(folder: Path) -> Adapter:
         config=config,
         metadata=file.metadata,
         base_model=config.get("model") if isinstance(config.get("model"), str) else None,
-        inputs=(file.file, RegularFile(folder / CONFIG_FILE)),
+        inputs=(file.file, config_file),
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(file: RegularFile) -> dict[str, Any]:
     from loratools_formats.disk.errors import AdapterError, UnsupportedError
     from loratools_formats.disk.strict_json import read_object
 
-    values = read_object(path, _MAX_CONFIG_BYTES)
+    path = file.path
+    values = read_object(file, _MAX_CONFIG_BYTES)
     kind = values.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise UnsupportedError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from loratools.base.placement import rules
 from loratools.base.placement.changes import Span
 from loratools.base.placement.names import Names
+from loratools_formats.checkpoints import expert_classes
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
@@ -62,9 +63,12 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
     """
     if part.count:
         return _joined((1,) * part.count, total, part)
-    if part.leaf == HALVES or part.leaf == STACKED_GLU or part.leaf in rules.GLU:
-        known = rules.HALVED_EXPERTS if part.leaf == STACKED_GLU else rules.GLU.get(part.leaf)
-        if known is not None and not known.intersection(names.types_of(part.module)):
+    if part.leaf == STACKED_GLU and is_alternating(names, part.module):
+        return tuple((index, index + 1) for index in range(part.place, total, 2))
+    if part.leaf in (HALVES, STACKED_GLU):
+        return _joined((1, 1), total, part)
+    if part.leaf in rules.GLU:
+        if not rules.GLU[part.leaf].intersection(names.types_of(part.module)):
             raise _unknown_layout(names, part.module)
         return _joined((1, 1), total, part)
     if part.leaf == "in_proj_weight":
@@ -91,6 +95,20 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
     return tuple(
         ((group * step + start) * size, (group * step + stop) * size) for group in range(key_values)
     )
+
+
+def is_alternating(names: Names, stack: str) -> bool:
+    """Return whether a stacked `gate_up_proj` alternates the outputs of gate and up.
+
+    Raises:
+        UnsupportedError: the order is not known for this model.
+    """
+    types = set(names.types_of(stack))
+    if types & expert_classes.ALTERNATING:
+        return True
+    if not types & rules.HALVED_EXPERTS:
+        raise _unknown_layout(names, stack)
+    return False
 
 
 def joined_spans(sizes: list[int]) -> list[Span]:

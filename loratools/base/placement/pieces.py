@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -161,4 +162,4 @@ def _end(here: Sequence[tuple[Piece, bytes, int]]) -> int:
 def _overlap(one: Piece, other: Piece) -> bool:
     if not one.outputs or not other.outputs:
         return True
-    return any(a < stop and start < b for a, b in one.outputs for start, stop in other.outputs)
+    return any(a[1] > b[0] for a, b in pairwise(sorted((*one.outputs, *other.outputs))))

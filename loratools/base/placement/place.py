@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from loratools.base.placement.changes import (
     BiasPlacement,
@@ -100,6 +100,8 @@ def _placement(
     transposed = cut_is_transposed(names, oriented_by, part, shape, stacked=site.plane is not None)
     total = shape[1] if transposed else shape[0]
     outputs = () if site.part is None else part_spans(names, site.part, total)
+    if site.alternates:
+        share = tuple((i, i + 1) for first in range(out // 2) for i in (first, out // 2 + first))
     here = sum(stop - start for start, stop in outputs) or total
     wanted = sum(stop - start for start, stop in share) or out
     if here != wanted:
@@ -243,6 +245,4 @@ def _refuse_clashes(names: Names, deltas: list[Placement]) -> None:
 
 
 def _overlap(one: tuple[Span, ...], other: tuple[Span, ...]) -> bool:
-    if not one or not other:
-        return True
-    return any(a < stop and start < b for a, b in one for start, stop in other)
+    return not one or not other or any(a[1] > b[0] for a, b in pairwise(sorted((*one, *other))))

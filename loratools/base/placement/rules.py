@@ -53,6 +53,21 @@ _MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe"})
 _GRANITE = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
 _VIT = frozenset({"vit", "deit", "beit", "dinov2", "ijepa", "vit_mae", "vit_msn", "vivit"})
 
+_STORED_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+"""Types whose class transposes what checkpoints hold, if it lies the other way round."""
+
+_NOT_IN_TABLE = frozenset({"dots1", "qwen3_5_moe", "qwen3_omni_moe"})
+"""Types of straight experts whose configuration the table does not name or cannot make."""
+
+_WITH_EXPERTS = (
+    expert_classes.STRAIGHT
+    | expert_classes.TRANSPOSED
+    | _MIXTRAL
+    | _NOT_IN_TABLE
+    | _STORED_EITHER_WAY
+    | {"llama4", "aria"}
+)
+
 RENAMINGS = (
     Renaming(r"\bLayerNorm\.gamma$", "LayerNorm.weight"),
     Renaming(r"\bLayerNorm\.beta$", "LayerNorm.bias"),
@@ -62,9 +77,9 @@ RENAMINGS = (
     Renaming(r"\bblock_sparse_moe\.router\.layer\.", "mlp.router.", _GRANITE),
     Renaming(r"\bblock_sparse_moe\.", "mlp.", _MIXTRAL | _GRANITE),
     Renaming(r"\bmlp\.gate\.weight$", "mlp.router.weight", frozenset({"phimoe"})),
-    Renaming(r"\b(experts\.\d+)\.w1\b", r"\1.gate_proj", _MIXTRAL),
-    Renaming(r"\b(experts\.\d+)\.w3\b", r"\1.up_proj", _MIXTRAL),
-    Renaming(r"\b(experts\.\d+)\.w2\b", r"\1.down_proj", _MIXTRAL),
+    Renaming(r"\b(experts\.\d+)\.w1\b", r"\1.gate_proj", _WITH_EXPERTS),
+    Renaming(r"\b(experts\.\d+)\.w3\b", r"\1.up_proj", _WITH_EXPERTS),
+    Renaming(r"\b(experts\.\d+)\.w2\b", r"\1.down_proj", _WITH_EXPERTS),
     Renaming(r"^embed_out\.", "lm_head.", frozenset({"gpt_neox"})),
     Renaming(r"^encoder\.layer\.", "layers.", _VIT),
     Renaming(r"\battention\.attention\.query\b", "attention.q_proj", _VIT),
@@ -83,12 +98,6 @@ LINEAR_TYPES = frozenset(
     }
 )  # fmt: skip
 """Model types all of whose projections are `nn.Linear`, stored as (out, in)."""
-
-_STORED_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
-"""Types whose class transposes what checkpoints hold, if it lies the other way round."""
-
-_NOT_IN_TABLE = frozenset({"dots1", "qwen3_5_moe", "qwen3_omni_moe"})
-"""Types of straight experts whose configuration the table does not name or cannot make."""
 
 TRANSPOSED_EXPERTS = expert_classes.MARKED | {"aria"}
 """Stacked experts whose class says `is_transposed`: (E, in, out)."""

@@ -6,7 +6,13 @@ import re
 from dataclasses import dataclass
 
 from loratools.base.placement import rules
-from loratools.base.placement.fused import HALVES, STACKED_GLU, FusedPart, fusions
+from loratools.base.placement.fused import (
+    HALVES,
+    STACKED_GLU,
+    FusedPart,
+    fusions,
+    is_alternating,
+)
 from loratools.base.placement.names import Names
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>[a-z0-9_]+)")
@@ -15,6 +21,7 @@ _STACKED = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
     "down_proj": ("down_proj", None),
+    "gate_up_proj": ("gate_up_proj", None),
     "w1": ("gate_up_proj", 0),
     "w3": ("gate_up_proj", 1),
     "w2": ("down_proj", None),
@@ -32,12 +39,15 @@ class Site:
         part: which part of a fused weight the module is, if it is one.
         share: (index, count) if the tensor is one of the parts that the module fuses.
         plane: which of the stacked matrices it is, if the module is one expert.
+        alternates: whether the tensor alternates the outputs of gate and up, of which the module
+            has all of gate's first.
     """
 
     key: str
     part: FusedPart | None = None
     share: tuple[int, int] | None = None
     plane: int | None = None
+    alternates: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -101,7 +111,8 @@ def _in_stack(names: Names, module: str) -> list[Site]:
     if key is None or len(names.tensors[key].shape) != 3:
         return []
     part = None if half is None else FusedPart(stack, STACKED_GLU, half)
-    return [Site(key, part=part, plane=int(match["index"]))]
+    alternates = match["leaf"] == "gate_up_proj" and is_alternating(names, stack)
+    return [Site(key, part=part, plane=int(match["index"]), alternates=alternates)]
 
 
 def _in_class(names: Names, module: str) -> list[Site]:

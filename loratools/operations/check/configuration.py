@@ -39,6 +39,14 @@ def _unsorted(subject: Subject) -> Iterator[Found]:
         yield Found(text, "target_modules", CONFIG_FILE)
 
 
+def _alpha_not_positive(subject: Subject) -> Iterator[Found]:
+    """Yield negative alphas as notes, since they are applied as they stand, and zeros as errors."""
+    for finding in () if subject.adapter is None else subject.adapter.findings:
+        if finding.code == "alpha-not-positive":
+            severity = finding.severity if finding.severity == "note" else None
+            yield Found(finding.message, finding.where, severity=severity)
+
+
 def _extreme_scale(subject: Subject) -> Iterator[Found]:
     if subject.adapter is None:
         return
@@ -72,11 +80,12 @@ RULES = (
     ),
     Rule(
         "LT203", "alpha-not-positive", "error",
-        "An alpha is zero or negative.",
-        "With zero the module does nothing; llama.cpp takes 0 for “no alpha” and multiplies by 1.",
-        "Correct it in adapter_config.json.",
+        "An alpha is zero, or negative, which is a note only.",
+        "With zero the module does nothing; llama.cpp takes 0 for “no alpha” and multiplies by 1. "
+        "With a negative one the product of the factors is subtracted.",
+        "Correct it in adapter_config.json; if it is meant, accept the finding in a baseline.",
         "`get_scale` in src/llama-adapter.h",
-        of_readers=("alpha-not-positive",), key="lora_alpha",
+        _alpha_not_positive, of_readers=("alpha-not-positive",), key="lora_alpha",
     ),
     Rule(
         "LT204", "changed-base", "warning",

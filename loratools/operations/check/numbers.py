@@ -67,10 +67,11 @@ def scanned(adapter: Adapter) -> dict[str, ModuleNumbers]:
 def _is_finite(tensor: TensorRef) -> bool:
     if not tensor.dtype.floating or tensor.dtype.bits < 16:
         return True
-    return all(
-        bool(np.isfinite(tensor.elements(start, min(start + _BLOCK, tensor.numel))).all())
-        for start in range(0, tensor.numel, _BLOCK)
-    )
+    with np.errstate(invalid="ignore"):  # of a signalling NaN
+        return all(
+            bool(np.isfinite(tensor.elements(start, min(start + _BLOCK, tensor.numel))).all())
+            for start in range(0, tensor.numel, _BLOCK)
+        )
 
 
 def _of_factors(part: LowRank, infinite: tuple[str, ...]) -> ModuleNumbers:

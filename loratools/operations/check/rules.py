@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from loratools.operations.check import (
     configuration,
+    expert_rules,
     files,
     noops,
     numbers,
@@ -26,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     *noops.RULES,
     *serving.RULES,
     *serving_settings.RULES,
+    *expert_rules.RULES,
     *publication.RULES,
 )
 UNREADABLE = RULES[0]

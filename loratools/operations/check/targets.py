@@ -46,6 +46,10 @@ class Target:
         token_rows: what it does with trained token rows.
         embeddings: what it does with factors of embeddings.
         experts: what it does with factors of stacked experts.
+        expert_layouts: layouts of experts that it reads, the best first; empty if nobody looked.
+        stacked_experts: model types whose experts it reads in stacked parameters only.
+        experts_complete: whether it needs all projections of an expert.
+        experts_marked: whether it looks for a marker of the order of lora_B.
         convolutions: what it does with factors of convolutions.
         biases: what it does with trained biases.
         pickles: what it does with pickled weights.
@@ -79,6 +83,10 @@ class Target:
     token_rows: Support = "unknown"  # noqa: S105 - rows of an embedding
     embeddings: Support = "unknown"
     experts: Support = "unknown"
+    expert_layouts: tuple[str, ...] = ()
+    stacked_experts: tuple[str, ...] = ()
+    experts_complete: bool = False
+    experts_marked: bool = False
     convolutions: Support = "unknown"
     biases: Support = "unknown"
     pickles: Support = "unknown"

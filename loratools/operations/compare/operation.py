@@ -22,6 +22,7 @@ from loratools.operations.compare.result import CompareResult, PairModule, Unmat
 from loratools.operations.compare.starts import FLOOR, FLOOR_IN_SINGLE, Starts, starts, unknown
 from loratools.work.declared import option
 from loratools.work.parallel import in_order
+from loratools.work.seeds import seed_of_64_bits
 from loratools.work.selection import Selection
 from loratools.work.typed import check_options
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -56,8 +57,7 @@ class CompareOptions:
         check_options(self)
         if self.sample < 1:
             raise OptionError("the sample is too small", got=self.sample, expected="at least 1")
-        if self.seed < 0:
-            raise OptionError("seed is negative", got=self.seed)
+        object.__setattr__(self, "seed", seed_of_64_bits(self.seed))
 
     @property
     def drawn(self) -> int | None:

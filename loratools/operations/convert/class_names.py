@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from loratools.operations.in_class_names import in_class_names
+from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.checkpoints.facts import model_types
 from loratools_formats.containers.gguf.container import is_gguf
@@ -147,7 +148,7 @@ def _half(b: TensorRef, index: int, model_type: str) -> TensorRef:
         values = b.load()
         half = (
             values[:, index::2]
-            if model_type == "gpt_oss"
+            if model_type in expert_classes.ALTERNATING
             else values[:, index * out // 2 : (index + 1) * out // 2]
         )
         return np.ascontiguousarray(half).tobytes()

@@ -22,6 +22,8 @@ from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
 from loratools.operations.convert.class_names import in_target_names, uses_names
 from loratools.operations.convert.compare_written import ConversionCheck, compared
+from loratools.operations.convert.experts.in_layout import in_layout
+from loratools.operations.convert.experts.layouts import PeftLayout, Wanted
 from loratools.operations.reported import adapter_report
 from loratools.work.declared import option
 from loratools.work.provenance import operation_record, record_metadata
@@ -66,12 +68,19 @@ class ConvertOptions:
     Attributes:
         to: format to write; by default found from the output's name.
         dtype: type of the factors in the output: f32, f16 or bf16, or q8_0 in a GGUF file.
-        set_: text to add to the output's metadata.
+        set_: text to add to the output's metadata; `lora_B_layout=rank_major` or
+            `=grouped_by_expert` says instead how stacked experts are packed in the input.
         keep_alpha: leave scales beside factors, as they are.
         fold_alpha: move scales into factors even if that rounds.
         allow_lossy: leave out what the format cannot hold.
         names_of: name modules as classes of transformers 5 do, or as those of version 4 and the
             base's files; both need the base.
+        experts: how a PEFT folder stores experts: in stacked parameters, one by one, in a stack for
+            each projection, or with the outer factors shared.
+        peft_layout: the release of PEFT whose layers shall read stacked experts: 0.18, which has A
+            on the outputs of most models, or 0.19.1 and later.
+        for_: the program that shall load the output, such as vllm, sglang, peft, unsloth, mlx or
+            llamacpp; it chooses the format and the layout of experts.
 
     Raises:
         OptionError: scales are to be kept and moved.
@@ -88,8 +97,15 @@ class ConvertOptions:
     fold_alpha: bool = option(False, heading="Computing")
     allow_lossy: bool = option(False, heading="Output")
     names_of: Literal["4", "5"] | None = option(None, heading="Output")
+    experts: Literal["stacked", "each", "3d", "shared-outer"] | None = option(
+        None, heading="Output"
+    )
+    peft_layout: PeftLayout | None = option(None, heading="Output")
+    for_: str | None = option(None, heading="Output", metavar="PROGRAM")
 
     def __post_init__(self) -> None:
+        if self.for_ is not None and self.experts is not None:
+            raise OptionError("`for_` chooses the layout of experts: leave out `experts`")
         if self.keep_alpha and self.fold_alpha:
             raise OptionError("`keep_alpha` and `fold_alpha` exclude each other")
 
@@ -145,6 +161,7 @@ def prepare(
     metadata: Mapping[str, str] | None = None,
     single: SingleFileOptions | None = None,
     names_of: Literal["4", "5"] | None = None,
+    experts: Wanted | str | None = None,
 ) -> Conversion:
     """Translate an adapter into another format; loads no factor and writes nothing.
 
@@ -156,6 +173,7 @@ def prepare(
         metadata: text to add to the output's metadata.
         single: what single-file formats are asked for.
         names_of: the version of transformers whose names of modules to write; needs the base.
+        experts: the layout of experts in a PEFT folder, or the program that shall read it.
 
     Raises:
         UnsupportedError: the target cannot hold the adapter, or a translation would be a guess.
@@ -175,7 +193,13 @@ def prepare(
         context = replace(context, base=None)
     if adapter.format != target.name:
         adapter.require_true_delta("convert", target.caveats_kept)
-    model = _in_model_terms(adapter, target, context, names_of)
+    model, wanted, laid = in_layout(
+        adapter,
+        target.name,
+        context.base,
+        experts,
+        lambda given: _in_model_terms(given, target, context, names_of),
+    )
     model = model if single.as_it_is else _with_positive_scales(model)
     if target.name == "gguf" and context.base is not None and model.replacements:
         model = without_repeated(model, stored_in(context.base))
@@ -206,6 +230,7 @@ def prepare(
     exact, made = _translated(model, named, target, context, single)
     options: dict[str, Any] = {"to": target.name, **single.record()}
     options |= {} if names_of is None else {"names_of": names_of}
+    options |= wanted.record()
     if context.dtype is not None:
         options["outtype"] = context.dtype
     if losses:
@@ -218,7 +243,7 @@ def prepare(
         provenance=record,
         metadata=with_record({**made.metadata, **(metadata or {})}, record_metadata(record)),
     )
-    findings = (*unused, *_findings(adapter, made, target), *named.findings)
+    findings = (*unused, *laid, *_findings(adapter, made, target), *named.findings)
     return Conversion(adapter, made, exact, target, losses, findings)
 
 

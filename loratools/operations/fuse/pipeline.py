@@ -8,7 +8,6 @@ that no adapter changes, and everything else, are copied as they are. The folder
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from loratools_formats.contract.files import check_target
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.files import RegularFile, inside
+from loratools_formats.disk.files import RegularFile, copy_whole, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.disk.publish import publish_folder, resolved
 
@@ -147,7 +146,7 @@ class PipelineFusion:
         with publish_folder(output, overwrite=overwrite) as folder:
             for name, path in self._carried:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / name)
+                copy_whole(path, folder / name)
             for name, fusion in self._fusions.items():
                 report = _after(progress, before, total)
                 done[name] = fusion.write(folder / name, progress=report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +23,15 @@ from loratools.operations.fuse.streamed import (
 )
 from loratools.operations.fuse.terms import WeightedChange
 from loratools.operations.in_class_names import in_class_names
+from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES
-from loratools_formats.checkpoints.facts import is_vocabulary, text_values, with_text_values
+from loratools_formats.checkpoints.facts import (
+    is_vocabulary,
+    model_types,
+    text_values,
+    with_text_values,
+)
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import DTYPES, Array, DType
 from loratools_formats.core.findings import Finding
@@ -33,6 +40,7 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 ADDABLE = (*FLOATING, *FP8_TYPES)
+_SINGLE = re.compile(r"\.experts\.(?:\d+\.|gate_up_projs\.)")
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,19 @@ def _in_names_of(adapter: Adapter, base: Checkpoint) -> Adapter:
         if change is not None:
             error.hint = f"Make it a plain LoRA first: {to_lora_command(adapter, change)}"
         raise
-    return in_class_names([named], base)[0] if adapter.format == "mlx" else named
+    if adapter.format == "mlx" or _alternates(named, base):
+        return in_class_names([named], base)[0]
+    return named
+
+
+def _alternates(adapter: Adapter, base: Checkpoint) -> bool:
+    """Return whether single experts go to every other output of a stack, one row at a time.
+
+    Put together first, they are one product.
+    """
+    if not model_types(base.config) & expert_classes.ALTERNATING:
+        return False
+    return any(_SINGLE.search(module) for module in adapter.modules)
 
 
 def _without_streamed(adapter: Adapter) -> Adapter:

@@ -8,7 +8,6 @@ decomposed as a stream.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from loratools.operations.merge.tasks import (
     Tasks,
     ZeroRows,
 )
+from loratools.work.seeds import seed_of_matrix
 from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -221,7 +221,7 @@ def _streamed(
     for span in tasks.spans():
         store.append(rows(*span))
     _check_finite(store.squared_norm)
-    seed = zlib.crc32(tasks.name.encode(), run.seed & 0xFFFFFFFF)
+    seed = seed_of_matrix(run.seed, tasks.name)
     svd = streamed_svd(store, run.width(module), power_iterations=run.power_iterations, seed=seed)
     return StreamedMatrix(store, lambda: svd)
 

@@ -137,7 +137,7 @@ class Tasks:
 
     def random_rows(self, task: int, start: int, stop: int) -> Array:
         """Return uniform numbers in [0, 1) for rows of a task: the same whatever the blocks."""
-        key = [self.seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(self.name.encode())]
+        key = [self.seed, zlib.crc32(self.name.encode())]
         streams = (
             np.random.Generator(np.random.Philox(key=key, counter=[0, 0, row, task]))
             for row in range(start, stop)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from loratools_formats.core.alora import ACTIVATED, INVOCATION_TOKENS
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.strict_json import read_object
 from loratools_formats.formats.peft.patterns import match_patterns
 
@@ -209,31 +210,20 @@ class PeftConfig:
         """Return the factor of b @ a: α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732)."""
         return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank
 
-    def packing(self) -> tuple[Finding, ...]:
-        """List why B of stacked experts is not packed as PEFT packs it, if Unsloth says so.
-
-        Source: unsloth-zoo, pull 1232; the detailed marker precedes the flat one.
-        """
-        auto = self.values.get("auto_mapping")
-        nested = self.values.get(FUSED_EXPERTS) or (
-            auto.get(FUSED_EXPERTS) if isinstance(auto, dict) else None
-        )
-        layouts = _layouts(nested) or {B_LAYOUT: self.values.get(B_LAYOUT)}
-        return tuple(
-            Finding(
-                "experts-grouped",
-                "error",
-                key,
-                f"B of stacked experts ({key}) is packed {layout!r}, not rank_major as PEFT has it",
-                "Repack it with Unsloth: load the adapter and save it again",
-            )
-            for key, layout in layouts.items()
-            if layout not in (None, "rank_major")
-        )
+    def _odd_alphas(self) -> Iterator[Finding]:
+        """Yield what is odd about alphas that PEFT takes as they stand: α/r may be 0 or below."""
+        alphas = {f"alpha_pattern of {name}": alpha for name, alpha in self._alpha_pattern.items()}
+        for name, alpha in {"lora_alpha": self.values["lora_alpha"], **alphas}.items():
+            if alpha == 0:
+                text, hint = "its modules do nothing", "Correct it if that is not meant"
+                yield Finding("alpha-not-positive", "warning", name, f"{name} is 0: {text}", hint)
+            elif alpha < 0:
+                text = f"{name} is {alpha}: the factors' product is subtracted"
+                yield Finding("alpha-not-positive", "note", name, text)
 
     def caveats(self) -> tuple[Finding, ...]:
-        """List why the factors do not tell the true ΔW, if they do not."""
-        found = []
+        """List why the factors do not tell the true ΔW, if they do not, and what is odd."""
+        found: list[Finding] = []
         init = self.values.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
             found.append(
@@ -263,18 +253,7 @@ class PeftConfig:
                         "This kind is not supported yet",
                     )
                 )
-        alphas = {f"alpha_pattern of {name}": alpha for name, alpha in self._alpha_pattern.items()}
-        for name, alpha in {"lora_alpha": self.values["lora_alpha"], **alphas}.items():
-            if alpha <= 0:
-                found.append(
-                    Finding(
-                        "alpha-not-positive",
-                        "error",
-                        name,
-                        f"{name} is {alpha}",
-                        "Correct it in adapter_config.json",
-                    )
-                )
+        found += self._odd_alphas()
         known = (
             _NEUTRAL_KEYS
             | _HANDLED_KEYS
@@ -290,19 +269,6 @@ class PeftConfig:
             if key not in known and is_set(value)
         ]
         return tuple(found)
-
-
-def _layouts(marker: Any) -> dict[str, Any]:
-    """Return how each parameter's B is packed, as Unsloth's detailed marker says."""
-    if not isinstance(marker, dict):
-        return {}
-    parameters = marker.get("parameters")
-    found = {
-        name: entry.get(B_LAYOUT)
-        for name, entry in (parameters if isinstance(parameters, dict) else {}).items()
-        if isinstance(entry, dict)
-    }
-    return found or ({B_LAYOUT: marker[B_LAYOUT]} if B_LAYOUT in marker else {})
 
 
 def is_set(value: Any) -> bool:
@@ -321,17 +287,16 @@ def unknown_key(key: str, value: Any) -> Finding:
     )
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_values(file: RegularFile) -> dict[str, Any]:
     """Read a configuration file, of any kind of adapter; that of LoRA-GA's fork as upstream's.
 
     Raises:
-        MissingFileError: it is not there.
         AdapterError: not strict JSON, not an object, over 1 MiB, or without a kind.
     """
-    values = read_object(path, _MAX_CONFIG_BYTES)
+    values = read_object(file, _MAX_CONFIG_BYTES)
     kind = values.get("peft_type")
     if not isinstance(kind, str):
-        raise AdapterError("config has no peft_type", path=path, got=kind, expected="LORA")
+        raise AdapterError("config has no peft_type", path=file.path, got=kind, expected="LORA")
     if kind == _LORA_GA:
         kept = {key: value for key, value in values.items() if key not in _OF_LORA_GA}
         return {**kept, "peft_type": "LORA"}

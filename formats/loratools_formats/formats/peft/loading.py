@@ -115,7 +115,8 @@ def _unmatched(adapter: Adapter) -> list[Finding]:
     ]
     found = []
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = list(adapter.config.get(key) or {})
+        given = adapter.config.get(key)
+        patterns = list(given) if isinstance(given, dict) else []
         plain = [each for each in patterns if _WORD.fullmatch(each.replace(".", ""))]
         slow = [each for each in patterns if each not in set(plain)][:_SLOW_PATTERNS]
         idle = [each for each in (*plain, *slow) if not match_patterns({each: 1}, names, None)]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import ExpertLayout, Layer, LowRank, ModuleChange
 from loratools_formats.core.factors import check_factor, flattened_convolution
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.peft_facts import square_orientation
@@ -20,17 +20,27 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import PeftConfig
 from loratools_formats.formats.peft.parameters import Setting, settings
-from loratools_formats.formats.peft.stacks import Pair, Stack, stacks, unstacked
+from loratools_formats.formats.peft.stacks import Pair, Stack, layout_of, stacks, unstacked
 from loratools_formats.formats.peft.variants import variant_delta, variant_kind
 
 
 def read_lora(
-    config: PeftConfig, tensors: Mapping[str, TensorRef], folder: Path
-) -> tuple[dict[str, ModuleChange], dict[str, TensorRef], list[Finding]]:
+    config: PeftConfig,
+    tensors: Mapping[str, TensorRef],
+    straight: frozenset[str],
+    folder: Path,
+) -> tuple[dict[str, ModuleChange], dict[str, TensorRef], list[Finding], ExpertLayout | None]:
     """Sort tensors into modules.
 
+    Args:
+        config: of the folder.
+        tensors: under the names that PEFT saves.
+        straight: modules of stacked parameters whose A is known to be on the inputs.
+        folder: for messages.
+
     Returns:
-        Every module's change, the tensors that belong to none, and what was found about stacks.
+        Every module's change, the tensors that belong to none, what was found about stacks, and
+        how experts are stored.
 
     Raises:
         AdapterError: a module lacks a factor, or its tensors contradict the configuration.
@@ -48,12 +58,12 @@ def read_lora(
     rows = {path: pair.a.shape[0] if pair.a.shape else 0 for path, pair in pairs.items()}
     resolved = settings(config, rows, folder)
     flat = {path: Pair(pair.a, pair.b) for path, pair in pairs.items()}
-    lying, findings = stacks(config, flat, resolved, folder)
+    lying, findings = stacks(config, flat, resolved, straight, folder)
     modules: dict[str, ModuleChange] = {
         path: _delta(config, path, parts[path], pair, resolved[path], lying.get(path), folder)
         for path, pair in pairs.items()
     }
-    return modules, rest, findings
+    return modules, rest, findings, layout_of(modules, lying)
 
 
 def caveats_of_lora(modules: Mapping[str, ModuleChange]) -> list[Finding]:

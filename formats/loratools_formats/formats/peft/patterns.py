@@ -1,4 +1,4 @@
-"""`rank_pattern` and `alpha_pattern`: matching as PEFT does, and writing them so that it does.
+"""`rank_pattern` and `alpha_pattern`: matching as PEFT does; `core.peft_patterns` writes them.
 
 Source: `get_pattern_key` in peft/utils/other.py, 0.21.2. The keys are regular expressions from a
 file somebody else made, and Python's engine can be made to run for ever, so anything but a plain
@@ -12,17 +12,16 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from loratools_formats.core.peft_patterns import blanked
 from loratools_formats.disk.errors import AdapterError
 
 Value = TypeVar("Value", int, float)
 
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+\Z")
-_WRITTEN_PLAIN = re.compile(r"[\w.-]+")
 _MAX_PATTERN_CHARACTERS = 512
 _MAX_PATTERNS = 100_000
 _MAX_LOOK_UPS = 8_000_000
@@ -106,7 +105,7 @@ def _match_plain(tables: _Tables, names: list[str]) -> list[int]:
             tail = tails.get(length)
             if tail is None or (anchored and length != len(name)):
                 continue
-            found.append(table.get(_blanked(tail, wild), none))
+            found.append(table.get(blanked(tail, wild), none))
         best = min(found, default=none)
         result.append(best if best < none else -1)
     return result
@@ -159,49 +158,3 @@ def _too_slow(keys: list[str], path: Path | None) -> AdapterError:
         got=max(keys, key=len),
         hint="Write the module names instead of a regular expression",
     )
-
-
-class PatternsOf:
-    """Writes a pattern for each of many names, in time that grows with their number.
-
-    Args:
-        names: of all modules.
-    """
-
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
-        self._counts: dict[tuple[int, ...], Counter[str]] = {}
-
-    def pattern_for(self, name: str) -> str:
-        r"""Return a pattern that matches `name` and no other name.
-
-        The plain name where that is enough, since other tools look names up literally; else the
-        anchored, escaped one.
-
-        >>> PatternsOf(["layers.1.q", "layers.2.q"]).pattern_for("layers.1.q")
-        'layers.1.q'
-        >>> PatternsOf(["layers.1.q", "model.layers.1.q"]).pattern_for("layers.1.q")
-        '^layers\\.1\\.q'
-        """
-        if _WRITTEN_PLAIN.fullmatch(name) and self._matches(name) <= 1:
-            return name
-        return "^" + re.escape(name)
-
-    def _matches(self, name: str) -> int:
-        r"""Return how many names the plain name matches: `(.*\.)?name`, its dots any character."""
-        dots = tuple(i for i, c in enumerate(name) if c == ".")
-        key = (len(name), *dots)
-        if key not in self._counts:
-            self._counts[key] = Counter(
-                _blanked(other[-len(name) :], dots)
-                for other in self._names
-                if len(other) == len(name) or other[: -len(name)].endswith(".")
-            )
-        return self._counts[key][_blanked(name, dots)]
-
-
-def _blanked(text: str, places: tuple[int, ...]) -> str:
-    characters = list(text)
-    for place in places:
-        characters[place] = "."
-    return "".join(characters)

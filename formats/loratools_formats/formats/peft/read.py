@@ -8,7 +8,6 @@ carried; one that could change ΔW and is not understood is an error.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from loratools_formats.containers.safetensors_read import SafetensorsFile, read_
 from loratools_formats.containers.sniffing import is_beside_peft_config
 from loratools_formats.core.adapter import (
     Adapter,
+    ExpertLayout,
     ModuleChange,
     Replacement,
 )
@@ -42,6 +42,8 @@ from loratools_formats.formats.peft.config import (
     is_set,
     read_values,
 )
+from loratools_formats.formats.peft.experts import plain
+from loratools_formats.formats.peft.experts.layout import Plain
 from loratools_formats.formats.peft.kinds.read import (
     caveats_of,
     left_to_loader,
@@ -79,10 +81,15 @@ def read(path: Path) -> Adapter:
 
 
 def _read(folder: Path, renamed: Path | None) -> Adapter:
-    values = read_values(inside(folder, CONFIG_FILE))
+    config = RegularFile(inside(folder, CONFIG_FILE))
+    values = read_values(config)
     weights, original, about_weights = _open_weights(folder, renamed)
     tensors, about_names = as_saved(weights.tensors, folder)
-    found = _contents(values, tensors, folder)
+    stored = Plain(values, tensors)
+    if values["peft_type"] == "LORA" and not _is_no_product(values):
+        stored = plain(values, tensors, folder)
+    values = dict(stored.values)
+    found = _contents(values, stored.tensors, stored.straight, folder)
     replacements: dict[str, Replacement] = {}
     carried = found.rest
     if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
@@ -106,7 +113,8 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *_about_loader(values["peft_type"], found.modules),
         ),
         attachments=attachments(folder),
-        inputs=(original, RegularFile(folder / CONFIG_FILE)),
+        expert_layout=stored.layout or found.experts,
+        inputs=(original, config),
     )
 
 
@@ -129,27 +137,29 @@ class _Contents:
     shared: Mapping[str, TensorRef]
     rest: dict[str, TensorRef]
     findings: tuple[Finding, ...]
+    experts: ExpertLayout | None = None
 
 
 def _contents(
-    values: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path
+    values: Mapping[str, Any],
+    tensors: Mapping[str, TensorRef],
+    straight: frozenset[str],
+    folder: Path,
 ) -> _Contents:
     peft_type = values["peft_type"]
     if peft_type == "LORA":
         config = PeftConfig(values, folder / CONFIG_FILE)
         if _is_no_product(values):
             return _Contents({}, {}, dict(tensors), config.caveats())
-        _refuse_tinker(tensors)
-        modules, rest, about_stacks = read_lora(config, tensors, folder)
+        modules, rest, about_stacks, layout = read_lora(config, tensors, straight, folder)
         has_middle = any(delta.kind == "middle" for delta in modules.values())
         caveats = (
             *config.caveats(),
             *caveats_of_lora(modules),
-            *(config.packing() if any(_is_stack(each) for each in modules.values()) else ()),
             *lost_middle(folder, has_middle),
             *about_stacks,
         )
-        return _Contents(modules, {}, rest, caveats)
+        return _Contents(modules, {}, rest, caveats, layout)
     reason = reason_against(peft_type)
     if reason is not None:
         return _Contents({}, {}, dict(tensors), (reason,))
@@ -162,34 +172,6 @@ def _contents(
     others, shared, rest = read_modules(values, tensors, folder)
     modules = {path: ModuleChange(other) for path, other in others.items()}
     return _Contents(modules, shared, rest, tuple(caveats_of(values)))
-
-
-_OF_TINKER = re.compile(r".*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\.weight")
-
-
-def _refuse_tinker(tensors: Mapping[str, TensorRef]) -> None:
-    """Refuse the names of Tinker's own files by that name: PEFT's are made of them.
-
-    Experts one by one are called `experts.N.w1`, and a stack has an axis for its experts.
-
-    Raises:
-        UnsupportedError: there is one of them.
-    """
-    for name, tensor in tensors.items():
-        is_expert = ".experts.w" in name
-        if not is_expert and ".unembed_tokens." not in name:
-            continue
-        if _OF_TINKER.fullmatch(name) and not (is_expert and len(tensor.shape) == 2):
-            raise UnsupportedError(
-                "it is an adapter as Tinker saves it, in names that PEFT does not load",
-                tensor=name,
-                got=list(tensor.shape),
-                hint="Make PEFT's of it with tinker_cookbook.weights.build_lora_adapter",
-            )
-
-
-def _is_stack(change: ModuleChange) -> bool:
-    return change.layer.kind == "experts"
 
 
 def _open_weights(

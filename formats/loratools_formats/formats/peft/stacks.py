@@ -14,11 +14,11 @@ Sources: `ParamWrapper` of peft 0.17 to 0.21; unsloth_zoo's `lora_B_layout` and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loratools_formats.core.adapter import Layer, LowRank
+from loratools_formats.core.adapter import ExpertLayout, Layer, LowRank, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -27,6 +27,8 @@ from loratools_formats.formats.peft.packing import (
     EXPERT_MAJOR,
     MARKERS,
     RANK_MAJOR,
+    doubtful,
+    grouped,
     marked,
     unmarked,
 )
@@ -57,16 +59,29 @@ class Stack(NamedTuple):
     Attributes:
         swapped: whether A is on the outputs; None if nothing in the file tells.
         order: of B's columns, `rank_major` or `grouped_by_expert`.
+        told_by: what tells the side of A.
+        ordered_by: what tells the order.
     """
 
     swapped: bool | None
     order: str
+    told_by: str = ""
+    ordered_by: str = ""
+
+    @property
+    def described(self) -> str:
+        """How it lies and what tells that, for people."""
+        side = {True: "A on the outputs", False: "A on the inputs", None: "A on either side"}
+        lying = f"{side[self.swapped]} ({self.told_by})"
+        columns = "expert by expert" if self.order == EXPERT_MAJOR else "rank by rank"
+        return f"stacked parameters, {lying}, lora_B {columns} ({self.ordered_by})"
 
 
 def stacks(
     config: PeftConfig,
     pairs: Mapping[str, Pair],
     settings: Mapping[str, Setting],
+    straight: Collection[str],
     folder: Path,
 ) -> tuple[dict[str, Stack], list[Finding]]:
     """Return how each stack of experts lies, and what to tell about it.
@@ -75,6 +90,7 @@ def stacks(
         config: of the folder.
         pairs: every module's factors.
         settings: of every module; a stack is one that names parameters and has several experts.
+        straight: modules whose A is known to be on the inputs, and whose B is rank by rank.
         folder: for messages.
 
     Raises:
@@ -86,17 +102,50 @@ def stacks(
         if setting.names and _experts(pairs[path], setting) > 1
     }
     turned = _orientations(config, found, settings, _width(pairs, settings), folder)
+    turned |= {path: (False, "its axes tell") for path in straight if path in found}
     findings: list[Finding] = []
-    orders = dict.fromkeys(found, RANK_MAJOR)
+    result: dict[str, Stack] = {}
+    doubted = 0
     for path, pair in found.items():
         leaf = settings[path].names[0].rpartition(".")[2]
         experts, rank = _experts(pair, settings[path]), settings[path].rank
-        told = marked(config.values, leaf)
-        guessed = None if told else unmarked(config.values, leaf, swapped=turned[path])
-        orders[path] = told or (guessed.order if guessed else RANK_MAJOR)
-        if guessed and not findings:
+        swapped, why = turned[path]
+        if path in straight:
+            result[path] = Stack(swapped, RANK_MAJOR, why, why)
+            continue
+        told = marked(config.values, leaf, experts, folder)
+        if told is not None:
+            result[path] = Stack(swapped, told, why, "a marker in the configuration says so")
+            doubted += 1
+            if told == EXPERT_MAJOR and not any(f.code == "experts-grouped" for f in findings):
+                findings.append(grouped(path))
+            if doubted <= _DOUBTED:
+                findings += doubtful(path, pair.b, experts, rank, told)
+            continue
+        guessed = unmarked(config.values, leaf, swapped=swapped)
+        if guessed is None:
+            result[path] = Stack(swapped, RANK_MAJOR, why, "as PEFT has it")
+            continue
+        result[path] = Stack(swapped, guessed.order, why, f"guessed: {guessed.why}")
+        if not any(f.code == "expert-order-guessed" for f in findings):
             findings.append(guessed.finding(path, pair.b, experts, rank))
-    return {path: Stack(turned[path], orders[path]) for path in found}, findings
+    return result, findings
+
+
+def layout_of(
+    modules: Mapping[str, ModuleChange], lying: Mapping[str, Stack]
+) -> ExpertLayout | None:
+    """Return how a file stores experts; None if it has none."""
+    if lying:
+        told = "; ".join(dict.fromkeys(stack.described for stack in lying.values()))
+        return ExpertLayout("stacked", told)
+    single = next((path for path in modules if _ONE.search(path)), None)
+    return None if single is None else ExpertLayout("each", "experts one by one (names tell)")
+
+
+_ONE = re.compile(r"\bexperts\.(?:\d+\.|(?:gate_up|down)_projs\.\d)")
+_DOUBTED = 4
+"""Most stacks whose values are compared with a marker."""
 
 
 def unstacked(
@@ -132,6 +181,7 @@ def unstacked(
         parameters=names,
         transposed_if_square=True if _release(config) == _BEFORE_0_19 else None,
         swapped=stack.swapped,
+        grouped=stack.order == EXPERT_MAJOR,
     )
     if stack.order == EXPERT_MAJOR:
         of_experts = b.reshaped((out, count, rank)).transposed((1, 0, 2))
@@ -170,23 +220,29 @@ def _orientations(
     settings: Mapping[str, Setting],
     width: int | None,
     folder: Path,
-) -> dict[str, bool | None]:
-    turned: dict[str, bool | None] = dict.fromkeys(found)
+) -> dict[str, tuple[bool | None, str]]:
+    """Return whether A of each stack is on the outputs, and what tells."""
+    turned: dict[str, tuple[bool, str]] = {}
     roles = {_role(path, settings[path]): path for path in found}
     for (parent, leaf), path in roles.items():
         other = roles.get((parent, _SIBLINGS.get(leaf, "")))
         if other is not None:
             swapped = _by_siblings(found[path], found[other], leaf, path, folder)
-            turned[path] = turned[other] = swapped
+            if swapped is not None:
+                turned[path] = turned[other] = swapped, "the shapes of both parameters tell"
     for (_, leaf), path in roles.items():
-        if turned[path] is None and width is not None:
-            turned[path] = _by_width(found[path], leaf, width)
-    known = {swapped for swapped in turned.values() if swapped is not None}
-    if not known and _release(config) == _0_19_0:
+        if path not in turned and width is not None:
+            by_width = _by_width(found[path], leaf, width)
+            if by_width is not None:
+                turned[path] = by_width, "the width of attention layers tells"
+    known = {swapped for swapped, _ in turned.values()}
+    of_all: tuple[bool | None, str] = None, "only the base tells"
+    if len(known) == 1:
+        of_all = known.pop(), "the other layers tell"
+    elif not known and _release(config) == _0_19_0:
         # It read the axes the wrong way round of every class but Llama 4's.
-        known = {True}
-    of_all = known.pop() if len(known) == 1 else None
-    return {path: of_all if swapped is None else swapped for path, swapped in turned.items()}
+        of_all = True, "PEFT 0.19.0 wrote it"
+    return {path: turned.get(path, of_all) for path in found}
 
 
 def _role(path: str, setting: Setting) -> tuple[str, str]:

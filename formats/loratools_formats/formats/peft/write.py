@@ -7,7 +7,6 @@ else r, lora_alpha and the two patterns are rewritten. Scales are always written
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,19 @@ from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
 from loratools_formats.core.peft_facts import stacked_on_loading
+from loratools_formats.core.peft_patterns import PatternsOf
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.files import copy_whole
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.config import CONFIG_FILE, PeftConfig
+from loratools_formats.formats.peft.experts.packed import (
+    is_packed,
+    packed_config,
+    packed_tensors,
+)
 from loratools_formats.formats.peft.parameters import Setting, settings
-from loratools_formats.formats.peft.patterns import PatternsOf
 from loratools_formats.formats.peft.read import WEIGHTS_FILE
 
 
@@ -51,7 +56,7 @@ def write(adapter: Adapter, path: Path) -> None:
         if isinstance(source, bytes):
             (path / name).write_bytes(source)
         else:
-            shutil.copyfile(source, path / name)
+            copy_whole(source, path / name)
 
 
 def weights_nbytes(adapter: Adapter) -> int:
@@ -71,7 +76,10 @@ def metadata_for(adapter: Adapter) -> dict[str, str]:
 
 def stored_tensors(adapter: Adapter) -> Iterator[TensorRef]:
     """Yield every tensor under its name and in its layout in a PEFT file."""
+    yield from packed_tensors(adapter)
     for path, delta in adapter.modules.items():
+        if is_packed(adapter, path):
+            continue
         if delta.factors is None:
             yield from delta.tensors()
             continue
@@ -129,7 +137,8 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
     if is_other or any(delta.factors is None for delta in adapter.modules.values()):
         return dict(adapter.config)
     values = _with_kinds(adapter)
-    return values if _keeps_config(adapter) else _rewritten(values, adapter)
+    values = values if _keeps_config(adapter) else _rewritten(values, adapter)
+    return packed_config(adapter, values)
 
 
 def _with_kinds(adapter: Adapter) -> dict[str, Any]:
@@ -146,7 +155,8 @@ def _with_kinds(adapter: Adapter) -> dict[str, Any]:
 def _keeps_config(adapter: Adapter) -> bool:
     """Return whether the adapter's own configuration still gives each module its scale."""
     values = _with_kinds(adapter)
-    resolved = set(PeftConfig(values).caveats()) - set(adapter.caveats)
+    caveats = {found for found in PeftConfig(values).caveats() if found.severity == "error"}
+    resolved = caveats - set(adapter.caveats)
     return not resolved and _gives_same(values, adapter.modules)
 
 

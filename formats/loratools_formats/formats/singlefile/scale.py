@@ -18,13 +18,13 @@ import numpy as np
 from loratools_formats.core.adapter import LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_patterns import PatternsOf
 from loratools_formats.core.single_file_keys import COMPONENTS
 from loratools_formats.core.tensors import TensorRef, in_memory
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.strict_json import parsed_object
 from loratools_formats.formats.peft.config import PeftConfig
-from loratools_formats.formats.peft.patterns import PatternsOf
 
 METADATA_KEY = "lora_adapter_metadata"
 _SWITCHES = ("use_dora", "lora_bias")

@@ -119,8 +119,8 @@ def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[Regula
 
     if not (folder / CONFIG_FILE).is_file():
         return Missing("lora_alpha of the recipe's configuration"), ()
-    path = inside(folder, CONFIG_FILE)
-    values = read_object(path, _MAX_CONFIG_BYTES)
+    file = RegularFile(inside(folder, CONFIG_FILE))
+    values = read_object(file, _MAX_CONFIG_BYTES)
     alpha: Any = values.get("lora_alpha")
     rank = values.get("r")
     others = sorted(set(values) - _CONFIG_KEYS)
@@ -128,12 +128,12 @@ def _alpha(folder: Path, ranks: set[int]) -> tuple[float | Missing, tuple[Regula
     if not is_number or ranks != {rank} or others:
         raise AdapterError(
             "config beside the weights is not theirs",
-            path=path,
+            path=file.path,
             got=", ".join([f"lora_alpha {alpha}", f"r {rank}", *others]),
             expected=f"lora_alpha and r = {', '.join(map(str, sorted(ranks)))}",
             hint="Move it away, and give alpha with `set=alpha=VALUE`",
         )
-    return float(alpha), (RegularFile(path),)
+    return float(alpha), (file,)
 
 
 FORMAT = Torchtune()

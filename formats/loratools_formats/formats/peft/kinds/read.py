@@ -6,6 +6,7 @@ every tensor is a part of a module, shared, a replacement, or an error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,6 +36,7 @@ _COMMON_KEYS = frozenset(
 )  # fmt: skip
 
 
+_MOST = 1 << 31
 _NUMBER = re.compile(r"\.(\d+)(?=(\.weight)?$)")
 """The number of a tensor that is one of several, at the end of its name."""
 
@@ -115,9 +117,19 @@ def read_modules(
     return modules, shared, rest
 
 
+_OF_ALL_KINDS = (
+    "base_model_name_or_path", "exclude_modules", "layers_to_transform", "modules_to_save",
+    "peft_version", "target_modules",
+)  # fmt: skip
+
+
 def _check(values: Mapping[str, Any]) -> None:
-    for key in ("base_model_name_or_path", "peft_version", "modules_to_save", "target_modules"):
+    for key in _OF_ALL_KINDS:
         check_value(values, key)
+
+
+# As PEFT takes them: an alpha of 0 does nothing, a negative one subtracts.
+_LEAST = {"rank_pattern": 0, "alpha_pattern": -math.inf}
 
 
 def _numbers(values: Mapping[str, Any], kind: PeftKind, key: str) -> dict[str, float]:
@@ -126,7 +138,8 @@ def _numbers(values: Mapping[str, Any], kind: PeftKind, key: str) -> dict[str, f
     if found is None:
         return {}
     is_map = isinstance(found, dict) and all(
-        type(number) in (int, float) and number > 0 for number in found.values()
+        type(number) in (int, float) and _LEAST[key] < number < math.inf
+        for number in found.values()
     )
     if not is_map:
         raise AdapterError(
@@ -170,14 +183,13 @@ def _delta(
     rank: Any,
 ) -> KindDelta:
     common = _shared_of(kind, path, shared)
-    for number, name in ((alpha, "alpha"), (rank, "r")):
+    for number, name, least in ((alpha, "alpha", -_MOST), (rank, "r", 0)):
         wrong = number is not None and (
-            type(number) not in (int, float) or not 0 < number < 1 << 31
+            type(number) not in (int, float) or not least < number < _MOST
         )
         if wrong and name in kind.used:
-            raise AdapterError(
-                f"config value {name} is wrong", got=number, expected="a number above 0"
-            )
+            expected = "a number" if least else "a number above 0"
+            raise AdapterError(f"config value {name} is wrong", got=number, expected=expected)
     module = Module(path, {**common, **own}, alpha, rank)
     try:
         lengths = check_shapes(kind.variant(module) or kind.kind, module.parts)

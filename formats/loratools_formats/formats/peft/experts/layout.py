@@ -1,0 +1,108 @@
+"""What a layout of experts is, and the names that all of them use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.peft_facts import PREFIX
+from loratools_formats.core.tensors import TensorRef
+
+NESTED = ".base_layer"
+A, B = "lora_A", "lora_B"
+SPLIT = ("gate_proj", "up_proj", "down_proj")
+"""Projections of an expert, each a linear layer."""
+JOINED = ("gate_up_proj", "down_proj")
+"""Projections of an expert where gate and up are one layer."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A folder as PEFT would have it.
+
+    Attributes:
+        values: the configuration.
+        tensors: by the names that PEFT saves.
+        straight: modules of stacked parameters whose A is known to be on the inputs.
+        layout: how it was stored; None if as PEFT has it.
+    """
+
+    values: Mapping[str, Any]
+    tensors: Mapping[str, TensorRef]
+    straight: frozenset[str] = frozenset()
+    layout: ExpertLayout | None = None
+
+    def told(self, by: ExpertLayout) -> Plain:
+        """Return it under the description that another layout gave it first."""
+        return replace(self, layout=by)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to store the factors of experts.
+
+    Attributes:
+        name: what users call it.
+        claims: whether tensors of a file are stored so, by names and shapes alone.
+        read: returns the file as PEFT would have it.
+    """
+
+    name: str
+    claims: Callable[[Mapping[str, TensorRef]], bool]
+    read: Callable[[Plain, Path], Plain]
+
+
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
+
+
+def factor(name: str) -> tuple[str, str] | None:
+    """Return a tensor's module, and which factor it is; None if it is none.
+
+    >>> factor("base_model.model.layers.0.mlp.experts.lora_A.weight")
+    ('layers.0.mlp.experts', 'lora_A')
+    """
+    match = _FACTOR.fullmatch(name)
+    return None if match is None else (match["path"], match["part"])
+
+
+def named(path: str, part: str) -> str:
+    """Return the name of a module's factor."""
+    return f"{PREFIX}{path}.{part}.weight"
+
+
+def flat(path: str, a: TensorRef, b: TensorRef) -> dict[str, TensorRef]:
+    """Return PEFT's tensors of stacked experts: A (E·r, in), B (out, r·E), rank by rank.
+
+    Args:
+        path: of the module, with its nesting.
+        a: (E, r, in).
+        b: (E, out, r).
+    """
+    experts, rank, in_ = a.shape
+    return {
+        named(path, A): a.reshaped((experts * rank, in_)),
+        named(path, B): b.transposed((1, 2, 0)).reshaped((b.shape[1], rank * experts)),
+    }
+
+
+def with_targets(
+    values: Mapping[str, Any], tensors: Mapping[str, TensorRef], stacks: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return a configuration that names what the tensors adapt.
+
+    Args:
+        values: the configuration as it was.
+        tensors: all of the file, under the names that PEFT saves.
+        stacks: the parameter of each module that stands for one; empty if the configuration has it.
+    """
+    paths = {found[0] for name in tensors if (found := factor(name)) is not None}
+    leaves = {path.rpartition(".")[2] for path in paths if path not in stacks}
+    kept = {key: value for key, value in values.items() if key != "target_parameters"}
+    parameters = {*(values.get("target_parameters") or ()), *filter(None, stacks.values())}
+    if parameters:
+        kept["target_parameters"] = sorted(parameters)
+    return {**kept, "target_modules": sorted(leaves)}

@@ -1,0 +1,136 @@
+"""Writing experts in layouts that PEFT does not write: a stack for each projection, and Tinker's.
+
+The adapter has them stacked or one by one; which layout is written is its `write_as`. Whoever sets
+that has seen to it that all experts of a projection are there, with one rank and scale.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
+from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.formats.peft.experts.layout import A, B, named
+from loratools_formats.formats.peft.experts.tinker import GATED, UNGATED
+
+_SINGLE = re.compile(
+    r"(?P<owner>(?:.*\.)?experts)\.(?P<index>\d{1,6})\."
+    r"(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj)"
+)
+_HEAD = re.compile(r"(?P<before>(?:.*\.)?)lm_head")
+PACKED = ("3d", "shared-outer", "tinker")
+
+
+def is_packed(adapter: Adapter, path: str) -> bool:
+    """Return whether a module's factors are written by this layout, not as PEFT has them."""
+    if adapter.write_as not in PACKED:
+        return False
+    change = adapter.modules[path]
+    return bool(
+        change.layer.kind == "experts"
+        or _SINGLE.fullmatch(path)
+        or (adapter.write_as == "tinker" and _HEAD.fullmatch(path))
+    )
+
+
+def packed_tensors(adapter: Adapter) -> Iterator[TensorRef]:
+    """Yield the factors that the layout stores otherwise than PEFT, under its names.
+
+    Raises:
+        UnsupportedError: factors of one projection have different shapes.
+    """
+    single: dict[tuple[str, str], dict[int, LowRank]] = {}
+    for path, change in adapter.modules.items():
+        if not is_packed(adapter, path):
+            continue
+        part = change.require_factors()
+        match = _SINGLE.fullmatch(path)
+        if match is not None:
+            key = match["owner"], match["leaf"]
+            single.setdefault(key, {})[int(match["index"])] = part
+        elif part.layer.kind == "experts":
+            yield from _sides(adapter, part.layer.parameters[0], part.a, part.b)
+        else:
+            yield part.a.renamed(named("model.unembed_tokens", A))
+            yield part.b.renamed(named("model.unembed_tokens", B))
+    gated = {owner for owner, leaf in single if leaf == "gate_proj"}
+    for (owner, leaf), experts in single.items():
+        ordered = [experts[index] for index in sorted(experts)]
+        path = f"{owner}.{leaf}"
+        if adapter.write_as == "tinker":
+            names = GATED if owner in gated else UNGATED
+            path = f"{owner}.{next(own for own, other in names.items() if other == leaf)}"
+        yield from _sides(
+            adapter,
+            path,
+            _stack(path, [part.a for part in ordered]),
+            _stack(path, [part.b for part in ordered]),
+        )
+    if adapter.write_as == "tinker":
+        for owner in sorted({owner for owner, _ in single} - gated):
+            some = next(iter(adapter.modules.values())).require_factors().a
+            for part_name in (A, B):
+                empty = TensorRef("w3", some.dtype, (0,), bytes)
+                yield empty.renamed(named(f"{owner}.w3", part_name))
+
+
+def _stack(path: str, parts: list[TensorRef]) -> TensorRef:
+    if len({part.shape for part in parts}) > 1:
+        raise UnsupportedError(
+            "experts of one projection have different ranks, which a stack cannot hold",
+            tensor=path,
+            got=", ".join(str(list(shape)) for shape in sorted({part.shape for part in parts})),
+        )
+    return joined(path, parts, (len(parts), *parts[0].shape))
+
+
+def _sides(adapter: Adapter, path: str, a: TensorRef, b: TensorRef) -> Iterator[TensorRef]:
+    outer_is_b = path.rpartition(".")[2] in ("down_proj", "w2")
+    if adapter.write_as == "shared-outer" or (
+        adapter.write_as == "tinker" and _all_share(adapter, path.rpartition(".")[0])
+    ):
+        a, b = (a, _first(b)) if outer_is_b else (_first(a), b)
+    yield a.renamed(named(path, A))
+    yield b.renamed(named(path, B))
+
+
+def _first(stack: TensorRef) -> TensorRef:
+    return stack.matrix(0).reshaped((1, *stack.shape[1:]))
+
+
+def _all_share(adapter: Adapter, owner: str) -> bool:
+    """Return whether a layer's experts share A of gate and up, and B of down."""
+    sides: dict[str, list[TensorRef]] = {A: [], B: []}
+    for path, change in adapter.modules.items():
+        match = _SINGLE.fullmatch(path)
+        if match is not None and match["owner"] == owner:
+            part = change.require_factors()
+            down = match["leaf"] == "down_proj"
+            sides[B if down else A].append(part.b if down else part.a)
+    return all(
+        have_same_bits(tensors[0], each) for tensors in sides.values() for each in tensors[1:]
+    )
+
+
+def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration for the layout, from PEFT's for the same modules.
+
+    Raises:
+        UnsupportedError: Tinker's has no place for ranks and scales that differ.
+    """
+    if adapter.write_as not in PACKED:
+        return dict(values)
+    leaves = set()
+    for path, change in adapter.modules.items():
+        parameters = change.layer.parameters
+        leaves.add((parameters[0] if parameters else path).rpartition(".")[2])
+    made = {key: value for key, value in values.items() if key != "target_parameters"}
+    made["target_modules"] = sorted(leaves)
+    if adapter.write_as == "tinker":
+        if made.get("rank_pattern") or made.get("alpha_pattern"):
+            raise UnsupportedError("Tinker's configuration has one rank and one alpha for all")
+        made["target_modules"] = "all-linear"
+    return made

@@ -1,0 +1,60 @@
+"""Adapters as Tinker saves them: experts in three stacks `w1`, `w2`, `w3`, and `unembed_tokens`.
+
+w1 is gate, w3 is up and w2 is down; without a gate, w1 is up and w3 is empty. All experts share A
+of w1 and w3 and B of w2, which have a first axis of 1, or none does. `unembed_tokens` is the output
+layer. Source: `tinker_cookbook/weights/_adapter.py` at 9dfcc3a2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.tensors import TensorRef
+from loratools_formats.formats.peft.experts.layout import Layout, Plain, factor, named, with_targets
+
+_EXPERT = re.compile(r"(?P<owner>(?:.*\.)?experts)\.(?P<leaf>w[123])")
+_HEAD = re.compile(r"(?:.*\.)?unembed_tokens")
+GATED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+UNGATED = {"w1": "up_proj", "w2": "down_proj"}
+_ATTENTION = re.compile(r"(?P<before>.*\.layers\.\d+)\.attn\.(?P<leaf>[qkvo]_proj)")
+
+
+def _claims(tensors: Mapping[str, TensorRef]) -> bool:
+    for name, tensor in tensors.items():
+        path, _ = factor(name) or ("", "")
+        if _HEAD.fullmatch(path) or (_EXPERT.fullmatch(path) and len(tensor.shape) != 2):
+            return True
+    return False
+
+
+def _read(found: Plain, folder: Path) -> Plain:
+    del folder
+    ungated = {
+        match["owner"]
+        for name, tensor in found.tensors.items()
+        if (match := _EXPERT.fullmatch((factor(name) or ("", ""))[0])) is not None
+        and match["leaf"] == "w3"
+        and tensor.numel == 0
+    }
+    made: dict[str, TensorRef] = {}
+    for name, tensor in found.tensors.items():
+        path, part = factor(name) or ("", "")
+        expert, attention = _EXPERT.fullmatch(path), _ATTENTION.fullmatch(path)
+        if expert is not None and len(tensor.shape) != 2:
+            leaves = UNGATED if expert["owner"] in ungated else GATED
+            if expert["leaf"] in leaves:
+                made[named(f"{expert['owner']}.{leaves[expert['leaf']]}", part)] = tensor
+        elif _HEAD.fullmatch(path):
+            made[named("lm_head", part)] = tensor
+        elif attention is not None:
+            made[named(f"{attention['before']}.self_attn.{attention['leaf']}", part)] = tensor
+        else:
+            made[name] = tensor
+    layout = ExpertLayout(LAYOUT.name, "as Tinker saves them (names tell)")
+    return Plain(with_targets(found.values, made, {}), made, found.straight, layout)
+
+
+LAYOUT = Layout("tinker", _claims, _read)

@@ -1,0 +1,108 @@
+"""Rules about factors of experts: layouts that a loader passes over, or reads as something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from loratools.operations.check.rule import Found, Rule
+from loratools.operations.check.serving import each_target
+from loratools.operations.check.subject import Subject
+from loratools.operations.check.targets import Target
+from loratools.operations.convert.experts.groups import types_of
+from loratools_formats.core.adapter import Adapter
+
+_SINGLE = re.compile(r"(?:.*\.)?experts\.\d+\.(?P<leaf>\w+)|.*\.(?:gate_up|down)_projs\.\d+")
+_OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_NOT_CONVERTED = frozenset({"nemotron_h", "lfm2_moe", "gpt_oss", "llama4", "llama4_text"})
+"""Types of which PEFT loads single experts on transformers 5 without changing any; run."""
+
+
+def _types(subject: Subject, adapter: Adapter) -> frozenset[str]:
+    return subject.base.types if subject.base is not None else types_of(adapter, None)
+
+
+def _lost(subject: Subject) -> Iterator[Found]:
+    """Yield what PEFT's own stacking of single experts leaves out on transformers 5."""
+    adapter = subject.adapter
+    if adapter is None or adapter.format != "peft":
+        return
+    single = {name: match for name in adapter.modules if (match := _SINGLE.fullmatch(name))}
+    if not single:
+        return
+    first = next(iter(single))
+    leaves = {match["leaf"] or "" for match in single.values()}
+    types = sorted(_types(subject, adapter) & _NOT_CONVERTED)
+    if types:
+        yield Found(f"PEFT changes no expert of {types[0]} by adapters of single experts", first)
+        return
+    if leaves & {"", "gate_up_proj"}:
+        yield Found("PEFT loads joined gate_up of single experts in another layout", first)
+        return
+    projections = {_OF_MIXTRAL.get(leaf, leaf) for leaf in leaves}
+    if "up_proj" in projections and "gate_proj" not in projections:
+        yield Found("PEFT stacks gate and up together, and stops where gate is missing", first)
+    others = [
+        name
+        for name in adapter.modules
+        if name not in single and name.rpartition(".")[2] in leaves | projections
+    ]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        text = (
+            f"PEFT drops {others[0]}{more}: it takes the names of the experts' projections out of "
+            "target_modules when it stacks them"
+        )
+        yield Found(text, others[0])
+
+
+def _layout(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
+    layout = adapter.expert_layout
+    if adapter.format != "peft" or layout is None or not target.expert_layouts:
+        return
+    types = _types(subject, adapter)
+    readable = target.expert_layouts
+    if target.stacked_experts:
+        if not types:
+            return
+        readable = ("stacked",) if types & set(target.stacked_experts) else readable
+    swapped = [name for name, change in adapter.modules.items() if change.layer.swapped]
+    if layout.name not in readable:
+        text = f"{target.label} does not read experts stored so: {layout.described}"
+    elif swapped and not types & {"llama4", "llama4_text"}:
+        text = f"{target.label} wants A of stacked experts on the inputs: {swapped[0]} has it not"
+    else:
+        return
+    hint = f"loratools convert ADAPTER --base MODEL --for {target.name} -o NEW"
+    yield Found(text, target=target.name, hint=hint)
+
+
+RULES = (
+    Rule(
+        "LT114", "expert-order-doubtful", "warning",
+        "A marker states an order of stacked experts that the values speak against.",
+        "Read in the wrong order, every expert gets parts of the changes of others.",
+        "Find out what trained it; if the marker is wrong, write it again: "
+        "`loratools convert ADAPTER -o NEW --set lora_B_layout=ORDER`.",
+        "columns of lora_B of trained adapters, measured",
+        of_readers=("expert-order-doubtful",),
+    ),
+    Rule(
+        "LT411", "experts-lost", "warning",
+        "PEFT on transformers 5 drops parts of an adapter of single experts as it stacks them.",
+        "It loads, with no warning or one that names other keys, and acts otherwise than trained.",
+        "Write the names of transformers 5: "
+        "`loratools convert ADAPTER --base MODEL --experts stacked -o NEW`.",
+        "`transformers_weight_conversion.py` of peft 0.21.2, run with transformers 5.23",
+        _lost,
+    ),
+    Rule(
+        "LT517", "target-experts", "error",
+        "The program does not read factors of experts in this layout, for this model.",
+        "It stops, or leaves the experts as they were.",
+        "Write the layout that it reads: "
+        "`loratools convert ADAPTER --base MODEL --for PROGRAM -o NEW`.",
+        "targets.toml",
+        each_target(_layout),
+    ),
+)  # fmt: skip

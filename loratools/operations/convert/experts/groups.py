@@ -1,0 +1,195 @@
+"""The experts of an adapter, by the module that holds them, with A on the inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from loratools.base.dequantised import dequantised
+from loratools.base.placement.class_view import class_view
+from loratools.base.placement.names import Names
+from loratools.base.placement.orient import stack_is_transposed, whole_is_transposed
+from loratools_formats.checkpoints import expert_classes
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.facts import model_types
+from loratools_formats.contract.commands import command_on
+from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.findings import Finding
+from loratools_formats.core.orientation import exchanged
+from loratools_formats.disk.errors import UnsupportedError
+
+Order = Literal["halves", "alternating"]
+"""Of the outputs in a joined gate and up: all of gate's first, or one of each by turns."""
+
+SPLIT = ("gate_proj", "up_proj", "down_proj")
+_OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_SINGLE = re.compile(
+    r"(?P<owner>(?:.*\.)?experts)\.(?P<index>\d{1,6})\."
+    r"(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
+)
+_NESTED = ".base_layer"
+_LIBRARY = re.compile(r"transformers\.models\.(\w+)\.modeling_\w+")
+_GPT_OSS = re.compile(r"gpt[-_.]?oss", re.IGNORECASE)
+
+
+@dataclass
+class Group:
+    """The experts of one layer.
+
+    Attributes:
+        owner: the module that holds them, such as `model.layers.0.mlp.experts`.
+        stacks: changes of stacked parameters by the parameter's name, A on the inputs.
+        single: changes of single experts by projection and number.
+    """
+
+    owner: str
+    stacks: dict[str, ModuleChange] = field(default_factory=dict)
+    single: dict[str, dict[int, ModuleChange]] = field(default_factory=dict)
+
+
+@dataclass
+class Sorted:
+    """An adapter's modules.
+
+    Attributes:
+        groups: those of experts, by their owner.
+        others: all the rest, by path.
+    """
+
+    groups: dict[str, Group]
+    others: dict[str, ModuleChange]
+
+
+def sorted_experts(adapter: Adapter, base: Checkpoint | None) -> Sorted:
+    """Return an adapter's experts by layer.
+
+    Raises:
+        UnsupportedError: which parameter a change is of, or which side A is on, is not told.
+    """
+    names = None if base is None else Names(class_view(dequantised(base).checkpoint).checkpoint)
+    found = Sorted({}, {})
+    for path, change in adapter.modules.items():
+        single = _SINGLE.fullmatch(path)
+        if (
+            change.factors is not None
+            and change.layer.kind == "experts"
+            and change.layer.parameters
+        ):
+            owner = _owner(path)
+            leaf = _parameter(adapter, path, change).rpartition(".")[2]
+            group = found.groups.setdefault(owner, Group(owner))
+            group.stacks[leaf] = _straight(adapter, path, change, names)
+        elif single is not None and change.factors is not None and not change.is_dora:
+            group = found.groups.setdefault(single["owner"], Group(single["owner"]))
+            leaf = _OF_MIXTRAL.get(single["leaf"], single["leaf"])
+            group.single.setdefault(leaf, {})[int(single["index"])] = change
+        else:
+            found.others[path] = change
+    return found
+
+
+def straightened(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """Return an adapter whose stacks all have A on the inputs.
+
+    Raises:
+        UnsupportedError: which side it is on is not told.
+    """
+    if adapter.format != "peft":
+        return adapter
+    stacks = {n: c for n, c in adapter.modules.items() if c.layer.kind == "experts" and c.factors}
+    if base is None or all(change.layer.swapped is False for change in stacks.values()):
+        return adapter
+    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    turned = {path: _straight(adapter, path, change, names) for path, change in stacks.items()}
+    return replace(adapter, modules={**adapter.modules, **turned})
+
+
+def _owner(path: str) -> str:
+    while path.endswith(_NESTED):
+        path = path.removesuffix(_NESTED)
+    return path
+
+
+def _parameter(adapter: Adapter, path: str, change: ModuleChange) -> str:
+    if len(change.layer.parameters) > 1:
+        raise UnsupportedError(
+            "the file does not say which parameter of the experts this is",
+            path=adapter.source,
+            tensor=path,
+            got=", ".join(change.layer.parameters),
+            hint=base_hint(adapter),
+        )
+    return change.layer.parameters[0]
+
+
+def _straight(
+    adapter: Adapter, path: str, change: ModuleChange, names: Names | None
+) -> ModuleChange:
+    part = change.require_factors()
+    swapped = part.layer.swapped
+    if swapped is None and names is not None and part.layer.kind == "experts":
+        parameter = part.layer.parameters[0]
+        key = names.find(parameter)
+        lies = None if key is None else stack_is_transposed(names, parameter)
+        if key is not None and lies is not None:
+            swapped = whole_is_transposed(names, parameter, part, names.shape(key)) != lies
+    if swapped is None:
+        raise UnsupportedError(
+            "whether A is on the inputs of these experts cannot be told without the base",
+            path=adapter.source,
+            tensor=path,
+            got=list(part.shape),
+            hint=base_hint(adapter),
+        )
+    part = exchanged(part) if swapped else part
+    return change.with_direction(replace(part, layer=replace(part.layer, swapped=False)))
+
+
+def base_hint(adapter: Adapter) -> str:
+    """Return the command that gives the base, which tells more."""
+    return "Give the base: " + command_on(adapter, "convert", "--base BASE", output="converted")
+
+
+def types_of(adapter: Adapter, base: Checkpoint | None) -> frozenset[str]:
+    """Return the model types that a base, or the configuration of an adapter, names."""
+    if base is not None:
+        return frozenset(model_types(base.config))
+    auto = adapter.config.get("auto_mapping")
+    library = auto.get("parent_library") if isinstance(auto, Mapping) else None
+    match = _LIBRARY.fullmatch(str(library))
+    if match is not None:
+        return frozenset({match[1]})
+    return frozenset({"gpt_oss"}) if _GPT_OSS.search(adapter.base_model or "") else frozenset()
+
+
+def order_of(
+    adapter: Adapter, groups: Mapping[str, Group], base: Checkpoint | None
+) -> tuple[Order, tuple[Finding, ...]]:
+    """Return how gate and up are joined in the model, with a finding if only sizes tell.
+
+    gpt-oss alone alternates them, and its experts are as wide inside as the model.
+
+    Raises:
+        UnsupportedError: nothing tells.
+    """
+    types = types_of(adapter, base)
+    if types:
+        return ("alternating" if types & expert_classes.ALTERNATING else "halves"), ()
+    for group in groups.values():
+        down = group.stacks.get("down_proj") or next(
+            iter(group.single.get("down_proj", {}).values()), None
+        )
+        if down is not None and down.shape[0] != down.shape[1]:
+            text = (
+                "gate and up are taken to be joined in halves, as in all models but gpt-oss, whose "
+                "experts are as wide as the model and these are not"
+            )
+            return "halves", (Finding("expert-halves-assumed", "warning", group.owner, text),)
+    raise UnsupportedError(
+        "how the model joins gate and up, in halves or alternating, cannot be told without it",
+        path=adapter.source,
+        tensor=next(iter(groups)),
+        hint=base_hint(adapter),
+    )

@@ -1,0 +1,167 @@
+"""The names of the target and the layout of experts, in the order that keeps factors as they are.
+
+Names of a class stack experts and a layout may take them apart again, which would pad what differs;
+single experts are therefore laid out first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from loratools.operations.convert.class_names import NAMED
+from loratools.operations.convert.experts.apart import of_one_rank
+from loratools.operations.convert.experts.choice import wanted_by
+from loratools.operations.convert.experts.each import each
+from loratools.operations.convert.experts.groups import sorted_experts, straightened
+from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release
+from loratools.operations.convert.experts.recent import Recent
+from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from loratools_formats.containers.gguf.container import is_gguf
+from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
+from loratools_formats.core.findings import Finding
+from loratools_formats.disk.errors import MissingFileError, OptionError
+
+_APART = ("each", "3d", "shared-outer", "tinker")
+_SWITCH = re.compile(
+    r"(?P<block>.*)\.(?:switch_mlp|experts)\.(?P<leaf>gate_proj|up_proj|down_proj|fc1|fc2)"
+)
+_OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_OF_FC = {"fc1": "up_proj", "fc2": "down_proj"}
+
+
+def in_layout(
+    adapter: Adapter,
+    target: str,
+    base: Path | None,
+    experts: Wanted | str | None,
+    in_names: Callable[[Adapter], Adapter],
+) -> tuple[Adapter, Wanted, tuple[Finding, ...]]:
+    """Return an adapter in the target's names and layout, what was wanted, and what to tell.
+
+    Args:
+        adapter: as read.
+        target: the format to write.
+        base: the base model.
+        experts: what is wanted, or the program that says it.
+        in_names: gives an adapter the target's names.
+
+    Raises:
+        OptionError: a layout is asked for in a format that has none to choose.
+        UnsupportedError: the layout cannot hold the experts exactly, or the base must tell more.
+    """
+    checkpoint = _checkpoint(adapter, base) if target in ("peft", "mlx") else None
+    wanted = experts
+    if isinstance(experts, str):
+        wanted = wanted_by(experts, adapter, checkpoint)
+    if not isinstance(wanted, Wanted):
+        wanted = Wanted()
+    if target != "peft" and (wanted.layout is not None or wanted.peft is not None):
+        raise OptionError(
+            "layouts of experts are those of PEFT folders", got=target, expected="`to=peft`"
+        )
+    if target == "mlx":
+        return _uniform(in_names(straightened(adapter, checkpoint))), wanted, ()
+    if target != "peft":
+        return in_names(_one_by_one(adapter) if target == "gguf" else adapter), wanted, ()
+    if wanted.layout in _APART:
+        single = _from_switch(adapter) if adapter.format == "mlx" else adapter
+        model, told = _laid(single, wanted, checkpoint)
+        return model, wanted, told
+    model, told = _laid(in_names(adapter), wanted, checkpoint)
+    return model, wanted, (*told, *_of_larger_rank(adapter, model))
+
+
+def _of_larger_rank(before: Adapter, after: Adapter) -> list[Finding]:
+    """Return what to tell of stacks that hold gate's and up's own factors, one beside the other."""
+    ranks = [c.rank or 0 for name, c in before.modules.items() if _OF_EXPERTS.search(name)]
+    largest = max(ranks, default=0)
+    larger = [
+        (name, change.rank)
+        for name, change in after.modules.items()
+        if change.layer.kind == "experts" and (change.rank or 0) > largest > 0
+    ]
+    if not larger:
+        return []
+    name, rank = larger[0]
+    text = (
+        f"gate and up have factors A of their own: {name} has rank {rank} instead of {largest}, "
+        f"half of its B zeros, and {len(larger)} stacks in all have"
+    )
+    hint = f"`squeeze` with `rank={largest}` shortens it, which is not exact"
+    return [Finding("experts-laid-out", "note", name, text, hint)]
+
+
+_OF_EXPERTS = re.compile(r"\b(?:experts|switch_mlp)\b")
+
+
+def _checkpoint(adapter: Adapter, base: Path | None) -> Checkpoint | None:
+    """Return a base's checkpoint; None if it is none, for formats that do with a configuration."""
+    if base is None or is_gguf(base):
+        return None
+    try:
+        return read_checkpoint(base)
+    except MissingFileError:
+        if adapter.format in NAMED:
+            raise
+        return None
+
+
+def _one_by_one(adapter: Adapter) -> Adapter:
+    """Return an adapter whose stacks of MLX, and joined gate and up, are single projections."""
+    if adapter.format == "mlx":
+        return _from_switch(adapter)
+    found = sorted_experts(replace(adapter, modules=_joined_singles(adapter)), None)
+    if not found.groups:
+        return adapter
+    modules = {n: c for n, c in adapter.modules.items() if n not in _joined_singles(adapter)}
+    for group in found.groups.values():
+        modules |= each(group, "halves", Recent())
+    return replace(adapter, modules=modules)
+
+
+def _joined_singles(adapter: Adapter) -> dict[str, ModuleChange]:
+    return {n: c for n, c in adapter.modules.items() if _JOINED.fullmatch(n)}
+
+
+_JOINED = re.compile(r"(?:.*\.)?experts\.\d+\.gate_up_proj")
+
+
+def _laid(
+    adapter: Adapter, wanted: Wanted, base: Checkpoint | None
+) -> tuple[Adapter, tuple[Finding, ...]]:
+    model, told = laid_out(adapter, wanted, base)
+    if adapter.format == "peft" and (told or wanted.is_given):
+        model = replace(model, config=of_release(model.config, wanted))
+    return model, told
+
+
+def _uniform(adapter: Adapter) -> Adapter:
+    """Return an adapter of one rank and scale, which is all that mlx-lm loads."""
+    plain = {n: c for n, c in adapter.modules.items() if c.factors is not None and not c.is_dora}
+    settings = {(c.require_factors().rank, c.require_factors().scale) for c in plain.values()}
+    if len(plain) < len(adapter.modules) or len(settings) < 2:
+        return adapter
+    return replace(adapter, modules={**adapter.modules, **of_one_rank(plain)})
+
+
+def _from_switch(adapter: Adapter) -> Adapter:
+    """Return an adapter of MLX with its stacks as single experts, under PEFT's names for them."""
+    modules: dict[str, ModuleChange] = {}
+    for name, change in adapter.modules.items():
+        match = _SWITCH.fullmatch(name)
+        if match is None or change.layer.kind != "experts":
+            modules[name] = change
+            continue
+        part = change.require_factors()
+        leaf = _OF_FC.get(match["leaf"], match["leaf"])
+        if match["block"].endswith(".block_sparse_moe"):
+            leaf = _OF_MIXTRAL[leaf]
+        for expert in range(part.experts):
+            single = replace(
+                part, a=part.a.matrix(expert), b=part.b.matrix(expert), layer=Layer("linear")
+            )
+            modules[f"{match['block']}.experts.{expert}.{leaf}"] = ModuleChange(single)
+    return replace(adapter, modules=modules)

@@ -1,0 +1,351 @@
+"""An adapter with its experts in the layout that is asked for, and what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from loratools.base.placement import rules
+from loratools.operations.convert.experts.apart import (
+    of_one_rank,
+    rounds,
+    shared_outer,
+    whole,
+)
+from loratools.operations.convert.experts.each import each
+from loratools.operations.convert.experts.filled import filled
+from loratools.operations.convert.experts.groups import (
+    Group,
+    Order,
+    Sorted,
+    base_hint,
+    order_of,
+    sorted_experts,
+    types_of,
+)
+from loratools.operations.convert.experts.recent import Recent
+from loratools.operations.convert.experts.stacked import nested, stacked
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.findings import Finding
+from loratools_formats.core.orientation import exchanged
+from loratools_formats.disk.errors import UnsupportedError
+
+ExpertLayoutName = Literal["stacked", "each", "3d", "shared-outer", "tinker"]
+PeftLayout = Literal["0.18", "0.19.1"]
+_OLD, _NEW = "0.18.1", "0.19.1"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to make of experts.
+
+    Attributes:
+        layout: its name; None to leave them as they are, but for what no program reads any more.
+        peft: the release of PEFT whose side of A is written.
+        complete: whether a layer needs all of its projections, with zeros where it has none.
+        uniform: whether all modules need one rank and one scale.
+        marked: whether the configuration says that lora_B is rank by rank.
+    """
+
+    layout: ExpertLayoutName | None = None
+    peft: PeftLayout | None = None
+    complete: bool = False
+    uniform: bool = False
+    marked: bool = False
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything was asked for."""
+        return self != Wanted()
+
+    def record(self) -> dict[str, Any]:
+        """Return what determines the output, for its provenance."""
+        values = {"experts": self.layout, "peft_layout": self.peft}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def laid_out(
+    adapter: Adapter, wanted: Wanted, base: Checkpoint | None
+) -> tuple[Adapter, tuple[Finding, ...]]:
+    """Return an adapter of PEFT with its experts as they are wanted.
+
+    Args:
+        adapter: in the names of the model.
+        wanted: what is asked for.
+        base: the base model, where the number of experts or the order of gate and up needs it.
+
+    Raises:
+        UnsupportedError: the layout cannot hold the experts exactly, or the base must tell more.
+    """
+    if not wanted.is_given and not any(c.layer.swapped for c in adapter.modules.values()):
+        return adapter, ()
+    found = sorted_experts(adapter, base)
+    if not found.groups:
+        return _rest(adapter, wanted, found.others, ())
+    made, told = _MAKERS[wanted.layout or _own(found)](adapter, wanted, found, base)
+    if wanted.complete:
+        made = filled(made)
+    kept = adapter if set(made) == set(adapter.modules) else _retargeted(adapter, made)
+    kept = replace(kept, write_as=wanted.layout if wanted.layout in _PACKED else "")
+    return _rest(kept, wanted, made, told)
+
+
+_Made = tuple[dict[str, ModuleChange], tuple[Finding, ...]]
+_PACKED = ("3d", "shared-outer", "tinker")
+
+
+def _own(found: Sorted) -> ExpertLayoutName:
+    return "stacked" if any(group.stacks for group in found.groups.values()) else "each"
+
+
+def _rest(
+    adapter: Adapter,
+    wanted: Wanted,
+    modules: Mapping[str, ModuleChange],
+    told: tuple[Finding, ...],
+) -> tuple[Adapter, tuple[Finding, ...]]:
+    made = dict(modules)
+    plain = {n: c for n, c in made.items() if c.factors is not None and not c.is_dora}
+    parts = [change.require_factors() for change in plain.values()]
+    if wanted.uniform and len({(p.rank, p.scale) for p in parts}) > 1:
+        made |= of_one_rank(plain)
+        ranks = sorted({part.rank for part in parts})
+        text = f"all modules get rank {ranks[-1]} with zeros, and one scale folded into B"
+        text += ", which rounds once" if rounds(parts) else ""
+        told = (*told, Finding("experts-laid-out", "note", None, text))
+    config = dict(adapter.config)
+    if wanted.marked and any(change.layer.kind == "experts" for change in made.values()):
+        config["lora_B_layout"] = "rank_major"
+    ordered = {name: made[name] for name in sorted(made)}
+    return replace(adapter, modules=ordered, config=config), told
+
+
+def _as_stacked(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
+    made = dict(found.others)
+    told: list[Finding] = []
+    order: Order | None = None
+    if any({"gate_proj", "gate_up_proj"} & set(g.single) for g in found.groups.values()):
+        order, why = order_of(adapter, found.groups, base)
+        told += why
+    experts = _count(adapter, found.groups, base)
+    turned = 0
+    for owner, group in found.groups.items():
+        stacks = stacked(group, order, experts.get(owner, 0))
+        modules, count = _on_side(adapter, stacks, wanted, base, owner)
+        made |= modules
+        turned += count
+    if turned:
+        told.append(_told_turn(wanted, turned))
+    return made, tuple(told)
+
+
+def _told_turn(wanted: Wanted, turned: int) -> Finding:
+    if wanted.peft == "0.18":
+        text = f"A of {turned} stacks is on the outputs now, as PEFT 0.17 and 0.18 read it"
+    else:
+        text = (
+            f"A of {turned} stacks was on the outputs, which PEFT 0.19.1 and later refuse or read "
+            "wrongly; it is on the inputs now"
+        )
+    return Finding("experts-laid-out", "note", None, text)
+
+
+def _on_side(
+    adapter: Adapter,
+    modules: dict[str, ModuleChange],
+    wanted: Wanted,
+    base: Checkpoint | None,
+    owner: str,
+) -> tuple[dict[str, ModuleChange], int]:
+    """Return stacks with A on the side where a release of PEFT has it, and how many were turned."""
+    wants_swapped = _swaps(adapter, wanted, base, owner)
+    made, turned = {}, 0
+    for path, change in modules.items():
+        was = adapter.modules.get(path)
+        before = bool(was is not None and was.layer.swapped)
+        swapped = before if wants_swapped is None else wants_swapped
+        part = change.require_factors()
+        if swapped and part.layer.kind == "experts":
+            part = exchanged(part)
+            part = replace(part, layer=replace(part.layer, swapped=True))
+        made[path] = change.with_direction(part)
+        turned += was is not None and before != swapped
+    return made, turned
+
+
+def _swaps(adapter: Adapter, wanted: Wanted, base: Checkpoint | None, owner: str) -> bool | None:
+    """Return whether a release of PEFT has A on the outputs; None to leave it where it is."""
+    types = types_of(adapter, base)
+    if wanted.peft == "0.18":
+        if not types:
+            raise UnsupportedError(
+                "PEFT 0.18 puts A on the side that depends on the model, which is not known",
+                path=adapter.source,
+                tensor=owner,
+                hint=base_hint(adapter),
+            )
+        return not types & (rules.TRANSPOSED_EXPERTS | rules.UNMARKED_TRANSPOSED)
+    if types:
+        return bool(types & rules.UNMARKED_TRANSPOSED)
+    if owner.endswith("feed_forward.experts"):  # Llama 4's, the only class of the other side
+        if wanted.peft is not None:
+            raise UnsupportedError(
+                "PEFT 0.19.1 puts A on the outputs of Llama 4 only, and the model is not known",
+                path=adapter.source,
+                tensor=owner,
+                hint=base_hint(adapter),
+            )
+        return None
+    return False
+
+
+def _as_each(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
+    del wanted
+    made = dict(found.others)
+    order: Order = "halves"
+    told: tuple[Finding, ...] = ()
+    if any("gate_up_proj" in group.stacks for group in found.groups.values()):
+        order, told = order_of(adapter, found.groups, base)
+    recent = Recent()
+    for group in found.groups.values():
+        made |= each(group, order, recent)
+    return made, told
+
+
+def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
+    made = dict(found.others)
+    experts = _count(adapter, found.groups, base)
+    told: list[Finding] = []
+    rounded: list[str] = []
+    for owner, one in found.groups.items():
+        if one.single and one.stacks:
+            raise UnsupportedError(
+                "experts are adapted one by one and as a stack", path=adapter.source, tensor=owner
+            )
+        whole(one, experts.get(owner, 0))
+        group = one
+        if "gate_up_proj" in one.single:
+            order, why = order_of(adapter, found.groups, base)
+            told += [finding for finding in why if finding not in told]
+            stacks = stacked(one, order, experts[owner])
+            group = Group(
+                owner, {c.layer.parameters[0].rpartition(".")[2]: c for c in stacks.values()}
+            )
+        if wanted.layout == "shared-outer":
+            shared_outer(group)
+        made |= nested(owner, group.stacks)
+        for leaf, changes in group.single.items():
+            named = {f"{owner}.{expert}.{leaf}": change for expert, change in changes.items()}
+            if rounds(change.require_factors() for change in changes.values()):
+                rounded.append(f"{owner}.{leaf}")
+            made |= of_one_rank(named)
+    text = "scales of experts differ by no power of two; they are folded into B, which rounds once"
+    if rounded:
+        told.append(Finding("experts-laid-out", "note", rounded[0], text))
+    return made, tuple(told)
+
+
+def _as_tinker(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
+    """Return experts one by one, which the writer stacks under Tinker's names."""
+    made, told = _as_each(adapter, wanted, found, base)
+    apart = sorted_experts(replace(adapter, modules=made), None)
+    experts = _count(adapter, apart.groups, base)
+    full = None
+    for owner, group in apart.groups.items():
+        whole(group, experts.get(owner, 0))
+        try:
+            shared_outer(group)
+        except UnsupportedError:
+            full = owner
+    if full is not None:
+        text = (
+            "experts do not share their outer factors, so that each has its own in the file; "
+            "whether Tinker imports such a file is not known"
+        )
+        told = (*told, Finding("experts-laid-out", "warning", full, text))
+    return made, told
+
+
+_MAKERS = {
+    "stacked": _as_stacked,
+    "each": _as_each,
+    "3d": _as_3d,
+    "shared-outer": _as_3d,
+    "tinker": _as_tinker,
+}
+
+
+def _count(
+    adapter: Adapter, groups: Mapping[str, Group], base: Checkpoint | None
+) -> dict[str, int]:
+    """Return how many experts each layer has.
+
+    Raises:
+        UnsupportedError: some are missing and no base tells how many there are.
+    """
+    stated = {} if base is None else _stated(base.config)
+    counts: dict[str, int] = {}
+    for owner, group in groups.items():
+        numbers = {expert for changes in group.single.values() for expert in changes}
+        if not numbers:
+            continue
+        counts[owner] = stated.get("experts") or max(numbers) + 1
+        complete = any(len(c) == counts[owner] for c in group.single.values())
+        if max(numbers) >= counts[owner] or (base is None and not complete):
+            raise UnsupportedError(
+                "how many experts the layer has cannot be told"
+                if base is None
+                else "the base has fewer experts",
+                path=adapter.source,
+                tensor=owner,
+                got=f"{len(numbers)} experts, the last of number {max(numbers)}",
+                hint=base_hint(adapter) if base is None else None,
+            )
+    return counts
+
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, int]:
+    sections: Iterable[Any] = (config, *config.values())
+    for section in sections:
+        if isinstance(section, Mapping):
+            for key in _COUNTS:
+                if isinstance(section.get(key), int) and section[key] > 0:
+                    return {"experts": section[key]}
+    return {}
+
+
+def _retargeted(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
+    """Return an adapter of PEFT whose configuration names other modules."""
+    if adapter.format != "peft":
+        return adapter
+    plain = [name for name, change in modules.items() if not change.layer.parameters]
+    parameters = {p for change in modules.values() for p in change.layer.parameters}
+    config = {k: v for k, v in adapter.config.items() if k not in _NARROWING}
+    config["target_modules"] = sorted({_last(name) for name in plain})
+    config.pop("target_parameters", None)
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
+    return replace(adapter, config=config)
+
+
+_NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
+
+
+def _last(name: str) -> str:
+    *_, last = parts = name.split(".")
+    return ".".join(parts[-2:]) if last.isdigit() else last
+
+
+def of_release(config: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """Return a configuration that names the release whose side of A was written."""
+    if wanted.peft == "0.18":
+        return {**config, "peft_version": _OLD}
+    version = str(config.get("peft_version") or "")
+    if version.startswith(("0.17", "0.18", "0.19.0")):
+        return {**config, "peft_version": _NEW}
+    return dict(config)

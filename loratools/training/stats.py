@@ -1,0 +1,166 @@
+"""Second moments of the inputs of a model's layers, for `squeeze --stats`.
+
+Of each layer, X·Xᵀ over the inputs of all batches, or its diagonal: Σ x·xᵀ over tokens, over the
+patches that a convolution sees, and over the one-hot rows of an embedding, whose matrix is
+diagonal. Padding that an attention mask marks is left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loratools.lowrank.moments import write_moments
+from loratools.training.layers import live_layers, unwrapped
+from loratools_formats.disk.errors import OptionError, UnsupportedError
+
+_LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class CollectedStats:
+    """A file of second moments.
+
+    Attributes:
+        path: the file.
+        modules: paths of the layers in it.
+        samples: inputs that each layer saw, in the order of `modules`.
+        unseen: layers that no input reached, which are not in it.
+    """
+
+    path: Path
+    modules: tuple[str, ...]
+    samples: tuple[int, ...]
+    unseen: tuple[str, ...]
+
+
+def collect_stats(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    output: str | os.PathLike[str],
+    kind: Literal["gram", "diag"] = "gram",
+    overwrite: bool = False,
+) -> CollectedStats:
+    """Run a model over batches and write the second moments of its layers' inputs.
+
+    Args:
+        model: a PEFT model, of which the adapted layers count; or any model, of which all linear
+            layers, convolutions and embeddings count.
+        batches: what the model takes: tensors, or mappings of its keyword arguments.
+        output: the safetensors file to write.
+        kind: `gram` for whole matrices, (in, in) each; `diag` for their diagonals, (in,) each.
+        overwrite: replace the file if it exists.
+
+    Raises:
+        OptionError: no such kind, or no batch.
+        UnsupportedError: a convolution in three dimensions or in groups.
+        OutputExistsError: the file exists and `overwrite` is false.
+    """
+    if kind not in ("gram", "diag"):
+        raise OptionError("no such kind of moments", got=kind, expected="gram or diag")
+    layers = _layers(model)
+    sums: dict[str, torch.Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+    mask: list[torch.Tensor | None] = [None]
+
+    def hook(name: str, layer: nn.Module) -> Any:
+        def seen(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            moment, count = _moment(layer, inputs[0].detach(), mask[0], whole=kind == "gram")
+            sums[name] = moment if name not in sums else sums[name] + moment
+            counts[name] += count
+
+        return seen
+
+    handles = [each.register_forward_pre_hook(hook(name, each)) for name, each in layers.items()]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                arguments = batch if isinstance(batch, Mapping) else None
+                mask[0] = None if arguments is None else arguments.get("attention_mask")
+                model(batch) if arguments is None else model(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if not sums:
+        raise OptionError("no batch reached a layer", expected="at least one")
+    moments = {name: sums[name].cpu().numpy().astype(np.float32) for name in layers if name in sums}
+    path = write_moments(output, moments, {n: counts[n] for n in moments}, overwrite=overwrite)
+    unseen = tuple(name for name in layers if name not in sums)
+    return CollectedStats(path, tuple(moments), tuple(counts[n] for n in moments), unseen)
+
+
+def _layers(model: Any) -> dict[str, nn.Module]:
+    """Return the layers whose inputs count, by module path."""
+    try:
+        adapted: PeftModel | None = unwrapped(model)
+    except OptionError:
+        adapted = None
+    if adapted is not None:
+        live = live_layers(adapted, adapted.active_adapters[0])
+        found = {each.name: each.module.get_base_layer() for each in live}
+    else:
+        found = {n: m for n, m in model.named_modules() if isinstance(m, (*_LAYERS, nn.Conv3d))}
+    for name, layer in found.items():
+        if isinstance(layer, nn.Conv3d) or getattr(layer, "groups", 1) > 1:
+            raise UnsupportedError(
+                "inputs of convolutions in groups or three dimensions are not measured", tensor=name
+            )
+    return found
+
+
+def _moment(
+    layer: nn.Module, inputs: torch.Tensor, mask: torch.Tensor | None, *, whole: bool
+) -> tuple[torch.Tensor, int]:
+    """Return Σ x·xᵀ in float64 or its diagonal, and how many x there were."""
+    convolution = layer if isinstance(layer, nn.Conv1d | nn.Conv2d) else None
+    if mask is not None and convolution is None and inputs.shape[:2] == mask.shape:
+        inputs = inputs[mask.bool()]
+    if isinstance(layer, nn.Embedding):
+        tokens = inputs.reshape(-1)
+        return torch.bincount(tokens, minlength=layer.num_embeddings).double(), len(tokens)
+    rows = (
+        inputs.reshape(-1, inputs.shape[-1])
+        if convolution is None
+        else _patches(convolution, inputs)
+    )
+    rows = rows.float()
+    found = rows.T @ rows if whole else (rows * rows).sum(0)
+    return found.to("cpu" if found.device.type == "mps" else found.device, torch.float64), len(rows)
+
+
+def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: torch.Tensor) -> torch.Tensor:
+    """Return what each output of a convolution sees: (places, in · kernel)."""
+    line = isinstance(layer, nn.Conv1d)
+
+    def both(values: Any, one: int) -> tuple[int, ...]:
+        return (one, *values) if line else tuple(values)
+
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        around = layer._reversed_padding_repeated_twice  # noqa: SLF001 - as its own forward does
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        inputs = nn.functional.pad(inputs, around, mode=mode)
+        padding: Any = (0,) if line else (0, 0)
+    else:
+        padding = layer.padding
+    plane = inputs.unsqueeze(-2) if line else inputs
+    columns = nn.functional.unfold(
+        plane,
+        both(layer.kernel_size, 1),
+        both(layer.dilation, 1),
+        both(padding, 0),
+        both(layer.stride, 1),
+    )
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
