@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loratools.lowrank.moments import write_moments
 from loratools.training.layers import live_layers, unwrapped
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 _LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding)
@@ -28,36 +29,46 @@ _LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 @dataclass(frozen=True)
 class CollectedStats:
-    """A file of second moments.
+    """Second moments of the inputs of a model's layers.
 
     Attributes:
-        path: the file.
-        modules: paths of the layers in it.
+        modules: paths of the layers.
         samples: inputs that each layer saw, in the order of `modules`.
-        unseen: layers that no input reached, which are not in it.
+        unseen: layers that no input reached, of which nothing is known.
+        moments: X·Xᵀ, (in, in), or its diagonal, (in,), in float32, by module path.
     """
 
-    path: Path
     modules: tuple[str, ...]
     samples: tuple[int, ...]
     unseen: tuple[str, ...]
+    moments: Mapping[str, Array] = field(repr=False)
+
+    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the safetensors file that `squeeze --stats` reads, and return where.
+
+        Raises:
+            OutputExistsError: the file exists and `overwrite` is false.
+            OutputError: it could not be written; what stood there is intact.
+        """
+        counts = dict(zip(self.modules, self.samples, strict=True))
+        return write_moments(path, self.moments, counts, overwrite=overwrite)
 
 
 def collect_stats(
     model: Any,
     batches: Iterable[Any],
     *,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     kind: Literal["gram", "diag"] = "gram",
     overwrite: bool = False,
 ) -> CollectedStats:
-    """Run a model over batches and write the second moments of its layers' inputs.
+    """Run a model over batches and measure the second moments of its layers' inputs.
 
     Args:
         model: a PEFT model, of which the adapted layers count; or any model, of which all linear
             layers, convolutions and embeddings count.
         batches: what the model takes: tensors, or mappings of its keyword arguments.
-        output: the safetensors file to write.
+        output: the safetensors file to write; without it, `write` of the result makes one.
         kind: `gram` for whole matrices, (in, in) each; `diag` for their diagonals, (in,) each.
         overwrite: replace the file if it exists.
 
@@ -97,9 +108,11 @@ def collect_stats(
     if not sums:
         raise OptionError("no batch reached a layer", expected="at least one")
     moments = {name: sums[name].cpu().numpy().astype(np.float32) for name in layers if name in sums}
-    path = write_moments(output, moments, {n: counts[n] for n in moments}, overwrite=overwrite)
     unseen = tuple(name for name in layers if name not in sums)
-    return CollectedStats(path, tuple(moments), tuple(counts[n] for n in moments), unseen)
+    found = CollectedStats(tuple(moments), tuple(counts[n] for n in moments), unseen, moments)
+    if output is not None:
+        found.write(output, overwrite=overwrite)
+    return found
 
 
 def _layers(model: Any) -> dict[str, nn.Module]:

@@ -23,12 +23,16 @@ ALWAYS = [
     "merge",
     "fuse",
     "nf4",
+    "codecs",
+    "fourbits",
     "fold",
     "gguf",
     "dialects",
     "kernels",
     "spectrum",
     "check",
+    "fleet",
+    "training",
     "share",
 ]
 BENCHMARKS = [*ALWAYS, "versions"]  # the last needs an earlier version beside this one

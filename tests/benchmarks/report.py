@@ -103,7 +103,8 @@ def markdown(report: Report) -> str:
         [target.wanted, target.measured, "met" if target.met else "**missed**", target.why or "–"]
         for target in report.targets
     ]
-    lines += _table(["target", "measured", "", "where missed, by how much and why"], targets)
+    if targets:
+        lines += _table(["target", "measured", "", "where missed, by how much and why"], targets)
     for table in report.tables:
         lines += ["", f"### {table.title}", ""]
         lines += _table(table.header, [[row.name, *row.cells] for row in table.rows])

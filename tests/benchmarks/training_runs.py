@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import sys
@@ -31,11 +32,13 @@ import loratools as lt
 from loratools.algebra.ranks import Budget, RankRule
 from loratools.training import SqueezeSchedule, collect_stats, squeeze_model
 from loratools.training.layers import live_adapter, live_layers
+from loratools.training.live import AlphaPolicy
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOURCE, TARGETS = 64, (8, 2)
 RESET = "in, optimizer reset"
+ROOT = "in, alpha by root"
 AT_EQUAL_FLOPS = ("direct", "cont", "in, equal steps")
 HELD_OUT = 0.15
 
@@ -223,11 +226,10 @@ def plan(task: Task, seeds: list[int], path: Path) -> Iterator[list[Run]]:
     for rate in setting.rates:
         yield [*of_rate(setting, seeds[0], rate, costs, sizes, ("steps",))]
     best = best_rates(path, setting.name, seeds[0])
-    for seed in seeds:
-        for rate in setting.rates:
-            budgets = ("steps", "flops") if setting.flops else ("steps",)
-            source, *runs = of_rate(setting, seed, rate, costs, sizes, budgets)
-            yield [source, *(run for run in runs if best[run.method, run.target] == rate)]
+    budgets = ("steps", "flops") if setting.flops else ("steps",)
+    for budget, seed, rate in itertools.product(budgets, seeds, setting.rates):
+        source, *runs = of_rate(setting, seed, rate, costs, sizes, (budget,))
+        yield [source, *(run for run in runs if best.get((run.method, run.target)) == rate)]
 
 
 def best_rates(path: Path, model: str, seed: int) -> dict[tuple[str, int], float]:
@@ -293,6 +295,7 @@ def methods(target: int, steps: int) -> Iterator[tuple[str, tuple[int, ...], tup
     yield "in, steps by rank", ranks, by_rank.steps
     yield "in, budgets", ranks, falling.steps
     yield RESET, ranks, falling.steps
+    yield ROOT, ranks, falling.steps
 
 
 class Training:
@@ -345,7 +348,8 @@ class Training:
             self.cost += flops * self.tokens
             rule = run.schedule.rule_after(self.step)
             if rule is not None:
-                squeeze_model(self.model, rule=rule, optimizer=self.optimizer)
+                alpha: AlphaPolicy = "sqrt" if run.method == ROOT else "keep-scale"
+                squeeze_model(self.model, rule=rule, optimizer=self.optimizer, alpha=alpha)
                 flops = self.task.flops(self.model)
                 if run.reset:
                     self.optimizer = self._optimizer(run.rate)
@@ -391,8 +395,16 @@ def posts(task: Task, run: Run, training: Training, workdir: Path) -> Iterator[d
                 yield after.result(one, relative_error=done.relative_error)
 
 
-def perform(task: Task, runs: list[Run], path: Path, workdir: Path) -> None:
-    """Do the runs of one seed and rate that the file does not have."""
+def perform(task: Task, runs: list[Run], path: Path, workdir: Path, *, is_wanted: bool) -> None:
+    """Do the runs of one seed and rate that the file does not have.
+
+    Args:
+        task: model and data.
+        runs: the one at rank 64 first, which others may begin with.
+        path: the file.
+        workdir: for adapters.
+        is_wanted: whether the run at rank 64 counts itself, with what is squeezed after it.
+    """
     done = finished(path, task.setting.name)
     if not all(run.key in done for run in runs):
         tell(path, task, "base", task.base)
@@ -404,12 +416,12 @@ def perform(task: Task, runs: list[Run], path: Path, workdir: Path) -> None:
     ]  # fmt: skip
     firsts = sorted({run.schedule.boundaries[0] - 1 for run in alike})
     kept: dict[int, dict[str, object]] = {}
-    if source.key not in done or alike:
+    if (source.key not in done and is_wanted) or alike:
         training = Training(task, source)
         for step in firsts:
             training.advance(source, step)
             kept[step] = training.snapshot()
-        if source.key not in done:
+        if source.key not in done and is_wanted:
             training.advance(source, whole)
             for line in posts(task, source, training, workdir):
                 append(path, line)
@@ -469,8 +481,14 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     task = Task(SETTINGS[arguments.model], arguments.workdir)
-    for runs in plan(task, arguments.seeds, arguments.runs):
-        perform(task, runs, arguments.runs, arguments.workdir)
+    for source, *runs in plan(task, arguments.seeds, arguments.runs):
+        best = best_rates(arguments.runs, task.setting.name, arguments.seeds[0])
+        posts_of = {best.get(("source", SOURCE)), *(best.get(("post", t)) for t in TARGETS)}
+        first = source.seed == arguments.seeds[0]
+        perform(
+            task, [source, *runs], arguments.runs, arguments.workdir,
+            is_wanted=first or source.rate in posts_of,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def factors(made):
     return {n: p.detach().clone() for n, p in made.model.named_parameters() if "lora_" in n}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config", "alpha"),
     [

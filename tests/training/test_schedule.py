@@ -139,6 +139,7 @@ def test_the_snippet_of_transformers_is_python():
     assert given["trainer"][0].schedule == schedule
 
 
+@pytest.mark.slow
 def test_the_example_trains_in_a_plain_loop(tmp_path):
     paths = [str(ROOT), str(ROOT / "formats"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(

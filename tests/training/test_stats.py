@@ -167,6 +167,8 @@ def test_a_model_without_an_adapter_is_measured_too(tmp_path):
     assert done.modules == ("up", "square", "down")
     assert done.unseen == ()
     assert model.training
+    again = collect_stats(model, [inputs(Linears)])
+    assert again.write(tmp_path / "again").read_bytes() == (tmp_path / "stats").read_bytes()
     with pytest.raises(lt.LoratoolsError, match="exists"):
         collect_stats(model, [inputs(Linears)], output=tmp_path / "stats")
 
