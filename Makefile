@@ -30,7 +30,8 @@ $(VENV)/.base: pyproject.toml tests/constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) --editable ".[lint,test]"
+	$(PIP) "pip>=25.1"  # the first that knows dependency groups
+	$(PIP) --editable . --group lint --group test
 	@touch $@
 
 demo: $(VENV)/.base

@@ -18,6 +18,8 @@ from safetensors.numpy import save_file
 
 # A name that is no path may be one on the Hub; tests/hub has its own, and nothing else asks.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Lines of progress come after a second, which a busy machine may or may not take.
+os.environ.setdefault("LORATOOLS_PROGRESS", "never")
 # Digests of weights are kept for the next run, but not in the home of whoever runs the tests.
 os.environ.setdefault("LORATOOLS_CACHE", tempfile.mkdtemp(prefix="loratools-cache-"))
 

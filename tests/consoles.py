@@ -62,7 +62,7 @@ def _printed(arguments, folder, more):
         text=True,
         check=False,
         cwd=folder,
-        env={**os.environ, "COLUMNS": "100", **more},
+        env={**os.environ, "COLUMNS": "100", "LORATOOLS_PROGRESS": "never", **more},
     )
     return done.stdout
 

@@ -45,21 +45,23 @@ def test_python_examples_run(clone, code, capsys):
 
 
 def test_options_that_documents_name_exist():
-    known = {option for name in cli.list_commands(None) for option in _options(name)}
+    known = _options(cli)
     others = {"rules.md", "README.md"}  # of the examples, whose scripts have options of their own
     ours = [path for path in consoles.DOCUMENTS if path.name not in others]
     named = {n for path in ours for n in re.findall(r"`(--[a-z-]+)[ `]", path.read_text())}
     assert named <= known | {"--help", "--max-lora-rank"}  # vLLM has the last
 
 
-def _options(name, group=cli):
-    command = group.get_command(None, name)
-    inner = command.list_commands(None) if isinstance(command, click.Group) else ()
+def _options(command):
+    """Return the flags of a command, or of all that a group has."""
+    if isinstance(command, click.Group):
+        inner = (command.get_command(None, name) for name in command.list_commands(None))
+        return set().union(*map(_options, inner))
     return {
         option
         for parameter in command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
-    } | {option for each in inner for option in _options(each, command)}
+    }
 
 
 def test_files_named_in_the_documents_exist():

@@ -64,7 +64,7 @@ def test_wildcards_folders_and_equal_names(shelf):
     found = loratools("to-lora", "runs", "--out-dir", "runs/out", "--exact", "--json", cwd=shelf)
     assert found.returncode == 0, found.stderr
     lines = [json.loads(line) for line in found.stdout.splitlines()]
-    assert [line["input"] for line in lines] == ["runs/a/lora", "runs/b/lora"]
+    assert [line["inputs"] for line in lines] == [["runs/a/lora"], ["runs/b/lora"]]
     assert (shelf / "runs/out/a/lora/adapter_config.json").is_file()
     again = loratools("squeeze", "runs/*/lora", "--rank", "2", "--out-dir", "small", cwd=shelf)
     assert [line.split()[0] for line in again.stdout.splitlines()] == ["runs/a/lora", "runs/b/lora"]
@@ -96,7 +96,7 @@ def test_info_of_a_folder_is_a_table(shelf):
     assert "lora  32    2" in rows[1]
     printed = loratools("info", "one", "two", "--json", cwd=shelf).stdout
     objects = [json.loads(line) for line in printed.splitlines()]
-    assert [found["input"] for found in objects] == ["one", "two"]
+    assert [found["inputs"] for found in objects] == [["one"], ["two"]]
     assert all(found["format"] == "peft" for found in objects)
 
 

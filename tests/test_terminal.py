@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from loratools.cli.output import indented, print_json, print_table, say
+from loratools.cli.output import print_json, print_table, say
 
 ODD = "a\x1b[31mred\x07\x9b31m\u202e\u200b\x7f\ud800é 😀×…"
 
@@ -48,26 +48,3 @@ def test_json(terminal):
     assert harmless(terminal.text)
     assert json.loads(terminal.text) == value
     assert ("é" in terminal.text) == (terminal.encoding != "ascii")
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {},
-        [],
-        None,
-        1.5e-300,
-        "é, [a]: {b}\n",
-        [1, 2.5, None, True, "a,b"],
-        {"a": [], "b": {}, "c": [[], [1], {"d": []}]},
-        {"a": {"b": {"c": [{"d": 1, "e": [0.1, -0.0]}, "f"]}}, "g, h": [["i"]]},
-    ],
-)
-def test_indented_text_is_that_of_the_standard_library(value):
-    assert indented(value) == json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
-
-
-@pytest.mark.parametrize("value", [[float("nan")], {"a": [[float("inf")]]}])
-def test_indented_text_has_finite_numbers_only(value):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        indented(value)

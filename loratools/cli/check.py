@@ -11,8 +11,9 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
-from loratools.cli.output import note, print_json, print_json_text, progress_bar, say
+from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
+from loratools.cli.output import note, print_json, print_json_text, say
+from loratools.cli.progress import progress_bar
 from loratools.face.check import CheckResult, check
 from loratools.operations.check.baseline import baseline_text
 from loratools.operations.check.options import CheckOptions, FixOptions
@@ -64,7 +65,7 @@ def command(
     """Check adapters: what does nothing, what programs refuse, what is missing.
 
     A folder that is no adapter stands for all adapters below it. Exits with 0 if nothing was found,
-    with 1 if something was, and with 2 if an adapter could not be looked at.
+    with 1 if something was, and with 3 if an adapter could not be looked at.
 
     \b
     loratools check my-adapter --target vllm --base model
@@ -92,7 +93,7 @@ def command(
     if any(step.taken for step in result.steps) and not reporting.quiet:
         note(f"wrote {writing.output}")
     if not result.complete:
-        return EXIT_ERROR
+        return EXIT_UNCHECKED
     return 0 if result.passed else EXIT_FOUND
 
 
@@ -133,7 +134,7 @@ def _print(result: CheckResult, presenting: Presenting, reporting: Reporting) ->
     elif kind == "github":
         from loratools.cli.findings.github import github_of
 
-        say(github_of(result))
+        say(github_of(result), whole=True)
     elif kind == "sarif":
         from loratools.cli.findings.sarif import sarif_of
 
@@ -141,7 +142,7 @@ def _print(result: CheckResult, presenting: Presenting, reporting: Reporting) ->
     elif kind == "junit":
         from loratools.cli.findings.junit import junit_of
 
-        say(junit_of(result))
+        say(junit_of(result), whole=True)
     elif not reporting.quiet:
         from loratools.cli.findings.text import text_of
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from loratools.cli.failure import remember
 from loratools.cli.options import DeclaredOption
 from loratools.cli.references import weighted_path
 from loratools.cli.wording import FLAGS, worded
@@ -58,6 +59,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, with the revision put to its reference."""
         keep_memory()
+        remember(ctx)
         revision = ctx.params.pop("revision", None) if self._inputs else None
         if revision is not None:
             self._revise(ctx.params, revision)

@@ -9,9 +9,10 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.measured import optional, print_csv, print_csv_table
-from loratools.cli.output import number, print_table, progress_bar, quantity, say
+from loratools.cli.output import number, print_table, quantity, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import report
+from loratools.cli.progress import progress_bar
 from loratools.face.compare import BasesResult, CompareResult, compare, compare_bases
 from loratools.operations.compare.operation import CompareOptions
 from loratools.operations.compare.result import PairModule

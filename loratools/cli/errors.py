@@ -6,28 +6,26 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import warnings
 from typing import TextIO
 
 import click
 
-from loratools.cli.output import say
-
-EXIT_FOUND = 1
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
-_EXIT_SIGNAL = 128
+from loratools.cli.exits import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_SIGNAL, EXIT_UNCHECKED
+from loratools.cli.failure import failure, is_json, is_reported
+from loratools.cli.output import print_json, say
 
 _PROGRAM = "loratools"
 _COMPLETION = "_LORATOOLS_COMPLETE"
+_STOPPED = ("interrupted", "terminated")
 
 
 def run(cli: click.Command) -> None:
-    """Run a command group and exit the process.
+    """Run a command group and exit the process, with a code of `exits.MEANINGS`.
 
-    Exit codes: what the command returned, 2 for usage or bad input, 130 when interrupted, 128 and
-    the signal's number when terminated or hung up. Nothing but `--traceback` shows a Python
-    traceback.
+    Nothing but `--traceback` shows a Python traceback. Under `--json`, stdout gets an object for an
+    error as well.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
@@ -36,38 +34,58 @@ def run(cli: click.Command) -> None:
     arrived = _stop_on_signals()
     if "--traceback" in sys.argv[1:2]:
         sys.exit(_call(cli))
+    began = time.perf_counter()
     try:
         code = _call(cli)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        _flush()
     except BrokenPipeError:
-        # The reader has gone; keep Python from complaining about it while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except (KeyboardInterrupt, click.Abort):
-        code = _interrupted(arrived)
-    except click.ClickException as error:
-        say(f"error: {_usage(error)}", err=True)
-        code = EXIT_ERROR
-    except Exception as error:  # noqa: BLE001 - users get one line, whatever happened
-        if arrived:
-            code = _interrupted(arrived)
-        else:
-            say(f"error: {describe(error)}", err=True)
-            code = EXIT_ERROR
+        code = _abandon_stdout()
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - users get one line, whatever
+        text, code = _told(error, arrived)
+        is_stopped = text in _STOPPED
+        try:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                say(text if is_stopped else f"error: {text}", err=True)
+            if is_json(sys.argv[1:]) and not is_reported(error):
+                print_json(failure(error, text, code, time.perf_counter() - began))
+            _flush()
+        except BrokenPipeError:
+            _abandon_stdout()
     sys.exit(code)
 
 
-def _interrupted(arrived: list[int]) -> int:
-    """Say that a signal ended the run, and return the exit code.
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
-    An exception that is raised anywhere may be replaced on its way by one that it caused, such as
-    that of a lock which it found half released.
+
+def _abandon_stdout() -> int:
+    """Keep Python from complaining, while it exits, that the reader of stdout has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _told(error: BaseException, arrived: list[int]) -> tuple[str, int]:
+    """Return the line that an error is told in, and the exit code.
+
+    After a signal, that is what ended the run: an exception that is raised anywhere may be
+    replaced on its way by one that it caused, such as that of a lock which it found half released.
     """
-    number = arrived[0] if arrived else signal.SIGINT
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        say("interrupted" if number == signal.SIGINT else "terminated", err=True)
-    return EXIT_INTERRUPTED if number == signal.SIGINT else _EXIT_SIGNAL + number
+    if arrived or isinstance(error, KeyboardInterrupt | click.Abort):
+        number = arrived[0] if arrived else signal.SIGINT
+        if number == signal.SIGINT:
+            return _STOPPED[0], EXIT_INTERRUPTED
+        return _STOPPED[1], EXIT_SIGNAL + number
+    if isinstance(error, click.ClickException):
+        return _usage(error), EXIT_ERROR
+    return describe(error), exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a command that ends in an error of the library."""
+    from loratools_formats.disk.errors import UncheckedError
+
+    return EXIT_UNCHECKED if isinstance(error, UncheckedError) else EXIT_ERROR
 
 
 def _stop_on_signals() -> list[int]:

@@ -48,7 +48,7 @@ def command(
 
     \b
     loratools extract base-model tuned-model -o my-lora --rank 32
-    loratools extract sdxl.safetensors tuned.safetensors -o x.safetensors --to kohya --rank 32
+    loratools extract sdxl tuned-sdxl -o x.safetensors --to kohya --rank 32
     """  # noqa: D301 - click reads the backspace
     pages.check(reporting, [base, tuned, writing.output], overwrite=writing.overwrite)
     if not rule.is_given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +11,11 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_FOUND, describe
-from loratools.cli.output import human_bytes, print_table, quantity, say
+from loratools.cli.exits import EXIT_FOUND
+from loratools.cli.many import failed_with
+from loratools.cli.output import human_bytes, print_json_line, print_table, quantity, say
 from loratools.cli.perform import report
+from loratools.cli.table import wrapped
 from loratools.cli.wording import worded
 from loratools.face.info import InfoResult, info
 from loratools.operations.info import AdapterInfo, counted
@@ -76,7 +78,7 @@ def _print_base(found: BaseInfoResult) -> None:
     ]
     for label, text in lines:
         if text:
-            say(f"{label:10}  {printable(text, 2000)}")
+            say(wrapped(f"{label:10}  {printable(text, 2000)}", " " * 12))
 
 
 def _quantised(found: QuantisedInfo) -> str:
@@ -91,17 +93,19 @@ def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting)
     for path in adapters:
         try:
             found: InfoResult | None = info(path, reading=reading)
-            problem = None
+            line, problem = {} if found is None else found.to_dict(), None
         except LoratoolsError as error:
-            found, problem, failed = None, describe(error).removeprefix(f"{path}: "), True
+            how = failed_with(error, path)
+            line, problem = how.found, how.text.removeprefix(f"{path}: ")
+            found, failed = None, True
         if reporting.json:
-            values = {"error": problem} if found is None else found.to_dict()
-            say(json.dumps({"input": str(path), **values}, ensure_ascii=False))
+            print_json_line(line)
         else:
             rows.append([printable(path), *_cells(found, problem)])
     if not (reporting.json or reporting.quiet):
         header = ["adapter", "kind", "rank", "scale", "targets", "base model", "size", "problem"]
-        print_table(header, "<<<<<<><", rows)
+        count = len(header) if any(row[-1] for row in rows) else len(header) - 1
+        print_table(header[:count], "<<<<<<><"[:count], [row[:count] for row in rows])
     return EXIT_FOUND if failed else 0
 
 
@@ -170,7 +174,7 @@ def _print(found: AdapterInfo) -> None:
     if len(found.carried) > _CARRIED:
         lines.append(("carries", f"and {len(found.carried) - _CARRIED} more; --json lists all"))
     lines += found.training.items()
-    lines += _made_by(found.provenance)
+    lines += _made_by(found.provenance, found.path)
     lines += [
         (each.severity, f"{each.code}: " + ". ".join(filter(None, (each.message, each.hint))))
         for each in found.findings
@@ -178,10 +182,11 @@ def _print(found: AdapterInfo) -> None:
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         if text:
-            say(f"{label.ljust(width)}  {worded(printable(text, 2000))}")
+            line = f"{label.ljust(width)}  {worded(printable(text, 2000))}"
+            say(wrapped(line, " " * (width + 2)))
 
 
-def _made_by(provenance: Mapping[str, str]) -> list[tuple[str, str]]:
+def _made_by(provenance: Mapping[str, str], path: str) -> list[tuple[str, str]]:
     """Return a line of what made it, and the rest as it stands if that says nothing."""
     rest = {key.removeprefix("loratools."): value for key, value in provenance.items()}
     operation, version = rest.pop("operation", None), rest.pop("version", None)
@@ -190,7 +195,8 @@ def _made_by(provenance: Mapping[str, str]) -> list[tuple[str, str]]:
     rest.pop("inputs", None)
     options = rest.pop("options", "{}").translate(str.maketrans("", "", '{}"')).replace(",", ", ")
     made = f"loratools {version or ''} {operation}: {options}".rstrip(": ")
-    return [("made by", f"{made}; see loratools provenance"), *rest.items()]
+    shown = f"{made}; see: loratools provenance {shlex.quote(path)}"
+    return [("made by", shown), *rest.items()]
 
 
 def _targets(found: AdapterInfo) -> set[str]:

@@ -6,7 +6,6 @@ The command itself knows one adapter. A line here tells of each, and the last li
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +15,16 @@ from typing import Any
 import click
 
 from loratools.cli import options as shared
-from loratools.cli.errors import EXIT_FOUND, describe
-from loratools.cli.output import note, number, progress_bar, quantity, say, sizes
+from loratools.cli.errors import describe, exit_code
+from loratools.cli.exits import EXIT_FOUND
+from loratools.cli.failure import failure
+from loratools.cli.output import note, number, print_json_line, quantity, say, sizes
 from loratools.cli.perform import collected
-from loratools.face.result import Result
+from loratools.cli.progress import progress_bar
 from loratools.work.collection import adapters_in, outputs_below
 from loratools.work.declared import option
 from loratools.work.requests import Reporting, Writing
-from loratools_formats.disk.errors import LoratoolsError, OptionError
+from loratools_formats.disk.errors import InexactError, LoratoolsError, OptionError
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class Several:
     out_dir: Path | None = option(None, heading="Output", metavar="DIR")
     keep_going: bool = option(False, heading="Output")
     skip_existing: bool = option(False, heading="Output")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why an adapter failed: the line for people, and the JSON object."""
+
+    text: str
+    found: dict[str, Any]
 
 
 def one_or_many(*names: str) -> shared.Decorator:
@@ -96,20 +105,19 @@ def _each(
     reporting: Reporting = given["reporting"]
     outputs = _outputs_of(given, adapters_in(paths), writing, several)
     width = max((len(str(path)) for path in outputs), default=0)
-    failed: dict[Path, str] = {}
+    failed: dict[Path, _Failure] = {}
     wanted = outputs
     if several.skip_existing:
         wanted = {path: output for path, output in outputs.items() if not os.path.lexists(output)}
     with progress_bar("adapters", quiet=reporting.quiet, unit="adapter") as progress:
         for done, (path, output) in enumerate(wanted.items(), 1):
-            result, failure = _one(function, path, replace(writing, output=output), several)
-            if failure is not None:
-                failed[path] = failure
+            result, failed_as = _one(function, path, replace(writing, output=output), several)
+            if failed_as is not None:
+                failed[path] = failed_as
             if reporting.json:
-                found = {"error": failure} if result is None else result.to_dict()
-                say(json.dumps({"input": str(path), **found}, ensure_ascii=False))
+                print_json_line(result.to_dict() if failed_as is None else failed_as.found)
             elif not reporting.quiet:
-                _tell(str(path).ljust(width), result, failure)
+                _tell(str(path).ljust(width), result, failed_as)
             if progress is not None:
                 progress(done, len(wanted))
     if not reporting.quiet:
@@ -117,8 +125,8 @@ def _each(
         skipped = len(outputs) - len(wanted)
         what = "would be written" if writing.dry_run else "written"
         note(f"{count} {what}, {skipped} skipped, {len(failed)} failed")
-    for path, reason in failed.items():
-        say(f"failed: {path}: {reason.removeprefix(f'{path}: ')}", err=True)
+    for path, one in failed.items():
+        say(f"failed: {path}: {one.text.removeprefix(f'{path}: ')}", err=True)
     return EXIT_FOUND if failed else 0
 
 
@@ -138,8 +146,8 @@ def _outputs_of(
 
 def _one(
     function: Callable[..., int], path: Path, writing: Writing, several: Several
-) -> tuple[Result | None, str | None]:
-    """Run the command on one adapter; returns its result, and why it failed if it did."""
+) -> tuple[Any, _Failure | None]:
+    """Run the command on one adapter; returns its result, and how it failed if it did."""
     quiet = replace(function.keywords["reporting"], quiet=True, json=False)  # type: ignore[attr-defined]
     try:
         with collected() as results:
@@ -147,12 +155,25 @@ def _one(
     except LoratoolsError as error:
         if not several.keep_going:
             raise
-        return None, describe(error)
-    return results[-1], f"above --max-error {writing.max_error:g}" if code else None
+        return None, failed_with(error, path, writing.output)
+    if code == 0:
+        return results[-1], None
+    text = f"above --max-error {writing.max_error:g}"
+    limit = InexactError("the relative error is above the limit", result=results[-1])
+    return results[-1], _Failure(text, failure(limit, text, code))
 
 
-def _tell(name: str, result: Any, failure: str | None) -> None:
-    if failure is not None:
+def failed_with(error: LoratoolsError, path: Path, output: Path | None = None) -> _Failure:
+    """Return how one of several adapters failed."""
+    text = describe(error)
+    found = failure(error, text, exit_code(error))
+    if error.ran is None:
+        found |= {"inputs": [str(path)], "output": None if output is None else str(output)}
+    return _Failure(text, found)
+
+
+def _tell(name: str, result: Any, failed_as: _Failure | None) -> None:
+    if failed_as is not None:
         say(f"{name}  failed")
         return
     error = getattr(result, "relative_error", None)

@@ -111,6 +111,7 @@ def option_of(option: Option, without: tuple[str, ...] = ()) -> DeclaredOption:
     if option.default not in (None, ()) and option.default is not False:
         settings |= {"default": option.default, "show_default": True}
     FLAGS[option.keyword] = option.flag
+    settings["shell_complete"] = _completer(option)
     return DeclaredOption(option, flags, **settings)
 
 
@@ -122,6 +123,19 @@ def _added(option: Option, without: tuple[str, ...]) -> Decorator:
         return function
 
     return decorate
+
+
+def _completer(option: Option) -> Callable[..., Any] | None:
+    """Return what completes an option in a shell; None if click does so, as of paths."""
+    if option.type is bool or (option.type is Path and not option.choices):
+        return None
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
+        from loratools.cli.completion import completions
+
+        return completions(option, incomplete, ctx.command.name)
+
+    return complete
 
 
 def reads(*names: str) -> Decorator:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
+from loratools.cli.plain_text import spelled
+from loratools.cli.table import table_lines, terminal_width, wrapped
 from loratools.cli.wording import worded
 from loratools_formats.disk.errors import printable
 
@@ -19,55 +20,41 @@ if TYPE_CHECKING:
     from loratools.face.choices import ChoiceRow
 
 _UNSAFE = re.compile(r"[^ -~\n]")
+_MARGIN = re.compile(r"[ │├└─|`-]*")
+_BRANCHES = str.maketrans("├└─`-", "│    ")
+"""How the margin of a tree goes on below a line."""
 _NOT_ASCII = re.compile(r"[^\x00-\x7e]")
 
 
-def say(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+def say(text: str = "", *, err: bool = False, nl: bool = True, whole: bool = False) -> None:
     r"""Print text, with everything escaped that a terminal would obey or show out of order.
 
-    Every word that commands print goes through here, or through `print_json_text`.
+    Every word that commands print goes through here, or through `print_json_text`. A sentence on
+    stdout is broken where the terminal ends. Messages on stderr are one line each, which the
+    terminal breaks: what they say to type can be copied.
+
+    Args:
+        text: to print.
+        err: print on stderr.
+        nl: end the line.
+        whole: keep the line whole, as other programs read it.
     """
-    click.echo(_UNSAFE.sub(lambda found: _escaped(found[0]), text), err=err, nl=nl)
+    shown = spelled(_UNSAFE.sub(lambda found: _escaped(found[0]), text))
+    if not (err or whole) and nl and "\n" not in shown:
+        margin = _MARGIN.match(shown)[0]  # type: ignore[index]
+        shown = wrapped(shown, f"{margin.translate(_BRANCHES)}  ")
+    click.echo(shown, err=err, nl=nl)
 
 
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object."""
-    print_json_text(indented(result))
+    text = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    print_json_text(msgspec.json.format(text, indent=2))
 
 
-def indented(value: Any, margin: str = "\n") -> str:
-    r"""Return the text of `json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)`.
-
-    With an indent the standard library encodes in Python; its encoder in C takes a fifth of the
-    time, and writes whatever holds nothing nested, with the margin as part of the separator.
-
-    >>> indented({"a": [1, 2], "b": {}})
-    '{\n  "a": [\n    1,\n    2\n  ],\n  "b": {}\n}'
-
-    Args:
-        value: of the types of JSON, with keys that are strings.
-        margin: what each line of it begins with, the line break included.
-    """
-    if not isinstance(value, dict | list) or not value:
-        return _encoder("").encode(value)
-    inner = margin + "  "
-    items = value.values() if isinstance(value, dict) else value
-    if not any(isinstance(item, dict | list) for item in items):
-        body = _encoder(inner).encode(value)[1:-1]
-    elif isinstance(value, list):
-        body = ("," + inner).join(indented(item, inner) for item in value)
-    else:
-        named = (_encoder("").encode(name) + ": " for name in value)
-        body = ("," + inner).join(
-            name + indented(item, inner) for name, item in zip(named, items, strict=True)
-        )
-    start, end = "{}" if isinstance(value, dict) else "[]"
-    return f"{start}{inner}{body}{margin}{end}"
-
-
-@functools.cache
-def _encoder(margin: str) -> json.JSONEncoder:
-    return json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=("," + margin, ": "))
+def print_json_line(result: dict[str, Any]) -> None:
+    """Print one JSON object on one line, as one of several."""
+    print_json_text(json.dumps(result, ensure_ascii=False, allow_nan=False))
 
 
 def print_json_text(text: str) -> None:
@@ -103,17 +90,21 @@ def quantity(count: int, unit: str) -> str:
 
 
 def print_table(header: Sequence[str], align: str, rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns.
+    """Print aligned columns that fit the terminal.
 
     Args:
         header: titles.
         align: `<` or `>` for each column.
         rows: cells.
     """
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        cells = zip(row, align, widths, strict=True)
-        say("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+    titles, cells = [spelled(title) for title in header], [[*map(_shown, row)] for row in rows]
+    for line in table_lines(titles, align, cells, terminal_width()):
+        say(line, whole=True)
+
+
+def _shown(cell: str) -> str:
+    """Return a cell as it will be printed, so that its width is known."""
+    return spelled(_UNSAFE.sub(lambda found: _escaped(found[0]), cell))
 
 
 def print_choices(bytes_in: int | None, choices: Sequence[ChoiceRow]) -> None:
@@ -180,22 +171,3 @@ def percent(share: float) -> str:
     '98.77%'
     """
     return f"{100 * share:.2f}%"
-
-
-@contextlib.contextmanager
-def progress_bar(
-    label: str, *, quiet: bool, unit: str = "module"
-) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function to call with (done, total), which draws on stderr if that is a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=label, unit=unit, unit_scale=unit == "B", file=sys.stderr, leave=False) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update

@@ -11,13 +11,22 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from loratools.cli.errors import EXIT_FOUND
-from loratools.cli.output import note, number, print_choices, print_json, progress_bar, say
+from loratools.cli.errors import describe
+from loratools.cli.exits import EXIT_ERROR, EXIT_FOUND
+from loratools.cli.failure import error_fields, mark_reported
+from loratools.cli.output import note, number, print_choices, print_json, say
 from loratools.cli.pages import Pages
+from loratools.cli.progress import progress_bar
 from loratools.cli.wording import worded
 from loratools.face.result import Result
 from loratools.work.requests import Reporting, Writing
-from loratools_formats.disk.errors import InexactError, LossyError, OptionError, ResultError
+from loratools_formats.disk.errors import (
+    InexactError,
+    LoratoolsError,
+    LossyError,
+    OptionError,
+    ResultError,
+)
 
 Found = TypeVar("Found", bound=Result)
 Progress = Callable[[int, int], None]
@@ -51,19 +60,38 @@ def collected() -> Iterator[list[Result]]:
         _COLLECTED.reset(token)
 
 
-def report(result: Found, show: Callable[[Found], None], reporting: Reporting) -> None:
-    """Print a result: as one JSON object, or as text with its notes."""
+def report(
+    result: Found,
+    show: Callable[[Found], None],
+    reporting: Reporting,
+    error: LoratoolsError | None = None,
+    code: int = EXIT_ERROR,
+) -> None:
+    """Print a result: as one JSON object, or as text with its notes.
+
+    Args:
+        result: what to print.
+        show: prints it as text.
+        reporting: how to print.
+        error: what the command ends in, all the same; it is part of the object.
+        code: the exit code for that error.
+    """
     results = _COLLECTED.get()
     if results is not None:
         results.append(result)
         return
     if reporting.json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() if error is None else _with_error(result, error, code))
     elif not reporting.quiet:
         show(result)
     if not reporting.quiet:
         for text in getattr(result, "notes", ()):
             note(text)
+
+
+def _with_error(result: Result, error: LoratoolsError, code: int) -> dict[str, Any]:
+    mark_reported(error)
+    return {**result.to_dict(), "error": error_fields(error, describe(error), code)}
 
 
 def perform(
@@ -98,14 +126,16 @@ def perform(
         if isinstance(error, LossyError) and not writing.dry_run:
             raise
         failed, result = error, error.result
-    report(result, show, reporting)
-    if isinstance(failed, InexactError) and writing.max_error is not None:
+    is_limit = isinstance(failed, InexactError) and writing.max_error is not None
+    code = EXIT_FOUND if is_limit else EXIT_ERROR
+    report(result, show, reporting, failed, code)
+    if is_limit:
         say(
             f"relative error {number(result.relative_error)} is above --max-error "
             f"{writing.max_error:g}; nothing was written",
             err=True,
         )
-        return EXIT_FOUND
+        return code
     if failed is not None:
         raise failed
     pages.write(result, overwrite=writing.overwrite)
@@ -148,10 +178,13 @@ def show_choices(
 
     if writing.output is None:
         pages.write(choices, overwrite=writing.overwrite)
-    report(choices, show, reporting)
     rules = f"Choose with `rank`, `energy`, `budget` or another rule; see --help.{more}"
+    error: OptionError | None = None
     if writing.output is not None:
-        raise OptionError("no rule for the ranks, so nothing was written", hint=rules)
+        error = OptionError("no rule for the ranks, so nothing was written", hint=rules)
+    report(choices, show, reporting, error)
+    if error is not None:
+        raise error
     if not (reporting.quiet or reporting.json):
         say(worded(rules), err=True)
     pages.say(reporting)

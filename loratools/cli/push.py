@@ -9,9 +9,12 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_FOUND
-from loratools.cli.output import human_bytes, note, print_table, progress_bar, say
+from loratools.cli.errors import describe
+from loratools.cli.exits import EXIT_FOUND
+from loratools.cli.failure import failure
+from loratools.cli.output import human_bytes, note, print_json, print_table, say
 from loratools.cli.perform import report
+from loratools.cli.progress import progress_bar
 from loratools.face.check import CheckResult
 from loratools.face.push import PushResult, push
 from loratools.hub.options import PushOptions
@@ -66,6 +69,8 @@ def command(
 
             say(text_of(cast("CheckResult", error.result)), err=reporting.json)
         say("nothing was published", err=True)
+        if reporting.json:
+            print_json(failure(error, describe(error), EXIT_FOUND))
         return EXIT_FOUND
     report(result, _show, reporting)
     if not reporting.quiet:

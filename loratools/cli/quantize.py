@@ -39,7 +39,7 @@ def command(
 
     \b
     loratools quantize my-model -o my-model-nf4
-    loratools quantize my-model -o my-model-fp4 --quant-type fp4 --exclude 'layers\\.0\\.'
+    loratools quantize my-model -o fp4 --quant-type fp4 --exclude 'layers\\.0\\.'
     """  # noqa: D301 - click reads the backspace
     target = target_of(writing)
     return perform(

@@ -8,9 +8,10 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_FOUND
-from loratools.cli.output import note, number, print_table, progress_bar, say
+from loratools.cli.exits import EXIT_FOUND
+from loratools.cli.output import note, number, print_table, say
 from loratools.cli.perform import report
+from loratools.cli.progress import progress_bar
 from loratools.operations.replayed import ReplayedFile
 from loratools.pipeline.replay import Replaying, ReplayResult, replay
 from loratools.work.requests import Reporting
@@ -25,7 +26,7 @@ def command(path: Path, how: Replaying, reporting: Reporting) -> int:
     """Do again what made an output, and compare the bytes.
 
     Inputs are found by their digests: among `--input`, where they lay, on the Hub. The exit code is
-    0 if all bytes are equal, 1 if some differ, and 2 if it cannot be done again.
+    0 if all bytes are equal, 1 if some differ, and 3 if it cannot be done again.
 
     \b
     loratools replay both

@@ -6,14 +6,16 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import rule_completions
 from loratools.cli.output import say
 from loratools.cli.perform import report
+from loratools.cli.table import wrapped
 from loratools.face.check import RuleResult, rule
 from loratools.work.requests import Reporting
 
 
 @named_command("rule")
-@click.argument("name", metavar="RULE")
+@click.argument("name", metavar="RULE", shell_complete=rule_completions)
 @shared.reports()
 def command(name: str, reporting: Reporting) -> None:
     """Explain a rule of `check`.
@@ -29,8 +31,10 @@ def command(name: str, reporting: Reporting) -> None:
 
 def _show(found: RuleResult) -> None:
     say(f"{found.code} {found.rule} ({found.severity})")
-    say(f"\n{found.summary} {found.why}\n")
-    say(f"fix     {found.fix}")
-    say(f"source  {found.source}")
+    say()
+    say(wrapped(f"{found.summary} {found.why}"))
+    say()
+    say(wrapped(f"fix     {found.fix}", " " * 8))
+    say(wrapped(f"source  {found.source}", " " * 8))
     if found.statistical:
         say("kind    a statistic: it may be wrong about one adapter")

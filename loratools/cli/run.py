@@ -8,9 +8,10 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_FOUND
-from loratools.cli.output import human_bytes, note, number, print_table, progress_bar
+from loratools.cli.exits import EXIT_FOUND
+from loratools.cli.output import human_bytes, note, number, print_table
 from loratools.cli.perform import report
+from loratools.cli.progress import progress_bar
 from loratools.pipeline.run import Running, RunResult, run
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reporting

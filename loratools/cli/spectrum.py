@@ -9,9 +9,10 @@ from loratools.base.decompositions import IntruderOptions
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.measured import optional, print_csv, sparkline
-from loratools.cli.output import human_bytes, number, print_table, progress_bar, say
+from loratools.cli.output import human_bytes, number, print_table, say
 from loratools.cli.pages import Pages
 from loratools.cli.perform import report
+from loratools.cli.progress import progress_bar
 from loratools.face.spectrum import SpectrumResult, spectrum
 from loratools.operations.spectrum.options import SpectrumOptions
 from loratools.operations.spectrum.result import MatrixReport

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from loratools.algebra.ranks import RankRule
@@ -62,7 +63,8 @@ def command(
     if not rule.is_given and not folding.exact:
         choices = to_lora_choices(adapter, **given)
         if choices is not None:
-            more = " `loratools fuse` puts the change into the model without loss."
+            model, this = (shlex.quote(str(one)) for one in (reading.base or "MODEL", adapter))
+            more = f" Or without loss, into the model: loratools fuse {model} {this} -o fused"
             return show_choices(choices, writing, reporting, more, _energies(choices), pages)
     target = target_of(writing)
     return perform(

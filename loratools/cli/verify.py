@@ -8,9 +8,10 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_ERROR, EXIT_FOUND
-from loratools.cli.output import note, number, percent, print_table, progress_bar, say
+from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
+from loratools.cli.output import note, number, percent, print_table, say
 from loratools.cli.perform import report
+from loratools.cli.progress import progress_bar
 from loratools.cli.references import weighted_path
 from loratools.face.verify import VerifyResult, verify
 from loratools.operations.verify import Claim, TensorVerdict
@@ -36,7 +37,7 @@ def command(
 ) -> int:
     """Check whether a checkpoint is a base with adapters fused in.
 
-    Exits with 0 if it is, with 1 if not, and with 2 if the checkpoint cannot tell: a tensor could
+    Exits with 0 if it is, with 1 if not, and with 3 if the checkpoint cannot tell: a tensor could
     not be checked, rounding erases a change, or the adapter changes nothing.
 
     \b
@@ -56,7 +57,7 @@ def command(
     report(result, lambda found: _show(found, verbose=reporting.verbose), reporting)
     if result.contained is None and not reporting.quiet:
         note("that cannot be told; see the reasons above" if result.told else "nothing can be told")
-    return {True: 0, False: EXIT_FOUND, None: EXIT_ERROR}[result.contained]
+    return {True: 0, False: EXIT_FOUND, None: EXIT_UNCHECKED}[result.contained]
 
 
 def _made_from(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from loratools.face.declare import Progress, public
+from loratools.face.ran import Asked
 from loratools.face.result import Result
 from loratools.face.source import CardedModel, Model, destination, model
 from loratools.hub.references import Wanted, parse
@@ -90,6 +91,10 @@ class CheckResult(Result):
     steps: tuple[Mended, ...]
     targets: tuple[str, ...]
     rules: tuple[str, ...]
+
+    def destination(self, asked: Asked) -> tuple[str | None, bool]:
+        """Return where the mended adapter was to go, and whether there was something to mend."""
+        return asked.output, any(step.taken for step in self.steps)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

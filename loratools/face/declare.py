@@ -12,12 +12,15 @@ import difflib
 import functools
 import inspect
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from loratools.face.ran import Asked, asked_of, is_place
+from loratools.face.result import Result
 from loratools.hub.references import (
     REVISION_HELP,
     Beside,
@@ -30,6 +33,7 @@ from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
 from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
+from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.parents import parents_made
 
 R = TypeVar("R")
@@ -90,6 +94,8 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
     }
     wanted = _wanted(function)
     signature = _signature(inner, types, groups, takes_references=bool(wanted))
+    inputs = {n: types[n] for n in inner if n not in groups and n != "progress"}
+    places = frozenset({*wanted, *(name for name, hint in inputs.items() if is_place(hint))})
 
     def _is_whole(name: str, kwargs: Mapping[str, Any]) -> bool:
         return isinstance(kwargs.get(name), types[name])
@@ -99,6 +105,8 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
         whole = {name: kwargs.pop(name) for name in groups if _is_whole(name, kwargs)}
         _check_names(function.__name__, signature, args, kwargs)
         values = signature.bind(*args, **kwargs).arguments
+        _revise(values, wanted)
+        arguments = {n: values[n] for n in inner if n in values and n in inputs}
         _fetch(values, wanted, companions="output" in signature.parameters)
         given = {
             name: converted(name, values[name], types[name])
@@ -116,12 +124,13 @@ def _public(function: Callable[..., R], only: Mapping[str, tuple[str, ...]]) -> 
             elif chosen:
                 raise TypeError(f"{function.__name__}() has {name} and {next(iter(chosen))}")
         given |= whole
+        asked = asked_of(arguments, (given[name] for name in groups), places)
         given |= {name: _fetched(given[name], own, given) for name, own in groups.items()}
-        return _called(function, given, groups)
+        return _recorded(lambda: _called(function, given, groups), asked)
 
     call.declaration = Declaration(  # type: ignore[attr-defined]
         function.__name__,
-        {n: types[n] for n in inner if n not in groups and n != "progress"},
+        inputs,
         frozenset(n for n, p in inner.items() if n not in groups and p.default is p.empty),
         {word: (types[n], made) for n, group in groups.items() for word, made in group.items()},
         wanted,
@@ -143,28 +152,52 @@ def _wanted(function: Callable[..., Any]) -> dict[str, Wanted]:
     return found
 
 
-def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: bool) -> None:
-    """Replace references among arguments by the local paths that stand for them.
-
-    Args:
-        values: the arguments; `revision` is taken out.
-        wanted: which of them take references.
-        companions: whether what is kept beside adapters is wanted.
+def _revise(values: dict[str, Any], wanted: Mapping[str, Wanted]) -> None:
+    """Take `revision` out of the arguments, and put it to the one reference among them.
 
     Raises:
-        LoratoolsError: a reference cannot be resolved, or `revision` fits none or several.
+        LoratoolsError: it fits none or several.
     """
     revision = values.pop("revision", None)
     if revision is not None:
         first = next((name for name in wanted if name in values), next(iter(wanted)))
         given = values.setdefault(first, None)
         values[first] = with_revision(given, revision, _want(wanted[first], given))
+
+
+def _fetch(values: dict[str, Any], wanted: Mapping[str, Wanted], *, companions: bool) -> None:
+    """Replace references among arguments by the local paths that stand for them.
+
+    Args:
+        values: the arguments.
+        wanted: which of them take references.
+        companions: whether what is kept beside adapters is wanted.
+
+    Raises:
+        LoratoolsError: a reference cannot be resolved.
+    """
     for name, mark in wanted.items():
         if name in values and not mark.late:
             want = _want(mark, values[name])
             beside: Beside = "all" if companions and want == "adapter" else mark.beside
             local = functools.partial(_local, want=want, beside=beside, headers=mark.headers)
             values[name] = mapped(values[name], local)
+
+
+def _recorded(run: Callable[[], R], asked: Asked) -> R:
+    """Run a function, and let its result say how it came about, in an error as well."""
+    began = time.perf_counter()
+    try:
+        result = run()
+    except LoratoolsError as error:
+        found = getattr(error, "result", None)
+        if isinstance(found, Result):
+            found.record(asked, time.perf_counter() - began, failed=True)
+        error.ran = replace(asked.ran, output=asked.output)
+        raise
+    if isinstance(result, Result):
+        result.record(asked, time.perf_counter() - began)
+    return result
 
 
 def _called(

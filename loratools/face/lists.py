@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from loratools.face.declare import public
 from loratools.face.result import Result
 from loratools.work.json_object import named
 from loratools_formats.contract.registry import registered_formats
@@ -84,6 +85,7 @@ class MethodsResult(Result):
     methods: tuple[MethodInfo, ...]
 
 
+@public()
 def formats() -> FormatsResult:
     """Return the registered formats; nothing raises, a broken plugin is an entry.
 
@@ -107,6 +109,7 @@ def formats() -> FormatsResult:
     )
 
 
+@public()
 def methods() -> MethodsResult:
     """Return the registered merge methods; nothing raises, a broken plugin is an entry.
 

@@ -258,7 +258,7 @@ def _fuse_instead(source: object, sources: Sequence[tuple[object, float]]) -> st
     if not isinstance(source, str | os.PathLike) or not is_model(Path(source)):
         return None
     others = [shlex.quote(os.fspath(path)) for path in paths if path != source] or ["ADAPTER"]
-    command = " ".join(["loratools fuse", shlex.quote(os.fspath(source)), *others, "-o fused"])
+    command = f"loratools fuse {shlex.quote(os.fspath(source))} {' '.join(others)} -o fused"
     return f"merge makes one adapter of several; to put adapters into a model: {command}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from loratools.face.declare import Progress, public
+from loratools.face.ran import Asked
 from loratools.face.result import Reported
 from loratools.hub import client, files, upload
 from loratools.hub.card import updated
@@ -20,6 +22,7 @@ from loratools.hub.front_matter import values_of
 from loratools.hub.options import PushOptions
 from loratools.hub.references import Reference, Wanted, parse_target
 from loratools.operations.check.options import CheckOptions
+from loratools.work.json_object import named
 from loratools.work.parallel import Workers
 from loratools.work.requests import Writing
 from loratools_formats.contract.files import read_adapter, write_adapter
@@ -41,7 +44,7 @@ _Published = Annotated[str | os.PathLike[str] | Adapter, Wanted("adapter", besid
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PushedFile:
     """A file that is published.
 
@@ -52,7 +55,7 @@ class PushedFile:
     """
 
     path: str
-    nbytes: int
+    nbytes: int = named("bytes")
     change: upload.Change
 
 
@@ -87,6 +90,10 @@ class PushResult(Reported):
     files: tuple[PushedFile, ...]
     left_out: tuple[str, ...]
     card_diff: str
+
+    def destination(self, asked: Asked) -> tuple[str | None, bool]:
+        """Return the repository, and whether it got a commit."""
+        return self.repo, self.changed and not asked.dry_run
 
 
 @public(checking=("target",), writing=("dry_run",))
@@ -202,7 +209,8 @@ def _check(
             "nothing was published, since the check found something",
             path=path,
             got=reasons[0] + (f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""),
-            hint="See all of it with `loratools check`, or pass `no_check=True`",
+            hint="Pass `no_check=True`, or see all of it: "
+            f"loratools check {shlex.quote(str(path))}",
             result=result,
         )
     return tuple(
@@ -302,7 +310,7 @@ def _published(
         pull_request=done.pull_request,
         changed=done.is_new or (writing.dry_run and set(changes.values()) != {"same"}),
         files=tuple(
-            PushedFile(name, _nbytes(content), changes[name])
+            PushedFile(path=name, nbytes=_nbytes(content), change=changes[name])
             for name, content in sorted(made.contents.items())
         ),
         left_out=made.left_out,

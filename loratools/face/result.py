@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from loratools.face.ran import Asked, Ran
 from loratools.operations.reported import adapter_report
 from loratools.work.json_object import as_json, hidden, json_name
 from loratools.work.requests import Writing
@@ -30,6 +32,8 @@ class Result:
     operation: ClassVar[str]
     published: ClassVar[Result | None] = None
     """What `push` says of it, if its output was a repository on the Hub."""
+    ran: ClassVar[Ran] = Ran()
+    """How it came about; the functions of the face set it."""
 
     @classmethod
     def of(cls, found: Any, **others: Any) -> Self:
@@ -38,9 +42,32 @@ class Result:
         return cls(**{name: getattr(found, name) for name in names}, **others)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object of the command line, `schema` and `operation` first."""
-        made = {"schema": SCHEMA, "operation": self.operation, **as_json(self)}
+        """Return the JSON object of the command line: how it came about, and what was found."""
+        head = {"schema": SCHEMA, "operation": self.operation, **as_json(self.ran)}
+        return {**head, **self.content()}
+
+    def content(self) -> dict[str, Any]:
+        """Return the part of the JSON object that is equal in equal runs: what was found."""
+        made: dict[str, Any] = as_json(self)
         return made if self.published is None else {**made, "published": as_json(self.published)}
+
+    def record(self, asked: Asked, seconds: float, *, failed: bool = False) -> None:
+        """Set how it came about.
+
+        Args:
+            asked: what the function was asked for.
+            seconds: how long it took.
+            failed: whether an error kept it from being written.
+        """
+        output, written = self.destination(asked)
+        ran = replace(
+            asked.ran, output=output, written=written and not failed, seconds=round(seconds, 3)
+        )
+        object.__setattr__(self, "ran", ran)
+
+    def destination(self, asked: Asked) -> tuple[str | None, bool]:
+        """Return where the result was to go, and whether it was written there."""
+        return asked.output, asked.output is not None and not asked.dry_run
 
     def title(self) -> str:
         """Return the heading of its page."""
@@ -50,7 +77,7 @@ class Result:
         """Return the parts of its page: every number and every table of its JSON object."""
         from loratools.page.generic import result_sections
 
-        return result_sections(self.to_dict())
+        return result_sections(self.content())
 
     def html(self) -> str:
         """Return a page that shows the result; it needs no network and no other file."""
@@ -157,11 +184,20 @@ def _check_name(output: Path, format_name: str) -> None:
         if other is None or other.is_folder or other.write is None:
             continue
         if any(output.name.lower().endswith(suffix) for suffix in other.suffixes):
+            folder = shlex.quote(str(output.with_suffix("")))
+            file = f"loratools convert {folder} -o {shlex.quote(str(output))}"
             raise OptionError(
                 f"format {format_name} is a folder, and the output is named as a file",
                 got=str(output),
-                hint="Name a folder, and make the file of it with `loratools convert`",
+                hint=f"Pass `output={folder}`, and make the file of it: {file} {_target(output)}",
             )
+
+
+def _target(output: Path) -> str:
+    """Return the options of `convert` for an output that is named as a file."""
+    if output.suffix.lower() == ".gguf":
+        return "--to gguf --base MODEL"
+    return "--to safetensors"
 
 
 def check_error(result: Any, limit: float | None) -> None:

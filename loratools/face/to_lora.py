@@ -186,5 +186,6 @@ def _check_format(adapter: Adapter) -> None:
         raise UnsupportedError(
             f"format {adapter.format} cannot hold it: {found[0].reason}",
             tensor=found[0].name,
-            hint="Choose a rank, or put the change into the model with loratools fuse",
+            hint="Choose a rank, or put the change into the model: "
+            "loratools fuse MODEL ADAPTER -o fused",
         )

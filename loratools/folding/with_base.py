@@ -140,7 +140,7 @@ class Opener:
                     f"kind {delta.kind} cannot be expressed as a plain LoRA on this base: {reason}",
                     path=self.adapter.source,
                     tensor=name,
-                    hint="Fuse it into the base with loratools fuse",
+                    hint="Fuse it into the base: loratools fuse MODEL ADAPTER -o fused",
                 )
 
     def open(self, name: str) -> Opened:

@@ -8,6 +8,7 @@ change it was, so that a module of NaN can be taken out.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -24,8 +25,6 @@ from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, OptionError
-
-_LISTED = "Module paths are listed by `loratools info -v`"
 
 
 def without_modules(adapters: Sequence[Adapter], dropping: Dropping) -> list[Adapter]:
@@ -48,7 +47,7 @@ def without_modules(adapters: Sequence[Adapter], dropping: Dropping) -> list[Ada
             "the pattern to drop finds no module",
             got=dropping.drop,
             expected=f"such as {names[0]}" if names else None,
-            hint=_LISTED,
+            hint=_listed(adapters[0]),
         )
     return [_without(adapter, dropping) for adapter in adapters]
 
@@ -67,6 +66,11 @@ def _module_of(target: str) -> str:
     return target.rpartition(".")[0] or target
 
 
+def _listed(adapter: Adapter) -> str:
+    named = shlex.quote(str(adapter.source or "ADAPTER"))
+    return f"Module paths are listed by: loratools info {named} -v"
+
+
 def _without(adapter: Adapter, dropping: Dropping) -> Adapter:
     gone = [name for name in _names(adapter) if name in dropping]
     if not gone:
@@ -82,7 +86,7 @@ def _without(adapter: Adapter, dropping: Dropping) -> Adapter:
             "no module would be left",
             path=adapter.source,
             got=f"all {len(_names(adapter))} leave by " + _patterns(dropping),
-            hint=_LISTED,
+            hint=_listed(adapter),
         )
     kept = replace(
         adapter,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratools.operations.training_facts import components, training_facts
+from loratools.work.json_object import named
 from loratools_formats.core.adapter import Adapter, Dialect, ModuleChange
 from loratools_formats.core.findings import Finding
 
@@ -61,7 +62,7 @@ class ReplacementInfo:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
     """Everything `loratools info` shows.
 
@@ -95,7 +96,7 @@ class AdapterInfo:
     replacements: tuple[ReplacementInfo, ...]
     carried: tuple[str, ...]
     parameters: int
-    nbytes: int
+    nbytes: int = named("bytes")
     dtypes: dict[str, int]
     findings: tuple[Finding, ...]
     provenance: dict[str, str]

@@ -14,13 +14,14 @@ from typing import Any
 
 from loratools.base.codecs import CodedWeight
 from loratools.base.dequantised import DequantisedCheckpoint, as_stored, dequantised
+from loratools.work.json_object import named
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.quantization import format_found, stated_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantisedInfo:
     """Weights that are quantised in one way.
 
@@ -38,10 +39,10 @@ class QuantisedInfo:
     group: int | None
     weights: int
     parameters: int
-    nbytes: int
+    nbytes: int = named("bytes")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseInfo:
     """What a base checkpoint is.
 
@@ -66,7 +67,7 @@ class BaseInfo:
     dtypes: Mapping[str, int]
     tensors: int
     parameters: int | None
-    nbytes: int
+    nbytes: int = named("bytes")
     files: int
 
 
@@ -120,12 +121,12 @@ def _quantised(weights: Iterable[CodedWeight]) -> tuple[QuantisedInfo, ...]:
         by_scheme.setdefault((scheme.name, scheme.bits, scheme.group), []).append(weight)
     return tuple(
         QuantisedInfo(
-            name,
-            bits,
-            group,
-            len(found),
-            sum(math.prod(weight.shape) for weight in found),
-            sum(weight.nbytes for weight in found),
+            format=name,
+            bits=bits,
+            group=group,
+            weights=len(found),
+            parameters=sum(math.prod(weight.shape) for weight in found),
+            nbytes=sum(weight.nbytes for weight in found),
         )
         for (name, bits, group), found in by_scheme.items()
     )

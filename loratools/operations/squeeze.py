@@ -13,6 +13,7 @@ its magnitudes are kept, and the norm is taken again when the adapter is loaded.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -222,11 +223,12 @@ def _selected(
     adapter.require_true_delta("squeeze")
     selected = [name for name in modules if name in selection]
     if not selected:
+        named = shlex.quote(str(adapter.source or "ADAPTER"))
         raise AdapterError(
             "no module to squeeze",
             path=adapter.source,
             got=f"{len(modules)} modules in the adapter, none of them selected",
-            hint="Module paths are listed by `loratools info -v`",
+            hint=f"Module paths are listed by: loratools info {named} -v",
         )
     return selected
 

@@ -177,7 +177,7 @@ def _of_fused(modules: Sequence[str]) -> Iterator[str]:
     if modules:
         yield (
             f"the base has {len(modules)} of the modules in one tensor with others, such as "
-            f"{modules[0]}; loratools fuse puts them there, PEFT does not load them on it"
+            f"{modules[0]}; fusing puts them there, PEFT does not load them on it"
         )
 
 

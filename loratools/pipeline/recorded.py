@@ -9,7 +9,7 @@ from typing import Any
 
 from loratools.face.declare import Declaration
 from loratools.hub.references import is_explicit
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UncheckedError
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,17 @@ class RecordedCall:
         """Read the call that a record holds.
 
         Raises:
-            UnsupportedError: it holds none.
+            UncheckedError: it holds none.
             AdapterError: it is malformed.
         """
         if "call" not in predicate:
             tool = predicate.get("tool")
             version = tool.get("version") if isinstance(tool, Mapping) else None
             by = " in the metadata" if predicate.get("from") == "metadata" else ""
-            raise UnsupportedError(
+            raise UncheckedError(
                 f"the record of {predicate.get('operation')} does not say how it was called",
                 got=f"a record of loratools {version}{by}",
-                hint="Show its options with `loratools provenance`, and run it with them",
+                hint="Show its options, and run it with them: loratools provenance OUTPUT",
             )
         call = _map(predicate["call"], "the call")
         steps = _map(predicate.get("steps", {}), "the steps")

@@ -20,7 +20,7 @@ from loratools.work.declared import option
 from loratools.work.environment import differences, environment
 from loratools.work.history import tells_how, unfolded
 from loratools_formats.contract.files import check_target
-from loratools_formats.disk.errors import AdapterError, MissingFileError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, UncheckedError
 from loratools_formats.disk.temporaries import temporary_folder
 
 
@@ -87,9 +87,10 @@ def replay(
         progress: called with (operations done, operations in all).
 
     Raises:
-        MissingFileError: no statement, or an input that is nowhere.
+        MissingFileError: there is no statement.
+        UncheckedError: an input is nowhere, or was in memory only.
         AdapterError: the statement is not sound.
-        UnsupportedError: the statement does not tell enough to do it again.
+        UncheckedError: the statement does not tell enough to do it again.
         OutputExistsError: the output exists.
     """
     made = output_of(Path(path))
@@ -178,7 +179,7 @@ class _Replay:
     def _source(self, name: str, value: RecordedInput, call: RecordedCall) -> Any:
         if value.is_made:
             if value.made not in call.steps:
-                raise UnsupportedError(
+                raise UncheckedError(
                     f"the input {name} was made in memory, and nothing says how",
                     hint="Write it first, and pass its path",
                 )
@@ -193,7 +194,7 @@ class _Replay:
             subjects = [one.get("digest") for one in statement["subject"]]
             if weights and all(digest in subjects for digest in weights):
                 return self.output(statement, value.name, None)
-        raise MissingFileError(
+        raise UncheckedError(
             f"the input {name} is not where it was, and is not given",
             got=value.described(),
             hint="Pass the file or folder with `input=PATH`",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from loratools.face.declare import Progress, public
+from loratools.face.ran import Asked
 from loratools.face.result import Result
 from loratools.operations.reported import written_nbytes
 from loratools.pipeline.functions import step_functions
@@ -94,6 +95,10 @@ class RunResult(Result):
     dry_run: bool
     passed: bool
     steps: tuple[RanStep, ...]
+
+    def destination(self, asked: Asked) -> tuple[str | None, bool]:
+        """Return the folder of the results, and whether steps wrote into it."""
+        return str(self.folder), not asked.dry_run
 
 
 @public()

@@ -187,7 +187,8 @@ def live_layers(model: PeftModel, adapter: str) -> list[LiveLayer]:
             "only the factors of a LoRA on an unchanged base can be squeezed in training",
             got=f"{config.peft_type}"
             + (f", init_lora_weights={start}" if start is not True else ""),
-            hint="Squeeze the saved adapter: loratools squeeze ADAPTER --initial FIRST --rank 8",
+            hint="Squeeze the saved adapter: "
+            "loratools squeeze ADAPTER --initial FIRST --rank 8 -o plain",
         )
     found = [
         LiveLayer(name, module, adapter)

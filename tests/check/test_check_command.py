@@ -36,7 +36,7 @@ def test_exit_codes(tmp_path):
     assert run(clean, dead)[0] == 1
     assert run(dead, "--fail-on=never")[0] == 0
     code, text, _ = run(clean, tmp_path / "missing")
-    assert code == 2
+    assert code == 3
     assert "missing: not checked: no such file or folder" in text
     assert isinstance(run(clean, "--select=LT999")[2], OptionError)
     assert isinstance(run(clean, "--target=nobody")[2], OptionError)

@@ -35,6 +35,7 @@ from loratools.face.plan_squeeze import PlanSqueezeResult
 from loratools.face.provenance import ProvenanceResult
 from loratools.face.push import PushResult
 from loratools.face.quantize import QuantizeResult
+from loratools.face.ran import Ran
 from loratools.face.repair import RepairResult
 from loratools.face.result import SCHEMA
 from loratools.face.spectrum import SpectrumResult
@@ -90,7 +91,54 @@ _SIMPLE = {str: "string", bool: "boolean", int: "integer", float: "number", Path
 def schemas() -> dict[str, str]:
     """Return the text of each schema by the command's name, and that of recipes."""
     recipe = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
-    return {name: _schema(name, results) for name, results in RESULTS.items()} | {"recipe": recipe}
+    return {name: _schema(name, results) for name, results in RESULTS.items()} | {
+        "recipe": recipe,
+        "error": _error_schema(),
+    }
+
+
+def _failure() -> dict[str, typing.Any]:
+    """Return the schema of the object under `error`."""
+    texts = {
+        "kind": "the class of the error",
+        "text": "the line that stderr shows",
+        "message": "what is wrong",
+        "path": "the file or folder concerned",
+        "tensor": "the tensor or module concerned",
+        "got": "what was found",
+        "expected": "what would have been right",
+        "hint": "the next step",
+    }
+    always = ("kind", "text")
+    properties: dict[str, typing.Any] = {
+        name: {"description": text, "type": "string" if name in always else ["string", "null"]}
+        for name, text in texts.items()
+    }
+    properties["exit_code"] = {"description": "of the command", "type": "integer"}
+    return {
+        "type": "object",
+        "description": "What the command ended in; absent if all went well.",
+        "properties": properties,
+        "required": sorted(properties),
+        "additionalProperties": False,
+    }
+
+
+def _error_schema() -> str:
+    """Return the schema of what every command prints if it ends in an error and found nothing."""
+    head = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "loratools --json of an error",
+        "type": "object",
+    }
+    properties = {
+        "schema": {"const": SCHEMA},
+        "operation": {"type": ["string", "null"], "description": "the command"},
+        **_object(Ran)["properties"],
+        "error": _failure(),
+    }
+    body = {"properties": properties, "required": list(properties), "additionalProperties": False}
+    return json.dumps(head | body, indent=2, ensure_ascii=False) + "\n"
 
 
 def _schema(name: str, results: tuple[type, ...]) -> str:
@@ -108,6 +156,7 @@ def _object(of: type, *, top: bool = False) -> dict[str, typing.Any]:
     properties: dict[str, typing.Any] = {}
     if top:
         properties |= {"schema": {"const": SCHEMA}, "operation": {"const": of.operation}}
+        properties |= _object(Ran)["properties"]
     inner = spread_types(of)
     for field in dataclasses.fields(of):
         name = json_name(field)
@@ -122,6 +171,7 @@ def _object(of: type, *, top: bool = False) -> dict[str, typing.Any]:
     if top:
         text = "What push says, if the output was a repository on the Hub."
         properties["published"] = {"type": "object", "description": text}
+        properties["error"] = _failure()
     return {
         "type": "object",
         "description": inspect.cleandoc(of.__doc__ or "").splitlines()[0],

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from shared_fleets import MODULES, PREFIX, fleet, matrices, write
+from told import found
 
 import loratools as lt
 from loratools.algebra import sketch
@@ -301,7 +302,8 @@ def test_commands_print_what_functions_return(tmp_path):
         arguments = ["fleet", *map(str, line)]
         done = CliRunner().invoke(cli, [*arguments, "--json"], standalone_mode=False)
         printed = json.loads(done.stdout)
-        assert printed == json.loads(json.dumps(expected.to_dict()))
+        known = json.dumps(expected.to_dict())
+        assert found(done.stdout, "output") == found(known, "output")
         schema = SCHEMAS / f"{expected.operation}.json"
         jsonschema.validate(printed, json.loads(schema.read_text(encoding="utf-8")))
         if line[0] != "index":

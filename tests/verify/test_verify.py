@@ -171,14 +171,14 @@ def test_command(make_base, make_folder, change, code, answer):
     assert {t["name"] for t in report["tensors"]} == {"layers.0.q.weight", "norm.weight"}
 
 
-def test_what_cannot_be_checked_exits_with_2(make_base, make_folder):
+def test_what_cannot_be_checked_exits_with_3(make_base, make_folder):
     from click.testing import CliRunner
 
     adapter = make_folder(dtype="f32")
     fused = make_base("fused", change=delta_of(adapter), **{"extra.weight": np.ones(3, "f4")})
     arguments = ["verify", str(fused), "--base", str(make_base()), "--adapter", str(adapter)]
     run = CliRunner().invoke(cli, arguments, standalone_mode=False)
-    assert run.return_value == 2
+    assert run.return_value == 3
     assert "not in the base" in run.output
 
 

@@ -127,10 +127,13 @@ def write_adapter(
     if not chosen.is_writable:
         raise UnsupportedError(f"format {chosen.name} can be read but not written")
     if adapter.format != chosen.name:
+        from loratools_formats.contract.commands import command_on
+
+        convert = command_on(adapter, "convert", "--to", chosen.name, output="converted")
         raise UnsupportedError(
             f"an adapter of format {adapter.format} is not in the terms of format {chosen.name}",
             path=adapter.source,
-            hint="Convert it first: loratools.write, or loratools convert",
+            hint=f"Convert it first, with loratools.write or: {convert}",
         )
     check_output(adapter, path, overwrite=overwrite)
 

@@ -273,7 +273,8 @@ class ModuleChange:
         raise UnsupportedError(
             f"a weight change of kind {self.direction.kind} has no factors before it is folded",
             tensor=next((tensor.key for tensor in self.tensors()), None),
-            hint="Make it a plain LoRA first: loratools to-lora",
+            hint="Make it a plain LoRA first: "
+            "loratools to-lora ADAPTER --base MODEL --rank 16 -o plain",
         )
 
     def with_direction(self, direction: LowRank | KindDelta) -> ModuleChange:

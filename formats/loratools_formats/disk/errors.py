@@ -45,7 +45,12 @@ class LoratoolsError(Exception):
         got: what was found.
         expected: what would have been right.
         hint: the next step.
+
+    Attributes:
+        ran: what the public function that failed was asked for; None if none was running.
     """
+
+    ran: Any = None
 
     def __init__(
         self,
@@ -95,6 +100,10 @@ class UnknownFormatError(LoratoolsError, ValueError):
 
 class MissingFileError(LoratoolsError, FileNotFoundError):
     """A file that must exist does not."""
+
+
+class UncheckedError(MissingFileError, UnsupportedError):
+    """Something cannot be checked, because what it takes is not there or does not tell enough."""
 
 
 class OutputExistsError(LoratoolsError, FileExistsError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratools.cli.output import number, quantity
+from loratools.cli.table import wrapped
 from loratools.cli.wording import worded
 from loratools.face.check import CheckResult
 from loratools.operations.check.outcome import CheckFinding
@@ -36,7 +37,7 @@ def _lines(finding: CheckFinding) -> list[str]:
     message = printable(finding.message, 1000)
     head = f"  {finding.severity} {finding.code} {finding.rule}{place}: {message}"
     fix = finding.command or finding.hint
-    return [head, f"    fix: {worded(printable(fix, 1000))}"]
+    return [wrapped(head, " " * 4), wrapped(f"    fix: {worded(printable(fix, 1000))}", " " * 9)]
 
 
 def summary(result: CheckResult) -> str:

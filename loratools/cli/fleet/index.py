@@ -8,7 +8,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
-from loratools.cli.errors import EXIT_FOUND
+from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.output import human_bytes, number, quantity, say
 from loratools.cli.perform import perform, target_of
 from loratools.face.fleet_index import FleetIndexResult, IndexOptions, fleet_index

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from loratools.cli import options as shared
 from loratools.cli.command import Command
-from loratools.cli.errors import EXIT_FOUND
+from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.fleet.report import show, tell_failures, telling
 from loratools.cli.output import note
 from loratools.cli.perform import report

@@ -279,7 +279,7 @@ RULES = (
         "A module meets no module of the base model (with `base`).",
         "Loaders drop it, most with a line in a log; the base answers.",
         "Take the base that the adapter was trained on, or rename with "
-        "`loratools convert --names`.",
+        "`loratools convert ADAPTER -o NEW --names FILE.toml`.",
         "vLLM issues 34186, 48019, 34591, 41754 and 55193",
         _not_in_base,
     ),
@@ -288,7 +288,7 @@ RULES = (
         "A module's shape is not that of the base model's weight (with `base`).",
         "It cannot be added.",
         "Take the base that the adapter was trained on.",
-        "The placement that `loratools fuse` uses",
+        "The placement by which adapters are fused",
         _wrong_shape,
     ),
     Rule(

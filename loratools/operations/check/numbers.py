@@ -220,7 +220,7 @@ RULES = (
         "A module's change is zero, or a millionth of the median.",
         "It costs time and memory in serving, and does nothing.",
         "Drop it: `loratools repair ADAPTER -o NEW --keep-intruders --drop-dead`.",
-        "The threshold of `loratools spectrum`",
+        "The threshold of the findings of spectrum",
         _dead_modules,
     ),
     Rule(
@@ -245,7 +245,7 @@ RULES = (
         "A module's change is much larger or smaller than those of its kind.",
         "A statistic, and no verdict: a layer trained otherwise, a planted change and plain chance "
         "look alike.",
-        "Look at it with `loratools spectrum`, and accept it in a baseline if the training "
+        "Look at it, `loratools spectrum ADAPTER`, and accept it in a baseline if the training "
         "explains it.",
         "Robust standard deviations from the trend over depth, after Iglewicz and Hoaglin 1993; "
         "above 8, by what is measured here",
@@ -257,7 +257,7 @@ RULES = (
         "Types of few bits lose the smaller one.",
         "Balance them without rounding: "
         "`loratools repair ADAPTER -o NEW --keep-intruders --rebalance`.",
-        "The threshold of `loratools spectrum`",
+        "The threshold of the findings of spectrum",
         _one_sided,
     ),
     Rule(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shlex
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -274,6 +275,7 @@ class Fusion:
     def _check_mode(self) -> None:
         four_bit = bool(self._dequantised.four_bit)
         mode, path = self.options.base_mode, self._base.path
+        quoted = shlex.quote(str(path))
         if mode == "original" and four_bit:
             raise OptionError(
                 "the base is in four bits", path=path, hint="Give the original 16-bit base as BASE"
@@ -282,13 +284,14 @@ class Fusion:
             raise OptionError(
                 "the base is not in four bits",
                 path=path,
-                hint="Run loratools quantize on it first, or leave out `base_mode`",
+                hint="Leave out `base_mode`, or quantise it first: "
+                f"loratools quantize {quoted} -o nf4",
             )
         if self.options.keeps_format and not self._dequantised.is_quantized:
             raise OptionError(
                 "only a quantised base can be quantised again",
                 path=path,
-                hint="Fuse, then run loratools quantize",
+                hint="Fuse without `requantize`, then quantise: loratools quantize fused -o nf4",
             )
 
     def _config(self) -> Mapping[str, Any] | None:

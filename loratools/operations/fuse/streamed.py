@@ -129,7 +129,8 @@ def refuse_unstreamable(name: str, delta: ModuleChange) -> None:
         raise UnsupportedError(
             f"a change of this kind is not fused into {delta.layer.kind}",
             tensor=name,
-            hint="Make it a plain LoRA first: loratools to-lora",
+            hint="Make it a plain LoRA first: "
+            "loratools to-lora ADAPTER --base MODEL --rank 16 -o plain",
         )
 
 
@@ -189,5 +190,6 @@ def refuse_clashes(
             raise UnsupportedError(
                 "a tied weight is changed in part by a kind that is not of low rank",
                 tensor=one.module,
-                hint="Make it a plain LoRA first: loratools to-lora",
+                hint="Make it a plain LoRA first: "
+                "loratools to-lora ADAPTER --base MODEL --rank 16 -o plain",
             )

@@ -157,7 +157,8 @@ def _rows(name: str, change: ModuleChange) -> Rows:
     raise UnsupportedError(
         f"a full difference and a weight change of kind {change.kind} of one module are not merged",
         tensor=name,
-        hint="Make each a plain LoRA first: loratools to-lora",
+        hint="Make each a plain LoRA first: "
+        "loratools to-lora ADAPTER --base MODEL --rank 16 -o plain",
     )
 
 

@@ -102,7 +102,8 @@ def repair(
         raise UnsupportedError(
             f"modules of format {adapter.format} do not lie as in the base model",
             path=adapter.source,
-            hint="Convert it first: loratools convert --to peft --base MODEL, and back afterwards",
+            hint="Convert it first, and back afterwards: "
+            + command_on(adapter, "convert", "--to", "peft", "--base", "MODEL", output="peft"),
         )
     adapter.require_true_delta("repair")
     adapter = folded_exactly(adapter, "repair", scratch_folder, base)

@@ -6,6 +6,8 @@ From a folder's config.json or from the header of a GGUF file; no weights are re
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,5 +218,6 @@ def _unknown(path: Path, name: str, known: list[str]) -> UnsupportedError:
         path=path,
         got=name,
         expected=", ".join(near) if near else f"one of {len(known)} architectures",
-        hint="Fuse the adapter into the checkpoint with `loratools fuse`, and convert that",
+        hint="Fuse the adapter, and convert the model: "
+        f"loratools fuse {shlex.quote(os.fspath(path))} ADAPTER -o fused",
     )

@@ -128,7 +128,9 @@ def plain_factors(delta: ModuleChange) -> LowRank:
     """
     if delta.is_dora:
         raise UnsupportedError(
-            "llama.cpp has no DoRA", hint="Make a LoRA of it with `loratools to-lora` first"
+            "llama.cpp has no DoRA",
+            hint="Make it a plain LoRA first: "
+            "loratools to-lora ADAPTER --base MODEL --rank 16 -o plain",
         )
     part = delta.require_factors()
     if part.bias is not None:

@@ -8,6 +8,7 @@ Source: llama-adapter.cpp of llama.cpp b10605; crashes and refusals were measure
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _read(file: GgufFile, path: Path) -> Adapter:
                 "is a GGUF file, but not a LoRA adapter",
                 got=f"{key} {value}",
                 expected=wanted or "its architecture",
-                hint="A GGUF model is a base: of `loratools fuse`, or as `base`"
+                hint="A GGUF model is a base, given as `base`, or: "
+                f"loratools fuse {shlex.quote(str(path))} ADAPTER -o fused.gguf"
                 if value == "model"
                 else None,
             )

@@ -40,7 +40,7 @@ def losses(adapter: Adapter) -> list[Loss]:
         Loss(
             key,
             "replaces a tensor of the base, which llama.cpp adapters cannot",
-            "Fuse the adapter into the base with loratools fuse",
+            "Fuse the adapter into the base: loratools fuse MODEL ADAPTER -o fused",
         )
         for key in adapter.replacements
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
+from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
@@ -128,7 +129,7 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
     if adapter.format != "peft":
         raise UnsupportedError(
             f"an adapter of format {adapter.format} has no PEFT configuration",
-            hint="Make one with from_model, as `loratools convert` does",
+            hint="Make one: " + command_on(adapter, "convert", "--to", "peft", output="converted"),
         )
     for name in kept_whole(adapter):
         raise UnsupportedError("PEFT has no full differences", tensor=name)

@@ -199,7 +199,8 @@ def respelled(adapter: Adapter, target: Naming) -> Adapter:
             raise UnsupportedError(
                 f"module name is not one of a {target} file",
                 tensor=name,
-                hint="loratools convert gives modules other names",
+                hint="Give modules other names: "
+                f"loratools convert ADAPTER -o converted.safetensors --to {target}",
             )
     additions = {}
     for key, addition in adapter.additions.items():
