@@ -25,7 +25,8 @@ from loratools_formats.disk.strict_yaml import Place
 
 _FILES = (".safetensors", ".gguf")
 _MAKES_FOLDERS = frozenset({"extract"})
-_NEEDS_RANKS = frozenset({"extract", "squeeze"})
+NEEDS_RANKS = frozenset({"extract", "squeeze"})
+"""Operations that do nothing without a rule for the ranks."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class StepReader:
                 get_method(step.options.get("method", "linear")).checked(parameters)
         except LoratoolsError as error:
             raise self._at.at((*place, key), error) from error
-        if step.operation in _NEEDS_RANKS and not build(RankRule, step.group(RankRule)).is_given:
+        if step.operation in NEEDS_RANKS and not build(RankRule, step.group(RankRule)).is_given:
             expected = "rank, energy, budget or another rule"
             raise self._at.fail(place, "no rule for the ranks", expected=expected)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,14 +87,16 @@ def connected(engine: Engine) -> Iterator[Any]:
     }
     with dask.config.set(settings):
         try:
-            cluster = LocalCluster(
-                n_workers=engine.workers,
-                threads_per_worker=1,
-                processes=True,
-                memory_limit="auto" if engine.memory_limit is None else engine.memory_limit,
-                dashboard_address=None,
-                silence_logs=logging.CRITICAL,
-            )
+            with _environment(_ONE_THREAD):  # what is set already would win over Dask's settings
+                cluster = LocalCluster(
+                    n_workers=engine.workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    memory_limit="auto" if engine.memory_limit is None else engine.memory_limit,
+                    dashboard_address="127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": False},
+                    silence_logs=logging.CRITICAL,
+                )
         except (RuntimeError, OSError) as error:
             raise ClusterError(
                 f"processes cannot be started: {error}",
@@ -101,3 +104,18 @@ def connected(engine: Engine) -> Iterator[Any]:
             ) from error
         with cluster, Client(cluster) as client:
             yield client
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process's environment, which children get, while the context lasts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

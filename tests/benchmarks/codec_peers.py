@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 OUT, IN = 2048, 4096
-RUNS = 7
+RUNS = 3
 CHUNK = 1 << 19
 Tensors = dict[str, Any]
 
@@ -130,9 +130,9 @@ def _weight(name: str) -> Any:
     for key, value in tensors.items():
         values, code = value if isinstance(value, tuple) else (value, None)
         if code is None:
-            refs[key] = in_memory(key, values)
-        else:
-            refs[key] = TensorRef(key, DTYPES[code], values.shape, values.tobytes)
+            code = in_memory(key, values).dtype.code
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        refs[key] = TensorRef(key, DTYPES[code], values.shape, lambda data=data: data)
     stored = Stored(refs, told.get("config", {}), told.get("stated", {}))
     (weight,) = coded_weights(stored).values()
     return weight

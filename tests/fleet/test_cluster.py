@@ -5,7 +5,9 @@ import signal
 import time
 
 import pytest
-from conftest import contents, fleet, start, wait_until, write_adapters, write_slow
+from conftest import contents, fleet, run, start, wait_until, write_adapters, write_slow
+
+from loratools.work.cluster import Engine, connected
 
 pytestmark = pytest.mark.slow
 RANK = ("--", "--rank", "2")
@@ -89,6 +91,27 @@ def test_a_local_cluster_writes_the_bytes_of_single_runs(adapters, singles, tmp_
     assert (found["made"], found["failed"]) == (6, 0)
     assert contents(tmp_path / "out") == singles()
     assert time.monotonic() - begun < 200  # a hang is a failure of its own
+
+
+def test_processes_have_one_blas_thread_and_a_limit_of_memory(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    with connected(Engine(2, None, 700_000_000)) as client:
+        told = client.run(
+            lambda: (
+                __import__("numpy") and None,
+                [one["num_threads"] for one in __import__("threadpoolctl").threadpool_info()],
+            )
+        )
+        limits = [one["memory_limit"] for one in client.scheduler_info()["workers"].values()]
+    assert [threads for _, threads in told.values()] == [[1], [1]]
+    assert limits == [700_000_000, 700_000_000]
+
+
+def test_a_scheduler_that_is_not_there_is_told_in_one_line(adapters, tmp_path):
+    given = ("fleet", "squeeze", "adapters/*", "-o", "out", "--scheduler", "tcp://127.0.0.1:9")
+    code, _, err = run(*given, *RANK, cwd=tmp_path)
+    assert code == 2
+    assert err.startswith("error: the scheduler cannot be reached")
 
 
 def test_poison_in_a_local_cluster(tmp_path):

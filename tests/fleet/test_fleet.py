@@ -184,6 +184,26 @@ def test_the_manifest_has_a_line_for_each(adapters, tmp_path):
     assert json.loads(again[0])["result"] == lines[0]["result"]  # remembered
 
 
+def test_base_weights_are_decomposed_once_for_all(tmp_path, monkeypatch):
+    from loratools.base import decompositions
+
+    for name in ("a", "b", "c"):
+        shutil.copytree(LORA, tmp_path / "in" / name)
+    count = []
+    base_svd = decompositions.base_svd
+    monkeypatch.setattr(decompositions, "base_svd", lambda w: count.append(1) or base_svd(w))
+    given = ("spectrum", str(tmp_path / "in"), {"base": MODEL, "include": "q_proj"})
+    found = lt.fleet(*given, output=tmp_path / "out", workers=1)
+    assert found.made == 3
+    modules = json.loads((tmp_path / "out" / "a.json").read_text())["modules"]
+    assert len(count) == len(modules)
+    alone = lt.spectrum(LORA, base=MODEL, include="q_proj").to_dict()
+    for name in ("a", "b", "c"):
+        told = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert told["modules"] == json.loads(json.dumps(alone["modules"]))
+    assert not (tmp_path / "out" / ".loratools-fleet").exists()
+
+
 def test_lists_name_adapters(adapters, tmp_path):
     listed = tmp_path / "some.txt"
     listed.write_text(f"# chosen\n{adapters[0]}\n\n{adapters[3]}\n")
@@ -210,6 +230,7 @@ def test_names_that_clash_are_refused_before_any_work(adapters, tmp_path):
         ("squeeze", {"rnk": 2}, "no such option"),
         ("squeeze", {"rank": "x"}, "rank"),
         ("squeeze", {"output": "x"}, "no such option"),
+        ("squeeze", {}, "no rule for the ranks"),
         ("fuse", {}, "needs `base`"),
         ("convert", {"to": "nothing"}, "nothing"),
     ],

@@ -109,6 +109,24 @@ def test_objects_of_others_are_not_replaced(s3, adapters):
     assert store.read("a0001/adapter_model.safetensors") == b"somebody's"
 
 
+def test_adapters_come_from_the_store_too(s3, adapters, tmp_path):
+    store = store_of("s3://shelf/in")
+    for source in adapters:
+        for file in source.iterdir():
+            store.write(f"{source.name}/{file.name}", file.read_bytes())
+    for source in adapters:
+        lt.squeeze(source, rank=2, output=tmp_path / "elsewhere" / "on" / "disk" / source.name)
+    for sources in ("s3://shelf/in/*", "s3://shelf/in"):
+        found = lt.fleet("squeeze", sources, {"rank": 2}, output="s3://shelf/out", workers=1)
+        assert [one.error for one in found.adapters] == [None, None]
+    assert (found.made, found.done) == (0, 2)
+    kept = objects(store_of("s3://shelf/out"))
+    kept.pop("fleet-squeeze.jsonl")
+    assert kept == contents(tmp_path / "elsewhere" / "on" / "disk")
+    with pytest.raises(lt.LoratoolsError, match="no adapter is there"):
+        lt.fleet("info", "s3://shelf/nothing", workers=1)
+
+
 def test_only_one_of_many_puts_what_must_be_new(s3):
     store = store_of("s3://shelf/marks")
     won = []

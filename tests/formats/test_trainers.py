@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from loratools.cli import cli
 from loratools_formats import read_adapter
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError
 
 RNG = np.random.default_rng(7)
 PREFIX = "base_model.model.model.layers.0."

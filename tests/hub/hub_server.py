@@ -328,6 +328,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Reading.
 
+    def models(self, content: bytes) -> None:
+        """Answer with the repositories of an author that the asking user may see."""
+        author = self.query.get("author", "")
+        self.reply(200, [
+            {"_id": "0", "id": name, "modelId": name, "private": repo.private, "tags": [],
+             "downloads": 0, "likes": 0, "createdAt": "2026-01-01T00:00:00.000Z",
+             "siblings": [{"rfilename": path} for path in repo.files()]}
+            for name, repo in self.hub.repos.items()
+            if name.startswith(f"{author}/") and (not repo.private or self.user in repo.readers)
+        ])  # fmt: skip
+
     def info(self, name: str, revision: str | None, content: bytes) -> None:
         repo = self.repo(name)
         if repo is None or (sha := self.commit_of(repo, revision or "main")) is None:
@@ -624,6 +635,7 @@ _ROUTES: list[tuple[str, tuple[str, ...], Callable[..., None]]] = [
     (r"/oauth/token", ("POST",), _Handler.exchange),
     (r"/api/validate-yaml", ("POST",), _Handler.validate_yaml),
     (r"/api/repos/create", ("POST",), _Handler.create),
+    (r"/api/models", ("GET",), _Handler.models),
     (rf"/api/models/{_ID}/revision/{_REV}", ("GET",), _Handler.info),
     (rf"/api/models/{_ID}/tree/{_REV}(/.*)?", ("GET",), _Handler.tree),
     (rf"/api/models/{_ID}/paths-info/{_REV}", ("POST",), _Handler.paths_info),

@@ -119,18 +119,23 @@ def fours(data: Array, table: Array) -> Array:
     """
     codes = np.arange(256)
     pairs = np.stack([table[codes & 15], table[codes >> 4]], axis=1).view(np.uint64).reshape(-1)
-    return looked_up(pairs, data).view(np.float32)
-
-
-def numbers(data: Array, bits: int, count: int) -> Array:
-    """Return codes as `unpacked` does, in float32: F32 (rows, count)."""
-    if bits == 4:
-        return fours(data[:, : -(-count // 2)], _UNSIGNED)[:, :count]
-    values: Array = unpacked(data, bits, count).astype(np.float32)
+    values: Array = looked_up(pairs, data).view(np.float32)
     return values
 
 
-_UNSIGNED = np.arange(16, dtype=np.float32)
+def numbers(data: Array, bits: int, count: int, offset: int = 0) -> Array:
+    """Return codes as `unpacked` does, less an offset, in float32: F32 (rows, count)."""
+    if bits == 4:
+        return fours(data[:, : -(-count // 2)], _sixteen(offset))[:, :count]
+    values: Array = unpacked(data, bits, count).astype(np.float32)
+    if offset:
+        values -= np.float32(offset)
+    return values
+
+
+@cache
+def _sixteen(offset: int) -> Array:
+    return np.arange(16, dtype=np.float32) - np.float32(offset)
 
 
 def powers(codes: Array) -> Array:

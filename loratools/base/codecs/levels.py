@@ -64,8 +64,10 @@ def integer_codes(values: Array, scales: Array, zeros: Array | float, top: int) 
     codes = values / safe[:, :, None]
     codes += zeros if isinstance(zeros, float) else zeros[:, :, None]
     np.rint(codes, out=codes)
-    np.clip(codes, 0, top, out=codes)
-    return np.nan_to_num(codes, copy=False).astype(np.uint8)
+    np.fmax(codes, 0, out=codes)  # and NaN, of values that are none, becomes zero
+    np.fmin(codes, top, out=codes)
+    found: Array = codes.astype(np.uint8)
+    return found
 
 
 def rounded(values: Array, dtype: DType) -> Array:
@@ -114,15 +116,18 @@ def nearer(wanted: Array, first: Attempt, second: Attempt) -> Attempt:
 
 
 def as_they_were(wanted: Array, old: Attempt, new: Attempt) -> Attempt:
-    """Return, value by value, what is stored already unless something new is nearer.
+    """Return the new attempt with what is stored already wherever nothing new is nearer.
 
     Values that were rounded after they were multiplied may be nearer to the code that they came
     from than to the one that is computed from them.
     """
-    stays = np.abs(old.values - wanted) <= np.abs(new.values - wanted)
-    return Attempt(
-        np.where(stays, old.codes, new.codes), np.where(stays, old.values, new.values), new.numbers
-    )
+    (places,) = (old.codes != new.codes).reshape(-1).nonzero()
+    if len(places):
+        before, after, goal = (x.reshape(-1)[places] for x in (old.values, new.values, wanted))
+        kept = places[np.abs(before - goal) <= np.abs(after - goal)]
+        new.codes.reshape(-1)[kept] = old.codes.reshape(-1)[kept]
+        new.values.reshape(-1)[kept] = old.values.reshape(-1)[kept]
+    return new
 
 
 def _squared_error(values: Array, wanted: Array) -> Array:

@@ -19,6 +19,9 @@ STACKED_GLU = "experts.gate_up_proj"
 HALVES = "experts, halved"
 """Stacked experts that a class makes of single ones: all outputs of the first, then the second."""
 
+_EQUAL = {HALVES: 2, STACKED_GLU: 2, "in_proj_weight": 3}
+"""Into how many equal parts fused weights of some names fall in every model."""
+
 
 class FusedPart(NamedTuple):
     """One of the projections in a fused one.
@@ -27,14 +30,14 @@ class FusedPart(NamedTuple):
         module: path of the fused module or parameter.
         leaf: its name.
         place: which part, in the order of the fused one.
-        count: how many equal parts there are, if the base's class tells; 0 if the model's type
+        equal: how many equal parts there are, if the base's class tells; 0 if the model's type
             does.
     """
 
     module: str
     leaf: str
     place: int
-    count: int = 0
+    equal: int = 0
 
 
 def fusions(module: str) -> list[FusedPart]:
@@ -61,18 +64,15 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
         UnsupportedError: the order of outputs is not known for this model.
         AdapterError: the configuration does not fit the weight.
     """
-    if part.count:
-        return _joined((1,) * part.count, total, part)
     if part.leaf == STACKED_GLU and is_alternating(names, part.module):
         return tuple((index, index + 1) for index in range(part.place, total, 2))
-    if part.leaf in (HALVES, STACKED_GLU):
-        return _joined((1, 1), total, part)
+    equal = part.equal or _EQUAL.get(part.leaf)
+    if equal:
+        return _joined((1,) * equal, total, part)
     if part.leaf in rules.GLU:
         if not rules.GLU[part.leaf].intersection(names.types_of(part.module)):
             raise _unknown_layout(names, part.module)
         return _joined((1, 1), total, part)
-    if part.leaf == "in_proj_weight":
-        return _joined((1, 1, 1), total, part)
     layouts = rules.QKV[part.leaf]
     layout = next((layouts[t] for t in names.types_of(part.module) if t in layouts), None)
     if layout is None:

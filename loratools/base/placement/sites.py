@@ -69,23 +69,24 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
         return [Site(whole)]
     cut = names.cut_from(f"{module}.{leaf}")
     if cut is not None:
-        key, place, count = cut
-        fused = key.removesuffix(f".{leaf}")
-        return [Site(key, FusedPart(fused, fused.rpartition(".")[2], place, count))]
-    for part in fusions(module):
+        stored, place, equal = cut
+        fused = stored.removesuffix(f".{leaf}")
+        return [Site(stored, FusedPart(fused, fused.rpartition(".")[2], place, equal))]
+    for fusion in fusions(module):
         # The parameters of `nn.MultiheadAttention` are called in_proj_weight and in_proj_bias.
         name = (
-            part.module.removesuffix("weight") + leaf
-            if part.leaf == "in_proj_weight"
-            else f"{part.module}.{leaf}"
+            fusion.module.removesuffix("weight") + leaf
+            if fusion.leaf == "in_proj_weight"
+            else f"{fusion.module}.{leaf}"
         )
         key = names.find(name)
         if key is not None:
-            return [Site(key, part=part)]
+            return [Site(key, part=fusion)]
     parts = names.cut_to(f"{module}.{leaf}") or _joined_by_name(module, leaf)
-    keys = [key for part in parts if (key := names.find(part)) is not None]
+    found = [names.find(part) for part in parts]
+    keys = [each for each in found if each is not None]
     if parts and len(keys) == len(parts):
-        return [Site(key, share=(i, len(keys))) for i, key in enumerate(keys)]
+        return [Site(each, share=(i, len(keys))) for i, each in enumerate(keys)]
     if leaf != "weight":
         return []
     return _in_class(names, module) or _in_stack(names, module)

@@ -79,10 +79,6 @@ def show(found: FleetResult, *, verbose: bool) -> None:
     if shown:
         rows = [[one.name, one.state, *(_cell(one, key) for key in _NUMBERS)] for one in shown]
         print_table(["adapter", "state", "relative error", "bytes"], "<<>>", rows)
-    for one in shown:
-        if one.error is not None:
-            why = worded(one.error.removeprefix(f"{one.source}: "))
-            say(f"failed: {one.name}: {why}", err=True)
     part = "" if found.shard == "1/1" else f", shard {found.shard} of {found.total} adapters"
     counts = f"{found.made} made, {found.done} done before, {found.failed} failed"
     counts += f", {found.found} with findings" if found.found else ""
@@ -95,3 +91,11 @@ def _cell(outcome: Outcome, key: str) -> str:
     if value is None:
         return "–"
     return number(value) if key == "relative_error" else str(value)
+
+
+def tell_failures(found: FleetResult) -> None:
+    """Print on stderr which adapters failed, and why."""
+    for one in found.adapters:
+        if one.error is not None:
+            why = worded(one.error.removeprefix(f"{one.source}: "))
+            say(f"failed: {one.name}: {why}", err=True)

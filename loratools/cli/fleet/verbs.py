@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from loratools.cli import options as shared
 from loratools.cli.command import Command
 from loratools.cli.errors import EXIT_FOUND
-from loratools.cli.fleet.report import show, telling
+from loratools.cli.fleet.report import show, tell_failures, telling
 from loratools.cli.output import note
 from loratools.cli.perform import report
 from loratools.pipeline.fleet.run import Fleeting, plan
@@ -94,6 +94,7 @@ def _command(verb: Verb) -> click.Command:
         with telling(verb.name, len(planned.tasks), quiet=reporting.quiet) as tell:
             result = planned.run(tell)
         report(result, lambda found: show(found, verbose=reporting.verbose), reporting)
+        tell_failures(result)
         if not reporting.quiet and result.output is not None and not result.dry_run:
             is_here = how.output is not None and how.output.exists()
             note(f"results are in {how.output if is_here else result.output}")

@@ -149,19 +149,35 @@ class _Share:
         counts = [1 << power for power in range(total.bit_length()) if 1 << power < total]
         spread = np.linspace(0, len(self.fleet.modules) - 1, min(_SAMPLED, len(self.fleet.modules)))
         names = [list(self.fleet.modules)[int(place)] for place in dict.fromkeys(np.rint(spread))]
-        rule = RankRule(energy=self.rule.energy or (self.rule.sv_fro or 0.0) ** 2 or _KEPT)
+        share = sum(sum(self.fleet.modules[n].first.shape) for n in names) / sum(
+            sum(module.first.shape) for module in self.fleet.modules.values()
+        )
 
-        def cost(groups: Sequence[Sequence[int]]) -> int:
-            def one(unit: Unit) -> int:
-                spectrum = self.fleet.spectrum(
-                    unit, self.fleet.joints(unit, weights)[1], energies=True
-                )
-                return spectrum.nbytes(rule.of_module(spectrum))
+        def cost(groups: Sequence[Sequence[int]]) -> float:
+            def one(unit: Unit) -> Spectrum:
+                return self.fleet.spectrum(unit, self.fleet.joints(unit, weights)[1], energies=True)
 
-            return sum(in_order(one, self.fleet.units(groups, names), self.compute.threads))
+            units = self.fleet.units(groups, names)
+            return self._cost(list(in_order(one, units, self.compute.threads)), share)
 
         tried = [found.groups(count) for count in [*counts, total]]
         return min(tried, key=cost) if total > 1 else tried[0]
+
+    def _cost(self, spectra: Sequence[Spectrum], share: float) -> float:
+        """Return what groups cost: bytes that keep enough, or what a budget's part would lose."""
+        if self.rule.budget is None:
+            rule = RankRule(energy=self.rule.energy or (self.rule.sv_fro or 0.0) ** 2 or _KEPT)
+            return float(sum(each.nbytes(rule.of_module(each)) for each in spectra))
+        by_name = {each.name: each for each in spectra}
+        limit = Limit(
+            int(share * self.rule.budget.resolve(self.fleet.bytes_in)),
+            lambda ranks: sum(by_name[name].nbytes(rank) for name, rank in ranks.items()),
+        )
+        try:
+            ranks = choose_ranks(spectra, RankRule(budget=self.rule.budget), limit=limit)
+        except OptionError:  # rank 1 for each of so many groups takes more
+            return float("inf")
+        return -sum(float(each.energies[: ranks[each.name]].sum()) for each in spectra)
 
     def _chosen(
         self,

@@ -47,7 +47,7 @@ class ShareOptions:
         cores: full (JD-Full), diagonal (JD-Diag) or principal (full cores in the leading principal
             directions, without iterations).
         clusters: number of groups with bases of their own; auto takes the number with which
-            keeping 90% of ΔW, or the `energy` asked for, takes the fewest bytes.
+            the `budget` keeps most, or keeping the `energy`, else 90%, takes the fewest bytes.
         weigh: what counts alike in the error to minimise: each adapter's relative error, that of
             each of its modules, or the error itself (norm).
         force_base: share adapters that name different base models.

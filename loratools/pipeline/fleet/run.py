@@ -15,8 +15,9 @@ from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.pipeline.fleet.engine import outcomes
 from loratools.pipeline.fleet.manifest import Manifest
+from loratools.pipeline.fleet.shared import forget_decompositions
 from loratools.pipeline.fleet.sources import Member, members
-from loratools.pipeline.fleet.store import Folder, Store, store_of
+from loratools.pipeline.fleet.store import OWN, Folder, Store, store_of
 from loratools.pipeline.fleet.task import Outcome, Task, planned
 from loratools.pipeline.fleet.verbs import Verb, get_verb
 from loratools.work.cluster import Engine, has_dask
@@ -27,7 +28,7 @@ from loratools.work.spellings import nbytes
 from loratools_formats.disk.errors import OptionError
 
 _SAVE_SECONDS = 15.0
-_LAUNCHERS = ".loratools-fleet/launchers"
+_LAUNCHERS = f"{OWN}/launchers"
 
 
 def _workers() -> int:
@@ -268,6 +269,7 @@ class Plan:
 
     def _end(self, *, first: bool) -> None:
         if first and self._store is not None:
+            forget_decompositions(self._store)
             self._store.remove(self._mark())
 
     def _mark(self) -> str:

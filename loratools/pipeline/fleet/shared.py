@@ -1,17 +1,19 @@
 """What all adapters of a fleet share: base models are opened once in each process.
 
-Their headers, configuration and digests stay read. Decompositions of base weights are kept in one
-folder for all processes, where the operation can use one.
+Their headers and configuration stay read. Decompositions of base weights are kept in one folder for
+all processes, among the outputs while the run lasts, where an operation can use them.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from loratools.pipeline.fleet.store import OWN, Folder, Store
 from loratools.pipeline.fleet.verbs import Verb
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.disk.errors import LoratoolsError
@@ -29,6 +31,17 @@ def shared_inputs(verb: Verb, settings: Mapping[str, Any]) -> dict[str, Any]:
         if opened is not None:
             found[name] = opened
     return found
+
+
+def decompositions(store: Folder) -> Path:
+    """Return the folder where a run keeps decompositions of base weights."""
+    return store.path / OWN / "base"
+
+
+def forget_decompositions(store: Store) -> None:
+    """Take the decompositions of base weights away; who needs one still computes it again."""
+    if isinstance(store, Folder):
+        shutil.rmtree(decompositions(store), ignore_errors=True)
 
 
 def _changed_ns(path: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.hub.references import Reference, Want, is_explicit, parse
+from loratools.pipeline.fleet.addresses import address, listed
 from loratools.work.collection import WEIGHTS, adapters_in, outputs_below
 from loratools_formats.disk.errors import AdapterError, MissingFileError, OptionError
 
@@ -43,7 +44,8 @@ def members(texts: Sequence[str], want: Want) -> list[Member]:
     Args:
         texts: a path, a path with wildcards, a folder that holds some, a file with one of these on
             each line (its name ends in .txt, .list or .lst; `-` is the standard input),
-            `hf://organisation/*` or `hf://user/repo/*`.
+            `hf://organisation/*`, `hf://user/repo/*`, or any of these as an address such as
+            s3://bucket/adapters/*.
         want: whether they are adapters or models.
 
     Raises:
@@ -54,7 +56,12 @@ def members(texts: Sequence[str], want: Want) -> list[Member]:
     """
     paths: dict[Path, None] = {}
     references: dict[str, str] = {}
+    distant: dict[str, None] = {}
     for text in _lines(texts):
+        url = None if is_explicit(text) else address(text)
+        if url is not None:
+            distant |= dict.fromkeys(listed(url))
+            continue
         reference = None if os.path.lexists(text) else _reference(text, want)
         if reference is None:
             paths |= dict.fromkeys(_local(text, want))
@@ -66,6 +73,7 @@ def members(texts: Sequence[str], want: Want) -> list[Member]:
     names = {path: str(leaf) for path, leaf in outputs_below(Path(), here, None).items()}
     found = [Member(Path(names[path]).as_posix(), str(path)) for path in here]
     found += [Member(name, source) for source, name in references.items()]
+    found += _distant(list(distant))
     if not found:
         raise OptionError("no adapters are given")
     most, count = Counter(member.name for member in found).most_common(1)[0]
@@ -73,6 +81,13 @@ def members(texts: Sequence[str], want: Want) -> list[Member]:
         alike = ", ".join(member.source for member in found if member.name == most)
         raise OptionError(f"{count} of the fleet have the same name", got=alike)
     return sorted(found, key=lambda member: member.name)
+
+
+def _distant(urls: Sequence[str]) -> list[Member]:
+    """Return members of object stores, named as files are."""
+    paths = {Path("/", url.partition("://")[2]): url for url in urls}
+    names = outputs_below(Path(), list(paths), None)
+    return [Member(names[path].as_posix(), url) for path, url in paths.items()]
 
 
 def _lines(texts: Iterable[str]) -> Iterable[str]:

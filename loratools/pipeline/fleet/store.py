@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loratools.pipeline.fleet.addresses import address, opened
 from loratools.work.digests_of import digest_like
 from loratools_formats.disk.errors import (
     LoratoolsError,
-    MissingDependencyError,
     OutputError,
     OutputExistsError,
 )
@@ -30,9 +29,8 @@ from loratools_formats.disk.temporaries import temporary_beside
 
 Made = TypeVar("Made")
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.+)", re.IGNORECASE)
 _MOST_DEPTH = 64
-_OWN = ".loratools-fleet"
+OWN = ".loratools-fleet"
 """Folder of marks among the outputs; it is gone when nothing runs."""
 
 
@@ -91,11 +89,8 @@ def store_of(place: str | os.PathLike[str]) -> Store:
     Raises:
         MissingDependencyError: the address needs a package that is not installed.
     """
-    text = os.fspath(place)
-    found = _URL.fullmatch(text)
-    if found is None or os.path.lexists(text):
-        return Folder(Path(os.path.abspath(text)))
-    return Remote(f"{found[1].lower()}://{found[2].rstrip('/')}")
+    url = address(place)
+    return Folder(Path(os.path.abspath(place))) if url is None else Remote(url)
 
 
 class Folder(Store):
@@ -179,7 +174,7 @@ class Folder(Store):
         with contextlib.suppress(OSError):
             place.unlink()
             for folder in place.parents:
-                if _OWN not in folder.relative_to(self.path).parts:
+                if OWN not in folder.relative_to(self.path).parts:
                     break
                 folder.rmdir()
 
@@ -188,20 +183,7 @@ class Remote(Store):
     """A folder of an object store, through fsspec."""
 
     def __init__(self, url: str) -> None:
-        try:
-            import fsspec
-
-            self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        except ImportError as error:
-            raise MissingDependencyError(
-                "the address of the output needs another package",
-                got=url,
-                hint=f"pip install 'loratools[fleet]'; fsspec says: {error}",
-            ) from error
-        except ValueError as error:
-            raise OutputError(
-                f"not an address that can be written to: {error}", path=url
-            ) from error
+        self._fs, self._root = opened(url)
         self._url = url
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -312,7 +294,7 @@ def _beside_name(name: str) -> str:
 
 
 def _begun(name: str) -> str:
-    return f"{_OWN}/begun/{name}"
+    return f"{OWN}/begun/{name}"
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:

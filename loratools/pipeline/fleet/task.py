@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools import __version__
+from loratools.hub.references import is_explicit
+from loratools.pipeline.fleet.addresses import address, fetched
 from loratools.pipeline.fleet.key import is_current, key_of, report_statement
-from loratools.pipeline.fleet.shared import shared_inputs
-from loratools.pipeline.fleet.store import Store, store_of
+from loratools.pipeline.fleet.shared import decompositions, shared_inputs
+from loratools.pipeline.fleet.store import OWN, Folder, Store, store_of
 from loratools.pipeline.fleet.verbs import get_verb
 from loratools.work.call import Call
 from loratools_formats.disk.errors import (
@@ -28,7 +31,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 
 State = Literal["made", "done", "found", "failed", "planned"]
-_ATTEMPTS = ".loratools-fleet/attempts"
+_ATTEMPTS = f"{OWN}/attempts"
 _MOST_ATTEMPTS = 2
 
 
@@ -104,6 +107,7 @@ def run_task(task: Task) -> Outcome:
     An error that is no fault of the input is met with a second try.
     """
     begun = time.monotonic()
+    work: _Work | None = None
     try:
         work = _Work(task)
         if task.run and not work.begin():
@@ -122,6 +126,8 @@ def run_task(task: Task) -> Outcome:
     except Exception as error:  # noqa: BLE001 - one adapter must not end the run
         return failed(task, _told(error), time.monotonic() - begun)
     finally:
+        if work is not None:
+            work.close()
         if task.run and task.output is not None:
             _finished(task)
 
@@ -156,6 +162,7 @@ class _Work:
                 hint="Install the same version everywhere",
             )
         self._task = task
+        self._fetched: tempfile.TemporaryDirectory[str] | None = None
         self._verb = get_verb(task.verb)
         self._call: Call = self._verb.recorded(task.settings)
         self._is_file = self._verb.makes_file(task.settings)
@@ -246,6 +253,8 @@ class _Work:
     def _called(self, where: Mapping[str, Any]) -> Any:
         """Call the public function."""
         given = {**self._task.settings, **shared_inputs(self._verb, self._task.settings)}
+        if "cache" in self._verb.options and given.get("base") and isinstance(self._store, Folder):
+            given.setdefault("cache", decompositions(self._store))
         if "workers" in self._verb.options and self._task.run:
             given.setdefault("workers", 1)  # processes go over adapters; no threads in each
         return self._verb.call(**{self._verb.item: str(self._source())}, **given, **where)
@@ -253,7 +262,16 @@ class _Work:
     @functools.cache  # noqa: B019 - lives as long as the task
     def _source(self) -> Path:
         """Return where the adapter is; what is on the Hub is brought here."""
-        return _local(self._task.source, self._verb.want)
+        url = None if is_explicit(self._task.source) else address(self._task.source)
+        if url is None:
+            return _local(self._task.source, self._verb.want)
+        self._fetched = tempfile.TemporaryDirectory(prefix="loratools-fleet-")
+        return fetched(url, Path(self._fetched.name))
+
+    def close(self) -> None:
+        """Take away what was brought here."""
+        if self._fetched is not None:
+            self._fetched.cleanup()
 
     def _arguments(self) -> dict[str, Path]:
         """Return where the inputs are that all share, and the options that are files."""

@@ -13,8 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from loratools.algebra.ranks import RankRule
 from loratools.face.declare import Declaration, declaration_of
 from loratools.hub.references import Want, parse
+from loratools.pipeline.steps import NEEDS_RANKS
 from loratools.work.call import Call, call_of
 from loratools.work.declared import Option, build
 from loratools.work.requests import Writing
@@ -101,6 +103,11 @@ class Verb:
         for name in sorted(self.declaration.required - {self.item}):
             if found.get(name) is None:
                 raise OptionError(f"{self.name} needs `{name}`", hint=f"Give `{name}=PATH`")
+        groups = self._groups(found)
+        if self.name in NEEDS_RANKS and not build(RankRule, groups[RankRule]).is_given:
+            raise OptionError(
+                "no rule for the ranks", expected="`rank`, `energy`, `budget` or another rule"
+            )
         self.recorded(found)
         if "to" in found and found["to"] is not None:
             get_format(found["to"])
@@ -112,13 +119,18 @@ class Verb:
         Raises:
             OptionError: a value is of the wrong type, or options contradict each other.
         """
+        groups = self._groups(settings)
+        return call_of(self.function, {}, [build(cls, given) for cls, given in groups.items()])
+
+    def _groups(self, settings: Mapping[str, Any]) -> dict[type, dict[str, Any]]:
+        """Return the options among settings by the dataclass that declares each."""
         groups: dict[type, dict[str, Any]] = {
             cls: {} for cls, _ in self.options.values() if cls is not Writing
         }
         for word, (cls, made) in self.options.items():
             if word in settings and cls is not Writing:
                 groups[cls][made.name] = option_value(cls, made, settings[word])
-        return call_of(self.function, {}, [build(cls, given) for cls, given in groups.items()])
+        return groups
 
     def makes_file(self, settings: Mapping[str, Any]) -> bool:
         """Return whether the output is an adapter or a checkpoint, and not a report."""

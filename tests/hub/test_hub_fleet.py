@@ -1,0 +1,54 @@
+"""Fleets of adapters on the Hub: an organisation's, and the folders of one repository."""
+
+from __future__ import annotations
+
+import pytest
+from hub_server import LORA, RSLORA
+
+import loratools as lt
+from loratools_formats.disk.errors import AdapterError, OptionError
+
+
+def squeezed(sources, output):
+    return lt.fleet("squeeze", sources, {"rank": 4}, output=output, workers=1)
+
+
+def test_an_organisation_is_a_fleet(here, tmp_path):
+    here.add("team/chat", LORA)
+    here.add("team/code", RSLORA)
+    here.add("team/words", {"README.md": b"# no adapter"})
+    here.add("other/chat", LORA)
+    found = squeezed("hf://team/*", tmp_path / "out")
+    assert [(one.name, one.state) for one in found.adapters] == [
+        ("chat", "made"), ("code", "made"),
+    ]  # fmt: skip
+    (tmp_path / "single").mkdir()
+    lt.squeeze("hf://team/chat", rank=4, output=tmp_path / "single" / "chat")
+    for file in (tmp_path / "single" / "chat").iterdir():
+        assert (tmp_path / "out" / "chat" / file.name).read_bytes() == file.read_bytes()
+    assert squeezed("hf://team/*", tmp_path / "out").done == 2
+    assert squeezed("hf://team/ch*", tmp_path / "out").total == 1
+    here.add("team/chat", RSLORA)  # another commit is another input
+    again = squeezed("hf://team/*", tmp_path / "out")
+    assert (again.done, again.failed) == (1, 1)
+    assert "other inputs" in str(again.adapters[0].error)
+
+
+def test_the_folders_of_a_repository_are_a_fleet(here, tmp_path):
+    files = {
+        f"{name}/{file.name}": file.read_bytes()
+        for name, folder in (("a/lora", LORA), ("b/lora", RSLORA))
+        for file in folder.iterdir()
+        if file.is_file()
+    }
+    here.add("team/shelf", files)
+    found = squeezed("hf://team/shelf/*", tmp_path / "out")
+    assert [(one.name, one.error) for one in found.adapters] == [("a/lora", None), ("b/lora", None)]
+    assert squeezed("hf://team/shelf/b/*", tmp_path / "out").done == 1
+
+
+def test_what_is_not_on_the_hub(here, tmp_path):
+    with pytest.raises(AdapterError, match="nothing on the Hub matches"):
+        squeezed("hf://nobody/*", tmp_path / "out")
+    with pytest.raises(OptionError, match="wildcard"):
+        squeezed("hf://te?m/chat*", tmp_path / "out")

@@ -1,0 +1,185 @@
+"""Bases that other tools get wrong without a word, and what is said of them here."""
+
+import json
+
+import numpy as np
+import pytest
+from encoder_cases import CASES
+from quantised_cases import only, pairs
+from test_written_back import CHANGED, KEPT, base_of, raw, save, values_of
+
+import loratools as lt
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.disk.errors import UnsupportedError
+
+RNG = np.random.default_rng(5)
+F8 = DTYPES["F8_E4M3"].numpy_dtype()
+
+
+@pytest.fixture
+def adapter(make_folder):
+    return make_folder(modules={CHANGED: (64, 128, 8)}, dtype="f32")
+
+
+def set_config(folder, **entries):
+    config = json.loads((folder / "config.json").read_text())
+    section = {**config.get("quantization_config", {}), **entries}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+
+
+@pytest.mark.parametrize("options", [{}, {"requantize": True}, {"dtype": "bf16"}])
+@pytest.mark.parametrize("name", ["packed 4", "FP8 a row", "NVFP4 compressed-tensors"])
+def test_rotated_weights_are_refused_whatever_is_to_be_written(name, options, tmp_path, adapter):
+    """The stored weight is rotated: W + ΔW of it is another model's."""
+    base, _, _ = base_of(name, tmp_path / "base")
+    transform = {"config_groups": {"R1": {"type": "hadamard", "apply": []}}}
+    set_config(base, transform_config=transform)
+    with pytest.raises(UnsupportedError, match=r"rotated \(transform_config"):
+        lt.fuse(base, adapter, output=tmp_path / "fused", **options)
+    set_config(base, transform_config={})
+    assert lt.fuse(base, adapter, **options).tensors
+
+
+@pytest.mark.parametrize("name", ["NVFP4 ModelOpt", "packed 4", "INT8 (64, 1)"])
+def test_scales_of_inputs_beside_other_formats_are_refused(name, tmp_path, adapter):
+    """ModelOpt's AWQ multiplies the layer's inputs: the weight that acts is another."""
+    base, tensors, _ = base_of(name, tmp_path / "base")
+    scale = np.full(128, 2, np.float32)
+    config = json.loads((base / "config.json").read_text())
+    with_scale = save(tmp_path / "scaled", {**tensors, f"{CHANGED}.pre_quant_scale": scale}, config)
+    for options in ({}, {"requantize": True}):
+        with pytest.raises(UnsupportedError, match=r"cannot be read.*pre_quant_scale"):
+            lt.fuse(with_scale, adapter, **options)
+
+
+def test_scales_of_inputs_beside_fp8_count_when_it_is_written_back(tmp_path, adapter):
+    base, _, told = base_of("FP8 inputs", tmp_path / "base")
+    before = values_of(base, told)
+    change = lt.delta(lt.read(adapter), CHANGED)
+    weight = 0.2 * np.abs(before).mean() / np.abs(change).mean()
+    lt.fuse(base, {adapter: weight}, requantize=True, output=tmp_path / "fused")
+    moved = values_of(tmp_path / "fused", told) - before
+    share = np.vdot(moved, weight * change) / np.vdot(weight * change, weight * change)
+    assert 0.9 < share < 1.1
+
+
+def test_tensors_decide_where_no_configuration_says_anything(tmp_path, adapter):
+    """NVIDIA's releases have hf_quant_config.json only, which may exclude what is quantised."""
+    tensors, _ = CASES["NVFP4 ModelOpt"](np.random.default_rng(0))
+    renamed = {
+        k.replace("x.", f"{m}.", 1): v for m in (CHANGED, "lm_head") for k, v in tensors.items()
+    }
+    base = save(tmp_path / "base", renamed, {"model_type": "llama"})
+    stated = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
+    about = {"producer": {"name": "modelopt"}, "quantization": stated}
+    (base / "hf_quant_config.json").write_text(json.dumps(about))
+    result = lt.dequantize(base, dtype="f32", output=tmp_path / "plain")
+    assert {tensor.name for tensor in result.tensors} == {f"{CHANGED}.weight", "lm_head.weight"}
+    assert not (tmp_path / "plain" / "hf_quant_config.json").exists()
+    lt.fuse(base, adapter, requantize=True, allow_lossy=True, output=tmp_path / "fused")
+    kept = (tmp_path / "fused" / "hf_quant_config.json").read_bytes()
+    assert kept == (base / "hf_quant_config.json").read_bytes()
+
+
+def test_no_scale_is_computed_anew_where_that_moves_the_weights(tmp_path, adapter):
+    """amax / 7.5 is not idempotent: fresh scales move a symmetric base by 7 % of itself."""
+    base, _, told = base_of("packed 4", tmp_path / "base")
+    change = lt.delta(lt.read(adapter), CHANGED)
+    tiny = 1e-6 * np.abs(values_of(base, told)).mean() / np.abs(change).mean()
+    lt.fuse(base, {adapter: tiny}, requantize=True, allow_lossy=True, output=tmp_path / "fused")
+    assert raw(tmp_path / "fused") == raw(base)
+
+
+@pytest.mark.parametrize("packing", ["auto_round:auto_gptq", "auto_round", "auto_round:gptqmodel"])
+def test_auto_round_in_the_form_of_gptq(packing, tmp_path, adapter):
+    """Zeros are stored less one in one of its forms, as they are in the others; both go back."""
+    base, _, told = base_of("GPTQ 4", tmp_path / "base")
+    said = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32}
+    set_config(base, **said)
+    told = {"stated": said}
+    before = values_of(base, told)
+    plain = values_of(base, {"stated": {"quant_method": "gptq"}})
+    assert np.array_equal(before, plain) == (packing == "auto_round:auto_gptq")
+    change = lt.delta(lt.read(adapter), CHANGED)
+    weight = 0.3 * np.abs(before).mean() / np.abs(change).mean()
+    result = lt.fuse(
+        base, {adapter: weight}, requantize=True, allow_lossy=True, output=tmp_path / "fused"
+    )
+    moved = values_of(tmp_path / "fused", told) - before
+    share = np.vdot(moved, weight * change) / np.vdot(weight * change, weight * change)
+    assert result.surviving == pytest.approx(share, abs=1e-4)
+
+
+def test_auto_round_in_the_form_of_awq(tmp_path, adapter):
+    base, _, told = base_of("AWQ gemm", tmp_path / "base")
+    before = values_of(base, told)
+    set_config(base, quant_method="auto-round", packing_format="auto_round:auto_awq")
+    config = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}
+    np.testing.assert_array_equal(values_of(base, {"stated": config}), before)
+    assert lt.fuse(base, adapter, requantize=True).tensors
+
+
+@pytest.mark.parametrize("entry", ["rotation_config", "hadamard_config"])
+def test_auto_round_with_a_rotation_is_refused(entry, tmp_path, adapter):
+    base, _, _ = base_of("GPTQ 4", tmp_path / "base")
+    set_config(base, quant_method="auto-round", packing_format="auto_round", **{entry: {"a": 1}})
+    with pytest.raises(UnsupportedError, match="rotated"):
+        lt.fuse(base, adapter, requantize=True)
+
+
+def test_experts_of_gpt_oss_stay_where_only_attention_changes(tmp_path, adapter):
+    """No expert is decoded, and none changes a byte, with the format kept or not."""
+    experts = {
+        "model.layers.0.mlp.experts.down_proj_blocks": pairs(RNG.integers(0, 16, (2, 64, 2, 32))),
+        "model.layers.0.mlp.experts.down_proj_scales": np.full((2, 64, 2), 120, np.uint8),
+        f"{CHANGED}.weight": np.ones((64, 128), np.float32),
+    }
+    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    base = save(tmp_path / "base", experts, config)
+    for number, options in enumerate(({}, {"requantize": True})):
+        lt.fuse(base, adapter, output=tmp_path / f"fused{number}", **options)
+        before, after = raw(base), raw(tmp_path / f"fused{number}")
+        assert set(before) == set(after)
+        assert [key for key in before if before[key] != after[key]] == [f"{CHANGED}.weight"]
+        kept = (tmp_path / f"fused{number}" / "config.json").read_bytes()
+        assert kept == (base / "config.json").read_bytes()
+
+
+def test_experts_of_gpt_oss_as_their_parameter(tmp_path):
+    """The parameter is the transpose of what is stored, under a name of its own."""
+    name = "model.layers.0.mlp.experts.down_proj"
+    codes = RNG.integers(0, 16, (2, 64, 4, 32))
+    scales = RNG.integers(118, 124, (2, 64, 4)).astype(np.uint8)
+    base = save(
+        tmp_path / "base",
+        {f"{name}_blocks": pairs(codes), f"{name}_scales": scales},
+        {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+    )
+    told = {"stated": {"quant_method": "mxfp4"}}
+
+    def values(folder):
+        own = {
+            k: np.frombuffer(t.raw(), np.uint8).reshape(t.shape)
+            for k, t in read_checkpoint(folder).tensors.items()
+        }
+        return only(own, **told).tensor().load(np.float64)
+
+    before = values(base)
+    assert before.shape == (2, 128, 64)
+    lt.dequantize(base, dtype="f32", output=tmp_path / "plain")
+    plain = read_checkpoint(tmp_path / "plain").tensors
+    assert list(plain) == [name]
+    np.testing.assert_array_equal(plain[name].load(np.float64), before)
+
+
+def test_kept_weights_stay_quantised_beside_changed_ones(tmp_path, adapter):
+    """Without an option MLX's other modules keep every byte."""
+    base, _, _ = base_of("MLX 4", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization"] = {"bits": 4, "group_size": 64}
+    (base / "config.json").write_text(json.dumps(config))
+    lt.fuse(base, adapter, output=tmp_path / "fused")
+    before, after = raw(base), raw(tmp_path / "fused")
+    for leaf in ("weight", "scales", "biases"):
+        assert before[f"{KEPT}.{leaf}"] == after[f"{KEPT}.{leaf}"]
