@@ -119,7 +119,7 @@ class _Sums:
 
 def _opener(adapter: Adapter) -> ThinModules | LoratoolsError:
     try:
-        return ThinModules(adapter, None, "index", once=True)
+        return ThinModules(adapter, None, "index")
     except LoratoolsError as error:
         return error
 
