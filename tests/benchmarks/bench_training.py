@@ -40,11 +40,11 @@ alpha in proportion to √r instead of r, or with an optimizer that starts anew 
 Alpha equals the first rank's number, so that the scale is 1. All else is alike: torch's AdamW
 without decay, one curve of rates over the whole run (a tenth of warm-up, then a cosine), gradients
 clipped at 1, float32. Each method has the highest rate that did best for it with the first seed on
-one half of the held-out text. Losses are nats per token on the other half,
-mean ± standard deviation over seeds; *against direct* is the mean difference of the same seeds ±
-its standard deviation. A seed makes the first factors and the order of batches. CPU time is that of a run's own steps: a beginning that runs share
-is counted at rank 64 alone. The seeds that a row has are in it; where one rate was tried, or the
-best is the highest, a method may do better at another.
+one half of the held-out text. Losses are nats per token on the other half, mean ± standard
+deviation over seeds; *against direct* is the mean difference of the same seeds ± its standard
+deviation. A seed makes the first factors and the order of batches. CPU time is that of a run's own
+steps: a beginning that runs share is counted at rank 64 alone. The seeds that a row has are in it;
+where one rate was tried, or the best is the highest, a method may do better at another.
 """
 
 
