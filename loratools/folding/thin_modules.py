@@ -149,7 +149,7 @@ class ThinModules:
     def _of_factors(self, name: str, whole: ModuleChange, delta: LowRank) -> ThinModule:
         wide = "F64" in (delta.a.dtype.code, delta.b.dtype.code)
         thin = []
-        for b, a in loaded(delta):
+        for b, a in loaded(delta, narrow=True):
             if not (np.isfinite(b).all() and np.isfinite(a).all()):
                 raise NonFiniteError("factor holds NaN or infinite values", tensor=name)
             thin.append(Thin(b, a, delta.scale, use_gram=not wide))

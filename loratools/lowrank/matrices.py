@@ -15,13 +15,16 @@ from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError
 
 
-def loaded(delta: LowRank, dtype: type | None = None) -> Iterator[tuple[Array, Array]]:
-    """Yield (b, a) of each matrix of a delta: float32 unless they are stored as float64, or asked.
+def loaded(delta: LowRank, *, narrow: bool = False) -> Iterator[tuple[Array, Array]]:
+    """Yield (b, a) of each matrix of a delta in float64.
 
-    What computes in float64 widens blocks that stay in the cache, at each use: that takes less time
-    than the system takes to hand out memory for all of them once.
+    Args:
+        delta: the factors.
+        narrow: in float32, unless they are stored as float64, for what widens blocks that stay in
+            the cache at each use: that takes less time than the system takes to hand out memory for
+            all of them once. Do not compute with such arrays as they are.
     """
-    wide = dtype or (np.float64 if _is_float64(delta) else np.float32)
+    wide = np.float32 if narrow and not _is_float64(delta) else np.float64
     a, b = delta.a.load(wide), delta.b.load(wide)
     yield from zip(b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:]), strict=True)
 
@@ -34,7 +37,7 @@ def matrices(delta: LowRank, device: Device) -> list[Matrix]:
     """
     use_gram = not _is_float64(delta)
     with np.errstate(invalid="ignore", over="ignore"):
-        found = [Matrix(b, a, delta.scale, device, use_gram) for b, a in loaded(delta)]
+        found = [Matrix(b, a, delta.scale, device, use_gram) for b, a in loaded(delta, narrow=True)]
     _check_finite(delta, found)
     return found
 

@@ -169,7 +169,7 @@ def pairs_of(delta: ModuleChange) -> list[FactorPair]:
     """
     part = delta.require_factors()
     pairs = []
-    for b, a in loaded(part, np.float64):
+    for b, a in loaded(part):
         for values, tensor in ((a, part.a), (b, part.b)):
             if not (math.isfinite(values.sum()) or np.isfinite(values).all()):
                 raise AdapterError("factor holds NaN or infinite values", tensor=tensor.key)

@@ -113,7 +113,7 @@ def triplets_of(name: str, factors: LowRank, source: Path | None) -> list[Triple
     """
     wide = "F64" in (factors.a.dtype.code, factors.b.dtype.code)
     found = []
-    for b, a in loaded(factors):
+    for b, a in loaded(factors, narrow=True):
         if not (np.isfinite(b).all() and np.isfinite(a).all()):
             raise AdapterError("factor holds NaN or infinite values", path=source, tensor=name)
         thin = Thin(b, a, factors.scale, use_gram=not wide)
