@@ -181,6 +181,20 @@ def test_the_last_expert_that_is_adapted_may_not_be_the_last_of_the_model(how, a
     assert "--base BASE" in str(told.value.hint)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kept", ["gate", "up", "down", "gate down", "up down", "gate up"])
+def test_some_projections_alone(kept, target, tmp_path):
+    change = Change()
+    tensors, config = each(change, [(name, f"{name}_proj") for name in kept.split()])
+    folder = save(tmp_path / "a", (tensors, config))
+    model = base(tmp_path / "base", change, stacks=True)
+    lt.convert(folder, base=model, output=tmp_path / "b", **TARGETS[target])
+    found = read_deltas(read_adapter(tmp_path / "b"))
+    wanted = {k: d if k[0] in kept.split() else 0 * d for k, d in change.deltas().items()}
+    for key, delta in wanted.items():
+        np.testing.assert_array_equal(found.get(key, 0 * delta), delta)
+
+
 PROGRAMS = {
     ("vllm", "qwen3_moe"): f"{PREFIX}.0.gate_proj.lora_A.weight",
     ("vllm", "qwen3_5_moe"): f"{PREFIX}.base_layer.lora_A.weight",

@@ -227,9 +227,11 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
             )
         whole(one, experts.get(owner, 0))
         group = one
-        if "gate_up_proj" in one.single:
-            order, why = order_of(adapter, found.groups, base)
-            told += [finding for finding in why if finding not in told]
+        if one.single and set(one.single) <= {"gate_up_proj", "down_proj"}:  # read as parameters
+            order: Order | None = None
+            if "gate_up_proj" in one.single:
+                order, why = order_of(adapter, found.groups, base)
+                told += [finding for finding in why if finding not in told]
             stacks = stacked(one, order, experts[owner])
             group = Group(
                 owner, {c.layer.parameters[0].rpartition(".")[2]: c for c in stacks.values()}

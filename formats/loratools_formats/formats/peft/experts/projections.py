@@ -85,7 +85,7 @@ def _read(found: Plain, folder: Path) -> Plain:
             for parts in projections.values()
             for side in parts.values()
         )
-        is_joined = set(projections) <= set(JOINED)
+        is_joined = found.layout is None and set(projections) <= set(JOINED)  # not Tinker's
         for leaf, parts in projections.items():
             if is_joined:
                 nest = NESTED if leaf == JOINED[0] and JOINED[1] in projections else ""
