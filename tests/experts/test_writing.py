@@ -181,7 +181,7 @@ def test_the_last_expert_that_is_adapted_may_not_be_the_last_of_the_model(how, a
     assert "--base BASE" in str(told.value.hint)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "0.18"])
 @pytest.mark.parametrize("kept", ["gate", "up", "down", "gate down", "up down", "gate up"])
 def test_some_projections_alone(kept, target, tmp_path):
     change = Change()
