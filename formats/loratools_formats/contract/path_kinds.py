@@ -207,6 +207,7 @@ def _of_peft(path: Path, names: list[str]) -> Kind | None:
 
 
 def _of_inversion(path: Path, names: list[str]) -> Kind | None:
+    del path
     if not names or not set(names) <= {"emb_params", "clip_l", "clip_g", "t5xxl"}:
         return None
     return Kind(

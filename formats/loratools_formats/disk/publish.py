@@ -199,9 +199,9 @@ def _appeared(path: str | os.PathLike[str]) -> OutputExistsError:
 def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder; on success flush its files and rename it to `path`.
 
-    An empty folder may stand there. Another existing folder is exchanged with the new one in one step where the system can do that.
-    Elsewhere it is moved aside first, and a kill between the two renames leaves it beside the
-    destination under a name ending in `.old`, which is never removed automatically.
+    An empty folder may stand there. Any other is exchanged with the new one in one step where the
+    system can do that. Elsewhere it is moved aside first, and a kill between the two renames leaves
+    it beside the destination under a name ending in `.old`, which is never removed automatically.
 
     Raises:
         OutputExistsError: `path` is a file, or holds something and `overwrite` is false.
