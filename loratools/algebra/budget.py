@@ -92,8 +92,27 @@ def choose_ranks(
     ranks = {spectrum.name: rule.of_module(spectrum) for spectrum in spectra}
     for each in sets:
         if rule.uniform or any(ranks[s.name] != s.rank for s in each):
-            ranks |= dict.fromkeys((s.name for s in each), max(ranks[s.name] for s in each))
+            shared = max(ranks[s.name] for s in each)
+            if not rule.uniform:
+                _refuse_lower(each, rule, shared)
+            ranks |= dict.fromkeys((s.name for s in each), shared)
     return ranks
+
+
+def _refuse_lower(spectra: Sequence[Spectrum], rule: RankRule, rank: int) -> None:
+    """Refuse a pattern that gives a module less than the rank that it needs with others.
+
+    Raises:
+        OptionError: it does.
+    """
+    for spectrum in spectra:
+        asked = rule.override(spectrum.path)
+        if asked is not None and rule.served(min(asked, spectrum.rank)) < rank:
+            raise OptionError(
+                "modules that the file needs of one rank cannot have ranks of their own",
+                got=f"rank {asked} for {spectrum.name}, and {rank} for others",
+                hint="Let the pattern match all of them, or none",
+            )
 
 
 def _levels(spectra: Sequence[Spectrum], rule: RankRule) -> list[int]:

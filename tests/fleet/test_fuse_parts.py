@@ -45,7 +45,11 @@ def test_parts_in_any_order_make_the_bytes_of_one_run(base, single, tmp_path):
     assert contents(output) == single
     assert not list(output.parent.glob(".*"))
     whole = lt.fuse(base, [(LORA, 0.5), (RSLORA, 2.0)], output=tmp_path / "again")
-    assert last.to_dict() == whole.to_dict()
+    told = last.content()
+    lost = told.pop("lost_to_rounding")
+    again = whole.content()
+    assert lost == pytest.approx(again.pop("lost_to_rounding"), rel=1e-14)  # a sum in another order
+    assert told == again
 
 
 def test_a_part_that_is_there_is_not_written_again(base, tmp_path):
