@@ -76,11 +76,7 @@ def test_an_empty_folder_is_filled_and_keeps_its_permissions(tmp_path):
 
 def test_a_folder_that_is_empty_no_more_at_the_end_is_not_replaced(tmp_path):
     (tmp_path / "out").mkdir()
-    with (
-        pytest.raises(OutputExistsError, match="appeared"),
-        publish_folder(tmp_path / "out") as temporary,
-    ):
-        fill(temporary, NEW)
+    with pytest.raises(OutputExistsError, match="appeared"), publish_folder(tmp_path / "out"):
         fill(tmp_path / "out", {"mine": b"precious"})
     assert content(tmp_path / "out") == {"mine": b"precious"}
     assert os.listdir(tmp_path) == ["out"]

@@ -55,12 +55,12 @@ def check_target(
     target = resolved(path)
     if not target.parent.is_dir():
         raise OutputError("the folder to write into does not exist", path=target.parent)
-    if os.path.lexists(path) and not overwrite and not is_vacant(path):
+    reals = [Path(os.path.realpath(source)) for source in sources]
+    if os.path.lexists(path) and not overwrite and (target in reals or not is_vacant(path)):
         raise OutputExistsError(
             "output exists", path=path, hint="Pass `overwrite=True` to replace it"
         )
-    for source in sources:
-        real = Path(os.path.realpath(source))
+    for real in reals:
         if real != target and (target in real.parents or real in target.parents):
             raise OutputExistsError(
                 "the output lies inside the input or around it",

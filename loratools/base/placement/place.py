@@ -222,7 +222,7 @@ def unmatched(names: Names, missing: list[str], adapter: Adapter) -> AdapterErro
             f"is in llama.cpp's names, which the base {base} does not have",
             path=adapter.source,
             got=missing[0],
-            hint=f"Rename it: loratools convert {source} --to peft --base {base} -o renamed",
+            hint=f"Rename it: loratools convert --to peft -o renamed --base {base} {source}",
         )
     listed = []
     for name in missing[:_LISTED]:
