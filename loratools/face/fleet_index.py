@@ -134,7 +134,7 @@ def fleet_index(
     >>> import loratools as lt
     >>> found = lt.fleet_index(["examples/tiny-llama/lora", "examples/tiny-llama/rslora"])
     >>> found.adapters, round(found.standard_error, 2)
-    (2, 0.03)
+    (2, 0.04)
 
     Args:
         adapters: paths.
