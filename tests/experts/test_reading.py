@@ -288,7 +288,7 @@ def test_experts_of_gpt_oss_go_to_every_other_output(tmp_path):
 @pytest.mark.parametrize("stored", ["joined", "apart"])
 @pytest.mark.parametrize("inner", [4, 6, 8])
 def test_stacks_of_mlx_have_a_on_the_inputs_of_every_base(inner, stored, tmp_path):
-    """Gpt-oss is stored (E, in, out) by transformers and (E, out, in) by MLX; its down is square."""
+    """Transformers stores gpt-oss (E, in, out), MLX (E, out, in), and its down is square."""
     change = Change(inner=inner)
     names = ("gate", "up", "down")
     factors = {}
