@@ -65,8 +65,8 @@ class Calibrated:
         left, _ = self._weighted.factors(rank, randomised)
         sizes = np.linalg.norm(left, axis=0)
         left = left[:, sizes > 0.0] / sizes[sizes > 0.0]
-        if not left.shape[1]:
-            return np.zeros((len(self._b), rank)), np.zeros((rank, self._a.shape[1]))
+        if not left.shape[1]:  # no inputs, as of an expert that none reached: all serve them alike
+            return self._plain.factors(rank, randomised)
         left, _ = np.linalg.qr(left)
         right = self._scale * ((left.T @ self._b) @ self._a.astype(np.float64, copy=False))
         return Matrix(left, right, 1.0, self._device, use_gram=False).factors(rank)

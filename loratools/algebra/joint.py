@@ -122,6 +122,8 @@ class Joint:
             tolerance: fall of the error of a step, as a share of it, at which to stop.
         """
         rank = min(rank, *self.sizes)
+        if not rank:  # all matrices are zero
+            return self.principal(0)
         u, v = self._diagonal_start(rank)
         left, right, before = self._left, self._right, np.inf
         d = self._diagonals(u, v)
@@ -154,6 +156,8 @@ class Joint:
             if not kept > before + tolerance * (self.total - kept) + 4 * _EPS * self.total:
                 break
             before = kept
+        if not (u.shape[1] and v.shape[1]):
+            return u, v  # all matrices are zero
         cores = self._cores(u, v)
         stacked = cores.transpose(1, 0, 2).reshape(u.shape[1], -1)
         across = cores.transpose(2, 0, 1).reshape(v.shape[1], -1)

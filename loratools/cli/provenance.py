@@ -15,6 +15,7 @@ from loratools.cli.perform import report
 from loratools.face.provenance import ProvenanceResult, provenance
 from loratools.operations.provenance import ChainInput, ChainStep
 from loratools.work.declared import option
+from loratools.work.digests_of import shown
 from loratools.work.requests import Reporting
 from loratools_formats.disk.errors import printable
 
@@ -111,9 +112,8 @@ def _files(several: list[ChainInput], whole: bool) -> str:
 def _file(each: ChainInput, whole: bool) -> str:
     # The step below tells of a file that was made; an original has nothing but its digest.
     is_told = each.step is not None and not whole
-    digest = "" if is_told else next(iter(each.digest.values()), "")
-    shown = digest if whole else digest[:_SHOWN]
-    kind = "header " if "headerSha256" in each.digest else ""
+    kind, digest = ("", "") if is_told else shown(each.digest)
+    digest = digest if whole else digest[:_SHOWN]
     where = f" from {each.reference}" if each.reference else ""
     name = f"{each.given}/{each.name}" if each.given not in (None, each.name) else each.name
-    return printable(f"{name}{f' {kind}{shown}' if shown else ''}{where}", 400)
+    return printable(f"{name}{f' {kind}{digest}' if digest else ''}{where}", 400)

@@ -196,7 +196,7 @@ class Resizer:
             AdapterError: values do not fit the stored type.
         """
         scale = self._scale(like, rank)
-        root = math.sqrt(scale)
+        root, sign = math.sqrt(abs(scale)), math.copysign(1.0, scale)  # a live model's may be < 0
         b_type, a_type = self.options.stored(like.b), self.options.stored(like.a)
         pairs = []
         squared_error = energy = 0.0
@@ -204,7 +204,7 @@ class Resizer:
             b, a = matrix.factors(rank, self._randomised(f"{name}#{index}"))
             energy += float(np.einsum("ij,ij->j", b, b) @ np.einsum("ij,ij->i", a, a))
             if scale != 1.0:
-                b, a = b / root, a / root
+                b, a = b / (sign * root), a / root
             b, b_back = rounded(b, b_type, like.b.key)
             a, a_back = rounded(a, a_type, like.a.key)
             scaled = b_back if scale == 1.0 else b_back * scale

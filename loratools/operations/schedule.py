@@ -92,7 +92,17 @@ class SqueezeSchedule:
         Args:
             ranks: of each stage.
             steps: of all stages together.
+
+        Raises:
+            OptionError: fewer steps than stages.
         """
+        if steps < len(ranks):
+            raise OptionError(
+                f"too few steps for {len(ranks)} stages",
+                got=steps,
+                expected=f"at least {len(ranks)}",
+                hint="Give more `steps`, or fewer `stages`",
+            )
         share, rest = divmod(steps, max(len(ranks), 1))
         given = tuple(share + (place >= len(ranks) - rest) for place in range(len(ranks)))
         return cls(tuple(ranks), given)

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratools.face.declare import Declaration
 from loratools.hub.references import is_explicit
+from loratools.work.digests_of import shown
 from loratools_formats.disk.errors import AdapterError, UncheckedError
 
 
@@ -83,8 +84,8 @@ class RecordedInput:
         """Return what to look for, for messages."""
         if not self.files:
             return self.name
-        digest = next(iter(self.files[0].digest.values()), "an unknown digest")
-        kind = "a header with " if "headerSha256" in self.files[0].digest else ""
+        of, digest = shown(self.files[0].digest)
+        kind, digest = "a header with " if of else "", digest or "an unknown digest"
         return f"{self.name}, whose {self.files[0].name} has {kind}sha256 {digest}"
 
 

@@ -18,7 +18,7 @@ from loratools.pipeline.inputs import Finder
 from loratools.pipeline.recorded import RecordedCall, RecordedInput
 from loratools.work.declared import option
 from loratools.work.environment import differences, environment
-from loratools.work.history import tells_how, unfolded
+from loratools.work.history import about, tells_how, unfolded
 from loratools_formats.contract.files import check_target
 from loratools_formats.disk.errors import AdapterError, UncheckedError
 from loratools_formats.disk.temporaries import temporary_folder
@@ -191,8 +191,7 @@ class _Replay:
             return value.reference  # names these bytes for ever
         weights = [one.digest for one in value.files if tells_how(one.name)]
         for statement in self._earlier:
-            subjects = [one.get("digest") for one in statement["subject"]]
-            if weights and all(digest in subjects for digest in weights):
+            if weights and all(about(statement, digest) is not None for digest in weights):
                 return self.output(statement, value.name, None)
         raise UncheckedError(
             f"the input {name} is not where it was, and is not given",

@@ -223,6 +223,8 @@ def _obstacle(layer: LiveLayer) -> str | None:
         return f"is of the variant {name}"
     if adapter in module.merged_adapters:
         return "is merged"
+    if not layer.alpha:
+        return "has alpha 0, with which it changes nothing"
     if layer.b.shape[1] != layer.rank:
         return "is a convolution in groups"
     if layer.a.dtype not in _TYPES or type(layer.a) is not torch.nn.Parameter:

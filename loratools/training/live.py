@@ -32,6 +32,7 @@ from loratools_formats.disk.errors import AdapterError, OptionError
 
 AlphaPolicy = Literal["keep-scale", "sqrt"]
 _ZERO = 8 * 2.0**-24  # of the largest singular value: what float32 factors cannot tell from zero
+_SUMS = 8 * 2.0**-52  # rounding of sums of products, of the factors' squared norms
 _SLACK = 1e-6  # of the change, besides the rounding of its type
 
 
@@ -224,10 +225,17 @@ def _check_live(
     a, b, new_a, new_b = (wide(factor) for factor in (*pair, layer.a, layer.b))
     new_scale = layer.module.scaling[layer.adapter]
     lefts, rights = torch.cat([scale * b, -new_scale * new_b], 1), torch.cat([a, new_a])
-    squared = float(((lefts.T @ lefts) * (rights @ rights.T)).sum())
+    gram_b, gram_a = lefts.T @ lefts, rights @ rights.T
+    squared = float((gram_b * gram_a).sum())
     whole = scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
-    error = math.sqrt(max(squared, 0.0) / whole) if whole > 0.0 else float(squared > 0.0)
-    if not abs(error - report.relative_error) <= _slack(layer.a.dtype):
+    noise = _SUMS * float(gram_b.trace() * gram_a.trace())  # of both, as factors may cancel
+    if whole > noise:
+        error = math.sqrt(max(squared, 0.0) / whole)
+        slack = _slack(layer.a.dtype) + math.sqrt(noise / whole)
+        is_same = abs(error - report.relative_error) <= slack
+    else:  # factors that cancel: what is left of the change is rounding
+        error, is_same = math.sqrt(max(squared, 0.0)), squared <= noise
+    if not is_same:
         raise AdapterError(
             "the squeezed layer does not make the truncated change",
             tensor=layer.name,

@@ -105,6 +105,7 @@ def collect_stats(
         for handle in handles:
             handle.remove()
         model.train(was_training)
+    sums = {name: total for name, total in sums.items() if counts[name]}
     if not sums:
         raise OptionError("no batch reached a layer", expected="at least one")
     moments = {name: sums[name].cpu().numpy().astype(np.float32) for name in layers if name in sums}

@@ -16,14 +16,27 @@ def digest_like(path: Path, known: Mapping[str, str]) -> dict[str, str] | None:
         MissingFileError: no such file.
         AdapterError: it is no file, or not of the kind that has such a digest.
     """
-    if set(known) == {"sha256"}:
-        return {"sha256": sha256_of(path)}
-    if set(known) == {"headerSha256", "bytes"}:
-        from loratools_formats.containers.gguf.container import is_gguf
-        from loratools_formats.containers.gguf.splits import read_model
+    found = {"sha256": sha256_of(path)} if "sha256" in known else {}
+    if known.keys() >= _OF_HEADER:
+        found |= _of_header(path)
+    return found if found and found.keys() == known.keys() else None
 
-        if not is_gguf(path):
-            return header_digest(read_safetensors(path))
-        part = read_model(path).parts[0]
-        return start_digest(path, part.data_start)
-    return None
+
+_OF_HEADER = {"headerSha256", "bytes"}
+
+
+def _of_header(path: Path) -> dict[str, str]:
+    from loratools_formats.containers.gguf.container import is_gguf
+    from loratools_formats.containers.gguf.splits import read_model
+
+    if not is_gguf(path):
+        return header_digest(read_safetensors(path))
+    part = read_model(path).parts[0]
+    return start_digest(path, part.data_start)
+
+
+def shown(digest: Mapping[str, str]) -> tuple[str, str]:
+    """Return what a digest is of, `header ` or nothing, and the digest; empty if there is none."""
+    if "sha256" in digest:
+        return "", digest["sha256"]
+    return "header " if "headerSha256" in digest else "", digest.get("headerSha256", "")

@@ -77,7 +77,15 @@ def tells_how(name: str) -> bool:
 
 def about(statement: Mapping[str, Any], digest: Digest) -> Mapping[str, Any] | None:
     """Return the subject of a statement that has a digest, None if none has."""
-    return next((one for one in statement["subject"] if one.get("digest") == dict(digest)), None)
+    return next((one for one in statement["subject"] if agree(one.get("digest"), digest)), None)
+
+
+def agree(one: object, other: Digest) -> bool:
+    """Return whether two digests are of the same bytes, as far as both tell."""
+    if not isinstance(one, Mapping):
+        return False
+    common = one.keys() & other.keys()
+    return bool(common) and all(one[key] == other[key] for key in common)
 
 
 def unfolded(statement: Mapping[str, Any]) -> list[dict[str, Any]]:

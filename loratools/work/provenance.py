@@ -14,6 +14,7 @@ from loratools.work.environment import environment
 from loratools.work.history import history_of
 from loratools.work.weight_digests import weight_digests
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
+from loratools_formats.containers.safetensors_read import header_digest
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import LoratoolsError
@@ -29,7 +30,7 @@ class InputFile:
     Attributes:
         role: what it was for.
         path: where it lies.
-        digest: its sha256.
+        digest: its sha256; of weights of models that of the header beside it.
     """
 
     role: str
@@ -127,16 +128,26 @@ def _files_by_role(
         yield from adapter.other_inputs.items()
 
 
-def weight_files(role: str, files: Sequence[RegularFile]) -> Iterator[InputFile]:
-    """Yield the weight files of a model with digests of all their bytes."""
-    for file, digest in zip(files, weight_digests(files), strict=True):
-        yield InputFile(role, file.path, {"sha256": digest})
+def weight_files(
+    role: str, files: Sequence[tuple[RegularFile, Mapping[str, str]]]
+) -> Iterator[InputFile]:
+    """Yield the weight files of a model, with digests of all bytes that are on this machine.
+
+    Args:
+        role: of the model.
+        files: with the digest of the header, by which outputs of loratools are known too, and which
+            is all that can be told of a file on the Hub that was not fetched.
+    """
+    whole = iter(weight_digests([file for file, _ in files if file.is_here]))
+    for file, header in files:
+        digest = {"sha256": next(whole), **header} if file.is_here else header
+        yield InputFile(role, file.path, digest)
 
 
 def _of_checkpoint(role: str, checkpoint: Checkpoint | None) -> Iterator[InputFile]:
     if checkpoint is None:
         return
-    yield from weight_files(role, [shard.file for shard in checkpoint.files])
+    yield from weight_files(role, [(each.file, header_digest(each)) for each in checkpoint.files])
     config = checkpoint.path / CONFIG_FILE
     if checkpoint.is_folder and config.is_file():  # what is tied, and how weights are quantised
         yield InputFile(role, config, {"sha256": sha256_of(config)})

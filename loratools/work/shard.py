@@ -72,8 +72,13 @@ def shard_of_environment(environment: Mapping[str, str] = os.environ) -> Shard:
     Shard(index=2, count=4)
 
     Raises:
-        OptionError: an index without a size, or one that cannot be.
+        OptionError: an index without a size, one that cannot be, or indices of both.
     """
+    if environment.get("SLURM_ARRAY_TASK_ID") and environment.get("JOB_COMPLETION_INDEX"):
+        raise OptionError(
+            "SLURM_ARRAY_TASK_ID and JOB_COMPLETION_INDEX are both set",
+            hint="Unset one, or pass `shard=I/N`",
+        )
     if environment.get("SLURM_ARRAY_TASK_ID"):
         number = _number(environment, "SLURM_ARRAY_TASK_ID", None)
         count = _number(environment, "SLURM_ARRAY_TASK_COUNT", None)

@@ -218,6 +218,47 @@ def test_outputs_inside_the_inputs_are_no_inputs(adapters, tmp_path):
         assert found.total == 6
 
 
+def test_outputs_do_not_change_the_names_of_inputs_below_the_same_folder(adapters, tmp_path):
+    shutil.copytree(tmp_path / "adapters", tmp_path / "in" / "deep" / "deeper")
+    found = [squeeze(tmp_path, sources="in", output="in/small") for _ in range(2)]
+    assert [(one.made, one.done) for one in found] == [(6, 0), (0, 6)]
+
+
+def test_inputs_in_the_folder_of_outputs_are_not_left_out_silently(adapters, tmp_path):
+    squeeze(tmp_path)
+    made = [str(path) for path in sorted((tmp_path / "out").iterdir()) if path.is_dir()]
+    for given in (made[0], [str(adapters[0]), made[1]], str(tmp_path / "out" / "*")):
+        with pytest.raises(OptionError, match="lies in the folder of outputs"):
+            lt.fleet("check", given, output=tmp_path / "out", workers=1)
+    with pytest.raises(OptionError, match="no adapters are given"):
+        lt.fleet("check", str(tmp_path / "out"), output=tmp_path / "out", workers=1)
+    # a shell's adapters/* names the outputs' folder, too, once it is there
+    given = [*map(str, adapters), str(tmp_path / "out")]
+    again = lt.fleet("squeeze", given, {"rank": 2}, output=tmp_path / "out", workers=1)
+    assert (again.total, again.done) == (6, 6)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_that_would_have_one_output_are_refused(tmp_path, overwrite):
+    lt.convert(LORA, to="gguf", base=MODEL, output=tmp_path / "lora.gguf")
+    given = [str(LORA), str(tmp_path / "lora.gguf")]
+    with pytest.raises(OptionError, match="same output"):
+        lt.fleet(
+            "convert", given, {"to": "peft"}, output=tmp_path / "o", workers=1, overwrite=overwrite
+        )
+    assert not (tmp_path / "o").exists()
+    found = lt.fleet("squeeze", given, {"rank": 2}, output=tmp_path / "o", workers=1)
+    assert (found.made, found.failed) == (2, 0)
+
+
+def test_outputs_in_one_another_are_refused(adapters, tmp_path):
+    below = shutil.copytree(adapters[1], adapters[0] / "checkpoints" / "a0000")
+    given = [str(adapters[0]), str(below)]
+    with pytest.raises(OptionError, match="lie in"):
+        lt.fleet("squeeze", given, {"rank": 2}, output=tmp_path / "o", workers=1, overwrite=True)
+    assert not (tmp_path / "o").exists()
+
+
 def test_names_that_clash_are_refused_before_any_work(adapters, tmp_path):
     given = [str(adapters[0]), str(shutil.copytree(adapters[0], tmp_path / "b" / "a0000"))]
     found = lt.fleet("squeeze", given, {"rank": 2}, output=tmp_path / "out", workers=1)

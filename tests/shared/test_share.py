@@ -588,3 +588,29 @@ def test_more_adapters_than_files_may_be_open_at_first(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert len(result.adapters) == 150
     assert result.relative_error < 1e-6
+
+
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.9}, {"budget": "300%"}])
+@pytest.mark.parametrize("cores", ["full", "diagonal", "principal"])
+def test_a_module_that_no_adapter_of_a_group_changes_stays_zero(cores, rule, tmp_path):
+    if cores == "diagonal" and "energy" in rule:
+        pytest.skip("no such rule")
+    paths = fleet(tmp_path, 3)
+    zero = next(iter(MODULES))
+    for path in paths[:2]:
+        file = path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors[f"{PREFIX}{zero}.lora_B.weight"] *= 0.0
+        save_file(tensors, file, metadata={"format": "pt"})
+    for given, groups in ((paths[:2], 1), (paths, 3)):
+        out = tmp_path / f"set-{groups}.safetensors"
+        result = lt.fleet_share(given, cores=cores, **rule, clusters=groups, output=out)
+        assert result.groups == groups
+        lt.fleet_unshare(out, all=True, output=tmp_path / f"out-{groups}")
+        for path, adapter in zip(given, result.adapters, strict=True):
+            folder = tmp_path / f"out-{groups}" / path.name
+            found, true = ([delta(one, name) for name in MODULES] for one in (folder, path))
+            error = sum(np.sum((x - y) ** 2) for x, y in zip(found, true, strict=True)) ** 0.5
+            norm = sum(np.sum(x**2) for x in true) ** 0.5
+            assert error / norm == pytest.approx(adapter.relative_error, rel=1e-5, abs=1e-6)
+            assert path == paths[-1] or not delta(folder, zero).any()

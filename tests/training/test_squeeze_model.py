@@ -217,3 +217,37 @@ def test_every_layer_of_a_transformer_is_found(tmp_path):
     done = squeeze_model(model, rank=2)
     assert set(done.ranks) == {module.name for module in file.modules}
     assert done.relative_error == pytest.approx(file.relative_error, rel=1e-5)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"alpha_pattern": {"up": 5}}])
+def test_a_negative_alpha_is_kept(tmp_path, config):
+    model = make(Linears, lora_alpha=-12, **config)
+    before = deltas(model)
+    model.save_pretrained(tmp_path / "saved")
+    squeezed = lt.squeeze(tmp_path / "saved", rank=3, output=tmp_path / "small")
+    done = squeeze_model(model, rank=3)
+    assert apart(deltas(model), before) == pytest.approx(squeezed.relative_error, rel=1e-5)
+    assert done.alphas["down"] < 0.0
+    again = PeftModel.from_pretrained(Linears(), tmp_path / "small")
+    assert apart(deltas(model), deltas(again)) <= rounding(model)
+
+
+def test_an_alpha_of_zero_is_refused():
+    model = make(Linears, lora_alpha=0)
+    with pytest.raises(UnsupportedError, match="alpha 0"):
+        squeeze_model(model, rank=3)
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-7, 1e-4])
+def test_factors_that_cancel_are_squeezed(left):
+    model = make(Linears)
+    up = model.base_model.model.up
+    with torch.no_grad():
+        a, b = up.lora_A["default"].weight, up.lora_B["default"].weight
+        a[4:], b[:, 4:] = a[:4], -b[:, :4]
+        b[:, 0] *= 1 + left
+    before = deltas(model)["up"]
+    done = squeeze_model(model, rank=3, include="up")
+    assert done.ranks["up"] == 3
+    size = float(a.norm() * b.norm())  # PEFT sums its products in float32
+    assert np.linalg.norm(deltas(model)["up"] - before) <= rounding(model) * size

@@ -88,6 +88,33 @@ def test_inputs_of_few_directions_need_no_more_ranks(linears, tmp_path):
     assert done.relative_error > 0.3
 
 
+def test_a_module_that_no_input_reached_keeps_its_best_factors(linears, tmp_path):
+    folder, _ = linears
+    moments = dict(load_file(folder / "gram.safetensors"))
+    moments["up.gram"] = np.zeros_like(moments["up.gram"])
+    save_file(moments, tmp_path / "stats", metadata={"format": "loratools-stats"})
+    done = lt.squeeze(folder / "lora", rank=3, include="up", stats=tmp_path / "stats")
+    plain = lt.squeeze(folder / "lora", rank=3, include="up")
+    assert done.calibrated_error == 0.0
+    assert done.relative_error == pytest.approx(plain.relative_error, rel=1e-6)
+    assert plain.relative_error < 0.9
+
+
+def test_layers_that_only_empty_inputs_reached_are_unseen():
+    model = make(Linears)
+    forward = model.base_model.model.forward
+
+    def routed(x):  # as experts do to which no token goes
+        model.base_model.model.up(x[:0])
+        return model.base_model.model.square(torch.zeros(1, 24))
+
+    model.base_model.model.forward = routed
+    done = collect_stats(model, [inputs(Linears)])
+    model.base_model.model.forward = forward
+    assert done.modules == ("square",)
+    assert done.unseen == ("up", "down")
+
+
 def test_full_rank_loses_nothing(linears):
     folder, _ = linears
     done = lt.squeeze(folder / "lora", rank=8, stats=folder / "gram.safetensors")

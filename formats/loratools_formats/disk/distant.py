@@ -42,8 +42,13 @@ class DistantFile(RegularFile):
         self.path = Path(path)
         self._start, self._nbytes, self._fetch = start, nbytes, fetch
         self._fetching = threading.Lock()
-        self._is_here = False
+        self._here = False
         self._part, self._parts_left = part, _MOST_PARTS
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it was fetched."""
+        return self._here
 
     @property
     def nbytes(self) -> int:
@@ -57,9 +62,9 @@ class DistantFile(RegularFile):
             AdapterError: the file ends earlier, or is not the one that was announced.
             LoratoolsError: it could not be fetched.
         """
-        if not self._is_here and offset + nbytes <= len(self._start):
+        if not self._here and offset + nbytes <= len(self._start):
             return self._start[offset : offset + nbytes]
-        if not self._is_here and self._part and self._parts_left and nbytes <= _LONGEST_PART:
+        if not self._here and self._part and self._parts_left and nbytes <= _LONGEST_PART:
             self._parts_left -= 1
             return self._part(offset, nbytes)
         self._bring()
@@ -77,18 +82,18 @@ class DistantFile(RegularFile):
 
     def check_unchanged(self) -> None:
         """Raise `AdapterError` if the file was written to since it was fetched."""
-        if self._is_here:
+        if self._here:
             super().check_unchanged()
 
     def _bring(self) -> None:
         with self._fetching:
-            if self._is_here:
+            if self._here:
                 return
             super().__init__(self._fetch())
             found = super().read_at(0, min(len(self._start), self._identity.nbytes))
             if self._identity.nbytes != self._nbytes or found != self._start:
                 raise AdapterError("the fetched file is not the one announced", path=self.path)
-            self._is_here = True
+            self._here = True
 
 
 def announce(path: str | os.PathLike[str], opener: Callable[[], RegularFile]) -> None:

@@ -79,6 +79,11 @@ class RegularFile:
         return self._identity
 
     @property
+    def is_here(self) -> bool:
+        """Whether its bytes are on this machine."""
+        return True
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes when the file was opened."""
         return self._identity.nbytes

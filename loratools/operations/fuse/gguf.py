@@ -207,7 +207,15 @@ class GgufFusion:
     def _record(self) -> dict[str, Any]:
         names = {f"adapter {i}": item.adapter for i, item in enumerate(self.inputs, 1)}
         weights = [item.weight for item in self.inputs]
-        parts = list(weight_files("base", [part.file for part in self.base.parts]))
+        parts = list(
+            weight_files(
+                "base",
+                [
+                    (part.file, start_digest(part.file.path, part.data_start))
+                    for part in self.base.parts
+                ],
+            )
+        )
         return operation_record(
             "fuse",
             names,

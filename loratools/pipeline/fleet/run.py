@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from loratools.face.declare import Progress, public
@@ -170,15 +170,35 @@ def plan(verb: str, sources: Sequence[str], settings: Mapping[str, Any], options
     if options.output is None and found.makes_file(checked) and not options.dry_run:
         raise OptionError("no output given", hint="Add `output=FOLDER`")
     store = None if options.output is None else store_of(options.output)
-    all_members = members(sources, found.want)
-    if isinstance(store, Folder):
-        inside = f"{os.path.realpath(store.path)}{os.sep}"
-        all_members = [
-            member
-            for member in all_members
-            if not os.path.realpath(member.source).startswith(inside)
-        ]
+    output = store.path if isinstance(store, Folder) else None
+    all_members = members(sources, found.want, output)
+    if store is not None:
+        _check_outputs(found, checked, all_members)
     return Plan(found, checked, options, store, all_members)
+
+
+def _check_outputs(verb: Verb, settings: Mapping[str, Any], all_members: Sequence[Member]) -> None:
+    """Raise `OptionError` if two of a fleet have one output, or an output lies in another."""
+    taken: dict[PurePosixPath, Member] = {}
+    for member in all_members:
+        output = PurePosixPath(verb.output_name(member.name, settings))
+        first = taken.setdefault(output, member)
+        if first is not member:
+            raise _clash("two of the fleet would have the same output", first, member)
+    for output, member in taken.items():
+        for folder in output.parents:
+            if folder in taken:
+                problem = "the output of one would lie in that of another"
+                raise _clash(problem, taken[folder], member)
+
+
+def _clash(problem: str, first: Member, second: Member) -> OptionError:
+    return OptionError(
+        problem,
+        got=f"{first.source}, {second.source}",
+        expected="an output for each",
+        hint="Run the fleet on each with another `output`",
+    )
 
 
 class Plan:

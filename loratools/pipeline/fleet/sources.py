@@ -38,8 +38,11 @@ class Member:
     source: str
 
 
-def members(texts: Sequence[str], want: Want) -> list[Member]:
+def members(texts: Sequence[str], want: Want, output: Path | None = None) -> list[Member]:
     """Return the members of a fleet, in the order of their names.
+
+    What lies in the folder of outputs is no member, or a run that is resumed would find, and name,
+    others than the first did.
 
     Args:
         texts: a path, a path with wildcards, a folder that holds some, a file with one of these on
@@ -47,11 +50,13 @@ def members(texts: Sequence[str], want: Want) -> list[Member]:
             `hf://organisation/*`, `hf://user/repo/*`, or any of these as an address such as
             s3://bucket/adapters/*.
         want: whether they are adapters or models.
+        output: the folder of outputs, if it is one here.
 
     Raises:
         AdapterError: wildcards match nothing.
         MissingFileError: nothing is there.
-        OptionError: nothing is given, or two members have the same name.
+        OptionError: nothing is given, a member that is given by its path lies in the folder of
+            outputs, or two members have the same name.
         HubError: the Hub cannot be asked.
     """
     paths: dict[Path, None] = {}
@@ -64,7 +69,7 @@ def members(texts: Sequence[str], want: Want) -> list[Member]:
             continue
         reference = None if os.path.lexists(text) else _reference(text, want)
         if reference is None:
-            paths |= dict.fromkeys(_local(text, want))
+            paths |= dict.fromkeys(_outside(output, text, _local(text, want)))
         elif glob.has_magic(str(reference)):
             references |= _on_the_hub(reference, want)
         else:
@@ -75,7 +80,8 @@ def members(texts: Sequence[str], want: Want) -> list[Member]:
     found += [Member(name, source) for source, name in references.items()]
     found += _distant(list(distant))
     if not found:
-        raise OptionError("no adapters are given")
+        expected = None if output is None else f"some that are not in {output}"
+        raise OptionError("no adapters are given", expected=expected)
     most, count = Counter(member.name for member in found).most_common(1)[0]
     if count > 1:
         alike = ", ".join(member.source for member in found if member.name == most)
@@ -120,6 +126,28 @@ def _local(text: str, want: Want) -> list[Path]:
         if not os.path.lexists(path):
             raise MissingFileError("no such file or folder", path=path)
     return found
+
+
+def _outside(output: Path | None, text: str, found: list[Path]) -> list[Path]:
+    """Return the paths that do not lie in the folder of outputs.
+
+    The folder itself may be given: a shell's wildcards match it once it is there.
+
+    Raises:
+        OptionError: what is given lies in it.
+    """
+    if output is None:
+        return found
+    folder = os.path.realpath(output)
+    inside = os.path.join(folder, "")
+    left = [path for path in found if not os.path.realpath(path).startswith(inside)]
+    if found and not left and os.path.realpath(text) != folder:
+        raise OptionError(
+            "what is given lies in the folder of outputs",
+            got=f"{text} in {output}",
+            hint="Give another `output`",
+        )
+    return left
 
 
 def _reference(text: str, want: Want) -> Reference | None:
