@@ -7,6 +7,7 @@ import pytest
 from expert_files import (
     APART,
     LAYOUTS,
+    OWNER,
     PREFIX,
     SHARED,
     Change,
@@ -23,6 +24,7 @@ from expert_files import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 import loratools as lt
 from loratools_formats import read_adapter
@@ -281,3 +283,46 @@ def test_experts_of_gpt_oss_go_to_every_other_output(tmp_path):
                     else:
                         found["down", e] = delta.T
         assert largest_error(found, wanted) <= ROUNDING, name
+
+
+@pytest.mark.parametrize("stored", ["joined", "apart"])
+@pytest.mark.parametrize("inner", [4, 6, 8])
+def test_stacks_of_mlx_have_a_on_the_inputs_of_every_base(inner, stored, tmp_path):
+    """Transformers stores gpt-oss (E, in, out), MLX (E, out, in), and its down is square."""
+    change = Change(inner=inner)
+    names = ("gate", "up", "down")
+    factors = {}
+    for name in names:
+        a, b = change.whole(name)
+        factors |= {f"{OWNER}.{name}_proj.lora_a": a, f"{OWNER}.{name}_proj.lora_b": b}
+    folder = tmp_path / "a"
+    folder.mkdir()
+    save_file({k: np.ascontiguousarray(v) for k, v in factors.items()},
+              folder / "adapters.safetensors")  # fmt: skip
+    parameters = {"rank": change.rank, "scale": change.scale, "dropout": 0.0}
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters})
+    )
+    size = {name: (3, 8, inner) if name == "down" else (3, inner, 8) for name in names}
+    model = tmp_path / "base"
+    model.mkdir()
+    zeros = {f"{OWNER}.{name}_proj.weight": np.zeros(size[name], np.float32) for name in names}
+    if stored == "joined":
+        zeros = {
+            f"{OWNER}.gate_up_proj": np.zeros((3, 8, 2 * inner), np.float32),
+            f"{OWNER}.down_proj": np.zeros((3, inner, 8), np.float32),
+        }
+    zeros |= {f"{name}.weight": np.zeros((4, 8), np.float32) for name in ("lm_head", "embed")}
+    save_file(zeros, model / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    lt.fuse(model, folder, output=tmp_path / "fused")
+    fused = load_file(tmp_path / "fused" / "model.safetensors")
+    if stored == "joined":
+        both = fused[f"{OWNER}.gate_up_proj"].transpose(0, 2, 1)
+        down = fused[f"{OWNER}.down_proj"].transpose(0, 2, 1)
+        found = {"gate": both[:, 0::2], "up": both[:, 1::2], "down": down}
+    else:
+        found = {name: fused[f"{OWNER}.{name}_proj.weight"] for name in names}
+    apart = {(name, e): found[name][e] for name in names for e in range(3)}
+    assert largest_error(apart, change.deltas()) <= ROUNDING

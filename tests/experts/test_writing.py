@@ -195,6 +195,28 @@ def test_some_projections_alone(kept, target, tmp_path):
         np.testing.assert_array_equal(found.get(key, 0 * delta), delta)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"experts": x} for x in ("stacked", "each", "3d")]
+    + [{"to": "tinker"}, {"for_": "vllm"}, {"for_": "sglang"}],
+)
+def test_gguf_in_every_layout(asked, tmp_path):
+    """Names of GGUF are those of no module; attention goes along."""
+    change = Change()
+    model = base(tmp_path / "base", change, stacks=False, head_dim=4)
+    tensors, config = each(change)
+    attention = "base_model.model.model.layers.0.self_attn.o_proj"
+    tensors |= pair(attention, np.ones((2, 8), np.float32), np.ones((8, 2), np.float32))
+    config["target_modules"].append("o_proj")
+    folder = save(tmp_path / "a", (tensors, config))
+    lt.convert(folder, base=model, to="gguf", output=tmp_path / "a.gguf")
+    lt.convert(tmp_path / "a.gguf", base=model, output=tmp_path / "b", **{"to": "peft"} | asked)
+    assert f"{attention}.lora_A.weight" in keys(tmp_path / "b")
+    assert largest_error(read_deltas(read_adapter(tmp_path / "b")), change.deltas()) == 0.0
+    if "vllm" in asked.values():
+        assert f"{PREFIX}.0.gate_proj.lora_A.weight" in keys(tmp_path / "b")
+
+
 PROGRAMS = {
     ("vllm", "qwen3_moe"): f"{PREFIX}.0.gate_proj.lora_A.weight",
     ("vllm", "qwen3_5_moe"): f"{PREFIX}.base_layer.lora_A.weight",

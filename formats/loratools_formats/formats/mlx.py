@@ -20,7 +20,7 @@ from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.disk.distant import is_there
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+    from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
     from loratools_formats.core.tensors import TensorRef
     from loratools_formats.disk.files import RegularFile
 
@@ -128,13 +128,20 @@ def _factors(path: str, a: TensorRef, b: TensorRef, scale: float) -> LowRank:
         kind: Any = "embedding" if is_embedding(path) else "linear"
         return LowRank(a.transposed((1, 0)), b.transposed((1, 0)), scale, Layer(kind))
     if dims == (3, 3):
-        return LowRank(a, b, scale, Layer("experts", parameters=(f"{path}.weight",)))
+        return LowRank(a, b, scale, _of_experts(path))
     if dims == (2, 3) and a.shape[0] == b.shape[0] * b.shape[2]:
         stacked = a.reshaped((b.shape[0], b.shape[2], a.shape[1]))
-        return LowRank(stacked, b, scale, Layer("experts", parameters=(f"{path}.weight",)))
+        return LowRank(stacked, b, scale, _of_experts(path))
     raise AdapterError(
         "factors do not fit together", tensor=a.key, got=f"{list(a.shape)} and {list(b.shape)}"
     )
+
+
+def _of_experts(path: str) -> Layer:
+    """Return what MLX's stacks are: A is on the inputs, however a base stores the weights."""
+    from loratools_formats.core.adapter import Layer
+
+    return Layer("experts", parameters=(f"{path}.weight",), swapped=False)
 
 
 def _targets(modules: Mapping[str, ModuleChange]) -> list[str]:

@@ -109,6 +109,9 @@ def stack_is_transposed(names: Names, parameter: str) -> bool | None:
         turned = (columns, rows) == (2 * other_rows, other_columns)
         if straight != turned:
             return turned
+    owner = parameter.removesuffix(".weight").rpartition(".")[0]
+    if any(names.find(f"{owner}.gate_proj{end}") is not None for end in ("", ".weight")):
+        return False  # gate and up apart, as MLX stacks them, for every architecture
     if names.find(parameter) is None:  # experts one by one, which transformers stacks as they lie
         return False
     types = set(names.types_of(parameter))

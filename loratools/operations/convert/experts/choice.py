@@ -67,7 +67,7 @@ def layout_for(
 
 
 def _is_of_experts(name: str) -> bool:
-    return ".experts" in f".{name}" or "switch_mlp" in name
+    return ".experts" in f".{name}" or "switch_mlp" in name or name.endswith("_exps")
 
 
 def format_of(program: str) -> str:

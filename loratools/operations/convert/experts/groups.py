@@ -84,9 +84,13 @@ def sorted_experts(adapter: Adapter, base: Checkpoint | None) -> Sorted:
             and change.layer.parameters
         ):
             owner = _owner(path)
-            leaf = _parameter(adapter, path, change).rpartition(".")[2]
+            parameter = _parameter(adapter, path, change)
+            part = change.require_factors()
+            layer = replace(part.layer, parameters=(parameter,))
+            told = change.with_direction(replace(part, layer=layer))
             group = found.groups.setdefault(owner, Group(owner))
-            group.stacks[leaf] = _straight(adapter, path, change, names)
+            leaf = parameter.rpartition(".")[2]
+            group.stacks[leaf] = _straight(adapter, path, told, names)
         elif single is not None and change.factors is not None and not change.is_dora:
             group = found.groups.setdefault(single["owner"], Group(single["owner"]))
             leaf = _OF_MIXTRAL.get(single["leaf"], single["leaf"])
@@ -119,6 +123,12 @@ def _owner(path: str) -> str:
 
 
 def _parameter(adapter: Adapter, path: str, change: ModuleChange) -> str:
+    leaves = {each.rpartition(".")[2]: each for each in change.layer.parameters}
+    is_inner = path.endswith(_NESTED)
+    if leaves.keys() == {"gate_up_proj", "down_proj"} and (
+        is_inner or f"{path}{_NESTED}" in adapter.modules
+    ):
+        return leaves["gate_up_proj" if is_inner else "down_proj"]  # declared first is innermost
     if len(change.layer.parameters) > 1:
         raise UnsupportedError(
             "the file does not say which parameter of the experts this is",

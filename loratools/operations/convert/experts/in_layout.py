@@ -68,6 +68,8 @@ def in_layout(
         return in_names(_one_by_one(adapter) if target == "gguf" else adapter), wanted, ()
     if wanted.layout in _APART:
         single = _from_switch(adapter) if adapter.format == "mlx" else adapter
+        if adapter.format == "gguf":  # whose names are those of no module
+            single = in_names(adapter)
         model, told = _laid(single, wanted, checkpoint)
         return model, wanted, told
     model, told = _laid(in_names(adapter), wanted, checkpoint)
