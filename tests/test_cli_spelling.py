@@ -69,7 +69,8 @@ def test_a_flag_means_one_thing_in_all_commands():
     varied = {flag: seen for flag, seen in by_flag.items() if len(seen) > 1}
     # KEY=VALUE is of the input, of a method, or of the output. quantize takes several patterns.
     # to-lora keeps whole what is not of low rank; compare measures whole changes, not a sample.
-    assert set(varied) <= {"--set", "--exclude", "--exact"}
+    # convert says how an output stores experts, quantize that they are quantised, too.
+    assert set(varied) <= {"--set", "--exclude", "--exact", "--experts"}
 
 
 SHOWING = {"info", "formats", "fleet", "methods", "plan-squeeze", "provenance", "rule"}

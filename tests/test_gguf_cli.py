@@ -130,7 +130,7 @@ def test_a_model_is_no_adapter(model):
     done = loratools("info", model)
     assert done.returncode == 2
     assert "not a LoRA adapter" in done.stderr
-    assert "`loratools fuse`" in done.stderr
+    assert f"or: loratools fuse {model} ADAPTER -o fused.gguf" in done.stderr
 
 
 def test_an_existing_output_is_kept(files, tmp_path):

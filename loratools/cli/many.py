@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,13 @@ from loratools.cli.progress import progress_bar
 from loratools.work.collection import adapters_in, outputs_below
 from loratools.work.declared import option
 from loratools.work.requests import Reporting, Writing
-from loratools_formats.disk.errors import InexactError, LoratoolsError, OptionError
+from loratools_formats.disk.errors import (
+    InexactError,
+    LoratoolsError,
+    OptionError,
+    UnknownFormatError,
+)
+from loratools_formats.disk.publish import is_vacant
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,10 @@ def one_or_many(*names: str) -> shared.Decorator:
                     hint="Add `out_dir=DIR` to take each of them as an adapter",
                 )
             found = shared.placed(writing, adapter, places)
-            return function(adapter=adapter, writing=found, **given)
+            try:
+                return function(adapter=adapter, writing=found, **given)
+            except UnknownFormatError as error:
+                raise _of_several(adapter, found, error) from error
 
         taken = shared.takes(Several, into="several")(command)
         written = shared.takes(Writing, "output", "overwrite", "dry_run", *names, into="writing")
@@ -95,6 +105,27 @@ def one_or_many(*names: str) -> shared.Decorator:
         return argument(written(taken))
 
     return decorate
+
+
+def _of_several(path: Path, writing: Writing, error: UnknownFormatError) -> UnknownFormatError:
+    """Return the error of a folder that was given as an adapter, where it holds several."""
+    from loratools_formats.contract.path_kinds import kind_of
+
+    inner = adapters_in([path]) if path.is_dir() and kind_of(path) is None else []
+    if inner in ([], [path]):
+        return error
+    first = shlex.quote(str(inner[0]))
+    place = "DIR" if writing.output is None else shlex.quote(str(writing.output))
+    found = UnknownFormatError(
+        f"is a folder that holds {quantity(len(inner), 'adapter')}",
+        path=path,
+        hint=f"Name it: {first}"
+        if len(inner) == 1
+        else f"Take all of them with `out_dir={place}` in place of `output`, or name one, such as "
+        f"{first}",
+    )
+    found.ran = error.ran
+    return found
 
 
 def _each(
@@ -108,7 +139,11 @@ def _each(
     failed: dict[Path, _Failure] = {}
     wanted = outputs
     if several.skip_existing:
-        wanted = {path: output for path, output in outputs.items() if not os.path.lexists(output)}
+        wanted = {
+            path: output
+            for path, output in outputs.items()
+            if not os.path.lexists(output) or is_vacant(output)
+        }
     with progress_bar("adapters", quiet=reporting.quiet, unit="adapter") as progress:
         for done, (path, output) in enumerate(wanted.items(), 1):
             result, failed_as = _one(function, path, replace(writing, output=output), several)

@@ -133,8 +133,8 @@ def fleet_index(
 
     >>> import loratools as lt
     >>> found = lt.fleet_index(["examples/tiny-llama/lora", "examples/tiny-llama/rslora"])
-    >>> found.adapters, round(found.standard_error, 2)
-    (2, 0.03)
+    >>> found.adapters, found.standard_error < 0.05
+    (2, True)
 
     Args:
         adapters: paths.

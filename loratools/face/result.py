@@ -185,19 +185,20 @@ def _check_name(output: Path, format_name: str) -> None:
             continue
         if any(output.name.lower().endswith(suffix) for suffix in other.suffixes):
             folder = shlex.quote(str(output.with_suffix("")))
-            file = f"loratools convert {folder} -o {shlex.quote(str(output))}"
             raise OptionError(
                 f"format {format_name} is a folder, and the output is named as a file",
                 got=str(output),
-                hint=f"Pass `output={folder}`, and make the file of it: {file} {_target(output)}",
+                hint=f"Pass `output={folder}`, and make the file of it: "
+                f"{_conversion(folder, output)}",
             )
 
 
-def _target(output: Path) -> str:
-    """Return the options of `convert` for an output that is named as a file."""
+def _conversion(folder: str, output: Path) -> str:
+    """Return the command that makes a folder the file that an output is named as."""
+    file = shlex.quote(str(output))
     if output.suffix.lower() == ".gguf":
-        return "--to gguf --base MODEL"
-    return "--to safetensors"
+        return f"loratools convert --to gguf --base MODEL {folder} -o {file}"
+    return f"loratools convert --to safetensors {folder} -o {file}"
 
 
 def check_error(result: Any, limit: float | None) -> None:

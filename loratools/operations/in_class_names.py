@@ -96,7 +96,7 @@ def _by_weight(names: Names, adapter: Adapter) -> dict[str, ModuleChange]:
         for key, placement in placed:
             found.setdefault(key, []).append((placement, change))
     if missing:
-        raise unmatched(names, missing)
+        raise unmatched(names, missing, adapter)
     return {key: _whole(names, adapter, key, members) for key, members in found.items()}
 
 

@@ -56,6 +56,30 @@ def test_a_factor_of_all_experts_is_each_experts(layout, tmp_path):
     assert "share" in adapter.expert_layout.described or layout == "Tinker"
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [
+        ("Tinker", "w2"),
+        ("Tinker", "experts.w2"),
+        ("Tinker", r"model\.layers\.\d+\.mlp\.experts\.w2"),
+        ("3-D, apart", "down_proj"),
+        ("3-D, apart", "mlp.experts.down_proj"),
+        ("3-D", "mlp.experts.down_proj"),
+        ("3-D pairs", "mlp.experts.down_proj"),
+        ("one by one", r".*\.experts\.\d+\.down_proj"),
+        ("one by one, w1 w3 w2", "w2"),
+    ],
+)
+def test_an_alpha_of_its_own_is_found_by_the_names_of_the_file(layout, key, rslora, tmp_path):
+    change = Change(rslora=rslora)
+    tensors, config = LAYOUTS[layout](change)
+    config = {**config, "alpha_pattern": {key: 4 * change.alpha}}
+    adapter = read_adapter(save(tmp_path / "a", (tensors, config)))
+    wanted = {k: d * 4 if k[0] == "down" else d for k, d in change.deltas().items()}
+    assert largest_error(read_deltas(adapter), wanted) <= 2.0**-51
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     layout=st.sampled_from([*LAYOUTS, "mixed"]),

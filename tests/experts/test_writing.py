@@ -124,12 +124,75 @@ def test_the_base_is_asked_for_only_where_it_must_tell(tmp_path):
         lt.convert(folder, experts="each", output=tmp_path / "no")
     assert "--base BASE" in str(told.value.hint)
     narrow = Change()
-    folder = save(tmp_path / "narrow", stacked(narrow, peft_version="0.21.2"))
-    result = lt.convert(folder, experts="each", output=tmp_path / "each")
+    tensors, config = stacked(narrow, peft_version="0.21.2")
+    config["base_model_name_or_path"] = "Qwen/Qwen3-30B-A3B"
+    result = lt.convert(
+        save(tmp_path / "narrow", (tensors, config)), experts="each", output=tmp_path / "each"
+    )
     assert "expert-halves-assumed" in {finding.code for finding in result.findings}
     assert largest_error(read_deltas(read_adapter(tmp_path / "each")), narrow.deltas()) == 0.0
     lt.convert(save(tmp_path / "x", stacked(wide)), experts="3d", output=tmp_path / "3d")
     assert largest_error(read_deltas(read_adapter(tmp_path / "3d")), wide.deltas()) == 0.0
+
+
+@pytest.mark.parametrize("name", [None, "out/merged", "acme/tiny-moe", "Qwen3-30B-gpt-oss-distill"])
+@pytest.mark.parametrize("layout", ["stacked", "each"])
+def test_sizes_do_not_tell_how_gate_and_up_are_joined(name, layout, tmp_path):
+    """A small model of gpt-oss's class has experts of any width, and joins the two by turns."""
+    write = {"stacked": each, "each": stacked}[layout]
+    tensors, config = write(Change())
+    config["base_model_name_or_path"] = name
+    folder = save(tmp_path / "a", (tensors, config))
+    with pytest.raises(UnsupportedError, match="halves or alternating") as told:
+        lt.convert(folder, experts=layout, output=tmp_path / "b")
+    assert "--base BASE" in str(told.value.hint)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "trl-internal-testing/tiny-gptoss"])
+def test_a_base_named_gpt_oss_joins_by_turns(name, tmp_path):
+    change = Change()
+    tensors, config = stacked(change)
+    config["base_model_name_or_path"] = name
+    lt.convert(save(tmp_path / "a", (tensors, config)), experts="each", output=tmp_path / "b")
+    found, wanted = read_deltas(read_adapter(tmp_path / "b")), change.deltas()
+    both = np.concatenate([wanted["gate", 1], wanted["up", 1]])
+    np.testing.assert_array_equal(found["gate", 1], both[0::2])
+    np.testing.assert_array_equal(found["up", 1], both[1::2])
+
+
+@pytest.mark.parametrize("asked", [{"experts": "stacked"}, {"experts": "3d"}, {"to": "tinker"}])
+@pytest.mark.parametrize("how", ["another layer has more", "chosen by a pattern", "by full names"])
+def test_the_last_expert_that_is_adapted_may_not_be_the_last_of_the_model(how, asked, tmp_path):
+    tensors, config = each(Change())
+    config["base_model_name_or_path"] = "Qwen/Qwen3-30B-A3B"
+    if how == "another layer has more":
+        some = {k: v for k, v in tensors.items() if ".2." not in k.partition("experts")[2]}
+        tensors |= {name.replace("layers.0.", "layers.1."): v for name, v in some.items()}
+    elif how == "chosen by a pattern":
+        config["target_modules"] = r".*\.experts\.[012]\.(gate|up|down)_proj"
+    else:
+        config["target_modules"] = sorted(
+            {k.removeprefix("base_model.model.").partition(".lora_")[0] for k in tensors}
+        )
+    folder = save(tmp_path / "a", (tensors, config))
+    with pytest.raises(UnsupportedError, match="how many experts the layer has") as told:
+        lt.convert(folder, output=tmp_path / "b", **asked)
+    assert "--base BASE" in str(told.value.hint)
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "0.18"])
+@pytest.mark.parametrize("kept", ["gate", "up", "down", "gate down", "up down", "gate up"])
+def test_some_projections_alone(kept, target, tmp_path):
+    change = Change()
+    tensors, config = each(change, [(name, f"{name}_proj") for name in kept.split()])
+    folder = save(tmp_path / "a", (tensors, config))
+    model = base(tmp_path / "base", change, stacks=True)
+    lt.convert(folder, base=model, output=tmp_path / "b", **TARGETS[target])
+    found = read_deltas(read_adapter(tmp_path / "b"))
+    wanted = {k: d if k[0] in kept.split() else 0 * d for k, d in change.deltas().items()}
+    for key, delta in wanted.items():
+        np.testing.assert_array_equal(found.get(key, 0 * delta), delta)
 
 
 PROGRAMS = {

@@ -65,6 +65,37 @@ def test_replaced_folder(swap, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="permissions of folders")
+def test_an_empty_folder_is_filled_and_keeps_its_permissions(tmp_path):
+    (tmp_path / "out").mkdir(mode=0o750)
+    write_folder(tmp_path / "out")
+    assert content(tmp_path / "out") == NEW
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_that_is_empty_no_more_at_the_end_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputExistsError, match="appeared"), publish_folder(tmp_path / "out"):
+        fill(tmp_path / "out", {"mine": b"precious"})
+    assert content(tmp_path / "out") == {"mine": b"precious"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_the_current_folder_is_not_taken_though_it_is_empty(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(OutputExistsError), publish_folder("."):
+        pytest.fail("refused before any work is done")
+
+
+def test_an_empty_folder_is_no_file(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputExistsError, match="not a file"):
+        write_file(tmp_path / "out")
+    assert content(tmp_path / "out") == {}
+
+
 def test_nothing_is_seen_before_the_end(tmp_path):
     fill(tmp_path / "out", OLD)
     with publish_folder(tmp_path / "out", overwrite=True) as temporary:

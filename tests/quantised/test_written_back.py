@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from encoder_cases import CASES
+from encoder_cases import CASES, mlx
 from quantised_cases import only
 
 import loratools as lt
@@ -213,3 +213,31 @@ def test_changed_modules_of_mlx_in_eight_bits(name, tmp_path, adapter):
     change = weight * lt.delta(lt.read(folder), CHANGED)
     error = np.linalg.norm(after - before - change) / np.linalg.norm(change)
     assert result.quantising_error == pytest.approx(error, rel=1e-4)
+
+
+def test_each_module_of_mlx_in_eight_bits_has_its_own_group(tmp_path):
+    """Modules with groups of different sizes, as mlx-lm's own predicates make them."""
+    tensors, factors, rng = {}, {}, np.random.default_rng(3)
+    groups = {"layers.0.q": 64, "layers.0.up": 32, "layers.1.up": 128}
+    for module, group in groups.items():
+        made, _ = mlx(rng, 4, group=group)
+        tensors |= {key.replace("x.", f"{module}.", 1): value for key, value in made.items()}
+        for part, shape in (("A", (2, 128)), ("B", (64, 2))):
+            values = rng.normal(size=shape).astype(np.float32)
+            factors[f"base_model.model.{module}.lora_{part}.weight"] = values
+    own = {"layers.0.up": {"group_size": 32, "bits": 4}, "layers.1.up": {"group_size": 128}}
+    section = {"group_size": 64, "bits": 4, **own}
+    config = {"model_type": "llama", "quantization": section, "quantization_config": section}
+    base = save(tmp_path / "base", tensors, config)
+    folder = save(tmp_path / "a", factors, {})
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").unlink()
+    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q", "up"]}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    lt.fuse(base, folder, changed_bits=8, output=tmp_path / "fused")
+    stored = read_checkpoint(tmp_path / "fused").tensors
+    found = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert found["quantization"] == found["quantization_config"]
+    for module, group in groups.items():
+        assert stored[f"{module}.scales"].shape == (64, 128 // group)
+        assert found["quantization"][module] == {"group_size": group, "bits": 8}

@@ -29,11 +29,11 @@ def as_printed(result):
 def test_commands_print_what_functions_return(tmp_path):
     paths = fleet(tmp_path, 3)
     shared = tmp_path / "shared.safetensors"
-    results = [lt.fleet_share(paths, budget="80%", output=shared)]
+    results = [lt.fleet_share(paths, budget="95%", output=shared)]
     results.append(lt.fleet_add(shared, paths[0], name="new"))
     results.append(lt.fleet_unshare(shared, all=True))
     lines = [
-        ["share", *paths, "--budget=80%", "--dry-run"],
+        ["share", *paths, "--budget=95%", "--dry-run"],
         ["add", shared, paths[0], "--name=new", "--dry-run"],
         ["unshare", shared, "--all", "--dry-run"],
     ]

@@ -22,7 +22,7 @@ from loratools_formats.disk.provenance import (
     statement,
     statement_of_one,
 )
-from loratools_formats.disk.publish import publish_folder, publish_with, resolved
+from loratools_formats.disk.publish import is_vacant, publish_folder, publish_with, resolved
 
 
 def read_adapter(
@@ -55,12 +55,12 @@ def check_target(
     target = resolved(path)
     if not target.parent.is_dir():
         raise OutputError("the folder to write into does not exist", path=target.parent)
-    if os.path.lexists(path) and not overwrite:
+    reals = [Path(os.path.realpath(source)) for source in sources]
+    if os.path.lexists(path) and not overwrite and (target in reals or not is_vacant(path)):
         raise OutputExistsError(
             "output exists", path=path, hint="Pass `overwrite=True` to replace it"
         )
-    for source in sources:
-        real = Path(os.path.realpath(source))
+    for real in reals:
         if real != target and (target in real.parents or real in target.parents):
             raise OutputExistsError(
                 "the output lies inside the input or around it",

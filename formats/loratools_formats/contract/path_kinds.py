@@ -27,7 +27,7 @@ _OF_MODELS = re.compile(
     r"(?:^|\.)(?:(?:\w*_)?(?:blocks?|layers?)|h)\.\d+\.(?:.*\.)?(?:weight|bias)$"
     r"|(?:^|\.)(?:embed_tokens|lm_head|wte|wpe|norm|ln_f)\.(?:weight|bias)$"
 )
-_OF_ADAPTERS = re.compile(r"lora|adapter|hada_|lokr_|oft|delta|\.diff", re.IGNORECASE)
+_OF_ADAPTERS = re.compile(r"lora|adapter|hada_|lokr_|oft|delta|\.diff(?!usion)", re.IGNORECASE)
 _MOST_JSON_BYTES = 16 << 20
 _MOST_HEADER_BYTES = 1 << 20
 _SMALL_BYTES = 1024
@@ -207,10 +207,11 @@ def _of_peft(path: Path, names: list[str]) -> Kind | None:
 
 
 def _of_inversion(path: Path, names: list[str]) -> Kind | None:
+    del path
     if not names or not set(names) <= {"emb_params", "clip_l", "clip_g", "t5xxl"}:
         return None
     return Kind(
-        f"{path.name} is a textual inversion: vectors of new words, which change no weight",
+        "is a textual inversion: vectors of new words, which change no weight",
         "Load it beside the model: no command of loratools has a use for it",
     )
 

@@ -184,23 +184,27 @@ def _rename_new(temporary: Path, target: Path, path: str | os.PathLike[str]) -> 
     try:
         rename_new(temporary, target)
     except FileExistsError as error:
-        raise OutputExistsError(
-            "output appeared while it was being made",
-            path=path,
-            hint="Pass `overwrite=True` to replace it",
-        ) from error
+        raise _appeared(path) from error
+
+
+def _appeared(path: str | os.PathLike[str]) -> OutputExistsError:
+    return OutputExistsError(
+        "output appeared while it was being made",
+        path=path,
+        hint="Pass `overwrite=True` to replace it",
+    )
 
 
 @contextlib.contextmanager
 def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder; on success flush its files and rename it to `path`.
 
-    An existing folder is exchanged with the new one in one step where the system can do that.
-    Elsewhere it is moved aside first, and a kill between the two renames leaves it beside the
-    destination under a name ending in `.old`, which is never removed automatically.
+    An empty folder may stand there. Any other is exchanged with the new one in one step where the
+    system can do that. Elsewhere it is moved aside first, and a kill between the two renames leaves
+    it beside the destination under a name ending in `.old`, which is never removed automatically.
 
     Raises:
-        OutputExistsError: `path` exists and `overwrite` is false, or it is a file.
+        OutputExistsError: `path` is a file, or holds something and `overwrite` is false.
         OutputError: the system refused a step; what stood at `path` is intact.
     """
     target = resolved(path)
@@ -218,12 +222,38 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
                 _sync_folder(Path(root))
             if overwrite:
                 _swap_folder(temporary, target)
+            elif old_mode is not None:
+                _fill_vacant(temporary, target, path)
             else:
                 _rename_new(temporary, target, path)
         except BaseException:
             _remove(temporary)
             raise
     _make_durable(path, target)
+
+
+def is_vacant(path: str | os.PathLike[str]) -> bool:
+    """Return whether an empty folder stands there, which an output may take the place of.
+
+    The current folder is none: a shell would be left in a folder that is gone.
+    """
+    try:
+        with os.scandir(path) as entries:
+            return next(entries, None) is None and not os.path.samefile(path, os.curdir)
+    except (OSError, ValueError):
+        return False
+
+
+def _fill_vacant(temporary: Path, target: Path, path: str | os.PathLike[str]) -> None:
+    """Put `temporary` in the place of a folder that was empty; refuse if it is empty no more."""
+    try:
+        if os.name == "nt":  # where a rename replaces no folder
+            os.rmdir(target)
+        os.rename(temporary, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise _appeared(path) from error
 
 
 def _make_durable(path: str | os.PathLike[str], target: Path) -> None:
@@ -295,7 +325,7 @@ def _mode_of_new_file(path: Path) -> int:
 def _check_target(
     path: str | os.PathLike[str], target: Path, overwrite: bool, *, folder: bool
 ) -> int | None:
-    """Return the permissions of the file to be replaced; None if there is none."""
+    """Return the permissions of what is to be replaced; None if there is nothing."""
     try:
         status = os.lstat(target)
     except FileNotFoundError:
@@ -313,7 +343,7 @@ def _check_target(
         raise OutputExistsError(
             f"exists and is not a {wanted}", path=path, hint="Choose another output"
         )
-    if not overwrite:
+    if not overwrite and not is_vacant(target):
         raise OutputExistsError(
             "output exists", path=path, hint="Pass `overwrite=True` to replace it"
         )

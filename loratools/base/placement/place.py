@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from itertools import combinations, pairwise
 
 from loratools.base.placement.changes import (
@@ -23,6 +25,7 @@ from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, printable
 
 _LISTED = 4
+_LLAMA_CPP = re.compile(r"blk\.\d+\.|(?:token_embd|output|output_norm)(?:\.|$)")
 
 
 def place(adapter: Adapter, base: Checkpoint) -> Placements:
@@ -55,7 +58,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placements:
             biases += _bias_placements(names, module, part, part.bias)
     biases += _additions(names, adapter, missing)
     if missing:
-        raise unmatched(names, missing)
+        raise unmatched(names, missing, adapter)
     _refuse_clashes(names, deltas)
     return Placements(
         tuple(deltas),
@@ -210,8 +213,17 @@ def _does_not_fit(module: str, out: int, in_: int, expected: str) -> AdapterErro
     )
 
 
-def unmatched(names: Names, missing: list[str]) -> AdapterError:
+def unmatched(names: Names, missing: list[str], adapter: Adapter) -> AdapterError:
     """Return the error that modules or tensors fit nothing in the base."""
+    if all(map(_LLAMA_CPP.match, missing)):
+        source = "ADAPTER" if adapter.source is None else shlex.quote(str(adapter.source))
+        base = shlex.quote(str(names.base.path))
+        return AdapterError(
+            f"is in llama.cpp's names, which the base {base} does not have",
+            path=adapter.source,
+            got=missing[0],
+            hint=f"Rename it: loratools convert --to peft -o renamed --base {base} {source}",
+        )
     listed = []
     for name in missing[:_LISTED]:
         nearest = names.nearest(name)

@@ -20,6 +20,7 @@ from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.fleet.report import show, tell_failures, telling
 from loratools.cli.output import note
 from loratools.cli.perform import report
+from loratools.face.ran import asked_of
 from loratools.pipeline.fleet.run import Fleeting, plan
 from loratools.pipeline.fleet.verbs import VERBS, Verb
 from loratools.work.declared import Option, declared
@@ -90,9 +91,12 @@ def _command(verb: Verb) -> click.Command:
     def command(
         behind: Sequence[str], members: tuple[str, ...], how: Fleeting, reporting: Reporting
     ) -> int:
-        planned = plan(verb.name, members, settings_of(verb, behind), how)
+        settings = settings_of(verb, behind)
+        planned = plan(verb.name, members, settings, how)
         with telling(verb.name, len(planned.tasks), quiet=reporting.quiet) as tell:
             result = planned.run(tell)
+        given = {"verb": verb.name, "sources": members, "settings": settings or None}
+        result.record(asked_of(given, (how,), frozenset({"sources"})), result.seconds)
         report(result, lambda found: show(found, verbose=reporting.verbose), reporting)
         tell_failures(result)
         if not reporting.quiet and result.output is not None and not result.dry_run:

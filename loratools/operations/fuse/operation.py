@@ -207,11 +207,8 @@ class Fusion:
         self._encoders = encoders
         config = self._base.config
         if bits is not None:
-            for weight in {type(w): w for w in changed.values()}.values():
-                modules = [
-                    k.removesuffix(".weight") for k, w in changed.items() if type(w) is type(weight)
-                ]
-                config = weight.config_in(config, modules, bits)
+            for key in sorted(changed):  # each has groups of its own size
+                config = changed[key].config_in(config, [key.removesuffix(".weight")], bits)
         self._dequantised = replace(view, checkpoint=replace(view.checkpoint, config=config))
 
     def _not_written(self, weight: CodedWeight) -> UnsupportedError:

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
+from loratools.work.seeds import seed_of_64_bits
 from loratools_formats.core.dtypes import Array
 
 Score = Callable[[int, int], Array]
@@ -137,7 +138,7 @@ class Tasks:
 
     def random_rows(self, task: int, start: int, stop: int) -> Array:
         """Return uniform numbers in [0, 1) for rows of a task: the same whatever the blocks."""
-        key = [self.seed, zlib.crc32(self.name.encode())]
+        key = [seed_of_64_bits(self.seed), zlib.crc32(self.name.encode())]
         streams = (
             np.random.Generator(np.random.Philox(key=key, counter=[0, 0, row, task]))
             for row in range(start, stop)

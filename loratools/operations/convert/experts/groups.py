@@ -18,7 +18,7 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
-from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.errors import UnsupportedError, printable
 
 Order = Literal["halves", "alternating"]
 """Of the outputs in a joined gate and up: all of gate's first, or one of each by turns."""
@@ -32,6 +32,12 @@ _SINGLE = re.compile(
 _NESTED = ".base_layer"
 _LIBRARY = re.compile(r"transformers\.models\.(\w+)\.modeling_\w+")
 _GPT_OSS = re.compile(r"gpt[-_.]?oss", re.IGNORECASE)
+_IN_HALVES = re.compile(
+    r"(?:^|[-_.])(?:qwen|mixtral|deepseek|moonlight|kimi|olmoe|flexolmo|glm|granite|ernie|hunyuan"
+    r"|phi|minimax|nemotron|lfm2|jamba|exaone|longcat|solar|gemma)",
+    re.IGNORECASE,
+)
+"""In the last part of a model's name: families that join gate and up in halves."""
 
 
 @dataclass
@@ -161,15 +167,23 @@ def types_of(adapter: Adapter, base: Checkpoint | None) -> frozenset[str]:
     match = _LIBRARY.fullmatch(str(library))
     if match is not None:
         return frozenset({match[1]})
-    return frozenset({"gpt_oss"}) if _GPT_OSS.search(adapter.base_model or "") else frozenset()
+    name = adapter.base_model or ""
+    says = _GPT_OSS.search(name) is not None and not _names_other(name)
+    return frozenset({"gpt_oss"}) if says else frozenset()
+
+
+def _names_other(name: str) -> bool:
+    """Return whether a model's name names a family other than gpt-oss, alone or beside it."""
+    return _IN_HALVES.search(re.split(r"[/\\]", name.rstrip("/\\"))[-1]) is not None
 
 
 def order_of(
     adapter: Adapter, groups: Mapping[str, Group], base: Checkpoint | None
 ) -> tuple[Order, tuple[Finding, ...]]:
-    """Return how gate and up are joined in the model, with a finding if only sizes tell.
+    """Return how gate and up are joined in the model, with a finding if its name and sizes tell.
 
-    gpt-oss alone alternates them, and its experts are as wide inside as the model.
+    gpt-oss alone alternates them. Its released models have experts that are as wide as the model,
+    but others of its class need not; so sizes alone tell nothing.
 
     Raises:
         UnsupportedError: nothing tells.
@@ -177,19 +191,24 @@ def order_of(
     types = types_of(adapter, base)
     if types:
         return ("alternating" if types & expert_classes.ALTERNATING else "halves"), ()
+    name = adapter.base_model or ""
     for group in groups.values():
         down = group.stacks.get("down_proj") or next(
             iter(group.single.get("down_proj", {}).values()), None
         )
-        if down is not None and down.shape[0] != down.shape[1]:
+        is_other = not group.owner.endswith("mlp.experts") or (
+            _names_other(name) and not _GPT_OSS.search(name)
+        )
+        if is_other and down is not None and down.shape[0] != down.shape[1]:
             text = (
-                "gate and up are taken to be joined in halves, as in all models but gpt-oss, whose "
-                "experts are as wide as the model and these are not"
+                "gate and up are taken to be joined in halves, as in all models but gpt-oss, which "
+                "this is not by its name or modules; `base` makes it certain"
             )
             return "halves", (Finding("expert-halves-assumed", "warning", group.owner, text),)
     raise UnsupportedError(
         "how the model joins gate and up, in halves or alternating, cannot be told without it",
         path=adapter.source,
         tensor=next(iter(groups)),
+        got=f"a base named {printable(name)}" if name else "no name of a base",
         hint=base_hint(adapter),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -226,9 +227,11 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
             )
         whole(one, experts.get(owner, 0))
         group = one
-        if "gate_up_proj" in one.single:
-            order, why = order_of(adapter, found.groups, base)
-            told += [finding for finding in why if finding not in told]
+        if one.single and set(one.single) <= {"gate_up_proj", "down_proj"}:  # read as parameters
+            order: Order | None = None
+            if "gate_up_proj" in one.single:
+                order, why = order_of(adapter, found.groups, base)
+                told += [finding for finding in why if finding not in told]
             stacks = stacked(one, order, experts[owner])
             group = Group(
                 owner, {c.layer.parameters[0].rpartition(".")[2]: c for c in stacks.values()}
@@ -287,12 +290,16 @@ def _count(
     """
     stated = {} if base is None else _stated(base.config)
     counts: dict[str, int] = {}
+    highest = max(
+        (expert for g in groups.values() for c in g.single.values() for expert in c), default=-1
+    )
     for owner, group in groups.items():
         numbers = {expert for changes in group.single.values() for expert in changes}
         if not numbers:
             continue
-        counts[owner] = stated.get("experts") or max(numbers) + 1
+        counts[owner] = stated.get("experts") or highest + 1
         complete = any(len(c) == counts[owner] for c in group.single.values())
+        complete = complete and not _chooses_experts(adapter.config)
         if max(numbers) >= counts[owner] or (base is None and not complete):
             raise UnsupportedError(
                 "how many experts the layer has cannot be told"
@@ -306,6 +313,14 @@ def _count(
     return counts
 
 
+def _chooses_experts(config: Mapping[str, Any]) -> bool:
+    """Return whether a configuration targets experts by their numbers, so that some may lack."""
+    targets = config.get("target_modules")
+    named = [targets] if isinstance(targets, str) else targets or ()
+    return any(_NUMBERED.search(str(name)) for name in named)
+
+
+_NUMBERED = re.compile(r"experts\W*[\d\[(]")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from loratools_formats.core.adapter import ExpertLayout
 from loratools_formats.core.peft_facts import PREFIX
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.formats.peft.config import CONFIG_FILE, check_value
+from loratools_formats.formats.peft.patterns import match_patterns
 
 NESTED = ".base_layer"
 A, B = "lora_A", "lora_B"
@@ -87,6 +89,30 @@ def flat(path: str, a: TensorRef, b: TensorRef) -> dict[str, TensorRef]:
         named(path, A): a.reshaped((experts * rank, in_)),
         named(path, B): b.transposed((1, 2, 0)).reshaped((b.shape[1], rank * experts)),
     }
+
+
+def with_patterns(
+    values: Mapping[str, Any], moved: Mapping[str, Sequence[str]], folder: Path
+) -> dict[str, Any]:
+    """Return a configuration whose ranks and alphas hold for modules that are renamed.
+
+    Args:
+        values: the configuration as it was.
+        moved: the new paths of each module, by the path that it has in the file.
+        folder: for messages.
+
+    Raises:
+        AdapterError: a pattern is malformed.
+    """
+    made = dict(values)
+    for key in ("rank_pattern", "alpha_pattern"):
+        check_value(values, key, folder / CONFIG_FILE)
+        patterns = values.get(key) or {}
+        found = match_patterns(patterns, list(moved), folder / CONFIG_FILE)
+        own = {re.escape(new): value for old, value in found.items() for new in moved[old]}
+        if own:
+            made[key] = {**own, **patterns}
+    return made
 
 
 def with_targets(

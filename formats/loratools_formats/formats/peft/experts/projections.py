@@ -25,6 +25,7 @@ from loratools_formats.formats.peft.experts.layout import (
     factor,
     flat,
     named,
+    with_patterns,
     with_targets,
 )
 
@@ -75,6 +76,7 @@ def _is_whole(name: str, tensor: TensorRef) -> bool:
 def _read(found: Plain, folder: Path) -> Plain:
     sides, made = _sorted(found.tensors)
     parameters: dict[str, str] = {}
+    moved: dict[str, list[str]] = {}
     shared = False
     for owner, projections in sides.items():
         experts = _count(owner, projections, folder)
@@ -83,7 +85,7 @@ def _read(found: Plain, folder: Path) -> Plain:
             for parts in projections.values()
             for side in parts.values()
         )
-        is_joined = set(projections) <= set(JOINED)
+        is_joined = found.layout is None and set(projections) <= set(JOINED)  # not Tinker's
         for leaf, parts in projections.items():
             if is_joined:
                 nest = NESTED if leaf == JOINED[0] and JOINED[1] in projections else ""
@@ -95,6 +97,7 @@ def _read(found: Plain, folder: Path) -> Plain:
             for expert in range(experts):
                 path = f"{owner}.{expert}.{OF_MIXTRAL.get(leaf, leaf)}"
                 made |= {named(path, part): side.of(expert) for part, side in parts.items()}
+                moved.setdefault(f"{owner}.{leaf}", []).append(path)
     told = "a stack for each projection" + (
         ", with factors that all experts share" if shared else ""
     )
@@ -102,7 +105,7 @@ def _read(found: Plain, folder: Path) -> Plain:
         "shared-outer" if shared else LAYOUT.name, f"{told} (names and shapes tell)"
     )
     return Plain(
-        with_targets(found.values, made, parameters),
+        with_targets(with_patterns(found.values, moved, folder), made, parameters),
         made,
         found.straight | parameters.keys(),
         layout,

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from loratools_formats.core.adapter import ExpertLayout
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.formats.peft.experts.layout import Layout, Plain, factor, named, with_targets
+from loratools_formats.formats.peft.experts.layout import (
+    Layout,
+    Plain,
+    factor,
+    named,
+    with_patterns,
+    with_targets,
+)
 
 _EXPERT = re.compile(r"(?P<owner>(?:.*\.)?experts)\.(?P<leaf>w[123])")
 _HEAD = re.compile(r"(?:.*\.)?unembed_tokens")
@@ -31,7 +38,6 @@ def _claims(tensors: Mapping[str, TensorRef]) -> bool:
 
 
 def _read(found: Plain, folder: Path) -> Plain:
-    del folder
     ungated = {
         match["owner"]
         for name, tensor in found.tensors.items()
@@ -40,21 +46,26 @@ def _read(found: Plain, folder: Path) -> Plain:
         and tensor.numel == 0
     }
     made: dict[str, TensorRef] = {}
+    moved: dict[str, list[str]] = {}
     for name, tensor in found.tensors.items():
         path, part = factor(name) or ("", "")
         expert, attention = _EXPERT.fullmatch(path), _ATTENTION.fullmatch(path)
         if expert is not None and len(tensor.shape) != 2:
             leaves = UNGATED if expert["owner"] in ungated else GATED
             if expert["leaf"] in leaves:
-                made[named(f"{expert['owner']}.{leaves[expert['leaf']]}", part)] = tensor
+                moved[path] = [f"{expert['owner']}.{leaves[expert['leaf']]}"]
+                made[named(moved[path][0], part)] = tensor
         elif _HEAD.fullmatch(path):
+            moved[path] = ["lm_head"]
             made[named("lm_head", part)] = tensor
         elif attention is not None:
-            made[named(f"{attention['before']}.self_attn.{attention['leaf']}", part)] = tensor
+            moved[path] = [f"{attention['before']}.self_attn.{attention['leaf']}"]
+            made[named(moved[path][0], part)] = tensor
         else:
             made[name] = tensor
     layout = ExpertLayout(LAYOUT.name, "as Tinker saves them (names tell)")
-    return Plain(with_targets(found.values, made, {}), made, found.straight, layout)
+    values = with_patterns(found.values, moved, folder)
+    return Plain(with_targets(values, made, {}), made, found.straight, layout)
 
 
 LAYOUT = Layout("tinker", _claims, _read)
