@@ -209,3 +209,24 @@ def test_gram_route_of_factors_without_full_rank(zeros):
     assert np.allclose(core.singular_values, true, rtol=0.0, atol=1e-6 * true[0])
     found = linalg.gram_factors(b, a, core, 8)
     assert np.linalg.norm(dense - found.b @ found.a) <= 1e-6 * true[0]
+
+
+@pytest.mark.parametrize("spread", [3, 6, 9])
+@pytest.mark.parametrize("shape", [(5, 8, 13), (15, 32, 21), (40, 30, 12), (1, 26, 20)], ids=str)
+def test_columns_and_rows_of_opposite_sizes_do_not_drown_the_others(shape, spread):
+    out, in_, rank = shape
+    rng = np.random.default_rng(spread)
+    sizes = 10.0 ** rng.uniform(-spread, spread, rank)
+    sizes[:2] = 10.0**-spread, 10.0**spread
+    b = (rng.standard_normal((out, rank)) * sizes).astype(np.float32)
+    a = (rng.standard_normal((rank, in_)) / sizes[:, None]).astype(np.float32)
+    b[:, 2] = 0.0
+    dense = 1.5 * (b.astype(np.float64) @ a.astype(np.float64))
+    s = np.linalg.svd(dense, compute_uv=False)
+    core = linalg.gram_core(linalg.grams(b, a), 1.5)
+    count = min(shape)
+    assert np.abs(core.singular_values[:count] - s[:count]).max() <= 1e-7 * s[0]
+    for k in (rank, 2):
+        found = linalg.gram_factors(b, a, core, k)
+        error = np.linalg.norm(found.b @ found.a - dense)
+        assert error <= np.linalg.norm(s[k:]) + 1e-6 * np.linalg.norm(s)

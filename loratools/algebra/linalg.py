@@ -29,6 +29,7 @@ _BLOCK_ROWS = 1024  # what is widened stays in the cache, and its memory is used
 _BLOCK_ELEMENTS = 1 << 17
 _SINGLE_ROWS = 4096
 _ROWS_AT_ONCE = 16
+_BALANCED = 8.0  # powers of two between the sizes of columns and rows that Gram matrices bear
 _GRAM_ERROR_FLOOR = 700.0  # times √ε: 1e-5 in float64
 
 
@@ -116,6 +117,11 @@ class Grams:
         squared = float(namespace(self.b).sum(self.b * self.a))
         return max(squared, 0.0)
 
+    def scaled(self, weights: Array) -> Grams:
+        """Return those of the same product, b's columns times and a's rows over weights: (r,)."""
+        across = weights[:, None] * weights
+        return Grams(self.b * across, self.a / across)
+
 
 def grams(b: Array, a: Array) -> Grams:
     """Return the Gram matrices of a product's factors."""
@@ -144,6 +150,10 @@ def gram_core(both: Grams, scale: float) -> GramCore:
     eigenvalues; its eigenvectors give both new factors without inverting anything but singular
     values. Directions below the floor of the method come out as zeros.
     """
+    weights = _balance(both)
+    if weights is not None:
+        core = gram_core(both.scaled(weights), scale)
+        return GramCore(core.singular_values, weights[:, None] * core.to_b, core.to_a / weights)
     xp = namespace(both.b)
     root = _root(both.b)
     squares, u = xp.linalg.eigh(scale * scale * (root.T @ both.a @ root))
@@ -159,6 +169,30 @@ def gram_core(both: Grams, scale: float) -> GramCore:
     to_a = scale * (lifted * inverse_root).T
     to_b = scale * scale * (both.a @ lifted) * inverse_root / kept
     return GramCore(s, to_b, to_a)
+
+
+def _balance(both: Grams) -> Array | None:
+    """Return powers of two by which columns of b grow, and rows of a shrink, to like sizes: (r,).
+
+    Where large columns of b belong to small rows of a, rounding of the one would drown the other.
+
+    Returns:
+        None if the sizes that they have are not so far apart as to matter.
+    """
+    xp = namespace(both.b)
+    of_b, of_a = xp.linalg.diagonal(both.b), xp.linalg.diagonal(both.a)
+    is_there = (of_b > 0.0) & (of_a > 0.0)
+    ones = xp.ones_like(of_b)
+    a, b = xp.where(is_there, of_a, ones), xp.where(is_there, of_b, ones)
+    powers = xp.round(0.25 * (xp.log2(a) - xp.log2(b)))
+    usual = powers[is_there]
+    if usual.shape[0] == 0:
+        return None
+    apart = float(xp.max(usual) - xp.min(usual))
+    if not (math.isfinite(apart) and apart > _BALANCED):
+        return None
+    middle = xp.round(0.5 * (xp.max(usual) + xp.min(usual)))
+    return xp.where(is_there, 2.0 ** (powers - middle), ones)
 
 
 def _root(gram: Array) -> Array:

@@ -149,7 +149,8 @@ def test_shards_of_an_environment():
     assert shard_of_environment({**slurm, "SLURM_ARRAY_TASK_MIN": "1"}) == Shard(7, 8)
     assert shard_of_environment({}) == Shard(1, 1)
     for wrong in ({"JOB_COMPLETION_INDEX": "1"}, {**slurm, "SLURM_ARRAY_TASK_ID": "x"},
-                  {**slurm, "SLURM_ARRAY_TASK_ID": "8"}):  # fmt: skip
+                  {**slurm, "SLURM_ARRAY_TASK_ID": "8"},
+                  {**slurm, "JOB_COMPLETION_INDEX": "0", "JOB_COMPLETION_COUNT": "2"}):  # fmt: skip
         with pytest.raises(OptionError):
             shard_of_environment(wrong)
 

@@ -43,6 +43,8 @@ def test_steps_by_rank_sum_to_all_and_none_has_fewer_than_the_least():
     assert SqueezeSchedule.equal_steps((8, 4, 2), 10).steps == (3, 3, 4)
     with pytest.raises(OptionError, match="at least 400"):
         SqueezeSchedule.by_rank((8, 4), 399)
+    with pytest.raises(OptionError, match="too few steps for 3 stages"):
+        SqueezeSchedule.equal_steps((8, 4, 2), 2)
 
 
 def test_a_rule_is_due_once_its_steps_are_done():
