@@ -304,7 +304,8 @@ def test_the_json_report_has_the_documented_keys(tmp_path, loratools):
     report = json.loads(text)
     assert list(report) == [
         "schema", "operation", "version", "inputs", "output", "written", "seconds", "options",
-        "notes", "findings", "method", "adapters", "relative_error", "energy", "factor_residual", "bytes_in", "bytes_out", "modules",
+        "notes", "findings", "method", "adapters", "relative_error", "energy",
+        "factor_residual", "bytes_in", "bytes_out", "modules",
     ]  # fmt: skip
     assert report["schema"] == 1
     assert (report["operation"], report["method"]) == ("merge", "linear")

@@ -202,6 +202,8 @@ def started(words: list[str], fault: tuple[Path, int, int] | None = None) -> tup
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
         code = _run(words, fault)
+    except KeyboardInterrupt:
+        code = 130  # before the command began: Python itself ends so
     finally:
         os._exit(code)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools_formats.disk.errors import LoratoolsError, OutputError, OutputExistsError
-from loratools_formats.disk.renames import exchange, rename_new
+from loratools_formats.disk.renames import exchange, rename_new, unlink
 from loratools_formats.disk.temporaries import temporary_beside
 
 _OLD = ".old"
@@ -319,7 +319,7 @@ def _mode_of_new_file(path: Path) -> int:
         return stat.S_IMODE(os.fstat(descriptor).st_mode)
     finally:
         os.close(descriptor)
-        os.unlink(path)
+        unlink(path)
 
 
 def _check_target(

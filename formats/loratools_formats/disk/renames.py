@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -38,11 +39,24 @@ def rename_new(temporary: Path, target: Path) -> None:
             if error.errno not in (*_NOT_THERE, errno.EMLINK):
                 raise
         else:
-            os.unlink(temporary)
+            with contextlib.suppress(OSError):  # the output is there; the next run sweeps
+                unlink(temporary)
             return
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     os.rename(temporary, target)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file; once more if the call was interrupted.
+
+    Raises:
+        OSError: the system refused.
+    """
+    try:
+        os.unlink(path)
+    except InterruptedError:
+        os.unlink(path)
 
 
 def exchange(first: Path, second: Path) -> bool:
