@@ -77,7 +77,7 @@ class Command:
         import campaign_commands as table
 
         self.name, self.root, self.out = name, root, root / "out"
-        self.in_parts = name in table.IN_PARTS
+        self.in_parts = table.IN_PARTS.get(name, 0)
         self._words, self._overwrite = words, overwrite
         self._old: Path | None = None
         self.given = tree(root / "in")
@@ -148,7 +148,8 @@ class Command:
         if not self.in_parts:
             return now in (self.before, self.after)
         # Each file and folder of results by itself, and what `run` keeps about them.
-        parts = {tuple(Path(path).parts[:2]) for path in now}
+        paths = [Path(path).parts for path in now]
+        parts = {path[: self.in_parts] for path in paths if len(path) >= self.in_parts}
         return all(
             part[-1].startswith(".")
             or any(_part(now, part) == _part(of, part) for of in (self.before, self.after))

@@ -44,8 +44,8 @@ COMMANDS = {
     "spectrum": "spectrum in/lora{n} --html out/x.html",
 }
 
-IN_PARTS = {"merge", "run"}
-"""Commands that write several outputs, each of them whole."""
+IN_PARTS = {"merge": 1, "run": 2}
+"""Commands that write several outputs, each of them whole, and how deep those lie."""
 
 NEVER_REPLACES = {"replay", "check"}
 """Commands without --overwrite."""

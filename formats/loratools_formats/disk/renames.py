@@ -48,14 +48,14 @@ def rename_new(temporary: Path, target: Path) -> None:
 
 
 def unlink(path: Path) -> None:
-    """Remove a file; once more if the call was interrupted.
+    """Remove a file; once more if the call failed, for what is temporary must not stay.
 
     Raises:
         OSError: the system refused.
     """
     try:
         os.unlink(path)
-    except InterruptedError:
+    except OSError:
         os.unlink(path)
 
 
