@@ -55,6 +55,8 @@ def _with_a_hub(arguments, folder):
 
 
 def _printed(arguments, folder, more):
+    # Beside LINES, which readline sets in whatever loads it, COLUMNS says nothing of a pipe.
+    others = {name: value for name, value in os.environ.items() if name != "LINES"}
     done = subprocess.run(
         [sys.executable, "-c", "from loratools.cli import main; main()", *arguments],
         stdout=subprocess.PIPE,
@@ -62,7 +64,7 @@ def _printed(arguments, folder, more):
         text=True,
         check=False,
         cwd=folder,
-        env={**os.environ, "COLUMNS": "100", "LORATOOLS_PROGRESS": "never", **more},
+        env={**others, "COLUMNS": "100", "LORATOOLS_PROGRESS": "never", **more},
     )
     return done.stdout
 

@@ -676,7 +676,8 @@ def running() -> Iterator[FakeHub]:
 
 def environment(server, home, token=TOKEN):
     """Return the variables that send the library to a server, with a cache of its own."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    others = ("HF_", "TRANSFORMERS_", "LINES")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     made = {
         "HF_ENDPOINT": server.endpoint,
         "HF_HOME": str(home),

@@ -153,6 +153,7 @@ def test_locale(locale, source, tmp_path, loratools):
 
 def existing_folder(source, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("not empty, which would be taken")
     return tmp_path / "out"
 
 
