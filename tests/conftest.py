@@ -23,6 +23,10 @@ os.environ.setdefault("LORATOOLS_PROGRESS", "never")
 # Digests of weights are kept for the next run, but not in the home of whoever runs the tests.
 os.environ.setdefault("LORATOOLS_CACHE", tempfile.mkdtemp(prefix="loratools-cache-"))
 
+# What runs the workers may have loaded readline, which sets these for all its children.
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
+
 # Tests with other libraries, and tests of whole programs that are stopped, starved or fed rubbish.
 NOT_FAST = {Path(__file__).parent / name for name in ("consumers", "fuzz", "robustness")}
 HEAVY = {

@@ -40,11 +40,13 @@ for name in {CALLS}:
 for name in {SIGNALS}:
     signal.__dict__.pop(name, None)
 """
+# transformers, which training imports, is not ours to judge.
 IMPORT_ALL = """
 import importlib, pkgutil, loratools, loratools_formats
+OTHERS = (".page.plot", "loratools.training")
 for package in (loratools, loratools_formats):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not found.name.endswith("__main__") and ".page.plot" not in found.name:
+        if not found.name.endswith("__main__") and not any(o in found.name for o in OTHERS):
             importlib.import_module(found.name)
 """
 

@@ -40,6 +40,7 @@ COMMANDS = {
     "convert": ["convert lora --to mlx --dry-run"],
     "quantize": ["quantize model --dry-run"],
     "dequantize": ["dequantize nf4 --dry-run"],
+    "plan-squeeze": ["plan-squeeze --from 64 --to 8 --steps 3000"],
 }  # fmt: skip
 LINES = [line for lines in COMMANDS.values() for line in lines]
 LINES += [f"{name} --help".strip() for name in ("", *cli.list_commands(None))]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from loratools.cli.plain_text import spelled
 from loratools.cli.table import table_lines, terminal_width, wrapped
@@ -48,8 +47,7 @@ def say(text: str = "", *, err: bool = False, nl: bool = True, whole: bool = Fal
 
 def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object."""
-    text = json.dumps(result, ensure_ascii=False, allow_nan=False)
-    print_json_text(msgspec.json.format(text, indent=2))
+    print_json_text(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2))
 
 
 def print_json_line(result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from loratools_formats.core.tensors import TensorRef, in_file
 from loratools_formats.disk.errors import OutputError
-from loratools_formats.disk.files import write_at
+from loratools_formats.disk.files import read_some, write_at
 
 if TYPE_CHECKING:
     from loratools_formats.core.dtypes import Array, DType
@@ -40,7 +40,6 @@ class AnonymousFile:
             raise OutputError(
                 f"no scratch file can be made: {error.strerror}", path=folder
             ) from error
-        self._lock = threading.Lock()
 
     def write_at(self, offset: int, data: memoryview) -> None:
         """Write all bytes of a contiguous buffer at a position.
@@ -63,16 +62,16 @@ class AnonymousFile:
         Raises:
             OutputError: they cannot be read.
         """
-        data = bytearray(nbytes)
-        view, done = memoryview(data), 0
+        data = b""
         try:
-            with self._lock:
-                self._file.seek(offset)
-                while done < nbytes and (count := self._file.readinto(view[done:])):
-                    done += count
+            while len(data) < nbytes:
+                piece = read_some(self._file.fileno(), offset + len(data), nbytes - len(data))
+                if not piece:
+                    break
+                data = data + piece if data else piece
         except OSError as error:
             raise OutputError(f"scratch file: {os.strerror(error.errno or 0)}") from error
-        return bytes(data[:done])
+        return data
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):

@@ -61,7 +61,6 @@ class RegularFile:
             if os.path.isdir(path):
                 raise AdapterError("is a directory, not a file", path=path) from error
             raise AdapterError(f"cannot be opened: {error.strerror}", path=path) from error
-        self._lock = threading.Lock()
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -114,11 +113,7 @@ class RegularFile:
 
     def _read_some(self, offset: int, nbytes: int) -> bytes:
         try:
-            if hasattr(os, "pread"):
-                return os.pread(self._fd, nbytes, offset)
-            with self._lock:
-                os.lseek(self._fd, offset, os.SEEK_SET)
-                return os.read(self._fd, nbytes)
+            return read_some(self._fd, offset, nbytes)
         except OSError as error:
             raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
 
@@ -224,6 +219,19 @@ def copy_whole(source: Path, target: Path) -> None:
         given.check_unchanged()
     finally:
         given.close()
+
+
+def read_some(fd: int, offset: int, nbytes: int) -> bytes:
+    """Read up to a number of bytes at an offset; as safe between threads as `os.pread`.
+
+    Raises:
+        OSError: reading failed.
+    """
+    if hasattr(os, "pread"):
+        return os.pread(fd, nbytes, offset)
+    with _POSITION:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, nbytes)
 
 
 def write_at(fd: int, offset: int, data: memoryview) -> None:
