@@ -44,9 +44,9 @@ def shortened(text: str, width: int) -> str:
     Numbers and the last word stay, if the width allows: they tell one module from another.
 
     >>> shortened("model.layers.10.self_attn.q_proj", 24)
-    'mode…10.self_attn.q_proj'
+    'model.layers.10…n.q_proj'
     >>> shortened("model.layers.10.self_attn.q_proj", 30)
-    'model.layers.10.sel…ttn.q_proj'
+    'model.layers.10…lf_attn.q_proj'
     """
     if len(text) <= width:
         return text
