@@ -178,7 +178,7 @@ CASES = {
 
 
 def to_rounding(value):
-    """Return JSON with numbers to twelve digits: two processes may differ in the last of sixteen."""
+    """Return JSON with numbers to twelve digits, since processes may differ in the last ones."""
     if isinstance(value, float):
         return float(f"{value:.12g}")
     if isinstance(value, dict):
