@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 from loratools import __version__
 from loratools.work.call import as_value
 from loratools.work.declared import declared
+from loratools_formats.core.adapter import Adapter
 
 _WITHOUT_EFFECT = frozenset({"workers", "json", "quiet", "verbose"})
 _OF_WRITING = frozenset({"output", "in_place", "overwrite", "dry_run"})
@@ -73,7 +74,7 @@ def asked_of(arguments: Mapping[str, Any], groups: Iterable[Any], places: frozen
     options = {
         name: as_value(value)
         for name, value in arguments.items()
-        if name not in places and value is not None
+        if name not in places and value is not None and not isinstance(value, Adapter)
     }
     writing: dict[str, Any] = {}
     for group in groups:
