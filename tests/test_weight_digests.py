@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import loratools as lt
 from loratools.work.weight_digests import weight_digests
@@ -108,3 +109,19 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(tmp_path, cache):
     with pytest.raises(AdapterError, match="changed"):
         weight_digests([file])
     assert kept(cache) == []
+
+
+def test_hashing_leaves_the_threads_of_blas_alone(tmp_path, monkeypatch):
+    """It runs beside the work: were their number restored meanwhile, last digits would differ."""
+    seen = []
+
+    def threads():
+        return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+    monkeypatch.setattr(RegularFile, "sha256", lambda _: seen.append(threads()) or "0" * 64)
+    paths = [old_file(tmp_path / name, name.encode()) for name in ("a", "b")]
+    with threadpool_limits(2):
+        before = threads()
+        weight_digests([RegularFile(path) for path in paths])
+        assert seen == [before, before]
+        assert threads() == before

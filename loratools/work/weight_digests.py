@@ -14,10 +14,11 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from loratools.work.parallel import in_order, usable_cores
+from loratools.work.parallel import usable_cores
 from loratools_formats.disk.files import RegularFile
 
 _BLOB = re.compile(r"[0-9a-f]{64}")
@@ -37,10 +38,14 @@ def cache_folder() -> Path:
 def weight_digests(files: Sequence[RegularFile]) -> list[str]:
     """Return the sha256 of each file, as lower-case hex; several are hashed side by side.
 
+    It may run beside the work itself, and so leaves the number of BLAS threads alone: that is one
+    for the whole process while work is done, on which the order of every sum depends.
+
     Raises:
         AdapterError: one cannot be read, or changed meanwhile.
     """
-    return list(in_order(_digest_of, files, workers=usable_cores()))
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        return list(pool.map(_digest_of, files))
 
 
 def _digest_of(file: RegularFile) -> str:
