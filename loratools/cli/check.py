@@ -87,12 +87,14 @@ def command(
             threads=threads,
             progress=progress,
         )
-    if presenting.write_baseline is not None:
+    if presenting.write_baseline is not None and result.complete:
         _write_baseline(presenting.write_baseline, result)
     _print(result, presenting, reporting)
     if any(step.taken for step in result.steps) and not reporting.quiet:
         note(f"wrote {writing.output}")
     if not result.complete:
+        if presenting.write_baseline is not None:
+            say("the baseline is not written, for not everything could be checked", err=True)
         return EXIT_UNCHECKED
     return 0 if result.passed else EXIT_FOUND
 

@@ -1,6 +1,8 @@
 """`loratools check`: exit codes, output formats, settings, baselines, fixes, hooks."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +29,25 @@ LLAMA = EXAMPLES / "tiny-llama"
 def run(*arguments):
     done = CliRunner().invoke(cli, ["check", *map(str, arguments)], standalone_mode=False)
     return (2 if done.exception else done.return_value or 0), done.stdout, done.exception
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "README.md"])
+@pytest.mark.parametrize("trouble", [errno.EIO, errno.EMFILE])
+def test_what_the_system_cannot_read_is_not_checked(trouble, name, tmp_path, monkeypatch):
+    """A failing disk says nothing of an adapter: no finding, and no baseline that accepts it."""
+    path, known, opened = folder(tmp_path / "a"), tmp_path / "known.json", os.open
+
+    def failing(place, *given, **more):
+        if str(place).endswith(name):
+            raise OSError(trouble, os.strerror(trouble))
+        return opened(place, *given, **more)
+
+    monkeypatch.setattr(os, "open", failing)
+    code, text, _ = run(path, "--write-baseline", known)
+    assert code == 3
+    assert f"not checked: {path / name}: cannot be opened: {os.strerror(trouble)}" in text
+    assert "LT" not in text
+    assert not known.exists()
 
 
 def test_exit_codes(tmp_path):

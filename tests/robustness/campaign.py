@@ -141,7 +141,7 @@ class Command:
             yield "an exception that is not ours"
         elif ended.code == 2 and sum(line.startswith("error: ") for line in lines) != 1:
             yield "not one line of error"
-        elif ended.code not in (0, 1, 2) and ended.code not in _OF_SIGNALS:
+        elif ended.code not in (0, 1, 2, 3) and ended.code not in _OF_SIGNALS:
             yield f"exit code {ended.code}"
 
     def _is_whole(self, now: Tree) -> bool:

@@ -8,11 +8,13 @@ compare the file's identity at the end.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,36 @@ _COPY_CHUNK_BYTES = 1 << 20
 _NO_KERNEL_COPY = (
     errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM,
 )  # fmt: skip
+
+
+_TROUBLES = {
+    errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINTR,
+    errno.ETIMEDOUT, getattr(errno, "ESTALE", errno.EIO),
+}  # fmt: skip
+_WATCHED = threading.local()
+
+
+@contextlib.contextmanager
+def system_troubles() -> Iterator[list[str]]:
+    """Yield a list that gets what kept this thread from reading without being a file's fault.
+
+    Whoever asks whether a file is as it should be catches the errors of those that are not. A disk
+    that fails, or too many open files, says nothing of the file, whatever caught the error.
+    """
+    outer = getattr(_WATCHED, "troubles", None)
+    _WATCHED.troubles = found = list[str]()
+    try:
+        yield found
+    finally:
+        _WATCHED.troubles = outer
+
+
+def _unread(what: str, path: str | os.PathLike[str], error: OSError) -> AdapterError:
+    told = AdapterError(f"{what}: {error.strerror}", path=path)
+    troubles = getattr(_WATCHED, "troubles", None)
+    if troubles is not None and error.errno in _TROUBLES:
+        troubles.append(str(told))
+    return told
 
 
 @dataclass(frozen=True)
@@ -60,7 +92,7 @@ class RegularFile:
         except OSError as error:
             if os.path.isdir(path):
                 raise AdapterError("is a directory, not a file", path=path) from error
-            raise AdapterError(f"cannot be opened: {error.strerror}", path=path) from error
+            raise _unread("cannot be opened", path, error) from error
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -115,7 +147,7 @@ class RegularFile:
         try:
             return read_some(self._fd, offset, nbytes)
         except OSError as error:
-            raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
+            raise _unread("cannot be read", self.path, error) from error
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill a buffer of bytes from `offset`; spares the memory of `read_at`.
@@ -128,7 +160,7 @@ class RegularFile:
             try:
                 count = os.preadv(self._fd, [out[done:]], offset + done)
             except OSError as error:
-                raise AdapterError(f"cannot be read: {error.strerror}", path=self.path) from error
+                raise _unread("cannot be read", self.path, error) from error
             if count == 0:
                 break  # read_at says what is wrong
             done += count

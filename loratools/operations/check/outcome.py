@@ -21,6 +21,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding, Severity
 from loratools_formats.disk.distant import is_there
 from loratools_formats.disk.errors import LoratoolsError
+from loratools_formats.disk.files import system_troubles
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _WORTH: tuple[Group, ...] = (
@@ -120,6 +121,15 @@ class Asked:
 
     def outcome(self, source: Path | Adapter) -> Outcome:
         """Check one adapter, by path or as it was read."""
+        with system_troubles() as troubles:
+            outcome = self._outcome(source)
+        return Unchecked(self._name(source), troubles[0]) if troubles else outcome
+
+    def _name(self, source: Path | Adapter) -> str:
+        path = source.source if isinstance(source, Adapter) else source
+        return "an adapter in memory" if path is None else self.named.get(path, str(path))
+
+    def _outcome(self, source: Path | Adapter) -> Outcome:
         targets = self.options.targets()
         if isinstance(source, Adapter):
             doubts = tuple(get_format(source.format).loading_findings(source))
