@@ -10,14 +10,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # How long `make fuzz` runs.
 MINUTES ?= 10
 
-.PHONY: help demo fuzz test test-fast test-matrix test-models test-campaigns test-kernels lint format docs bench dist clean
+.PHONY: help demo fuzz test test-fast test-matrix test-models test-kernels lint format docs bench dist clean
 
 help:
 	@echo "make demo    squeeze the bundled adapter and print the report"
 	@echo "make test    run the whole test suite; make test-fast leaves out PEFT and other consumers"
 	@echo "make test-matrix  test every class under every naming with fuse, merge, convert, squeeze"
 	@echo "make test-models  test every class of transformers that a tiny configuration builds"
-	@echo "make test-campaigns  let calls fail in, and send signals to, every command that writes"
 	@echo "make test-kernels  run the numeric tests under each matrix kernel of OpenBLAS"
 	@echo "make fuzz MINUTES=10  mutate files of every format, and keep what breaks loratools"
 	@echo "make lint    check style, types and import layers"
@@ -50,9 +49,6 @@ test-matrix: $(VENV)/.dev
 
 test-models: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --models tests/consumers/test_model_classes.py tests/consumers/test_gguf_rows.py $(ARGS)
-
-test-campaigns: $(VENV)/.dev
-	$(BIN)/python -m pytest --campaigns tests/robustness/test_campaign.py $(ARGS)
 
 test-kernels: $(VENV)/.dev
 	$(BIN)/python tests/run_kernels.py --numprocesses 2 $(ARGS)

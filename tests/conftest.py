@@ -39,7 +39,6 @@ DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32, "f64
 def pytest_addoption(parser):
     parser.addoption("--fast", action="store_true", help="leave out slow tests; see conftest.py")
     parser.addoption("--models", action="store_true", help="test every class of transformers")
-    parser.addoption("--campaigns", action="store_true", help="fail calls, and send signals")
 
 
 def pytest_report_header():

@@ -9,8 +9,6 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from threadpoolctl import threadpool_limits
-
 from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
 from loratools.base.placement.sites import sites
@@ -23,6 +21,7 @@ from loratools.kinds.declaration import Product
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
 from loratools.naming.choice import kernel_of
+from loratools.work.parallel import one_blas_thread
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import text_values
@@ -120,7 +119,7 @@ def folded_where_exact(
         delta = whole.kind_delta
         if delta is None or name in leave or not folds_alone(whole):
             continue
-        with threadpool_limits(1):  # the bits must not depend on the machine's threads
+        with one_blas_thread():  # the bits must not depend on the machine's threads
             found = checked_form(name, delta, ShapeOnly(known_shape(delta)))
             if not isinstance(found, Product) and not dense and not whole.is_dora:
                 continue

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from loratools.base.codecs import CodedWeight
 from loratools.base.codecs.codec import CHUNK
@@ -29,7 +28,7 @@ from loratools.base.fourbit.encode import QuantisationLoss
 from loratools.operations.reported import report
 from loratools.work.buffers import Buffers
 from loratools.work.declared import option
-from loratools.work.parallel import Workers, in_order, usable_cores
+from loratools.work.parallel import Workers, in_order, one_blas_thread, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
@@ -169,7 +168,7 @@ def dequantize(
             dequantised_config(base.config, torch_name(stored)) if base.config else None,
             provenance,
         )
-        with threadpool_limits(1):  # the sums of errors; threads go over weights
+        with one_blas_thread():  # the sums of errors; threads go over weights
             left_out = write_checkpoint(
                 new, output, overwrite=overwrite, workers=workers, progress=progress
             )

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from loratools.base.dequantised import (
     DequantisedCheckpoint,
@@ -32,7 +31,7 @@ from loratools.base.fourbit.store import blanks, fill
 from loratools.base.linears import Kept, Linears, linear_weights
 from loratools.operations.reported import report
 from loratools.work.declared import option
-from loratools.work.parallel import in_order, usable_cores
+from loratools.work.parallel import in_order, one_blas_thread, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.regexes import check_regex
 from loratools.work.requests import Sharding
@@ -212,7 +211,7 @@ def quantize(
             _config(base, linears, chosen.four_bit),
             provenance,
         )
-        with threadpool_limits(1):  # the sums of errors; threads go over weights
+        with one_blas_thread():  # the sums of errors; threads go over weights
             left_out = write_checkpoint(
                 new, output, overwrite=overwrite, workers=workers, progress=progress
             )

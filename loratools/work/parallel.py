@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -65,6 +67,40 @@ class Workers:
         check_workers(self.workers)
 
 
+class _OneThread:
+    """Holds BLAS to one thread as long as anybody works, in whatever order they begin and end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._working = 0
+        self._limits: threadpool_limits | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._working:
+                self._limits = threadpool_limits(1)
+            self._working += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._working -= 1
+            if not self._working and self._limits is not None:
+                self._limits.restore_original_limits()
+                self._limits = None
+
+
+_ONE_THREAD = _OneThread()
+
+
+def one_blas_thread() -> AbstractContextManager[None]:
+    """Hold BLAS to one thread, on which the order of every sum and so its last digit depends.
+
+    The number belongs to the process. Two runs side by side would each restore what it found, and
+    the first to end would give the other its threads back; this counts who works.
+    """
+    return _ONE_THREAD
+
+
 def check_workers(workers: int) -> None:
     """Raise `OptionError` unless the number of threads is in the range that every command has."""
     if not 1 <= workers <= MOST_WORKERS:
@@ -81,7 +117,7 @@ def in_order(
     BLAS is held to one thread: NumPy releases the interpreter's lock, so threads over modules use
     the cores better, and the order of every sum stays the same.
     """
-    with threadpool_limits(1):
+    with one_blas_thread():
         if workers <= 1:
             yield from map(function, items)
             return

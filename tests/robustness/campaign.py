@@ -192,10 +192,15 @@ def forked(words: list[str], fault: tuple[Path, int, int] | None = None) -> Ende
 
 
 def started(words: list[str], fault: tuple[Path, int, int] | None = None) -> tuple[int, IO[bytes]]:
-    """Start a command in a fork; returns its process and the file that it prints to."""
+    """Start a command in a fork; returns its process and the file that it prints to.
+
+    Signals wait until the command begins: what Python does after a fork is not under test.
+    """
     printed = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         return pid, printed
     code = 99
     try:
@@ -221,6 +226,7 @@ def _run(words: list[str], fault: tuple[Path, int, int] | None) -> int:
         calls.fault_arm(os.fsencode(fault[0]), ctypes.c_long(fault[1]), fault[2])
     code = 99
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -1,8 +1,4 @@
-"""A sample of the campaigns against every command that writes; `campaign.py` runs them whole.
-
-Which call fails and where a signal falls depends on the machine and on its load, so those two run
-with `make test-campaigns`, and not with every test of the suite.
-"""
+"""A sample of the campaigns against every command that writes; `campaign.py` runs them whole."""
 
 import os
 import shutil
@@ -23,9 +19,7 @@ CAMPAIGNS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAMPAIGNS)
-def test_a_sample_of_cases(name, request):
-    if name in ("faults", "signals") and not request.config.getoption("campaigns"):
-        pytest.skip("run by `make test-campaigns`")
+def test_a_sample_of_cases(name):
     if name == "faults" and shutil.which("cc") is None:
         pytest.skip("there is no C compiler")
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}

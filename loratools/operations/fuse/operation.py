@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from loratools.algebra.device import Device
 from loratools.base.codecs import CodedWeight, Encoder
@@ -42,6 +41,7 @@ from loratools.operations.fuse.tensor import TensorReport, fuse_tensor
 from loratools.operations.fuse.trained_on import four_bits, trained_on_notes
 from loratools.operations.reported import report
 from loratools.work.call import kept
+from loratools.work.parallel import one_blas_thread
 from loratools.work.provenance import operation_record, record_metadata
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -467,7 +467,7 @@ class Fusion:
             OutputError: not enough space, or writing failed; nothing was changed.
             AdapterError: an input is malformed, or values are not finite.
         """
-        with threadpool_limits(1):
+        with one_blas_thread():
             left_out = write_checkpoint(
                 self.new,
                 output,

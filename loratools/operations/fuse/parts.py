@@ -22,6 +22,7 @@ from loratools.operations.fuse.operation import Fusion
 from loratools.operations.fuse.result import FuseResult
 from loratools.operations.fuse.tensor import TensorReport
 from loratools.work.declared import option
+from loratools.work.parallel import one_blas_thread
 from loratools.work.shard import Shard, shard
 from loratools_formats.checkpoints.shards import write_shards
 from loratools_formats.disk.errors import OutputError, OutputExistsError
@@ -80,7 +81,8 @@ class Parts:
                 continue
             known = set(self._fusion.reports)
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as place:
-                write_shards(Path(place), [each], workers=workers, progress=progress)
+                with one_blas_thread():
+                    write_shards(Path(place), [each], workers=workers, progress=progress)
                 found = [r for key, r in self._fusion.reports.items() if key not in known]
                 text = json.dumps([asdict(report) for report in found])
                 (Path(place) / _REPORT).write_text(text, encoding="utf-8")
