@@ -27,6 +27,12 @@ def test_to_lora_writes_and_reports(tmp_path):
     assert set(report) == {
         "schema",
         "operation",
+        "version",
+        "inputs",
+        "output",
+        "options",
+        "written",
+        "seconds",
         "findings",
         "notes",
         "relative_error",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from typing import TextIO
@@ -19,6 +20,7 @@ from loratools.cli.output import print_json, say
 _PROGRAM = "loratools"
 _COMPLETION = "_LORATOOLS_COMPLETE"
 _STOPPED = ("interrupted", "terminated")
+_AGAIN_SECONDS = 0.01
 
 
 def run(cli: click.Command) -> None:
@@ -91,7 +93,8 @@ def exit_code(error: BaseException) -> int:
 def _stop_on_signals() -> list[int]:
     """Let signals unwind the stack, so that outputs are cleared away; return those that arrived.
 
-    SIGTERM and SIGHUP do as Ctrl-C, unless whoever started this process ignores them.
+    SIGTERM and SIGHUP do as Ctrl-C, unless whoever started this process ignores them. Python throws
+    away what is raised while it removes an object; then the signal is sent again a little later.
     """
     arrived: list[int] = []
 
@@ -99,12 +102,32 @@ def _stop_on_signals() -> list[int]:
         arrived.append(number)
         raise KeyboardInterrupt
 
+    told = sys.unraisablehook
+
+    def unraisable(thrown: sys.UnraisableHookArgs) -> None:
+        if arrived and issubclass(thrown.exc_type, KeyboardInterrupt):
+            again = threading.Timer(_AGAIN_SECONDS, _send, (arrived[-1],))
+            again.daemon = True
+            again.start()
+        else:
+            told(thrown)
+
+    sys.unraisablehook = unraisable
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         usual = (signal.SIG_DFL, signal.default_int_handler)
         if number is not None and signal.getsignal(number) in usual:
             signal.signal(number, stop)
     return arrived
+
+
+def _send(number: int) -> None:
+    """Send the main thread a signal, one that wakes it from a system call where there are such."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, number)
+    else:  # Windows
+        signal.raise_signal(number)
 
 
 def _noted(

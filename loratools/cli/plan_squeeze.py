@@ -15,7 +15,9 @@ from loratools.work.requests import Reporting
 @shared.takes(Planning, into="planning")
 @shared.reports()
 def command(planning: Planning, reporting: Reporting) -> None:
-    """Plan a training run whose rank falls in stages, and print what the trainer needs.
+    """Plan a training run whose rank falls in stages.
+
+    The plan ends in what the trainer needs, ready to paste.
 
     \b
     loratools plan-squeeze --from 64 --to 8 --steps 3000

@@ -68,6 +68,28 @@ def test_a_signal_that_the_shell_ignores_stays_ignored(tmp_path):
     assert run(code=code).communicate()[0] == "alive\n"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_that_meets_a_destructor_stops_the_run_all_the_same(name):
+    """Python throws away what is raised in one, and would go on."""
+    code = (
+        "import os, signal, time\n"
+        "from loratools.cli import errors\n"
+        "errors._stop_on_signals()\n"
+        "class Removed:\n"
+        "    def __del__(self):\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        "        time.sleep(0.1)\n"
+        "try:\n"
+        "    Removed()\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped')\n"
+    )
+    told, errors = run(code=code).communicate()
+    assert (told, errors) == ("stopped\n", "")
+
+
 WITHOUT = (
     "import os\n"
     "for name in ('pread', 'preadv', 'pwrite', 'posix_fallocate', 'copy_file_range', 'statvfs'):\n"

@@ -249,7 +249,9 @@ def test_csv_and_json_carry_every_number(odd):
             if isinstance(value, float):
                 assert float(row[key]) == value
     both = run("spectrum", odd, "--csv", "--json")
-    assert (both.returncode, both.stdout) == (2, "")
+    told = json.loads(both.stdout)
+    assert (both.returncode, told["written"], "modules" in told) == (2, False, False)
+    assert told["error"]["message"] == "--csv and --json exclude each other"
 
 
 def test_hostile_names_are_harmless_in_text_and_csv(make_folder):
