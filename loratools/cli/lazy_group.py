@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from loratools.cli.wording import DOCS
+
 
 class LazyGroup(click.Group):
     """A group whose help imports none of its commands.
@@ -25,7 +27,7 @@ class LazyGroup(click.Group):
         *args: Any,
         places: Mapping[str, str],
         summaries: Mapping[str, str],
-        learn_more: str = "`loratools COMMAND --help`, or docs/index.md",
+        learn_more: str = f"`loratools COMMAND --help`, or {DOCS}/index.md",
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 
+DOCS = "https://github.com/loratools/loratools/blob/main/docs"
+"""Where the documentation can be read, by those who have no checkout too."""
+
 FLAGS: dict[str, str] = {}
 """Flags by the names of options; each command adds its own when it is loaded."""
 

@@ -15,7 +15,7 @@ from loratools.algebra.sketch import standard_errors
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.face.source import WRITING, Source, destination, opened
-from loratools.hub.references import Wanted
+from loratools.hub.references import Wanted, path_of
 from loratools.operations.index.file import Index, read_index
 from loratools.operations.index.making import Failure, make_index
 from loratools.operations.index.searching import (
@@ -147,7 +147,7 @@ def fleet_index(
     """
     if isinstance(adapters, str | os.PathLike):
         raise OptionError("not a list of adapters", got=repr(adapters))
-    paths = [Path(path) for path in adapters]
+    paths = [path_of(path) for path in adapters]
     earlier = None
     output = writing.output
     if options.update:

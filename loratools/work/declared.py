@@ -8,6 +8,7 @@ old spellings, how text is read) is in the field's metadata; `option` puts it th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import keyword
 import re
@@ -76,6 +77,16 @@ class Option:
         """The long flag: `--max-rank` for `max_rank`."""
         return "--" + self.name.rstrip("_").replace("_", "-")
 
+    @property
+    def reads_numbers(self) -> bool:
+        """Whether a number may be given for a size that `parse` makes something else of."""
+        return self.metavar == "SIZE" and dataclasses.is_dataclass(self.type)
+
+    def _is_size(self, given: Any) -> bool:
+        """Return whether a number stands for what text is read into: 12000000 for `12MB`."""
+        is_number = isinstance(given, int | float) and not isinstance(given, bool)
+        return is_number and self.reads_numbers
+
     def value(self, given: Any) -> Any:
         """Return the field's value for what a caller gave: text is read, several become a tuple.
 
@@ -95,7 +106,9 @@ class Option:
         Raises:
             OptionError: the text is no value, or not one of the choices.
         """
-        value = self.parse(given) if self.parse is not None and isinstance(given, str) else given
+        value = given
+        if self.parse is not None and (isinstance(given, str) or self._is_size(given)):
+            value = self.parse(str(given))
         if self.choices and isinstance(value, str):
             value = next((c for c in self.choices if c.lower() == value.lower()), value)
         if self.choices and value not in self.choices:
@@ -141,6 +154,7 @@ def option(
     return dataclasses.field(default=default, metadata={_KEY: made})
 
 
+@functools.cache  # asked again for every adapter of a call
 def declared(cls: type, *names: str) -> tuple[Option, ...]:
     """Return the options that a dataclass declares, in the order of its fields.
 

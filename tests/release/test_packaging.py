@@ -11,6 +11,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from loratools.cli.wording import DOCS
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -118,6 +120,7 @@ def test_the_readme_has_no_link_that_the_registry_cannot_follow():
 
 
 def test_addresses_are_of_one_repository():
+    assert PROJECT["project"]["urls"]["Documentation"] == f"{DOCS}/index.md"
     for address in PROJECT["project"]["urls"].values():
         assert address.startswith(REPOSITORY)
         if "/blob/main/" in address:
