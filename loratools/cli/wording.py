@@ -14,6 +14,19 @@ DOCS = "https://github.com/loratools/loratools/blob/main/docs"
 FLAGS: dict[str, str] = {}
 """Flags by the names of options; each command adds its own when it is loaded."""
 
+
+def read_on(page: str) -> str:
+    """Return the lines of help that say where to read on, with the address whole on its own line.
+
+    >>> read_on("commands/info.md").splitlines()[1]
+    '  https://github.com/loratools/loratools/blob/main/docs/commands/info.md'
+
+    Args:
+        page: the path in the documentation.
+    """
+    return f"Learn more:\n  {DOCS}/{page}\n"
+
+
 _PARAMETER = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 
 

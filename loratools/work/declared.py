@@ -154,7 +154,6 @@ def option(
     return dataclasses.field(default=default, metadata={_KEY: made})
 
 
-@functools.cache  # asked again for every adapter of a call
 def declared(cls: type, *names: str) -> tuple[Option, ...]:
     """Return the options that a dataclass declares, in the order of its fields.
 
@@ -165,15 +164,20 @@ def declared(cls: type, *names: str) -> tuple[Option, ...]:
     Raises:
         KeyError: no option has one of the names, or the docstring does not describe a field.
     """
+    options = _every(cls)
+    return tuple(options[name] for name in names or options)
+
+
+@functools.cache  # asked again for every adapter of a call
+def _every(cls: Any) -> dict[str, Option]:
     texts = _attributes(cls)
     hints = typing.get_type_hints(cls)
-    options = {
+    return {
         made.name: made
         for field in dataclasses.fields(cls)
         if _KEY in field.metadata
         for made in [_option(field, hints[field.name], texts[field.name])]
     }
-    return tuple(options[name] for name in names or options)
 
 
 def build(cls: type, given: Mapping[str, Any]) -> Any:

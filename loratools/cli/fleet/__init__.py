@@ -9,7 +9,6 @@ from __future__ import annotations
 import click
 
 from loratools.cli.lazy_group import LazyGroup
-from loratools.cli.wording import DOCS
 
 _VERBS = "loratools.cli.fleet.verbs"
 _TABLE: dict[str, tuple[str, str]] = {
@@ -40,7 +39,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     cls=LazyGroup,
     places={name: place for name, (place, _) in _TABLE.items()},
     summaries={name: text for name, (_, text) in _TABLE.items()},
-    learn_more=f"{DOCS}/commands/fleet.md",
+    page="commands/fleet.md",
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
