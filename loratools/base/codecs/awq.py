@@ -24,18 +24,15 @@ from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
     CodesOnly,
-    Columns,
     Encoded,
     Encoder,
     Scheme,
     Stored,
-    matrix_rows,
     row_piece,
-    sibling,
     stripes,
-    wrong_shape,
 )
 from loratools.base.codecs.levels import integer_codes, rounded
+from loratools.base.codecs.parts import Columns, matrix_rows, sibling, wrong_shape
 from loratools_formats.core.dtypes import Array, DType
 from loratools_formats.core.tensors import TensorRef
 

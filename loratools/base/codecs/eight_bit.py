@@ -16,10 +16,10 @@ from loratools.base.codecs.codec import (
     Encoder,
     Scheme,
     Stored,
-    matrix_rows,
     row_piece,
 )
 from loratools.base.codecs.levels import float_codes
+from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.eight_bit_floats import METHODS, Fp8Weight, fp8_weights, unmarked
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef

@@ -20,16 +20,14 @@ from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
     CodesOnly,
-    Columns,
     Encoded,
     Encoder,
     Scheme,
     Stored,
-    sibling,
     stripes,
-    wrong_shape,
 )
 from loratools.base.codecs.levels import integer_codes, rounded
+from loratools.base.codecs.parts import Columns, sibling, wrong_shape
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

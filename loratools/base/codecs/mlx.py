@@ -27,16 +27,7 @@ from loratools.base.codecs.bits import (
     times_groups,
     unpacked,
 )
-from loratools.base.codecs.codec import (
-    Codec,
-    CodedWeight,
-    Encoder,
-    Scheme,
-    Stored,
-    matrix_rows,
-    sibling,
-    wrong_shape,
-)
+from loratools.base.codecs.codec import Codec, CodedWeight, Encoder, Scheme, Stored
 from loratools.base.codecs.levels import Attempt, rounded
 from loratools.base.codecs.mlx_encode import (
     EIGHT,
@@ -45,6 +36,7 @@ from loratools.base.codecs.mlx_encode import (
     FloatingEncoder,
     affine,
 )
+from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

@@ -11,14 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loratools.base.codecs.bits import E2M1, packed, powers, small_floats, times_groups
-from loratools.base.codecs.codec import (
-    Encoded,
-    Encoder,
-    Scheme,
-    blank_like,
-    matrix_rows,
-    row_piece,
-)
+from loratools.base.codecs.codec import Encoded, Encoder, Scheme, blank_like, row_piece
 from loratools.base.codecs.levels import (
     Attempt,
     as_they_were,
@@ -27,6 +20,7 @@ from loratools.base.codecs.levels import (
     nearer,
     rounded,
 )
+from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.shard_plan import Blank
 from loratools_formats.core.dtypes import DTYPES, Array, DType, converted, encode
 from loratools_formats.core.tensors import TensorRef

@@ -19,18 +19,15 @@ from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
     CodesOnly,
-    Columns,
     Encoded,
     Encoder,
     Scheme,
     Stored,
-    matrix_rows,
     row_piece,
-    sibling,
     stripes,
-    wrong_shape,
 )
 from loratools.base.codecs.levels import float_codes, rounded
+from loratools.base.codecs.parts import Columns, matrix_rows, sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
