@@ -1,4 +1,4 @@
-"""Stacked experts of PEFT 0.17.1 to 0.21: what a release wrote and merged, and what it loads of ours."""
+"""Stacked experts of PEFT 0.17.1 to 0.21: what a release wrote and merged, and loads of ours."""
 
 import json
 import sys
@@ -82,7 +82,7 @@ def test_what_releases_load_of_ours_is_the_change(folder):
 @pytest.mark.parametrize("folder", WRITTEN, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("release", ["0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.2"])
 def test_that_is_what_is_written_today(folder, release, tmp_path):
-    """From the file of any release: the same names, shapes and fields, and from 0.21.2 all bytes."""
+    """From a file of any release: the same names, shapes and fields; from 0.21.2 all bytes."""
     layout, kind, inner = parts(folder)
     model = base(tmp_path / "base", kind, inner)
     source = GOLDEN / "experts" / f"{release}-{kind}-{inner}"

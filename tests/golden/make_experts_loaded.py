@@ -3,9 +3,9 @@
     python tests/golden/make_experts_loaded.py write
     PYTHONPATH=FOLDER python tests/golden/make_experts_loaded.py load
 
-The first writes `tests/golden/experts_written/<layout>-<class>-<inner width>/` from the
-file that PEFT 0.21.2 wrote (`make_experts.py`), in the two layouts of `--peft-layout`. The second, with a release in
-FOLDER, loads those that the release reads into the model of `make_experts.py` and adds
+The first writes `tests/golden/experts_written/<layout>-<class>-<inner width>/` from the file that
+PEFT 0.21.2 wrote (`make_experts.py`), in the two layouts of `--peft-layout`. The second, with a
+release in FOLDER, loads those that the release reads into the model of `make_experts.py` and adds
 `loaded-<release>.safetensors`: the ΔW that it merges, (E, out, in) in float64.
 """
 
@@ -63,7 +63,6 @@ def write():
 
 def load():
     import peft
-    import torch
     from make_experts import Block
     from safetensors.torch import save_file
 
