@@ -121,9 +121,9 @@ def test_the_suffix_of_another_format_leads_to_a_conversion(room):
 def test_a_share_that_is_read_as_bytes_is_asked_about(room):
     code, message = typed("squeeze a -o small --budget 0.25")
     assert code == 2
-    share = re.search(r'did you mean "(\S+)"\?', message)[1]
+    share = re.search(r"did you mean (\S+)\?", message)[1]
     assert typed(f"squeeze a -o small --budget {share} -q")[0] == 0
-    with pytest.raises(OptionError, match='did you mean "25%"'):
+    with pytest.raises(OptionError, match="did you mean 25%"):
         lt.squeeze("a", budget=0.25)
     by_text, by_number = lt.squeeze("a", budget="40000"), lt.squeeze("a", budget=40000)
     assert by_number.modules == by_text.modules

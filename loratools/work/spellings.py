@@ -65,7 +65,7 @@ def share_or_nbytes(text: str) -> tuple[float | None, int | None]:
     if percent is not None and float(percent[1]) > 0:
         return float(percent[1]) / 100, None
     if _BARE_FRACTION.fullmatch(bare):
-        meant = f'"{float(bare) * 100:g}%"'
+        meant = f"{float(bare) * 100:g}%"
         raise OptionError(f"{bare} is a size in bytes; did you mean {meant}?")
     if percent is not None:
         raise OptionError("not a share above zero", got=text)
