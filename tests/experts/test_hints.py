@@ -56,3 +56,17 @@ def _keywords(options):
             dict([value.split("=")]) if name == "set" else value
         )
     return found
+
+
+@pytest.mark.parametrize("asked", [{"experts": "stacked"}, {"experts": "3d"}, {"to": "tinker"}])
+def test_a_number_of_experts_that_only_the_file_tells_is_told(asked, tmp_path):
+    change = Change(width=8, inner=6)
+    tensors, config = each(change)
+    config["base_model_name_or_path"] = "Qwen/Qwen3-30B-A3B"
+    folder = save(tmp_path / "a", (tensors, config))
+    told = lt.convert(folder, output=tmp_path / "b", **asked).notes
+    assert any("taken to have as many experts as the file adapts, 3" in note for note in told)
+    config["exclude_modules"] = r".*experts\.[3-7]\..*"
+    partial = save(tmp_path / "partial", (tensors, config))
+    with pytest.raises(LoratoolsError, match="how many experts the layer has"):
+        lt.convert(partial, output=tmp_path / "c", **asked)

@@ -135,6 +135,7 @@ def _as_stacked(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoin
         order, why = order_of(adapter, found.groups, base)
         told += why
     experts = _count(adapter, found.groups, base)
+    told += _told_count(experts, base)
     turned = 0
     for owner, group in found.groups.items():
         stacks = stacked(group, order, experts.get(owner, 0))
@@ -222,7 +223,7 @@ def _as_each(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint |
 def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
     made = dict(found.others)
     experts = _count(adapter, found.groups, base)
-    told: list[Finding] = []
+    told = _told_count(experts, base)
     rounded: list[str] = []
     for owner, one in found.groups.items():
         if one.single and one.stacks:
@@ -271,6 +272,8 @@ def _as_tinker(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint
     made = in_tinker_names(adapter, made, base)
     apart = sorted_experts(replace(adapter, modules=made), None)
     experts = _count(adapter, apart.groups, base)
+    if any(group.single for group in found.groups.values()):
+        told = (*told, *_told_count(experts, base))
     full = None
     for owner, group in apart.groups.items():
         whole(group, experts.get(owner, 0))
@@ -331,9 +334,24 @@ def _count(
 
 def _chooses_experts(config: Mapping[str, Any]) -> bool:
     """Return whether a configuration targets experts by their numbers, so that some may lack."""
-    targets = config.get("target_modules")
-    named = [targets] if isinstance(targets, str) else targets or ()
-    return any(_NUMBERED.search(str(name)) for name in named)
+    for key in ("target_modules", "exclude_modules"):
+        targets = config.get(key)
+        named = [targets] if isinstance(targets, str) else targets or ()
+        if any(_NUMBERED.search(str(name)) for name in named):
+            return True
+    return False
+
+
+def _told_count(counts: Mapping[str, int], base: Checkpoint | None) -> list[Finding]:
+    """Return what to tell of numbers of experts that only the file tells."""
+    if base is not None or not counts:
+        return []
+    owner, count = next(iter(counts.items()))
+    text = (
+        f"layers are taken to have as many experts as the file adapts, {count} in {owner}; for a "
+        "model with more, `base` adds zeros for the others"
+    )
+    return [Finding("experts-laid-out", "note", owner, text)]
 
 
 _NUMBERED = re.compile(r"experts\W*[\d\[(]")
