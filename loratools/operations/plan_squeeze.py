@@ -1,8 +1,8 @@
 """A schedule of squeezes from what people say of it, and how their trainer is told.
 
 The snippets are whole: the code that makes the schedule, and what names it in the configuration of
-axolotl or LLaMA-Factory. Sources: `add_callbacks_pre_trainer` of axolotl's BasePlugin, and the
-`callbacks` of LLaMA-Factory's `run_exp`.
+axolotl or LLaMA-Factory. Sources: `add_callbacks_pre_trainer` and `post_train` of axolotl's
+BasePlugin (0.19), and the `callbacks` of LLaMA-Factory's `run_exp` (0.9.5).
 """
 
 from __future__ import annotations
@@ -114,7 +114,11 @@ from axolotl.integrations.base import BasePlugin
 class SqueezePlugin(BasePlugin):
     def add_callbacks_pre_trainer(self, cfg, model):
         schedule = {made}
-        return [SqueezeCallback(schedule)]
+        self.callback = SqueezeCallback(schedule)
+        return [self.callback]
+
+    def post_train(self, cfg, model):
+        self.callback.write_provenance(cfg.output_dir)
 
 
 # in the configuration, which is YAML:
@@ -130,7 +134,9 @@ from llamafactory.train.tuner import run_exp
 {imports}
 
 schedule = {made}
-run_exp(callbacks=[SqueezeCallback(schedule)])
+callback = SqueezeCallback(schedule)
+run_exp(callbacks=[callback])
+callback.write_provenance()
 
 # in config.yaml:
 #   finetuning_type: lora

@@ -32,7 +32,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
     """Squeezes the adapter that a Trainer trains, at the boundaries of a schedule.
 
     What each squeeze did goes into the Trainer's history and, beside every checkpoint, into the
-    adapter's statement of provenance; call `write_provenance` for a folder that you save yourself.
+    adapter's statement of provenance; call `write_provenance` for what is saved after training.
 
     Args:
         schedule: ranks and steps; the values of `to_dict` are taken, too.
@@ -52,6 +52,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         self.alpha = alpha
         self.log = log
         self.squeezes: list[dict[str, Any]] = []
+        self._output: str | os.PathLike[str] = "."
         self._pending: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
@@ -87,7 +88,8 @@ class SqueezeCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that schedule, model, optimizer and checkpoint belong together."""
-        del args, control
+        del control
+        self._output = args.output_dir
         model, boundaries = unwrapped(kwargs["model"]), self.schedule.boundaries
         layers = live_layers(model)
         if boundaries and boundaries[-1] >= state.max_steps:
@@ -167,13 +169,14 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         del control
         self.write_provenance(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def write_provenance(self, folder: str | os.PathLike[str]) -> None:
+    def write_provenance(self, folder: str | os.PathLike[str] | None = None) -> None:
         """Write beside a saved adapter how it was squeezed; nothing if it was not, or is not there.
 
         Args:
-            folder: what `save_pretrained` or `Trainer.save_model` wrote.
+            folder: what `save_pretrained` or `Trainer.save_model` wrote; by default the Trainer's
+                output folder.
         """
-        place = Path(folder)
+        place = Path(self._output if folder is None else folder)
         files = [place / name for name in _WEIGHTS if (place / name).is_file()]
         if not files or not self.squeezes:
             return

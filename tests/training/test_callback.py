@@ -151,6 +151,9 @@ def test_checkpoints_say_how_their_adapter_was_made(tmp_path):
     assert kept["squeezes"][1]["ranks"].keys() == {"net.up", "net.square", "net.down"}
     ranks = {m.name: m.rank for m in lt.info(tmp_path / "checkpoint-9").modules}
     assert kept["squeezes"][1]["ranks"] == ranks
+    made.save_model()
+    callback.write_provenance()
+    assert [step.operation for step in lt.provenance(tmp_path).steps] == ["squeeze-model"]
     # A folder that is saved by hand gets it by hand; what is made of it carries it on.
     made.model.save_pretrained(tmp_path / "final")
     callback.write_provenance(tmp_path / "final")
