@@ -106,7 +106,9 @@ schedule = {made}
 trainer = Trainer(model, args, ..., callbacks=[SqueezeCallback(schedule)])
 """,
     "axolotl": """\
-# squeeze_plugin.py, in the folder that axolotl is started in
+# squeeze_plugin.py, run as: PYTHONPATH=. axolotl train config.yaml
+# (axolotl trains on without a plugin that it cannot import: see that its log says
+# "Plugin loaded successfully")
 from axolotl.integrations.base import BasePlugin
 {imports}
 
