@@ -68,7 +68,7 @@ class Setting:
 
 SETTINGS = {
     "tiny-llama": Setting("tiny-llama", 120, 4, 96, (1e-3, 3e-3, 1e-2), 24),
-    "gemma": Setting("gemma", 24, 2, 48, (1e-3, 3e-3), 16, variants=False),
+    "gemma": Setting("gemma", 24, 2, 48, (1e-3,), 16, variants=False),
 }
 
 

@@ -133,11 +133,12 @@ def test_only_selected_modules_change_and_the_rest_keep_their_parameters():
     assert len(model.base_model.model.square.lora_A["default"].weight) == 2
 
 
-def test_zero_directions_can_learn_again():
+@pytest.mark.parametrize("left", [0.0, 1e-9])  # of their size: none, or less than float32 tells
+def test_zero_directions_can_learn_again(left):
     model = make(Linears)
     with torch.no_grad():
         for _, module in layers(model):
-            module.lora_B["default"].weight[:, 2:] = 0.0
+            module.lora_B["default"].weight[:, 2:] *= left
     before = deltas(model)
     done = squeeze_model(model, rank=4)
     assert done.revived == 6
@@ -152,7 +153,7 @@ def test_zero_directions_can_learn_again():
     again = make(Linears)
     with torch.no_grad():
         for _, module in layers(again):
-            module.lora_B["default"].weight[:, 2:] = 0.0
+            module.lora_B["default"].weight[:, 2:] *= left
     squeeze_model(again, rank=4)
     states = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
     assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
@@ -180,6 +181,27 @@ def test_wrappers_within_one_process_are_looked_through():
     assert model.peft_config["default"].r == 2
 
 
+@pytest.mark.slow
+def test_a_compiled_model_makes_the_squeezed_change():
+    model = make(Linears)
+    compiled = torch.compile(model, backend="eager")
+    x = inputs(Linears)
+    before = compiled(x)
+    squeeze_model(compiled, rank=2)
+    assert torch.equal(compiled(x), model(x))
+    assert not torch.equal(compiled(x), before)
+
+
+def test_a_disabled_adapter_is_squeezed_as_any():
+    model, other = make(Linears), make(Linears)
+    with model.disable_adapter():
+        squeeze_model(model, rank=2)
+    squeeze_model(other, rank=2)
+    states = get_peft_model_state_dict(model), get_peft_model_state_dict(other)
+    assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+
+
 def test_other_adapters_of_the_model_stay(tmp_path):
     from peft import LoraConfig
 
@@ -189,6 +211,10 @@ def test_other_adapters_of_the_model_stay(tmp_path):
     up = model.base_model.model.up
     assert (up.r["default"], up.r["other"]) == (2, 5)
     assert len(up.lora_A["other"].weight) == 5
+    model.base_model.set_adapter(["default", "other"])
+    assert "not one active adapter" in refused(model)
+    squeeze_model(model, rank=1, adapter="other")
+    assert (up.r["default"], up.r["other"]) == (2, 1)
 
 
 def refused(model, **given):
@@ -210,6 +236,15 @@ def test_what_cannot_be_replaced_is_refused_and_nothing_changes():
     scaled = make(Linears)
     scaled.base_model.model.up.scaling["default"] *= 2
     assert "scaling" in refused(scaled)
+    hooked = make(Linears)
+    hooked.base_model.model.up.lora_A["default"].weight.register_post_accumulate_grad_hook(id)
+    assert "has hooks" in refused(hooked)
+    flat = make(Linears)  # as ZeRO and FSDP leave parameters between steps
+    flat.base_model.model.up.lora_A["default"].weight.data = torch.zeros(0)
+    assert "spread" in refused(flat)
+    shared = make(Linears)
+    shared.base_model.model.square.lora_A = shared.base_model.model.down.lora_A
+    assert "shares a factor with square" in refused(shared)
     groups = type("Groups", (Linears,), {})
 
     def init(self):
