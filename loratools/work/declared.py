@@ -11,11 +11,13 @@ import dataclasses
 import functools
 import inspect
 import keyword
+import os
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loratools_formats.disk.errors import OptionError
@@ -197,6 +199,24 @@ def build(cls: type, given: Mapping[str, Any]) -> Any:
         if value is not None
     }
     return cls(**values)
+
+
+def flags(*groups: Any) -> list[str]:
+    """Return the flags that say what instances of such dataclasses hold beside their defaults."""
+    found: list[str] = []
+    for group in groups:
+        for made in declared(type(group)):
+            value = getattr(group, made.field)
+            if value is None or value == made.default:
+                continue
+            for one in value if made.multiple else (value,):
+                if made.type is bool:
+                    found.append(made.flag)
+                elif isinstance(one, tuple):
+                    found += [made.flag, "=".join(map(str, one))]
+                else:
+                    found += [made.flag, os.fspath(one) if isinstance(one, Path) else str(one)]
+    return found
 
 
 def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> Option:

@@ -56,7 +56,7 @@ _VIT = frozenset({"vit", "deit", "beit", "dinov2", "ijepa", "vit_mae", "vit_msn"
 _STORED_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
 """Types whose class transposes what checkpoints hold, if it lies the other way round."""
 
-_NOT_IN_TABLE = frozenset({"dots1", "qwen3_5_moe", "qwen3_omni_moe"})
+_NOT_IN_TABLE = frozenset({"dots1", "jetmoe", "qwen3_5_moe", "qwen3_omni_moe"})
 """Types of straight experts whose configuration the table does not name or cannot make."""
 
 _WITH_EXPERTS = (

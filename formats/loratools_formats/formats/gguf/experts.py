@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from loratools_formats.core.adapter import Layer, LowRank
+from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -14,12 +14,34 @@ from loratools_formats.formats.gguf.architectures import Architecture, Module
 from loratools_formats.formats.gguf.gate_up import GATE, UP
 from loratools_formats.formats.gguf.layouts import halves, whole
 
+NESTED = ".base_layer"
+"""What PEFT puts behind a module's path for each further parameter of it that is adapted."""
+
 _NUMBERED = re.compile(
     r"(?P<owner>.*\bexperts)\.(?P<index>\d{1,6})\."
     r"(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
 )
 _LISTED = re.compile(r"(?P<owner>.*\bexperts)\.(?P<leaf>gate_up|down)_projs\.(?P<index>\d{1,6})")
 _OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+_OLD = re.compile(r"(?P<block>.*\bblock_sparse_moe)\.(?P<leaf>input|output)_linear")
+
+
+def today(modules: Mapping[str, ModuleChange]) -> dict[str, ModuleChange]:
+    """Return modules with Granite's stacks under the names that transformers 5 gives them."""
+    made = {}
+    for path, change in modules.items():
+        match = _OLD.fullmatch(path)
+        if match is None or change.layer.kind != "experts":
+            made[path] = change
+            continue
+        owner, is_inner = f"{match['block']}.experts", match["leaf"] == "input"
+        part = change.require_factors()
+        leaf = "gate_up_proj" if is_inner else "down_proj"
+        layer = replace(part.layer, parameters=(f"{owner}.{leaf}",))
+        made[owner + NESTED * is_inner] = change.with_direction(replace(part, layer=layer))
+    return made
 
 
 def in_stack(path: str, architecture: Architecture) -> tuple[Module, int] | None:

@@ -23,7 +23,7 @@ from loratools_formats.disk.errors import AdapterError, LoratoolsError, Unsuppor
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.formats.gguf.architectures import Module, numbered
 from loratools_formats.formats.gguf.base import Base, read_base
-from loratools_formats.formats.gguf.experts import in_stack, stacked
+from loratools_formats.formats.gguf.experts import NESTED, in_stack, stacked, today
 from loratools_formats.formats.gguf.gate_up import as_in_base
 from loratools_formats.formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
 from loratools_formats.formats.gguf.write import dtype_fallbacks
@@ -31,9 +31,6 @@ from loratools_formats.formats.gguf.write import dtype_fallbacks
 _OUTPUT = "output"
 DEFAULT_DTYPE = "f32"
 """ggml rounds activations to the type of 16-bit factors; with 32 bits nothing is lost."""
-
-WRAPPER = ".base_layer"
-"""What PEFT puts behind a module's path for each further parameter of it that is adapted."""
 
 _OWN_KEYS = ("general.", "adapter.", "tokenizer.", "split.", "format")
 _PREFIXES = (
@@ -60,7 +57,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     base = read_base(context.base)
     stacks: dict[str, dict[int, LowRank]] = {}
     modules: dict[str, ModuleChange] = {}
-    for path, delta in adapter.modules.items():
+    for path, delta in today(adapter.modules).items():
         try:
             for name, expert, part in _placed(path, plain_factors(delta), base):
                 known = name in modules if expert is None else expert in stacks.get(name, {})
@@ -221,7 +218,7 @@ def _found(path: str, base: Base) -> tuple[Module, int | None]:
 def without_place(adapter: Adapter, base: Base) -> list[Loss]:
     """Return the modules that llama.cpp applies no adapter to, and why."""
     lost = []
-    for path, change in adapter.modules.items():
+    for path, change in today(adapter.modules).items():
         names = [path]
         if change.layer.kind == "experts":
             names = [f"{_owner(path)}.{leaf}" for leaf in ("gate_up_proj", "up_proj", "down_proj")]
@@ -301,8 +298,8 @@ def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
 
 def _owner(path: str) -> str:
     """Return the module whose parameter PEFT adapts under a path."""
-    while path.endswith(WRAPPER):
-        path = path.removesuffix(WRAPPER)
+    while path.endswith(NESTED):
+        path = path.removesuffix(NESTED)
     return path
 
 

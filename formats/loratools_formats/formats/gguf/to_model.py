@@ -15,7 +15,8 @@ from loratools_formats.core.alora import INVOCATION_TOKENS
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module
 from loratools_formats.formats.gguf.base import read_base
-from loratools_formats.formats.gguf.from_model import WRAPPER, in_order, plain_factors, with_base
+from loratools_formats.formats.gguf.experts import NESTED
+from loratools_formats.formats.gguf.from_model import in_order, plain_factors, with_base
 from loratools_formats.formats.gguf.gate_up import cut, side_by_side
 from loratools_formats.formats.gguf.layouts import Sizes
 from loratools_formats.formats.gguf.read import INVOCATION_KEY
@@ -138,5 +139,5 @@ def _parameters_wrapped(modules: Mapping[str, ModuleChange]) -> dict[str, Module
             result[path] = delta
     for owner, paths in owners.items():
         for depth, path in enumerate(sorted(paths)):
-            result[f"{owner}{WRAPPER * depth}"] = modules[path]
+            result[f"{owner}{NESTED * depth}"] = modules[path]
     return dict(sorted(result.items()))

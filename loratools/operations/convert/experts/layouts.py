@@ -231,6 +231,8 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
             )
         whole(one, experts.get(owner, 0))
         group = one
+        if one.stacks and not set(one.stacks) <= {"gate_up_proj", "down_proj"}:
+            group = _apart(one)  # whose projections are read one by one
         if one.single and set(one.single) <= {"gate_up_proj", "down_proj"}:  # read as parameters
             order: Order | None = None
             if "gate_up_proj" in one.single:
@@ -252,6 +254,15 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
     if rounded:
         told.append(Finding("experts-laid-out", "note", rounded[0], text))
     return made, tuple(told)
+
+
+def _apart(group: Group) -> Group:
+    """Return a layer without gate, with its stacks as single experts."""
+    singles: dict[str, dict[int, ModuleChange]] = {}
+    for path, change in each(group, "halves", Recent()).items():
+        index, leaf = path.removeprefix(f"{group.owner}.").split(".")
+        singles.setdefault(leaf, {})[int(index)] = change
+    return Group(group.owner, single=singles)
 
 
 def _as_tinker(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:

@@ -137,8 +137,8 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
         return dict(values)
     leaves = set()
     for path, change in adapter.modules.items():
-        parameters = change.layer.parameters
-        leaves.add((parameters[0] if parameters else path).rpartition(".")[2])
+        is_stack = change.layer.kind == "experts"
+        leaves.add((change.layer.parameters[0] if is_stack else path).rpartition(".")[2])
     made = {key: value for key, value in values.items() if key != "target_parameters"}
     made["target_modules"] = sorted(leaves)
     if adapter.write_as in TINKER:
