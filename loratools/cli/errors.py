@@ -1,4 +1,4 @@
-"""From exceptions to one line on stderr and an exit code."""
+"""Turn an exception into one line on stderr and an exit code."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def _added(option: Option, without: tuple[str, ...]) -> Decorator:
 
 
 def _completer(option: Option) -> Callable[..., Any] | None:
-    """Return what completes an option in a shell; None if click does so, as of paths."""
+    """Return what completes an option in a shell; None for paths, which click completes."""
     if option.type is bool or (option.type is Path and not option.choices):
         return None
 

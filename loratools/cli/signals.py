@@ -108,7 +108,7 @@ def _in_a_thread(function: Callable[[int, float], None], number: int, seconds: f
 
 
 def _send(number: int, seconds: float) -> None:
-    """Send the main thread a signal, one that wakes it from a system call where there are such."""
+    """Send the main thread a signal; where the system can, it wakes the thread from a call."""
     time.sleep(seconds)
     main = threading.main_thread().ident
     if hasattr(signal, "pthread_kill") and main is not None:

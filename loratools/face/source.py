@@ -28,7 +28,7 @@ Source = Annotated[_Source, Wanted("adapter")]
 """An adapter: the path of a file or folder, a reference, or one that was read or made already."""
 
 Described = Annotated[_Source, Wanted("adapter", headers=True)]
-"""An adapter of which only headers are read, which is all that comes of a large one on the Hub."""
+"""An adapter of which only headers are read; of a large one on the Hub nothing else is fetched."""
 
 ModelPlace = Annotated[str | os.PathLike[str], Wanted("model")]
 """The path of a base model, or a reference to one on the Hub."""

@@ -133,7 +133,9 @@ def _of_folder(folder: Path) -> Kind | None:
         kind = found(folder, names)
         if kind is not None:
             return kind
-    return None
+    if _CONFIG in names or any((folder / name).is_dir() for name in names):
+        return None
+    return Kind("is a folder without weights", "Name the folder or the file of an adapter")
 
 
 def _cached_or_pipeline(folder: Path, names: list[str]) -> Kind | None:
@@ -183,7 +185,7 @@ def _weights(folder: Path, names: list[str]) -> Kind | None:
 
 def _of_file(path: Path) -> Kind | None:
     if not path.is_file():  # opening a pipe would wait for ever
-        return None
+        return Kind("is no regular file", "Name the folder or the file of an adapter")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -194,6 +196,10 @@ def _of_file(path: Path) -> Kind | None:
         return Kind("is an empty file", "Fetch it again")
     if size < _SMALL_BYTES and start.startswith(b"version https://git-lfs"):
         return Kind("is a Git LFS pointer, not the file itself", "Run: git lfs pull")
+    if start[:_SMALL_BYTES].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return Kind("is a web page", "Fetch the file itself instead of the page that shows it")
+    if path.suffix == ".zip" and start.startswith(b"PK"):
+        return Kind("is an archive", "Unpack it, and name what is inside")
     if path.name == _CONFIG:
         return Kind("is an adapter's configuration", f"Name its folder: {_quoted(path.parent)}")
     if path.suffix == ".safetensors":

@@ -77,7 +77,7 @@ def stacked_on_loading(modules: Iterable[str]) -> list[str]:
 def targets(names: Iterable[str], present: Iterable[str]) -> list[str] | str:
     r"""Return `target_modules` by which PEFT makes layers for some modules and for no others.
 
-    PEFT takes a listed name for every module whose path ends so. Where that would be another one
+    PEFT takes a listed name for every module whose path ends in it. Where that would be another one
     than is meant, a regular expression, which it matches whole, names the modules.
 
     Args:

@@ -1,4 +1,4 @@
-"""One module of two adapters in detail."""
+"""Compare one module of two adapters in detail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter with its experts in the layout that is asked for, and what that cost."""
+"""Bring an adapter's experts into the layout that is asked for, and say what that loses."""
 
 from __future__ import annotations
 
