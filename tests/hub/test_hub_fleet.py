@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hub_server import LORA, RSLORA
 
@@ -32,6 +34,36 @@ def test_an_organisation_is_a_fleet(here, tmp_path):
     again = squeezed("hf://team/*", tmp_path / "out")
     assert (again.done, again.failed) == (1, 1)
     assert "other inputs" in str(again.adapters[0].error)
+
+
+def test_what_is_done_is_known_on_another_machine_without_the_weights(here, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    weights = (LORA / "adapter_model.safetensors").read_bytes()
+    header, more = 8 + int.from_bytes(weights[:8], "little"), 2 << 20
+    text = json.loads(weights[8:header])
+    last = max(text.values(), key=lambda entry: entry.get("data_offsets", [0, 0])[1])
+    end = last["data_offsets"][1]
+    text["unused"] = {"dtype": "F32", "shape": [more // 4], "data_offsets": [end, end + more]}
+    start = json.dumps(text).encode()
+    start += b" " * (-len(start) % 8)
+    large = len(start).to_bytes(8, "little") + start + weights[header:] + bytes(more)
+    config = (LORA / "adapter_config.json").read_bytes()
+    here.add("team/large", {"adapter_config.json": config, "adapter_model.safetensors": large})
+    settings = {"rank": 4, "carry_unknown": True}
+
+    def run(verb, settings):
+        here.seen.clear()
+        given = {"output": tmp_path / verb, "workers": 1}
+        (one,) = lt.fleet(verb, "hf://team/large", settings, **given).adapters
+        assert one.error is None, one.error
+        return one.state, here.served("adapter_model.safetensors") > more
+
+    assert run("info", {"carry_unknown": True}) == ("made", False)
+    assert run("squeeze", settings) == ("made", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    assert run("info", {"carry_unknown": True}) == ("done", False)
+    assert run("squeeze", settings) == ("done", False)
 
 
 def test_the_folders_of_a_repository_are_a_fleet(here, tmp_path):
