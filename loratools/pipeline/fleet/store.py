@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loratools.hub.client import talking
+from loratools.hub.references import is_explicit, parse_target
 from loratools.pipeline.fleet.addresses import address, opened
 from loratools.work.digests_of import digest_like
 from loratools_formats.disk.errors import (
@@ -200,6 +202,7 @@ class Remote(Store):
     def __init__(self, url: str) -> None:
         self._fs, self._root = opened(url)
         self._url = url
+        self._reference = parse_target(url) if is_explicit(url) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Remote, (self._url,)
@@ -313,9 +316,14 @@ class Remote(Store):
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Any:
-        """Let what a store's client raises say which address it is about."""
+        """Let what a store's client raises say which address it is about.
+
+        What it may remember of the place is forgotten first: another process may have written.
+        """
         try:
-            yield
+            with contextlib.nullcontext() if self._reference is None else talking(self._reference):
+                self._fs.invalidate_cache()
+                yield
         except LoratoolsError:
             raise
         except Exception as error:
