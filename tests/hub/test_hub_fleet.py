@@ -66,6 +66,31 @@ def test_what_is_done_is_known_on_another_machine_without_the_weights(here, tmp_
     assert run("squeeze", settings) == ("done", False)
 
 
+def test_adapters_of_an_organisation_are_indexed_and_shared(server, program, tmp_path):
+    server.add("team/chat", LORA)
+    server.add("team/code", RSLORA)
+    server.add("team/words", {"README.md": b"# no adapter"})
+    found = program.json("fleet", "index", "hf://team/*", "-o", "index.safetensors")
+    assert (found["adapters"], found["failed"]) == (2, [])
+    first, second = program.json("fleet", "similar", "hf://team/chat", "--index",
+                                 "index.safetensors")["neighbours"]  # fmt: skip
+    commit = server.repos["team/chat"].sha("main")
+    assert (first["path"], round(first["cosine"], 6)) == (f"hf://team/chat@{commit}", 1.0)
+    assert second["path"].startswith("hf://team/code@")
+    assert program.json("fleet", "dedup", "index.safetensors")["unverified"] == []
+    names = "# two of them\n" + "".join(f"{folder}\n" for folder in (LORA, RSLORA))
+    (tmp_path / "names.txt").write_text(names)
+    options = ("--rank", "16", "--clusters", "1")
+    away = program.json("fleet", "share", "hf://team/*", "-o", "away.safetensors", *options)
+    here = program.json("fleet", "share", "names.txt", "-o", "here.safetensors", *options)
+    assert [one["name"] for one in away["adapters"]] == ["chat", "code"]
+    assert [one["name"] for one in here["adapters"]] == ["lora", "rslora"]
+    assert away["relative_error"] == here["relative_error"]
+    partly = program("fleet", "index", "hf://team/chat", "hf://team/code@v9", "-o", "partly")
+    assert partly.returncode == 1
+    assert "failed: hf://team/code@v9" in partly.stderr
+
+
 def test_the_folders_of_a_repository_are_a_fleet(here, tmp_path):
     files = {
         f"{name}/{file.name}": file.read_bytes()
