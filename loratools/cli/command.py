@@ -87,12 +87,13 @@ class Command(click.Command):
             given[name] = made if isinstance(given[name], tuple) else made[0]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under their headings; those that only click knows come last."""
+        """Write the options under their headings; `--help` comes last."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                heading = parameter.heading if isinstance(parameter, DeclaredOption) else "Help"
+                usual = "Help" if "--help" in parameter.opts else "Input"
+                heading = parameter.heading if isinstance(parameter, DeclaredOption) else usual
                 groups.setdefault(heading, []).append((record[0], worded(record[1])))
         for heading in (*HEADINGS, "Help"):
             if heading in groups:

@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import numpy as np
-
+from loratools.algebra.median import median
 from loratools.algebra.sketch import standard_errors
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
@@ -285,4 +284,4 @@ def _standard_error(index: Index) -> float:
         for i in range(len(index.entries))
         for j in [(i + 1) % len(index.entries)]
     ]
-    return float(np.median(errors))
+    return median(errors)
