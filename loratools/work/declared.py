@@ -8,6 +8,7 @@ old spellings, how text is read) is in the field's metadata; `option` puts it th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import keyword
 import re
@@ -151,15 +152,20 @@ def declared(cls: type, *names: str) -> tuple[Option, ...]:
     Raises:
         KeyError: no option has one of the names, or the docstring does not describe a field.
     """
+    options = _options(cls)
+    return tuple(options[name] for name in names or options)
+
+
+@functools.cache  # a class stays as it is, and each of thousands of adapters asks dozens of times
+def _options(cls: type) -> Mapping[str, Option]:
     texts = _attributes(cls)
     hints = typing.get_type_hints(cls)
-    options = {
+    return {
         made.name: made
         for field in dataclasses.fields(cls)
         if _KEY in field.metadata
         for made in [_option(field, hints[field.name], texts[field.name])]
     }
-    return tuple(options[name] for name in names or options)
 
 
 def build(cls: type, given: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -140,6 +140,11 @@ def run_task(task: Task) -> Outcome:
             work.close()
         if task.run and task.output is not None:
             _finished(task)
+
+
+def run_tasks(tasks: Sequence[Task]) -> list[Outcome]:
+    """Do several adapters, one after the other."""
+    return [run_task(task) for task in tasks]
 
 
 def planned(task: Task) -> Outcome:
