@@ -32,6 +32,7 @@ from loratools_formats.disk.temporaries import temporary_beside
 Made = TypeVar("Made")
 
 _MOST_DEPTH = 64
+_MOST_TRIES = 100
 OWN = ".loratools-fleet"
 """Folder of marks among the outputs; it is gone when nothing runs."""
 
@@ -168,11 +169,8 @@ class Folder(Store):
         """Write a small file whole; return False if it should be new and one is there."""
         place = self.path / name
         with _named(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = temporary_beside(place)
+            temporary = _written_beside(place, data)
             try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
                 if not new:
                     os.replace(temporary, place)
                     return True
@@ -351,6 +349,27 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
         return None
     predicate = found.get("predicate") if isinstance(found, dict) else None
     return {**predicate, "subject": found.get("subject")} if isinstance(predicate, dict) else None
+
+
+def _written_beside(place: Path, data: bytes) -> Path:
+    """Write a temporary file, making its folder again if others take it away while it is empty.
+
+    Raises:
+        OutputError: it cannot be written there.
+        OSError: as well.
+    """
+    for tries_left in reversed(range(_MOST_TRIES)):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_beside(place)
+            temporary.write_bytes(data)
+        except (FileNotFoundError, FileExistsError, OutputError) as error:
+            is_gone = isinstance(error.__cause__ or error, FileNotFoundError | FileExistsError)
+            if not (is_gone and tries_left):
+                raise
+        else:
+            return temporary
+    raise AssertionError  # the last try returns or raises
 
 
 @contextlib.contextmanager
