@@ -14,7 +14,7 @@ from loratools.algebra.sketch import standard_errors
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.face.source import WRITING, Source, destination, opened
-from loratools.hub.references import Wanted
+from loratools.hub.references import Wanted, path_of
 from loratools.operations.index.file import Index, read_index
 from loratools.operations.index.making import Failure, make_index
 from loratools.operations.index.searching import (
@@ -261,7 +261,7 @@ def _located(adapters: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], li
     errors: list[LoratoolsError] = []
     for one in adapters:
         try:
-            paths.append(located(one, "adapter") or Path(one))
+            paths.append(located(one, "adapter") or path_of(one))
         except LoratoolsError as error:
             errors.append(error)
             failed.append(Failure(os.fspath(one), str(error)))

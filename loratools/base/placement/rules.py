@@ -168,6 +168,13 @@ JOINED_BY_NAME = {
 }
 """Fused modules of adapters for bases which keep the parts separate: order of their outputs."""
 
+MIXED: dict[str, dict[str, tuple[str, ...]]] = {
+    "linear_attn": {"in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v")},
+    "mixer": {"in_proj": ("gate_proj", "x_proj")},
+}
+"""Projections of linear attention (Qwen3.5) and Mamba (Nemotron) that Tinker adapts in parts: by
+their module's name and their own, the parts in the order of outputs."""
+
 TASK_HEADS = frozenset(
     {
         "classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "lm_head",

@@ -7,8 +7,8 @@ that were found then still hold.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from loratools_formats.disk.distant import (
     open_file,
     withdraw,
 )
+from loratools_formats.disk.temporaries import temporary_folder
 
 _TAG = "entityTag"
 Seen = Mapping[str, tuple[str, str]]
@@ -101,12 +102,11 @@ class _Stored(Origin):
 
     def __init__(self, url: str, seen: Seen) -> None:
         self._url = url
-        self._folder = tempfile.TemporaryDirectory(prefix="loratools-fleet-")
-        try:
-            self._fetched = Fetched(url, Path(self._folder.name))
-        except BaseException:
-            self._folder.cleanup()
-            raise
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(temporary_folder("loratools-fleet"))
+            self._fetched = Fetched(url, folder)
+            stack.callback(self._fetched.close)
+            self._stack = stack.pop_all()
         marks = self._fetched.marks
         self._is_as_seen = bool(marks) and marks == {name: one[0] for name, one in seen.items()}
         paths = {self._fetched.name_of(path): path for path in self._fetched.files}
@@ -149,8 +149,7 @@ class _Stored(Origin):
         return self.marks.get(self._fetched.name_of(place), "")
 
     def close(self) -> None:
-        self._fetched.close()
-        self._folder.cleanup()
+        self._stack.close()
 
 
 class _OnHub(Origin):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.disk.renames import rename_new
 from loratools_formats.disk.strict_json import StrictJsonError, loads
-from loratools_formats.disk.temporaries import temporary_beside
+from loratools_formats.disk.temporaries import temporary_beside, temporary_folder
 
 Made = TypeVar("Made")
 
@@ -239,8 +238,8 @@ class Remote(Store):
         A claim says while files are put by which run. What a killed process left is known by it as
         ours, and no two runs that differ put their files into one output.
         """
-        with tempfile.TemporaryDirectory(prefix="loratools-fleet-") as folder:
-            output = Path(folder) / "outputs" / Path(name).name  # no input lies near it
+        with temporary_folder("loratools-fleet") as folder:
+            output = folder / "outputs" / Path(name).name  # no input lies near it
             result = work(output)
             last = f"{name}/{PROVENANCE_FILE}" if output.is_dir() else _beside_name(name)
             files = {name: output}

@@ -16,8 +16,9 @@ from loratools.operations.convert.experts.apart import of_one_rank
 from loratools.operations.convert.experts.choice import wanted_by
 from loratools.operations.convert.experts.each import each
 from loratools.operations.convert.experts.groups import sorted_experts, straightened
-from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release
+from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release, retargeted
 from loratools.operations.convert.experts.recent import Recent
+from loratools.operations.convert.experts.tinker_names import with_whole_projections
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
@@ -62,6 +63,11 @@ def in_layout(
         raise OptionError(
             "layouts of experts are those of PEFT folders", got=target, expected="`to=peft`"
         )
+    if wanted.layout != "tinker" and adapter.format == "peft":
+        adapter, whole = with_whole_projections(adapter, checkpoint)
+        if whole:
+            adapter = retargeted(adapter, {**adapter.modules, **whole})
+            adapter = replace(adapter, modules={**adapter.modules, **whole})
     if target == "mlx":
         return _uniform(in_names(straightened(adapter, checkpoint))), wanted, ()
     if target != "peft":
