@@ -30,10 +30,11 @@ from loratools.operations.index.sketching import Subject, rows
 from loratools.work.declared import option
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Writing
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LoratoolsError, OptionError
 
-Paths = Annotated[Sequence[str | os.PathLike[str]], Wanted("adapter")]
-"""Adapters by their paths."""
+Paths = Annotated[Sequence[str | os.PathLike[str]], Wanted("adapter", late=True)]
+"""Adapters by their paths, or by references to the Hub."""
 
 _READING = ("from_", "ignore_key")
 
@@ -136,7 +137,7 @@ def fleet_index(
     (2, True)
 
     Args:
-        adapters: paths.
+        adapters: paths, or references to the Hub.
         progress: called with (adapters done, adapters in all).
 
     Raises:
@@ -146,7 +147,7 @@ def fleet_index(
     """
     if isinstance(adapters, str | os.PathLike):
         raise OptionError("not a list of adapters", got=repr(adapters))
-    paths = [path_of(path) for path in adapters]
+    paths, away = _located(adapters)
     earlier = None
     output = writing.output
     if options.update:
@@ -169,7 +170,7 @@ def fleet_index(
         adapters=len(made.index.entries),
         added=made.added,
         kept=made.kept,
-        failed=made.failed,
+        failed=(*away, *made.failed),
         standard_error=_standard_error(made.index),
         bytes_out=made.index.nbytes,
     )
@@ -248,7 +249,32 @@ def fleet_dedup(index: str | os.PathLike[str], *, options: DedupOptions) -> Flee
     )
 
 
-_read = partial(opened, reading=Reading())
+def _located(adapters: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[Failure]]:
+    """Return where adapters are, those on the Hub in its cache, and which cannot be brought here.
+
+    Raises:
+        LoratoolsError: none of them is here; the first one's reason.
+    """
+    from loratools.hub.resolve import located
+
+    paths, failed = [], []
+    errors: list[LoratoolsError] = []
+    for one in adapters:
+        try:
+            paths.append(located(one, "adapter") or path_of(one))
+        except LoratoolsError as error:
+            errors.append(error)
+            failed.append(Failure(os.fspath(one), str(error)))
+    if errors and not paths:
+        raise errors[0]
+    return paths, failed
+
+
+def _read(path: Path | str) -> Adapter:
+    """Open an adapter of an index, by its path or its reference."""
+    from loratools.hub.resolve import located
+
+    return opened(located(path, "adapter") or path, Reading())
 
 
 def _standard_error(index: Index) -> float:

@@ -113,11 +113,13 @@ class Resolved:
         path: where it is now; a model's weights may come later, as they are read.
         reference: what was asked for.
         commit: the commit in full; None for a bucket, which has none.
+        digests: sha256 of large files, by where they are or will be, as far as the Hub tells.
     """
 
     path: Path
     reference: Reference
     commit: str | None
+    digests: Mapping[Path, str] = field(default_factory=dict)
 
 
 class _Local(_Native):
