@@ -12,7 +12,7 @@ import click
 from loratools.cli.failure import remember
 from loratools.cli.options import DeclaredOption
 from loratools.cli.references import weighted_path
-from loratools.cli.wording import FLAGS, worded
+from loratools.cli.wording import FLAGS, read_on, worded
 from loratools.hub.client import SHOW_PROGRESS
 from loratools.hub.references import REVISION_HELP, Want, with_revision
 from loratools.work.declared import HEADINGS, Option
@@ -104,7 +104,7 @@ class Command(click.Command):
         """Write where to read on."""
         formatter.write_paragraph()
         page = (self.name or "").replace(" ", "-")
-        formatter.write_text(f"Learn more: docs/commands/{page}.md")
+        formatter.write(read_on(f"commands/{page}.md"))
 
 
 def _several(value: Any) -> tuple[Any, ...]:
