@@ -44,6 +44,7 @@ class EightBitWeight(CodedWeight):
         self.weight = weight
         values = weight.values
         group = None if weight.block is None else weight.block[1]
+        group = None if group == values.shape[-1] else group
         scheme = Scheme(_NAMES[values.dtype.code], 8, group)
         parts = (values, *weight.parts)
         super().__init__(values.key, values.shape, DTYPES["F32"], parts, scheme)
