@@ -98,3 +98,16 @@ def test_small_singular_values_are_found_behind_large_ones(power_iterations):
     source = RowSource(x.shape, lambda start, stop: x[start:stop])
     svd = streamed_svd(source, 34, power_iterations=power_iterations, seed=0)
     np.testing.assert_allclose(svd.singular_values[:24], s[:24], rtol=1e-6)
+
+
+def test_vectors_that_leave_no_room_for_as_many_again_are_those_of_power_iterations():
+    x = matrix((640, 540), 0.5, np.random.default_rng(7))
+    source = RowSource(x.shape, lambda start, stop: x[start:stop])
+    found = StreamedMatrix(source, lambda: streamed_svd(source, 304, power_iterations=2, seed=0))
+    basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((540, 304)))
+    for _ in range(2):
+        basis, _ = np.linalg.qr(x.T @ (x @ basis))
+    values = np.linalg.svd(x @ basis, compute_uv=False)
+    for rank in (100, 290):
+        least = np.sqrt(np.linalg.norm(x) ** 2 - np.sum(values[:rank] ** 2))
+        assert np.sqrt(found.squared_error(*found.factors(rank))) <= 1.0001 * least

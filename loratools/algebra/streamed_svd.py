@@ -240,6 +240,10 @@ class _Search:
             return self._pass()
         if self._space.shape[1] >= _MOST_BLOCKS * self._width:
             self._space, self._images = self._space @ chosen, best
+        if self._space.shape[1] + self._width > len(best):  # no room for more beside it
+            self._space = self._images = np.empty((len(best), 0), wide)
+            self._next = _orthonormal(best)
+            return best, captured
         rest = best
         for _ in range(2):  # what rounding leaves of the space in it is gone after the second time
             rest = _orthonormal(rest - self._space @ (self._space.T @ rest))
