@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import numpy as np
-
+from loratools.algebra.median import median
 from loratools.algebra.sketch import standard_errors
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.face.source import WRITING, Source, destination, opened
-from loratools.hub.references import Wanted
+from loratools.hub.references import Wanted, path_of
 from loratools.operations.index.file import Index, read_index
 from loratools.operations.index.making import Failure, make_index
 from loratools.operations.index.searching import (
@@ -147,7 +146,7 @@ def fleet_index(
     """
     if isinstance(adapters, str | os.PathLike):
         raise OptionError("not a list of adapters", got=repr(adapters))
-    paths = [Path(path) for path in adapters]
+    paths = [path_of(path) for path in adapters]
     earlier = None
     output = writing.output
     if options.update:
@@ -259,4 +258,4 @@ def _standard_error(index: Index) -> float:
         for i in range(len(index.entries))
         for j in [(i + 1) % len(index.entries)]
     ]
-    return float(np.median(errors))
+    return median(errors)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from loratools.folding.zeros import require_change
-from loratools.hub.references import Wanted
+from loratools.hub.references import Wanted, path_of
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -184,7 +184,7 @@ def model(base: Any) -> Checkpoint:
         return base
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise OptionError("not a base model", got=repr(base), expected="a path, or one read")
-    return read_checkpoint(Path(base))
+    return read_checkpoint(path_of(base))
 
 
 def weighted(adapters: Any) -> list[tuple[Any, float]]:

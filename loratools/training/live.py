@@ -26,7 +26,7 @@ from loratools.operations.squeeze import ModuleReport, squeeze
 from loratools.training.layers import LiveLayer, live_adapter, live_layers, settle_all, unwrapped
 from loratools.training.transport import carries, carry, check_held, inner, moves, wide
 from loratools.work.selection import Selection
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.adapter import Adapter, LowRank
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.disk.errors import AdapterError, OptionError
 
@@ -119,7 +119,9 @@ def squeeze_model(
         new = alpha_at(alpha, like.alpha or 0.0, like.rank, rank, rslora=rslora)
         return layers[0].scale(new, rank)
 
-    done = squeeze(live_adapter(found, layers), rule, compute, selection, scaling=scaling)
+    done = squeeze(
+        live_adapter(found, layers), rule, compute, selection, scaling=scaling, nbytes_of=_nbytes
+    )
     parts = {each.name: done.adapter.modules[each.name].require_factors() for each in layers}
     changed = [each for each in layers if parts[each.name].rank != each.rank]
     reports = {report.name: report for report in done.modules}
@@ -178,6 +180,11 @@ def alpha_at(policy: AlphaPolicy, alpha: float, rank: int, new: int, *, rslora: 
     if policy == "sqrt" or rslora:  # with scaling alpha/√r, the same alpha also keeps the scale
         return alpha * math.sqrt(new / rank)
     return float(alpha_of(new, alpha / rank))
+
+
+def _nbytes(adapter: Adapter) -> int:
+    """Return what a model holds of an adapter: its tensors, without the header of a file."""
+    return sum(tensor.nbytes for tensor in adapter.tensors())
 
 
 def _parameters(layers: list[LiveLayer]) -> int:

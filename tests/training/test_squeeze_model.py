@@ -94,13 +94,34 @@ def test_alpha_follows_the_policy():
     assert apart(deltas(kept), deltas(rooted)) <= rounding(kept)
 
 
-def test_a_budget_is_that_of_the_file_and_ranks_differ():
+def test_a_budget_lets_ranks_differ():
     model = make(Linears, rank_pattern={"square": 4})
     model.base_model.model.up.lora_B["default"].weight.data *= 30
     done = squeeze_model(model, budget="60%")
     assert len(set(done.ranks.values())) > 1
     assert done.parameters < 0.6 * done.parameters_before
     assert done.ranks["up"] > done.ranks["down"]
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, bf16", "dora", "lora_bias", "convolution"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.31])
+@pytest.mark.parametrize("is_share", [True, False])
+def test_a_budget_counts_the_bytes_of_parameters_and_no_header(name, share, is_share):
+    kind, config = CASES[name]
+    model = make(kind, **config)
+
+    def nbytes():
+        return sum(p.nbytes for n, p in model.named_parameters() if ".lora_" in n)
+
+    limit = int(share * nbytes())
+    done = squeeze_model(model, budget=f"{share * 100}%" if is_share else str(limit))
+    assert nbytes() <= limit
+    if share == 1.0:
+        assert set(done.ranks.values()) == {8}
+    for name, module in layers(model):  # one rank more of any module would be too much
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        more = a[0].nbytes + b[:, 0].nbytes
+        assert done.ranks[name] == 8 or nbytes() + more > limit
 
 
 def test_only_selected_modules_change_and_the_rest_keep_their_parameters():

@@ -99,3 +99,17 @@ def targets(names: Iterable[str], present: Iterable[str]) -> list[str] | str:
     if ends.isdisjoint(wanted):
         return wanted
     return "|".join(map(re.escape, wanted))
+
+
+DECLARED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1", "down_proj", "w2")
+"""Parameters of experts in the order in which transformers declares them, as PEFT nests them."""
+
+
+def declared(parameter: str) -> int:
+    """Return where a parameter stands among those of its module; PEFT wraps the first innermost.
+
+    >>> declared("model.layers.0.mlp.experts.down_proj") > declared("mlp.experts.up_proj")
+    True
+    """
+    leaf = parameter.rpartition(".")[2]
+    return DECLARED.index(leaf) if leaf in DECLARED else len(DECLARED)

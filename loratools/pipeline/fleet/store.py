@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.disk.renames import rename_new
 from loratools_formats.disk.strict_json import StrictJsonError, loads
-from loratools_formats.disk.temporaries import temporary_beside
+from loratools_formats.disk.temporaries import temporary_beside, temporary_folder
 
 Made = TypeVar("Made")
 
@@ -217,8 +216,8 @@ class Remote(Store):
 
     def make(self, name: str, work: Callable[[Path], Made], *, overwrite: bool) -> Made:
         """Let `work` write an output to the path it is called with, and keep it."""
-        with tempfile.TemporaryDirectory(prefix="loratools-fleet-") as folder:
-            output = Path(folder) / "outputs" / Path(name).name  # no input lies near it
+        with temporary_folder("loratools-fleet") as folder:
+            output = folder / "outputs" / Path(name).name  # no input lies near it
             result = work(output)
             last = f"{name}/{PROVENANCE_FILE}" if output.is_dir() else _beside_name(name)
             self.write(_begun(name), b"")  # what a killed process left is known as ours

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -29,6 +29,7 @@ from loratools_formats.disk.errors import (
     printable,
 )
 from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.temporaries import temporary_folder
 
 State = Literal["made", "done", "found", "failed", "planned"]
 _ATTEMPTS = f"{OWN}/attempts"
@@ -162,7 +163,7 @@ class _Work:
                 hint="Install the same version everywhere",
             )
         self._task = task
-        self._fetched: tempfile.TemporaryDirectory[str] | None = None
+        self._fetched = contextlib.ExitStack()
         self._verb = get_verb(task.verb)
         self._call: Call = self._verb.recorded(task.settings)
         self._is_file = self._verb.makes_file(task.settings)
@@ -269,13 +270,11 @@ class _Work:
         url = None if is_explicit(self._task.source) else address(self._task.source)
         if url is None:
             return _local(self._task.source, self._verb.want)
-        self._fetched = tempfile.TemporaryDirectory(prefix="loratools-fleet-")
-        return fetched(url, Path(self._fetched.name))
+        return fetched(url, self._fetched.enter_context(temporary_folder("loratools-fleet")))
 
     def close(self) -> None:
         """Take away what was brought here."""
-        if self._fetched is not None:
-            self._fetched.cleanup()
+        self._fetched.close()
 
     def _arguments(self) -> dict[str, Path]:
         """Return where the inputs are that all share, and the options that are files."""
