@@ -32,6 +32,7 @@ _MOST_PASSES = 16
 _SETTLED = (
     5e-3  # of the squared error, from one pass to the next; then it is within 1e-3 of the least
 )
+_SETTLED_ALONE = 1e-3  # where there is no room for all blocks, and each pass gains less
 _ROUNDING = 1e-15  # of ‖X‖²
 _KERNEL_WIDTH = 16  # products with as many columns, or twice, take no longer than with a few fewer
 _MOST_BLOCKS = 4  # that the search space holds, beside the next one
@@ -209,10 +210,12 @@ class _Search:
                 thousandth.
         """
         best, captured, total = self._next, 0.0, self._source.squared_norm
+        has_room = (_MOST_BLOCKS + 1) * self._width <= self._source.shape[1]
+        settled = _SETTLED if has_room else _SETTLED_ALONE
         for _ in range(_MOST_PASSES if power_iterations is None else power_iterations):
             before = captured
             best, captured = self._pass()
-            least = max(_SETTLED * (total - captured), _ROUNDING * total)
+            least = max(settled * (total - captured), _ROUNDING * total)
             if power_iterations is None and captured - before < least:
                 break
         return _orthonormal(best)
