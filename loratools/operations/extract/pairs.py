@@ -117,8 +117,8 @@ class _DifferenceSource:
     def read_at(self, offset: int, nbytes: int) -> Buffer:
         """Return the bytes of elements of the difference."""
         start, stop = offset // 8, (offset + nbytes) // 8
-        new = self.new.elements(start, stop).astype(np.float64)
-        values = np.ascontiguousarray(new - self.old.elements(start, stop).astype(np.float64))
+        values = self.new.elements(start, stop).astype(np.float64)
+        values -= self.old.elements(start, stop)
         return memoryview(values.view(np.uint8).data)
 
 
