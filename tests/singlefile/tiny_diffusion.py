@@ -139,6 +139,12 @@ CLASSES = {
                   "text_embed_dim": 12, "text_embed_2_dim": 10, "image_embed_dim": 14,
                   "rope_axes_dim": (2, 2, 4)},
     ),
+    "hunyuan_image": (
+        "hunyuan_image", "HunyuanImageTransformer2DModel", None,
+        _HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
+                  "num_refiner_layers": 1, "text_embed_dim": 12, "text_embed_2_dim": 10,
+                  "rope_axes_dim": (4, 4), "guidance_embeds": True, "use_meanflow": True},
+    ),
     "ltx_video": ("ltx_video", "LTXVideoTransformer3DModel", "LTXVideo", _LTX),
     "ltx2": (
         "ltx2", "LTX2VideoTransformer3DModel", "LTX2",
@@ -229,29 +235,26 @@ def adapter(table, shapes, naming, *, alpha=3.0, seed=0):
     generator = np.random.default_rng(seed)
     tensors, changes = {}, {}
     for index, (name, row, parts) in enumerate(_rows(find_table(table), shapes, naming)):
-        sizes = [parts[part][1] for part in range(len(row.parts))]
-        (columns,) = {size[1:] for size in sizes}
-        rank, height = 2 + index % 2, sum(size[0] for size in sizes)
+        (columns,) = {shape[1:] for _, shape in parts}
+        rank, height = 2 + index % 2, sum(shape[0] for _, shape in parts)
         ones = (1,) * (len(columns) - 1)
         a = (0.3 * generator.standard_normal((rank, *columns))).astype(np.float32)
         b = (0.3 * generator.standard_normal((height, rank, *ones))).astype(np.float32)
         prefix = f"lora_unet_{flattened(name)}" if naming == "kohya" else f"diffusion_model.{name}"
         tensors[f"{prefix}.lora_down.weight"], tensors[f"{prefix}.lora_up.weight"] = a, b
         tensors[f"{prefix}.alpha"] = np.array(alpha, np.float32)
-        whole = (
-            alpha / rank * (b.astype(float).reshape(height, -1) @ a.astype(float).reshape(rank, -1))
-        )
-        start = 0
-        for part, size in enumerate(sizes):
-            change = whole[start : start + size[0]]
-            turn = len(change) // 2 if row.swapped_halves else 0
-            changes[parts[part][0]] = np.roll(change, turn, axis=0)
-            start += size[0]
+        b, a = b.astype(float).reshape(height, -1), a.astype(float).reshape(rank, -1)
+        whole, start = alpha / rank * (b @ a), 0
+        for path, (rows, *_) in parts:
+            change = whole[start : start + rows]
+            turn = rows // 2 if row.swapped_halves else 0
+            changes[path] = np.roll(change, turn, axis=0)
+            start += rows
     return tensors, changes
 
 
 def _rows(table, shapes, naming):
-    """Yield what each row of a table is called in files of a naming, and its modules."""
+    """Yield what each module of a table is called in a naming, its row, and what it consists of."""
     rows = {}
     for path, shape in shapes.items():
         linear = shape if len(shape) == 2 else (None, None)
@@ -259,8 +262,13 @@ def _rows(table, shapes, naming):
         if place is not None:
             rows.setdefault((place.row, place.numbers), {})[place.covered[0]] = (path, shape)
     for (row, numbers), parts in rows.items():
-        is_as_diffusers = naming == "kohya" and table.kohya == "diffusers"
-        yield filled(row.diffusers[0] if is_as_diffusers else row.original, numbers), row, parts
+        names = row.names(table.kohya if naming == "kohya" else "original")
+        ordered = [parts[part] for part in range(len(row.parts))]
+        if len(names) == 1:
+            yield filled(names[0], numbers), row, ordered
+        else:
+            for name, part in zip(names, ordered, strict=True):
+                yield filled(name, numbers), row, [part]
 
 
 def loaded(name, model, path):
