@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny_diffusion as tiny
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_diffusers import run
 
 from loratools.naming.tables import bundled_tables
@@ -99,3 +99,20 @@ def test_diffusers_own_conversion_agrees(name, tmp_path):
     run("convert", middle, output, "--to", naming, "--names", table, "--fold-alpha")
     found = tiny.loaded(name, tiny.make_model(name), output)
     assert_same(without(found, parts), without(changes, parts))
+
+
+def test_two_spellings_merge_to_their_sum(name, tmp_path):
+    """kohya's names and diffusers', of other values; the first file's spelling comes out."""
+    table, shapes = tiny.CLASSES[name][0], tiny.layers(tiny.make_model(name))
+    source, other, merged, output = (tmp_path / f"{step}.safetensors" for step in "abcd")
+    tensors, first = tiny.adapter(table, shapes, "kohya", seed=1)
+    save_file(tensors, source)
+    save_file(tiny.adapter(table, shapes, "comfyui", seed=2)[0], tmp_path / "comfyui.safetensors")
+    _, second = tiny.adapter(table, shapes, "comfyui", seed=2)
+    run("convert", tmp_path / "comfyui.safetensors", other, "--to", "diffusers")
+    run("merge", f"{source}:0.75", f"{other}:-0.5", "-o", merged)
+    spelled = {key.partition(".")[0] for key in load_file(merged)}
+    assert spelled == {key.partition(".")[0] for key in tensors}
+    run("convert", merged, output, "--to", "diffusers", "--names", table)
+    wanted = {path: 0.75 * change - 0.5 * second[path] for path, change in first.items()}
+    assert_same(tiny.loaded(name, tiny.make_model(name), output), wanted)
