@@ -16,7 +16,7 @@ help:
 	@echo "make demo    squeeze the bundled adapter and print the report"
 	@echo "make test    run the whole test suite; make test-fast leaves out PEFT and other consumers"
 	@echo "make test-matrix  test every class under every naming with fuse, merge, convert, squeeze"
-	@echo "make test-models  test every class of transformers that a tiny configuration builds"
+	@echo "make test-models  test every class of transformers, and of diffusers with a table, that builds tiny"
 	@echo "make test-kernels  run the numeric tests under each matrix kernel of OpenBLAS"
 	@echo "make fuzz MINUTES=10  mutate files of every format, and keep what breaks loratools"
 	@echo "make lint    check style, types and import layers"
@@ -57,7 +57,7 @@ test-matrix: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --models tests/consumers/test_matrix_of_names.py $(ARGS)
 
 test-models: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --models tests/consumers/test_model_classes.py tests/consumers/test_gguf_rows.py $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --models tests/consumers/test_model_classes.py tests/consumers/test_gguf_rows.py tests/singlefile/test_loaded_by_diffusers.py $(ARGS)
 
 test-kernels: $(VENV)/.dev
 	$(BIN)/python tests/run_kernels.py --numprocesses 2 $(ARGS)

@@ -204,7 +204,15 @@ def _single_file(
 ) -> tuple[Adapter, tuple[Finding, ...]]:
     """Return what was extracted as a single file of a naming has it, and what is to be told."""
     named, findings = named_in_single_files(adapter, before, after, component, to)
-    done = prepare(named, to, single=SingleFileOptions(component=component))
+    try:
+        done = prepare(named, to, single=SingleFileOptions(component=component))
+    except OptionError as error:
+        if error.hint is not None and "`names`" in error.hint:  # which is an option of `convert`
+            error.hint = (
+                'Extract it with `to="diffusers"`, and convert that: '
+                f"loratools convert EXTRACTED -o OUT.safetensors --to {to} --names TABLE"
+            )
+        raise
     record = adapter.provenance or {}
     metadata = with_record(done.adapter.metadata, record_metadata(record))
     made = replace(done.adapter, metadata=metadata, provenance=record)

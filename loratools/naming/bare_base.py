@@ -8,7 +8,8 @@ from typing import Any
 from loratools.naming.places import is_located
 from loratools.naming.tables import bundled_tables
 
-_TRIED = ("diffusion_model", "unet", "transformer")
+_ORIGINAL = "diffusion_model"
+_TRIED = (_ORIGINAL, "unet", "transformer")
 _TEXT_CLASSES = {
     "CLIPTextModel": "text_encoder",
     "CLIPTextModelWithProjection": "text_encoder_2",
@@ -25,8 +26,6 @@ def told_component(modules: Iterable[str], config: Mapping[str, Any]) -> str | N
         config: its `config.json`; empty if it has none.
     """
     name = config.get("_class_name")
-    if isinstance(name, str):
-        return "unet" if "UNet" in name else "transformer"
     classes = config.get("architectures")
     if isinstance(classes, list) and classes and classes[0] in _TEXT_CLASSES:
         return _TEXT_CLASSES[classes[0]]
@@ -38,5 +37,9 @@ def told_component(modules: Iterable[str], config: Mapping[str, Any]) -> str | N
         )
         for component in _TRIED
     }
+    if isinstance(name, str):
+        # Original checkpoints have one, too: Wan's says `WanModel`.
+        own = "unet" if "UNet" in name else "transformer"
+        return own if counts[own] >= counts[_ORIGINAL] else _ORIGINAL
     best = max(counts, key=lambda component: counts[component])
     return best if counts[best] else None

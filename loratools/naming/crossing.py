@@ -98,8 +98,9 @@ class Crossing:
                     )
                 group[place.covered] = (place, name, delta)
         for (row, numbers, component), group in groups.items():
-            if self._scheme == "original":
-                path = filled(row.original, numbers)
+            names = row.names(self._scheme)
+            if self._scheme != "diffusers" and len(names) == 1:
+                path = filled(names[0], numbers)
                 self._name(result, path, component, self._as_one(path, component, row, group))
             else:
                 for place, name, delta in group.values():
@@ -126,8 +127,12 @@ class Crossing:
         (place, name, delta), *others = group.values()
         if others or len(place.covered) < len(row.parts):
             return self._fused(path, component, row, group)
-        turn = row.swapped_halves and place.scheme != self._scheme
-        return swapped_halves(name, delta) if turn else delta
+        return swapped_halves(name, delta) if self._turns(place) else delta
+
+    def _turns(self, place: Place) -> bool:
+        """Return whether the halves of a module's outputs change places on the way."""
+        is_between = (place.scheme == "diffusers") != (self._scheme == "diffusers")
+        return place.row.swapped_halves and is_between
 
     def _taken_apart(
         self, result: dict[str, ModuleChange], place: Place, name: str, delta: ModuleChange
@@ -139,10 +144,10 @@ class Crossing:
         for part in place.covered:
             stop = start + height * row.parts[part]
             piece = rows_of(name, delta, start, stop) if len(place.covered) > 1 else delta
-            if row.swapped_halves and place.scheme != self._scheme:
+            if self._turns(place):
                 piece = swapped_halves(name, piece)
             component = place.component or self._expert
-            path = filled(row.diffusers[part], place.numbers)
+            path = filled(row.names(self._scheme)[part], place.numbers)
             self._name(result, path, component, piece)
             if len(place.covered) > 1:
                 self.split.add(prefixed(path, self._target, component))

@@ -21,9 +21,11 @@ from loratools.naming.base_components import (
     components_of,
     roles_of,
 )
+from loratools.naming.choice import NamedModules, chosen_tables
 from loratools.naming.lists import embedded_map
-from loratools.naming.places import module_key
+from loratools.naming.places import module_key, names_at
 from loratools.naming.rename import NamingOptions, all_names, renamed
+from loratools.naming.tables import Place
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, Addition, ModuleChange
@@ -141,13 +143,39 @@ def has_all(adapter: Adapter, base: Checkpoint) -> bool:
 def names_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     """Return the base's name of each module of the adapter.
 
-    Others keep their names, also where the base fuses or splits what the adapter does not.
+    Others keep their names, also where the base fuses or splits what the adapter does not, or has
+    the halves of its outputs in the other order.
     """
     names = {name: name for name in adapter.modules}
     if get_format(adapter.format).naming is None:
         return names
-    found = _Modules(base, None).found(adapter)
+    modules = _Modules(base, None)
+    found = modules.found(adapter)
+    if names.keys() - found.keys():
+        found = {**_in_other_naming(adapter, modules), **found}
     return {name: found.get(name, name) for name in names}
+
+
+def _in_other_naming(adapter: Adapter, modules: _Modules) -> dict[str, str]:
+    """Return the base's names of modules that are one module in its naming, too."""
+    file = NamedModules.of(adapter, {name: name for name in all_names(adapter)})
+    found = {}
+    for way in _WAYS:
+        try:
+            tables = chosen_tables([file], way)
+        except LoratoolsError:
+            continue
+        for name in file.names if tables else ():
+            place = file.place(name, tables[0])
+            if not isinstance(place, Place) or len(place.row.parts) > 1:
+                continue
+            if place.row.swapped_halves and (place.scheme == "diffusers") != (way == "diffusers"):
+                continue
+            (spelled,) = names_at(place, way, tables[0])
+            own = modules.full(spelled)
+            if own is not None:
+                found.setdefault(name, own)
+    return found
 
 
 class _Modules:
@@ -162,10 +190,12 @@ class _Modules:
     def found(self, adapter: Adapter) -> dict[str, str]:
         """Return the base's name of every module that it has."""
         dotted = embedded_map(adapter)
-        full = {n: self._full(n, dotted.get(n, n)) for n in all_names(adapter)}
+        full = {n: self.full(n, dotted.get(n, n)) for n in all_names(adapter)}
         return {name: own for name, own in full.items() if own is not None}
 
-    def _full(self, name: str, spelled: str) -> str | None:
+    def full(self, name: str, spelled: str | None = None) -> str | None:
+        """Return the base's name of a module, by its name or the dotted one of a flattened one."""
+        spelled = spelled or name
         key = module_key(spelled)
         for component in self._of(spelled):
             path, flat = (name, False) if key is None else (key.path, key.flat)

@@ -31,6 +31,10 @@ def _is_pairs(value: Any) -> bool:
     return isinstance(value, list) and all(_is_texts(each) and len(each) > 1 for each in value)
 
 
+def _is_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_texts(each) for each in value)
+
+
 def _is_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is int and each > 0 for each in value)
 
@@ -62,7 +66,9 @@ _TABLE = {
     "title": _NAME,
     "diffusers": _Value(f"one of {_COMPONENTS}", lambda value: value in COMPONENTS, required=True),
     "kohya": _Value(
-        "original or diffusers", lambda value: value in ("original", "diffusers"), required=True
+        "original, trained or diffusers",
+        lambda value: value in ("original", "trained", "diffusers"),
+        required=True,
     ),
     "experts": _Value(
         f"a list of {_COMPONENTS}", lambda value: _is_texts(value) and set(value) <= {*COMPONENTS}
@@ -96,6 +102,7 @@ _MODULES = _PAIRS | {
     ),
     "kernel": _Value("a list of numbers above 0", _is_counts),
     "component": _Value(f"one of {_COMPONENTS}", lambda value: value in COMPONENTS),
+    "trained": _Value("a list of lists of names, one for each of the pairs", _is_lists),
     "swapped_halves": _Value("true or false", lambda value: isinstance(value, bool)),
 }
 _ALIASES = _PAIRS | {"alias": _NAME}

@@ -63,7 +63,7 @@ def schemes_of(key: Key) -> tuple[Scheme, ...]:
     """
     if key.naming == "diffusers" or key.prefix == "lora_transformer_":
         return ("diffusers",)
-    return ("original", "diffusers")
+    return ("original", "trained", "diffusers")
 
 
 def located(name: str, table: Table, shape: Shape = (None, None)) -> Place | TextPlace | None:
@@ -134,15 +134,15 @@ def _text_path(key: Key, encoder: TextEncoder) -> str | None:
 def names_at(place: Place, target: Target, table: Table) -> list[str]:
     """Return what the modules at a place are called in the target."""
     scheme = target_scheme(target, table)
-    if scheme == "original":
-        paths = [filled(place.row.original, place.numbers)]
-    else:
-        paths = [filled(place.row.diffusers[part], place.numbers) for part in place.covered]
+    names = place.row.names(scheme)
+    if len(names) == len(place.row.parts):
+        names = tuple(names[part] for part in place.covered)
+    paths = [filled(name, place.numbers) for name in names]
     return [prefixed(path, target, place.component or table.component) for path in paths]
 
 
 def target_scheme(target: Target, table: Table) -> Scheme:
-    """Return which of an architecture's two namings a target uses."""
+    """Return which of an architecture's namings a target uses."""
     if isinstance(target, FileSpelling):
         return target.scheme
     if target == "kohya":
@@ -168,7 +168,7 @@ def dotted_name(path: str, component: str, scheme: Scheme) -> str:
     """Return a module's name with its component, dotted."""
     if path.startswith(OWN_PREFIXES):
         return path
-    return f"diffusion_model.{path}" if scheme == "original" else f"{component}.{path}"
+    return f"{component}.{path}" if scheme == "diffusers" else f"diffusion_model.{path}"
 
 
 def text_name(text: TextPlace, target: Target) -> str:

@@ -241,7 +241,7 @@ def _one_expert(
         if isinstance(p, Place) and not p.row.component
     }
     found = sorted(set(experts.values()))
-    if target_scheme(target, table) != "original" or len(found) < 2:
+    if target_scheme(target, table) == "diffusers" or len(found) < 2:
         return adapter, ()
     if options.component not in found:
         raise UnsupportedError(

@@ -20,7 +20,9 @@ from loratools.naming.form import check_form
 from loratools_formats.disk.errors import OptionError
 from loratools_formats.disk.files import read_small_file
 
-Scheme = Literal["original", "diffusers"]
+Scheme = Literal["original", "trained", "diffusers"]
+"""The namings of an architecture: ComfyUI's and mostly that of its first checkpoint; that of its
+trainers and of other checkpoints, where a table has one; and diffusers'."""
 Shape = tuple[int | None, int | None]
 """(out, in) of a weight as a matrix; None for a side that is not known."""
 
@@ -44,6 +46,7 @@ class Row:
         kernel: the kernel that its weight has as a convolution; None if the table does not tell.
         component: the component that it is of in diffusers' naming, where that is not the table's;
             its original name begins with a prefix of its own, then. Empty otherwise.
+        trained: what trainers call it, or each of its parts; empty if they use its original name.
     """
 
     original: str
@@ -53,6 +56,7 @@ class Row:
     shape: tuple[int, int] | None = None
     kernel: tuple[int, ...] | None = None
     component: str = ""
+    trained: tuple[str, ...] = ()
 
     def fits(self, covered: tuple[int, ...], shape: Shape) -> bool:
         """Return whether some of its parts may be of that shape."""
@@ -61,6 +65,12 @@ class Row:
             return True
         share = sum(self.parts[part] for part in covered)
         return rows * self.shape[1] * sum(self.parts) == columns * self.shape[0] * share
+
+    def names(self, scheme: Scheme) -> tuple[str, ...]:
+        """Return what its parts are called in a naming; one name if they are one module there."""
+        if scheme == "diffusers":
+            return self.diffusers
+        return self.trained if scheme == "trained" and self.trained else (self.original,)
 
     @property
     def stack(self) -> str:
@@ -211,11 +221,11 @@ class Table:
     def _index(self, scheme: Scheme, flat: bool) -> _Index:
         entries: list[tuple[str, Row, tuple[int, ...]]] = []
         for row in self._rows:
-            whole = tuple(range(len(row.parts)))
-            if scheme == "original":
-                entries.append((row.original, row, whole))
+            names = row.trained if scheme == "trained" else row.names(scheme)
+            if len(names) == 1:
+                entries.append((names[0], row, tuple(range(len(row.parts)))))
             else:
-                entries += [(name, row, (part,)) for part, name in enumerate(row.diffusers)]
+                entries += [(name, row, (part,)) for part, name in enumerate(names)]
         if scheme == "original":
             entries += self._aliases
         return _Index(entries, scheme, flat)
@@ -278,7 +288,11 @@ def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
     first, second = ("alias", "original") if "alias" in group else ("original", "diffusers")
     blocks = group.get("blocks") or [[group.get(first, ""), group.get(second, "")]]
     for start, other_start in blocks:
-        for name, *others in group["pairs"]:
+        pairs: list[list[str]] = group["pairs"]
+        trained: list[list[str]] = group.get("trained") or [[] for _ in pairs]
+        if len(trained) != len(pairs):
+            raise ValueError(f"{len(trained)} lists of trained names are beside {len(pairs)} pairs")
+        for (name, *others), names in zip(pairs, trained, strict=True):
             parts = tuple(group.get("rows") or [1] * len(others))
             whole_given = "alias" in group and len(parts) == 2
             if not others or (len(parts) != len(others) and not whole_given):
@@ -292,10 +306,14 @@ def _rows(group: Mapping[str, Any]) -> Iterator[Row]:
                 tuple(group["shape"]) if "shape" in group else None,
                 tuple(group["kernel"]) if "kernel" in group else None,
                 group.get("component", ""),
+                tuple(start + other for other in names),
             )
-            if any(_UNCLEAR.search(text) for text in (row.original, *row.diffusers)):
+            if len(names) not in (0, 1, len(parts)):
+                raise ValueError(f"{name} has {len(names)} trained names for {len(parts)} parts")
+            texts = (*row.diffusers, *row.trained)
+            if any(_UNCLEAR.search(text) for text in (row.original, *texts)):
                 raise ValueError(f"a digit, or another number, follows a number in {name}")
-            if any(text.count("{}") != row.original.count("{}") for text in row.diffusers):
+            if any(text.count("{}") != row.original.count("{}") for text in texts):
                 raise ValueError(f"{name} has other numbers than what it stands for")
             yield row
 

@@ -92,4 +92,6 @@ def _spelling(file: NamedModules, table: Table) -> FileSpelling | None:
     if not found:
         return None
     naming, scheme, prefix, flat = found.most_common(1)[0][0]
+    if scheme == "original" and any(other == "trained" for _, other, _, _ in found):
+        scheme = "trained"  # which has the original names, too, where there is no other
     return FileSpelling(naming, scheme, prefix, flat, tuple(sorted(text.items())))

@@ -7,6 +7,7 @@ compared with the stored values. Nothing is written.
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.dtypes import Array, DType, round_into
 from loratools_formats.core.tensors import TensorRef
+from loratools_formats.disk.errors import AdapterError
 
 Verdict = Literal["exact", "within rounding", "not contained", "not checked"]
 
@@ -41,6 +43,8 @@ _SPACING = {
 # norm, and the product, half a unit each, twice as much as what `_tolerance` says.
 _DORA_ROUNDINGS = 2
 _COMPARED = 1 << 20
+
+_DROP = "leave them out with `drop`: "
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,11 @@ def verify(
         UnsupportedError: a quantisation or an adapter that cannot be read.
     """
     old, new = dequantised(base), dequantised(fused)
-    plans = plan_fuse(old.checkpoint, inputs, None, old.stored).tensors
+    try:
+        plans = plan_fuse(old.checkpoint, inputs, None, old.stored).tensors
+    except AdapterError as error:
+        error.hint = _without_drop(error)
+        raise
 
     def judged(plan: TensorPlan) -> TensorVerdict:
         return _judged(plan, new)
@@ -152,6 +160,18 @@ def verify(
     for item in inputs:
         item.adapter.check_unchanged()
     return VerifyResult(tuple(verdicts))
+
+
+def _without_drop(error: AdapterError) -> str | None:
+    """Return a hint that does not name `drop`, which fusing has and this has not."""
+    _, is_there, pattern = (error.hint or "").partition(_DROP)
+    if not is_there or error.path is None:
+        return error.hint
+    source = shlex.quote(str(error.path))
+    return (
+        "To check the others alone, leave these out of a copy: "
+        f"loratools convert {source} -o part.safetensors --drop {pattern}"
+    )
 
 
 def _judged(plan: TensorPlan, new: DequantisedCheckpoint) -> TensorVerdict:

@@ -68,12 +68,19 @@ MODELS = {
          "text_emb_dim": 16, "num_routed_experts": 2, "axes_dims_rope": (4, 2, 2),
          "llama_layers": [0, 1]},
     ),
+    "hunyuan_image": (
+        "HunyuanImageTransformer2DModel",
+        {"num_layers": 2, "num_single_layers": 2, "text_embed_2_dim": 16, "guidance_embeds": True,
+         "use_meanflow": True},
+    ),
     "hunyuan_video15": ("HunyuanVideo15Transformer3DModel", {"num_layers": 2}),
     "ideogram4": ("Ideogram4Transformer2DModel", {}),
     "qwen_image21": ("QwenImage21Transformer2DModel", {"num_layers": 2}),
     "wan_animate2": ("WanAnimate2Transformer3DModel", {"num_layers": 2}),
 }  # fmt: skip
-WITHOUT_CONVERTER = ("qwen_image", "ace_step15", "hunyuan_video15", "ideogram4")
+WITHOUT_CONVERTER = (
+    "qwen_image", "ace_step15", "hunyuan_image", "hunyuan_video15", "ideogram4"
+)  # fmt: skip
 """Both namings of Qwen-Image are one; the wheel of diffusers has no converter of the others."""
 
 
@@ -135,6 +142,59 @@ def test_every_module_of_the_model_has_a_name_and_a_way_back(name, model_modules
             spelled = flattened(path) if flat else path
             again = table.locate(spelled, flat=flat, schemes=("diffusers",), shape=own)
             assert again == place
+            trained = place.row.trained
+            if trained:
+                one_by_one = len(trained) > 1
+                spelled = filled(trained[part if one_by_one else 0], place.numbers)
+                again = table.locate(
+                    flattened(spelled) if flat else spelled,
+                    flat=flat,
+                    schemes=("trained",),
+                    shape=own if one_by_one else whole,
+                )
+                assert (again.row, again.numbers) == (place.row, place.numbers)
+                assert part in again.covered
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "comfyui", "diffusers"),
+    [
+        # by scripts/convert_hunyuan_image_to_diffusers.py of diffusers, and ComfyUI's loader
+        ("hunyuan_image", "double_blocks.1.txt_mlp.fc1", "double_blocks.1.txt_mlp.0",
+         ["transformer_blocks.1.ff_context.net.0.proj"]),
+        ("hunyuan_image", "double_blocks.0.img_mod.linear", "double_blocks.0.img_mod.lin",
+         ["transformer_blocks.0.norm1.linear"]),
+        ("hunyuan_image", "single_blocks.7.linear1", "single_blocks.7.linear1",
+         [f"single_transformer_blocks.7.{name}"
+          for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]),
+        ("hunyuan_image", "txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer",
+         ["context_embedder.time_text_embed.text_embedder.linear_1"]),
+        # by scripts/convert_hunyuan_video1_5_to_diffusers.py, and musubi-tuner's converter
+        ("hunyuan_video15", "double_blocks.1.txt_attn_k", "double_blocks.1.txt_attn_qkv",
+         ["transformer_blocks.1.attn.add_k_proj"]),
+    ],
+)  # fmt: skip
+def test_trainers_comfyuis_and_diffusers_names(tmp_path, name, trained, comfyui, diffusers):
+    ratio = {"txt_mlp": 4, "img_mod": 6, "linear1": 7, "txt_attn_k": 1}
+    height = next((8 * n for part, n in ratio.items() if part in trained), 8)
+    file = DialectFile("kohya", {"kohya"}, seed=4)
+    own = f"lora_unet_{flattened(trained)}"
+    file.pair(own, height, 8, 2, KOHYA, alpha=2.0)
+    source = save(file, tmp_path / "kohya.safetensors")
+    outputs = {to: tmp_path / f"{to}.safetensors" for to in ("comfyui", "diffusers")}
+    back = tmp_path / "back.safetensors"
+    for to in ("comfyui", "diffusers"):
+        run("convert", source, outputs[to], "--to", to, "--names", name)
+    (whole,), (wanted,) = deltas(outputs["comfyui"]).values(), deltas(source).values()
+    assert list(deltas(outputs["comfyui"])) == [f"diffusion_model.{comfyui}"]
+    found = deltas(outputs["diffusers"])
+    paths = [f"transformer.{path}" for path in diffusers]
+    assert set(found) == set(paths)
+    np.testing.assert_array_equal(np.concatenate([found[path] for path in paths]), wanted)
+    rows = whole if len(whole) == len(wanted) else whole[len(wanted) : 2 * len(wanted)]  # of k
+    np.testing.assert_array_equal(rows, wanted)
+    run("convert", outputs["comfyui"], back, "--to", "kohya", "--names", name)
+    np.testing.assert_array_equal(deltas(back)[own], wanted)
 
 
 def test_the_second_expert_of_wan_goes_there_and_back(model_modules, tmp_path):
@@ -403,6 +463,7 @@ def models():
         ({"ss_base_model_version": "krea2"}, ["krea2"]),
         ({"ss_base_model_version": "sd_v2_768_v"}, ["sd1"]),
         ({"ss_base_model_version": "hunyuan_video_1_5"}, ["hunyuan_video15"]),
+        ({"modelspec.architecture": "hunyuan-image-2.1"}, ["hunyuan_image"]),
         ({"modelspec.architecture": "hidream-i1"}, ["hidream"]),
         ({"ss_base_model_version": "qwen_image_2.1"}, ["qwen_image21"]),
         ({"ss_base_model_version": "wan2.2_animate"}, ["wan2"]),
@@ -501,7 +562,11 @@ SOUND = {
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("kohya", '"weird"', ["kohya is wrong", "got 'weird'", "expected original or diffusers"]),
+        (
+            "kohya",
+            '"weird"',
+            ["kohya is wrong", "got 'weird'", "expected original, trained or diffusers"],
+        ),
         ("title", "3", ["title is wrong", "got 3", "expected a text"]),
         ("diffusers", '"unnet"', ["diffusers is wrong", "got 'unnet'", "expected one of unet, "]),
         ("colour", "1", ["no such key", "got colour", "expected title, diffusers, kohya"]),

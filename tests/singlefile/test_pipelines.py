@@ -216,3 +216,31 @@ def test_an_adapter_of_a_component_that_the_pipeline_lacks(pipelines, tmp_path):
     )
     assert "of a component that the base has not" in str(done.exception)
     run("fuse", tmp_path / "pipe", path, "-o", tmp_path / "f", "--drop", "^lora_te2_")
+
+
+def test_commands_that_take_one_component_say_so(pipelines, tmp_path):  # noqa: F811
+    """Their hint names the folders, and `extract` takes each of them."""
+    path = save(sd_file(), tmp_path / "lora.safetensors")
+    pipelines["unet"]().save_pretrained(tmp_path / "pipe")
+    run("fuse", tmp_path / "pipe", path, "-o", tmp_path / "fused")
+    out = tmp_path / "x.safetensors"
+    words = ["extract", tmp_path / "pipe", tmp_path / "fused", "-o", out, "--to", "kohya"]
+    done = CliRunner().invoke(cli, [*map(str, words), "--rank", "4"])
+    assert "is a whole diffusion pipeline" in str(done.exception)
+    folders = done.exception.hint.partition("folders: ")[2].split(", ")
+    assert {folder.rpartition("/")[2] for folder in folders} == {"text_encoder", "unet"}
+    found = set()
+    for folder in folders:
+        component = folder.rpartition("/")[2]
+        run("extract", folder, tmp_path / "fused" / component, "-o", out, "--to", "diffusers",
+            "--rank", "4", "--overwrite")  # fmt: skip
+        named = tmp_path / f"{component}.safetensors"
+        run("convert", out, named, "--to", "kohya", "--names", "sd1")
+        found |= {key.partition(".")[0] for key in load_file(named)}
+        words = ["verify", str(tmp_path / "fused" / component), "--base", folder, "--adapter"]
+        done = CliRunner().invoke(cli, [*words, str(path)])
+        command = shlex.split(done.exception.hint.partition("loratools ")[2])
+        command[command.index("-o") + 1] = str(tmp_path / f"part-{component}.safetensors")
+        run(*command)
+        assert "adapter: contained" in run(*words, tmp_path / f"part-{component}.safetensors")
+    assert found == {key.partition(".")[0] for key in load_file(path)}

@@ -29,6 +29,7 @@ from loratools_formats.disk.strict_json import read_object
 
 _STEMS = ("model", "diffusion_pytorch_model")
 CONFIG_FILE = "config.json"
+_PIPELINE_INDEX = "model_index.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
@@ -170,12 +171,30 @@ def _nothing_there(target: Path) -> MissingFileError:
         return MissingFileError(
             "is an adapter, not a model", path=target, hint=f"To put it into its model: {fused}"
         )
+    if (target / _PIPELINE_INDEX).is_file():
+        return MissingFileError(
+            "is a whole diffusion pipeline, and one component's folder is needed",
+            path=target,
+            hint=f"Give one of its folders: {_components(target)}",
+        )
     return MissingFileError(
         "no checkpoint there",
         path=target,
         expected=" or ".join(f"{stem}.safetensors[.index.json]" for stem in _STEMS),
         hint=_other_weights(target),
     )
+
+
+def _components(pipeline: Path) -> str:
+    """Return the folders of a pipeline that hold checkpoints."""
+    found = [
+        shlex.quote(os.fspath(folder))
+        for folder in sorted(pipeline.iterdir())
+        for stem in _STEMS
+        for ending in (".safetensors", ".safetensors.index.json")
+        if (folder / f"{stem}{ending}").is_file()
+    ]
+    return ", ".join(found) or "none holds weights as safetensors"
 
 
 def _other_weights(folder: Path) -> str | None:

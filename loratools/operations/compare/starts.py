@@ -92,7 +92,9 @@ def _overlaps(gram: Array, ranks: Sequence[int], width: int, floor: float) -> Ar
     smaller = np.minimum.outer(sizes, sizes)
     random = np.maximum.outer(sizes, sizes) / width
     shared = np.divide(shared, smaller, out=np.full_like(shared, np.nan), where=smaller > 0)
-    found: Array = np.where(random <= _WIDE, (shared - random) / (1.0 - random), np.nan)
+    is_known = random <= _WIDE  # a space of the whole width is random's, too
+    unknown = np.full_like(shared, np.nan)
+    found: Array = np.divide(shared - random, 1.0 - random, out=unknown, where=is_known)
     return found
 
 
