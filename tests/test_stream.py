@@ -111,3 +111,23 @@ def test_vectors_that_leave_no_room_for_as_many_again_are_those_of_power_iterati
     for rank in (100, 290):
         least = np.sqrt(np.linalg.norm(x) ** 2 - np.sum(values[:rank] ** 2))
         assert np.sqrt(found.squared_error(*found.factors(rank))) <= 1.0001 * least
+
+
+@pytest.mark.parametrize("power", [-300, -120, -40, 40, 120, 300])
+def test_sizes_that_float32_does_not_hold_lose_nothing(power):
+    x = matrix((640, 540), 0.5, np.random.default_rng(8))
+    errors = []
+    for scaled in (x, np.ldexp(x, power)):
+        source = RowSource(x.shape, lambda start, stop, rows=scaled: rows[start:stop])
+        svd = streamed_svd(source, 48, power_iterations=None, seed=0)
+        errors.append(1.0 - np.sum((svd.singular_values[:32] / np.linalg.norm(scaled)) ** 2))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_matrix_of_lower_rank_than_asked_for_is_found_whole(rank):
+    rng = np.random.default_rng(9)
+    x = rng.standard_normal((640, rank)) @ rng.standard_normal((rank, 540))
+    source = RowSource(x.shape, lambda start, stop: x[start:stop])
+    found = StreamedMatrix(source, lambda: streamed_svd(source, 48, power_iterations=None, seed=0))
+    assert found.squared_error(*found.factors(32)) <= 1e-24 * np.linalg.norm(x) ** 2

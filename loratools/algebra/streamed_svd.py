@@ -29,14 +29,13 @@ _DENSE_SIDE = 512
 _DENSE_ELEMENTS = 1 << 23  # 64 MiB in float64
 _BLOCK_ELEMENTS = 1 << 19
 _MOST_PASSES = 16
-_SETTLED = (
-    5e-3  # of the squared error, from one pass to the next; then it is within 1e-3 of the least
-)
+_SETTLED = 5e-3  # of the squared error, in a pass, after which it is within 1e-3 of the least
 _SETTLED_ALONE = 1e-3  # where there is no room for all blocks, and each pass gains less
 _ROUNDING = 1e-15  # of ‖X‖²
 _KERNEL_WIDTH = 16  # products with as many columns, or twice, take no longer than with a few fewer
 _MOST_BLOCKS = 4  # that the search space holds, beside the next one
 _FLOOR_OF_SINGLE = 1e-5  # of the largest eigenvalue of XᵀX; float32 shows none that is much smaller
+_HELD_BY_SINGLE = 1e-20, 1e20  # ‖X‖²_F, between which float32 holds X and XᵀX
 
 
 class RowBlocks(Protocol):
@@ -198,7 +197,8 @@ class _Search:
         self._width = width
         start = np.random.default_rng(seed).standard_normal((source.shape[1], width))
         self._next = _orthonormal(start)
-        self._single = True
+        low, high = _HELD_BY_SINGLE
+        self._single = low < source.squared_norm < high
         self._space: Array = np.empty((source.shape[1], 0), np.float32)
         self._images = self._space
 
