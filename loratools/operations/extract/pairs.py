@@ -20,6 +20,7 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.task_class import task_of
 from loratools.base.tied import find_tie, shared_embeddings
+from loratools.operations.extract.one_sided import pattern_of, saved_module
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -260,7 +261,7 @@ class Comparison:
             shared: modules that must stay.
         """
         given = self._selection.exclude
-        found = _pattern(list(keys), set(shared))
+        found = pattern_of(list(keys), set(shared))
         return shlex.quote(found if given is None else f"{given}|{found}")
 
     def _is_tied_copy(self, key: str, checkpoint: Checkpoint) -> bool:
@@ -366,7 +367,7 @@ class Comparison:
         )
         layers = {name: delta.layer for name, delta in modules.items()}
         parameters = sorted({name for layer in layers.values() for name in layer.parameters})
-        saved = sorted({_saved(key) for key in self.heads})
+        saved = sorted({saved_module(key) for key in self.heads})
         return {
             "peft_type": "LORA",
             "task_type": self._task if self.heads else "CAUSAL_LM" if causal else None,
@@ -385,21 +386,3 @@ class Comparison:
             **({"target_parameters": parameters} if parameters else {}),
             **({"modules_to_save": saved} if saved else {}),
         }
-
-
-def _saved(key: str) -> str:
-    """Return the module that PEFT saves whole for a tensor: all of a head, or a single module."""
-    first = key.partition(".")[0]
-    return first if first in rules.TASK_HEADS else key.rpartition(".")[0]
-
-
-def _pattern(keys: list[str], shared: set[str]) -> str:
-    """Return an expression for the modules of tensors, and for none of those that are `shared`."""
-    own: dict[str, None] = {}
-    for key in keys:
-        parts = key.rpartition(".")[0].split(".")
-        starts = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-        free = (s for s in starts if not any(f"{o}.".startswith(f"{s}.") for o in shared))
-        start = next(free, None)
-        own[rf"{re.escape(start)}(\.|$)" if start else f"{re.escape(starts[-1])}$"] = None
-    return f"^({'|'.join(own)})" if len(own) > 1 else f"^{next(iter(own))}"
