@@ -159,7 +159,7 @@ def names_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
 def _in_other_naming(adapter: Adapter, modules: _Modules) -> dict[str, str]:
     """Return the base's names of modules that are one module in its naming, too."""
     file = NamedModules.of(adapter, {name: name for name in all_names(adapter)})
-    found = {}
+    found: dict[str, str] = {}
     for way in _WAYS:
         try:
             tables = chosen_tables([file], way)
