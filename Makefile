@@ -29,10 +29,19 @@ $(VENV)/.base: pyproject.toml tests/constraints.txt
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base
-	$(PIP) "pip>=25.1"  # the first that knows dependency groups
-	$(PIP) --editable . --group lint --group test
-	@touch $@
+# Every file is held to its hash where the lock fits, as in CI. Elsewhere versions alone are pinned.
+LOCKED := import sys, platform; sys.exit((sys.version_info[:2], sys.platform, platform.machine()) \
+    != ((3, 11), "linux", "x86_64"))
+
+$(VENV)/.dev: pyproject.toml tests/constraints.txt tests/locked.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/python -c '$(LOCKED)'; then \
+	    $(PIP) --require-hashes --no-deps --requirement tests/locked.txt && \
+	    $(PIP) --no-deps --no-build-isolation --editable .; \
+	else \
+	    $(PIP) "pip>=25.1" && $(PIP) --editable . --group lint --group test; \
+	fi
+	@touch $(VENV)/.base $@
 
 demo: $(VENV)/.base
 	$(BIN)/loratools info examples/tiny-llama/lora

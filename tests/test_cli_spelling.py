@@ -16,6 +16,7 @@ import loratools
 import loratools_formats
 from loratools.cli import cli
 from loratools.cli.options import DeclaredOption
+from loratools.cli.wording import DOCS
 from loratools_formats import read_adapter
 from loratools_formats.disk.errors import OutputExistsError
 from loratools_formats.disk.publish import publish_file
@@ -55,7 +56,7 @@ def test_help_is_what_it_was():
 def test_help_has_an_example_and_says_where_to_read_on(name):
     text = succeeded(name, "--help")
     assert re.search(rf"^  loratools {name}", text, re.MULTILINE)
-    assert f"Learn more: docs/commands/{name}.md" in text
+    assert f"Learn more:\n  {DOCS}/commands/{name}.md\n" in text
     page = (ROOT / "docs" / "commands" / f"{name}.md").read_text()
     assert page.startswith(f"# {name}\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import ml_dtypes
@@ -303,6 +304,36 @@ def test_changed_tensors_without_a_place_are_refused_unless_left_out(tmp_path, k
     owner = key.rpartition(".")[0]
     found = difference(base, tuned, Selection(exclude=f"^{owner}$"))
     assert found.skipped == (key,)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({}, {"model.layers.1.mlp.up_proj.weight": (40, 24), "model.layers.1.norm.weight": (24,)}),
+        ({"model.extra.weight": (4, 6)}, {"head.weight": (3, 24)}),
+        ({"model.layers.0.table": (3, 4)}, {"model.layers.0.table": (3, 4), "steps": (3,)}),
+    ],
+)
+@pytest.mark.parametrize("exclude", [None, "down_proj"])
+def test_the_hint_leaves_out_what_has_no_place_and_nothing_else(tmp_path, old, new, exclude):
+    rng = np.random.default_rng(0)
+    before, after = (
+        {key: rng.standard_normal(shape).astype(np.float32) for key, shape in some.items()}
+        for some in (old, new)
+    )
+    whole = weights()
+    base = written(tmp_path / "base", whole | before)
+    changed = whole | {UP: whole[UP] + noise((40, 24)), DOWN: whole[DOWN] + noise((24, 40))}
+    tuned = written(tmp_path / "tuned", changed | after)
+    selection = Selection(exclude=exclude)
+    found = None
+    for _ in range(3):  # one hint for what one lacks, another for what has no place
+        try:
+            found = difference(base, tuned, selection)
+        except (AdapterError, UnsupportedError) as error:
+            selection = Selection(exclude=shlex.split(error.hint.partition(": ")[2])[0])
+    modules = {UP, DOWN} if exclude is None else {UP}
+    assert set(found.adapter.modules) == {key.removesuffix(".weight") for key in modules}
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):

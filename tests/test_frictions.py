@@ -16,9 +16,11 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
+import loratools as lt
 from loratools.cli import cli
 from loratools.cli.errors import describe
 from loratools.cli.progress import Lines
+from loratools_formats.disk.errors import OptionError
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 
@@ -121,6 +123,10 @@ def test_a_share_that_is_read_as_bytes_is_asked_about(room):
     assert code == 2
     share = re.search(r"did you mean (\S+)\?", message)[1]
     assert typed(f"squeeze a -o small --budget {share} -q")[0] == 0
+    with pytest.raises(OptionError, match="did you mean 25%"):
+        lt.squeeze("a", budget=0.25)
+    by_text, by_number = lt.squeeze("a", budget="40000"), lt.squeeze("a", budget=40000)
+    assert by_number.modules == by_text.modules
     assert typed("squeeze a -o other --energy 90% -q")[0] == 0
 
 

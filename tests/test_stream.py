@@ -70,3 +70,64 @@ def test_stored_rows_and_rows_made_anew_are_the_same():
 def test_rows_that_overflow_are_refused():
     with pytest.raises(AdapterError, match="overflows"):
         RowSource((2, 2), lambda start, stop: np.full((stop - start, 2), 1e200))
+
+
+def test_the_error_is_within_a_thousandth_of_the_optimum_above_noise():
+    rng = np.random.default_rng(5)
+    shape, rank = (700, 620), 16
+    low = (rng.standard_normal((shape[0], 24)) * np.exp(-np.arange(24) / 8)) @ (
+        rng.standard_normal((24, shape[1]))
+    )
+    x = low + 2.0 * rng.standard_normal(shape)
+    source = RowSource(shape, lambda start, stop: x[start:stop])
+    found = StreamedMatrix(
+        source, lambda: streamed_svd(source, rank + 10, power_iterations=None, seed=0)
+    )
+    error = np.sqrt(found.squared_error(*found.factors(rank)))
+    optimum = np.sqrt(np.sum(np.linalg.svd(x, compute_uv=False)[rank:] ** 2))
+    assert error <= 1.001 * optimum
+
+
+@pytest.mark.parametrize("power_iterations", [None, 1, 2])
+def test_small_singular_values_are_found_behind_large_ones(power_iterations):
+    # What is looked for is a millionth of σ₁, which XᵀX has as 1e-12: beyond float32.
+    x = matrix((640, 540), 0.0, np.random.default_rng(6))
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    s = np.concatenate([np.logspace(0, -6, 24), np.full(len(s) - 24, 1e-9)])
+    x = (u * s) @ vt
+    source = RowSource(x.shape, lambda start, stop: x[start:stop])
+    svd = streamed_svd(source, 34, power_iterations=power_iterations, seed=0)
+    np.testing.assert_allclose(svd.singular_values[:24], s[:24], rtol=1e-6)
+
+
+def test_vectors_that_leave_no_room_for_as_many_again_are_those_of_power_iterations():
+    x = matrix((640, 540), 0.5, np.random.default_rng(7))
+    source = RowSource(x.shape, lambda start, stop: x[start:stop])
+    found = StreamedMatrix(source, lambda: streamed_svd(source, 304, power_iterations=2, seed=0))
+    basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((540, 304)))
+    for _ in range(2):
+        basis, _ = np.linalg.qr(x.T @ (x @ basis))
+    values = np.linalg.svd(x @ basis, compute_uv=False)
+    for rank in (100, 290):
+        least = np.sqrt(np.linalg.norm(x) ** 2 - np.sum(values[:rank] ** 2))
+        assert np.sqrt(found.squared_error(*found.factors(rank))) <= 1.0001 * least
+
+
+@pytest.mark.parametrize("power", [-300, -120, -40, 40, 120, 300])
+def test_sizes_that_float32_does_not_hold_lose_nothing(power):
+    x = matrix((640, 540), 0.5, np.random.default_rng(8))
+    errors = []
+    for scaled in (x, np.ldexp(x, power)):
+        source = RowSource(x.shape, lambda start, stop, rows=scaled: rows[start:stop])
+        svd = streamed_svd(source, 48, power_iterations=None, seed=0)
+        errors.append(1.0 - np.sum((svd.singular_values[:32] / np.linalg.norm(scaled)) ** 2))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_matrix_of_lower_rank_than_asked_for_is_found_whole(rank):
+    rng = np.random.default_rng(9)
+    x = rng.standard_normal((640, rank)) @ rng.standard_normal((rank, 540))
+    source = RowSource(x.shape, lambda start, stop: x[start:stop])
+    found = StreamedMatrix(source, lambda: streamed_svd(source, 48, power_iterations=None, seed=0))
+    assert found.squared_error(*found.factors(32)) <= 1e-24 * np.linalg.norm(x) ** 2

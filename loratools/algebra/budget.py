@@ -241,10 +241,10 @@ def rank_table(
     highest = max(spectrum.rank for spectrum in spectra)
     ranks = [1 << power for power in range(highest.bit_length()) if 1 << power < highest]
     tails = sum(float(np.sum(s.tail)) for s in spectra if s.tail is not None)
-    total = sum(float(np.sum(spectrum.energies)) for spectrum in spectra) + other_energy + tails
+    total = sum(float(spectrum.energies.sum()) for spectrum in spectra) + other_energy + tails
     rows = []
     for rank in [*ranks, highest]:
-        lost = tails + sum(float(np.sum(spectrum.energies[rank:])) for spectrum in spectra)
+        lost = tails + sum(float(spectrum.energies[rank:].sum()) for spectrum in spectra)
         nbytes = size({s.name: min(rank, s.rank) for s in spectra})
         share = lost / total if total else 0.0
         rows.append(

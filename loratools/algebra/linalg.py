@@ -33,15 +33,6 @@ _BALANCED = 8.0  # powers of two between the sizes of columns and rows that Gram
 _GRAM_ERROR_FLOOR = 700.0  # times √ε: 1e-5 in float64
 
 
-def is_power_of_two(number: float) -> bool:
-    """Return whether multiplying by a number is exact, as long as nothing over- or underflows.
-
-    >>> is_power_of_two(-0.25), is_power_of_two(3.0), is_power_of_two(0.0)
-    (True, False, False)
-    """
-    return abs(math.frexp(number)[0]) == 0.5
-
-
 def namespace(x: Array) -> Any:
     """Return the array-API namespace of an array: NumPy itself, or torch's compat layer."""
     if isinstance(x, np.ndarray):

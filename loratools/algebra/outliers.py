@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from loratools.algebra.median import median
 from loratools_formats.core.dtypes import Array
 
 OUTLIER = 3.5
@@ -52,8 +53,8 @@ def theil_sen(y: Array) -> tuple[float, float]:
     """Return (slope, intercept) of the line through y over 0, 1, …: medians over all pairs."""
     x = np.arange(len(y), dtype=np.float64)
     i, j = np.triu_indices(len(y), 1)
-    slope = float(np.median((y[j] - y[i]) / (x[j] - x[i]))) if len(i) else 0.0
-    return slope, float(np.median(y - slope * x))
+    slope = median((y[j] - y[i]) / (x[j] - x[i])) if len(i) else 0.0
+    return slope, median(y - slope * x)
 
 
 def robust_z(values: Sequence[float]) -> Array:
@@ -61,8 +62,8 @@ def robust_z(values: Sequence[float]) -> Array:
     y = np.asarray(values, dtype=np.float64)
     slope, intercept = theil_sen(y)
     residuals = y - intercept - slope * np.arange(len(y))
-    spread = 1.4826 * float(np.median(np.abs(residuals - np.median(residuals))))
-    scores: Array = (residuals - np.median(residuals)) / max(spread, _LEAST_SPREAD)
+    spread = 1.4826 * median(np.abs(residuals - median(residuals)))
+    scores: Array = (residuals - median(residuals)) / max(spread, _LEAST_SPREAD)
     return scores
 
 

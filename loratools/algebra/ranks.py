@@ -14,12 +14,14 @@ Stacked experts share one rank: the largest that any of them needs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratools.algebra.median import median
 from loratools.work.declared import option
 from loratools.work.regexes import check_regex, is_found
 from loratools.work.spellings import share, share_or_nbytes
@@ -69,7 +71,7 @@ class Spectrum:
         """Return the bytes that a rank costs in the output."""
         return rank * self.bytes_per_rank + rank * rank * self.bytes_per_square
 
-    @property
+    @functools.cached_property
     def energies(self) -> Values:
         """(r,): energy σᵢ² summed over experts."""
         total: Values = np.sum(self.singular_values**2, axis=0)
@@ -327,7 +329,7 @@ def gavish_donoho(sigma: Values, shape: tuple[int, int]) -> float:
     """
     beta = min(shape) / max(shape)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    return float(omega * np.median(sigma))
+    return omega * median(sigma)
 
 
 def as_options(rule: RankRule) -> Mapping[str, Any]:

@@ -1,10 +1,12 @@
 """The best factors of a matrix that is only seen a block of rows at a time.
 
-A randomised range finder on the rows' side (Halko, Martinsson, Tropp, arXiv 0909.4061) with power
-iterations, seeded. Its error is not estimated: ‖X‖²_F is summed on the way, and for any orthonormal
-V, the best factors of X·V·Vᵀ leave exactly ‖X‖² − Σ σᵢ² behind.
+A seeded, randomised block Krylov iteration on the rows' side (Halko, Martinsson, Tropp, arXiv
+0909.4061; Musco, Musco, arXiv 1504.05477). Its error is not estimated: ‖X‖²_F is summed on the way,
+and for any orthonormal V, the best factors of X·V·Vᵀ leave exactly ‖X‖² − Σ σᵢ² behind.
 
-The rows come from an anonymous file, where making them is dear, or are made anew at each pass.
+The passes that look for directions compute in float32, the last one, which gives the triplets, in
+float64. The rows come from an anonymous file, where making them is dear, or are made anew at each
+pass.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ _DENSE_SIDE = 512
 _DENSE_ELEMENTS = 1 << 23  # 64 MiB in float64
 _BLOCK_ELEMENTS = 1 << 19
 _MOST_PASSES = 16
-_SETTLED = 1e-3  # of the squared error, from one pass to the next
+_SETTLED = 5e-3  # of the squared error, in a pass, after which it is within 1e-3 of the least
+_SETTLED_ALONE = 1e-3  # where there is no room for all blocks, and each pass gains less
+_ROUNDING = 1e-15  # of ‖X‖²
+_KERNEL_WIDTH = 16  # products with as many columns, or twice, take no longer than with a few fewer
+_MOST_BLOCKS = 4  # that the search space holds, beside the next one
+_FLOOR_OF_SINGLE = 1e-5  # of the largest eigenvalue of XᵀX; float32 shows none that is much smaller
+_HELD_BY_SINGLE = 1e-20, 1e20  # ‖X‖²_F, between which float32 holds X and XᵀX
 
 
 class RowBlocks(Protocol):
@@ -44,6 +52,9 @@ class RowBlocks(Protocol):
     def blocks(self) -> Iterator[tuple[int, int, Array]]:
         """Yield (start, stop, rows in float64) in order."""
 
+    def single_blocks(self) -> Iterator[tuple[int, int, Array]]:
+        """Yield (start, stop, rows in float32) in order."""
+
 
 class RowStore:
     """Rows of a float32 matrix in an anonymous file, written once and read in blocks.
@@ -57,23 +68,27 @@ class RowStore:
         self.shape = shape
         self._file = AnonymousFile(folder)
         self.squared_norm = 0.0
-        self._spans: list[tuple[int, int]] = []
+        self._height = 0
 
     def append(self, rows: Array) -> None:
         """Add rows below those already there, rounded to float32."""
-        start = self._spans[-1][1] if self._spans else 0
         stored = np.ascontiguousarray(rows, dtype=np.float32)
-        self._file.write_at(4 * self.shape[1] * start, stored.view(np.uint8).reshape(-1).data)
+        offset = 4 * self.shape[1] * self._height
+        self._file.write_at(offset, stored.view(np.uint8).reshape(-1).data)
         self.squared_norm += float(np.sum(stored.astype(np.float64) ** 2))
-        self._spans.append((start, start + len(rows)))
+        self._height += len(rows)
 
     def blocks(self) -> Iterator[tuple[int, int, Array]]:
         """Yield (start, stop, rows in float64) in order."""
-        width = 4 * self.shape[1]
-        for start, stop in self._spans:
-            data = self._file.read_at(start * width, (stop - start) * width)
-            rows = np.frombuffer(data, np.float32).reshape(stop - start, self.shape[1])
+        for start, stop, rows in self.single_blocks():
             yield start, stop, rows.astype(np.float64)
+
+    def single_blocks(self) -> Iterator[tuple[int, int, Array]]:
+        """Yield (start, stop, rows in float32, not to be changed) in order."""
+        width = 4 * self.shape[1]
+        for start, stop in row_spans((self._height, self.shape[1])):
+            data = self._file.read_at(start * width, (stop - start) * width)
+            yield start, stop, np.frombuffer(data, np.float32).reshape(stop - start, -1)
 
 
 class RowSource:
@@ -100,11 +115,21 @@ class RowSource:
         for start, stop in row_spans(self.shape):
             yield start, stop, self._rows(start, stop)
 
+    def single_blocks(self) -> Iterator[tuple[int, int, Array]]:
+        """Yield (start, stop, rows in float32) in order."""
+        for start, stop, block in self.blocks():
+            yield start, stop, block.astype(np.float32)
 
-def row_spans(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of blocks of rows, small enough to hold several of."""
+
+def row_spans(shape: tuple[int, int], most: int = 1 << 19) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of blocks of rows, small enough to hold several of.
+
+    Args:
+        shape: (m, n).
+        most: elements in a block of more than one row.
+    """
     rows, columns = shape
-    height = max(1, _BLOCK_ELEMENTS // columns)
+    height = max(1, min(most, _BLOCK_ELEMENTS) // columns)
     for start in range(0, rows, height):
         yield start, min(start + height, rows)
 
@@ -142,32 +167,105 @@ def streamed_svd(
     is_small = min(rows, columns) <= _DENSE_SIDE and rows * columns <= _DENSE_ELEMENTS
     if is_small or min(rows, columns) <= width:
         return _exact(source)
-    rng = np.random.default_rng(seed)
-    basis, _ = np.linalg.qr(rng.standard_normal((columns, width)))
-    captured = 0.0
-    for _ in range(_MOST_PASSES if power_iterations is None else power_iterations):
-        narrow = basis.astype(np.float32)
-        image, before = np.zeros((columns, width)), captured
-        captured = 0.0
-        for _, _, block in source.blocks():
-            if power_iterations is None:
-                # The basis is only a direction to look in: float32 serves as well, twice as fast.
-                single = block.astype(np.float32)
-                product = single @ narrow
-                image += single.T @ product
-                captured += float(np.vdot(product, product))
-            else:
-                image += block.T @ (block @ basis)
-        basis, _ = np.linalg.qr(image)
-        if power_iterations is None and captured - before < _SETTLED * (
-            source.squared_norm - captured
-        ):
-            break
-    product = np.empty((rows, width))
+    basis = _Search(source, min(padded_width(width), *source.shape), seed).basis(power_iterations)
+    product = np.empty((rows, basis.shape[1]))
     for start, stop, block in source.blocks():
-        product[start:stop] = block @ basis
+        np.matmul(block, basis, out=product[start:stop])
     u, s, inner = np.linalg.svd(product, full_matrices=False)
-    return StreamedSvd(u, s, inner @ basis.T, source.squared_norm)
+    return StreamedSvd(u[:, :width], s[:width], inner[:width] @ basis.T, source.squared_norm)
+
+
+def padded_width(width: int) -> int:
+    """Return the width of blocks of vectors: up to the next that costs no more."""
+    return -(-width // _KERNEL_WIDTH) * _KERNEL_WIDTH
+
+
+class _Search:
+    """Looks for the space of the leading right singular vectors of X.
+
+    It holds orthonormal vectors V and their images XᵀX·V. The best vectors inside V are those of
+    VᵀXᵀXV, and their images, which are known, are one power iteration ahead of them.
+
+    Args:
+        source: the matrix X.
+        width: vectors in a block.
+        seed: of the random start.
+    """
+
+    def __init__(self, source: RowBlocks, width: int, seed: int) -> None:
+        self._source = source
+        self._width = width
+        start = np.random.default_rng(seed).standard_normal((source.shape[1], width))
+        self._next = _orthonormal(start)
+        low, high = _HELD_BY_SINGLE
+        self._single = low < source.squared_norm < high
+        self._space: Array = np.empty((source.shape[1], 0), np.float32)
+        self._images = self._space
+
+    def basis(self, power_iterations: int | None) -> Array:
+        """Return orthonormal columns: (n, width) float64.
+
+        Args:
+            power_iterations: passes over X; None for as many as lessen the error by more than a
+                thousandth.
+        """
+        best, captured, total = self._next, 0.0, self._source.squared_norm
+        has_room = (_MOST_BLOCKS + 1) * self._width <= self._source.shape[1]
+        settled = _SETTLED if has_room else _SETTLED_ALONE
+        for _ in range(_MOST_PASSES if power_iterations is None else power_iterations):
+            before = captured
+            best, captured = self._pass()
+            least = max(settled * (total - captured), _ROUNDING * total)
+            if power_iterations is None and captured - before < least:
+                break
+        return _orthonormal(best)
+
+    def _pass(self) -> tuple[Array, float]:
+        """Return the image of the best vectors, and their energy, after one more pass.
+
+        The float32 of a product hides small singular values behind large ones. Where those looked
+        for are so small, the search begins anew in float64.
+        """
+        image = self._times(self._next)
+        wide = image.dtype
+        self._space = np.concatenate([self._space, self._next.astype(wide)], axis=1)
+        self._images = np.concatenate([self._images, image], axis=1)
+        projected = (self._space.T @ self._images).astype(np.float64)
+        values, vectors = np.linalg.eigh((projected + projected.T) / 2.0)
+        values, vectors = values[::-1], vectors[:, ::-1]
+        chosen = vectors[:, : self._width].astype(wide)
+        best: Array = self._images @ chosen
+        captured = float(values[: self._width].sum())
+        least = values[min(self._width, len(values)) - 1]
+        if self._single and least < _FLOOR_OF_SINGLE * values[0]:
+            self._single, self._next = False, _orthonormal(best)
+            self._space = self._images = np.empty((len(best), 0))
+            return self._pass()
+        if self._space.shape[1] >= _MOST_BLOCKS * self._width:
+            self._space, self._images = self._space @ chosen, best
+        if self._space.shape[1] + self._width > len(best):  # no room for more beside it
+            self._space = self._images = np.empty((len(best), 0), wide)
+            self._next = _orthonormal(best)
+            return best, captured
+        rest = best
+        for _ in range(2):  # what rounding leaves of the space in it is gone after the second time
+            rest = _orthonormal(rest - self._space @ (self._space.T @ rest))
+        self._next = rest
+        return best, captured
+
+    def _times(self, basis: Array) -> Array:
+        """Return XᵀX @ basis: (n, width) in float32 or float64, blocks summed in float64."""
+        wide = np.float32 if self._single else np.float64
+        narrow = np.ascontiguousarray(basis, dtype=wide)
+        total = np.zeros(basis.shape)
+        for _, _, block in self._source.single_blocks() if self._single else self._source.blocks():
+            total += block.T @ (block @ narrow)
+        return total.astype(wide)
+
+
+def _orthonormal(columns: Array) -> Array:
+    q: Array = np.linalg.qr(columns.astype(np.float64, copy=False))[0]
+    return q
 
 
 def _exact(source: RowBlocks) -> StreamedSvd:

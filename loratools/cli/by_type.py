@@ -15,7 +15,7 @@ from loratools.algebra.outliers import family_of
 from loratools.cli.output import number, print_table, say
 
 FEW = 16
-"""As many modules are listed each."""
+"""A report of no more modules than this has a row for each."""
 _WORST = 5
 
 

@@ -12,7 +12,7 @@ import click
 from loratools.cli.failure import remember
 from loratools.cli.options import DeclaredOption
 from loratools.cli.references import weighted_path
-from loratools.cli.wording import FLAGS, worded
+from loratools.cli.wording import FLAGS, read_on, worded
 from loratools.hub.client import SHOW_PROGRESS
 from loratools.hub.references import REVISION_HELP, Want, with_revision
 from loratools.work.declared import HEADINGS, Option
@@ -87,12 +87,13 @@ class Command(click.Command):
             given[name] = made if isinstance(given[name], tuple) else made[0]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under their headings; those that only click knows come last."""
+        """Write the options under their headings; `--help` comes last."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                heading = parameter.heading if isinstance(parameter, DeclaredOption) else "Help"
+                usual = "Help" if "--help" in parameter.opts else "Input"
+                heading = parameter.heading if isinstance(parameter, DeclaredOption) else usual
                 groups.setdefault(heading, []).append((record[0], worded(record[1])))
         for heading in (*HEADINGS, "Help"):
             if heading in groups:
@@ -103,7 +104,7 @@ class Command(click.Command):
         """Write where to read on."""
         formatter.write_paragraph()
         page = (self.name or "").replace(" ", "-")
-        formatter.write_text(f"Learn more: docs/commands/{page}.md")
+        formatter.write(read_on(f"commands/{page}.md"))
 
 
 def _several(value: Any) -> tuple[Any, ...]:

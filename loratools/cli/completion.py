@@ -99,4 +99,4 @@ _SOURCES: dict[tuple[str, bool], Callable[[], list[tuple[str, str | None]]]] = {
     ("dtype", False): _dtypes,
     ("names", False): _tables,
 }
-"""By the option's name, and whether its declaration lists its values."""
+"""Completions by the option's name, and by whether its declaration lists its values."""

@@ -1,4 +1,4 @@
-"""From exceptions to one line on stderr and an exit code."""
+"""Turn an exception into one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from typing import TextIO
 
 import click
 
-from loratools.cli.exits import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_SIGNAL, EXIT_UNCHECKED
+from loratools.cli.exits import EXIT_ERROR, EXIT_UNCHECKED
 from loratools.cli.failure import failure, is_json, is_reported
 from loratools.cli.output import print_json, say
+from loratools.cli.signals import code_of, stop_on_signals
 
 _PROGRAM = "loratools"
 _COMPLETION = "_LORATOOLS_COMPLETE"
 _STOPPED = ("interrupted", "terminated")
-_AGAIN_SECONDS = 0.01
 
 
 def run(cli: click.Command) -> None:
@@ -33,7 +32,7 @@ def run(cli: click.Command) -> None:
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings.showwarning = _noted
-    arrived = _stop_on_signals()
+    arrived = stop_on_signals()
     if "--traceback" in sys.argv[1:2]:
         sys.exit(_call(cli))
     began = time.perf_counter()
@@ -75,9 +74,7 @@ def _told(error: BaseException, arrived: list[int]) -> tuple[str, int]:
     """
     if arrived or isinstance(error, KeyboardInterrupt | click.Abort):
         number = arrived[0] if arrived else signal.SIGINT
-        if number == signal.SIGINT:
-            return _STOPPED[0], EXIT_INTERRUPTED
-        return _STOPPED[1], EXIT_SIGNAL + number
+        return _STOPPED[number != signal.SIGINT], code_of(number)
     if isinstance(error, click.ClickException):
         return _usage(error), EXIT_ERROR
     return describe(error), exit_code(error)
@@ -88,46 +85,6 @@ def exit_code(error: BaseException) -> int:
     from loratools_formats.disk.errors import UncheckedError
 
     return EXIT_UNCHECKED if isinstance(error, UncheckedError) else EXIT_ERROR
-
-
-def _stop_on_signals() -> list[int]:
-    """Let signals unwind the stack, so that outputs are cleared away; return those that arrived.
-
-    SIGTERM and SIGHUP do as Ctrl-C, unless whoever started this process ignores them. Python throws
-    away what is raised while it removes an object; then the signal is sent again a little later.
-    """
-    arrived: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        arrived.append(number)
-        raise KeyboardInterrupt
-
-    told = sys.unraisablehook
-
-    def unraisable(thrown: sys.UnraisableHookArgs) -> None:
-        if arrived and issubclass(thrown.exc_type, KeyboardInterrupt):
-            again = threading.Timer(_AGAIN_SECONDS, _send, (arrived[-1],))
-            again.daemon = True
-            again.start()
-        else:
-            told(thrown)
-
-    sys.unraisablehook = unraisable
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        usual = (signal.SIG_DFL, signal.default_int_handler)
-        if number is not None and signal.getsignal(number) in usual:
-            signal.signal(number, stop)
-    return arrived
-
-
-def _send(number: int) -> None:
-    """Send the main thread a signal, one that wakes it from a system call where there are such."""
-    main = threading.main_thread().ident
-    if hasattr(signal, "pthread_kill") and main is not None:
-        signal.pthread_kill(main, number)
-    else:  # Windows
-        signal.raise_signal(number)
 
 
 def _noted(

@@ -13,8 +13,8 @@ MEANINGS = {
     "1": "Found or failed: `check` found something, `verify` found a difference, `replay` made "
     "other bytes, an error is above `--max-error`, or one of several adapters failed.",
     "2": "Usage or bad input: an option, a path or a file is wrong. Nothing was written.",
-    "3": "Could not be checked: `check` could not look at an adapter, `verify` cannot tell, or "
-    "`replay` lacks an input.",
+    "3": "Could not be checked: `check`, also that of `push`, could not look at an adapter, "
+    "`verify` cannot tell, or `replay` lacks an input.",
     "130": "Interrupted with Ctrl-C. Nothing was written.",
     "143": "Terminated by SIGTERM; 129 by SIGHUP. Nothing was written.",
 }

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from loratools.cli.wording import read_on
+
 
 class LazyGroup(click.Group):
     """A group whose help imports none of its commands.
@@ -16,7 +18,7 @@ class LazyGroup(click.Group):
         places: by the name of each command, the module whose `command` it is; `MODULE:NAME` for
             another attribute of the module.
         summaries: by the same names, one sentence for help.
-        learn_more: where help says to read on.
+        page: of the documentation, where help says to read on.
         settings: as for `click.Group`.
     """
 
@@ -25,11 +27,11 @@ class LazyGroup(click.Group):
         *args: Any,
         places: Mapping[str, str],
         summaries: Mapping[str, str],
-        learn_more: str = "`loratools COMMAND --help`, or docs/index.md",
+        page: str = "index.md",
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        self._places, self._summaries, self._learn_more = places, summaries, learn_more
+        self._places, self._summaries, self._page = places, summaries, page
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, sorted."""
@@ -63,4 +65,6 @@ class LazyGroup(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write where to read on."""
         formatter.write_paragraph()
-        formatter.write_text(f"Learn more: {self._learn_more}")
+        formatter.write_text(f"Options of a command: {ctx.command_path} COMMAND --help")
+        formatter.write_paragraph()
+        formatter.write(read_on(self._page))

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from loratools.cli.wording import FLAGS
+from loratools.hub.references import path_of
 from loratools.work.declared import Option, build, declared
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools_formats.disk.errors import OptionError
@@ -25,10 +26,10 @@ class _Path(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not os.fspath(value):
             self.fail("is empty", param, ctx)
-        return super().convert(value, param, ctx)
+        return path_of(os.fsdecode(super().convert(value, param, ctx)))
 
 
-PATH = _Path(path_type=Path)
+PATH = _Path()
 
 adapter_argument = click.argument("adapter", type=PATH)
 base_argument = click.argument("base", type=PATH)
@@ -126,7 +127,7 @@ def _added(option: Option, without: tuple[str, ...]) -> Decorator:
 
 
 def _completer(option: Option) -> Callable[..., Any] | None:
-    """Return what completes an option in a shell; None if click does so, as of paths."""
+    """Return what completes an option in a shell; None for paths, which click completes."""
     if option.type is bool or (option.type is Path and not option.choices):
         return None
 

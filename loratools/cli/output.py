@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _UNSAFE = re.compile(r"[^ -~\n]")
 _MARGIN = re.compile(r"[ │├└─|`-]*")
 _BRANCHES = str.maketrans("├└─`-", "│    ")
-"""How the margin of a tree goes on below a line."""
+"""What continues the margin of a tree below a line."""
 _NOT_ASCII = re.compile(r"[^\x00-\x7e]")
 
 

@@ -10,7 +10,7 @@ import click
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
 from loratools.cli.errors import describe
-from loratools.cli.exits import EXIT_FOUND
+from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
 from loratools.cli.failure import failure
 from loratools.cli.output import human_bytes, note, print_json, print_table, say
 from loratools.cli.perform import report
@@ -45,7 +45,7 @@ def command(
 
     Only files that loratools knows are published. The card says how the adapter was made and how to
     use it, between two marks; what its author wrote stays byte for byte. Exits with 1 if the check
-    found something as grave as --fail-on, errors by default.
+    found something as grave as --fail-on, errors by default, and with 3 if it could not be made.
 
     \b
     loratools push my-adapter me/my-adapter --private
@@ -64,14 +64,16 @@ def command(
                 progress=progress,
             )
     except UnfitError as error:
+        found = cast("CheckResult", error.result)
+        code = EXIT_UNCHECKED if found.unchecked else EXIT_FOUND
         if not reporting.quiet:
             from loratools.cli.findings.text import text_of
 
-            say(text_of(cast("CheckResult", error.result)), err=reporting.json)
+            say(text_of(found), err=reporting.json)
         say("nothing was published", err=True)
         if reporting.json:
-            print_json(failure(error, describe(error), EXIT_FOUND))
-        return EXIT_FOUND
+            print_json(failure(error, describe(error), code))
+        return code
     report(result, _show, reporting)
     if not reporting.quiet:
         note(_what_became(result))

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratools.hub.references import path_of
 from loratools_formats.disk.errors import OptionError
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ def weighted_path(text: str) -> tuple[Path, float]:
         raise OptionError("path of the adapter is empty", got=repr(text), expected="ADAPTER:NUMBER")
     # What follows the colon of hf:// or https:// is no weight.
     if not separator or weight.startswith("/") or Path(text).exists():
-        return Path(text), 1.0
+        return path_of(text), 1.0
     try:
         value = float(weight)
     except ValueError as error:
         raise OptionError("not a weight", got=weight, expected="ADAPTER:NUMBER") from error
     if not math.isfinite(value):
         raise OptionError("not a finite weight", got=weight)
-    return Path(path), value
+    return path_of(path), value
 
 
 def fuse_input(text: str, format_name: str | None) -> FuseInput:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 _GAP = 2
 _SENTENCE = 3
-"""A cell with as many spaces is a sentence, and is wrapped; others are shortened."""
+"""A cell with this many spaces is a sentence, and is wrapped; others are shortened."""
 _LEAST_NAME = 24
 _LEAST_OTHER = 14
 _ENDS = 3

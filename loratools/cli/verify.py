@@ -14,6 +14,7 @@ from loratools.cli.perform import report
 from loratools.cli.progress import progress_bar
 from loratools.cli.references import weighted_path
 from loratools.face.verify import VerifyResult, verify
+from loratools.hub.references import path_of
 from loratools.operations.verify import Claim, TensorVerdict
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting
@@ -65,7 +66,7 @@ def _made_from(
 ) -> tuple[Path, tuple[str, ...]]:
     """Return the base and the adapters; each may be an argument or an option."""
     if base is None and arguments:
-        base, arguments = Path(arguments[0]), arguments[1:]
+        base, arguments = path_of(arguments[0]), arguments[1:]
     if base is None or not str(base):
         raise OptionError("no base given", expected="FUSED BASE ADAPTER")
     if not arguments and not adapters:

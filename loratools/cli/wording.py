@@ -8,8 +8,24 @@ from __future__ import annotations
 
 import re
 
+DOCS = "https://github.com/loratools/loratools/blob/main/docs"
+"""Where the documentation can be read, by those who have no checkout too."""
+
 FLAGS: dict[str, str] = {}
 """Flags by the names of options; each command adds its own when it is loaded."""
+
+
+def read_on(page: str) -> str:
+    """Return the lines of help that say where to read on, with the address whole on its own line.
+
+    >>> read_on("commands/info.md").splitlines()[1]
+    '  https://github.com/loratools/loratools/blob/main/docs/commands/info.md'
+
+    Args:
+        page: the path in the documentation.
+    """
+    return f"Learn more:\n  {DOCS}/{page}\n"
+
 
 _PARAMETER = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 

@@ -12,7 +12,7 @@ from loratools.face.declare import Progress, public
 from loratools.face.ran import Asked
 from loratools.face.result import Result
 from loratools.face.source import CardedModel, Model, destination, model
-from loratools.hub.references import Wanted, parse
+from loratools.hub.references import Wanted, parse, path_of
 from loratools.operations.check import runner
 from loratools.operations.check.baseline import read_baseline
 from loratools.operations.check.options import CheckOptions, FixOptions
@@ -205,7 +205,7 @@ def _listed(sources: Any) -> list[Path | Adapter]:
             raise OptionError("not an adapter", got=repr(one), expected="a path, or one read")
     if not several:
         raise OptionError("no adapters given")
-    return [one if isinstance(one, Adapter) else Path(one) for one in several]
+    return [one if isinstance(one, Adapter) else path_of(one) for one in several]
 
 
 def _resolved(

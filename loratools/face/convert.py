@@ -23,14 +23,16 @@ from loratools.operations.convert.operation import (
 )
 from loratools.operations.convert.operation import write as write_converted
 from loratools.operations.reported import written_nbytes
+from loratools.work.declared import flags
 from loratools.work.json_object import hidden, named
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
+from loratools_formats.contract.commands import completed
 from loratools_formats.contract.files import write_adapter
 from loratools_formats.contract.format import Context, Loss
 from loratools_formats.contract.registry import format_for_output, get_format, registered_formats
 from loratools_formats.core.adapter import Adapter
-from loratools_formats.disk.errors import LossyError, OptionError
+from loratools_formats.disk.errors import LoratoolsError, LossyError, OptionError
 
 
 @dataclass(frozen=True)
@@ -151,16 +153,23 @@ def convert(
     to, experts = _request(options)
     target, as_it_is = _target(adapter.format, to, writing.output)
     output = None if writing.dry_run else writing.output
-    conversion = prepare(
-        adapter,
-        target,
-        Context(None if base is None else Path(base), options.dtype),
-        allow_lossy=True,
-        metadata=metadata,
-        single=replace(single, alpha=options.alpha, as_it_is=as_it_is),
-        names_of=options.names_of,
-        experts=experts,
-    )
+    try:
+        conversion = prepare(
+            adapter,
+            target,
+            Context(None if base is None else Path(base), options.dtype),
+            allow_lossy=True,
+            metadata=metadata,
+            single=replace(single, alpha=options.alpha, as_it_is=as_it_is),
+            names_of=options.names_of,
+            experts=experts,
+        )
+    except LoratoolsError as error:
+        if error.hint is not None:
+            given = flags(options, single, dropping, reading)
+            given += [] if base is None else ["--base", str(base)]
+            error.hint = completed(error.hint, "convert", given, _text(output))
+        raise
     about = about_base([adapter], None if base is None else Path(base))
     conversion = replace(conversion, findings=(*about, *conversion.findings))
     if conversion.losses and not options.allow_lossy:
@@ -178,6 +187,10 @@ def convert(
     if check is not None:
         check_error(result, writing.max_error)
     return result
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _request(options: ConvertOptions) -> tuple[str | None, Wanted | str]:

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import numpy as np
-
+from loratools.algebra.median import median
 from loratools.algebra.sketch import standard_errors
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
 from loratools.face.source import WRITING, Source, destination, opened
-from loratools.hub.references import Wanted
+from loratools.hub.references import Wanted, path_of
 from loratools.operations.index.file import Index, read_index
 from loratools.operations.index.making import Failure, make_index
 from loratools.operations.index.searching import (
@@ -31,10 +30,11 @@ from loratools.operations.index.sketching import Subject, rows
 from loratools.work.declared import option
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Writing
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LoratoolsError, OptionError
 
-Paths = Annotated[Sequence[str | os.PathLike[str]], Wanted("adapter")]
-"""Adapters by their paths."""
+Paths = Annotated[Sequence[str | os.PathLike[str]], Wanted("adapter", late=True)]
+"""Adapters by their paths, or by references to the Hub."""
 
 _READING = ("from_", "ignore_key")
 
@@ -137,7 +137,7 @@ def fleet_index(
     (2, True)
 
     Args:
-        adapters: paths.
+        adapters: paths, or references to the Hub.
         progress: called with (adapters done, adapters in all).
 
     Raises:
@@ -147,7 +147,7 @@ def fleet_index(
     """
     if isinstance(adapters, str | os.PathLike):
         raise OptionError("not a list of adapters", got=repr(adapters))
-    paths = [Path(path) for path in adapters]
+    paths, away = _located(adapters)
     earlier = None
     output = writing.output
     if options.update:
@@ -170,7 +170,7 @@ def fleet_index(
         adapters=len(made.index.entries),
         added=made.added,
         kept=made.kept,
-        failed=made.failed,
+        failed=(*away, *made.failed),
         standard_error=_standard_error(made.index),
         bytes_out=made.index.nbytes,
     )
@@ -249,7 +249,32 @@ def fleet_dedup(index: str | os.PathLike[str], *, options: DedupOptions) -> Flee
     )
 
 
-_read = partial(opened, reading=Reading())
+def _located(adapters: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[Failure]]:
+    """Return where adapters are, those on the Hub in its cache, and which cannot be brought here.
+
+    Raises:
+        LoratoolsError: none of them is here; the first one's reason.
+    """
+    from loratools.hub.resolve import located
+
+    paths, failed = [], []
+    errors: list[LoratoolsError] = []
+    for one in adapters:
+        try:
+            paths.append(located(one, "adapter") or path_of(one))
+        except LoratoolsError as error:
+            errors.append(error)
+            failed.append(Failure(os.fspath(one), str(error)))
+    if errors and not paths:
+        raise errors[0]
+    return paths, failed
+
+
+def _read(path: Path | str) -> Adapter:
+    """Open an adapter of an index, by its path or its reference."""
+    from loratools.hub.resolve import located
+
+    return opened(located(path, "adapter") or path, Reading())
 
 
 def _standard_error(index: Index) -> float:
@@ -259,4 +284,4 @@ def _standard_error(index: Index) -> float:
         for i in range(len(index.entries))
         for j in [(i + 1) % len(index.entries)]
     ]
-    return float(np.median(errors))
+    return median(errors)

@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import os
 import shlex
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.files import read_small_file
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.disk.strict_json import read_object
+from loratools_formats.disk.temporaries import temporary_folder
 
 _MOST_CARD_BYTES = 1 << 20
 _MOST_STATEMENT_BYTES = 16 << 20
@@ -136,8 +136,8 @@ def push(
         found = _read(path)
         asked = replace(checking, fail_on=options.fail_on or "error")
         checked = _check(path, found, asked, threads, progress, skip=options.no_check)
-        with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
-            made = _prepared(path, found, target, there, options, Path(folder))
+        with temporary_folder("loratools-push") as folder:
+            made = _prepared(path, found, target, there, options, folder)
             return _published(made, target, there, options, writing, checked)
 
 
@@ -162,8 +162,8 @@ def _on_disk(source: Any, reference: Reference) -> Any:
     elif source.source is not None and source.provenance is None:
         yield source.source
     else:
-        with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
-            place = Path(folder) / reference.repo.rpartition("/")[2]
+        with temporary_folder("loratools-push") as folder:
+            place = folder / reference.repo.rpartition("/")[2]
             write_adapter(source, place, source.format)
             yield place
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from loratools.folding.zeros import require_change
-from loratools.hub.references import Wanted
+from loratools.hub.references import Wanted, path_of
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -28,7 +28,7 @@ Source = Annotated[_Source, Wanted("adapter")]
 """An adapter: the path of a file or folder, a reference, or one that was read or made already."""
 
 Described = Annotated[_Source, Wanted("adapter", headers=True)]
-"""An adapter of which only headers are read, which is all that comes of a large one on the Hub."""
+"""An adapter of which only headers are read; of a large one on the Hub nothing else is fetched."""
 
 ModelPlace = Annotated[str | os.PathLike[str], Wanted("model")]
 """The path of a base model, or a reference to one on the Hub."""
@@ -184,7 +184,7 @@ def model(base: Any) -> Checkpoint:
         return base
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise OptionError("not a base model", got=repr(base), expected="a path, or one read")
-    return read_checkpoint(Path(base))
+    return read_checkpoint(path_of(base))
 
 
 def weighted(adapters: Any) -> list[tuple[Any, float]]:

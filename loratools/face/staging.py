@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from loratools.hub.options import PushOptions
 from loratools.hub.references import Reference, parse_target
 from loratools.hub.upload import Target, may_publish
 from loratools_formats.contract.registry import get_format
+from loratools_formats.disk.temporaries import temporary_folder
 
 _SUFFIXES = (".safetensors", ".gguf")
 
@@ -42,8 +42,8 @@ def published(
     folder, name = _name(reference, arguments)
     if not dry_run:
         may_publish(Target(reference, "private"))
-    with tempfile.TemporaryDirectory(prefix="loratools-") as place:
-        local = Path(place) / name
+    with temporary_folder("loratools-staging") as place:
+        local = place / name
         result = run(local)
         if not dry_run and os.path.lexists(local):
             done = push(local, str(folder), options=PushOptions(private=True))

@@ -56,7 +56,8 @@ def library(reason: object) -> Any:
         import huggingface_hub.utils.logging
     except ImportError as error:
         raise MissingDependencyError(
-            f"{reason} is no path here; the Hugging Face Hub needs the package huggingface_hub",
+            "no such file or folder here; the Hugging Face Hub needs the package huggingface_hub",
+            path=_named(reason) if isinstance(reason, Reference) else None,
             hint="pip install 'loratools[hub]'",
         ) from error
     return huggingface_hub
@@ -149,8 +150,9 @@ def described(error: BaseException, reference: Reference) -> LoratoolsError:
     if any(type(each).__name__ == "OfflineModeIsEnabled" for each in _chain(error)):
         return HubError(
             f"{_here(reference)}offline mode is on, and the cache does not hold all of it",
-            path=str(reference),
-            hint=f"Fetch it while online: hf download {reference.repo}, or unset HF_HUB_OFFLINE",
+            path=_named(reference),
+            hint=f"{_check(reference)}Fetch it while online: hf download {reference.repo}, or "
+            "unset HF_HUB_OFFLINE",
         )
     status = status_of(error)
     if status is not None:
@@ -158,9 +160,10 @@ def described(error: BaseException, reference: Reference) -> LoratoolsError:
     if is_unreachable(error) or _among(error, errors, "LocalEntryNotFoundError"):
         return HubError(
             f"{_here(reference)}the Hub cannot be reached",
-            path=str(reference),
+            path=_named(reference),
             got=f"{type(_chain(error)[-1]).__name__} at {_endpoint(reference)}",
-            hint="Check the connection and try again; what is in the cache also works offline",
+            hint=f"{_check(reference)}Check the connection and try again; what is in the cache "
+            "also works offline",
         )
     return HubError(f"the Hub could not be used: {scrubbed(error)}", path=repo)
 
@@ -210,13 +213,24 @@ def _not_found(reference: Reference) -> MissingFileError:
     login = "with a token that may read it" if has_token else "first"
     return MissingFileError(
         f"{_here(reference)}no such {what} on the Hub, or it is private",
-        path=str(reference),
+        path=_named(reference),
         hint=f"Check the name; if it is private, log in {login}: hf auth login",
     )
 
 
+def _named(reference: Reference) -> str:
+    """Return what errors call a reference: as it was given, where that may be a path."""
+    return str(reference).removeprefix("hf://") if reference.is_plain else str(reference)
+
+
 def _here(reference: Reference) -> str:
-    return "no such path here, and " if reference.is_plain else ""
+    return (
+        "no such file or folder here; taken for a name on the Hub, " if reference.is_plain else ""
+    )
+
+
+def _check(reference: Reference) -> str:
+    return "If a path is meant, correct it. " if reference.is_plain else ""
 
 
 def scrubbed(text: object, limit: int = 300) -> str:

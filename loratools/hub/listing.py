@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratools.hub import client
@@ -26,6 +26,7 @@ class Listing:
         files: their sizes by their paths, sorted.
         is_cached: whether only those in the cache are known.
         folder: where the cache has them, or will.
+        digests: sha256 of the large files, by their paths, as far as the Hub tells.
     """
 
     reference: Reference
@@ -33,6 +34,7 @@ class Listing:
     files: Mapping[str, int]
     is_cached: bool
     folder: Path
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def below(self, folder: str) -> list[str]:
         """Return the paths inside a folder, relative to it."""
@@ -70,7 +72,12 @@ def listing(reference: Reference) -> Listing:
             sizes = dict.fromkeys(names, 0)
         files = {name: sizes[name] for name in sorted(sizes)}
         _remember(reference, info.sha)
-        return Listing(reference, info.sha, files, False, _storage(reference, info.sha))
+        digests = {
+            each.rfilename: each.lfs.sha256
+            for each in info.siblings or ()
+            if getattr(each.lfs, "sha256", None)
+        }
+        return Listing(reference, info.sha, files, False, _storage(reference, info.sha), digests)
 
 
 def _storage(reference: Reference, commit: str) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,11 @@ from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from loratools_formats.disk.errors import OptionError
+
+if sys.platform == "win32":
+    from pathlib import WindowsPath as _Native
+else:
+    from pathlib import PosixPath as _Native
 
 Kind = Literal["model", "dataset", "space", "kernel", "bucket"]
 REVISION_HELP = "Branch, tag or commit of the input, if it is a reference to the Hub without one."
@@ -107,11 +113,31 @@ class Resolved:
         path: where it is now; a model's weights may come later, as they are read.
         reference: what was asked for.
         commit: the commit in full; None for a bucket, which has none.
+        digests: sha256 of large files, by where they are or will be, as far as the Hub tells.
     """
 
     path: Path
     reference: Reference
     commit: str | None
+    digests: Mapping[Path, str] = field(default_factory=dict)
+
+
+class _Local(_Native):
+    """A path that was written with `./`, which `Path` drops: it names nothing on the Hub."""
+
+    def __fspath__(self) -> str:
+        return os.path.join(os.curdir, str(self))
+
+
+def path_of(text: str | os.PathLike[str]) -> Path:
+    """Return the path that a text gives; that of `./x/y` stays one of this machine.
+
+    >>> parse(path_of("x/y"), "adapter") is None, parse(path_of("./x/y"), "adapter") is None
+    (False, True)
+    """
+    given = os.fspath(text)
+    is_marked = given.startswith((f".{os.sep}", f".{os.altsep or os.sep}"))
+    return _Local(given) if is_marked else Path(given)
 
 
 def parse(text: str | os.PathLike[str], want: Want) -> Reference | None:

@@ -78,7 +78,8 @@ def resolve(
     _download(found, chosen)
     announce_weights(found, chosen.later, by_parts=headers)
     place = found.folder / chosen.place if chosen.place else found.folder
-    return Resolved(place, reference, found.commit)
+    digests = {found.folder / name: digest for name, digest in found.digests.items()}
+    return Resolved(place, reference, found.commit, digests)
 
 
 def _download(found: Listing, chosen: Choice) -> None:

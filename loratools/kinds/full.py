@@ -21,11 +21,11 @@ def _form(delta: KindDelta, _: Weight) -> DeltaForm:
     height, width = diff.shape[0], math.prod(diff.shape[1:])
 
     def rows(start: int, stop: int) -> Array:
-        flat = diff.elements(start * width, stop * width).astype(np.float64)
+        flat = diff.elements(start * width, stop * width).astype(np.float64, copy=False)
         if not np.isfinite(flat).all():
             raise AdapterError("tensor holds NaN or infinite values", tensor=diff.key)
-        block: Array = scale * flat.reshape(stop - start, width)
-        return block
+        block: Array = flat.reshape(stop - start, width)
+        return block if scale == 1.0 else scale * block
 
     if delta.settings.get("transposed"):
         return Columns((width, height), rows)

@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools.algebra.linalg import is_power_of_two
 from loratools_formats.core.adapter import LowRank, ModuleChange
-from loratools_formats.core.dtypes import encode
+from loratools_formats.core.dtypes import encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef
 
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 
 from loratools.algebra.device import Computing
-from loratools.algebra.linalg import is_power_of_two
 from loratools.algebra.one_matrix import Decomposed, Method, RandomisedSvd, padded
 from loratools.algebra.ranks import Spectrum
 from loratools.lowrank.matrices import loaded
@@ -26,7 +25,7 @@ from loratools.work.scratch import Scratch
 from loratools.work.seeds import seed_of_64_bits, seed_of_matrix
 from loratools.work.spellings import dtype as dtype_name
 from loratools_formats.core.adapter import LowRank
-from loratools_formats.core.dtypes import DTYPES, Array, DType, encode
+from loratools_formats.core.dtypes import DTYPES, Array, DType, encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OptionError
 

@@ -15,10 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratools.algebra.linalg import is_power_of_two
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import LowRank, ModuleChange
-from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode
+from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef, have_same_bits, rounded
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

@@ -23,13 +23,11 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import DEFAULT_HEAD, head_of
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, Layer, ModuleChange, Replacement
-from loratools_formats.core.peft_facts import replaced_name, targets
+from loratools_formats.core.peft_facts import declared, replaced_name, targets
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
-_DECLARED = ("gate_up_proj", "down_proj")
-"""Parameters of stacked experts, in the order in which transformers declares them."""
 _SWITCH = re.compile(
-    r"(?P<block>.+)\.(?:switch_mlp|experts)\.(?P<leaf>gate_proj|up_proj|down_proj)"
+    r"(?P<block>.+)\.(?:switch_mlp|experts)\.(?P<leaf>gate_proj|up_proj|down_proj|fc1|fc2)"
 )
 _WEIGHT = ".weight"
 
@@ -123,8 +121,13 @@ def _switched(names: Names, module: str, change: ModuleChange) -> list[Placement
         return []
     stack = f"{match['block']}.experts"
     leaf = match["leaf"]
-    if leaf == "down_proj":
-        key = names.find(f"{stack}.down_proj")
+    alone = {
+        "down_proj": "down_proj",
+        "fc1": "up_proj",
+        "fc2": "down_proj",
+    }  # Nemotron's have no gate
+    if leaf in alone:
+        key = names.find(f"{stack}.{alone[leaf]}")
         return [] if key is None else [Placement(key, module, change, transposed=False)]
     key = names.find(f"{stack}.gate_up_proj")
     if key is None:
@@ -193,14 +196,9 @@ def _paths(keys: set[str]) -> dict[str, str]:
         else:
             stacked.setdefault(parent, []).append(key)
     for parent, group in stacked.items():
-        for depth, key in enumerate(sorted(group, key=_declared, reverse=True)):
+        for depth, key in enumerate(sorted(group, key=declared, reverse=True)):
             paths[key] = parent + ".base_layer" * depth
     return paths
-
-
-def _declared(key: str) -> int:
-    leaf = key.rpartition(".")[2]
-    return _DECLARED.index(leaf) if leaf in _DECLARED else 0
 
 
 def _renamed(names: Names, adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:

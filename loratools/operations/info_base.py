@@ -1,6 +1,6 @@
 """What a base checkpoint is, from headers and configuration: how its weights are quantised, if so.
 
-No weight is decoded. A quantisation that cannot be read is told as such, since that is what a user
+No weight is decoded. A quantisation that cannot be read is named, since that is what a user
 wants to know before anything else.
 """
 

@@ -1,8 +1,8 @@
 """A schedule of squeezes from what people say of it, and how their trainer is told.
 
 The snippets are whole: the code that makes the schedule, and what names it in the configuration of
-axolotl or LLaMA-Factory. Sources: `add_callbacks_pre_trainer` of axolotl's BasePlugin, and the
-`callbacks` of LLaMA-Factory's `run_exp`.
+axolotl or LLaMA-Factory. Sources: `add_callbacks_pre_trainer` and `post_train` of axolotl's
+BasePlugin (0.19), and the `callbacks` of LLaMA-Factory's `run_exp` (0.9.5).
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ schedule = {made}
 trainer = Trainer(model, args, ..., callbacks=[SqueezeCallback(schedule)])
 """,
     "axolotl": """\
-# squeeze_plugin.py, in the folder that axolotl is started in
+# squeeze_plugin.py, run as: PYTHONPATH=. axolotl train config.yaml
+# (axolotl trains on without a plugin that it cannot import: see that its log says
+# "Plugin loaded successfully")
 from axolotl.integrations.base import BasePlugin
 {imports}
 
@@ -114,7 +116,11 @@ from axolotl.integrations.base import BasePlugin
 class SqueezePlugin(BasePlugin):
     def add_callbacks_pre_trainer(self, cfg, model):
         schedule = {made}
-        return [SqueezeCallback(schedule)]
+        self.callback = SqueezeCallback(schedule)
+        return [self.callback]
+
+    def post_train(self, cfg, model):
+        self.callback.write_provenance(cfg.output_dir)
 
 
 # in the configuration, which is YAML:
@@ -130,7 +136,9 @@ from llamafactory.train.tuner import run_exp
 {imports}
 
 schedule = {made}
-run_exp(callbacks=[SqueezeCallback(schedule)])
+callback = SqueezeCallback(schedule)
+run_exp(callbacks=[callback])
+callback.write_provenance()
 
 # in config.yaml:
 #   finetuning_type: lora

@@ -106,6 +106,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
         source: the input's path, for messages.
         chosen: the modules whose rank is chosen, the others keep theirs; all by default.
         groups: names of modules that must have one rank.
+        nbytes_of: what an adapter weighs that must keep a budget; by default its weight file.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
         source: Path | None = None,
         chosen: Sequence[str] | None = None,
         groups: Sequence[Sequence[str]] = (),
+        nbytes_of: Callable[[Adapter], int] | None = None,
     ) -> None:
         self.names = names
         self.rule = rule
@@ -127,6 +129,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
         self._source = source
         self.chosen = names if chosen is None else chosen
         self._groups = groups
+        self._nbytes_of = nbytes_of or planned_nbytes
 
     @abstractmethod
     def measured(self, name: str) -> AnyMeasured:
@@ -204,7 +207,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
         """
         adapter = self._recorded(modules, record)
         if self.rule.budget is not None:
-            limit, nbytes = self.rule.budget.resolve(self._input_nbytes), planned_nbytes(adapter)
+            limit, nbytes = self.rule.budget.resolve(self._input_nbytes), self._nbytes_of(adapter)
             if nbytes > limit:
                 raise OptionError(
                     "the budget is too small", got=f"{nbytes} bytes", expected=f"at most {limit}"
@@ -248,7 +251,7 @@ class Ranked(ABC, Generic[AnyOutcome, AnyMeasured]):
         if self.rule.budget is not None:
             limit = Limit(
                 self.rule.budget.resolve(self._input_nbytes),
-                lambda ranks: planned_nbytes(
+                lambda ranks: self._nbytes_of(
                     self._recorded(self._planned(measured, ranks), record())
                 ),
             )

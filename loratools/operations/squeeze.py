@@ -93,6 +93,7 @@ def squeeze(
     *,
     moments: Moments | None = None,
     scaling: Scaling | None = None,
+    nbytes_of: Callable[[Adapter], int] | None = None,
     scratch_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SqueezeResult:
@@ -105,6 +106,7 @@ def squeeze(
         selection: modules to touch; the others keep every bit.
         moments: second moments of the modules' inputs, for which the error is to be least.
         scaling: the scale of each module's new factors; by default the options decide.
+        nbytes_of: what an adapter weighs that must keep a budget; by default its weight file.
         scratch_folder: where results wait until they are written.
         progress: called with (modules done, modules in all).
 
@@ -114,7 +116,7 @@ def squeeze(
         OptionError: options contradict each other, or the budget is too small.
     """
     options, selection = options or ComputeOptions(), selection or Selection()
-    work = _Squeeze(adapter, rule, options, selection, scratch_folder, moments, scaling)
+    work = _Squeeze(adapter, rule, options, selection, scratch_folder, moments, scaling, nbytes_of)
     rule.check_patterns(work.chosen)
     if rule.uniform and len(work.chosen) < len(work.names):
         raise OptionError("uniform concerns all modules, and some are not selected")
@@ -259,6 +261,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
         scratch_folder: Path | None,
         moments: Moments | None = None,
         scaling: Scaling | None = None,
+        nbytes_of: Callable[[Adapter], int] | None = None,
     ) -> None:
         self._moments = moments
         self.source = _folded(adapter, selection, scratch_folder)
@@ -291,6 +294,7 @@ class _Squeeze(Ranked[_Squeezed, Measured]):
             source=self.source.source,
             chosen=_selected(self.source, self.whole, selection),
             groups=groups,
+            nbytes_of=nbytes_of,
         )
         self._selected = frozenset(self.chosen)
         if moments is not None:

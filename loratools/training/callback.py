@@ -1,8 +1,9 @@
 """`SqueezeCallback`: a schedule of squeezes under transformers' Trainer.
 
 The Trainer calls it after each optimizer step, so that gradient accumulation and mixed precision
-need nothing of it. A checkpoint holds the schedule and the ranks. When training is resumed, layers
-take the ranks of the checkpoint before its tensors are loaded, and the optimizer is made later.
+need nothing of it. A checkpoint holds the schedule and what each squeeze did. When training is
+resumed, layers take the ranks of the checkpoint before its tensors are loaded, and the optimizer is
+made later.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from loratools.operations.schedule import SqueezeSchedule
-from loratools.training.layers import LiveLayer, live_layers, unwrapped
-from loratools.training.live import AlphaPolicy, SqueezedModel, alpha_at, reshape, squeeze_model
+from loratools.training.layers import LiveLayer, live_layers, reshape, unwrapped
+from loratools.training.live import AlphaPolicy, alpha_at, squeeze_model
+from loratools.training.transport import check_held, inner
 from loratools.work.provenance import operation_record
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
@@ -30,7 +32,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
     """Squeezes the adapter that a Trainer trains, at the boundaries of a schedule.
 
     What each squeeze did goes into the Trainer's history and, beside every checkpoint, into the
-    adapter's statement of provenance; call `write_provenance` for a folder that you save yourself.
+    adapter's statement of provenance; call `write_provenance` for what is saved after training.
 
     Args:
         schedule: ranks and steps; the values of `to_dict` are taken, too.
@@ -50,14 +52,14 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         self.alpha = alpha
         self.log = log
         self.squeezes: list[dict[str, Any]] = []
-        self.settings: dict[str, list[Any]] = {}
+        self._output: str | os.PathLike[str] = "."
         self._pending: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the schedule, and what was done so far."""
         return {
             "args": {"schedule": self.schedule.to_dict(), "alpha": self.alpha},
-            "attributes": {"squeezes": self.squeezes, "settings": self.settings},
+            "attributes": {"squeezes": self.squeezes},
         }
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,61 +70,65 @@ class SqueezeCallback(TrainerCallback, ExportableState):
                 "squeezing in training works in one process only",
                 got=f"{args.world_size} processes",
             )
-        model = unwrapped(kwargs["model"])
-        for each in live_layers(model, model.active_adapters[0]):
-            hook = partial(self._fit, model, each)
-            each.module.register_load_state_dict_pre_hook(hook)
+        model: Any = unwrapped(kwargs["model"])
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        layers = {names[each.a]: each for each in live_layers(model)}
+        model.register_load_state_dict_pre_hook(partial(self._fit, layers))
 
     def _fit(
-        self, model: Any, layer: LiveLayer, _: Any, tensors: Any, prefix: str, *__: Any
+        self, layers: Mapping[str, LiveLayer], model: Any, tensors: Any, prefix: str, *_: Any
     ) -> None:
-        side = "lora_embedding_A" if layer.is_embedding else "lora_A"
-        end = "" if layer.is_embedding else ".weight"
-        tensor = tensors.get(f"{prefix}{side}.{layer.adapter}{end}")
-        if tensor is None or len(tensor) == layer.rank:
-            return
-        new, layers = len(tensor), live_layers(model, layer.adapter)
-        alpha = alpha_at(self.alpha, layer.alpha, layer.rank, new, rslora=layer.is_rslora)
-        settings = {each.name: (each.rank, each.alpha) for each in layers}
-        reshape(model, layers, {**settings, layer.name: (new, alpha)})
+        settings: dict[str, tuple[int, float]] = {}
+        for name, each in layers.items():
+            if prefix + name in tensors and (rank := len(tensors[prefix + name])) != each.rank:
+                alpha = alpha_at(self.alpha, each, each.alpha, each.rank, rank)
+                settings[each.name] = rank, alpha
+        if settings:
+            reshape(model, list(layers.values()), settings)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that schedule, model and checkpoint belong together."""
-        del args, control
-        model = unwrapped(kwargs["model"])
-        layers = live_layers(model, model.active_adapters[0])
-        last = self.schedule.boundaries[-1:]
-        if last and last[0] >= state.max_steps:
+        """Check that schedule, model, optimizer and checkpoint belong together."""
+        del control
+        self._output = args.output_dir
+        model, boundaries = unwrapped(kwargs["model"]), self.schedule.boundaries
+        layers = live_layers(model)
+        if boundaries and boundaries[-1] >= state.max_steps:
             raise OptionError(
                 "training ends before the last squeeze",
                 got=f"{state.max_steps} steps",
-                expected=f"more than {last[0]}",
+                expected=f"more than {boundaries[-1]}",
             )
         saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) else saved
         if state.global_step and saved:
-            self._resume(saved[0] if isinstance(saved, list) else saved)
-            reshape(model, layers, {name: (int(r), a) for name, (r, a) in self.settings.items()})
-            return
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        highest = max(each.rank for each in layers)
-        if state.global_step == 0 and self.schedule.start not in (None, highest):
+            if saved["args"] != (mine := self.state()["args"]):
+                raise OptionError(
+                    "the checkpoint was trained by another schedule",
+                    got=mine,
+                    expected=saved["args"],
+                )
+            self.squeezes = saved["attributes"]["squeezes"]
+            if self.squeezes:  # alphas to the last bit, which a policy may find by another way
+                last = self.squeezes[-1]
+                reshape(
+                    model, layers, {n: (r, last["alphas"][n]) for n, r in last["ranks"].items()}
+                )
+        elif boundaries and boundaries[0] <= state.global_step:
             raise OptionError(
-                "the schedule starts with another rank than the model has",
-                got=self.schedule.start,
-                expected=highest,
+                "the checkpoint is behind the first squeeze, and was trained without a schedule",
+                got=f"step {state.global_step}",
+                expected=f"at most {boundaries[0] - 1}",
             )
-        self.settings = {each.name: [each.rank, each.alpha] for each in layers}
-
-    def _resume(self, saved: Mapping[str, Any]) -> None:
-        mine = self.state()["args"]
-        if saved["args"] != mine:
-            raise OptionError(
-                "the checkpoint was trained by another schedule", got=mine, expected=saved["args"]
-            )
-        self.squeezes, self.settings = (
-            saved["attributes"]["squeezes"],
-            saved["attributes"]["settings"],
-        )
+        else:
+            highest = max(each.rank for each in layers)
+            if self.schedule.start not in (None, highest):
+                raise OptionError(
+                    "the schedule starts with another rank than the model has",
+                    got=self.schedule.start,
+                    expected=highest,
+                )
+            state.stateful_callbacks[type(self).__name__] = self.state()
+        check_held(inner(kwargs.get("optimizer")), layers)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Squeeze if the schedule says so."""
@@ -133,25 +139,22 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         done = squeeze_model(
             kwargs["model"], rule=rule, optimizer=kwargs["optimizer"], alpha=self.alpha
         )
-        self._note(done, state.global_step)
-        if self.log is not None:
-            self.log(dict(done.metrics()))
-        else:
-            self._pending, control.should_log = done.metrics(), True
-        return control
-
-    def _note(self, done: SqueezedModel, step: int) -> None:
-        self.settings = {name: [rank, done.alphas[name]] for name, rank in done.ranks.items()}
         self.squeezes.append(
             {
-                "step": step,
+                "step": state.global_step,
                 "ranks": dict(done.ranks),
+                "alphas": dict(done.alphas),
                 "relative_error": done.relative_error,
                 "parameters": done.parameters,
                 "optimizer": done.optimizer,
                 "options": dict(done.record),
             }
         )
+        if self.log is not None:
+            self.log(done.metrics())
+        else:
+            self._pending, control.should_log = done.metrics(), True
+        return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Add the numbers of a squeeze to what the Trainer logs."""
@@ -166,13 +169,14 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         del control
         self.write_provenance(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def write_provenance(self, folder: str | os.PathLike[str]) -> None:
+    def write_provenance(self, folder: str | os.PathLike[str] | None = None) -> None:
         """Write beside a saved adapter how it was squeezed; nothing if it was not, or is not there.
 
         Args:
-            folder: what `save_pretrained` or `Trainer.save_model` wrote.
+            folder: what `save_pretrained` or `Trainer.save_model` wrote; by default the Trainer's
+                output folder.
         """
-        place = Path(folder)
+        place = Path(self._output if folder is None else folder)
         files = [place / name for name in _WEIGHTS if (place / name).is_file()]
         if not files or not self.squeezes:
             return

@@ -8,7 +8,7 @@ sizes of its inner layers, the patterns of the configuration) follows the new fa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,17 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
 
-from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
-from loratools_formats.core.dtypes import DTYPES
-from loratools_formats.core.peft_patterns import PatternsOf
-from loratools_formats.core.tensors import Buffer, TensorRef
+from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
+from loratools_formats.core.peft_patterns import settings_of
+from loratools_formats.core.tensors import TensorRef, of_torch
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
-_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-_STARTS = ("gaussian", "orthogonal", "eva")  # the others change the base weights, too
+_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights, too
 _VARIANTS = ("Dora", "ALora")  # whose change is scale · b @ a, or has it as its direction
+_SPREAD = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+Settings = Mapping[str, tuple[int, float]]
+"""(rank, alpha) by module path."""
 
 
 @dataclass(frozen=True)
@@ -42,45 +44,44 @@ class LiveLayer:
     module: Any
     adapter: str
 
-    @property
-    def is_embedding(self) -> bool:
-        """Whether its factors are bare parameters."""
-        return isinstance(self.module, Embedding)
+    def place(self, side: str) -> tuple[Any, str]:
+        """Return what holds a factor, `A` or `B`, as an attribute, and the attribute's name."""
+        if isinstance(self.module, Embedding):  # bare parameters
+            return getattr(self.module, f"lora_embedding_{side}"), self.adapter
+        return getattr(self.module, f"lora_{side}")[self.adapter], "weight"
 
     @property
     def a(self) -> torch.nn.Parameter:
         """(r, in), or (r, in, *kernel)."""
-        return self._parameter("A")
+        found: torch.nn.Parameter = getattr(*self.place("A"))
+        return found
 
     @property
     def b(self) -> torch.nn.Parameter:
         """(out, r), or (out, r, 1, …)."""
-        return self._parameter("B")
+        found: torch.nn.Parameter = getattr(*self.place("B"))
+        return found
+
+    @property
+    def bias(self) -> torch.nn.Parameter | None:
+        """(out,), of the second factor; None if it has none."""
+        return getattr(self.place("B")[0], "bias", None)
 
     @property
     def rank(self) -> int:
         """Rank r."""
-        return int(self.a.shape[0])
+        return len(self.a)
 
     @property
     def alpha(self) -> float:
         """The number that scaling comes from."""
-        return float(self.module.lora_alpha[self.adapter])
+        found: float = self.module.lora_alpha[self.adapter]
+        return found
 
     @property
     def is_rslora(self) -> bool:
         """Whether scaling is alpha/√r, and not alpha/r."""
         return bool(self.module.use_rslora.get(self.adapter, False))
-
-    def _holder(self, side: str) -> Any:
-        return getattr(
-            self.module, f"lora_embedding_{side}" if self.is_embedding else f"lora_{side}"
-        )
-
-    def _parameter(self, side: str) -> torch.nn.Parameter:
-        held = self._holder(side)[self.adapter]
-        found: torch.nn.Parameter = held if self.is_embedding else held.weight
-        return found
 
     def scale(self, alpha: float, rank: int) -> float:
         """Return the scale that PEFT makes of an alpha and a rank."""
@@ -88,64 +89,43 @@ class LiveLayer:
 
     def change(self) -> ModuleChange:
         """Return its change; tensors are read from the model when they are asked for."""
-        magnitudes = getattr(self.module, "lora_magnitude_vector", {})
-        magnitude = None
-        if self.adapter in magnitudes:
-            weight = magnitudes[self.adapter].weight
-            magnitude = tensor_ref(f"{self.name}.magnitude", weight, tuple(weight.shape))
         kernel = tuple(self.a.shape[2:])
-        kind = "embedding" if self.is_embedding else "conv" if kernel else "linear"
-        bias = None if self.is_embedding else self._holder("B")[self.adapter].bias
+        embeds = isinstance(self.module, Embedding)
         factors = LowRank(
-            tensor_ref(f"{self.name}.a", self.a, (self.rank, self.a[0].numel())),
-            tensor_ref(f"{self.name}.b", self.b, (self.b.shape[0], self.rank)),
+            of_torch(f"{self.name}.a", self.a).reshaped((self.rank, self.a[0].numel())),
+            of_torch(f"{self.name}.b", self.b).reshaped((len(self.b), self.rank)),
             self.scale(self.alpha, self.rank),
-            Layer(kind, kernel),  # type: ignore[arg-type]
-            None if bias is None else tensor_ref(f"{self.name}.bias", bias, tuple(bias.shape)),
+            Layer("embedding" if embeds else "conv" if kernel else "linear", kernel),
+            self._ref("bias", self.bias),
             alpha=self.alpha,
         )
-        return ModuleChange(factors, magnitude)
+        magnitudes = getattr(self.module, "lora_magnitude_vector", {})
+        of_dora = magnitudes[self.adapter].weight if self.adapter in magnitudes else None
+        return ModuleChange(factors, self._ref("magnitude", of_dora))
 
-    def put(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def _ref(self, part: str, tensor: torch.Tensor | None) -> TensorRef | None:
+        return None if tensor is None else of_torch(f"{self.name}.{part}", tensor)
+
+    def put(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Give it new factors, which become parameters on the device and of the type of the old.
 
         Args:
             a: (r, in · kernel).
             b: (out, r).
-            bias: (out,), of the second factor; None if it has none.
         """
-        rank = len(a)
-        for side, old, new in (("A", self.a, a), ("B", self.b, b)):
-            shape = (rank, *old.shape[1:]) if side == "A" else (len(b), rank, *old.shape[2:])
+        shapes = (len(a), *self.a.shape[1:]), (*b.shape, *self.b.shape[2:])
+        for side, old, new, shape in zip("AB", (self.a, self.b), (a, b), shapes, strict=True):
             made = new.reshape(shape).to(old.device, old.dtype)
-            parameter = torch.nn.Parameter(made, requires_grad=old.requires_grad)
-            if self.is_embedding:
-                self._holder(side)[self.adapter] = parameter
-            else:
-                self._holder(side)[self.adapter].weight = parameter
-        if bias is not None:
-            with torch.no_grad():
-                self._holder("B")[self.adapter].bias.copy_(bias)
+            setattr(*self.place(side), torch.nn.Parameter(made, old.requires_grad))
 
     def settle(self, rank: int, alpha: float) -> None:
         """Let what PEFT keeps of the layer say its rank and alpha."""
-        whole = int(alpha) if float(alpha).is_integer() else alpha
-        self.module.r[self.adapter], self.module.lora_alpha[self.adapter] = rank, whole
+        self.module.r[self.adapter], self.module.lora_alpha[self.adapter] = rank, alpha
         self.module.scaling[self.adapter] = self.scale(alpha, rank)
-        if not self.is_embedding:
+        if not isinstance(self.module, Embedding):
             words = "channels" if isinstance(self.module, _ConvNd) else "features"
-            setattr(self._holder("A")[self.adapter], f"out_{words}", rank)
-            setattr(self._holder("B")[self.adapter], f"in_{words}", rank)
-
-
-def tensor_ref(key: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> TensorRef:
-    """Return a reference to a tensor of a model, read when it is asked for."""
-
-    def read() -> Buffer:
-        stored = tensor.detach().cpu().contiguous().reshape(-1)
-        return stored.view(torch.uint8).numpy().data
-
-    return TensorRef(key, DTYPES[_TYPES[tensor.dtype]], shape, read)
+            setattr(self.place("A")[0], f"out_{words}", rank)
+            setattr(self.place("B")[0], f"in_{words}", rank)
 
 
 def unwrapped(model: Any) -> PeftModel:
@@ -157,7 +137,7 @@ def unwrapped(model: Any) -> PeftModel:
     """
     while not isinstance(model, PeftModel):
         name = type(model).__name__
-        if name in ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"):
+        if name in _SPREAD:
             raise UnsupportedError(
                 "parameters that are spread over processes cannot be replaced",
                 got=name,
@@ -170,112 +150,115 @@ def unwrapped(model: Any) -> PeftModel:
     return model
 
 
-def live_layers(model: PeftModel, adapter: str) -> list[LiveLayer]:
+def live_layers(model: PeftModel, adapter: str | None = None) -> list[LiveLayer]:
     """Return the layers of an adapter, in the model's order.
 
+    Args:
+        model: the model.
+        adapter: its name; by default the active one.
+
     Raises:
-        OptionError: there is no such adapter.
+        OptionError: there is no such adapter, or several are active.
         UnsupportedError: it is no LoRA, or one of its layers cannot get other factors in place.
     """
-    if adapter not in model.peft_config:
-        raise OptionError("no such adapter", got=adapter, expected=", ".join(model.peft_config))
-    config: Any = model.peft_config[adapter]
-    base: Any = model.base_model.model
+    names = [adapter] if adapter is not None else model.active_adapters
+    if len(names) != 1 or names[0] not in model.peft_config:
+        problem = "no such adapter" if adapter is not None else "not one active adapter"
+        found = ", ".join(names) or None
+        raise OptionError(problem, got=found, expected=f"one of {', '.join(model.peft_config)}")
+    config: Any = model.peft_config[names[0]]
     start = getattr(config, "init_lora_weights", True)
-    if config.peft_type != "LORA" or (isinstance(start, str) and start not in _STARTS):
+    if config.peft_type != "LORA" or start not in _STARTS:
+        began = "" if start is True else f", init_lora_weights={start}"
         raise UnsupportedError(
             "only the factors of a LoRA on an unchanged base can be squeezed in training",
-            got=f"{config.peft_type}"
-            + (f", init_lora_weights={start}" if start is not True else ""),
+            got=f"{config.peft_type}{began}",
             hint="Squeeze the saved adapter: "
             "loratools squeeze ADAPTER --initial FIRST --rank 8 -o plain",
         )
-    found = [
-        LiveLayer(name, module, adapter)
+    base: Any = model.base_model.model
+    layers = [
+        LiveLayer(name, module, names[0])
         for name, module in base.named_modules()
         if isinstance(module, LoraLayer)
-        and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+        and (names[0] in module.lora_A or names[0] in module.lora_embedding_A)
     ]
+    if not layers:
+        raise OptionError("the adapter has no layer", got=names[0])
     seen: dict[int, str] = {}
-    for each in found:
+    for each in layers:
         reason = _obstacle(each)
-        twin = [
-            seen.setdefault(p.untyped_storage().data_ptr(), each.name) for p in (each.a, each.b)
-        ]
-        if reason is None and any(name != each.name for name in twin):
-            reason = f"shares a factor with {twin[0]}"
-        if reason is not None:
+        for factor in () if reason else (each.a, each.b):
+            twin = seen.setdefault(factor.untyped_storage().data_ptr(), each.name)
+            reason = reason if twin == each.name else f"shares a factor with {twin}"
+        if reason:
             raise UnsupportedError(
                 f"the layer {reason}, so its factors cannot be replaced", tensor=each.name
             )
-    if not found:
-        raise OptionError("the adapter has no layer", got=adapter)
-    return found
+    return layers
 
 
 def _obstacle(layer: LiveLayer) -> str | None:
+    """Return why a layer cannot get other factors; None if it can."""
     module, adapter = layer.module, layer.adapter
     if isinstance(module, ParamWrapper):
         return "adapts a parameter"
     variant = getattr(module, "lora_variant", {}).get(adapter)
-    name = "" if variant is None else getattr(variant, "__name__", type(variant).__name__)
-    if name and not name.lstrip("_").startswith(_VARIANTS):
+    name = getattr(variant, "__name__", type(variant).__name__).lstrip("_")
+    if variant is not None and not name.startswith(_VARIANTS):
         return f"is of the variant {name}"
     if adapter in module.merged_adapters:
         return "is merged"
-    if not layer.alpha:
-        return "has alpha 0, with which it changes nothing"
+    held = next(filter(None, map(_obstacle_of, (layer.a, layer.b))), None)
+    if held is not None:
+        return held
     if layer.b.shape[1] != layer.rank:
         return "is a convolution in groups"
-    if layer.a.dtype not in _TYPES or type(layer.a) is not torch.nn.Parameter:
-        return f"has factors of {layer.a.dtype}, {type(layer.a).__name__}"
+    if not layer.alpha:
+        return "has alpha 0, with which it changes nothing"
     if module.scaling[adapter] != layer.scale(layer.alpha, layer.rank):
         return f"has scaling {module.scaling[adapter]:g}, which is not that of its alpha"
     return None
 
 
-def live_adapter(model: PeftModel, layers: list[LiveLayer]) -> Adapter:
-    """Return an adapter as if PEFT had saved the model and it had been read."""
-    config: Any = model.peft_config[layers[0].adapter]
-    values = {
-        "peft_type": "LORA",
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "target_modules": sorted({each.name.rpartition(".")[2] for each in layers}),
-        "use_rslora": bool(config.use_rslora),
-        "use_dora": bool(config.use_dora),
-        "rank_pattern": dict(config.rank_pattern or {}),
-        "alpha_pattern": dict(config.alpha_pattern or {}),
-    }
-    modules = {each.name: each.change() for each in layers}
-    return Adapter(format="peft", source=None, modules=modules, config=values)
+def _obstacle_of(factor: torch.Tensor) -> str | None:
+    if type(factor) is not torch.nn.Parameter or factor.dtype not in _TYPES:
+        return f"has factors of {factor.dtype}, {type(factor).__name__}"
+    if factor.ndim < 2 or factor.is_meta:
+        return "has factors that are spread over processes or devices"
+    hooks = factor._backward_hooks, getattr(factor, "_post_accumulate_grad_hooks", None)  # noqa: SLF001
+    return "has hooks on its factors" if any(hooks) else None
 
 
-def settle_all(
-    model: PeftModel, layers: list[LiveLayer], settings: Mapping[str, tuple[int, float]]
-) -> None:
-    """Let every layer and the configuration say these ranks and alphas.
+def settle_all(model: PeftModel, layers: list[LiveLayer], settings: Settings) -> None:
+    """Let an adapter's layers and its configuration say these ranks and alphas.
 
     Args:
         model: the model.
-        layers: all of the adapter's.
-        settings: (rank, alpha) by module path.
+        layers: all of an adapter's.
+        settings: for those that get others.
     """
+    all_of_them = {each.name: (each.rank, each.alpha) for each in layers} | dict(settings)
     for each in layers:
-        each.settle(*settings[each.name])
+        each.settle(*all_of_them[each.name])
     config: Any = model.peft_config[layers[0].adapter]
-    stored = {each.name: (each.rank, each.module.lora_alpha[each.adapter]) for each in layers}
-    config.r, config.lora_alpha = max(stored.values(), key=lambda setting: setting[0])
-    names = PatternsOf(list(stored))
-    config.rank_pattern = dict(_others(names, stored, 0, config.r))
-    config.alpha_pattern = dict(_others(names, stored, 1, config.lora_alpha))
+    for key, value in settings_of(all_of_them).items():
+        setattr(config, key, value)
     if isinstance(config.init_lora_weights, str):  # loading would begin so again, at odd ranks
         config.init_lora_weights = True
 
 
-def _others(
-    names: PatternsOf, stored: Mapping[str, tuple[Any, ...]], place: int, usual: Any
-) -> Iterator[tuple[str, Any]]:
-    for name, setting in stored.items():
-        if setting[place] != usual:
-            yield names.pattern_for(name), setting[place]
+def reshape(model: PeftModel, layers: list[LiveLayer], settings: Settings) -> None:
+    """Give layers other ranks and alphas; factors of other ranks are zeros that wait to be loaded.
+
+    Args:
+        model: the model.
+        layers: all of an adapter's.
+        settings: for those that get others.
+    """
+    for each in layers:
+        a, b = each.a.detach(), each.b.detach()
+        rank = settings.get(each.name, (each.rank,))[0]
+        if rank != each.rank:
+            each.put(a.new_zeros(rank, a[0].numel()), b.new_zeros(len(b), rank))
+    settle_all(model, layers, settings)

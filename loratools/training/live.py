@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 
 from loratools.algebra.ranks import RankRule
 from loratools.face.declare import public
@@ -23,10 +22,10 @@ from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.schedule import as_values
 from loratools.operations.squeeze import ModuleReport, squeeze
-from loratools.training.layers import LiveLayer, live_adapter, live_layers, settle_all, unwrapped
-from loratools.training.transport import carries, carry, check_held, inner, moves, wide
+from loratools.training.layers import LiveLayer, live_layers, settle_all, unwrapped
+from loratools.training.transport import Before, carries, carry, check_held, inner, wide
 from loratools.work.selection import Selection
-from loratools_formats.core.adapter import LowRank
+from loratools_formats.core.adapter import Adapter, LowRank
 from loratools_formats.core.factors import alpha_of
 from loratools_formats.disk.errors import AdapterError, OptionError
 
@@ -89,7 +88,8 @@ def squeeze_model(
     """Compress the ranks of a PEFT model in place, on its device and in its types.
 
     Factors become new parameters, as do their places in the optimizer. The state of torch's Adam,
-    AdamW and SGD is carried over; that of any other optimizer starts anew for these factors.
+    AdamW and SGD is carried over; that of any other optimizer starts anew for these factors. A
+    budget counts the bytes of the layers' tensors: a model has no header as a file has.
 
     Args:
         model: what `get_peft_model` returned, or a wrapper around it within one process.
@@ -106,98 +106,62 @@ def squeeze_model(
     """
     if not rule.is_given:
         raise OptionError("no rule for the ranks", expected="rank, energy, budget or another rule")
-    found = unwrapped(model)
-    layers = live_layers(found, adapter or found.active_adapters[0])
-    trainer = inner(optimizer)
-    if trainer is not None:
-        check_held(trainer, layers)
-    before, rslora = _parameters(layers), layers[0].is_rslora
+    found, trainer = unwrapped(model), inner(optimizer)
+    layers = live_layers(found, adapter)
+    check_held(trainer, layers)
+    parameters_before = _parameters(layers)
 
     def scaling(like: LowRank | PlannedFactors, rank: int) -> float:
         if rank == like.rank:
             return like.scale
-        new = alpha_at(alpha, like.alpha or 0.0, like.rank, rank, rslora=rslora)
-        return layers[0].scale(new, rank)
+        return layers[0].scale(alpha_at(alpha, layers[0], like.alpha or 0.0, like.rank, rank), rank)
 
-    done = squeeze(live_adapter(found, layers), rule, compute, selection, scaling=scaling)
-    parts = {each.name: done.adapter.modules[each.name].require_factors() for each in layers}
-    changed = [each for each in layers if parts[each.name].rank != each.rank]
+    given = Adapter("peft", None, {each.name: each.change() for each in layers})
+    done = squeeze(given, rule, compute, selection, scaling=scaling, nbytes_of=_nbytes)
     reports = {report.name: report for report in done.modules}
-    for each in changed:
-        _check(reports[each.name], each.a.dtype)
-    settings = {each.name: (each.rank, each.alpha) for each in layers}
-    for each in changed:
-        rank = parts[each.name].rank
-        settings[each.name] = rank, alpha_at(alpha, each.alpha, each.rank, rank, rslora=rslora)
-    old = {each.name: (each.a, each.b, each.scale(each.alpha, each.rank)) for each in changed}
-    fresh = {each.name: _put(each, parts[each.name], compute.seed) for each in changed}
+    settings: dict[str, tuple[int, float]] = {}
+    changed: list[tuple[Before, LowRank]] = []
+    for each in layers:
+        part = done.adapter.modules[each.name].require_factors()
+        if part.rank != each.rank:
+            changed.append((Before.of(each), part))
+            new = alpha_at(alpha, each, each.alpha, each.rank, part.rank)
+            settings[each.name] = part.rank, new
+    fresh = [_put(before.layer, part, compute.seed) for before, part in changed]
     settle_all(found, layers, settings)
-    for each in changed:
-        _check_live(reports[each.name], each, old[each.name])
-    pairs = ((old[each.name][:2], (each.a, each.b), fresh[each.name]) for each in changed)
-    carry([moved for pair in pairs for moved in moves(*pair)], trainer)
+    for before, _ in changed:
+        _check(reports[before.layer.name], before)
+    carry(((each, mask) for (each, _), mask in zip(changed, fresh, strict=True)), trainer)
     return SqueezedModel(
-        done.modules,
-        {each.name: each.rank for each in layers},
-        {each.name: each.alpha for each in layers},
-        done.relative_error,
-        before,
-        _parameters(layers),
-        sum(int(mask.sum()) for mask in fresh.values()),
-        None if trainer is None else "carried" if carries(trainer) else "reset",
-        {"rule": as_values(rule), "alpha": alpha, **compute.record(), **selection.record()},
+        modules=done.modules,
+        ranks={each.name: each.rank for each in layers},
+        alphas={each.name: each.alpha for each in layers},
+        relative_error=done.relative_error,
+        parameters_before=parameters_before,
+        parameters=_parameters(layers),
+        revived=sum(int(mask.sum()) for mask in fresh),
+        optimizer=None if trainer is None else "carried" if carries(trainer) else "reset",
+        record={"rule": as_values(rule), "alpha": alpha, **compute.record(), **selection.record()},
     )
 
 
-def reshape(
-    model: PeftModel, layers: list[LiveLayer], settings: Mapping[str, tuple[int, float]]
-) -> None:
-    """Give layers other ranks and alphas; factors of other ranks are zeros that wait to be loaded.
+def alpha_at(policy: AlphaPolicy, layer: LiveLayer, alpha: float, rank: int, new: int) -> float:
+    """Return the alpha at a new rank of what has this one at `rank`, a whole number if it is one.
 
-    Args:
-        model: the model.
-        layers: all of an adapter's.
-        settings: (rank, alpha) by module path.
+    With scaling alpha/√r, alpha in proportion to √r also keeps the scale.
     """
-    for each in layers:
-        rank = settings[each.name][0]
-        if rank != each.rank:
-            a, b = each.a.detach(), each.b.detach()
-            each.put(a.new_zeros(rank, a[0].numel()), b.new_zeros(len(b), rank), None)
-    settle_all(model, layers, settings)
+    if policy == "keep-scale" and not layer.is_rslora:
+        return alpha_of(new, alpha / rank)
+    found = alpha * math.sqrt(new / rank)
+    return int(found) if found.is_integer() else found
 
 
-def alpha_at(policy: AlphaPolicy, alpha: float, rank: int, new: int, *, rslora: bool) -> float:
-    """Return the alpha at a new rank of what has this one at `rank`.
-
-    >>> alpha_at("keep-scale", 128, 64, 8, rslora=False)
-    16.0
-    >>> alpha_at("sqrt", 128, 64, 16, rslora=False)
-    64.0
-    """
-    if policy == "sqrt" or rslora:  # with scaling alpha/√r, the same alpha also keeps the scale
-        return alpha * math.sqrt(new / rank)
-    return float(alpha_of(new, alpha / rank))
+def _nbytes(adapter: Adapter) -> int:
+    return sum(tensor.nbytes for tensor in adapter.tensors())
 
 
 def _parameters(layers: list[LiveLayer]) -> int:
     return sum(factor.numel() for each in layers for factor in (each.a, each.b))
-
-
-def _check(report: ModuleReport, dtype: torch.dtype) -> None:
-    """Hold the error against the one that truncation alone makes (Eckart–Young)."""
-    least = math.sqrt(max(0.0, 1.0 - report.energy))
-    if not report.relative_error <= least + _slack(dtype):
-        raise AdapterError(
-            "the new factors are not the truncated change",
-            tensor=report.name,
-            got=f"relative error {report.relative_error:.3g}",
-            expected=f"{least:.3g}",
-        )
-
-
-def _slack(dtype: torch.dtype) -> float:
-    return 2 * torch.finfo(dtype).eps + _SLACK
 
 
 def _put(layer: LiveLayer, part: LowRank, seed: int) -> torch.Tensor:
@@ -206,39 +170,44 @@ def _put(layer: LiveLayer, part: LowRank, seed: int) -> torch.Tensor:
     sizes = a.double().norm(dim=1) * b.double().norm(dim=0)
     of_type = 64 * torch.finfo(torch.float64).eps if a.dtype == torch.float64 else _ZERO
     fresh: torch.Tensor = sizes <= of_type * sizes.max()
-    if fresh.any():
-        generator = torch.Generator().manual_seed(
-            zlib.crc32(layer.name.encode(), seed & 0xFFFFFFFF)
-        )
-        rows = torch.rand(int(fresh.sum()), a.shape[1], generator=generator)
-        a[fresh] = ((2 * rows - 1) / math.sqrt(a.shape[1])).to(a.dtype)
-        b[:, fresh] = 0.0
-    layer.put(a, b, None if part.bias is None else part.bias.torch())
+    generator = torch.Generator().manual_seed(zlib.crc32(layer.name.encode(), seed & 0xFFFFFFFF))
+    rows = torch.rand(int(fresh.sum()), a.shape[1], generator=generator)
+    a[fresh] = ((2 * rows - 1) / math.sqrt(a.shape[1])).to(a.dtype)
+    b[:, fresh] = 0.0
+    layer.put(a, b)
+    if layer.bias is not None and part.bias is not None:
+        with torch.no_grad():
+            layer.bias.copy_(part.bias.torch())
     return fresh
 
 
-def _check_live(
-    report: ModuleReport, layer: LiveLayer, old: tuple[torch.Tensor, torch.Tensor, float]
-) -> None:
-    """Hold the change that the layer makes now against the one it made before."""
-    *pair, scale = old
-    a, b, new_a, new_b = (wide(factor) for factor in (*pair, layer.a, layer.b))
-    new_scale = layer.module.scaling[layer.adapter]
+def _check(report: ModuleReport, before: Before) -> None:
+    """Hold the change that a layer makes now against the truncation of the one it made before.
+
+    Its error is to be that of the factors which the squeeze made, and that one the least there is
+    (Eckart–Young), both up to the rounding of their type.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    layer, least = before.layer, math.sqrt(max(0.0, 1.0 - report.energy))
+    a, b, new_a, new_b = (wide(factor) for factor in (before.a, before.b, layer.a, layer.b))
+    scale, new_scale = before.scale, layer.module.scaling[layer.adapter]
     lefts, rights = torch.cat([scale * b, -new_scale * new_b], 1), torch.cat([a, new_a])
     gram_b, gram_a = lefts.T @ lefts, rights @ rights.T
-    squared = float((gram_b * gram_a).sum())
+    squared = max(0.0, float((gram_b * gram_a).sum()))
     whole = scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
     noise = _SUMS * float(gram_b.trace() * gram_a.trace())  # of both, as factors may cancel
+    slack = 2 * torch.finfo(layer.a.dtype).eps + _SLACK
     if whole > noise:
-        error = math.sqrt(max(squared, 0.0) / whole)
-        slack = _slack(layer.a.dtype) + math.sqrt(noise / whole)
-        is_same = abs(error - report.relative_error) <= slack
+        error = math.sqrt(squared / whole)
+        is_same = abs(error - report.relative_error) <= slack + math.sqrt(noise / whole)
     else:  # factors that cancel: what is left of the change is rounding
-        error, is_same = math.sqrt(max(squared, 0.0)), squared <= noise
-    if not is_same:
+        error, is_same = math.sqrt(squared), squared <= noise
+    if not (is_same and report.relative_error <= least + slack):
         raise AdapterError(
             "the squeezed layer does not make the truncated change",
             tensor=layer.name,
             got=f"relative error {error:.3g}",
-            expected=f"{report.relative_error:.3g}",
+            expected=f"{report.relative_error:.3g}, of which truncation alone makes {least:.3g}",
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from loratools.training.layers import live_layers, unwrapped
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
-_LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding)
+_LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def collect_stats(
 
     Raises:
         OptionError: no such kind, or no batch.
-        UnsupportedError: a convolution in three dimensions or in groups.
+        UnsupportedError: a convolution in groups.
         OutputExistsError: the file exists and `overwrite` is false.
     """
     if kind not in ("gram", "diag"):
@@ -118,20 +119,15 @@ def collect_stats(
 
 def _layers(model: Any) -> dict[str, nn.Module]:
     """Return the layers whose inputs count, by module path."""
-    try:
-        adapted: PeftModel | None = unwrapped(model)
-    except OptionError:
-        adapted = None
-    if adapted is not None:
-        live = live_layers(adapted, adapted.active_adapters[0])
-        found = {each.name: each.module.get_base_layer() for each in live}
+    with suppress(OptionError):  # which is raised if there is no PEFT model inside
+        model = unwrapped(model)
+    if isinstance(model, PeftModel):
+        found = {each.name: each.module.get_base_layer() for each in live_layers(model)}
     else:
-        found = {n: m for n, m in model.named_modules() if isinstance(m, (*_LAYERS, nn.Conv3d))}
+        found = {n: m for n, m in model.named_modules() if isinstance(m, _LAYERS)}
     for name, layer in found.items():
-        if isinstance(layer, nn.Conv3d) or getattr(layer, "groups", 1) > 1:
-            raise UnsupportedError(
-                "inputs of convolutions in groups or three dimensions are not measured", tensor=name
-            )
+        if getattr(layer, "groups", 1) > 1:
+            raise UnsupportedError("inputs of convolutions in groups are not measured", tensor=name)
     return found
 
 
@@ -139,42 +135,30 @@ def _moment(
     layer: nn.Module, inputs: torch.Tensor, mask: torch.Tensor | None, *, whole: bool
 ) -> tuple[torch.Tensor, int]:
     """Return Σ x·xᵀ in float64 or its diagonal, and how many x there were."""
-    convolution = layer if isinstance(layer, nn.Conv1d | nn.Conv2d) else None
+    convolution = layer if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
     if mask is not None and convolution is None and inputs.shape[:2] == mask.shape:
         inputs = inputs[mask.bool()]
     if isinstance(layer, nn.Embedding):
         tokens = inputs.reshape(-1)
         return torch.bincount(tokens, minlength=layer.num_embeddings).double(), len(tokens)
-    rows = (
-        inputs.reshape(-1, inputs.shape[-1])
-        if convolution is None
-        else _patches(convolution, inputs)
-    )
-    rows = rows.float()
+    rows = inputs if convolution is None else _patches(convolution, inputs)
+    rows = rows.reshape(-1, rows.shape[-1]).float()
     found = rows.T @ rows if whole else (rows * rows).sum(0)
-    return found.to("cpu" if found.device.type == "mps" else found.device, torch.float64), len(rows)
+    return _wide(found), len(rows)
 
 
-def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: torch.Tensor) -> torch.Tensor:
-    """Return what each output of a convolution sees: (places, in · kernel)."""
-    line = isinstance(layer, nn.Conv1d)
+def _patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: torch.Tensor) -> torch.Tensor:
+    """Return what each output of a convolution sees: (batch, *places, in · kernel).
 
-    def both(values: Any, one: int) -> tuple[int, ...]:
-        return (one, *values) if line else tuple(values)
+    The convolution itself tells, with kernels that each pick one number out of a patch; in float64,
+    since processors for less may round what they pick.
+    """
+    x, shape = _wide(inputs), layer.weight.shape[1:]
+    picks = torch.eye(shape.numel(), dtype=x.dtype, device=x.device).reshape(-1, *shape)
+    seen: torch.Tensor = layer._conv_forward(x, picks, None)  # noqa: SLF001 - as its own does
+    return seen.movedim(1, -1)
 
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        around = layer._reversed_padding_repeated_twice  # noqa: SLF001 - as its own forward does
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        inputs = nn.functional.pad(inputs, around, mode=mode)
-        padding: Any = (0,) if line else (0, 0)
-    else:
-        padding = layer.padding
-    plane = inputs.unsqueeze(-2) if line else inputs
-    columns = nn.functional.unfold(
-        plane,
-        both(layer.kernel_size, 1),
-        both(layer.dilation, 1),
-        both(padding, 0),
-        both(layer.stride, 1),
-    )
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64, on its device if that has the type."""
+    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)

@@ -68,11 +68,10 @@ def connected(engine: Engine) -> Iterator[Any]:
         try:
             client = Client(engine.scheduler, timeout=_START_SECONDS)
         except (OSError, ValueError, TimeoutError) as error:
-            raise ClusterError(
-                f"the scheduler cannot be reached: {error}",
-                got=engine.scheduler,
-                expected="tcp://HOST:PORT or tls://HOST:PORT",
-            ) from error
+            raise _unreachable(engine.scheduler, str(error)) from error
+        except TypeError as error:  # Dask's, of a context for TLS that is None
+            problem = "no certificates are set for TLS, or not all that it takes"
+            raise _unreachable(engine.scheduler, problem) from error
         with client:
             try:
                 client.wait_for_workers(1, timeout=_START_SECONDS)
@@ -84,6 +83,7 @@ def connected(engine: Engine) -> Iterator[Any]:
         "distributed.nanny.pre-spawn-environ": {**_ONE_THREAD, "MALLOC_TRIM_THRESHOLD_": "65536"},
         "distributed.scheduler.allowed-failures": _MOST_DEATHS,
         "distributed.worker.daemon": False,
+        "distributed.worker.profile.enabled": False,  # it looks at each process all 10 ms
     }
     with dask.config.set(settings):
         try:
@@ -104,6 +104,16 @@ def connected(engine: Engine) -> Iterator[Any]:
             ) from error
         with cluster, Client(cluster) as client:
             yield client
+
+
+def _unreachable(address: str, why: str) -> ClusterError:
+    is_tls = address.startswith("tls:")
+    return ClusterError(
+        f"the scheduler cannot be reached: {why}",
+        got=address,
+        expected="tcp://HOST:PORT or tls://HOST:PORT",
+        hint="Certificates are settings of Dask: distributed.comm.tls" if is_tls else None,
+    )
 
 
 @contextlib.contextmanager

@@ -8,13 +8,16 @@ old spellings, how text is read) is in the field's metadata; `option` puts it th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import keyword
+import os
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loratools_formats.disk.errors import OptionError
@@ -76,6 +79,16 @@ class Option:
         """The long flag: `--max-rank` for `max_rank`."""
         return "--" + self.name.rstrip("_").replace("_", "-")
 
+    @property
+    def reads_numbers(self) -> bool:
+        """Whether a number may be given for a size that `parse` makes something else of."""
+        return self.metavar == "SIZE" and dataclasses.is_dataclass(self.type)
+
+    def _is_size(self, given: Any) -> bool:
+        """Return whether a number stands for what text is read into: 12000000 for `12MB`."""
+        is_number = isinstance(given, int | float) and not isinstance(given, bool)
+        return is_number and self.reads_numbers
+
     def value(self, given: Any) -> Any:
         """Return the field's value for what a caller gave: text is read, several become a tuple.
 
@@ -95,7 +108,9 @@ class Option:
         Raises:
             OptionError: the text is no value, or not one of the choices.
         """
-        value = self.parse(given) if self.parse is not None and isinstance(given, str) else given
+        value = given
+        if self.parse is not None and (isinstance(given, str) or self._is_size(given)):
+            value = self.parse(str(given))
         if self.choices and isinstance(value, str):
             value = next((c for c in self.choices if c.lower() == value.lower()), value)
         if self.choices and value not in self.choices:
@@ -151,15 +166,20 @@ def declared(cls: type, *names: str) -> tuple[Option, ...]:
     Raises:
         KeyError: no option has one of the names, or the docstring does not describe a field.
     """
+    options = _every(cls)
+    return tuple(options[name] for name in names or options)
+
+
+@functools.cache  # asked again for every adapter of a call
+def _every(cls: Any) -> dict[str, Option]:
     texts = _attributes(cls)
     hints = typing.get_type_hints(cls)
-    options = {
+    return {
         made.name: made
         for field in dataclasses.fields(cls)
         if _KEY in field.metadata
         for made in [_option(field, hints[field.name], texts[field.name])]
     }
-    return tuple(options[name] for name in names or options)
 
 
 def build(cls: type, given: Mapping[str, Any]) -> Any:
@@ -179,6 +199,24 @@ def build(cls: type, given: Mapping[str, Any]) -> Any:
         if value is not None
     }
     return cls(**values)
+
+
+def flags(*groups: Any) -> list[str]:
+    """Return the flags that say what instances of such dataclasses hold beside their defaults."""
+    found: list[str] = []
+    for group in groups:
+        for made in declared(type(group)):
+            value = getattr(group, made.field)
+            if value is None or value == made.default:
+                continue
+            for one in value if made.multiple else (value,):
+                if made.type is bool:
+                    found.append(made.flag)
+                elif isinstance(one, tuple):
+                    found += [made.flag, "=".join(map(str, one))]
+                else:
+                    found += [made.flag, os.fspath(one) if isinstance(one, Path) else str(one)]
+    return found
 
 
 def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> Option:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratools_formats.containers.safetensors_read import header_digest, read_safetensors
-from loratools_formats.disk.provenance import sha256_of, start_digest
+from loratools_formats.disk.distant import open_file
+from loratools_formats.disk.provenance import start_digest
 
 
 def digest_like(path: Path, known: Mapping[str, str]) -> dict[str, str] | None:
@@ -16,10 +17,18 @@ def digest_like(path: Path, known: Mapping[str, str]) -> dict[str, str] | None:
         MissingFileError: no such file.
         AdapterError: it is no file, or not of the kind that has such a digest.
     """
-    found = {"sha256": sha256_of(path)} if "sha256" in known else {}
+    found = {"sha256": _sha256_of(path)} if "sha256" in known else {}
     if known.keys() >= _OF_HEADER:
         found |= _of_header(path)
     return found if found and found.keys() == known.keys() else None
+
+
+def _sha256_of(path: Path) -> str:
+    file = open_file(path)
+    try:
+        return file.sha256()
+    finally:
+        file.close()
 
 
 _OF_HEADER = {"headerSha256", "bytes"}

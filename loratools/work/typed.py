@@ -27,7 +27,8 @@ _WRONG = object()
 
 
 @functools.cache
-def hints(of: Any) -> dict[str, Any]:
+@functools.cache
+def hints(of: Any) -> Mapping[str, Any]:
     """Return the types that a dataclass or a function declares, by name."""
     return typing.get_type_hints(of)
 
@@ -151,8 +152,8 @@ def accepted(hint: Any, made: Option | None = None) -> Any:
     """
     text = str if made is not None and made.parse and made.type is not str else None
     kinds = [_accepted(one, text) for one in _alternatives(hint) if one is not type(None)]
-    if text is not None and not (made and made.multiple):
-        kinds.append(text)
+    if made is not None and text is not None and not made.multiple:
+        kinds += [text, float] if made.reads_numbers else [text]
     if type(None) in _alternatives(hint):
         kinds.append(type(None))
     found: Any = functools.reduce(lambda a, b: a | b, kinds)

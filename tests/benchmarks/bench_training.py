@@ -35,8 +35,8 @@ rank 64 to rank 8 or 2, or at that rank from the start. *direct* trains at the t
 *source* at rank 64, for comparison; *post* squeezes *source* after its last step, *calibrated* by
 second moments of inputs from the training text; *cont* squeezes once, a fifth before the end; *in*
 lets the rank fall by halves in stages: of equal steps, of steps in proportion to the rank, with
-budgets at each boundary (as many bytes as one rank for all takes, spread over the modules), with
-alpha in proportion to √r instead of r, or with an optimizer that starts anew at each boundary.
+budgets at each boundary (as many bytes as factors of one rank for all take, spread over modules),
+with alpha in proportion to √r instead of r, or with an optimizer that starts anew at each boundary.
 Alpha equals the first rank's number, so that the scale is 1. All else is alike: torch's AdamW
 without decay, one curve of rates over the whole run (a tenth of warm-up, then a cosine), gradients
 clipped at 1, float32. Each method has the highest rate that did best for it with the first seed on
@@ -62,20 +62,22 @@ def run(workdir: Path) -> Report:
 
 def losses(lines: list[dict[str, Any]], model: str, budget: str) -> Table | None:
     """Return the table of a model and a budget; None if nothing was run."""
+    mine = [line for line in lines if line["model"] == model]
+    if not any(line["budget"] == budget for line in mine):
+        return None
+    # What is squeezed after training at rank 64 has its steps and its arithmetic.
     found = {
         (line["method"], line["target"], line["rate"], line["seed"]): line
-        for line in lines
-        if line["model"] == model and line["budget"] == budget
+        for line in mine
+        if line["budget"] == budget or line["method"].startswith(("base", "source", "post"))
     }
-    if not found:
-        return None
     rows = []
     for target in (0, 64, 8, 2):
         direct = chosen(found, "direct", target)
         for method in sorted({key[0] for key in found if key[1] == target}, key=ORDER.index):
             runs = chosen(found, method, target)
             rows.append(_row(method, target, runs, direct))
-    setting = next(line for line in found.values() if line["method"] != "base")
+    setting = next(line for line in found.values() if line["method"] == "source")
     text = ", ".join(sorted({f"{rate:g}" for _, _, rate, _ in found if rate}))
     remark = f"Rates tried: {text}. A run at rank 64 has {setting['flops'] / 1e9:.3g} GFLOP."
     header = ["method", "rank", "rate", "seeds", "steps", "loss", "against direct", "CPU"]

@@ -31,7 +31,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import loratools as lt
 from loratools.algebra.ranks import Budget, RankRule
 from loratools.training import SqueezeSchedule, collect_stats, squeeze_model
-from loratools.training.layers import live_adapter, live_layers
 from loratools.training.live import AlphaPolicy
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -39,7 +38,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SOURCE, TARGETS = 64, (8, 2)
 RESET = "in, optimizer reset"
 ROOT = "in, alpha by root"
-AT_EQUAL_FLOPS = ("direct", "cont", "in, equal steps")
+AT_EQUAL_FLOPS = ("direct", "cont", "in, equal steps", "in, steps by rank", "in, budgets")
 HELD_OUT = 0.15
 
 
@@ -55,7 +54,7 @@ class Setting:
         rates: highest learning rates; the one with the best loss on the first half of what is held
             out counts for each method, and the loss on the second half is reported.
         held_out: windows of each half.
-        flops: whether runs at equal arithmetic are done, too.
+        variants: whether squeezes that reset the optimizer, or change alpha, are run too.
     """
 
     name: str
@@ -64,12 +63,12 @@ class Setting:
     window: int
     rates: tuple[float, ...]
     held_out: int
-    flops: bool = True
+    variants: bool = True
 
 
 SETTINGS = {
     "tiny-llama": Setting("tiny-llama", 120, 4, 96, (1e-3, 3e-3, 1e-2), 24),
-    "gemma": Setting("gemma", 24, 2, 48, (1e-3,), 16, flops=False),
+    "gemma": Setting("gemma", 24, 2, 48, (1e-3,), 16, variants=False),
 }
 
 
@@ -222,12 +221,11 @@ def plan(task: Task, seeds: list[int], path: Path) -> Iterator[list[Run]]:
     """
     setting = task.setting
     costs = {rank: task.flops(task.model(rank, 0)) for rank in (64, 32, 16, 8, 4, 2)}
-    sizes = file_sizes(task, costs)
+    sizes = nbytes_at(task, costs)
     for rate in setting.rates:
         yield [*of_rate(setting, seeds[0], rate, costs, sizes, ("steps",))]
     best = best_rates(path, setting.name, seeds[0])
-    budgets = ("steps", "flops") if setting.flops else ("steps",)
-    for budget, seed, rate in itertools.product(budgets, seeds, setting.rates):
+    for budget, seed, rate in itertools.product(("steps", "flops"), seeds, setting.rates):
         source, *runs = of_rate(setting, seed, rate, costs, sizes, (budget,))
         yield [source, *(run for run in runs if best.get((run.method, run.target)) == rate)]
 
@@ -258,7 +256,7 @@ def of_rate(
             for method, ranks, shares in methods(target, setting.steps):
                 if budget == "flops" and method not in AT_EQUAL_FLOPS:
                     continue
-                if method == RESET and not setting.flops:
+                if method in (RESET, ROOT) and not setting.variants:
                     continue
                 scale = 1.0
                 if budget == "flops":
@@ -273,14 +271,12 @@ def of_rate(
                 yield Run(method, target, budget, seed, rate, schedule, method == RESET)
 
 
-def file_sizes(task: Task, ranks: Iterable[int]) -> dict[int, int]:
-    """Return the size of the weight file with one rank for all: what budgets are made of."""
-    model = task.model(SOURCE, 0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    adapter = live_adapter(model, live_layers(model, "default"))
-    return {rank: lt.squeeze(adapter, rank=rank, dtype="f32").bytes_out for rank in ranks}
+def nbytes_at(task: Task, ranks: Iterable[int]) -> dict[int, int]:
+    """Return the bytes of all factors with one rank for all: what budgets are made of."""
+    return {
+        rank: sum(p.nbytes for n, p in task.model(rank, 0).named_parameters() if "lora_" in n)
+        for rank in ranks
+    }
 
 
 def methods(target: int, steps: int) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:

@@ -1,7 +1,8 @@
 """Make GGUF models of tiny transformers models with llama.cpp's own converter classes.
 
 Run as a script, in a process of its own, since it brings a `gguf` package of its own. Arguments:
-folders with config.json and model.safetensors; each gets a `model.gguf` of 32-bit floats. The
+folders with config.json and model.safetensors; each gets a `model.gguf` of 32-bit floats, and with
+`--fuse-gate-up-exps` before them a `joined.gguf` too, as that flag of the converter makes it. The
 vocabulary is made up: no tokenizer is needed to feed token numbers.
 """
 
@@ -41,7 +42,7 @@ def add_vocabulary(writer, size):
     writer.add_add_space_prefix(False)
 
 
-def convert(folder):
+def convert(folder, *, joined=False):
     hparams = ModelBase.load_hparams(folder, False)
     parent = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
 
@@ -52,10 +53,14 @@ def convert(folder):
             add_vocabulary(self.gguf_writer, self.hparams["vocab_size"])
 
     # llama.cpp looks for special tokens in models with some names, such as phi3.
-    out = folder / "model.gguf"
-    Tiny(folder, gguf.LlamaFileType.ALL_F32, out, model_name="tiny").write()
+    out = folder / ("joined.gguf" if joined else "model.gguf")
+    kind = gguf.LlamaFileType.ALL_F32
+    Tiny(folder, kind, out, model_name="tiny", fuse_gate_up_exps=joined).write()
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        convert(Path(argument))
+    folders = [Path(argument) for argument in sys.argv[1:] if argument != "--fuse-gate-up-exps"]
+    for folder in folders:
+        convert(folder)
+        if "--fuse-gate-up-exps" in sys.argv:
+            convert(folder, joined=True)

@@ -77,3 +77,45 @@ def test_a_head_of_other_labels_takes_the_place_of_the_base_s(tmp_path, family, 
     with torch.no_grad():
         want, got = model(tokens).logits.numpy(), fused(tokens).logits.numpy()
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("family", "of_base", "task", "target"),
+    [
+        ("Llama", "ForCausalLM", "Sequence", "q_proj"),
+        ("Bert", "ForMaskedLM", "Sequence", "query"),  # whose pooler only the classifier has
+        ("Roberta", "ForMaskedLM", "Sequence", "query"),  # whose head is of two layers
+        ("Bert", "ForMaskedLM", "Token", "query"),
+    ],
+)
+def test_a_head_that_the_base_lacks_is_extracted_and_fused(tmp_path, family, of_base, task, target):
+    torch.manual_seed(0)
+    base = getattr(transformers, family + of_base)(
+        getattr(transformers, f"{family}Config")(**SIZES)
+    )
+    base.save_pretrained(tmp_path / "base")
+    kind = getattr(transformers, f"{family}For{task}Classification")
+    tuned = kind.from_pretrained(tmp_path / "base", num_labels=3).eval()
+    with torch.no_grad():
+        for name, values in tuned.named_parameters():
+            if f"{target}.weight" in name:
+                out, in_ = values.shape
+                values.add_(torch.outer(torch.randn(out), torch.randn(in_)), alpha=0.05)
+            elif "classifier" in name or "pooler" in name:
+                values.normal_()
+    tuned.save_pretrained(tmp_path / "tuned")
+    done = loratools.extract(
+        tmp_path / "base", tmp_path / "tuned", output=tmp_path / "lora", rank=2
+    )
+    assert {finding.code for finding in done.findings} >= {"head-carried", "one-sided-skipped"}
+    loaded = peft.PeftModel.from_pretrained(
+        kind.from_pretrained(tmp_path / "base", num_labels=3), tmp_path / "lora"
+    ).eval()
+    loratools.fuse(tmp_path / "base", tmp_path / "lora", output=tmp_path / "fused")
+    fused = kind.from_pretrained(tmp_path / "fused").eval()
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        want = tuned(tokens).logits.numpy()
+        for model in (loaded, fused):
+            got = model(tokens).logits.numpy()
+            np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())

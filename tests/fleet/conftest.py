@@ -102,14 +102,22 @@ def wait_until(condition, seconds=60):
 
 
 class Cluster:
-    """A scheduler and workers of Dask, each a process on loopback."""
+    """A scheduler and workers of Dask, each a process on loopback.
 
-    def __init__(self, folder, workers):
-        self._folder, self.address = folder, None
+    Args:
+        folder: for their files.
+        workers: how many.
+        more: further variables of theirs.
+        options: of `dask scheduler`.
+    """
+
+    def __init__(self, folder, workers, more=None, options=()):
+        self._folder, self.address, self._more = folder, None, more or {}
+        self._workers = workers
         self._processes = []
         file = folder / "scheduler.json"
         self._start("scheduler", "--host", "127.0.0.1", "--port", "0",
-                    "--scheduler-file", file, "--no-dashboard")  # fmt: skip
+                    "--scheduler-file", file, "--no-dashboard", *options)  # fmt: skip
         try:
             wait_until(file.exists)
         except BaseException:
@@ -123,7 +131,7 @@ class Cluster:
     def _start(self, kind, *arguments):
         process = subprocess.Popen(
             [sys.executable, "-m", "dask", kind, *map(str, arguments)], cwd=self._folder,
-            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=environment(**self._more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
         self._processes.append(process)
@@ -133,6 +141,7 @@ class Cluster:
         from distributed import Client
 
         with Client(self.address) as client:
+            client.wait_for_workers(self._workers, timeout=60)  # on a busy machine they come late
             return list(client.run(os.getpid).values())
 
     def close(self):

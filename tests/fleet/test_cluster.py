@@ -2,10 +2,21 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import contents, fleet, run, start, wait_until, write_adapters, write_slow
+from conftest import (
+    contents,
+    environment,
+    fleet,
+    run,
+    start,
+    wait_until,
+    write_adapters,
+    write_slow,
+)
 
 from loratools.work.cluster import Engine, connected
 
@@ -121,3 +132,24 @@ def test_poison_in_a_local_cluster(tmp_path):
     found = fleet("squeeze", "slow/*", "-o", "out", "--workers", 2, *RANK, cwd=tmp_path, code=1)
     # What a worker had done when it died is done again, and found.
     assert (found["made"] + found["done"], found["failed"]) == (2, 1)
+
+
+BATCHES = """
+import sys, loratools as lt
+from loratools.pipeline.fleet import engine
+engine._LEAST_AHEAD, engine._BATCH_SECONDS = 1, 1e6  # batches of 16 as soon as something ended
+if __name__ == "__main__":
+    found = lt.fleet("squeeze", "slow/*", {"rank": 2}, output="out", scheduler=sys.argv[1])
+    print(found.made + found.done, [one.name for one in found.adapters if one.state == "failed"])
+"""
+
+
+def test_poison_among_small_ones_that_go_out_together(cluster, tmp_path):
+    adapters = write_adapters(tmp_path / "adapters", 24, modules=1)
+    write_slow(tmp_path / "slow", adapters[:14] + adapters[15:])
+    write_slow(tmp_path / "slow", adapters[14:15], dies=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BATCHES, cluster.address], cwd=tmp_path, env=environment(),
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "23 ['a0014']", done.stderr

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 from conftest import contents, start, write_adapters, write_slow
 
 import loratools as lt
+from loratools.pipeline.fleet.store import store_of
 from loratools.pipeline.fleet.verbs import VERBS
 from loratools.work.shard import Shard, shard_of_environment
 from loratools_formats.disk.errors import LoratoolsError, OptionError
@@ -313,3 +315,45 @@ def test_slow_files_are_only_of_the_plugin(tmp_path):
     write_slow(tmp_path / "slow", write_adapters(tmp_path / "adapters", 1))
     found = squeeze(tmp_path, sources="slow/*")  # the plugin is not here: told, not raised
     assert found.failed == 1
+
+
+def test_marks_are_made_while_others_take_the_empty_folder_away(tmp_path):
+    store = store_of(tmp_path)
+    stopped = threading.Event()
+
+    def others():
+        while not stopped.is_set():
+            store.write(".loratools-fleet/attempts/run/other", b"")
+            store.remove(".loratools-fleet/attempts/run/other")
+
+    racers = [threading.Thread(target=others) for _ in range(3)]
+    for racer in racers:
+        racer.start()
+    try:
+        for number in range(200):
+            assert store.write(f".loratools-fleet/attempts/run/{number}", b"", new=True)
+            store.remove(f".loratools-fleet/attempts/run/{number}")
+    finally:
+        stopped.set()
+        for racer in racers:
+            racer.join()
+    assert not (tmp_path / ".loratools-fleet").exists()
+
+
+def test_a_first_error_is_told_where_a_second_try_succeeds(adapters, tmp_path, monkeypatch):
+    call, calls = VERBS["squeeze"].call, []
+
+    def fails_once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("the disk was away")
+        return call(*args, **kwargs)
+
+    fails_once.declaration = call.declaration
+    monkeypatch.setitem(VERBS["squeeze"].__dict__, "call", fails_once)
+    found = squeeze(tmp_path)
+    assert (found.made, found.failed) == (6, 0)
+    told = [one.retried for one in found.adapters]
+    assert told == ["OSError: the disk was away", *[None] * 5]
+    line = (tmp_path / "out" / "fleet-squeeze.jsonl").read_text().splitlines()[0]
+    assert json.loads(line)["retried"] == told[0]

@@ -17,12 +17,37 @@ pytestmark = pytest.mark.slow
 RANK = ("--", "--rank", "2")
 
 
+SERVED = []
+"""What the server was asked for, and how many bytes it sent: (method, path, bytes)."""
+
+
+def counting(app):
+    """Return a server's application that notes in `SERVED` what it sends."""
+
+    def counted(environ, start_response):
+        parts = list(app(environ, start_response))
+        is_head = environ["REQUEST_METHOD"] == "HEAD"
+        nbytes = 0 if is_head else sum(map(len, parts))
+        SERVED.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], nbytes))
+        return parts
+
+    return counted
+
+
+def served(end):
+    """Return how many bytes were sent of objects whose names end so, and forget all of it."""
+    nbytes = sum(n for method, path, n in SERVED if method == "GET" and path.endswith(end))
+    SERVED.clear()
+    return nbytes
+
+
 @pytest.fixture(scope="module")
 def endpoint():
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
+    server._server.app = counting(server._server.app)
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
@@ -88,17 +113,63 @@ def test_reports_and_files_are_put_too(s3, adapters):
     assert lt.fleet("info", given, output="s3://shelf/reports", workers=1).done == 2
 
 
-def test_what_a_killed_process_left_is_made_again(s3, adapters):
+def test_what_a_killed_process_left_is_made_again(s3, adapters, monkeypatch):
+    squeezed(adapters, "s3://shelf/whole")
+    whole = objects(store_of("s3://shelf/whole"))
     store = store_of("s3://shelf/small")
-    squeezed(adapters, "s3://shelf/small")
-    whole = objects(store)
-    store.remove("a0001/provenance.json")
-    store.write(".loratools-fleet/begun/a0001", b"")
+    write = Remote.write
+
+    def dies(self, name, data, *, new=False):
+        if name == "a0001/provenance.json":
+            raise KeyboardInterrupt
+        return write(self, name, data, new=new)
+
+    monkeypatch.setattr(Remote, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        squeezed(adapters, "s3://shelf/small")
+    monkeypatch.undo()
+    left = objects(store)
+    assert "a0001/adapter_model.safetensors" in left
+    assert "a0001/provenance.json" not in left
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
     assert squeezed(adapters, "s3://shelf/small").made == 1
     again = objects(store)
     assert {k: v for k, v in again.items() if "fleet" not in k} == {
         k: v for k, v in whole.items() if "fleet" not in k
     }
+    assert not [name for name in again if "begun" in name]
+
+
+def test_what_another_run_began_is_not_mixed_with_ours(s3, adapters):
+    store = store_of("s3://shelf/small")
+    squeezed(adapters, "s3://shelf/small")
+    store.remove("a0001/provenance.json")
+    store.write(".loratools-fleet/begun/a0001", b"another run's claim")
+    found = squeezed(adapters, "s3://shelf/small")
+    assert (found.done, found.failed) == (1, 1)
+    again = squeezed(adapters, "s3://shelf/small", overwrite=True)
+    assert (again.done, again.made, again.failed) == (1, 1, 0)
+    assert squeezed(adapters, "s3://shelf/small").done == 2
+
+
+def test_of_two_runs_with_other_options_one_is_told_and_no_output_is_mixed(s3, adapters):
+    store = store_of("s3://shelf/small")
+    inside = []
+
+    def work(path):
+        """Make an output; meanwhile another run makes its own."""
+        if not inside:
+            inside.append(True)
+            store.make("a", work, b"theirs", overwrite=False)
+            inside.append("ours")
+        path.mkdir(parents=True)
+        (path / "adapter_model.safetensors").write_text(str(inside[-1]))
+        (path / "provenance.json").write_text(str(inside[-1]))
+
+    with pytest.raises(lt.LoratoolsError, match="another run"):
+        store.make("a", work, b"ours", overwrite=False)
+    assert store.read("a/adapter_model.safetensors") == store.read("a/provenance.json") == b"True"
 
 
 def test_objects_of_others_are_not_replaced(s3, adapters):
@@ -125,6 +196,76 @@ def test_adapters_come_from_the_store_too(s3, adapters, tmp_path):
     assert kept == contents(tmp_path / "elsewhere" / "on" / "disk")
     with pytest.raises(lt.LoratoolsError, match="no adapter is there"):
         lt.fleet("info", "s3://shelf/nothing", workers=1)
+
+
+@pytest.fixture
+def large(tmp_path):
+    """Put an adapter of 2 MB into the store; returns where it came from."""
+    (source,) = write_adapters(tmp_path / "far" / "large", 1, rank=32, size=4096)
+    for file in source.iterdir():
+        store_of("s3://shelf/in").write(f"{source.name}/{file.name}", file.read_bytes())
+    return source
+
+
+def test_headers_come_by_ranges_and_what_is_done_is_not_read_again(s3, large):
+    nbytes = (large / "adapter_model.safetensors").stat().st_size
+    given, weights = "s3://shelf/in/a0000", "in/a0000/adapter_model.safetensors"
+    for verb, settings in (("info", {}), ("check", {"headers_only": True})):
+        SERVED.clear()
+        found = lt.fleet(verb, given, settings, output=f"s3://shelf/{verb}", workers=1)
+        assert (found.made + found.found, found.failed) == (1, 0), found.adapters
+        assert 0 < served(weights) < nbytes / 8
+        again = lt.fleet(verb, given, settings, output=f"s3://shelf/{verb}", workers=1)
+        assert (again.made, again.failed) == (0, 0)
+        assert [one.state for one in again.adapters] == [
+            {"made": "done"}.get(one.state, one.state) for one in found.adapters
+        ]
+        assert served(weights) < nbytes / 8
+    assert lt.fleet("info", given, output="s3://shelf/twice", workers=1).made == 1
+    assert (
+        objects(store_of("s3://shelf/twice"))["a0000.json"]
+        == objects(store_of("s3://shelf/info"))["a0000.json"]
+    )
+    here = lt.info(large).to_dict()
+    told = json.loads(store_of("s3://shelf/info").read("a0000.json"))
+    assert told.pop("path") == given
+    here = {key: value for key, value in json.loads(json.dumps(here)).items() if key in told}
+    told = {key: value for key, value in told.items() if key in here}
+    for name in ("input", "inputs", "output"):
+        here.pop(name, None), told.pop(name, None)
+    assert told == here
+    SERVED.clear()
+    assert lt.fleet("squeeze", given, {"rank": 2}, output="s3://shelf/out", workers=1).made == 1
+    assert nbytes <= served(weights) < 1.2 * nbytes
+    assert lt.fleet("squeeze", given, {"rank": 2}, output="s3://shelf/out", workers=1).done == 1
+    assert served("") < nbytes / 10  # of all that was asked for
+
+
+def test_another_object_in_its_place_is_another_input(s3, large):
+    given = {"settings": {"rank": 2}, "output": "s3://shelf/out", "workers": 1}
+    assert lt.fleet("squeeze", "s3://shelf/in/a0000", **given).made == 1
+    name, store = "a0000/adapter_model.safetensors", store_of("s3://shelf/in")
+    data = store.read(name)
+    store.write(name, data[:-2] + b"\0\0")  # of the same size, and with the same header
+    found = lt.fleet("squeeze", "s3://shelf/in/a0000", **given)
+    assert found.failed == 1
+    assert "other inputs" in found.adapters[0].error
+    store.write(name, data)
+    assert lt.fleet("squeeze", "s3://shelf/in/a0000", **given).done == 1
+
+
+def test_an_adapter_that_changes_while_it_is_read_is_told(s3, large, monkeypatch):
+    from loratools.pipeline.fleet.addresses import Fetched
+
+    store, fetch = store_of("s3://shelf/in"), Fetched._fetch
+
+    def replaced(self, path):
+        fetch(self, path)
+        store.write("a0000/adapter_config.json", b'{"peft_type": "LORA", "r": 32}')
+
+    monkeypatch.setattr(Fetched, "_fetch", replaced)
+    found = lt.fleet("squeeze", "s3://shelf/in", {"rank": 2}, output="s3://shelf/out", workers=1)
+    assert "changed while it was being read" in found.adapters[0].error
 
 
 def test_only_one_of_many_puts_what_must_be_new(s3):

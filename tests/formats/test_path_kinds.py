@@ -63,6 +63,10 @@ def place(tmp_path, monkeypatch):
         "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
     )
     adapter(tmp_path / "models--acme--lora" / "snapshots" / "0123abc")
+    (tmp_path / "page.safetensors").write_text("\n<!DOCTYPE html><title>404</title>")
+    (tmp_path / "adapter.zip").write_bytes(b"PK\x05\x06" + bytes(18))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.md").write_text("nothing")
     (tmp_path / "models--acme--lora" / "refs").mkdir()
     (tmp_path / "models--acme--lora" / "refs" / "main").write_text("0123abc")
     model(tmp_path / "models--acme--base" / "snapshots" / "4567def")
@@ -105,6 +109,10 @@ def pasted(text):
         ("empty", "is an empty folder", 0),
         ("noconfig", r"adapter_model\.safetensors is there, adapter_config\.json is not", 1),
         ("zero.safetensors", "is an empty file", 0),
+        ("page.safetensors", "is a web page", 0),
+        ("adapter.zip", "is an archive", 0),
+        ("notes", "is a folder without weights", 0),
+        ("/dev/null", "is no regular file", 0),
         ("dangling", "is a link to nowhere, which does not exist", 0),
         ("one", r"is a folder that holds style\.safetensors", 1),
         ("several", "is a folder that holds 2 weight files", 1),

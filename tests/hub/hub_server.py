@@ -463,16 +463,46 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Buckets.
 
+    def bucket_info(self, name: str, content: bytes) -> None:
+        files = self.hub.buckets.get(name)
+        if files is None:
+            self.reply(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
+            return
+        size = sum(map(len, files.values()))
+        self.reply(200, {"id": name, "private": True, "createdAt": "2026-01-01T00:00:00.000Z",
+                         "size": size, "totalFiles": len(files)})  # fmt: skip
+
+    def bucket_batch(self, name: str, content: bytes) -> None:
+        files = self.hub.buckets[name]
+        failed = []
+        for line in content.splitlines():
+            asked = json.loads(line)
+            if asked["type"] == "deleteFile":
+                files.pop(asked["path"], None)
+            elif asked["xetHash"] in self.hub.objects:
+                files[asked["path"]] = self.hub.objects[asked["xetHash"]]
+            else:
+                failed.append({"path": asked["path"], "error": "no such content"})
+        self.reply(200, {"success": not failed, "processed": 1, "succeeded": 1, "failed": failed})
+
     def bucket_tree(self, name: str, place: str | None, content: bytes) -> None:
         files = self.hub.buckets.get(name)
         if files is None:
             self.reply(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
             return
         inside = f"{place.strip('/')}/" if place else ""
+        found = {path: data for path, data in files.items()
+                 if path.startswith(inside) or path == place}  # fmt: skip
+        folders = set()
+        if self.query.get("recursive") not in ("true", "True", "1"):
+            deeper = {path for path in found if "/" in path[len(inside) :]}
+            folders = {inside + path[len(inside) :].partition("/")[0] for path in deeper}
+            found = {path: data for path, data in found.items() if path not in deeper}
+        when = "2026-01-01T00:00:00.000Z"
         self.reply(200, [
-            {"type": "file", "path": path, "size": len(data), "xetHash": lfs_oid(data),
-             "mtime": "2026-01-01T00:00:00.000Z", "uploadedAt": "2026-01-01T00:00:00.000Z"}
-            for path, data in files.items() if path.startswith(inside) or path == place
+            *({"type": "directory", "path": path, "uploadedAt": when} for path in sorted(folders)),
+            *({"type": "file", "path": path, "size": len(data), "xetHash": lfs_oid(data),
+               "mtime": when, "uploadedAt": when} for path, data in found.items()),
         ])  # fmt: skip
 
     def bucket_paths(self, name: str, content: bytes) -> None:
@@ -646,6 +676,8 @@ _ROUTES: list[tuple[str, tuple[str, ...], Callable[..., None]]] = [
     (rf"/api/models/{_ID}/branch/(.+)", ("POST",), _Handler.branch),
     (rf"/api/models/{_ID}()", ("GET",), lambda self, name, _, c: self.info(name, None, c)),
     (rf"/api/datasets/{_ID}(?:/revision/.*)?", ("GET",), _Handler.dataset),
+    (rf"/api/buckets/{_ID}", ("GET",), _Handler.bucket_info),
+    (rf"/api/buckets/{_ID}/batch", ("POST",), _Handler.bucket_batch),
     (rf"/api/buckets/{_ID}/tree(/.*)?", ("GET",), _Handler.bucket_tree),
     (rf"/api/buckets/{_ID}/paths-info", ("POST",), _Handler.bucket_paths),
     (rf"/buckets/{_ID}/resolve/(.+)", ("GET", "HEAD"), _Handler.bucket_file),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from loratools.cli.references import weighted_path
-from loratools.hub.references import Reference, parse, with_revision
+from loratools.hub.references import Reference, parse, path_of, with_revision
 from loratools_formats.disk.errors import LoratoolsError, OptionError
 from loratools_formats.disk.hub_cache import cached_place, shown_name
 
@@ -114,10 +114,24 @@ def test_the_text_of_a_reference_is_read_as_it(text):
         ("hf://b/y:0.3", "hf:/b/y", 0.3),
         ("hf://b/y@v1/sub:-1", "hf:/b/y@v1/sub", -1.0),
         ("https://huggingface.co/a/x:2", "https:/huggingface.co/a/x", 2.0),
+        ("./a/x:2", "a/x", 2.0),
     ],
 )
 def test_weights_follow_references(text, path, weight):
     assert weighted_path(text) == (Path(path), weight)
+
+
+@pytest.mark.parametrize("want", ["adapter", "model", "file", "shelf"])
+def test_what_begins_with_a_dot_is_here(want, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (path_of("./me/tiny"), weighted_path("./me/tiny:0.5")[0], path_of("./gpt2")):
+        assert parse(path, want) is None
+        assert parse(path / "inner", want) is None
+    assert parse(path_of("me/tiny"), want) == parse("me/tiny", want) is not None
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me" / "tiny").write_text("here")
+    assert path_of("./me/tiny") == Path("me/tiny")
+    assert path_of("./me/tiny").read_text() == "here"
 
 
 def test_a_revision_goes_to_the_one_reference_without(tmp_path, monkeypatch):

@@ -272,7 +272,7 @@ def test_wrong_things_are_named(repos):
     repos.datasets.add("me/data")
     repos.add("me/empty", {"README.md": b"# nothing"})
     for text, said in {
-        "me/nothing": "no such path here, and no such model on the Hub, or it is private",
+        "me/nothing": "no such file or folder here; taken for a name on the Hub, no such model",
         "hf://me/data": "is a dataset on the Hub, not a model",
         "hf://datasets/me/data": "is a dataset, not a model",
         "me/model": "is a model, not an adapter. To put an adapter into it: loratools fuse",

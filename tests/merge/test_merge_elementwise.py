@@ -38,9 +38,10 @@ from rounding import assert_equal_products
 from loratools.algebra import streamed_svd
 from loratools.algebra.ranks import RankRule
 from loratools.lowrank.resize import ComputeOptions
-from loratools.operations.merge import elementwise
+from loratools.operations.merge import elementwise, selection, tasks
 from loratools.operations.merge.methods import get_method, registered_methods
-from loratools.operations.merge.tasks import DenseRows, FactorRows, Histogram, Tasks, ZeroRows
+from loratools.operations.merge.selection import Bracket, Histogram, bits_of, largest
+from loratools.operations.merge.tasks import DenseRows, FactorRows, Tasks, ZeroRows
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "tiny-llama"
@@ -101,6 +102,58 @@ def test_selection_is_exact_for_any_floats_and_blocks(values, data):
         counts.add_low(block)
     want = np.partition(values.ravel(), values.size - k)[values.size - k]
     assert np.float32(counts.value()).tobytes() == np.float32(want).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "heavy", "wide"])
+@pytest.mark.parametrize("sample", ["drawn", "none", "elsewhere"])
+def test_selection_by_a_sample_is_exact_even_if_the_sample_misleads(monkeypatch, kind, sample):
+    monkeypatch.setattr(selection, "_MOST_KEPT", 300)  # so that values are counted by bins, too
+    rng = np.random.default_rng(3)
+    values = np.abs(rng.standard_normal((60, 700))).astype(np.float32)
+    if kind == "ties":
+        values = np.round(values, 1)
+    elif kind == "zeros":
+        values[rng.random(values.shape) < 0.9] = 0.0
+    elif kind == "heavy":
+        values = values**-3
+    elif kind == "wide":
+        values = np.exp(20 * (values - 1.0)).astype(np.float32)
+    drawn = {"drawn": rng.choice(values.ravel(), 4096), "elsewhere": np.float32([7.0] * 99)}
+    ranks = [0, 1, 2, 40, 4200, 8400, 21000, 41999, 42000]
+    got = largest(lambda: iter(values), ranks, drawn.get(sample), values.size)
+    ordered = np.sort(values.ravel())[::-1]
+    assert got == [math.inf, *(float(ordered[k - 1]) for k in ranks[1:])]
+
+
+def test_one_pass_finds_what_a_fair_sample_brackets():
+    rng = np.random.default_rng(4)
+    values = np.abs(rng.standard_normal(1 << 18)).astype(np.float32)
+    bracket = Bracket(rng.choice(values, 1 << 14), 52_000, values.size)
+    for part in np.split(values, 64):
+        bracket.add(bits_of(part))
+    assert bracket.value() == np.sort(values)[-52_000]
+
+
+def test_magnitudes_are_selected_as_from_all_entries_where_they_are_sampled():
+    rng = np.random.default_rng(6)
+    b, a = (
+        rng.standard_normal((600, 3)) * np.exp(rng.standard_normal((600, 1))),
+        (rng.standard_normal((3, 500))),
+    )
+    work = Tasks([FactorRows(b, a)], (600, 500), 0, "")
+    assert tasks._LEAST_SAMPLED <= 600 * 500
+    found = np.sort(
+        np.abs(np.concatenate([work.sources[0].rows(*span) for span in work.spans()])).ravel()
+    )
+    ranks = [1, 3000, 60_000, 299_000]
+    assert work.largest_magnitudes(0, ranks) == [float(found[-k]) for k in ranks]
+
+
+def test_places_in_rows_are_those_of_a_stable_sort():
+    rng = np.random.default_rng(5)
+    values = np.abs(rng.integers(0, 40, (30, 200))).astype(np.float32)
+    want = np.argsort(np.argsort(values, axis=1, kind="stable"), axis=1)
+    assert np.array_equal(elementwise.places_in_rows(values), want)
 
 
 @pytest.mark.parametrize("block", [1, 40, 1000, 1 << 19])

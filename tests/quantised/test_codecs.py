@@ -76,8 +76,10 @@ def test_transformers_metal_has_another_name_for_biases():
 @pytest.mark.parametrize("first_version", [True, False])
 @pytest.mark.parametrize("act_order", [None, "in order", "mixed"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptq(bits, act_order, first_version):
-    out, width, groups = 96, 64, 2
+@pytest.mark.parametrize("width", [64, 128])
+def test_gptq(bits, act_order, first_version, width):
+    """Groups of 64 are looked up, where a code has few values; others are computed."""
+    out, groups = 96, 2
     codes = RNG.integers(0, 1 << bits, (out, width))
     zeros = RNG.integers(1, 1 << bits, (groups, out))
     scales = random_scales(RNG, (groups, out), "F16")
@@ -95,7 +97,27 @@ def test_gptq(bits, act_order, first_version):
     weight = only(tensors, {"quant_method": "gptq", "checkpoint_format": form})
     want = scales.astype(np.float32)[index] * (codes.T - zeros[index])
     check(weight, np.ascontiguousarray(want.T), "F16")
-    assert str(weight.scheme) == f"GPTQ, {bits} bits, groups of 32"
+    assert str(weight.scheme) == f"GPTQ, {bits} bits, groups of {width // 2}"
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_many_groups_at_once(mixed):
+    """More meanings of codes than two bytes can count."""
+    out, width, groups = 320, 1024, 16
+    codes = RNG.integers(0, 16, (out, width))
+    zeros = RNG.integers(0, 16, (groups, out))
+    scales = random_scales(RNG, (groups, out), "F16")
+    index = np.arange(width) // (width // groups)
+    index = RNG.permutation(index) if mixed else index
+    tensors = {
+        "x.qweight": np.ascontiguousarray(to_words(codes, 4).T),
+        "x.qzeros": to_words(zeros, 4),
+        "x.scales": scales,
+        **({"x.g_idx": index.astype(np.int32)} if mixed else {}),
+    }
+    weight = only(tensors, {"checkpoint_format": "gptq_v2"})
+    want = (scales.astype(np.float32)[index] * (codes.T - zeros[index])).T
+    assert weight.rows(0, out).tobytes() == want.astype(np.float16).tobytes()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
-"""What compressed-tensors packed means what it unpacked; `tests/golden/make_quantised.py`."""
+"""What the formats' own libraries packed means what they unpacked.
 
+`tests/golden/make_quantised.py` made one file, `make_quantised_by.py` one for each tool.
+"""
+
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +11,14 @@ import pytest
 from quantised_cases import check, only
 
 from loratools_formats.core.dtypes import DTYPES
+from loratools_formats.core.tensors import in_memory
 
-FILE = Path(__file__).parents[1] / "golden" / "quantised.npz"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def cases():
+def cases(path):
     found = {}
-    with np.load(FILE) as file:
+    with np.load(path) as file:
         for key in file.files:
             name, part = key.split("/")
             part, _, code = part.partition(":")
@@ -21,7 +26,12 @@ def cases():
     return found
 
 
-CASES = cases()
+CASES = cases(GOLDEN / "quantised.npz")
+BY_TOOLS = {
+    f"{path.stem} {name}": case
+    for path in sorted((GOLDEN / "quantised_by").glob("*.npz"))
+    for name, case in cases(path).items()
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -34,3 +44,18 @@ def test_values_are_those_of_compressed_tensors(name):
     weight = only({f"x.{part}": tensor for part, tensor in tensors.items()}, stated)
     assert code == "BF16"
     check(weight, bits.view(DTYPES["BF16"].numpy_dtype()), "BF16")
+
+
+@pytest.mark.parametrize("name", BY_TOOLS)
+def test_values_are_those_of_the_tool_that_quantised(name):
+    """All numbers are equal; only a zero may have another sign, as ModelOpt drops that of NVFP4."""
+    tensors = dict(BY_TOOLS[name])
+    values, stated = tensors.pop("values"), json.loads(str(tensors.pop("stated")))
+    bits, code = (
+        values if isinstance(values, tuple) else (values, in_memory("x", values).dtype.code)
+    )
+    want = bits.view(DTYPES[code].numpy_dtype()).astype(np.float32)
+    named = {f"x.{part}": tensor for part, tensor in tensors.items()}
+    found = only(named, stated, quantization_config=stated).tensor(DTYPES[code]).load(np.float32)
+    assert np.array_equal(found, want)
+    assert np.unique(want).size > 4

@@ -120,6 +120,12 @@ OTHERS = {
         f"{KEY}.codebooks": np.ones((1, 256, 1, 8), F16),
         f"{KEY}.codes": np.ones((8, 8, 1), np.int8),
     },
+    "ModelOpt, with scales of inputs": {  # W4A8_AWQ
+        f"{KEY}.weight": np.zeros((4, 64), np.uint8),
+        f"{KEY}.weight_scale_2": np.ones((), np.float32),
+        f"{KEY}.weight_scale": np.ones((8, 1), np.float32),
+        f"{KEY}.pre_quant_scale": np.ones(64, F16),
+    },
     "LLM.int8 of bitsandbytes": {
         f"{KEY}.weight": np.zeros((8, 64), np.int8), f"{KEY}.SCB": np.ones(8, np.float32),
     },

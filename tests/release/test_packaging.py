@@ -11,6 +11,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from loratools.cli.wording import DOCS
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -54,6 +56,38 @@ def test_make_and_ci_install_the_groups():
     makefile = (ROOT / "Makefile").read_text()
     assert set(re.findall(r"--group (\w+)", makefile)) == {"lint", "test"}
     assert "--group fast" in (WORKFLOWS / "ci.yml").read_text()
+
+
+def test_every_package_of_ci_is_held_to_its_hash():
+    """`python tests/release/make_lock.py` writes the lock anew."""
+
+    def canonical(name):
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    constraints = (ROOT / "tests" / "constraints.txt").read_text()
+    versions = {
+        canonical(n): v for n, v in re.findall(r"^([\w.-]+)==(\S+)", constraints, re.MULTILINE)
+    }
+    text = (ROOT / "tests" / "locked.txt").read_text()
+    parts = re.split(r"^(?=[\w.-]+(?:\[.*\])?==)", text, flags=re.MULTILINE)[1:]
+    locked = {}
+    for part in parts:
+        name, version, hashes = re.fullmatch(
+            r"([\w.-]+)(?:\[.*\])?==(\S+)(.*)", part, re.DOTALL
+        ).groups()
+        locked[canonical(name)] = version
+        assert re.fullmatch(r"( \\\n    --hash=sha256:[0-9a-f]{64})+\n", hashes), part
+    assert locked.pop("torch") == f"{versions['torch']}+cpu"
+    assert all(versions[name] == version for name, version in locked.items())
+    needed = {
+        canonical(Requirement(each).name)
+        for group in ("lint", "fast", "test")
+        for each in [*GROUPS[group], *PROJECT["project"]["dependencies"]]
+        if isinstance(each, str)
+    }
+    assert needed <= {*locked, "torch"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--require-hashes --no-deps --requirement tests/locked.txt" in makefile
 
 
 def test_pythons_and_systems_of_ci_are_those_that_are_claimed():
@@ -118,6 +152,7 @@ def test_the_readme_has_no_link_that_the_registry_cannot_follow():
 
 
 def test_addresses_are_of_one_repository():
+    assert PROJECT["project"]["urls"]["Documentation"] == f"{DOCS}/index.md"
     for address in PROJECT["project"]["urls"].values():
         assert address.startswith(REPOSITORY)
         if "/blob/main/" in address:

@@ -10,7 +10,8 @@ short, onto a new output and over an old one; `faults.c` is preloaded for it, wh
 a C compiler. `signals` sends SIGKILL, SIGTERM, SIGINT and SIGHUP at random moments. `changes`
 truncates, extends or replaces an input at a random moment: a command that ends well has made what
 it makes of the inputs as they were, or as they are. `writers` runs a command twice at once, onto
-one output.
+one output. What `push` publishes is looked at on the Hub of `tests/hub/hub_server.py`. `--only` is
+a part of a command's name; `--every 1` and `--count 200` are the whole campaigns, and take hours.
 
 After each case: the output is absent, the old or the new one, whole; inputs are bit for bit as they
 were; nothing else is left, and after SIGKILL the next run removes what is; an error is one line of
@@ -34,12 +35,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 HERE = Path(__file__).parent
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EINTR": errno.EINTR, "short": 0}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-CLOCK_SECONDS = 120
+CLOCK_SECONDS = 600
+"""When a command counts as hanging; on a busy machine one needs minutes."""
 
 Tree = dict[str, bytes | None]
 
@@ -71,7 +73,12 @@ class Ended:
 
 
 class Command:
-    """One command with its old and its new output, in a folder of its own."""
+    """One command with its old and its new output, in a folder of its own.
+
+    `done` has the exit codes after which the new output is there.
+    """
+
+    done = (0, 1)
 
     def __init__(self, name: str, words: str, root: Path, *, overwrite: bool) -> None:
         import campaign_commands as table
@@ -84,15 +91,23 @@ class Command:
         if overwrite:
             self.clear()
             self._checked(1)
-            self._old = root.parent / f"{root.name}-old"
-            shutil.copytree(self.out, self._old, symlinks=True)
-        self.before = tree(self._old) if self._old else {}
+            self.keep()
+        self.before = self.state() if overwrite else {}
         self.after = self.made(2)
         assert self.after != self.before, name
 
     def words(self, n: int) -> list[str]:
         """Return the command line that makes the old output, 1, or the new one, 2."""
         return [*self._words.format(n=n).split(), "-q", *["--overwrite"] * self._overwrite]
+
+    def state(self) -> Tree:
+        """Return what the output is now."""
+        return tree(self.out)
+
+    def keep(self) -> None:
+        """Take the output for the old one."""
+        self._old = self.root.parent / f"{self.root.name}-old"
+        shutil.copytree(self.out, self._old, symlinks=True)
 
     def clear(self) -> None:
         """Leave an empty output folder."""
@@ -112,7 +127,7 @@ class Command:
         """Return the output of one or the other run; what is there goes."""
         self.restore()
         self._checked(n)
-        return tree(self.out)
+        return self.state()
 
     def _checked(self, n: int) -> None:
         ended = forked(self.words(n))
@@ -125,10 +140,10 @@ class Command:
             ended: how it ended.
             left: whether temporaries may be left.
         """
-        now = tree(self.root / "out")
+        now = self.state()
         if left:
             now = {path: data for path, data in now.items() if ".loratools-" not in path}
-        done = ended.code in (0, 1)
+        done = ended.code in self.done
         if not (now == self.after if done else self._is_whole(now)):
             yield f"the output is partial: {describe(now, self.before, self.after)}"
         if tree(self.root / "in") != self.given:
@@ -298,12 +313,12 @@ def changes(command: Command, count: int, draw: random.Random) -> Iterator[tuple
             other.write_bytes(bytes(reversed(sound)))
             other.replace(path)
         ended = _ended(pid, printed)
-        now, as_changed = tree(command.out), None
+        now, as_changed = command.state(), None
         if ended.code in (0, 1) and now != command.after:
             # It began after the change: the output is that of the input as it is now.
             command.restore()
             forked(command.words(2))
-            as_changed = tree(command.out)
+            as_changed = command.state()
         path.write_bytes(sound)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         found = "; ".join(command.problems(ended)) if now != as_changed else ""
@@ -320,7 +335,7 @@ def writers(command: Command, count: int, draw: random.Random) -> Iterator[tuple
             running.append(started(command.words(n)))
             time.sleep(draw.uniform(0, duration / 2))
         ended = [_ended(*one) for one in running]
-        now = tree(command.out)
+        now = command.state()
         first = command.before or command.made(1)
         found = [
             problem
@@ -367,6 +382,7 @@ def main() -> int:
         return subprocess.run([sys.executable, __file__, *sys.argv[1:]], env=environment).returncode
     sys.path.insert(0, os.fspath(HERE))
     import campaign_commands as table
+    import campaign_hub
 
     folder = Path(tempfile.mkdtemp(prefix="campaign-", dir=_memory())).resolve()
     root, bad = folder / "work", 0
@@ -374,22 +390,30 @@ def main() -> int:
     try:
         table.make_inputs(root, os.chdir)
         (root / "tmp").mkdir()
-        for name, words in table.COMMANDS.items():
-            if given.only not in name:
-                continue
-            for overwrite in (False, True) if name not in table.NEVER_REPLACES else (False,):
-                bad += _campaign(name, words, root, given, overwrite=overwrite)
+        with campaign_hub.running(folder) as hub:
+            for name, words in table.COMMANDS.items():
+                if given.only not in name:
+                    continue
+                for overwrite in (False, True) if name not in table.NEVER_REPLACES else (False,):
+                    bad += _campaign(name, words, root, given, hub, overwrite=overwrite)
     finally:
         os.chdir("/")
         shutil.rmtree(folder, ignore_errors=True)
     return 1 if bad else 0
 
 
-def _campaign(name: str, words: str, root: Path, given: argparse.Namespace, *, overwrite: bool):
+def _campaign(
+    name: str, words: str, root: Path, given: argparse.Namespace, hub: Any, *, overwrite: bool
+) -> int:
+    import campaign_hub
+
     tempfile.tempdir = os.fspath(root / "tmp")
     # Forks find every module imported and no thread running.
     (root / "out").mkdir(exist_ok=True)
-    command = Command(name, words, root, overwrite=overwrite)
+    kind = Command
+    if words.startswith("push "):
+        kind = type("Publishing", (campaign_hub.OnTheHub, Command), {"hub": hub})
+    command = kind(name, words, root, overwrite=overwrite)
     work = (
         faults(command, given.every)
         if given.what == "faults"

@@ -42,6 +42,7 @@ COMMANDS = {
     "replay": "replay in/made{n} -o out/x",
     "check": "check in/lora{n} --write-baseline out/x.json",
     "spectrum": "spectrum in/lora{n} --html out/x.html",
+    "push": "push in/made{n} me/made --create --fail-on never",
 }
 
 IN_PARTS = {"merge": 1, "run": 2}

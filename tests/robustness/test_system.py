@@ -61,8 +61,8 @@ def test_a_signal_that_the_shell_ignores_stays_ignored(tmp_path):
     """`nohup` sets SIGHUP to be ignored."""
     code = (
         "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from loratools.cli import errors\n"
-        "errors._stop_on_signals()\n"
+        "from loratools.cli import signals\n"
+        "signals.stop_on_signals()\n"
         "os.kill(os.getpid(), signal.SIGHUP); print('alive')"
     )
     assert run(code=code).communicate()[0] == "alive\n"
@@ -74,8 +74,8 @@ def test_a_signal_that_meets_a_destructor_stops_the_run_all_the_same(name):
     """Python throws away what is raised in one, and would go on."""
     code = (
         "import os, signal, time\n"
-        "from loratools.cli import errors\n"
-        "errors._stop_on_signals()\n"
+        "from loratools.cli import signals\n"
+        "signals.stop_on_signals()\n"
         "class Removed:\n"
         "    def __del__(self):\n"
         f"        os.kill(os.getpid(), signal.{name})\n"
@@ -88,6 +88,60 @@ def test_a_signal_that_meets_a_destructor_stops_the_run_all_the_same(name):
     )
     told, errors = run(code=code).communicate()
     assert (told, errors) == ("stopped\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("place", ["threading", "concurrent.futures._base", "importlib._bootstrap"])
+def test_a_signal_leaves_no_lock_taken_that_threads_wait_for(place):
+    """`Condition.__enter__` takes a lock in Python code, and may be interrupted there."""
+    code = (
+        "import os, signal, threading, time\n"
+        "from loratools.cli import signals\n"
+        "signals.stop_on_signals()\n"
+        "held, done = threading.Lock(), []\n"
+        "def take():\n"
+        "    held.acquire()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    done.append(1)\n"
+        "class Taken:\n"
+        "    def __enter__(self):\n"
+        "        take()\n"
+        "        done.append(2)\n"
+        "    def __exit__(self, *_):\n"
+        "        held.release()\n"
+        "def start():\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    threading.Event().wait(0.1)\n"
+        "    done.append(3)\n"
+        f"names = {{**globals(), '__name__': {place!r}}}\n"
+        "taken = type(take)(take.__code__, names)\n"
+        "Taken.__enter__ = type(take)(Taken.__enter__.__code__, {**names, 'take': taken})\n"
+        "try:\n"
+        "    with Taken(): time.sleep(60)\n"
+        "except KeyboardInterrupt: print(held.locked(), done)\n"
+        "try:\n"
+        "    type(take)(start.__code__, {**names, '__name__': 'threading'})()\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt: print(done)\n"
+    )
+    told, errors = run(code=code).communicate(timeout=60)
+    assert (told, errors) == ("False [1, 2]\n[1, 2, 3]\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_stopped_run_that_hangs_ends_all_the_same():
+    code = (
+        "import os, signal, time\n"
+        "from loratools.cli import signals\n"
+        "signals._LAST_SECONDS = 0.2\n"
+        "signals.stop_on_signals()\n"
+        "try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+        "except KeyboardInterrupt: time.sleep(60)\n"
+    )
+    process = run(code=code)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors.startswith("error: stopped without clearing away")
 
 
 WITHOUT = (

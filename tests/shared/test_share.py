@@ -164,6 +164,46 @@ def test_families_are_found_by_their_spaces(tmp_path):
         assert groups == {"one": {0}, "other": {1}}
 
 
+@pytest.mark.parametrize("cores", ["full", "principal"])
+def test_moving_adapters_between_groups_lowers_the_error(cores, tmp_path, monkeypatch):
+    made = [one for seed in (0, 50) for one in matrices(6, seed=seed, noise=0.8)]
+    paths = [write(tmp_path / f"a{i:02}", one) for i, one in enumerate(made)]
+    options = {"rank": 4, "clusters": 3, "cores": cores}
+    moved = lt.fleet_share(paths, **options, output=tmp_path / "set.safetensors")
+    lost = whole = 0.0
+    for place, adapter in enumerate(moved.adapters):
+        members = [one.name for one in moved.adapters if one.group == adapter.group]
+        for name in MODULES:
+            dense = delta(paths[place], name)
+            at = members.index(adapter.name)
+            stored = stored_delta(tmp_path / "set.safetensors", name, at, adapter.group)
+            whole += np.linalg.norm(dense) ** 2
+            lost += np.linalg.norm(dense - stored) ** 2
+    assert moved.relative_error == pytest.approx((lost / whole) ** 0.5, rel=1e-5)
+    again = lt.fleet_share(paths[::-1], **options)  # in another order: the same groups
+    families = [
+        {frozenset(one.name for one in found.adapters if one.group == group) for group in range(3)}
+        for found in (moved, again)
+    ]
+    assert families[0] == families[1]
+    monkeypatch.setattr(
+        "loratools.operations.shared.operation.reassigned", lambda _, groups, *__: groups
+    )
+    assert moved.relative_error < 0.96 * lt.fleet_share(paths, **options).relative_error
+
+
+@pytest.mark.parametrize("rule", [{"rank": 5}, {"budget": "60%"}])
+def test_moving_never_raises_the_error(rule, tmp_path, monkeypatch):
+    made = matrices(8, seed=3, noise=0.4, common=9)
+    paths = [write(tmp_path / f"a{i}", one) for i, one in enumerate(made)]
+    moved = lt.fleet_share(paths, **rule, clusters=3, weigh="norm")
+    monkeypatch.setattr(
+        "loratools.operations.shared.operation.reassigned", lambda _, groups, *__: groups
+    )
+    first = lt.fleet_share(paths, **rule, clusters=3, weigh="norm")
+    assert moved.relative_error <= first.relative_error * (1.0 + 1e-5)
+
+
 def test_strangers_share_nothing_and_are_told_so(tmp_path):
     wide = {"layers.0.q_proj": (240, 200)}
     made = [matrices(1, seed=seed, common=3, modules=wide)[0] for seed in range(3)]

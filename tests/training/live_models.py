@@ -90,6 +90,7 @@ CASES = {
     ),
     "dora": (Linears, {"use_dora": True}),
     "lora_bias": (Linears, {"lora_bias": True}),
+    "modules_to_save": (Linears, {"target_modules": ["up", "square"], "modules_to_save": ["down"]}),
     "Conv1D": (Transposed, {"fan_in_fan_out": True}),
     "Conv1D, dora": (Transposed, {"fan_in_fan_out": True, "use_dora": True}),
     "convolution": (Convolutions, {}),

@@ -151,6 +151,9 @@ def test_checkpoints_say_how_their_adapter_was_made(tmp_path):
     assert kept["squeezes"][1]["ranks"].keys() == {"net.up", "net.square", "net.down"}
     ranks = {m.name: m.rank for m in lt.info(tmp_path / "checkpoint-9").modules}
     assert kept["squeezes"][1]["ranks"] == ranks
+    made.save_model()
+    callback.write_provenance()
+    assert [step.operation for step in lt.provenance(tmp_path).steps] == ["squeeze-model"]
     # A folder that is saved by hand gets it by hand; what is made of it carries it on.
     made.model.save_pretrained(tmp_path / "final")
     callback.write_provenance(tmp_path / "final")
@@ -196,6 +199,16 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     other = SqueezeCallback(SqueezeSchedule((8, 3), (6, 6)))
     with pytest.raises(OptionError, match="another schedule"):
         trainer(tmp_path, other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    # Checkpoints of no schedule, and an optimizer that has the factors of another rank.
+    plain = trainer(tmp_path / "plain", TrainerCallback())
+    plain.train()
+    again = trainer(tmp_path / "plain", SqueezeCallback(SCHEDULES["ranks"]))
+    with pytest.raises(OptionError, match="without a schedule"):
+        again.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-4"))
+    again = trainer(tmp_path, SqueezeCallback(SCHEDULES["ranks"]))
+    again.create_optimizer()  # as people do who hand over their own
+    with pytest.raises(OptionError, match="does not have the factors"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     several = type("Several", (), {"world_size": 2})()
     with pytest.raises(UnsupportedError, match="one process"):
         other.on_init_end(several, None, None, model=made.model)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -110,7 +111,10 @@ def test_the_snippet_of_axolotl_makes_the_callback(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = commented(plan.snippet)
     module, name = config["plugins"][0].rsplit(".", 1)
-    (callback,) = getattr(__import__(module), name)().add_callbacks_pre_trainer(None, None)
+    plugin = getattr(__import__(module), name)()
+    (callback,) = plugin.add_callbacks_pre_trainer(None, None)
+    plugin.post_train(SimpleNamespace(output_dir=tmp_path), None)
+    assert not (tmp_path / "provenance.json").exists()  # nothing was squeezed
     assert callback.schedule == SqueezeSchedule.geometric(64, 8, 3000)
     assert (config["lora_r"], config["max_steps"]) == (64, 3000)
 

@@ -94,13 +94,34 @@ def test_alpha_follows_the_policy():
     assert apart(deltas(kept), deltas(rooted)) <= rounding(kept)
 
 
-def test_a_budget_is_that_of_the_file_and_ranks_differ():
+def test_a_budget_lets_ranks_differ():
     model = make(Linears, rank_pattern={"square": 4})
     model.base_model.model.up.lora_B["default"].weight.data *= 30
     done = squeeze_model(model, budget="60%")
     assert len(set(done.ranks.values())) > 1
     assert done.parameters < 0.6 * done.parameters_before
     assert done.ranks["up"] > done.ranks["down"]
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, bf16", "dora", "lora_bias", "convolution"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.31])
+@pytest.mark.parametrize("is_share", [True, False])
+def test_a_budget_counts_the_bytes_of_parameters_and_no_header(name, share, is_share):
+    kind, config = CASES[name]
+    model = make(kind, **config)
+
+    def nbytes():
+        return sum(p.nbytes for n, p in model.named_parameters() if ".lora_" in n)
+
+    limit = int(share * nbytes())
+    done = squeeze_model(model, budget=f"{share * 100}%" if is_share else str(limit))
+    assert nbytes() <= limit
+    if share == 1.0:
+        assert set(done.ranks.values()) == {8}
+    for name, module in layers(model):  # one rank more of any module would be too much
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        more = a[0].nbytes + b[:, 0].nbytes
+        assert done.ranks[name] == 8 or nbytes() + more > limit
 
 
 def test_only_selected_modules_change_and_the_rest_keep_their_parameters():
@@ -112,11 +133,12 @@ def test_only_selected_modules_change_and_the_rest_keep_their_parameters():
     assert len(model.base_model.model.square.lora_A["default"].weight) == 2
 
 
-def test_zero_directions_can_learn_again():
+@pytest.mark.parametrize("left", [0.0, 1e-9])  # of their size: none, or less than float32 tells
+def test_zero_directions_can_learn_again(left):
     model = make(Linears)
     with torch.no_grad():
         for _, module in layers(model):
-            module.lora_B["default"].weight[:, 2:] = 0.0
+            module.lora_B["default"].weight[:, 2:] *= left
     before = deltas(model)
     done = squeeze_model(model, rank=4)
     assert done.revived == 6
@@ -131,7 +153,7 @@ def test_zero_directions_can_learn_again():
     again = make(Linears)
     with torch.no_grad():
         for _, module in layers(again):
-            module.lora_B["default"].weight[:, 2:] = 0.0
+            module.lora_B["default"].weight[:, 2:] *= left
     squeeze_model(again, rank=4)
     states = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
     assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
@@ -159,6 +181,27 @@ def test_wrappers_within_one_process_are_looked_through():
     assert model.peft_config["default"].r == 2
 
 
+@pytest.mark.slow
+def test_a_compiled_model_makes_the_squeezed_change():
+    model = make(Linears)
+    compiled = torch.compile(model, backend="eager")
+    x = inputs(Linears)
+    before = compiled(x)
+    squeeze_model(compiled, rank=2)
+    assert torch.equal(compiled(x), model(x))
+    assert not torch.equal(compiled(x), before)
+
+
+def test_a_disabled_adapter_is_squeezed_as_any():
+    model, other = make(Linears), make(Linears)
+    with model.disable_adapter():
+        squeeze_model(model, rank=2)
+    squeeze_model(other, rank=2)
+    states = get_peft_model_state_dict(model), get_peft_model_state_dict(other)
+    assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+
+
 def test_other_adapters_of_the_model_stay(tmp_path):
     from peft import LoraConfig
 
@@ -168,6 +211,10 @@ def test_other_adapters_of_the_model_stay(tmp_path):
     up = model.base_model.model.up
     assert (up.r["default"], up.r["other"]) == (2, 5)
     assert len(up.lora_A["other"].weight) == 5
+    model.base_model.set_adapter(["default", "other"])
+    assert "not one active adapter" in refused(model)
+    squeeze_model(model, rank=1, adapter="other")
+    assert (up.r["default"], up.r["other"]) == (2, 1)
 
 
 def refused(model, **given):
@@ -189,6 +236,15 @@ def test_what_cannot_be_replaced_is_refused_and_nothing_changes():
     scaled = make(Linears)
     scaled.base_model.model.up.scaling["default"] *= 2
     assert "scaling" in refused(scaled)
+    hooked = make(Linears)
+    hooked.base_model.model.up.lora_A["default"].weight.register_post_accumulate_grad_hook(id)
+    assert "has hooks" in refused(hooked)
+    flat = make(Linears)  # as ZeRO and FSDP leave parameters between steps
+    flat.base_model.model.up.lora_A["default"].weight.data = torch.zeros(0)
+    assert "spread" in refused(flat)
+    shared = make(Linears)
+    shared.base_model.model.square.lora_A = shared.base_model.model.down.lora_A
+    assert "shares a factor with square" in refused(shared)
     groups = type("Groups", (Linears,), {})
 
     def init(self):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from live_models import Convolutions, Embeddings, Linears, Lines, Transposed, inputs, make
+from live_models import Convolutions, Embeddings, Linears, Lines, Solids, Transposed, inputs, make
 from safetensors.numpy import load_file, save_file
 
 import loratools as lt
@@ -132,9 +132,10 @@ def test_rules_choose_by_the_outputs(linears, tmp_path):
         assert module.rank_out == want
 
 
-@pytest.mark.parametrize("model_class", [Convolutions, Lines, Transposed, Embeddings])
+@pytest.mark.parametrize("model_class", [Convolutions, Lines, Solids, Transposed, Embeddings])
 def test_moments_of_other_layers_predict_their_outputs(tmp_path, model_class):
     config = {"fan_in_fan_out": True} if model_class is Transposed else {}
+    config |= {"target_modules": ["up", "down"]} if model_class is Solids else {}
     model = make(model_class, **config)
     model.save_pretrained(tmp_path / "lora")
     batches = [inputs(model_class, 5, seed) for seed in range(2)]
@@ -206,9 +207,9 @@ def test_what_does_not_fit_is_refused(linears, tmp_path):
         collect_stats(make(Linears), [], output=tmp_path / "none")
     with pytest.raises(OptionError, match="kind"):
         collect_stats(make(Linears), [inputs(Linears)], output=tmp_path / "none", kind="all")
-    solid = torch.nn.Sequential(torch.nn.Conv3d(2, 2, 1))
-    with pytest.raises(UnsupportedError, match="three dimensions"):
-        collect_stats(solid, [], output=tmp_path / "none")
+    groups = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1, groups=2))
+    with pytest.raises(UnsupportedError, match="in groups"):
+        collect_stats(groups, [], output=tmp_path / "none")
     moments, metadata = load_file(folder / "gram.safetensors"), {"format": "loratools-stats"}
 
     def error(changed, metadata=metadata):

@@ -14,7 +14,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-KINDS = ["linear", "rslora", "patterns", "Conv1D", "convolution", "one dimension", "embedding"]
+KINDS = ["linear", "rslora", "patterns", "dora", "lora_bias", "Conv1D", "convolution",
+         "one dimension", "embedding"]  # fmt: skip
 
 
 def of_low_rank(kind, rank=3, **config):
@@ -73,9 +74,9 @@ def test_pending_gradients_become_those_that_autograd_gives(name, alpha):
 @pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
 def test_momentum_is_what_it_were_with_the_new_factors_all_along(kind):
     # Steps of rate 0: gradients of several batches add up, and the factors stand still.
-    model = of_low_rank(Linears)
+    model = of_low_rank(Linears, lora_bias=True)
     reference = copy.deepcopy(model)
-    squeeze_model(reference, rank=3)
+    squeeze_model(reference, rank=3, alpha="sqrt")
     more = {"momentum": 0.9} if kind == "SGD" else {"weight_decay": 0.0}
     optimizers = {}
     for name, each in (("carried", model), ("reference", reference)):
@@ -86,7 +87,7 @@ def test_momentum_is_what_it_were_with_the_new_factors_all_along(kind):
             optimizers[name].step()
         each.zero_grad()
     before = next(iter(optimizers["carried"].state.values())).get("step")
-    done = squeeze_model(model, rank=3, optimizer=optimizers["carried"])
+    done = squeeze_model(model, rank=3, optimizer=optimizers["carried"], alpha="sqrt")
     assert done.optimizer == "carried"
     key = "momentum_buffer" if kind == "SGD" else "exp_avg"
 
@@ -128,12 +129,14 @@ def test_second_moments_move_by_the_squares():
         assert first.dtype == kept["exp_avg"].dtype
 
 
-@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adafactor"])
+@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adafactor", "NAdam", "AdamW8bit"])
 def test_other_optimizers_start_anew_and_it_is_said(kind):
     model = make(Linears)
-    optimizer = getattr(torch.optim, kind)(trained(model).values(), lr=1e-3)
+    home = pytest.importorskip("bitsandbytes").optim if "8bit" in kind else torch.optim
+    optimizer = getattr(home, kind)(trained(model).values(), lr=1e-3)
     gradients(model, inputs(Linears))
     optimizer.step()
+    assert all(optimizer.state[p] for p in trained(model).values())
     assert squeeze_model(model, rank=3, optimizer=optimizer).optimizer == "reset"
     assert all(p not in optimizer.state or not optimizer.state[p] for p in trained(model).values())
 
@@ -155,6 +158,39 @@ def test_groups_keep_their_order_and_options_and_frozen_factors_need_no_place():
         assert [id(p) for p in group["params"]] == [id(p) for p in want]
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 2e-2]
     assert not any(p.requires_grad for n, p in new.items() if "square" in n)
+
+
+@pytest.mark.parametrize("given", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+def test_each_implementation_of_an_optimizer_goes_on_alike(given):
+    model, plain = (make(Linears, dtype=torch.float64) for _ in range(2))
+    for each, options in ((model, given), (plain, {})):
+        optimizer = torch.optim.AdamW(trained(each).values(), lr=1e-2, **options)
+        for step in range(4):
+            each.zero_grad()
+            each(inputs(Linears, seed=step).double()).square().mean().backward()
+            optimizer.step()
+            if step == 1:
+                squeeze_model(each, rank=3, optimizer=optimizer)
+    same(trained(model), trained(plain))
+
+
+def test_a_scaler_of_gradients_changes_nothing():
+    # Powers of two scale float64 exactly, also gradients that wait while factors are squeezed.
+    ends = []
+    for is_scaled in (True, False):
+        model = make(Linears, dtype=torch.float64)
+        optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu", enabled=is_scaled)
+        for step in range(5):
+            loss = model(inputs(Linears, seed=step).double()).square().mean()
+            scaler.scale(loss).backward()
+            if step == 2:
+                squeeze_model(model, rank=3, optimizer=optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        ends.append(trained(model))
+    same(*ends)
 
 
 def test_training_goes_on_after_a_squeeze_with_the_last_loss_still_held():

@@ -170,7 +170,7 @@ def _block(
     """Return the outputs and inputs that share one scale; None for one scale per matrix.
 
     The stated size holds where it fits. Else the grid of scales tells, as transformers reads it,
-    since one file may hold blocks of several sizes.
+    since one file may hold blocks of several sizes. ModelOpt stores a grid as (down, 1, across, 1).
     """
     *stack, out, in_ = values.shape if len(values.shape) > 1 else (1, *values.shape)
     trimmed = _trimmed(scale.shape)
@@ -180,10 +180,13 @@ def _block(
         return 1, in_
     rows, columns = stated or _DEFAULT_BLOCK
     grid = (*stack, -(-out // rows), -(-in_ // columns))
-    if scale.shape == grid:
+    shape = scale.shape
+    if len(shape) == len(grid) + 2 and shape[-3] == shape[-1] == 1:
+        shape = (*shape[:-4], shape[-4], shape[-2])
+    if shape == grid:
         return rows, columns
-    if scale.shape[:-2] == tuple(stack) and len(scale.shape) == len(grid):
-        down, across = scale.shape[-2:]
+    if shape[:-2] == tuple(stack) and len(shape) == len(grid):
+        down, across = shape[-2:]
         if down and across and not out % down and not in_ % across:
             return out // down, in_ // across
     raise AdapterError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Sequence
 
 from loratools_formats.contract.registry import registered_formats
 from loratools_formats.core.adapter import Adapter
@@ -31,3 +33,34 @@ def command_on(adapter: Adapter | None, verb: str, *options: str, output: str = 
         if written is not None and written.write is not None and not written.is_folder:
             suffix = next((s for s in written.suffixes if source.lower().endswith(s)), "")
     return " ".join(["loratools", verb, shlex.quote(source), *options, "-o", output + suffix])
+
+
+_COMMAND = re.compile(r"(?P<start>loratools (?P<verb>[a-z-]+) .*?)(?P<output> -o \S+)$")
+
+
+def completed(hint: str, verb: str, flags: Sequence[str], output: str | None) -> str:
+    """Return a hint whose command repeats the options that a user gave, if it is the same command.
+
+    >>> hint = "Give the base: loratools convert lora --base BASE -o converted"
+    >>> completed(hint, "convert", ["--experts", "each", "--base", "x"], "out.gguf")
+    'Give the base: loratools convert lora --base BASE --experts each -o out.gguf'
+
+    Args:
+        hint: of an error; its command is what it ends with.
+        verb: the command that the user gave.
+        flags: and its options, values behind their flags; those that the hint has stay as they are.
+        output: where the user wanted the result; None if nowhere.
+    """
+    match = _COMMAND.search(hint)
+    if match is None or match["verb"] != verb:
+        return hint
+    have = set(shlex.split(match["start"]))
+    added: list[str] = []
+    is_new = True
+    for word in flags:
+        if word.startswith("--"):
+            is_new = word not in have
+        if is_new:
+            added.append(shlex.quote(word))
+    end = match["output"] if output is None else f" -o {shlex.quote(output)}"
+    return hint[: match.start()] + " ".join([match["start"], *added]) + end

@@ -23,6 +23,7 @@ _MODEL_WEIGHTS = re.compile(
     r"(?:\.index\.json)?"
 )
 _HUB_ID = re.compile(r"(?:hf:/{1,2}|https?:/{1,2}huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
+_OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".nemo", ".json")
 _OF_MODELS = re.compile(
     r"(?:^|\.)(?:(?:\w*_)?(?:blocks?|layers?)|h)\.\d+\.(?:.*\.)?(?:weight|bias)$"
     r"|(?:^|\.)(?:embed_tokens|lm_head|wte|wpe|norm|ln_f)\.(?:weight|bias)$"
@@ -48,15 +49,19 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
     except (OSError, ValueError):
         target = None
     if target is not None:
-        return MissingFileError(f"is a link to {target}, which does not exist", path=path)
-    found = _HUB_ID.fullmatch(text)
+        return MissingFileError(
+            f"is a link to {target}, which does not exist",
+            path=path,
+            hint="Fetch what the link leads to, or name the file or folder itself",
+        )
+    found = None if text.endswith(_OF_FILES) else _HUB_ID.fullmatch(text)
     parent = os.path.dirname(text)
     if found is None or (not text.startswith(("hf:", "http")) and os.path.isdir(parent)):
         return MissingFileError("no such file or folder", path=path)
     name = found[1]
     local = shlex.quote(name.rpartition("/")[2])
     return MissingFileError(
-        "no such file or folder; loratools reads local files",
+        "no such file or folder",
         path=path,
         hint=f"If it is on the Hugging Face Hub: hf download {name} --local-dir {local}",
     )
@@ -123,12 +128,14 @@ def _quoted(path: Path) -> str:
 def _of_folder(folder: Path) -> Kind | None:
     names = sorted(os.listdir(folder))
     if not names:
-        return Kind("is an empty folder")
+        return Kind("is an empty folder", "Fetch the adapter into it, or name another folder")
     for found in (_cached_or_pipeline, _without_config, _model, _weights):
         kind = found(folder, names)
         if kind is not None:
             return kind
-    return None
+    if _CONFIG in names or any((folder / name).is_dir() for name in names):
+        return None
+    return Kind("is a folder without weights", "Name the folder or the file of an adapter")
 
 
 def _cached_or_pipeline(folder: Path, names: list[str]) -> Kind | None:
@@ -178,7 +185,7 @@ def _weights(folder: Path, names: list[str]) -> Kind | None:
 
 def _of_file(path: Path) -> Kind | None:
     if not path.is_file():  # opening a pipe would wait for ever
-        return None
+        return Kind("is no regular file", "Name the folder or the file of an adapter")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -189,6 +196,10 @@ def _of_file(path: Path) -> Kind | None:
         return Kind("is an empty file", "Fetch it again")
     if size < _SMALL_BYTES and start.startswith(b"version https://git-lfs"):
         return Kind("is a Git LFS pointer, not the file itself", "Run: git lfs pull")
+    if start[:_SMALL_BYTES].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return Kind("is a web page", "Fetch the file itself instead of the page that shows it")
+    if path.suffix == ".zip" and start.startswith(b"PK"):
+        return Kind("is an archive", "Unpack it, and name what is inside")
     if path.name == _CONFIG:
         return Kind("is an adapter's configuration", f"Name its folder: {_quoted(path.parent)}")
     if path.suffix == ".safetensors":

@@ -95,6 +95,15 @@ _TABLE = (
 DTYPES: dict[str, DType] = {entry.code: entry for entry in _TABLE}
 
 
+def is_power_of_two(number: float) -> bool:
+    """Return whether multiplying by a number is exact, as long as nothing over- or underflows.
+
+    >>> is_power_of_two(-0.25), is_power_of_two(3.0), is_power_of_two(0.0)
+    (True, False, False)
+    """
+    return abs(math.frexp(number)[0]) == 0.5
+
+
 def common_dtype(dtypes: Sequence[DType]) -> DType:
     """Return a type that holds every value of all."""
     codes = {dtype.code for dtype in dtypes}

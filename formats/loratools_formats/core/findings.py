@@ -83,7 +83,8 @@ CODES: Mapping[str, str] = {
     "others-left-out": "tensors of no component that adapters change are left out",
     "tied-skipped": "a tied tensor is not compared",
     "buffer-skipped": "a buffer that only one checkpoint stores is not compared",
-    "one-sided-skipped": "an excluded tensor that only one checkpoint stores is not compared",
+    "one-sided-skipped": "a tensor that only one checkpoint stores is not compared",
+    "head-carried": "a tensor of the task's head, which the base lacks, is carried whole",
     "different-bases": "the adapters name different base models",
     # Sharing bases.
     "alone-is-better": "squeezing each adapter alone to the size of a shared set may lose less",

@@ -77,7 +77,7 @@ def stacked_on_loading(modules: Iterable[str]) -> list[str]:
 def targets(names: Iterable[str], present: Iterable[str]) -> list[str] | str:
     r"""Return `target_modules` by which PEFT makes layers for some modules and for no others.
 
-    PEFT takes a listed name for every module whose path ends so. Where that would be another one
+    PEFT takes a listed name for every module whose path ends in it. Where that would be another one
     than is meant, a regular expression, which it matches whole, names the modules.
 
     Args:
@@ -99,3 +99,17 @@ def targets(names: Iterable[str], present: Iterable[str]) -> list[str] | str:
     if ends.isdisjoint(wanted):
         return wanted
     return "|".join(map(re.escape, wanted))
+
+
+DECLARED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1", "down_proj", "w2")
+"""Parameters of experts in the order in which transformers declares them, as PEFT nests them."""
+
+
+def declared(parameter: str) -> int:
+    """Return where a parameter stands among those of its module; PEFT wraps the first innermost.
+
+    >>> declared("model.layers.0.mlp.experts.down_proj") > declared("mlp.experts.up_proj")
+    True
+    """
+    leaf = parameter.rpartition(".")[2]
+    return DECLARED.index(leaf) if leaf in DECLARED else len(DECLARED)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 _WRITTEN_PLAIN = re.compile(r"[\w.-]+")
 
@@ -48,6 +50,28 @@ class PatternsOf:
                 if len(other) == len(name) or other[: -len(name)].endswith(".")
             )
         return self._counts[key][blanked(name, dots)]
+
+
+def settings_of(
+    settings: Mapping[str, tuple[int, float]], usual: tuple[int, float] | None = None
+) -> dict[str, Any]:
+    """Return the keys of a configuration that give each module its rank and alpha.
+
+    >>> settings_of({"q": (8, 16), "v": (4, 16)})
+    {'r': 8, 'lora_alpha': 16, 'rank_pattern': {'v': 4}, 'alpha_pattern': {}}
+
+    Args:
+        settings: (rank, alpha) by module path.
+        usual: those that need no pattern; by default the first of the highest rank.
+    """
+    rank, alpha = usual or max(settings.values(), key=lambda setting: setting[0])
+    pattern_for = PatternsOf(list(settings)).pattern_for
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {pattern_for(name): r for name, (r, _) in settings.items() if r != rank},
+        "alpha_pattern": {pattern_for(name): a for name, (_, a) in settings.items() if a != alpha},
+    }
 
 
 def blanked(text: str, places: tuple[int, ...]) -> str:

@@ -305,6 +305,27 @@ def in_memory(key: str, array: Array, code: str | None = None) -> TensorRef:
     return TensorRef(key, dtype, tuple(array.shape), lambda: data)
 
 
+def of_torch(key: str, tensor: Any) -> TensorRef:
+    """Return a reference to a torch tensor, whose values are read from its device each time.
+
+    Raises:
+        AdapterError: the tensor's type has no safetensors name.
+    """
+    name = str(tensor.dtype).removeprefix("torch.")
+    dtype = next((d for d in DTYPES.values() if d.torch == name and d.bits >= 8), None)
+    if dtype is None:
+        raise AdapterError("tensor type has no safetensors name", tensor=key, got=name)
+
+    def read() -> Buffer:
+        import torch
+
+        stored = tensor.detach().cpu().contiguous().reshape(-1)
+        data: Buffer = stored.view(torch.uint8).numpy().data
+        return data
+
+    return TensorRef(key, dtype, tuple(tensor.shape), read)
+
+
 def equal_values(one: TensorRef, other: TensorRef) -> bool:
     """Return whether two tensors hold the same numbers, whatever their types.
 

@@ -67,17 +67,17 @@ class DistantFile(RegularFile):
         if not self._here and self._part and self._parts_left and nbytes <= _LONGEST_PART:
             self._parts_left -= 1
             return self._part(offset, nbytes)
-        self._bring()
+        self.bring()
         return super().read_at(offset, nbytes)
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill a buffer of bytes from `offset`; raises as `read_at`."""
-        self._bring()
+        self.bring()
         super().read_into(offset, out)
 
     def copy_at(self, offset: int, nbytes: int, out: int, out_offset: int) -> None:
         """Copy bytes to an open file; raises as `read_at`."""
-        self._bring()
+        self.bring()
         super().copy_at(offset, nbytes, out, out_offset)
 
     def check_unchanged(self) -> None:
@@ -85,7 +85,13 @@ class DistantFile(RegularFile):
         if self._here:
             super().check_unchanged()
 
-    def _bring(self) -> None:
+    def bring(self) -> None:
+        """Fetch the file, if it is not here.
+
+        Raises:
+            AdapterError: it is not the one that was announced.
+            LoratoolsError: it could not be fetched.
+        """
         with self._fetching:
             if self._here:
                 return
@@ -101,6 +107,11 @@ def announce(path: str | os.PathLike[str], opener: Callable[[], RegularFile]) ->
     _ANNOUNCED[os.path.abspath(path)] = opener
 
 
+def withdraw(path: str | os.PathLike[str]) -> None:
+    """Take back what was said of a file; one that is open stays so."""
+    _ANNOUNCED.pop(os.path.abspath(path), None)
+
+
 def is_there(path: str | os.PathLike[str]) -> bool:
     """Return whether a file is at `path`, or was announced for it."""
     return os.path.exists(path) or os.path.abspath(path) in _ANNOUNCED
@@ -111,14 +122,20 @@ def is_distant(path: str | os.PathLike[str]) -> bool:
     return not os.path.exists(path) and os.path.abspath(path) in _ANNOUNCED
 
 
-def has_distant(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path, or a file in the folder that it is, is elsewhere and was announced."""
+def announced_below(path: str | os.PathLike[str]) -> list[Path]:
+    """Return the files that are elsewhere and were announced for a path, or in its folder."""
     place = os.path.abspath(path)
     below = os.path.join(place, "")
-    return any(
-        (name == place or name.startswith(below)) and not os.path.exists(name)
+    return [
+        Path(name)
         for name in tuple(_ANNOUNCED)
-    )
+        if (name == place or name.startswith(below)) and not os.path.exists(name)
+    ]
+
+
+def has_distant(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path, or a file in the folder that it is, is elsewhere and was announced."""
+    return bool(announced_below(path))
 
 
 def open_file(path: str | os.PathLike[str]) -> RegularFile:

@@ -122,6 +122,10 @@ class HubError(LoratoolsError, OSError):
     """The Hub did not give or take what was asked for."""
 
 
+class StoreError(LoratoolsError, OSError):
+    """An object store did not give what was asked for."""
+
+
 class ClusterError(LoratoolsError, OSError):
     """Processes that should share the work cannot be reached or started."""
 

@@ -19,24 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import numbers, packed, times_groups, unpacked
+from loratools.base.codecs.bits import above_zeros, packed, unpacked
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
     CodesOnly,
-    Columns,
     Encoded,
     Encoder,
     Scheme,
     Stored,
-    matrix_rows,
     row_piece,
-    sibling,
     stripes,
-    wrong_shape,
 )
 from loratools.base.codecs.levels import integer_codes, rounded
-from loratools_formats.core.dtypes import Array
+from loratools.base.codecs.parts import Columns, matrix_rows, sibling, wrong_shape
+from loratools_formats.core.dtypes import Array, DType
 from loratools_formats.core.tensors import TensorRef
 
 _CAVEAT = (
@@ -47,7 +44,7 @@ _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each column of a word
 _FLOATING = ("F16", "BF16", "F32")
 _GROUPS = (32, 64, 128)
 _PAD = {128: 1, 64: 2, 32: 4}
-_TOP = 15
+_BITS, _TOP = 4, 15
 _TOGETHER = 256  # outputs encoded together: half of them, in bytes, lie side by side
 
 
@@ -55,6 +52,7 @@ class _Gemm(CodedWeight):
     """Codes stored as (in, out), eight outputs in a word."""
 
     caveat = _CAVEAT
+    together = 8
 
     def __init__(self, key: str, parts: Mapping[str, TensorRef]) -> None:
         codes, zeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
@@ -67,23 +65,23 @@ class _Gemm(CodedWeight):
         super().__init__(key, (out, height), scales.dtype, parts.values(), scheme)
 
     def rows(self, start: int, stop: int) -> Array:
-        """Return rows in float32, to be rounded to the type of the scales."""
-        values = self._ordered(self._codes, start, stop).astype(np.float32)
-        return _meant(values, *self._grid(start, stop))
+        """Return rows in float32 or in the type of the scales, to which they are rounded."""
+        codes = self._ordered(self._codes, start, stop)
+        return above_zeros(codes, _BITS, *self._grid(start, stop), self.dtype)
 
     def encoder(self) -> Encoder:
         """Return what stores new codes with the old scales and zeros."""
         return CodesOnly(self.parts[0], self.scheme, self._encoded, _TOGETHER)
 
     def _encoded(self, start: int, values: Array) -> Encoded:
-        codes, meant = _nearest(values, *self._grid(start, start + len(values)))
+        codes, meant = _nearest(values, *self._grid(start, start + len(values)), self.dtype)
         words = np.zeros((len(codes) // 8, codes.shape[1]), np.uint32)
         eights = codes.reshape(-1, 8, codes.shape[1])
         for column, nibble in enumerate(_ORDER):
             words |= eights[:, column].astype(np.uint32) << np.uint32(4 * nibble)
         data = np.ascontiguousarray(words.T).view(np.uint8)
         pieces = stripes(self.parts[0], self.shape[0] // 2, start // 2, data)
-        return Encoded(rounded(meant, self.dtype), pieces)
+        return Encoded(meant, pieces)
 
     def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return the scales and zeros of outputs: F32 (outputs, groups)."""
@@ -94,13 +92,16 @@ class _Gemm(CodedWeight):
         return np.ascontiguousarray(scales), zeros
 
     def _ordered(self, words: Columns, start: int, stop: int) -> Array:
-        """Return the codes of outputs: (outputs, rows of words)."""
+        """Return the codes of outputs: U16 (outputs, rows of words)."""
         first, last = start // 8, -(-stop // 8)
         data = np.ascontiguousarray(words.read(first * 4, last * 4)).view(np.uint32)
         turned = np.ascontiguousarray(data.T)
-        codes = np.empty((last - first, 8, turned.shape[1]), np.uint8)
+        halves = turned.astype(np.uint16), (turned >> np.uint32(16)).astype(np.uint16)
+        codes = np.empty((last - first, 8, turned.shape[1]), np.uint16)
         for column, nibble in enumerate(_ORDER):
-            codes[:, column] = turned >> np.uint32(4 * nibble) & np.uint32(15)
+            half, place = divmod(nibble, 4)
+            np.right_shift(halves[half], np.uint16(_BITS * place), out=codes[:, column])
+        codes &= np.uint16(_TOP)
         ordered: Array = codes.reshape(-1, turned.shape[1])
         return ordered[start - first * 8 : stop - first * 8]
 
@@ -118,39 +119,34 @@ class _Gemv(CodedWeight):
         super().__init__(key, (out, width), self._scales.dtype, parts.values(), scheme)
 
     def rows(self, start: int, stop: int) -> Array:
-        """Return rows in float32, to be rounded to the type of the scales."""
+        """Return rows in float32 or in the type of the scales, to which they are rounded."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
-        return _meant(numbers(data, 4, self.shape[1]), *self._grid(start, stop))
+        codes = unpacked(data, _BITS, self.shape[1], np.uint16)
+        return above_zeros(codes, _BITS, *self._grid(start, stop), self.dtype)
 
     def encoder(self) -> Encoder:
         """Return what stores new codes with the old scales and zeros."""
         return CodesOnly(self.parts[0], self.scheme, self._encoded)
 
     def _encoded(self, start: int, values: Array) -> Encoded:
-        codes, meant = _nearest(values, *self._grid(start, start + len(values)))
-        pieces = [row_piece(self.parts[0], start, packed(codes, 4))]
-        return Encoded(rounded(meant, self.dtype), pieces)
+        codes, meant = _nearest(values, *self._grid(start, start + len(values)), self.dtype)
+        pieces = [row_piece(self.parts[0], start, packed(codes, _BITS))]
+        return Encoded(meant, pieces)
 
     def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return the scales and zeros of outputs: F32 (outputs, groups)."""
         data = matrix_rows(self._zeros, start, stop).view(np.uint8)
-        zeros = unpacked(data, 4, self._groups).astype(np.float32)
+        zeros = unpacked(data, _BITS, self._groups).astype(np.float32)
         scales = matrix_rows(self._scales, start, stop)[:, : self._groups].astype(np.float32)
         return scales, zeros
 
 
-def _meant(codes: Array, scales: Array, zeros: Array) -> Array:
-    """Return scale · (code − zero), in place of the codes."""
-    grouped = codes.reshape(len(codes), scales.shape[1], -1)
-    grouped -= zeros[:, :, None]
-    return times_groups(codes, scales)
-
-
-def _nearest(values: Array, scales: Array, zeros: Array) -> tuple[Array, Array]:
+def _nearest(values: Array, scales: Array, zeros: Array, dtype: DType) -> tuple[Array, Array]:
     """Return the codes of rows, and what they mean: U8 and F32 (rows, width)."""
     grouped = values.reshape(*scales.shape, -1)
     codes = integer_codes(grouped, scales, zeros, _TOP).reshape(values.shape)
-    return codes, _meant(codes.astype(np.float32), scales, zeros)
+    meant = above_zeros(codes.astype(np.uint16), _BITS, scales, zeros, dtype)
+    return codes, rounded(meant, dtype)
 
 
 def _declare(stored: Stored) -> dict[str, CodedWeight]:

@@ -7,30 +7,43 @@ compressed-tensors and MLX store this stream in 32-bit words, and codes may stra
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loratools_formats.core.dtypes import Array
+from loratools_formats.core.dtypes import DTYPES, Array, DType, converted
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """What four bits of OCP's E2M1 mean, by code."""
 
 
-def unpacked(data: Array, bits: int, count: int) -> Array:
+def unpacked(data: Array, bits: int, count: int, kind: DTypeLike = np.uint8) -> Array:
     """Return the codes of rows of bytes.
 
     Args:
         data: U8 (rows, bytes), at least ceil(count · bits / 8) bytes a row.
         bits: of a code, 1 to 8.
         count: codes of a row.
+        kind: of integers to return, NumPy's U8 or U16.
 
     Returns:
-        U8 (rows, count).
+        (rows, count).
     """
+    if bits in (2, 4):
+        needed = -(-count * bits // 8)
+        pieces = looked_up(_pieces(bits, np.dtype(kind).itemsize), data[:, :needed])
+        return pieces.view(kind).reshape(len(data), -1)[:, :count]
+    codes: Array = _straddling(data, bits, count).astype(kind, copy=False)
+    return codes
+
+
+def _straddling(data: Array, bits: int, count: int) -> Array:
+    """Return codes, of which a byte need not hold a whole number: U8 (rows, count)."""
     if bits == 8:
         return data[:, :count]
-    if 8 % bits == 0:
-        return _in_bytes(data, bits, count)
     eights = -(-count // 8)
     if data.shape[1] < eights * bits:
         data = np.pad(data, ((0, 0), (0, eights * bits - data.shape[1])))
@@ -79,19 +92,12 @@ def packed(codes: Array, bits: int) -> Array:
     return np.ascontiguousarray(data.reshape(rows, -1)[:, :needed])
 
 
-def _in_bytes(data: Array, bits: int, count: int) -> Array:
-    """Return codes of which a byte holds a whole number."""
-    needed = -(-count * bits // 8)
-    pieces = looked_up(_pieces(bits), data[:, :needed]).view(np.uint8)
-    return pieces.reshape(len(data), -1)[:, :count]
-
-
 @cache
-def _pieces(bits: int) -> Array:
-    """Return the codes of each byte, side by side in one number: (256,) of 8 / bits bytes."""
+def _pieces(bits: int, width: int) -> Array:
+    """Return the codes of each byte, side by side in one number, `width` bytes for each."""
     byte = np.arange(256)[:, None]
-    codes = (byte >> (np.arange(8 // bits) * bits) & ((1 << bits) - 1)).astype(np.uint8)
-    return codes.view(f"u{8 // bits}").reshape(-1)
+    codes = (byte >> (np.arange(8 // bits) * bits) & ((1 << bits) - 1)).astype(f"u{width}")
+    return codes.view(f"u{width * 8 // bits}").reshape(-1)
 
 
 def looked_up(table: Array, codes: Array) -> Array:
@@ -117,10 +123,44 @@ def fours(data: Array, table: Array) -> Array:
     Returns:
         F32 (rows, 2 · bytes).
     """
-    codes = np.arange(256)
-    pairs = np.stack([table[codes & 15], table[codes >> 4]], axis=1).view(np.uint64).reshape(-1)
-    values: Array = looked_up(pairs, data).view(np.float32)
+    values: Array = looked_up(_halves(table.tobytes()), data).view(np.float32)
     return values
+
+
+@cache
+def _halves(table: bytes) -> Array:
+    """Return what the halves of each byte mean, side by side: U64 (256,)."""
+    values, byte = np.frombuffer(table, np.float32), np.arange(256)
+    return np.stack([values[byte & 15], values[byte >> 4]], axis=1).view(np.uint64).reshape(-1)
+
+
+def eights(codes: Array, table: Array) -> Array:
+    """Return what codes of a byte each mean, of the shape of the codes: F32.
+
+    Two are looked up at a time, which takes not much longer than one.
+
+    Args:
+        codes: U8, of any shape.
+        table: F32 (up to 256,) what each code means.
+    """
+    flat = np.ascontiguousarray(codes).reshape(-1)
+    even = len(flat) // 2 * 2
+    out = np.empty(len(flat), np.float32)
+    pairs = out[:even].view(np.uint64)
+    np.take(_twos(table.tobytes()), flat[:even].view(np.uint16), out=pairs, mode="clip")
+    if even < len(flat):
+        out[-1] = table[flat[-1]]
+    return out.reshape(codes.shape)
+
+
+@cache
+def _twos(table: bytes) -> Array:
+    """Return what two bytes mean, one behind the other, by the number that they are."""
+    values = np.frombuffer(table, np.float32)
+    last = np.array([len(values) - 1] * 2, np.uint8).view(np.uint16)[0]
+    both = np.arange(int(last) + 1, dtype=np.uint16).view(np.uint8)
+    means = values[np.minimum(both, len(values) - 1)]
+    return means.view(np.uint64)
 
 
 def numbers(data: Array, bits: int, count: int, offset: int = 0) -> Array:
@@ -136,6 +176,22 @@ def numbers(data: Array, bits: int, count: int, offset: int = 0) -> Array:
 @cache
 def _sixteen(offset: int) -> Array:
     return np.arange(16, dtype=np.float32) - np.float32(offset)
+
+
+def small_floats(codes: Array, kind: str) -> Array:
+    """Return what bytes mean as eight-bit floats of a type, in float32.
+
+    Args:
+        codes: U8, of any shape.
+        kind: F8_E4M3 or F8_E5M2.
+    """
+    return eights(codes, _small_floats(kind))
+
+
+@cache
+def _small_floats(kind: str) -> Array:
+    table: Array = np.arange(256, dtype=np.uint8).view(DTYPES[kind].numpy_dtype())
+    return table.astype(np.float32)
 
 
 def powers(codes: Array) -> Array:
@@ -157,4 +213,67 @@ def times_groups(values: Array, scales: Array) -> Array:
     """
     grouped = values.reshape(len(values), scales.shape[1], -1)
     grouped *= scales[:, :, None]
+    return values
+
+
+def are_few(levels: int, size: int) -> bool:
+    """Return whether codes of a group are better looked up than computed with.
+
+    Args:
+        levels: how many codes there may be.
+        size: values of a group.
+    """
+    return 4 * levels <= size
+
+
+def by_group(codes: Array, table: Array, order: Array | None = None) -> Array:
+    """Return what codes mean in their groups: (rows, width) of the table's type.
+
+    Args:
+        codes: U16 (rows, width), changed in place.
+        table: (rows, groups, levels), what each code means there.
+        order: the group of each column; None for neighbours.
+    """
+    rows, groups, levels = table.shape
+    places = codes if table.size <= 1 << 16 else codes.astype(np.uint32)
+    first = (np.arange(rows * groups) * levels).astype(places.dtype).reshape(rows, groups)
+    if order is None:
+        grouped = places.reshape(rows, groups, -1)
+        grouped += first[:, :, None]
+    else:
+        places += first[:, order]
+    return looked_up(table.reshape(-1), places)
+
+
+def above_zeros(
+    codes: Array,
+    bits: int,
+    scales: Array,
+    zeros: Array,
+    dtype: DType,
+    order: Array | None = None,
+) -> Array:
+    """Return scale · (code − zero), in float32 or rounded to a type: (rows, width).
+
+    Args:
+        codes: U16 (rows, width), changed in place.
+        bits: of a code.
+        scales: F32 (rows, groups).
+        zeros: F32 (rows, groups).
+        dtype: type of the values.
+        order: the group of each column; None for neighbours.
+    """
+    rows, groups = scales.shape
+    # Rounding to BF16 is as fast as looking up.
+    if dtype.code == "F16" and are_few(1 << bits, codes.shape[1] // groups):
+        meant = np.arange(1 << bits, dtype=np.float32) - zeros[:, :, None]
+        meant *= scales[:, :, None]
+        return by_group(codes, converted(meant, dtype.numpy_dtype()), order)
+    values = codes.astype(np.float32)
+    if order is None:
+        grouped = values.reshape(rows, groups, -1)
+        grouped -= zeros[:, :, None]
+        return times_groups(values, scales)
+    values -= zeros[:, order]
+    values *= scales[:, order]
     return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,10 @@ import numpy as np
 from loratools_formats.checkpoints.shard_plan import Blank
 from loratools_formats.core.dtypes import Array, DType, encode
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
-from loratools_formats.disk.errors import AdapterError
 
 CHUNK = 1 << 19  # elements asked for at a time
 _PIECE = 1 << 17  # elements computed at a time, which stay in a core's cache
 _KEPT = 4 << 20  # bytes of a block that is freed once
-_HELD = 16 << 20  # bytes of one matrix that are read whole where columns are asked for
 
 
 @dataclass(frozen=True)
@@ -85,9 +82,11 @@ class CodedWeight(ABC):
         parts: all tensors that make it up, the codes first.
         scheme: how it is quantised.
         caveat: what to know when something is added to it; empty if nothing.
+        together: rows that are read from the same bytes; fewer take as long.
     """
 
     caveat: ClassVar[str] = ""
+    together: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -127,12 +126,13 @@ class CodedWeight(ABC):
 
     def _elements_as(self, start: int, stop: int, dtype: DType) -> Array:
         width = max(self.shape[-1], 1)
-        height = max(_PIECE // width, 1)
+        step = self.together
+        height = max(_PIECE // width // step, 1) * step
         out = np.empty(stop - start, dtype.numpy_dtype())
         at = start
         while at < stop:
             first = at // width
-            last = min(first + height, -(-stop // width))
+            last = min(first // step * step + height, -(-stop // width))
             end = min(stop, last * width)
             values = self.rows(first, last).reshape(-1)[at - first * width : end - first * width]
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -333,82 +333,3 @@ class Codec:
     methods: tuple[str, ...]
     declare: Callable[[Stored], dict[str, CodedWeight]]
     without_marks: Callable[[Mapping[str, str], Collection[str]], dict[str, str]] | None = None
-
-
-class Columns:
-    """Columns of stored matrices, read without the others where a matrix is large.
-
-    A matrix of a few megabytes is read whole and kept by each thread until it reads another one,
-    since its columns lie apart.
-
-    Args:
-        tensor: the matrices, one behind the other.
-        height: rows of each.
-        width: bytes of a row.
-    """
-
-    _kept = threading.local()
-
-    def __init__(self, tensor: TensorRef, height: int, width: int) -> None:
-        self._tensor = tensor
-        self._height = height
-        self._width = width
-
-    def read(self, start: int, stop: int, matrix: int = 0) -> Array:
-        """Return bytes [start, stop) of every row of a matrix: (height, stop - start) U8."""
-        size = self._height * self._width
-        begin = matrix * size
-        if size <= _HELD:
-            kept = getattr(self._kept, "whole", None)
-            if kept is None or kept[0] is not self or kept[1] != matrix:
-                data = self._tensor.raw_range(begin, begin + size)
-                whole = np.frombuffer(data, np.uint8).reshape(self._height, self._width)
-                kept = self._kept.whole = (self, matrix, whole)
-            return kept[2][:, start:stop]
-        out = np.empty((self._height, stop - start), np.uint8)
-        for row in range(self._height):
-            at = begin + row * self._width
-            out[row] = np.frombuffer(self._tensor.raw_range(at + start, at + stop), np.uint8)
-        return out
-
-
-def matrix_rows(tensor: TensorRef, start: int, stop: int) -> Array:
-    """Return rows [start, stop), along the last dimension, in the stored type."""
-    width = tensor.shape[-1]
-    return tensor.elements(start * width, stop * width).reshape(stop - start, width)
-
-
-def sibling(
-    tensors: Mapping[str, TensorRef],
-    key: str,
-    codes: tuple[str, ...],
-    shape: tuple[int, ...] | None = None,
-) -> TensorRef:
-    """Return a tensor that a weight needs.
-
-    Raises:
-        AdapterError: it is missing, or has another type or shape.
-    """
-    if key not in tensors:
-        raise AdapterError("a tensor of a quantised weight is missing", tensor=key)
-    found = tensors[key]
-    if found.dtype.code not in codes:
-        raise AdapterError(
-            "a tensor of a quantised weight has the wrong type",
-            tensor=key,
-            got=found.dtype.code,
-            expected=" or ".join(codes),
-        )
-    if shape is not None and found.shape != shape:
-        raise wrong_shape(found, list(shape))
-    return found
-
-
-def wrong_shape(tensor: TensorRef, expected: object) -> AdapterError:
-    """Return the error that a tensor of a weight does not fit the others."""
-    return AdapterError(
-        "a tensor of a quantised weight has the wrong shape",
-        tensor=tensor.key,
-        got=list(tensor.shape),
-        expected=expected,
-    )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import looked_up, powers
+from loratools.base.codecs.bits import powers, small_floats
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
@@ -17,10 +16,10 @@ from loratools.base.codecs.codec import (
     Encoder,
     Scheme,
     Stored,
-    matrix_rows,
     row_piece,
 )
 from loratools.base.codecs.levels import float_codes
+from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.eight_bit_floats import METHODS, Fp8Weight, fp8_weights, unmarked
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
@@ -45,6 +44,7 @@ class EightBitWeight(CodedWeight):
         self.weight = weight
         values = weight.values
         group = None if weight.block is None else weight.block[1]
+        group = None if group == values.shape[-1] else group
         scheme = Scheme(_NAMES[values.dtype.code], 8, group)
         parts = (values, *weight.parts)
         super().__init__(values.key, values.shape, DTYPES["F32"], parts, scheme)
@@ -70,7 +70,7 @@ class EightBitWeight(CodedWeight):
 
     def _meant(self, codes: Array, grid: Array, columns: int) -> Array:
         """Return code · scale, and times the scale of inputs if there is one."""
-        values = looked_up(_table(self.weight.values.dtype.code), codes)
+        values = small_floats(codes, self.weight.values.dtype.code)
         _combine(np.multiply, values, grid, columns)
         inputs = self._of_inputs()
         return values if inputs is None else np.multiply(values, inputs, out=values)
@@ -114,13 +114,6 @@ def _combine(operation: np.ufunc, values: Array, grid: Array, columns: int) -> N
     if whole < grid.shape[1]:
         rest = values[:, whole * columns :]
         operation(rest, grid[:, whole:], out=rest)
-
-
-@cache
-def _table(code: str) -> Array:
-    """Return what each byte means: F32 (256,)."""
-    table: Array = np.arange(256, dtype=np.uint8).view(DTYPES[code].numpy_dtype())
-    return table.astype(np.float32)
 
 
 def _numbers(scale: TensorRef, start: int, stop: int) -> Array:

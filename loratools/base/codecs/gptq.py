@@ -15,21 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import numbers, packed, times_groups, unpacked
+from loratools.base.codecs.bits import above_zeros, packed, unpacked
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
     CodesOnly,
-    Columns,
     Encoded,
     Encoder,
     Scheme,
     Stored,
-    sibling,
     stripes,
-    wrong_shape,
 )
 from loratools.base.codecs.levels import integer_codes, rounded
+from loratools.base.codecs.parts import Columns, sibling, wrong_shape
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -65,10 +63,11 @@ class _Gptq(CodedWeight):
         self._order: Array | None = None
 
     def rows(self, start: int, stop: int) -> Array:
-        """Return rows in float32, to be rounded to the type of the scales."""
+        """Return rows in float32 or in the type of the scales, to which they are rounded."""
         words = np.ascontiguousarray(self._codes.read(start * 4, stop * 4)).view(np.uint32)
         data = np.ascontiguousarray(words.T).view(np.uint8)
-        return self._meant(numbers(data, self._bits, self.shape[1]), *self._grid(start, stop))
+        codes = unpacked(data, self._bits, self.shape[1], np.uint16)
+        return self._meant(codes, *self._grid(start, stop))
 
     def encoder(self) -> Encoder:
         """Return what stores new codes with the old scales, zeros and order.
@@ -89,7 +88,7 @@ class _Gptq(CodedWeight):
         codes = codes.reshape(values.shape)
         words = packed(codes, self._bits).view(np.uint32)
         data = np.ascontiguousarray(words.T).view(np.uint8)
-        meant = rounded(self._meant(codes.astype(np.float32), scales, zeros), self.dtype)
+        meant = rounded(self._meant(codes.astype(np.uint16), scales, zeros), self.dtype)
         return Encoded(meant, stripes(self.parts[0], self.shape[0] * 4, start * 4, data))
 
     def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
@@ -101,15 +100,8 @@ class _Gptq(CodedWeight):
         return np.ascontiguousarray(scales), zeros
 
     def _meant(self, codes: Array, scales: Array, zeros: Array) -> Array:
-        """Return scale · (code − zero), in place of the codes."""
-        order = self._columns()
-        if order is None:
-            grouped = codes.reshape(len(codes), self._groups, -1)
-            grouped -= zeros[:, :, None]
-            return times_groups(codes, scales)
-        codes -= zeros[:, order]
-        codes *= scales[:, order]
-        return codes
+        """Return scale · (code − zero) of U16 codes, which change."""
+        return above_zeros(codes, self._bits, scales, zeros, self.dtype, self._columns())
 
     def _zeros_of(self, start: int, stop: int) -> Array:
         """Return the zeros of outputs: (outputs, groups)."""

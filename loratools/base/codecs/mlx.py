@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import E2M1, fours, numbers, times_groups, unpacked
-from loratools.base.codecs.codec import (
-    Codec,
-    CodedWeight,
-    Encoder,
-    Scheme,
-    Stored,
-    matrix_rows,
-    sibling,
-    wrong_shape,
+from loratools.base.codecs.bits import (
+    E2M1,
+    are_few,
+    by_group,
+    fours,
+    numbers,
+    small_floats,
+    times_groups,
+    unpacked,
 )
+from loratools.base.codecs.codec import Codec, CodedWeight, Encoder, Scheme, Stored
 from loratools.base.codecs.levels import Attempt, rounded
 from loratools.base.codecs.mlx_encode import (
     EIGHT,
@@ -35,9 +35,9 @@ from loratools.base.codecs.mlx_encode import (
     AffineEncoder,
     FloatingEncoder,
     affine,
-    floats,
 )
-from loratools_formats.core.dtypes import DTYPES, Array
+from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
+from loratools_formats.core.dtypes import DTYPES, Array, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -115,9 +115,13 @@ class _Affine(_Mlx):
     def rows(self, start: int, stop: int) -> Array:
         """Return rows, rounded to the type of the scales after each operation."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
-        values = numbers(data, self._bits, self._width)
-        scales, biases = self._grid(start, stop)
-        return affine(values, scales, biases, self.dtype)
+        grid = self._grid(start, stop)
+        levels, shape = 1 << self._bits, grid[0].shape
+        if self.dtype.bits > 16 or not are_few(levels, self._width // shape[1]):
+            return affine(numbers(data, self._bits, self._width), *grid, self.dtype)
+        every = np.tile(np.arange(levels, dtype=np.float32), shape)
+        table = encode(affine(every, *grid, self.dtype), self.dtype).reshape(*shape, levels)
+        return by_group(unpacked(data, self._bits, self._width, np.uint16), table)
 
     def _grid(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return the scales and biases of rows, each (rows, groups) as stored."""
@@ -174,7 +178,7 @@ class _Floating(_Mlx):
         """Return rows in float32, to be rounded to BF16."""
         data = matrix_rows(self._codes, start, stop).view(np.uint8)
         codes = data if self._mode.bits == EIGHT else None
-        values = fours(data, E2M1) if codes is None else floats(codes)
+        values = fours(data, E2M1) if codes is None else small_floats(codes, self._mode.kind)
         return times_groups(values, self._mode.scales(matrix_rows(self._scales, start, stop)))
 
     def encoder(self) -> Encoder:

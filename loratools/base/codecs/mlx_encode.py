@@ -6,20 +6,12 @@ Scales and biases are those of `mlx.core.quantize` of mlx 0.32, computed in floa
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from loratools.base.codecs.bits import E2M1, looked_up, packed, powers, times_groups
-from loratools.base.codecs.codec import (
-    Encoded,
-    Encoder,
-    Scheme,
-    blank_like,
-    matrix_rows,
-    row_piece,
-)
+from loratools.base.codecs.bits import E2M1, packed, powers, small_floats, times_groups
+from loratools.base.codecs.codec import Encoded, Encoder, Scheme, blank_like, row_piece
 from loratools.base.codecs.levels import (
     Attempt,
     as_they_were,
@@ -28,11 +20,13 @@ from loratools.base.codecs.levels import (
     nearer,
     rounded,
 )
+from loratools.base.codecs.parts import matrix_rows
 from loratools_formats.checkpoints.shard_plan import Blank
 from loratools_formats.core.dtypes import DTYPES, Array, DType, converted, encode
 from loratools_formats.core.tensors import TensorRef
 
 EIGHT = 8
+_E4M3 = "F8_E4M3"
 _LEAST_SCALE = np.float32(1e-7)
 
 
@@ -46,17 +40,17 @@ class Mode(NamedTuple):
     @property
     def kind(self) -> str:
         """Name of the type of a code."""
-        return "F8_E4M3" if self.bits == EIGHT else "F4_E2M1"
+        return _E4M3 if self.bits == EIGHT else "F4_E2M1"
 
     def scales(self, stored: Array) -> Array:
         """Return what bytes mean as scales: F32."""
-        return powers(stored) if self.powers else floats(stored)
+        return powers(stored) if self.powers else small_floats(stored, _E4M3)
 
     def fresh(self, largest: Array) -> Array:
         """Return the scales that MLX computes for groups, by their largest magnitude: U8."""
         ratio = largest / np.float32(448 if self.bits == EIGHT else 6)
         if not self.powers:
-            return float_codes(ratio, "F8_E4M3")
+            return float_codes(ratio, _E4M3)
         _, exponent = np.frexp(ratio)
         exact = np.ldexp(np.float32(0.5), exponent) == ratio
         codes = np.where(ratio > 0, exponent - exact, 0) + 127
@@ -182,17 +176,6 @@ class FloatingEncoder(Encoder):
         scales = self._mode.scales(stored)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             codes = float_codes(wanted / scales[:, :, None], self._mode.kind)
-        values = E2M1[codes] if self._mode.bits != EIGHT else floats(codes)
+        values = E2M1[codes] if self._mode.bits != EIGHT else small_floats(codes, _E4M3)
         times_groups(values.reshape(len(values), -1), scales)
         return Attempt(codes, rounded(values, DTYPES["BF16"]), (stored,))
-
-
-def floats(codes: Array) -> Array:
-    """Return what bytes mean as E4M3, in float32."""
-    return looked_up(_e4m3(), codes)
-
-
-@cache
-def _e4m3() -> Array:
-    table: Array = np.arange(256, dtype=np.uint8).view(DTYPES["F8_E4M3"].numpy_dtype())
-    return table.astype(np.float32)

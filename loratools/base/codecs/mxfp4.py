@@ -14,23 +14,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratools.base.codecs.bits import E2M1, fours, packed, powers, times_groups
+from loratools.base.codecs.bits import E2M1, eights, fours, packed, powers, times_groups
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
     CodesOnly,
-    Columns,
     Encoded,
     Encoder,
     Scheme,
     Stored,
-    matrix_rows,
     row_piece,
-    sibling,
     stripes,
-    wrong_shape,
 )
 from loratools.base.codecs.levels import float_codes, rounded
+from loratools.base.codecs.parts import Columns, matrix_rows, sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
@@ -44,6 +41,8 @@ _TOGETHER = 8 * _GROUP  # inputs of experts that are encoded together
 
 class _Experts(CodedWeight):
     """Experts of gpt-oss, stored (experts, out, groups, 16), meant (experts, in, out)."""
+
+    together = _GROUP
 
     def __init__(self, key: str, codes: TensorRef, scales: TensorRef) -> None:
         experts, out, groups, _ = codes.shape
@@ -61,11 +60,26 @@ class _Experts(CodedWeight):
             expert, first = divmod(at, height)
             last = min(height, first + stop - at)
             low, high = first // _GROUP, -(-last // _GROUP)
-            values = fours(self._codes.read(low * _BYTES, high * _BYTES, expert), E2M1)
-            times_groups(values, powers(self._scales.read(low, high, expert)))
-            blocks.append(values[:, first - low * _GROUP : last - low * _GROUP].T)
+            values = self._inputs(expert, low, high)
+            blocks.append(values[first - low * _GROUP : last - low * _GROUP])
             at += last - first
+        if len(blocks) == 1:
+            return blocks[0]
         return np.concatenate(blocks) if blocks else np.empty((0, out), np.float32)
+
+    def _inputs(self, expert: int, low: int, high: int) -> Array:
+        """Return the inputs of an expert that are groups [low, high): F32 (inputs, out)."""
+        out = self.shape[-1]
+        # Codes are turned before they become numbers four times as large.
+        data = np.ascontiguousarray(self._codes.read(low * _BYTES, high * _BYTES, expert))
+        turned = np.ascontiguousarray(data.T)
+        codes = np.empty((len(turned), 2, out), np.uint8)
+        np.bitwise_and(turned, 15, out=codes[:, 0])
+        np.right_shift(turned, 4, out=codes[:, 1])
+        values = eights(codes, E2M1).reshape(high - low, _GROUP, out)
+        scales = powers(self._scales.read(low, high, expert))
+        values *= np.ascontiguousarray(scales.T)[:, None, :]
+        return values.reshape(-1, out)
 
     def encoder(self) -> Encoder:
         """Return what stores new codes with the old scales."""

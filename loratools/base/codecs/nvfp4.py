@@ -1,10 +1,10 @@
 """NVFP4 of compressed-tensors and of ModelOpt.
 
-Codes are E2M1, two in a byte along the inputs, the first in the low half. Groups of 16 share a
-scale of type F8_E4M3, and a weight, or each matrix of a stack, shares a number over all of them.
-compressed-tensors (`weight_packed`, `weight_global_scale`) divides by that number, ModelOpt
-(`weight`, `weight_scale_2`) multiplies with it. Scale and number make one float32; its product with
-the code is rounded to 16 bits. MLX's nvfp4 is another format.
+Codes are E2M1, two in a byte along the inputs, the first in the low half. Groups of 16, of 32 in
+ModelOpt's weight-only variant, share a scale of type F8_E4M3, and a weight, or each matrix of a
+stack, shares a number over all of them. compressed-tensors (`weight_packed`, `weight_global_scale`)
+divides by that number, ModelOpt (`weight`, `weight_scale_2`) multiplies with it. Scale and number
+make one float32; its product with the code is rounded to 16 bits. MLX's nvfp4 is another format.
 
 Sources: compressed-tensors 0.20 (`nvfp4-pack-quantized`), ModelOpt 0.47 (`NVFP4QTensor`).
 """
@@ -22,17 +22,16 @@ from loratools.base.codecs.codec import (
     Encoder,
     Scheme,
     Stored,
-    matrix_rows,
     row_piece,
-    sibling,
-    wrong_shape,
 )
 from loratools.base.codecs.levels import float_codes, rounded
+from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 
-_GROUP = 16
+_GROUPS = (16, 32)
+_SCALE = "F8_E4M3"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -52,7 +51,7 @@ class _Nvfp4(CodedWeight):
         *stack, half = codes.shape
         self._codes, self._scales, self._of_all = codes, scales, of_all
         self._divides = divides
-        scheme = Scheme("NVFP4", 4, _GROUP)
+        scheme = Scheme("NVFP4", 4, half * 2 // scales.shape[-1])
         parts = (codes, scales, of_all)
         super().__init__(key, (*stack, half * 2), DTYPES[dtype], parts, scheme)
 
@@ -67,7 +66,7 @@ class _Nvfp4(CodedWeight):
 
     def _encoded(self, start: int, values: Array) -> Encoded:
         scales = self._grid(start, start + len(values))
-        grouped = values.reshape(*scales.shape, _GROUP)
+        grouped = values.reshape(*scales.shape, -1)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             codes = float_codes(grouped / scales[:, :, None], "F4_E2M1").reshape(values.shape)
         meant = rounded(times_groups(E2M1[codes], scales), self.dtype)
@@ -91,8 +90,10 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
     ):
         for module, codes in stored.named(leaf).items():
             of_all = stored.tensors.get(f"{module}.{number}")
-            if codes.dtype.code != "U8" or of_all is None:
-                continue
+            scales = stored.tensors.get(f"{module}.weight_scale")
+            is_floating = scales is not None and scales.dtype.code != _SCALE
+            if codes.dtype.code != "U8" or of_all is None or is_floating:
+                continue  # ModelOpt's W4A8 has floating scales
             key = f"{module}.weight"
             scales = _scales(stored, module, codes)
             _check_number(of_all, codes)
@@ -103,10 +104,12 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
 
 def _scales(stored: Stored, module: str, codes: TensorRef) -> TensorRef:
     *stack, half = codes.shape
-    if len(codes.shape) < 2 or half * 2 % _GROUP:
-        raise wrong_shape(codes, f"(…, out, in / 2), in a multiple of {_GROUP}")
-    shape = (*stack, half * 2 // _GROUP)
-    return sibling(stored.tensors, f"{module}.weight_scale", ("F8_E4M3",), shape)
+    if len(codes.shape) < 2 or half * 2 % _GROUPS[0]:
+        raise wrong_shape(codes, f"(…, out, in / 2), in a multiple of {_GROUPS[0]}")
+    scales = sibling(stored.tensors, f"{module}.weight_scale", (_SCALE,))
+    if not any(half * 2 == group * scales.shape[-1] for group in _GROUPS):
+        raise wrong_shape(scales, [*stack, half * 2 // _GROUPS[0]])
+    return sibling(stored.tensors, scales.key, (_SCALE,), (*stack, scales.shape[-1]))
 
 
 def _check_number(of_all: TensorRef, codes: TensorRef) -> None:

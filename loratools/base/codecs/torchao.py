@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import looked_up
+from loratools.base.codecs.bits import small_floats
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
@@ -25,12 +25,10 @@ from loratools.base.codecs.codec import (
     Encoder,
     Scheme,
     Stored,
-    matrix_rows,
     row_piece,
-    sibling,
-    wrong_shape,
 )
 from loratools.base.codecs.levels import float_codes, integer_codes, rounded
+from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
@@ -91,7 +89,7 @@ class _TorchAo(CodedWeight):
 
     def _meant(self, codes: Array, scales: Array, zeros: Array | None) -> Array:
         if self._codes.dtype.floating:
-            values = looked_up(_table(self._codes.dtype.code), codes.view(np.uint8))
+            values = small_floats(codes.view(np.uint8), self._codes.dtype.code)
         else:
             values = codes.astype(np.float32)
         grouped = values.reshape(*scales.shape, -1)
@@ -112,11 +110,6 @@ class _TorchAo(CodedWeight):
             return numbers
 
         return read(self._scale), None if self._zero is None else read(self._zero)
-
-
-def _table(code: str) -> Array:
-    table: Array = np.arange(256, dtype=np.uint8).view(DTYPES[code].numpy_dtype())
-    return table.astype(np.float32)
 
 
 def _declare(stored: Stored) -> dict[str, CodedWeight]:

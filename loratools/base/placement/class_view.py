@@ -108,7 +108,7 @@ _WIDTH_AXIS = {"gate_up_proj": 2, "down_proj": 1}
 def _exchanged(
     base: Checkpoint, tensor: TensorRef, name: str, arguments: Mapping[str, Any]
 ) -> dict[str, TensorRef]:
-    """Return a tensor with two axes exchanged, where transformers does so; empty if unclear.
+    """Return a tensor with two axes exchanged, where transformers exchanges them; empty if unclear.
 
     Some rules exchange axes only of a tensor whose shape is not the parameter's.
     """

@@ -43,7 +43,12 @@ class FusedPart(NamedTuple):
 def fusions(module: str) -> list[FusedPart]:
     """Return the fused modules that a module could be a part of."""
     parent, dot, leaf = module.rpartition(".")
+    mixed = rules.MIXED.get(parent.rpartition(".")[2], {})
     return [
+        FusedPart(f"{parent}{dot}{fused}", fused, parts.index(leaf))
+        for fused, parts in mixed.items()
+        if leaf in parts
+    ] + [
         FusedPart(f"{parent}{dot}{fused}", fused, parts.index(leaf))
         for tables, choices in ((rules.QKV, rules.QKV_PARTS), (rules.GLU, rules.GLU_PARTS))
         for parts in choices
@@ -66,6 +71,8 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
     """
     if part.leaf == STACKED_GLU and is_alternating(names, part.module):
         return tuple((index, index + 1) for index in range(part.place, total, 2))
+    if part.leaf in rules.MIXED.get(part.module.rpartition(".")[0].rpartition(".")[2], {}):
+        return (mixed_spans(names.section(part.module), part, total)[part.place],)
     equal = part.equal or _EQUAL.get(part.leaf)
     if equal:
         return _joined((1,) * equal, total, part)
@@ -95,6 +102,43 @@ def part_spans(names: Names, part: FusedPart, total: int) -> tuple[Span, ...]:
     return tuple(
         ((group * step + start) * size, (group * step + stop) * size) for group in range(key_values)
     )
+
+
+def mixed_spans(section: Mapping[str, Any], part: FusedPart, total: int) -> list[Span]:
+    """Return the outputs of each part of a projection of linear attention or Mamba.
+
+    Mamba's has more outputs behind them, which are no part's.
+
+    Args:
+        section: of the configuration, for the layers.
+        part: any of them.
+        total: number of outputs of the fused projection.
+
+    Raises:
+        UnsupportedError: the configuration lacks a size.
+        AdapterError: the sizes do not fit the weight.
+    """
+
+    def product(*keys: str) -> int:
+        for key in keys:
+            if not _is_count(section.get(key)):
+                raise UnsupportedError(
+                    "the sizes of this projection's parts are not in the base model's config",
+                    tensor=part.module,
+                    expected=key,
+                )
+        return int(section[keys[0]]) * int(section[keys[1]])
+
+    if part.leaf == "in_proj_qkv":
+        key = product("linear_num_key_heads", "linear_key_head_dim")
+        sizes = [key, key, product("linear_num_value_heads", "linear_value_head_dim")]
+        fits = sum(sizes) == total
+    else:
+        sizes = [product("mamba_num_heads", "mamba_head_dim")] * 2
+        fits = sum(sizes) < total
+    if not fits:
+        raise _does_not_fit(part, total, f"parts of {sizes}")
+    return joined_spans(sizes)
 
 
 def is_alternating(names: Names, stack: str) -> bool:

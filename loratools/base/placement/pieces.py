@@ -14,10 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from loratools.algebra.linalg import is_power_of_two
 from loratools.base.placement.changes import Placement, Span
 from loratools_formats.core.adapter import Layer, LowRank
-from loratools_formats.core.dtypes import DTYPES, Array, DType, common_dtype, encode
+from loratools_formats.core.dtypes import (
+    DTYPES,
+    Array,
+    DType,
+    common_dtype,
+    encode,
+    is_power_of_two,
+)
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
 

@@ -11,12 +11,14 @@ from loratools.base.placement.fused import joined_spans, part_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import TiedChanges
+from loratools.base.task_class import ENDING_OF_TASK
 from loratools_formats.checkpoints.facts import HEAD_BIASES, HEADS, INPUT_EMBEDDINGS
 from loratools_formats.core.adapter import Adapter, Replacement
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
+_POOLER = "pooler"
 _RESIZABLE = INPUT_EMBEDDINGS | rules.TASK_HEADS | frozenset(HEADS.values())
 
 
@@ -59,7 +61,7 @@ def place_replacements(
         found = sites(names, module, leaf) or _tied_bias(names, replacement)
         if found:
             result.placed += _at(names, replacement, found)
-        elif _is_task_head(names, replacement):
+        elif _belongs_to_task(names, adapter, replacement):
             result.placed.append((replacement.target, replacement))
             message = f"{replacement.target}: not in the base, added"
             result.findings.append(Finding("tensor-added", "note", replacement.target, message))
@@ -73,9 +75,11 @@ def _tied_bias(names: Names, replacement: Replacement) -> list[Site]:
     return [] if key is None else [Site(key)]
 
 
-def _is_task_head(names: Names, replacement: Replacement) -> bool:
-    first = names.spelling(replacement.target).partition(".")[0]
-    return replacement.kind == "module" and first in rules.TASK_HEADS
+def _belongs_to_task(names: Names, adapter: Adapter, replacement: Replacement) -> bool:
+    """Return whether it is a head, or the pooler that a classifier has in front of its own."""
+    parts = names.spelling(replacement.target).split(".")
+    is_pooler = _POOLER in parts and adapter.config.get("task_type") in ENDING_OF_TASK
+    return replacement.kind == "module" and (parts[0] in rules.TASK_HEADS or is_pooler)
 
 
 def _at(

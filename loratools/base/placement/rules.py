@@ -56,7 +56,7 @@ _VIT = frozenset({"vit", "deit", "beit", "dinov2", "ijepa", "vit_mae", "vit_msn"
 _STORED_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
 """Types whose class transposes what checkpoints hold, if it lies the other way round."""
 
-_NOT_IN_TABLE = frozenset({"dots1", "qwen3_5_moe", "qwen3_omni_moe"})
+_NOT_IN_TABLE = frozenset({"dots1", "jetmoe", "qwen3_5_moe", "qwen3_omni_moe"})
 """Types of straight experts whose configuration the table does not name or cannot make."""
 
 _WITH_EXPERTS = (
@@ -167,6 +167,13 @@ JOINED_BY_NAME = {
     "gate_up_proj": GLU_PARTS[0],
 }
 """Fused modules of adapters for bases which keep the parts separate: order of their outputs."""
+
+MIXED: dict[str, dict[str, tuple[str, ...]]] = {
+    "linear_attn": {"in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v")},
+    "mixer": {"in_proj": ("gate_proj", "x_proj")},
+}
+"""Projections of linear attention (Qwen3.5) and Mamba (Nemotron) that Tinker adapts in parts: by
+their module's name and their own, the parts in the order of outputs."""
 
 TASK_HEADS = frozenset(
     {

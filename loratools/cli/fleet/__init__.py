@@ -39,7 +39,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     cls=LazyGroup,
     places={name: place for name, (place, _) in _TABLE.items()},
     summaries={name: text for name, (_, text) in _TABLE.items()},
-    learn_more="docs/commands/fleet.md",
+    page="commands/fleet.md",
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from loratools.cli import options as shared
@@ -12,20 +10,20 @@ from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.output import human_bytes, number, quantity, say
 from loratools.cli.perform import perform, target_of
 from loratools.face.fleet_index import FleetIndexResult, IndexOptions, fleet_index
-from loratools.work.collection import adapters_in
+from loratools.pipeline.fleet.sources import sources
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading, Reporting, Writing
 
 
 @named_command("fleet index")
-@click.argument("adapters", type=shared.PATH, nargs=-1, required=True)
+@click.argument("adapters", nargs=-1, required=True)
 @shared.takes(IndexOptions, into="options")
 @shared.takes(Workers, into="threads")
 @shared.reads("from_", "ignore_key")
 @shared.writes(positional=False)
 @shared.reports()
 def command(
-    adapters: tuple[Path, ...],
+    adapters: tuple[str, ...],
     options: IndexOptions,
     threads: Workers,
     reading: Reading,
@@ -34,15 +32,15 @@ def command(
 ) -> int:
     """Index adapters by sketches of their ΔW, for `fleet similar` and `fleet dedup`.
 
-    Folders and wildcards stand for the adapters in them. Adapters that cannot be read are listed,
-    and the exit code is 1 then.
+    ADAPTERS are paths, wildcards, folders that hold some, files that list them (.txt), or
+    hf://organisation/*. Those that cannot be read are listed, and the exit code is 1 then.
 
     \b
     loratools fleet index 'adapters/*' -o index.safetensors
     loratools fleet index 'adapters/*' -o index.safetensors --update
     """  # noqa: D301 - click reads the backspace
     target = target_of(writing)
-    paths = adapters_in(adapters)
+    given = sources(adapters)
     failed = 0
 
     def show(result: FleetIndexResult) -> None:
@@ -53,7 +51,7 @@ def command(
     def work(progress: object) -> FleetIndexResult:
         nonlocal failed
         result = fleet_index(
-            paths,
+            given,
             options=options,
             threads=threads,
             reading=reading,

@@ -94,8 +94,10 @@ def _cell(outcome: Outcome, key: str) -> str:
 
 
 def tell_failures(found: FleetResult) -> None:
-    """Print on stderr which adapters failed, and why."""
+    """Print on stderr which adapters failed, at first or for good, and why."""
     for one in found.adapters:
+        if one.retried is not None and one.retried != one.error:
+            say(f"tried again: {one.name}: {worded(one.retried)}", err=True)
         if one.error is not None:
             why = worded(one.error.removeprefix(f"{one.source}: "))
             say(f"failed: {one.name}: {why}", err=True)

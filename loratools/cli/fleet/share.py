@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from loratools.algebra.ranks import RankRule
@@ -14,7 +12,7 @@ from loratools.cli.perform import perform, target_of
 from loratools.face.fleet_share import FleetShareResult, fleet_share
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.shared.options import RANK_OPTIONS, ShareOptions
-from loratools.work.collection import adapters_in
+from loratools.pipeline.fleet.sources import sources
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.disk.errors import printable
@@ -23,7 +21,7 @@ _SHOWN = 20
 
 
 @named_command("fleet share")
-@click.argument("adapters", type=shared.PATH, nargs=-1, required=True)
+@click.argument("adapters", nargs=-1, required=True)
 @shared.takes(ShareOptions, into="options")
 @shared.takes(RankRule, *RANK_OPTIONS, into="rule")
 @shared.takes(ComputeOptions, "dtype", "workers", into="compute")
@@ -32,7 +30,7 @@ _SHOWN = 20
 @shared.writes("max_error", positional=False)
 @shared.reports("json", "quiet", "verbose")
 def command(
-    adapters: tuple[Path, ...],
+    adapters: tuple[str, ...],
     options: ShareOptions,
     rule: RankRule,
     compute: ComputeOptions,
@@ -45,18 +43,19 @@ def command(
 
     Adapters whose spaces overlap get one pair of bases per module; what is stored of each is its
     core, and its error is stated, beside the least that squeezing each alone to the same size would
-    have. Folders and wildcards stand for the adapters in them.
+    have. ADAPTERS are paths, wildcards, folders that hold some, files that list them (.txt), or
+    hf://organisation/*.
 
     \b
     loratools fleet share 'adapters/*' -o shared.safetensors --rank 64
     loratools fleet share adapters -o shared.safetensors --budget 20% --clusters 4
     """  # noqa: D301 - click reads the backspace
     target = target_of(writing)
-    paths = adapters_in(adapters)
+    given = sources(adapters)
     return perform(
         "fleet share",
         lambda progress: fleet_share(
-            paths,
+            given,
             options=options,
             rule=rule,
             compute=compute,

@@ -20,6 +20,7 @@ from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.fleet.report import show, tell_failures, telling
 from loratools.cli.output import note
 from loratools.cli.perform import report
+from loratools.cli.wording import read_on
 from loratools.face.ran import asked_of
 from loratools.pipeline.fleet.run import Fleeting, plan
 from loratools.pipeline.fleet.verbs import VERBS, Verb
@@ -44,7 +45,7 @@ class FleetCommand(Command):
         verb = str(self.name).removeprefix("fleet ")
         formatter.write_text(f"Options behind -- are those of `loratools {verb} --help`.")
         formatter.write_paragraph()
-        formatter.write_text("Learn more: docs/commands/fleet.md")
+        formatter.write(read_on("commands/fleet.md"))
 
 
 def settings_of(verb: Verb, arguments: Sequence[str]) -> dict[str, Any]:

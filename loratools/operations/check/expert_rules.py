@@ -15,7 +15,7 @@ from loratools_formats.core.adapter import Adapter
 _SINGLE = re.compile(r"(?:.*\.)?experts\.\d+\.(?P<leaf>\w+)|.*\.(?:gate_up|down)_projs\.\d+")
 _OF_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NOT_CONVERTED = frozenset({"nemotron_h", "lfm2_moe", "gpt_oss", "llama4", "llama4_text"})
-"""Types of which PEFT loads single experts on transformers 5 without changing any; run."""
+"""Models whose single experts PEFT on transformers 5 loads without converting any; we ran it."""
 
 
 def _types(subject: Subject, adapter: Adapter) -> frozenset[str]:

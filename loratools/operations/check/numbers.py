@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loratools.algebra.median import median
 from loratools.algebra.outliers import DEAD, ONE_SIDED, scores_in_families
 from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
@@ -114,8 +115,8 @@ def _dead(subject: Subject) -> list[str]:
     norms = _norms(subject)
     if not norms:
         return []
-    median = float(np.median(list(norms.values())))
-    return [n for n, norm in norms.items() if norm <= DEAD * median and not _is_dora(subject, n)]
+    limit = DEAD * median(list(norms.values()))
+    return [n for n, norm in norms.items() if norm <= limit and not _is_dora(subject, n)]
 
 
 def _non_finite(subject: Subject) -> Iterator[Found]:

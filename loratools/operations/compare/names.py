@@ -1,4 +1,4 @@
-"""Adapters of different formats under the names of the base model, so that their modules match."""
+"""Give adapters of different formats the names of the base model, so that their modules match."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One module of two adapters in detail."""
+"""Compare one module of two adapters in detail."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from loratools.algebra.median import median
 from loratools.algebra.subspaces import entry_measures, overlap, principal_angles, random_overlap
 from loratools.algebra.thin import Thin, cosine
 from loratools.folding.thin_modules import ThinModule
@@ -85,7 +86,7 @@ def _spaces(pairs: list[tuple[Thin, Thin]], side: int) -> tuple[float, float, An
     for one, other in pairs:
         q1, q2 = one.spaces()[side], other.spaces()[side]
         degrees = np.degrees(principal_angles(q1, q2)) if q1.size and q2.size else np.full(1, 90.0)
-        angles = float(degrees[0]), float(np.median(degrees)), float(degrees[-1])
+        angles = float(degrees[0]), median(degrees), float(degrees[-1])
         found.append((overlap(q1, q2), random_overlap(q1, q2), *angles))
     mean = np.mean(found, axis=0)
     return float(mean[0]), float(mean[1]), (float(mean[2]), float(mean[3]), float(mean[4]))

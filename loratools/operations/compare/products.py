@@ -24,7 +24,7 @@ MANY = 16
 """From this many adapters on, products are float32 within blocks: cosines are good to 1e-6."""
 
 _LEAST_SHARE, _LEAST_IN_SINGLE = 1e-4, 0.1
-"""Of Σ‖bᵢ‖²‖aᵢ‖², below which ‖ΔW‖² is too small for sums of float64, and of float32."""
+"""Shares of Σ‖bᵢ‖²‖aᵢ‖²: a smaller ‖ΔW‖² is lost in sums of float64, and of float32."""
 
 
 class Workspace(threading.local):

@@ -15,7 +15,7 @@ import numpy as np
 from loratools_formats.core.dtypes import Array
 
 _WIDE = 0.5
-"""Spaces that share more than this at random tell nothing."""
+"""If random spaces would share more than this, what two spaces share tells nothing."""
 FLOOR, FLOOR_IN_SINGLE = 1e-10, 1e-5
 """Eigenvalues of a Gram matrix below this share of the largest are rounding."""
 

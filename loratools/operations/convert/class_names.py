@@ -42,9 +42,13 @@ _BLOCKS = {
     "feed_forward.switch_mlp": ("lfm2_moe", "jamba"),
     "feed_forward.experts": ("llama4", "llama4_text"),
     "mlp.experts": ("gpt_oss", "afmoe", "dots1"),
+    "mixer.switch_mlp": ("nemotron_h",),
 }  # fmt: skip
 _SWITCH = {model: block for block, models in _BLOCKS.items() for model in models}
-_STACK = re.compile(r"(?P<layer>.+\.\d+)\.(?:[a-z_]+\.)?experts\.(?P<leaf>gate_up_proj|down_proj)")
+_STACK = re.compile(
+    r"(?P<layer>.+\.\d+)\.(?:[a-z_]+\.)?experts\.(?P<leaf>gate_up_proj|up_proj|down_proj)"
+)
+_OF_NEMOTRON = {"up_proj": "fc1", "down_proj": "fc2"}
 _EXPERTS = re.compile(r"(?:^|\.)(?:switch_mlp|experts)(?:\.|$)")
 _SEVERAL_PARTS = re.compile(r"^(?:model\.)?(?:language_model|vision_tower|visual|vision_model)\.")
 
@@ -93,10 +97,20 @@ def _refuse_names(adapter: Adapter, target: str) -> None:
 def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
     modules: dict[str, ModuleChange] = {}
     several = isinstance(base.config.get("text_config"), Mapping)
-    for name, change in adapter.modules.items():
+    is_nemotron = "nemotron_h" in model_types(base.config)
+    for module, given in adapter.modules.items():
+        name, change = _of_nemotron(module, given) if is_nemotron else (module, given)
         for path, made in _apart(name, change, base, adapter):
             modules[_prefixed(path) if several else path] = made
     return replace(adapter, modules={name: modules[name] for name in sorted(modules)})
+
+
+def _of_nemotron(name: str, change: ModuleChange) -> tuple[str, ModuleChange]:
+    """Return a module under the name that mlx-lm's Nemotron has, and its files."""
+    parameters = tuple(re.sub(r"^model\.", "backbone.", p) for p in change.layer.parameters)
+    layer = replace(change.layer, parameters=parameters)
+    called = re.sub(r"^model\.", "backbone.", name)
+    return called, change.with_direction(replace(change.direction, layer=layer))
 
 
 def _prefixed(name: str) -> str:
@@ -119,6 +133,13 @@ def _apart(
             raise UnsupportedError(
                 "mlx-lm has the language model only", path=adapter.source, tensor=name
             )
+        if any(not parameter.endswith(".weight") for parameter in change.layer.parameters):
+            raise UnsupportedError(
+                "mlx-lm has no such parameter: it keeps these experts as linear layers",
+                path=adapter.source,
+                tensor=change.layer.parameters[0],
+                hint="Fuse the adapter into its base instead: loratools fuse BASE ADAPTER -o FUSED",
+            )
         yield name, change
         return
     parameter = change.layer.parameters[0]
@@ -133,10 +154,11 @@ def _apart(
             expected=", ".join(sorted(_SWITCH)),
         )
     path = f"{match['layer']}.{_SWITCH[types[0]]}"
-    if match["leaf"] == "down_proj":
-        yield f"{path}.down_proj", _named(change, f"{path}.down_proj", change.require_factors().b)
-        return
     b = change.require_factors().b
+    if match["leaf"] != "gate_up_proj":
+        leaf = match["leaf"] if types[0] != "nemotron_h" else _OF_NEMOTRON[match["leaf"]]
+        yield f"{path}.{leaf}", _named(change, f"{path}.{leaf}", b)
+        return
     for index, leaf in enumerate(("gate_proj", "up_proj")):
         yield f"{path}.{leaf}", _named(change, f"{path}.{leaf}", _half(b, index, types[0]))
 

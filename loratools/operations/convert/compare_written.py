@@ -14,7 +14,7 @@ from loratools.lowrank.matrices import loaded
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter, ModuleChange
-from loratools_formats.core.dtypes import Array
+from loratools_formats.core.dtypes import Array, is_power_of_two
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError
 
@@ -183,7 +183,7 @@ def _multiple(new: Array, old: Array) -> float:
     if new.shape != old.shape or not len(places):
         return math.nan
     ratio = float(new.flat[places[0]]) / float(old.flat[places[0]])
-    same = linalg.is_power_of_two(ratio) and np.array_equal(new, old * ratio)
+    same = is_power_of_two(ratio) and np.array_equal(new, old * ratio)
     return ratio if same else math.nan
 
 

@@ -358,8 +358,7 @@ def _uses_base(source: Format, target: Format) -> bool:
     """Return whether a base model has a part in a conversion between two formats."""
     if uses_names(source.name, target.name):
         return True
-    is_other = source.name != target.name
-    return (source.uses_base or target.uses_base) and (is_other or target.naming is not None)
+    return source.uses_base or target.uses_base
 
 
 def _findings(adapter: Adapter, made: Adapter, target: Format) -> tuple[Finding, ...]:

@@ -93,17 +93,20 @@ def difference(
     unchanged = len(pairs) - len(differing)
     skipped = [pair.key for pair in differing if pair.module not in selection]
     chosen = [pair for pair in differing if pair.module in selection]
-    for pair in chosen:
-        if pair.use == "none":
-            raise UnsupportedError(
-                "a tensor changed that has no place in a LoRA",
-                path=tuned.path,
-                tensor=pair.key,
-                got=f"{pair.new.dtype.code} {list(pair.new.shape)}",
-                hint=pair.hint,
-            )
+    placeless = [pair for pair in chosen if pair.use == "none"]
+    if placeless:
+        pair = placeless[0]
+        others = [pair.module for pair in pairs if pair.use != "none"]
+        raise UnsupportedError(
+            "a tensor changed that has no place in a LoRA",
+            path=tuned.path,
+            tensor=pair.key,
+            got=f"{pair.new.dtype.code} {list(pair.new.shape)}",
+            hint=f"{pair.hint}: {comparison.pattern((p.key for p in placeless), others)}",
+        )
     modules = _deltas([pair for pair in chosen if pair.use == "layer"])
     replacements = {pair.key: pair.replacement() for pair in chosen if pair.use == "whole"}
+    replacements |= comparison.heads
     if not modules and not replacements:
         raise AdapterError(
             "nothing to extract",

@@ -7,7 +7,8 @@ read a block at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from loratools.base.placement import rules
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_transposed
+from loratools.base.task_class import task_of
 from loratools.base.tied import find_tie, shared_embeddings
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints import expert_classes
@@ -47,6 +49,8 @@ _PROJECTION = "text_projection"
 """OpenCLIP's parameter, (in, out); elsewhere it is a module."""
 _PARALLEL = re.compile(r"(?:.*\.)?(?:input_linear|output_linear)")
 """Modules whose weight is a stack of experts, too, under names that PEFT does not know."""
+_NUMBER = re.compile(r"(?:^|\.)\d+(?:\.|$)")
+Side = Literal["base", "tuned"]
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ class _DifferenceSource:
     def read_at(self, offset: int, nbytes: int) -> Buffer:
         """Return the bytes of elements of the difference."""
         start, stop = offset // 8, (offset + nbytes) // 8
-        new = self.new.elements(start, stop).astype(np.float64)
-        values = np.ascontiguousarray(new - self.old.elements(start, stop).astype(np.float64))
+        values = self.new.elements(start, stop).astype(np.float64)
+        values -= self.old.elements(start, stop)
         return memoryview(values.view(np.uint8).data)
 
 
@@ -128,28 +132,31 @@ class Comparison:
         self._other_form = {name for name in before.kept if before.known}
         self._names = Names(self.base)
         self.findings: list[Finding] = []
+        self.heads: dict[str, Replacement] = {}
+        self._task = task_of(self.tuned.config)
         self._tie = find_tie(self._names, guess_head=True)
         self._shared = shared_embeddings(self._names)
 
     def pairs(self) -> list[Pair]:
-        """Return every tensor of both.
+        """Return every tensor of both, and keep in `heads` what makes a classifier of the base.
 
         Raises:
             AdapterError: one is in only one of them, or of another shape.
+            UnsupportedError: the base ties what the tuned checkpoint has apart.
         """
         names = Names(self.tuned)
-        found: set[str] = set()
-        pairs = []
-        for key, old in self.base.tensors.items():
-            other = names.find(key)
-            if other is None:
-                self._only_in(key, self.base, self.tuned, "tuned")
-                continue
-            found.add(other)
-            pairs.append(self._pair(key, old, self.tuned.tensors[other]))
-        for key in self.tuned.tensors:
-            if key not in found:
-                self._only_in(key, self.tuned, self.base, "base")
+        both = {key: other for key in self.base.tensors if (other := names.find(key)) is not None}
+        adds_head = self._task is not None and all(key == other for key, other in both.items())
+        alone = [
+            *self._alone(self.base, set(both), "tuned", adds_head=adds_head),
+            *self._alone(self.tuned, set(both.values()), "base", adds_head=adds_head),
+        ]
+        if alone:
+            raise self._one_sided(alone, {key.rpartition(".")[0] for key in both})
+        pairs = [
+            self._pair(key, self.base.tensors[key], self.tuned.tensors[other])
+            for key, other in both.items()
+        ]
         return self._without_tied_head(pairs)
 
     def _without_tied_head(self, pairs: list[Pair]) -> list[Pair]:
@@ -177,39 +184,84 @@ class Comparison:
                 )
         return [pair for pair in pairs if pair is not head]
 
-    def _only_in(self, key: str, here: Checkpoint, there: Checkpoint, other: str) -> None:
-        """Note why a tensor that only one checkpoint has plays no part.
+    def _alone(
+        self, here: Checkpoint, paired: set[str], other: Side, *, adds_head: bool
+    ) -> list[str]:
+        """Return the tensors that only one checkpoint has and that may play a part.
 
-        Raises:
-            AdapterError: it may play one.
+        Args:
+            here: which has them.
+            paired: those that both have.
+            other: the one that lacks them.
+            adds_head: whether the tuned model is a classifier, and all names are those of the base.
         """
-        module = key.rpartition(".")[0]
-        if self._is_tied_copy(key, here):
-            message = f"{key} is tied in the {other} checkpoint and not compared"
-            self.findings.append(Finding("tied-skipped", "note", key, message))
-        elif _BUFFER.search(key):
-            message = f"{key} is a buffer that the {other} checkpoint lacks; left out"
-            self.findings.append(Finding("buffer-skipped", "note", key, message))
-        elif module not in self._selection:
-            message = f"{key}, which the {other} checkpoint lacks, is left out as asked"
-            self.findings.append(Finding("one-sided-skipped", "note", key, message))
-        elif self._is_head(module) and other == "base":
-            raise UnsupportedError(
+        alone = []
+        for key in here.tensors:
+            if key in paired:
+                continue
+            module = key.rpartition(".")[0]
+            is_outer = adds_head and not _NUMBER.search(key)
+            if self._is_tied_copy(key, here):
+                message = f"{key} is tied in the {other} checkpoint and not compared"
+                self._note("tied-skipped", key, message)
+            elif _BUFFER.search(key):
+                message = f"{key} is a buffer that the {other} checkpoint lacks; left out"
+                self._note("buffer-skipped", key, message)
+            elif module not in self._selection:
+                message = f"{key}, which the {other} checkpoint lacks, is left out as asked"
+                self._note("one-sided-skipped", key, message)
+            elif is_outer and other == "base":
+                self.heads[key] = Replacement("module", key, here.tensors[key])
+                message = f"{key}, which the base lacks, is carried whole: it belongs to the task"
+                self._note("head-carried", key, message)
+            elif is_outer:
+                message = f"{key} is left out: the tuned model, a classifier, does without it"
+                self._note("one-sided-skipped", key, message)
+            else:
+                alone.append(key)
+        return alone
+
+    def _note(self, code: str, key: str, message: str) -> None:
+        self.findings.append(Finding(code, "note", key, message))
+
+    def _one_sided(self, keys: list[str], shared: set[str]) -> AdapterError | UnsupportedError:
+        """Return the error of tensors that only one checkpoint has.
+
+        Args:
+            keys: their names.
+            shared: modules that both have.
+        """
+        key = keys[0]
+        here, there = (self.base, self.tuned)[:: 1 if key in self.base.tensors else -1]
+        leave_out = "leave it out with `exclude`: " + self.pattern(keys, shared)
+        if here is self.tuned and self._is_head(key.rpartition(".")[0]):
+            return UnsupportedError(
                 "the tuned checkpoint has an output layer of its own, the base's is tied to its "
                 "embedding",
                 path=here.path,
                 tensor=key,
                 hint="Untie the base first: store the embedding under this name too, and set "
-                "tie_word_embeddings to false in its config.json; or leave it out with `exclude`",
+                f"tie_word_embeddings to false in its config.json; or {leave_out}",
             )
-        else:
-            raise AdapterError(
-                "a tensor is in only one of the checkpoints",
-                path=here.path,
-                tensor=key,
-                expected=f"the same tensor in {there.path.name}",
-                hint="Leave its module out with `exclude`",
-            )
+        return AdapterError(
+            "a tensor is in only one of the checkpoints",
+            path=here.path,
+            tensor=key,
+            got=f"{len(keys)} such tensors" if len(keys) > 1 else None,
+            expected=f"the same tensor in {there.path.name}",
+            hint=leave_out[0].upper() + leave_out[1:],
+        )
+
+    def pattern(self, keys: Iterable[str], shared: Iterable[str]) -> str:
+        """Return what `exclude` takes to leave out tensors, besides what it leaves out already.
+
+        Args:
+            keys: their names.
+            shared: modules that must stay.
+        """
+        given = self._selection.exclude
+        found = _pattern(list(keys), set(shared))
+        return shlex.quote(found if given is None else f"{given}|{found}")
 
     def _is_tied_copy(self, key: str, checkpoint: Checkpoint) -> bool:
         """Return whether a tensor is an output embedding that repeats the input embedding."""
@@ -227,9 +279,10 @@ class Comparison:
     def _pair(self, key: str, old: TensorRef, new: TensorRef) -> Pair:
         module, _, leaf = key.rpartition(".")
         dims = len(old.shape)
-        resizable = is_embedding(module) or self._is_head(module)
+        is_task = self._task is not None and not rules.TASK_HEADS.isdisjoint(module.split("."))
+        resizable = dims == 2 and (is_embedding(module) or self._is_head(module))
         if old.shape != new.shape and not (
-            resizable and dims == 2 and old.shape[1:] == new.shape[1:]
+            (resizable or is_task) and old.shape[1:] == new.shape[1:]
         ):
             raise AdapterError(
                 "a tensor has another shape in the tuned checkpoint",
@@ -313,9 +366,10 @@ class Comparison:
         )
         layers = {name: delta.layer for name, delta in modules.items()}
         parameters = sorted({name for layer in layers.values() for name in layer.parameters})
+        saved = sorted({_saved(key) for key in self.heads})
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM" if causal else None,
+            "task_type": self._task if self.heads else "CAUSAL_LM" if causal else None,
             "base_model_name_or_path": base_name,
             "bias": "none",
             "fan_in_fan_out": any(
@@ -329,4 +383,23 @@ class Comparison:
                 (key.rpartition(".")[0] for key in self.base.tensors),
             ),
             **({"target_parameters": parameters} if parameters else {}),
+            **({"modules_to_save": saved} if saved else {}),
         }
+
+
+def _saved(key: str) -> str:
+    """Return the module that PEFT saves whole for a tensor: all of a head, or a single module."""
+    first = key.partition(".")[0]
+    return first if first in rules.TASK_HEADS else key.rpartition(".")[0]
+
+
+def _pattern(keys: list[str], shared: set[str]) -> str:
+    """Return an expression for the modules of tensors, and for none of those that are `shared`."""
+    own: dict[str, None] = {}
+    for key in keys:
+        parts = key.rpartition(".")[0].split(".")
+        starts = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        free = (s for s in starts if not any(f"{o}.".startswith(f"{s}.") for o in shared))
+        start = next(free, None)
+        own[rf"{re.escape(start)}(\.|$)" if start else f"{re.escape(starts[-1])}$"] = None
+    return f"^({'|'.join(own)})" if len(own) > 1 else f"^{next(iter(own))}"

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loratools.base.task_class import ENDING_OF_TASK
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
@@ -19,7 +20,6 @@ _HEADS = re.compile(r"(?:score|classifier|classification_head)(?:\.out_proj)?\.w
 _ANY_HEAD = re.compile(
     r"(?:^|\.)(?:score|classifier|classification_head)(?:\.out_proj)?\.(?:weight|bias)$"
 )
-_CLASSES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _TASK = re.compile(r"(?:For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
 
@@ -75,13 +75,13 @@ def is_own_head(key: str, adapters: Sequence[Adapter]) -> bool:
     """Return whether a tensor is of a classifier's head that adapters bring, of any size."""
     tasks = {str(adapter.config.get("task_type")) for adapter in adapters}
     named = _ANY_HEAD.search(key) is not None
-    return named and not tasks.isdisjoint(_CLASSES)
+    return named and not tasks.isdisjoint(ENDING_OF_TASK)
 
 
 def _head(adapters: Sequence[Adapter], keys: Collection[str]) -> tuple[str, str, int] | None:
     """Return the class' ending, the name of the head's weight, and its number of labels."""
     for adapter in adapters:
-        suffix = _CLASSES.get(str(adapter.config.get("task_type")))
+        suffix = ENDING_OF_TASK.get(str(adapter.config.get("task_type")))
         for replacement in adapter.replacements.values() if suffix is not None else ():
             shape = replacement.tensor.shape
             if _HEADS.fullmatch(replacement.target) and len(shape) == 2:

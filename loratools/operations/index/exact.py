@@ -1,4 +1,4 @@
-"""Exact cosines of pairs of adapters, with the inner products that `compare` takes."""
+"""Compute exact cosines of pairs of adapters, with the inner products that `compare` takes."""
 
 from __future__ import annotations
 

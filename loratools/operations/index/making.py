@@ -15,6 +15,7 @@ from loratools.operations.index.file import Index, Row
 from loratools.operations.index.sketching import Outcome, Subject, digest_of, rows
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.disk.errors import LoratoolsError, OptionError
+from loratools_formats.disk.hub_cache import cached_place
 
 _BATCH = 64
 
@@ -137,5 +138,8 @@ def _batches(names: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """Return a path as it is told from the folder of the index."""
+    """Return a path as it is told from the folder of the index; in the Hub's cache a reference."""
+    place = cached_place(path)
+    if place is not None:
+        return place.reference
     return os.path.relpath(os.path.abspath(path), os.path.abspath(folder)).replace(os.sep, "/")

@@ -25,7 +25,7 @@ from loratools_formats.disk.errors import LoratoolsError, OptionError
 _SURE = 5.0  # standard errors within which an estimate is taken to be
 _ROWS = 1024
 
-Read = Callable[[Path], Adapter]
+Read = Callable[[Path | str], Adapter]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Originals:
 
     Args:
         folder: of the index.
-        read: opens an adapter.
+        read: opens an adapter, by its path or its reference.
     """
 
     def __init__(self, folder: Path, read: Read) -> None:
@@ -154,7 +154,8 @@ class Originals:
         if self._known.get(entry.path) is False:
             return None
         try:
-            adapter = self._read(self._folder / entry.path)
+            is_here = not entry.path.startswith("hf://")
+            adapter = self._read(self._folder / entry.path if is_here else entry.path)
             known = self._known.get(entry.path) or digest_of(adapter) == entry.digest
         except LoratoolsError:
             known = False

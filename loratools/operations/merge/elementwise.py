@@ -39,38 +39,76 @@ def _top(tasks: Tasks, density: float, flavor: Flavor) -> RowReader:
     if flavor == "paper" and tasks.share_threshold is not None:
         thresholds = [tasks.share_threshold(task, density) for task in range(tasks.count)]
     else:
-        thresholds = [
-            tasks.kth_largest(tasks.magnitudes(task), keep) for task in range(tasks.count)
-        ]
-    limits = np.array(thresholds, np.float32)[:, None, None]
+        thresholds = [tasks.largest_magnitudes(task, [keep])[0] for task in range(tasks.count)]
+    limits = np.array(thresholds, np.float32)
 
     def rows(start: int, stop: int) -> Array:
         block = tasks.block(start, stop)
-        return np.where(np.abs(block) >= limits, block, np.float32(0))
+        for values, limit in zip(block, limits, strict=True):
+            np.multiply(values, np.abs(values) >= limit, out=values)  # ten times as fast as where
+        return block
 
     return rows
 
 
-def _dropped(tasks: Tasks, keep: Callable[[int, Array], Array], rescale: str) -> RowReader:
+def _dropped(tasks: Tasks, keep: Callable[[Array], Array | float], rescale: str) -> RowReader:
     """Keep entries at random: each with the probability that `keep` gives it."""
 
-    def one(task: int, start: int, stop: int) -> Array:
-        entries = tasks.sources[task].rows(start, stop).astype(np.float64)
-        chances = keep(task, entries)
-        kept = np.where(tasks.random_rows(task, start, stop) < chances, entries, 0.0)
-        return kept / chances if rescale == "chance" else kept
+    def one(task: int, start: int, stop: int) -> tuple[Array, Array]:
+        """Return rows of a task before and after."""
+        entries = tasks.sources[task].rows(start, stop)
+        chances = keep(entries)
+        kept = entries.astype(np.float64)
+        kept *= tasks.random_rows(task, start, stop) < _in_single(chances)
+        if rescale == "chance":
+            kept /= chances
+        return entries, kept
 
     ratios = np.ones(tasks.count)
     if rescale == "l1":
         for task in range(tasks.count):
-            before = tasks.total(tasks.magnitudes(task))
-            after = tasks.total(lambda i, j, task=task: np.abs(one(task, i, j)))  # type: ignore[misc]
+            before = after = 0.0
+            for span in tasks.spans():
+                entries, kept = one(task, *span)
+                before += float(np.abs(entries, out=entries).sum(dtype=np.float64))
+                after += float(np.abs(kept, out=kept).sum())
             ratios[task] = before / after if min(before, after) >= 1e-7 else 1.0
 
     def rows(start: int, stop: int) -> Array:
-        return np.stack([ratios[task] * one(task, start, stop) for task in range(tasks.count)])
+        found = np.empty((tasks.count, stop - start, tasks.shape[1]))
+        for task, ratio in enumerate(ratios):
+            np.multiply(ratio, one(task, start, stop)[1], out=found[task])
+        return found
 
     return rows
+
+
+def _in_single(chances: Array | float) -> Array | np.float32:
+    """Return what float32 numbers are below just where they are below the chances."""
+    if isinstance(chances, float):
+        nearest = np.float32(chances)
+        return nearest if nearest >= chances else np.nextafter(nearest, np.float32(np.inf))
+    return chances
+
+
+def places_in_rows(magnitudes: Array) -> Array:
+    """Return the place of each entry in its row from the smallest, from 0; of equals, the first.
+
+    Sorts the bits of each number, which for non-negative ones are in their order, with its column
+    below them: five times as fast as sorting places.
+
+    Args:
+        magnitudes: (m, n) float32, not negative.
+    """
+    columns = np.arange(magnitudes.shape[1], dtype=np.uint64)
+    keys = np.left_shift(magnitudes.view(np.uint32), np.uint64(32), dtype=np.uint64)
+    keys |= columns
+    keys.sort(axis=1)
+    keys &= np.uint64(0xFFFFFFFF)
+    places = np.empty(magnitudes.shape, np.int64)
+    for row, order in zip(places, keys.astype(np.int64), strict=True):
+        row[order] = columns
+    return places
 
 
 def _bernoulli(tasks: Tasks, density: float, flavor: Flavor) -> RowReader:
@@ -79,15 +117,22 @@ def _bernoulli(tasks: Tasks, density: float, flavor: Flavor) -> RowReader:
     if density <= 0.0:
         raise OptionError("density is too small for dropping at random", got=density)
     rescale = "l1" if flavor == "mergekit" else "chance"
-    return _dropped(tasks, lambda _, entries: np.full(entries.shape, density), rescale)
+    return _dropped(tasks, lambda _: density, rescale)
 
 
 def _summed(rows: RowReader, weights: Array, scale: float) -> RowReader:
     """Σ wₜ·xₜ."""
+    factors = [float(weight) for weight in weights]
 
     def merged(start: int, stop: int) -> Array:
-        result: Array = scale * np.tensordot(weights, rows(start, stop).astype(np.float64), axes=1)
-        return result
+        entries = rows(start, stop)
+        total = np.zeros(entries.shape[1:])
+        part = np.empty_like(total)
+        for values, factor in zip(entries, factors, strict=True):
+            np.multiply(values, factor, out=part, dtype=np.float64)
+            total += part
+        total *= scale
+        return total
 
     return merged
 
@@ -165,11 +210,11 @@ def della(
             "density ± epsilon must stay inside (0, 1)", got=f"{density:g} ± {epsilon:g}"
         )
 
-    def chances(_: int, entries: Array) -> Array:
-        places = np.argsort(np.argsort(np.abs(entries), axis=1, kind="stable"), axis=1)
-        share = places / max(entries.shape[1] - 1, 1)
-        result: Array = density - epsilon + 2.0 * epsilon * share
-        return result
+    def chances(entries: Array) -> Array:
+        share: Array = places_in_rows(np.abs(entries)) / max(entries.shape[1] - 1, 1)
+        share *= 2.0 * epsilon
+        share += density - epsilon
+        return share
 
     rows = _dropped(tasks, chances, "l1" if flavor == "mergekit" else "chance")
     return elected(rows, weights, lambda_, majority_sign, flavor)
@@ -187,17 +232,17 @@ def breadcrumbs(
         raise OptionError("gamma is a share", got=gamma, expected="from 0, below 1")
     below = max(0, elements - target - int(gamma * elements))
     highest, lowest = elements - below - target + 1, elements - below
-    bounds = []
-    for task in range(tasks.count):
-        score = tasks.magnitudes(task)
-        bounds.append([tasks.kth_largest(score, k) for k in (lowest, highest)])
-    low, high = np.array(bounds, np.float32).T[:, :, None, None]
+    bounds = [tasks.largest_magnitudes(t, (lowest, highest)) for t in range(tasks.count)]
+    limits = np.array(bounds, np.float32)
 
     def rows(start: int, stop: int) -> Array:
         block = tasks.block(start, stop)
-        magnitudes = np.abs(block)
-        inside = (magnitudes >= low) & (magnitudes <= high)
-        return np.where(inside, block, np.float32(0)) if target else np.zeros_like(block)
+        for values, (low, high) in zip(block, limits, strict=True):
+            magnitudes = np.abs(values)
+            inside = magnitudes >= low
+            inside &= magnitudes <= high
+            np.multiply(values, inside if target else np.float32(0), out=values)
+        return block
 
     return _summed(rows, weights, lambda_)
 

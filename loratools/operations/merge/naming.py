@@ -1,4 +1,4 @@
-"""Single files of different namings brought into the first one's before they are merged.
+"""Bring single files of different namings into the naming of the first before a merge.
 
 Names are resolved as `convert` does, by tables and the maps that files carry, and by nothing else:
 where they do not lead to one naming, nothing is merged.

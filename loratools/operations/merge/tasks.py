@@ -3,7 +3,8 @@
 A task is one adapter's ΔW for the module. Nothing here holds more than a block of rows; what needs
 a look at all entries (the k-th largest magnitude, a sum) streams over the blocks. Entries are
 float32, computed in float64 and rounded once; blocks have the same rows in every pass, so the
-same entries come out each time.
+same entries come out each time. Blocks are small enough to stay in a core's cache while a method
+goes over them again and again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Protocol
 import numpy as np
 
 from loratools.algebra.streamed_svd import row_spans
+from loratools.operations.merge.selection import SAMPLE, largest
+from loratools.work.buffers import Buffers
 from loratools.work.seeds import seed_of_64_bits
 from loratools_formats.core.dtypes import Array
 
@@ -23,14 +26,17 @@ Score = Callable[[int, int], Array]
 RowReader = Callable[[int, int], Array]
 """Returns rows [start, stop) of a merged ΔW."""
 
-_HIGH_BITS = 15
+_BLOCK_ELEMENTS = 1 << 16
+_LEAST_SAMPLED = 4 * SAMPLE  # entries; of fewer, two passes cost next to nothing
+_SAMPLED_AT_ONCE = 1 << 12
+_BUFFERS = Buffers()
 
 
 class TaskRows(Protocol):
     """Rows of one task's ΔW."""
 
     def rows(self, start: int, stop: int) -> Array:
-        """Return rows [start, stop) as float32 (stop − start, n)."""
+        """Return rows [start, stop) as float32 (stop − start, n), which the caller may change."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,21 @@ class FactorRows:
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows [start, stop)."""
-        return (self.b[start:stop] @ self.a).astype(np.float32)
+        shape = (stop - start, self.a.shape[1])
+        product = _BUFFERS.array("product", shape, np.float64)
+        return np.matmul(self.b[start:stop], self.a, out=product).astype(np.float32)
+
+    def sample(self, count: int) -> Array:
+        """Return the magnitudes of entries at random places, the same each time: (count,)."""
+        rng = np.random.default_rng(0)
+        columns = np.ascontiguousarray(self.a.T)
+        found = np.empty(count, np.float32)
+        for start in range(0, count, _SAMPLED_AT_ONCE):
+            size = min(_SAMPLED_AT_ONCE, count - start)
+            left = self.b[rng.integers(len(self.b), size=size)]
+            right = columns[rng.integers(len(columns), size=size)]
+            found[start : start + size] = np.abs(np.einsum("ij,ij->i", left, right))
+        return found
 
 
 @dataclass(frozen=True)
@@ -98,15 +118,31 @@ class Tasks:
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Return (start, stop) of each block of rows."""
-        return row_spans(self.shape)
+        return row_spans(self.shape, _BLOCK_ELEMENTS)
 
     def block(self, start: int, stop: int) -> Array:
         """Return all tasks' rows [start, stop): (T, stop − start, n) float32."""
-        return np.stack([source.rows(start, stop) for source in self.sources])
+        found = np.empty((self.count, stop - start, self.shape[1]), np.float32)
+        for task, source in enumerate(self.sources):
+            found[task] = source.rows(start, stop)
+        return found
 
     def magnitudes(self, task: int) -> Score:
         """Return the score |ΔW| of one task."""
-        return lambda start, stop: np.abs(self.sources[task].rows(start, stop))
+
+        def score(start: int, stop: int) -> Array:
+            rows = self.sources[task].rows(start, stop)
+            return np.abs(rows, out=rows)
+
+        return score
+
+    def largest_magnitudes(self, task: int, ranks: Sequence[int]) -> list[float]:
+        """Return the k-th largest |ΔW| of one task for each k, exactly; infinity for 0."""
+        source, elements = self.sources[task], self.shape[0] * self.shape[1]
+        sample = None
+        if isinstance(source, FactorRows) and elements >= _LEAST_SAMPLED:
+            sample = source.sample(SAMPLE)
+        return self._largest(self.magnitudes(task), ranks, sample)
 
     def total(self, score: Score) -> float:
         """Return the sum of a score over all entries, in float64."""
@@ -119,66 +155,27 @@ class Tasks:
     def kth_largest(self, score: Score, k: int) -> float:
         """Return the k-th largest value of a non-negative float32 score, exactly.
 
-        The bits of non-negative floats are ordered as the floats are: a histogram of the high bits
-        finds the bin of the k-th largest, one of the low bits inside it finds the value.
-
         Args:
             score: function of (start, stop) giving those rows of the score.
             k: from 1; infinity is returned for 0.
         """
-        if k <= 0:
-            return float("inf")
-        counts = Histogram()
-        for span in self.spans():
-            counts.add_high(score(*span))
-        counts.choose(k)
-        for span in self.spans():
-            counts.add_low(score(*span))
-        return counts.value()
+        return self._largest(score, [k], None)[0]
+
+    def _largest(self, score: Score, ranks: Sequence[int], sample: Array | None) -> list[float]:
+        elements = self.shape[0] * self.shape[1]
+        return largest(lambda: (score(*span) for span in self.spans()), ranks, sample, elements)
 
     def random_rows(self, task: int, start: int, stop: int) -> Array:
-        """Return uniform numbers in [0, 1) for rows of a task: the same whatever the blocks."""
+        """Return uniform numbers in [0, 1) for rows of a task: the same whatever the blocks.
+
+        Every row has a stream of its own, the counter of Philox with the row's number in it.
+        """
         key = [seed_of_64_bits(self.seed), zlib.crc32(self.name.encode())]
-        streams = (
-            np.random.Generator(np.random.Philox(key=key, counter=[0, 0, row, task]))
-            for row in range(start, stop)
-        )
-        return np.stack([stream.random(self.shape[1], dtype=np.float32) for stream in streams])
-
-
-class Histogram:
-    """Exact selection of the k-th largest non-negative float32 in two passes over any blocks."""
-
-    def __init__(self) -> None:
-        self._high = np.zeros(1 << (32 - _HIGH_BITS), np.int64)
-        self._low = np.zeros(1 << _HIGH_BITS, np.int64)
-        self._bin = -1
-        self._rank = 0
-
-    @staticmethod
-    def _bits(values: Array) -> Array:
-        return np.ascontiguousarray(values, dtype=np.float32).reshape(-1).view(np.uint32)
-
-    def add_high(self, values: Array) -> None:
-        """Count values of the first pass."""
-        self._high += np.bincount(self._bits(values) >> _HIGH_BITS, minlength=len(self._high))
-
-    def choose(self, k: int) -> None:
-        """Fix which value is looked for, after the first pass."""
-        above = np.cumsum(self._high[::-1])
-        place = int(np.searchsorted(above, min(k, int(above[-1]))))
-        self._bin = len(self._high) - 1 - place
-        self._rank = min(k, int(above[-1])) - (int(above[place - 1]) if place else 0)
-
-    def add_low(self, values: Array) -> None:
-        """Count values of the second pass."""
-        bits = self._bits(values)
-        inside = bits[(bits >> _HIGH_BITS) == self._bin] & ((1 << _HIGH_BITS) - 1)
-        self._low += np.bincount(inside, minlength=len(self._low))
-
-    def value(self) -> float:
-        """Return the value, after the second pass."""
-        above = np.cumsum(self._low[::-1])
-        place = len(self._low) - 1 - int(np.searchsorted(above, self._rank))
-        bits = np.uint32((self._bin << _HIGH_BITS) | place)
-        return float(np.array([bits], np.uint32).view(np.float32)[0])
+        bits = np.random.Philox(key=key)
+        stream, state = np.random.Generator(bits), bits.state  # of a stream that has not begun
+        found = np.empty((stop - start, self.shape[1]), np.float32)
+        for row, numbers in zip(range(start, stop), found, strict=True):
+            state["state"]["counter"] = np.array([0, 0, row, task], np.uint64)
+            bits.state = state  # a third of what it takes to make another
+            stream.random(dtype=np.float32, out=numbers)
+        return found

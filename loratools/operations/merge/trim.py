@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.module import pairs_of
-from loratools.operations.merge.tasks import FactorRows, Histogram, Tasks, ZeroRows
+from loratools.operations.merge.selection import SAMPLE, largest
+from loratools.operations.merge.tasks import FactorRows, Tasks, ZeroRows
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import UnsupportedError
 
 
@@ -49,23 +51,34 @@ class SharedTrim:
         keep = int(density * elements)
         if keep <= 0:
             return float("inf")
-        counts = Histogram()
-        for values in self._magnitudes(task):
-            counts.add_high(values)
-        counts.choose(keep)
-        for values in self._magnitudes(task):
-            counts.add_low(values)
-        return counts.value()
+        sample = self._sample(task, elements) if elements >= SAMPLE else None
+        return largest(lambda: self._magnitudes(task), [keep], sample, elements)[0]
 
-    def _magnitudes(self, task: int) -> Any:
+    def _sample(self, task: int, elements: int) -> Array:
+        """Return magnitudes at random places, as many of each matrix as it has a share of all."""
+        drawn = [np.empty(0, np.float32)]
+        owed = 0.0
+        for source, shape in self._sources(task):
+            owed += SAMPLE * shape[0] * shape[1] / elements
+            count = int(owed)
+            owed -= count
+            is_zero = isinstance(source, ZeroRows)
+            drawn.append(np.zeros(count, np.float32) if is_zero else source.sample(count))
+        return np.concatenate(drawn)
+
+    def _magnitudes(self, task: int) -> Iterator[Array]:
+        for source, shape in self._sources(task):
+            tasks = Tasks([source], shape, 0, "")
+            score = tasks.magnitudes(0)
+            for span in tasks.spans():
+                yield score(*span)
+
+    def _sources(self, task: int) -> Iterator[tuple[Any, tuple[int, int]]]:
         for module in self._modules:
             shape = module.first.shape
             delta = module.deltas[task]
             if delta is None:
-                sources: list[Any] = [ZeroRows(shape[1])] * module.first.experts
+                yield from [(ZeroRows(shape[1]), shape)] * module.first.experts
             else:
-                sources = [FactorRows(*pair) for pair in pairs_of(delta)]
-            for source in sources:
-                tasks = Tasks([source], shape, 0, module.name)
-                for span in tasks.spans():
-                    yield np.abs(source.rows(*span))
+                for pair in pairs_of(delta):
+                    yield FactorRows(*pair), shape

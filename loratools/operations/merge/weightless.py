@@ -24,7 +24,7 @@ _SCALING = frozenset(
         "breadcrumbs",
     }
 )  # fmt: skip
-"""Methods whose result is zero where every weight is."""
+"""Methods whose result is zero if every weight is zero."""
 
 
 def heard(

@@ -1,8 +1,8 @@
 """Merging full differences: weighted sums of whole matrices, rounded once to what they stand in.
 
 A module that one adapter changes by a full difference has no factors in the result, whatever the
-other adapters have of it. Signs, drops and spectra of such matrices are another method than that of
-low-rank changes, so that a method which is no weighted sum takes them only on request, as one.
+other adapters have of it. Signs, drops and spectra of these matrices are another method than that
+of low-rank changes, so that a method which is no weighted sum takes them only on request, as one.
 """
 
 from __future__ import annotations

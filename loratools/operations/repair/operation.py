@@ -22,6 +22,7 @@ import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.intruders import Leading
+from loratools.algebra.median import median
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.outliers import DEAD, ONE_SIDED
 from loratools.algebra.thin import Thin
@@ -309,7 +310,7 @@ class _Repair:
         if not self.options.drop_dead:
             return outcomes
         sizes = [math.sqrt(o.squared_norm) for o in outcomes if o.is_measured]
-        limit = DEAD * float(np.median(sizes)) if sizes else 0.0
+        limit = DEAD * median(sizes) if sizes else 0.0
         return [
             _dropped(one)
             if one.is_measured

@@ -31,6 +31,7 @@ from loratools.operations.shared.members import (
     member_of,
 )
 from loratools.operations.shared.options import ShareOptions
+from loratools.operations.shared.reassigning import fixed_ranks, reassigned
 from loratools.operations.shared.result import Shared, SharedAdapter, SharedModuleReport
 from loratools.operations.shared.survey import Survey, survey
 from loratools.operations.shared.units import Fleet, Unit
@@ -127,6 +128,13 @@ class _Share:
         units = self.fleet.units(groups)
         record = self._record()
         ranks = self._chosen(units, weights, groups, record)
+        fixed = fixed_ranks(self.rule, units, ranks)
+        threads, squares = self.compute.threads, found.squared_norms
+        others = found.around(len(groups))
+        moved = reassigned(self.fleet, groups, others, fixed, weights, squares, threads)
+        if moved != groups:
+            groups, units = moved, self.fleet.units(moved)
+            ranks = self._chosen(units, weights, groups, record)
         return self._shared(units, ranks, weights, groups, found.squared_norms, record)
 
     def _survey(self) -> Survey:

@@ -44,6 +44,21 @@ class Survey:
         merges[:, 2] = np.arange(len(merges)) >= total - count  # in order; the last are undone
         return clusters(merges, 0.5)
 
+    def around(self, count: int) -> list[list[int]]:
+        """Return as many groups around adapters chosen one by one so that all lie near to one."""
+        if self.overlaps is None:
+            return self.groups(count)
+        near = np.zeros(len(self.overlaps))
+        middles: list[int] = []
+        for _ in range(count):
+            sums = np.maximum(self.overlaps, near).sum(axis=1)
+            sums[middles] = -np.inf
+            middles.append(int(np.argmax(sums)))
+            near = np.maximum(near, self.overlaps[middles[-1]])
+        nearest = np.argmax(self.overlaps[:, middles], axis=1)
+        nearest[middles] = np.arange(count)
+        return [[int(i) for i in np.flatnonzero(nearest == group)] for group in range(count)]
+
 
 def survey(
     names: Sequence[str],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from loratools.algebra.measures import SpectrumMeasures
+from loratools.algebra.median import median
 from loratools.algebra.outliers import DEAD, ONE_SIDED, OUTLIER
 from loratools.operations.spectrum.result import MatrixReport, Observation
 
@@ -19,8 +18,8 @@ _ORDER = ("non-finite", "dead", "outlier", "reference", "intruder", "spike", "ro
 def findings(matrices: Sequence[MatrixReport]) -> tuple[Observation, ...]:
     """Return what stands out, the gravest kinds first, then in path order."""
     norms = [m.measures.frobenius for m in matrices if m.measures is not None]
-    median = float(np.median(norms)) if norms else 0.0
-    found = [finding for matrix in matrices for finding in _of(matrix, median)]
+    usual = median(norms) if norms else 0.0
+    found = [finding for matrix in matrices for finding in _of(matrix, usual)]
     rank = {kind: place for place, kind in enumerate(_ORDER)}
     return tuple(sorted(found, key=lambda finding: rank.get(finding.kind, len(_ORDER))))
 

@@ -156,7 +156,7 @@ def _report(
         alpha=module.alpha,
         scale=module.scale,
         finite=True,
-        singular_values=tuple(float(value) for value in thin.singular_values),
+        singular_values=tuple(thin.singular_values.tolist()),
         measures=found,
         tail=thin.tail / thin.squared_norm if thin.tail else 0.0,
         balance=size_b / size_a if is_factored and size_a > 0.0 else None,

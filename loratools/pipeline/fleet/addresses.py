@@ -1,19 +1,32 @@
-"""Adapters in object stores: listed through fsspec, and brought here whole while they are read."""
+"""Adapters in object stores, through fsspec: listed, known by their headers, brought here whole."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import glob
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratools.work.collection import WEIGHTS
-from loratools_formats.disk.errors import AdapterError, MissingDependencyError, MissingFileError
+from loratools_formats.containers.safetensors_read import DEFAULT_LIMITS, LENGTH_BYTES
+from loratools_formats.disk.distant import DistantFile, announce, withdraw
+from loratools_formats.disk.errors import (
+    AdapterError,
+    MissingDependencyError,
+    MissingFileError,
+    StoreError,
+)
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.+)", re.IGNORECASE)
 _CONFIG = "adapter_config.json"
+_FIRST_BYTES = 100_000
+_TAGS = ("ETag", "etag", "xet_hash")
+"""What stores call the mark of an object's content, by which they tell whether it changed."""
 
 
 def address(text: str | os.PathLike[str]) -> str | None:
@@ -57,6 +70,7 @@ def listed(url: str) -> list[str]:
     Raises:
         AdapterError: wildcards match nothing.
         MissingFileError: nothing is there.
+        StoreError: the store cannot be reached, or refused.
     """
     file_system, root = opened(url)
     scheme = url.partition("://")[0]
@@ -67,8 +81,10 @@ def listed(url: str) -> list[str]:
             found = [root]
         else:
             found = sorted(_below(file_system.find(root)))
-    except (OSError, PermissionError) as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise MissingFileError(f"cannot be listed: {error}", path=url) from error
+    except OSError as error:
+        raise StoreError(f"cannot be listed: {error}", path=url) from error
     if not found:
         raise AdapterError("no adapter is there", path=url)
     return [f"{scheme}://{place.lstrip('/')}" for place in found]
@@ -82,24 +98,144 @@ def _below(files: list[str]) -> Iterator[str]:
             yield name
 
 
-def fetched(url: str, folder: Path) -> Path:
-    """Bring what an address names into a folder, and return where.
+@dataclass(frozen=True)
+class _Object:
+    """A file of a store: where, how large, and the store's mark of its content, if it has one."""
+
+    place: str
+    nbytes: int
+    mark: str | None
+
+
+class Fetched:
+    """What an address names; a folder here gets of it what is needed.
+
+    Until then its files can be opened at the paths that they will have: the header of a safetensors
+    file then comes alone, by a range of bytes, and so do a few short reads behind it; any other
+    file comes whole.
+
+    Args:
+        url: the address.
+        folder: an empty one.
 
     Raises:
-        MissingFileError: nothing is there, or it cannot be read.
+        MissingFileError: nothing is there, or it may not be listed.
+        StoreError: the store cannot be reached, or refused.
     """
-    file_system, root = opened(url)
-    target = folder / root.rstrip("/").rpartition("/")[2]
-    try:
-        if file_system.isfile(root):
-            file_system.get_file(root, str(target))
-            return target
-        for name in file_system.find(root):
-            place = target / name[len(root) :].lstrip("/")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file_system.get_file(name, str(place))
-    except (OSError, PermissionError) as error:
-        raise MissingFileError(f"cannot be read: {error}", path=url) from error
-    if not target.exists():
-        raise MissingFileError("nothing is there", path=url)
-    return target
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self._url = url
+        self._fs, self._root = opened(url)
+        self.path = folder / PurePosixPath(self._root).name
+        """Where it is, or will be."""
+        self._objects = self._listed()
+        self._starts: dict[Path, bytes] = {}
+        for path in self._objects:
+            announce(path, functools.partial(self._open, path))
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """The store's marks of the files' contents, by name; empty if it has none for one."""
+        found = {self.name_of(path): each.mark for path, each in self._objects.items()}
+        return {name: mark for name, mark in found.items() if mark} if all(found.values()) else {}
+
+    @property
+    def files(self) -> list[Path]:
+        """Where the files are, or will be."""
+        return list(self._objects)
+
+    def name_of(self, path: Path) -> str:
+        """Return what a file is called in what the address names."""
+        return path.name if path == self.path else path.relative_to(self.path).as_posix()
+
+    def bring(self, *, weights: bool) -> None:
+        """Bring the files here; those that show what they are by their header only if asked for.
+
+        Raises:
+            MissingFileError: one is not there any more.
+            StoreError: one cannot be read.
+            AdapterError: one changed meanwhile.
+        """
+        wanted = [path for path in self._objects if weights or not self._may_wait(path)]
+        if missing := [path for path in wanted if not path.exists()]:
+            for path in missing:
+                self._fetch(path)
+            self._check_unchanged()
+
+    def close(self) -> None:
+        """Forget the files that did not come."""
+        for path in self._objects:
+            withdraw(path)
+
+    def _may_wait(self, path: Path) -> bool:
+        one, has_config = self._objects[path], path.parent / _CONFIG in self._objects
+        is_large = one.nbytes > _FIRST_BYTES and one.mark is not None
+        return path.suffix == ".safetensors" and has_config and is_large
+
+    def _listed(self) -> dict[Path, _Object]:
+        with self._telling():
+            found: dict[str, Mapping[str, Any]] = self._fs.find(self._root, detail=True)
+        objects = {}
+        for place, info in sorted(found.items()):
+            inside = place[len(self._root) :].strip("/")
+            if any(part in ("", ".", "..") for part in inside.split("/")) and inside:
+                raise AdapterError("an object's name is no path", path=self._url, got=place)
+            tag = next((str(info[key]) for key in _TAGS if info.get(key)), None)
+            nbytes = int(info.get("size") or 0)
+            mark = None if tag is None else f"{tag.strip(chr(34))} {nbytes}"
+            objects[self.path / inside if inside else self.path] = _Object(place, nbytes, mark)
+        if not objects:
+            raise MissingFileError("nothing is there", path=self._url)
+        return objects
+
+    def _fetch(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        with self._telling():
+            self._fs.get_file(self._objects[path].place, str(part))
+        part.rename(path)
+
+    def _alone(self, path: Path) -> Path:
+        if not path.exists():
+            self._fetch(path)
+            self._check_unchanged()
+        return path
+
+    def _check_unchanged(self) -> None:
+        """Raise `AdapterError` if the store lists other files than at first."""
+        if self._listed() != self._objects:
+            raise AdapterError("changed while it was being read", path=self._url)
+
+    def _open(self, path: Path) -> DistantFile:
+        """Return a file of which only the header is here."""
+        if path not in self._starts:
+            self._starts[path] = self._start(path) if path.suffix == ".safetensors" else b""
+        fetch, part = functools.partial(self._alone, path), functools.partial(self._part, path)
+        nbytes = self._objects[path].nbytes
+        return DistantFile(path, self._starts[path], nbytes, fetch, part)
+
+    def _start(self, path: Path) -> bytes:
+        nbytes = self._objects[path].nbytes
+        start = self._part(path, 0, min(_FIRST_BYTES, nbytes))
+        wanted = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
+        if wanted <= DEFAULT_LIMITS.header_bytes and len(start) < wanted <= nbytes:
+            start += self._part(path, len(start), wanted - len(start))
+        return start
+
+    def _part(self, path: Path, offset: int, count: int) -> bytes:
+        with self._telling():
+            place = self._objects[path].place
+            data: bytes = self._fs.cat_file(place, start=offset, end=offset + count)
+        if len(data) != count:
+            raise AdapterError("the store sent another range than was asked for", path=self._url)
+        return data
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Let what a store's client raises say which address it is about."""
+        try:
+            yield
+        except (FileNotFoundError, PermissionError) as error:
+            raise MissingFileError(f"cannot be read: {error}", path=self._url) from error
+        except OSError as error:
+            raise StoreError(f"cannot be read: {error}", path=self._url) from error

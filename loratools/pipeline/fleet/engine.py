@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
-from loratools.pipeline.fleet.task import Outcome, Task, failed, run_task
+from loratools.pipeline.fleet.task import Outcome, Task, failed, run_task, run_tasks
 from loratools.work.cluster import Engine, connected
 
 _LEAST_AHEAD = 32
+_BATCH_SECONDS, _MOST_IN_BATCH, _REMEMBERED = 0.25, 16, 8
+"""Small tasks go out together, since Dask takes some milliseconds for whatever is submitted."""
 
 
 def outcomes(tasks: Sequence[Task], engine: Engine) -> Generator[Outcome]:
@@ -29,38 +31,51 @@ def outcomes(tasks: Sequence[Task], engine: Engine) -> Generator[Outcome]:
 
 
 def _spread(client: Any, tasks: Sequence[Task]) -> Iterator[Outcome]:
-    """Yield outcomes from a client's workers, with a few tasks per worker waiting there."""
+    """Yield outcomes from a client's workers, with a few batches per worker waiting there."""
     from distributed import as_completed
 
     run = uuid4().hex
     named = (replace(task, run=run) for task in tasks)
     threads = sum(client.nthreads().values())
-    by_future: dict[Any, Task] = {}
+    by_future: dict[Any, list[Task]] = {}
 
-    def submit(task: Task) -> Any:
-        future = client.submit(run_task, task, pure=False, retries=0)
-        by_future[future] = task
+    def submit(batch: list[Task]) -> Any:
+        future = client.submit(run_tasks, batch, pure=False, retries=0)
+        by_future[future] = batch
         return future
 
     ahead = max(_LEAST_AHEAD, 4 * threads)
-    running = as_completed([submit(task) for task in itertools.islice(named, ahead)])
+    running = as_completed([submit([task]) for task in itertools.islice(named, ahead)])
+    usual = _BATCH_SECONDS
     try:
         for future in running:
-            task = by_future.pop(future)
-            yield _outcome(future, task)
+            found, again = _outcomes(future, by_future.pop(future))
+            for task in again:
+                running.add(submit([task]))
+            for outcome in found:
+                usual += (outcome.seconds - usual) / _REMEMBERED
+                yield outcome
             future.release()
-            for following in itertools.islice(named, 1):
+            count = max(1, min(_MOST_IN_BATCH, int(_BATCH_SECONDS / max(usual, 1e-6))))
+            if following := list(itertools.islice(named, count)):
                 running.add(submit(following))
     finally:
         client.cancel(list(by_future))
 
 
-def _outcome(future: Any, task: Task) -> Outcome:
+def _outcomes(future: Any, batch: list[Task]) -> tuple[list[Outcome], list[Task]]:
+    """Return what became of a batch, and which tasks are to be submitted alone.
+
+    What a process had done of a batch when it died is found, and cost nothing; the task at which
+    processes die is known by its marks, and the others of its batch do not fail with it.
+    """
     error = future.exception()
     if error is None:
-        found: Outcome = future.result()
-        return found
+        return future.result(), []
+    if len(batch) > 1:
+        return [], batch
     kind = type(error).__name__
+    why = f"{kind}: {error}"
     if kind == "KilledWorker":
-        return failed(task, "every process that worked on it died; it is left alone")
-    return failed(task, f"{kind}: {error}")
+        why = "every process that worked on it died; it is left alone"
+    return [failed(batch[0], why)], []

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from loratools import __version__
+from loratools.pipeline.fleet.origin import Origin
 from loratools.pipeline.fleet.verbs import Verb
 from loratools.work.call import Call
-from loratools.work.digests_of import digest_like
 from loratools.work.provenance import input_files
 from loratools_formats.contract.files import read_adapter
+from loratools_formats.disk.distant import has_distant, is_distant
 from loratools_formats.disk.errors import LoratoolsError
 from loratools_formats.disk.provenance import sha256_of, statement
 
@@ -49,7 +50,12 @@ def key_of(predicate: Predicate) -> str | None:
 
 
 def is_current(
-    found: Predicate, verb: Verb, call: Call, arguments: Mapping[str, Path], made_ns: int | None
+    found: Predicate,
+    verb: Verb,
+    call: Call,
+    origin: Origin,
+    others: Mapping[str, Path],
+    made_ns: int | None,
 ) -> bool:
     """Return whether a statement tells of just the output that a call would make now.
 
@@ -57,9 +63,10 @@ def is_current(
         found: what the statement says.
         verb: what is done.
         call: the call, with its options.
-        arguments: where its inputs are, by parameter.
-        made_ns: when the statement was written, if that is known. Weights of checkpoints are
-            recorded by their headers, and a file changed since then counts as another.
+        origin: where the adapter comes from.
+        others: where the other inputs are, by parameter.
+        made_ns: when the statement was written, if that is known. Of weights of a checkpoint that
+            were not here only the header may be recorded; a file changed since counts as another.
     """
     recorded, inputs = found.get("call"), found.get("inputs")
     if not isinstance(recorded, Mapping) or not isinstance(inputs, list):
@@ -69,25 +76,28 @@ def is_current(
     if told != (tool, call.function, json.loads(json.dumps(call.options)), call.seed):
         return False
     by_argument = _files_by_argument(recorded, inputs)
-    if set(by_argument) != set(arguments):
+    if set(by_argument) != {verb.item, *others}:
         return False
     is_report = found.get("report_of") == verb.name
-    for name, path in arguments.items():
-        files = by_argument[name]
-        try:
-            if not _are_there(path, files, made_ns):
-                return False
-            if is_report:
-                now = {place for place, _ in _read_for(verb, name, path)}
-            elif name in verb.inputs or name == verb.item:
-                now = _read_now(verb, name, path)
-            else:
-                now = set()
-        except (LoratoolsError, OSError):
-            return False
-        if not now <= {str(file.get("name")) for file in files}:
-            return False  # a file came that would be read, too
-    return True
+    origins = {verb.item: origin} | {name: Origin(path) for name, path in others.items()}
+    try:
+        return all(
+            _are_there(one, by_argument[name], made_ns)
+            and _would_read(verb, name, one, is_report=is_report)
+            <= {str(file.get("name")) for file in by_argument[name]}
+            for name, one in origins.items()
+        )
+    except (LoratoolsError, OSError):
+        return False
+
+
+def _would_read(verb: Verb, name: str, origin: Origin, *, is_report: bool) -> set[str]:
+    """Return the names of files that a run would read, as one may have come since."""
+    if origin.is_as_seen:
+        return set()
+    if is_report:
+        return {place for place, _ in _read_for(verb, name, origin)}
+    return _read_now(verb, name, origin) if name in verb.inputs or name == verb.item else set()
 
 
 def _files_by_argument(
@@ -102,45 +112,74 @@ def _files_by_argument(
     return found
 
 
-def _are_there(path: Path, files: list[Mapping[str, Any]], made_ns: int | None) -> bool:
-    """Return whether a path has all the files that were read of it."""
+def digests_read(predicate: Predicate, argument: str) -> dict[str, str]:
+    """Return the sha256 of the files that were read of an argument, by name, as far as it tells."""
+    call, inputs = predicate.get("call"), predicate.get("inputs")
+    if not isinstance(call, Mapping) or not isinstance(inputs, list):
+        return {}
+    files = _files_by_argument(call, inputs).get(argument, [])
+    digests = {str(file.get("name")): file.get("digest") for file in files}
+    return {
+        name: str(digest["sha256"])
+        for name, digest in digests.items()
+        if isinstance(digest, Mapping) and set(digest) == {"sha256"}
+    }
+
+
+def _are_there(origin: Origin, files: list[Mapping[str, Any]], made_ns: int | None) -> bool:
+    """Return whether an origin has all the files that were read of it."""
+    path = origin.path
     for file in files:
         name, digest = str(file.get("name")), file.get("digest")
-        place = path / name if path.is_dir() else path if path.name == name else path.parent / name
-        if not isinstance(digest, Mapping) or digest_like(place, digest) != dict(digest):
+        place = path / name
+        if not _is_folder(path):
+            place = path if path.name == name else path.parent / name
+        if not isinstance(digest, Mapping) or origin.digest_like(place, digest) != dict(digest):
             return False
-        is_partial = "headerSha256" in digest
+        is_partial = "sha256" not in digest and not is_distant(place)
         if is_partial and made_ns is not None and os.stat(place).st_mtime_ns > made_ns:
             return False
     return bool(files)
 
 
-def _read_now(verb: Verb, name: str, path: Path) -> set[str]:
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() or (has_distant(path) and not is_distant(path))
+
+
+def _read_now(verb: Verb, name: str, origin: Origin) -> set[str]:
     """Return the names of the files of an adapter that a run would read."""
     if (verb.want if name == verb.item else verb.inputs[name]) != "adapter":
         return set()
+    origin.bring(weights=False)
     try:
-        return {file.path.name for file in read_adapter(path).inputs}
+        return {file.path.name for file in read_adapter(origin.path).inputs}
     except LoratoolsError:  # options tell how to read it
         return set()
 
 
 def report_statement(
-    verb: Verb, call: Call, arguments: Mapping[str, Path], report: Path, output: Path
+    verb: Verb,
+    call: Call,
+    origin: Origin,
+    others: Mapping[str, Path],
+    report: bytes,
+    output: Path,
 ) -> bytes:
     """Return the statement beside a report, which says what it is about.
 
     Args:
         verb: what was done.
         call: the call, with its options.
-        arguments: where its inputs are, by parameter.
-        report: the file.
+        origin: where the adapter comes from.
+        others: where the other inputs are, by parameter.
+        report: what the file will hold.
         output: where it will be.
     """
+    origins = {verb.item: origin} | {name: Origin(path) for name, path in others.items()}
     inputs = [
         {"role": name, "name": found, "digest": dict(digest)}
-        for name, path in arguments.items()
-        for found, digest in _read_for(verb, name, path)
+        for name in sorted(origins)
+        for found, digest in _read_for(verb, name, origins[name])
     ]
     predicate = {
         "tool": {"name": "loratools", "version": __version__},
@@ -151,26 +190,25 @@ def report_statement(
         "call": {
             "function": call.function,
             "arguments": {
-                name: {"name": path.name, "path": str(path), "roles": [name]}
-                for name, path in arguments.items()
+                name: {"name": one.path.name, "path": str(one.path), "roles": [name]}
+                for name, one in origins.items()
             },
             "options": dict(call.options),
         },
         **({} if call.seed is None else {"seed": call.seed}),
     }
-    return statement(predicate, [report], output=output)
+    digest = {"sha256": hashlib.sha256(report).hexdigest()}
+    return statement(predicate, [output], lambda _: digest, output=output)
 
 
-def _read_for(verb: Verb, name: str, path: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
+def _read_for(verb: Verb, name: str, origin: Origin) -> Iterator[tuple[str, Mapping[str, str]]]:
     """Yield the files that a report may depend on: every file of an adapter, a model's headers."""
-    if name != verb.item or verb.want != "adapter" or not path.is_dir():
-        for file in input_files(name, path):
-            yield file.path.name, file.digest
-        if path.is_file() and path.suffix == ".safetensors":
-            yield path.name, {"sha256": sha256_of(path)}
+    path = origin.path
+    if name == verb.item and verb.want == "adapter" and _is_folder(path):
+        for place in origin.files():
+            yield place.relative_to(path).as_posix(), origin.digest(place)
         return
-    for root, folders, names in os.walk(path):
-        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-        for found in sorted(one for one in names if not one.startswith(".")):
-            place = Path(root) / found
-            yield place.relative_to(path).as_posix(), {"sha256": sha256_of(place)}
+    for file in input_files(name, path):
+        yield file.path.name, file.digest
+    if path.is_file() and path.suffix == ".safetensors":
+        yield path.name, {"sha256": sha256_of(path)}

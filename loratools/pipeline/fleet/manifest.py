@@ -1,7 +1,8 @@
 """The manifest: one line of JSON per adapter and one file per shard. It is a view, not a database.
 
 Nothing is decided by it: what is done, outputs tell. A line stays while its key does, with the
-result and the seconds of the run that made the output.
+result and the seconds of the run that made the output. Of an adapter in an object store it has the
+store's marks of the files, so that the next run need not read what is unchanged.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from loratools.pipeline.fleet.origin import Seen
 from loratools.pipeline.fleet.store import Store
 from loratools.pipeline.fleet.task import Outcome
 from loratools.work.shard import Shard
@@ -50,6 +52,11 @@ class Manifest:
             return outcome
         return replace(outcome, result=before.result)
 
+    def seen(self, name: str, source: str) -> Seen | None:
+        """Return what an earlier run knew of the files of an adapter in a store."""
+        before = self._before.get(name)
+        return None if before is None or before.source != source else before.seen
+
     def write(self, outcomes: Iterable[Outcome]) -> None:
         """Write the manifest whole, by names.
 
@@ -68,7 +75,9 @@ class Manifest:
         found: list[Outcome] = []
         for line in (data or b"").splitlines():
             try:
-                found.append(Outcome.of_line(json.loads(line)))
-            except (ValueError, KeyError, TypeError):
+                outcome = Outcome.of_line(json.loads(line))
+                seen = {k: (str(mark), str(sha)) for k, (mark, sha) in (outcome.seen or {}).items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # of another version, or cut short: it decides nothing
+            found.append(replace(outcome, seen=seen or None))
         return found

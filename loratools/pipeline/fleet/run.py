@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -265,7 +265,10 @@ class Plan:
             manifest = Manifest(self._store, self._verb.name, self._part, dict(call.options))
         mine = self._begin()
         saved = time.monotonic()
-        running = outcomes(self._ordered(first=mine), engine)
+        tasks = self._ordered(first=mine)
+        if manifest is not None:
+            tasks = [replace(each, seen=manifest.seen(each.name, each.source)) for each in tasks]
+        running = outcomes(tasks, engine)
         try:
             for outcome in running:
                 known = outcome if manifest is None else manifest.remembered(outcome)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratools.hub.references import Reference, Want, is_explicit, parse
@@ -59,26 +59,12 @@ def members(texts: Sequence[str], want: Want, output: Path | None = None) -> lis
             outputs, or two members have the same name.
         HubError: the Hub cannot be asked.
     """
-    paths: dict[Path, None] = {}
-    references: dict[str, str] = {}
-    distant: dict[str, None] = {}
-    for text in _lines(texts):
-        url = None if is_explicit(text) else address(text)
-        if url is not None:
-            distant |= dict.fromkeys(listed(url))
-            continue
-        reference = None if os.path.lexists(text) else _reference(text, want)
-        if reference is None:
-            paths |= dict.fromkeys(_outside(output, text, _local(text, want)))
-        elif glob.has_magic(str(reference)):
-            references |= _on_the_hub(reference, want)
-        else:
-            references[str(reference)] = _named(reference)
-    here = [Path(os.path.abspath(path)) for path in paths]
+    given = _given(texts, want, output)
+    here = list(given.paths)
     names = {path: str(leaf) for path, leaf in outputs_below(Path(), here, None).items()}
     found = [Member(Path(names[path]).as_posix(), str(path)) for path in here]
-    found += [Member(name, source) for source, name in references.items()]
-    found += _distant(list(distant))
+    found += [Member(name, source) for source, name in given.references.items()]
+    found += _distant(list(given.distant))
     if not found:
         expected = None if output is None else f"some that are not in {output}"
         raise OptionError("no adapters are given", expected=expected)
@@ -87,6 +73,58 @@ def members(texts: Sequence[str], want: Want, output: Path | None = None) -> lis
         alike = ", ".join(member.source for member in found if member.name == most)
         raise OptionError(f"{count} of the fleet have the same name", got=alike)
     return sorted(found, key=lambda member: member.name)
+
+
+def sources(texts: Sequence[str]) -> list[str]:
+    """Return adapters that an operation takes together: paths in their order, then references.
+
+    Args:
+        texts: as for `members`, but for addresses.
+
+    Raises:
+        AdapterError: wildcards match nothing.
+        MissingFileError: nothing is there.
+        OptionError: nothing is given, or an address.
+        HubError: the Hub cannot be asked.
+    """
+    given = _given(texts, "adapter", None)
+    if given.distant:
+        raise OptionError(
+            "adapters in an object store are not taken together",
+            got=next(iter(given.distant)),
+            hint="Copy them to a folder here first",
+        )
+    found = [*map(str, given.paths), *given.references]
+    if not found:
+        raise OptionError("no adapters are given")
+    return found
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What texts mean: paths here, references with their names, and addresses; each once."""
+
+    paths: dict[Path, None] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    distant: dict[str, None] = field(default_factory=dict)
+
+
+def _given(texts: Sequence[str], want: Want, output: Path | None) -> _Given:
+    found = _Given()
+    for text in _lines(texts):
+        url = None if is_explicit(text) else address(text)
+        if url is not None:
+            found.distant.update(dict.fromkeys(listed(url)))
+            continue
+        reference = None if os.path.lexists(text) else _reference(text, want)
+        if reference is None:
+            here = _outside(output, text, _local(text, want))
+            found.paths.update(dict.fromkeys(Path(os.path.abspath(path)) for path in here))
+        elif glob.has_magic(str(reference)):
+            found.references.update(_on_the_hub(reference, want))
+        else:
+            found.references[str(reference)] = _named(reference)
+    return found
 
 
 def _distant(urls: Sequence[str]) -> list[Member]:
@@ -99,9 +137,11 @@ def _distant(urls: Sequence[str]) -> list[Member]:
 def _lines(texts: Iterable[str]) -> Iterable[str]:
     for text in texts:
         if text == "-":
-            yield from _of_list(sys.stdin.read().splitlines())
+            yield from _of_list(sys.stdin.read().split("\n"))
         elif text.endswith(_LISTS) and os.path.isfile(text):
-            yield from _of_list(Path(text).read_text(encoding="utf-8").splitlines())
+            # Names of files are bytes, of any encoding.
+            lines = Path(text).read_text(encoding="utf-8-sig", errors="surrogateescape")
+            yield from _of_list(lines.split("\n"))
         else:
             yield text
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loratools.hub.client import talking
+from loratools.hub.references import is_explicit, parse_target
 from loratools.pipeline.fleet.addresses import address, opened
 from loratools.work.digests_of import digest_like
 from loratools_formats.disk.errors import (
@@ -25,11 +26,12 @@ from loratools_formats.disk.errors import (
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.disk.renames import rename_new
 from loratools_formats.disk.strict_json import StrictJsonError, loads
-from loratools_formats.disk.temporaries import temporary_beside
+from loratools_formats.disk.temporaries import temporary_beside, temporary_folder
 
 Made = TypeVar("Made")
 
 _MOST_DEPTH = 64
+_MOST_TRIES = 100
 OWN = ".loratools-fleet"
 """Folder of marks among the outputs; it is gone when nothing runs."""
 
@@ -50,16 +52,24 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def exists(self, name: str) -> bool:
-        """Return whether something has an output's name."""
+    def exists(self, name: str, claim: bytes) -> bool:
+        """Return whether something has an output's name that a process has not begun by a claim."""
 
     @abstractmethod
     def holds(self, name: str, subjects: Sequence[Mapping[str, Any]]) -> bool:
         """Return whether the files of an output are there, by what its statement says of them."""
 
     @abstractmethod
-    def make(self, name: str, work: Callable[[Path], Made], *, overwrite: bool) -> Made:
+    def make(
+        self, name: str, work: Callable[[Path], Made], claim: bytes, *, overwrite: bool
+    ) -> Made:
         """Let `work` write an output to the path it is called with, and keep it.
+
+        Args:
+            name: of the output.
+            work: what makes it.
+            claim: equal for processes that make the same output, and for no others.
+            overwrite: whether an output of another run may be replaced.
 
         Raises:
             OutputExistsError: the output came in the meantime, and may not be replaced.
@@ -116,7 +126,7 @@ class Folder(Store):
             return None
         return None if found is None else (found, made_ns)
 
-    def exists(self, name: str) -> bool:
+    def exists(self, name: str, claim: bytes) -> bool:  # noqa: ARG002 - outputs appear whole
         """Return whether something has an output's name."""
         return os.path.lexists(self.path / name)
 
@@ -133,7 +143,14 @@ class Folder(Store):
                 return False
         return bool(subjects)
 
-    def make(self, name: str, work: Callable[[Path], Made], *, overwrite: bool) -> Made:  # noqa: ARG002 - `work` knows
+    def make(
+        self,
+        name: str,
+        work: Callable[[Path], Made],
+        claim: bytes,  # noqa: ARG002 - outputs appear whole
+        *,
+        overwrite: bool,  # noqa: ARG002 - `work` knows
+    ) -> Made:
         """Let `work` write an output to the path it is called with, and keep it."""
         output = self.path / name
         with _named(output):
@@ -151,11 +168,8 @@ class Folder(Store):
         """Write a small file whole; return False if it should be new and one is there."""
         place = self.path / name
         with _named(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = temporary_beside(place)
+            temporary = _written_beside(place, data)
             try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
                 if not new:
                     os.replace(temporary, place)
                     return True
@@ -185,6 +199,7 @@ class Remote(Store):
     def __init__(self, url: str) -> None:
         self._fs, self._root = opened(url)
         self._url = url
+        self._reference = parse_target(url) if is_explicit(url) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Remote, (self._url,)
@@ -202,11 +217,11 @@ class Remote(Store):
                 return found, None
         return None
 
-    def exists(self, name: str) -> bool:
-        """Return whether something has an output's name."""
+    def exists(self, name: str, claim: bytes) -> bool:
+        """Return whether something has an output's name that a process has not begun by a claim."""
         with self._named(name):
             there = self._fs.exists(self._at(name))
-            return bool(there) and self.read(_begun(name)) is None
+            return bool(there) and self.read(_begun(name)) != claim
 
     def holds(self, name: str, subjects: Sequence[Mapping[str, Any]]) -> bool:
         """Return whether the files of an output are there; their bytes are not fetched."""
@@ -215,29 +230,52 @@ class Remote(Store):
             names = [name if is_file else f"{name}/{one.get('name')}" for one in subjects]
             return bool(names) and all(self._fs.exists(self._at(place)) for place in names)
 
-    def make(self, name: str, work: Callable[[Path], Made], *, overwrite: bool) -> Made:
-        """Let `work` write an output to the path it is called with, and keep it."""
-        with tempfile.TemporaryDirectory(prefix="loratools-fleet-") as folder:
-            output = Path(folder) / "outputs" / Path(name).name  # no input lies near it
+    def make(
+        self, name: str, work: Callable[[Path], Made], claim: bytes, *, overwrite: bool
+    ) -> Made:
+        """Let `work` write an output to the path it is called with, and keep it.
+
+        A claim says while files are put by which run. What a killed process left is known by it as
+        ours, and no two runs that differ put their files into one output.
+        """
+        with temporary_folder("loratools-fleet") as folder:
+            output = folder / "outputs" / Path(name).name  # no input lies near it
             result = work(output)
             last = f"{name}/{PROVENANCE_FILE}" if output.is_dir() else _beside_name(name)
-            self.write(_begun(name), b"")  # what a killed process left is known as ours
-            if overwrite:
-                self.remove(last)  # until all is there again, the output is not done
             files = {name: output}
             if output.is_dir():
                 here = sorted(path for path in output.rglob("*") if path.is_file())
                 files = {f"{name}/{path.relative_to(output).as_posix()}": path for path in here}
             elif (said := _beside(output)).is_file():
                 files[last] = said
+            if overwrite:
+                self.write(_begun(name), claim)
+                self.remove(last)  # until all is there again, the output is not done
+            elif not self.write(_begun(name), claim, new=True) and not self._is_begun(name, claim):
+                raise self._appeared(name)
+            elif self.read(last) is not None:
+                self.remove(_begun(name))  # another process was first, and has ended
+                raise self._appeared(name)
             for place, file in files.items():
                 if place != last:
                     with self._named(place):
                         self._fs.put_file(str(file), self._at(place))
+            if not self._is_begun(name, claim):
+                raise self._appeared(name)
             if last in files and not self.write(last, files[last].read_bytes(), new=True):
-                raise OutputExistsError("the output appeared meanwhile", path=self.shown(name))
+                raise self._appeared(name)
             self.remove(_begun(name))
             return result
+
+    def _is_begun(self, name: str, claim: bytes) -> bool:
+        return self.read(_begun(name)) == claim
+
+    def _appeared(self, name: str) -> OutputExistsError:
+        return OutputExistsError(
+            "another run has made the output meanwhile, or has begun to and was stopped",
+            path=self.shown(name),
+            hint="Pass `overwrite=True` once no other run puts it",
+        )
 
     def read(self, name: str) -> bytes | None:
         """Return a small file; None if it is not there."""
@@ -275,9 +313,14 @@ class Remote(Store):
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Any:
-        """Let what a store's client raises say which address it is about."""
+        """Let what a store's client raises say which address it is about.
+
+        What it may remember of the place is forgotten first: another process may have written.
+        """
         try:
-            yield
+            with contextlib.nullcontext() if self._reference is None else talking(self._reference):
+                self._fs.invalidate_cache()
+                yield
         except LoratoolsError:
             raise
         except Exception as error:
@@ -305,6 +348,27 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
         return None
     predicate = found.get("predicate") if isinstance(found, dict) else None
     return {**predicate, "subject": found.get("subject")} if isinstance(predicate, dict) else None
+
+
+def _written_beside(place: Path, data: bytes) -> Path:
+    """Write a temporary file, making its folder again if others take it away while it is empty.
+
+    Raises:
+        OutputError: it cannot be written there.
+        OSError: as well.
+    """
+    for tries_left in reversed(range(_MOST_TRIES)):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_beside(place)
+            temporary.write_bytes(data)
+        except (FileNotFoundError, FileExistsError, OutputError) as error:
+            is_gone = isinstance(error.__cause__ or error, FileNotFoundError | FileExistsError)
+            if not (is_gone and tries_left):
+                raise
+        else:
+            return temporary
+    raise AssertionError  # the last try returns or raises
 
 
 @contextlib.contextmanager

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
-import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from loratools import __version__
-from loratools.hub.references import is_explicit
-from loratools.pipeline.fleet.addresses import address, fetched
-from loratools.pipeline.fleet.key import is_current, key_of, report_statement
+from loratools.pipeline.fleet.key import digests_read, is_current, key_of, report_statement
+from loratools.pipeline.fleet.origin import Origin, Seen, origin_of
 from loratools.pipeline.fleet.shared import decompositions, shared_inputs
 from loratools.pipeline.fleet.store import OWN, Folder, Store, store_of
 from loratools.pipeline.fleet.verbs import get_verb
@@ -25,6 +24,7 @@ from loratools_formats.disk.errors import (
     LoratoolsError,
     OutputError,
     OutputExistsError,
+    StoreError,
     UnsupportedError,
     printable,
 )
@@ -33,6 +33,8 @@ from loratools_formats.disk.provenance import PROVENANCE_FILE
 State = Literal["made", "done", "found", "failed", "planned"]
 _ATTEMPTS = f"{OWN}/attempts"
 _MOST_ATTEMPTS = 2
+_PASSING = (HubError, OutputError, StoreError)
+"""Errors that are no fault of the input."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Task:
         overwrite: whether an output of another run may be replaced.
         run: the run's own name, where a process that dies must be noticed; empty if not.
         version: of the launcher.
+        seen: what an earlier run knew of the files of an adapter in a store; None if nothing.
     """
 
     verb: str
@@ -58,6 +61,7 @@ class Task:
     overwrite: bool
     run: str = ""
     version: str = __version__
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ class Outcome:
         digest: of the output's first weight file, or of the report; None if there is none.
         result: the numbers and words of the result, without its lists; None if it was done before.
         error: why it failed; None if it did not.
+        retried: why a first try failed, after which there was a second; None if there was one.
         seconds: that it took.
+        seen: of an adapter in an object store the files by name, each with the store's mark of its
+            content and its sha256; None of any other.
     """
 
     name: str
@@ -85,7 +92,9 @@ class Outcome:
     digest: str | None
     result: Mapping[str, Any] | None
     error: str | None
+    retried: str | None
     seconds: float
+    seen: Seen | None = None
 
     def line(self) -> dict[str, Any]:
         """Return it as the line of a manifest."""
@@ -108,6 +117,7 @@ def run_task(task: Task) -> Outcome:
     """
     begun = time.monotonic()
     work: _Work | None = None
+    first: str | None = None
     try:
         work = _Work(task)
         if task.run and not work.begin():
@@ -117,14 +127,14 @@ def run_task(task: Task) -> Outcome:
             )
         try:
             return work.outcome(begun)
-        except LoratoolsError as error:
-            if not isinstance(error, HubError | OutputError):
+        except Exception as error:
+            if isinstance(error, LoratoolsError) and not isinstance(error, _PASSING):
                 raise
-        except Exception:  # noqa: BLE001, S110 - tried again, and then told
-            pass
-        return work.outcome(begun)
+            first = work.named(_told(error))
+        return replace(work.outcome(begun), retried=first)
     except Exception as error:  # noqa: BLE001 - one adapter must not end the run
-        return failed(task, _told(error), time.monotonic() - begun)
+        why = _told(error) if work is None else work.named(_told(error))
+        return failed(task, why, time.monotonic() - begun, retried=first)
     finally:
         if work is not None:
             work.close()
@@ -132,14 +142,20 @@ def run_task(task: Task) -> Outcome:
             _finished(task)
 
 
+def run_tasks(tasks: Sequence[Task]) -> list[Outcome]:
+    """Do several adapters, one after the other."""
+    return [run_task(task) for task in tasks]
+
+
 def planned(task: Task) -> Outcome:
     """Return the outcome of a task on a dry run."""
-    return Outcome(task.name, task.source, None, "planned", None, None, None, None, 0.0)
+    return Outcome(task.name, task.source, None, "planned", None, None, None, None, None, 0.0)
 
 
-def failed(task: Task, why: str, seconds: float = 0.0) -> Outcome:
+def failed(task: Task, why: str, seconds: float = 0.0, *, retried: str | None = None) -> Outcome:
     """Return the outcome of a task that failed."""
-    return Outcome(task.name, task.source, None, "failed", None, None, None, why, seconds)
+    took = round(seconds, 6)
+    return Outcome(task.name, task.source, None, "failed", None, None, None, why, retried, took)
 
 
 def _told(error: BaseException) -> str:
@@ -162,7 +178,7 @@ class _Work:
                 hint="Install the same version everywhere",
             )
         self._task = task
-        self._fetched: tempfile.TemporaryDirectory[str] | None = None
+        self._close: Callable[[], None] | None = None
         self._verb = get_verb(task.verb)
         self._call: Call = self._verb.recorded(task.settings)
         self._is_file = self._verb.makes_file(task.settings)
@@ -209,27 +225,20 @@ class _Work:
         if said is None:
             return None
         predicate, made_ns = said
-        arguments = {**self._arguments(), self._verb.item: self._source()}
-        is_same = is_current(predicate, self._verb, self._call, arguments, made_ns)
+        origin, others = self._origin(), self._others()
+        is_same = is_current(predicate, self._verb, self._call, origin, others, made_ns)
         if is_same and store.holds(self._name, predicate.get("subject") or []):
             return predicate
-        if self._is_file or self._task.overwrite:
-            return None
-        raise OutputExistsError(
-            "the report is of other inputs, options or another version",
-            path=store.shown(self._name),
-            hint="Pass `overwrite=True` to make it anew",
-        )
+        return None
 
     def _made(self) -> Any:
         overwrite = self._task.overwrite
         if self._store is None:
             return self._called({})
-        if not self._is_file:
-            return self._store.make(self._name, self._reported, overwrite=overwrite)
-        if not overwrite and self._store.exists(self._name):
+        if not overwrite and self._store.exists(self._name, self._claim()):
+            what = "output" if self._is_file else "report"
             raise OutputExistsError(
-                "the output is of other inputs, options or another version",
+                f"the {what} is of other inputs, options or another version",
                 path=self._store.shown(self._name),
                 hint="Pass `overwrite=True` to make it anew",
             )
@@ -237,7 +246,15 @@ class _Work:
         def work(path: Path) -> Any:
             return self._called({"output": path, "overwrite": overwrite})
 
-        return self._store.make(self._name, work, overwrite=overwrite)
+        make = work if self._is_file else self._reported
+        return self._store.make(self._name, make, self._claim(), overwrite=overwrite)
+
+    def _claim(self) -> bytes:
+        """Return what tells this output from one of other inputs or options while it is put."""
+        task, others = self._task, self._others()
+        content = [task.source, task.verb, dict(self._call.options), self._call.seed, __version__]
+        text = json.dumps([*content, sorted((name, str(path)) for name, path in others.items())])
+        return hashlib.sha256(text.encode()).hexdigest().encode()
 
     def _reported(self, path: Path) -> Any:
         """Write the result as JSON, with the statement beside it.
@@ -247,11 +264,14 @@ class _Work:
         result = self._called({})
         told = {key: value for key, value in result.to_dict().items() if key != "seconds"}
         text = json.dumps(told, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+        origin, others = self._origin(), self._others()
+        data = origin.named(text).encode("utf-8", "surrogatepass")
+        said = report_statement(self._verb, self._call, origin, others, data, path)
         local = store_of(path.parent)
-        local.write(path.name, text.encode("utf-8", "surrogatepass"))
-        arguments = {**self._arguments(), self._verb.item: self._source()}
-        said = report_statement(self._verb, self._call, arguments, path, path)
+        # First the statement: a report without one is of somebody else, and is not replaced.
         local.write(f"{path.name}.{PROVENANCE_FILE}", said)
+        if not local.write(path.name, data, new=not self._task.overwrite):
+            raise OutputExistsError("the output appeared meanwhile", path=path)
         return result
 
     def _called(self, where: Mapping[str, Any]) -> Any:
@@ -261,23 +281,23 @@ class _Work:
             given.setdefault("cache", decompositions(self._store))
         if "workers" in self._verb.options and self._task.run:
             given.setdefault("workers", 1)  # processes go over adapters; no threads in each
-        return self._verb.call(**{self._verb.item: str(self._source())}, **given, **where)
+        origin = self._origin()
+        origin.bring(weights=self._verb.reads_weights(self._task.settings))
+        return self._verb.call(**{self._verb.item: str(origin.path)}, **given, **where)
 
     @functools.cache  # noqa: B019 - lives as long as the task
-    def _source(self) -> Path:
-        """Return where the adapter is; what is on the Hub is brought here."""
-        url = None if is_explicit(self._task.source) else address(self._task.source)
-        if url is None:
-            return _local(self._task.source, self._verb.want)
-        self._fetched = tempfile.TemporaryDirectory(prefix="loratools-fleet-")
-        return fetched(url, Path(self._fetched.name))
+    def _origin(self) -> Origin:
+        """Return where the adapter is, or will be."""
+        found = origin_of(self._task.source, self._verb.want, self._task.seen or {})
+        self._close = found.close
+        return found
 
     def close(self) -> None:
         """Take away what was brought here."""
-        if self._fetched is not None:
-            self._fetched.cleanup()
+        if self._close is not None:
+            self._close()
 
-    def _arguments(self) -> dict[str, Path]:
+    def _others(self) -> dict[str, Path]:
         """Return where the inputs are that all share, and the options that are files."""
         settings = self._task.settings
         found = {name: Path(value) for name, value in self._call.arguments.items()}
@@ -306,15 +326,29 @@ class _Work:
             state=state,
             key=None if said is None else key_of(said),
             digest=digest.get("sha256", digest.get("headerSha256")),
-            result=None if told is None else _scalars(told),
+            result=None if told is None else self._scalars(told),
             error=None,
+            retried=None,
             seconds=round(time.monotonic() - begun, 6),
+            seen=None if said is None else self._seen(said),
         )
 
+    def _scalars(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of a result is a number or a word."""
+        named = self._origin().named
+        words = {k: named(v) if isinstance(v, str) else v for k, v in told.items()}
+        return {k: v for k, v in words.items() if v is None or isinstance(v, str | int | float)}
 
-def _scalars(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a result is a number or a word."""
-    return {k: v for k, v in told.items() if v is None or isinstance(v, str | int | float | bool)}
+    def named(self, text: str) -> str:
+        """Return an error's text with the adapter's address, if it was brought here."""
+        return text if self._close is None else self._origin().named(text)
+
+    def _seen(self, said: Mapping[str, Any]) -> Seen | None:
+        """Return the store's marks of the adapter's files, with the digests that were read."""
+        marks = self._origin().marks
+        digests = digests_read(said, self._verb.item)
+        found = {name: (mark, digests.get(name, "")) for name, mark in marks.items()}
+        return found if any(digest for _, digest in found.values()) else None
 
 
 @functools.lru_cache(maxsize=4)

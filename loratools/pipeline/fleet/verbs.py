@@ -132,6 +132,11 @@ class Verb:
                 groups[cls][made.name] = option_value(cls, made, settings[word])
         return groups
 
+    def reads_weights(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether tensors are read, and not only headers."""
+        is_described = self.declaration.references[self.item].headers
+        return not (is_described or settings.get("headers_only"))
+
     def makes_file(self, settings: Mapping[str, Any]) -> bool:
         """Return whether the output is an adapter or a checkpoint, and not a report."""
         return not self.reports or bool(settings.get("fix"))

@@ -136,6 +136,10 @@ class Architecture:
         module = self.modules.get(template)
         return None if module is None else (module.numbered(layer), expert)
 
+    def has(self, tensor: str) -> bool:
+        """Return whether a module becomes this GGUF tensor."""
+        return self.origin(tensor) is not None
+
     def origin(self, tensor: str) -> tuple[str, Module, int] | None:
         """Find the module path that a GGUF tensor comes from.
 

@@ -59,6 +59,12 @@ class Base:
     shapes: Mapping[str, tuple[int, ...]] | None = None
     files: tuple[RegularFile, ...] = ()
 
+    def has(self, tensor: str) -> bool:
+        """Return whether it has a GGUF tensor, by its name without `.weight`."""
+        if self.shapes is None:
+            return self.architecture.has(tensor)
+        return f"{tensor}.weight" in self.shapes
+
 
 def read_base(path: Path) -> Base:
     """Read the needed facts of a base model: a folder with config.json, or a GGUF file.

@@ -11,28 +11,26 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from loratools_formats.containers.gguf.container import KeyValue
+from loratools_formats.containers.gguf.container import KeyValue, is_gguf
 from loratools_formats.containers.gguf.cursor import ARRAY
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
-from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Context, Loss
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import invocation_tokens
 from loratools_formats.core.orientation import exchanged, is_transposed
-from loratools_formats.core.tensors import TensorRef, joined
+from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.formats.gguf.architectures import Module, numbered
 from loratools_formats.formats.gguf.base import Base, read_base
+from loratools_formats.formats.gguf.experts import NESTED, in_stack, stacked, today
+from loratools_formats.formats.gguf.gate_up import as_in_base
 from loratools_formats.formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
 from loratools_formats.formats.gguf.write import dtype_fallbacks
 
 _OUTPUT = "output"
 DEFAULT_DTYPE = "f32"
 """ggml rounds activations to the type of 16-bit factors; with 32 bits nothing is lost."""
-
-WRAPPER = ".base_layer"
-"""What PEFT puts behind a module's path for each further parameter of it that is adapted."""
 
 _OWN_KEYS = ("general.", "adapter.", "tokenizer.", "split.", "format")
 _PREFIXES = (
@@ -59,7 +57,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     base = read_base(context.base)
     stacks: dict[str, dict[int, LowRank]] = {}
     modules: dict[str, ModuleChange] = {}
-    for path, delta in adapter.modules.items():
+    for path, delta in today(adapter.modules).items():
         try:
             for name, expert, part in _placed(path, plain_factors(delta), base):
                 known = name in modules if expert is None else expert in stacks.get(name, {})
@@ -75,7 +73,8 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     for name, found in stacks.items():
         if name in modules:
             raise AdapterError("experts are adapted one by one and as a stack", tensor=name)
-        modules[name] = ModuleChange(_stacked(name, found, base.sizes.experts))
+        modules[name] = ModuleChange(stacked(name, found, base.sizes.experts))
+    modules = as_in_base(modules, base.has)
     _check_shapes(modules, base)
     keys = dict(base_model_keys(adapter.base_model or ""))
     count = {"general.base_model.count": KeyValue("u32", 1)} if keys else {}
@@ -100,8 +99,14 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
 
 
 def _of_gguf(adapter: Adapter, context: Context) -> Adapter:
-    if context.base is not None:
-        _check_fit(adapter, read_model(context.base))
+    if context.base is not None and is_gguf(context.base):
+        model = read_model(context.base)
+        _check_architecture(adapter, model.get("general.architecture", "string"))
+        made = as_in_base(adapter.modules, lambda name: f"{name}.weight" in model.tensors)
+        adapter = replace(adapter, modules=made)
+        _check_fit(adapter, model)
+    elif context.base is not None:
+        _check_architecture(adapter, read_base(context.base).architecture.name)
     return replace(
         adapter,
         config={**adapter.config, "storage": context.dtype},
@@ -213,7 +218,7 @@ def _found(path: str, base: Base) -> tuple[Module, int | None]:
 def without_place(adapter: Adapter, base: Base) -> list[Loss]:
     """Return the modules that llama.cpp applies no adapter to, and why."""
     lost = []
-    for path, change in adapter.modules.items():
+    for path, change in today(adapter.modules).items():
         names = [path]
         if change.layer.kind == "experts":
             names = [f"{_owner(path)}.{leaf}" for leaf in ("gate_up_proj", "up_proj", "down_proj")]
@@ -250,7 +255,7 @@ def in_order(b: TensorRef, order: list[int]) -> TensorRef:
 
 def _look_up(path: str, base: Base) -> tuple[Module, int | None] | None:
     for tried in _spellings(path, base):
-        found = base.architecture.module(tried)
+        found = base.architecture.module(tried) or in_stack(tried, base.architecture)
         if found is not None:
             return found
     return None
@@ -293,8 +298,8 @@ def _check_embedding(name: str, delta: LowRank, base: Base) -> None:
 
 def _owner(path: str) -> str:
     """Return the module whose parameter PEFT adapts under a path."""
-    while path.endswith(WRAPPER):
-        path = path.removesuffix(WRAPPER)
+    while path.endswith(NESTED):
+        path = path.removesuffix(NESTED)
     return path
 
 
@@ -328,35 +333,6 @@ def _expert_parameter(path: str, delta: LowRank, base: Base) -> tuple[Module, Lo
     return found[0], delta
 
 
-def _stacked(name: str, found: Mapping[int, LowRank], experts: int) -> LowRank:
-    """Stack the factors of single experts; those that are not adapted get zeros."""
-    first = next(iter(found.values()))
-    for delta in found.values():
-        if (delta.rank, delta.shape, delta.scale) != (first.rank, first.shape, first.scale):
-            raise UnsupportedError(
-                "experts of one layer differ in rank, shape or scale",
-                tensor=name,
-                hint="Give them one rank and scale: "
-                + command_on(None, "squeeze", "--energy 1 --uniform", output="uniform"),
-            )
-    if max(found) >= experts:
-        raise AdapterError(
-            "the base model has fewer experts", tensor=name, got=max(found), expected=experts
-        )
-    a = [found[e].a if e in found else _zeros(first.a) for e in range(experts)]
-    b = [found[e].b if e in found else _zeros(first.b) for e in range(experts)]
-    return replace(
-        first,
-        a=joined(first.a.key, a, (experts, *first.a.shape)),
-        b=joined(first.b.key, b, (experts, *first.b.shape)),
-        layer=Layer("experts"),
-    )
-
-
-def _zeros(like: TensorRef) -> TensorRef:
-    return TensorRef(like.key, like.dtype, like.shape, lambda: bytes(like.nbytes))
-
-
 def _check_shapes(modules: Mapping[str, ModuleChange], base: Base) -> None:
     if base.shapes is None:
         return
@@ -364,9 +340,7 @@ def _check_shapes(modules: Mapping[str, ModuleChange], base: Base) -> None:
         _check_shape(name, delta.require_factors(), base.shapes.get(f"{name}.weight"))
 
 
-def _check_fit(adapter: Adapter, model: GgufModel) -> None:
-    """Refuse an adapter read from GGUF that is not one of a model."""
-    wanted = model.get("general.architecture", "string")
+def _check_architecture(adapter: Adapter, wanted: object) -> None:
     if adapter.config.get("architecture") != wanted:
         raise AdapterError(
             "the adapter is for another architecture than the model",
@@ -374,6 +348,10 @@ def _check_fit(adapter: Adapter, model: GgufModel) -> None:
             got=adapter.config.get("architecture"),
             expected=wanted,
         )
+
+
+def _check_fit(adapter: Adapter, model: GgufModel) -> None:
+    """Refuse an adapter read from GGUF that is not one of a model."""
     for name, delta in adapter.modules.items():
         if f"{_OUTPUT}.weight" not in model.tensors:
             _refuse_tied(name)

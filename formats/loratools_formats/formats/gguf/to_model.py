@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
 from loratools_formats.core.alora import INVOCATION_TOKENS
-from loratools_formats.core.tensors import have_same_bits, in_memory, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module
 from loratools_formats.formats.gguf.base import read_base
-from loratools_formats.formats.gguf.from_model import WRAPPER, in_order, plain_factors, with_base
+from loratools_formats.formats.gguf.experts import NESTED
+from loratools_formats.formats.gguf.from_model import in_order, plain_factors, with_base
+from loratools_formats.formats.gguf.gate_up import cut, side_by_side
 from loratools_formats.formats.gguf.layouts import Sizes
 from loratools_formats.formats.gguf.read import INVOCATION_KEY
 
@@ -57,7 +58,7 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
     architecture = architecture if base is None else base.architecture
     parts: dict[str, dict[int, LowRank]] = {}
     origins: dict[str, _Origin] = {}
-    for tensor, delta in adapter.modules.items():
+    for tensor, delta in cut(adapter.modules, architecture.has).items():
         found = architecture.origin(tensor)
         if found is None:
             raise UnsupportedError(
@@ -104,7 +105,7 @@ def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -
         )
     ordered = [parts[i] for i in range(len(module.tensors))]
     if len(ordered) > 1:
-        first = _side_by_side(origin.path, ordered)
+        first = side_by_side(origin.path, ordered)
     known = sizes or Sizes(1, 1, 1, 1)
     orders = module.rows(first.shape[0], known)
     first = replace(first, b=in_order(first.b, _inverse([r for order in orders for r in order])))
@@ -117,47 +118,6 @@ def _whole(origin: _Origin, parts: Mapping[int, LowRank], sizes: Sizes | None) -
 
 def _inverse(order: list[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
-
-
-def _side_by_side(path: str, parts: list[LowRank]) -> LowRank:
-    """Return one pair of factors for parts stacked on top of each other.
-
-    If all have the same A, it is kept; else ranks add up: [B₁ 0; 0 B₂] [A₁; A₂].
-    """
-    first = parts[0]
-    same = all(part.scale == first.scale and have_same_bits(part.a, first.a) for part in parts)
-    if not same:
-        return _block_diagonal(path, parts)
-    rows = sum(part.shape[0] for part in parts)
-    if first.experts == 1:
-        return replace(first, b=joined(first.b.key, [p.b for p in parts], (rows, first.rank)))
-    stack = first.experts
-    flat = joined(first.b.key, [part.b for part in parts], (stack * rows, first.rank))
-    order: list[int] = []
-    for expert in range(stack):
-        starts = 0
-        for part in parts:
-            height = part.shape[0]
-            order += range(starts + expert * height, starts + (expert + 1) * height)
-            starts += stack * height
-    return replace(first, b=flat.rows(order).reshaped((stack, rows, first.rank)))
-
-
-def _block_diagonal(path: str, parts: list[LowRank]) -> LowRank:
-    import numpy as np
-
-    stack = (parts[0].experts,) if parts[0].layer.kind == "experts" else ()
-    rank = sum(part.rank for part in parts)
-    rows = sum(part.shape[0] for part in parts)
-    a = np.concatenate([part.a.load(np.float64) for part in parts], axis=-2)
-    b = np.zeros((*stack, rows, rank))
-    row = column = 0
-    for part in parts:
-        height, width = part.shape[0], part.rank
-        block = part.scale * part.b.load(np.float64)
-        b[..., row : row + height, column : column + width] = block
-        row, column = row + height, column + width
-    return replace(parts[0], a=in_memory(path, a), b=in_memory(path, b), scale=1.0, alpha=None)
 
 
 def _with_layer(path: str, called: str, delta: LowRank, architecture: Architecture) -> LowRank:
@@ -178,9 +138,6 @@ def _parameters_wrapped(modules: Mapping[str, ModuleChange]) -> dict[str, Module
         else:
             result[path] = delta
     for owner, paths in owners.items():
-        names = tuple(sorted(paths))
-        for depth, path in enumerate(names):
-            part = modules[path].require_factors()
-            layer = replace(part.layer, parameters=names)
-            result[f"{owner}{WRAPPER * depth}"] = ModuleChange(replace(part, layer=layer))
+        for depth, path in enumerate(sorted(paths)):
+            result[f"{owner}{NESTED * depth}"] = modules[path]
     return dict(sorted(result.items()))

@@ -38,6 +38,7 @@ SUFFIXES: dict[str, Part] = {
     "_lora_latent_mapping.weight": "middle",
     ".token_adapter.trainable_tokens_delta": "token_rows",
 }
+_SUFFIX_OF = {part: suffix for suffix, part in reversed(SUFFIXES.items())}  # the first of each
 
 SAMPLER = ".lora_monteclora_sampler."
 """Part of the names of MonteCLoRA's sampler, whose shapes hold the rank."""
@@ -74,8 +75,7 @@ def parse(name: str) -> Key | None:
 
 def compose(path: str, part: Part) -> str:
     """Return the tensor name of a part of a module's adapter."""
-    suffix = next(suffix for suffix, p in SUFFIXES.items() if p == part)
-    return f"{PREFIX}{path}{suffix}"
+    return f"{PREFIX}{path}{_SUFFIX_OF[part]}"
 
 
 def setting_name(path: str) -> str:

@@ -17,7 +17,7 @@ from loratools_formats.contract.format import Loss
 from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
 from loratools_formats.core.peft_facts import stacked_on_loading
-from loratools_formats.core.peft_patterns import PatternsOf
+from loratools_formats.core.peft_patterns import settings_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -199,16 +199,9 @@ def _rewritten(values: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
             setting = (part.rank, alpha_of(part.rank, part.scale))
             if wanted.setdefault(name, setting) != setting:
                 raise _indistinct(path)
-    names = list(wanted)
     # What PEFT stacks when it loads takes r and lora_alpha themselves, not the patterns.
-    stacked = [wanted[name] for name in stacked_on_loading(names)]
-    rank, alpha = stacked[0] if stacked else max(wanted.values(), key=lambda setting: setting[0])
-    values["r"], values["lora_alpha"] = rank, alpha
-    pattern_for = PatternsOf(names).pattern_for
-    values["rank_pattern"] = {pattern_for(name): r for name, (r, _) in wanted.items() if r != rank}
-    values["alpha_pattern"] = {
-        pattern_for(name): a for name, (_, a) in wanted.items() if a != alpha
-    }
+    stacked = [wanted[name] for name in stacked_on_loading(list(wanted))]
+    values |= settings_of(wanted, stacked[0] if stacked else None)
     if values.get("use_rslora"):
         values["use_rslora"] = False
     # The factors are no longer what an initialisation made; loading must not run one again, and

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from loratools.algebra.linalg import is_power_of_two
 from loratools.operations.convert.experts.groups import Group
 from loratools_formats.core.adapter import LowRank, ModuleChange
-from loratools_formats.core.dtypes import DTYPES, common_dtype, encode
+from loratools_formats.core.dtypes import DTYPES, common_dtype, encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef, have_same_bits
 from loratools_formats.disk.errors import UnsupportedError
 

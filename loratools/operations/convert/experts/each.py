@@ -49,7 +49,9 @@ def _cuts(
     if leaf != "gate_up_proj":
         if leaf not in ("gate_proj", "up_proj", "down_proj"):
             raise UnsupportedError(
-                "experts of this model are not stored one by one", tensor=f"{owner}.{leaf}"
+                "experts of this model are not stored one by one",
+                tensor=f"{owner}.{leaf}",
+                hint="Keep them stacked, which is exact: `experts=stacked`",
             )
         yield leaf, None
         return

@@ -1,4 +1,4 @@
-"""Zeros for the projections that a layer's experts lack, for programs that want all of them."""
+"""Write zeros for projections that a layer's experts lack, for programs that want all of them."""
 
 from __future__ import annotations
 

@@ -15,14 +15,15 @@ from loratools.operations.convert.class_names import NAMED
 from loratools.operations.convert.experts.apart import of_one_rank
 from loratools.operations.convert.experts.choice import wanted_by
 from loratools.operations.convert.experts.each import each
-from loratools.operations.convert.experts.groups import sorted_experts, straightened
-from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release
+from loratools.operations.convert.experts.groups import base_hint, sorted_experts, straightened
+from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release, retargeted
 from loratools.operations.convert.experts.recent import Recent
+from loratools.operations.convert.experts.tinker_names import with_whole_projections
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import MissingFileError, OptionError
+from loratools_formats.disk.errors import MissingFileError, OptionError, UnsupportedError
 
 _APART = ("each", "3d", "shared-outer", "tinker")
 _SWITCH = re.compile(
@@ -62,15 +63,17 @@ def in_layout(
         raise OptionError(
             "layouts of experts are those of PEFT folders", got=target, expected="`to=peft`"
         )
+    if wanted.layout != "tinker" and adapter.format == "peft":
+        adapter, whole = with_whole_projections(adapter, checkpoint)
+        if whole:
+            adapter = retargeted(adapter, {**adapter.modules, **whole})
+            adapter = replace(adapter, modules={**adapter.modules, **whole})
     if target == "mlx":
         return _uniform(in_names(straightened(adapter, checkpoint))), wanted, ()
     if target != "peft":
         return in_names(_one_by_one(adapter) if target == "gguf" else adapter), wanted, ()
     if wanted.layout in _APART:
-        single = _from_switch(adapter) if adapter.format == "mlx" else adapter
-        if adapter.format == "gguf":  # whose names are those of no module
-            single = in_names(adapter)
-        model, told = _laid(single, wanted, checkpoint)
+        model, told = _laid(_singles(adapter, checkpoint, in_names), wanted, checkpoint)
         return model, wanted, told
     model, told = _laid(in_names(adapter), wanted, checkpoint)
     return model, wanted, (*told, *_of_larger_rank(adapter, model))
@@ -109,6 +112,57 @@ def _checkpoint(adapter: Adapter, base: Path | None) -> Checkpoint | None:
         if adapter.format in NAMED:
             raise
         return None
+
+
+def _singles(
+    adapter: Adapter, base: Checkpoint | None, in_names: Callable[[Adapter], Adapter]
+) -> Adapter:
+    """Return an adapter whose names lead to single experts; those of MLX and PEFT stay apart.
+
+    Raises:
+        UnsupportedError: its experts have no such names.
+    """
+    _refuse_flat(adapter)
+    if adapter.format == "mlx":
+        return _from_switch(adapter)
+    if adapter.format == "peft":
+        if not _has_old_stacks(adapter):
+            return adapter
+        if base is None:
+            raise UnsupportedError(
+                "these stacks have names of transformers 4, and the base tells what they hold",
+                path=adapter.source,
+                hint=base_hint(adapter),
+            )
+    return in_names(adapter) if adapter.format in ("gguf", "peft") else adapter
+
+
+def _refuse_flat(adapter: Adapter) -> None:
+    """Refuse experts that the model keeps below each other in one matrix, as DBRX does.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    for change in adapter.modules.values():
+        for parameter in change.layer.parameters:
+            if change.layer.kind != "experts" and not parameter.endswith(".weight"):
+                raise UnsupportedError(
+                    "experts of this model share a factor in one matrix, and no layout but PEFT's "
+                    "own holds them",
+                    path=adapter.source,
+                    tensor=parameter,
+                    hint="Leave out `experts`, or keep them stacked: `experts=stacked` is exact",
+                )
+
+
+def _has_old_stacks(adapter: Adapter) -> bool:
+    """Return whether stacks are called as Granite's and Aria's are on transformers 4."""
+    return any(
+        change.layer.kind == "experts" and parameter.endswith((".weight", ".fc1", ".fc2"))
+        for change in adapter.modules.values()
+        for parameter in change.layer.parameters
+        if adapter.format == "peft"
+    )
 
 
 def _one_by_one(adapter: Adapter) -> Adapter:

@@ -1,4 +1,4 @@
-"""An adapter with its experts in the layout that is asked for, and what that cost."""
+"""Bring an adapter's experts into the layout that is asked for, and say what that loses."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from loratools.operations.convert.experts.groups import (
 )
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.stacked import nested, stacked
+from loratools.operations.convert.experts.tinker_names import in_tinker_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.findings import Finding
@@ -83,13 +84,16 @@ def laid_out(
     if not wanted.is_given and not any(c.layer.swapped for c in adapter.modules.values()):
         return adapter, ()
     found = sorted_experts(adapter, base)
-    if not found.groups:
+    if not found.groups and wanted.layout != "tinker":
         return _rest(adapter, wanted, found.others, ())
     made, told = _MAKERS[wanted.layout or _own(found)](adapter, wanted, found, base)
     if wanted.complete:
         made = filled(made)
-    kept = adapter if set(made) == set(adapter.modules) else _retargeted(adapter, made)
-    kept = replace(kept, write_as=wanted.layout if wanted.layout in _PACKED else "")
+    kept = adapter if set(made) == set(adapter.modules) else retargeted(adapter, made)
+    as_layout: str = wanted.layout if wanted.layout in _PACKED else ""
+    if as_layout == "tinker" and "gpt_oss" in types_of(adapter, base):
+        as_layout = "tinker-attn"
+    kept = replace(kept, write_as=as_layout)
     return _rest(kept, wanted, made, told)
 
 
@@ -131,6 +135,7 @@ def _as_stacked(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoin
         order, why = order_of(adapter, found.groups, base)
         told += why
     experts = _count(adapter, found.groups, base)
+    told += _told_count(experts, base)
     turned = 0
     for owner, group in found.groups.items():
         stacks = stacked(group, order, experts.get(owner, 0))
@@ -218,7 +223,7 @@ def _as_each(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint |
 def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
     made = dict(found.others)
     experts = _count(adapter, found.groups, base)
-    told: list[Finding] = []
+    told = _told_count(experts, base)
     rounded: list[str] = []
     for owner, one in found.groups.items():
         if one.single and one.stacks:
@@ -227,6 +232,8 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
             )
         whole(one, experts.get(owner, 0))
         group = one
+        if one.stacks and not set(one.stacks) <= {"gate_up_proj", "down_proj"}:
+            group = _apart(one)  # whose projections are read one by one
         if one.single and set(one.single) <= {"gate_up_proj", "down_proj"}:  # read as parameters
             order: Order | None = None
             if "gate_up_proj" in one.single:
@@ -250,11 +257,23 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
     return made, tuple(told)
 
 
+def _apart(group: Group) -> Group:
+    """Return a layer without gate, with its stacks as single experts."""
+    singles: dict[str, dict[int, ModuleChange]] = {}
+    for path, change in each(group, "halves", Recent()).items():
+        index, leaf = path.removeprefix(f"{group.owner}.").split(".")
+        singles.setdefault(leaf, {})[int(index)] = change
+    return Group(group.owner, single=singles)
+
+
 def _as_tinker(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | None) -> _Made:
     """Return experts one by one, which the writer stacks under Tinker's names."""
     made, told = _as_each(adapter, wanted, found, base)
+    made = in_tinker_names(adapter, made, base)
     apart = sorted_experts(replace(adapter, modules=made), None)
     experts = _count(adapter, apart.groups, base)
+    if any(group.single for group in found.groups.values()):
+        told = (*told, *_told_count(experts, base))
     full = None
     for owner, group in apart.groups.items():
         whole(group, experts.get(owner, 0))
@@ -315,9 +334,24 @@ def _count(
 
 def _chooses_experts(config: Mapping[str, Any]) -> bool:
     """Return whether a configuration targets experts by their numbers, so that some may lack."""
-    targets = config.get("target_modules")
-    named = [targets] if isinstance(targets, str) else targets or ()
-    return any(_NUMBERED.search(str(name)) for name in named)
+    for key in ("target_modules", "exclude_modules"):
+        targets = config.get(key)
+        named = [targets] if isinstance(targets, str) else targets or ()
+        if any(_NUMBERED.search(str(name)) for name in named):
+            return True
+    return False
+
+
+def _told_count(counts: Mapping[str, int], base: Checkpoint | None) -> list[Finding]:
+    """Return what to tell of numbers of experts that only the file tells."""
+    if base is not None or not counts:
+        return []
+    owner, count = next(iter(counts.items()))
+    text = (
+        f"layers are taken to have as many experts as the file adapts, {count} in {owner}; for a "
+        "model with more, `base` adds zeros for the others"
+    )
+    return [Finding("experts-laid-out", "note", owner, text)]
 
 
 _NUMBERED = re.compile(r"experts\W*[\d\[(]")
@@ -334,7 +368,7 @@ def _stated(config: Mapping[str, Any]) -> dict[str, int]:
     return {}
 
 
-def _retargeted(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
+def retargeted(adapter: Adapter, modules: Mapping[str, ModuleChange]) -> Adapter:
     """Return an adapter of PEFT whose configuration names other modules."""
     if adapter.format != "peft":
         return adapter

@@ -1,4 +1,4 @@
-"""Bytes of tensors that were read last, for stacks that are written one matrix at a time."""
+"""Keep the bytes of the tensors read last, for stacks that are written one matrix at a time."""
 
 from __future__ import annotations
 

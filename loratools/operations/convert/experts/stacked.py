@@ -8,10 +8,8 @@ from loratools.base.placement.changes import Span
 from loratools.base.placement.pieces import Piece, put_together
 from loratools.operations.convert.experts.groups import Group, Order
 from loratools_formats.core.adapter import Layer, ModuleChange
+from loratools_formats.core.peft_facts import declared
 from loratools_formats.disk.errors import UnsupportedError
-
-_JOINED = ("gate_up_proj", "down_proj")
-_INNER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1")
 
 
 def stacked(group: Group, order: Order | None, experts: int) -> dict[str, ModuleChange]:
@@ -69,7 +67,7 @@ def _outputs(leaf: str, target: str, out: int, order: Order | None) -> tuple[Spa
 
 def nested(owner: str, stacks: dict[str, ModuleChange]) -> dict[str, ModuleChange]:
     """Return stacks under PEFT's paths: the parameter declared first is innermost."""
-    ordered = sorted(stacks, key=lambda leaf: _INNER.index(leaf) if leaf in _INNER else 9)
+    ordered = sorted(stacks, key=declared)
     made = {}
     for depth, leaf in enumerate(reversed(ordered)):
         change = stacks[leaf]

@@ -21,7 +21,10 @@ _SINGLE = re.compile(
     r"(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj)"
 )
 _HEAD = re.compile(r"(?P<before>(?:.*\.)?)lm_head")
-PACKED = ("3d", "shared-outer", "tinker")
+_ATTENTION = re.compile(r"(?P<before>.*\.layers\.\d+)\.self_attn\.(?P<leaf>[qkvo]_proj)")
+TINKER = ("tinker", "tinker-attn")
+"""Tinker's layout; the second is of gpt-oss, whose attention it calls `attn`."""
+PACKED = ("3d", "shared-outer", *TINKER)
 
 
 def is_packed(adapter: Adapter, path: str) -> bool:
@@ -32,7 +35,8 @@ def is_packed(adapter: Adapter, path: str) -> bool:
     return bool(
         change.layer.kind == "experts"
         or _SINGLE.fullmatch(path)
-        or (adapter.write_as == "tinker" and _HEAD.fullmatch(path))
+        or (adapter.write_as in TINKER and _HEAD.fullmatch(path))
+        or (adapter.write_as == "tinker-attn" and _ATTENTION.fullmatch(path))
     )
 
 
@@ -54,13 +58,13 @@ def packed_tensors(adapter: Adapter) -> Iterator[TensorRef]:
         elif part.layer.kind == "experts":
             yield from _sides(adapter, part.layer.parameters[0], part.a, part.b)
         else:
-            yield part.a.renamed(named("model.unembed_tokens", A))
-            yield part.b.renamed(named("model.unembed_tokens", B))
+            yield part.a.renamed(named(_called(path), A))
+            yield part.b.renamed(named(_called(path), B))
     gated = {owner for owner, leaf in single if leaf == "gate_proj"}
     for (owner, leaf), experts in single.items():
         ordered = [experts[index] for index in sorted(experts)]
         path = f"{owner}.{leaf}"
-        if adapter.write_as == "tinker":
+        if adapter.write_as in TINKER:
             names = GATED if owner in gated else UNGATED
             path = f"{owner}.{next(own for own, other in names.items() if other == leaf)}"
         yield from _sides(
@@ -69,12 +73,20 @@ def packed_tensors(adapter: Adapter) -> Iterator[TensorRef]:
             _stack(path, [part.a for part in ordered]),
             _stack(path, [part.b for part in ordered]),
         )
-    if adapter.write_as == "tinker":
+    if adapter.write_as in TINKER:
         for owner in sorted({owner for owner, _ in single} - gated):
             some = next(iter(adapter.modules.values())).require_factors().a
             for part_name in (A, B):
                 empty = TensorRef("w3", some.dtype, (0,), bytes)
                 yield empty.renamed(named(f"{owner}.w3", part_name))
+
+
+def _called(path: str) -> str:
+    """Return Tinker's name of a module beside experts."""
+    attention = _ATTENTION.fullmatch(path)
+    if attention is None:
+        return "model.unembed_tokens"
+    return f"{attention['before']}.attn.{attention['leaf']}"
 
 
 def _stack(path: str, parts: list[TensorRef]) -> TensorRef:
@@ -90,7 +102,7 @@ def _stack(path: str, parts: list[TensorRef]) -> TensorRef:
 def _sides(adapter: Adapter, path: str, a: TensorRef, b: TensorRef) -> Iterator[TensorRef]:
     outer_is_b = path.rpartition(".")[2] in ("down_proj", "w2")
     if adapter.write_as == "shared-outer" or (
-        adapter.write_as == "tinker" and _all_share(adapter, path.rpartition(".")[0])
+        adapter.write_as in TINKER and _all_share(adapter, path.rpartition(".")[0])
     ):
         a, b = (a, _first(b)) if outer_is_b else (_first(a), b)
     yield a.renamed(named(path, A))
@@ -125,11 +137,11 @@ def packed_config(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]
         return dict(values)
     leaves = set()
     for path, change in adapter.modules.items():
-        parameters = change.layer.parameters
-        leaves.add((parameters[0] if parameters else path).rpartition(".")[2])
+        is_stack = change.layer.kind == "experts"
+        leaves.add((change.layer.parameters[0] if is_stack else path).rpartition(".")[2])
     made = {key: value for key, value in values.items() if key != "target_parameters"}
     made["target_modules"] = sorted(leaves)
-    if adapter.write_as == "tinker":
+    if adapter.write_as in TINKER:
         if made.get("rank_pattern") or made.get("alpha_pattern"):
             raise UnsupportedError("Tinker's configuration has one rank and one alpha for all")
         made["target_modules"] = "all-linear"

@@ -2,7 +2,8 @@
 
 w1 is gate, w3 is up and w2 is down; without a gate, w1 is up and w3 is empty. All experts share A
 of w1 and w3 and B of w2, which have a first axis of 1, or none does. `unembed_tokens` is the output
-layer. Source: `tinker_cookbook/weights/_adapter.py` at 9dfcc3a2.
+layer. Parts of projections (`in_proj_q`, `x_proj`) keep their names: where they lie in the model's
+own projection is told by the base only. Source: `tinker_cookbook/weights/_adapter.py` at 9dfcc3a2.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from loratools_formats.formats.peft.experts.layout import (
 )
 
 _EXPERT = re.compile(r"(?P<owner>(?:.*\.)?experts)\.(?P<leaf>w[123])")
-_HEAD = re.compile(r"(?:.*\.)?unembed_tokens")
+_HEAD = re.compile(r"(?:.*\.)?unembed_tokens|model\.lm_head")
+"""`model.lm_head` is GLM-5.3's (pull 928)."""
+_TELLING = re.compile(r"(?:.*\.)?(?:unembed_tokens|linear_attn\.in_proj_[qkv]|mixer\.x_proj)")
 GATED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 UNGATED = {"w1": "up_proj", "w2": "down_proj"}
 _ATTENTION = re.compile(r"(?P<before>.*\.layers\.\d+)\.attn\.(?P<leaf>[qkvo]_proj)")
@@ -32,7 +35,7 @@ _ATTENTION = re.compile(r"(?P<before>.*\.layers\.\d+)\.attn\.(?P<leaf>[qkvo]_pro
 def _claims(tensors: Mapping[str, TensorRef]) -> bool:
     for name, tensor in tensors.items():
         path, _ = factor(name) or ("", "")
-        if _HEAD.fullmatch(path) or (_EXPERT.fullmatch(path) and len(tensor.shape) != 2):
+        if _TELLING.fullmatch(path) or (_EXPERT.fullmatch(path) and len(tensor.shape) != 2):
             return True
     return False
 

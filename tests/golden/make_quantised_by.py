@@ -1,0 +1,194 @@
+"""Write `quantised_by/TOOL.npz`: layers that a tool quantised, and its own values of them.
+
+    python tests/golden/make_quantised_by.py modelopt|auto_round|autoawq|gptqmodel
+
+Each tool needs an environment of its own. A tiny Llama is quantised on a CPU and saved as the tool
+saves models; one layer of it is kept. The values are what the tool's layer gives for the identity,
+or, of ModelOpt, what its packed tensor means. Keys are CASE/TENSOR,
+CASE/values and CASE/stated, which is JSON of what the configuration says; floats that NumPy has not
+are stored as their bits, and CASE/TENSOR:TYPE says of which type.
+
+Made with nvidia-modelopt 0.47.0, auto-round 0.16.1, autoawq 0.2.9, gptqmodel 7.7.0, transformers
+5.23.0 and torch 2.13.0. gptqmodel asks for torch 2.14, and for more than two cores.
+"""
+
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).parent / "quantised_by"
+LAYER = "model.layers.0.mlp.down_proj"
+IN, OUT = 128, 64
+BITS = {
+    torch.bfloat16: ("BF16", torch.uint16),
+    torch.float8_e4m3fn: ("F8_E4M3", torch.uint8),
+}
+
+
+def save_model(folder):
+    """Save a tiny Llama and a tokenizer of words w0, w1, …"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=OUT, intermediate_size=IN, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(126)} | {"<unk>": 126, "</s>": 127}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+
+
+def plain(folder):
+    """Load what `save_model` saved."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def saved(folder):
+    """Return the layer's tensors by their last names, and what config.json says of them."""
+    from safetensors.torch import load_file
+
+    (config,) = Path(folder).rglob("config.json")
+    tensors = load_file(config.parent / "model.safetensors")
+    found = {k.removeprefix(f"{LAYER}."): t for k, t in tensors.items() if k.startswith(LAYER)}
+    found = {k: t for k, t in found.items() if k != "input_scale"}
+    return found, json.loads(config.read_text())["quantization_config"]
+
+
+def by_identity(layer, dtype):
+    """Return the (out, in) weight of a layer from what it gives for the identity."""
+    with torch.inference_mode():
+        return layer.to("cpu")(torch.eye(IN, dtype=dtype)).T.contiguous()
+
+
+def modelopt(model, out):
+    """Yield the cases of ModelOpt."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+
+    ids = torch.arange(64).reshape(2, 32)
+    for name in (
+        "NVFP4_DEFAULT_CFG", "NVFP4_MLP_WEIGHT_ONLY_CFG", "FP8_DEFAULT_CFG", "MXFP8_DEFAULT_CFG",
+        "MXFP4_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+        "INT8_DEFAULT_CFG",
+    ):  # fmt: skip
+        found = mtq.quantize(plain(model), copy.deepcopy(getattr(mtq, name)), lambda m: m(ids))
+        with torch.inference_mode():
+            export_hf_checkpoint(found, export_dir=out / name)
+        tensors, stated = saved(out / name)
+        yield name.removesuffix("_CFG"), tensors, stated, unpacked(name, tensors)
+
+
+def unpacked(name, tensors):
+    """Return what ModelOpt's own packed tensor means; in float32 where scales are of that type."""
+    from modelopt.torch.quantization import qtensor
+
+    kind = getattr(qtensor, f"{name.partition('_')[0]}QTensor")
+    scale, about, dtype = tensors["weight_scale"], {}, torch.bfloat16
+    if "weight_scale_2" in tensors:
+        size = IN // scale.shape[-1]
+        about = {"double_scale": tensors["weight_scale_2"], "block_sizes": {-1: size}}
+    elif name.startswith("MXFP4"):
+        about = {"block_sizes": {-1: 32}}
+    elif scale.dtype == torch.float32:
+        dtype = torch.float32
+        scale = scale.reshape(-1, 1) if scale.numel() in (1, OUT) else scale
+    packed = kind(torch.Size((OUT, IN)), dtype, tensors["weight"])
+    return packed.dequantize(dtype, scale=scale, **about).reshape(OUT, IN)
+
+
+def auto_round(model, out):
+    """Yield the cases of AutoRound."""
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for form, arguments in (
+        ("auto_round", {"scheme": "W4A16", "group_size": 64}),
+        ("auto_round:auto_gptq", {"scheme": "W4A16", "group_size": 64}),
+    ):
+        name = "-".join([form.replace(":", "-"), *(str(v) for v in arguments.values())])
+        rounder = AutoRound(
+            plain(model), AutoTokenizer.from_pretrained(model), iters=0, disable_opt_rtn=True,
+            device_map="cpu", **arguments,
+        )  # fmt: skip
+        rounder.quantize_and_save(str(out / name), format=form)
+        tensors, stated = saved(out / name)
+        (config,) = (out / name).rglob("config.json")
+        loaded = AutoModelForCausalLM.from_pretrained(config.parent, device_map="cpu")
+        layer = loaded.get_submodule(LAYER)
+        kind = tensors["scales"].dtype if "scales" in tensors else torch.bfloat16
+        yield name, tensors, stated, by_identity(layer.to(kind), kind)
+
+
+def autoawq(model, out):
+    """Yield the case of AutoAWQ."""
+    from awq import AutoAWQForCausalLM
+    from transformers import AutoTokenizer
+
+    found = AutoAWQForCausalLM.from_pretrained(str(model), device_map="cpu", safetensors=True)
+    found.quantize(
+        AutoTokenizer.from_pretrained(model),
+        quant_config={"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"},
+        calib_data=["w1 w2 w3 w4 w5 w9 w8 w7 " * 7] * 16, max_calib_seq_len=64,
+    )  # fmt: skip
+    found.save_quantized(str(out / "gemm"))
+    yield ("gemm", *saved(out / "gemm"), by_identity(found.model.get_submodule(LAYER), torch.half))
+
+
+def gptqmodel(model, out):
+    """Yield the cases of gptqmodel."""
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    ids = [torch.arange(i, i + 64)[None] for i in range(8)]
+    data = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
+    for bits, act, sym, form in (
+        (4, False, True, "gptq"), (4, True, False, "gptq"), (8, False, True, "gptq"),
+        (3, True, True, "gptq"), (2, False, False, "gptq_v2"),
+    ):  # fmt: skip
+        name = f"{form}-{bits}-act{int(act)}-sym{int(sym)}"
+        config = QuantizeConfig(bits=bits, group_size=64, desc_act=act, sym=sym, format=form)
+        found = GPTQModel.load(str(model), config, device="cpu")
+        found.quantize(data, batch_size=1)
+        found.save(str(out / name))
+        loaded = GPTQModel.load(
+            str(out / name), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16
+        )  # in BF16 it would round the scales
+        layer = loaded.model.get_submodule(LAYER)
+        tensors, stated = saved(out / name)
+        yield name, tensors, stated, by_identity(layer, tensors["scales"].dtype)
+
+
+TOOLS = {"modelopt": modelopt, "auto_round": auto_round, "autoawq": autoawq, "gptqmodel": gptqmodel}
+
+
+def main():
+    """Run one tool and write what it made."""
+    tool = sys.argv[1]
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary, "model")
+        save_model(model)
+        for name, tensors, stated, values in TOOLS[tool](model, Path(temporary)):
+            for part, tensor in {**tensors, "values": values}.items():
+                code, bits = BITS.get(tensor.dtype, ("", tensor.dtype))
+                key = f"{name}/{part}:{code}" if code else f"{name}/{part}"
+                found[key] = tensor.detach().contiguous().view(bits).numpy()
+            found[f"{name}/stated"] = np.array(json.dumps(stated, sort_keys=True))
+            FOLDER.mkdir(exist_ok=True)
+            np.savez_compressed(FOLDER / f"{tool}.npz", **found)
+
+
+if __name__ == "__main__":
+    main()
