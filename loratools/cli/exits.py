@@ -15,7 +15,8 @@ MEANINGS = {
     "2": "Usage or bad input: an option, a path or a file is wrong. Nothing was written.",
     "3": "Could not be checked: `check`, also that of `push`, could not look at an adapter, "
     "`verify` cannot tell, or `replay` lacks an input.",
-    "130": "Interrupted with Ctrl-C. Nothing was written.",
-    "143": "Terminated by SIGTERM; 129 by SIGHUP. Nothing was written.",
+    "130": "Interrupted with Ctrl-C. No output is half written; those that were finished, as of "
+    "a fleet, stay.",
+    "143": "Terminated by SIGTERM; 129 by SIGHUP. Outputs are as after Ctrl-C.",
 }
 """What each code means, as one sentence or two."""

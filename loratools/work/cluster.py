@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 from loratools_formats.disk.errors import ClusterError, MissingDependencyError
@@ -87,7 +89,10 @@ def connected(engine: Engine) -> Iterator[Any]:
     }
     with dask.config.set(settings):
         try:
-            with _environment(_ONE_THREAD):  # what is set already would win over Dask's settings
+            with (
+                _environment(_ONE_THREAD),
+                _unbothered(),
+            ):  # what is set already would win over Dask's settings
                 cluster = LocalCluster(
                     n_workers=engine.workers,
                     threads_per_worker=1,
@@ -104,6 +109,24 @@ def connected(engine: Engine) -> Iterator[Any]:
             ) from error
         with cluster, Client(cluster) as client:
             yield client
+
+
+@contextlib.contextmanager
+def _unbothered() -> Iterator[None]:
+    """Keep Ctrl-C from the threads and processes that are started while the context lasts.
+
+    A terminal sends it to all of them; this process alone hears it, and stops the others. What
+    comes meanwhile comes when the context ends.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # a thread that starts it later would hear Ctrl-C again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _unreachable(address: str, why: str) -> ClusterError:

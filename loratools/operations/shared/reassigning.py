@@ -97,9 +97,16 @@ def _moved(groups: Groups, kept: Array) -> Groups:
     own = kept[np.arange(len(kept)), now]
     chosen = np.where(kept.max(axis=1) > own * (1.0 + 1e-12), kept.argmax(axis=1), now)
     for group, members in enumerate(groups):
-        if group not in chosen:  # the one that gains least by leaving stays
-            gains = kept[members].max(axis=1) - own[members]
-            chosen[members[int(np.argmin(gains))]] = group
+        if group in chosen:
+            continue
+        sizes = np.bincount(chosen, minlength=len(groups))
+        spare = np.flatnonzero(sizes[chosen] > 1)  # whoever leaves, leaves no group empty
+        stays = np.intersect1d(members, spare).astype(int)
+        if len(stays):  # the one that gains least by leaving
+            chosen[stays[int(np.argmin(kept[stays].max(axis=1) - own[stays]))]] = group
+        else:  # the one that loses least by coming
+            losses = kept[spare, chosen[spare]] - kept[spare, group]
+            chosen[spare[int(np.argmin(losses))]] = group
     return [[int(i) for i in np.flatnonzero(chosen == group)] for group in range(len(groups))]
 
 

@@ -23,6 +23,7 @@ from loratools_formats.disk.errors import (
 )
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.+)", re.IGNORECASE)
+_HERE = re.compile(r"(?:file|local):(?://)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
 _CONFIG = "adapter_config.json"
 _FIRST_BYTES = 100_000
 _TAGS = ("ETag", "etag", "xet_hash")
@@ -40,6 +41,28 @@ def address(text: str | os.PathLike[str]) -> str | None:
     if found is None or os.path.lexists(given):
         return None
     return f"{found[1].lower()}://{found[2].rstrip('/')}"
+
+
+def without_scheme(text: str | os.PathLike[str]) -> str:
+    """Return the absolute path that a file:// address names; any other text as it is.
+
+    >>> without_scheme("file:///data/out"), without_scheme("file:/data/out"), without_scheme("out")
+    ('/data/out', '/data/out', 'out')
+    """
+    given = os.fspath(text)
+    found = _HERE.fullmatch(given)
+    return given if found is None or os.path.lexists(given) else found[1]
+
+
+def canonical(url: str) -> str:
+    """Return an address that is equal for all spellings of a place, such as s3a:// for s3://.
+
+    Raises:
+        LoratoolsError: as `opened`.
+    """
+    file_system, root = opened(url)
+    known = file_system.protocol
+    return f"{known if isinstance(known, str) else known[0]}://{root.strip('/')}"
 
 
 def opened(url: str) -> tuple[Any, str]:
@@ -64,8 +87,15 @@ def opened(url: str) -> tuple[Any, str]:
     return file_system, root
 
 
-def listed(url: str) -> list[str]:
+def listed(url: str, output: str | None = None) -> list[str]:
     """Return the addresses of the adapters that one names: itself, its matches, or all below it.
+
+    As here, names that begin with a dot are passed over, which marks of a fleet have.
+
+    Args:
+        url: an address.
+        output: the canonical address of the outputs. A match that holds it stands for the adapters
+            below it, if it is none itself: that it is there is the fleet's own doing.
 
     Raises:
         AdapterError: wildcards match nothing.
@@ -76,11 +106,12 @@ def listed(url: str) -> list[str]:
     scheme = url.partition("://")[0]
     try:
         if glob.has_magic(root):
-            found = sorted(file_system.glob(root))
-        elif file_system.isfile(root) or file_system.exists(f"{root}/{_CONFIG}"):
-            found = [root]
+            found = []
+            for match in _shown(sorted(file_system.glob(root)), root):
+                holds_output = f"{output}/".startswith(f"{canonical(f'{scheme}://{match}')}/")
+                found += _adapters(file_system, match) if holds_output else [match]
         else:
-            found = sorted(_below(file_system.find(root)))
+            found = _adapters(file_system, root)
     except (FileNotFoundError, PermissionError) as error:
         raise MissingFileError(f"cannot be listed: {error}", path=url) from error
     except OSError as error:
@@ -88,6 +119,26 @@ def listed(url: str) -> list[str]:
     if not found:
         raise AdapterError("no adapter is there", path=url)
     return [f"{scheme}://{place.lstrip('/')}" for place in found]
+
+
+def _adapters(file_system: Any, root: str) -> list[str]:
+    if file_system.isfile(root) or file_system.exists(f"{root}/{_CONFIG}"):
+        return [root]
+    files = [name for name in file_system.find(root) if not _is_hidden(name[len(root) :])]
+    return sorted(_below(files))
+
+
+def _shown(matches: list[str], pattern: str) -> list[str]:
+    """Return the matches that a shell would have: a wildcard stands for no dot at the start."""
+    parts = pattern.split("/")
+    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    if _is_hidden("/".join(parts[first:])):
+        return matches
+    return [name for name in matches if not _is_hidden("/".join(name.split("/")[first:]))]
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _below(files: list[str]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from loratools.pipeline.fleet.engine import outcomes
 from loratools.pipeline.fleet.manifest import Manifest
 from loratools.pipeline.fleet.shared import forget_decompositions
 from loratools.pipeline.fleet.sources import Member, members
-from loratools.pipeline.fleet.store import OWN, Folder, Store, store_of
+from loratools.pipeline.fleet.store import OWN, Store, store_of
 from loratools.pipeline.fleet.task import Outcome, Task, planned
 from loratools.pipeline.fleet.verbs import Verb, get_verb
 from loratools.work.cluster import Engine, has_dask
@@ -170,8 +170,7 @@ def plan(verb: str, sources: Sequence[str], settings: Mapping[str, Any], options
     if options.output is None and found.makes_file(checked) and not options.dry_run:
         raise OptionError("no output given", hint="Add `output=FOLDER`")
     store = None if options.output is None else store_of(options.output)
-    output = store.path if isinstance(store, Folder) else None
-    all_members = members(sources, found.want, output)
+    all_members = members(sources, found.want, None if store is None else store.shown())
     if store is not None:
         _check_outputs(found, checked, all_members)
     return Plan(found, checked, options, store, all_members)
@@ -268,6 +267,7 @@ class Plan:
         tasks = self._ordered(first=mine)
         if manifest is not None:
             tasks = [replace(each, seen=manifest.seen(each.name, each.source)) for each in tasks]
+        names = {each.name for each in tasks}
         running = outcomes(tasks, engine)
         try:
             for outcome in running:
@@ -276,14 +276,14 @@ class Plan:
                 if tell is not None:
                     tell(known)
                 if manifest is not None and time.monotonic() - saved > _SAVE_SECONDS:
-                    manifest.write(ended)
+                    manifest.write(ended, names)
                     saved = time.monotonic()
                 if self._options.fail_fast and outcome.state == "failed":
                     break
         finally:
             running.close()
             if manifest is not None:
-                manifest.write(ended)
+                manifest.write(ended, names)
             self._end(first=mine)
 
     def _begin(self) -> bool:

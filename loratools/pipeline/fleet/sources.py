@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loratools.hub.references import Reference, Want, is_explicit, parse
-from loratools.pipeline.fleet.addresses import address, listed
+from loratools.hub.references import Reference, Want, is_explicit, parse, parse_target
+from loratools.pipeline.fleet.addresses import address, canonical, listed, without_scheme
 from loratools.work.collection import WEIGHTS, adapters_in, outputs_below
 from loratools_formats.disk.errors import AdapterError, MissingFileError, OptionError
 
@@ -38,7 +38,7 @@ class Member:
     source: str
 
 
-def members(texts: Sequence[str], want: Want, output: Path | None = None) -> list[Member]:
+def members(texts: Sequence[str], want: Want, output: str | None = None) -> list[Member]:
     """Return the members of a fleet, in the order of their names.
 
     What lies in the folder of outputs is no member, or a run that is resumed would find, and name,
@@ -50,13 +50,13 @@ def members(texts: Sequence[str], want: Want, output: Path | None = None) -> lis
             `hf://organisation/*`, `hf://user/repo/*`, or any of these as an address such as
             s3://bucket/adapters/*.
         want: whether they are adapters or models.
-        output: the folder of outputs, if it is one here.
+        output: the folder of outputs: an absolute path, or an address.
 
     Raises:
         AdapterError: wildcards match nothing.
         MissingFileError: nothing is there.
-        OptionError: nothing is given, a member that is given by its path lies in the folder of
-            outputs, or two members have the same name.
+        OptionError: nothing is given, a member that is given itself lies in the folder of outputs,
+            or two members have the same name.
         HubError: the Hub cannot be asked.
     """
     given = _given(texts, want, output)
@@ -109,20 +109,25 @@ class _Given:
     distant: dict[str, None] = field(default_factory=dict)
 
 
-def _given(texts: Sequence[str], want: Want, output: Path | None) -> _Given:
+def _given(texts: Sequence[str], want: Want, output: str | None) -> _Given:
     found = _Given()
-    for text in _lines(texts):
+    folder = None if output is None else _place(output)
+    for text in map(without_scheme, _lines(texts)):
         url = None if is_explicit(text) else address(text)
         if url is not None:
-            found.distant.update(dict.fromkeys(listed(url)))
+            there = _outside(folder, text, listed(url, folder))
+            found.distant.update(dict.fromkeys(there))
             continue
         reference = None if os.path.lexists(text) else _reference(text, want)
         if reference is None:
-            here = _outside(output, text, _local(text, want))
-            found.paths.update(dict.fromkeys(Path(os.path.abspath(path)) for path in here))
+            here = [os.path.abspath(path) for path in _local(text, want)]
+            found.paths.update(dict.fromkeys(map(Path, _outside(folder, text, here))))
         elif glob.has_magic(str(reference)):
-            found.references.update(_on_the_hub(reference, want))
+            matched = _on_the_hub(reference, want)
+            left = _outside(folder, text, list(matched))
+            found.references.update({one: matched[one] for one in left})
         else:
+            _outside(folder, text, [str(reference)])
             found.references[str(reference)] = _named(reference)
     return found
 
@@ -168,26 +173,39 @@ def _local(text: str, want: Want) -> list[Path]:
     return found
 
 
-def _outside(output: Path | None, text: str, found: list[Path]) -> list[Path]:
-    """Return the paths that do not lie in the folder of outputs.
+def _outside(folder: str | None, text: str, found: list[str]) -> list[str]:
+    """Return what does not lie in the folder of outputs.
 
     The folder itself may be given: a shell's wildcards match it once it is there.
+
+    Args:
+        folder: as `_place` has it.
+        text: what was given.
+        found: absolute paths, addresses or references that it means.
 
     Raises:
         OptionError: what is given lies in it.
     """
-    if output is None:
+    if folder is None:
         return found
-    folder = os.path.realpath(output)
     inside = os.path.join(folder, "")
-    left = [path for path in found if not os.path.realpath(path).startswith(inside)]
-    if found and not left and os.path.realpath(text) != folder:
+    left = [one for one in found if not _place(one).startswith(inside)]
+    is_pattern = is_explicit(text) and glob.has_magic(text)
+    if found and not left and (is_pattern or _place(text) != folder):
         raise OptionError(
             "what is given lies in the folder of outputs",
-            got=f"{text} in {output}",
+            got=f"{text} in {folder}",
             hint="Give another `output`",
         )
     return left
+
+
+def _place(text: str) -> str:
+    """Return the one spelling of a place: a path without links, an address or a reference."""
+    if is_explicit(text) and not os.path.lexists(text):
+        return str(parse_target(text))
+    url = address(text)
+    return os.path.realpath(text) if url is None else canonical(url)
 
 
 def _reference(text: str, want: Want) -> Reference | None:
@@ -220,6 +238,7 @@ def _on_the_hub(reference: Reference, want: Want) -> dict[str, str]:
         files = listing(reference.at("")).files
         folders = {name.rpartition("/")[0] for name in files if name.endswith(f"/{_CONFIG}")}
         places = folders | {name for name in files if name.endswith(WEIGHTS)}
+        places = {n for n in places if not any(p.startswith(".") for p in n.split("/"))}
         places -= {n for n in places if n.rpartition("/")[0] in folders}
         found = {
             str(reference.at(place)): place for place in places if fnmatch.fnmatch(place, inside)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from loratools.hub.client import talking
 from loratools.hub.references import is_explicit, parse_target
-from loratools.pipeline.fleet.addresses import address, opened
+from loratools.pipeline.fleet.addresses import address, opened, without_scheme
 from loratools.work.digests_of import digest_like
 from loratools_formats.disk.errors import (
     LoratoolsError,
@@ -99,6 +99,7 @@ def store_of(place: str | os.PathLike[str]) -> Store:
     Raises:
         MissingDependencyError: the address needs a package that is not installed.
     """
+    place = without_scheme(place)
     url = address(place)
     return Folder(Path(os.path.abspath(place))) if url is None else Remote(url)
 
