@@ -89,10 +89,8 @@ def connected(engine: Engine) -> Iterator[Any]:
     }
     with dask.config.set(settings):
         try:
-            with (
-                _environment(_ONE_THREAD),
-                _unbothered(),
-            ):  # what is set already would win over Dask's settings
+            # What is set already would win over Dask's settings.
+            with _environment(_ONE_THREAD), _unbothered():
                 cluster = LocalCluster(
                     n_workers=engine.workers,
                     threads_per_worker=1,

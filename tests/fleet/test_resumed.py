@@ -54,6 +54,18 @@ def test_marks_in_a_store_are_no_adapters(shelf):
         ]  # fmt: skip
 
 
+def test_outputs_on_the_hub_are_no_inputs(monkeypatch):
+    from loratools.pipeline.fleet import sources
+
+    there = {f"hf://buckets/me/shelf/{place}": place for place in ("a", "out/a", "outer/b")}
+    monkeypatch.setattr(sources, "_on_the_hub", lambda *_: dict(there))
+    output = "hf://buckets/me/shelf/out"
+    found = sources.members(["hf://buckets/me/shelf/*"], "adapter", output)
+    assert [one.name for one in found] == ["a", "outer/b"]
+    with pytest.raises(OptionError, match="lies in the folder of outputs"):
+        sources.members([f"{output}/a"], "adapter", output)
+
+
 def lines(folder, name="fleet-squeeze.jsonl"):
     told = map(json.loads, (folder / name).read_text().splitlines())
     return {line["name"]: line for line in told}
