@@ -34,6 +34,7 @@ _SETTLED_ALONE = 1e-3  # where there is no room for all blocks, and each pass ga
 _ROUNDING = 1e-15  # of ‖X‖²
 _KERNEL_WIDTH = 16  # products with as many columns, or twice, take no longer than with a few fewer
 _MOST_BLOCKS = 4  # that the search space holds, beside the next one
+_SPACE_BYTES = 8 << 20  # that it takes at most, or a quarter of a matrix of 16 bits if that is more
 _FLOOR_OF_SINGLE = 1e-5  # of the largest eigenvalue of XᵀX; float32 shows none that is much smaller
 _HELD_BY_SINGLE = 1e-20, 1e20  # ‖X‖²_F, between which float32 holds X and XᵀX
 
@@ -195,12 +196,43 @@ class _Search:
     def __init__(self, source: RowBlocks, width: int, seed: int) -> None:
         self._source = source
         self._width = width
-        start = np.random.default_rng(seed).standard_normal((source.shape[1], width))
-        self._next = _orthonormal(start)
         low, high = _HELD_BY_SINGLE
         self._single = low < source.squared_norm < high
-        self._space: Array = np.empty((source.shape[1], 0), np.float32)
-        self._images = self._space
+        rows, columns = source.shape
+        rng = np.random.default_rng(seed)
+        start = np.empty((columns, width), np.float32 if self._single else np.float64)
+        for first, last in row_spans(start.shape):
+            start[first:last] = rng.standard_normal((last - first, width))
+        self._next: Array = np.linalg.qr(start)[0]
+        del start
+        most = max(_SPACE_BYTES, rows * columns // 2)
+        self._blocks = max(1, min(_MOST_BLOCKS, most // (8 * width * columns)))
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget all vectors; memory is taken once, since new arrays beside old ones double it."""
+        wide = np.float32 if self._single else np.float64
+        blocks = self._blocks if self._blocks > 1 else 0
+        shape = (self._source.shape[1], blocks * self._width)
+        self._held, self._held_images = (np.empty(shape, wide, order="F") for _ in range(2))
+        self._count = 0
+
+    def _hold(self, vectors: Array, images: Array) -> None:
+        if self._blocks == 1:
+            self._held, self._held_images, self._count = vectors, images, vectors.shape[1]
+            return
+        end = self._count + vectors.shape[1]
+        self._held[:, self._count : end] = vectors
+        self._held_images[:, self._count : end] = images
+        self._count = end
+
+    @property
+    def _space(self) -> Array:
+        return self._held[:, : self._count]
+
+    @property
+    def _images(self) -> Array:
+        return self._held_images[:, : self._count]
 
     def basis(self, power_iterations: int | None) -> Array:
         """Return orthonormal columns: (n, width) float64.
@@ -210,7 +242,7 @@ class _Search:
                 thousandth.
         """
         best, captured, total = self._next, 0.0, self._source.squared_norm
-        has_room = (_MOST_BLOCKS + 1) * self._width <= self._source.shape[1]
+        has_room = 1 < self._blocks < self._source.shape[1] // self._width
         settled = _SETTLED if has_room else _SETTLED_ALONE
         for _ in range(_MOST_PASSES if power_iterations is None else power_iterations):
             before = captured
@@ -218,6 +250,7 @@ class _Search:
             least = max(settled * (total - captured), _ROUNDING * total)
             if power_iterations is None and captured - before < least:
                 break
+        del self._held, self._held_images, self._next
         return _orthonormal(best)
 
     def _pass(self) -> tuple[Array, float]:
@@ -228,8 +261,7 @@ class _Search:
         """
         image = self._times(self._next)
         wide = image.dtype
-        self._space = np.concatenate([self._space, self._next.astype(wide)], axis=1)
-        self._images = np.concatenate([self._images, image], axis=1)
+        self._hold(self._next, image)
         projected = (self._space.T @ self._images).astype(np.float64)
         values, vectors = np.linalg.eigh((projected + projected.T) / 2.0)
         values, vectors = values[::-1], vectors[:, ::-1]
@@ -239,17 +271,20 @@ class _Search:
         least = values[min(self._width, len(values)) - 1]
         if self._single and least < _FLOOR_OF_SINGLE * values[0]:
             self._single, self._next = False, _orthonormal(best)
-            self._space = self._images = np.empty((len(best), 0))
+            self._begin()
             return self._pass()
-        if self._space.shape[1] >= _MOST_BLOCKS * self._width:
-            self._space, self._images = self._space @ chosen, best
-        if self._space.shape[1] + self._width > len(best):  # no room for more beside it
-            self._space = self._images = np.empty((len(best), 0), wide)
-            self._next = _orthonormal(best)
+        if self._blocks == 1 or self._count + self._width > len(best):  # no room beside it
+            self._count = 0
+            self._next = np.linalg.qr(best)[0]
             return best, captured
+        if self._count + self._width > self._held.shape[1]:
+            vectors = self._space @ chosen
+            self._count = 0
+            self._hold(vectors, best)
         rest = best
         for _ in range(2):  # what rounding leaves of the space in it is gone after the second time
-            rest = _orthonormal(rest - self._space @ (self._space.T @ rest))
+            rest = rest - self._space @ (self._space.T @ rest)
+            rest = np.linalg.qr(rest)[0]
         self._next = rest
         return best, captured
 
@@ -264,8 +299,13 @@ class _Search:
 
 
 def _orthonormal(columns: Array) -> Array:
-    q: Array = np.linalg.qr(columns.astype(np.float64, copy=False))[0]
-    return q
+    """Return an orthonormal basis in float64; of float32 columns with half the memory of QR."""
+    q: Array = np.linalg.qr(columns)[0]
+    if q.dtype == np.float64:
+        return q
+    q = q.astype(np.float64)
+    lower = np.linalg.cholesky(q.T @ q)  # all but the identity, so nothing is lost
+    return q @ np.linalg.inv(lower).T
 
 
 def _exact(source: RowBlocks) -> StreamedSvd:

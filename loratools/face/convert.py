@@ -166,8 +166,8 @@ def convert(
         )
     except LoratoolsError as error:
         if error.hint is not None:
-            given = flags(options, single, dropping, reading)
-            given += [] if base is None else ["--base", str(base)]
+            read = reading if base is None else replace(reading, base=Path(base))
+            given = flags(options, single, dropping, read)
             error.hint = completed(error.hint, "convert", given, _text(output))
         raise
     about = about_base([adapter], None if base is None else Path(base))

@@ -210,7 +210,7 @@ def _single_file(
         if error.hint is not None and "`names`" in error.hint:  # which is an option of `convert`
             error.hint = (
                 'Extract it with `to="diffusers"`, and convert that: '
-                f"loratools convert EXTRACTED -o OUT.safetensors --to {to} --names TABLE"
+                "loratools convert EXTRACTED -o OUT.safetensors --names TABLE --to " + to
             )
         raise
     record = adapter.provenance or {}

@@ -17,7 +17,14 @@ import numpy as np
 
 from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import LowRank, ModuleChange
-from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode, is_power_of_two
+from loratools_formats.core.dtypes import (
+    DTYPES,
+    DType,
+    common_dtype,
+    dtype_of_multiples,
+    encode,
+    is_power_of_two,
+)
 from loratools_formats.core.tensors import TensorRef, have_same_bits, rounded
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -163,8 +170,9 @@ def _fused_factors(
     )
     rank = first.rank if shared else sum(part.rank for part in present)
     a = rounded(first.a, dtype) if shared else _stacked([part.a for part in present], dtype)
-    wide = common_dtype([dtype, DTYPES["F64" if exact else "F32"]])
-    dtype_of_b = wide if _rounds(present) else dtype
+    dtype_of_b = dtype_of_multiples(dtype, (_ratio(part, first) for part in present))
+    if exact and _rounds(present):
+        dtype_of_b = DTYPES["F64"]
     b = _blocks(parts, heights, rank, first, dtype_of_b, shared=shared)
     return replace(
         first,

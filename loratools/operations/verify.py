@@ -170,7 +170,7 @@ def _without_drop(error: AdapterError) -> str | None:
     source = shlex.quote(str(error.path))
     return (
         "To check the others alone, leave these out of a copy: "
-        f"loratools convert {source} -o part.safetensors --drop {pattern}"
+        f"loratools convert --drop {pattern} {source} -o part.safetensors"
     )
 
 

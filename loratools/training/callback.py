@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -27,9 +28,16 @@ from loratools_formats.disk.provenance import PROVENANCE_FILE, statement
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
+# By the identity of a Trainer's arguments, which the callback holds, so that it stays its own. A
+# Trainer that restores the states of callbacks makes new ones, and tells neither of the other.
+_GIVEN: WeakValueDictionary[int, SqueezeCallback] = WeakValueDictionary()
+
 
 class SqueezeCallback(TrainerCallback, ExportableState):
     """Squeezes the adapter that a Trainer trains, at the boundaries of a schedule.
+
+    Hand it over as `Trainer(..., callbacks=[callback])`. `Trainer.add_callback` is too late: layers
+    could not take the ranks of a checkpoint, so training is refused then.
 
     What each squeeze did goes into the Trainer's history and, beside every checkpoint, into the
     adapter's statement of provenance; call `write_provenance` for what is saved after training.
@@ -52,7 +60,10 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         self.alpha = alpha
         self.log = log
         self.squeezes: list[dict[str, Any]] = []
-        self._output: str | os.PathLike[str] = "."
+        self._output: str | os.PathLike[str] | None = None
+        self._given: Any = None
+        self._fitted: Any = None
+        self._loaded = False
         self._pending: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
@@ -65,19 +76,23 @@ class SqueezeCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let layers take the ranks of a checkpoint that is about to be loaded."""
         del state, control
-        if args.world_size > 1:
-            raise UnsupportedError(
-                "squeezing in training works in one process only",
-                got=f"{args.world_size} processes",
-            )
-        model: Any = unwrapped(kwargs["model"])
+        _check_processes(args)
+        self._given = args
+        _GIVEN[id(args)] = self
+        self._fit_to_what_is_loaded(unwrapped(kwargs["model"]))
+
+    def _fit_to_what_is_loaded(self, model: Any) -> None:
+        if self._fitted is model:
+            return
         names = {parameter: name for name, parameter in model.named_parameters()}
         layers = {names[each.a]: each for each in live_layers(model)}
         model.register_load_state_dict_pre_hook(partial(self._fit, layers))
+        self._fitted = model
 
     def _fit(
         self, layers: Mapping[str, LiveLayer], model: Any, tensors: Any, prefix: str, *_: Any
     ) -> None:
+        self._loaded = True
         settings: dict[str, tuple[int, float]] = {}
         for name, each in layers.items():
             if prefix + name in tensors and (rank := len(tensors[prefix + name])) != each.rank:
@@ -89,8 +104,20 @@ class SqueezeCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that schedule, model, optimizer and checkpoint belong together."""
         del control
-        self._output = args.output_dir
+        if self._given is None:
+            given = _GIVEN.get(id(args))
+            if given is None:
+                raise UnsupportedError(
+                    "the callback was added to a Trainer that was made before",
+                    got="Trainer.add_callback",
+                    expected="Trainer(..., callbacks=[callback])",
+                    hint="Make the Trainer with callbacks=[callback]",
+                )
+            self.__dict__ = given.__dict__  # the Trainer restored it: the user's stays in step
+        _check_processes(args)
+        self._output, self._loaded = args.output_dir, False
         model, boundaries = unwrapped(kwargs["model"]), self.schedule.boundaries
+        self._fit_to_what_is_loaded(model)  # the Trainer may have made another model
         layers = live_layers(model)
         if boundaries and boundaries[-1] >= state.max_steps:
             raise OptionError(
@@ -133,6 +160,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Squeeze if the schedule says so."""
         del args
+        self._loaded = False
         rule = self.schedule.rule_after(state.global_step)
         if rule is None:
             return control
@@ -169,15 +197,32 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         del control
         self.write_provenance(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget the squeezes that came after the best checkpoint, if that is in the model now."""
+        del control
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and self._loaded:
+            step = int(Path(best).name.rpartition("-")[2])  # the Trainer names it checkpoint-STEP
+            self.squeezes = [each for each in self.squeezes if each["step"] <= step]
+
     def write_provenance(self, folder: str | os.PathLike[str] | None = None) -> None:
         """Write beside a saved adapter how it was squeezed; nothing if it was not, or is not there.
 
         Args:
             folder: what `save_pretrained` or `Trainer.save_model` wrote; by default the Trainer's
                 output folder.
+
+        Raises:
+            OptionError: an adapter is there, and no Trainer has trained with this callback.
         """
-        place = Path(self._output if folder is None else folder)
+        place = Path((self._output or ".") if folder is None else folder)
         files = [place / name for name in _WEIGHTS if (place / name).is_file()]
+        if files and self._output is None:
+            raise OptionError(
+                "no Trainer has trained with this callback, so that it cannot tell of an adapter",
+                path=place,
+                hint="Call write_provenance on the callback that the Trainer was made with",
+            )
         if not files or not self.squeezes:
             return
         options = {**self.state()["args"], "squeezes": self.squeezes}
@@ -185,3 +230,11 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         scratch = place / f".{PROVENANCE_FILE}"
         scratch.write_bytes(text)
         scratch.replace(place / PROVENANCE_FILE)
+
+
+def _check_processes(args: Any) -> None:
+    if args.world_size > 1:
+        raise UnsupportedError(
+            "squeezing in training works in one process only",
+            got=f"{args.world_size} processes",
+        )

@@ -27,7 +27,6 @@ _WRONG = object()
 
 
 @functools.cache
-@functools.cache
 def hints(of: Any) -> Mapping[str, Any]:
     """Return the types that a dataclass or a function declares, by name."""
     return typing.get_type_hints(of)

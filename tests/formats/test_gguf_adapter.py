@@ -468,6 +468,22 @@ def test_single_experts_are_stacked_and_the_others_zero(base):
     assert "fewer experts" in refusal({path.format(3): lora(16, 24)}, folder)
 
 
+@pytest.mark.parametrize("size", [1e-6, 2e4])
+def test_powers_of_two_between_scales_lose_nothing_at_the_ends_of_float16(base, size):
+    folder = base(architectures=["MixtralForCausalLM"], num_local_experts=2, intermediate_size=24)
+    path = "model.layers.0.block_sparse_moe.experts.{}.w2"
+    deltas = {}
+    for expert, (rank, scale) in enumerate([(4, 8.0), (4, 0.125)]):
+        a = in_memory("a", floats(rank, 24).astype(np.float16))
+        b = in_memory("b", (size * np.clip(floats(16, rank), -3, 3)).astype(np.float16))
+        deltas[path.format(expert)] = ModuleChange(LowRank(a, b, scale))
+    ((_, stacked),) = made(deltas, folder).modules.items()
+    found = [stacked.direction.scale * b @ a for b, a in loaded(stacked.direction)]
+    for change, got in zip(deltas.values(), found, strict=True):
+        ((b, a),) = loaded(change.direction)
+        np.testing.assert_array_equal(got, change.direction.scale * b @ a)
+
+
 def test_invocation_tokens_are_kept(make_folder, base, tmp_path):
     folder = make_folder(
         modules={Q: (16, 16, 8)},

@@ -222,9 +222,10 @@ def test_unknown_name(name, hint):
 
 def test_unrecognised(tmp_path):
     (tmp_path / "file").write_bytes(b"?")
-    for path in (tmp_path / "file", tmp_path):
-        with pytest.raises(UnknownFormatError, match=r"Known formats:.* peft"):
-            find_format(path)
+    with pytest.raises(UnknownFormatError, match=r"Known formats:.* peft"):
+        find_format(tmp_path / "file")
+    with pytest.raises(UnknownFormatError, match="a folder without weights"):
+        find_format(tmp_path)
     for name in ("missing", "nul\0"):
         with pytest.raises(MissingFileError):
             find_format(tmp_path / name)

@@ -21,6 +21,7 @@ def running(folder: Path) -> Iterator[Any]:
 
     with hub_server.running() as hub:
         os.environ.update(hub_server.environment(hub, folder / "home"))
+        os.environ.pop("HF_HUB_OFFLINE", None)
         from loratools.face import push
         from loratools.hub import upload
 

@@ -304,7 +304,7 @@ def test_no_regular_file(kind, name, make_folder, refused):
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin", "/dev/null"])
 def test_input_is_a_device(path, refused):
-    refused(path, "no known format")
+    refused(path, "is no regular file")
 
 
 def test_attachment_linked_from_elsewhere(make_folder, refused):

@@ -62,6 +62,7 @@ def test_a_signal_that_the_shell_ignores_stays_ignored(tmp_path):
     code = (
         "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "from loratools.cli import signals\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signals.stop_on_signals()\n"
         "os.kill(os.getpid(), signal.SIGHUP); print('alive')"
     )
@@ -75,6 +76,7 @@ def test_a_signal_that_meets_a_destructor_stops_the_run_all_the_same(name):
     code = (
         "import os, signal, time\n"
         "from loratools.cli import signals\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signals.stop_on_signals()\n"
         "class Removed:\n"
         "    def __del__(self):\n"
@@ -97,6 +99,7 @@ def test_a_signal_leaves_no_lock_taken_that_threads_wait_for(place):
     code = (
         "import os, signal, threading, time\n"
         "from loratools.cli import signals\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signals.stop_on_signals()\n"
         "held, done = threading.Lock(), []\n"
         "def take():\n"
@@ -134,6 +137,7 @@ def test_a_stopped_run_that_hangs_ends_all_the_same():
         "import os, signal, time\n"
         "from loratools.cli import signals\n"
         "signals._LAST_SECONDS = 0.2\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signals.stop_on_signals()\n"
         "try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
         "except KeyboardInterrupt: time.sleep(60)\n"

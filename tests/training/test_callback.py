@@ -177,15 +177,79 @@ def test_the_best_model_may_be_of_an_earlier_rank(tmp_path):
     assert {len(p) for n, p in factors(made).items() if "lora_A" in n} == {rank}
 
 
+def squeezes_stated(folder):
+    text = json.loads((folder / "provenance.json").read_text())
+    return [one["step"] for one in text["predicate"]["options"]["squeezes"]]
+
+
+@pytest.mark.parametrize(("best", "want"), [(3, []), (4, [4]), (6, [4]), (8, [4, 8]), (12, [4, 8])])
+def test_provenance_states_the_squeezes_of_the_best_model(tmp_path, best, want):
+    class Score(TrainerCallback):  # says which step is best
+        def on_evaluate(self, args, state, control, metrics, **kwargs):  # noqa: ARG002
+            metrics["eval_loss"] = abs(state.global_step - best)
+
+    # The second boundary may keep the ranks: what counts is the step.
+    callback = SqueezeCallback(SqueezeSchedule((8, 4, RankRule(energy=1.0)), (4, 4, 4)))
+    made = trainer(
+        tmp_path, callback, more=[Score()], eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        eval_dataset=data()[:8],
+    )  # fmt: skip
+    made.train()
+    assert made.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    made.save_model(tmp_path / "final")
+    callback.write_provenance(tmp_path / "final")
+    if want:
+        assert squeezes_stated(tmp_path / "final") == want
+        assert squeezes_stated(tmp_path / f"checkpoint-{best}") == want
+    else:
+        assert not (tmp_path / "final" / "provenance.json").exists()
+    assert squeezes_stated(tmp_path / "checkpoint-12") == [4, 8]
+
+
+def test_the_best_model_may_be_loaded_into_a_model_that_the_trainer_made(tmp_path):
+    callback = SqueezeCallback(SCHEDULES["ranks"])
+    made = trainer(tmp_path, callback)
+    models = [made.model]
+    made.model_init = lambda: models[-1]
+    models.append(trainer(tmp_path, TrainerCallback()).model)
+    made.train()
+    assert made.model is models[1]
+    made.model.load_adapter(str(tmp_path / "checkpoint-3"), "default")
+    assert {len(p) for n, p in factors(made).items() if "lora_A" in n} == {8}
+
+
 def test_states_of_callbacks_may_be_restored_by_the_trainer(tmp_path):
     whole = trainer(tmp_path, SqueezeCallback(SCHEDULES["rules"]))
     whole.train()
-    again = trainer(
-        tmp_path, SqueezeCallback(SCHEDULES["rules"]), restore_callback_states_from_checkpoint=True
-    )
+    callback, logged = SqueezeCallback(SCHEDULES["rules"]), []
+    again = trainer(tmp_path, callback, restore_callback_states_from_checkpoint=True)
+    callback.log = logged.append
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     want = factors(whole)
     assert all(torch.equal(p, want[n]) for n, p in factors(again).items())
+    # The Trainer put another object in its place; the user's knows what that did.
+    assert callback not in again.callback_handler.callbacks
+    assert len(logged) == 1
+    again.save_model(tmp_path / "final")
+    callback.write_provenance(tmp_path / "final")
+    assert squeezes_stated(tmp_path / "final") == [4, 8]
+    with pytest.raises(OptionError, match="no Trainer has trained with this callback"):
+        SqueezeCallback(SCHEDULES["rules"]).write_provenance(tmp_path / "final")
+
+
+def test_a_callback_that_comes_too_late_is_refused(tmp_path):
+    made = trainer(tmp_path, TrainerCallback())
+    made.add_callback(SqueezeCallback(SCHEDULES["ranks"]))
+    with pytest.raises(UnsupportedError, match=r"callbacks=\[callback\]"):
+        made.train()
+
+
+def test_several_processes_are_refused_when_training_begins(tmp_path, monkeypatch):
+    made = trainer(tmp_path, SqueezeCallback(SCHEDULES["ranks"]))
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(UnsupportedError, match="one process"):
+        made.train()
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):

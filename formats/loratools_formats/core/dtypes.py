@@ -7,7 +7,7 @@ floats; `ml_dtypes` supplies them and is imported only when one is met.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,9 @@ _TABLE = (
 DTYPES: dict[str, DType] = {entry.code: entry for entry in _TABLE}
 
 
+_LONG_RANGE = ("BF16", "F32", "F64")
+
+
 def is_power_of_two(number: float) -> bool:
     """Return whether multiplying by a number is exact, as long as nothing over- or underflows.
 
@@ -110,6 +113,18 @@ def common_dtype(dtypes: Sequence[DType]) -> DType:
     if len(codes) == 1:
         return dtypes[0]
     return DTYPES["F64" if "F64" in codes else "F32"]
+
+
+def dtype_of_multiples(dtype: DType, ratios: Iterable[float]) -> DType:
+    """Return a type for values of `dtype` times each ratio: the same, unless that may round.
+
+    Powers of two round nothing in types of float32's range. That of float16 is so short that
+    factors have values at its ends, where bits are lost.
+    """
+    found = [ratio for ratio in ratios if ratio != 1.0]
+    if not found or (dtype.code in _LONG_RANGE and all(map(is_power_of_two, found))):
+        return dtype
+    return common_dtype([dtype, DTYPES["F32"]])
 
 
 def decode(data: bytes | bytearray | memoryview, dtype: DType, shape: tuple[int, ...]) -> Array:

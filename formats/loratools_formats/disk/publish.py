@@ -80,8 +80,8 @@ def publish_with(
     contents = {name: bytearray() for name in beside}
     placed: list[_Placed] = []
     with _os_errors_named(path):
-        mode = _mode_of_new_file(temporary) if old_mode is None else old_mode
         try:
+            mode = _mode_of_new_file(temporary) if old_mode is None else old_mode
             yield temporary, contents
             os.chmod(temporary, mode)
             sync_file(temporary)

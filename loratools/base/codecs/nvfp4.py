@@ -107,7 +107,7 @@ def _scales(stored: Stored, module: str, codes: TensorRef) -> TensorRef:
     if len(codes.shape) < 2 or half * 2 % _GROUPS[0]:
         raise wrong_shape(codes, f"(…, out, in / 2), in a multiple of {_GROUPS[0]}")
     scales = sibling(stored.tensors, f"{module}.weight_scale", (_SCALE,))
-    if not any(half * 2 == group * scales.shape[-1] for group in _GROUPS):
+    if not any(scales.shape[-1:] == (half * 2 // group,) for group in _GROUPS):
         raise wrong_shape(scales, [*stack, half * 2 // _GROUPS[0]])
     return sibling(stored.tensors, scales.key, (_SCALE,), (*stack, scales.shape[-1]))
 

@@ -17,12 +17,11 @@ import numpy as np
 from loratools.base.placement.changes import Placement, Span
 from loratools_formats.core.adapter import Layer, LowRank
 from loratools_formats.core.dtypes import (
-    DTYPES,
     Array,
     DType,
     common_dtype,
+    dtype_of_multiples,
     encode,
-    is_power_of_two,
 )
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -101,8 +100,7 @@ def put_together(
         )
     dtype = common_dtype([t.dtype for part in parts for t in (part.delta.a, part.delta.b)])
     ratios = [1.0 if p.delta.scale == first.scale else p.delta.scale / first.scale for p in parts]
-    exact = all(is_power_of_two(ratio) for ratio in ratios)
-    wide = dtype if exact else common_dtype([dtype, DTYPES["F32"]])
+    wide = dtype_of_multiples(dtype, ratios)
     columns, rank = _columns(parts)
     stack = 1 if planes is None else planes
     dims_a = (rank, shape[1]) if planes is None else (stack, rank, shape[1])

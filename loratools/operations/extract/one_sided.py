@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from loratools.base.placement import rules
 
@@ -13,11 +14,11 @@ def saved_module(key: str) -> str:
     return first if first in rules.TASK_HEADS else key.rpartition(".")[0]
 
 
-def pattern_of(keys: list[str], shared: set[str]) -> str:
-    """Return an expression for the modules of tensors, and for none of those that are `shared`."""
+def pattern_of(modules: Iterable[str], shared: set[str]) -> str:
+    """Return an expression for modules, and for none of those that are `shared`."""
     own: dict[str, None] = {}
-    for key in keys:
-        parts = key.rpartition(".")[0].split(".")
+    for module in modules:
+        parts = module.split(".")
         starts = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
         free = (s for s in starts if not any(f"{o}.".startswith(f"{s}.") for o in shared))
         start = next(free, None)

@@ -102,7 +102,7 @@ def difference(
             path=tuned.path,
             tensor=pair.key,
             got=f"{pair.new.dtype.code} {list(pair.new.shape)}",
-            hint=f"{pair.hint}: {comparison.pattern((p.key for p in placeless), others)}",
+            hint=f"{pair.hint}: {comparison.pattern((p.module for p in placeless), others)}",
         )
     modules = _deltas([pair for pair in chosen if pair.use == "layer"])
     replacements = {pair.key: pair.replacement() for pair in chosen if pair.use == "whole"}

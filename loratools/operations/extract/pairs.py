@@ -75,7 +75,7 @@ class Pair:
     use: Literal["layer", "whole", "none"]
     layer: Layer = _LINEAR
     transposed: bool = False
-    hint: str = "Leave its module out with `exclude`"
+    hint: str = "Leave all of its module out with `exclude`"
 
     @property
     def module(self) -> str:
@@ -204,26 +204,23 @@ class Comparison:
             is_outer = adds_head and not _NUMBER.search(key)
             if self._is_tied_copy(key, here):
                 message = f"{key} is tied in the {other} checkpoint and not compared"
-                self._note("tied-skipped", key, message)
+                self.findings.append(Finding("tied-skipped", "note", key, message))
             elif _BUFFER.search(key):
                 message = f"{key} is a buffer that the {other} checkpoint lacks; left out"
-                self._note("buffer-skipped", key, message)
+                self.findings.append(Finding("buffer-skipped", "note", key, message))
             elif module not in self._selection:
                 message = f"{key}, which the {other} checkpoint lacks, is left out as asked"
-                self._note("one-sided-skipped", key, message)
+                self.findings.append(Finding("one-sided-skipped", "note", key, message))
             elif is_outer and other == "base":
                 self.heads[key] = Replacement("module", key, here.tensors[key])
                 message = f"{key}, which the base lacks, is carried whole: it belongs to the task"
-                self._note("head-carried", key, message)
+                self.findings.append(Finding("head-carried", "note", key, message))
             elif is_outer:
                 message = f"{key} is left out: the tuned model, a classifier, does without it"
-                self._note("one-sided-skipped", key, message)
+                self.findings.append(Finding("one-sided-skipped", "note", key, message))
             else:
                 alone.append(key)
         return alone
-
-    def _note(self, code: str, key: str, message: str) -> None:
-        self.findings.append(Finding(code, "note", key, message))
 
     def _one_sided(self, keys: list[str], shared: set[str]) -> AdapterError | UnsupportedError:
         """Return the error of tensors that only one checkpoint has.
@@ -234,7 +231,9 @@ class Comparison:
         """
         key = keys[0]
         here, there = (self.base, self.tuned)[:: 1 if key in self.base.tensors else -1]
-        leave_out = "leave it out with `exclude`: " + self.pattern(keys, shared)
+        leave_out = "leave it out with `exclude`: " + self.pattern(
+            (key.rpartition(".")[0] for key in keys), shared
+        )
         if here is self.tuned and self._is_head(key.rpartition(".")[0]):
             return UnsupportedError(
                 "the tuned checkpoint has an output layer of its own, the base's is tied to its "
@@ -253,15 +252,15 @@ class Comparison:
             hint=leave_out[0].upper() + leave_out[1:],
         )
 
-    def pattern(self, keys: Iterable[str], shared: Iterable[str]) -> str:
-        """Return what `exclude` takes to leave out tensors, besides what it leaves out already.
+    def pattern(self, modules: Iterable[str], shared: Iterable[str]) -> str:
+        """Return what `exclude` takes to leave out modules, besides what it leaves out already.
 
         Args:
-            keys: their names.
-            shared: modules that must stay.
+            modules: their paths.
+            shared: those that must stay.
         """
         given = self._selection.exclude
-        found = pattern_of(list(keys), set(shared))
+        found = pattern_of(modules, set(shared))
         return shlex.quote(found if given is None else f"{given}|{found}")
 
     def _is_tied_copy(self, key: str, checkpoint: Checkpoint) -> bool:

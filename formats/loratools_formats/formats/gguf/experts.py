@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
-from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode, is_power_of_two
+from loratools_formats.core.dtypes import DType, common_dtype, dtype_of_multiples, encode
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import Architecture, Module
@@ -112,9 +112,7 @@ def stacked(name: str, found: Mapping[int, LowRank], experts: int) -> LowRank:
         )
     rank = max(part.rank for part in found.values())
     dtype = common_dtype([t.dtype for part in found.values() for t in (part.a, part.b)])
-    scales = {part.scale for part in found.values()}
-    if not all(is_power_of_two(scale / first.scale) for scale in scales):
-        dtype = common_dtype([dtype, DTYPES["F32"]])
+    dtype = dtype_of_multiples(dtype, (part.scale / first.scale for part in found.values()))
     out, in_ = first.shape
     a = [_padded(_of(found, e, "a"), (rank, in_), dtype, 1.0) for e in range(experts)]
     b = [

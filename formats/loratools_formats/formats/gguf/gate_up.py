@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratools_formats.core.adapter import LowRank, ModuleChange
-from loratools_formats.core.dtypes import DTYPES, DType, common_dtype, encode, is_power_of_two
+from loratools_formats.core.dtypes import DType, common_dtype, dtype_of_multiples, encode
 from loratools_formats.core.tensors import TensorRef, have_same_bits, joined
 from loratools_formats.disk.errors import AdapterError
 
@@ -122,11 +122,8 @@ def _block_diagonal(path: str, parts: Sequence[LowRank]) -> LowRank:
     stack = first.a.shape[:-2]
     rank, rows = sum(part.rank for part in parts), sum(part.shape[0] for part in parts)
     ratios = [part.scale / first.scale for part in parts]
-    exact = all(is_power_of_two(ratio) for ratio in ratios)
     dtype_a = common_dtype([part.a.dtype for part in parts])
-    dtype_b = common_dtype([part.b.dtype for part in parts])
-    if not exact:
-        dtype_b = common_dtype([dtype_b, DTYPES["F32"]])
+    dtype_b = dtype_of_multiples(common_dtype([part.b.dtype for part in parts]), ratios)
 
     def a() -> Any:
         import numpy as np

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from loratools.operations.convert.experts.groups import Group
 from loratools_formats.core.adapter import LowRank, ModuleChange
-from loratools_formats.core.dtypes import DTYPES, common_dtype, encode, is_power_of_two
+from loratools_formats.core.dtypes import dtype_of_multiples, encode, is_power_of_two
 from loratools_formats.core.tensors import TensorRef, have_same_bits
 from loratools_formats.disk.errors import UnsupportedError
 
@@ -50,9 +50,7 @@ def _padded(part: LowRank, rank: int, scale: float) -> LowRank:
 
 
 def _times(tensor: TensorRef, factor: float) -> TensorRef:
-    dtype = tensor.dtype
-    if not is_power_of_two(factor):
-        dtype = common_dtype([dtype, DTYPES["F32"]])
+    dtype = dtype_of_multiples(tensor.dtype, [factor])
 
     def read() -> bytes:
         import numpy as np
