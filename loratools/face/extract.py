@@ -210,7 +210,7 @@ def _single_file(
         if error.hint is not None and "`names`" in error.hint:  # which is an option of `convert`
             error.hint = (
                 'Extract it with `to="diffusers"`, and convert that: '
-                "loratools convert EXTRACTED -o OUT.safetensors --names TABLE --to " + to
+                f"loratools convert EXTRACTED --names TABLE --to {to} -o OUT.safetensors"
             )
         raise
     record = adapter.provenance or {}
