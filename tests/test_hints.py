@@ -95,7 +95,7 @@ def parsed(words):
     while isinstance(command, click.Group):
         name, *arguments = arguments
         command = command.get_command(None, name)
-    with command.make_context(name, arguments) as context:
+    with command.make_context(name, arguments, help_option_names=["-h", "--help"]) as context:
         return context.params
 
 
