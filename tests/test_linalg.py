@@ -230,3 +230,16 @@ def test_columns_and_rows_of_opposite_sizes_do_not_drown_the_others(shape, sprea
         found = linalg.gram_factors(b, a, core, k)
         error = np.linalg.norm(found.b @ found.a - dense)
         assert error <= np.linalg.norm(s[k:]) + 1e-6 * np.linalg.norm(s)
+
+
+def test_a_large_row_beside_a_column_of_zeros_adds_nothing():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        sizes = 10.0 ** rng.uniform(-6, 6, 12)
+        b, a = rng.standard_normal((40, 12)) * sizes, rng.standard_normal((12, 30)) / sizes[:, None]
+        b[:, 2], a[5] = 0.0, 0.0
+        core = linalg.gram_core(linalg.grams(b, a), 1.0)
+        s = np.linalg.svd(b @ a, compute_uv=False)[:12]
+        assert np.abs(core.singular_values - s).max() <= 1e-7 * s[0]
+        found = linalg.gram_factors(b, a, core, 12)
+        assert np.linalg.norm(found.b @ found.a - b @ a) <= 1e-6 * s[0]

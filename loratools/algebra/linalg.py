@@ -141,6 +141,12 @@ def gram_core(both: Grams, scale: float) -> GramCore:
     eigenvalues; its eigenvectors give both new factors without inverting anything but singular
     values. Directions below the floor of the method come out as zeros.
     """
+    alive = _alive(both)
+    if alive is not None:
+        core = gram_core(
+            Grams(both.b * alive * alive[:, None], both.a * alive * alive[:, None]), scale
+        )
+        return GramCore(core.singular_values, alive[:, None] * core.to_b, core.to_a * alive)
     weights = _balance(both)
     if weights is not None:
         core = gram_core(both.scaled(weights), scale)
@@ -160,6 +166,23 @@ def gram_core(both: Grams, scale: float) -> GramCore:
     to_a = scale * (lifted * inverse_root).T
     to_b = scale * scale * (both.a @ lifted) * inverse_root / kept
     return GramCore(s, to_b, to_a)
+
+
+def _alive(both: Grams) -> Array | None:
+    """Return 1 where a column of b and its row of a both have a size, else 0: (r,).
+
+    A row of a beside a column of zeros adds nothing, but may be so large that what rounding leaves
+    of the column drowns the others.
+
+    Returns:
+        None if there is nothing to leave out.
+    """
+    xp = namespace(both.b)
+    of_b, of_a = xp.linalg.diagonal(both.b), xp.linalg.diagonal(both.a)
+    dead = (of_b == 0.0) != (of_a == 0.0)
+    if not bool(xp.any(dead)):
+        return None
+    return xp.where(dead, xp.zeros_like(of_b), xp.ones_like(of_b))
 
 
 def _balance(both: Grams) -> Array | None:
