@@ -28,6 +28,10 @@ _LISTED = 4
 _LLAMA_CPP = re.compile(r"blk\.\d+\.|(?:token_embd|output|output_norm)(?:\.|$)")
 
 
+class UnmatchedError(AdapterError):
+    """Modules or tensors of an adapter fit nothing in a base."""
+
+
 def place(adapter: Adapter, base: Checkpoint) -> Placements:
     """Return where everything in an adapter goes.
 
@@ -213,12 +217,12 @@ def _does_not_fit(module: str, out: int, in_: int, expected: str) -> AdapterErro
     )
 
 
-def unmatched(names: Names, missing: list[str], adapter: Adapter) -> AdapterError:
+def unmatched(names: Names, missing: list[str], adapter: Adapter) -> UnmatchedError:
     """Return the error that modules or tensors fit nothing in the base."""
     if all(map(_LLAMA_CPP.match, missing)):
         source = "ADAPTER" if adapter.source is None else shlex.quote(str(adapter.source))
         base = shlex.quote(str(names.base.path))
-        return AdapterError(
+        return UnmatchedError(
             f"is in llama.cpp's names, which the base {base} does not have",
             path=adapter.source,
             got=missing[0],
@@ -229,7 +233,7 @@ def unmatched(names: Names, missing: list[str], adapter: Adapter) -> AdapterErro
         nearest = names.nearest(name)
         listed.append(f"{printable(name)} (nearest: {', '.join(nearest) or 'none'})")
     more = f"; and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-    return AdapterError(
+    return UnmatchedError(
         f"no base tensor fits {len(missing)} of the adapter's modules or tensors: "
         f"{'; '.join(listed)}{more}",
         path=names.base.path,

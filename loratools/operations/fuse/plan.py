@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from loratools.base.placement import BiasPlacement, Placement, Placements, place
+from loratools.base.placement.place import UnmatchedError
 from loratools.folding.without_base import folded_where_exact, needs_base, to_lora_command
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
@@ -36,7 +37,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import DTYPES, Array, DType
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 ADDABLE = (*FLOATING, *FP8_TYPES)
@@ -150,8 +151,9 @@ def plan_fuse(
     placed = []
     inputs = [replace(item, adapter=_in_names_of(item.adapter, base)) for item in inputs]
     streamed: list[list[Placement | BiasPlacement | StreamedPlacement]] = []
-    for item in inputs:
-        placements = place(_without_streamed(item.adapter), base)
+    for index, given in enumerate(inputs):
+        item, placements = _placed(given, base)
+        inputs[index] = item
         weights, biases = streamed_placements(item.adapter, base)
         refuse_clashes(base, placements, weights)
         placed.append(placements)
@@ -203,6 +205,21 @@ def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """
     adapter.require_true_delta("fuse")
     return with_replaced_rows(folded_where_exact(adapter, "fuse", None, base=base, dense=False))
+
+
+def _placed(item: FuseInput, base: Checkpoint) -> tuple[FuseInput, Placements]:
+    """Return where an adapter's changes go, under the names of the base's class if need be.
+
+    A file may leave out which part of a model a layer is in, as Tinker's do.
+    """
+    try:
+        return item, place(_without_streamed(item.adapter), base)
+    except UnmatchedError as error:
+        try:
+            renamed = in_class_names([item.adapter], base)[0]
+        except LoratoolsError:
+            raise error from None
+        return replace(item, adapter=renamed), place(_without_streamed(renamed), base)
 
 
 def _in_names_of(adapter: Adapter, base: Checkpoint) -> Adapter:
