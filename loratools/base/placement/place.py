@@ -13,6 +13,7 @@ from loratools.base.placement.changes import (
     Span,
 )
 from loratools.base.placement.experts import expert_placements
+from loratools.base.placement.flat_experts import flat_placements
 from loratools.base.placement.fused import joined_spans, part_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
@@ -84,6 +85,8 @@ def module_placements(names: Names, module: str, delta: ModuleChange) -> list[Pl
     if part.layer.parameters:
         return expert_placements(names, module, delta)
     found = sites(names, module, "weight")
+    if not found:
+        return flat_placements(names, module, delta)
     shares = _share_spans(names, module, found, part)
     return [
         _placement(names, module, delta, site, share)

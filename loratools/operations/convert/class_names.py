@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from loratools.base.placement.flat_experts import FLAT, experts_in
 from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -133,6 +134,10 @@ def _apart(
             raise UnsupportedError(
                 "mlx-lm has the language model only", path=adapter.source, tensor=name
             )
+        flat = [FLAT.fullmatch(parameter) for parameter in change.layer.parameters]
+        if len(flat) == 1 and flat[0] is not None and "dbrx" in model_types(base.config):
+            yield from _of_dbrx(flat[0]["owner"], flat[0]["leaf"], change, base)
+            return
         if any(not parameter.endswith(".weight") for parameter in change.layer.parameters):
             raise UnsupportedError(
                 "mlx-lm has no such parameter: it keeps these experts as linear layers",
@@ -161,6 +166,25 @@ def _apart(
         return
     for index, leaf in enumerate(("gate_proj", "up_proj")):
         yield f"{path}.{leaf}", _named(change, f"{path}.{leaf}", _half(b, index, types[0]))
+
+
+def _of_dbrx(
+    owner: str, leaf: str, change: ModuleChange, base: Checkpoint
+) -> Iterator[tuple[str, ModuleChange]]:
+    """Yield the linear layers of single experts, which DBRX keeps below each other in a matrix.
+
+    Its experts have A (r, H) in common, and rows of B each. w2 acts from rows to columns.
+    """
+    part = change.require_factors()
+    experts = experts_in(base.config, part.b.shape[0], f"{owner}.mlp.{leaf}")
+    rows = part.b.shape[0] // experts
+    for expert in range(experts):
+        b = part.b.rows(list(range(expert * rows, (expert + 1) * rows)))
+        a = part.a
+        if leaf == "w2":
+            a, b = b.transposed((1, 0)), a.transposed((1, 0))
+        single = replace(part, a=a, b=b, layer=Layer("linear"))
+        yield f"{owner}.{expert}.{leaf}", change.with_direction(single)
 
 
 def _half(b: TensorRef, index: int, model_type: str) -> TensorRef:
