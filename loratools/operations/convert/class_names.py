@@ -102,8 +102,16 @@ def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
     for module, given in adapter.modules.items():
         name, change = _of_nemotron(module, given) if is_nemotron else (module, given)
         for path, made in _apart(name, change, base, adapter):
-            modules[_prefixed(path) if several else path] = made
+            called = _prefixed(path) if several else path
+            modules[called] = _in_stack_of(called, made) if called != path else made
     return replace(adapter, modules={name: modules[name] for name in sorted(modules)})
+
+
+def _in_stack_of(path: str, change: ModuleChange) -> ModuleChange:
+    """Return a change whose stack of experts, if it is one, has the name of its module."""
+    if change.layer.kind != "experts":
+        return change
+    return _named(change, path, change.require_factors().b)
 
 
 def _of_nemotron(name: str, change: ModuleChange) -> tuple[str, ModuleChange]:
