@@ -177,8 +177,7 @@ def _whole(
     out, in_ = shape[:-3:-1] if turned else shape[-2:]
     stack = shape[0] if len(shape) == 3 else None
     if stack is None:
-        is_bare = not key.endswith(_WEIGHT) or names.is_bare(key)
-        parameters = (key,) if is_bare else ()
+        parameters = () if key.endswith(_WEIGHT) else (key,)
         layer = Layer("linear", parameters=parameters, transposed_if_square=turned)
     else:
         lies = stack_is_transposed(names, key)

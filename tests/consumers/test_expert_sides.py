@@ -266,3 +266,15 @@ def test_experts_of_a_model_of_several_parts_go_to_mlx_and_back(name, tmp_path):
         tuner = pytest.importorskip("mlx_lm.tuner.utils")
         loaded, _ = utils.load_model(model.base, strict=False)
         tuner.load_adapters(loaded, str(tmp_path / "mlx"))
+
+
+def test_names_of_4_are_of_layers_and_come_back(tmp_path):
+    """A class that has no layer of a name may have had one before."""
+    model = Model("AXK1ForCausalLM", 24, tmp_path)
+    adapter = model.adapter("a")
+    lt.convert(adapter, names_of="4", base=model.base, output=tmp_path / "four")
+    config = json.loads((tmp_path / "four" / "adapter_config.json").read_text())
+    assert not config.get("target_parameters")
+    wanted = model.change(adapter)
+    lt.merge([adapter, tmp_path / "four"], base=model.base, output=tmp_path / "both")
+    assert off(model.change(tmp_path / "both"), wanted, wanted) <= 2.0**-48
