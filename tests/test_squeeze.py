@@ -383,8 +383,8 @@ def test_what_no_type_holds_is_refused_without_naming_one(make_folder, value, pr
     key = "base_model.model.layers.0.q.lora_B.weight"
     rng = np.random.default_rng(0)
     edge = (value * rng.uniform(0.5, 1.0, (24, 8))).astype(np.float32)
-    a = {key.replace("lora_B", "lora_A"): np.full((8, 20), value, np.float32)} if value > 1 else {}
-    source = read_adapter(make_folder(dtype="f32", extra={key: edge, **a}))
+    extra = {key: edge, key.replace("lora_B", "lora_A"): np.full((8, 20), value, np.float32)}
+    source = read_adapter(make_folder(dtype="f32", extra=extra))
     with pytest.raises(AdapterError, match=problem) as told:
         squeeze(source, RankRule(rank=2))
     assert told.value.hint is None
