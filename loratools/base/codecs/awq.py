@@ -160,7 +160,7 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
         if codes.dtype.code != "I32" or zeros.dtype.code != "I32":
             continue
         key = f"{module}.weight"
-        if _is_gemm(codes, zeros, scales):
+        if _is_gemm(codes, zeros, scales) and stored.stated.get("version") != "gemv":
             sibling(stored.tensors, scales.key, _FLOATING)
             found[key] = _Gemm(key, parts)
         elif len({part.shape[0] for part in parts.values()}) == 1:
