@@ -8,6 +8,7 @@ these or does otherwise; it is written as it was read, and has no names of its o
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -98,6 +99,8 @@ class SingleFile(Format):
 def sniffed_naming(path: Path) -> Naming | None:
     """Return the naming of the adapter keys in the end of a header, None if it has none."""
     from loratools_formats.containers.sniffing import is_part_of_folder, tensor_names
+    from loratools_formats.disk.provenance import OPERATION_KEY
+    from loratools_formats.formats.singlefile.scale import METADATA_KEY
 
     if not path.is_file() or is_part_of_folder(path):
         return None
@@ -106,16 +109,16 @@ def sniffed_naming(path: Path) -> Naming | None:
     except OSError:
         return None
     names = tensor_names(end)
-    return _naming(start, names) if names else None
+    scaled = METADATA_KEY.encode() in start or OPERATION_KEY.encode() in start
+    return _naming(tuple(names), scaled=scaled) if names else None
 
 
-def _naming(start: bytes, names: list[bytes]) -> Naming | None:
+@functools.lru_cache(maxsize=4)  # every naming is asked for the same names
+def _naming(names: tuple[bytes, ...], *, scaled: bool) -> Naming | None:
     from loratools_formats.core.peft_facts import OF_LANGUAGE_MODEL
     from loratools_formats.core.peft_facts import PREFIX as PEFT_PREFIX
     from loratools_formats.core.single_file_keys import parse
-    from loratools_formats.disk.provenance import OPERATION_KEY
     from loratools_formats.formats.singlefile.read import CONTROL_MARK, OF_DIFFUSION, naming_class
-    from loratools_formats.formats.singlefile.scale import METADATA_KEY
 
     of_language_model = re.compile(OF_LANGUAGE_MODEL)
     control = CONTROL_MARK.encode() in names
@@ -132,7 +135,6 @@ def _naming(start: bytes, names: list[bytes]) -> Naming | None:
     # PEFT's weights without their configuration are another format: their scale is not 1.
     # Those of diffusion models are loaded without one everywhere, with a scale of 1 (fal), and what
     # loratools writes without one has that scale.
-    scaled = METADATA_KEY.encode() in start or OPERATION_KEY.encode() in start
     scaled = scaled or any(key.role == "alpha" for key in known)
     if not scaled and any(map(is_bare, known)):
         return None
