@@ -23,11 +23,8 @@ from loratools.base.codecs import (
 from loratools.base.codecs.bitsandbytes import FourBitWeight
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.checkpoints.eight_bit_floats import (
-    FP8_TYPES,
-    activation_scales,
-    marks_of_comfyui,
-)
+from loratools_formats.checkpoints.comfyui import marks_of_comfyui
+from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES, activation_scales
 from loratools_formats.checkpoints.quantization import (
     format_found,
     is_part,

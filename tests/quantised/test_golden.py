@@ -55,7 +55,12 @@ def test_values_are_those_of_the_tool_that_quantised(name):
         values if isinstance(values, tuple) else (values, in_memory("x", values).dtype.code)
     )
     want = bits.view(DTYPES[code].numpy_dtype()).astype(np.float32)
+    metadata = json.loads(str(tensors.pop("metadata", "{}")))
     named = {f"x.{part}": tensor for part, tensor in tensors.items()}
-    found = only(named, stated, quantization_config=stated).tensor(DTYPES[code]).load(np.float32)
+    found = (
+        only(named, stated, metadata, quantization_config=stated)
+        .tensor(DTYPES[code])
+        .load(np.float32)
+    )
     assert np.array_equal(found, want)
     assert np.unique(want).size > 4

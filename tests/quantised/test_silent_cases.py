@@ -256,3 +256,26 @@ def test_eight_bits_need_a_place_to_say_so(section, tmp_path, adapter):
     with pytest.raises(UnsupportedError, match=r"cannot say of single modules.*`changed_bits`"):
         lt.fuse(base, adapter, changed_bits=8, output=tmp_path / "fused")
     assert lt.fuse(base, adapter, output=tmp_path / "fused").tensors
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("name", ["NVFP4 ModelOpt", "NVFP4 compressed-tensors"])
+def test_nvfp4_without_scales_of_groups_is_refused_by_name(name, shape, tmp_path, make_folder):
+    """No loader takes one scale for all. Where no adapter changes the weight, it stays."""
+    _, tensors, _ = base_of(name, tmp_path / "base")
+    tensors[f"{KEPT}.weight_scale"] = (np.ones(shape, F8), "F8_E4M3")
+    plain = {f"{CHANGED}.weight": np.ones((64, 128), np.float16)}
+    kept = {key: value for key, value in tensors.items() if not key.startswith(CHANGED)}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "modelopt"}}
+    base = save(tmp_path / "lone", plain | kept, config)
+    for touched in (KEPT, CHANGED):
+        adapter = make_folder(touched, modules={touched: (64, 128, 8)}, dtype="f32")
+        if touched == KEPT:
+            with pytest.raises(UnsupportedError, match=r"one scale for all.*weight_scale"):
+                lt.fuse(base, adapter)
+            continue
+        lt.fuse(base, adapter, output=tmp_path / "fused")
+        before, after = raw(base), raw(tmp_path / "fused")
+        assert [key for key in before if before[key] != after[key]] == [f"{CHANGED}.weight"]
+    with pytest.raises(UnsupportedError, match=r"one scale for all.*expected \[64, 8\]"):
+        lt.dequantize(base, output=tmp_path / "plain")

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from loratools.base.codecs import (
     awq,
     bitsandbytes,
+    comfyui,
     compressed,
     eight_bit,
     gptq,
@@ -38,6 +39,7 @@ __all__ = [
 
 CODECS: tuple[Codec, ...] = (
     bitsandbytes.CODEC,
+    comfyui.CODEC,
     hqq.CODEC,
     torchao.CODEC,
     mlx.CODEC,
