@@ -7,7 +7,6 @@ cancel are taken apart in more bits than float64 has.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from loratools.algebra import cancelling, linalg
 from loratools.algebra.device import Device, to_numpy
+from loratools.algebra.once import once
 from loratools_formats.core.dtypes import Array
 
 
@@ -74,21 +74,21 @@ class Matrix:
         self._grams = known if known and on_cpu else linalg.grams(self._b, self._a)
         self._cancels = cancelling.cancels(self._grams)
 
-    @functools.cached_property
+    @once
     def _exact(self) -> cancelling.Core:
         """The core of factors that nearly cancel."""
         b, a = to_numpy(self._b), to_numpy(self._a)
         return cancelling.core_of(b, a, np.full(len(a), self._scale))
 
-    @functools.cached_property
+    @once
     def _triplets(self) -> tuple[Array, Array, Array]:
         return cancelling.triplets_of(self._exact)
 
-    @functools.cached_property
+    @once
     def _core(self) -> linalg.GramCore:
         return linalg.gram_core(self._grams, self._scale)
 
-    @functools.cached_property
+    @once
     def _qr(self) -> linalg.Factors:
         return linalg.qr_factors(self._b, self._a, self._scale, self._a.shape[0])
 

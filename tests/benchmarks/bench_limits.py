@@ -28,7 +28,7 @@ the products alone. `extract --rank 32` of three matrices of 107 M entries toget
 others: one DoRA of 4096 × 11008 to rank 16; two of rank 16, and one of rank 256, on all linears of
 a 7B Llama; `lt.read` of {KOHYA} kohya files of 792 tensors and 400 training tags; `squeeze` of a
 tiny adapter. Fusing into GGUF beside copying is in the section on GGUF."""
-READ = "import sys, pathlib, loratools as lt; [lt.read(p) for p in pathlib.Path({!r}).iterdir()]"
+READ = "import sys, pathlib, loratools as lt\nfor p in pathlib.Path({!r}).iterdir(): lt.read(p)"
 
 
 class _Runs:
