@@ -117,9 +117,17 @@ def auto_round(model, out):
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Its asymmetric weights in AWQ's form have no kernel on a CPU.
     for form, arguments in (
         ("auto_round", {"scheme": "W4A16", "group_size": 64}),
         ("auto_round:auto_gptq", {"scheme": "W4A16", "group_size": 64}),
+        ("auto_round", {"scheme": "W2A16", "group_size": 64}),
+        ("auto_round:auto_gptq", {"scheme": "W2A16", "group_size": 64}),
+        ("auto_round", {"scheme": "W3A16", "group_size": 64}),
+        ("auto_round", {"scheme": "W8A16", "group_size": 64}),
+        ("auto_round:auto_gptq", {"scheme": "W8A16", "group_size": 64}),
+        ("auto_round:gptqmodel", {"scheme": "W2A16", "group_size": 64, "sym": False}),
+        ("auto_round:gptqmodel", {"scheme": "W4A16", "group_size": 64, "sym": False}),
     ):
         name = "-".join([form.replace(":", "-"), *(str(v) for v in arguments.values())])
         rounder = AutoRound(

@@ -43,7 +43,10 @@ def test_values_are_those_of_compressed_tensors(name):
         stated["config_groups"] = {"group_0": {"weights": {"num_bits": int(name[3])}}}
     weight = only({f"x.{part}": tensor for part, tensor in tensors.items()}, stated)
     assert code == "BF16"
-    check(weight, bits.view(DTYPES["BF16"].numpy_dtype()), "BF16")
+    if weight.dtype.code == "BF16":
+        check(weight, bits.view(DTYPES["BF16"].numpy_dtype()), "BF16")
+    else:  # products of eight-bit floats, which are rounded when they are stored
+        assert weight.tensor(DTYPES["BF16"]).load().tobytes() == bits.tobytes()
 
 
 @pytest.mark.parametrize("name", BY_TOOLS)
