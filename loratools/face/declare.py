@@ -27,6 +27,7 @@ from loratools.hub.references import (
     Wanted,
     is_explicit,
     mapped,
+    parse,
     with_revision,
 )
 from loratools.work.call import call_of, running
@@ -250,7 +251,7 @@ def _fetched(group: Any, options: Mapping[str, Option], given: Mapping[str, Any]
 
 
 def _local(path: Any, *, want: Any, beside: Beside, headers: bool = False) -> Any:
-    if not os.fspath(path):
+    if not os.fspath(path) or parse(path, want) is None:
         return path
     from loratools.hub.resolve import located
 

@@ -99,8 +99,6 @@ class SingleFile(Format):
 def sniffed_naming(path: Path) -> Naming | None:
     """Return the naming of the adapter keys in the end of a header, None if it has none."""
     from loratools_formats.containers.sniffing import is_part_of_folder, tensor_names
-    from loratools_formats.disk.provenance import OPERATION_KEY
-    from loratools_formats.formats.singlefile.scale import METADATA_KEY
 
     if not path.is_file() or is_part_of_folder(path):
         return None
@@ -109,8 +107,14 @@ def sniffed_naming(path: Path) -> Naming | None:
     except OSError:
         return None
     names = tensor_names(end)
-    scaled = METADATA_KEY.encode() in start or OPERATION_KEY.encode() in start
-    return _naming(tuple(names), scaled=scaled) if names else None
+    return _naming(tuple(names), scaled=_states_scale(start)) if names else None
+
+
+def _states_scale(start: bytes) -> bool:
+    from loratools_formats.disk.provenance import OPERATION_KEY
+    from loratools_formats.formats.singlefile.scale import METADATA_KEY
+
+    return METADATA_KEY.encode() in start or OPERATION_KEY.encode() in start
 
 
 @functools.lru_cache(maxsize=4)  # every naming is asked for the same names
