@@ -265,15 +265,25 @@ def _fused_full(parts: Sequence[ModuleChange]) -> ModuleChange:
 def swapped_halves(name: str, delta: ModuleChange) -> ModuleChange:
     """Return the delta with the two halves of its rows in the other order.
 
+    A magnitude for each output moves with its row; norms of columns do not change.
+
     Raises:
         UnsupportedError: a kind whose rows cannot be moved.
     """
-    part = delta.factors
-    if part is None or delta.is_dora:
-        raise _kept_whole(name, "a change that is no plain pair of factors")
+    part, full, magnitude = delta.factors, delta.kind_delta, delta.magnitude
+    if full is not None and full.kind == "full" and magnitude is None:
+        half = units(name, full.parts["diff"].shape[0], (1, 1))
+        diff = _swapped(full.parts["diff"], half)
+        return delta.with_direction(replace(full, parts={"diff": diff}))
+    if part is None:
+        raise _kept_whole(name, f"a weight change of kind {delta.kind}")
     half = units(name, part.b.shape[0], (1, 1))
     bias = None if part.bias is None else _swapped(part.bias, half)
-    return delta.with_direction(replace(part, b=_swapped(part.b, half), bias=bias))
+    if magnitude is not None and delta.axis == "output":
+        flat = _swapped(magnitude.reshaped((magnitude.numel,)), half)
+        magnitude = flat.reshaped(magnitude.shape)
+    direction = replace(part, b=_swapped(part.b, half), bias=bias)
+    return replace(delta, direction=direction, magnitude=magnitude)
 
 
 def _swapped(tensor: TensorRef, half: int) -> TensorRef:
