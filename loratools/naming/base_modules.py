@@ -82,7 +82,7 @@ class BaseModules:
             keys = [k for k in self._tensors if k.startswith(component.prefix)]
             paths = {k.removeprefix(component.prefix).rpartition(".")[0] for k in keys} - {""}
             if component.prefix and component.role == DENOISER:
-                names += (f"diffusion_model.{path}" for path in paths)
+                names += (f"{component.full_prefix}{path}" for path in paths)
             elif not component.prefix:
                 told = told_component(paths, self._base.config)
                 names += (f"{told}.{path}" for path in paths if told is not None)
