@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from loratools.folding.base_layout import in_base_layout
 from loratools.naming.rename import NamingOptions, renamed
+from loratools.naming.together import in_one_spelling
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
@@ -19,13 +20,23 @@ def in_one_naming(
 ) -> tuple[list[Adapter], list[Finding]]:
     """Return adapters whose modules are named alike, and findings on those that keep their names.
 
-    Adapters of one format keep their names; of several, each goes to the base model's names where
-    a way leads there.
+    Single files whose modules a table has are spelled as the first spells them. Other adapters of
+    one format keep their names; of several, each goes to the base model's names where a way leads
+    there.
     """
-    if len({adapter.format for adapter in adapters}) == 1:
-        return [in_base_layout(adapter, base) for adapter in adapters], []
-    named: list[Adapter] = []
     found: list[Finding] = []
+    if all(get_format(adapter.format).naming is not None for adapter in adapters):
+        try:
+            alike = in_one_spelling(adapters)
+        except LoratoolsError as error:
+            alike = None
+            message = f"the files keep their own spellings of modules: {error.message}"
+            found.append(Finding("names-kept", "warning", None, message))
+        if alike is not None:
+            return alike, []
+    if len({adapter.format for adapter in adapters}) == 1:
+        return [in_base_layout(adapter, base) for adapter in adapters], found
+    named: list[Adapter] = []
     for adapter in adapters:
         try:
             named.append(in_model_names(adapter, base))
