@@ -29,7 +29,7 @@ from loratools_formats.disk.strict_json import read_object
 
 _STEMS = ("model", "diffusion_pytorch_model")
 CONFIG_FILE = "config.json"
-_PIPELINE_INDEX = "model_index.json"
+PIPELINE_INDEX = "model_index.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
@@ -52,6 +52,8 @@ class Checkpoint:
         stem: what the names of the weight files begin with.
         index: the parsed index; None if there is a single file.
         read: the files that configuration and index were read from.
+        components: of a whole diffusion pipeline, the folders whose tensors these are; the name of
+            each begins with its folder. Empty for a checkpoint of one model.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class Checkpoint:
     stem: str = "model"
     index: Mapping[str, Any] | None = None
     read: tuple[RegularFile, ...] = ()
+    components: tuple[str, ...] = ()
 
     @property
     def is_folder(self) -> bool:
@@ -108,6 +111,12 @@ class Checkpoint:
             expected=wanted,
             hint=f"Nearest names: {', '.join(close)}" if close else None,
         )
+
+
+def is_weights(path: Path) -> bool:
+    """Return whether a file is where `read_checkpoint` looks for weights in a folder."""
+    endings = (".safetensors", ".safetensors.index.json")
+    return path.is_file() and path.name in {f"{s}{e}" for s in _STEMS for e in endings}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -171,7 +180,7 @@ def _nothing_there(target: Path) -> MissingFileError:
         return MissingFileError(
             "is an adapter, not a model", path=target, hint=f"To put it into its model: {fused}"
         )
-    if (target / _PIPELINE_INDEX).is_file():
+    if (target / PIPELINE_INDEX).is_file():
         return MissingFileError(
             "is a whole diffusion pipeline, and one component's folder is needed",
             path=target,
@@ -190,9 +199,7 @@ def _components(pipeline: Path) -> str:
     found = [
         shlex.quote(os.fspath(folder))
         for folder in sorted(pipeline.iterdir())
-        for stem in _STEMS
-        for ending in (".safetensors", ".safetensors.index.json")
-        if (folder / f"{stem}{ending}").is_file()
+        if folder.is_dir() and any(map(is_weights, folder.iterdir()))
     ]
     return ", ".join(found) or "none holds weights as safetensors"
 

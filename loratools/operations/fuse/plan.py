@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from loratools.base.placement import BiasPlacement, Placement, Placements, place
+from loratools.base.weights import BaseModule
+from loratools.folding.base_seen import divided_in
 from loratools.folding.without_base import folded_where_exact, needs_base, to_lora_command
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
@@ -148,11 +150,12 @@ def plan_fuse(
     """
     findings: list[Finding] = []
     placed = []
-    inputs = [replace(item, adapter=_in_names_of(item.adapter, base)) for item in inputs]
+    found = [_in_names_of(item.adapter, base) for item in inputs]
+    inputs = [replace(i, adapter=adapter) for i, (adapter, _) in zip(inputs, found, strict=True)]
     streamed: list[list[Placement | BiasPlacement | StreamedPlacement]] = []
-    for item in inputs:
-        placements = place(_without_streamed(item.adapter), base)
-        weights, biases = streamed_placements(item.adapter, base)
+    for item, (_, divided) in zip(inputs, found, strict=True):
+        placements = place(_without_streamed(item.adapter, divided), base)
+        weights, biases = streamed_placements(item.adapter, base, divided)
         refuse_clashes(base, placements, weights)
         placed.append(placements)
         streamed.append([*weights, *biases])
@@ -205,19 +208,28 @@ def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     return with_replaced_rows(folded_where_exact(adapter, "fuse", None, base=base, dense=False))
 
 
-def _in_names_of(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return an adapter whose names lead to a checkpoint's tensors."""
+def _in_names_of(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, dict[str, BaseModule]]:
+    """Return an adapter whose names lead to a checkpoint's tensors.
+
+    Returns:
+        It, and where the base has modules that keep their names: it cuts them or puts them together
+        with others, and they are no plain LoRAs, which are cut and put together themselves.
+    """
     given = ready(adapter, base)
+    divided = divided_in(given, base)
+    rest = {name: change for name, change in given.modules.items() if name not in divided}
     try:
-        named = named_for_base(given, base)
+        named = named_for_base(replace(given, modules=rest), base)
     except UnsupportedError as error:
         change = given.modules.get(error.tensor or "")
         if change is not None:
             error.hint = f"Make it a plain LoRA first: {to_lora_command(adapter, change)}"
         raise
+    kept = {name: given.modules[name] for name in divided}
+    named = replace(named, modules={**named.modules, **kept})
     if adapter.format == "mlx" or _alternates(named, base):
-        return in_class_names([named], base)[0]
-    return named
+        return in_class_names([named], base)[0], divided
+    return named, divided
 
 
 def _alternates(adapter: Adapter, base: Checkpoint) -> bool:
@@ -230,8 +242,12 @@ def _alternates(adapter: Adapter, base: Checkpoint) -> bool:
     return any(_SINGLE.search(module) for module in adapter.modules)
 
 
-def _without_streamed(adapter: Adapter) -> Adapter:
-    modules = {name: d for name, d in adapter.modules.items() if not is_streamed(d)}
+def _without_streamed(adapter: Adapter, divided: Collection[str]) -> Adapter:
+    modules = {
+        name: delta
+        for name, delta in adapter.modules.items()
+        if name not in divided and not is_streamed(delta)
+    }
     return replace(adapter, modules=modules)
 
 
