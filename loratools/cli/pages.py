@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from loratools.work.declared import option
 from loratools.work.requests import Reporting
 from loratools_formats.contract.files import check_further
 from loratools_formats.disk.errors import OptionError, OutputError
-from loratools_formats.disk.publish import publish_file
+from loratools_formats.disk.publish import publish_file, resolved
 
 
 @contextlib.contextmanager
@@ -71,12 +70,14 @@ class Pages:
             from loratools.page.plot import check_plot
 
             check_plot(self.plot)
+        if not self.files:
+            return
         others = [path for path in inputs if path is not None]
-        known = {os.path.realpath(path) for path in others}
+        known = {resolved(path) for path in others}
         for path in self.files:
-            if os.path.realpath(path) in known:
+            if resolved(path) in known:
                 raise OptionError("a report goes over something else", got=str(path))
-            known.add(os.path.realpath(path))
+            known.add(resolved(path))
             check_further(path, others, overwrite=overwrite or self.overwrite)
 
     def write(self, result: Result, *, overwrite: bool = False) -> None:

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from loratools.cli import cli
+from loratools_formats.disk.errors import LoratoolsError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LORA = EXAMPLES / "tiny-llama" / "lora"
@@ -112,3 +113,12 @@ def test_an_error_after_the_output_says_that_it_is_there(here, option, monkeypat
     assert "Nothing was changed" not in str(done.exception)
     assert "o was written before that" in str(done.exception)
     assert Path("o").is_dir()
+
+
+@pytest.mark.parametrize("option", ["--save-recipe", "--html"])
+@pytest.mark.parametrize("line", ['base: "x\\0"', 'base: "\\0"'])
+def test_a_recipe_whose_paths_no_file_can_have(here, option, line):
+    Path("recipe").write_text(RECIPE + line + "\n")
+    done = run("merge", *BY_RECIPE, option, "x")
+    assert isinstance(done.exception, LoratoolsError)
+    assert not Path("o").exists()

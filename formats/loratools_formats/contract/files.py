@@ -103,7 +103,7 @@ def check_apart(path: str | os.PathLike[str], others: Iterable[Path | None]) -> 
     """
     target = resolved(path)
     for other in filter(None, others):
-        real = Path(os.path.realpath(other))
+        real = resolved(other)
         inside = real in target.parents and real.is_dir()
         if real == target or target in real.parents or inside or target in _belonging(other):
             raise OutputExistsError(
