@@ -66,14 +66,24 @@ class Thin:
         return linalg.grams(self.b, self.a)
 
     @once
+    def _cancellation(self) -> cancelling.Cancellation:
+        return cancelling.Cancellation.of(self.grams)
+
+    @property
     def _cancels(self) -> bool:
-        return cancelling.cancels(self.grams)
+        return self._cancellation.cancels
+
+    @property
+    def _needs_more_bits(self) -> bool:
+        return self._cancels and not (self._use_gram and self._cancellation.is_enough)
 
     @property
     def squared_norm(self) -> float:
         """‖ΔW‖²_F, the tail included."""
-        if self._cancels:
+        if self._needs_more_bits:
             return self._exact.norm**2 + self.tail
+        if self._cancels:
+            return float((self.svd[1] ** 2).sum()) + self.tail
         return self.scale * self.scale * self.grams.squared_norm + self.tail
 
     @once
@@ -91,8 +101,8 @@ class Thin:
 
     @once
     def svd(self) -> tuple[Array, Array, Array]:
-        """U (out, k), S (k,), Vᵀ (k, in) in float64 by QR of both factors."""
-        if self._cancels:
+        """U (out, k), S (k,), Vᵀ (k, in) in float64, by QR of both factors where that is enough."""
+        if self._needs_more_bits:
             u, values, v = cancelling.triplets_of(self._exact)
             count = min(self.rank, *self.shape)
             return u[:, :count], values[:count], v[:count]

@@ -32,7 +32,7 @@ from loratools_formats.disk.errors import (
     UnsupportedError,
 )
 from loratools_formats.disk.files import RegularFile, inside
-from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.beside import attachments
 from loratools_formats.formats.peft.config import (
@@ -248,7 +248,7 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
         WEIGHTS_FILE,
         LEGACY_WEIGHTS_FILE,
         PROVENANCE_FILE,
-        "recipe.yaml",
+        RECIPE_FILE,
         ".gitattributes",  # every repository of the Hub has one
     }
     foreign = sorted(
