@@ -20,8 +20,6 @@ from loratools.base.codecs import (
     methods,
     without_marks,
 )
-from loratools.base.codecs.bitsandbytes import FourBitWeight
-from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.comfyui import marks_of_comfyui
 from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES, activation_scales
@@ -72,11 +70,6 @@ class DequantisedCheckpoint:
     def is_quantized(self) -> bool:
         """Whether any tensor is computed."""
         return bool(self.stored)
-
-    @property
-    def four_bit(self) -> Mapping[str, QuantizedWeight]:
-        """The weights that can be quantised again with their own scales: those of bitsandbytes."""
-        return {k: w.weight for k, w in self.weights.items() if isinstance(w, FourBitWeight)}
 
     @property
     def places(self) -> Mapping[str, str]:

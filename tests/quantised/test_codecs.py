@@ -4,6 +4,8 @@
 """
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from quantised_cases import (
     to_words,
 )
 
-from loratools.base.codecs import coded_weights
+import loratools
+from loratools.base.codecs import CODECS, coded_weights
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -552,3 +555,18 @@ def test_other_tensors_of_torchao_are_refused_by_their_name():
     with pytest.raises(UnsupportedError, match=r"torchao.*x.weight.*Int4Tensor"):
         coded_weights(stored(tensors, metadata=said))
     assert not coded_weights(stored(tensors))
+
+
+def test_no_operation_knows_a_format_by_its_name():
+    """What differs between formats is asked of codecs."""
+    folder = Path(loratools.__file__).parent
+    files = [
+        path.stem
+        for path in (folder / "base" / "codecs").glob("*.py")
+        if "\nCODEC = " in path.read_text()
+    ]
+    assert len(files) == len(CODECS)
+    named = re.compile(rf"base\.codecs\.(?:{'|'.join(files)})\b|checkpoints\.bitsandbytes\b")
+    for path in (folder / "operations").rglob("*.py"):
+        if path.name != "quantize.py" and not path.name.startswith("__"):
+            assert not named.search(path.read_text()), path

@@ -23,7 +23,14 @@ from loratools.base.codecs import (
     nvfp4,
     torchao,
 )
-from loratools.base.codecs.codec import Codec, CodedWeight, Encoder, Scheme, Stored
+from loratools.base.codecs.codec import (
+    Codec,
+    CodedWeight,
+    Encoder,
+    Scheme,
+    Stored,
+    WholeEncoder,
+)
 
 __all__ = [
     "CODECS",
@@ -32,6 +39,7 @@ __all__ = [
     "Encoder",
     "Scheme",
     "Stored",
+    "WholeEncoder",
     "coded_weights",
     "methods",
     "without_marks",

@@ -28,8 +28,9 @@ from loratools.base.codecs.codec import (
     row_piece,
 )
 from loratools.base.codecs.levels import Attempt, as_they_were, integer_codes, nearer, rounded
-from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
+from loratools.base.codecs.parts import matrix_rows
 from loratools.base.codecs.words import Words
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import Array, converted, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

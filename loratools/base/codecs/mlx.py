@@ -36,7 +36,8 @@ from loratools.base.codecs.mlx_encode import (
     FloatingEncoder,
     affine,
 )
-from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
+from loratools.base.codecs.parts import matrix_rows
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
