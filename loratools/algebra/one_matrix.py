@@ -72,15 +72,15 @@ class Matrix:
         self._scale = scale
         self._device = device
         on_cpu = isinstance(self._b, np.ndarray)
-        self._grams = known if known and on_cpu else None
+        product = None
         if self._rank > min(self._b.shape[0], self._a.shape[1]):
             sizes = linalg.squared_sizes(self._b, self._a)
             product = linalg.multiplied_out(self._b, self._a)
             self._grams = linalg.grams(*product)
             found = cancelling.Cancellation(self._grams.squared_norm, sizes)
         else:
-            self._grams = self._grams or linalg.grams(self._b, self._a)
-            found, product = cancelling.Cancellation.of(self._grams), None
+            self._grams = known if known and on_cpu else linalg.grams(self._b, self._a)
+            found = cancelling.Cancellation.of(self._grams)
         use_gram = use_gram and device.has_float64
         self._terms = found.terms
         self._cancels = found.cancels
