@@ -140,3 +140,17 @@ def test_values_that_all_kinds_share_have_their_types(tmp_path, kind, key, value
     done = CliRunner().invoke(cli, ["check", str(tmp_path), "--headers-only"])
     told = done.stdout + done.stderr + str(done.exception)
     assert f"config value {key} is wrong" in told
+
+
+@pytest.mark.parametrize("kernel", [(3, 1), (1, 3, 1), (3,), (1, 1, 3), (1, 3, 1, 1)])
+def test_two_kernels_of_one_product_have_the_same_axes(tmp_path, kernel):
+    """3 × 1 and 1 × 3 have as many numbers, and their product is none of either."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1_a": (2, 6), "w1_b": (2, 5), "t1": (2, 2, 1, 3)}
+    shapes |= {"w2_a": (2, 6), "w2_b": (2, 5), "t2": (2, 2, *kernel)}
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{module}.hada_{n}": rng.standard_normal(s).astype("f4") for n, s in shapes.items()}
+    tensors[f"{module}.alpha"] = np.asarray(2, "f4")
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(LoratoolsError, match="does not fit the others"):
+        read_adapter(tmp_path / "x.safetensors")
