@@ -157,9 +157,20 @@ def _of_checkpoint(role: str, checkpoint: Checkpoint | None) -> Iterator[InputFi
             )
         return
     yield from weight_files(role, [(each.file, header_digest(each)) for each in checkpoint.files])
-    config = checkpoint.path / CONFIG_FILE
-    if checkpoint.is_folder and config.is_file():  # what is tied, and how weights are quantised
-        yield InputFile(role, config, {"sha256": sha256_of(config)})
+    for file in checkpoint.read:
+        if file.path.name == CONFIG_FILE:  # what is tied, and how weights are quantised
+            yield InputFile(role, file.path, {"sha256": _as_read(file)})
+
+
+def _as_read(file: RegularFile) -> str:
+    """Return the digest of a file as it was when it was read.
+
+    Raises:
+        AdapterError: it changed since.
+    """
+    digest = file.sha256()
+    file.check_unchanged()
+    return digest
 
 
 def _arguments(

@@ -440,6 +440,9 @@ def test_model_stock_is_the_dense_formula_and_mergekits(tmp_path, count, noise):
 def test_model_stock_has_no_place_for_weights(tmp_path):
     with pytest.raises(OptionError, match="takes no weights"):
         model_stock(np.eye(2), np.array([1.0, 2.0]))
+    for weight in (0.0, -1.0):
+        with pytest.raises(OptionError, match="takes no weights"):
+            model_stock(np.eye(2), np.array([weight, weight]))
     # Opposite deltas have no finite estimate; like mergekit, stay at the base.
     opposite = np.array([[1.0, -1.0], [-1.0, 1.0]])
     np.testing.assert_array_equal(model_stock(opposite, np.ones(2)), [0.0, 0.0])

@@ -14,7 +14,12 @@ from typing import Any
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.nothing import require_tensors
-from loratools_formats.disk.errors import OutputError, OutputExistsError, UnsupportedError
+from loratools_formats.disk.errors import (
+    LoratoolsError,
+    OutputError,
+    OutputExistsError,
+    UnsupportedError,
+)
 from loratools_formats.disk.provenance import (
     MADE_HERE,
     PREDICATE_TYPE,
@@ -186,7 +191,7 @@ def write_adapter(
 
     def make(temporary: Path) -> Mapping[str, Any] | None:
         chosen.write(adapter, temporary)
-        found = None if check is None else check(temporary)
+        found = None if check is None else _checked(check, temporary, Path(path))
         adapter.check_unchanged()
         if found is None or adapter.provenance is None:
             return adapter.provenance
@@ -207,6 +212,22 @@ def write_adapter(
             beside[name] += content
         if made_how is not None:
             beside[PROVENANCE_FILE] += statement_of_one(made_how, Path(path), temporary)
+
+
+def _checked(
+    check: Callable[[Path], Mapping[str, Any] | None], temporary: Path, path: Path
+) -> Mapping[str, Any] | None:
+    """Look at an output before it appears; errors name where it was to appear.
+
+    Raises:
+        LoratoolsError: as the check raises.
+    """
+    try:
+        return check(temporary)
+    except LoratoolsError as error:
+        if error.path is not None:
+            error.path = error.path.replace(os.fspath(temporary), os.fspath(path))
+        raise
 
 
 def marks_beside(names: Iterable[str] = ()) -> dict[str, bytes]:

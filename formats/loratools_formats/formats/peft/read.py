@@ -39,6 +39,7 @@ from loratools_formats.formats.peft.config import (
     CONFIG_FILE,
     NOT_A_PRODUCT,
     PeftConfig,
+    check_of_all_kinds,
     is_set,
     read_values,
 )
@@ -83,6 +84,7 @@ def read(path: Path) -> Adapter:
 def _read(folder: Path, renamed: Path | None) -> Adapter:
     config = RegularFile(inside(folder, CONFIG_FILE))
     values = read_values(config)
+    check_of_all_kinds(values, config.path)
     weights, original, about_weights = _open_weights(folder, renamed)
     tensors, about_names = as_saved(weights.tensors, folder)
     stored = Plain(values, tensors)
