@@ -106,8 +106,8 @@ def _placed(names: Names, module: str, change: ModuleChange) -> list[tuple[str, 
             return [(found[0].key, None)]
         if not found:
             head = head_of(sorted(names.types))
-            own = names.spelling(module)
-            return [(f"{head}.weight", None)] if own in (head, DEFAULT_HEAD) else []
+            if names.spelling(module) in (head, DEFAULT_HEAD):
+                return [(f"{head}.weight", None)]
     placements = _switched(names, module, change) or module_placements(names, module, change)
     if len(placements) == 1 and is_whole(placements[0]):
         return [(placements[0].key, None)]
@@ -177,7 +177,9 @@ def _whole(
     out, in_ = shape[:-3:-1] if turned else shape[-2:]
     stack = shape[0] if len(shape) == 3 else None
     if stack is None:
-        layer = Layer("linear", transposed_if_square=turned)
+        is_bare = not key.endswith(_WEIGHT) or names.is_bare(key)
+        parameters = (key,) if is_bare else ()
+        layer = Layer("linear", parameters=parameters, transposed_if_square=turned)
     else:
         lies = stack_is_transposed(names, key)
         swapped = None if lies is None else lies != turned

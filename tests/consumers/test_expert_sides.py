@@ -250,3 +250,19 @@ def test_check_tells_what_peft_scales_otherwise(which, tmp_path):
     asked = {"experts": "stacked", "base": model.base}
     lt.convert(tmp_path / "each", output=tmp_path / "stacked", **asked)
     assert off(model.change(tmp_path / "stacked"), model.fused(tmp_path / "each")) <= ROUNDING
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5Moe", "Kimi_K25", "Qwen3VLMoe"])
+def test_experts_of_a_model_of_several_parts_go_to_mlx_and_back(name, tmp_path):
+    model = Model(f"{name}ForConditionalGeneration", 24, tmp_path)
+    adapter = model.adapter("a")
+    lt.convert(adapter, to="mlx", base=model.base, output=tmp_path / "mlx")
+    wanted = model.change(adapter)
+    assert off(model.fused(tmp_path / "mlx"), wanted) <= ROUNDING
+    lt.convert(tmp_path / "mlx", to="peft", base=model.base, output=tmp_path / "back")
+    assert off(model.change(tmp_path / "back"), wanted) <= 2.0**-20
+    if name != "Qwen3VLMoe":  # whose configuration mlx-lm wants more of
+        utils = pytest.importorskip("mlx_lm.utils")
+        tuner = pytest.importorskip("mlx_lm.tuner.utils")
+        loaded, _ = utils.load_model(model.base, strict=False)
+        tuner.load_adapters(loaded, str(tmp_path / "mlx"))

@@ -179,7 +179,7 @@ their module's name and their own, the parts in the order of outputs."""
 TASK_HEADS = frozenset(
     {
         "classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "lm_head",
-        "v_head", "regression_head", "logits_proj", "summary",
+        "v_head", "regression_head", "logits_proj", "summary", "sequence_summary",
     }
 )  # fmt: skip
 """Modules that a task adds to a body, which a checkpoint of the body alone does not have."""

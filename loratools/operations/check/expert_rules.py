@@ -137,6 +137,14 @@ RULES = (
         of_readers=("expert-order-doubtful",),
     ),
     Rule(
+        "LT115", "projections-in-parts", "warning",
+        "Modules are parts of a projection that the model has as one, as Tinker adapts them.",
+        "PEFT and programs that read its folders find no such module, and leave it as it was.",
+        "Join the parts: `loratools convert ADAPTER --to peft --base MODEL -o NEW`.",
+        "`tinker_cookbook/weights/_adapter.py` at 9dfcc3a2",
+        of_readers=("projections-in-parts",),
+    ),
+    Rule(
         "LT411", "experts-lost", "warning",
         "PEFT on transformers 5 drops parts of an adapter of single experts as it stacks them, or "
         "scales them otherwise.",

@@ -226,7 +226,7 @@ def _as_each(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint |
         order, told = order_of(adapter, found.groups, base)
     recent = Recent()
     for group in found.groups.values():
-        made |= each(group, order, recent)
+        made |= each(group, order, recent, trimmed=adapter.format == "gguf")
     return made, told
 
 
