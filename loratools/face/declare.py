@@ -26,6 +26,7 @@ from loratools.hub.references import (
     Beside,
     Wanted,
     is_explicit,
+    is_local,
     mapped,
     parse,
     with_revision,
@@ -34,7 +35,7 @@ from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
 from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
-from loratools_formats.disk.errors import LoratoolsError
+from loratools_formats.disk.errors import LoratoolsError, MissingFileError
 from loratools_formats.disk.parents import parents_made
 
 R = TypeVar("R")
@@ -256,6 +257,9 @@ def _local(path: Any, *, want: Any, beside: Beside, headers: bool = False) -> An
     from loratools.hub.resolve import located
 
     found = located(path, want, beside=beside, headers=headers)
+    if found is None and want == "model" and is_local(path) and not os.path.lexists(path):
+        # A `Path` made of it would lose what says that it is no name on the Hub.
+        raise MissingFileError("no such file or folder", path=path)
     return path if found is None else found
 
 

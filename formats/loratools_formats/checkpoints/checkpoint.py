@@ -20,7 +20,7 @@ from loratools_formats.containers.safetensors_read import (
     read_safetensors,
     safetensors_names,
 )
-from loratools_formats.contract.path_kinds import architecture, cached, missing
+from loratools_formats.contract.path_kinds import architecture, cached, missing, not_weights
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_distant, is_there
 from loratools_formats.disk.errors import AdapterError, MissingFileError
@@ -31,6 +31,7 @@ _STEMS = ("model", "diffusion_pytorch_model")
 CONFIG_FILE = "config.json"
 PIPELINE_INDEX = "model_index.json"
 _ADAPTER_CONFIG = "adapter_config.json"
+_NAME_MODEL = "Name a model's folder, or its weights"
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
     ".ot",
@@ -128,7 +129,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     target = Path(path)
     if target.is_file() or is_distant(target):
-        file = read_safetensors(target)
+        try:
+            file = read_safetensors(target)
+        except AdapterError as error:
+            kind = not_weights(target) if target.is_file() else None
+            if kind is None:
+                raise
+            raise MissingFileError(
+                kind.what,
+                path=target,
+                hint=kind.hint if "adapter" not in kind.hint else _NAME_MODEL,
+            ) from error
         return Checkpoint(target, file.tensors, {}, (file,))
     place = target / CONFIG_FILE
     read = (RegularFile(place),) if place.exists() else ()
