@@ -21,7 +21,7 @@ from loratools.face.source import (
     destination,
     label,
     left,
-    model,
+    model_or_pipeline,
     opened,
     weighted,
 )
@@ -31,7 +31,6 @@ from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.methods import get_method
 from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import (
-    RECIPE_FILE,
     Recipe,
     RecipeAdapter,
     load_recipe,
@@ -50,6 +49,7 @@ from loratools_formats.contract.path_kinds import is_model
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnknownFormatError
+from loratools_formats.disk.provenance import RECIPE_FILE
 from loratools_formats.disk.publish import publish_file
 
 
@@ -185,7 +185,7 @@ def merge(
         sources = weighted(adapters)
         digests = [None] * len(sources)
     inputs = _inputs(sources, digests, reading, chosen.dropping)
-    checkpoint = None if base is None else model(base)
+    checkpoint = None if base is None else model_or_pipeline(base)
     writing = destination(writing, None, [*(item.adapter for item in inputs), checkpoint])
     # A merge from a recipe is recorded as the call that the recipe stands for.
     settings = Parameters(set_=tuple(chosen.parameters.items()))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from loratools.folding.base_layout import in_base_layout
 from loratools.folding.expert_sides import straightened, with_sides
 from loratools.naming.rename import NamingOptions, renamed
+from loratools.naming.together import in_one_spelling
 from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.format import Context
@@ -21,14 +22,24 @@ def in_one_naming(
 ) -> tuple[list[Adapter], list[Finding]]:
     """Return adapters whose modules are named alike, and findings on those that keep their names.
 
-    Adapters of one format keep their names; of several, each goes to the base model's names where
-    a way leads there. Where modules differ then, the base's class divides and names them.
+    Single files whose modules a table has are spelled as the first spells them. Other adapters of
+    one format keep their names; of several, each goes to the base model's names where a way leads
+    there. Where modules differ then, the base's class divides and names them.
     """
-    named: list[Adapter] = []
     found: list[Finding] = []
+    if all(get_format(adapter.format).naming is not None for adapter in adapters):
+        try:
+            alike = in_one_spelling(adapters)
+        except LoratoolsError as error:
+            alike = None
+            message = f"the files keep their own spellings of modules: {error.message}"
+            found.append(Finding("names-kept", "warning", None, message))
+        if alike is not None:
+            return alike, []
     if len({adapter.format for adapter in adapters}) == 1:
         named = [in_base_layout(adapter, base) for adapter in adapters]
-        return _in_one_spelling(named, base, found), found
+        return _as_classed(named, base, found), found
+    named = []
     for adapter in adapters:
         try:
             named.append(in_model_names(adapter, base))
@@ -36,10 +47,10 @@ def in_one_naming(
             named.append(adapter)
             message = f"{adapter.source} keeps its own names: {error.message}"
             found.append(Finding("names-kept", "warning", None, message))
-    return _in_one_spelling(named, base, found), found
+    return _as_classed(named, base, found), found
 
 
-def _in_one_spelling(
+def _as_classed(
     adapters: list[Adapter], base: Checkpoint | None, found: list[Finding]
 ) -> list[Adapter]:
     """Return adapters with the modules of the base's class where theirs differ, A on the inputs."""

@@ -32,13 +32,14 @@ from loratools_formats.disk.errors import (
     UnsupportedError,
 )
 from loratools_formats.disk.files import RegularFile, inside
-from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.beside import attachments
 from loratools_formats.formats.peft.config import (
     CONFIG_FILE,
     NOT_A_PRODUCT,
     PeftConfig,
+    check_of_all_kinds,
     is_set,
     read_values,
 )
@@ -84,6 +85,7 @@ def read(path: Path) -> Adapter:
 def _read(folder: Path, renamed: Path | None) -> Adapter:
     config = RegularFile(inside(folder, CONFIG_FILE))
     values = read_values(config)
+    check_of_all_kinds(values, config.path)
     weights, original, about_weights = _open_weights(folder, renamed)
     tensors, about_names = as_saved(weights.tensors, folder)
     stored = Plain(values, tensors)
@@ -252,7 +254,7 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
         WEIGHTS_FILE,
         LEGACY_WEIGHTS_FILE,
         PROVENANCE_FILE,
-        "recipe.yaml",
+        RECIPE_FILE,
         ".gitattributes",  # every repository of the Hub has one
     }
     foreign = sorted(
