@@ -151,7 +151,7 @@ def dequantize(
     *,
     workers: int | None = None,
     max_shard_size: int | str | None = None,
-    dtype: Literal["bf16", "f16", "f32"] = "bf16",
+    dtype: Literal["f32", "f16", "bf16"] = "bf16",
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     revision: str | None = None,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from loratools.base.pipelines import read_base
 from loratools.folding.zeros import require_change
 from loratools.hub.references import Wanted, path_of
 from loratools.work.requests import Reading, Writing
@@ -197,7 +196,11 @@ def model_or_pipeline(base: Any) -> Checkpoint:
         LoratoolsError: nothing there, or not a sound checkpoint.
     """
     is_path = isinstance(base, str | os.PathLike) and os.fspath(base)
-    return read_base(path_of(base)) if is_path and is_pipeline(path_of(base)) else model(base)
+    if not (is_path and is_pipeline(path_of(base))):
+        return model(base)
+    from loratools.base.pipelines import read_base  # numpy, which an adapter's info does without
+
+    return read_base(path_of(base))
 
 
 def weighted(adapters: Any) -> list[tuple[Any, float]]:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from loratools.base.dequantised import (
     dequantised_metadata,
 )
 from loratools.base.fourbit.encode import QuantisationLoss
+from loratools.lowrank.resize import OutputDtype
 from loratools.operations.reported import report
 from loratools.work.buffers import Buffers
 from loratools.work.declared import option
@@ -45,8 +46,6 @@ from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError
 
-DTypeName = Literal["bf16", "f16", "f32"]
-
 
 @dataclass(frozen=True)
 class DequantizeOptions(Sharding, Workers):
@@ -56,7 +55,9 @@ class DequantizeOptions(Sharding, Workers):
         dtype: type of the new weights.
     """
 
-    dtype: DTypeName = option("bf16", heading="Computing", aliases=("--outtype",), parse=dtype_name)
+    dtype: OutputDtype = option(
+        "bf16", heading="Computing", aliases=("--outtype",), parse=dtype_name
+    )
 
 
 _BUFFERS = Buffers()
@@ -105,7 +106,7 @@ class DequantizeResult:
 def dequantize(
     base: Checkpoint,
     output: str | os.PathLike[str] | None,
-    dtype: DTypeName = "bf16",
+    dtype: OutputDtype = "bf16",
     *,
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
