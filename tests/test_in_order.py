@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from loratools.algebra.once import once
 from loratools.work.parallel import in_order
 
 
@@ -28,3 +29,18 @@ def test_an_error_comes_in_its_place(workers):
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(TimeoutError, match="of the item"):
         next(results)
+
+
+def test_properties_of_two_objects_are_computed_side_by_side():
+    meet = threading.Barrier(2, timeout=30)
+
+    class Slow:
+        @once
+        def value(self):
+            """Wait for the other object."""
+            return meet.wait() * 0 + id(self)
+
+    objects = [Slow(), Slow()]
+    assert list(in_order(lambda each: each.value, objects, workers=2)) == list(map(id, objects))
+    assert [each.value for each in objects] == list(map(id, objects))  # not computed again
+    assert Slow.value.__doc__ == "Wait for the other object."

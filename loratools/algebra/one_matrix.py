@@ -8,7 +8,6 @@ float64 has. Factors of a higher rank than their product can have are multiplied
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from loratools.algebra import cancelling, linalg
 from loratools.algebra.device import Device, to_numpy
+from loratools.algebra.once import once
 from loratools_formats.core.dtypes import Array
 
 
@@ -72,7 +72,6 @@ class Matrix:
         self._scale = scale
         self._device = device
         on_cpu = isinstance(self._b, np.ndarray)
-        product = None
         if self._rank > min(self._b.shape[0], self._a.shape[1]):
             sizes = linalg.squared_sizes(self._b, self._a)
             product = linalg.multiplied_out(self._b, self._a)
@@ -80,7 +79,7 @@ class Matrix:
             found = cancelling.Cancellation(self._grams.squared_norm, sizes)
         else:
             self._grams = known if known and on_cpu else linalg.grams(self._b, self._a)
-            found = cancelling.Cancellation.of(self._grams)
+            found, product = cancelling.Cancellation.of(self._grams), None
         use_gram = use_gram and device.has_float64
         self._terms = found.terms
         self._cancels = found.cancels
@@ -89,21 +88,21 @@ class Matrix:
         if product is not None and not self._needs_more_bits:
             self._b, self._a = product
 
-    @functools.cached_property
+    @once
     def _exact(self) -> cancelling.Core:
         """The core of factors that nearly cancel."""
         b, a = to_numpy(self._b), to_numpy(self._a)
         return cancelling.core_of(b, a, np.full(len(a), self._scale))
 
-    @functools.cached_property
+    @once
     def _triplets(self) -> tuple[Array, Array, Array]:
         return cancelling.triplets_of(self._exact)
 
-    @functools.cached_property
+    @once
     def _core(self) -> linalg.GramCore:
         return linalg.gram_core(self._grams, self._scale)
 
-    @functools.cached_property
+    @once
     def _qr(self) -> linalg.Factors:
         return linalg.qr_factors(self._b, self._a, self._scale, self._a.shape[0])
 

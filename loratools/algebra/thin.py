@@ -7,13 +7,13 @@ energy of the rest, and only `dense` gives all of it.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from loratools.algebra import cancelling, linalg
+from loratools.algebra.once import once
 from loratools_formats.core.dtypes import Array
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -60,12 +60,12 @@ class Thin:
         """Number of columns of b."""
         return len(self.a)
 
-    @functools.cached_property
+    @once
     def grams(self) -> linalg.Grams:
         """The Gram matrices of both factors."""
         return linalg.grams(self.b, self.a)
 
-    @functools.cached_property
+    @once
     def _cancellation(self) -> cancelling.Cancellation:
         return cancelling.Cancellation.of(self.grams)
 
@@ -86,11 +86,11 @@ class Thin:
             return float((self.svd[1] ** 2).sum()) + self.tail
         return self.scale * self.scale * self.grams.squared_norm + self.tail
 
-    @functools.cached_property
+    @once
     def _exact(self) -> cancelling.Core:
         return cancelling.core_of(self.b, self.a, np.full(self.rank, self.scale))
 
-    @functools.cached_property
+    @once
     def singular_values(self) -> Array:
         """(min(r, out, in),) float64, descending; without those of the tail."""
         count = min(self.rank, *self.shape)
@@ -99,7 +99,7 @@ class Thin:
             return values
         return self.svd[1][:count]
 
-    @functools.cached_property
+    @once
     def svd(self) -> tuple[Array, Array, Array]:
         """U (out, k), S (k,), Vᵀ (k, in) in float64, by QR of both factors where that is enough."""
         if self._needs_more_bits:

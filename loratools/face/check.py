@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from loratools.face.declare import Progress, public
 from loratools.face.ran import Asked
 from loratools.face.result import Result
-from loratools.face.source import CardedModel, Model, destination, model
+from loratools.face.source import CardedModel, Model, destination, model_or_pipeline
 from loratools.hub.references import Wanted, parse, path_of
 from loratools.operations.check import runner
 from loratools.operations.check.baseline import read_baseline
@@ -158,7 +158,7 @@ def check(
         OutputExistsError: the output of a fix exists and `overwrite` is false.
     """
     given, named, unresolved = _resolved(_listed(sources), headers=options.headers_only)
-    checkpoint = None if base is None else model(base)
+    checkpoint = None if base is None else model_or_pipeline(base)
     accepted = frozenset[str]() if options.baseline is None else read_baseline(options.baseline)
 
     def run(of: Sequence[Path | Adapter], reading: Reading) -> runner.CheckRun:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from loratools.face.declare import Progress, public
 from loratools.face.result import Reported
 from loratools.face.shelf import Shelf, named_adapters
-from loratools.face.source import READING, Model, Source, model, opened
+from loratools.face.source import READING, Model, Source, model_or_pipeline, opened
 from loratools.operations.compare import bases, operation
 from loratools.operations.compare import result as measured
 from loratools.operations.compare.operation import CompareOptions
@@ -83,7 +83,7 @@ def compare(
     named = named_adapters(adapters, reading)
     found = operation.compare(
         named,
-        base=None if base is None else model(base),
+        base=None if base is None else model_or_pipeline(base),
         options=options,
         selection=selection,
         workers=threads.workers,
@@ -122,8 +122,8 @@ def compare_bases(
     """
     found = bases.compare_bases(
         opened(source, reading),
-        model(base),
-        model(other),
+        model_or_pipeline(base),
+        model_or_pipeline(other),
         selection=selection,
         workers=threads.workers,
     )

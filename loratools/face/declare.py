@@ -26,14 +26,16 @@ from loratools.hub.references import (
     Beside,
     Wanted,
     is_explicit,
+    is_local,
     mapped,
+    parse,
     with_revision,
 )
 from loratools.work.call import call_of, running
 from loratools.work.declared import Option, build, declared
 from loratools.work.requests import Writing
 from loratools.work.typed import accepted, converted, hints, option_value
-from loratools_formats.disk.errors import LoratoolsError
+from loratools_formats.disk.errors import LoratoolsError, MissingFileError
 from loratools_formats.disk.parents import parents_made
 
 R = TypeVar("R")
@@ -250,11 +252,14 @@ def _fetched(group: Any, options: Mapping[str, Option], given: Mapping[str, Any]
 
 
 def _local(path: Any, *, want: Any, beside: Beside, headers: bool = False) -> Any:
-    if not os.fspath(path):
+    if not os.fspath(path) or parse(path, want) is None:
         return path
     from loratools.hub.resolve import located
 
     found = located(path, want, beside=beside, headers=headers)
+    if found is None and want == "model" and is_local(path) and not os.path.lexists(path):
+        # A `Path` made of it would lose what says that it is no name on the Hub.
+        raise MissingFileError("no such file or folder", path=path)
     return path if found is None else found
 
 

@@ -10,7 +10,7 @@ from loratools.algebra.ranks import RankRule
 from loratools.face.choices import ChoiceRow, choice_rows
 from loratools.face.declare import Progress, public
 from loratools.face.result import AdapterResult, Result, check_error
-from loratools.face.source import WRITING, Model, beside, destination, model
+from loratools.face.source import WRITING, Model, beside, destination, model_or_pipeline
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.convert.operation import SingleFileOptions, prepare
 from loratools.operations.extract import operation
@@ -24,6 +24,7 @@ from loratools.work.provenance import record_metadata
 from loratools.work.requests import Writing
 from loratools.work.selection import Selection
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.contract.format import Context
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError
@@ -124,7 +125,7 @@ def extract(
             expected="rank, energy, budget or another rule",
             hint="extract_choices shows what each rank costs",
         )
-    before, after = model(base), model(tuned)
+    before, after = _both(base, tuned, naming)
     writing = destination(writing, None, [before, after])
     single = naming.to not in (None, "peft")
     old, new = components_only(before, after) if single else (before, after)
@@ -189,7 +190,7 @@ def extract_choices(
         AdapterError: as for `extract`.
         UnsupportedError: as for `extract`.
     """
-    before, after = model(base), model(tuned)
+    before, after = _both(base, tuned, naming)
     single = naming.to not in (None, "peft")
     if single:
         before, after = components_only(before, after)
@@ -199,13 +200,38 @@ def extract_choices(
     return ExtractChoices(choices=choice_rows(operation.extract_choices(found, compute).choices))
 
 
+def _both(base: Model, tuned: Model, naming: operation.Naming) -> tuple[Checkpoint, Checkpoint]:
+    """Return both checkpoints; pipelines whole, of which the LoRA is a single file.
+
+    Raises:
+        OptionError: a PEFT folder of a pipeline is asked for, or one of the two is no pipeline.
+    """
+    before, after = model_or_pipeline(base), model_or_pipeline(tuned)
+    if bool(before.components) != bool(after.components):
+        pipeline, other = (before, after) if before.components else (after, before)
+        raise OptionError(
+            "one is a whole diffusion pipeline, and the other is not",
+            path=pipeline.path,
+            got=str(other.path),
+            hint=f"Give the component's folder: {pipeline.path / pipeline.components[0]}",
+        )
+    if before.components and naming.to in (None, "peft"):
+        raise OptionError(
+            "a PEFT folder is of one model, and this is a whole diffusion pipeline",
+            path=before.path,
+            hint='Pass `to="diffusers"`, which makes one file of all components',
+        )
+    return before, after
+
+
 def _single_file(
     adapter: Adapter, before: Checkpoint, after: Checkpoint, to: str, component: str | None
 ) -> tuple[Adapter, tuple[Finding, ...]]:
     """Return what was extracted as a single file of a naming has it, and what is to be told."""
     named, findings = named_in_single_files(adapter, before, after, component, to)
     try:
-        done = prepare(named, to, single=SingleFileOptions(component=component))
+        context = Context(base=before.path)
+        done = prepare(named, to, context, single=SingleFileOptions(component=component))
     except OptionError as error:
         if error.hint is not None and "`names`" in error.hint:  # which is an option of `convert`
             error.hint = (

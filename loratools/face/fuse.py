@@ -27,7 +27,7 @@ from loratools.operations.fuse.gguf import GgufFuseOptions, GgufFusion
 from loratools.operations.fuse.operation import Fusion
 from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.fuse.parts import Parts, Spreading
-from loratools.operations.fuse.pipeline import PipelineFusion, is_pipeline
+from loratools.operations.fuse.pipeline import PipelineFusion
 from loratools.operations.fuse.result import FusePreview
 from loratools.operations.fuse.result import FuseResult as Fused
 from loratools.work.json_object import hidden
@@ -35,6 +35,7 @@ from loratools.work.provenance import DROPPED
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
 from loratools.work.shard import Shard
+from loratools_formats.checkpoints.pipelines import is_pipeline
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import read_model
 from loratools_formats.core.findings import Finding

@@ -21,7 +21,7 @@ from loratools.face.source import (
     destination,
     label,
     left,
-    model,
+    model_or_pipeline,
     opened,
     weighted,
 )
@@ -185,7 +185,7 @@ def merge(
         sources = weighted(adapters)
         digests = [None] * len(sources)
     inputs = _inputs(sources, digests, reading, chosen.dropping)
-    checkpoint = None if base is None else model(base)
+    checkpoint = None if base is None else model_or_pipeline(base)
     writing = destination(writing, None, [*(item.adapter for item in inputs), checkpoint])
     # A merge from a recipe is recorded as the call that the recipe stands for.
     settings = Parameters(set_=tuple(chosen.parameters.items()))

@@ -15,7 +15,7 @@ from loratools.face.source import (
     Source,
     beside,
     destination,
-    model,
+    model_or_pipeline,
     opened,
 )
 from loratools.lowrank.resize import ComputeOptions
@@ -79,7 +79,7 @@ def repair(
         OutputExistsError: the output exists and `overwrite` is false.
     """
     adapter = opened(source, reading)
-    checkpoint = None if base is None else model(base)
+    checkpoint = None if base is None else model_or_pipeline(base)
     writing = destination(writing, adapter, [adapter, checkpoint])
     done = operation.repair(
         adapter,

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from loratools.base.pipelines import read_base
 from loratools.folding.zeros import require_change
 from loratools.hub.references import Wanted, path_of
 from loratools.work.requests import Reading, Writing
 from loratools.work.selection import Dropping
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from loratools_formats.checkpoints.pipelines import is_pipeline
 from loratools_formats.contract.files import check_target, read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
@@ -185,6 +187,17 @@ def model(base: Any) -> Checkpoint:
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise OptionError("not a base model", got=repr(base), expected="a path, or one read")
     return read_checkpoint(path_of(base))
+
+
+def model_or_pipeline(base: Any) -> Checkpoint:
+    """Return the checkpoint that a base is, or all components of a diffusion pipeline as one.
+
+    Raises:
+        OptionError: it is neither a path nor a checkpoint.
+        LoratoolsError: nothing there, or not a sound checkpoint.
+    """
+    is_path = isinstance(base, str | os.PathLike) and os.fspath(base)
+    return read_base(path_of(base)) if is_path and is_pipeline(path_of(base)) else model(base)
 
 
 def weighted(adapters: Any) -> list[tuple[Any, float]]:

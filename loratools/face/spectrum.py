@@ -9,7 +9,7 @@ from typing import ClassVar
 from loratools.base.decompositions import IntruderOptions
 from loratools.face.declare import Progress, public
 from loratools.face.result import Result
-from loratools.face.source import READING, Model, Source, model, opened
+from loratools.face.source import READING, Model, Source, model_or_pipeline, opened
 from loratools.folding.expert_order import overruled
 from loratools.operations.spectrum import operation
 from loratools.operations.spectrum import result as measured
@@ -85,7 +85,7 @@ def spectrum(
     )
     found = operation.spectrum(
         adapter,
-        base=None if base is None else model(base),
+        base=None if base is None else model_or_pipeline(base),
         intruders=judging,
         entries=options.entries,
         selection=selection,

@@ -11,7 +11,7 @@ import numpy as np
 
 from loratools.algebra.ranks import RankRule
 from loratools.face.declare import public
-from loratools.face.source import Model, model
+from loratools.face.source import Model, model_or_pipeline
 from loratools.folding.decomposed import dense as whole_of
 from loratools.folding.regenerate import regenerated
 from loratools.folding.with_base import Opened, Opener
@@ -154,7 +154,7 @@ def _opened(adapter: Adapter, name: str, base: Model | None) -> LowRank | Opened
     change = adapter.modules[name]
     if change.factors is not None and not change.is_dora:
         return change.factors
-    checkpoint = None if base is None else model(base)
+    checkpoint = None if base is None else model_or_pipeline(base)
     complete = regenerated(adapter, checkpoint, {})
     told = with_settings(complete.adapter, complete.unused, checkpoint)
     if checkpoint is None:  # what other modules depend on does not matter then

@@ -15,7 +15,7 @@ from loratools.face.source import (
     Source,
     beside,
     destination,
-    model,
+    model_or_pipeline,
     trained,
 )
 from loratools.operations import to_dora as operation
@@ -73,7 +73,7 @@ def to_dora(
         OutputExistsError: the output exists and `overwrite` is false.
     """
     given = trained(source, initial, reading)
-    checkpoint = model(base)
+    checkpoint = model_or_pipeline(base)
     writing = destination(writing, given.inputs[0], [*given.inputs, checkpoint])
     done = operation.to_dora(
         given.adapter,

@@ -17,7 +17,7 @@ from loratools.face.source import (
     Source,
     beside,
     destination,
-    model,
+    model_or_pipeline,
     trained,
 )
 from loratools.folding.expert_order import overruled
@@ -113,7 +113,7 @@ def to_lora(
         raise OptionError("`exact=True` keeps changes whole, and leaves no rank to choose")
     given = trained(source, initial, reading, dropping)
     adapter, settings = overruled(given.adapter, dict(folding.set_))
-    checkpoint = None if base is None else model(base)
+    checkpoint = None if base is None else model_or_pipeline(base)
     writing = destination(writing, given.inputs[0], [*given.inputs, checkpoint])
     done = operation.to_lora(
         adapter,
@@ -167,7 +167,7 @@ def to_lora_choices(
     """
     adapter = trained(source, initial, reading, dropping).adapter
     adapter, settings = overruled(adapter, dict(folding.set_))
-    checkpoint = None if base is None else model(base)
+    checkpoint = None if base is None else model_or_pipeline(base)
     found = operation.to_lora_choices(adapter, compute, base=checkpoint, given=settings)
     if found is None:
         return None

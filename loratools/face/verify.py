@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from loratools.face.declare import Progress, public
 from loratools.face.fuse import fuse_inputs
 from loratools.face.result import Result
 from loratools.face.source import Model, Weighted, model
+from loratools.hub.references import path_of
 from loratools.operations import verify as operation
 from loratools.operations.verify import TensorVerdict, Verdict
 from loratools.work.parallel import Workers
 from loratools.work.requests import Reading
+from loratools_formats.checkpoints.pipelines import is_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -62,13 +65,19 @@ def verify(
         AdapterError: malformed input, or an adapter that does not fit the base.
         UnsupportedError: a quantisation or an adapter that cannot be read.
     """
-    found = operation.verify(
-        model(fused),
-        model(base),
-        fuse_inputs(adapters, reading),
-        workers=threads.workers,
-        progress=progress,
-    )
+    inputs = fuse_inputs(adapters, reading)
+    if _is_pipeline(fused) and _is_pipeline(base):
+        found = operation.verify_pipeline(
+            path_of(fused), path_of(base), inputs, workers=threads.workers, progress=progress
+        )
+    else:
+        found = operation.verify(
+            model(fused), model(base), inputs, workers=threads.workers, progress=progress
+        )
     return VerifyResult(
         contained=found.contained, told=found.told, counts=found.counts, tensors=found.tensors
     )
+
+
+def _is_pipeline(given: Model) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(given, str | os.PathLike) and is_pipeline(path_of(given))

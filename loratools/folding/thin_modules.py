@@ -8,12 +8,12 @@ m/‖W + ΔW‖ ⊙ (W + ΔW) − W, which only the base tells: without it, a Do
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from loratools.algebra.once import once
 from loratools.algebra.one_matrix import Decomposed
 from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.algebra.thin import Thin
@@ -66,7 +66,7 @@ class ThinModule:
     bytes_per_rank: int = 0
     known: Spectrum | None = None
 
-    @functools.cached_property
+    @once
     def spectrum(self) -> Spectrum:
         """Singular values and what a rank costs in a file, as `squeeze` and `to-lora` have them."""
         if self.known is not None:

@@ -9,7 +9,7 @@ import numpy as np
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.place import module_placements
 from loratools.base.weights import find_base_module, is_in_stack, names_under
-from loratools.naming.for_base import names_in_base
+from loratools.folding.base_seen import seen_by
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, ModuleChange
 from loratools_formats.core.dtypes import Array
@@ -28,8 +28,9 @@ class WeightsBeside:
     """
 
     def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
-        self._names = names_under(adapter, base, adapter.modules)
-        self._in_base = names_in_base(adapter, base)
+        seen = seen_by(adapter, base)
+        self._names = names_under(adapter, seen.checkpoint, adapter.modules)
+        self._in_base = seen.names
         self._path = base.path
 
     def load(self, name: str, change: ModuleChange) -> list[Array]:

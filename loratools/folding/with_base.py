@@ -9,15 +9,16 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.ranks import RankRule, Spectrum
+from loratools.base.shape_only import ShapeOnly
 from loratools.base.tied import find_tie, shared_embeddings
 from loratools.base.weights import (
     BaseModule,
-    ShapeOnly,
     find_base_module,
     is_fused,
     is_in_stack,
     names_under,
 )
+from loratools.folding.base_seen import seen_by
 from loratools.folding.decomposed import Streaming, decomposed, exact_factors, rows_of
 from loratools.folding.dora import Rescaling, finite_vector, rescaled_rows, rescaling_of
 from loratools.folding.module import checked_form, known_shape
@@ -27,7 +28,6 @@ from loratools.kinds.declaration import DeltaForm, Kronecker, Product, Weight
 from loratools.lowrank.matrices import loaded, matrices
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions, rounded, spectrum_of
-from loratools.naming.for_base import names_in_base
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DTYPES, Array
@@ -110,8 +110,8 @@ class Opener:
                 )
             return {}
         places = {}
-        names = names_under(self.adapter, base, needing)
-        in_base = names_in_base(self.adapter, base)
+        seen = seen_by(self.adapter, base)
+        names, in_base = names_under(self.adapter, seen.checkpoint, needing), seen.names
         for name, delta in self.adapter.modules.items():
             if delta.kind == "lora":
                 continue
@@ -128,8 +128,8 @@ class Opener:
             UnsupportedError: a module is such a change of a tied tensor.
         """
         needing = [name for name, delta in self.adapter.modules.items() if needs_base(delta)]
-        names = names_under(self.adapter, base, needing)
-        in_base = names_in_base(self.adapter, base)
+        seen = seen_by(self.adapter, base)
+        names, in_base = names_under(self.adapter, seen.checkpoint, needing), seen.names
         tie = find_tie(names, adapter=self.adapter, guess_head=True)
         shared = {f"{name}.weight" for name in shared_embeddings(names)}
         tied = shared if tie is None else {*shared, *map(names.spelling, (tie.embedding, tie.head))}

@@ -192,6 +192,12 @@ def is_explicit(text: str | os.PathLike[str]) -> bool:
     return given.lower().startswith("hf:/") or _address(given) is not None
 
 
+def is_local(text: str | os.PathLike[str]) -> bool:
+    """Return whether a text can only be a path: it starts with a folder's mark."""
+    given = os.fspath(text)
+    return os.path.isabs(given) or re.match(r"(?:\.{1,2}|~)[/\\]", given) is not None
+
+
 def _is_plain(text: str) -> bool:
     """Return whether a path where nothing is may be `user/repo[@revision][/path]`."""
     if _PLAIN.fullmatch(text) is None or os.path.isdir(text.partition("/")[0]):

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from loratools.naming.tables import flattened
 from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.pipelines import ADAPTED
 from loratools_formats.core.single_file_keys import Key
 
 DENOISER = "denoiser"
@@ -28,6 +29,8 @@ _BELOW = {
     "conditioner.embedders.1.model.": "text_encoder_2",
 }
 """Prefixes of the all-in-one files of Stability AI and ComfyUI, with the component below each."""
+FOLDERS = {name: DENOISER if name in ("unet", "transformer") else name for name in ADAPTED}
+"""Components of diffusers' pipelines by their folder, as `roles_of` names them."""
 _COMFYUI = re.compile(r"text_encoders\.([A-Za-z0-9_]+)\.(?:transformer\.)?")
 _TEXT = tuple(f"text_encoder{number}" for number in ("", "_2", "_3", "_4", "_5", "_6"))
 _CLIP = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -87,6 +90,12 @@ class BaseComponent:
     prefix: str
     paths: frozenset[str]
 
+    @property
+    def full_prefix(self) -> str:
+        """What tables expect before its modules' names; of a denoiser with a prefix."""
+        is_original = self.prefix.endswith("diffusion_model.")
+        return "diffusion_model." if is_original else self.prefix
+
     @cached_property
     def _known(self) -> Mapping[str, str]:
         """What each module may be called, and what it is."""
@@ -131,6 +140,15 @@ def components_of(base: Checkpoint, role: str | None = None) -> list[BaseCompone
         role: of a checkpoint that holds one component, if it is known.
     """
     found: dict[str, set[str]] = {}
+    if base.components:
+        for folder in base.components:
+            keys = [key for key in base.tensors if key.startswith(f"{folder}.")]
+            paths = {key.removeprefix(f"{folder}.") for key in keys}
+            found[folder] = paths | {path.rpartition(".")[0] for path in paths} - {""}
+        return [
+            BaseComponent(FOLDERS[folder], f"{folder}.", frozenset(paths))
+            for folder, paths in found.items()
+        ]
     for key in base.tensors:
         for prefix in _prefixes(key):
             path = key.removeprefix(prefix)

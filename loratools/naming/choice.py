@@ -66,16 +66,22 @@ class NamedModules:
         return located(self.names[name], table, self.shapes.get(name, _UNKNOWN_SHAPE))
 
     def is_in(self, table: Table) -> bool:
-        """Return whether a table has every module."""
-        return all(self.place(name, table) is not None for name in self.names)
+        """Return whether a table has every module, and tells which it is."""
+        return all(self._is_placed(name, table) for name in self.names)
 
     def missing(self, table: Table) -> list[str]:
-        """Return the modules that a table does not have."""
-        return [name for name in self.names if self.place(name, table) is None]
+        """Return the modules that a table does not have, or has in several places."""
+        return [name for name in self.names if not self._is_placed(name, table)]
+
+    def _is_placed(self, name: str, table: Table) -> bool:
+        try:
+            return self.place(name, table) is not None
+        except OptionError:
+            return False
 
     def places(self, table: Table) -> list[Place | TextPlace]:
         """Return where the modules stand that a table has."""
-        found = (self.place(name, table) for name in self.names)
+        found = (self.place(n, table) for n in self.names if self._is_placed(n, table))
         return [place for place in found if place is not None]
 
     def outcome(self, target: Target, table: Table) -> tuple[str, ...]:
@@ -184,8 +190,14 @@ def may_have_no_table(names: Iterable[str]) -> bool:
 
 def kernel_of(name: str) -> tuple[int, ...] | None:
     """Return the kernel that tables give a module; None if none does, or they differ."""
-    places = (located(name, table) for table in bundled_tables())
-    found = {place.row.kernel for place in places if isinstance(place, Place)}
+    found = set()
+    for table in bundled_tables():
+        try:
+            place = located(name, table)
+        except OptionError:  # several modules of that table, which their shapes tell apart
+            return None
+        if isinstance(place, Place):
+            found.add(place.row.kernel)
     return found.pop() if len(found) == 1 else None
 
 
@@ -272,15 +284,25 @@ def in_no_table(file: NamedModules, missing: Sequence[str]) -> AdapterError:
         where = f"the table of {table.title}, which has the others"
         return _lacking(file, table, lacking, where)
     for table in bundled_tables():
-        if all(located(name, table) is not None for name in file.names.values()):
+        if all(is_located(name, table) for name in file.names.values()):
             return _lacking(file, table, lacking, f"the table of {table.title}")
     return unresolved(missing, "any bundled table", file.source)
 
 
 def _lacking(file: NamedModules, table: Table, missing: list[str], where: str) -> AdapterError:
     name = missing[0]
-    if located(file.names[name], table) is not None:
-        rows, columns = file.shapes[name]
+    shape = file.shapes.get(name, _UNKNOWN_SHAPE)
+    if is_located(file.names[name], table) and None in shape:
+        return AdapterError(
+            f"the name is that of several modules in {where}, and the file has no shape of its "
+            "weight, which would tell them apart",
+            path=str(file.source) if file.source else None,
+            tensor=file.names[name],
+            hint="Make it a plain LoRA first: "
+            "loratools to-lora ADAPTER --base MODEL --rank RANK -o plain",
+        )
+    if is_located(file.names[name], table):
+        rows, columns = shape
         count = f", nor have {len(missing) - 1} others" if len(missing) > 1 else ""
         return AdapterError(
             f"a weight has not the proportions that it has in {where}{count}",

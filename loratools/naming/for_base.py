@@ -10,22 +10,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from loratools.naming.base_components import (
-    DENOISER,
-    BaseComponent,
-    components_of,
-    roles_of,
-)
-from loratools.naming.choice import NamedModules, chosen_tables
-from loratools.naming.lists import embedded_map
-from loratools.naming.places import module_key, names_at
+from loratools.naming.base_components import DENOISER, roles_of
+from loratools.naming.base_modules import BaseModules
+from loratools.naming.places import module_key
 from loratools.naming.rename import NamingOptions, all_names, renamed
-from loratools.naming.tables import Place
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, Addition, ModuleChange
@@ -52,7 +45,7 @@ def named_for_base(adapter: Adapter, base: Checkpoint, role: str | None = None) 
     """
     if get_format(adapter.format).naming is None:
         return adapter
-    modules = _Modules(base, role)
+    modules = BaseModules(base, role)
     found = modules.found(adapter)
     missing = [name for name in all_names(adapter) if name not in found]
     if not missing:
@@ -61,9 +54,10 @@ def named_for_base(adapter: Adapter, base: Checkpoint, role: str | None = None) 
     whole = others | {name for name in all_names(adapter) if modules.is_denoisers(name)}
     rest = _only(adapter, whole)
     kept_whole: UnsupportedError | None = None
+    options = NamingOptions(base=modules.full_names()) if others else NamingOptions()
     for way in _WAYS if others else ():
         try:
-            other = renamed(rest, way, NamingOptions()).adapter
+            other = renamed(rest, way, options).adapter
         except UnsupportedError as error:
             kept_whole = error
             continue
@@ -138,88 +132,6 @@ def by_component(adapter: Adapter, roles: Collection[str]) -> dict[str, Adapter]
 def has_all(adapter: Adapter, base: Checkpoint) -> bool:
     """Return whether a base has every module of an adapter under the name that it has there."""
     return all(f"{name}{_WEIGHT}" in base.tensors for name in adapter.modules)
-
-
-def names_in_base(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
-    """Return the base's name of each module of the adapter.
-
-    Others keep their names, also where the base fuses or splits what the adapter does not, or has
-    the halves of its outputs in the other order.
-    """
-    names = {name: name for name in adapter.modules}
-    if get_format(adapter.format).naming is None:
-        return names
-    modules = _Modules(base, None)
-    found = modules.found(adapter)
-    if names.keys() - found.keys():
-        found = {**_in_other_naming(adapter, modules), **found}
-    return {name: found.get(name, name) for name in names}
-
-
-def _in_other_naming(adapter: Adapter, modules: _Modules) -> dict[str, str]:
-    """Return the base's names of modules that are one module in its naming, too."""
-    file = NamedModules.of(adapter, {name: name for name in all_names(adapter)})
-    found: dict[str, str] = {}
-    for way in _WAYS:
-        try:
-            tables = chosen_tables([file], way)
-        except LoratoolsError:
-            continue
-        for name in file.names if tables else ():
-            place = file.place(name, tables[0])
-            if not isinstance(place, Place) or len(place.row.parts) > 1:
-                continue
-            if place.row.swapped_halves and (place.scheme == "diffusers") != (way == "diffusers"):
-                continue
-            (spelled,) = names_at(place, way, tables[0])
-            own = modules.full(spelled)
-            if own is not None:
-                found.setdefault(name, own)
-    return found
-
-
-class _Modules:
-    """The modules of a checkpoint, by component."""
-
-    def __init__(self, base: Checkpoint, role: str | None) -> None:
-        self._components = components_of(base, role)
-        self._tensors = base.tensors
-        names = sorted({key.rpartition(".")[0] or key for key in base.tensors})
-        self.example = names[0] if names else "none"
-
-    def found(self, adapter: Adapter) -> dict[str, str]:
-        """Return the base's name of every module that it has."""
-        dotted = embedded_map(adapter)
-        full = {n: self.full(n, dotted.get(n, n)) for n in all_names(adapter)}
-        return {name: own for name, own in full.items() if own is not None}
-
-    def full(self, name: str, spelled: str | None = None) -> str | None:
-        """Return the base's name of a module, by its name or the dotted one of a flattened one."""
-        spelled = spelled or name
-        key = module_key(spelled)
-        for component in self._of(spelled):
-            path, flat = (name, False) if key is None else (key.path, key.flat)
-            found = component.full(path, flat=flat)
-            if found is not None:
-                return found
-        is_whole = spelled in self._tensors or spelled + _WEIGHT in self._tensors
-        return spelled if is_whole else None
-
-    def _of(self, name: str) -> Iterable[BaseComponent]:
-        """Return the components that a module may be of, the likeliest first."""
-        key = module_key(name)
-        roles = (DENOISER,) if key is None else roles_of(key)
-        bare = [each for each in self._components if not each.role]
-        return [*(c for role in roles for c in self._components if c.role == role), *bare]
-
-    def is_denoisers(self, name: str) -> bool:
-        """Return whether a module is of no text encoder by its name."""
-        key = module_key(name)
-        return key is None or not roles_of(key)[0].startswith("text_encoder")
-
-    def may_be_denoisers(self, name: str) -> bool:
-        """Return whether a table may lead from a module to one of the base's."""
-        return self.is_denoisers(name) and bool(list(self._of(name)))
 
 
 def _only(adapter: Adapter, names: set[str]) -> Adapter:

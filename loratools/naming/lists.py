@@ -12,6 +12,7 @@ from pathlib import Path
 from loratools.naming.bare_base import told_component
 from loratools.naming.tables import flattened
 from loratools_formats.checkpoints.checkpoint import CONFIG_FILE, checkpoint_names
+from loratools_formats.checkpoints.pipelines import ADAPTED, is_pipeline, pipeline_names
 from loratools_formats.contract.files import read_adapter
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.single_file_keys import parse
@@ -79,11 +80,16 @@ def names_of_base(path: Path, component: str | None) -> list[str]:
         OptionError: a component is needed.
         AdapterError: no sound checkpoint.
     """
+    if path.name in ADAPTED and is_pipeline(path.parent):
+        path = path.parent  # the other components tell the architecture
+    if is_pipeline(path):
+        return sorted({key.rpartition(".")[0] for key in pipeline_names(path)})
     names = checkpoint_names(path)
     modules = sorted({key.rpartition(".")[0] for key in names if key.count(".")})
-    if any(module.startswith(CHECKPOINT_PREFIX) for module in modules):
-        start = len(CHECKPOINT_PREFIX)
-        return [f"diffusion_model.{m[start:]}" for m in modules if m.startswith(CHECKPOINT_PREFIX)]
+    for prefix in (CHECKPOINT_PREFIX, "diffusion_model."):
+        below = [m.removeprefix(prefix) for m in modules if m.startswith(prefix)]
+        if below:
+            return [f"diffusion_model.{module}" for module in below]
     config = path / CONFIG_FILE
     values = read_object(config, _MOST_JSON_BYTES, max_depth=None) if config.is_file() else {}
     component = component or told_component(modules, values)

@@ -25,7 +25,7 @@ from loratools.naming.lists import MAP_KEY, as_metadata, embedded_map, looked_up
 from loratools.naming.places import (
     FileSpelling,
     Target,
-    located,
+    is_located,
     module_key,
     target_scheme,
 )
@@ -264,7 +264,7 @@ def _with_component(adapter: Adapter, options: NamingOptions, target: Target) ->
     """Return what each module is called with its component before it."""
     result = {}
     names = all_names(adapter)
-    is_told = options.table is not None or not may_have_no_table(names)
+    is_told = options.table is not None or bool(options.base) or not may_have_no_table(names)
     for name in names:
         key = module_key(name)
         if key is not None and key.prefix:
@@ -285,7 +285,7 @@ def _with_component(adapter: Adapter, options: NamingOptions, target: Target) ->
 
 def _is_in_a_table(name: str, options: NamingOptions) -> bool:
     tables = (options.table,) if options.table else bundled_tables()
-    return any(located(name, table) is not None for table in tables)
+    return any(is_located(name, table) for table in tables)
 
 
 def all_names(adapter: Adapter) -> list[str]:

@@ -142,7 +142,14 @@ def is_rounding(parts: Sequence[ModuleChange | None]) -> bool:
 
 def _rounds(parts: Sequence[LowRank | None]) -> bool:
     factors = [part for part in parts if part is not None]
-    return not all(is_power_of_two(_ratio(part, factors[0])) for part in factors)
+    first = _leading(factors)
+    ratios = [_ratio(part, first) for part in factors]
+    return not all(ratio == 0.0 or is_power_of_two(ratio) for ratio in ratios)
+
+
+def _leading(parts: Sequence[LowRank]) -> LowRank:
+    """Return the part whose scale the fused module gets: the first that is not zero, if any."""
+    return next((part for part in parts if part.scale != 0.0), parts[0])
 
 
 def _ratio(part: LowRank, first: LowRank) -> float:
@@ -153,7 +160,7 @@ def _fused_factors(
     name: str, parts: Sequence[LowRank | None], heights: Sequence[int], *, exact: bool
 ) -> LowRank:
     present = [part for part in parts if part is not None]
-    first = present[0]
+    first = _leading(present)
     for part, height in zip(parts, heights, strict=True):
         if part is not None and (part.shape, part.layer) != ((height, first.shape[1]), first.layer):
             raise AdapterError(
@@ -162,15 +169,14 @@ def _fused_factors(
                 got=f"{list(part.shape)}",
                 expected=f"{[height, first.shape[1]]}",
             )
-    if first.scale == 0.0 and any(part.scale != 0.0 for part in present):
-        raise AdapterError("parts of a fused module have a scale of zero", tensor=name)
     dtype = common_dtype([t.dtype for part in present for t in (part.a, part.b)])
     shared = len(present) == len(parts) and all(
-        have_same_bits(part.a, first.a) for part in present[1:]
+        part is first or have_same_bits(part.a, first.a) for part in present
     )
     rank = first.rank if shared else sum(part.rank for part in present)
     a = rounded(first.a, dtype) if shared else _stacked([part.a for part in present], dtype)
-    dtype_of_b = dtype_of_multiples(dtype, (_ratio(part, first) for part in present))
+    ratios = [ratio for part in present if (ratio := _ratio(part, first)) != 0.0]
+    dtype_of_b = dtype_of_multiples(dtype, ratios)
     if exact and _rounds(present):
         dtype_of_b = DTYPES["F64"]
     b = _blocks(parts, heights, rank, first, dtype_of_b, shared=shared)
@@ -265,15 +271,25 @@ def _fused_full(parts: Sequence[ModuleChange]) -> ModuleChange:
 def swapped_halves(name: str, delta: ModuleChange) -> ModuleChange:
     """Return the delta with the two halves of its rows in the other order.
 
+    A magnitude for each output moves with its row; norms of columns do not change.
+
     Raises:
         UnsupportedError: a kind whose rows cannot be moved.
     """
-    part = delta.factors
-    if part is None or delta.is_dora:
-        raise _kept_whole(name, "a change that is no plain pair of factors")
+    part, full, magnitude = delta.factors, delta.kind_delta, delta.magnitude
+    if full is not None and full.kind == "full" and magnitude is None:
+        half = units(name, full.parts["diff"].shape[0], (1, 1))
+        diff = _swapped(full.parts["diff"], half)
+        return delta.with_direction(replace(full, parts={"diff": diff}))
+    if part is None:
+        raise _kept_whole(name, f"a weight change of kind {delta.kind}")
     half = units(name, part.b.shape[0], (1, 1))
     bias = None if part.bias is None else _swapped(part.bias, half)
-    return delta.with_direction(replace(part, b=_swapped(part.b, half), bias=bias))
+    if magnitude is not None and delta.axis == "output":
+        flat = _swapped(magnitude.reshaped((magnitude.numel,)), half)
+        magnitude = flat.reshaped(magnitude.shape)
+    direction = replace(part, b=_swapped(part.b, half), bias=bias)
+    return replace(delta, direction=direction, magnitude=magnitude)
 
 
 def _swapped(tensor: TensorRef, half: int) -> TensorRef:

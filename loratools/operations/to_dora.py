@@ -18,12 +18,12 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.base.placement.names import Names
 from loratools.base.weights import find_base_module, names_under
+from loratools.folding.base_seen import seen_by
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import output_norms
 from loratools.folding.without_base import folded_exactly
 from loratools.kinds.declaration import Product
 from loratools.lowrank.matrices import loaded, matrices
-from loratools.naming.for_base import names_in_base
 from loratools.operations.in_class_names import renamed_to_class
 from loratools.work.parallel import check_workers, in_order, usable_cores
 from loratools.work.provenance import operation_record, record_metadata
@@ -117,8 +117,8 @@ def to_dora(
     if not adapter.modules:
         raise AdapterError("no module to turn into a DoRA", path=adapter.source)
 
-    names = names_under(adapter, base, adapter.modules)
-    in_base = names_in_base(adapter, base)
+    seen = seen_by(adapter, base)
+    names, in_base = names_under(adapter, seen.checkpoint, adapter.modules), seen.names
 
     def one(name: str) -> tuple[ModuleChange, ToDoraModuleReport, _Lost]:
         try:

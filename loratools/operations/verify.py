@@ -10,7 +10,8 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,11 +21,13 @@ from loratools.base.codecs import CodedWeight
 from loratools.base.dequantised import DequantisedCheckpoint, dequantised
 from loratools.operations.fuse.blocks import fused_blocks, single_precision
 from loratools.operations.fuse.draft import FuseInput
+from loratools.operations.fuse.pipeline import by_folder
 from loratools.operations.fuse.plan import ADDABLE, FLOATING, TensorPlan, plan_fuse
 from loratools.operations.fuse.terms import View, load_terms, stacked
 from loratools.work.declared import option
 from loratools.work.parallel import in_order, usable_cores
-from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from loratools_formats.checkpoints.pipelines import weighted_folders
 from loratools_formats.core.dtypes import Array, DType, round_into
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
@@ -160,6 +163,52 @@ def verify(
     for item in inputs:
         item.adapter.check_unchanged()
     return VerifyResult(tuple(verdicts))
+
+
+def verify_pipeline(
+    fused: Path,
+    base: Path,
+    inputs: Sequence[FuseInput],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyResult:
+    """Return, for each tensor of a diffusion pipeline, whether adapters are fused in.
+
+    Every component with weights as safetensors is compared, those too that no adapter changes.
+
+    Args:
+        fused: the folder of the pipeline in question.
+        base: the folder of the pipeline that it is said to be made from.
+        inputs: the adapters with their weights.
+        workers: threads, the usable cores by default.
+        progress: called with (tensors done, tensors in all), anew for each component.
+
+    Raises:
+        AdapterError: malformed input, or an adapter of a component that the base has not.
+        UnsupportedError: a quantisation or an adapter that cannot be read.
+    """
+    parts = by_folder(base, inputs)
+    found: list[TensorVerdict] = []
+    for folder in sorted({*parts, *weighted_folders(base), *weighted_folders(fused)}):
+        there = [(path / folder).is_dir() for path in (base, fused)]
+        if not all(there):
+            missing = "base" if there[1] else "fused pipeline"
+            found.append(
+                TensorVerdict(
+                    f"{folder}/", "not checked", folder in parts, reason=f"not in the {missing}"
+                )
+            )
+            continue
+        result = verify(
+            read_checkpoint(fused / folder),
+            read_checkpoint(base / folder),
+            parts.get(folder, []),
+            workers=workers,
+            progress=progress,
+        )
+        found += (replace(each, name=f"{folder}/{each.name}") for each in result.tensors)
+    return VerifyResult(tuple(found))
 
 
 def _without_drop(error: AdapterError) -> str | None:

@@ -147,6 +147,15 @@ def weight_files(
 def _of_checkpoint(role: str, checkpoint: Checkpoint | None) -> Iterator[InputFile]:
     if checkpoint is None:
         return
+    if checkpoint.components:
+        for each in checkpoint.files:
+            own = f"{role} {each.file.path.parent.name}"
+            yield from weight_files(own, [(each.file, header_digest(each))])
+        for other in checkpoint.read:
+            yield InputFile(
+                f"{role} {other.path.parent.name}", other.path, {"sha256": sha256_of(other.path)}
+            )
+        return
     yield from weight_files(role, [(each.file, header_digest(each)) for each in checkpoint.files])
     for file in checkpoint.read:
         if file.path.name == CONFIG_FILE:  # what is tied, and how weights are quantised

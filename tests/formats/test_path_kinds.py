@@ -25,6 +25,17 @@ FACTORS = {
 }
 FLAT = {"lora_unet_x_to_q.lora_down.weight": (4, 8), "lora_unet_x_to_q.lora_up.weight": (8, 4)}
 
+OTHERS = {
+    "notes.txt": "two lines\nof a text: ä\n".encode(),
+    "paper.pdf": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+    "picture.png": b"\x89PNG\r\n\x1a\n",
+    "data.json": b'{"steps": 3}\n',
+    "list.json": b"[1, 2]",
+    "config.json": b'{"peft_type": "LORA", "r": 4}',
+    "packed.tar.gz": b"\x1f\x8b\x08\x00",
+    "packed.safetensors": b"PK\x03\x04" + bytes(20),
+}
+
 
 def save(path, shapes, metadata=None):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +76,14 @@ def place(tmp_path, monkeypatch):
     adapter(tmp_path / "models--acme--lora" / "snapshots" / "0123abc")
     (tmp_path / "page.safetensors").write_text("\n<!DOCTYPE html><title>404</title>")
     (tmp_path / "adapter.zip").write_bytes(b"PK\x05\x06" + bytes(18))
+    for name, content in OTHERS.items():
+        (tmp_path / name).write_bytes(content)
+    shard = "model-00001-of-00001.safetensors"
+    save(tmp_path / "index" / shard, {f"{MODULE}.weight": (16, 16)})
+    listed = json.dumps({"weight_map": {f"{MODULE}.weight": shard}})
+    (tmp_path / "index" / "model.safetensors.index.json").write_text(listed)
+    (tmp_path / "nest" / "one").mkdir(parents=True)
+    (tmp_path / "nest" / "two").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "readme.md").write_text("nothing")
     (tmp_path / "models--acme--lora" / "refs").mkdir()
@@ -113,6 +132,17 @@ def pasted(text):
         ("adapter.zip", "is an archive", 0),
         ("notes", "is a folder without weights", 0),
         ("/dev/null", "is no regular file", 0),
+        ("notes.txt", r"is a text file\. Name the folder or the file of an adapter", 0),
+        ("paper.pdf", "is a PDF document", 0),
+        ("picture.png", "is an image", 0),
+        ("data.json", "is a JSON file", 0),
+        ("list.json", "is a JSON file", 0),
+        ("config.json", r"configuration under another name.*mv config\.json adapter_config", 0),
+        ("packed.tar.gz", "is an archive", 0),
+        ("packed.safetensors", r"mv packed\.safetensors packed\.bin", 0),
+        ("index/model.safetensors.index.json", "is the index of a model's weight files", 1),
+        ("nest", "holds no adapter, and its sub-folders hold none", 0),
+        ("./no/such", r"error: \./no/such: no such file or folder\n$", 0),
         ("dangling", "is a link to nowhere, which does not exist", 0),
         ("one", r"is a folder that holds style\.safetensors", 1),
         ("several", "is a folder that holds 2 weight files", 1),
@@ -141,6 +171,12 @@ def test_what_is_no_adapter_is_called_what_it_is(place, path, message, commands)
         ("good", "is an adapter, not a model", 1),
         ("acme/model-7b", "hf download acme/model-7b", 0),
         ("dangling", "is a link to nowhere", 0),
+        ("./no/such", r"error: \./no/such: no such file or folder\n$", 0),
+        ("../no/such", r"error: \.\./no/such: no such file or folder\n$", 0),
+        ("notes.txt", r"is a text file\. Name a model's folder, or its weights", 0),
+        ("paper.pdf", "is a PDF document", 0),
+        ("pointer.safetensors", "is a Git LFS pointer.*git lfs pull", 0),
+        ("zero.safetensors", "is an empty file", 0),
     ],
 )
 def test_what_is_no_model_is_called_what_it_is(place, path, message, commands):

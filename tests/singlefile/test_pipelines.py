@@ -218,29 +218,117 @@ def test_an_adapter_of_a_component_that_the_pipeline_lacks(pipelines, tmp_path):
     run("fuse", tmp_path / "pipe", path, "-o", tmp_path / "f", "--drop", "^lora_te2_")
 
 
-def test_commands_that_take_one_component_say_so(pipelines, tmp_path):  # noqa: F811
-    """Their hint names the folders, and `extract` takes each of them."""
-    path = save(sd_file(), tmp_path / "lora.safetensors")
-    pipelines["unet"]().save_pretrained(tmp_path / "pipe")
+@pytest.fixture
+def fused(pipelines, request, tmp_path):  # noqa: F811
+    """Return a pipeline's folder, an adapter of all its components, and the fused pipeline."""
+    kind = request.param
+    path = lora(kind, tmp_path)
+    pipelines["xl" if kind == "sdxl" else "unet"]().save_pretrained(tmp_path / "pipe")
     run("fuse", tmp_path / "pipe", path, "-o", tmp_path / "fused")
+    return tmp_path / "pipe", path, tmp_path / "fused"
+
+
+def weights(pipe):
+    """Return every tensor of a pipeline's folder."""
+    return {
+        f"{file.parent.name}.{key}": tensor
+        for file in pipe.glob("*/*.safetensors")
+        for key, tensor in load_file(file).items()
+    }
+
+
+def assert_close(found, wanted):
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        np.testing.assert_allclose(found[key], tensor, rtol=0, atol=2e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("fused", ["sd1", "sdxl"], indirect=True)
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui"])
+def test_extract_between_whole_pipelines(fused, tmp_path, to):
+    pipe, _, tuned = fused
     out = tmp_path / "x.safetensors"
-    words = ["extract", tmp_path / "pipe", tmp_path / "fused", "-o", out, "--to", "kohya"]
-    done = CliRunner().invoke(cli, [*map(str, words), "--rank", "4"])
-    assert "is a whole diffusion pipeline" in str(done.exception)
-    folders = done.exception.hint.partition("folders: ")[2].split(", ")
-    assert {folder.rpartition("/")[2] for folder in folders} == {"text_encoder", "unet"}
-    found = set()
-    for folder in folders:
-        component = folder.rpartition("/")[2]
-        run("extract", folder, tmp_path / "fused" / component, "-o", out, "--to", "diffusers",
-            "--rank", "4", "--overwrite")  # fmt: skip
-        named = tmp_path / f"{component}.safetensors"
-        run("convert", out, named, "--to", "kohya", "--names", "sd1")
-        found |= {key.partition(".")[0] for key in load_file(named)}
-        words = ["verify", str(tmp_path / "fused" / component), "--base", folder, "--adapter"]
-        done = CliRunner().invoke(cli, [*words, str(path)])
-        command = shlex.split(done.exception.hint.partition("loratools ")[2])
-        command[command.index("-o") + 1] = str(tmp_path / f"part-{component}.safetensors")
-        run(*command)
-        assert "adapter: contained" in run(*words, tmp_path / f"part-{component}.safetensors")
-    assert found == {key.partition(".")[0] for key in load_file(path)}
+    run("extract", pipe, tuned, "-o", out, "--to", to, "--rank", "8")
+    run("fuse", pipe, out, "-o", tmp_path / "again")
+    assert_close(weights(tmp_path / "again"), weights(tuned))
+    done = CliRunner().invoke(cli, ["extract", str(pipe), str(tuned), "-o", str(tmp_path / "p")])
+    assert done.exit_code != 0
+
+
+@pytest.mark.parametrize("fused", ["sdxl"], indirect=True)
+def test_extract_of_a_pipeline_to_peft_says_what_to_pass(fused, tmp_path):
+    pipe, _, tuned = fused
+    words = ["extract", str(pipe), str(tuned), "--rank", "8", "-o", str(tmp_path / "p.safetensors")]
+    done = CliRunner().invoke(cli, words)
+    assert "a PEFT folder is of one model" in str(done.exception)
+    assert 'Pass `to="diffusers"`' in done.exception.hint
+    run(*words, "--to", "diffusers")
+
+
+@pytest.mark.parametrize("fused", ["sd1", "sdxl"], indirect=True)
+def test_verify_whole_pipelines(fused, tmp_path):
+    pipe, path, tuned = fused
+    assert "adapter: contained" in run("verify", tuned, "--base", pipe, "--adapter", path)
+    words = ["verify", str(pipe), "--base", str(pipe), "--adapter", str(path)]
+    assert "adapter: not contained" in CliRunner().invoke(cli, words).output
+    # What no adapter changes is compared, too.
+    other = next((tuned / "text_encoder").glob("*.safetensors"))
+    tensors = load_file(other)
+    changed = next(key for key in tensors if "fc2.weight" in key)
+    save_file(tensors | {changed: tensors[changed] + 1}, other)
+    words[1] = str(tuned)
+    told = CliRunner().invoke(cli, words).output
+    assert "adapter: not contained" in told
+    assert f"text_encoder/{changed}" in told
+
+
+@pytest.mark.parametrize("fused", ["sd1", "sdxl"], indirect=True)
+def test_commands_that_read_a_base_take_a_whole_pipeline(fused, tmp_path):
+    """A DoRA is made with the pipeline, and plain LoRAs of it, which make the same pipeline."""
+    pipe, path, tuned = fused
+    dora, plain, merged = (tmp_path / f"{name}.safetensors" for name in ("dora", "plain", "merged"))
+    run("to-dora", path, "--base", pipe, "-o", dora)
+    run("to-lora", dora, "--base", pipe, "-o", plain, "--rank", "32")
+    run("merge", dora, "--base", pipe, "-o", merged, "--rank", "32")
+    for number, one in enumerate((dora, plain, merged)):
+        run("fuse", pipe, one, "-o", tmp_path / f"fused-{number}")
+        assert_close(weights(tmp_path / f"fused-{number}"), weights(tuned))
+    found = json.loads(run("spectrum", path, "--base", pipe, "--json"))
+    assert all(module["base"]["relative_change"] > 0 for module in found["modules"])
+    run("compare", path, dora, "--base", pipe)
+    run("convert", path, "--base", pipe, "--to", "diffusers", "-o", tmp_path / "d.safetensors")
+    run("fuse", pipe, tmp_path / "d.safetensors", "-o", tmp_path / "of-diffusers")
+    assert_close(weights(tmp_path / "of-diffusers"), weights(tuned))
+
+
+@pytest.mark.parametrize("fused", ["sd1", "sdxl"], indirect=True)
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui"])
+def test_extract_of_each_component_alone(fused, tmp_path, to):
+    """Together the files of all components make the fused pipeline."""
+    pipe, _, tuned = fused
+    made = []
+    for folder in sorted(path.parent for path in pipe.glob("*/*.safetensors")):
+        out = tmp_path / f"{folder.name}.safetensors"
+        words = ("extract", folder, tuned / folder.name, "-o", out, "--to", to, "--rank", "8")
+        run(*words)
+        made.append(out)
+    run("fuse", pipe, *made, "-o", tmp_path / "again")
+    assert_close(weights(tmp_path / "again"), weights(tuned))
+
+
+@pytest.mark.parametrize("fused", ["sd1"], indirect=True)
+def test_a_text_encoder_of_no_pipeline_is_extracted_as_the_hint_says(fused, tmp_path, monkeypatch):
+    """Its kohya name depends on the architecture, which it does not tell."""
+    pipe, _, tuned = fused
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("before", pipe), ("after", tuned)):
+        (source / "text_encoder").rename(tmp_path / name)
+    words = ["extract", "before", "after", "--rank", "8", "-o", "x.safetensors", "--to"]
+    done = CliRunner().invoke(cli, [*words, "kohya"])
+    assert "the names fit several architectures" in str(done.exception)
+    assert 'Extract it with `to="diffusers"`' in done.exception.hint
+    run(*words, "diffusers")
+    command = shlex.split(done.exception.hint.partition("loratools ")[2])
+    given = {"EXTRACTED": "x.safetensors", "TABLE": "sd1", "OUT.safetensors": "out.safetensors"}
+    run(*(given.get(word, word) for word in command))
+    assert all(key.startswith("lora_te_") for key in load_file("out.safetensors"))

@@ -58,3 +58,25 @@ def test_a_kept_alpha_is_one_that_can_be_kept(tmp_path, alpha):
     source, out = adapter_of(tmp_path / "in.safetensors", alpha), tmp_path / "out.safetensors"
     run("squeeze", source, "-o", out, "--rank", "3", "--keep-alpha")
     np.testing.assert_allclose(both(out), both(source), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("alphas", [(0.0, 4.0, -3.0), (4.0, 0.0, None), (0.0, 0.0, 0.0)])
+def test_parts_of_a_fused_module_may_have_a_scale_of_zero(tmp_path, alphas):
+    """OneTrainer's queries, keys and values are FLUX.1's qkv; whichever of them is not there."""
+    path = tmp_path / "in.safetensors"
+    file = DialectFile("kohya", {"kohya"}, seed=2)
+    for part, alpha in zip("qkv", alphas, strict=True):
+        if alpha is not None:
+            name = f"lora_transformer_single_transformer_blocks_0_attn_to_{part}"
+            file.pair(name, 8, 8, 3, KOHYA, alpha=alpha)
+    file.pair("lora_transformer_single_transformer_blocks_0_proj_mlp", 32, 8, 2, KOHYA, alpha=2.0)
+    file.tensors = {key: np.asarray(t, np.float32) for key, t in file.tensors.items()}
+    changes = {name.rpartition("_")[2]: delta for name, delta in deltas(save(file, path)).items()}
+    wanted = np.concatenate(
+        [changes.get(part, np.zeros((8, 8))) for part in ("q", "k", "v", "mlp")]
+    )
+    for target in ("comfyui", "kohya"):
+        out = tmp_path / f"{target}.safetensors"
+        run("convert", path, out, "--to", target, "--names", "flux1")
+        (found,) = deltas(out).values()
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)

@@ -9,6 +9,8 @@ import pytest
 from dialect_files import KOHYA, PEFT, DialectFile, save
 from test_resolution import deltas, run
 
+import loratools as lt
+
 Z_IMAGE = "diffusion_model.layers.0"
 CLIP = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
 
@@ -93,3 +95,29 @@ def test_names_that_fit_several_tables_stay_and_that_is_said(tmp_path):
     assert set(deltas(out)) == {name}
     run("convert", source, out, "--to", "kohya", "--names", "flux1", "--overwrite")
     assert set(deltas(out)) == {"lora_unet_double_blocks_0_img_attn_proj"}
+
+
+@pytest.mark.parametrize("pair", itertools.permutations(("fused", "split", "diffusers"), 2))
+def test_compare_finds_each_module_in_both(tmp_path, pair):
+    """Split or fused, the cosine is that of all changes, in float64."""
+    paths = [z_image(tmp_path / f"{s}.safetensors", s, seed) for seed, s in enumerate(pair)]
+    found = lt.compare({"one": paths[0], "other": paths[1]})
+    assert {module.name for module in found.modules} == set(deltas(paths[0]))
+    first, second = (as_fused(path) for path in paths)
+    dot = sum(np.vdot(delta, second[name]) for name, delta in first.items())
+    one, two = (np.sqrt(sum(np.vdot(d, d) for d in each.values())) for each in (first, second))
+    np.testing.assert_allclose(found.cosines[0][1], dot / (one * two), rtol=0, atol=1e-6)
+
+
+def test_compare_takes_kohyas_and_onetrainers_names_for_one(tmp_path):
+    paths = []
+    for maker, name in (
+        ("kohya", "lora_unet_double_blocks_0_img_attn_proj"),
+        ("onetrainer", "lora_transformer_transformer_blocks_0_attn_to_out_0"),
+    ):
+        file = DialectFile("kohya", {"kohya"}, seed=1)
+        file.pair(name, 8, 8, 2, KOHYA, alpha=1.0)
+        file.metadata["modelspec.architecture"] = "flux-1-dev/lora"
+        paths.append(save(file, tmp_path / f"{maker}.safetensors"))
+    found = lt.compare({"one": paths[0], "other": paths[1]})
+    np.testing.assert_allclose(found.cosines[0][1], 1.0, rtol=0, atol=1e-6)

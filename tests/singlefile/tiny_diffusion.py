@@ -227,8 +227,8 @@ def layers(model):
     }
 
 
-def adapter(table, shapes, naming, *, alpha=3.0, seed=0):
-    """Return random LoRAs of all modules, of ranks 2 and 3, and each change by diffusers' name.
+def adapter(table, shapes, naming, *, alpha=3.0, seed=0, ranks=(2, 3)):
+    """Return random LoRAs of all modules, of ranks in turn, and each change by diffusers' name.
 
     naming: "kohya" or "comfyui". Modules that the table does not have are left out.
     """
@@ -236,7 +236,7 @@ def adapter(table, shapes, naming, *, alpha=3.0, seed=0):
     tensors, changes = {}, {}
     for index, (name, row, parts) in enumerate(_rows(find_table(table), shapes, naming)):
         (columns,) = {shape[1:] for _, shape in parts}
-        rank, height = 2 + index % 2, sum(shape[0] for _, shape in parts)
+        rank, height = ranks[index % len(ranks)], sum(shape[0] for _, shape in parts)
         ones = (1,) * (len(columns) - 1)
         a = (0.3 * generator.standard_normal((rank, *columns))).astype(np.float32)
         b = (0.3 * generator.standard_normal((height, rank, *ones))).astype(np.float32)

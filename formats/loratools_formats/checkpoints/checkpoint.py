@@ -20,7 +20,7 @@ from loratools_formats.containers.safetensors_read import (
     read_safetensors,
     safetensors_names,
 )
-from loratools_formats.contract.path_kinds import architecture, cached, missing
+from loratools_formats.contract.path_kinds import architecture, cached, missing, not_weights
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.distant import is_distant, is_there
 from loratools_formats.disk.errors import AdapterError, MissingFileError
@@ -29,8 +29,9 @@ from loratools_formats.disk.strict_json import read_object
 
 _STEMS = ("model", "diffusion_pytorch_model")
 CONFIG_FILE = "config.json"
-_PIPELINE_INDEX = "model_index.json"
+PIPELINE_INDEX = "model_index.json"
 _ADAPTER_CONFIG = "adapter_config.json"
+_NAME_MODEL = "Name a model's folder, or its weights"
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
     ".ot",
@@ -58,6 +59,8 @@ class Checkpoint:
         stem: what the names of the weight files begin with.
         index: the parsed index; None if there is a single file.
         read: the files that configuration and index were read from.
+        components: of a whole diffusion pipeline, the folders whose tensors these are; the name of
+            each begins with its folder. Empty for a checkpoint of one model.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class Checkpoint:
     stem: str = "model"
     index: Mapping[str, Any] | None = None
     read: tuple[RegularFile, ...] = ()
+    components: tuple[str, ...] = ()
 
     @property
     def is_folder(self) -> bool:
@@ -116,6 +120,12 @@ class Checkpoint:
         )
 
 
+def is_weights(path: Path) -> bool:
+    """Return whether a file is where `read_checkpoint` looks for weights in a folder."""
+    endings = (".safetensors", ".safetensors.index.json")
+    return path.is_file() and path.name in {f"{s}{e}" for s in _STEMS for e in endings}
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a checkpoint: a file, or a folder with one file or an index.
 
@@ -125,7 +135,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     target = Path(path)
     if target.is_file() or is_distant(target):
-        file = read_safetensors(target)
+        try:
+            file = read_safetensors(target)
+        except AdapterError as error:
+            kind = not_weights(target) if target.is_file() else None
+            if kind is None:
+                raise
+            raise MissingFileError(
+                kind.what,
+                path=target,
+                hint=kind.hint if "adapter" not in kind.hint else _NAME_MODEL,
+            ) from error
         return Checkpoint(target, file.tensors, {}, (file,))
     place = target / CONFIG_FILE
     read = (RegularFile(place),) if place.exists() else ()
@@ -177,7 +197,7 @@ def _nothing_there(target: Path) -> MissingFileError:
         return MissingFileError(
             "is an adapter, not a model", path=target, hint=f"To put it into its model: {fused}"
         )
-    if (target / _PIPELINE_INDEX).is_file():
+    if (target / PIPELINE_INDEX).is_file():
         return MissingFileError(
             "is a whole diffusion pipeline, and one component's folder is needed",
             path=target,
@@ -196,9 +216,7 @@ def _components(pipeline: Path) -> str:
     found = [
         shlex.quote(os.fspath(folder))
         for folder in sorted(pipeline.iterdir())
-        for stem in _STEMS
-        for ending in (".safetensors", ".safetensors.index.json")
-        if (folder / f"{stem}{ending}").is_file()
+        if folder.is_dir() and any(map(is_weights, folder.iterdir()))
     ]
     return ", ".join(found) or "none holds weights as safetensors"
 

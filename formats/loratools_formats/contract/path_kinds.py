@@ -32,6 +32,18 @@ _OF_ADAPTERS = re.compile(r"lora|adapter|hada_|lokr_|oft|delta|\.diff(?!usion)",
 _MOST_JSON_BYTES = 16 << 20
 _MOST_HEADER_BYTES = 1 << 20
 _SMALL_BYTES = 1024
+_STARTS = (
+    (b"%PDF-", "is a PDF document"),
+    (b"\x89PNG\r\n", "is an image"),
+    (b"\xff\xd8\xff", "is an image"),
+    (b"GIF8", "is an image"),
+    (b"<svg", "is an image"),
+)
+_ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that torch saves, which are zip archives, too."""
+_TAR = slice(257, 262)
+_NAME_ANOTHER = "Name the folder or the file of an adapter"
 
 
 class Kind(NamedTuple):
@@ -135,7 +147,7 @@ def _of_folder(folder: Path) -> Kind | None:
             return kind
     if _CONFIG in names or any((folder / name).is_dir() for name in names):
         return None
-    return Kind("is a folder without weights", "Name the folder or the file of an adapter")
+    return Kind("is a folder without weights", _NAME_ANOTHER)
 
 
 def _cached_or_pipeline(folder: Path, names: list[str]) -> Kind | None:
@@ -184,8 +196,22 @@ def _weights(folder: Path, names: list[str]) -> Kind | None:
 
 
 def _of_file(path: Path) -> Kind | None:
+    known = not_weights(path)
+    if known is not None or path.suffix != ".safetensors":
+        return known
+    try:
+        with path.open("rb") as file:
+            start = file.read(_MOST_HEADER_BYTES)
+    except OSError:
+        return None
+    names = [name.decode("utf-8", "replace") for name in tensor_names(start)]
+    return next((found for rule in _RULES if (found := rule(path, names))), None)
+
+
+def not_weights(path: Path) -> Kind | None:
+    """Return what a file is that holds no weights, by its first bytes; None if it may hold some."""
     if not path.is_file():  # opening a pipe would wait for ever
-        return Kind("is no regular file", "Name the folder or the file of an adapter")
+        return Kind("is no regular file", _NAME_ANOTHER)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -198,14 +224,48 @@ def _of_file(path: Path) -> Kind | None:
         return Kind("is a Git LFS pointer, not the file itself", "Run: git lfs pull")
     if start[:_SMALL_BYTES].lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return Kind("is a web page", "Fetch the file itself instead of the page that shows it")
-    if path.suffix == ".zip" and start.startswith(b"PK"):
-        return Kind("is an archive", "Unpack it, and name what is inside")
     if path.name == _CONFIG:
         return Kind("is an adapter's configuration", f"Name its folder: {_quoted(path.parent)}")
-    if path.suffix == ".safetensors":
-        names = [name.decode("utf-8", "replace") for name in tensor_names(start)]
-        return next((found for rule in _RULES if (found := rule(path, names))), None)
+    return _archive(path, start) or _document(start) or _text(path, start)
+
+
+def _archive(path: Path, start: bytes) -> Kind | None:
+    is_zip = start.startswith((b"PK\x03\x04", b"PK\x05\x06")) and path.suffix not in _TORCH
+    if is_zip and path.suffix == ".safetensors":
+        own = f"mv {_quoted(path)} {_quoted(path.with_suffix('.bin'))}"
+        return Kind("is no safetensors file, but a zip archive", f"If torch saved it: {own}")
+    if is_zip or start.startswith(_ARCHIVES) or start[_TAR] == b"ustar":
+        return Kind("is an archive", "Unpack it, and name what is inside")
     return None
+
+
+def _document(start: bytes) -> Kind | None:
+    found = next((what for first, what in _STARTS if start.startswith(first)), None)
+    return None if found is None else Kind(found, _NAME_ANOTHER)
+
+
+def _text(path: Path, start: bytes) -> Kind | None:
+    """Return what a text is; None if it is none."""
+    try:
+        text = start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(start) - 3:  # not in the last character, which may be cut
+            return None
+        text = start[: error.start].decode("utf-8")
+    if start.startswith(b"GGUF") or any(ord(c) < 32 and c not in "\t\n\r\f\x1b" for c in text):
+        return None
+    if text.lstrip()[:1] not in ("{", "["):
+        return Kind("is a text file", _NAME_ANOTHER)
+    if '"weight_map"' in text:
+        folder = _quoted(path.parent)
+        return Kind("is the index of a model's weight files", f"Name its folder: {folder}")
+    if '"peft_type"' in text:
+        named = _quoted(path.with_name(_CONFIG))
+        return Kind(
+            "is an adapter's configuration under another name",
+            f"Beside the weights it is called {_CONFIG}: mv {_quoted(path)} {named}",
+        )
+    return Kind("is a JSON file", _NAME_ANOTHER)
 
 
 def _of_peft(path: Path, names: list[str]) -> Kind | None:

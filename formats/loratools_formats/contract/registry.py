@@ -114,6 +114,12 @@ def find_format(path: str | os.PathLike[str]) -> Format:
     kind = None if below else kind_of(target)
     if kind is not None:
         raise UnknownFormatError(kind.what, path=path, hint=kind.hint or None)
+    if target.is_dir() and not below:
+        raise UnknownFormatError(
+            "is a folder that holds no adapter, and its sub-folders hold none",
+            path=path,
+            hint="Name the folder or the file of an adapter",
+        )
     raise UnknownFormatError("no known format recognises it as an adapter", path=path, hint=hint)
 
 

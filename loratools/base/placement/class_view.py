@@ -213,6 +213,17 @@ def _whole(tensor: TensorRef) -> _Pieces:
     return _Pieces(tensor.shape, (_Run(tensor, 0, tensor.numel),))
 
 
+def made_of_rows(name: str, parts: Sequence[tuple[TensorRef, int, int]]) -> TensorRef:
+    """Return a tensor of rows of others, one after another, read piece by piece.
+
+    Args:
+        name: of the new tensor.
+        parts: each a tensor, its first row and the one after its last; of one type and one width.
+    """
+    pieces = [_whole(tensor).rows(start, stop) for tensor, start, stop in parts]
+    return _concatenated(pieces, 0).tensor(name)
+
+
 def _stacked(parts: Sequence[_Pieces]) -> _Pieces:
     return _Pieces((len(parts), *parts[0].shape), tuple(r for part in parts for r in part.runs))
 

@@ -93,14 +93,15 @@ def put_together(
     Raises:
         AdapterError: pieces that do not fit.
     """
-    first = parts[0].delta
+    # The target gets a scale that is not zero, of which the other scales are multiples.
+    first = next((p.delta for p in parts if p.delta.scale != 0.0), parts[0].delta)
     if any(part.delta.bias is not None for part in parts):
         raise AdapterError(
             "biases of factors cannot be put together with other modules", tensor=first.a.key
         )
     dtype = common_dtype([t.dtype for part in parts for t in (part.delta.a, part.delta.b)])
     ratios = [1.0 if p.delta.scale == first.scale else p.delta.scale / first.scale for p in parts]
-    wide = dtype_of_multiples(dtype, ratios)
+    wide = dtype_of_multiples(dtype, [ratio for ratio in ratios if ratio != 0.0])
     columns, rank = _columns(parts)
     stack = 1 if planes is None else planes
     dims_a = (rank, shape[1]) if planes is None else (stack, rank, shape[1])

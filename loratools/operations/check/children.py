@@ -103,9 +103,9 @@ def _encoded(outcome: Outcome) -> str:
 
 def main() -> None:
     """Check the adapters that stdin names."""
+    from loratools.base.pipelines import read_base
     from loratools.operations.check.runner import names_of
     from loratools.work.parallel import in_order
-    from loratools_formats.checkpoints.checkpoint import read_checkpoint
 
     gc.set_threshold(100_000)  # the objects of one adapter are many, and none is in a cycle
     values: dict[str, Any] = json.load(sys.stdin)
@@ -116,7 +116,7 @@ def main() -> None:
             target=tuple(values["target"]),
             headers_only=values["headers_only"],
         ),
-        None if values["base"] is None else names_of(read_checkpoint(values["base"])),
+        None if values["base"] is None else names_of(read_base(values["base"])),
         values["format_name"],
         values["carry_unknown"],
         frozenset(values["accepted"]),

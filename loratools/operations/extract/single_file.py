@@ -116,7 +116,7 @@ def _names(name: str, components: list[BaseComponent], bare: str) -> list[str]:
     component, path = _split(name, components)
     role = component.role or bare
     if role == DENOISER:
-        return [f"diffusion_model.{path}"]
+        return [f"{component.full_prefix}{path}"]
     if role.startswith("text_encoder"):
         return [f"{role}.{own}" for own in transformers_paths(path)]
     return [f"{role}.{path}"]

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loratools.naming.base_components import DENOISER
+from loratools.naming.base_components import DENOISER, FOLDERS
 from loratools.naming.for_base import by_component, has_all
 from loratools.operations.fuse.draft import FuseInput
 from loratools.operations.fuse.operation import Fusion
 from loratools.operations.fuse.options import FuseOptions
 from loratools.operations.fuse.result import FusePreview, FuseResult
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
+from loratools_formats.checkpoints.pipelines import component_folders
 from loratools_formats.checkpoints.shards import check_space
 from loratools_formats.contract.files import check_target
 from loratools_formats.contract.registry import get_format
@@ -28,25 +29,37 @@ from loratools_formats.disk.files import RegularFile, copy_whole, inside
 from loratools_formats.disk.provenance import PROVENANCE_FILE
 from loratools_formats.disk.publish import publish_folder, resolved
 
-INDEX_FILE = "model_index.json"
-_ROLES = {
-    "unet": DENOISER,
-    "transformer": DENOISER,
-    "transformer_2": "transformer_2",
-    "prior": "prior",
-    "decoder": "decoder",
-    "connectors": "connectors",
-    "text_encoder": "text_encoder",
-    "text_encoder_2": "text_encoder_2",
-    "text_encoder_3": "text_encoder_3",
-    "text_encoder_4": "text_encoder_4",
-}
-"""Folders of components that adapters change, and what `by_component` calls them."""
+
+def by_folder(path: Path, inputs: Sequence[FuseInput]) -> dict[str, list[FuseInput]]:
+    """Return the changes of each component of a pipeline, by its folder.
+
+    Args:
+        path: the pipeline.
+        inputs: adapters with their weights.
+
+    Raises:
+        AdapterError: a module is of a component that the pipeline has not.
+        UnsupportedError: it cannot be told which component an adapter is of.
+    """
+    folders = {name: FOLDERS[name] for name in component_folders(path)}
+    parts: dict[str, list[FuseInput]] = {}
+    for item in inputs:
+        for name, adapter in _split(item.adapter, path, folders).items():
+            parts.setdefault(name, []).append(replace(item, adapter=adapter))
+    return parts
 
 
-def is_pipeline(path: Path) -> bool:
-    """Return whether a path is the folder of a diffusers pipeline."""
-    return (path / INDEX_FILE).is_file()
+def _split(adapter: Adapter, path: Path, folders: Mapping[str, str]) -> dict[str, Adapter]:
+    if get_format(adapter.format).naming is not None:
+        names = {role: name for name, role in folders.items()}
+        parts = by_component(adapter, list(names))
+        if DENOISER in parts and "transformer_2" in names and _is_of_either(adapter):
+            raise _of_one(adapter, path, ["transformer", "transformer_2"])
+        return {names[role]: part for role, part in parts.items()}
+    fitting = [name for name in folders if has_all(adapter, read_checkpoint(path / name))]
+    if len(fitting) != 1:
+        raise _of_one(adapter, path, fitting or list(folders))
+    return {fitting[0]: adapter}
 
 
 class PipelineFusion:
@@ -64,41 +77,13 @@ class PipelineFusion:
     def __init__(self, path: Path, inputs: Sequence[FuseInput], options: FuseOptions) -> None:
         self.path = path
         self.inputs = tuple(inputs)
-        folders = {name: role for name, role in _ROLES.items() if (path / name).is_dir()}
-        parts: dict[str, list[FuseInput]] = {}
-        for item in inputs:
-            for name, adapter in self._split(item.adapter, folders).items():
-                parts.setdefault(name, []).append(replace(item, adapter=adapter))
+        parts = by_folder(path, inputs)
         self._fusions = {
             name: Fusion(read_checkpoint(path / name), parts[name], options)
-            for name in folders
+            for name in component_folders(path)
             if name in parts
         }
         self._carried, self._left_out = _others(path, set(self._fusions))
-
-    def _split(self, adapter: Adapter, folders: Mapping[str, str]) -> dict[str, Adapter]:
-        """Return an adapter's changes of each component.
-
-        Raises:
-            AdapterError: a module is of a component that the pipeline has not.
-            UnsupportedError: it cannot be told which component the adapter is of.
-        """
-        if not folders:
-            raise AdapterError(
-                "the pipeline has no component that adapters change",
-                path=self.path,
-                expected=", ".join(_ROLES),
-            )
-        if get_format(adapter.format).naming is not None:
-            names = {role: name for name, role in folders.items()}
-            parts = by_component(adapter, list(names))
-            if DENOISER in parts and "transformer_2" in names and _is_of_either(adapter):
-                raise _of_one(adapter, self.path, ["transformer", "transformer_2"])
-            return {names[role]: part for role, part in parts.items()}
-        fitting = [n for n in folders if has_all(adapter, read_checkpoint(self.path / n))]
-        if len(fitting) != 1:
-            raise _of_one(adapter, self.path, fitting or list(folders))
-        return {fitting[0]: adapter}
 
     @property
     def preview(self) -> FusePreview:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from loratools.base.placement import BiasPlacement, Placement, Placements, place
+from loratools.base.placement.place import UnmatchedError
+from loratools.base.weights import BaseModule
+from loratools.folding.base_seen import divided_in
 from loratools.folding.without_base import folded_where_exact, needs_base, to_lora_command
 from loratools.naming.for_base import named_for_base
 from loratools.operations.fuse.blocks import Patch
@@ -36,7 +39,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import DTYPES, Array, DType
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 ADDABLE = (*FLOATING, *FP8_TYPES)
@@ -148,11 +151,13 @@ def plan_fuse(
     """
     findings: list[Finding] = []
     placed = []
-    inputs = [replace(item, adapter=_in_names_of(item.adapter, base)) for item in inputs]
+    found = [_in_names_of(item.adapter, base) for item in inputs]
+    inputs = [replace(i, adapter=adapter) for i, (adapter, _) in zip(inputs, found, strict=True)]
     streamed: list[list[Placement | BiasPlacement | StreamedPlacement]] = []
-    for item in inputs:
-        placements = place(_without_streamed(item.adapter), base)
-        weights, biases = streamed_placements(item.adapter, base)
+    for index, (given, (_, divided)) in enumerate(zip(inputs, found, strict=True)):
+        item, placements = _placed(given, base, divided)
+        inputs[index] = item
+        weights, biases = streamed_placements(item.adapter, base, divided)
         refuse_clashes(base, placements, weights)
         placed.append(placements)
         streamed.append([*weights, *biases])
@@ -205,19 +210,45 @@ def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     return with_replaced_rows(folded_where_exact(adapter, "fuse", None, base=base, dense=False))
 
 
-def _in_names_of(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return an adapter whose names lead to a checkpoint's tensors."""
-    given = ready(adapter, base)
+def _placed(
+    item: FuseInput, base: Checkpoint, divided: Mapping[str, BaseModule]
+) -> tuple[FuseInput, Placements]:
+    """Return where an adapter's changes go, under the names of the base's class if need be.
+
+    A file may leave out which part of a model a layer is in, as Tinker's do.
+    """
     try:
-        named = named_for_base(given, base)
+        return item, place(_without_streamed(item.adapter, divided), base)
+    except UnmatchedError as error:
+        try:
+            renamed = in_class_names([item.adapter], base)[0]
+        except LoratoolsError:
+            raise error from None
+        return replace(item, adapter=renamed), place(_without_streamed(renamed, divided), base)
+
+
+def _in_names_of(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, dict[str, BaseModule]]:
+    """Return an adapter whose names lead to a checkpoint's tensors.
+
+    Returns:
+        It, and where the base has modules that keep their names: it cuts them or puts them together
+        with others, and they are no plain LoRAs, which are cut and put together themselves.
+    """
+    given = ready(adapter, base)
+    divided = divided_in(given, base)
+    rest = {name: change for name, change in given.modules.items() if name not in divided}
+    try:
+        named = named_for_base(replace(given, modules=rest), base)
     except UnsupportedError as error:
         change = given.modules.get(error.tensor or "")
         if change is not None:
             error.hint = f"Make it a plain LoRA first: {to_lora_command(adapter, change)}"
         raise
+    kept = {name: given.modules[name] for name in divided}
+    named = replace(named, modules={**named.modules, **kept})
     if adapter.format == "mlx" or _alternates(named, base):
-        return in_class_names([named], base)[0]
-    return named
+        return in_class_names([named], base)[0], divided
+    return named, divided
 
 
 def _alternates(adapter: Adapter, base: Checkpoint) -> bool:
@@ -230,8 +261,12 @@ def _alternates(adapter: Adapter, base: Checkpoint) -> bool:
     return any(_SINGLE.search(module) for module in adapter.modules)
 
 
-def _without_streamed(adapter: Adapter) -> Adapter:
-    modules = {name: d for name, d in adapter.modules.items() if not is_streamed(d)}
+def _without_streamed(adapter: Adapter, divided: Collection[str]) -> Adapter:
+    modules = {
+        name: delta
+        for name, delta in adapter.modules.items()
+        if name not in divided and not is_streamed(delta)
+    }
     return replace(adapter, modules=modules)
 
 

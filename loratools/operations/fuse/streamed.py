@@ -94,26 +94,39 @@ def is_streamed(delta: ModuleChange) -> bool:
 
 
 def streamed_placements(
-    adapter: Adapter, base: Checkpoint
+    adapter: Adapter, base: Checkpoint, divided: Mapping[str, BaseModule]
 ) -> tuple[list[StreamedPlacement], list[BiasPlacement]]:
     """Return where an adapter's streamed changes go, and what they add to biases.
+
+    Args:
+        adapter: the adapter, with the base's names.
+        base: the base.
+        divided: where the base has modules that it cuts or puts together, which are streamed too.
 
     Raises:
         AdapterError: a module fits no tensor of the base, or several.
         UnsupportedError: a change of embeddings or of single experts in a stack.
     """
-    streamed = {name: delta for name, delta in adapter.modules.items() if is_streamed(delta)}
+    streamed = {
+        name: delta
+        for name, delta in adapter.modules.items()
+        if name in divided or is_streamed(delta)
+    }
     if not streamed:
         return [], []
     names = Names(base)
-    places = {name: _place(names, name, delta) for name, delta in streamed.items()}
+    places = {
+        name: divided.get(name) or _place(names, name, delta) for name, delta in streamed.items()
+    }
     largest = (
         max(place.shape[0] for place in places.values()),
         max(place.shape[1] for place in places.values()),
     )
     weights = list(_pieces(streamed, places, largest))
     biases = [
-        placed for name, delta in streamed.items() for placed in _biases(name, delta, places[name])
+        placed
+        for name, delta in streamed.items()
+        for placed in _biases(name, delta, places[name], names if name in divided else None)
     ]
     return weights, biases
 
@@ -147,7 +160,17 @@ def _pieces(
             first += piece.stop - piece.start
 
 
-def _biases(name: str, delta: ModuleChange, place: BaseModule) -> Iterator[BiasPlacement]:
+def _biases(
+    name: str, delta: ModuleChange, place: BaseModule, divided: Names | None
+) -> Iterator[BiasPlacement]:
+    """Yield what a change adds to biases.
+
+    Args:
+        name: of its module.
+        delta: the change.
+        place: where its weight is.
+        divided: the base, if it cuts the module or puts it together with others.
+    """
     direction = delta.direction
     if isinstance(direction, LowRank):
         bias, scale = direction.bias, direction.scale
@@ -155,13 +178,28 @@ def _biases(name: str, delta: ModuleChange, place: BaseModule) -> Iterator[BiasP
         bias, scale = added_bias(direction, place.weight(), place), 1.0
     if bias is None:
         return
+    if divided is not None:
+        first = 0
+        for piece in place.pieces:
+            key = piece.stored.key.removesuffix("weight") + "bias"
+            stop = first + piece.stop - piece.start
+            if key not in divided.tensors:
+                raise _no_bias(name)
+            outputs, rows = ((piece.start, piece.stop),), ((first, stop),)
+            yield BiasPlacement(key, name, bias, scale, outputs, rows)
+            first = stop
+        return
     if place.bias is None:
-        raise AdapterError(
-            "the adapter changes a bias that the base does not have",
-            tensor=name,
-            hint="Nothing of this adapter can be fused without it",
-        )
+        raise _no_bias(name)
     yield BiasPlacement(place.bias.key, name, bias, scale)
+
+
+def _no_bias(name: str) -> AdapterError:
+    return AdapterError(
+        "the adapter changes a bias that the base does not have",
+        tensor=name,
+        hint="Nothing of this adapter can be fused without it",
+    )
 
 
 def refuse_clashes(

@@ -15,13 +15,12 @@ import numpy as np
 
 from loratools.algebra.device import Device
 from loratools.algebra.ranks import Spectrum
-from loratools.base.dequantised import dequantised
 from loratools.base.placement.names import Names
+from loratools.folding.base_seen import seen_by
 from loratools.folding.without_base import folded_exactly
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.rescale import of_positive_scale
 from loratools.lowrank.resize import Resizer
-from loratools.naming.for_base import names_in_base
 from loratools.operations.merge.align import AlignedModule, MergeInput, align
 from loratools.operations.merge.exact import (
     factor_residual,
@@ -213,11 +212,10 @@ class _Merge(Ranked[_Merged, Measured]):
         self.merge_options = options
         self.method = method
         self.modules = {module.name: module for module in modules}
-        self.base = None if base is None else Names(dequantised(base).checkpoint)
-        self.in_base: dict[str, str] = {}
-        if base is not None:
-            for item in inputs:
-                self.in_base |= names_in_base(item.adapter, base)
+        seen = [] if base is None else [seen_by(item.adapter, base) for item in inputs]
+        self.in_base = {name: own for each in seen for name, own in each.names.items()}
+        tensors = {key: t for each in seen for key, t in each.checkpoint.tensors.items()}
+        self.base = Names(replace(seen[0].checkpoint, tensors=tensors)) if seen else None
         self.folder = scratch_folder
         self.device = Device(options.compute.device)
         self.trim = None

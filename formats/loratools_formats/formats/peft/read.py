@@ -45,6 +45,7 @@ from loratools_formats.formats.peft.config import (
 )
 from loratools_formats.formats.peft.experts import plain
 from loratools_formats.formats.peft.experts.layout import Plain
+from loratools_formats.formats.peft.experts.tinker import about_parts
 from loratools_formats.formats.peft.kinds.read import (
     caveats_of,
     left_to_loader,
@@ -96,6 +97,8 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
     carried = found.rest
     if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
         replacements, carried = classify(values, found.rest, found.modules, folder)
+    layout = stored.layout or found.experts
+    is_tinkers = layout is not None and layout.name == "tinker"
     return Adapter(
         format="peft",
         source=renamed or folder,
@@ -112,10 +115,11 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *about_names,
             *_about_folder(folder, original.path.name),
             *_about_training(carried),
+            *(about_parts(found.modules) if is_tinkers else ()),
             *_about_loader(values["peft_type"], found.modules),
         ),
         attachments=attachments(folder),
-        expert_layout=stored.layout or found.experts,
+        expert_layout=layout,
         inputs=(original, config),
     )
 
