@@ -39,6 +39,12 @@ WEIGHT_SUFFIXES = (
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 _MAX_CONFIG_BYTES = 16 << 20  # lists of labels can be long
 _MAX_JSON_BYTES = 64 << 20
+_TYPES: dict[str, tuple[type, str]] = {
+    "model_type": (str, "a string"),
+    "quant_method": (str, "a string"),
+    "quantization_config": (dict, "an object"),
+}
+"""Values of a configuration by which models and formats are told apart."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,20 @@ def _from_pickles(folder: Path) -> str:
 
 
 def _config(file: RegularFile) -> dict[str, Any]:
-    return read_object(file, _MAX_CONFIG_BYTES, name="config", max_depth=None)
+    config = read_object(file, _MAX_CONFIG_BYTES, name="config", max_depth=None)
+    sections: list[Mapping[str, Any]] = [config]
+    while sections:  # a section for the text, the images, the quantisation, in any depth
+        section = sections.pop()
+        for key, (kind, expected) in _TYPES.items():
+            if not isinstance(section.get(key), kind | None):
+                raise AdapterError(
+                    f"config value {key} is wrong",
+                    path=file.path,
+                    got=type(section[key]).__name__,
+                    expected=expected,
+                )
+        sections += [value for value in section.values() if isinstance(value, dict)]
+    return config
 
 
 def _json(file: Path | RegularFile) -> dict[str, Any]:
