@@ -82,6 +82,51 @@ def test_norms_factors_and_errors_are_those_of_exact_arithmetic(dtype, small, pa
     assert math.sqrt(thin.squared_norm) == pytest.approx(size, rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("smallness", [1.0, 1e-3, 1e-6, 1e-9, 0.0])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_of_a_higher_rank_than_their_product(dtype, smallness, transposed):
+    b, a = cancelling(dtype, smallness, 9, 4)  # 18 columns on 6 × 7
+    if transposed:
+        b, a = a.T.copy(), b.T.copy()
+    truth = exact(b, a, 0.5)
+    size = norm(truth)
+    matrix = Matrix(b, a, 0.5, Device("cpu"), use_gram=dtype != "float64")
+    assert math.sqrt(matrix.squared_norm) == pytest.approx(size, rel=1e-9)
+    values = matrix.singular_values
+    assert values.shape == (18,)
+    assert not values[6:].any()
+    assert np.linalg.norm(values) == pytest.approx(size, rel=1e-6)
+    for rank in (1, 3, 6, 8, 18):
+        new_b, new_a = matrix.factors(rank)
+        assert new_b.shape[1] == new_a.shape[0] == rank
+        error = norm(difference(truth, exact(new_b, new_a)))
+        assert abs(error - float(np.linalg.norm(values[rank:]))) <= 1e-6 * size
+        reported = math.sqrt(matrix.squared_error(new_b, new_a))
+        assert reported >= error * (1.0 - 1e-9) - 1e-12 * size
+        assert reported <= error + 1e-6 * size
+
+
+@pytest.mark.parametrize("smallness", [1e-2, 1e-3, 1e-4])
+def test_qr_is_enough_for_what_cancels_a_little(smallness, monkeypatch):
+    def never(*_):
+        raise AssertionError("taken apart in more bits than it needs")
+
+    b, a = cancelling("float32", smallness, 3, 1)
+    truth = exact(b, a)
+    size = norm(truth)
+    monkeypatch.setattr("loratools.algebra.cancelling.core_of", never)
+    matrix = Matrix(b, a, 1.0, Device("cpu"), use_gram=True)
+    assert math.sqrt(matrix.squared_norm) == pytest.approx(size, rel=1e-9)
+    thin = Thin(b, a, 1.0)
+    assert math.sqrt(thin.squared_norm) == pytest.approx(size, rel=1e-9)
+    for rank in (1, 2, 3, 6):
+        new_b, new_a = (part.astype("f4").astype("f8") for part in matrix.factors(rank))
+        error = norm(difference(truth, exact(new_b, new_a)))
+        reported = math.sqrt(matrix.squared_error(new_b, new_a))
+        assert error <= reported <= error + 1e-9 * size
+
+
 def test_an_error_is_never_below_the_true_one():
     for seed in range(20):
         b, a = cancelling("float64", 1e-9, 2, seed)

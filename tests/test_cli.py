@@ -32,7 +32,7 @@ def imported_by(*arguments):
         f"sys.argv[1:] = {list(map(str, arguments))!r}\n"
         "from loratools.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    code = end.code\n"
-        "print(code, *sorted(name for name in sys.modules if '.' not in name), file=sys.stderr)\n"
+        "print(code, *sorted(sys.modules), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     status, *names = done.stderr.splitlines()[-1].split()
@@ -53,6 +53,14 @@ def test_squeeze_on_the_cpu_imports_no_torch(make_folder, tmp_path):
     names = imported_by("squeeze", make_folder(), "-o", tmp_path / "out", "--rank", "2", "-q")
     assert not names & {"torch", "scipy", "gguf", "matplotlib", "huggingface_hub"}
     assert "numpy" in names
+
+
+def test_an_adapter_alone_imports_nothing_of_bases(make_folder, tmp_path):
+    of_bases = {"loratools.base.weights", "loratools.base.codecs", "loratools.naming"}
+    of_bases |= {"loratools.hub.resolve", "loratools_formats.formats.singlefile.read"}
+    adapter = make_folder()
+    squeezed = imported_by("squeeze", adapter, "-o", tmp_path / "out", "--rank", "2", "-q")
+    assert not (squeezed | imported_by("info", adapter)) & of_bases
 
 
 @pytest.mark.parametrize("name", ["", "info", "squeeze", "formats"])

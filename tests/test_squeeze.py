@@ -366,13 +366,28 @@ def test_provenance_tells_the_initial_adapter_apart(make_folder):
     assert recorded[f"initial/{weights}"] == initial.inputs[0].sha256()
 
 
-def test_values_that_vanish_in_the_dtype_are_refused(make_folder):
+def test_values_that_lose_their_digits_in_the_dtype_are_refused(make_folder):
     key = "base_model.model.layers.0.q.lora_B.weight"
     tiny = np.full((24, 8), 1e-12, np.float32)
     source = read_adapter(make_folder(dtype="f32", extra={key: tiny}))
-    with pytest.raises(AdapterError, match="vanish in dtype F16"):
+    with pytest.raises(AdapterError, match="24 values lose most of their digits in dtype F16"):
         squeeze(source, RankRule(rank=2), ComputeOptions(dtype="f16"))
     assert squeeze(source, RankRule(rank=2), ComputeOptions(dtype="bf16")).relative_error < 0.01
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [(3.4e38, "values do not fit dtype F32"), (1e-45, "[1-9]\\d* values .* in dtype F32")],
+)
+def test_what_no_type_holds_is_refused_without_naming_one(make_folder, value, problem):
+    key = "base_model.model.layers.0.q.lora_B.weight"
+    rng = np.random.default_rng(0)
+    edge = (value * rng.uniform(0.5, 1.0, (24, 8))).astype(np.float32)
+    extra = {key: edge, key.replace("lora_B", "lora_A"): np.full((8, 20), value, np.float32)}
+    source = read_adapter(make_folder(dtype="f32", extra=extra))
+    with pytest.raises(AdapterError, match=problem) as told:
+        squeeze(source, RankRule(rank=2))
+    assert told.value.hint is None
 
 
 def test_nan_in_a_bias_is_named(make_folder):

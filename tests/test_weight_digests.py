@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,13 @@ from safetensors.numpy import load_file, save_file
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import loratools as lt
+from loratools.work.provenance import operation_record
 from loratools.work.weight_digests import weight_digests
+from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.disk.errors import AdapterError
 from loratools_formats.disk.files import RegularFile
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 LONG_AGO = 1_600_000_000
 
 
@@ -125,3 +130,30 @@ def test_hashing_leaves_the_threads_of_blas_alone(tmp_path, monkeypatch):
         weight_digests([RegularFile(path) for path in paths])
         assert seen == [before, before]
         assert threads() == before
+
+
+def changed_configuration(tmp_path, replaced):
+    """Return a base that was read, its configuration changed since, and what it was."""
+    shutil.copytree(EXAMPLES / "tiny-llama" / "model", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    before = config.read_bytes()
+    base = read_checkpoint(tmp_path / "base")
+    if replaced:
+        (tmp_path / "other").write_bytes(before + b" ")
+        (tmp_path / "other").replace(config)
+    else:
+        config.write_bytes(before[:-3])
+    return base, before
+
+
+def test_a_configuration_is_recorded_as_it_was_read(tmp_path):
+    base, before = changed_configuration(tmp_path, replaced=True)
+    record = operation_record("to-lora", {}, {}, base=base)
+    digests = {each["name"]: each["digest"] for each in record["inputs"]}
+    assert digests["config.json"] == {"sha256": hashlib.sha256(before).hexdigest()}
+
+
+def test_a_configuration_that_was_written_to_since_is_not_recorded(tmp_path):
+    base, _ = changed_configuration(tmp_path, replaced=False)
+    with pytest.raises(AdapterError, match=r"config\.json: file (changed|ended) while"):
+        operation_record("to-lora", {}, {}, base=base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import heapq
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loratools.algebra.once import once
 from loratools.algebra.ranks import SERVE_RANKS, RankRule, Spectrum
 from loratools.work.json_object import named
 from loratools_formats.disk.errors import OptionError
@@ -55,7 +55,7 @@ class _Unit:
         low, high = self.levels[place : place + 2]
         return sum(each.nbytes(high) - each.nbytes(low) for each in self.spectra)
 
-    @functools.cached_property
+    @once
     def gains(self) -> list[float]:
         """Energy per byte of the step above each level; 0 above the last."""
         energies = [spectrum.energies for spectrum in self.spectra]

@@ -1,9 +1,10 @@
 """Products whose terms nearly cancel: ΔW = scale · b @ a far smaller than its columns and rows.
 
-Gram matrices see ‖ΔW‖ only above √ε of Σ‖bᵢ‖‖aᵢ‖, QR in float64 above ε of it. Where `cancels` says
-that the first may not be enough, the factors are orthogonalised in double-double arithmetic, pairs
-of float64 whose sum has about 100 bits, and only the small core is rounded to float64. What lies
-below `floor` cannot be told from zero even so.
+Gram matrices see ‖ΔW‖ only above √ε of Σ‖bᵢ‖‖aᵢ‖, QR in float64 above ε of it, at a hundredth of
+what is said next. Where `cancels` says that the first may not be enough, and `is_enough` that the
+second is not, the factors are orthogonalised in double-double arithmetic, pairs of float64 whose
+sum has about 100 bits, and only the small core is rounded to float64. What lies below `floor`
+cannot be told from zero even so.
 
 Sources: Dekker 1971 (products), Knuth (sums), Giraud et al. 2005 (Gram–Schmidt, twice is enough).
 """
@@ -22,6 +23,9 @@ from loratools_formats.core.dtypes import Array
 _LEAST_SHARE = 1e-3
 """Of Σ‖bᵢ‖²‖aᵢ‖², below which ‖ΔW‖² has cancelled; the Gram route then errs by 5e-7 of ‖ΔW‖."""
 
+_LEAST_SHARE_FOR_QR = 1e-9
+"""Of the same; QR in float64 then errs by about 1e-11 of ‖ΔW‖, far below what float32 can store."""
+
 _ERROR = 2.0**-94
 """Of a double-double sum over the rows, relative to its terms; more than any sum here makes."""
 
@@ -34,11 +38,34 @@ _SHORT = 1e-10
 _SPLIT = 134217729.0  # 2²⁷ + 1
 
 
-def cancels(both: Grams) -> bool:
-    """Return whether ‖b @ a‖² is small beside Σ‖bᵢ‖²‖aᵢ‖², which Gram matrices may hide."""
-    xp = namespace(both.b)
-    terms = float(xp.sum(xp.linalg.diagonal(both.b) * xp.linalg.diagonal(both.a)))
-    return math.isfinite(terms) and both.squared_norm < _LEAST_SHARE * terms
+@dataclass(frozen=True)
+class Cancellation:
+    """How much of a product's terms cancels.
+
+    Attributes:
+        squared_norm: ‖b @ a‖²_F, as far as it shows.
+        terms: Σ‖bᵢ‖²‖aᵢ‖².
+    """
+
+    squared_norm: float
+    terms: float
+
+    @classmethod
+    def of(cls, both: Grams) -> Cancellation:
+        """Return that of a product by its Gram matrices."""
+        xp = namespace(both.b)
+        terms = xp.sum(xp.linalg.diagonal(both.b) * xp.linalg.diagonal(both.a))
+        return cls(both.squared_norm, float(terms))
+
+    @property
+    def cancels(self) -> bool:
+        """Whether ‖b @ a‖² is small beside the terms, which Gram matrices may hide."""
+        return math.isfinite(self.terms) and self.squared_norm < _LEAST_SHARE * self.terms
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether QR in float64 tells ‖b @ a‖ as well as factors stored in 32 bits need it."""
+        return self.squared_norm >= _LEAST_SHARE_FOR_QR * self.terms
 
 
 @dataclass(frozen=True)
@@ -120,36 +147,39 @@ def _over(x: Pair, divisor: Pair) -> Pair:
 
 
 def _orthogonalised(columns: Array) -> tuple[Array, Pair]:
-    """Return Q (n, r) rounded to float64 and R (r, r), Q @ R = columns.
+    """Return Q (n, k) rounded to float64 and R (k, r), Q @ R = columns.
 
-    Columns that depend on those before them get zeros in Q, and R's diagonal.
+    k is the number of columns that do not depend on those before them.
     """
     rows, rank = columns.shape
-    q = Pair(np.zeros((rows, rank)), np.zeros((rows, rank)))
-    r = Pair(np.zeros((rank, rank)), np.zeros((rank, rank)))
+    most = min(rows, rank)
+    q = Pair(np.zeros((rows, most)), np.zeros((rows, most)))
+    r = Pair(np.zeros((most, rank)), np.zeros((most, rank)))
+    k = 0
     for j in range(rank):
         v = Pair(columns[:, j].copy(), np.zeros(rows))
         size = float(np.linalg.norm(v.high))
-        known = q[:, :j]
-        for sweep in range(2 if j else 0):
+        known = q[:, :k]
+        for sweep in range(2 if k else 0):
             if sweep and float(np.linalg.norm(v.high)) > _WHOLE * size:
                 break
             share = _total(_times(known, Pair(v.high[:, None], v.low[:, None])))
             taken = _total(_times(known, share).transposed)
             v = _minus(v, taken)
-            added = _plus(r[:j, j], share)
-            r.high[:j, j], r.low[:j, j] = added.high, added.low
-        if float(np.linalg.norm(v.high)) <= rows * _ERROR * size:
+            added = _plus(r[:k, j], share)
+            r.high[:k, j], r.low[:k, j] = added.high, added.low
+        if k == most or float(np.linalg.norm(v.high)) <= rows * _ERROR * size:
             continue
         length = _root(_total(_times(v, v)))
         unit = _over(v, length)
-        if j and float(length.high) < _SHORT * size:  # no more orthogonal than it is long
+        if k and float(length.high) < _SHORT * size:  # no more orthogonal than it is long
             share = _total(_times(known, Pair(unit.high[:, None], unit.low[:, None])))
             unit = _minus(unit, _total(_times(known, share).transposed))
             unit = _over(unit, _root(_total(_times(unit, unit))))
-        q.high[:, j], q.low[:, j] = unit.high, unit.low
-        r.high[j, j], r.low[j, j] = length.high, length.low
-    return q.high, r
+        q.high[:, k], q.low[:, k] = unit.high, unit.low
+        r.high[k, j], r.low[k, j] = length.high, length.low
+        k += 1
+    return q.high[:, :k], r[:k]
 
 
 @dataclass(frozen=True)
@@ -157,9 +187,9 @@ class Core:
     """A product taken apart without cancellation: b @ diag(weights) @ a = q_b @ core @ q_a.T.
 
     Attributes:
-        q_b: (out, r), orthonormal columns or zeros.
-        q_a: (in, r), likewise.
-        core: (r, r) float64.
+        q_b: (out, k), orthonormal columns.
+        q_a: (in, l), likewise.
+        core: (k, l) float64.
         floor: the most that ‖core‖_F may be off, before its own rounding.
     """
 
@@ -188,8 +218,8 @@ def core_of(b: Array, a: Array, weights: Array) -> Core:
     q_a, r_a = _orthogonalised(np.ascontiguousarray(a.T))
     weighted = _times(r_b, Pair(weights[None, :], np.zeros((1, len(weights)))))
     # Row k of the sum has the terms weighted[:, k] · r_a[:, k]ᵀ; sums over k run in a tree.
-    core = np.empty((len(weights), len(weights)))
-    for row in range(len(weights)):
+    core = np.empty((len(r_b.high), len(r_a.high)))
+    for row in range(len(r_b.high)):
         terms = _times(
             Pair(weighted.high[row][:, None], weighted.low[row][:, None]), r_a.transposed
         )

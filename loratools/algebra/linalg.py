@@ -379,8 +379,45 @@ def residual_norm(
     xp = namespace(b)
     floor = _GRAM_ERROR_FLOOR * math.sqrt(float(xp.finfo(both.b.dtype).eps))
     if difference <= (floor * norm) ** 2:
-        stacked_b, stacked_a = concatenate([(scale, b, a), (-1.0, new_b, new_a)])
-        _, r_b = xp.linalg.qr(stacked_b)
-        _, r_a = xp.linalg.qr(stacked_a.T)
-        return float(xp.sqrt(xp.sum((r_b @ r_a.T) ** 2))), norm
+        return difference_norm(b, a, scale, new_b, new_a), norm
     return math.sqrt(difference), norm
+
+
+def difference_norm(b: Array, a: Array, scale: float, new_b: Array, new_a: Array) -> float:
+    """Return ‖scale · b @ a − new_b @ new_a‖_F by QR of the stacked factors."""
+    xp = namespace(b)
+    stacked_b, stacked_a = concatenate([(scale, b, a), (-1.0, new_b, new_a)])
+    _, r_b = xp.linalg.qr(stacked_b)
+    _, r_a = xp.linalg.qr(stacked_a.T)
+    return float(xp.sqrt(xp.sum((r_b @ r_a.T) ** 2)))
+
+
+def qr_floor(b: Array, a: Array, terms: float) -> float:
+    """Return what rounding leaves of ‖b @ a − b @ a‖_F by QR, roundings as far apart as at random.
+
+    Args:
+        b: (out, r).
+        a: (r, in).
+        terms: Σ‖bᵢ‖²‖aᵢ‖².
+    """
+    eps = float(namespace(b).finfo(_wide(b)).eps)
+    return 4.0 * eps * math.sqrt((sum(b.shape) + sum(a.shape)) * terms)
+
+
+def squared_sizes(b: Array, a: Array) -> float:
+    """Return Σ‖bᵢ‖²‖aᵢ‖² over columns of b and rows of a."""
+    xp = namespace(b)
+    of_b = xp.sum(_widened(b) ** 2, axis=0)
+    return float(xp.sum(of_b * xp.sum(_widened(a) ** 2, axis=1)))
+
+
+def multiplied_out(b: Array, a: Array) -> tuple[Array, Array]:
+    """Return a pair whose product is b @ a and whose rank is the smaller of its sides.
+
+    The pair is b @ a and an identity, on the side that is smaller.
+    """
+    xp = namespace(b)
+    product = _widened(b) @ _widened(a)
+    out, in_ = product.shape
+    one = xp.eye(min(out, in_), dtype=product.dtype, device=product.device)
+    return (one, product) if out <= in_ else (product, one)

@@ -98,7 +98,7 @@ def measures(sigma: Array, shape: tuple[int, int], tail: float = 0.0) -> Spectru
         spectral=float(sigma[0]),
         stable_rank=total / float(squares[0]),
         effective_rank=float(np.exp(-np.sum(shares * np.log(shares)))),
-        participation_ratio=total**2 / float((squares**2).sum()),
+        participation_ratio=1.0 / float(((squares / total) ** 2).sum()),
         energy_rank_90=_energy_rank(squares, total, 0.9),
         energy_rank_95=_energy_rank(squares, total, 0.95),
         energy_rank_99=_energy_rank(squares, total, 0.99),
@@ -145,8 +145,9 @@ def concentration(energies: Array, participation_ratio: float) -> float:
 def kurtosis(thin: Thin, participation_ratio: float) -> tuple[float, float]:
     """Return the kurtosis of all entries, streamed, and its mean for random singular vectors."""
     second = fourth = 0.0
+    size = math.sqrt(thin.squared_norm) or 1.0  # fourth powers of large entries overflow
     for _, _, block in thin.blocks():
-        squares = block * block
+        squares = (block / size) ** 2
         second += float(squares.sum())
         fourth += float(np.vdot(squares, squares))
     if second == 0.0:

@@ -1,13 +1,13 @@
 """One matrix ΔW = scale · b @ a, taken apart once and asked for spectra, factors and errors.
 
 Chooses between the Gram route and QR: Gram for factors stored in 32 bits or fewer, whose rounding
-hides its floor; QR for float64 factors and for devices without float64. Factors whose terms nearly
-cancel are taken apart in more bits than float64 has.
+hides its floor; QR for float64 factors, for devices without float64, and where terms cancel so that
+Gram matrices lose too much. Factors whose terms nearly cancel are taken apart in more bits than
+float64 has. Factors of a higher rank than their product can have are multiplied out first.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from loratools.algebra import cancelling, linalg
 from loratools.algebra.device import Device, to_numpy
+from loratools.algebra.once import once
 from loratools_formats.core.dtypes import Array
 
 
@@ -67,28 +68,41 @@ class Matrix:
         known: linalg.Grams | None = None,
     ) -> None:
         self._b, self._a = device.put(b), device.put(a)
+        self._rank = self._a.shape[0]
         self._scale = scale
-        self._use_gram = use_gram and device.has_float64
         self._device = device
         on_cpu = isinstance(self._b, np.ndarray)
-        self._grams = known if known and on_cpu else linalg.grams(self._b, self._a)
-        self._cancels = cancelling.cancels(self._grams)
+        if self._rank > min(self._b.shape[0], self._a.shape[1]):
+            sizes = linalg.squared_sizes(self._b, self._a)
+            product = linalg.multiplied_out(self._b, self._a)
+            self._grams = linalg.grams(*product)
+            found = cancelling.Cancellation(self._grams.squared_norm, sizes)
+        else:
+            self._grams = known if known and on_cpu else linalg.grams(self._b, self._a)
+            found, product = cancelling.Cancellation.of(self._grams), None
+        use_gram = use_gram and device.has_float64
+        self._terms = found.terms
+        self._cancels = found.cancels
+        self._needs_more_bits = self._cancels and not (use_gram and found.is_enough)
+        self._use_gram = use_gram and not self._cancels
+        if product is not None and not self._needs_more_bits:
+            self._b, self._a = product
 
-    @functools.cached_property
+    @once
     def _exact(self) -> cancelling.Core:
         """The core of factors that nearly cancel."""
         b, a = to_numpy(self._b), to_numpy(self._a)
         return cancelling.core_of(b, a, np.full(len(a), self._scale))
 
-    @functools.cached_property
+    @once
     def _triplets(self) -> tuple[Array, Array, Array]:
         return cancelling.triplets_of(self._exact)
 
-    @functools.cached_property
+    @once
     def _core(self) -> linalg.GramCore:
         return linalg.gram_core(self._grams, self._scale)
 
-    @functools.cached_property
+    @once
     def _qr(self) -> linalg.Factors:
         return linalg.qr_factors(self._b, self._a, self._scale, self._a.shape[0])
 
@@ -101,29 +115,30 @@ class Matrix:
     @property
     def squared_norm(self) -> float:
         """‖ΔW‖²_F."""
-        if self._cancels:
+        if self._needs_more_bits:
             return self._exact.norm**2
+        if self._cancels:
+            return float((to_numpy(self._qr.singular_values) ** 2).sum())
         return self._scale * self._scale * self._grams.squared_norm
 
     @property
     def singular_values(self) -> Array:
         """(r,): descending; zeros where the shape allows fewer."""
-        values = np.zeros(self._a.shape[0])
-        if self._cancels:
-            values[:] = self._triplets[1]
-            values[min(self._b.shape[0], self._a.shape[1]) :] = 0.0
-            return values
-        found = self._core.singular_values if self._use_gram else self._qr.singular_values
+        values = np.zeros(self._rank)
+        if self._needs_more_bits:
+            found = self._triplets[1]
+        else:
+            found = self._core.singular_values if self._use_gram else self._qr.singular_values
         values[: found.shape[0]] = to_numpy(found)
         return values
 
     def factors(self, rank: int, randomised: RandomisedSvd | None = None) -> tuple[Array, Array]:
         """Return the best (b, a) of a rank, balanced, of scale 1, padded with zeros if need be."""
-        if self._cancels:
+        if self._needs_more_bits:
             u, s, vt = (part.copy() for part in self._triplets)
             root = np.sqrt(s[:rank])
             return padded(*signed(u[:, :rank] * root, root[:, None] * vt[:rank]), rank)
-        if randomised is not None:
+        if randomised is not None and not self._cancels:
             found = linalg.rsvd_factors(
                 self._b,
                 self._a,
@@ -143,9 +158,12 @@ class Matrix:
 
     def squared_error(self, b: Array, a: Array) -> float:
         """Return ‖ΔW − b @ a‖²_F; an upper bound of it where the factors nearly cancel."""
-        if self._cancels:
+        if self._needs_more_bits:
             return self._bounded_error(b, a) ** 2
         new_b, new_a = self._device.put(b), self._device.put(a)
+        if self._cancels:
+            error = linalg.difference_norm(self._b, self._a, self._scale, new_b, new_a)
+            return (error + abs(self._scale) * linalg.qr_floor(self._b, self._a, self._terms)) ** 2
         error, _ = linalg.residual_norm(self._b, self._a, self._scale, self._grams, new_b, new_a)
         return error**2
 

@@ -14,7 +14,6 @@ Stacked experts share one rank: the largest that any of them needs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loratools.algebra.median import median
+from loratools.algebra.once import once
 from loratools.work.declared import option
 from loratools.work.regexes import check_regex, is_found
 from loratools.work.spellings import share, share_or_nbytes
@@ -71,7 +71,7 @@ class Spectrum:
         """Return the bytes that a rank costs in the output."""
         return rank * self.bytes_per_rank + rank * rank * self.bytes_per_square
 
-    @functools.cached_property
+    @once
     def energies(self) -> Values:
         """(r,): energy σᵢ² summed over experts."""
         total: Values = np.sum(self.singular_values**2, axis=0)

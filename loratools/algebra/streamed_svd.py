@@ -11,7 +11,6 @@ pass.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from loratools.algebra.once import once
 from loratools.algebra.one_matrix import RandomisedSvd, padded, signed
 from loratools.work.scratch import AnonymousFile
 from loratools_formats.core.dtypes import Array
@@ -344,7 +344,7 @@ class StreamedMatrix:
         self._source = source
         self._decompose = svd
 
-    @functools.cached_property
+    @once
     def _svd(self) -> StreamedSvd:
         return self._decompose()
 

@@ -7,13 +7,13 @@ energy of the rest, and only `dense` gives all of it.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from loratools.algebra import cancelling, linalg
+from loratools.algebra.once import once
 from loratools_formats.core.dtypes import Array
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -60,27 +60,37 @@ class Thin:
         """Number of columns of b."""
         return len(self.a)
 
-    @functools.cached_property
+    @once
     def grams(self) -> linalg.Grams:
         """The Gram matrices of both factors."""
         return linalg.grams(self.b, self.a)
 
-    @functools.cached_property
+    @once
+    def _cancellation(self) -> cancelling.Cancellation:
+        return cancelling.Cancellation.of(self.grams)
+
+    @property
     def _cancels(self) -> bool:
-        return cancelling.cancels(self.grams)
+        return self._cancellation.cancels
+
+    @property
+    def _needs_more_bits(self) -> bool:
+        return self._cancels and not (self._use_gram and self._cancellation.is_enough)
 
     @property
     def squared_norm(self) -> float:
         """‖ΔW‖²_F, the tail included."""
-        if self._cancels:
+        if self._needs_more_bits:
             return self._exact.norm**2 + self.tail
+        if self._cancels:
+            return float((self.svd[1] ** 2).sum()) + self.tail
         return self.scale * self.scale * self.grams.squared_norm + self.tail
 
-    @functools.cached_property
+    @once
     def _exact(self) -> cancelling.Core:
         return cancelling.core_of(self.b, self.a, np.full(self.rank, self.scale))
 
-    @functools.cached_property
+    @once
     def singular_values(self) -> Array:
         """(min(r, out, in),) float64, descending; without those of the tail."""
         count = min(self.rank, *self.shape)
@@ -89,10 +99,10 @@ class Thin:
             return values
         return self.svd[1][:count]
 
-    @functools.cached_property
+    @once
     def svd(self) -> tuple[Array, Array, Array]:
-        """U (out, k), S (k,), Vᵀ (k, in) in float64 by QR of both factors."""
-        if self._cancels:
+        """U (out, k), S (k,), Vᵀ (k, in) in float64, by QR of both factors where that is enough."""
+        if self._needs_more_bits:
             u, values, v = cancelling.triplets_of(self._exact)
             count = min(self.rank, *self.shape)
             return u[:, :count], values[:count], v[:count]

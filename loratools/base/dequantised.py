@@ -20,14 +20,9 @@ from loratools.base.codecs import (
     methods,
     without_marks,
 )
-from loratools.base.codecs.bitsandbytes import FourBitWeight
-from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.checkpoints.eight_bit_floats import (
-    FP8_TYPES,
-    activation_scales,
-    marks_of_comfyui,
-)
+from loratools_formats.checkpoints.comfyui import marks_of_comfyui
+from loratools_formats.checkpoints.eight_bit_floats import FP8_TYPES, activation_scales
 from loratools_formats.checkpoints.quantization import (
     format_found,
     is_part,
@@ -77,11 +72,6 @@ class DequantisedCheckpoint:
         return bool(self.stored)
 
     @property
-    def four_bit(self) -> Mapping[str, QuantizedWeight]:
-        """The weights that can be quantised again with their own scales: those of bitsandbytes."""
-        return {k: w.weight for k, w in self.weights.items() if isinstance(w, FourBitWeight)}
-
-    @property
     def places(self) -> Mapping[str, str]:
         """The stored tensor that each computed weight takes the place of, where names differ."""
         return {key: w.parts[0].key for key, w in self.weights.items() if w.parts[0].key != key}
@@ -94,8 +84,8 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
         AdapterError: malformed quantised weights.
         UnsupportedError: a quantisation that is not known; the error names it.
     """
-    refuse_rotated(base.config)
     stated = stated_of(base)
+    refuse_rotated(stated)
     _check_method(base, stated)
     weights = coded_weights(Stored(base.tensors, base.config, stated, _metadata(base)))
     parts = {part.key for weight in weights.values() for part in weight.parts}
@@ -103,6 +93,7 @@ def dequantised(base: Checkpoint) -> DequantisedCheckpoint:
     if weights:
         of_running = {*activation_scales(base.tensors), *marks_of_comfyui(base.tensors, weights)}
     _check_left_over(base, parts | of_running, stated)
+    _check_beside(base, parts | of_running, weights)
     if not weights:
         return DequantisedCheckpoint(base, {}, {}, ())
     computed = {weight.parts[0].key: key for key, weight in weights.items()}
@@ -188,7 +179,7 @@ def as_stored(base: Checkpoint) -> DequantisedCheckpoint:
     Raises:
         UnsupportedError: its weights are rotated.
     """
-    refuse_rotated(base.config)
+    refuse_rotated(stated_of(base))
     return DequantisedCheckpoint(base, {}, {}, ())
 
 
@@ -226,6 +217,28 @@ def _check_left_over(base: Checkpoint, known: Collection[str], stated: Mapping[s
         coded = tensor.dtype.code in FP8_TYPES and stated
         if beside or lone or coded or is_part(key):
             raise _not_readable(base, key, stated)
+
+
+def _check_beside(base: Checkpoint, known: Collection[str], weights: Collection[str]) -> None:
+    """Refuse tensors that may change what a quantised weight means, or what it is multiplied with.
+
+    A linear layer has a weight and a bias. Whatever else is stored in one, such as scales of its
+    inputs or an order of its columns, belongs to a format that is not known. AutoAWQ stores scales
+    of the activations before a layer under the name of the activation.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    for key in base.tensors if weights else ():
+        module, _, leaf = key.rpartition(".")
+        is_own = f"{module}.weight" in weights and leaf != "weight" and "bias" not in leaf
+        if key not in known and (is_own or leaf == "scales"):
+            raise UnsupportedError(
+                "a tensor beside quantised weights may change what they mean",
+                path=base.path,
+                tensor=key,
+                hint="Start from the original checkpoint",
+            )
 
 
 def _not_readable(base: Checkpoint, key: str | None, stated: Mapping[str, Any]) -> UnsupportedError:

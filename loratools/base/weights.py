@@ -217,34 +217,3 @@ class BaseWeight:
         if not np.isfinite(rows).all():
             raise AdapterError("base weight holds NaN or infinite values", tensor=stored.key)
         return rows
-
-
-class ShapeOnly:
-    """A weight whose values are not known, only its shape."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-
-    def rows(self, start: int, stop: int) -> Array:
-        """Refuse.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise _unknown(f"rows {start} to {stop} asked for")
-
-    def bias(self) -> Array | None:
-        """Refuse.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise _unknown("a bias asked for")
-
-
-def _unknown(got: str) -> UnsupportedError:
-    return UnsupportedError(
-        "the weight change depends on the base weight",
-        got=got,
-        hint="Pass the base model as `base`",
-    )

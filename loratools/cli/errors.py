@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -52,6 +53,7 @@ def run(cli: click.Command) -> None:
             _flush()
         except BrokenPipeError:
             _abandon_stdout()
+    gc.freeze()  # or Python would look through everything for cycles on its way out
     sys.exit(code)
 
 

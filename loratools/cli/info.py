@@ -93,7 +93,8 @@ def _show_many(adapters: Sequence[Path], reading: Reading, reporting: Reporting)
     for path in adapters:
         try:
             found: InfoResult | None = info(path, reading=reading)
-            line, problem = {} if found is None else found.to_dict(), None
+            line = found.to_dict() if found is not None and reporting.json else {}
+            problem = None
         except LoratoolsError as error:
             how = failed_with(error, path)
             line, problem = how.found, how.text.removeprefix(f"{path}: ")

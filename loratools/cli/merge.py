@@ -13,18 +13,18 @@ from loratools.cli import options as shared
 from loratools.cli.by_type import Measure, ModuleTable, print_modules
 from loratools.cli.command import command as named_command
 from loratools.cli.output import human_bytes, note, number, percent, say
-from loratools.cli.pages import Pages
+from loratools.cli.pages import Pages, after
 from loratools.cli.perform import perform, target_of
 from loratools.cli.references import weighted_path
 from loratools.face.merge import MergeResult, merge
 from loratools.face.source import destination
 from loratools.lowrank.resize import ComputeOptions
 from loratools.operations.merge.options import MergeOptions, Parameters
-from loratools.operations.merge.recipe import RecipeFiles
+from loratools.operations.merge.recipe import RecipeFiles, read_of
 from loratools.work.declared import declared
 from loratools.work.requests import Reading, Reporting, Writing
 from loratools.work.selection import Dropping
-from loratools_formats.contract.files import check_apart
+from loratools_formats.contract.files import check_further
 from loratools_formats.disk.errors import OptionError
 
 
@@ -72,15 +72,13 @@ def command(
     else:
         raise OptionError("no adapters to merge", hint="Name some, or pass `recipe=FILE`")
     target = target_of(writing)
-    inputs = [sources] if isinstance(sources, Path) else [path for path, _ in sources]
-    inputs += [path for path in (reading.base, target.output) if path is not None]
-    pages.check(reporting, inputs, overwrite=writing.overwrite)
+    others = read_of(sources) if isinstance(sources, Path) else [path for path, _ in sources]
+    others += [path for path in (reading.base, target.output) if path is not None]
+    pages.check(reporting, others, overwrite=writing.overwrite)
     save_recipe = None if writing.dry_run else files.save_recipe
     if save_recipe is not None:
-        read = [files.recipe, *(path for path, _ in ([] if isinstance(sources, Path) else sources))]
-        place = Writing(output=save_recipe, overwrite=writing.overwrite)
-        destination(place, None, [*read, reading.base])
-        check_apart(save_recipe, [*read, reading.base, target.output])
+        destination(Writing(output=save_recipe, overwrite=writing.overwrite), None, [])
+        check_further(save_recipe, [*others, *pages.files], overwrite=writing.overwrite)
 
     def work(progress: Callable[[int, int], None] | None) -> MergeResult:
         result = merge(
@@ -94,7 +92,8 @@ def command(
             **settings,
         )
         if save_recipe is not None:
-            result.write_recipe(save_recipe, overwrite=writing.overwrite)
+            with after(target.output):
+                result.write_recipe(save_recipe, overwrite=writing.overwrite)
         return result
 
     def show(result: MergeResult) -> None:

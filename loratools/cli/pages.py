@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,20 @@ from loratools.cli.output import note
 from loratools.face.result import Result
 from loratools.work.declared import option
 from loratools.work.requests import Reporting
-from loratools_formats.contract.files import check_target
-from loratools_formats.disk.errors import OptionError
-from loratools_formats.disk.publish import publish_file
+from loratools_formats.contract.files import check_further
+from loratools_formats.disk.errors import OptionError, OutputError
+from loratools_formats.disk.publish import publish_file, resolved
+
+
+@contextlib.contextmanager
+def after(output: Path | None) -> Iterator[None]:
+    """Let an error of a further output say that the output itself is there."""
+    try:
+        yield
+    except OutputError as error:
+        if output is not None:
+            error.hint = f"{output} was written before that; check free space and permissions"
+        raise
 
 
 @dataclass(frozen=True)
@@ -59,13 +70,15 @@ class Pages:
             from loratools.page.plot import check_plot
 
             check_plot(self.plot)
+        if not self.files:
+            return
         others = [path for path in inputs if path is not None]
-        known = {os.path.realpath(path) for path in others}
+        known = {resolved(path) for path in others}
         for path in self.files:
-            if os.path.realpath(path) in known:
+            if resolved(path) in known:
                 raise OptionError("a report goes over something else", got=str(path))
-            known.add(os.path.realpath(path))
-            check_target(path, others, overwrite=overwrite or self.overwrite)
+            known.add(resolved(path))
+            check_further(path, others, overwrite=overwrite or self.overwrite)
 
     def write(self, result: Result, *, overwrite: bool = False) -> None:
         """Write what is asked for, each file whole or not at all.

@@ -15,7 +15,7 @@ from loratools.cli.errors import describe
 from loratools.cli.exits import EXIT_ERROR, EXIT_FOUND
 from loratools.cli.failure import error_fields, mark_reported
 from loratools.cli.output import note, number, print_choices, print_json, say
-from loratools.cli.pages import Pages
+from loratools.cli.pages import Pages, after
 from loratools.cli.progress import progress_bar
 from loratools.cli.wording import worded
 from loratools.face.result import Result
@@ -138,7 +138,8 @@ def perform(
         return code
     if failed is not None:
         raise failed
-    pages.write(result, overwrite=writing.overwrite)
+    with after(None if writing.dry_run else writing.output):
+        pages.write(result, overwrite=writing.overwrite)
     if not reporting.quiet:
         nothing = writing.dry_run or writing.output is None
         nothing_else = "nothing else" if pages.files else "nothing"

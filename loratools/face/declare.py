@@ -28,6 +28,7 @@ from loratools.hub.references import (
     is_explicit,
     is_local,
     mapped,
+    parse,
     with_revision,
 )
 from loratools.work.call import call_of, running
@@ -251,7 +252,7 @@ def _fetched(group: Any, options: Mapping[str, Option], given: Mapping[str, Any]
 
 
 def _local(path: Any, *, want: Any, beside: Beside, headers: bool = False) -> Any:
-    if not os.fspath(path):
+    if not os.fspath(path) or parse(path, want) is None:
         return path
     from loratools.hub.resolve import located
 

@@ -12,6 +12,7 @@ from loratools.face.declare import Progress
 from loratools.face.result import Result
 from loratools.operations.fuse.parts import Spreading
 from loratools.work.cluster import Engine, connected
+from loratools.work.memory import keep_memory
 from loratools.work.shard import Shard
 from loratools_formats.disk.errors import OptionError
 
@@ -78,6 +79,7 @@ def _write_part(given: Mapping[str, Any], part: Shard) -> Any:
     """Write one weight file, in a worker; the last one puts all together."""
     from loratools.face.fuse import fuse
 
+    keep_memory()
     options = replace(given["options"], workers=1)
     return fuse(**{**given, "options": options, "spreading": Spreading(shard=part)})
 

@@ -31,7 +31,6 @@ from loratools.operations.merge.align import MergeInput
 from loratools.operations.merge.methods import get_method
 from loratools.operations.merge.options import MergeOptions, Parameters
 from loratools.operations.merge.recipe import (
-    RECIPE_FILE,
     Recipe,
     RecipeAdapter,
     load_recipe,
@@ -50,6 +49,7 @@ from loratools_formats.contract.path_kinds import is_model
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import AdapterError, OptionError, UnknownFormatError
+from loratools_formats.disk.provenance import RECIPE_FILE
 from loratools_formats.disk.publish import publish_file
 
 

@@ -16,6 +16,7 @@ from loratools.face.ran import Asked
 from loratools.face.result import Reported
 from loratools.hub import client, files, upload
 from loratools.hub.card import updated
+from loratools.hub.content import Content, Watched
 from loratools.hub.facts import Subject, card_facts, is_hub_name
 from loratools.hub.front_matter import values_of
 from loratools.hub.options import PushOptions
@@ -127,17 +128,19 @@ def push(
         UnfitError: `check` found something as grave as `fail_on`, errors by default.
         MissingFileError: no such repository, and it is not to be made.
         HubError: somebody else has committed since, or the Hub refused or failed.
+        AdapterError: a file cannot be read, or changed meanwhile.
         OptionError: not the name of a repository, or options that contradict each other.
         MissingDependencyError: `huggingface_hub` is not installed.
     """
     target = target_of(parse_target(repo), options)
     there = upload.may_publish(target)
     with _on_disk(source, target.reference) as path:
+        watched = Watched(path)
         found = _read(path)
         asked = replace(checking, fail_on=options.fail_on or "error")
         checked = _check(path, found, asked, threads, progress, skip=options.no_check)
         with temporary_folder("loratools-push") as folder:
-            made = _prepared(path, found, target, there, options, folder)
+            made = _prepared(path, found, watched, target, there, options, folder)
             return _published(made, target, there, options, writing, checked)
 
 
@@ -160,6 +163,9 @@ def _on_disk(source: Any, reference: Reference) -> Any:
     if not isinstance(source, Adapter):
         yield Path(source)
     elif source.source is not None and source.provenance is None:
+        for file in source.inputs:
+            if file.is_here:
+                file.check_in_place()
         yield source.source
     else:
         with temporary_folder("loratools-push") as folder:
@@ -226,7 +232,7 @@ def _check(
 class _Prepared:
     """What is to be published: contents by path in the repository, and what is said of them."""
 
-    contents: Mapping[str, upload.Content]
+    contents: Mapping[str, Content]
     left_out: tuple[str, ...]
     card_diff: str
     title: str
@@ -235,6 +241,7 @@ class _Prepared:
 def _prepared(
     path: Path,
     adapter: Adapter | None,
+    watched: Watched,
     target: upload.Target,
     there: upload.Remote,
     options: PushOptions,
@@ -246,13 +253,13 @@ def _prepared(
         else files.contents_of_adapter(path, adapter)
     )
     inside = target.reference.inside
-    contents: dict[str, upload.Content] = dict(found.files)
+    made: dict[str, bytes] = {}
     diff = ""
     records = _records(path)
     if not options.no_card:
         picture = None if adapter is None else _picture(adapter, target.reference.repo, folder)
         if picture is not None:
-            contents[files.PICTURE] = picture.read_bytes()
+            made[files.PICTURE] = picture.read_bytes()
         before = _card(target, there, found, options)
         subject = Subject(
             repo=target.reference.repo,
@@ -267,7 +274,7 @@ def _prepared(
         )
         subject = replace(subject, licence=_licence(subject.base_model, before))
         after = updated(before, card_facts(subject))
-        contents[files.CARD] = after
+        made[files.CARD] = after
         shown = _card_there(target, there) or b""
         diff = "".join(
             difflib.unified_diff(
@@ -277,6 +284,9 @@ def _prepared(
                 "README.md",
             )
         )
+    # All that is told of the files was read by now: what they hold is what was read.
+    contents = {name: watched.content(place) for name, place in found.files.items()}
+    contents |= {name: Content.of_bytes(data) for name, data in made.items()}
     placed = {f"{inside}/{name}" if inside else name: each for name, each in contents.items()}
     operation = records[-1].get("operation") if records else None
     title = options.message or (f"Publish the result of {operation}" if operation else "Publish")
@@ -310,16 +320,12 @@ def _published(
         pull_request=done.pull_request,
         changed=done.is_new or (writing.dry_run and set(changes.values()) != {"same"}),
         files=tuple(
-            PushedFile(path=name, nbytes=_nbytes(content), change=changes[name])
+            PushedFile(path=name, nbytes=content.nbytes, change=changes[name])
             for name, content in sorted(made.contents.items())
         ),
         left_out=made.left_out,
         card_diff=made.card_diff,
     )
-
-
-def _nbytes(content: upload.Content) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def _card_there(target: upload.Target, there: upload.Remote) -> bytes | None:

@@ -66,7 +66,7 @@ def regenerated(adapter: Adapter, base: Checkpoint | None, given: Mapping[str, s
         MissingDependencyError: it takes torch, which is not installed.
         AdapterError: the base does not fit.
     """
-    missing = what_is_missing(adapter)
+    missing = get_format(adapter.format).left_to_loader(adapter)
     if not missing:
         return Regenerated(adapter, given)
     if base is None:
@@ -76,11 +76,6 @@ def regenerated(adapter: Adapter, base: Checkpoint | None, given: Mapping[str, s
             hint="Pass it as `base`",
         )
     return _REGENERATED[str(adapter.config["peft_type"])](adapter, base, given)
-
-
-def what_is_missing(adapter: Adapter) -> str:
-    """Return what a file leaves to the loader, in words; empty if nothing."""
-    return get_format(adapter.format).left_to_loader(adapter)
 
 
 def _unilora(adapter: Adapter, base: Checkpoint, given: Mapping[str, str]) -> Regenerated:

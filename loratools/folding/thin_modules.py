@@ -8,12 +8,12 @@ m/‖W + ΔW‖ ⊙ (W + ΔW) − W, which only the base tells: without it, a Do
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from loratools.algebra.once import once
 from loratools.algebra.one_matrix import Decomposed
 from loratools.algebra.ranks import RankRule, Spectrum
 from loratools.algebra.thin import Thin
@@ -26,6 +26,7 @@ from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
+from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
 _SAFE_SCALE = 1e60
@@ -65,7 +66,7 @@ class ThinModule:
     bytes_per_rank: int = 0
     known: Spectrum | None = None
 
-    @functools.cached_property
+    @once
     def spectrum(self) -> Spectrum:
         """Singular values and what a rank costs in a file, as `squeeze` and `to-lora` have them."""
         if self.known is not None:
@@ -150,9 +151,9 @@ class ThinModules:
         wide = "F64" in (delta.a.dtype.code, delta.b.dtype.code)
         thin = []
         for b, a in loaded(delta, narrow=True):
-            if not (np.isfinite(b).all() and np.isfinite(a).all()):
-                raise NonFiniteError("factor holds NaN or infinite values", tensor=name)
             thin.append(Thin(b, a, delta.scale, use_gram=not wide))
+            if not (_is_finite(b, a) if wide else _has_finite_sizes(thin[-1])):
+                raise NonFiniteError("factor holds NaN or infinite values", tensor=name)
             overflows = wide or abs(delta.scale) > _SAFE_SCALE
             if overflows and not np.isfinite(thin[-1].squared_norm):
                 raise AdapterError("squares of the factors overflow float64", tensor=name)
@@ -197,6 +198,20 @@ class ThinModules:
 
 class NonFiniteError(AdapterError):
     """A factor holds NaN or infinite values."""
+
+
+def _is_finite(b: Array, a: Array) -> bool:
+    return bool(np.isfinite(b).all() and np.isfinite(a).all())
+
+
+def _has_finite_sizes(thin: Thin) -> bool:
+    """Return whether float32 factors are finite, by the squares of their columns and rows.
+
+    Those hold in float64 whatever is finite in float32, and are needed anyway.
+    """
+    with np.errstate(invalid="ignore"):
+        grams = thin.grams
+    return bool(np.isfinite(np.diag(grams.b)).all() and np.isfinite(np.diag(grams.a)).all())
 
 
 def _leading(part: Decomposed, rank: int) -> Thin:

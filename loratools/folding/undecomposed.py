@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed
-from loratools.base.weights import ShapeOnly
+from loratools.base.shape_only import ShapeOnly
 from loratools.folding.decomposed import Streaming, decomposed, rows_of
 from loratools.folding.module import checked_form, known_shape
 from loratools.folding.without_base import folds_alone

@@ -9,10 +9,10 @@ import numpy as np
 from loratools.algebra.device import Device
 from loratools.algebra.one_matrix import Decomposed, Matrix
 from loratools.algebra.ranks import RankRule, Spectrum
+from loratools.base.shape_only import ShapeOnly
 from loratools.base.tied import find_tie, shared_embeddings
 from loratools.base.weights import (
     BaseModule,
-    ShapeOnly,
     find_base_module,
     is_fused,
     is_in_stack,

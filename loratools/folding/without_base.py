@@ -8,19 +8,15 @@ import shlex
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loratools.base.dequantised import dequantised
-from loratools.base.placement.names import Names
-from loratools.base.placement.sites import sites
-from loratools.base.weights import ShapeOnly
+from loratools.base.shape_only import ShapeOnly
 from loratools.folding.decomposed import exact_factors
 from loratools.folding.module import checked_form, known_shape, stored_as_is
-from loratools.folding.regenerate import what_is_missing
 from loratools.kinds import get_kind
 from loratools.kinds.declaration import Product
 from loratools.lowrank.planned import PlannedFactors
 from loratools.lowrank.resize import ComputeOptions
-from loratools.naming.choice import kernel_of
 from loratools.work.parallel import one_blas_thread
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
@@ -29,6 +25,9 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter, Layer, Missing, ModuleChange
 from loratools_formats.disk.errors import OptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    from loratools.base.placement.names import Names
 
 
 def folds_alone(delta: ModuleChange) -> bool:
@@ -103,7 +102,7 @@ def folded_where_exact(
         UnsupportedError: a setting that the change depends on is not in the file.
         AdapterError: NaN or infinite values, or tensors that do not fit.
     """
-    missing = what_is_missing(adapter)
+    missing = get_format(adapter.format).left_to_loader(adapter)
     if missing:
         raise UnsupportedError(
             f"the file does not hold {missing}, which PEFT computes from the base model",
@@ -146,6 +145,8 @@ def with_kernels(adapter: Adapter) -> Adapter:
         delta, columns = whole.kind_delta, whole.shape[1]
         if delta is None or delta.kind not in ("loha", "lokr") or delta.layer.kind != "linear":
             continue
+        from loratools.naming.choice import kernel_of
+
         kernel = kernel_of(name)
         if kernel is not None and columns is not None and columns % math.prod(kernel) == 0:
             modules[name] = whole.with_direction(replace(delta, layer=Layer("conv", kernel)))
@@ -246,6 +247,10 @@ class _Base:
         """Return the value that the shape of a module's own weight implies; None if none."""
         if self._base is None or missing.of_weight is None:
             return None
+        from loratools.base.dequantised import dequantised
+        from loratools.base.placement.names import Names
+        from loratools.base.placement.sites import sites
+
         self._names = self._names or Names(dequantised(self._base).checkpoint)
         found = sites(self._names, module, "weight")
         return missing.of_weight(self._names.tensors[found[0].key].shape) if found else None

@@ -30,6 +30,27 @@ def fetch_bucket(reference: Reference, want: Want, beside: Beside) -> Resolved:
         MissingFileError: no such bucket, folder or file.
         HubError: it is something else than what is wanted, or the Hub cannot be reached.
     """
+    found, marks = bucket_listing(reference)
+    chosen = choose(found, want, beside)
+    names = sorted({*chosen.now, *chosen.later})
+    hub = client.library(reference)
+    state = hashlib.sha256(repr([(name, marks[name]) for name in names]).encode()).hexdigest()
+    cache = Path(os.path.abspath(hub.constants.HF_HUB_CACHE))
+    folder = cache / f"buckets--{reference.repo.replace('/', '--')}" / "snapshots" / state
+    for name in names:
+        if not (folder / name).is_file():
+            _fetch(reference, name, found.files[name], folder / name)
+    return Resolved(_place(folder, chosen), reference, None)
+
+
+def bucket_listing(reference: Reference) -> tuple[Listing, dict[str, str]]:
+    """Return what a bucket holds, and the Hub's marks of the files' contents, by their paths.
+
+    Raises:
+        MissingDependencyError: the installed `huggingface_hub` knows no buckets.
+        MissingFileError: no such bucket.
+        HubError: the Hub cannot be reached.
+    """
     hub = client.library(reference)
     if not hasattr(hub.HfApi, "list_bucket_tree"):
         raise MissingDependencyError(
@@ -39,17 +60,9 @@ def fetch_bucket(reference: Reference, want: Want, beside: Beside) -> Resolved:
     with client.talking(reference):
         tree = client.api().list_bucket_tree(reference.repo, recursive=True)
         files = {each.path: each for each in tree if hasattr(each, "xet_hash")}
+    sizes = {name: files[name].size for name in sorted(files)}
     marks = {name: each.xet_hash for name, each in files.items()}
-    found = Listing(reference, "", {n: files[n].size for n in sorted(files)}, False, Path())
-    chosen = choose(found, want, beside)
-    names = sorted({*chosen.now, *chosen.later})
-    state = hashlib.sha256(repr([(name, marks[name]) for name in names]).encode()).hexdigest()
-    cache = Path(os.path.abspath(hub.constants.HF_HUB_CACHE))
-    folder = cache / f"buckets--{reference.repo.replace('/', '--')}" / "snapshots" / state
-    for name in names:
-        if not (folder / name).is_file():
-            _fetch(reference, name, found.files[name], folder / name)
-    return Resolved(_place(folder, chosen), reference, None)
+    return Listing(reference, "", sizes, False, Path()), marks
 
 
 def _place(folder: Path, chosen: Choice) -> Path:

@@ -18,11 +18,10 @@ from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.attachments import ATTACHMENTS
 from loratools_formats.disk.files import inside
-from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 
 CARD = "README.md"
 PICTURE = "spectrum.png"
-RECIPE = "recipe.yaml"
 _LOCAL_PATH = re.compile(rb"^\s*(?:- )?\{?(?:path|base): *+(?![\"']?hf:/)", re.MULTILINE)
 _LARGEST_RECIPE = 1 << 20
 
@@ -70,14 +69,14 @@ def contents_of_model(path: Path) -> Contents:
 
 
 def _of_file(path: Path) -> Contents:
-    beside = [f"{path.name}.{PROVENANCE_FILE}", f"{path.name}.{RECIPE}"]
+    beside = [f"{path.name}.{PROVENANCE_FILE}", f"{path.name}.{RECIPE_FILE}"]
     found = {name: path.parent / name for name in beside if (path.parent / name).is_file()}
     found = {name: place for name, place in found.items() if _is_public(place)}
     return Contents({path.name: path, **found}, None, ())
 
 
 def _of_folder(folder: Path, known: Iterable[str]) -> Contents:
-    wanted = [*known, *ATTACHMENTS, PROVENANCE_FILE, RECIPE]
+    wanted = [*known, *ATTACHMENTS, PROVENANCE_FILE, RECIPE_FILE]
     files = {
         name: inside(folder, name)
         for name in dict.fromkeys(wanted)
@@ -90,7 +89,7 @@ def _of_folder(folder: Path, known: Iterable[str]) -> Contents:
 
 def _is_public(path: Path) -> bool:
     """Return whether a file says nothing of this machine: a recipe may name folders here."""
-    if not path.name.endswith(RECIPE):
+    if not path.name.endswith(RECIPE_FILE):
         return True
     if path.stat().st_size > _LARGEST_RECIPE:
         return False

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loratools.hub import client
-from loratools.hub.buckets import fetch_bucket
+from loratools.hub.buckets import bucket_listing, fetch_bucket
 from loratools.hub.choice import Choice, choose, with_weights_later
 from loratools.hub.headers import announce_weights
 from loratools.hub.listing import Listing, listing
@@ -80,6 +80,17 @@ def resolve(
     place = found.folder / chosen.place if chosen.place else found.folder
     digests = {found.folder / name: digest for name, digest in found.digests.items()}
     return Resolved(place, reference, found.commit, digests)
+
+
+def contents(reference: Reference) -> Listing:
+    """Return what a repository or a bucket holds; nothing of it comes here.
+
+    Raises:
+        MissingDependencyError: `huggingface_hub` is not installed, or knows no buckets.
+        MissingFileError: no such repository, revision or bucket.
+        HubError: the Hub cannot be reached, or refused.
+    """
+    return bucket_listing(reference)[0] if reference.kind == "bucket" else listing(reference)
 
 
 def _download(found: Listing, chosen: Choice) -> None:

@@ -8,8 +8,6 @@ hashes of all files are compared with those that the Hub holds.
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +15,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.hub import client
+from loratools.hub.content import Content
 from loratools.hub.references import Reference
-from loratools_formats.disk.errors import HubError, LoratoolsError, MissingFileError, OptionError
+from loratools_formats.disk.errors import (
+    AdapterError,
+    HubError,
+    LoratoolsError,
+    MissingFileError,
+    OptionError,
+)
 
-Content = bytes | Path
 Change = Literal["new", "changed", "same"]
 
 _ATTEMPTS = 4
 _LONGEST_WAIT_SECONDS = 60.0
-_CHUNK_BYTES = 1 << 20
 _REPEATABLE = (408, 429, 500, 502, 503, 504)
 FIRST_WAIT_SECONDS = 1.0
 
@@ -80,17 +83,6 @@ class Published:
     url: str | None
     pull_request: str | None
     is_new: bool
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """The two names that a file may have on the Hub."""
-
-    sha256: str
-    git: str
-
-    def __contains__(self, mark: object) -> bool:
-        return mark in (self.sha256, self.git)
 
 
 def remote(target: Target) -> Remote:
@@ -170,7 +162,7 @@ def changes(here: Mapping[str, Content], there: Remote) -> dict[str, Change]:
         if name not in there.marks:
             found[name] = "new"
         else:
-            found[name] = "same" if there.marks[name] in _marks(content) else "changed"
+            found[name] = "same" if content.is_at(there.marks[name]) else "changed"
     return found
 
 
@@ -245,12 +237,8 @@ def _committed(
 def _commit_once(
     target: Target, wanted: Mapping[str, Content], there: Remote, title: str
 ) -> Published:
-    hub = client.library(target.reference)
     # Each attempt gets operations of its own, which the library marks as it goes.
-    operations = [
-        hub.CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
-        for name, content in wanted.items()
-    ]
+    operations = [_operation(target, name, content) for name, content in wanted.items()]
     with client.talking(target.reference):
         info = client.api().create_commit(
             target.reference.repo,
@@ -262,6 +250,25 @@ def _commit_once(
         )
     # The library makes no commit where the Hub holds all of it.
     return Published(info.oid, info.commit_url, info.pr_url, info.oid != there.head)
+
+
+def _operation(target: Target, name: str, content: Content) -> Any:
+    """Return what puts a file into a commit, by the digest that the file has to have.
+
+    Raises:
+        AdapterError: it has another one by now.
+    """
+    hub, data = client.library(target.reference), content.data
+    if not isinstance(data, Path):
+        return hub.CommitOperationAdd(name, data)
+    try:
+        made = hub.CommitOperationAdd(name, str(data))
+        now = made.upload_info.sha256.hex()
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"file cannot be read any more: {error}", path=data) from error
+    if now != content.sha256:
+        raise AdapterError("file changed while it was being published", path=data)
+    return made
 
 
 def _after_failure(
@@ -334,7 +341,7 @@ def _retry_after(error: BaseException | None) -> float | None:
 
 
 def _holds(there: Remote, wanted: Mapping[str, Content]) -> bool:
-    return all(there.marks.get(name) in _marks(content) for name, content in wanted.items())
+    return all(content.is_at(there.marks.get(name)) for name, content in wanted.items())
 
 
 def _verify(reference: Reference, commit: str, files: Mapping[str, Content]) -> None:
@@ -345,35 +352,12 @@ def _verify(reference: Reference, commit: str, files: Mapping[str, Content]) -> 
     """
     there = _at(reference, commit)
     for name, content in files.items():
-        if there.marks.get(name) not in _marks(content):
+        if not content.is_at(there.marks.get(name)):
             raise HubError(
                 "the commit was made, and the Hub holds other bytes than were sent",
                 path=str(Reference("model", reference.repo, commit, name)),
                 hint="Run the command again",
             )
-
-
-def _marks(content: Content) -> _Marks:
-    if isinstance(content, bytes):
-        size, chunks = len(content), iter([content])
-        return _digests(size, chunks)
-    status = content.stat()
-    return _marks_of_file(content, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _marks_of_file(path: Path, size: int, mtime_ns: int) -> _Marks:  # noqa: ARG001 - part of the key
-    with path.open("rb") as file:
-        return _digests(size, iter(lambda: file.read(_CHUNK_BYTES), b""))
-
-
-def _digests(size: int, chunks: Any) -> _Marks:
-    sha256 = hashlib.sha256()
-    git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    for chunk in chunks:
-        sha256.update(chunk)
-        git.update(chunk)
-    return _Marks(sha256.hexdigest(), git.hexdigest())
 
 
 def _page(reference: Reference) -> str:

@@ -24,7 +24,7 @@ def loaded(delta: LowRank, *, narrow: bool = False) -> Iterator[tuple[Array, Arr
             the cache at each use: that takes less time than the system takes to hand out memory for
             all of them once. Do not compute with such arrays as they are.
     """
-    wide = np.float32 if narrow and not _is_float64(delta) else np.float64
+    wide = np.float32 if narrow and not is_float64(delta) else np.float64
     a, b = delta.a.load(wide), delta.b.load(wide)
     yield from zip(b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:]), strict=True)
 
@@ -35,7 +35,7 @@ def matrices(delta: LowRank, device: Device) -> list[Matrix]:
     Raises:
         AdapterError: a factor holds NaN or infinite values.
     """
-    use_gram = not _is_float64(delta)
+    use_gram = not is_float64(delta)
     with np.errstate(invalid="ignore", over="ignore"):
         found = [Matrix(b, a, delta.scale, device, use_gram) for b, a in loaded(delta, narrow=True)]
     _check_finite(delta, found)
@@ -48,7 +48,7 @@ def calibrated(delta: LowRank, moments: Sequence[Array], device: Device) -> list
     Raises:
         AdapterError: a factor or a moment holds NaN or infinite values.
     """
-    use_gram = not _is_float64(delta)
+    use_gram = not is_float64(delta)
     matrices(delta, device)  # refuses what is not finite
     return [
         Calibrated(b, a, delta.scale, of_inputs, device, use_gram)
@@ -66,5 +66,6 @@ def _check_finite(delta: LowRank, found: Sequence[Matrix]) -> None:
         raise AdapterError("squares of the factors overflow float64", tensor=delta.b.key)
 
 
-def _is_float64(delta: LowRank) -> bool:
+def is_float64(delta: LowRank) -> bool:
+    """Return whether a factor is stored as float64, whose rounding hides no floor."""
     return "F64" in (delta.a.dtype.code, delta.b.dtype.code)

@@ -34,6 +34,7 @@ Scaling = Callable[[LowRank | PlannedFactors, int], float]
 
 _MOST = {"oversample": 1 << 16, "power_iterations": 100}
 _ROUNDING_UNITS = 2.0  # a sound rounding changes an array by under half a unit
+_WIDE = "BF16", "F32"  # of the types that can be asked for, those that reach farthest
 
 
 @dataclass(frozen=True)
@@ -286,15 +287,22 @@ def rounded(array: Array, dtype: DType, key: str) -> tuple[Array, Array]:
         size, change = float(np.vdot(array, array)), float(np.vdot(difference, difference))
     if change <= (_ROUNDING_UNITS * _epsilon(dtype)) ** 2 * size:
         return stored, back
-    if not math.isfinite(change):
-        lost, what = int(np.count_nonzero(~np.isfinite(back))), "do not fit"
+    too_large = ~np.isfinite(back)
+    vanished = (back == 0.0) & (array != 0.0)
+    if too_large.any():
+        lost, what = too_large, "do not fit"
+    elif vanished.any():
+        lost, what = vanished, "vanish in"
     else:
-        lost, what = int(np.count_nonzero((back == 0.0) & (array != 0.0))), "vanish in"
+        lost, what = (
+            np.abs(difference) > _epsilon(dtype) * np.abs(array),
+            "lose most of their digits in",
+        )
     raise AdapterError(
-        f"{lost} values {what} dtype {dtype.code}",
+        f"{np.count_nonzero(lost)} values {what} dtype {dtype.code}",
         tensor=key,
         got=f"up to {np.abs(array).max():.3g}",
-        hint="Ask for `dtype=bf16` or f32",
+        hint=None if dtype.code in _WIDE else "Ask for `dtype=bf16` or f32",
     )
 
 

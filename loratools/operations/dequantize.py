@@ -32,7 +32,6 @@ from loratools.work.parallel import Workers, in_order, one_blas_thread, usable_c
 from loratools.work.provenance import operation_record, record_metadata
 from loratools.work.requests import Sharding
 from loratools.work.spellings import dtype as dtype_name
-from loratools_formats.checkpoints.bitsandbytes import torch_name
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.checkpoint_write import (
     NewCheckpoint,
@@ -165,7 +164,7 @@ def dequantize(
                 ),
                 record_metadata(record),
             ),
-            dequantised_config(base.config, torch_name(stored)) if base.config else None,
+            dequantised_config(base.config, str(stored.torch)) if base.config else None,
             provenance,
         )
         with one_blas_thread():  # the sums of errors; threads go over weights

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from loratools.algebra.device import Device
 from loratools.algebra.streamed_svd import RowSource
-from loratools.base.weights import ShapeOnly
+from loratools.base.shape_only import ShapeOnly
 from loratools.folding.decomposed import rows_of
 from loratools.folding.module import checked_form, known_shape
 from loratools.folding.without_base import folds_alone

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loratools.base.dequantised import dequantised
-from loratools.base.placement import rules
 from loratools.base.placement.changes import Placement, Span
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
+from loratools.base.placement.orient import stack_is_transposed
 from loratools.base.placement.pieces import is_whole, pieces, put_together
 from loratools.base.placement.place import module_placements, unmatched
 from loratools.base.placement.sites import sites
@@ -106,8 +106,8 @@ def _placed(names: Names, module: str, change: ModuleChange) -> list[tuple[str, 
             return [(found[0].key, None)]
         if not found:
             head = head_of(sorted(names.types))
-            own = names.spelling(module)
-            return [(f"{head}.weight", None)] if own in (head, DEFAULT_HEAD) else []
+            if names.spelling(module) in (head, DEFAULT_HEAD):
+                return [(f"{head}.weight", None)]
     placements = _switched(names, module, change) or module_placements(names, module, change)
     if len(placements) == 1 and is_whole(placements[0]):
         return [(placements[0].key, None)]
@@ -133,7 +133,7 @@ def _switched(names: Names, module: str, change: ModuleChange) -> list[Placement
     if key is None:
         return []
     types = set(names.types_of(key))
-    crossed = bool(types & rules.TRANSPOSED_EXPERTS)
+    crossed = bool(stack_is_transposed(names, key))
     total = names.shape(key)[2 if crossed else 1]
     if change.require_factors().shape[0] * 2 != total:
         raise AdapterError(
@@ -176,11 +176,14 @@ def _whole(
     turned = placements[0].transposed
     out, in_ = shape[:-3:-1] if turned else shape[-2:]
     stack = shape[0] if len(shape) == 3 else None
-    layer = (
-        Layer("linear", transposed_if_square=turned)
-        if stack is None
-        else Layer("experts", parameters=(key,), transposed_if_square=turned)
-    )
+    if stack is None:
+        is_bare = not key.endswith(_WEIGHT) or names.is_bare(key)
+        parameters = (key,) if is_bare else ()
+        layer = Layer("linear", parameters=parameters, transposed_if_square=turned)
+    else:
+        lies = stack_is_transposed(names, key)
+        swapped = None if lies is None else lies != turned
+        layer = Layer("experts", (), (key,), transposed_if_square=turned, swapped=swapped)
     parts = [piece for placement in placements for piece in pieces(placement)]
     return ModuleChange(put_together(parts, stack, (out, in_), layer))
 

@@ -160,7 +160,8 @@ def quantize(
     chosen, workers = options or QuantizeOptions(), workers or usable_cores()
     _check_base(base)
     view = dequantised(base)
-    already, places = view.four_bit, view.places
+    already = {key: w for key, w in view.weights.items() if w.is_four_bit_format}
+    places = view.places
     metadata = dequantised_metadata(view) or base.files[0].metadata
     _check_statement(base, view)
     if view.is_quantized and not already:
@@ -172,7 +173,7 @@ def quantize(
             tensor=next(key for key in view.weights if key not in already),
             hint=f"Make it plain first: loratools dequantize {base.path} -o plain",
         )
-    taken = {tensor.key: weight for weight in already.values() for tensor in weight.tensors}
+    taken = {tensor.key: weight for weight in already.values() for tensor in weight.parts}
     linears = linear_weights(base, taken, chosen.skip, experts=chosen.experts)
     if not linears.weights:
         got = f"{len(already)} in four bits already" if already else None

@@ -11,9 +11,9 @@ import numpy as np
 
 from loratools_formats.containers.safetensors_read import read_safetensors
 from loratools_formats.disk.errors import LoratoolsError
-from loratools_formats.disk.provenance import PROVENANCE_FILE, sha256_of
+from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE, sha256_of
 
-NAMES_PATHS = frozenset({"recipe.yaml"})
+NAMES_PATHS = frozenset({RECIPE_FILE})
 """Files whose content depends on where they lie."""
 
 

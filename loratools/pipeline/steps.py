@@ -148,6 +148,8 @@ class StepReader:
     def _inputs(self, parameter: str, value: Any, want: str, place: Place) -> Iterator[StepInput]:
         if isinstance(value, str):
             yield self._input(parameter, value, None, want, place, is_list=False)
+        elif not value:
+            raise self._at.fail(place, "names nothing", expected="at least one path")
         elif isinstance(value, Mapping):
             for text, weight in value.items():
                 yield self._input(parameter, text, float(weight), want, place, is_list=True)

@@ -82,7 +82,7 @@ def connected(engine: Engine) -> Iterator[Any]:
             yield client
         return
     settings = {
-        "distributed.nanny.pre-spawn-environ": {**_ONE_THREAD, "MALLOC_TRIM_THRESHOLD_": "65536"},
+        "distributed.nanny.pre-spawn-environ": _ONE_THREAD,
         "distributed.scheduler.allowed-failures": _MOST_DEATHS,
         "distributed.worker.daemon": False,
         "distributed.worker.profile.enabled": False,  # it looks at each process all 10 ms

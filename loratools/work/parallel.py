@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -19,6 +20,7 @@ from loratools.work.typed import check_options
 from loratools_formats.disk.errors import OptionError
 
 MOST_WORKERS = 64
+_AT_ONCE = 0.001  # seconds, up to which two threads over modules were measured to be slower
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -115,7 +117,8 @@ def in_order(
     """Yield function(item) for each item, in order, computing a few ahead in threads.
 
     BLAS is held to one thread: NumPy releases the interpreter's lock, so threads over modules use
-    the cores better, and the order of every sum stays the same.
+    the cores better, and the order of every sum stays the same. What ends at once is waited for,
+    since threads that take turns at that lock are slower than one.
     """
     with one_blas_thread():
         if workers <= 1:
@@ -126,6 +129,8 @@ def in_order(
             try:
                 for item in items:
                     waiting.append(pool.submit(function, item))
+                    with contextlib.suppress(TimeoutError):
+                        waiting[-1].exception(_AT_ONCE)
                     if len(waiting) > 2 * workers:
                         yield waiting.popleft().result()
                 while waiting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,20 @@ def _of_checkpoint(role: str, checkpoint: Checkpoint | None) -> Iterator[InputFi
             )
         return
     yield from weight_files(role, [(each.file, header_digest(each)) for each in checkpoint.files])
-    config = checkpoint.path / CONFIG_FILE
-    if checkpoint.is_folder and config.is_file():  # what is tied, and how weights are quantised
-        yield InputFile(role, config, {"sha256": sha256_of(config)})
+    for file in checkpoint.read:
+        if file.path.name == CONFIG_FILE:  # what is tied, and how weights are quantised
+            yield InputFile(role, file.path, {"sha256": _as_read(file)})
+
+
+def _as_read(file: RegularFile) -> str:
+    """Return the digest of a file as it was when it was read.
+
+    Raises:
+        AdapterError: it changed since.
+    """
+    digest = file.sha256()
+    file.check_unchanged()
+    return digest
 
 
 def _arguments(
@@ -167,13 +178,15 @@ def _arguments(
 ) -> tuple[dict[str, Any], list[InputFile]]:
     """Return what a function was given, as JSON values, and the files that no reader named."""
     unread: list[InputFile] = []
+    places = _places_of(files)
 
     def one(label: str, value: Any) -> dict[str, Any]:
         if isinstance(value, Adapter) and (value.provenance is not None or value.source is None):
             roles = [r for r, a in inputs.items() if a.provenance is value.provenance is not None]
             return {"made": roles[0]} if roles else {"made": None}
         path = Path(os.path.abspath(_path_of(value)))
-        found = sorted({file.role for file in files if _lies_in(file.path, path)})
+        real = os.path.realpath(path)
+        found = sorted(places.get((str(path), False), set()) | places.get((real, True), set()))
         if not found:
             unread.extend(more := list(input_files(label, path)))
             found = [label] if more else []
@@ -216,12 +229,15 @@ def _path_of(value: Any) -> Any:
     return value.path if isinstance(value, Checkpoint) else value
 
 
-def _lies_in(file: Path, path: Path) -> bool:
-    absolute = Path(os.path.abspath(file))
-    return path in (absolute, absolute.parent) or Path(os.path.realpath(path)) in (
-        Path(os.path.realpath(file)),
-        Path(os.path.realpath(absolute.parent)),
-    )
+def _places_of(files: Iterable[InputFile]) -> dict[tuple[str, bool], set[str]]:
+    """Return the roles of files by their paths and folders: (path, whether links are followed)."""
+    found: dict[tuple[str, bool], set[str]] = {}
+    for file in files:
+        absolute = os.path.abspath(file.path)
+        for place in (absolute, os.path.dirname(absolute)):
+            for key in ((place, False), (os.path.realpath(place), True)):
+                found.setdefault(key, set()).add(file.role)
+    return found
 
 
 def input_files(role: str, path: Path) -> Iterator[InputFile]:

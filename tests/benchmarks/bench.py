@@ -29,6 +29,7 @@ ALWAYS = [
     "gguf",
     "dialects",
     "kernels",
+    "limits",
     "spectrum",
     "check",
     "fleet",

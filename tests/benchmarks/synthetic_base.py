@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -32,7 +34,7 @@ BF16 = ml_dtypes.bfloat16
 def make_base(out: Path, layers: int, seed: int = 0) -> None:
     """Write the checkpoint folder, config.json last."""
     rng = np.random.default_rng(seed)
-    one = {
+    one: dict[str, Any] = {
         f"{name}.weight": (0.02 * rng.standard_normal(shape, dtype=np.float32)).astype(BF16)
         for name, shape in SHAPES.items()
     }
@@ -40,6 +42,21 @@ def make_base(out: Path, layers: int, seed: int = 0) -> None:
         f"{name}.weight": np.ones(HIDDEN, BF16)
         for name in ("input_layernorm", "post_attention_layernorm")
     }
+    write_layers(out, layers, one, {})
+
+
+def write_layers(
+    out: Path, layers: int, one: Mapping[str, Any], config: Mapping[str, Any], form: str = "pt"
+) -> None:
+    """Write a sharded folder whose layers all have the same tensors, config.json last.
+
+    Args:
+        out: the folder.
+        layers: how many.
+        one: tensors of a layer, by their names in it.
+        config: what config.json has beside what all Llamas have.
+        form: what the files' metadata says.
+    """
     out.mkdir(parents=True, exist_ok=True)
     count = -(-layers // LAYERS_PER_SHARD)
     weight_map: dict[str, str] = {}
@@ -51,12 +68,12 @@ def make_base(out: Path, layers: int, seed: int = 0) -> None:
             for layer in range(first, min(first + LAYERS_PER_SHARD, layers))
             for name, array in one.items()
         }
-        save_file(held, out / file, metadata={"format": "pt"})
+        save_file(held, out / file, metadata={"format": form})
         weight_map |= dict.fromkeys(held, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"model_type": "llama", "dtype": "bfloat16", "num_hidden_layers": layers}
-    (out / "config.json").write_text(json.dumps(config))
+    of_llama = {"model_type": "llama", "dtype": "bfloat16", "num_hidden_layers": layers}
+    (out / "config.json").write_text(json.dumps({**of_llama, **config}))
 
 
 def make_adapter(out: Path, layers: int, seed: int = 1) -> None:
@@ -81,14 +98,19 @@ def make_adapter(out: Path, layers: int, seed: int = 1) -> None:
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def main() -> None:
-    """Parse the command line and make both."""
+def main(make: Callable[[Path, int], None] = make_base, layers: int | None = None) -> None:
+    """Parse the command line and make both.
+
+    Args:
+        make: writes the base.
+        layers: how many by default; None to ask for a number.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("adapter", type=Path)
-    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--layers", type=int, default=layers, required=layers is None)
     arguments = parser.parse_args()
-    make_base(arguments.base, arguments.layers)
+    make(arguments.base, arguments.layers)
     make_adapter(arguments.adapter, arguments.layers)
 
 

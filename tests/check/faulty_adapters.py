@@ -78,6 +78,15 @@ def single_experts(path, shared=True):
     return folder(path, weights, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"])
 
 
+def in_parts(path):
+    """Return an adapter of a part of a projection, as Tinker has it."""
+    weights = tensors()
+    key = "base_model.model.model.layers.0.linear_attn.in_proj_q"
+    weights[f"{key}.lora_A.weight"] = np.ones((4, IN), np.float32)
+    weights[f"{key}.lora_B.weight"] = np.ones((OUT, 4), np.float32)
+    return folder(path, weights, target_modules=["q_proj", "v_proj", "in_proj_q"])
+
+
 def doubtful(path):
     """Return an adapter whose columns are alike expert by expert, and whose marker says else."""
     rng = np.random.default_rng(0)
@@ -395,6 +404,7 @@ CASES = {
     "LT111": lambda p: folder(p, tensors() | {f"{FIRST}.lora_A_rho": np.ones((4, IN), np.float32)}),
     "LT113": guessed,
     "LT114": doubtful,
+    "LT115": in_parts,
     "LT205": without_config,
     "LT207": without_basis,
     "LT208": lambda p: with_file(p, "reconstr_config.json"),

@@ -18,6 +18,7 @@ from handmade_adapters import MODULES, OUT, folder, tensors
 
 import loratools as lt
 from loratools.cli import cli, hook
+from loratools.operations.check import outcome
 from loratools.operations.check.rules import RULES
 from loratools_formats.disk.errors import OptionError, OutputExistsError
 
@@ -29,6 +30,32 @@ LLAMA = EXAMPLES / "tiny-llama"
 def run(*arguments):
     done = CliRunner().invoke(cli, ["check", *map(str, arguments)], standalone_mode=False)
     return (2 if done.exception else done.return_value or 0), done.stdout, done.exception
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("change", ["truncated", "extended", "replaced"])
+def test_what_changes_while_it_is_checked_is_not_checked(change, name, tmp_path, monkeypatch):
+    """No finding tells of it, and no baseline accepts what rules could not look at."""
+    path, known = folder(tmp_path / "a"), tmp_path / "known.json"
+    file, read = path / name, outcome.subject_of
+
+    def then_changed(*given, **more):
+        subject = read(*given, **more)
+        content = file.read_bytes()
+        if change == "replaced":
+            (tmp_path / "other").write_bytes(content[::-1])
+            (tmp_path / "other").replace(file)
+        else:
+            file.write_bytes(content[:-9] if change == "truncated" else content + b" ")
+        return subject
+
+    monkeypatch.setattr(outcome, "subject_of", then_changed)
+    code, printed, _ = run(path, "--json", "--write-baseline", known)
+    found = json.loads(printed)
+    assert code == 3
+    assert not found["findings"]
+    assert re.search("(changed|replaced) while", found["unchecked"][0]["reason"])
+    assert not known.exists()
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "README.md"])

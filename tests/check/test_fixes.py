@@ -241,12 +241,28 @@ def of_experts(path):
     return model
 
 
+def with_linear_attention(path):
+    """Return a model whose first layer has q, k and v of a linear attention in one projection."""
+    fused = "model.layers.0.linear_attn.in_proj_qkv"
+    model = base(path, modules=[*MODULES, fused])
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"{fused}.weight"] = np.ones((3 * OUT, IN), np.float32)
+    save_file(tensors, model / "model.safetensors")
+    config = {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"],
+              "hidden_size": IN, "linear_num_key_heads": 1, "linear_key_head_dim": OUT,
+              "linear_num_value_heads": 1, "linear_value_head_dim": OUT}  # fmt: skip
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
 def model_of(code, path, options):
     """Return the base that a case has, or one that it fits."""
     if "base" in options:
         return str(options["base"])
     if code == "LT207":
         return str(GOLDEN / "frod" / "base.safetensors")
+    if code == "LT115":
+        return str(with_linear_attention(path.parent / "base"))
     if code in ("LT411", "LT517"):
         return str(of_experts(path.parent / "base"))
     modules = [

@@ -79,6 +79,12 @@ def test_a_head_of_other_labels_takes_the_place_of_the_base_s(tmp_path, family, 
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
+MORE = {
+    "XLNet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_head": 8, "d_inner": 24},
+    **{key: {"emb_dim": 16, "n_layers": 1, "n_heads": 2} for key in ("XLM", "Flaubert")},
+}
+
+
 @pytest.mark.parametrize(
     ("family", "of_base", "task", "target"),
     [
@@ -86,13 +92,15 @@ def test_a_head_of_other_labels_takes_the_place_of_the_base_s(tmp_path, family, 
         ("Bert", "ForMaskedLM", "Sequence", "query"),  # whose pooler only the classifier has
         ("Roberta", "ForMaskedLM", "Sequence", "query"),  # whose head is of two layers
         ("Bert", "ForMaskedLM", "Token", "query"),
+        ("XLNet", "LMHeadModel", "Sequence", "ff.layer_1"),  # whose head has a layer in front
+        ("XLM", "WithLMHeadModel", "Sequence", "q_lin"),
+        ("Flaubert", "WithLMHeadModel", "Sequence", "q_lin"),
     ],
 )
 def test_a_head_that_the_base_lacks_is_extracted_and_fused(tmp_path, family, of_base, task, target):
     torch.manual_seed(0)
-    base = getattr(transformers, family + of_base)(
-        getattr(transformers, f"{family}Config")(**SIZES)
-    )
+    config = getattr(transformers, f"{family}Config")(**SIZES | MORE.get(family, {}))
+    base = getattr(transformers, family + of_base)(config)
     base.save_pretrained(tmp_path / "base")
     kind = getattr(transformers, f"{family}For{task}Classification")
     tuned = kind.from_pretrained(tmp_path / "base", num_labels=3).eval()
@@ -101,7 +109,7 @@ def test_a_head_that_the_base_lacks_is_extracted_and_fused(tmp_path, family, of_
             if f"{target}.weight" in name:
                 out, in_ = values.shape
                 values.add_(torch.outer(torch.randn(out), torch.randn(in_)), alpha=0.05)
-            elif "classifier" in name or "pooler" in name:
+            elif any(part in name for part in ("classifier", "pooler", "summary", "logits_proj")):
                 values.normal_()
     tuned.save_pretrained(tmp_path / "tuned")
     done = loratools.extract(

@@ -91,9 +91,7 @@ def test_what_no_adapter_changes_is_what_transformers_reads(base, adapted, tmp_p
     import torch
 
     fuse_oracle.fuse(base, adapted[0], "-o", tmp_path / "out")
-    fused = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        fused |= load_file(file)
+    fused = load(tmp_path / "out")
     want = dequantised(base, "bfloat16").state_dict()
     assert fused.keys() == want.keys()
     untouched = [key for key in want if not any(f".{target}." in key for target in TARGETS)]
@@ -120,3 +118,44 @@ def test_float32_answers_as_the_adapter_live(base, adapted, tmp_path):
         want, got = live(tokens).logits.numpy(), fused(tokens).logits.numpy()
     assert np.abs(want - bare).max() > 0.1
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_what_keeps_the_format_answers_as_the_sum_to_its_rounding(base, adapted, tmp_path):
+    """transformers loads it; weights are the base's and ΔW, and logits, as near as is reported."""
+    import torch
+
+    from loratools import fuse
+
+    folder, _ = adapted
+    before = dequantised(base, "float32").float()
+    fuse_oracle.fuse(base, folder, "-o", tmp_path / "plain", "--dtype", "f32")
+    exact = load(tmp_path / "plain")
+    kept = tmp_path / "kept"
+    result = fuse(base, folder, requantize=True, allow_lossy=True, output=kept)
+    fused = dequantised(kept, "float32").float()
+    after = fused.state_dict()
+    along = squared = off = 0.0
+    for key, old in before.state_dict().items():
+        moved, change = after[key].double() - old.double(), exact[key].double() - old.double()
+        if not any(f".{target}." in key for target in TARGETS):
+            assert not moved.any(), key
+            continue
+        along += float((moved * change).sum())
+        squared += float(change.square().sum())
+        off += float((moved - change).square().sum())
+    assert result.surviving == pytest.approx(along / squared, rel=1e-3)
+    assert result.quantising_error == pytest.approx((off / squared) ** 0.5, rel=1e-3)
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        start, got = before(tokens).logits, fused(tokens).logits
+        before.load_state_dict(exact)
+        want = before(tokens).logits
+    apart = float((got - want).norm() / (want - start).norm())
+    assert apart < 2 * result.quantising_error
+
+
+def load(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found

@@ -217,6 +217,21 @@ def test_gguf_in_every_layout(asked, tmp_path):
         assert f"{PREFIX}.0.gate_proj.lora_A.weight" in keys(tmp_path / "b")
 
 
+@pytest.mark.parametrize("same_a", [False, True])
+@pytest.mark.parametrize("stacks", [False, True])
+def test_single_experts_of_gguf_have_the_rank_of_the_file(same_a, stacks, tmp_path):
+    """Gate and up have stacks of their own there, and need no joined one on the way."""
+    change = Change(same_a=same_a)
+    model = base(tmp_path / "base", change, stacks=stacks, head_dim=4)
+    folder = save(tmp_path / "a", each(change))
+    lt.convert(folder, base=model, to="gguf", output=tmp_path / "a.gguf")
+    lt.convert(tmp_path / "a.gguf", base=model, to="peft", experts="each", output=tmp_path / "b")
+    before, after = keys(folder), keys(tmp_path / "b")
+    assert before.keys() == after.keys()
+    assert all(before[key].shape == after[key].shape for key in before)
+    assert largest_error(read_deltas(read_adapter(tmp_path / "b")), change.deltas()) == 0.0
+
+
 PROGRAMS = {
     ("vllm", "qwen3_moe"): f"{PREFIX}.0.gate_proj.lora_A.weight",
     ("vllm", "qwen3_5_moe"): f"{PREFIX}.base_layer.lora_A.weight",

@@ -18,63 +18,6 @@ FILES = ROOT / "examples" / "fleet"
 GUIDE = (ROOT / "docs" / "guides" / "fleets.md").read_text()
 SCRIPTS = ["slurm.sbatch", "hf-jobs.sh", "parallel.sh"]
 
-# The fields of batch/v1 that an indexed Job needs, by the reference of Kubernetes 1.33:
-# https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/job-v1/
-NAMED = {"type": "object", "required": ["name"]}
-AMOUNTS = {"type": "object", "additionalProperties": {"type": "string"}}
-CONTAINER = {
-    "type": "object",
-    "required": ["name", "image", "command"],
-    "additionalProperties": False,
-    "properties": {
-        "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
-        "image": {"type": "string"},
-        "command": {"type": "array", "items": {"type": "string"}},
-        "env": {
-            "type": "array",
-            "items": {**NAMED, "additionalProperties": False,
-                      "properties": {"name": {"type": "string"}, "value": {"type": "string"}}},
-        },
-        "resources": {"type": "object", "properties": {"requests": AMOUNTS, "limits": AMOUNTS}},
-        "volumeMounts": {"type": "array", "items": {
-            **NAMED, "required": ["name", "mountPath"], "additionalProperties": False,
-            "properties": {"name": {"type": "string"}, "mountPath": {"type": "string"},
-                           "readOnly": {"type": "boolean"}}}},
-    },
-}  # fmt: skip
-JOB = {
-    "type": "object",
-    "required": ["apiVersion", "kind", "metadata", "spec"],
-    "additionalProperties": False,
-    "properties": {
-        "apiVersion": {"const": "batch/v1"},
-        "kind": {"const": "Job"},
-        "metadata": NAMED,
-        "spec": {
-            "type": "object",
-            "required": ["completions", "completionMode", "template"],
-            "additionalProperties": False,
-            "properties": {
-                "completions": {"type": "integer", "minimum": 1},
-                "parallelism": {"type": "integer", "minimum": 1},
-                "completionMode": {"const": "Indexed"},
-                "backoffLimitPerIndex": {"type": "integer", "minimum": 0},
-                "template": {"type": "object", "required": ["spec"], "properties": {"spec": {
-                    "type": "object",
-                    "required": ["restartPolicy", "containers"],
-                    "additionalProperties": False,
-                    "properties": {
-                        # per-index limits need it: Never is the only policy they go with
-                        "restartPolicy": {"const": "Never"},
-                        "containers": {"type": "array", "minItems": 1, "items": CONTAINER},
-                        "volumes": {"type": "array", "items": NAMED},
-                    },
-                }}},
-            },
-        },
-    },
-}  # fmt: skip
-
 
 def manifest():
     return yaml.safe_load((FILES / "kubernetes.yaml").read_text())
@@ -103,15 +46,25 @@ def test_slurm_would_take_the_script():
     subprocess.run(["sbatch", "--test-only", FILES / "slurm.sbatch"], check=True)
 
 
-def test_the_manifest_is_an_indexed_job_whose_parts_are_all():
-    import jsonschema
+def test_the_manifest_is_one_that_kubernetes_takes():
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    for version in ("1.33", kubernetes_validate.latest_version()):
+        kubernetes_validate.validate(manifest(), version, strict=True)
+    wrong = manifest()
+    wrong["spec"]["completion"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError, match="completion"):
+        kubernetes_validate.validate(wrong, "1.33", strict=True)
 
-    jsonschema.validate(manifest(), JOB)
+
+def test_the_manifest_is_an_indexed_job_whose_parts_are_all():
     spec = manifest()["spec"]
-    (container,) = spec["template"]["spec"]["containers"]
+    pod = spec["template"]["spec"]
+    # limits for each index need both
+    assert (spec["completionMode"], pod["restartPolicy"]) == ("Indexed", "Never")
+    (container,) = pod["containers"]
     told = {one["name"]: one["value"] for one in container["env"]}
     assert told == {"JOB_COMPLETION_COUNT": str(spec["completions"])}
-    volumes = {one["name"] for one in spec["template"]["spec"]["volumes"]}
+    volumes = {one["name"] for one in pod["volumes"]}
     assert {one["name"] for one in container["volumeMounts"]} == volumes
 
 

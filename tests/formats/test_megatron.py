@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from statedicts import base_of, close, deltas_of, saved
 
 from loratools.algebra.ranks import RankRule
-from loratools.base.weights import ShapeOnly
+from loratools.base.shape_only import ShapeOnly
 from loratools.kinds import get_kind
 from loratools_formats import find_format, read_adapter
 from loratools_formats.core.adapter import KindDelta

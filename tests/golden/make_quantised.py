@@ -44,6 +44,10 @@ def scales(*shape, dtype=torch.bfloat16):
     return (torch.rand(shape, generator=generator) * 0.1 + 0.05).to(dtype)
 
 
+def powers():
+    return torch.exp2(torch.arange(64).reshape(32, 2).remainder(5) - 3.0).to(torch.bfloat16)
+
+
 def integers(bits, *, strategy="group", symmetric=True):
     return {
         "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy,
@@ -78,8 +82,19 @@ def cases():
         "mxfp4-pack-quantized",
         {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32,
          "scale_dtype": torch.uint8, "zp_dtype": torch.uint8},
-        torch.exp2(torch.arange(64).reshape(32, 2).remainder(5) - 3.0).to(torch.bfloat16),
+        powers(),
     )  # fmt: skip
+    eight = {"num_bits": 8, "type": "float"}
+    found["mxfp8"] = case(
+        "mxfp8-quantized",
+        {**eight, "strategy": "group", "group_size": 32,
+         "scale_dtype": torch.uint8, "zp_dtype": torch.uint8},
+        powers(),
+    )  # fmt: skip
+    found["fp8-channel"] = case("float-quantized", {**eight, "strategy": "channel"}, scales(32, 1))
+    found["fp8-block"] = case(
+        "float-quantized", {**eight, "strategy": "block", "block_structure": [16, 32]}, scales(2, 2)
+    )
     return found
 
 

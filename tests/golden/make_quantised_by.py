@@ -1,15 +1,17 @@
 """Write `quantised_by/TOOL.npz`: layers that a tool quantised, and its own values of them.
 
-    python tests/golden/make_quantised_by.py modelopt|auto_round|autoawq|gptqmodel
+    python tests/golden/make_quantised_by.py TOOL
 
-Each tool needs an environment of its own. A tiny Llama is quantised on a CPU and saved as the tool
-saves models; one layer of it is kept. The values are what the tool's layer gives for the identity,
-or, of ModelOpt, what its packed tensor means. Keys are CASE/TENSOR,
-CASE/values and CASE/stated, which is JSON of what the configuration says; floats that NumPy has not
-are stored as their bits, and CASE/TENSOR:TYPE says of which type.
+TOOL is modelopt, auto_round, autoawq, gptqmodel or comfy_kitchen; each needs an environment of its
+own. A tiny Llama is quantised on a CPU and saved as the tool saves models; one layer of it is kept.
+comfy-kitchen has no models, and quantises a matrix. The values are what the tool's layer gives for
+the identity, or what the tool's packed tensor means. Keys are CASE/TENSOR, CASE/values,
+CASE/stated, which is JSON of what the configuration says, and CASE/metadata, of a file's metadata;
+floats that NumPy has not are stored as their bits, and CASE/TENSOR:TYPE says of which type.
 
-Made with nvidia-modelopt 0.47.0, auto-round 0.16.1, autoawq 0.2.9, gptqmodel 7.7.0, transformers
-5.23.0 and torch 2.13.0. gptqmodel asks for torch 2.14, and for more than two cores.
+Made with nvidia-modelopt 0.47.0, auto-round 0.16.1, autoawq 0.2.9, gptqmodel 7.7.0, comfy-kitchen
+0.2.40, transformers 5.23.0 and torch 2.13.0. gptqmodel asks for torch 2.14, and for more than two
+cores.
 """
 
 import copy
@@ -27,6 +29,7 @@ IN, OUT = 128, 64
 BITS = {
     torch.bfloat16: ("BF16", torch.uint16),
     torch.float8_e4m3fn: ("F8_E4M3", torch.uint8),
+    torch.float8_e8m0fnu: ("F8_E8M0", torch.uint8),
 }
 
 
@@ -114,9 +117,17 @@ def auto_round(model, out):
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Its asymmetric weights in AWQ's form have no kernel on a CPU.
     for form, arguments in (
         ("auto_round", {"scheme": "W4A16", "group_size": 64}),
         ("auto_round:auto_gptq", {"scheme": "W4A16", "group_size": 64}),
+        ("auto_round", {"scheme": "W2A16", "group_size": 64}),
+        ("auto_round:auto_gptq", {"scheme": "W2A16", "group_size": 64}),
+        ("auto_round", {"scheme": "W3A16", "group_size": 64}),
+        ("auto_round", {"scheme": "W8A16", "group_size": 64}),
+        ("auto_round:auto_gptq", {"scheme": "W8A16", "group_size": 64}),
+        ("auto_round:gptqmodel", {"scheme": "W2A16", "group_size": 64, "sym": False}),
+        ("auto_round:gptqmodel", {"scheme": "W4A16", "group_size": 64, "sym": False}),
     ):
         name = "-".join([form.replace(":", "-"), *(str(v) for v in arguments.values())])
         rounder = AutoRound(
@@ -170,7 +181,28 @@ def gptqmodel(model, out):
         yield name, tensors, stated, by_identity(layer, tensors["scales"].dtype)
 
 
-TOOLS = {"modelopt": modelopt, "auto_round": auto_round, "autoawq": autoawq, "gptqmodel": gptqmodel}
+def comfy_kitchen(model, out):
+    """Yield the cases of comfy-kitchen, the library of ComfyUI; rows and columns fill no tile."""
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    torch.manual_seed(0)
+    weight = torch.randn(160, 96) * 0.02
+    for form, layout, dtype, options in (
+        ("nvfp4", "TensorCoreNVFP4Layout", torch.bfloat16, {}),
+        ("mxfp8", "TensorCoreMXFP8Layout", torch.bfloat16, {}),
+        ("int8_tensorwise", "TensorWiseINT8Layout", torch.float32, {}),
+        ("int8_tensorwise", "TensorWiseINT8Layout", torch.float32, {"per_channel": True}),
+    ):
+        found = QuantizedTensor.from_float(weight, layout, **options)
+        said = {"_quantization_metadata": json.dumps({"layers": {"x": {"format": form}}})}
+        tensors = {**found.state_dict("weight"), "metadata": said}
+        yield "-".join([form, *options]), tensors, {}, found.dequantize().to(dtype)
+
+
+TOOLS = {
+    "modelopt": modelopt, "auto_round": auto_round, "autoawq": autoawq, "gptqmodel": gptqmodel,
+    "comfy_kitchen": comfy_kitchen,
+}  # fmt: skip
 
 
 def main():
@@ -179,8 +211,12 @@ def main():
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary, "model")
-        save_model(model)
+        if tool != "comfy_kitchen":
+            save_model(model)
         for name, tensors, stated, values in TOOLS[tool](model, Path(temporary)):
+            metadata = tensors.pop("metadata", None)
+            if metadata is not None:
+                found[f"{name}/metadata"] = np.array(json.dumps(metadata))
             for part, tensor in {**tensors, "values": values}.items():
                 code, bits = BITS.get(tensor.dtype, ("", tensor.dtype))
                 key = f"{name}/{part}:{code}" if code else f"{name}/{part}"

@@ -85,6 +85,27 @@ def test_a_bucket_holds_the_bytes_of_single_runs(bucket, tmp_path):
     assert squeezed(place, LORA, RSLORA, rank=2, overwrite=True).made == 2
 
 
+def test_adapters_in_a_bucket_are_members(bucket, tmp_path):
+    for name, source in (("a", LORA), ("deep/b", RSLORA)):
+        for path in source.iterdir():
+            bucket[f"in/{name}/{path.name}"] = path.read_bytes()
+    found = squeezed(tmp_path / "out", "hf://buckets/me/small/in/*")
+    assert [(each.name, each.state) for each in found.adapters] == [
+        ("in/a", "made"), ("in/deep/b", "made"),
+    ]  # fmt: skip
+    for name, source in (("in/a", LORA), ("in/deep/b", RSLORA)):
+        lt.squeeze(source, rank=4, output=tmp_path / "alone" / name)
+        weights = f"{name}/adapter_model.safetensors"
+        assert (tmp_path / "out" / weights).read_bytes() == (
+            tmp_path / "alone" / weights
+        ).read_bytes()
+    assert squeezed(tmp_path / "out", "hf://buckets/me/small/in/*").done == 2
+    bucket["in/a/adapter_model.safetensors"] = (RSLORA / "adapter_model.safetensors").read_bytes()
+    assert squeezed(tmp_path / "out", "hf://buckets/me/small/in/*").failed == 1
+    with pytest.raises(lt.LoratoolsError, match="nothing on the Hub matches"):
+        squeezed(tmp_path / "out", "hf://buckets/me/small/nowhere/*")
+
+
 def test_what_another_process_puts_is_seen_at_once(bucket):
     store = store_of("hf://buckets/me/small/run")
     assert store.read("a/provenance.json") is None

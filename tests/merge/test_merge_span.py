@@ -440,6 +440,9 @@ def test_model_stock_is_the_dense_formula_and_mergekits(tmp_path, count, noise):
 def test_model_stock_has_no_place_for_weights(tmp_path):
     with pytest.raises(OptionError, match="takes no weights"):
         model_stock(np.eye(2), np.array([1.0, 2.0]))
+    for weight in (0.0, -1.0):
+        with pytest.raises(OptionError, match="takes no weights"):
+            model_stock(np.eye(2), np.array([weight, weight]))
     # Opposite deltas have no finite estimate; like mergekit, stay at the base.
     opposite = np.array([[1.0, -1.0], [-1.0, 1.0]])
     np.testing.assert_array_equal(model_stock(opposite, np.ones(2)), [0.0, 0.0])
@@ -459,3 +462,32 @@ def test_coefficients_are_found_for_each_module_and_expert(tmp_path, method):
     for expert in range(3):
         want = mergekit(name, experts[:, expert], weights)
         assert distance(got["experts"][expert], want) <= 1e-9
+
+
+def test_far_more_adapters_than_a_module_has_ranks(tmp_path):
+    found = []
+    for seed in range(60):  # 60 · 5 columns on 24 × 20
+        path = save(tmp_path / f"a{seed}", {"q": linear(24, 20, 5)}, seed=seed)
+        found.append((path, 0.1 + 0.07 * seed))
+    truth = weighted_sum(found)["q"]
+    for name, rule, kept in (
+        ("all", RankRule(), truth),
+        ("few", RankRule(rank=7), best(truth, 7)),
+    ):
+        done, written = run(tmp_path / name, found, rule=rule, compute=F32)
+        assert distance(written["q"], truth) == pytest.approx(distance(kept, truth), abs=1e-6)
+        assert done.relative_error == pytest.approx(distance(written["q"], truth), abs=1e-6)
+
+
+def test_float64_factors_lose_nothing_to_gram_matrices(tmp_path):
+    rng = np.random.default_rng(0)
+    found = []
+    for name, weight in (("x", 0.7), ("y", 0.3)):
+        sizes = 10.0 ** -np.arange(0, 12)  # down to 1e-11, where Gram matrices see nothing
+        b, a = rng.standard_normal((24, 12)) * sizes, rng.standard_normal((12, 20))
+        extra = {"q.lora_A.weight": a, "q.lora_B.weight": b}
+        path = save(tmp_path / name, {"q": linear(24, 20, 12)}, dtype="f64", extra=extra)
+        found.append((path, weight))
+    done, written = run(tmp_path / "out", found)
+    assert distance(written["q"], weighted_sum(found)["q"]) <= 1e-14
+    assert done.relative_error <= 1e-14

@@ -121,6 +121,21 @@ def nvfp4(rng, *, divides):
     }, {}
 
 
+def comfyui(rng, form, group):
+    """Codes and scales in tiles of 128 rows, of which the weight fills the first in part."""
+    tiles = (128, -(-(IN // group) // 4) * 4)
+    tensors = {"x.weight": rng.integers(0, 256, (OUT, IN // 2)).astype(np.uint8)}
+    if form == "nvfp4":
+        tensors["x.weight_scale"] = (rng.uniform(1, 400, tiles).astype(F8), "F8_E4M3")
+        tensors["x.weight_scale_2"] = np.float32(0.01).reshape(())
+    else:
+        values = (rng.standard_normal((OUT, IN)) * 20).astype(np.float32).astype(F8)
+        tensors["x.weight"] = (values, "F8_E4M3")
+        tensors["x.weight_scale"] = rng.integers(115, 125, tiles).astype(np.uint8)
+    layers = {module: {"format": form} for module in ("x", "layers.0.q", "layers.1.q")}
+    return tensors, {"metadata": {"_quantization_metadata": json.dumps({"layers": layers})}}
+
+
 def fp8(rng, scale, *, kind="F8_E4M3", shape=(OUT, IN), inputs=None, stated=None):
     dtype = DTYPES[kind].numpy_dtype()
     values = (rng.standard_normal(shape) * 20).astype(np.float32).astype(dtype)
@@ -188,6 +203,8 @@ CASES = {
     "torchao FP8": lambda r: torchao(r, "Float8Tensor", (1, IN)),
     "torchao FP8 blocks": lambda r: torchao(r, "Float8Tensor", (32, 32)),
     "torchao INT4": lambda r: torchao(r, "IntxUnpackedToInt8Tensor", (1, 32), bits=4, zero=True),
+    "ComfyUI NVFP4": lambda r: comfyui(r, "nvfp4", 16),
+    "ComfyUI MXFP8": lambda r: comfyui(r, "mxfp8", 32),
     "MXFP8": lambda r: fp8(r, r.integers(115, 125, (OUT, IN // 32)).astype(np.uint8)),
 }  # fmt: skip
 

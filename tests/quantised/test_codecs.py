@@ -4,6 +4,8 @@
 """
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from quantised_cases import (
     to_words,
 )
 
-from loratools.base.codecs import coded_weights
+import loratools
+from loratools.base.codecs import CODECS, coded_weights
 from loratools_formats.core.dtypes import DTYPES
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
@@ -62,8 +65,22 @@ def test_mlx_entries_of_modules_and_wrong_statements():
     own = {"bits": 4, "group_size": 64, "m.x": {"bits": 8, "group_size": 32}}
     assert only(mlx(8, 32), quantization=own).shape == (2, 128)
     assert only(mlx(5, 64), quantization={"bits": 4, "group_size": 64}).scheme.bits == 5
-    with pytest.raises(UnsupportedError, match=r"m.x.weight.*2 or 4 or 8 fit"):
+    with pytest.raises(
+        UnsupportedError, match=r"m.x.weight.*2 in groups of 128 or 4 in groups of 64 or 8 in"
+    ):
         coded_weights(stored(mlx(4, 64)))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (6, 64)])
+def test_a_statement_of_mlx_that_is_not_about_a_weight_does_not_decide(bits, group):
+    """8 bits in groups of 64 have the shapes of 4 in groups of 128, of twice as many columns."""
+    of_others = {"bits": 4, "group_size": 64}
+    with pytest.raises(
+        UnsupportedError, match=rf"4 in groups of 64; .*{bits} in groups of {group}"
+    ):
+        coded_weights(stored(mlx(bits, group), quantization=of_others))
+    own = {"m.x": {"bits": bits, "group_size": group}}
+    assert only(mlx(bits, group), quantization=of_others | own).shape == (2, 128)
 
 
 def test_transformers_metal_has_another_name_for_biases():
@@ -161,6 +178,63 @@ def test_unknown_forms_of_gptq_are_named():
         only(tensors).tensor().load()
 
 
+@pytest.mark.parametrize("with_order", [True, False])
+@pytest.mark.parametrize("out", [4, 8, 16])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gptq_of_few_outputs(bits, out, with_order):
+    """All zeros of a group are in one word or two, whatever the bits."""
+    codes = RNG.integers(0, 1 << bits, (out, 96))
+    tensors = {
+        "x.qweight": np.ascontiguousarray(to_words(codes, bits).T),
+        "x.qzeros": to_words(np.full((1, out), 1), bits),
+        "x.scales": np.ones((1, out), np.float16),
+        **({"x.g_idx": np.zeros(96, np.int32)} if with_order else {}),
+    }
+    said = {"quant_method": "gptq", "bits": bits}
+    check(only(tensors, said), (codes - 2).astype(np.float32), "F16")
+    if with_order:
+        check(only(tensors), (codes - 2).astype(np.float32), "F16")
+
+
+def test_bits_of_gptq_that_nothing_tells():
+    tensors = {
+        "x.qweight": np.zeros((12, 8), np.int32),
+        "x.qzeros": np.zeros((1, 1), np.int32),
+        "x.scales": np.ones((1, 8), np.float16),
+    }
+    with pytest.raises(UnsupportedError, match=r"bits.*x.qweight.*Keep config.json"):
+        coded_weights(stored(tensors))
+
+
+def test_groups_of_gptq_that_end_early_need_an_order():
+    """Two groups of 128 for 192 columns are not two of 96."""
+    codes, index = RNG.integers(0, 16, (32, 192)), np.arange(192, dtype=np.int32) // 128
+    tensors = {
+        "x.qweight": np.ascontiguousarray(to_words(codes, 4).T),
+        "x.qzeros": to_words(np.full((2, 32), 7), 4),
+        "x.scales": np.repeat(np.array([[1], [2]], np.float16), 32, axis=1),
+    }
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    with pytest.raises(AdapterError, match=r"x.scales.*groups that divide 192 columns, or g_idx"):
+        coded_weights(stored(tensors, stated))
+    weight = only(tensors | {"x.g_idx": index}, stated)
+    check(weight, (codes - 8) * (1 + index), "F16")
+
+
+def test_an_order_of_gptq_without_order_is_refused():
+    """exllama takes zeros for columns in order, gptqmodel for columns of the first group."""
+    tensors = {
+        "x.qweight": np.zeros((8, 32), np.int32),
+        "x.qzeros": np.zeros((2, 4), np.int32),
+        "x.scales": np.ones((2, 32), np.float16),
+        "x.g_idx": np.zeros(64, np.int32),
+    }
+    with pytest.raises(AdapterError, match=r"first of several groups.*x.g_idx.*without desc_act"):
+        only(tensors).tensor().load()
+    del tensors["x.g_idx"]
+    assert only(tensors).shape == (32, 64)
+
+
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -197,6 +271,17 @@ def test_awq_gemv(group, width, padded):
     z, s = (of_groups(p[:, :groups].astype(np.float32), width) for p in (zeros, scales))
     stated = {"quant_method": "awq", "version": "gemv", "group_size": group}
     check(only(tensors, stated), (codes - z) * s, "F16")
+
+
+def test_awq_gemv_whose_shapes_are_those_of_gemm():
+    codes, zeros = RNG.integers(0, 16, (32, 32)), np.zeros((32, 32), int)
+    zeros[:, 0] = RNG.integers(0, 16, 32)
+    tensors = {
+        "x.qweight": to_words(codes, 4), "x.qzeros": to_words(zeros, 4),
+        "x.scales": np.ones((32, 32), np.float16),
+    }  # fmt: skip
+    stated = {"quant_method": "awq", "version": "gemv", "group_size": 32}
+    check(only(tensors, stated), codes - zeros[:, :1], "F16")
 
 
 def packed_integers(bits, *, grid, zero=None, shape=(96, 64), dtype="BF16", words=to_words):
@@ -239,6 +324,17 @@ def test_zeros_of_compressed_tensors_are_packed_down_the_rows(bits, dtype):
     scale = of_groups(tensors["x.weight_scale"].astype(np.float32), 64)
     want = rounded(codes - of_groups(zero, 64), dtype) * scale
     check(only(tensors, stated_bits(bits)), want, dtype)
+
+
+@pytest.mark.parametrize("shape", [(12, 2), (96, 1), (11, 2), (2, 12)])
+def test_zeros_of_other_shapes_are_refused(shape):
+    _, tensors = packed_integers(4, grid=(96, 2))
+    tensors["x.weight_zero_point"] = np.zeros(shape, np.int32)
+    if shape == (12, 2):
+        assert only(tensors).shape == (96, 64)
+        return
+    with pytest.raises(AdapterError, match=r"wrong shape.*weight_zero_point.*96 × 2 groups"):
+        coded_weights(stored(tensors))
 
 
 def whole_codes(codes, bits):
@@ -440,9 +536,37 @@ def test_torchao_integers_and_their_zeros():
     assert weight.scheme.bits == 4
 
 
+def test_torchao_scales_of_inputs_are_refused_and_those_of_running_mean_nothing():
+    codes = RNG.integers(-8, 8, (6, 64)).astype(np.int8)
+    tensors = {
+        "x._weight_qdata": codes, "x._weight_scale": np.ones((6, 1), np.float32),
+        "x._weight_act_quant_scale": np.ones(1, np.float32),
+    }  # fmt: skip
+    said = torchao_said("Int8Tensor", block_size=[1, 64])
+    check(only(tensors, metadata=said), codes.astype(np.float32), "F16")
+    tensors["x._weight_act_pre_scale"] = np.full(64, 2, np.float32)
+    with pytest.raises(UnsupportedError, match=r"scales its inputs.*x._weight_act_pre_scale"):
+        coded_weights(stored(tensors, metadata=said))
+
+
 def test_other_tensors_of_torchao_are_refused_by_their_name():
     tensors = {"x._weight_qdata": np.zeros((4, 8), np.int8)}
     said = torchao_said("Int4Tensor", block_size=[1, 8])
     with pytest.raises(UnsupportedError, match=r"torchao.*x.weight.*Int4Tensor"):
         coded_weights(stored(tensors, metadata=said))
     assert not coded_weights(stored(tensors))
+
+
+def test_no_operation_knows_a_format_by_its_name():
+    """What differs between formats is asked of codecs."""
+    folder = Path(loratools.__file__).parent
+    files = [
+        path.stem
+        for path in (folder / "base" / "codecs").glob("*.py")
+        if "\nCODEC = " in path.read_text()
+    ]
+    assert len(files) == len(CODECS)
+    named = re.compile(rf"base\.codecs\.(?:{'|'.join(files)})\b|checkpoints\.bitsandbytes\b")
+    for path in (folder / "operations").rglob("*.py"):
+        if path.name != "quantize.py" and not path.name.startswith("__"):
+            assert not named.search(path.read_text()), path

@@ -183,3 +183,99 @@ def test_kept_weights_stay_quantised_beside_changed_ones(tmp_path, adapter):
     before, after = raw(base), raw(tmp_path / "fused")
     for leaf in ("weight", "scales", "biases"):
         assert before[f"{KEPT}.{leaf}"] == after[f"{KEPT}.{leaf}"]
+
+
+@pytest.mark.parametrize("options", [{}, {"requantize": True}])
+@pytest.mark.parametrize("place", ["meta of gptqmodel", "a file beside", "is_rotated"])
+def test_rotations_are_refused_wherever_they_are_said(place, options, tmp_path, adapter):
+    base, _, told = base_of("GPTQ 4", tmp_path / "base")
+    if place == "a file beside":
+        config = json.loads((base / "config.json").read_text())
+        del config["quantization_config"]
+        (base / "config.json").write_text(json.dumps(config))
+        said = {**told["stated"], "rotation": "hadamard"}
+        (base / "quantize_config.json").write_text(json.dumps(said))
+    else:
+        said = {"is_rotated": True} if place == "is_rotated" else {"meta": {"rotation": "random"}}
+        set_config(base, **said)
+    with pytest.raises(UnsupportedError, match="rotated"):
+        lt.fuse(base, adapter, **options)
+
+
+LEAVES = ("perm", "channel_scale", "smooth_factor", "weight_global_scale", "weight_g_idx", "act")
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize(
+    "name", ["FP8 a row", "GPTQ 4", "AWQ gemm", "MLX 4", "NVFP4 ModelOpt", "torchao INT8"]
+)
+def test_tensors_that_may_change_what_a_weight_means_are_refused(name, leaf, tmp_path, adapter):
+    """A layer has a weight and a bias. A scale or an order that nobody reads would be lost."""
+    base, tensors, told = base_of(name, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    if name == "MLX 4":
+        config["quantization"] = {"bits": 4, "group_size": 64}
+    about = {
+        key.replace("x.", f"{module}."): text
+        for key, text in told.get("metadata", {}).items()
+        for module in (CHANGED, KEPT)
+    }
+    extra = {f"{CHANGED}.{leaf}": np.ones(128, np.float32)}
+    strange = save(tmp_path / "strange", {**tensors, **extra}, config, about)
+    for options in ({}, {"requantize": True}):
+        with pytest.raises(UnsupportedError, match=rf"may change what they mean.*{leaf}"):
+            lt.fuse(strange, adapter, **options)
+    biased = {f"{CHANGED}.bias": np.ones(64, np.float32)}
+    assert lt.fuse(save(tmp_path / "biased", {**tensors, **biased}, config, about), adapter).tensors
+
+
+def test_scaled_activations_of_autoawq_are_refused(tmp_path):
+    """Of falcon, bloom, starcoder2 and others AutoAWQ divides an activation by these scales.
+
+    The plain model has no such scales: its weight would be another.
+    """
+    tensors, told = CASES["AWQ gemm"](np.random.default_rng(0))
+    named = {k.replace("x.", "transformer.h.0.mlp.c_proj.", 1): v for k, v in tensors.items()}
+    scales = {"transformer.h.0.mlp.act.scales": np.full(128, 2, np.float16)}
+    config = {"model_type": "starcoder2", "quantization_config": told["stated"]}
+    base = save(tmp_path / "base", {**named, **scales}, config)
+    with pytest.raises(UnsupportedError, match=r"may change what they mean.*mlp.act.scales"):
+        lt.dequantize(base, output=tmp_path / "plain")
+
+
+@pytest.mark.parametrize("section", [None, {"quant_method": "metal", "bits": 4, "group_size": 64}])
+def test_eight_bits_need_a_place_to_say_so(section, tmp_path, adapter):
+    """Without entries of modules a loader would take eight bits for four."""
+    name = "MLX mxfp4" if section is None else "MLX 4"
+    base, _, _ = base_of(name, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config.pop("quantization", None)
+    if section is not None:
+        config["quantization_config"] = section
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"cannot say of single modules.*`changed_bits`"):
+        lt.fuse(base, adapter, changed_bits=8, output=tmp_path / "fused")
+    assert lt.fuse(base, adapter, output=tmp_path / "fused").tensors
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("name", ["NVFP4 ModelOpt", "NVFP4 compressed-tensors"])
+def test_nvfp4_without_scales_of_groups_is_refused_by_name(name, shape, tmp_path, make_folder):
+    """No loader takes one scale for all. Where no adapter changes the weight, it stays."""
+    _, tensors, _ = base_of(name, tmp_path / "base")
+    tensors[f"{KEPT}.weight_scale"] = (np.ones(shape, F8), "F8_E4M3")
+    plain = {f"{CHANGED}.weight": np.ones((64, 128), np.float16)}
+    kept = {key: value for key, value in tensors.items() if not key.startswith(CHANGED)}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "modelopt"}}
+    base = save(tmp_path / "lone", plain | kept, config)
+    for touched in (KEPT, CHANGED):
+        adapter = make_folder(touched, modules={touched: (64, 128, 8)}, dtype="f32")
+        if touched == KEPT:
+            with pytest.raises(UnsupportedError, match=r"one scale for all.*weight_scale"):
+                lt.fuse(base, adapter)
+            continue
+        lt.fuse(base, adapter, output=tmp_path / "fused")
+        before, after = raw(base), raw(tmp_path / "fused")
+        assert [key for key in before if before[key] != after[key]] == [f"{CHANGED}.weight"]
+    with pytest.raises(UnsupportedError, match=r"one scale for all.*expected \[64, 8\]"):
+        lt.dequantize(base, output=tmp_path / "plain")

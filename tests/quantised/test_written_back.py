@@ -241,3 +241,11 @@ def test_each_module_of_mlx_in_eight_bits_has_its_own_group(tmp_path):
     for module, group in groups.items():
         assert stored[f"{module}.scales"].shape == (64, 128 // group)
         assert found["quantization"][module] == {"group_size": group, "bits": 8}
+
+
+@pytest.mark.parametrize("name", ["MLX 4", "GPTQ 4", "packed 4", "FP8 a row", "NVFP4 ModelOpt"])
+def test_who_asks_for_the_original_is_not_given_a_quantised_base(name, tmp_path, adapter):
+    base, _, _ = base_of(name, tmp_path / "base")
+    with pytest.raises(OptionError, match=r"the base is quantised.*groups|bits"):
+        lt.fuse(base, adapter(128)[0], base_mode="original")
+    assert lt.fuse(base, tmp_path / "adapter", base_mode="dequant").tensors

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from loratools.algebra.ranks import RankRule
+from loratools.cli import cli
 from loratools.kinds import all_kinds
 from loratools.operations.to_lora import to_lora
 from loratools_formats import read_adapter
@@ -125,3 +127,30 @@ def test_settings_of_other_values_are_refused_in_words(name, tmp_path):
         for value in VALUES:
             file.write_text(json.dumps(config | {key: value}))
             is_refused(name, adapter, case)
+
+
+@pytest.mark.parametrize("kind", ["LN_TUNING", "PROMPT_TUNING", "XLORA", "LOHA", "LORA"])
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "base_model_name_or_path"])
+@pytest.mark.parametrize("value", [5, True, 1.5, {"a": 1}, [1], [[]]])
+def test_values_that_all_kinds_share_have_their_types(tmp_path, kind, key, value):
+    config = {"peft_type": kind, "target_modules": ["q"], "r": 2, "alpha": 2, "lora_alpha": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+    tensors = {"prompt_embeddings": np.ones((2, 4), "f4")}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    done = CliRunner().invoke(cli, ["check", str(tmp_path), "--headers-only"])
+    told = done.stdout + done.stderr + str(done.exception)
+    assert f"config value {key} is wrong" in told
+
+
+@pytest.mark.parametrize("kernel", [(3, 1), (1, 3, 1), (3,), (1, 1, 3), (1, 3, 1, 1)])
+def test_two_kernels_of_one_product_have_the_same_axes(tmp_path, kernel):
+    """3 × 1 and 1 × 3 have as many numbers, and their product is none of either."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1_a": (2, 6), "w1_b": (2, 5), "t1": (2, 2, 1, 3)}
+    shapes |= {"w2_a": (2, 6), "w2_b": (2, 5), "t2": (2, 2, *kernel)}
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{module}.hada_{n}": rng.standard_normal(s).astype("f4") for n, s in shapes.items()}
+    tensors[f"{module}.alpha"] = np.asarray(2, "f4")
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(LoratoolsError, match="does not fit the others"):
+        read_adapter(tmp_path / "x.safetensors")

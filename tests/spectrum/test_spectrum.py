@@ -166,6 +166,30 @@ def test_what_stands_out_is_found_where_it_is(odd):
     assert not any(layer == "0" or int(layer) > 7 for _, layer in found)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_told(make_folder, dtype, factor, value):
+    folder = make_folder(dtype=dtype, modules={f"layers.{n}.q": (24, 20, 8) for n in range(2)})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (key,) = [key for key in tensors if factor in key and "layers.1" in key]
+    tensors[key][-1, -1] = value
+    save_file(tensors, folder / "adapter_model.safetensors")
+    result = spectrum(read_adapter(folder))
+    assert [matrix.finite for matrix in result.matrices] == [True, False]
+
+
+def test_the_largest_numbers_of_float32_are_finite(make_folder):
+    folder = make_folder(dtype="f32", modules={"layers.0.q": (24, 20, 8)})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    largest = {key: np.full_like(value, np.finfo(np.float32).max) for key, value in tensors.items()}
+    save_file(largest, folder / "adapter_model.safetensors")
+    (matrix,) = spectrum(read_adapter(folder)).matrices
+    assert matrix.finite
+    b, a = (float(np.finfo(np.float32).max) * np.sqrt(8 * n) for n in (24, 20))
+    assert_allclose(matrix.measures.frobenius, abs(matrix.scale) * b * a, rtol=1e-12)
+
+
 def test_scores_against_references_are_those_of_the_sample(make_folder, tmp_path):
     shelf = tmp_path / "shelf"
     shelf.mkdir()

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from loratools_formats.checkpoints.siblings import sibling
 from loratools_formats.core.dtypes import DTYPES, DType
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk import strict_json
@@ -179,27 +180,9 @@ def _sibling(
     codes: tuple[str, ...],
     count: int | None = None,
 ) -> TensorRef:
-    key = f"{name}{suffix}"
-    if key not in tensors:
-        raise AdapterError("a tensor of a quantised weight is missing", tensor=key)
-    ref = tensors[key]
-    if ref.dtype.code not in codes:
-        raise AdapterError(
-            "a tensor of a quantised weight has the wrong type",
-            tensor=key,
-            got=ref.dtype.code,
-            expected=" or ".join(codes),
-            hint=_SPOILT if suffix == ".absmax" else None,
-        )
-    if count is not None and ref.shape != (count,):
-        raise AdapterError(
-            "a tensor of a quantised weight has the wrong shape",
-            tensor=key,
-            got=list(ref.shape),
-            expected=[count],
-            hint=_SPOILT,
-        )
-    return ref
+    shape = None if count is None else (count,)
+    hint = _SPOILT if suffix == ".absmax" or count is not None else None
+    return sibling(tensors, f"{name}{suffix}", codes, shape, hint)
 
 
 class _State:

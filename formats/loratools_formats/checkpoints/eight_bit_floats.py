@@ -17,22 +17,19 @@ DeepSeek-V4 (`scale`), Mistral Large (`qscale_weight`), fbgemm_fp8, compressed-t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratools_formats.checkpoints.comfyui import MARKS
 from loratools_formats.checkpoints.quantization import quantization_of
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk import strict_json
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
-from loratools_formats.disk.strict_json import parsed_object
 
 FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 _SCALES = ("_scale_inv", "_scale")
 _SCALES_OF_MODULE = ("scale", "qscale_weight", "scale_weight")
-_MARKS_OF_COMFYUI = ("scaled_fp8", "comfy_quant", "scale_weight")
-_METADATA_OF_COMFYUI = "_quantization_metadata"
 _SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 PRE_SCALE = ".pre_quant_scale"
 _OF_ACTIVATIONS = (
@@ -79,7 +76,7 @@ def fp8_weights(
     if quantization is None and not any("scale" in key for key in tensors):
         return {}
     block = _block_size(quantization)
-    marked = any(key.rpartition(".")[2] in _MARKS_OF_COMFYUI for key in tensors)
+    marked = any(key.rpartition(".")[2] in MARKS for key in tensors)
     return {
         key: _weight(tensor, tensors, block)
         for key, tensor in tensors.items()
@@ -90,35 +87,6 @@ def fp8_weights(
 def _scales_of(key: str, tensors: Mapping[str, TensorRef]) -> list[str]:
     """Return the names of the scales that a weight has."""
     return [name for name in _scale_names(key) if name in tensors]
-
-
-def marks_of_comfyui(tensors: Mapping[str, TensorRef], weights: Collection[str]) -> list[str]:
-    """Return the names of tensors by which ComfyUI tells that some weights are in eight bits."""
-    of_weights = [f"{key.rpartition('.')[0]}.{_MARKS_OF_COMFYUI[1]}" for key in weights]
-    return [key for key in (_MARKS_OF_COMFYUI[0], *of_weights) if key in tensors]
-
-
-def unmarked(metadata: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:
-    """Return a file's metadata, in which ComfyUI finds some weights in eight bits no more.
-
-    Raises:
-        AdapterError: what it says of layers is not sound.
-    """
-    text = metadata.get(_METADATA_OF_COMFYUI)
-    if text is None:
-        return dict(metadata)
-    stated = parsed_object(text.encode(), _METADATA_OF_COMFYUI, path=None, max_depth=16)
-    layers = stated.get("layers")
-    if not isinstance(layers, dict):
-        raise AdapterError(f"metadata {_METADATA_OF_COMFYUI} lists no layers")
-    modules = {key.rpartition(".")[0] for key in weights}
-    kept = {name: layer for name, layer in layers.items() if name not in modules}
-    rest = {key: value for key, value in metadata.items() if key != _METADATA_OF_COMFYUI}
-    return rest | (
-        {_METADATA_OF_COMFYUI: strict_json.dumps({**stated, "layers": kept}, ensure_ascii=True)}
-        if kept
-        else {}
-    )
 
 
 def activation_scales(tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:

@@ -67,8 +67,11 @@ _BESIDE_CONFIG = {
 }
 """Files that say how weights are quantised where config.json does not, and what they are of."""
 
-_ROTATIONS = ("rotation", "hadamard")
+_ROTATIONS = ("rotat", "hadamard")
 """What names of entries say that weights are rotated, as AutoRound and FP-Quant write them."""
+
+_ABOUT = "meta"
+"""Where gptqmodel says how it has quantised a model."""
 
 _MAX_JSON_BYTES = 16 << 20
 
@@ -112,27 +115,33 @@ def stated_of(base: Checkpoint) -> Mapping[str, Any]:
     return {}
 
 
-def refuse_rotated(config: Mapping[str, Any]) -> None:
+def refuse_rotated(stated: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose weights are rotated: what it stores is not what acts on inputs.
+
+    Args:
+        stated: what the checkpoint says of its quantisation.
 
     Raises:
         UnsupportedError: `transform_config` says so.
     """
-    found = quantization_of(config)
-    if isinstance(found, Mapping) and found.get("transform_config"):
+    if stated.get("transform_config"):
         raise UnsupportedError(
             "the base's weights are rotated (transform_config, as SpinQuant and QuIP do), so that "
             "a change cannot be added to them",
-            got=", ".join(_applied(found["transform_config"])),
+            got=", ".join(_applied(stated["transform_config"])),
             hint="Start from the original checkpoint",
         )
-    for name, value in found.items() if isinstance(found, Mapping) else ():
+    for name, value in (*stated.items(), *_entries(stated.get(_ABOUT))):
         if value and any(word in str(name).lower() for word in _ROTATIONS):
             raise UnsupportedError(
                 "the base's weights are rotated, so that a change cannot be added to them",
                 got=name,
                 hint="Start from the original checkpoint",
             )
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
 
 
 def _applied(transform: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -20,7 +21,14 @@ def tensor_names(header: bytes) -> list[bytes]:
     >>> tensor_names(b'{"a.weight":{"dtype":"F32","shape":[1],"data_off')
     [b'a.weight']
     """
-    return [found[1] for found in _ENTRY.finditer(header)]
+    return list(_in_piece(header)) if len(header) <= _SNIFFED_BYTES else list(_in(header))
+
+
+def _in(header: bytes) -> tuple[bytes, ...]:
+    return tuple(found[1] for found in _ENTRY.finditer(header))
+
+
+_in_piece = functools.lru_cache(maxsize=4)(_in)  # twenty formats look at the same pieces
 
 
 def is_part_of_folder(path: Path) -> bool:

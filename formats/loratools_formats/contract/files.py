@@ -14,15 +14,27 @@ from typing import Any
 from loratools_formats.contract.registry import find_format, get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.nothing import require_tensors
-from loratools_formats.disk.errors import OutputError, OutputExistsError, UnsupportedError
+from loratools_formats.disk.errors import (
+    LoratoolsError,
+    OutputError,
+    OutputExistsError,
+    UnsupportedError,
+)
 from loratools_formats.disk.provenance import (
     MADE_HERE,
     PREDICATE_TYPE,
     PROVENANCE_FILE,
+    RECIPE_FILE,
     statement,
     statement_of_one,
 )
-from loratools_formats.disk.publish import is_vacant, publish_folder, publish_with, resolved
+from loratools_formats.disk.publish import (
+    check_file,
+    is_vacant,
+    publish_folder,
+    publish_with,
+    resolved,
+)
 
 
 def read_adapter(
@@ -50,9 +62,10 @@ def check_target(
 
     Raises:
         OutputError: the folder that it would be in does not exist.
-        OutputExistsError: it exists and may not be replaced, or lies inside or around a source.
+        OutputExistsError: it exists and may not be replaced, lies inside or around a source, or is
+            a file that belongs to one.
     """
-    target = resolved(path)
+    target, sources = resolved(path), list(sources)
     if not target.parent.is_dir():
         raise OutputError("the folder to write into does not exist", path=target.parent)
     reals = [Path(os.path.realpath(source)) for source in sources]
@@ -67,24 +80,63 @@ def check_target(
                 path=path,
                 hint="Choose an output beside it",
             )
+    for source in sources:
+        if target in _belonging(source):
+            raise OutputExistsError(
+                "the output is a file that belongs to the input, and inputs are never changed",
+                path=path,
+                got=str(source),
+                hint="Choose another output",
+            )
+
+
+def _belonging(path: Path) -> list[Path]:
+    """Return where the statement and the recipe of an adapter that is one file lie."""
+    if path.is_dir():
+        return []
+    ends = (PROVENANCE_FILE, RECIPE_FILE)
+    return [
+        resolved(f"{os.fspath(place)}.{end}") for place in (path, resolved(path)) for end in ends
+    ]
 
 
 def check_apart(path: str | os.PathLike[str], others: Iterable[Path | None]) -> None:
     """Refuse a further output that is an input or the output itself, or lies in or around one.
 
     Raises:
-        OutputExistsError: it does.
+        OutputExistsError: it does, or belongs to one.
     """
     target = resolved(path)
     for other in filter(None, others):
-        real = Path(os.path.realpath(other))
-        if real == target or target in real.parents or (real in target.parents and real.is_dir()):
+        real = resolved(other)
+        inside = real in target.parents and real.is_dir()
+        if real == target or target in real.parents or inside or target in _belonging(other):
             raise OutputExistsError(
                 "it is an input or the output, or lies inside one or around it",
                 path=path,
                 got=str(other),
                 hint="Choose a place beside them",
             )
+
+
+def check_further(
+    path: str | os.PathLike[str], others: Iterable[Path | None], *, overwrite: bool = False
+) -> None:
+    """Refuse, before any work is done, a further output that could not be published after it.
+
+    By then the output itself is there, and an error would leave one without the other.
+
+    Args:
+        path: where the further output goes.
+        others: what is read, and the output itself.
+        overwrite: whether a file that exists may be replaced.
+
+    Raises:
+        OutputError: the folder does not exist, or no such file can be made in it.
+        OutputExistsError: it exists and may not be replaced, or is not apart from the others.
+    """
+    check_apart(path, others)
+    check_file(path, overwrite=overwrite)
 
 
 def check_output(
@@ -139,7 +191,7 @@ def write_adapter(
 
     def make(temporary: Path) -> Mapping[str, Any] | None:
         chosen.write(adapter, temporary)
-        found = None if check is None else check(temporary)
+        found = None if check is None else _checked(check, temporary, Path(path))
         adapter.check_unchanged()
         if found is None or adapter.provenance is None:
             return adapter.provenance
@@ -160,6 +212,22 @@ def write_adapter(
             beside[name] += content
         if made_how is not None:
             beside[PROVENANCE_FILE] += statement_of_one(made_how, Path(path), temporary)
+
+
+def _checked(
+    check: Callable[[Path], Mapping[str, Any] | None], temporary: Path, path: Path
+) -> Mapping[str, Any] | None:
+    """Look at an output before it appears; errors name where it was to appear.
+
+    Raises:
+        LoratoolsError: as the check raises.
+    """
+    try:
+        return check(temporary)
+    except LoratoolsError as error:
+        if error.path is not None:
+            error.path = error.path.replace(os.fspath(temporary), os.fspath(path))
+        raise
 
 
 def marks_beside(names: Iterable[str] = ()) -> dict[str, bytes]:

@@ -43,6 +43,7 @@ CODES: Mapping[str, str] = {
     "posterior-spread": "the spread of a Bayesian LoRA is left out of every output",
     "expert-order-doubtful": "a marker states an order of experts that the values speak against",
     "expert-order-guessed": "factors of stacked experts are read in an order that nothing states",
+    "projections-in-parts": "modules are parts of a projection that the model has as one",
     "base-values": "tensors that replace the base's hold the base's own values",
     # What a format's own loader would leave out.
     "not-targeted": "the loader makes no layer for modules that the file holds",

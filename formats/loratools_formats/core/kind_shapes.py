@@ -6,7 +6,8 @@ anything is computed from it.
 
 A shape is a row of axes. An axis is a number or a name; one name has one length in a module. `out`
 and `in` are those of the weight as a matrix. A name that ends in `*` is the product of its axis and
-all axes after it. `#name` is a tensor of that many numbers with at most one axis longer than 1.
+all axes after it, which are the same in each tensor of one module. `#name` is a tensor of that many
+numbers with at most one axis longer than 1.
 `x.*` are parts with a number or a word of their own, and `r.` is a length that each of them has.
 `a|b` are alternatives. `part if other` holds instead of `part` where the module has `other`.
 """
@@ -197,6 +198,9 @@ def _bound(
         if len(shape) < len(axes):
             return None
         axes[-1] = axes[-1][:-1]
+        for number, side in enumerate((*shape[len(axes) - 1 :], 0)):  # 0 ends them
+            if result.setdefault(f"{axes[-1]}*{number}", side) != side:
+                return None
         shape = (*shape[: len(axes) - 1], math.prod(shape[len(axes) - 1 :]))
     if len(axes) != len(shape):
         return None

@@ -186,6 +186,7 @@ def _heads() -> tuple[tuple[re.Pattern[str], Prefix], ...]:
     )
 
 
+@functools.lru_cache(maxsize=4096)  # recognising and reading, and files of one model, share them
 def parse(key: str, *, control: bool = False) -> Key | None:
     """Return the parts of a key, None if no rule claims it.
 

@@ -66,6 +66,11 @@ class Identity:
     nbytes: int
     mtime_ns: int
 
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """Return what a file's status tells."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
 
 class RegularFile:
     """A regular file held open for positioned reads; safe to share between threads.
@@ -98,11 +103,7 @@ class RegularFile:
             self.close()
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
             raise AdapterError(f"is {kind}, not a regular file", path=path)
-        self._identity = self._identify(status)
-
-    @staticmethod
-    def _identify(status: os.stat_result) -> Identity:
-        return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        self._identity = Identity.of(status)
 
     @property
     def identity(self) -> Identity:
@@ -188,14 +189,14 @@ class RegularFile:
 
     def check_unchanged(self) -> None:
         """Raise `AdapterError` if the file was written to since it was opened."""
-        if self._identify(os.fstat(self._fd)) != self._identity:
+        if Identity.of(os.fstat(self._fd)) != self._identity:
             raise AdapterError("file changed while it was being read", path=self.path)
 
     def check_in_place(self) -> None:
         """Raise `AdapterError` also if its name leads to another file by now, or to none."""
         self.check_unchanged()
         try:
-            now = self._identify(os.stat(self.path))
+            now = Identity.of(os.stat(self.path))
         except OSError as error:
             raise AdapterError(
                 f"file went away while it was in use: {error.strerror}", path=self.path

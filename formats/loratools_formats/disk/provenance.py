@@ -21,6 +21,8 @@ from loratools_formats.disk.files import RegularFile
 from loratools_formats.disk.strict_json import read_object
 
 PROVENANCE_FILE = "provenance.json"
+RECIPE_FILE = "recipe.yaml"
+"""What a merge writes beside its output, to repeat it."""
 PREDICATE_TYPE = "urn:loratools:operation:v1"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 OPERATION_KEY = "loratools.operation"

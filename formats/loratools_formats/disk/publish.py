@@ -103,6 +103,21 @@ def publish_with(
     _make_durable(path, target)
 
 
+def check_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuse, before any work is done, a file that could not be published later.
+
+    A file is made beside its place for that, and removed again.
+
+    Raises:
+        OutputExistsError: `path` exists and `overwrite` is false, or it is no file.
+        OutputError: the system refuses the name, or files in its folder.
+    """
+    target = resolved(path)
+    _check_target(path, target, overwrite, folder=False)
+    with _os_errors_named(path):
+        _mode_of_new_file(temporary_beside(target))
+
+
 def check_beside(
     path: str | os.PathLike[str], beside: Mapping[str, bytes], *, overwrite: bool = False
 ) -> None:

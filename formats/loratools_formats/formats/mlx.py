@@ -28,7 +28,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
 _WEIGHTS_OF_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_CONFIG_BYTES = 1 << 20
-_KEY = re.compile(r"(?P<path>[^\s.]+(?:\.[^\s.]+)*)\.(?P<part>lora_a|lora_b|m)")
+_KEY = re.compile(r"(?P<path>[^.]+(?:\.[^.]+)*)\.(?P<part>lora_a|lora_b|m)")
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+\.(.+)")
 
 
@@ -164,6 +164,7 @@ def _stored(adapter: Adapter) -> Iterator[TensorRef]:
                     "MLX has a module for each stack of experts, and its own names for them",
                     tensor=name,
                     got=", ".join(part.layer.parameters),
+                    hint="If this is a merge, give an adapter of PEFT first, whose format it gets",
                 )
             yield part.a.renamed(f"{name}.lora_a")
             yield part.b.renamed(f"{name}.lora_b")

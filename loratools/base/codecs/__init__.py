@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from loratools.base.codecs import (
     awq,
     bitsandbytes,
+    comfyui,
     compressed,
     eight_bit,
     gptq,
@@ -22,7 +23,14 @@ from loratools.base.codecs import (
     nvfp4,
     torchao,
 )
-from loratools.base.codecs.codec import Codec, CodedWeight, Encoder, Scheme, Stored
+from loratools.base.codecs.codec import (
+    Codec,
+    CodedWeight,
+    Encoder,
+    Scheme,
+    Stored,
+    WholeEncoder,
+)
 
 __all__ = [
     "CODECS",
@@ -31,6 +39,7 @@ __all__ = [
     "Encoder",
     "Scheme",
     "Stored",
+    "WholeEncoder",
     "coded_weights",
     "methods",
     "without_marks",
@@ -38,6 +47,7 @@ __all__ = [
 
 CODECS: tuple[Codec, ...] = (
     bitsandbytes.CODEC,
+    comfyui.CODEC,
     hqq.CODEC,
     torchao.CODEC,
     mlx.CODEC,

@@ -32,7 +32,8 @@ from loratools.base.codecs.codec import (
     stripes,
 )
 from loratools.base.codecs.levels import integer_codes, rounded
-from loratools.base.codecs.parts import Columns, matrix_rows, sibling, wrong_shape
+from loratools.base.codecs.parts import Columns, matrix_rows
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import Array, DType
 from loratools_formats.core.tensors import TensorRef
 
@@ -160,7 +161,7 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
         if codes.dtype.code != "I32" or zeros.dtype.code != "I32":
             continue
         key = f"{module}.weight"
-        if _is_gemm(codes, zeros, scales):
+        if _is_gemm(codes, zeros, scales) and stored.stated.get("version") != "gemv":
             sibling(stored.tensors, scales.key, _FLOATING)
             found[key] = _Gemm(key, parts)
         elif len({part.shape[0] for part in parts.values()}) == 1:

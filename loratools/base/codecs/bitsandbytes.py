@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored
+from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored, WholeEncoder
 from loratools_formats.checkpoints.bitsandbytes import QuantizedWeight, quantized_weights
 from loratools_formats.checkpoints.facts import is_conv1d
+from loratools_formats.checkpoints.shard_plan import Sink
 from loratools_formats.core.dtypes import Array
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ class FourBitWeight(CodedWeight):
         transposed: whether the plain weight is the transpose, as Conv1D layers have it.
     """
 
+    is_four_bit_format = True
     _kept = threading.local()
 
     def __init__(self, weight: QuantizedWeight, *, transposed: bool) -> None:
@@ -48,6 +51,10 @@ class FourBitWeight(CodedWeight):
         """Return elements [start, stop) in float32, not rounded to the weight's type."""
         return self._values(start, stop, np.dtype(np.float32))
 
+    def encoder(self) -> WholeEncoder:
+        """Return what stores new values with new scales, quantised too if the old ones are."""
+        return _FourBitEncoder(self.weight, transposed=self._turned)
+
     def _values(self, start: int, stop: int, dtype: np.dtype[np.generic]) -> Array:
         if not self._turned:
             return self._stored().elements(start, stop, np.empty(stop - start, dtype))
@@ -68,6 +75,42 @@ class FourBitWeight(CodedWeight):
             if self._decoder is None:
                 self._decoder = Dequantizer(self.weight)
             return self._decoder
+
+
+class _FourBitEncoder(WholeEncoder):
+    """New codes and scales, as bitsandbytes computes them."""
+
+    def __init__(self, weight: QuantizedWeight, *, transposed: bool) -> None:
+        from loratools.base.fourbit.encode import FourBitOptions
+        from loratools.base.fourbit.store import blanks
+
+        self._weight, self._transposed = weight, transposed
+        self._options = FourBitOptions(
+            quant_type=weight.quant_type,
+            blocksize=weight.blocksize,
+            double_quant=weight.nested is not None,
+        )
+        scheme = Scheme(weight.quant_type.upper(), 4, weight.blocksize)
+        super().__init__(blanks(weight.key, weight.shape, self._options), scheme)
+
+    def write(self, sinks: Mapping[str, Sink], values: Iterable[Array]) -> CodedWeight:
+        """Write all tensors, and return the weight as it is stored now."""
+        from loratools.base.fourbit.store import Kept, fill
+
+        weight = self._weight
+        kept = {blank.key: Kept(blank, sinks[blank.key]) for blank in self.blanks}
+        ordered = self._ordered(values)
+        fill(kept, weight.key, weight.shape, weight.dtype, self._options, ordered)
+        written = quantized_weights({name: sink.tensor() for name, sink in kept.items()})
+        return FourBitWeight(written[weight.key], transposed=self._transposed)
+
+    def _ordered(self, values: Iterable[Array]) -> Iterator[Array]:
+        """Yield values in the order in which they are stored."""
+        if not self._transposed:
+            yield from values
+            return
+        flat = np.concatenate([piece.reshape(-1) for piece in values])
+        yield np.ascontiguousarray(flat.reshape(self._weight.shape[::-1]).T)
 
 
 def _declare(stored: Stored) -> dict[str, CodedWeight]:

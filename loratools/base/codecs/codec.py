@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from loratools_formats.checkpoints.shard_plan import Blank
+from loratools_formats.checkpoints.shard_plan import Blank, Sink
 from loratools_formats.core.dtypes import Array, DType, encode
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 
@@ -83,9 +83,11 @@ class CodedWeight(ABC):
         scheme: how it is quantised.
         caveat: what to know when something is added to it; empty if nothing.
         together: rows that are read from the same bytes; fewer take as long.
+        is_four_bit_format: whether it is what `quantize` makes of weights, which leaves it alone.
     """
 
     caveat: ClassVar[str] = ""
+    is_four_bit_format: ClassVar[bool] = False
     together: ClassVar[int] = 1
 
     def __init__(
@@ -147,7 +149,7 @@ class CodedWeight(ABC):
         """
         return self.elements(start, stop).astype(np.float32)
 
-    def encoder(self) -> Encoder | None:
+    def encoder(self) -> Encoder | WholeEncoder | None:
         """Return what stores new values as this weight is stored; None if it is only read."""
         return None
 
@@ -227,6 +229,31 @@ class Encoder(ABC):
         Args:
             start: number of the first row, a multiple of `step`.
             values: F32 (rows, width), whole steps unless they are the last of a matrix.
+        """
+
+
+class WholeEncoder(ABC):
+    """How all new values of one weight are stored, where scales depend on all of them.
+
+    Attributes:
+        blanks: the tensors that are computed anew; other parts of the weight stay as they are.
+        scheme: of what is stored.
+    """
+
+    def __init__(self, blanks: Iterable[Blank], scheme: Scheme) -> None:
+        self.blanks = tuple(blanks)
+        self.scheme = scheme
+
+    @abstractmethod
+    def write(self, sinks: Mapping[str, Sink], values: Iterable[Array]) -> CodedWeight:
+        """Write all tensors, and return the weight as it is stored now.
+
+        Args:
+            sinks: where, by the keys of `blanks`.
+            values: F32, those of the weight in the order of its elements.
+
+        Raises:
+            AdapterError: NaN or infinite values.
         """
 
 

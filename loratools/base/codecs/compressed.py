@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from loratools.base.codecs.bits import numbers, packed
 from loratools.base.codecs.codec import (
     Codec,
     CodedWeight,
@@ -29,7 +28,9 @@ from loratools.base.codecs.codec import (
     row_piece,
 )
 from loratools.base.codecs.levels import Attempt, as_they_were, integer_codes, nearer, rounded
-from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
+from loratools.base.codecs.parts import matrix_rows
+from loratools.base.codecs.words import Words
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import Array, converted, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -37,48 +38,6 @@ from loratools_formats.disk.errors import AdapterError, UnsupportedError
 _FLOATING = ("BF16", "F16", "F32")
 _TOGETHER = 32  # rows whose zeros fill whole words
 _PACKED = ".weight_packed"
-
-
-class _Words:
-    """Codes along rows of 32-bit words.
-
-    Args:
-        bits: of a code.
-        dense: whether codes straddle words.
-    """
-
-    def __init__(self, bits: int, *, dense: bool) -> None:
-        self.bits = bits
-        self._dense = dense
-
-    def read(self, words: Array, count: int) -> Array:
-        """Return codes less 2^(bits − 1): F32 (rows, count), of I32 (rows, words)."""
-        half = 1 << (self.bits - 1)
-        if self._dense:
-            return numbers(np.ascontiguousarray(words).view(np.uint8), self.bits, count, half)
-        shifts = np.arange(32 // self.bits, dtype=np.uint32) * np.uint32(self.bits)
-        spread = np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts
-        spread &= np.uint32((1 << self.bits) - 1)
-        codes: Array = spread.reshape(len(words), -1)[:, :count].astype(np.float32)
-        codes -= np.float32(half)
-        return codes
-
-    def put(self, codes: Array, words: int) -> Array:
-        """Return codes from 0 on as bytes of words: U8 (rows, 4 · words), of U8 (rows, count)."""
-        if self._dense:
-            data = packed(codes, self.bits)
-            return np.pad(data, ((0, 0), (0, 4 * words - data.shape[1])))
-        each = 32 // self.bits
-        spread = np.pad(codes, ((0, 0), (0, words * each - codes.shape[1])))
-        shifts = np.arange(each, dtype=np.uint32) * np.uint32(self.bits)
-        parts = spread.reshape(len(codes), words, each).astype(np.uint32) << shifts
-        joined: Array = np.bitwise_or.reduce(parts, axis=2)
-        return joined.view(np.uint8)
-
-    @staticmethod
-    def number(count: int, bits: int, *, dense: bool) -> int:
-        """Return how many words hold a number of codes."""
-        return -(-count * bits // 32) if dense else -(-count // (32 // bits))
 
 
 class _Integers(CodedWeight):
@@ -98,7 +57,7 @@ class _Integers(CodedWeight):
         key: str,
         shape: tuple[int, ...],
         codes: TensorRef,
-        words: _Words | None,
+        words: Words | None,
         parts: Mapping[str, TensorRef],
         name: str,
     ) -> None:
@@ -202,12 +161,12 @@ class _Integers(CodedWeight):
         if self._words is None or self._grid[0] == 1 or zero.dtype.code != "I32":
             return self._read(zero, lines, first)
         bits, across = self._words.bits, self._grid[1]
-        dense = zero.shape[0] == _Words.number(self._grid[0], bits, dense=True)
+        dense = zero.shape[0] == Words.number(self._grid[0], bits, dense=True)
         codes, words = (_TOGETHER, bits) if dense else (32 // bits, 1)
         top, last = first // codes, int(lines[-1]) + 1
         end = min(-(-last // codes) * words, zero.shape[0])
         stored = zero.elements(top * words * across, end * across).reshape(-1, across)
-        packed, begin = _Words(bits, dense=dense), top * codes
+        packed, begin = Words(bits, dense=dense), top * codes
         zeros: Array = packed.read(np.ascontiguousarray(stored.T), last - begin).T[lines - begin]
         return zeros
 
@@ -274,7 +233,7 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
         if codes.dtype.code != "I8" or len(codes.shape) != 2 or scale is None:
             continue
         if scale.dtype.code in _FLOATING:
-            parts = _parts(stored, module, codes.shape)
+            parts = _parts(stored, module, codes.shape, None)
             key = f"{module}.weight"
             found[key] = _Integers(key, codes.shape, codes, None, parts, "INT8")
     return found
@@ -295,14 +254,14 @@ def _packed(stored: Stored, module: str, codes: TensorRef, bits_of: frozenset[in
             )
     words, width = _layout(codes, width, bits_of)
     shape = (codes.shape[0], width)
-    parts = _parts(stored, module, shape)
+    parts = _parts(stored, module, shape, words)
     if shape_of is not None:
         parts["shape"] = shape_of
     key = f"{module}.weight"
     return _Integers(key, shape, codes, words, parts, f"INT{words.bits}")
 
 
-def _layout(codes: TensorRef, width: int | None, stated: frozenset[int]) -> tuple[_Words, int]:
+def _layout(codes: TensorRef, width: int | None, stated: frozenset[int]) -> tuple[Words, int]:
     """Return how the words of a weight are packed, and its number of columns.
 
     Raises:
@@ -318,12 +277,12 @@ def _layout(codes: TensorRef, width: int | None, stated: frozenset[int]) -> tupl
                 hint="Keep config.json with its quantization_config beside the weights",
             )
         (bits,) = stated
-        return _Words(bits, dense=True), words * 32 // bits
+        return Words(bits, dense=True), words * 32 // bits
     fits = [
         (bits, dense)
         for bits in range(2, 9)
         for dense in (True, False)
-        if _Words.number(width, bits, dense=dense) == words and (dense or 32 % bits)
+        if Words.number(width, bits, dense=dense) == words and (dense or 32 % bits)
     ]
     dense_ones = [fit for fit in fits if fit[1]]
     chosen = [fit for fit in fits if fit[0] in stated] or dense_ones or fits
@@ -337,10 +296,12 @@ def _layout(codes: TensorRef, width: int | None, stated: frozenset[int]) -> tupl
             hint="Keep config.json with its quantization_config beside the weights",
         )
     bits, dense = chosen[0]
-    return _Words(bits, dense=dense), width
+    return Words(bits, dense=dense), width
 
 
-def _parts(stored: Stored, module: str, shape: tuple[int, ...]) -> dict[str, TensorRef]:
+def _parts(
+    stored: Stored, module: str, shape: tuple[int, ...], words: Words | None
+) -> dict[str, TensorRef]:
     """Return the scale of a weight, and its zero point and order of groups if it has them."""
     scale = sibling(stored.tensors, f"{module}.weight_scale", _FLOATING)
     grid = (1, 1) if scale.numel == 1 else (*scale.shape, 1)[:2]
@@ -357,6 +318,7 @@ def _parts(stored: Stored, module: str, shape: tuple[int, ...]) -> dict[str, Ten
     if zero is not None:
         if zero.dtype.code not in ("I8", "I32", *_FLOATING):
             sibling(stored.tensors, zero.key, ("I8", "I32"))
+        _check_zeros(zero, grid, words)
         parts["zero_point"] = zero
     if index is not None:
         sibling(stored.tensors, index.key, ("I32", "I64"), (shape[1],))
@@ -371,6 +333,21 @@ def _parts(stored: Stored, module: str, shape: tuple[int, ...]) -> dict[str, Ten
             )
         parts["g_idx"] = index
     return parts
+
+
+def _check_zeros(zero: TensorRef, grid: tuple[int, ...], words: Words | None) -> None:
+    """Check that there is a zero for each scale; those of packed codes are packed, too.
+
+    Raises:
+        AdapterError: there is not.
+    """
+    rows, groups = grid
+    fits = zero.numel == rows * groups
+    if words is not None and rows > 1 and zero.dtype.code == "I32":
+        counts = [Words.number(rows, words.bits, dense=dense) for dense in (True, False)]
+        fits = zero.shape in [(count, groups) for count in counts]
+    if not fits:
+        raise wrong_shape(zero, f"zeros of {rows} × {groups} groups")
 
 
 def _bits_stated(stated: Mapping[str, Any]) -> frozenset[int]:

@@ -20,7 +20,7 @@ from loratools.base.codecs.codec import (
 )
 from loratools.base.codecs.levels import float_codes
 from loratools.base.codecs.parts import matrix_rows
-from loratools_formats.checkpoints.eight_bit_floats import METHODS, Fp8Weight, fp8_weights, unmarked
+from loratools_formats.checkpoints.eight_bit_floats import METHODS, Fp8Weight, fp8_weights
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
@@ -140,4 +140,4 @@ def _is_of_others(stated: Mapping[str, Any]) -> bool:
     )
 
 
-CODEC = Codec("eight-bit floats", METHODS, _declare, unmarked)
+CODEC = Codec("eight-bit floats", METHODS, _declare)

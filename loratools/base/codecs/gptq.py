@@ -27,7 +27,8 @@ from loratools.base.codecs.codec import (
     stripes,
 )
 from loratools.base.codecs.levels import integer_codes, rounded
-from loratools.base.codecs.parts import Columns, sibling, wrong_shape
+from loratools.base.codecs.parts import Columns
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -129,6 +130,14 @@ class _Gptq(CodedWeight):
                     got=[int(order.min()), int(order.max())],
                     expected=f"0 to {self._groups - 1}",
                 )
+            if self._groups > 1 and not order.any():
+                # Some loaders take that for columns in order, others for what it says.
+                raise AdapterError(
+                    "all columns of a quantised weight are in the first of several groups",
+                    tensor=self._index.key,
+                    expected=f"0 to {self._groups - 1}",
+                    hint="If the model was quantised without desc_act, take g_idx out of its files",
+                )
             self._order = order
         width = self.shape[1]
         if width % self._groups == 0 and np.array_equal(
@@ -162,22 +171,52 @@ def _weight(stored: Stored, module: str, parts: Mapping[str, TensorRef]) -> Code
     out, groups = codes.shape[1], scales.shape[0]
     if len(zeros.shape) != 2 or zeros.shape[0] != groups or not out:
         raise wrong_shape(zeros, f"{groups} rows")
-    bits = next((b for b in _BITS if -(-out * b // 32) == zeros.shape[1]), None)
-    if bits is None or codes.shape[0] % bits:
+    index = parts.get("g_idx")
+    bits = _bits(codes, zeros, index, stored.stated.get("bits"))
+    width = codes.shape[0] * 32 // bits
+    if index is not None:
+        sibling(stored.tensors, index.key, ("I32", "I64"), (width,))
+    elif not groups or width % groups or _is_ragged(stored.stated, width, groups):
+        raise wrong_shape(scales, f"groups that divide {width} columns, or g_idx")
+    first = _is_first_version(stored.stated, codes.key)
+    return _Gptq(f"{module}.weight", parts, bits, first_version=first)
+
+
+def _bits(codes: TensorRef, zeros: TensorRef, index: TensorRef | None, stated: Any) -> int:
+    """Return the bits of a code. Layers of a few outputs have zeros of one word whatever they are.
+
+    Raises:
+        UnsupportedError: no number of bits fits, or several do and none of them is stated.
+    """
+    rows, out = codes.shape
+    fits = [
+        bits
+        for bits in _BITS
+        if -(-out * bits // 32) == zeros.shape[1]
+        and not rows % bits
+        and (index is None or index.numel == rows * 32 // bits)
+    ]
+    chosen = [bits for bits in fits if bits == stated] or fits
+    if len(chosen) != 1:
         raise UnsupportedError(
             "bits of a weight of GPTQ that are not known",
             tensor=codes.key,
             got=f"qzeros {list(zeros.shape)}, qweight {list(codes.shape)}",
             expected=f"{', '.join(map(str, _BITS))} bits",
+            hint="Keep config.json with its quantization_config beside the weights",
         )
-    width = codes.shape[0] * 32 // bits
-    index = parts.get("g_idx")
-    if index is not None:
-        sibling(stored.tensors, index.key, ("I32", "I64"), (width,))
-    elif not groups or width % groups:
-        raise wrong_shape(scales, f"groups that divide {width} columns")
-    first = _is_first_version(stored.stated, codes.key)
-    return _Gptq(f"{module}.weight", parts, bits, first_version=first)
+    return chosen[0]
+
+
+def _is_ragged(stated: Mapping[str, Any], width: int, groups: int) -> bool:
+    """Return whether groups of the stated size would leave a last one that is smaller."""
+    size = stated.get("group_size")
+    return (
+        isinstance(size, int)
+        and 0 < size < width
+        and width % size > 0
+        and (-(-width // size) == groups)
+    )
 
 
 def _is_first_version(stated: Mapping[str, Any], key: str) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 
 from loratools.base.codecs.codec import Codec, CodedWeight, Scheme, Stored
 from loratools.base.codecs.levels import rounded
-from loratools.base.codecs.parts import sibling, wrong_shape
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError

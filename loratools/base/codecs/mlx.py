@@ -36,7 +36,8 @@ from loratools.base.codecs.mlx_encode import (
     FloatingEncoder,
     affine,
 )
-from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
+from loratools.base.codecs.parts import matrix_rows
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array, encode
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
@@ -73,8 +74,18 @@ class _Mlx(CodedWeight):
     def config_in(
         self, config: Mapping[str, Any], modules: Collection[str], bits: int
     ) -> Mapping[str, Any]:
-        """Return the configuration with an entry for each module, as mlx-lm has it."""
+        """Return the configuration with an entry for each module, as mlx-lm has it.
+
+        Raises:
+            UnsupportedError: the configuration has no such entries; transformers' metal has none.
+        """
         sections = {k: config[k] for k in _KEYS if isinstance(config.get(k), Mapping)}
+        if not sections or any(section.get("quant_method") for section in sections.values()):
+            raise UnsupportedError(
+                "config.json cannot say of single modules how they are quantised",
+                got=f"no entry {' or '.join(_KEYS)} as mlx-lm writes them",
+                hint="Leave out `changed_bits`: changed weights are then stored in 16 bits",
+            )
         entry: dict[str, Any] = {"group_size": self._group_in_eight(), "bits": bits}
         if any(section.get("mode", "affine") != "affine" for section in sections.values()):
             entry["mode"] = "affine"
@@ -247,24 +258,35 @@ def _entry(stated: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 def _bits(codes: TensorRef, scales: TensorRef, stated: Mapping[str, Any]) -> int:
     """Return the bits of a code; the shapes leave few choices, of which the statement is one.
 
+    Where it is none of them, it is not about this weight: an entry under another name may be.
+
     Raises:
         AdapterError: the shapes are those of no number of bits.
-        UnsupportedError: they are those of several, and none is stated.
+        UnsupportedError: they are those of several, and none of them is stated.
     """
     total, groups = codes.shape[-1] * 32, scales.shape[-1]
-    fits = [bits for bits in _BITS for group in _GROUPS if groups * group * bits == total]
-    if stated.get("bits") in fits:
-        return int(stated["bits"])
+    fits = [(b, g) for b in _BITS for g in _GROUPS if groups * g * b == total]
     if not fits:
         raise wrong_shape(scales, f"groups of {', '.join(map(str, _GROUPS))} for {codes.key}")
-    if len(fits) > 1:
+    bits, group = stated.get("bits"), stated.get("group_size")
+    said = [fit for fit in fits if fit[0] == bits and group in (None, fit[1])]
+    chosen = said or fits
+    if len(chosen) > 1:
+        told = "config.json does not say" if bits is None else f"config.json says {bits}"
+        several = " or ".join(f"{b} in groups of {g}" for b, g in fits)
         raise UnsupportedError(
             "the bits of a quantised weight of MLX are not known",
             tensor=codes.key,
-            got=f"config.json does not say; {' or '.join(map(str, fits))} fit",
-            hint='Put "quantization": {"group_size": …, "bits": …} into config.json',
+            got=f"{told if group is None else f'{told} in groups of {group}'}; {several} fit",
+            hint='Put "quantization": {"group_size": …, "bits": …} into config.json, or an '
+            f'entry "{_module(codes.key)}": {{"group_size": …, "bits": …}} where this module has '
+            "its own",
         )
-    return fits[0]
+    return chosen[0][0]
+
+
+def _module(key: str) -> str:
+    return key.removesuffix(".weight")
 
 
 CODEC = Codec("MLX", ("metal",), _declare)

@@ -27,7 +27,8 @@ from loratools.base.codecs.codec import (
     stripes,
 )
 from loratools.base.codecs.levels import float_codes, rounded
-from loratools.base.codecs.parts import Columns, matrix_rows, sibling, wrong_shape
+from loratools.base.codecs.parts import Columns, matrix_rows
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError

@@ -25,10 +25,11 @@ from loratools.base.codecs.codec import (
     row_piece,
 )
 from loratools.base.codecs.levels import float_codes, rounded
-from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
+from loratools.base.codecs.parts import matrix_rows
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError
+from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _GROUPS = (16, 32)
 _SCALE = "F8_E4M3"
@@ -107,6 +108,15 @@ def _scales(stored: Stored, module: str, codes: TensorRef) -> TensorRef:
     if len(codes.shape) < 2 or half * 2 % _GROUPS[0]:
         raise wrong_shape(codes, f"(…, out, in / 2), in a multiple of {_GROUPS[0]}")
     scales = sibling(stored.tensors, f"{module}.weight_scale", (_SCALE,))
+    if scales.numel == 1 and half * 2 > _GROUPS[-1]:
+        raise UnsupportedError(
+            "a weight in NVFP4 has one scale for all, where loaders want one for each group",
+            tensor=scales.key,
+            got=list(scales.shape),
+            expected=[*stack, half * 2 // _GROUPS[0]],
+            hint="Start from the original checkpoint; fuse leaves the weight as it is where no "
+            "adapter changes it",
+        )
     if not any(scales.shape[-1:] == (half * 2 // group,) for group in _GROUPS):
         raise wrong_shape(scales, [*stack, half * 2 // _GROUPS[0]])
     return sibling(stored.tensors, scales.key, (_SCALE,), (*stack, scales.shape[-1]))

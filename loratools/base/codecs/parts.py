@@ -1,15 +1,13 @@
-"""The stored tensors of a quantised weight: finding them, and reading rows or columns of them."""
+"""The stored tensors of a quantised weight: reading rows or columns of them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 
 import numpy as np
 
 from loratools_formats.core.dtypes import Array
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError
 
 _HELD = 16 << 20  # bytes of one matrix that are read whole where columns are asked for
 
@@ -55,39 +53,3 @@ def matrix_rows(tensor: TensorRef, start: int, stop: int) -> Array:
     """Return rows [start, stop), along the last dimension, in the stored type."""
     width = tensor.shape[-1]
     return tensor.elements(start * width, stop * width).reshape(stop - start, width)
-
-
-def sibling(
-    tensors: Mapping[str, TensorRef],
-    key: str,
-    codes: tuple[str, ...],
-    shape: tuple[int, ...] | None = None,
-) -> TensorRef:
-    """Return a tensor that a weight needs.
-
-    Raises:
-        AdapterError: it is missing, or has another type or shape.
-    """
-    if key not in tensors:
-        raise AdapterError("a tensor of a quantised weight is missing", tensor=key)
-    found = tensors[key]
-    if found.dtype.code not in codes:
-        raise AdapterError(
-            "a tensor of a quantised weight has the wrong type",
-            tensor=key,
-            got=found.dtype.code,
-            expected=" or ".join(codes),
-        )
-    if shape is not None and found.shape != shape:
-        raise wrong_shape(found, list(shape))
-    return found
-
-
-def wrong_shape(tensor: TensorRef, expected: object) -> AdapterError:
-    """Return the error that a tensor of a weight does not fit the others."""
-    return AdapterError(
-        "a tensor of a quantised weight has the wrong shape",
-        tensor=tensor.key,
-        got=list(tensor.shape),
-        expected=expected,
-    )

@@ -28,7 +28,8 @@ from loratools.base.codecs.codec import (
     row_piece,
 )
 from loratools.base.codecs.levels import float_codes, integer_codes, rounded
-from loratools.base.codecs.parts import matrix_rows, sibling, wrong_shape
+from loratools.base.codecs.parts import matrix_rows
+from loratools_formats.checkpoints.siblings import sibling, wrong_shape
 from loratools_formats.core.dtypes import DTYPES, Array
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import UnsupportedError
@@ -42,6 +43,8 @@ _KINDS = {
 }
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _FLOATING = ("F32", "BF16", "F16")
+_OF_RUNNING = ("act_quant_scale", "act_quant_zero_point")
+_OF_INPUTS = "act_pre_scale"
 _INTX = re.compile(r"int([1-8])")
 
 
@@ -154,6 +157,15 @@ def _weight(
     for part in list(parts.values())[1:]:
         if part.numel != grid[0] * grid[1]:
             raise wrong_shape(part, list(grid))
+    parts |= {
+        n: stored.tensors[f"{prefix}{n}"] for n in _OF_RUNNING if prefix + n in stored.tensors
+    }
+    if f"{prefix}{_OF_INPUTS}" in stored.tensors:
+        raise UnsupportedError(
+            "a weight of torchao whose layer scales its inputs, so that another weight acts",
+            tensor=f"{prefix}{_OF_INPUTS}",
+            hint="Start from the original checkpoint",
+        )
     bits = 8
     if kind == "IntxUnpackedToInt8Tensor":
         target = _INTX.fullmatch(str(_inner(data.get("target_dtype"))))

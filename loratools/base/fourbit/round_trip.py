@@ -14,12 +14,11 @@ from dataclasses import replace
 from loratools.base.codecs import CodedWeight
 from loratools.base.codecs.bitsandbytes import FourBitWeight
 from loratools.base.fourbit.encode import FourBitOptions
-from loratools.base.fourbit.store import blanks, fill
+from loratools.base.fourbit.store import Kept, blanks, fill
 from loratools.base.linears import linear_weights
 from loratools_formats.checkpoints.bitsandbytes import quantized_weights
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import is_conv1d
-from loratools_formats.checkpoints.shard_plan import Blank
 from loratools_formats.core.dtypes import Array, encode
 from loratools_formats.core.tensors import Buffer, TensorRef, in_file
 
@@ -74,7 +73,7 @@ class _RoundTripped:
     def _quantised(self) -> CodedWeight:
         ref = self._ref
         shape = ref.shape[::-1] if self._transposed else ref.shape
-        sinks = {b.key: _Memory(b) for b in blanks(ref.key, shape, self._options)}
+        sinks = {b.key: Kept(b) for b in blanks(ref.key, shape, self._options)}
         fill(sinks, ref.key, shape, ref.dtype, self._options, self._pieces())
         tensors = {key: sink.tensor() for key, sink in sinks.items()}
         return FourBitWeight(quantized_weights(tensors)[ref.key], transposed=self._transposed)
@@ -85,21 +84,3 @@ class _RoundTripped:
             return
         for start in range(0, self._ref.numel, _PIECE):
             yield self._ref.elements(start, min(start + _PIECE, self._ref.numel))
-
-
-class _Memory:
-    """A sink that keeps what is written."""
-
-    def __init__(self, blank: Blank) -> None:
-        self._blank = blank
-        self._data = bytearray() if blank.is_text else bytearray(blank.nbytes)
-
-    def write_at(self, offset: int, data: Buffer) -> None:
-        """Take bytes."""
-        view = memoryview(data).cast("B")
-        self._data[offset : offset + len(view)] = view
-
-    def tensor(self) -> TensorRef:
-        """Return what was written."""
-        shape = (len(self._data),) if self._blank.is_text else self._blank.shape
-        return TensorRef(self._blank.key, self._blank.dtype, shape, lambda: self._data)

@@ -19,6 +19,7 @@ from loratools_formats.checkpoints.bitsandbytes import (
 )
 from loratools_formats.checkpoints.shard_plan import Blank, Sink
 from loratools_formats.core.dtypes import DTYPES, DType
+from loratools_formats.core.tensors import Buffer, TensorRef
 
 
 def blanks(key: str, shape: tuple[int, ...], options: FourBitOptions) -> tuple[Blank, ...]:
@@ -83,3 +84,28 @@ def fill(
 
 def _write(sink: Sink, values: NDArray[Any]) -> None:
     sink.write_at(0, np.ascontiguousarray(values).view(np.uint8).data)
+
+
+class Kept:
+    """A sink that keeps what is written, to be read again.
+
+    Args:
+        blank: the tensor.
+        beyond: where bytes are passed on to; None if nowhere.
+    """
+
+    def __init__(self, blank: Blank, beyond: Sink | None = None) -> None:
+        self._blank, self._beyond = blank, beyond
+        self._data = bytearray() if blank.is_text else bytearray(blank.nbytes)
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Take bytes."""
+        view = memoryview(data).cast("B")
+        self._data[offset : offset + len(view)] = view
+        if self._beyond is not None:
+            self._beyond.write_at(offset, data)
+
+    def tensor(self) -> TensorRef:
+        """Return what was written."""
+        shape = (len(self._data),) if self._blank.is_text else self._blank.shape
+        return TensorRef(self._blank.key, self._blank.dtype, shape, lambda: self._data)

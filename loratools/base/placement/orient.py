@@ -120,6 +120,24 @@ def stack_is_transposed(names: Names, parameter: str) -> bool | None:
     return False if types & rules.STRAIGHT_EXPERTS else None
 
 
+def stack_is_swapped(names: Names, parameter: str, delta: LowRank) -> bool | None:
+    """Return whether factors of a stack have A on the outputs; None if nothing tells.
+
+    Args:
+        names: the checkpoint.
+        parameter: the stack's name there.
+        delta: its factors.
+
+    Raises:
+        AdapterError: they fit the stack neither way.
+    """
+    key = names.find(parameter)
+    lies = None if key is None else stack_is_transposed(names, parameter)
+    if key is None or lies is None:
+        return None
+    return whole_is_transposed(names, parameter, delta, names.shape(key)) != lies
+
+
 def _linear_if_square(names: Names, module: str) -> bool | None:
     odd = names.odd_kind(module)
     if odd is not None:

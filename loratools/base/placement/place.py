@@ -13,6 +13,7 @@ from loratools.base.placement.changes import (
     Span,
 )
 from loratools.base.placement.experts import expert_placements
+from loratools.base.placement.flat_experts import flat_placements
 from loratools.base.placement.fused import joined_spans, part_spans
 from loratools.base.placement.names import Names
 from loratools.base.placement.orient import cut_is_transposed, whole_is_transposed
@@ -26,6 +27,10 @@ from loratools_formats.disk.errors import AdapterError, printable
 
 _LISTED = 4
 _LLAMA_CPP = re.compile(r"blk\.\d+\.|(?:token_embd|output|output_norm)(?:\.|$)")
+
+
+class UnmatchedError(AdapterError):
+    """Modules or tensors of an adapter fit nothing in a base."""
 
 
 def place(adapter: Adapter, base: Checkpoint) -> Placements:
@@ -80,6 +85,8 @@ def module_placements(names: Names, module: str, delta: ModuleChange) -> list[Pl
     if part.layer.parameters:
         return expert_placements(names, module, delta)
     found = sites(names, module, "weight")
+    if not found:
+        return flat_placements(names, module, delta)
     shares = _share_spans(names, module, found, part)
     return [
         _placement(names, module, delta, site, share)
@@ -213,12 +220,12 @@ def _does_not_fit(module: str, out: int, in_: int, expected: str) -> AdapterErro
     )
 
 
-def unmatched(names: Names, missing: list[str], adapter: Adapter) -> AdapterError:
+def unmatched(names: Names, missing: list[str], adapter: Adapter) -> UnmatchedError:
     """Return the error that modules or tensors fit nothing in the base."""
     if all(map(_LLAMA_CPP.match, missing)):
         source = "ADAPTER" if adapter.source is None else shlex.quote(str(adapter.source))
         base = shlex.quote(str(names.base.path))
-        return AdapterError(
+        return UnmatchedError(
             f"is in llama.cpp's names, which the base {base} does not have",
             path=adapter.source,
             got=missing[0],
@@ -229,7 +236,7 @@ def unmatched(names: Names, missing: list[str], adapter: Adapter) -> AdapterErro
         nearest = names.nearest(name)
         listed.append(f"{printable(name)} (nearest: {', '.join(nearest) or 'none'})")
     more = f"; and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-    return AdapterError(
+    return UnmatchedError(
         f"no base tensor fits {len(missing)} of the adapter's modules or tensors: "
         f"{'; '.join(listed)}{more}",
         path=names.base.path,

@@ -49,7 +49,8 @@ class Renaming(NamedTuple):
     types: frozenset[str] | None = None
 
 
-_MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe"})
+MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2", "phimoe"})
+"""Types whose files have experts in `block_sparse_moe`, with projections w1, w3 and w2."""
 _GRANITE = frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"})
 _VIT = frozenset({"vit", "deit", "beit", "dinov2", "ijepa", "vit_mae", "vit_msn", "vivit"})
 
@@ -62,7 +63,7 @@ _NOT_IN_TABLE = frozenset({"dots1", "jetmoe", "qwen3_5_moe", "qwen3_omni_moe"})
 _WITH_EXPERTS = (
     expert_classes.STRAIGHT
     | expert_classes.TRANSPOSED
-    | _MIXTRAL
+    | MIXTRAL
     | _NOT_IN_TABLE
     | _STORED_EITHER_WAY
     | {"llama4", "aria"}
@@ -75,7 +76,7 @@ RENAMINGS = (
     Renaming(r"\bblock_sparse_moe\.input_linear\.weight$", "mlp.experts.gate_up_proj", _GRANITE),
     Renaming(r"\bblock_sparse_moe\.output_linear\.weight$", "mlp.experts.down_proj", _GRANITE),
     Renaming(r"\bblock_sparse_moe\.router\.layer\.", "mlp.router.", _GRANITE),
-    Renaming(r"\bblock_sparse_moe\.", "mlp.", _MIXTRAL | _GRANITE),
+    Renaming(r"\bblock_sparse_moe\.", "mlp.", MIXTRAL | _GRANITE),
     Renaming(r"\bmlp\.gate\.weight$", "mlp.router.weight", frozenset({"phimoe"})),
     Renaming(r"\b(experts\.\d+)\.w1\b", r"\1.gate_proj", _WITH_EXPERTS),
     Renaming(r"\b(experts\.\d+)\.w3\b", r"\1.up_proj", _WITH_EXPERTS),
@@ -106,7 +107,7 @@ UNMARKED_TRANSPOSED = (expert_classes.TRANSPOSED - expert_classes.MARKED) | {"ll
 """Stacked experts that are (E, in, out) though their class does not say so."""
 
 STRAIGHT_EXPERTS = (
-    expert_classes.STRAIGHT | UNMARKED_TRANSPOSED | _MIXTRAL | _GRANITE | _NOT_IN_TABLE
+    expert_classes.STRAIGHT | UNMARKED_TRANSPOSED | MIXTRAL | _GRANITE | _NOT_IN_TABLE
 ) - _STORED_EITHER_WAY
 """Stacked experts whose class does not, so that PEFT reads them as (E, out, in)."""
 
@@ -178,7 +179,7 @@ their module's name and their own, the parts in the order of outputs."""
 TASK_HEADS = frozenset(
     {
         "classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "lm_head",
-        "v_head", "regression_head", "logits_proj", "summary",
+        "v_head", "regression_head", "logits_proj", "summary", "sequence_summary",
     }
 )  # fmt: skip
 """Modules that a task adds to a body, which a checkpoint of the body alone does not have."""

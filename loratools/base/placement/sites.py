@@ -14,6 +14,7 @@ from loratools.base.placement.fused import (
     is_alternating,
 )
 from loratools.base.placement.names import Names
+from loratools_formats.core.wrapped_names import unwrapped
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>[a-z0-9_]+)")
 _NUMBERED = re.compile(r"\bexperts\.(\d{1,6})\.")
@@ -89,7 +90,7 @@ def sites(names: Names, module: str, leaf: str) -> list[Site]:
         return [Site(each, share=(i, len(keys))) for i, each in enumerate(keys)]
     if leaf != "weight":
         return []
-    return _in_class(names, module) or _in_stack(names, module)
+    return _in_class(names, module) or _in_stack(names, module) or _stored_apart(names, module)
 
 
 def _joined_by_name(module: str, leaf: str) -> list[str]:
@@ -108,12 +109,43 @@ def _in_stack(names: Names, module: str) -> list[Site]:
         return []
     parameter, half = _STACKED[match["leaf"]]
     stack = f"{match['stack']}.{parameter}"
+    own = _EXPERT.fullmatch(unwrapped(module))
     key = names.find(stack)
+    if key is None and own is not None:
+        key = names.find(f"{own['stack']}.{parameter}")
     if key is None or len(names.tensors[key].shape) != 3:
         return []
     part = None if half is None else FusedPart(stack, STACKED_GLU, half)
     alternates = match["leaf"] == "gate_up_proj" and is_alternating(names, stack)
     return [Site(key, part=part, plane=int(match["index"]), alternates=alternates)]
+
+
+def stored_single(names: Names, module: str) -> str | None:
+    """Return what the base's files call a single expert that has its class's name; None if nothing.
+
+    The class stacks experts, and its name for one is that of the stack with a number in it.
+    """
+    keys = _members(names, module)
+    return keys[0].removesuffix(".weight") if len(keys) == 1 else None
+
+
+def _stored_apart(names: Names, module: str) -> list[Site]:
+    """Return where an expert lies that has the class's name, in files that call it otherwise."""
+    keys = _members(names, module)
+    if len(keys) == 1:
+        return [Site(keys[0])]
+    return [Site(key, share=(i, len(keys))) for i, key in enumerate(keys)]
+
+
+def _members(names: Names, module: str) -> list[str]:
+    match = _EXPERT.fullmatch(unwrapped(module))
+    if match is None or match["leaf"] not in _STACKED:
+        return []
+    parameter, half = _STACKED[match["leaf"]]
+    experts = names.merged_into(f"{match['stack']}.{parameter}")
+    index = int(match["index"])
+    keys = experts[index] if index < len(experts) else []
+    return keys if half is None else keys[half : half + 1]
 
 
 def _in_class(names: Names, module: str) -> list[Site]:

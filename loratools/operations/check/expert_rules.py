@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.serving import each_target
@@ -54,6 +55,54 @@ def _lost(subject: Subject) -> Iterator[Found]:
             "target_modules when it stacks them"
         )
         yield Found(text, others[0])
+    yield from _rescaled(subject, adapter, single)
+
+
+def _rescaled(
+    subject: Subject, adapter: Adapter, single: Mapping[str, re.Match[str]]
+) -> Iterator[Found]:
+    """Yield what PEFT scales otherwise as it stacks single experts.
+
+    A stack has one rank and alpha. That of gate and up has twice the configuration's, which is
+    right but for rsLoRA. Patterns count that name a stack as its class does: none of gate and up,
+    and none of w1, w3 and w2.
+    """
+    by_stack: dict[tuple[str, str], set[tuple[int | None, float]]] = {}
+    joined: list[str] = []
+    unheard: set[str] = set()
+    for name, match in single.items():
+        change = adapter.modules[name]
+        if change.factors is None:
+            continue
+        leaf = _OF_MIXTRAL.get(match["leaf"] or "", match["leaf"] or "")
+        if leaf in ("gate_proj", "up_proj"):
+            joined.append(name)
+        if leaf in ("gate_proj", "up_proj") or leaf != match["leaf"]:
+            unheard.add(leaf)
+        owner = name.rpartition(".experts.")[0]
+        by_stack.setdefault((owner, leaf), set()).add((change.rank, change.factors.scale))
+    has_gate = any(leaf == "gate_proj" for _, leaf in by_stack)
+    if has_gate and subject.config.get("use_rslora"):
+        text = "PEFT makes gate and up of rsLoRA √2 times as strong when it stacks them"
+        yield Found(text, joined[0])
+        return
+    usual = _usual(subject.config) if has_gate else None
+    for (owner, leaf), found in by_stack.items():
+        if len(found) > 1 or (leaf in unheard and usual is not None and found != {usual}):
+            text = (
+                f"PEFT gives a stack of experts one rank and alpha, and {leaf} of {owner}.experts "
+                "has others by rank_pattern or alpha_pattern"
+            )
+            yield Found(text, f"{owner}.experts")
+            return
+
+
+def _usual(config: Mapping[str, Any]) -> tuple[int, float] | None:
+    """Return the rank and scale that a configuration gives modules of no pattern."""
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        return None
+    return rank, alpha / rank
 
 
 def _layout(subject: Subject, adapter: Adapter, target: Target) -> Iterator[Found]:
@@ -88,8 +137,17 @@ RULES = (
         of_readers=("expert-order-doubtful",),
     ),
     Rule(
+        "LT115", "projections-in-parts", "warning",
+        "Modules are parts of a projection that the model has as one, as Tinker adapts them.",
+        "PEFT and programs that read its folders find no such module, and leave it as it was.",
+        "Join the parts: `loratools convert ADAPTER --to peft --base MODEL -o NEW`.",
+        "`tinker_cookbook/weights/_adapter.py` at 9dfcc3a2",
+        of_readers=("projections-in-parts",),
+    ),
+    Rule(
         "LT411", "experts-lost", "warning",
-        "PEFT on transformers 5 drops parts of an adapter of single experts as it stacks them.",
+        "PEFT on transformers 5 drops parts of an adapter of single experts as it stacks them, or "
+        "scales them otherwise.",
         "It loads, with no warning or one that names other keys, and acts otherwise than trained.",
         "Write the names of transformers 5: "
         "`loratools convert ADAPTER --base MODEL --experts stacked -o NEW`.",

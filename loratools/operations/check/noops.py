@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from loratools.base.placement.class_view import class_view
 from loratools.base.placement.experts import expert_placements
 from loratools.base.placement.names import Names
 from loratools.base.placement.place import place
@@ -103,10 +104,13 @@ def _not_in_base(subject: Subject) -> Iterator[Found]:
     if adapter is None:
         return
     names = subject.base
-    for name, change in adapter.modules.items():
-        if not _has_place(names, name, change):
-            near = ", ".join(names.nearest(f"{name}.weight")) or "none"
-            yield Found(f"{name} meets no module of the base; nearest: {near}", name)
+    homeless = {n: c for n, c in adapter.modules.items() if not _has_place(names, n, c)}
+    if homeless and names.has_class:
+        of_class = Names(class_view(names.base).checkpoint)
+        homeless = {n: c for n, c in homeless.items() if not _has_place(of_class, n, c)}
+    for name in homeless:
+        near = ", ".join(names.nearest(f"{name}.weight")) or "none"
+        yield Found(f"{name} meets no module of the base; nearest: {near}", name)
     for replacement in adapter.replacements.values():
         module, _, leaf = replacement.target.rpartition(".")
         if not _replaces(names, module, leaf) and replacement.kind != "module":

@@ -20,7 +20,7 @@ from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding, Severity
 from loratools_formats.disk.distant import is_there
-from loratools_formats.disk.errors import LoratoolsError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError
 from loratools_formats.disk.files import system_troubles
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -146,6 +146,9 @@ class Asked:
             )
             subject = replace(subject, name=self.named.get(source))
         found = checked(subject, self.options.codes())
+        changed = _changed(subject.adapter, in_place=not isinstance(source, Adapter))
+        if changed is not None:  # rules that could not look at it say nothing of what is there
+            return Unchecked(self._name(source), changed)
         new = tuple(finding for finding in found if not self._is_accepted(finding))
         adapter = subject.adapter
         about = CheckedAdapter(
@@ -158,6 +161,22 @@ class Asked:
 
     def _is_accepted(self, finding: CheckFinding) -> bool:
         return finding.code != UNREADABLE.code and finding.fingerprint in self.accepted
+
+
+def _changed(adapter: Adapter | None, *, in_place: bool) -> str | None:
+    """Return how a file of an adapter changed since it was read; None if none did.
+
+    Args:
+        adapter: what was read; None if it could not be.
+        in_place: whether another file in the place of one counts, too.
+    """
+    for file in () if adapter is None else adapter.inputs:
+        try:
+            if file.is_here:
+                file.check_in_place() if in_place else file.check_unchanged()
+        except AdapterError as error:
+            return str(error)
+    return None
 
 
 def _reference(subject: Subject) -> str:

@@ -1,12 +1,14 @@
-"""Give adapters of different formats the names of the base model, so that their modules match."""
+"""Give adapters of different formats and spellings one name for each module, so that they match."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from loratools.folding.base_layout import in_base_layout
+from loratools.folding.expert_sides import straightened, with_sides
 from loratools.naming.rename import NamingOptions, renamed
 from loratools.naming.together import in_one_spelling
+from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
@@ -22,7 +24,7 @@ def in_one_naming(
 
     Single files whose modules a table has are spelled as the first spells them. Other adapters of
     one format keep their names; of several, each goes to the base model's names where a way leads
-    there.
+    there. Where modules differ then, the base's class divides and names them.
     """
     found: list[Finding] = []
     if all(get_format(adapter.format).naming is not None for adapter in adapters):
@@ -35,8 +37,9 @@ def in_one_naming(
         if alike is not None:
             return alike, []
     if len({adapter.format for adapter in adapters}) == 1:
-        return [in_base_layout(adapter, base) for adapter in adapters], found
-    named: list[Adapter] = []
+        named = [in_base_layout(adapter, base) for adapter in adapters]
+        return _as_classed(named, base, found), found
+    named = []
     for adapter in adapters:
         try:
             named.append(in_model_names(adapter, base))
@@ -44,7 +47,24 @@ def in_one_naming(
             named.append(adapter)
             message = f"{adapter.source} keeps its own names: {error.message}"
             found.append(Finding("names-kept", "warning", None, message))
-    return named, found
+    return _as_classed(named, base, found), found
+
+
+def _as_classed(
+    adapters: list[Adapter], base: Checkpoint | None, found: list[Finding]
+) -> list[Adapter]:
+    """Return adapters with the modules of the base's class where theirs differ, A on the inputs."""
+    adapters = [straightened(with_sides(adapter, base)) for adapter in adapters]
+    modules = {frozenset((n, c.layer.parameters) for n, c in a.modules.items()) for a in adapters}
+    other = any(get_format(adapter.format).naming is not None for adapter in adapters)
+    if base is None or len(modules) < 2 or other:
+        return adapters
+    try:
+        return in_class_names(adapters, base)
+    except LoratoolsError as error:
+        message = f"the adapters' modules differ, and their names are kept: {error.message}"
+        found.append(Finding("names-kept", "warning", None, message))
+        return adapters
 
 
 def in_model_names(adapter: Adapter, base: Checkpoint | None) -> Adapter:

@@ -135,11 +135,12 @@ def compare(
             progress(len(done), len(wanted))
     if not any(module.is_compared for module in done):
         examples = [next(iter(opener.modules)) for opener in openers]
+        why = next((f"{module.name}: {module.problem}" for module in done if module.problem), None)
         raise AdapterError(
-            "the adapters share no module",
-            got=" and ".join(dict.fromkeys(examples)),
+            "the adapters share no module" + (" that can be compared" if why else ""),
+            got=why or " and ".join(dict.fromkeys(examples)),
             hint="; ".join(each.message for each in found)
-            or "Are they adapters of models with the same modules?",
+            or ("Are they adapters of one model?" if base is not None else _OTHER_NAMES),
         )
     if any(opener.directional for opener in openers):
         message = "DoRA modules are compared by their directions; `base` gives their changes"
@@ -156,6 +157,28 @@ def compare(
     return _result(adapters, done, found)
 
 
+def _problem(modules: Sequence[ThinModule]) -> str:
+    """Return why modules of one name are not compared; empty if they are."""
+    parameters = {p.rpartition(".")[2] for module in modules for p in module.layer.parameters}
+    stacks = [module for module in modules if module.layer.kind == "experts"]
+    if len(parameters) > 1 and all(len(m.layer.parameters) == 1 for m in modules):
+        return f"it is of different parameters, {', '.join(sorted(parameters))}: {_BASE_TELLS}"
+    if len({(module.shape, len(module.matrices)) for module in modules}) > 1:
+        shapes = ", ".join(f"{module.shape[0]}×{module.shape[1]}" for module in modules)
+        return f"its shapes differ: {shapes}"
+    square = any(module.shape[0] == module.shape[1] for module in stacks)
+    if square and len({module.layer.swapped for module in stacks}) > 1:
+        return f"which side of the experts A is on is told of one only: {_BASE_TELLS}"
+    return ""
+
+
+_OTHER_NAMES = (
+    "Are they adapters of one model? If so, pass `base`, whose class tells which names are of one "
+    "module"
+)
+_BASE_TELLS = "`base` brings them together"
+
+
 def _module(
     name: str, openers: Sequence[ThinModules], options: CompareOptions, workspace: Workspace
 ) -> _Module:
@@ -164,11 +187,11 @@ def _module(
     present = tuple(i for i, _ in found)
     count = len(openers)
     changes, begun = np.zeros((count, count)), unknown(count)
-    if len({(module.shape, len(module.matrices)) for _, module in found}) > 1:
+    problem = _problem([module for _, module in found])
+    if problem:
         for i, module in found:
             changes[i, i] = sum(thin.squared_norm for thin in module.matrices)
-        shapes = ", ".join(f"{module.shape[0]}×{module.shape[1]}" for _, module in found)
-        return _Module(name, present, f"its shapes differ: {shapes}", changes, begun)
+        return _Module(name, present, problem, changes, begun)
     modules = [module for _, module in found]
     here = np.ix_(present, present)
     changes[here], grams = inner_products(modules, workspace)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from loratools.base.placement.flat_experts import FLAT, experts_in
 from loratools.operations.in_class_names import in_class_names
 from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -101,8 +102,16 @@ def _for_mlx(adapter: Adapter, base: Checkpoint) -> Adapter:
     for module, given in adapter.modules.items():
         name, change = _of_nemotron(module, given) if is_nemotron else (module, given)
         for path, made in _apart(name, change, base, adapter):
-            modules[_prefixed(path) if several else path] = made
+            called = _prefixed(path) if several else path
+            modules[called] = _in_stack_of(called, made) if called != path else made
     return replace(adapter, modules={name: modules[name] for name in sorted(modules)})
+
+
+def _in_stack_of(path: str, change: ModuleChange) -> ModuleChange:
+    """Return a change whose stack of experts, if it is one, has the name of its module."""
+    if change.layer.kind != "experts":
+        return change
+    return _named(change, path, change.require_factors().b)
 
 
 def _of_nemotron(name: str, change: ModuleChange) -> tuple[str, ModuleChange]:
@@ -133,6 +142,10 @@ def _apart(
             raise UnsupportedError(
                 "mlx-lm has the language model only", path=adapter.source, tensor=name
             )
+        flat = [FLAT.fullmatch(parameter) for parameter in change.layer.parameters]
+        if len(flat) == 1 and flat[0] is not None and "dbrx" in model_types(base.config):
+            yield from _of_dbrx(flat[0]["owner"], flat[0]["leaf"], change, base)
+            return
         if any(not parameter.endswith(".weight") for parameter in change.layer.parameters):
             raise UnsupportedError(
                 "mlx-lm has no such parameter: it keeps these experts as linear layers",
@@ -161,6 +174,25 @@ def _apart(
         return
     for index, leaf in enumerate(("gate_proj", "up_proj")):
         yield f"{path}.{leaf}", _named(change, f"{path}.{leaf}", _half(b, index, types[0]))
+
+
+def _of_dbrx(
+    owner: str, leaf: str, change: ModuleChange, base: Checkpoint
+) -> Iterator[tuple[str, ModuleChange]]:
+    """Yield the linear layers of single experts, which DBRX keeps below each other in a matrix.
+
+    Its experts have A (r, H) in common, and rows of B each. w2 acts from rows to columns.
+    """
+    part = change.require_factors()
+    experts = experts_in(base.config, part.b.shape[0], f"{owner}.mlp.{leaf}")
+    rows = part.b.shape[0] // experts
+    for expert in range(experts):
+        b = part.b.rows(list(range(expert * rows, (expert + 1) * rows)))
+        a = part.a
+        if leaf == "w2":
+            a, b = b.transposed((1, 0)), a.transposed((1, 0))
+        single = replace(part, a=a, b=b, layer=Layer("linear"))
+        yield f"{owner}.{expert}.{leaf}", change.with_direction(single)
 
 
 def _half(b: TensorRef, index: int, model_type: str) -> TensorRef:

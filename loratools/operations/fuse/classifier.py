@@ -16,10 +16,12 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
 
-_HEADS = re.compile(r"(?:score|classifier|classification_head)(?:\.out_proj)?\.weight")
-_ANY_HEAD = re.compile(
-    r"(?:^|\.)(?:score|classifier|classification_head)(?:\.out_proj)?\.(?:weight|bias)$"
-)
+_NAMES = r"(?:(?:score|classifier|classification_head)(?:\.out_proj)?|logits_proj|"
+_NAMES += r"sequence_summary\.summary)"
+_HEADS = re.compile(rf"{_NAMES}\.weight")
+_ANY_HEAD = re.compile(rf"(?:^|\.){_NAMES}\.(?:weight|bias)$")
+_SUMMARY = "sequence_summary."
+"""What XLM and Flaubert have for a head; XLNet has a layer of that name in front of its own."""
 _TASK = re.compile(r"(?:For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
 
@@ -82,7 +84,10 @@ def _head(adapters: Sequence[Adapter], keys: Collection[str]) -> tuple[str, str,
     """Return the class' ending, the name of the head's weight, and its number of labels."""
     for adapter in adapters:
         suffix = ENDING_OF_TASK.get(str(adapter.config.get("task_type")))
-        for replacement in adapter.replacements.values() if suffix is not None else ():
+        heads = sorted(
+            adapter.replacements.values(), key=lambda each: each.target.startswith(_SUMMARY)
+        )
+        for replacement in heads if suffix is not None else ():
             shape = replacement.tensor.shape
             if _HEADS.fullmatch(replacement.target) and len(shape) == 2:
                 key = next((key for key in keys if key.endswith(replacement.target)), None)

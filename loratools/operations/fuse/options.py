@@ -26,7 +26,7 @@ class FuseOptions(Sharding, Computing):
     Attributes:
         dtype: type of all weights: f32, f16 or bf16; in a GGUF model the type of the changed
             tensors, q8_0, q5_1, q5_0, q4_1 and q4_0 too. By default each keeps its own.
-        base_mode: for a four-bit base: add to the values its codes stand for (dequant), or insist
+        base_mode: for a quantised base: add to the values its codes stand for (dequant), or insist
             on the 16-bit original.
         requantize: store changed weights in the base's own format again, with the scales that
             they have, or with new ones where the format allows and that is nearer.

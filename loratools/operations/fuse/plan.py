@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from loratools.base.placement import BiasPlacement, Placement, Placements, place
+from loratools.base.placement.place import UnmatchedError
 from loratools.base.weights import BaseModule
 from loratools.folding.base_seen import divided_in
 from loratools.folding.without_base import folded_where_exact, needs_base, to_lora_command
@@ -38,7 +39,7 @@ from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.dtypes import DTYPES, Array, DType
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import AdapterError, UnsupportedError
+from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 ADDABLE = (*FLOATING, *FP8_TYPES)
@@ -153,8 +154,9 @@ def plan_fuse(
     found = [_in_names_of(item.adapter, base) for item in inputs]
     inputs = [replace(i, adapter=adapter) for i, (adapter, _) in zip(inputs, found, strict=True)]
     streamed: list[list[Placement | BiasPlacement | StreamedPlacement]] = []
-    for item, (_, divided) in zip(inputs, found, strict=True):
-        placements = place(_without_streamed(item.adapter, divided), base)
+    for index, (given, (_, divided)) in enumerate(zip(inputs, found, strict=True)):
+        item, placements = _placed(given, base, divided)
+        inputs[index] = item
         weights, biases = streamed_placements(item.adapter, base, divided)
         refuse_clashes(base, placements, weights)
         placed.append(placements)
@@ -206,6 +208,23 @@ def ready(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """
     adapter.require_true_delta("fuse")
     return with_replaced_rows(folded_where_exact(adapter, "fuse", None, base=base, dense=False))
+
+
+def _placed(
+    item: FuseInput, base: Checkpoint, divided: Mapping[str, BaseModule]
+) -> tuple[FuseInput, Placements]:
+    """Return where an adapter's changes go, under the names of the base's class if need be.
+
+    A file may leave out which part of a model a layer is in, as Tinker's do.
+    """
+    try:
+        return item, place(_without_streamed(item.adapter, divided), base)
+    except UnmatchedError as error:
+        try:
+            renamed = in_class_names([item.adapter], base)[0]
+        except LoratoolsError:
+            raise error from None
+        return replace(item, adapter=renamed), place(_without_streamed(renamed, divided), base)
 
 
 def _in_names_of(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, dict[str, BaseModule]]:

@@ -21,7 +21,6 @@ from loratools.operations.fuse.tensor import TensorReport, not_finite
 from loratools.operations.fuse.terms import View, load_terms, stacked
 from loratools_formats.checkpoints.shard_plan import Blank, Sink
 from loratools_formats.core.dtypes import Array
-from loratools_formats.disk.errors import UnsupportedError
 
 _PIECE = 1 << 17  # elements encoded at a time, which stay in a core's cache
 
@@ -32,28 +31,13 @@ class Reencoded:
     Args:
         plan: the plain weight, with what is added to it.
         encoder: how it is stored.
-        shape: of the weight that the encoder is for.
         device: where products are computed.
-
-    Raises:
-        UnsupportedError: the new weight has another shape than the old one.
     """
 
-    def __init__(
-        self, plan: TensorPlan, encoder: Encoder, shape: tuple[int, ...], device: Device
-    ) -> None:
-        if plan.source.shape != shape:
-            raise UnsupportedError(
-                "a weight that changes its shape cannot keep its quantisation",
-                tensor=plan.key,
-                got=list(plan.source.shape),
-                expected=list(shape),
-                hint="Leave out `requantize` and `changed_bits`: changed weights are then stored "
-                "in 16 bits",
-            )
+    def __init__(self, plan: TensorPlan, encoder: Encoder, device: Device) -> None:
         self.plan = plan
         self._encoder = encoder
-        self._width = shape[-1]
+        self._width = plan.source.shape[-1]
         self._device = device
 
     @property

@@ -151,7 +151,8 @@ def _matched(name: str, whole: ModuleChange, first: LowRank, item: MergeInput) -
         return whole
     if _is_pointwise(delta) and _is_pointwise(first) and delta.shape == first.shape:
         return whole.with_direction(replace(delta, layer=first.layer))
-    if not whole.is_dora and delta.layer.kind == "experts":
+    both = delta.layer.kind == first.layer.kind == "experts"
+    if not whole.is_dora and both:
         turned = exchanged(delta)
         if _identity(turned) == _identity(first):
             return whole.with_direction(turned)
@@ -161,7 +162,11 @@ def _matched(name: str, whole: ModuleChange, first: LowRank, item: MergeInput) -
         tensor=name,
         got=_described(delta),
         expected=_described(first),
+        hint=_SIDES if None in (delta.layer.swapped, first.layer.swapped) and both else None,
     )
+
+
+_SIDES = "Pass `base`, whose class tells on which side of the experts A is"
 
 
 def _is_pointwise(delta: LowRank) -> bool:

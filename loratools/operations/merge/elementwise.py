@@ -20,6 +20,7 @@ import numpy as np
 from loratools.operations.merge.methods import Method
 from loratools.operations.merge.sign_election import Flavor, MajoritySign, elected
 from loratools.operations.merge.tasks import RowReader, Tasks
+from loratools.operations.merge.weightless import says_nothing
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
 
@@ -251,9 +252,9 @@ def sce(tasks: Tasks, weights: Array, *, density: float = 1.0, lambda_: float = 
     """Select where tasks vary most, weigh tasks by their energy there, erase minority signs.
 
     Raises:
-        OptionError: weights differ, which the method has no place for.
+        OptionError: weights that the method has no place for: they differ, or are not above 0.
     """
-    if not np.allclose(weights, weights[0]):
+    if not says_nothing(weights):
         raise OptionError("sce weighs adapters itself and takes no weights", got=weights.tolist())
 
     def variance(start: int, stop: int) -> Array:

@@ -86,9 +86,10 @@ def joined_exactly(
         return None
     factors = [(ratio, part.b) for ratio, (_, part) in zip(ratios, pairs, strict=True)]
     dtype = next(iter(dtypes))
-    b = _concatenated(factors, -1)
-    if not np.array_equal(encode(b, dtype).astype(np.float64), b):
-        return None
+    if any(ratio != 1.0 for ratio in ratios):
+        b = _concatenated(factors, -1)
+        if not np.array_equal(encode(b, dtype).astype(np.float64), b):
+            return None
     rank = sum(part.rank for _, part in pairs)
     new = planned.resized(rank, dtype, dtype, scale)
     a = _joined(new.a.key, dtype, new.a.shape, [(1.0, part.a) for _, part in pairs], -2)
@@ -96,6 +97,9 @@ def joined_exactly(
 
 
 def _concatenated(parts: list[tuple[float, TensorRef]], axis: int) -> Array:
+    """Return the tensors beside each other, each times its number; as stored if none changes."""
+    if all(ratio == 1.0 for ratio, _ in parts):
+        return np.concatenate([tensor.load() for _, tensor in parts], axis=axis)
     return np.concatenate([ratio * tensor.load(np.float64) for ratio, tensor in parts], axis=axis)
 
 

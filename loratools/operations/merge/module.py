@@ -24,7 +24,7 @@ from loratools.base.weights import find_base_module
 from loratools.folding.decomposed import rows_of
 from loratools.folding.dora import Rescaling, rescaling_of
 from loratools.kinds.declaration import Product, Weight
-from loratools.lowrank.matrices import loaded
+from loratools.lowrank.matrices import is_float64, loaded
 from loratools.operations.merge.align import AlignedModule
 from loratools.operations.merge.methods import Method
 from loratools.operations.merge.space import lifted, shared_space
@@ -132,13 +132,14 @@ def _from_factors(
     module: AlignedModule, run: ModuleMethod, scratch_folder: Path | None, device: Device
 ) -> MergedModule:
     stacks = [None if d is None else pairs_of(d) for d in module.deltas]
+    use_gram = not any(d is not None and is_float64(d.require_factors()) for d in module.deltas)
     matrices: list[MergedMatrix] = []
     coefficients, all_pairs = [], []
     for expert in range(module.first.experts):
         pairs = [None if stack is None else stack[expert] for stack in stacks]
         label = f"{module.name}#{expert}"
         if run.method.kind == "span":
-            matrix, shares = _weighted_sum(pairs, run, device)
+            matrix, shares = _weighted_sum(pairs, run, device, use_gram)
             matrices.append(matrix)
             coefficients.append(shares)
             all_pairs.append(pairs)
@@ -184,24 +185,40 @@ def _coefficients(run: ModuleMethod, gram: Array) -> Array:
 
 
 def _weighted_sum(
-    pairs: list[FactorPair | None], run: ModuleMethod, device: Device
+    pairs: list[FactorPair | None], run: ModuleMethod, device: Device, use_gram: bool
 ) -> tuple[Matrix, Array]:
     """Return Σ cₜ·ΔWₜ and the coefficients, both from the Gram matrices of all factors at once."""
     present = [pair for pair in pairs if pair is not None]
     ranks = [0 if pair is None else len(pair[1]) for pair in pairs]
-    ends = np.cumsum(ranks)
     b, a = linalg.concatenate([(1.0, *pair) for pair in present])
-    both = linalg.grams(b, a)
-    products = both.b * both.a
-    gram = np.zeros((len(pairs), len(pairs)))
-    for i, rows in enumerate(zip(ends - ranks, ends, strict=True)):
-        for j, columns in enumerate(zip(ends - ranks, ends, strict=True)):
-            gram[i, j] = products[slice(*rows), slice(*columns)].sum()
+    # Beyond the rank that a product can have, their Gram matrices are larger than the product.
+    both = linalg.grams(b, a) if len(a) <= min(len(b), a.shape[1]) else None
+    gram = _inner_products(b, a, np.array(ranks), both)
     shares = _coefficients(run, (gram + gram.T) / 2.0)
     factors = np.repeat(np.asarray(shares, np.float64), ranks)
     b *= factors
-    known = linalg.Grams(both.b * np.multiply.outer(factors, factors), both.a)
-    return Matrix(b, a, 1.0, device, use_gram=True, known=known), shares
+    known = both and linalg.Grams(both.b * np.multiply.outer(factors, factors), both.a)
+    return Matrix(b, a, 1.0, device, use_gram, known), shares
+
+
+def _inner_products(b: Array, a: Array, ranks: Array, both: linalg.Grams | None) -> Array:
+    """Return ⟨bᵢaᵢ, bⱼaⱼ⟩ of the parts of concatenated factors: (N, N).
+
+    Args:
+        b: (out, Σ ranks).
+        a: (Σ ranks, in).
+        ranks: (N,) of the parts; those of rank 0 get zeros.
+        both: the Gram matrices, if they are known.
+    """
+    found = np.zeros((len(ranks), len(ranks)))
+    present = np.flatnonzero(ranks)
+    ends = np.cumsum(ranks[present])
+    starts = ends - ranks[present]
+    for index, start, end in zip(present, starts, ends, strict=True):
+        of_b = b[:, start:end].T @ b if both is None else both.b[start:end]
+        of_a = a[start:end] @ a.T if both is None else both.a[start:end]
+        found[index, present] = np.add.reduceat((of_b * of_a).sum(axis=0), starts)
+    return found
 
 
 def _elementwise_in_core(

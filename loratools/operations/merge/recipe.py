@@ -43,7 +43,6 @@ from loratools_formats.disk.files import read_small_file
 from loratools_formats.disk.hub_cache import cached_place
 from loratools_formats.disk.provenance import MADE_HERE
 
-RECIPE_FILE = "recipe.yaml"
 _VERSION = 1
 _MAX_BYTES = 1 << 18
 _MOST_ENTRIES = 10_000
@@ -98,6 +97,16 @@ def load_recipe(path: Path) -> Recipe:
     except OptionError as error:
         error.path = str(path)
         raise
+
+
+def read_of(path: Path) -> list[Path]:
+    """Return what a merge from a recipe reads: the recipe, its adapters and its base.
+
+    Raises:
+        LoratoolsError: the recipe cannot be read, or names on the Hub what cannot be resolved.
+    """
+    plan = with_local_paths(load_recipe(path), path.parent)
+    return [path, *(each.path for each in plan.adapters), *([plan.base] if plan.base else [])]
 
 
 def _fail(place: str, message: str, got: object = None, expected: object = None) -> OptionError:

@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from loratools.operations.merge.methods import Method
+from loratools.operations.merge.weightless import says_nothing
 from loratools_formats.core.dtypes import Array
 from loratools_formats.disk.errors import OptionError
 
@@ -110,9 +111,9 @@ def model_stock(gram: Array, weights: Array) -> Array:
     """T times the mean delta, t = N·cos θ / (1 + (N−1)·cos θ) with the mean pairwise cosine.
 
     Raises:
-        OptionError: weights differ, which the method has no place for.
+        OptionError: weights that the method has no place for: they differ, or are not above 0.
     """
-    if not np.allclose(weights, weights[0]):
+    if not says_nothing(weights):
         raise OptionError("model_stock takes no weights", got=weights.tolist())
     count = len(weights)
     if count == 1:

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from loratools.base.placement import rules
+from loratools.folding.expert_sides import on_side_of_peft, with_sides
 from loratools.operations.in_class_names import in_class_names
 from loratools.operations.merge.align import MergeInput
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Layer
+from loratools_formats.core.adapter import Adapter, Layer
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.wrapped_names import unwrapped
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
@@ -32,6 +33,7 @@ _EXPERTS = re.compile(
     r"(?P<layer>(?:.*\.)?\d+)\.(?:.+\.)?(?P<kind>experts|switch_mlp)\b(?P<rest>.*)"
 )
 _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+_NESTED = ".base_layer"
 _NEUTRAL = rules.NEUTRAL | {"thinker"}
 
 
@@ -44,6 +46,12 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
     """
     if any(get_format(item.adapter.format).naming is not None for item in inputs):
         return list(inputs)
+    if base is not None:
+        sided = [replace(item, adapter=with_sides(item.adapter, base)) for item in inputs]
+        inputs = [
+            _as_peft_has(item, item.adapter, base) if item.adapter.format == "peft" else item
+            for item in sided
+        ]
     clash = _clash(inputs)
     if clash is None:
         return _of_class(inputs, base)
@@ -52,12 +60,11 @@ def in_one_spelling(inputs: Sequence[MergeInput], base: Checkpoint | None) -> li
         raise AdapterError(
             "two adapters name one module differently",
             path=other[0].adapter.source,
-            got=other[1],
-            expected=f"{one[1]}, as {one[0].name} has it",
+            got=_called(*other, one[1]),
+            expected=f"{_called(*one, other[1])}, as {one[0].name} has it",
             hint="Pass `base`, whose class tells the names; they are brought together exactly",
         )
-    renamed = in_class_names([item.adapter for item in inputs], base)
-    done = [replace(item, adapter=each) for item, each in zip(inputs, renamed, strict=True)]
+    done = _renamed(inputs, base)
     left = _clash(done)
     if left is not None:
         raise AdapterError(
@@ -78,14 +85,26 @@ def _of_class(inputs: Sequence[MergeInput], base: Checkpoint | None) -> list[Mer
     if base is None or len(modules) < 2:
         return list(inputs)
     try:
-        renamed = in_class_names([item.adapter for item in inputs], base)
+        return _renamed(inputs, base)
     except LoratoolsError as error:
         text = f"the adapters' modules differ, and their names are kept: {error}"
         told = Finding("names-kept", "warning", None, text)
         first, *rest = inputs
         adapter = replace(first.adapter, findings=(*first.adapter.findings, told))
         return [replace(first, adapter=adapter), *rest]
-    return [replace(item, adapter=each) for item, each in zip(inputs, renamed, strict=True)]
+
+
+def _renamed(inputs: Sequence[MergeInput], base: Checkpoint) -> list[MergeInput]:
+    """Return inputs under the names of the base's class; new stacks are as PEFT reads them now."""
+    renamed = in_class_names([item.adapter for item in inputs], base)
+    return [_as_peft_has(*each, base) for each in zip(inputs, renamed, strict=True)]
+
+
+def _as_peft_has(item: MergeInput, adapter: Adapter, base: Checkpoint) -> MergeInput:
+    """Return an input with an adapter, whose stacks are as PEFT reads them if its file has none."""
+    layout = item.adapter.expert_layout
+    keeps = layout is not None and layout.name == "stacked"
+    return replace(item, adapter=adapter if keeps else on_side_of_peft(adapter, base))
 
 
 _Found = tuple[MergeInput, str]
@@ -107,6 +126,12 @@ def _clash(inputs: Sequence[MergeInput]) -> tuple[_Found, _Found] | None:
     return None
 
 
+def _called(item: MergeInput, module: str, other: str) -> str:
+    """Return a module for a message, with the parameter that it is of if the other has its name."""
+    parameters = item.adapter.modules[module].layer.parameters
+    return f"{module} of {', '.join(parameters)}" if module == other and parameters else module
+
+
 def _places(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
     """Yield what a module is about, and how it is spelled there."""
     name = unwrapped(module)
@@ -114,6 +139,7 @@ def _places(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
     while len(parts) > 1 and parts[0] in _NEUTRAL:
         del parts[0]
     loose = ".".join(parts)
+    yield from _parameters(module, layer)
     experts = _EXPERTS.fullmatch(loose)
     if experts is not None:
         single = re.match(r"\.\d+\.", experts["rest"]) is not None
@@ -134,3 +160,17 @@ def _places(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
         yield f"{parent} {fused}", "apart"
     if leaf in _TOGETHER:
         yield f"{parent} {leaf}", "together"
+
+
+def _parameters(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
+    """Yield which parameter a module is of, and back: one alone has the name of the last of two."""
+    if layer.kind != "experts" or len(layer.parameters) != 1:
+        return
+    leaf = layer.parameters[0].rpartition(".")[2]
+    if leaf == "weight":  # a module of its own
+        return
+    owner = module
+    while owner.endswith(_NESTED):
+        owner = owner.removesuffix(_NESTED)
+    yield f"{owner} {leaf}", f"{module}"
+    yield f"{module} is", leaf

@@ -108,3 +108,8 @@ def nothing_left() -> OptionError:
     return OptionError(
         "nothing is left: the weight of every adapter is 0 in every module that it has"
     )
+
+
+def says_nothing(weights: Array) -> bool:
+    """Return whether weights are all alike and above 0, so that a method may do without them."""
+    return bool(weights[0] > 0.0 and np.allclose(weights, weights[0], atol=0.0))

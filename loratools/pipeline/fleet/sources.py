@@ -230,12 +230,12 @@ def _reference(text: str, want: Want) -> Reference | None:
 def _on_the_hub(reference: Reference, want: Want) -> dict[str, str]:
     """Return what a reference with wildcards matches, with the members' names."""
     from loratools.hub import client
-    from loratools.hub.listing import listing
+    from loratools.hub.resolve import contents
 
     organisation, _, pattern = reference.repo.partition("/")
     if not glob.has_magic(pattern):
         inside = reference.inside
-        files = listing(reference.at("")).files
+        files = contents(reference.at("")).files
         folders = {name.rpartition("/")[0] for name in files if name.endswith(f"/{_CONFIG}")}
         places = folders | {name for name in files if name.endswith(WEIGHTS)}
         places = {n for n in places if not any(p.startswith(".") for p in n.split("/"))}

@@ -19,6 +19,7 @@ from loratools.pipeline.fleet.shared import decompositions, shared_inputs
 from loratools.pipeline.fleet.store import OWN, Folder, Store, store_of
 from loratools.pipeline.fleet.verbs import get_verb
 from loratools.work.call import Call
+from loratools.work.memory import keep_memory
 from loratools_formats.disk.errors import (
     HubError,
     LoratoolsError,
@@ -143,7 +144,8 @@ def run_task(task: Task) -> Outcome:
 
 
 def run_tasks(tasks: Sequence[Task]) -> list[Outcome]:
-    """Do several adapters, one after the other."""
+    """Do several adapters, one after the other, in a worker."""
+    keep_memory()
     return [run_task(task) for task in tasks]
 
 

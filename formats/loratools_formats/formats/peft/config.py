@@ -163,6 +163,22 @@ def check_value(values: Mapping[str, Any], key: str, path: Path | None = None) -
         )
 
 
+_OF_ALL_KINDS = (
+    "base_model_name_or_path", "exclude_modules", "layers_to_transform", "modules_to_save",
+    "peft_version", "target_modules",
+)  # fmt: skip
+
+
+def check_of_all_kinds(values: Mapping[str, Any], path: Path) -> None:
+    """Check the values that mean the same in every kind of adapter.
+
+    Raises:
+        AdapterError: one has the wrong type.
+    """
+    for key in _OF_ALL_KINDS:
+        check_value(values, key, path)
+
+
 class PeftConfig:
     """A validated configuration.
 

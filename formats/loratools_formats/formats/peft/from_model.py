@@ -74,14 +74,14 @@ def _config(
         "peft_type": "LORA",
         "r": max((part.rank for part in parts.values()), default=1),
         "rank_pattern": {},
-        "target_modules": sorted(named) or None,
+        "target_modules": sorted(named) or None,  # None: those that PEFT has for the model
         "task_type": None,
         "use_dora": any(delta.is_dora for delta in modules.values()),
         "use_rslora": False,
     }
     parameters = sorted({name for part in parts.values() for name in part.layer.parameters})
     if parameters:
-        values["target_parameters"] = parameters
+        values |= {"target_modules": sorted(named), "target_parameters": parameters}
     rows = [r for r in replacements.values() if r.kind == "token_rows"]
     if rows:
         values["trainable_token_indices"] = {

@@ -32,18 +32,20 @@ from loratools_formats.disk.errors import (
     UnsupportedError,
 )
 from loratools_formats.disk.files import RegularFile, inside
-from loratools_formats.disk.provenance import PROVENANCE_FILE
+from loratools_formats.disk.provenance import PROVENANCE_FILE, RECIPE_FILE
 from loratools_formats.formats.peft import keys
 from loratools_formats.formats.peft.beside import attachments
 from loratools_formats.formats.peft.config import (
     CONFIG_FILE,
     NOT_A_PRODUCT,
     PeftConfig,
+    check_of_all_kinds,
     is_set,
     read_values,
 )
 from loratools_formats.formats.peft.experts import plain
 from loratools_formats.formats.peft.experts.layout import Plain
+from loratools_formats.formats.peft.experts.tinker import about_parts
 from loratools_formats.formats.peft.kinds.read import (
     caveats_of,
     left_to_loader,
@@ -83,6 +85,7 @@ def read(path: Path) -> Adapter:
 def _read(folder: Path, renamed: Path | None) -> Adapter:
     config = RegularFile(inside(folder, CONFIG_FILE))
     values = read_values(config)
+    check_of_all_kinds(values, config.path)
     weights, original, about_weights = _open_weights(folder, renamed)
     tensors, about_names = as_saved(weights.tensors, folder)
     stored = Plain(values, tensors)
@@ -94,6 +97,8 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
     carried = found.rest
     if found.modules or (values["peft_type"] == "LORA" and not _is_no_product(values)):
         replacements, carried = classify(values, found.rest, found.modules, folder)
+    layout = stored.layout or found.experts
+    is_tinkers = layout is not None and layout.name == "tinker"
     return Adapter(
         format="peft",
         source=renamed or folder,
@@ -110,10 +115,11 @@ def _read(folder: Path, renamed: Path | None) -> Adapter:
             *about_names,
             *_about_folder(folder, original.path.name),
             *_about_training(carried),
+            *(about_parts(found.modules) if is_tinkers else ()),
             *_about_loader(values["peft_type"], found.modules),
         ),
         attachments=attachments(folder),
-        expert_layout=stored.layout or found.experts,
+        expert_layout=layout,
         inputs=(original, config),
     )
 
@@ -248,7 +254,7 @@ def _about_folder(folder: Path, weights_name: str) -> list[Finding]:
         WEIGHTS_FILE,
         LEGACY_WEIGHTS_FILE,
         PROVENANCE_FILE,
-        "recipe.yaml",
+        RECIPE_FILE,
         ".gitattributes",  # every repository of the Hub has one
     }
     foreign = sorted(

@@ -8,6 +8,7 @@ these or does otherwise; it is written as it was read, and has no names of its o
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -106,16 +107,22 @@ def sniffed_naming(path: Path) -> Naming | None:
     except OSError:
         return None
     names = tensor_names(end)
-    return _naming(start, names) if names else None
+    return _naming(tuple(names), scaled=_states_scale(start)) if names else None
 
 
-def _naming(start: bytes, names: list[bytes]) -> Naming | None:
+def _states_scale(start: bytes) -> bool:
+    from loratools_formats.disk.provenance import OPERATION_KEY
+    from loratools_formats.formats.singlefile.scale import METADATA_KEY
+
+    return METADATA_KEY.encode() in start or OPERATION_KEY.encode() in start
+
+
+@functools.lru_cache(maxsize=4)  # every naming is asked for the same names
+def _naming(names: tuple[bytes, ...], *, scaled: bool) -> Naming | None:
     from loratools_formats.core.peft_facts import OF_LANGUAGE_MODEL
     from loratools_formats.core.peft_facts import PREFIX as PEFT_PREFIX
     from loratools_formats.core.single_file_keys import parse
-    from loratools_formats.disk.provenance import OPERATION_KEY
     from loratools_formats.formats.singlefile.read import CONTROL_MARK, OF_DIFFUSION, naming_class
-    from loratools_formats.formats.singlefile.scale import METADATA_KEY
 
     of_language_model = re.compile(OF_LANGUAGE_MODEL)
     control = CONTROL_MARK.encode() in names
@@ -132,7 +139,6 @@ def _naming(start: bytes, names: list[bytes]) -> Naming | None:
     # PEFT's weights without their configuration are another format: their scale is not 1.
     # Those of diffusion models are loaded without one everywhere, with a scale of 1 (fal), and what
     # loratools writes without one has that scale.
-    scaled = METADATA_KEY.encode() in start or OPERATION_KEY.encode() in start
     scaled = scaled or any(key.role == "alpha" for key in known)
     if not scaled and any(map(is_bare, known)):
         return None

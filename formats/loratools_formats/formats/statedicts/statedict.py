@@ -45,7 +45,7 @@ class StateDictFormat(Format):
 
     def sniff(self, path: Path) -> bool:
         """Return whether a name in the first 64 KiB is telling."""
-        return any(re.fullmatch(self.telling, name) for name in names_in(path))
+        return any(map(re.compile(self.telling).fullmatch, names_in(path)))
 
     def read(self, path: Path) -> Adapter:
         """Read a file."""

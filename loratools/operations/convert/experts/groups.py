@@ -10,7 +10,7 @@ from typing import Literal
 from loratools.base.dequantised import dequantised
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
-from loratools.base.placement.orient import stack_is_transposed, whole_is_transposed
+from loratools.base.placement.orient import stack_is_swapped
 from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import model_types
@@ -146,11 +146,7 @@ def _straight(
     part = change.require_factors()
     swapped = part.layer.swapped
     if swapped is None and names is not None and part.layer.kind == "experts":
-        parameter = part.layer.parameters[0]
-        key = names.find(parameter)
-        lies = None if key is None else stack_is_transposed(names, parameter)
-        if key is not None and lies is not None:
-            swapped = whole_is_transposed(names, parameter, part, names.shape(key)) != lies
+        swapped = stack_is_swapped(names, part.layer.parameters[0], part)
     if swapped is None:
         raise UnsupportedError(
             "whether A is on the inputs of these experts cannot be told without the base",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from loratools.folding.expert_sides import lacks_sides, with_sides
 from loratools.operations.convert.class_names import NAMED
 from loratools.operations.convert.experts.apart import of_one_rank
 from loratools.operations.convert.experts.choice import wanted_by
@@ -53,7 +54,8 @@ def in_layout(
         OptionError: a layout is asked for in a format that has none to choose.
         UnsupportedError: the layout cannot hold the experts exactly, or the base must tell more.
     """
-    checkpoint = _checkpoint(adapter, base) if target in ("peft", "mlx") else None
+    asks = target in ("peft", "mlx") or (target == "gguf" and lacks_sides(adapter))
+    checkpoint = _checkpoint(adapter, base) if asks else None
     wanted = experts
     if isinstance(experts, str):
         wanted = wanted_by(experts, adapter, checkpoint)
@@ -70,6 +72,7 @@ def in_layout(
             adapter = replace(adapter, modules={**adapter.modules, **whole})
     if target == "mlx":
         return _uniform(in_names(straightened(adapter, checkpoint))), wanted, ()
+    adapter = with_sides(adapter, checkpoint)
     if target != "peft":
         return in_names(_one_by_one(adapter) if target == "gguf" else adapter), wanted, ()
     if wanted.layout in _APART:

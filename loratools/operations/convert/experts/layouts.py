@@ -27,6 +27,7 @@ from loratools.operations.convert.experts.groups import (
 )
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.stacked import nested, stacked
+from loratools.operations.convert.experts.stored_names import in_stored_names
 from loratools.operations.convert.experts.tinker_names import in_tinker_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.core.adapter import Adapter, ModuleChange
@@ -81,7 +82,7 @@ def laid_out(
     Raises:
         UnsupportedError: the layout cannot hold the experts exactly, or the base must tell more.
     """
-    if not wanted.is_given and not any(c.layer.swapped for c in adapter.modules.values()):
+    if not wanted.is_given and not _has_other_sides(adapter, base):
         return adapter, ()
     found = sorted_experts(adapter, base)
     if not found.groups and wanted.layout != "tinker":
@@ -89,12 +90,21 @@ def laid_out(
     made, told = _MAKERS[wanted.layout or _own(found)](adapter, wanted, found, base)
     if wanted.complete:
         made = filled(made)
+    if wanted.layout == "each":
+        made = in_stored_names(adapter, made, base)
     kept = adapter if set(made) == set(adapter.modules) else retargeted(adapter, made)
     as_layout: str = wanted.layout if wanted.layout in _PACKED else ""
     if as_layout == "tinker" and "gpt_oss" in types_of(adapter, base):
         as_layout = "tinker-attn"
     kept = replace(kept, write_as=as_layout)
     return _rest(kept, wanted, made, told)
+
+
+def _has_other_sides(adapter: Adapter, base: Checkpoint | None) -> bool:
+    """Return whether PEFT may have A of some stack on the other side than the file has it."""
+    sides = {c.layer.swapped for c in adapter.modules.values() if c.layer.kind == "experts"}
+    is_unmarked = bool(types_of(adapter, base) & rules.UNMARKED_TRANSPOSED) if sides else False
+    return True in sides or (is_unmarked and False in sides)
 
 
 _Made = tuple[dict[str, ModuleChange], tuple[Finding, ...]]
@@ -216,7 +226,7 @@ def _as_each(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint |
         order, told = order_of(adapter, found.groups, base)
     recent = Recent()
     for group in found.groups.values():
-        made |= each(group, order, recent)
+        made |= each(group, order, recent, trimmed=adapter.format == "gguf")
     return made, told
 
 

@@ -9,10 +9,11 @@ own projection is told by the base only. Source: `tinker_cookbook/weights/_adapt
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.formats.peft.experts.layout import (
     Layout,
@@ -30,6 +31,22 @@ _TELLING = re.compile(r"(?:.*\.)?(?:unembed_tokens|linear_attn\.in_proj_[qkv]|mi
 GATED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 UNGATED = {"w1": "up_proj", "w2": "down_proj"}
 _ATTENTION = re.compile(r"(?P<before>.*\.layers\.\d+)\.attn\.(?P<leaf>[qkvo]_proj)")
+
+
+_PART = re.compile(r"(?:.*\.)?(?:linear_attn\.in_proj_[qkv]|mixer\.(?:gate_proj|x_proj))")
+
+
+def about_parts(modules: Iterable[str]) -> list[Finding]:
+    """Return what to tell of modules that are parts of a projection, for which PEFT has none."""
+    parts = [name for name in modules if _PART.fullmatch(name)]
+    if not parts:
+        return []
+    text = (
+        f"{len(parts)} modules are parts of projections that the model has as one, such as "
+        f"{parts[0]}; PEFT finds no such module"
+    )
+    hint = "`loratools convert ADAPTER --to peft --base BASE -o NEW` joins them, which is exact"
+    return [Finding("projections-in-parts", "warning", parts[0], text, hint)]
 
 
 def _claims(tensors: Mapping[str, TensorRef]) -> bool:

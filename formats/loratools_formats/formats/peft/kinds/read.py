@@ -21,7 +21,7 @@ from loratools_formats.core.kind_shapes import check_shapes
 from loratools_formats.core.peft_facts import PREFIX, square_orientation
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.formats.peft.config import OF_TRAINERS, check_value, is_set, unknown_key
+from loratools_formats.formats.peft.config import OF_TRAINERS, is_set, unknown_key
 from loratools_formats.formats.peft.kinds.declaration import NOT_A_CHANGE, Module, PeftKind
 from loratools_formats.formats.peft.kinds.table import PEFT_KINDS
 from loratools_formats.formats.peft.patterns import match_patterns
@@ -83,7 +83,6 @@ def read_modules(
     """
     peft_type = values["peft_type"]
     kind = PEFT_KINDS[peft_type]
-    _check(values)
     stem = re.match(r"\.[a-z0-9]+_", next(iter(kind.parts)))
     own: dict[str, dict[str, TensorRef]] = {}
     shared: dict[str, TensorRef] = {}
@@ -115,17 +114,6 @@ def read_modules(
         of_all = kind.settings_of_all(len(names))
         modules[path] = replace(delta, settings={**delta.settings, **of_all})
     return modules, shared, rest
-
-
-_OF_ALL_KINDS = (
-    "base_model_name_or_path", "exclude_modules", "layers_to_transform", "modules_to_save",
-    "peft_version", "target_modules",
-)  # fmt: skip
-
-
-def _check(values: Mapping[str, Any]) -> None:
-    for key in _OF_ALL_KINDS:
-        check_value(values, key)
 
 
 # As PEFT takes them: an alpha of 0 does nothing, a negative one subtracts.

@@ -1,0 +1,77 @@
+"""On which side of stacked experts A is, where the file does not tell and the base does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loratools.base.dequantised import dequantised
+from loratools.base.placement import rules
+from loratools.base.placement.class_view import class_view
+from loratools.base.placement.names import Names
+from loratools.base.placement.orient import stack_is_swapped
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.checkpoints.facts import model_types
+from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.orientation import exchanged
+
+
+def lacks_sides(adapter: Adapter) -> bool:
+    """Return whether the file of an adapter leaves open on which side of some stack A is."""
+    return bool(_unknown(adapter))
+
+
+def with_sides(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """Return an adapter whose stacks say on which side A is; as it is if the file tells already.
+
+    A stack that the base does not have, or of which it tells nothing, stays as it is.
+
+    Raises:
+        AdapterError: a stack fits the base's neither way.
+    """
+    unknown = _unknown(adapter)
+    if base is None or not unknown:
+        return adapter
+    names = Names(class_view(dequantised(base).checkpoint).checkpoint)
+    modules = dict(adapter.modules)
+    for name, part in unknown.items():
+        swapped = stack_is_swapped(names, part.layer.parameters[0], part)
+        layer = replace(part.layer, swapped=swapped)
+        modules[name] = modules[name].with_direction(replace(part, layer=layer))
+    return replace(adapter, modules=modules)
+
+
+def _unknown(adapter: Adapter) -> dict[str, LowRank]:
+    return {
+        name: change.factors
+        for name, change in adapter.modules.items()
+        if adapter.format == "peft"
+        and change.factors is not None
+        and change.layer.kind == "experts"
+        and change.layer.swapped is None
+        and len(change.layer.parameters) == 1
+    }
+
+
+def straightened(adapter: Adapter) -> Adapter:
+    """Return an adapter whose stacks have A on the inputs, but for those of an unknown side."""
+    return _turned(adapter, swapped=True)
+
+
+def on_side_of_peft(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter whose stacks have A on the outputs if PEFT has it there for this base.
+
+    PEFT 0.19.1 and later have it there for Llama 4, whose class does not say how its experts lie.
+    """
+    is_unmarked = bool(frozenset(model_types(base.config)) & rules.UNMARKED_TRANSPOSED)
+    return _turned(adapter, swapped=False) if is_unmarked else adapter
+
+
+def _turned(adapter: Adapter, *, swapped: bool) -> Adapter:
+    turned = {
+        name: change.with_direction(exchanged(change.factors))
+        for name, change in adapter.modules.items()
+        if change.factors is not None
+        and change.layer.kind == "experts"
+        and change.layer.swapped is swapped
+    }
+    return replace(adapter, modules={**adapter.modules, **turned}) if turned else adapter

@@ -1,0 +1,268 @@
+"""Stacks whose sides are alike, one parameter alone, and names of single experts, beside PEFT.
+
+Where a stack is square, or of one parameter alone, shapes do not tell on which side A is or which
+parameter is meant. PEFT's own merge in float64 says what is right.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from safetensors.numpy import load_file
+
+import loratools as lt
+from loratools_formats.disk.errors import AdapterError
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Future", "User", "Runtime")
+]
+
+ROUNDING = 2.0**-22
+"""Relative error of a base in float32 that is rounded once more, with room for its sums."""
+WIDTH = tiny_models.SIZES["hidden_size"]
+
+
+class Model:
+    """A tiny model, PEFT's adapters for its experts, and what PEFT makes of an adapter."""
+
+    def __init__(self, name, inner, folder):
+        import transformers
+
+        self.cls, self.folder, self.base = getattr(transformers, name), folder, folder / "base"
+        config = tiny_models.config_of(self.cls)
+        for part in (config, getattr(config, "text_config", config)):
+            for key in ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size"):
+                if isinstance(getattr(part, key, None), int):
+                    setattr(part, key, inner)
+        torch.manual_seed(0)
+        self.cls(config).save_pretrained(self.base)
+        weights = dict(self.loaded().named_parameters())
+        self.old = {name: weight.detach() for name, weight in weights.items()}
+        ends = {".".join(n.split(".")[-3:]) for n, w in weights.items() if _is_stack(n, w)}
+        self.parameters = sorted(ends)
+
+    def loaded(self, folder=None):
+        return self.cls.from_pretrained(folder or self.base).double()
+
+    def adapter(self, name, parameters=None, **settings):
+        """Write an adapter with PEFT; return its folder."""
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(len(name))
+        settings = {"r": 4, "lora_alpha": 6, "use_rslora": True} | settings
+        model = get_peft_model(
+            self.loaded().float(),
+            LoraConfig(target_modules=[], target_parameters=parameters or self.parameters,
+                       init_lora_weights=False, **settings),
+        )  # fmt: skip
+        model.save_pretrained(self.folder / name)
+        return self.folder / name
+
+    def change(self, adapter):
+        """Return ΔW of every parameter as PEFT merges it; what it does not find is an error."""
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            warnings.filterwarnings("error", message=".*[Uu]nexpected keys.*")
+            model = PeftModel.from_pretrained(self.loaded(), str(adapter))
+        merged = dict(model.merge_and_unload().named_parameters())
+        return {name: merged[name].detach() - old for name, old in self.old.items()}
+
+    def fused(self, adapter):
+        out = Path(f"{adapter}-fused")
+        lt.fuse(self.base, adapter, output=out, overwrite=True)
+        new = dict(self.loaded(out).named_parameters())
+        return {name: new[name].detach() - old for name, old in self.old.items()}
+
+
+def _is_stack(name, weight):
+    return weight.ndim == 3 and "expert" in name and not name.endswith("bias")
+
+
+def off(found, *wanted):
+    """Return the relative distance of a change from the sum of others."""
+    total = {name: sum(each[name] for each in wanted) for name in found}
+    square = sum(float((found[name] - total[name]).norm() ** 2) for name in total)
+    return (square / sum(float(each.norm() ** 2) for each in total.values())) ** 0.5
+
+
+SQUARE = [
+    ("Qwen3MoeForCausalLM", WIDTH // 2), ("GptOssForCausalLM", WIDTH // 2),
+    ("GptOssForCausalLM", WIDTH), ("Llama4ForCausalLM", WIDTH // 2),
+    ("Llama4ForCausalLM", WIDTH), ("NemotronHForCausalLM", WIDTH),
+    ("MixtralForCausalLM", WIDTH // 2),
+]  # fmt: skip
+OTHERS = {
+    "each": {"experts": "each"},
+    "3d": {"experts": "3d"},
+    "0.18": {"experts": "stacked", "peft_layout": "0.18"},
+    "mlx": {"to": "mlx"},
+    "names of 4": {"names_of": "4"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["both", "first", "last"])
+@pytest.mark.parametrize(("name", "inner"), SQUARE)
+def test_square_stacks_meet_other_spellings(name, inner, which, tmp_path):
+    """convert, merge and compare, from every spelling and with each of the two first."""
+    model = Model(name, inner, tmp_path)
+    first, last = sorted(model.parameters, key=lambda name: "down" in name)
+    parameters = {"both": None, "first": [first], "last": [last]}[which]
+    adapter = model.adapter("a", parameters)
+    wanted = model.change(adapter)
+    for title, asked in OTHERS.items():
+        other = tmp_path / title
+        lt.convert(adapter, base=model.base, output=other, **asked)
+        for more in ({"to": "peft"}, {"for_": "peft"}):
+            out = tmp_path / f"{title} {next(iter(more))}"
+            lt.convert(other, base=model.base, output=out, **more)
+            found = model.fused(out) if more == {"to": "peft"} else model.change(out)
+            assert off(found, wanted) <= ROUNDING, (title, more)
+        (compared,) = {
+            round(module.cosine, 9)
+            for module in lt.compare([adapter, other], base=model.base).modules
+        }
+        assert compared == 1.0, title
+        pairs = [(adapter, other)] if title == "mlx" else [(adapter, other), (other, adapter)]
+        for index, pair in enumerate(pairs):
+            out = tmp_path / f"{title} merged {index}"
+            lt.merge(list(pair), base=model.base, output=out)
+            lt.convert(out, base=model.base, for_="peft", output=f"{out} peft")
+            assert off(model.change(f"{out} peft"), wanted, wanted) <= ROUNDING, (title, index)
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"), [("NemotronHForCausalLM", 24), ("NemotronHForCausalLM", WIDTH)]
+)
+def test_one_parameter_alone_has_the_name_of_the_last(name, inner, tmp_path):
+    """A file of up alone and one of down alone have one module name, and nothing to add up."""
+    model = Model(name, inner, tmp_path)
+    down, up = model.parameters
+    ups, downs = model.adapter("up", [up]), model.adapter("down", [down])
+    with pytest.raises(AdapterError, match=r"down_proj; expected .*up_proj, as up has it") as told:
+        lt.merge([ups, downs], output=tmp_path / "no")
+    assert "`base`" in told.value.hint
+    with pytest.raises(AdapterError, match="no module"):
+        lt.compare([ups, downs])
+    lt.merge([ups, downs], base=model.base, output=tmp_path / "both", allow_missing=True)
+    found = model.change(tmp_path / "both")
+    assert off(found, model.change(ups), model.change(downs)) <= 2.0**-48
+
+
+def test_both_parameters_and_one_alone_are_merged(tmp_path):
+    model = Model("GptOssForCausalLM", WIDTH // 2, tmp_path)
+    both, alone = model.adapter("a"), model.adapter("gate_up", model.parameters[-1:])
+    for index, pair in enumerate(([both, alone], [alone, both])):
+        lt.merge(pair, base=model.base, output=tmp_path / f"m{index}")
+        found = model.change(tmp_path / f"m{index}")
+        assert off(found, model.change(both), model.change(alone)) <= 2.0**-48
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("MixtralForCausalLM", "model.layers.0.block_sparse_moe.experts.0.w1"),
+        ("MiniMaxM2ForCausalLM", "model.layers.0.block_sparse_moe.experts.0.w1"),
+        ("KimiLinearForCausalLM", "model.layers.1.block_sparse_moe.experts.0.w1"),
+        ("NemotronHForCausalLM", "model.layers.1.mixer.experts.0.up_proj"),
+        ("DeepseekV4ForCausalLM", "model.layers.0.ffn.experts.0.w1"),
+    ],
+)
+def test_single_experts_are_called_as_in_the_models_files(name, path, tmp_path):
+    """What loads single experts has their names in files; PEFT on transformers 5 has them, too."""
+    model = Model(name, 24, tmp_path)
+    adapter = model.adapter("a", use_rslora=False)  # of which PEFT's own way to stacks takes √2
+    for index, asked in enumerate(({"experts": "each"}, {"for_": "vllm"}, {"for_": "sglang"})):
+        out = tmp_path / f"each{index}"
+        lt.convert(adapter, base=model.base, output=out, **asked)
+        stored = load_file(out / "adapter_model.safetensors")
+        assert f"base_model.model.{path}.lora_A.weight" in stored
+        assert off(model.fused(out), model.change(adapter)) <= ROUNDING
+    if name in ("MixtralForCausalLM", "MiniMaxM2ForCausalLM"):
+        assert off(model.change(out), model.change(adapter)) <= 2.0**-48
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    if name == "MixtralForCausalLM":  # which PEFT's `auto_mapping` tells
+        lt.convert(adapter, experts="each", output=tmp_path / "no base")
+        again = load_file(tmp_path / "no base" / "adapter_model.safetensors")
+        assert all(np.array_equal(again[key], stored[key]) for key in stored)
+
+
+@pytest.mark.parametrize("name", ["Aria", "Kimi_K25"])
+def test_single_experts_of_a_language_model_that_files_call_otherwise(name, tmp_path):
+    model = Model(f"{name}ForConditionalGeneration", 24, tmp_path)
+    adapter = model.adapter("a")
+    lt.convert(adapter, base=model.base, experts="each", output=tmp_path / "each")
+    assert off(model.fused(tmp_path / "each"), model.change(adapter)) <= ROUNDING
+
+
+@pytest.mark.parametrize("source", ["mlx", "gguf"])
+def test_experts_alone_leave_other_modules_of_the_model_alone(source, tmp_path):
+    """PEFT adapts modules of its own choice where the configuration names none."""
+    model = Model("NemotronHForCausalLM", 24, tmp_path)
+    adapter = model.adapter("a")
+    held = tmp_path / ("a.gguf" if source == "gguf" else "held")
+    lt.convert(adapter, to=source, base=model.base, output=held)
+    lt.convert(held, to="peft", base=model.base, output=tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert config["target_modules"] == []
+    assert off(model.change(tmp_path / "again"), model.change(adapter)) <= 2.0**-20
+
+
+def test_the_base_tells_the_side_that_the_file_does_not(tmp_path):
+    """JetMoE's two stacks are modules of their own, and without a gate."""
+    model = Model("JetMoeForCausalLM", 16, tmp_path)
+    adapter = model.adapter("a")
+    asked = {"experts": "stacked", "peft_layout": "0.18"}
+    lt.convert(adapter, base=model.base, output=tmp_path / "old", **asked)
+    lt.convert(tmp_path / "old", to="peft", base=model.base, output=tmp_path / "new")
+    assert off(model.change(tmp_path / "new"), model.change(adapter)) <= 2.0**-48
+
+
+SETTINGS = {
+    "as it is": {},
+    "all of down": {"alpha_pattern": {"w2": 5}},
+    "all of gate and up": {"alpha_pattern": {"w1": 5, "w3": 5}},
+    "one expert": {"alpha_pattern": {"experts.1.w2": 5}},
+    "rslora": {"use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("which", SETTINGS)
+def test_check_tells_what_peft_scales_otherwise(which, tmp_path):
+    """Single experts whose stacks PEFT gives the scale of the configuration."""
+    model = Model("MixtralForCausalLM", 24, tmp_path)
+    adapter = model.adapter("a", use_rslora=False)
+    lt.convert(adapter, base=model.base, experts="each", output=tmp_path / "each")
+    file = tmp_path / "each" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | SETTINGS[which]))
+    error = off(model.change(tmp_path / "each"), model.fused(tmp_path / "each"))
+    found = {finding.code for finding in lt.check(tmp_path / "each", base=model.base).findings}
+    assert (error > ROUNDING) == ("LT411" in found)
+    assert (error > ROUNDING) == (which != "as it is")
+    asked = {"experts": "stacked", "base": model.base}
+    lt.convert(tmp_path / "each", output=tmp_path / "stacked", **asked)
+    assert off(model.change(tmp_path / "stacked"), model.fused(tmp_path / "each")) <= ROUNDING
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5Moe", "Kimi_K25", "Qwen3VLMoe"])
+def test_experts_of_a_model_of_several_parts_go_to_mlx_and_back(name, tmp_path):
+    model = Model(f"{name}ForConditionalGeneration", 24, tmp_path)
+    adapter = model.adapter("a")
+    lt.convert(adapter, to="mlx", base=model.base, output=tmp_path / "mlx")
+    wanted = model.change(adapter)
+    assert off(model.fused(tmp_path / "mlx"), wanted) <= ROUNDING
+    lt.convert(tmp_path / "mlx", to="peft", base=model.base, output=tmp_path / "back")
+    assert off(model.change(tmp_path / "back"), wanted) <= 2.0**-20
+    if name != "Qwen3VLMoe":  # whose configuration mlx-lm wants more of
+        utils = pytest.importorskip("mlx_lm.utils")
+        tuner = pytest.importorskip("mlx_lm.tuner.utils")
+        loaded, _ = utils.load_model(model.base, strict=False)
+        tuner.load_adapters(loaded, str(tmp_path / "mlx"))
