@@ -252,14 +252,16 @@ def _fetched(group: Any, options: Mapping[str, Option], given: Mapping[str, Any]
 
 
 def _local(path: Any, *, want: Any, beside: Beside, headers: bool = False) -> Any:
-    if not os.fspath(path) or parse(path, want) is None:
+    if not os.fspath(path):
+        return path
+    if want == "model" and is_local(path) and not os.path.lexists(path):
+        # A `Path` made of it would lose what says that it is no name on the Hub.
+        raise MissingFileError("no such file or folder", path=path)
+    if parse(path, want) is None:
         return path
     from loratools.hub.resolve import located
 
     found = located(path, want, beside=beside, headers=headers)
-    if found is None and want == "model" and is_local(path) and not os.path.lexists(path):
-        # A `Path` made of it would lose what says that it is no name on the Hub.
-        raise MissingFileError("no such file or folder", path=path)
     return path if found is None else found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -50,6 +51,7 @@ class TextPlace:
     path: str
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def module_key(name: str) -> Key | None:
     """Return a module name's parts, None if it is no name of a single file's module."""
     key = parse(name + _PROBE)

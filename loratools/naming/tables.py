@@ -28,6 +28,7 @@ Shape = tuple[int | None, int | None]
 
 _MAX_FILE_BYTES = 1 << 20
 _MOST_ROWS = 4096
+_NUMBERS = re.compile(r"(?:\{\}|\d)+")
 _UNCLEAR = re.compile(r"\{\}(?:\{\}|\d)")
 _TEXT_ENCODERS = "text_encoders"
 _NO_TABLES = (_TEXT_ENCODERS, "neighbours")
@@ -267,18 +268,19 @@ class _Index:
     ) -> None:
         self._scheme: Scheme = scheme
         self._exact: dict[str, list[Place]] = {}
-        self._patterns: list[tuple[re.Pattern[str], Row, tuple[int, ...]]] = []
+        self._patterns: dict[str, list[tuple[re.Pattern[str], Row, tuple[int, ...]]]] = {}
         for name, row, covered in entries:
             spelled = flattened(name) if flat else name
             if "{}" in name:
                 text = re.escape(spelled).replace(re.escape("{}"), r"(\d{1,4})")
-                self._patterns.append((re.compile(text), row, covered))
+                found = (re.compile(text), row, covered)
+                self._patterns.setdefault(_NUMBERS.sub("#", spelled), []).append(found)
             else:
                 self._exact.setdefault(spelled, []).append(Place(row, (), covered, scheme))
 
     def look_up(self, path: str) -> Iterator[Place]:
         yield from self._exact.get(path, ())
-        for pattern, row, covered in self._patterns:
+        for pattern, row, covered in self._patterns.get(_NUMBERS.sub("#", path), ()):
             found = pattern.fullmatch(path)
             if found is not None:
                 yield Place(row, found.groups(), covered, self._scheme)
