@@ -157,3 +157,17 @@ def test_addresses_are_of_one_repository():
         assert address.startswith(REPOSITORY)
         if "/blob/main/" in address:
             assert (ROOT / address.partition("/blob/main/")[2]).is_file()
+
+
+def test_the_repository_holds_no_outputs():
+    """What a command wrote into the checkout is easily committed with all else."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout of git")
+    tracked = [Path(name) for name in listed.stdout.decode().split("\0") if name]
+    strange = {".safetensors", ".gguf", ".bin", ".pt", ".log", ".npz", ".jsonl"}
+    found = [path for path in tracked if path.suffix in strange]
+    places = {"examples", "tests"}
+    assert [str(path) for path in found if path.parts[0] not in places] == []
+    sizes = {path: (ROOT / path).stat().st_size for path in tracked if (ROOT / path).is_file()}
+    assert [str(path) for path, size in sizes.items() if size > 3_000_000] == []
