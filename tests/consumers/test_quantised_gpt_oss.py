@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from loratools import fuse
+from loratools import fuse, verify
 from loratools.base.codecs import Stored, coded_weights
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
 from loratools_formats.core.tensors import in_memory
@@ -105,3 +105,22 @@ def test_experts_that_are_written_back(packed, tmp_path):
     assert {k for k in before if before[k] != after[k]} == {
         f"model.layers.0.mlp.experts.{name}_blocks" for name in EXPERTS
     }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_verify_tells_what_packed_experts_contain(packed, tmp_path):
+    base, lora = packed
+    fuse(base, {lora: 0.2}, output=tmp_path / "plain")
+    fuse(base, {lora: 0.2}, requantize=True, allow_lossy=True, output=tmp_path / "packed")
+    told = verify(tmp_path / "plain", base=base, adapters={lora: 0.2})
+    assert told.contained is True
+    assert told.counts["exact"] == len(read_checkpoint(tmp_path / "plain").tensors)
+    for kept in (tmp_path / "packed", base):  # codes of four bits tell of no change
+        found = verify(kept, base=base, adapters={lora: 0.2})
+        assert found.contained is None
+        unsure = {each.name for each in found.tensors if each.verdict == "not checked"}
+        assert unsure == {f"model.layers.0.mlp.experts.{name}" for name in EXPERTS}
+    found = verify(tmp_path / "plain", base=base, adapters={lora: 0.4})
+    assert found.contained is False
+    wrong = {each.name for each in found.tensors if each.verdict == "not contained"}
+    assert wrong == unsure
