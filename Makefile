@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint tests/constraints.txt
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(INSTALL) --constraint tests/constraints.txt
 
 # Tests start many child processes, which would compile every module anew each time.
 unexport PYTHONDONTWRITEBYTECODE
@@ -33,7 +34,7 @@ $(VENV)/.base: pyproject.toml tests/constraints.txt
 LOCKED := import sys, platform; sys.exit((sys.version_info[:2], sys.platform, platform.machine()) \
     != ((3, 11), "linux", "x86_64"))
 
-$(VENV)/.dev: pyproject.toml tests/constraints.txt tests/locked.txt
+$(VENV)/.dev: pyproject.toml tests/constraints.txt tests/locked.txt tests/earlier.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -c '$(LOCKED)'; then \
 	    $(PIP) --require-hashes --no-deps --requirement tests/locked.txt && \
@@ -41,6 +42,7 @@ $(VENV)/.dev: pyproject.toml tests/constraints.txt tests/locked.txt
 	else \
 	    $(PIP) "pip>=25.1" && $(PIP) --editable . --group lint --group test; \
 	fi
+	$(INSTALL) --require-hashes --no-deps --upgrade --target $(VENV)/earlier --requirement tests/earlier.txt
 	@touch $(VENV)/.base $@
 
 demo: $(VENV)/.base

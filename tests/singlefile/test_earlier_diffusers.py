@@ -1,8 +1,7 @@
 """diffusers 0.39, which scales modules by r / r_max where a file does not state their ranks.
 
-It needs a folder made by `pip install --no-deps --target FOLDER diffusers==0.39.0`, which
-LORATOOLS_DIFFUSERS_039 names. What the installed diffusers makes of mixed ranks is in
-test_diffusers.py.
+`make` installs it into a folder of the environment (`tests/earlier.txt`). What the installed
+diffusers makes of mixed ranks is in test_diffusers.py.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import loratools as lt
 
-FOLDER = os.environ.get("LORATOOLS_DIFFUSERS_039")
+FOLDER = Path(sys.prefix) / "earlier"
 NAMES = ("blocks.0.attn1.to_q", "blocks.0.attn1.to_k", "blocks.0.ffn.net.2")
 PROGRAM = """
 import pathlib, sys, numpy, diffusers
@@ -44,7 +44,11 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(FOLDER is None, reason="LORATOOLS_DIFFUSERS_039 names no folder")
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (FOLDER / "diffusers").is_dir(),
+    reason="make installs diffusers 0.39 beside the present one",
+)
 def test_mixed_ranks_keep_their_change(tmp_path):
     generator, tensors = np.random.default_rng(0), {}
     for name, decay, columns in zip(NAMES, (0.9, 0.5, 0.2), (16, 16, 40), strict=True):
@@ -66,7 +70,7 @@ def test_mixed_ranks_keep_their_change(tmp_path):
     save_file(load_file(paths["energy"]), bare)
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, paths.values()), str(bare)],
-        env={**os.environ, "PYTHONPATH": FOLDER},
+        env={**os.environ, "PYTHONPATH": str(FOLDER)},
         check=True,
         capture_output=True,
     )
