@@ -118,7 +118,7 @@ def nvfp4(rng, *, divides):
         f"x.{names[0]}": pairs(rng.integers(0, 16, (OUT, IN))),
         "x.weight_scale": (scales, "F8_E4M3"),
         f"x.{names[1]}": np.array([1.5], np.float32),
-    }, {}
+    }, {} if divides else {"stated": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
 
 
 def comfyui(rng, form, group):

@@ -428,7 +428,19 @@ def test_nvfp4(divides, stack):
     spread = number.reshape(*stack, 1, 1) if stack else number
     s = scales.astype(np.float32)
     s = s / spread if divides else s * spread
-    check(only(tensors), e2m1(codes) * of_groups(s, 64), "BF16")
+    stated = {} if divides else {"quant_method": "modelopt"}
+    check(only(tensors, stated), e2m1(codes) * of_groups(s, 64), "BF16")
+
+
+def test_nvfp4_of_which_nothing_is_said_is_refused():
+    """ComfyUI's tensors have the names of ModelOpt's, and mean something else."""
+    tensors = {
+        "x.weight": pairs(np.full((2, 32), 3)),
+        "x.weight_scale": (np.ones((2, 2), F8), "F8_E4M3"),
+        "x.weight_scale_2": np.float32(0.1).reshape(()),
+    }
+    with pytest.raises(UnsupportedError, match="nothing says whose NVFP4 it is"):
+        only(tensors)
 
 
 def test_nvfp4_of_a_model_in_f16():

@@ -4,7 +4,8 @@ Codes are E2M1, two in a byte along the inputs, the first in the low half. Group
 ModelOpt's weight-only variant, share a scale of type F8_E4M3, and a weight, or each matrix of a
 stack, shares a number over all of them. compressed-tensors (`weight_packed`, `weight_global_scale`)
 divides by that number, ModelOpt (`weight`, `weight_scale_2`) multiplies with it. Scale and number
-make one float32; its product with the code is rounded to 16 bits. MLX's nvfp4 is another format.
+make one float32; its product with the code is rounded to 16 bits. MLX's nvfp4 is another format,
+and so is ComfyUI's, whose names are ModelOpt's: a file that says nothing of itself is neither.
 
 Sources: compressed-tensors 0.20 (`nvfp4-pack-quantized`), ModelOpt 0.47 (`NVFP4QTensor`).
 """
@@ -96,6 +97,14 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
             if codes.dtype.code != "U8" or of_all is None or is_floating:
                 continue  # ModelOpt's W4A8 has floating scales
             key = f"{module}.weight"
+            if not (divides or stored.stated or stored.config):
+                raise UnsupportedError(
+                    "nothing says whose NVFP4 it is: ComfyUI has the halves of a byte and the "
+                    "scales in another order than ModelOpt",
+                    tensor=codes.key,
+                    expected="a config.json beside it, or comfy_quant with the weight",
+                    hint="Start from the file as it was published",
+                )
             scales = _scales(stored, module, codes)
             _check_number(of_all, codes)
             dtype = "BF16" if divides else _stated_dtype(stored)
