@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from loratools.base.placement.names import Names
 from loratools.base.tied import find_tie, shared_embeddings
 from loratools_formats.checkpoints.checkpoint import read_checkpoint
-from loratools_formats.checkpoints.tie_defaults import TIED
+from loratools_formats.checkpoints.tie_defaults import BY_TOP, TIED
 from loratools_formats.core.tensors import equal_values
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -44,6 +44,15 @@ def _llava(text):
     return made
 
 
+def _qwen3_vl_moe(config):
+    text = {**TEXT, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    vision = {
+        "depth": 1, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2,
+        "intermediate_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    return config(text_config=text, vision_config=vision)
+
+
 T = transformers
 MODELS = {
     "llama": (T.LlamaForCausalLM, lambda c: c(**TEXT)),
@@ -59,6 +68,7 @@ MODELS = {
         lambda c: c(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=24),
     ),
     "gemma3": (T.Gemma3ForConditionalGeneration, _gemma3),
+    "qwen3_vl_moe": (T.Qwen3VLMoeForConditionalGeneration, _qwen3_vl_moe),
     "llava of llama": (T.LlavaForConditionalGeneration, _llava(T.LlamaConfig)),
     "llava of gemma": (T.LlavaForConditionalGeneration, _llava(T.GemmaConfig)),
 }  # fmt: skip
@@ -128,3 +138,4 @@ def test_tied_is_what_transformers_ties(name, layout, tmp_path):
 def test_the_table_of_defaults_is_that_of_transformers():
     script = runpy.run_path(str(Path(__file__).parents[1] / "golden/make_tie_defaults.py"))
     assert set(script["tied"]()) == TIED
+    assert set(script["by_top"]()) == BY_TOP

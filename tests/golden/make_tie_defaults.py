@@ -29,6 +29,29 @@ def tied() -> list[str]:
     return sorted(found)
 
 
+def by_top() -> list[str]:
+    """Return the model types whose text section is not asked if the top says false."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found = []
+    for name in CONFIG_MAPPING.keys():  # noqa: SIM118 - a mapping that loads on demand
+        kind = CONFIG_MAPPING[name]
+        if "text_config" not in getattr(kind, "sub_configs", {}):
+            continue
+        try:
+            values = {**kind().to_dict(), "tie_word_embeddings": False}
+            if not isinstance(values.get("text_config"), dict):
+                continue
+            values["text_config"]["tie_word_embeddings"] = True
+            made = kind.from_dict(values)
+        except StrictDataclassError:  # its own defaults do not go together
+            continue
+        if made.tie_word_embeddings is False:
+            found.append(name)
+    return sorted(found)
+
+
 def _set(name: str, values: list[str], says: str) -> str:
     body = textwrap.fill(
         " ".join(f'"{value}",' for value in values),
@@ -57,6 +80,8 @@ def main() -> None:
         + _set("TIED", tied(), "Model types whose default is true.")
         + "\n"
         + forced
+        + "\n"
+        + _set("BY_TOP", by_top(), "Model types of which the text section does not tie.")
     )
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from loratools_formats.checkpoints.tie_defaults import ALWAYS, TIED
+from loratools_formats.checkpoints.tie_defaults import ALWAYS, BY_TOP, TIED
 from loratools_formats.core.orientation import named_conv1d
 from loratools_formats.core.tensors import TensorRef, equal_values
 from loratools_formats.disk.errors import AdapterError
@@ -140,7 +140,7 @@ def has_head(config: Mapping[str, Any]) -> bool | None:
 def says_tied(config: Mapping[str, Any]) -> bool | None:
     """Return whether a configuration ties the output layer to the token embedding.
 
-    Transformers 5 reads `tie_word_embeddings` at the top, and in most classes also in the text
+    Transformers 5 reads `tie_word_embeddings` at the top, and in some classes also in the text
     section if the top says false. Transformers 4 reads the text section alone. Some classes are
     tied where the key is left out.
 
@@ -184,7 +184,8 @@ def _tie_flags(config: Mapping[str, Any]) -> tuple[bool | None, bool | None]:
     types = (section.get("model_type"), f"{config.get('model_type')}_text")
     inner = _tie_flag(section, next((t for t in types if t is not None), None) in TIED)
     outer = _tie_flag(config, default)
-    now = inner if not outer and section is not config and not default else outer
+    decides = default or config.get("model_type") in BY_TOP
+    now = inner if not outer and section is not config and not decides else outer
     return (now if ALWAYS.isdisjoint(model_types(config)) else True), inner
 
 
