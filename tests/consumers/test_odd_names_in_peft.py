@@ -111,7 +111,7 @@ def test_patterns_of_options_meet_one_module(base, given, tmp_path, name):
     assert {n for n in found if error(found[n], truth[n]) < 1e-5} == {name}
     lt.squeeze(folder, output=tmp_path / "dropped", rank=6, drop=pattern)
     assert set(truth) - set(read(base, tmp_path / "dropped")) == {name}
-    lt.merge([folder], output=tmp_path / "half", weight_pattern=[(pattern, (0.5,))])
+    lt.merge([folder], output=tmp_path / "half", weight_pattern=[f"{pattern}=0.5"])
     found = read(base, tmp_path / "half")
     assert {n for n in found if error(found[n], truth[n]) > 1e-5} == {name}
     assert error(found[name], truth[name] / 2) < 1e-5

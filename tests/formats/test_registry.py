@@ -221,7 +221,7 @@ def test_unknown_name(name, hint):
 
 
 def test_unrecognised(tmp_path):
-    (tmp_path / "file").write_bytes(b"?")
+    (tmp_path / "file").write_bytes(b"\0?")
     with pytest.raises(UnknownFormatError, match=r"Known formats:.* peft"):
         find_format(tmp_path / "file")
     with pytest.raises(UnknownFormatError, match="a folder without weights"):
