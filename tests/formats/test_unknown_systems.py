@@ -16,7 +16,7 @@ from loratools_formats.disk.errors import LoratoolsError, OptionError
 
 RNG = np.random.default_rng(0)
 A, B = "lora_A.weight", "lora_B.weight"
-MORE, NONE = "may change the weights", "no known format recognises it"
+MORE, NONE = "may change the weights", "which no known format recognises as an adapter"
 
 
 def random(*shape):
