@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float64]
 
+_PER_CENT = 100
 SERVE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts as max_lora_rank (vllm/config/lora.py, 2026)."""
 
@@ -166,7 +167,12 @@ class RankRule:
         for name in ("energy", "sv_fro", "sv_cumulative"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise OptionError(f"{name} is a share", got=value, expected="above 0, at most 1")
+                raise OptionError(
+                    f"{name} is a share",
+                    got=value,
+                    expected="above 0, at most 1",
+                    hint=f"Did you mean {value:g}%?" if 1 < value <= _PER_CENT else None,
+                )
         if self.sv_ratio is not None and not self.sv_ratio >= 1:
             raise OptionError("sv_ratio is σ₁/σ_k", got=self.sv_ratio, expected="at least 1")
         ranks = [("rank", self.rank), ("max_rank", self.max_rank), ("min_rank", self.min_rank)]

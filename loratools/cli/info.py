@@ -114,7 +114,7 @@ def _cells(found: InfoResult | None, problem: str | None) -> list[str]:
     if found is None:
         return ["–"] * 6 + [printable(problem or "")]
     modules = found.modules
-    targets = sorted(_targets(found))
+    targets = sorted(_targets(found)) or sorted(found.components)
     return [
         printable(text)
         for text in (

@@ -30,6 +30,8 @@ _MODEL_WEIGHTS = re.compile(
     r"(?:\.index\.json)?"
 )
 _HUB_ID = re.compile(r"(?:hf:/{1,2}|https?:/{1,2}huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)/?")
+_ADDRESS = re.compile(r"https?:/")
+_WEIGHTED = re.compile(r"(.+?)[=*@,](-?(?:\d+\.?\d*|\.\d+))")
 _OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".nemo", ".json")
 _OTHER_WEIGHTS = {
     ".h5": "Keras",
@@ -58,6 +60,19 @@ def missing(path: str | os.PathLike[str]) -> MissingFileError:
             f"is a link to {target}, which does not exist",
             path=path,
             hint="Fetch what the link leads to, or name the file or folder itself",
+        )
+    if _ADDRESS.match(text) and _HUB_ID.fullmatch(text) is None:
+        return MissingFileError(
+            "is an address, and only files here and names on the Hugging Face Hub are read",
+            path=path,
+            hint="Download the file, and name it",
+        )
+    weighted = _WEIGHTED.fullmatch(text)
+    if weighted is not None and os.path.exists(weighted[1]):
+        return MissingFileError(
+            "no such file or folder",
+            path=path,
+            hint=f"A weight follows a colon: {shlex.quote(f'{weighted[1]}:{weighted[2]}')}",
         )
     found = None if text.endswith(_OF_FILES) else _HUB_ID.fullmatch(text)
     parent = os.path.dirname(text)

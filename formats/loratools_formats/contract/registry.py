@@ -62,8 +62,7 @@ def get_format(name: str) -> Format:
         close = difflib.get_close_matches(name, known, n=1)
         raise UnknownFormatError(
             f"no format named {name!r}",
-            expected=" or ".join(known),
-            hint=f"Did you mean {close[0]!r}?" if close else None,
+            hint=f"Did you mean {close[0]!r}?" if close else f"Known formats: {', '.join(known)}",
         )
     if matches[0].format is None:
         raise UnknownFormatError(f"format {name!r} is broken", got=matches[0].error)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
 from loratools_formats.core.adapter import ModuleChange
-from loratools_formats.core.orientation import exchanged
+from loratools_formats.core.orientation import OTHER_BASE, exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 _SINGLE = re.compile(r"(?P<owner>.+\.ffn\.experts)\.(?P<index>\d{1,6})\.(?P<leaf>w1|v1|w2)")
@@ -65,6 +65,7 @@ def flat_placements(names: Names, module: str, delta: ModuleChange) -> list[Plac
             tensor=module,
             got=f"expert {index} of {part.shape[0]} rows and {part.shape[1]} columns",
             expected=f"{experts} experts of {rows} rows and {width} columns",
+            hint=OTHER_BASE,
         )
     outputs = ((index * rows, (index + 1) * rows),)
     return [Placement(key, module, delta.with_direction(part), False, outputs=outputs)]

@@ -37,7 +37,17 @@ class FleetCommand(Command):
         """Parse the fleet's own arguments; the others are in `ctx.obj`."""
         cut = args.index(_DASHES) if _DASHES in args else len(args)
         ctx.obj = args[cut + 1 :]
-        return super().parse_args(ctx, args[:cut])
+        try:
+            return super().parse_args(ctx, args[:cut])
+        except click.NoSuchOption as error:
+            verb = str(self.name).removeprefix("fleet ")
+            if error.option_name not in {made.flag for _, made in VERBS[verb].options.values()}:
+                raise
+            text = (
+                f"{error.option_name} is an option of the operation, and those stand behind --: "
+                f"loratools fleet {verb} ADAPTERS -o RESULTS -- {error.option_name} …"
+            )
+            raise click.UsageError(text, ctx) from error
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write where the operation's options are, and where to read on."""
