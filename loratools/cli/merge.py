@@ -118,7 +118,7 @@ def _refuse_what_recipes_say(context: click.Context) -> None:
         and context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE
     ]
     if given:
-        raise OptionError("a recipe says this already", got=", ".join(given))
+        raise OptionError("the recipe states this already", got=", ".join(given))
 
 
 def _ranks(ranks: Sequence[int | None]) -> str:

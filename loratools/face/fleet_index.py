@@ -152,7 +152,7 @@ def fleet_index(
     output = writing.output
     if options.update:
         if output is None:
-            raise OptionError("`update` takes over an output, and none is given")
+            raise OptionError("`update` takes over an earlier output, and none is given")
         earlier = read_index(output) if output.exists() else None
         writing = Writing(output=output, overwrite=True)
     writing = destination(writing, None, paths)

@@ -245,7 +245,7 @@ class _ToLora(Ranked[_Converted, _Measured]):
     ) -> None:
         adapter.require_true_delta("to-lora")
         if not adapter.modules:
-            raise AdapterError("no module to fold", path=adapter.source)
+            raise AdapterError("no module to convert", path=adapter.source)
         self.modules = adapter.modules
         self.whole = whole
         self.opener = Opener(adapter, rule, options, base)

@@ -139,7 +139,9 @@ def run(
     folder = options.output or path.with_suffix("")
     names = [step.name for step in read.steps]
     if options.only is not None and options.only not in names:
-        raise OptionError("no such step", got=options.only, expected=", ".join(names))
+        raise OptionError(
+            "the recipe has no such step", got=options.only, expected=", ".join(names)
+        )
     if folder == path:
         raise OptionError("the recipe has no suffix", path=path, hint="Pass `output=FOLDER`")
     check_target(folder, [], overwrite=True)

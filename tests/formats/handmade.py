@@ -53,7 +53,10 @@ DEFECTS = {
     "JSON page": (b'{"error": "Repository not found"}', "error"),
     "length 2^63": (container(SOUND, VALUES, length=1 << 63), "header length"),
     "length 2^64-1": (container(SOUND, VALUES, length=(1 << 64) - 1), "header length"),
-    "length 99 MB in a short file": (container(SOUND, VALUES, length=99_000_000), "ends within its header"),
+    "length 99 MB in a short file": (
+        container(SOUND, VALUES, length=99_000_000),
+        "ends within its header",
+    ),
     "space before the brace": (container(b" " + json.dumps(SOUND).encode(), VALUES), "object"),
     "list": (container(b"[]      "), "object"),
     "not UTF-8": (one_more(b'"\xff"'), "UTF-8"),

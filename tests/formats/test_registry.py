@@ -234,7 +234,7 @@ def test_unrecognised(tmp_path):
 def test_adapters_in_sub_folders_are_named(make_folder, tmp_path):
     for name in ("one", "two"):
         make_folder(name)
-    with pytest.raises(UnknownFormatError, match="Name one of them: .*one, .*two"):
+    with pytest.raises(UnknownFormatError, match=r"Name one of them: .*one, .*two"):
         find_format(tmp_path)
 
 

@@ -57,7 +57,7 @@ FOLDERS = {
     ),
     "colora: scores of contribution": (FACTORS | {"q_proj.lora_score": random(4)}, {}, MORE),
     "queryable: atoms": (FACTORS | {"q_proj.lora_query.weight": random(4, 24)}, {}, MORE),
-    "hyper: generated factors": ({"hyper.mlp.0.weight": random(8, 8)}, {}, "no module to fold"),
+    "hyper: generated factors": ({"hyper.mlp.0.weight": random(8, 8)}, {}, "no module to convert"),
 }
 
 

@@ -91,7 +91,7 @@ def _found(file: RegularFile, begin: int, nbytes: int) -> list[list[Any]]:
         told = None
     if not isinstance(told, dict):
         raise AdapterError(
-            "pickled weights could not be read within the bounds for them",
+            "pickled weights could not be read within the limits of memory and time",
             path=file.path,
             got=_failure(child),
             hint=_SAVE_AGAIN,

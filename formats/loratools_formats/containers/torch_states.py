@@ -130,7 +130,7 @@ def tensors_in(file: Bytes) -> list[Found]:
         same_as = None if twin == name else twin
         found.append(Found(name, view.code, _shape(name, view), begin, steps, same_as))
     if (count := sum(one.same_as is not None for one in found)) > _MOST_SAME:
-        raise AdapterError(f"{count} names are of tensors that have others", hint=_SAVE_AGAIN)
+        raise AdapterError(f"{count} tensors have several names", hint=_SAVE_AGAIN)
     if total > _MOST_SHARING * file.nbytes:
         raise AdapterError(
             f"tensors share storage and claim {total} bytes, many times the file", hint=_SAVE_AGAIN
@@ -252,7 +252,7 @@ def _from_pickles(file: Bytes) -> tuple[object, Callable[[Storage], int]]:
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise AdapterError("pickled weights are big-endian", hint=_SAVE_AGAIN)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise malformed("a list of storages that is none")
+        raise malformed("a list of storages that is no list")
     behind = at
 
     def begin(storage: Storage) -> int:
@@ -403,7 +403,7 @@ def _parameter(data: object, *_: object) -> object:
 
 
 def _sparse(*_: object) -> object:
-    raise AdapterError("sparse tensors are no weights of adapters", hint=_SAVE_AGAIN)
+    raise AdapterError("sparse tensors are not read", hint=_SAVE_AGAIN)
 
 
 def _encoded(text: object, _encoding: object = "") -> object:

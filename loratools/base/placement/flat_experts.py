@@ -54,7 +54,7 @@ def flat_placements(names: Names, module: str, delta: ModuleChange) -> list[Plac
     if match["leaf"] == "w2":
         if delta.is_dora:
             raise UnsupportedError(
-                "a DoRA of w2 has a magnitude for each row of a matrix that is stored turned",
+                "a DoRA of w2 has a magnitude for each row of a matrix that is stored transposed",
                 tensor=module,
             )
         part = exchanged(part)

@@ -268,7 +268,7 @@ def _with_positive_scales(adapter: Adapter) -> Adapter:
 def _check_dtype(target: Format, dtype: str | None) -> None:
     if dtype is not None and dtype not in target.dtypes:
         raise OptionError(
-            f"format {target.name} is not written in this type",
+            f"format {target.name} cannot be written in this type",
             got=dtype,
             expected=" or ".join(target.dtypes) or "`dtype` to be left out",
         )

@@ -83,7 +83,7 @@ def difference(
 
     Raises:
         AdapterError: a tensor is in only one of the two, or of another shape, or nothing changed.
-        UnsupportedError: a tensor changed that has no place in a LoRA.
+        UnsupportedError: a tensor that has no place in a LoRA changed.
     """
     selection = selection or Selection()
     comparison = Comparison(dequantised(base).checkpoint, dequantised(tuned).checkpoint, selection)
@@ -98,7 +98,7 @@ def difference(
         pair = placeless[0]
         others = [pair.module for pair in pairs if pair.use != "none"]
         raise UnsupportedError(
-            "a tensor changed that has no place in a LoRA",
+            "a tensor that has no place in a LoRA changed",
             path=tuned.path,
             tensor=pair.key,
             got=f"{pair.new.dtype.code} {list(pair.new.shape)}",
@@ -115,10 +115,10 @@ def difference(
         )
     if not modules:
         raise AdapterError(
-            "no weight changed that a LoRA could change",
+            "none of the weights that a LoRA could change has changed",
             path=tuned.path,
             got=f"{len(replacements)} changed norms, biases or embeddings",
-            hint="A LoRA needs a module to adapt",
+            hint="A LoRA needs at least one module",
         )
     adapter = Adapter(
         format="peft",

@@ -79,7 +79,7 @@ class GgufFuseOptions(Computing):
         super().__post_init__()
         if self.outtype not in get_args(Outtype):
             expected = " or ".join(get_args(Outtype))
-            raise OptionError("no such type", got=self.outtype, expected=expected)
+            raise OptionError("there is no such type", got=self.outtype, expected=expected)
 
 
 class GgufFusion:

@@ -75,5 +75,7 @@ class FuseOptions(Sharding, Computing):
         if self.dtype in (None, "keep"):
             return None
         if self.dtype not in _DTYPES:
-            raise OptionError("no such type", got=self.dtype, expected=" or ".join(_DTYPES))
+            raise OptionError(
+                "there is no such type", got=self.dtype, expected=" or ".join(_DTYPES)
+            )
         return _DTYPES[self.dtype]
