@@ -132,13 +132,14 @@ class RankRule:
         sv_fro: keep this share of ‖ΔW‖_F per module.
         sv_cumulative: keep this share of the sum of singular values per module.
         threshold: keep singular values above the Gavish–Donoho threshold.
-        budget: spread a size for the whole weight file, such as 25% or 12MB.
+        budget: choose ranks with the least error for a size of the whole weight file, such as 25%
+            or 12MB.
         max_rank: no rank above this.
-        min_rank: no rank below this, as far as the module has it.
+        min_rank: no rank below this, unless the module has less.
         patterns: rank of modules whose path matches; the first match decides.
         uniform: give all modules the largest rank chosen.
-        serve: use only ranks that vLLM accepts, rounding up; down where `budget` or `max_rank`
-            binds.
+        serve: use only ranks that vLLM accepts: rounded up, or down where `budget` or `max_rank`
+            requires it.
 
     Raises:
         OptionError: several rules at once, or a value out of range.

@@ -39,8 +39,9 @@ _CARRIED = 4
 def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) -> int:
     """Show what an adapter or a base model is, from its headers alone.
 
-    Of several, print a line each. A folder that is no adapter stands for all adapters below it. Of
-    a base model it tells how its weights are quantised: the format, bits, groups, and what is not.
+    Several adapters give a table with a line for each. A folder that is no adapter stands for all
+    adapters below it. For a base model it shows how the weights are quantised: the format, bits,
+    groups, and what is left out.
 
     \b
     loratools info my-adapter

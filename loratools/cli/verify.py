@@ -38,8 +38,8 @@ def command(
 ) -> int:
     """Check whether a checkpoint is a base with adapters fused in.
 
-    Exits with 0 if it is, with 1 if not, and with 3 if the checkpoint cannot tell: a tensor could
-    not be checked, rounding erases a change, or the adapter changes nothing.
+    Exits with 0 if it is, with 1 if it is not, and with 3 if the checkpoint does not show it: a
+    tensor could not be checked, rounding erased a change, or the adapter changes nothing.
 
     \b
     loratools verify merged-model base-model my-adapter

@@ -50,7 +50,8 @@ class ToLoraOptions:
     """What folding is told besides ranks and how to compute.
 
     Attributes:
-        set_: what the change depends on and neither the file nor the base's config.json tells.
+        set_: a value that the change depends on, and that neither the file nor the base's
+            config.json holds.
         exact: keep changes that are not of low rank whole, as full differences, where the format
             has them.
     """

@@ -67,7 +67,7 @@ class Reporting:
     Attributes:
         json: print one JSON object.
         quiet: print errors only.
-        verbose: list everything.
+        verbose: list every module.
     """
 
     json: bool = option(False, heading="Report")

@@ -32,8 +32,8 @@ def command(
 ) -> int:
     """Index adapters by sketches of their ΔW, for `fleet similar` and `fleet dedup`.
 
-    ADAPTERS are paths, wildcards, folders that hold some, files that list them (.txt), or
-    hf://organisation/*. Those that cannot be read are listed, and the exit code is 1 then.
+    ADAPTERS are paths, wildcards, folders that hold adapters, files that list them (.txt), or
+    hf://organisation/*. If some cannot be read, they are listed, and the exit code is 1.
 
     \b
     loratools fleet index 'adapters/*' -o index.safetensors

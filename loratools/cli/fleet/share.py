@@ -41,9 +41,9 @@ def command(
 ) -> int:
     """Bring adapters of one base model into shared bases, each with a small core of its own.
 
-    Adapters whose spaces overlap get one pair of bases per module; what is stored of each is its
-    core, and its error is stated, beside the least that squeezing each alone to the same size would
-    have. ADAPTERS are paths, wildcards, folders that hold some, files that list them (.txt), or
+    Adapters whose spaces overlap share one pair of bases per module, and each adds its core. The
+    report states the error of each, beside the least error of squeezing each alone to the same
+    size. ADAPTERS are paths, wildcards, folders that hold adapters, files that list them (.txt), or
     hf://organisation/*.
 
     \b

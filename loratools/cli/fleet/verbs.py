@@ -117,9 +117,9 @@ def _command(verb: Verb) -> click.Command:
 
     behind = _EXAMPLES.get(verb.name, "")
     command.help = (
-        f"Run `loratools {verb.name}` over many adapters, and pass over what is done.\n\n"
-        "ADAPTERS are paths, wildcards, folders that hold some, files that list them (.txt), or\n"
-        "hf://organisation/*. Exits with 1 if one failed or a check found something.\n\n"
+        f"Run `loratools {verb.name}` over many adapters, and skip finished ones.\n\n"
+        "ADAPTERS are paths, wildcards, folders that hold adapters, files that list them (.txt),\n"
+        "or hf://organisation/*. Exits with 1 if an adapter failed or a check found something.\n\n"
         f"\b\nloratools fleet {verb.name} 'adapters/*' -o results{behind}\n"
         f"loratools fleet {verb.name} list.txt -o results --shard 3/8{behind}\n"
     )

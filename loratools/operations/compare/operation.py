@@ -41,8 +41,8 @@ class CompareOptions:
     """How to compare.
 
     Attributes:
-        exact: look at every entry for signs and TIES.
-        sample: entries of a module to look at otherwise.
+        exact: use every entry for signs and TIES, instead of a sample.
+        sample: the number of entries of a module in the sample, without `exact`.
         seed: seed of the sample.
 
     Raises:

@@ -39,7 +39,7 @@ class Naming:
         base_name: name to record as the base model's.
         to: write a single file of a diffusion model: kohya, comfyui or diffusers; by default a PEFT
             folder.
-        component: part of a pipeline that a checkpoint is whose names do not tell.
+        component: the part of a pipeline that the checkpoint is, if its names do not show it.
     """
 
     base_name: str | None = option(None, heading="Output", metavar="NAME")

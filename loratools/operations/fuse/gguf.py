@@ -63,7 +63,7 @@ class GgufFuseOptions(Computing):
 
     Attributes:
         outtype: type of the tensors that change; `keep` leaves each its own.
-        fallback: type of changed tensors whose own cannot be written, such as Q4_K: f16 by
+        fallback: type of changed tensors whose own type cannot be written, such as Q4_K: f16 by
             default, or q8_0. Rows that do not fit q8_0 become f16.
         allow_lossy: write even if less than half of the change survives rounding.
 
