@@ -8,6 +8,7 @@ import click
 
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import path_completions
 from loratools.cli.exits import EXIT_FOUND, EXIT_UNCHECKED
 from loratools.cli.output import note, number, percent, print_table, say
 from loratools.cli.perform import report
@@ -23,7 +24,9 @@ from loratools_formats.disk.errors import OptionError
 
 @named_command("verify")
 @click.argument("fused", type=shared.PATH)
-@click.argument("made_from", nargs=-1, metavar="BASE ADAPTER[:WEIGHT]...")
+@click.argument(
+    "made_from", nargs=-1, metavar="BASE ADAPTER[:WEIGHT]...", shell_complete=path_completions
+)
 @shared.reads("base", "from_", "ignore_key")
 @shared.takes(Claim, into="claim")
 @shared.takes(Workers, into="threads")

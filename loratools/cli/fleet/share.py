@@ -7,6 +7,7 @@ import click
 from loratools.algebra.ranks import RankRule
 from loratools.cli import options as shared
 from loratools.cli.command import command as named_command
+from loratools.cli.completion import path_completions
 from loratools.cli.output import human_bytes, number, print_table, quantity, say, sizes
 from loratools.cli.perform import perform, target_of
 from loratools.face.fleet_share import FleetShareResult, fleet_share
@@ -21,7 +22,7 @@ _SHOWN = 20
 
 
 @named_command("fleet share")
-@click.argument("adapters", nargs=-1, required=True)
+@click.argument("adapters", nargs=-1, required=True, shell_complete=path_completions)
 @shared.takes(ShareOptions, into="options")
 @shared.takes(RankRule, *RANK_OPTIONS, into="rule")
 @shared.takes(ComputeOptions, "dtype", "workers", into="compute")

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from loratools.cli import options as shared
 from loratools.cli.command import Command
+from loratools.cli.completion import path_completions
 from loratools.cli.exits import EXIT_FOUND
 from loratools.cli.fleet.report import show, tell_failures, telling
 from loratools.cli.output import note
@@ -95,7 +96,9 @@ def _inputs(verb: Verb) -> list[tuple[str, Option]]:
 
 def _command(verb: Verb) -> click.Command:
     @click.command(f"fleet {verb.name}", cls=FleetCommand)
-    @click.argument("members", nargs=-1, required=True, metavar="ADAPTERS...")
+    @click.argument(
+        "members", nargs=-1, required=True, metavar="ADAPTERS...", shell_complete=path_completions
+    )
     @shared.takes(Fleeting, into="how")
     @shared.reports("json", "quiet", "verbose")
     @click.pass_obj
