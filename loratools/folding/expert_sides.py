@@ -11,7 +11,8 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.orient import stack_is_swapped
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import model_types
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.orientation import exchanged
 
 

@@ -21,7 +21,8 @@ from loratools.folding.without_base import folds_alone
 from loratools.lowrank.matrices import matrices
 from loratools.work.selection import Dropping
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, KindDelta, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import KindDelta, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, OptionError

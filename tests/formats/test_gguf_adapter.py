@@ -28,8 +28,8 @@ from loratools_formats import (
 )
 from loratools_formats.containers.gguf.container import KeyValue, read_gguf
 from loratools_formats.containers.gguf.splits import read_model
-from loratools_formats.core.adapter import ModuleChange
 from loratools_formats.core.alora import ACTIVATED
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.tensors import in_memory
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import UnsupportedError
 

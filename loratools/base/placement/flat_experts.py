@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

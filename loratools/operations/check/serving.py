@@ -9,7 +9,8 @@ from loratools.operations.check.remedy import Remedy
 from loratools.operations.check.rule import Found, Rule
 from loratools.operations.check.subject import CONFIG_FILE, Subject
 from loratools.operations.check.targets import Support, Target
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 
 OfTarget = Callable[[Subject, Adapter, Target], Iterator[Found]]
 WORDS: dict[Support, str] = {

@@ -13,7 +13,8 @@ from loratools.algebra import linalg, residuals
 from loratools.lowrank.matrices import loaded
 from loratools.work.parallel import in_order, usable_cores
 from loratools_formats.contract.files import read_adapter
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.dtypes import Array, is_power_of_two
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, OutputError

@@ -11,11 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import (
-    Adapter,
-    LowRank,
-    ModuleChange,
-)
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import AdapterError, OptionError, UnsupportedError
 

@@ -62,7 +62,8 @@ from loratools.work.regexes import is_found
 from loratools.work.scratch import Scratch
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.dtypes import Array, common_dtype
 from loratools_formats.core.metadata import merged_from
 from loratools_formats.disk.errors import OptionError

@@ -17,7 +17,8 @@ from loratools.operations.in_class_names import in_class_names
 from loratools.operations.merge.align import MergeInput
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.contract.registry import get_format
-from loratools_formats.core.adapter import Adapter, Layer
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.wrapped_names import unwrapped
 from loratools_formats.disk.errors import AdapterError, LoratoolsError

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from loratools_formats.core.adapter import Layer, LowRank, ModuleChange
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.dtypes import DType, common_dtype, dtype_of_multiples, encode
 from loratools_formats.core.tensors import TensorRef, joined
 from loratools_formats.disk.errors import AdapterError, UnsupportedError

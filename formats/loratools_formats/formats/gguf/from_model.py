@@ -15,8 +15,9 @@ from loratools_formats.containers.gguf.container import KeyValue, is_gguf
 from loratools_formats.containers.gguf.cursor import ARRAY
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
 from loratools_formats.contract.format import Context, Loss
-from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.alora import invocation_tokens
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.orientation import exchanged, is_transposed
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, LoratoolsError, UnsupportedError

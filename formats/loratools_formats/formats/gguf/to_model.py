@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loratools_formats.contract.format import Context
-from loratools_formats.core.adapter import Adapter, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.alora import INVOCATION_TOKENS
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module
 from loratools_formats.formats.gguf.base import read_base

@@ -16,7 +16,8 @@ from loratools_formats.contract.format import Context, Format, Loss
 from loratools_formats.disk.distant import is_there
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import Adapter, ModuleChange
+    from loratools_formats.core.adapter import Adapter
+    from loratools_formats.core.change import ModuleChange
     from loratools_formats.core.findings import Finding
 
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

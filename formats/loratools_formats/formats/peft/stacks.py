@@ -18,7 +18,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loratools_formats.core.adapter import ExpertLayout, Layer, LowRank, ModuleChange
+from loratools_formats.core.adapter import ExpertLayout
+from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError

@@ -14,7 +14,8 @@ from typing import Any
 from loratools_formats.containers.safetensors_write import safetensors_nbytes, write_safetensors
 from loratools_formats.contract.commands import command_on
 from loratools_formats.contract.format import Loss
-from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank, ModuleChange
 from loratools_formats.core.factors import alpha_of, kept_whole
 from loratools_formats.core.peft_facts import stacked_on_loading
 from loratools_formats.core.peft_patterns import settings_of

@@ -15,7 +15,8 @@ from loratools_formats.checkpoints import expert_classes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
 from loratools_formats.checkpoints.facts import model_types
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import UnsupportedError, printable

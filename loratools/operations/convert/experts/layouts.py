@@ -30,7 +30,8 @@ from loratools.operations.convert.experts.stacked import nested, stacked
 from loratools.operations.convert.experts.stored_names import in_stored_names
 from loratools.operations.convert.experts.tinker_names import in_tinker_names
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.disk.errors import UnsupportedError

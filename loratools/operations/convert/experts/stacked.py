@@ -7,7 +7,7 @@ from dataclasses import replace
 from loratools.base.placement.changes import Span
 from loratools.base.placement.pieces import Piece, put_together
 from loratools.operations.convert.experts.groups import Group, Order
-from loratools_formats.core.adapter import Layer, ModuleChange
+from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.peft_facts import declared
 from loratools_formats.disk.errors import UnsupportedError
 

@@ -15,7 +15,8 @@ from loratools.base.placement.names import Names
 from loratools.base.placement.sites import stored_single
 from loratools.operations.convert.experts.groups import types_of
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import ModuleChange
 
 _SINGLE = re.compile(r"(?P<owner>.*\bmlp)\.(?P<expert>experts\.\d+)\.(?P<leaf>[a-z_]+_proj)")
 _LAYER = re.compile(r"(?P<head>(?:.*?\.)?\d+)\.(?P<tail>.+)")
