@@ -211,6 +211,7 @@ def test_existing_output_needs_overwrite(make_folder, tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_an_input_is_replaced_only_in_place(make_folder, tmp_path):
     folder = make_folder()
     before = (folder / "adapter_model.safetensors").read_bytes()

@@ -243,6 +243,7 @@ def strings_of_libraries():
                     yield path, node.value
 
 
+@pytest.mark.slow
 def test_the_library_names_parameters_and_not_flags():
     """Only whole commands have flags; a parameter is named as Python writes it, in backquotes."""
     known = {

@@ -66,6 +66,7 @@ def test_info_shows_a_gguf_adapter(files):
     assert shown["modules"][0]["name"] == "blk.0.attn_k"
 
 
+@pytest.mark.slow
 def test_squeeze_gives_a_gguf_adapter_of_the_same_error(files, tmp_path):
     for source, out in ((files / "lora.gguf", "a.gguf"), (EXAMPLES / "lora", "a")):
         succeeded("squeeze", source, "-o", tmp_path / out, "--rank", 8)
@@ -88,6 +89,7 @@ def test_merge_writes_its_recipe_beside_the_file_and_can_repeat_it(files, tmp_pa
     assert (tmp_path / "both.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
 
 
+@pytest.mark.slow
 def test_fuse_reports_and_names_what_it_writes(model, files, tmp_path):
     preview = json.loads(
         succeeded("fuse", model, files / "lora.gguf", "--dry-run", "--json", "--outtype", "q8_0")

@@ -97,6 +97,7 @@ def test_all_zero_factors():
     assert not found.a.any()
 
 
+@pytest.mark.slow
 def test_rsvd_with_enough_directions_is_the_exact_svd():
     b, a = factors(5, 60, 50, 12, decay=0.9)
     want, _ = truncated(dense(b, a, 0.5), 6)
@@ -104,6 +105,7 @@ def test_rsvd_with_enough_directions_is_the_exact_svd():
     assert relative(dense(found.b, found.a), want) < 1e-10
 
 
+@pytest.mark.slow
 def test_rsvd_is_near_the_optimum_and_better_with_power_iterations():
     b, a = factors(6, 300, 200, 64, decay=0.98)
     delta = dense(b, a)

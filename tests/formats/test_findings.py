@@ -25,6 +25,7 @@ def constructed():
     return found
 
 
+@pytest.mark.slow
 def test_every_finding_has_a_code_of_the_table():
     unlisted = [(path.name, code) for path, code in constructed() if code not in CODES]
     assert unlisted == []

@@ -239,6 +239,7 @@ def test_keys_of_all_types_survive_a_rewrite(tmp_path):
     assert "some.empty" not in second.keys  # gguf writes none, and none says as much
 
 
+@pytest.mark.slow
 def test_many_values_in_keys_are_refused_before_they_are_loaded(tmp_path):
     """Each array is within the limit for one; as Python numbers all would take gigabytes."""
     numbers = bytes(1 << 20)

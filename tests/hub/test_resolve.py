@@ -227,6 +227,7 @@ def test_weights_of_an_adapter_come_when_they_are_read_after_all(repos, tmp_path
     assert not repos.asked(r"\.safetensors$", "GET")
 
 
+@pytest.mark.slow
 def test_a_header_beyond_the_first_range_is_completed(repos, tmp_path):
     tensors = {f"block.{i}.weight": np.zeros((1,), np.float32) for i in range(4000)}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -348,6 +349,7 @@ def test_offline_weights_that_are_not_cached_are_missed(repos, tmp_path, monkeyp
         lt.to_dora(LORA, base="me/big")
 
 
+@pytest.mark.slow
 def test_a_cut_download_leaves_nothing_behind(repos, tmp_path):
     repos.cut(r"/resolve/.*adapter_model\.safetensors", method="GET", times=99, after=1000)
     with pytest.raises(HubError):
@@ -407,6 +409,7 @@ def test_models_in_ggufs_and_pipelines(repos):
         lt.info("me/pipeline")
 
 
+@pytest.mark.slow
 def test_the_command_records_what_its_base_was(repos, program):
     repos.aliases["tiny"] = "me/model"
     done = program("convert", "me/tiny", "-o", "x.gguf", "--base", "tiny", "-q")

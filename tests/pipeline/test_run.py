@@ -146,6 +146,7 @@ run.run(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "sync"), [(n, 0) for n in range(1, 9)] + [(0, n) for n in (1, 2, 4, 7, 9, 12, 14)]
 )

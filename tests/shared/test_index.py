@@ -53,6 +53,7 @@ def test_signs_are_those_of_the_scheme_for_ever():
     assert abs(sketch.signs("m", "out", 4096).mean()) < 5.0 / (4096 * 256) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [1, 4, 24])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_estimates_are_within_their_stated_error(modules, rank):

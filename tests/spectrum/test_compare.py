@@ -285,6 +285,7 @@ def test_bases_differ_where_the_adapter_acts_as_computed_densely(tmp_path):
         assert (module.relative > 0) == module.name.endswith("q_proj")
 
 
+@pytest.mark.slow
 def test_the_command_prints_matrices_and_refuses_nonsense():
     paths = [dense.TINY / name for name in ("lora", "rslora", "dora")]
     done = run("compare", *paths)
