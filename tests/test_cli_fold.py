@@ -154,6 +154,7 @@ def test_to_dora_and_extract_report_in_json(tmp_path):
     assert config["base_model_name_or_path"] == str(BASE)
 
 
+@pytest.mark.slow
 def test_folds_on_the_cpu_import_no_torch(tmp_path):
     heavy = {"torch", "scipy", "matplotlib", "huggingface_hub"}
     fold = ["to-lora", DORA, "--base", BASE, "-o", tmp_path / "one", "--rank", "4", "-q"]

@@ -99,6 +99,7 @@ def test_types_have_several_spellings(tmp_path, flag, spelling):
     assert narrowed(tmp_path / "a") == narrowed(tmp_path / "b") == {"F16"}
 
 
+@pytest.mark.slow
 def test_old_spellings_mean_what_they_did(tmp_path):
     pairs = [
         (

@@ -59,6 +59,7 @@ def model(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_info_shows_a_gguf_adapter(files):
     shown = json.loads(succeeded("info", files / "lora.gguf", "--json"))
     assert (shown["format"], shown["base_model"]) == ("gguf", "loratools/tiny-llama")
@@ -79,6 +80,7 @@ def test_squeeze_gives_a_gguf_adapter_of_the_same_error(files, tmp_path):
     assert {d.rank for d in read_adapter(tmp_path / "a.gguf").modules.values()} == {8}
 
 
+@pytest.mark.slow
 def test_merge_writes_its_recipe_beside_the_file_and_can_repeat_it(files, tmp_path):
     for name in ("lora.gguf", "rslora.gguf"):
         shutil.copy(files / name, tmp_path / name)

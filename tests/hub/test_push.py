@@ -74,6 +74,7 @@ def test_a_repository_is_made_if_asked(hub, small):
     assert not hub.repos["me/open"].private
 
 
+@pytest.mark.slow
 def test_one_commit_and_none_if_nothing_changed(hub, small):
     first = lt.push(small, "me/small", create=True)
     repo = hub.repos["me/small"]
@@ -105,6 +106,7 @@ def first_commit(repo, commit):
     return next(sha for sha in repo.commits if sha == repo.parents[commit])
 
 
+@pytest.mark.slow
 def test_strays_are_not_published(hub, small):
     (small / ".env").write_text("SECRET=1")
     (small / "optimizer.pt").write_bytes(b"x")
@@ -169,6 +171,7 @@ def test_a_card_of_ones_own_and_none(hub, small, tmp_path):
         lt.push(small, "me/bare", no_card=True, card="x")
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_files_and_the_cards_diff(hub, small):
     hub.add("me/small", {"README.md": b"# Mine\n"})
     before = hub.repos["me/small"].sha("main")
@@ -373,6 +376,7 @@ def test_other_formats_are_used_in_their_own_way(hub, tmp_path):
     assert b"mlx_lm.generate --model loratools/tiny-llama" in published(hub, "me/mlx")["README.md"]
 
 
+@pytest.mark.slow
 def test_a_fused_model(hub, tmp_path):
     lt.fuse(MODEL, LORA, output=tmp_path / "fused")
     (tmp_path / "fused" / "stray.py").write_text("")
@@ -391,6 +395,7 @@ def test_what_is_neither(hub, tmp_path):
         lt.push(tmp_path / "x", "me/x", create=True)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_memory(hub):
     done = lt.push(lt.squeeze(LORA, rank=2).adapter, "me/small", create=True)
     assert set(published(hub)) == NAMES
@@ -420,6 +425,7 @@ def test_an_output_on_the_hub(hub, tmp_path):
     assert "published" in again.to_dict()
 
 
+@pytest.mark.slow
 def test_a_recipe_with_local_paths_stays_here(hub, tmp_path):
     lt.merge({LORA: 1.0, RSLORA: 0.3}, rank=4, output=tmp_path / "z")
     done = lt.push(tmp_path / "z", "me/z", create=True)
@@ -474,6 +480,7 @@ def test_the_command(server, program, small):
     assert "--create" in missing.stderr
 
 
+@pytest.mark.slow
 def test_the_function_returns_what_the_command_prints(hub, small):
     hub.add("me/small", {})
     returned = lt.push(small, "me/small", branch="next").to_dict()
@@ -580,6 +587,7 @@ def test_trusted_publishing_needs_no_secret(server, program, small, minted):
     assert ID_TOKEN not in done.stderr
 
 
+@pytest.mark.slow
 def test_weights_are_published_with_their_configuration(hub, small):
     lt.push(small / WEIGHTS, "me/small", create=True)
     assert set(published(hub)) == NAMES

@@ -109,6 +109,7 @@ def test_names_of_old_models(repos):
         lt.info("gpt2")
 
 
+@pytest.mark.slow
 def test_merging_references_names_them_in_its_recipe(repos, tmp_path):
     made = lt.merge({"me/tiny": 0.5, "hf://me/other": 0.5}, rank=8, output=tmp_path / "both")
     assert [each.name for each in made.adapters] == ["tiny", "other"]
@@ -122,6 +123,7 @@ def test_merging_references_names_them_in_its_recipe(repos, tmp_path):
     assert bytes_of(tmp_path / "third") == bytes_of(tmp_path / "both")
 
 
+@pytest.mark.slow
 def test_other_parameters_that_name_adapters(repos):
     assert lt.compare(["me/tiny", "me/other"]).names == ("tiny", "other")
     adapter = lt.read("me/tiny")
@@ -206,6 +208,7 @@ def test_what_reads_headers_of_an_adapter_fetches_them_only(repos, tmp_path, ins
                 assert codes[0] == codes[1]
 
 
+@pytest.mark.slow
 def test_many_references_are_checked_by_their_headers_too(repos, tmp_path, monkeypatch):
     monkeypatch.setattr("loratools.operations.check.children.FEWEST", 2)
     folder = large_adapter(repos, tmp_path)

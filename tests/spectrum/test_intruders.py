@@ -83,6 +83,7 @@ def test_leading_triplets_are_those_of_numpy_where_singular_values_cluster():
     assert_allclose(zero[1], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "rslora"])
 def test_trained_adapters_have_the_intruders_of_the_definition(name):
     from loratools.operations.spectrum.operation import spectrum
