@@ -41,10 +41,10 @@ class Model:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(len(name))
-        settings = {"r": 4, "lora_alpha": 6, "use_rslora": True} | settings
+        settings = {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": []} | settings
         model = get_peft_model(
             self.loaded().float(),
-            LoraConfig(target_modules=[], target_parameters=parameters or self.parameters,
+            LoraConfig(target_parameters=parameters or self.parameters,
                        init_lora_weights=False, **settings),
         )  # fmt: skip
         model.save_pretrained(self.folder / name)

@@ -199,6 +199,7 @@ def prepare(
         context.base,
         experts,
         lambda given: _in_model_terms(given, target, context, names_of),
+        names_of,
     )
     model = model if single.as_it_is else _with_positive_scales(model)
     if target.name == "gguf" and context.base is not None and model.replacements:
