@@ -120,6 +120,20 @@ class Format:
         del adapter
         return []
 
+    def writing_findings(self, adapter: Adapter) -> list[Finding]:
+        """Return what to tell of the form in which `write` would store an adapter.
+
+        By default there is one form.
+
+        Args:
+            adapter: to be written.
+
+        Raises:
+            UnsupportedError: the format cannot hold it.
+        """
+        del adapter
+        return []
+
     def losses(self, adapter: Adapter) -> list[Loss]:
         """Return what the format cannot hold of an adapter in the base model's names.
 

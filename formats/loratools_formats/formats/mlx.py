@@ -142,7 +142,7 @@ def _of_experts(path: str) -> Layer:
     """Return what MLX's stacks are: A is on the inputs, however a base stores the weights."""
     from loratools_formats.core.change import Layer
 
-    return Layer("experts", parameters=(f"{path}.weight",), swapped=False)
+    return Layer("experts", (), (f"{path}.weight",), transposed_if_square=None, swapped=False)
 
 
 def _targets(modules: Mapping[str, ModuleChange]) -> list[str]:

@@ -199,6 +199,7 @@ def prepare(
         context.base,
         experts,
         lambda given: _in_model_terms(given, target, context, names_of),
+        names_of,
     )
     model = model if single.as_it_is else _with_positive_scales(model)
     if target.name == "gguf" and context.base is not None and model.replacements:
@@ -228,6 +229,7 @@ def prepare(
     if single.strip_training_metadata:
         model = replace(model, metadata=without_training_data(model.metadata))
     exact, made = _translated(model, named, target, context, single)
+    _refuse_other_form(made, adapter, target)
     options: dict[str, Any] = {"to": target.name, **single.record()}
     options |= {} if names_of is None else {"names_of": names_of}
     options |= wanted.record()
@@ -258,6 +260,12 @@ def _refuse_nothing(
             got=f"{len(adapter.modules)} modules",
             hint=losses[0].remedy or None if losses else None,
         )
+
+
+def _refuse_other_form(made: Adapter, adapter: Adapter, target: Format) -> None:
+    """Refuse an output that would not have the form that was asked for."""
+    for told in target.writing_findings(made):
+        raise UnsupportedError(told.message, path=adapter.source, tensor=told.where, hint=told.hint)
 
 
 def _with_positive_scales(adapter: Adapter) -> Adapter:

@@ -20,6 +20,7 @@ from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.change import Layer
 from loratools_formats.core.findings import Finding
+from loratools_formats.core.peft_facts import owner
 from loratools_formats.core.wrapped_names import unwrapped
 from loratools_formats.disk.errors import AdapterError, LoratoolsError
 
@@ -34,7 +35,6 @@ _EXPERTS = re.compile(
     r"(?P<layer>(?:.*\.)?\d+)\.(?:.+\.)?(?P<kind>experts|switch_mlp)\b(?P<rest>.*)"
 )
 _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
-_NESTED = ".base_layer"
 _NEUTRAL = rules.NEUTRAL | {"thinker"}
 
 
@@ -151,9 +151,9 @@ def _places(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
         head = module.partition(experts["kind"])[0]
         yield f"{experts['layer']} experts", f"{kind} {head}"
         return
-    owner = _NUMBERED.match(loose) if layer.kind == "experts" else None
-    if owner is not None:
-        yield f"{owner[0]} experts", f"stack of {loose.rpartition('.')[0]}"
+    numbered = _NUMBERED.match(loose) if layer.kind == "experts" else None
+    if numbered is not None:
+        yield f"{numbered[0]} experts", f"stack of {loose.rpartition('.')[0]}"
         return
     yield loose, module
     parent, _, leaf = loose.rpartition(".")
@@ -170,8 +170,5 @@ def _parameters(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
     leaf = layer.parameters[0].rpartition(".")[2]
     if leaf == "weight":  # a module of its own
         return
-    owner = module
-    while owner.endswith(_NESTED):
-        owner = owner.removesuffix(_NESTED)
-    yield f"{owner} {leaf}", f"{module}"
+    yield f"{owner(module)} {leaf}", f"{module}"
     yield f"{module} is", leaf

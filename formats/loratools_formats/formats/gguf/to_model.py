@@ -123,7 +123,8 @@ def _inverse(order: list[int]) -> list[int]:
 
 def _with_layer(path: str, called: str, delta: LowRank, architecture: Architecture) -> LowRank:
     if delta.layer.kind == "experts":
-        return replace(delta, layer=Layer("experts", parameters=(called,), swapped=False))
+        layer = Layer("experts", (), (called,), transposed_if_square=None, swapped=False)
+        return replace(delta, layer=layer)
     if architecture.conv1d and delta.layer.kind == "linear" and path not in architecture.outputs:
         return replace(delta, layer=Layer("linear", transposed_if_square=True))
     return delta

@@ -80,6 +80,12 @@ class Peft(Format):
 
         return weights_nbytes(adapter)
 
+    def writing_findings(self, adapter: Adapter) -> list[Finding]:
+        """Return what to tell of stacks of experts that are not written as PEFT's own."""
+        from loratools_formats.formats.peft.written_sides import writing_findings
+
+        return writing_findings(adapter)
+
     def from_model(self, adapter: Adapter, context: Context) -> Adapter:
         """Make the configuration that the modules of another format's adapter ask for."""
         from loratools_formats.formats.peft.from_model import from_model
