@@ -15,7 +15,7 @@ from loratools.base.codecs.bits import E2M1, QUARTERS, looked_up
 from loratools_formats.core.dtypes import DTYPES, Array, DType, encode
 
 _LARGEST = {"F4_E2M1": 6.0, "I4": 1.75, "F8_E4M3": 448.0, "F8_E5M2": 57344.0}
-FOURS = {"F4_E2M1": E2M1, "I4": QUARTERS}
+FOURS: dict[str, Array] = {"F4_E2M1": E2M1, "I4": QUARTERS}
 """What codes of four bits mean, by their kind."""
 _SIGN = 0x8000
 
