@@ -42,6 +42,7 @@ _VARIANTS = {
     "compressed-tensors": ("format", (
         "dense", "float-quantized", "naive-quantized", "mxfp8-quantized", "int-quantized",
         "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision",
+        "nvfp4-e5m3-pack-quantized",
     )),
     "awq": ("version", ("gemm", "gemv")),
 }  # fmt: skip

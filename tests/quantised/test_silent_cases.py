@@ -120,7 +120,28 @@ def test_auto_round_in_the_form_of_awq(tmp_path, adapter):
     assert lt.fuse(base, adapter, requantize=True).tensors
 
 
-@pytest.mark.parametrize("entry", ["rotation_config", "hadamard_config"])
+def test_auto_round_without_a_packing_has_zeros_less_one():
+    """transformers' AutoRoundConfig begins as `auto_round:gptq`; only the file changes that."""
+    tensors, _ = CASES["GPTQ 4"](np.random.default_rng(0))
+    found = [
+        only(tensors, {"quant_method": "auto-round", **said}).tensor().load(np.float32)
+        for said in ({}, {"packing_format": "auto_round:gptq"}, {"packing_format": "auto_round"})
+    ]
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+def test_codes_that_only_the_configuration_tells_apart():
+    """AutoRound's MXINT4 has the tensors of MXFP4; entries of layers say which one is which."""
+    tensors, _ = CASES["MXINT4"](np.random.default_rng(0))
+    said = {"quant_method": "auto-round", "data_type": "mx_fp"}
+    assert str(only(tensors, said).scheme) == "MXFP4, 4 bits, groups of 32"
+    for name in ("x", r"x|lm_head"):
+        stated = {**said, "extra_config": {name: {"data_type": "mx_int"}}}
+        assert str(only(tensors, stated).scheme) == "MXINT4, 4 bits, groups of 32"
+
+
+@pytest.mark.parametrize("entry", ["rotation_config", "hadamard_config", "spinquant_config"])
 def test_auto_round_with_a_rotation_is_refused(entry, tmp_path, adapter):
     base, _, _ = base_of("GPTQ 4", tmp_path / "base")
     set_config(base, quant_method="auto-round", packing_format="auto_round", **{entry: {"a": 1}})

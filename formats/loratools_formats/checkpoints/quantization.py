@@ -67,7 +67,7 @@ _BESIDE_CONFIG = {
 }
 """Files that say how weights are quantised where config.json does not, and what they are of."""
 
-_ROTATIONS = ("rotat", "hadamard")
+_ROTATIONS = ("rotat", "hadamard", "spinquant", "quarot")
 """What names of entries say that weights are rotated, as AutoRound and FP-Quant write them."""
 
 _ABOUT = "meta"

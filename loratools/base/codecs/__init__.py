@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from loratools.base.codecs import (
+    auto_round,
     awq,
     bitsandbytes,
     comfyui,
@@ -54,6 +55,7 @@ CODECS: tuple[Codec, ...] = (
     gptq.CODEC,
     awq.CODEC,
     compressed.CODEC,
+    auto_round.CODEC,
     nvfp4.CODEC,
     mxfp4.CODEC,
     eight_bit.CODEC,
