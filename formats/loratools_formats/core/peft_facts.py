@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratools_formats.core.orientation import named_conv1d
 
 if TYPE_CHECKING:
-    from loratools_formats.core.adapter import ModuleChange
+    from loratools_formats.core.change import ModuleChange
 
 PREFIX = "base_model.model."
 """What PEFT's files put before a module's path."""

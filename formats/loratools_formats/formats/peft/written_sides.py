@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, LowRank
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import LowRank
 from loratools_formats.core.findings import Finding
 from loratools_formats.core.orientation import exchanged
 from loratools_formats.core.peft_facts import family_of
