@@ -95,6 +95,7 @@ def _for_peft(
 ) -> tuple[Adapter, tuple[Finding, ...]]:
     if wanted.layout in _APART:
         singles = _singles(adapter, checkpoint, in_names)
+        _refuse_flat(singles)
         if names_of is not None or (adapter.format == "mlx" and checkpoint is not None):
             singles = _others_in(singles, in_names)
         return _laid(singles, wanted, checkpoint)
