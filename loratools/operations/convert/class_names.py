@@ -25,7 +25,7 @@ from loratools_formats.contract.commands import command_on
 from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
 from loratools_formats.core.flat_experts import FLAT, SINGLE, singles_of
 from loratools_formats.core.tensors import TensorRef
-from loratools_formats.disk.errors import UnsupportedError
+from loratools_formats.disk.errors import MissingFileError, UnsupportedError
 
 NAMED = frozenset({"peft", "mlx"})
 """Formats whose modules have names of a class."""
@@ -60,13 +60,29 @@ def uses_names(source: str, target: str) -> bool:
     return {source, target} <= NAMED
 
 
+def checkpoint_of(adapter: Adapter, base: Path | None) -> Checkpoint | None:
+    """Return a base's checkpoint; None if it is none, for formats that do with a configuration.
+
+    Raises:
+        MissingFileError: it has no weights, and an adapter of PEFT or MLX needs their names.
+    """
+    if base is None or is_gguf(base):
+        return None
+    try:
+        return read_checkpoint(base)
+    except MissingFileError:
+        if adapter.format in NAMED:
+            raise
+        return None
+
+
 def in_target_names(
     adapter: Adapter, target: str, base: Path | None, *, as_stored: bool = False
 ) -> Adapter:
     """Return an adapter under the names that the target's loader knows for a base.
 
     Args:
-        adapter: of PEFT or MLX.
+        adapter: of PEFT or MLX, or from GGUF in the model's names.
         target: `peft` or `mlx`.
         base: the base model.
         as_stored: name and divide modules as the base's files do, not as its class.
@@ -74,7 +90,7 @@ def in_target_names(
     Raises:
         UnsupportedError: the names differ between the two, and there is no base to tell them.
     """
-    checkpoint = None if base is None or is_gguf(base) else read_checkpoint(base)
+    checkpoint = checkpoint_of(adapter, base)
     if checkpoint is not None:
         adapter = in_class_names([adapter], checkpoint, as_stored=as_stored)[0]
     elif adapter.format != target:

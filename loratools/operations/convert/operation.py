@@ -357,7 +357,8 @@ def _in_model_terms(
 ) -> Adapter:
     source = get_format(adapter.format)
     model = adapter if source.name == target.name else source.to_model(adapter, context)
-    if uses_names(source.name, target.name):
+    of_llama_cpp = source.name == "gguf" and target.name == "mlx"
+    if uses_names(source.name, target.name) or of_llama_cpp:
         return in_target_names(model, target.name, context.base, as_stored=names_of == "4")
     return with_flat_experts(model, context.base) if target.name == "peft" else model
 
