@@ -372,7 +372,7 @@ def test_kinds_that_llama_cpp_has_not_are_refused(base):
         ("model.layers.0.input_layernorm", {}, "applies no adapter"),
         ("model.vision_tower.layers.0.self_attn.q_proj", {}, "applies no adapter"),
         ("transformer.wpe", {"architectures": ["GPT2LMHeadModel"]}, "applies no adapter"),
-        (Q, {"architectures": ["DbrxForCausalLM"]}, "got DbrxForCausalLM"),
+        (Q, {"architectures": ["MptForCausalLM"]}, "got MptForCausalLM"),
         (Q, {"architectures": []}, "names no architecture"),
         (Q, {"num_attention_heads": 3}, "expected 3 heads of 5"),
         (Q, {"head_dim": 4}, "expected 2 heads of 4"),

@@ -165,7 +165,7 @@ def _stored(adapter: Adapter) -> Iterator[TensorRef]:
                     "MLX has a module for each stack of experts, and its own names for them",
                     tensor=name,
                     got=", ".join(part.layer.parameters),
-                    hint="If this is a merge, give an adapter of PEFT first, whose format it gets",
+                    hint="If this is a merge, pass `base`, which tells them",
                 )
             yield part.a.renamed(f"{name}.lora_a")
             yield part.b.renamed(f"{name}.lora_b")

@@ -20,7 +20,7 @@ from loratools.lowrank.true_rank import of_true_rank
 from loratools.naming.lists import names_of_adapter, names_of_base
 from loratools.naming.rename import NamingOptions, Renamed, renamed
 from loratools.naming.tables import find_table
-from loratools.operations.convert.class_names import in_target_names, uses_names
+from loratools.operations.convert.class_names import in_target_names, uses_names, with_flat_experts
 from loratools.operations.convert.compare_written import ConversionCheck, compared
 from loratools.operations.convert.experts.in_layout import in_layout
 from loratools.operations.convert.experts.layouts import PeftLayout, Wanted
@@ -202,7 +202,7 @@ def prepare(
         names_of,
     )
     model = model if single.as_it_is else _with_positive_scales(model)
-    if target.name == "gguf" and context.base is not None and model.replacements:
+    if target.name in ("gguf", "mlx") and context.base is not None and model.replacements:
         model = without_repeated(model, stored_in(context.base))
     lost = [] if single.as_it_is else _lost_by_any_name(model, target)
     left = {loss.name for loss in lost}
@@ -357,9 +357,10 @@ def _in_model_terms(
 ) -> Adapter:
     source = get_format(adapter.format)
     model = adapter if source.name == target.name else source.to_model(adapter, context)
-    if uses_names(source.name, target.name):
+    of_llama_cpp = source.name == "gguf" and target.name == "mlx"
+    if uses_names(source.name, target.name) or of_llama_cpp:
         return in_target_names(model, target.name, context.base, as_stored=names_of == "4")
-    return model
+    return with_flat_experts(model, context.base) if target.name == "peft" else model
 
 
 def _uses_base(source: Format, target: Format) -> bool:

@@ -34,6 +34,7 @@ _TOGETHER = frozenset(name for names in _FUSED.values() for name in names)
 _EXPERTS = re.compile(
     r"(?P<layer>(?:.*\.)?\d+)\.(?:.+\.)?(?P<kind>experts|switch_mlp)\b(?P<rest>.*)"
 )
+_PROJECTION = re.compile(r"\.(?:gate|up|down)_proj")
 _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 _NEUTRAL = rules.NEUTRAL | {"thinker"}
 
@@ -144,9 +145,8 @@ def _places(module: str, layer: Layer) -> Iterator[tuple[str, str]]:
     experts = _EXPERTS.fullmatch(loose)
     if experts is not None:
         single = re.match(r"\.\d+\.", experts["rest"]) is not None
-        stacked = (
-            "stacked" if layer.parameters and experts["kind"] == "experts" else experts["kind"]
-        )
+        of_mlx = experts["kind"] != "experts" or _PROJECTION.fullmatch(experts["rest"])
+        stacked = "stacked" if layer.parameters and not of_mlx else experts["kind"]
         kind = "single" if single else stacked
         head = module.partition(experts["kind"])[0]
         yield f"{experts['layer']} experts", f"{kind} {head}"

@@ -25,7 +25,7 @@ from loratools_formats.disk.errors import AdapterError, LoratoolsError, Unsuppor
 from loratools_formats.disk.files import RegularFile
 from loratools_formats.formats.gguf.architectures import Module, numbered
 from loratools_formats.formats.gguf.base import Base, read_base
-from loratools_formats.formats.gguf.experts import in_stack, stacked, today
+from loratools_formats.formats.gguf.experts import flat_apart, in_stack, stacked, today
 from loratools_formats.formats.gguf.gate_up import as_in_base
 from loratools_formats.formats.gguf.read import EMBEDDING, INVOCATION_KEY, base_model_keys
 from loratools_formats.formats.gguf.write import dtype_fallbacks
@@ -59,7 +59,7 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
     base = read_base(context.base)
     stacks: dict[str, dict[int, LowRank]] = {}
     modules: dict[str, ModuleChange] = {}
-    for path, delta in today(adapter.modules).items():
+    for path, delta in flat_apart(today(adapter.modules), base.sizes.experts).items():
         try:
             for name, expert, part in _placed(path, plain_factors(delta), base):
                 known = name in modules if expert is None else expert in stacks.get(name, {})
@@ -220,7 +220,7 @@ def _found(path: str, base: Base) -> tuple[Module, int | None]:
 def without_place(adapter: Adapter, base: Base) -> list[Loss]:
     """Return the modules that llama.cpp applies no adapter to, and why."""
     lost = []
-    for path, change in today(adapter.modules).items():
+    for path, change in flat_apart(today(adapter.modules), base.sizes.experts).items():
         names = [path]
         if change.layer.kind == "experts":
             names = [f"{owner(path)}.{leaf}" for leaf in ("gate_up_proj", "up_proj", "down_proj")]

@@ -16,7 +16,7 @@ from loratools_formats.core.change import Layer, LowRank, ModuleChange
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 from loratools_formats.formats.gguf.architectures import ARCHITECTURES, Architecture, Module
 from loratools_formats.formats.gguf.base import read_base
-from loratools_formats.formats.gguf.experts import NESTED
+from loratools_formats.formats.gguf.experts import NESTED, stacks_apart
 from loratools_formats.formats.gguf.from_model import in_order, plain_factors, with_base
 from loratools_formats.formats.gguf.gate_up import cut, side_by_side
 from loratools_formats.formats.gguf.layouts import Sizes
@@ -78,7 +78,7 @@ def to_model(adapter: Adapter, context: Context) -> Adapter:
     activation = {} if tokens is None else {INVOCATION_TOKENS: tokens.value}
     return replace(
         adapter,
-        modules=_parameters_wrapped(modules),
+        modules=_parameters_wrapped(stacks_apart(modules)),
         config={**adapter.config, **activation},
         other_inputs=with_base(adapter, base),
     )

@@ -15,7 +15,7 @@ from loratools.base.dequantised import dequantised
 from loratools.base.placement.class_view import class_view
 from loratools.base.placement.names import Names
 from loratools.folding.expert_sides import lacks_sides, with_sides
-from loratools.operations.convert.class_names import NAMED
+from loratools.operations.convert.class_names import checkpoint_of
 from loratools.operations.convert.experts.apart import of_one_rank
 from loratools.operations.convert.experts.choice import wanted_by
 from loratools.operations.convert.experts.each import each
@@ -23,12 +23,10 @@ from loratools.operations.convert.experts.groups import base_hint, sorted_expert
 from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_release, retargeted
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.tinker_names import with_whole_projections
-from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from loratools_formats.containers.gguf.container import is_gguf
-from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.change import Layer, ModuleChange
+from loratools_formats.checkpoints.checkpoint import Checkpoint
+from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import MissingFileError, OptionError, UnsupportedError
+from loratools_formats.disk.errors import OptionError, UnsupportedError
 
 _APART = ("each", "3d", "shared-outer", "tinker")
 _SWITCH = re.compile(
@@ -62,7 +60,7 @@ def in_layout(
         UnsupportedError: the layout cannot hold the experts exactly, or the base must tell more.
     """
     asks = target in ("peft", "mlx") or (target == "gguf" and lacks_sides(adapter))
-    checkpoint = _checkpoint(adapter, base) if asks else None
+    checkpoint = checkpoint_of(adapter, base) if asks else None
     wanted = experts
     if isinstance(experts, str):
         wanted = wanted_by(experts, adapter, checkpoint)
@@ -96,6 +94,7 @@ def _for_peft(
 ) -> tuple[Adapter, tuple[Finding, ...]]:
     if wanted.layout in _APART:
         singles = _singles(adapter, checkpoint, in_names)
+        _refuse_flat(singles)
         if names_of is not None or (adapter.format == "mlx" and checkpoint is not None):
             singles = _others_in(singles, in_names)
         return _laid(singles, wanted, checkpoint)
@@ -158,18 +157,6 @@ def _of_larger_rank(before: Adapter, after: Adapter) -> list[Finding]:
 
 
 _OF_EXPERTS = re.compile(r"\b(?:experts|switch_mlp)\b")
-
-
-def _checkpoint(adapter: Adapter, base: Path | None) -> Checkpoint | None:
-    """Return a base's checkpoint; None if it is none, for formats that do with a configuration."""
-    if base is None or is_gguf(base):
-        return None
-    try:
-        return read_checkpoint(base)
-    except MissingFileError:
-        if adapter.format in NAMED:
-            raise
-        return None
 
 
 def _singles(
