@@ -164,6 +164,20 @@ def parts_beside(key: str, tensors: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name in tensors]
 
 
+def is_lone_part(key: str, *, is_integer: bool) -> bool:
+    """Return whether a tensor's name is that of a part of a quantised weight.
+
+    In a checkpoint that is quantised no other tensor is named so; plain ones may have such tensors.
+
+    Args:
+        key: name of the tensor.
+        is_integer: whether it holds integers.
+    """
+    leaf = key.rpartition(".")[2]
+    named = leaf.removeprefix("_").removeprefix("weight") in _BESIDE_WEIGHT and "weight" in leaf
+    return named or (is_integer and leaf.endswith(("_blocks", "_scales")))
+
+
 def is_part(key: str) -> bool:
     """Return whether a tensor's name alone shows that it is a part of a quantised weight."""
     return any(key.endswith(end) for end in _FORMATS if end not in _SHARED_WITH_PLAIN)

@@ -32,6 +32,7 @@ from loratools.base.codecs.codec import (
     Stored,
     WholeEncoder,
 )
+from loratools_formats.checkpoints.siblings import wrong_shape
 
 __all__ = [
     "CODECS",
@@ -72,6 +73,9 @@ def coded_weights(stored: Stored) -> dict[str, CodedWeight]:
     found: dict[str, CodedWeight] = {}
     for codec in CODECS:
         declared = codec.declare(stored)
+        for weight in declared.values():
+            if not all(weight.shape):
+                raise wrong_shape(weight.parts[0], "a weight that has values")
         found |= declared
         stored = stored.without(part.key for weight in declared.values() for part in weight.parts)
     return found

@@ -179,6 +179,13 @@ def _weight(stored: Stored, module: str, parts: Mapping[str, TensorRef]) -> Code
         sibling(stored.tensors, index.key, ("I32", "I64"), (width,))
     elif not groups or width % groups or _is_ragged(stored.stated, width, groups):
         raise wrong_shape(scales, f"groups that divide {width} columns, or g_idx")
+    if index is None and groups > 1 and stored.stated.get("desc_act") is True:
+        raise AdapterError(
+            "columns of a quantised weight are out of order, and nothing says in which",
+            tensor=codes.key,
+            got="desc_act in the configuration",
+            expected=f"{module}.g_idx",
+        )
     first = _is_first_version(stored.stated, codes.key)
     return _Gptq(f"{module}.weight", parts, bits, first_version=first)
 
