@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from loratools.folding.base_layout import in_base_layout
 from loratools.folding.expert_sides import straightened, with_sides
+from loratools.folding.without_base import folded_exactly
 from loratools.naming.rename import NamingOptions, renamed
 from loratools.naming.together import in_one_spelling
 from loratools.operations.in_class_names import in_class_names
@@ -14,7 +15,7 @@ from loratools_formats.contract.format import Context
 from loratools_formats.contract.registry import get_format
 from loratools_formats.core.adapter import Adapter
 from loratools_formats.core.findings import Finding
-from loratools_formats.disk.errors import LoratoolsError
+from loratools_formats.disk.errors import LoratoolsError, UnsupportedError
 
 
 def in_one_naming(
@@ -29,7 +30,7 @@ def in_one_naming(
     found: list[Finding] = []
     if all(get_format(adapter.format).naming is not None for adapter in adapters):
         try:
-            alike = in_one_spelling(adapters)
+            alike = _respelled(adapters)
         except LoratoolsError as error:
             alike = None
             message = f"the files keep their own spellings of modules: {error.message}"
@@ -48,6 +49,22 @@ def in_one_naming(
             message = f"{adapter.source} keeps its own names: {error.message}"
             found.append(Finding("names-kept", "warning", None, message))
     return _as_classed(named, base, found), found
+
+
+def _respelled(adapters: Sequence[Adapter]) -> list[Adapter] | None:
+    """Return single files in one spelling; kinds that cannot be cut are folded into factors first.
+
+    Raises:
+        LoratoolsError: no spelling is right for all, or a kind needs the base.
+    """
+    try:
+        return in_one_spelling(adapters)
+    except UnsupportedError:
+        folded = [
+            folded_exactly(each, "compare", None, keeps=lambda change: change.kind == "full")
+            for each in adapters
+        ]
+        return in_one_spelling(folded)
 
 
 def _as_classed(
