@@ -84,7 +84,9 @@ def module_placements(names: Names, module: str, delta: ModuleChange) -> list[Pl
     """
     part = delta.require_factors()
     if part.layer.parameters:
-        return expert_placements(names, module, delta)
+        placed = expert_placements(names, module, delta)
+        if placed or part.layer.kind == "experts":
+            return placed
     found = sites(names, module, "weight")
     if not found:
         return flat_placements(names, module, delta)
