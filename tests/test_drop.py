@@ -98,7 +98,7 @@ def test_nothing_left_and_nothing_found_are_errors(tmp_path: Path) -> None:
         lt.convert(source, to="diffusers", keep="nowhere")
     with pytest.raises(OptionError, match="finds no module"):
         lt.merge([source], drop="nowhere")
-    with pytest.raises(OptionError, match="nothing is left"):
+    with pytest.raises(OptionError, match="nothing would be left"):
         lt.merge([source], weight_pattern=["cross_attn=0"])
     with pytest.raises(OptionError, match="not a regular expression"):
         lt.merge([source], drop="(")

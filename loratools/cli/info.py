@@ -39,8 +39,9 @@ _CARRIED = 4
 def command(adapters: tuple[Path, ...], reading: Reading, reporting: Reporting) -> int:
     """Show what an adapter or a base model is, from its headers alone.
 
-    Of several, print a line each. A folder that is no adapter stands for all adapters below it. Of
-    a base model it tells how its weights are quantised: the format, bits, groups, and what is not.
+    Several adapters give a table with a line for each. A folder that is no adapter stands for all
+    adapters below it. For a base model it shows how the weights are quantised: the format, bits,
+    groups, and what is left out.
 
     \b
     loratools info my-adapter
@@ -114,7 +115,7 @@ def _cells(found: InfoResult | None, problem: str | None) -> list[str]:
     if found is None:
         return ["–"] * 6 + [printable(problem or "")]
     modules = found.modules
-    targets = sorted(_targets(found))
+    targets = sorted(_targets(found)) or sorted(found.components)
     return [
         printable(text)
         for text in (

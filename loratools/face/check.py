@@ -177,10 +177,10 @@ def check(
 
     if not fixing.fix:
         if writing.output is not None:
-            raise OptionError("an output is given, and nothing is to be mended", hint="Add `fix`")
+            raise OptionError("an output is given without `fix`", hint="Add `fix`")
         return _result(run(given, reading), options, ())
     if len(given) + len(unresolved) != 1 or writing.output is None:
-        raise OptionError("a fix takes one adapter and an output", hint="Add `output=PATH`")
+        raise OptionError("`fix` needs one adapter and an output", hint="Add `output=PATH`")
     first = run(given, reading)
     if first.unchecked or not any(finding.remedy for finding in first.findings):
         return _result(first, options, ())

@@ -44,7 +44,7 @@ class IndexOptions:
     """How to make an index.
 
     Attributes:
-        update: take over what the output that exists knows of adapters whose content is the same.
+        update: keep what the existing output holds about adapters whose content has not changed.
     """
 
     update: bool = option(False, heading="Output")
@@ -152,7 +152,7 @@ def fleet_index(
     output = writing.output
     if options.update:
         if output is None:
-            raise OptionError("`update` takes over an output, and none is given")
+            raise OptionError("`update` takes over an earlier output, and none is given")
         earlier = read_index(output) if output.exists() else None
         writing = Writing(output=output, overwrite=True)
     writing = destination(writing, None, paths)
@@ -222,7 +222,7 @@ def fleet_similar(
 
 @public()
 def fleet_dedup(index: str | os.PathLike[str], *, options: DedupOptions) -> FleetDedupResult:
-    """Find near-duplicates among the adapters of an index, and groups of one start.
+    """Find near-duplicates among the adapters of an index, and groups with the same start.
 
     >>> import tempfile
     >>> import loratools as lt

@@ -247,7 +247,7 @@ def fleet_unshare(
         progress: called with (modules done, modules in all).
 
     Raises:
-        OptionError: the set has no such adapter, or none or all are asked for at once.
+        OptionError: the set holds no such adapter, or none or all are asked for at once.
         UnsupportedError: it is no set.
         AdapterError: it is not sound, or values do not fit the type.
         OutputExistsError: the output exists and `overwrite` is false.

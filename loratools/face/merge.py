@@ -219,7 +219,7 @@ def _from_file(path: Path, given: MergeOptions, base: Model | None) -> Recipe:
     """
     workers, device = given.compute.workers, given.compute.device
     if given != MergeOptions(compute=ComputeOptions(workers=workers, device=device)) or base:
-        raise OptionError("a recipe says all settings", path=path, hint="Leave out the others")
+        raise OptionError("the recipe states all settings", path=path, hint="Leave out the others")
     plan = with_local_paths(load_recipe(path), path.parent)
     compute = replace(plan.options.compute, workers=workers, device=device)
     return replace(plan, options=replace(plan.options, compute=compute))

@@ -69,7 +69,9 @@ def opened(source: Any, reading: Reading, dropping: Dropping | None = None) -> A
     """
     if isinstance(source, Adapter):
         if reading.from_ is not None:
-            raise OptionError("the adapter is read already, and has a format", got=source.format)
+            raise OptionError(
+                "the adapter has been read already, so a format cannot be chosen", got=source.format
+            )
         return left([ignoring(source, reading.ignore_key)], dropping)[0]
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise OptionError(

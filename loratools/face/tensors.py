@@ -96,7 +96,7 @@ def factors(adapter: Adapter, name: str) -> tuple[Array, Array]:
         return opened.scale * opened.b.load(np.float64), opened.a.load(np.float64)
     if opened is None or opened.exact is None:
         raise UnsupportedError(
-            "the weight change is no product of two factors",
+            "the weight change is not a product of two factors",
             path=adapter.source,
             tensor=name,
             hint="Approximate it by to_lora",

@@ -110,7 +110,7 @@ def to_lora(
         OutputExistsError: the output exists and `overwrite` is false.
     """
     if folding.exact and rule.is_given:
-        raise OptionError("`exact=True` keeps changes whole, and leaves no rank to choose")
+        raise OptionError("`exact=True` keeps changes whole, so there is no rank to choose")
     given = trained(source, initial, reading, dropping)
     adapter, settings = overruled(given.adapter, dict(folding.set_))
     checkpoint = None if base is None else model_or_pipeline(base)

@@ -25,7 +25,7 @@ def _form(delta: KindDelta, weight: Weight) -> DeltaForm:
     layers = [f"{side}.{i}" for side in ("encoder", "decoder") for i in range(depth)]
     if {*delta.parts} != {"a", "b", *layers}:
         raise AdapterError(
-            "the file has other layers than its config says",
+            "the file holds a different number of layers than its config says",
             got=", ".join(sorted({*delta.parts} - {"a", "b"})),
             expected=f"{depth} encoders and decoders",
         )

@@ -43,7 +43,7 @@ def _group(delta: KindDelta, p: Array) -> int:
     if len(found) == 1:
         return found.pop()
     raise UnsupportedError(
-        "which of the shared vectors belongs to the module cannot be told",
+        "it is not known which of the shared vectors belongs to the module",
         got=f"{len(groups)} vectors, of which {len(found)} could",
     )
 

@@ -31,8 +31,8 @@ class Calibration:
     """What is known of the inputs.
 
     Attributes:
-        stats: a file of second moments of each module's inputs, as collect_stats of
-            loratools.training makes: the error is made least for those inputs.
+        stats: a file of second moments of each module's inputs, made by collect_stats of
+            loratools.training; the error for those inputs is minimised.
     """
 
     stats: Path | None = option(None, heading="Computing", metavar="FILE")

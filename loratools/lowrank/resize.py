@@ -46,8 +46,9 @@ class ComputeOptions(Computing):
         method: how to decompose: exact, or rsvd, the randomised SVD of the LoRA-Squeeze paper.
         oversample: oversampling of the randomised SVD.
         power_iterations: power iterations of the randomised SVD.
-        seed: seed of all that is random; every matrix derives its own from it.
-        keep_alpha: keep each module's alpha, and scale by alpha/rank; else alpha becomes the rank.
+        seed: seed of all random numbers; every matrix derives its own seed from it.
+        keep_alpha: keep each module's alpha and change the factors accordingly; by default alpha
+            becomes the rank.
 
     Raises:
         OptionError: a number out of range, or an unknown type.

@@ -62,7 +62,7 @@ class Crossing:
 
         Raises:
             AdapterError: two modules become one, or rows do not divide.
-            UnsupportedError: a kind that cannot be taken apart or put together.
+            UnsupportedError: a kind that cannot be split or joined.
         """
         return self._all(self._source.modules)
 

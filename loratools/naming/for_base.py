@@ -121,7 +121,8 @@ def by_component(adapter: Adapter, roles: Collection[str]) -> dict[str, Adapter]
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" * (len(missing) > 4))
         raise AdapterError(
-            f"{len(missing)} of the adapter's modules are of a component that the base has not",
+            f"{len(missing)} of the adapter's modules belong to a component that the base "
+            "does not have",
             path=adapter.source,
             got=shown,
             expected=" or ".join("the denoiser" if r == DENOISER else r for r in roles),

@@ -38,7 +38,7 @@ def units(name: str, out: int, parts: Sequence[int]) -> int:
     whole = sum(parts)
     if out % whole:
         raise AdapterError(
-            "rows of a fused module do not divide as its parts do",
+            "the rows of a fused module cannot be divided among its parts",
             tensor=name,
             got=out,
             expected=f"a multiple of {whole}",
@@ -70,7 +70,7 @@ def rows_of(name: str, delta: ModuleChange, start: int, stop: int) -> ModuleChan
 
 def _kept_whole(name: str, what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{what} cannot be taken apart or put together",
+        f"{what} cannot be split or joined",
         tensor=name,
         hint=f"Make it a plain LoRA first: {command_on(None, 'to-lora', '--base MODEL')}",
     )

@@ -28,9 +28,9 @@ class Planning:
         target: the rank that it ends with.
         stages: number of ranks; by default each is about half of the one before.
         steps: optimizer steps of the whole run.
-        allot: how stages share the steps: equal, or rank, in proportion to their rank.
-        least_steps: steps that each stage gets at least, where they are shared by rank.
-        trainer: whose configuration to show: transformers, axolotl or llama-factory.
+        allot: how the steps are divided among stages: equal, or rank (in proportion to the ranks).
+        least_steps: the least number of steps of a stage, if steps are divided by rank.
+        trainer: the trainer whose configuration is shown: transformers, axolotl or llama-factory.
 
     Raises:
         OptionError: a value out of range, or of the wrong type.

@@ -116,7 +116,7 @@ def to_dora(
     adapter = folded_exactly(adapter, "to-dora", scratch_folder, base)
     adapter = renamed_to_class(adapter, base)
     if not adapter.modules:
-        raise AdapterError("no module to turn into a DoRA", path=adapter.source)
+        raise AdapterError("there is no module to turn into a DoRA", path=adapter.source)
 
     seen = seen_by(adapter, base)
     names, in_base = names_under(adapter, seen.checkpoint, adapter.modules), seen.names
@@ -155,7 +155,7 @@ def _one(
     delta = whole.require_factors()
     if delta.layer.kind == "experts" or delta.layer.parameters:
         raise UnsupportedError(
-            "stacked experts cannot be a DoRA, PEFT has no such thing", tensor=name
+            "stacked experts cannot be a DoRA, since PEFT has none for them", tensor=name
         )
     place = find_base_module(names, in_base, delta)
     ((b, a),) = loaded(delta)

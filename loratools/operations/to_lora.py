@@ -51,7 +51,8 @@ class ToLoraOptions:
     """What folding is told besides ranks and how to compute.
 
     Attributes:
-        set_: what the change depends on and neither the file nor the base's config.json tells.
+        set_: a value that the change depends on, and that neither the file nor the base's
+            config.json holds.
         exact: keep changes that are not of low rank whole, as full differences, where the format
             has them.
     """
@@ -246,7 +247,7 @@ class _ToLora(Ranked[_Converted, _Measured]):
     ) -> None:
         adapter.require_true_delta("to-lora")
         if not adapter.modules:
-            raise AdapterError("no module to fold", path=adapter.source)
+            raise AdapterError("no module to convert", path=adapter.source)
         self.modules = adapter.modules
         self.whole = whole
         self.opener = Opener(adapter, rule, options, base)

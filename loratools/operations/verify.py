@@ -48,7 +48,7 @@ class Claim:
     """What a checkpoint is said to be made from, beside its base.
 
     Attributes:
-        adapter: what it should contain.
+        adapter: the adapter that should be contained.
     """
 
     adapter: tuple[str, ...] = option((), heading="Input", metavar="ADAPTER[:WEIGHT]")

@@ -40,7 +40,7 @@ class Running:
 
     Attributes:
         output: folder of results; by default one beside the recipe, with its name.
-        only: run this step alone; what it reads must be made already.
+        only: run only this step; the results that it reads must exist.
         set_: a variable of the recipe and its value.
         dry_run: check, compute and report sizes, but write nothing.
         overwrite: replace results that no run of the recipe has made.
@@ -109,9 +109,9 @@ def run(
     threads: Workers,
     progress: Progress | None = None,
 ) -> RunResult:
-    r"""Run a recipe: operations one after another, resumed where it was stopped.
+    r"""Run a recipe: operations one after another, resumed where a run stopped.
 
-    The recipe is checked whole before the first step. A step is passed over if its options, what it
+    The whole recipe is checked before the first step. A step is passed over if its options, what it
     reads and the version are those of an earlier run, and its result is still there.
 
     >>> import pathlib, tempfile
@@ -139,7 +139,9 @@ def run(
     folder = options.output or path.with_suffix("")
     names = [step.name for step in read.steps]
     if options.only is not None and options.only not in names:
-        raise OptionError("no such step", got=options.only, expected=", ".join(names))
+        raise OptionError(
+            "the recipe has no such step", got=options.only, expected=", ".join(names)
+        )
     if folder == path:
         raise OptionError("the recipe has no suffix", path=path, hint="Pass `output=FOLDER`")
     check_target(folder, [], overwrite=True)

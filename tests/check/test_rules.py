@@ -102,7 +102,7 @@ def test_a_target_is_known_with_version_and_source():
         assert target.checked.startswith("20")
     assert known.target_named("vLLM@0.26").name == "vllm"
     assert known.target_named("llama.cpp").name == "llamacpp"
-    with pytest.raises(OptionError, match="of another version"):
+    with pytest.raises(OptionError, match="no facts about this version"):
         known.target_named("vllm@0.5")
     with pytest.raises(OptionError, match="Did you mean 'vllm'"):
         known.target_named("vlm")

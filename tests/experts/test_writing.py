@@ -176,7 +176,7 @@ def test_the_last_expert_that_is_adapted_may_not_be_the_last_of_the_model(how, a
             {k.removeprefix("base_model.model.").partition(".lora_")[0] for k in tensors}
         )
     folder = save(tmp_path / "a", (tensors, config))
-    with pytest.raises(UnsupportedError, match="how many experts the layer has") as told:
+    with pytest.raises(UnsupportedError, match="the number of experts in the layer") as told:
         lt.convert(folder, output=tmp_path / "b", **asked)
     assert "--base BASE" in str(told.value.hint)
 

@@ -116,7 +116,7 @@ def test_other_options_are_another_output(adapters, tmp_path):
     squeeze(tmp_path, rank=2)
     found = squeeze(tmp_path, rank=3)
     assert found.failed == 6
-    assert "other inputs, options" in found.adapters[0].error
+    assert "from other inputs, with other options" in found.adapters[0].error
     assert squeeze(tmp_path, rank=3, overwrite=True).made == 6
     assert squeeze(tmp_path, rank=3).done == 6
 

@@ -105,7 +105,8 @@ MALFORMED = {
     "tensor twice as long as the header": build((), [ONE], EIGHT, counts=(2, 0)),
 }
 REASONS = {
-    "truncated GGUF header": "empty, short, ends inside a key",
+    "is an empty file": "empty",
+    "truncated GGUF header": "short, ends inside a key",
     "is not a GGUF file": "magic",
     "version is not supported": "version 0, version 1, version 99",
     "is big-endian": "big-endian",

@@ -256,7 +256,7 @@ def test_different_base_models_are_noted_once_forced(tmp_path, loratools):
         (["--weight-pattern", "(=1", "--dry-run"], "not a regular expression"),
         (["--weight-pattern", "q=1,2,3", "--dry-run"], "wrong number of weights"),
         (["--replacements", "nobody", "--dry-run"], "no such way to settle replacements"),
-        (["--recipe", "x.yaml"], "a recipe says this already"),
+        (["--recipe", "x.yaml"], "the recipe states this already"),
     ],
 )
 def test_wrong_options_give_one_line(tmp_path, loratools, arguments, message):

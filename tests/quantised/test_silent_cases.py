@@ -343,7 +343,7 @@ def test_eight_bits_need_a_place_to_say_so(section, tmp_path, adapter):
     if section is not None:
         config["quantization_config"] = section
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"cannot say of single modules.*`changed_bits`"):
+    with pytest.raises(UnsupportedError, match=r"describe how single modules.*`changed_bits`"):
         lt.fuse(base, adapter, changed_bits=8, output=tmp_path / "fused")
     assert lt.fuse(base, adapter, output=tmp_path / "fused").tensors
 

@@ -254,7 +254,7 @@ def test_refusals(tmp_path):
         lt.fleet_index([paths[0], paths[0]])
     with pytest.raises(OptionError, match="no adapters"):
         lt.fleet_index([])
-    with pytest.raises(OptionError, match="takes over an output"):
+    with pytest.raises(OptionError, match="takes over an earlier output"):
         lt.fleet_index(paths, update=True)
     with pytest.raises(LoratoolsError, match="exists"):
         lt.fleet_index(paths, output=out)

@@ -13,7 +13,8 @@ import re
 from typing import Any
 
 from loratools_formats.disk.errors import AdapterError
-from loratools_formats.disk.files import RegularFile, read_small_file, refuse_lfs_pointer
+from loratools_formats.disk.files import RegularFile, read_small_file
+from loratools_formats.disk.first_bytes import refuse_other_file
 
 MAX_INTEGER_DIGITS = 20
 MOST_VALUES = 1_000_000
@@ -148,11 +149,12 @@ def read_object(
 
     Raises:
         MissingFileError: it is not there.
-        AdapterError: it is too large, a pointer of Git LFS, not sound JSON, or not an object.
+        AdapterError: it is too large, another file than it is called, not sound JSON, or not an
+            object.
     """
     path = given.path if isinstance(given, RegularFile) else given
     data = read_small_file(given, limit_bytes)
-    refuse_lfs_pointer(data, path)
+    refuse_other_file(data, len(data), path, is_text=True)
     return parsed_object(data, name, path=path, max_depth=max_depth)
 
 

@@ -98,7 +98,7 @@ def _delta(path: str, parts: Mapping[str, TensorRef], scale: float, is_dora: boo
 
     if "lora_a" not in parts or "lora_b" not in parts or ("m" in parts) != is_dora:
         raise AdapterError(
-            "module has not the tensors of its kind",
+            "module does not have the tensors of its kind",
             tensor=path,
             got=", ".join(sorted(parts)),
             expected="lora_a, lora_b" + (", m" if is_dora else ""),

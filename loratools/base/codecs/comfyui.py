@@ -169,7 +169,7 @@ def _declare(stored: Stored) -> dict[str, CodedWeight]:
             continue
         if form not in _READ:
             raise UnsupportedError(
-                "a format of ComfyUI that cannot be read",
+                "this format of ComfyUI cannot be read",
                 tensor=codes.key,
                 got=form,
                 expected=", ".join(_READ),
@@ -205,7 +205,8 @@ def _refuse_unmarked(stored: Stored, module: str, codes: TensorRef) -> None:
     is_block = scale is not None and scale.dtype.code in _EXPONENTS
     if scale is not None and (codes.dtype.code in ("U8", "I8") or is_block):
         raise UnsupportedError(
-            "a quantised weight that has no description, beside layers of ComfyUI that have one",
+            "a quantised weight has no description, although other layers of ComfyUI in the "
+            "file have one",
             tensor=codes.key,
             expected=f"{module}.comfy_quant, or an entry in the file's _quantization_metadata",
             hint=_ORIGINAL,

@@ -210,7 +210,7 @@ def _bits(
     chosen = [bits for bits in fits if bits == stated.get("bits")] or fits
     if len(chosen) != 1:
         raise UnsupportedError(
-            "bits of a weight of GPTQ that are not known",
+            "the number of bits of a GPTQ weight is not known",
             tensor=codes.key,
             got=f"qzeros {list(zeros.shape)}, qweight {list(codes.shape)}",
             expected=f"{', '.join(map(str, known))} bits",
@@ -242,7 +242,7 @@ def _is_first_version(stated: Mapping[str, Any], key: str) -> bool:
     if form in _PLAIN_ZEROS:
         return False
     raise UnsupportedError(
-        "a form of GPTQ that is not known",
+        "this form of GPTQ is not known",
         tensor=key,
         got=form,
         expected="checkpoint_format gptq or gptq_v2, or packing_format of AutoRound in GPTQ's form",

@@ -142,7 +142,7 @@ def _weight(
     kind, data = said.get("_type"), said.get("_data")
     if kind not in _KINDS or not isinstance(data, Mapping):
         raise UnsupportedError(
-            "a tensor of torchao that cannot be read",
+            "this tensor of torchao cannot be read",
             tensor=key,
             got=kind,
             expected=", ".join(_KINDS),
@@ -163,7 +163,7 @@ def _weight(
     }
     if f"{prefix}{_OF_INPUTS}" in stored.tensors:
         raise UnsupportedError(
-            "a weight of torchao whose layer scales its inputs, so that another weight acts",
+            "a layer of torchao scales its inputs, so the model computes with another weight",
             tensor=f"{prefix}{_OF_INPUTS}",
             hint="Start from the original checkpoint",
         )
@@ -172,13 +172,13 @@ def _weight(
         target = _INTX.fullmatch(str(_inner(data.get("target_dtype"))))
         if target is None:
             raise UnsupportedError(
-                "integers of torchao that are not known", tensor=key, got=data.get("target_dtype")
+                "these integers of torchao are not known", tensor=key, got=data.get("target_dtype")
             )
         bits = int(target[1])
     dtype = _DTYPES.get(str(_inner(data.get("dtype"))))
     if dtype is None:
         raise UnsupportedError(
-            "a type of torchao's values that is not known", tensor=key, got=data.get("dtype")
+            "this type of torchao's values is not known", tensor=key, got=data.get("dtype")
         )
     name = "torchao FP8" if codes.dtype.floating else f"torchao INT{bits}"
     return _TorchAo(key, parts, dtype, Scheme(name, bits, block[1]), block)

@@ -42,7 +42,7 @@ class FourBitOptions:
     Attributes:
         quant_type: the four-bit type.
         blocksize: elements that share a scale: a power of two from 32 to 4096.
-        double_quant: quantise the scales too.
+        double_quant: also quantise the scales.
 
     Raises:
         OptionError: no such blocksize.

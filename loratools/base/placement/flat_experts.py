@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
 from loratools_formats.core.adapter import ModuleChange
-from loratools_formats.core.flat_experts import SINGLE
-from loratools_formats.core.orientation import exchanged
+from loratools_formats.core.orientation import OTHER_BASE, exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 
 
@@ -50,7 +49,7 @@ def flat_placements(names: Names, module: str, delta: ModuleChange) -> list[Plac
     if match["leaf"] == "w2":
         if delta.is_dora:
             raise UnsupportedError(
-                "a DoRA of w2 has a magnitude for each row of a matrix that is stored turned",
+                "a DoRA of w2 has a magnitude for each row of a matrix that is stored transposed",
                 tensor=module,
             )
         part = exchanged(part)
@@ -61,6 +60,7 @@ def flat_placements(names: Names, module: str, delta: ModuleChange) -> list[Plac
             tensor=module,
             got=f"expert {index} of {part.shape[0]} rows and {part.shape[1]} columns",
             expected=f"{experts} experts of {rows} rows and {width} columns",
+            hint=OTHER_BASE,
         )
     outputs = ((index * rows, (index + 1) * rows),)
     return [Placement(key, module, delta.with_direction(part), False, outputs=outputs)]

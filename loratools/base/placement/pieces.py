@@ -97,7 +97,7 @@ def put_together(
     first = next((p.delta for p in parts if p.delta.scale != 0.0), parts[0].delta)
     if any(part.delta.bias is not None for part in parts):
         raise AdapterError(
-            "biases of factors cannot be put together with other modules", tensor=first.a.key
+            "biases of factors cannot be joined with other modules", tensor=first.a.key
         )
     dtype = common_dtype([t.dtype for part in parts for t in (part.delta.a, part.delta.b)])
     ratios = [1.0 if p.delta.scale == first.scale else p.delta.scale / first.scale for p in parts]

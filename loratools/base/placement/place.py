@@ -21,8 +21,8 @@ from loratools.base.placement.replacing import place_replacements
 from loratools.base.placement.sites import Site, sites
 from loratools.base.placement.tied import tied_changes
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter
-from loratools_formats.core.change import LowRank, ModuleChange
+from loratools_formats.core.adapter import Adapter, LowRank, ModuleChange
+from loratools_formats.core.orientation import OTHER_BASE
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import AdapterError, printable
 
@@ -220,6 +220,7 @@ def _does_not_fit(module: str, out: int, in_: int, expected: str) -> AdapterErro
         tensor=module,
         got=f"out {out}, in {in_}",
         expected=expected,
+        hint=OTHER_BASE,
     )
 
 
@@ -243,7 +244,7 @@ def unmatched(names: Names, missing: list[str], adapter: Adapter) -> UnmatchedEr
         f"no base tensor fits {len(missing)} of the adapter's modules or tensors: "
         f"{'; '.join(listed)}{more}",
         path=names.base.path,
-        hint="Is this the model the adapter was trained on?",
+        hint=OTHER_BASE,
     )
 
 

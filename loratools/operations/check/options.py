@@ -61,7 +61,7 @@ class FixOptions:
     """What to mend.
 
     Attributes:
-        fix: run the commands that mend what was found, and check the result again.
+        fix: run the commands that fix what was found, and check the result again.
         allow_lossy: leave out what the format cannot hold.
     """
 

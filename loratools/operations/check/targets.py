@@ -164,7 +164,7 @@ def target_named(text: str) -> Target:
     if version and not fitting:
         versions = " or ".join(f"{each.name}@{each.version}" for each in found)
         raise OptionError(
-            f"the facts about {found[0].title} are of another version",
+            f"the table of {found[0].title} has no facts about this version",
             got=version,
             expected=versions,
         )

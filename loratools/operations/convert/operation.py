@@ -69,17 +69,17 @@ class ConvertOptions:
         to: format to write; by default found from the output's name.
         dtype: type of the factors in the output: f32, f16 or bf16, or q8_0 in a GGUF file.
         set_: text to add to the output's metadata; `lora_B_layout=rank_major` or
-            `=grouped_by_expert` says instead how stacked experts are packed in the input.
+            `=grouped_by_expert` states how the input packs stacked experts instead.
         keep_alpha: leave scales beside factors, as they are.
         fold_alpha: move scales into factors even if that rounds.
         allow_lossy: leave out what the format cannot hold.
-        names_of: name modules as classes of transformers 5 do, or as those of version 4 and the
-            base's files; both need the base.
+        names_of: the release of transformers whose module names are written: 5, or 4 (as in the
+            base's files); both need the base.
         experts: how a PEFT folder stores experts: in stacked parameters, one by one, in a stack for
             each projection, or with the outer factors shared.
-        peft_layout: the release of PEFT whose layers shall read stacked experts: 0.18, which has A
-            on the outputs of most models, or 0.19.1 and later.
-        for_: the program that shall load the output, such as vllm, sglang, peft, unsloth, mlx or
+        peft_layout: the release of PEFT that will read stacked experts: 0.18, which has A on the
+            outputs of most models, or 0.19.1 and later.
+        for_: the program that will load the output, such as vllm, sglang, peft, unsloth, mlx or
             llamacpp; it chooses the format and the layout of experts.
 
     Raises:
@@ -124,13 +124,14 @@ class SingleFileOptions:
             flux1, flux2, hidream, hunyuan_video, hunyuan_video15, ideogram4, krea2, ltx2,
             ltx_video, lumina2, qwen_image, qwen_image21, sd1, sd3, sdxl, wan2, wan_animate2,
             z_image, or a FILE.toml of yours.
-        names_from: an adapter whose dotted names resolve flattened ones.
-        component: part of a pipeline that names without one are of, or that is to be taken.
+        names_from: an adapter with dotted names, by which flattened names are translated.
+        component: the part of a pipeline to take, or the part that names without a component belong
+            to.
         alpha: what becomes of scales: moved into the factors where that is `exact`, or always
             (`fold`), or never (`keep`).
         as_it_is: whether keys and scales stay as they are, since the naming does.
-        strip_training_metadata: leave out what the metadata of single files tells about the
-            training data.
+        strip_training_metadata: leave out what the metadata of single files says about the training
+            data.
     """
 
     names: str | None = option(None, heading="Input", metavar="TABLE")
@@ -276,7 +277,7 @@ def _with_positive_scales(adapter: Adapter) -> Adapter:
 def _check_dtype(target: Format, dtype: str | None) -> None:
     if dtype is not None and dtype not in target.dtypes:
         raise OptionError(
-            f"format {target.name} is not written in this type",
+            f"format {target.name} cannot be written in this type",
             got=dtype,
             expected=" or ".join(target.dtypes) or "`dtype` to be left out",
         )

@@ -40,7 +40,7 @@ class Naming:
         base_name: name to record as the base model's.
         to: write a single file of a diffusion model: kohya, comfyui or diffusers; by default a PEFT
             folder.
-        component: part of a pipeline that a checkpoint is whose names do not tell.
+        component: the part of a pipeline that the checkpoint is, if its names do not show it.
     """
 
     base_name: str | None = option(None, heading="Output", metavar="NAME")
@@ -84,7 +84,7 @@ def difference(
 
     Raises:
         AdapterError: a tensor is in only one of the two, or of another shape, or nothing changed.
-        UnsupportedError: a tensor changed that has no place in a LoRA.
+        UnsupportedError: a tensor that has no place in a LoRA changed.
     """
     selection = selection or Selection()
     comparison = Comparison(dequantised(base).checkpoint, dequantised(tuned).checkpoint, selection)
@@ -99,7 +99,7 @@ def difference(
         pair = placeless[0]
         others = [pair.module for pair in pairs if pair.use != "none"]
         raise UnsupportedError(
-            "a tensor changed that has no place in a LoRA",
+            "a tensor that has no place in a LoRA changed",
             path=tuned.path,
             tensor=pair.key,
             got=f"{pair.new.dtype.code} {list(pair.new.shape)}",
@@ -116,10 +116,10 @@ def difference(
         )
     if not modules:
         raise AdapterError(
-            "no weight changed that a LoRA could change",
+            "none of the weights that a LoRA could change has changed",
             path=tuned.path,
             got=f"{len(replacements)} changed norms, biases or embeddings",
-            hint="A LoRA needs a module to adapt",
+            hint="A LoRA needs at least one module",
         )
     adapter = Adapter(
         format="peft",

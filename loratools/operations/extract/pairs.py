@@ -353,7 +353,7 @@ class Comparison:
     def _refuse_unknown_layout(self, key: str, module: str) -> None:
         if named_conv1d(module):
             raise UnsupportedError(
-                "whether the weight is stored as (in, out) does not show",
+                "the checkpoint does not show whether the weight is stored as (in, out)",
                 path=self.base.path,
                 tensor=key,
                 hint="Give the folder with the base's config.json",

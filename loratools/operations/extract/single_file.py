@@ -135,7 +135,7 @@ def _added(
     old = base.tensors.get(key)
     if old is None or old.shape != new.shape or len(new.shape) != 1:
         raise UnsupportedError(
-            "a tensor changed that single files have no place for",
+            "a tensor changed, and single files have no place for it",
             path=base.path,
             tensor=key,
             got=f"{new.dtype.code} {list(new.shape)}",

@@ -69,7 +69,7 @@ class GgufFuseOptions(Computing):
 
     Attributes:
         outtype: type of the tensors that change; `keep` leaves each its own.
-        fallback: type of changed tensors whose own cannot be written, such as Q4_K: f16 by
+        fallback: type of changed tensors whose own type cannot be written, such as Q4_K: f16 by
             default, or q8_0. Rows that do not fit q8_0 become f16.
         allow_lossy: write even if less than half of the change survives rounding.
 
@@ -85,7 +85,7 @@ class GgufFuseOptions(Computing):
         super().__post_init__()
         if self.outtype not in get_args(Outtype):
             expected = " or ".join(get_args(Outtype))
-            raise OptionError("no such type", got=self.outtype, expected=expected)
+            raise OptionError("there is no such type", got=self.outtype, expected=expected)
 
 
 class GgufFusion:

@@ -62,7 +62,7 @@ def refuse_nothing(plans: Iterable[TensorPlan], inputs: Sequence[FuseInput]) -> 
     """
     if not any(plan.is_touched for plan in plans):
         path = inputs[0].adapter.source if inputs else None
-        raise AdapterError("no module to fuse", path=path, got="0 modules in the adapters")
+        raise AdapterError("there is no module to fuse", path=path, got="0 modules in the adapters")
 
 
 _COMPARED = 1 << 20  # elements compared at a time

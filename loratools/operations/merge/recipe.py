@@ -56,7 +56,7 @@ class RecipeFiles:
 
     Attributes:
         recipe: take all settings from a file.
-        save_recipe: also write them there.
+        save_recipe: also write all settings to this file.
     """
 
     recipe: Path | None = option(None, heading="Input", reference="file")

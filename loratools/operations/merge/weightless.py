@@ -105,9 +105,7 @@ def _is_silenced(name: str, options: MergeOptions) -> bool:
 
 def nothing_left() -> OptionError:
     """Return the refusal of a merge in which no adapter has a weight."""
-    return OptionError(
-        "nothing is left: the weight of every adapter is 0 in every module that it has"
-    )
+    return OptionError("nothing would be left: the weight of every adapter is 0 in all its modules")
 
 
 def says_nothing(weights: Array) -> bool:

@@ -41,8 +41,8 @@ class AddOptions:
     """How to add an adapter.
 
     Attributes:
-        name: what the new member goes by; by default its file or folder's name.
-        group: the group whose bases it gets; by default those that lose least of it.
+        name: the name of the new member; by default that of its file or folder.
+        group: the group that it joins; by default the one whose bases lose least of it.
         force_base: add an adapter that names another base model.
     """
 

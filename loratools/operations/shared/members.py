@@ -63,7 +63,8 @@ def entrant(name: str, adapter: Adapter, scratch_folder: Path | None) -> Entrant
     for module, change in plain.modules.items():
         if change.is_dora:
             raise UnsupportedError(
-                "a DoRA depends on the base's weights, and has no core in a shared basis",
+                "the change of a DoRA depends on the base's weights, so it has no core in a "
+                "shared basis",
                 path=adapter.source,
                 tensor=module,
                 hint="Make it a plain LoRA first: "

@@ -78,7 +78,7 @@ def chosen(shelf: Adapter, options: TakeOptions) -> list[str]:
     names, everyone = options.names, options.everyone
     if everyone == bool(names):
         raise OptionError(
-            "which adapters to take is said twice"
+            "the adapters to take are named twice"
             if everyone
             else "no adapter of the set is named",
             expected="names, or `all=True`",
@@ -87,7 +87,7 @@ def chosen(shelf: Adapter, options: TakeOptions) -> list[str]:
     for name in names:
         if name not in members:
             raise OptionError(
-                "the set has no such adapter", got=name, hint=f"It holds {_listed(members)}"
+                "the set holds no such adapter", got=name, hint=f"It holds {_listed(members)}"
             )
     return [name for name in members if everyone or name in names]
 

@@ -230,7 +230,7 @@ class Fetched:
         for place, info in sorted(found.items()):
             inside = place[len(self._root) :].strip("/")
             if any(part in ("", ".", "..") for part in inside.split("/")) and inside:
-                raise AdapterError("an object's name is no path", path=self._url, got=place)
+                raise AdapterError("the name of an object is not a path", path=self._url, got=place)
             tag = next((str(info[key]) for key in _TAGS if info.get(key)), None)
             nbytes = int(info.get("size") or 0)
             mark = None if tag is None else f"{tag.strip(chr(34))} {nbytes}"

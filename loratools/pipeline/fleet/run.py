@@ -42,14 +42,14 @@ class Fleeting:
     Attributes:
         output: folder of results, or an address such as s3://bucket/folder or
             hf://buckets/user/name.
-        shard: take only part I of N, as every process of a batch takes its own; by default what
-            SLURM's arrays and indexed Jobs of Kubernetes say in the environment.
+        shard: take only part I of N; every process of a batch takes another. By default the part
+            that SLURM's arrays and indexed Jobs of Kubernetes state in the environment.
         workers: processes here, 1 to 64; by default the cores that may be used, or 1 without Dask.
-        scheduler: let workers of Dask do it, by its scheduler's address, tcp:// or tls://.
+        scheduler: let workers of Dask do the work; the address of the scheduler, tcp:// or tls://.
         memory_limit: memory of each process here, such as 4GB; one that takes more is stopped.
         fail_fast: stop at the first adapter that fails.
         overwrite: replace outputs that another run made, of other inputs or with other options.
-        dry_run: list what would be done.
+        dry_run: list what would be done, but do nothing.
 
     Raises:
         OptionError: a number out of range.

@@ -273,7 +273,7 @@ class Remote(Store):
 
     def _appeared(self, name: str) -> OutputExistsError:
         return OutputExistsError(
-            "another run has made the output meanwhile, or has begun to and was stopped",
+            "another run has made the output meanwhile, or was stopped while making it",
             path=self.shown(name),
             hint="Pass `overwrite=True` once no other run puts it",
         )

@@ -240,7 +240,7 @@ class _Work:
         if not overwrite and self._store.exists(self._name, self._claim()):
             what = "output" if self._is_file else "report"
             raise OutputExistsError(
-                f"the {what} is of other inputs, options or another version",
+                f"the {what} was made from other inputs, with other options or by another version",
                 path=self._store.shown(self._name),
                 hint="Pass `overwrite=True` to make it anew",
             )

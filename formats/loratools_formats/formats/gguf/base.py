@@ -21,8 +21,10 @@ from loratools_formats.checkpoints.facts import (
     says_tied,
     text_values,
 )
+from loratools_formats.checkpoints.no_checkpoint import no_checkpoint, no_weights
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.containers.gguf.splits import GgufModel, read_model
+from loratools_formats.contract.path_kinds import is_model
 from loratools_formats.disk.errors import AdapterError, MissingFileError, UnsupportedError
 from loratools_formats.disk.files import RegularFile, inside
 from loratools_formats.disk.strict_json import read_object
@@ -77,13 +79,27 @@ def read_base(path: Path) -> Base:
     if is_gguf(path):
         return base_of_gguf(read_model(path))
     if path.is_file() and path.name != CONFIG_FILE:
-        raise AdapterError("is not a GGUF model", path=path, expected="GGUF, or a model's folder")
+        raise no_weights(path) or AdapterError(
+            "is not a GGUF model",
+            path=path,
+            expected="GGUF, or a model's folder",
+            hint=f"Name the folder, if its {CONFIG_FILE} is beside it",
+        )
     folder = path.parent if path.is_file() else path
     if not (folder / CONFIG_FILE).is_file():
-        raise MissingFileError(
-            "no base model there", path=path, expected="config.json in a folder, or a GGUF file"
-        )
+        raise _no_config(path)
     return _of_config(inside(folder, CONFIG_FILE))
+
+
+def _no_config(path: Path) -> MissingFileError:
+    if not is_model(path):
+        return no_checkpoint(path)
+    return MissingFileError(
+        f"{CONFIG_FILE} of the base model is not there",
+        path=path,
+        expected=f"{CONFIG_FILE} in a folder, or a GGUF file",
+        hint=f"Fetch {CONFIG_FILE} from where the model came from",
+    )
 
 
 def _of_config(path: Path) -> Base:

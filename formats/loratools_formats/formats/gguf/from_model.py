@@ -74,7 +74,9 @@ def from_model(adapter: Adapter, context: Context) -> Adapter:
             raise
     for name, found in stacks.items():
         if name in modules:
-            raise AdapterError("experts are adapted one by one and as a stack", tensor=name)
+            raise AdapterError(
+                "the adapter has these experts both one by one and as a stack", tensor=name
+            )
         modules[name] = ModuleChange(stacked(name, found, base.sizes.experts))
     modules = as_in_base(modules, base.has)
     _check_shapes(modules, base)

@@ -200,7 +200,9 @@ def _open_weights(
         path=folder,
         got=", ".join(others) or None,
         expected=f"{WEIGHTS_FILE} or {LEGACY_WEIGHTS_FILE}",
-        hint="Name one of the files" if others else None,
+        hint="Name one of the files"
+        if others
+        else f"Fetch {WEIGHTS_FILE} from where the adapter came from",
     )
 
 

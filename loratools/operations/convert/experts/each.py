@@ -86,7 +86,7 @@ def _cuts(
     out = b.shape[0]
     if out % 2:
         raise UnsupportedError(
-            "a joined gate and up has an even number of outputs", tensor=b.key, got=out
+            "a gate and up in one tensor have an even number of outputs", tensor=b.key, got=out
         )
     half = out // 2
     if order == "alternating":

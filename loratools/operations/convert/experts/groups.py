@@ -144,7 +144,7 @@ def _straight(
         swapped = stack_is_swapped(names, part.layer.parameters[0], part)
     if swapped is None:
         raise UnsupportedError(
-            "whether A is on the inputs of these experts cannot be told without the base",
+            "without the base, it is not known whether A is on the inputs of these experts",
             path=adapter.source,
             tensor=path,
             got=list(part.shape),
@@ -205,7 +205,7 @@ def order_of(
             )
             return "halves", (Finding("expert-halves-assumed", "warning", group.owner, text),)
     raise UnsupportedError(
-        "how the model joins gate and up, in halves or alternating, cannot be told without it",
+        "without it, it is not known whether the model joins gate and up in halves or alternating",
         path=adapter.source,
         tensor=next(iter(groups)),
         got=f"a base named {printable(name)}" if name else "no name of a base",

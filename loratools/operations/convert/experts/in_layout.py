@@ -175,7 +175,7 @@ def _singles(
             return adapter
         if base is None:
             raise UnsupportedError(
-                "these stacks have names of transformers 4, and the base tells what they hold",
+                "these stacks have names of transformers 4, and only the base shows what they hold",
                 path=adapter.source,
                 hint=base_hint(adapter),
             )

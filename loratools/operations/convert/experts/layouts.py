@@ -203,7 +203,7 @@ def _swaps(adapter: Adapter, wanted: Wanted, base: Checkpoint | None, owner: str
     if wanted.peft == "0.18":
         if not types:
             raise UnsupportedError(
-                "PEFT 0.18 puts A on the side that depends on the model, which is not known",
+                "in PEFT 0.18 the side of A depends on the model, and the model is not known",
                 path=adapter.source,
                 tensor=owner,
                 hint=base_hint(adapter),
@@ -244,7 +244,9 @@ def _as_3d(adapter: Adapter, wanted: Wanted, found: Sorted, base: Checkpoint | N
     for owner, one in found.groups.items():
         if one.single and one.stacks:
             raise UnsupportedError(
-                "experts are adapted one by one and as a stack", path=adapter.source, tensor=owner
+                "the adapter has these experts both one by one and as a stack",
+                path=adapter.source,
+                tensor=owner,
             )
         whole(one, experts.get(owner, 0))
         group = one
@@ -337,7 +339,7 @@ def _count(
         complete = complete and not _chooses_experts(adapter.config)
         if max(numbers) >= counts[owner] or (base is None and not complete):
             raise UnsupportedError(
-                "how many experts the layer has cannot be told"
+                "the number of experts in the layer is not known"
                 if base is None
                 else "the base has fewer experts",
                 path=adapter.source,

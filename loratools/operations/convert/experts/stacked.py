@@ -27,7 +27,9 @@ def stacked(group: Group, order: Order | None, experts: int) -> dict[str, Module
         UnsupportedError: some experts are stacked and others not.
     """
     if group.single and group.stacks:
-        raise UnsupportedError("experts are adapted one by one and as a stack", tensor=group.owner)
+        raise UnsupportedError(
+            "the adapter has these experts both one by one and as a stack", tensor=group.owner
+        )
     found = dict(group.stacks)
     if group.single:
         leaves = set(group.single)

@@ -159,7 +159,7 @@ def ia3(values: Values, module: Module) -> dict[str, Any]:
         return {"on_input": any(path.endswith(end) for end in found if isinstance(end, str))}
     if len(shape) != 2 or min(shape) != 1 or max(shape) == 1:
         raise UnsupportedError(
-            "whether inputs or outputs are scaled does not show",
+            "the tensors do not show whether inputs or outputs are scaled",
             tensor=module.parts["gain"].key,
             got=list(shape),
         )
