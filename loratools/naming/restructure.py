@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import KindDelta, LowRank, ModuleChange
+from loratools_formats.core.change import KindDelta, LowRank, ModuleChange
 from loratools_formats.core.dtypes import (
     DTYPES,
     DType,

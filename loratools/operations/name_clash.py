@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from loratools.base.placement import rules
-from loratools_formats.core.adapter import Adapter, Layer
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer
 from loratools_formats.core.peft_facts import owner
 from loratools_formats.core.wrapped_names import unwrapped
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from loratools_formats.core.adapter import Layer, LowRank
+from loratools_formats.core.change import Layer, LowRank
 
 FLAT = re.compile(r"(?P<owner>.+\.ffn\.experts)\.mlp\.(?P<leaf>w1|v1|w2)")
 """Names of the matrices."""

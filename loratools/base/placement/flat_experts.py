@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from loratools.base.placement.changes import Placement
 from loratools.base.placement.names import Names
-from loratools_formats.core.adapter import ModuleChange
+from loratools_formats.core.change import ModuleChange
+from loratools_formats.core.flat_experts import SINGLE
 from loratools_formats.core.orientation import OTHER_BASE, exchanged
 from loratools_formats.disk.errors import AdapterError, UnsupportedError
 

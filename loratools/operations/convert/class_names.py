@@ -22,7 +22,8 @@ from loratools_formats.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from loratools_formats.checkpoints.facts import model_types
 from loratools_formats.containers.gguf.container import is_gguf
 from loratools_formats.contract.commands import command_on
-from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.flat_experts import FLAT, SINGLE, singles_of
 from loratools_formats.core.tensors import TensorRef
 from loratools_formats.disk.errors import MissingFileError, UnsupportedError

@@ -24,7 +24,8 @@ from loratools.operations.convert.experts.layouts import Wanted, laid_out, of_re
 from loratools.operations.convert.experts.recent import Recent
 from loratools.operations.convert.experts.tinker_names import with_whole_projections
 from loratools_formats.checkpoints.checkpoint import Checkpoint
-from loratools_formats.core.adapter import Adapter, Layer, ModuleChange
+from loratools_formats.core.adapter import Adapter
+from loratools_formats.core.change import Layer, ModuleChange
 from loratools_formats.core.findings import Finding
 from loratools_formats.disk.errors import OptionError, UnsupportedError
 
